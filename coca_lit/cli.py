@@ -1,0 +1,124 @@
+"""The command line, and the one file that runs Hydra: compose a config, build the parts, fit, write the results.
+
+Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from coca_lit.config import ConfigError, TrainConfig, build, explain_override
+from coca_lit.sweep import print_sweep
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+PACKAGE = Path(__file__).resolve().parent
+# In a checkout the configs lie beside the package, in a wheel inside it.
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+
+ConfigStore.instance().store("train_schema", TrainConfig)
+
+
+def train() -> None:
+    """Entry point of `python train.py` and `coca-train`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()
+    except (ConfigError, HydraException, OmegaConfBaseException, *_user_errors()) as error:
+        sys.exit(f"error: {_explain(error)}")
+    finally:
+        print_sweep()
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
+    import lightning.pytorch as L
+
+    from coca_lit.run_folder import start_run_folder, write_results
+
+    _configure_libraries(cfg)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    start_run_folder(cfg)
+    module = build_module(cfg)
+    data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
+    evals = [build(node, f"evals.{name}") for name, node in cfg.evals.items() if node]
+    trainer = build_trainer(cfg, evals)
+    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
+    if trainer.is_global_zero:
+        write_results(Path(cfg.output_dir), results)
+    return results
+
+
+def build_module(cfg: DictConfig) -> Any:
+    """The LightningModule with its network, started from given weights if there are any."""
+    from coca_lit.checkpoints import load_image_weights, load_weights
+
+    module = build(cfg.model, "model")
+    module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
+    if cfg.image_weights is not None:
+        load_image_weights(module.net, cfg.image_weights)
+    if cfg.init_from is not None:
+        load_weights(module.net, cfg.init_from)
+    return module
+
+
+def build_trainer(cfg: DictConfig, evals: "list[L.Callback]") -> "L.Trainer":
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    # Averaged weights replace the trained ones when training ends: before the final scores.
+    averaging: list[L.Callback] = [EMAWeightAveraging(decay=cfg.ema)] if cfg.ema is not None else []
+    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
+    loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
+    precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
+    parts = {"callbacks": [*averaging, *evals, *callbacks], "logger": loggers, "precision": precision}
+    return build(cfg.trainer, "trainer", **parts)
+
+
+def _configure_libraries(cfg: DictConfig) -> None:
+    import torch
+
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    # Lightning's notices would drown ours; its warnings stay, but for two that a user can do nothing about.
+    lightning_log = logging.getLogger("lightning.pytorch")
+    lightning_log.setLevel(logging.WARNING)
+    lightning_log.propagate = False
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+
+
+def best_precision() -> str:
+    """bf16 mixed precision where the device computes it in hardware, else fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
+        return ()
+    from coca_lit.data.records import DataError
+
+    return (DataError, FileNotFoundError)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, HydraException):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return explain_override(error, hydra.compose("train", return_hydra_config=False))
+    return str(error)

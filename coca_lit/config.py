@@ -1,0 +1,121 @@
+"""From a composed config to objects: the typed root, and building with checks.
+
+Below the root the constructors are the schema. `build` refuses keys that a constructor does not have, suggests the right one, and builds nothing whose
+code lies outside the packages listed here: a config may come from a stranger.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+ALLOWED_PACKAGES = ("coca_lit", "lightning.pytorch", "torch.optim", "torch.nn", "torchmetrics", "timm")
+
+
+class ConfigError(Exception):
+    """A mistake in the configuration, said in one sentence."""
+
+
+@dataclass
+class TrainConfig:
+    """The keys at the root of a run; `conf/train.yaml` explains them."""
+
+    name: str = MISSING
+    output_dir: str = MISSING
+    seed: int = 0
+    threads: int | None = None
+    data_dir: str = "data"
+    image_size: int = 224
+    ckpt_path: str | None = None
+    init_from: str | None = None
+    image_weights: str | None = None
+    ema: float | None = None
+    eval_images: int | None = None
+    model: Any = MISSING
+    data: Any = MISSING
+    trainer: Any = MISSING
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    evals: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+def build(node: DictConfig, path: str, **objects: Any) -> Any:
+    """Instantiates a config node with Hydra, after checking it. `objects` are handed to the constructor on top of the node's own keys.
+
+    Raises:
+        ConfigError: a key that the constructor lacks, a target outside the allowed packages, or a value that it refuses; says where.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    _check(OmegaConf.to_container(node, resolve=True), path, objects)
+    try:
+        return instantiate(node, _convert_="all", **objects)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if not isinstance(cause, TypeError | ValueError):
+            raise cause or error from error
+        raise ConfigError(f"{path}: {cause}") from error
+
+
+def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        _check(child, f"{path}.{key}")
+    if isinstance(node, dict) and "_target_" in node:
+        target = resolve_target(str(node["_target_"]), path)
+        allowed = inspect.signature(target).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in allowed.values()):
+            return  # such a target checks its keys itself
+        for key in [*node, *objects]:
+            if key not in allowed and key not in ("_target_", "_partial_", "_convert_"):
+                raise ConfigError(f"{path} has no key '{key}'{suggest(key, allowed)} Its keys: {', '.join(allowed)}")
+
+
+def resolve_target(target: str, path: str) -> Callable[..., Any]:
+    """The class or function called `target`, if it really lives in an allowed package, whatever name leads to it."""
+    if not _allowed(target):
+        raise ConfigError(f"{path}: '{target}' is outside the packages that a config may use ({', '.join(ALLOWED_PACKAGES)})")
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
+    origin = getattr(found, "__module__", None) or ""
+    if not callable(found) or not _allowed(f"{origin}."):
+        raise ConfigError(f"{path}: '{target}' leads to {origin or type(found).__name__}, outside the packages that a config may use")
+    return found
+
+
+def _allowed(name: str) -> bool:
+    return name.startswith(tuple(f"{package}." for package in ALLOWED_PACKAGES))
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else "."
+
+
+def explain_override(error: Exception, config: DictConfig) -> str:
+    """One sentence for an override that Hydra refused, with the nearest key of `config`."""
+    text = str(error).strip()
+    if match := re.search(r"Could not override '([\w.@/]+)'", text):
+        keys = list(_keys(OmegaConf.to_container(config, resolve=False)))
+        return f"there is no key '{match[1]}'{suggest(match[1], keys)}"
+    if match := re.search(r"Could not find '([\w./]+)'", text):
+        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        group, _, wanted = match[1].rpartition("/")
+        return f"'{group}' has no option '{wanted}'{suggest(wanted, options)} The options: {', '.join(options)}"
+    return text
+
+
+def _keys(node: Any, prefix: str = "") -> Iterable[str]:
+    if isinstance(node, dict):
+        for key, child in node.items():
+            yield f"{prefix}{key}"
+            yield from _keys(child, f"{prefix}{key}.")

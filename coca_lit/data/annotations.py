@@ -1,0 +1,81 @@
+"""Readers of the two caption file formats: Karpathy's `dataset_*.json` and the COCO captions schema (also nocaps)."""
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from coca_lit.data.records import DataError, Listing, clean_captions
+
+
+def read_karpathy(path: Path, split: str) -> list[Listing]:
+    """Images of one split of `{"images": [{filename, split, imgid, cocoid?, sentences: [{raw}]}]}`.
+
+    "train" includes COCO's "restval", as is customary (82,783 + 30,504 images). Ids are `cocoid` where present, else
+    `imgid`. Raises `DataError` for malformed files and unknown splits.
+    """
+    content = load_json(path)
+    with _schema(path, "Karpathy's"):
+        images = content["images"]
+        splits = sorted({image["split"] for image in images})
+        wanted = {"train", "restval"} if split == "train" else {split}
+        if not wanted.intersection(splits):
+            raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
+        return [
+            Listing(
+                id=image.get("cocoid", image["imgid"]),
+                filename=image["filename"],
+                captions=clean_captions(sentence["raw"] for sentence in image["sentences"]),
+            )
+            for image in images
+            if image["split"] in wanted
+        ]
+
+
+def read_coco(path: Path) -> list[Listing]:
+    """All images of `{"images": [{id, file_name, domain?}], "annotations": [{image_id, caption}]}`.
+
+    Raises `DataError` for malformed files, and for image lists without captions, such as those of the test sets.
+    """
+    content = load_json(path)
+    with _schema(path, "the COCO captions"):
+        captions: dict[int, list[str]] = defaultdict(list)
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        return [
+            Listing(
+                id=image["id"],
+                filename=image["file_name"],
+                captions=clean_captions(captions[image["id"]]),
+                domain=image.get("domain"),
+            )
+            for image in content["images"]
+        ]
+
+
+def load_json(path: Path) -> Any:
+    """Parse a .json or .json.gz file; raises `DataError` naming the file when it is not JSON."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+
+
+def first_file(candidates: Sequence[Path]) -> Path | None:
+    """The first of the paths that is a file."""
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@contextmanager
+def _schema(path: Path, name: str) -> Iterator[None]:
+    """Turn what a missing or mistyped field raises into one sentence."""
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(f"{path} does not follow {name} schema: the field {error} is missing") from error
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{path} does not follow {name} schema: {error}") from error

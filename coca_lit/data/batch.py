@@ -1,0 +1,34 @@
+"""`Batch` is the one contract between data, LightningModule and evaluations."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """B captioned images."""
+
+    images: Tensor  # (B, 3, H, W) uint8; the model normalises on the device
+    tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
+    lengths: Tensor  # (B,) int64, number of real tokens including start and end
+    keys: list[str]  # sample ids, for error reports
+
+
+class Example(NamedTuple):
+    """One training pair, the input of `collate`."""
+
+    image: Tensor  # (3, H, W) uint8
+    tokens: list[int]  # with start and end, not padded
+    key: str
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Stack examples, padding the captions only to the longest of them."""
+    lengths = torch.tensor([len(example.tokens) for example in examples])  # (B,)
+    tokens = torch.full((len(examples), int(lengths.max())), pad_id)  # (B, L)
+    for row, example in zip(tokens, examples, strict=True):
+        row[: len(example.tokens)] = torch.tensor(example.tokens)
+    images = torch.stack([example.image for example in examples])  # (B, 3, H, W)
+    return Batch(images, tokens, lengths, [example.key for example in examples])

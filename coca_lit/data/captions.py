@@ -1,0 +1,49 @@
+"""Map-style data sets over records: what one training or validation example is."""
+
+import random
+from collections.abc import Sequence
+
+from torch.utils.data import Dataset
+
+from coca_lit.data.batch import Example
+from coca_lit.data.records import Record
+from coca_lit.data.seeding import seeded_torch, stable_seed
+from coca_lit.data.transforms import Transform
+from coca_lit.tokenizer import Tokenizer
+
+
+class CaptionDataset(Dataset[Example]):
+    """Training examples: one caption drawn at random, a random crop.
+
+    Indexed by (epoch, i), and both draws are keyed by (seed, epoch, record id): any worker of any rank makes the same
+    example of it, before and after a resume.
+    """
+
+    def __init__(self, records: Sequence[Record], transform: Transform, tokenizer: Tokenizer, seed: int = 0):
+        self.records, self.transform, self.tokenizer, self.seed = records, transform, tokenizer, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: tuple[int, int]) -> Example:
+        epoch, i = index
+        record = self.records[i]
+        seed = stable_seed(self.seed, epoch, record.id)
+        caption = random.Random(seed).choice(record.captions)
+        with seeded_torch(seed):
+            image = self.transform(record.image())
+        return Example(image, self.tokenizer.encode(caption), str(record.id))
+
+
+class FirstCaptionDataset(Dataset[Example]):
+    """Validation examples: the first caption and a deterministic transform, so that losses compare over time."""
+
+    def __init__(self, records: Sequence[Record], transform: Transform, tokenizer: Tokenizer):
+        self.records, self.transform, self.tokenizer = records, transform, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Example:
+        record = self.records[i]
+        return Example(self.transform(record.image()), self.tokenizer.encode(record.captions[0]), str(record.id))

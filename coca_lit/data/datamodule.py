@@ -1,0 +1,88 @@
+"""What all DataModules share: constructor arguments, loaders over records, and the trainer's position."""
+
+from functools import cached_property
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from coca_lit.data.batch import Batch
+from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
+from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
+from coca_lit.data.records import DataError, Record
+from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.tokenizer import Tokenizer
+
+
+class CaptionData(LightningDataModule):
+    """Base of the data sets that are a list of records per split; a subclass says how to read `records`.
+
+    Args:
+        batch_size: of all processes together.
+        train_split, val_split: names that `records` understands; no validation if `val_split` is None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        image_size: int = 224,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_split: str | None = "val",
+    ):
+        super().__init__()
+        per_rank(batch_size, world=1)
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, not {num_workers}")
+        self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
+        self.num_workers, self.seed = num_workers, seed
+        self.train_split, self.val_split = train_split, val_split
+
+    def records(self, split: str) -> list[Record]:
+        """All records of a split; raises `DataError` when the data are missing or malformed."""
+        raise NotImplementedError
+
+    @cached_property
+    def train_records(self) -> list[Record]:
+        return self.records(self.train_split)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch; raises `DataError` when there is not even one."""
+        if len(self.train_records) < self.batch_size:
+            raise DataError(
+                f"the split {self.train_split!r} has {len(self.train_records)} images, less than one batch of "
+                f"{self.batch_size}: choose a smaller batch_size"
+            )
+        return len(self.train_records) // self.batch_size
+
+    def train_transform(self) -> Transform:
+        return build_transform(train=True, size=self.image_size)
+
+    def train_dataloader(self) -> TrainLoader:
+        dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
+        rank, world = self._rank_and_world()
+        per_rank(self.batch_size, world)
+
+        def open_at(epoch: int, start: int) -> DataLoader[Batch]:
+            return open_epoch(dataset, self.batch_size, epoch, start, rank, world, self.num_workers)
+
+        return TrainLoader(self.steps_per_epoch, open_at, self._position)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if self.val_split is None:
+            return []
+        dataset = FirstCaptionDataset(
+            self.records(self.val_split), build_transform(size=self.image_size), self.tokenizer
+        )
+        return validation_loader(dataset, self.batch_size, *self._rank_and_world(), num_workers=self.num_workers)
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _position(self) -> tuple[int, int]:
+        """(epoch, batches done) by the trainer's counters, which it restores from checkpoints."""
+        if not self.trainer:
+            return 0, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready

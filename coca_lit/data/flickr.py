@@ -1,0 +1,47 @@
+"""Flickr8k and Flickr30k in the Karpathy split."""
+
+from pathlib import Path
+from typing import Literal
+
+from coca_lit.data.annotations import first_file, read_karpathy
+from coca_lit.data.datamodule import CaptionData
+from coca_lit.data.records import Record, not_found, records_on_disk
+from coca_lit.tokenizer import Tokenizer
+
+# As our own exporters, the original archives and their mirrors name the image folder.
+_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k-images", ".")
+
+FlickrName = Literal["flickr8k", "flickr30k"]
+
+
+def flickr_records(root: str | Path, split: str, name: FlickrName = "flickr8k") -> list[Record]:
+    """Records of "train", "val" or "test" from `root`/dataset_{name}.json and the images in or below `root`."""
+    root = Path(root)
+    path = root / f"dataset_{name}.json"
+    folders = [root / folder for folder in _FOLDERS]
+    how = f"put Karpathy's {path.name} and the folder images/ with the photos of {name} into one folder, data.root"
+    if not first_file([path]):
+        raise not_found(f"the captions of {name}", [path], how)
+    return records_on_disk(read_karpathy(path, split), folders, path, how)
+
+
+class FlickrData(CaptionData):
+    """Training on Flickr8k or Flickr30k, see `flickr_records`."""
+
+    def __init__(
+        self,
+        root: str,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        name: FlickrName = "flickr8k",
+        image_size: int = 224,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_split: str | None = "val",
+    ):
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, train_split, val_split)
+        self.root, self.dataset = root, name  # `name` is Lightning's
+
+    def records(self, split: str) -> list[Record]:
+        return flickr_records(self.root, split, self.dataset)

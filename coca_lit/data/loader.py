@@ -1,0 +1,120 @@
+"""Training loaders that resume at the exact batch.
+
+The position (epoch, batches done) is not kept twice: it is read from the trainer's own counters, which every checkpoint
+already holds. Batch sizes are global, so the order of a data set depends on the seed and not on the number of ranks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from coca_lit.data.batch import Batch, collate
+from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
+from coca_lit.data.records import DataError
+from coca_lit.data.seeding import stable_seed
+
+
+class TrainLoader:
+    """`steps` batches per epoch, starting wherever `position` says the trainer is.
+
+    Args:
+        steps: batches of a whole epoch.
+        open_at: (epoch, batches done) -> the batches from there on, at least to the end of the epoch.
+        position: () -> (epoch, batches done).
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        open_at: Callable[[int, int], Iterable[Batch]],
+        position: Callable[[], tuple[int, int]],
+    ):
+        self.steps, self.open_at, self.position = steps, open_at, position
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: this runs at the first next(), when the trainer has restored its counters; at iter() it has not.
+        epoch, done = self.position()
+        batches = iter(self.open_at(epoch, done))
+        for _ in range(done, self.steps):
+            yield next(batches)
+
+    # The trainer takes a loader with these two for a resumable one. There is nothing to store, see above.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def per_rank(batch_size: int, world: int) -> int:
+    """A rank's part of the global batch; raises `DataError` when it does not divide."""
+    if batch_size < 1 or batch_size % world:
+        raise DataError(
+            f"the global batch_size {batch_size} cannot be split evenly over {world} processes: "
+            f"choose a positive multiple of {world}"
+        )
+    return batch_size // world
+
+
+def epoch_batches(
+    count: int, batch_size: int, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1
+) -> list[list[tuple[int, int]]]:
+    """A rank's batches of (epoch, index) from batch `start` on.
+
+    One seeded permutation is cut into global batches and each of those is dealt out to the ranks, so global batch k
+    holds the same samples for every world size. An incomplete last batch is dropped.
+    """
+    per_rank(batch_size, world)
+    generator = torch.Generator().manual_seed(stable_seed("order", seed, epoch))
+    order = torch.randperm(count, generator=generator).tolist()
+    return [
+        [(epoch, i) for i in order[step * batch_size + rank : (step + 1) * batch_size : world]]
+        for step in range(start, count // batch_size)
+    ]
+
+
+def open_epoch(
+    dataset: CaptionDataset,
+    batch_size: int,
+    epoch: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """This rank's DataLoader over one epoch from batch `start` on; `batch_size` is global."""
+    return DataLoader(
+        dataset,
+        batch_sampler=epoch_batches(len(dataset), batch_size, dataset.seed, epoch, start, rank, world),
+        num_workers=num_workers,
+        collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def validation_loader(
+    dataset: FirstCaptionDataset, batch_size: int, rank: int = 0, world: int = 1, num_workers: int = 0
+) -> DataLoader:
+    """This rank's fixed batches, dealt out by stride; `batch_size` is global.
+
+    Batches are all full, because a contrastive loss depends on the number of candidates, and every rank has equally
+    many: the remainder is dropped, nothing repeats. A set smaller than one batch becomes one smaller batch.
+    """
+    if len(dataset) < world:
+        raise DataError(f"validation needs at least one image per process: there are {len(dataset)} for {world}")
+    return DataLoader(
+        dataset,
+        batch_size=min(per_rank(batch_size, world), len(dataset) // world),
+        # This class, because Lightning would replace any other sampler with one that repeats samples.
+        sampler=DistributedSampler(dataset, world, rank, shuffle=False, drop_last=True),
+        drop_last=True,
+        num_workers=num_workers,
+        collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
+        pin_memory=torch.cuda.is_available(),
+    )

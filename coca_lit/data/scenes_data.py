@@ -1,0 +1,38 @@
+"""The built-in data set as a DataModule: rendered on the fly, nothing to download."""
+
+from coca_lit.data.datamodule import CaptionData
+from coca_lit.data.records import Record
+from coca_lit.data.scenes import scene_records
+from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.tokenizer import Tokenizer
+
+
+class ScenesData(CaptionData):
+    """Scenes rendered at `image_size`.
+
+    Args:
+        train_count: number of training scenes; None takes the default of `scene_records`.
+        objects: shapes per scene.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        image_size: int = 32,
+        train_count: int | None = None,
+        objects: int = 2,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_split: str | None = "val",
+    ):
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, train_split, val_split)
+        self.train_count, self.objects = train_count, objects
+
+    def records(self, split: str) -> list[Record]:
+        count = self.train_count if split == self.train_split else None
+        return scene_records(split, size=self.image_size, count=count, objects=self.objects)
+
+    def train_transform(self) -> Transform:
+        return build_transform(size=self.image_size)  # a random crop could cut away an object that the caption names

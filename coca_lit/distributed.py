@@ -1,0 +1,80 @@
+"""Every collective operation of the project. Without an initialised process group all of them act as on a single process.
+
+Gradients: DDP averages gradients over ranks, `gather` sums them on the way back. With a loss that each rank computes over the global batch the two
+factors cancel and the result is the gradient of one process with the whole batch:
+
+    rank 0:  x0 ─┐          ┌─ [x0 x1] ─ loss        backward of gather: the gradients of both ranks for x0 are added on rank 0,
+    rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss        DDP then divides by 2
+"""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _active() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if _active() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows (B, …) of all ranks, stacked in rank order (W·B, …), with gradient. All ranks must pass the same shape."""
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of a tensor over ranks, without gradient."""
+    if world_size() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def gather_objects(x: T) -> list[T]:
+    """One picklable object per rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [x]
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, x)
+    return objects
+
+
+def broadcast_object(x: T) -> T:
+    """The object of rank 0, on every rank."""
+    if world_size() == 1:
+        return x
+    box: list[Any] = [x]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def say(message: str) -> None:
+    """Prints a line, once for all ranks."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,111 @@
+"""Caption metrics against references: BLEU-1..4, METEOR, ROUGE-L and CIDEr, equal to the COCO caption evaluation's.
+
+The scores are those of pycocoevalcap's own scorers, called one by one: its ``COCOEvalCap`` downloads SPICE before it
+computes anything, and its Java wrappers can hang or shift captions (see ``ptb`` and ``meteor``). Another metric is one
+more function in ``SCORERS``: it gets the tokenised captions and returns its corpus scores by name.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import chain, islice
+from typing import TypeVar
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from coca_lit.evals.meteor import shared_meteor, warm_up
+from coca_lit.evals.ptb import ptb_tokenize
+
+Id = TypeVar("Id", bound=Hashable)
+References = dict[int, list[str]]  # image number -> its tokenised references
+Hypotheses = dict[int, list[str]]  # image number -> a list of its one tokenised prediction, as pycocoevalcap wants it
+
+
+def _bleu(references: References, hypotheses: Hypotheses) -> dict[str, float]:
+    scores, _ = Bleu(4).compute_score(references, hypotheses, verbose=0)
+    return {f"Bleu_{n}": score for n, score in enumerate(scores, start=1)}
+
+
+def _meteor(references: References, hypotheses: Hypotheses) -> dict[str, float]:
+    return {"METEOR": shared_meteor().score(list(references.values()), [text for (text,) in hypotheses.values()])}
+
+
+def _rouge_l(references: References, hypotheses: Hypotheses) -> dict[str, float]:
+    return {"ROUGE_L": Rouge().compute_score(references, hypotheses)[0]}
+
+
+def _cider(references: References, hypotheses: Hypotheses) -> dict[str, float]:
+    return {"CIDEr": Cider().compute_score(references, hypotheses)[0]}
+
+
+SCORERS: dict[str, Callable[[References, Hypotheses], dict[str, float]]] = {
+    "Bleu": _bleu,
+    "METEOR": _meteor,
+    "ROUGE_L": _rouge_l,
+    "CIDEr": _cider,
+}
+
+
+def caption_scores(
+    references: Mapping[Id, Sequence[str]],
+    predictions: Mapping[Id, str],
+    metrics: Sequence[str] = tuple(SCORERS),
+    tokenize: Callable[[Sequence[str]], list[str]] = ptb_tokenize,
+) -> dict[str, float]:
+    """Corpus scores in the order Bleu_1, Bleu_2, Bleu_3, Bleu_4, METEOR, ROUGE_L, CIDEr.
+
+    ``references`` holds one or more captions for each image id and ``predictions`` exactly one, for the same ids.
+    ``metrics`` chooses among "Bleu" (all four), "METEOR", "ROUGE_L" and "CIDEr". ``tokenize`` turns texts into tokens
+    joined by blanks; only the default one gives comparable scores. They lie in [0, 1], those of CIDEr in [0, 10].
+
+    CIDEr weighs words by the number of images whose references use them, so it depends on the set that is scored
+    together, and that of a single image is 0.0 by definition: log(1) is the weight of each word.
+
+    Raises ValueError for an unknown metric and for ids or captions that are missing or left over.
+    """
+    _check_metrics(metrics)
+    _check_captions(references, predictions)
+    if "METEOR" in metrics:
+        warm_up()
+    tokenized = _tokenized(list(references.values()), [predictions[key] for key in references], tokenize)
+    chosen = [scorer for name, scorer in SCORERS.items() if name in metrics]
+    return {name: float(score) for scorer in chosen for name, score in scorer(*tokenized).items()}
+
+
+def _tokenized(
+    references: list[Sequence[str]], predictions: list[str], tokenize: Callable[[Sequence[str]], list[str]]
+) -> tuple[References, Hypotheses]:
+    texts = [*chain.from_iterable(references), *predictions]  # together, as each call of the PTB tokenizer starts Java
+    tokens = tokenize(texts)
+    if len(tokens) != len(texts):
+        raise ValueError(f"tokenize must return a string for each of the {len(texts)} captions, got {len(tokens)}")
+    rest = iter(tokens)
+    split_references = [list(islice(rest, len(group))) for group in references]
+    if not any(chain.from_iterable(split_references)):
+        raise ValueError("no reference holds a word")
+    return dict(enumerate(split_references)), {image: [text] for image, text in enumerate(rest)}
+
+
+def _check_metrics(metrics: Sequence[str]) -> None:
+    folded = {name.lower(): name for name in SCORERS}
+    for unknown in [name for name in metrics if name not in SCORERS]:
+        close = get_close_matches(unknown.lower(), folded, n=1)
+        hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
+        raise ValueError(f"unknown caption metric {unknown!r}, known are {', '.join(SCORERS)}{hint}")
+
+
+def _check_captions(references: Mapping[Id, Sequence[str]], predictions: Mapping[Id, str]) -> None:
+    missing = [key for key in references if key not in predictions]
+    unexpected = [key for key in predictions if key not in references]
+    if missing or unexpected or not references:
+        raise ValueError(
+            "predictions and references must be of the same one or more images: "
+            f"{len(missing)} images have no prediction {missing[:5]}, "
+            f"{len(unexpected)} predictions have no references {unexpected[:5]}"
+        )
+    for key, captions in references.items():
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"image {key!r} needs a list of one or more references, got {captions!r}")
+        if not isinstance(predictions[key], str):
+            raise ValueError(f"image {key!r} needs exactly one string as its prediction, got {predictions[key]!r}")

@@ -1,0 +1,93 @@
+"""Running a model over captioned images: captions for scoring, features for retrieval.
+
+Images are dealt out to ranks by stride, never padded, and gathered with their position, so every image counts exactly once on any number of ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from coca_lit.data.records import Record
+from coca_lit.data.transforms import build_transform
+from coca_lit.distributed import gather_objects, rank, world_size
+from coca_lit.models import CoCa
+
+
+def caption_images(model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> dict[int | str, str]:
+    """One generated caption per image, by image id, in the order of the records. Every rank gets all of them."""
+    own: list[tuple[int, str]] = []
+    for positions, images in _image_batches(model, records, batch_size, num_workers):
+        own += zip(positions, map(model.tokenizer.decode, model.generate(images)), strict=True)
+    captions = dict(pair for part in gather_objects(own) for pair in part)
+    return {record.id: captions[i] for i, record in enumerate(records)}
+
+
+def embed_pairs(
+    model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of all images (I, E) and of all their captions (T, E), and the image that each caption belongs to (T,), on the CPU of every rank."""
+    texts = [caption for record in records for caption in record.captions]
+    image_of_text = torch.tensor([i for i, record in enumerate(records) for _ in record.captions])
+    images = _gather_rows(_image_features(model, records, batch_size, num_workers), len(records))
+    return images, _gather_rows(_text_features(model, texts, batch_size), len(texts)), image_of_text
+
+
+Batches = Iterator[tuple[list[int], Tensor]]  # positions in the data set, and a row for each
+
+
+def _gather_rows(batches: Batches, count: int) -> Tensor:
+    """The rows of all ranks (count, E), in order of their positions."""
+    parts = [batch for part in gather_objects(list(batches)) for batch in part]
+    gathered = torch.empty(count, parts[0][1].shape[1])
+    for positions, rows in parts:
+        gathered[positions] = rows
+    return gathered
+
+
+def _image_features(model: CoCa, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
+    for positions, images in _image_batches(model, records, batch_size, num_workers):
+        yield positions, evaluating(model, model.encode_image, images).float().cpu()
+
+
+def _text_features(model: CoCa, texts: Sequence[str], batch_size: int) -> Batches:
+    own = range(rank(), len(texts), world_size())
+    by_length = sorted(own, key=lambda i: len(texts[i]))  # texts of like length share a batch: less padding, same result
+    for start in range(0, len(by_length), batch_size):
+        positions = by_length[start : start + batch_size]
+        tokens = model.tokenizer([texts[i] for i in positions]).to(model.device)
+        yield positions, evaluating(model, model.encode_text, tokens).float().cpu()
+
+
+@torch.no_grad()
+def evaluating(model: CoCa, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
+    """function(argument) without gradient and with the model in evaluation mode, whatever it is in."""
+    was_training = model.training
+    model.eval()
+    try:
+        return function(argument)
+    finally:
+        model.train(was_training)
+
+
+class _Images(Dataset[tuple[int, Tensor]]):
+    def __init__(self, records: Sequence[Record], image_size: int) -> None:
+        self.records = records
+        self.positions = range(rank(), len(records), world_size())
+        self.transform: Callable[[Image.Image], Tensor] = build_transform(train=False, size=image_size)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+        position = self.positions[index]
+        return position, self.transform(self.records[position].image())
+
+
+def _image_batches(model: CoCa, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
+    """This rank's positions in `records` and their pixels (B, 3, H, W), on the model's device."""
+    loader = DataLoader(_Images(records, model.image_size), batch_size=batch_size, num_workers=num_workers)
+    for positions, images in loader:
+        yield positions.tolist(), images.to(model.device)

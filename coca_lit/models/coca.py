@@ -1,0 +1,226 @@
+"""CoCa: one network that embeds images and texts in a common space and captions images (Yu et al. 2022, arXiv 2205.01917).
+
+    images ─ ImageEncoder ─ ImagePooling ─┬─ contrastive vector ─ projection ─ image features ─┐
+                                          └─ image tokens ──────────────┐                      ├─ contrastive loss
+    tokens ─ TextTower ───────────────────┬─ CLS ─ projection ─ text features ─────────────────┘
+                                          └─ token states ─ Decoder ────┴─ next-token logits ──── caption loss
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coca_lit.models.generate import generate
+from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
+from coca_lit.models.init import init_parameters
+from coca_lit.models.text import ClsMask, Decoder, TextTower
+from coca_lit.tokenizer import get_tokenizer
+
+IGNORED_LABEL = -100
+MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
+
+
+class CoCaOutput(NamedTuple):
+    """What the two losses need. N is the number of predicted tokens in the batch: each caption's tokens after the start token, without padding."""
+
+    image_features: Tensor | None  # (B, E), unit length
+    text_features: Tensor | None  # (B, E), unit length
+    logit_scale: Tensor  # (1,), exp of the learned temperature
+    hidden: Tensor | None  # (N, D), decoder states before the vocabulary projection, caption after caption
+    labels: Tensor | None  # (N,), the token that follows each of them
+    vocabulary: Tensor | None  # (V, D), weight of the vocabulary projection
+
+    @property
+    def logits(self) -> Tensor:
+        """Next-token logits (N, V). The training loss works from `hidden`, so that they need not all exist at once."""
+        if self.hidden is None or self.vocabulary is None:
+            raise ValueError("this output has no caption logits: the model has no decoder, or captioning was switched off")
+        return F.linear(self.hidden, self.vocabulary)
+
+
+class CoCa(nn.Module):
+    """Contrastive captioner.
+
+    Args:
+        image_encoder: name of a timm model; `image_encoder_args` are handed to it (depth, embed_dim, …).
+        image_size: side of the square input in pixels.
+        embed_dim: width of the common space and of the image tokens.
+        pooler: single | parallel | cascade, see `ImagePooling`.
+        pooler_queries: learned queries of the (generative) pooler.
+        tokenizer: name or word list for `get_tokenizer`; vocabulary, context length and special ids come from it.
+        cls_mask: correct | legacy, see `TextTower`.
+        decoder_layers: pairs of self and cross blocks; 0 builds a CLIP with the same towers and no captioner.
+        dropout: in the text tower and the decoder, while training.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_encoder: str = "vit_base_patch32_clip_224",
+        image_encoder_args: dict[str, Any] | None = None,
+        image_size: int = 224,
+        embed_dim: int = 512,
+        pooler: Pooler = "single",
+        pooler_queries: int = 256,
+        pooler_heads: int = 8,
+        tokenizer: str | Sequence[str] = "clip",
+        context_length: int = 76,
+        cls_mask: ClsMask = "correct",
+        text_width: int = 512,
+        text_layers: int = 12,
+        text_heads: int = 8,
+        decoder_layers: int = 12,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = get_tokenizer(tokenizer, context_length)
+        # Plain values that build this model again; they travel in every checkpoint.
+        self.config: dict[str, Any] = {
+            "image_encoder": image_encoder,
+            "image_encoder_args": dict(image_encoder_args or {}),
+            "image_size": image_size,
+            "embed_dim": embed_dim,
+            "pooler": pooler,
+            "pooler_queries": pooler_queries,
+            "pooler_heads": pooler_heads,
+            "tokenizer": self.tokenizer.spec,
+            "context_length": context_length,
+            "cls_mask": cls_mask,
+            "text_width": text_width,
+            "text_layers": text_layers,
+            "text_heads": text_heads,
+            "decoder_layers": decoder_layers,
+            "dropout": dropout,
+        }
+        if decoder_layers and pooler == "single" and pooler_queries < 2:
+            raise ValueError("the single pooler needs at least 2 queries: one for the contrastive vector, the rest for the decoder")
+        vocab_size = self.tokenizer.vocab_size
+        self.image_encoder = ImageEncoder(image_encoder, image_size, **(image_encoder_args or {}))
+        self.pooling = ImagePooling(pooler, self.image_encoder.width, embed_dim, pooler_queries, pooler_heads)
+        self.image_projection = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.text = TextTower(vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout)
+        self.decoder = Decoder(vocab_size, text_width, embed_dim, decoder_layers, text_heads, dropout) if decoder_layers else None
+        self.logit_scale = nn.Parameter(torch.empty(1))  # one dimension, not zero: sharding engines split along the first
+        self._frozen: set[str] = set()
+        init_parameters(self)
+
+    @property
+    def image_size(self) -> int:
+        return self.image_encoder.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, *, contrastive: bool = True, captioning: bool = True
+    ) -> CoCaOutput:
+        """Features and caption states of a batch of pairs.
+
+        Args:
+            images: (B, 3, H, W), uint8, or float that is normalised already.
+            tokens: (B, L) ids, padded at the end to any L.
+            lengths: (B,) number of real tokens; found from the trailing pads if not given.
+            contrastive, captioning: whether to compute what that loss needs; what is left out is None in the output.
+        """
+        lengths = self._lengths(tokens, lengths)
+        captioning = captioning and self.decoder is not None
+        vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, captioning)
+        states, text_vector = self.text(tokens, lengths, contrastive)
+        hidden, labels = self._caption_states(states, tokens, lengths, image_tokens) if captioning else (None, None)
+        return CoCaOutput(
+            image_features=F.normalize(self.image_projection(vector), dim=-1) if contrastive else None,
+            text_features=F.normalize(text_vector, dim=-1) if contrastive else None,
+            logit_scale=self.logit_scale.exp(),
+            hidden=hidden,
+            labels=labels,
+            vocabulary=self.decoder.vocabulary.weight if captioning else None,
+        )
+
+    def _caption_states(self, states: Tensor, tokens: Tensor, lengths: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing."""
+        longest = min(states.shape[1], tokens.shape[1])
+        hidden = self.decoder(states[:, : longest - 1], image_tokens)  # (B, T - 1, D)
+        real = torch.arange(1, longest, device=lengths.device) < lengths[:, None]  # (B, T - 1)
+        return hidden[real], tokens[:, 1:longest][real]
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""
+        vector, _ = self.pooling(self.image_encoder(images), captioning=False)
+        features = self.image_projection(vector)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, lengths: Tensor | None = None, normalize: bool = True) -> Tensor:
+        """tokens (B, L) -> text features (B, E), of unit length unless `normalize` is off."""
+        _, features = self.text(tokens, self._lengths(tokens, lengths))
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def generate(self, images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None) -> Tensor:
+        """Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id; `model.tokenizer.decode(row)` gives the text.
+
+        Args:
+            prompt: how every caption, or each one, begins.
+            max_length: most tokens, start and end included; default: 30, or the context length if that is shorter.
+        """
+        return generate(self, images, prompt=prompt, max_length=max_length)
+
+    def freeze(self, *names: str) -> list[str]:
+        """Stops the training of all parameters that start with one of `names`, for good, and returns their names.
+
+        Whole modules also stay in evaluation mode, so that batch norms keep their statistics and dropout stays off.
+        """
+        parameters = [(n, p) for n, p in self.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in names)]
+        if unknown := [name for name in names if not any(n == name or n.startswith(f"{name}.") for n, _ in parameters)]:
+            parts = ", ".join(name for name, _ in self.named_children())
+            raise ValueError(f"nothing in the model is called {', '.join(unknown)}; parts that can be frozen: {parts}")
+        for _, parameter in parameters:
+            parameter.requires_grad_(False)
+        self._frozen.update(names)
+        self.train(self.training)
+        return [name for name, _ in parameters]
+
+    def train(self, mode: bool = True) -> "CoCa":
+        super().train(mode)
+        for name, module in self.named_modules():
+            if name in self._frozen:
+                module.eval()
+        return self
+
+    def parameters_of_loss(self, loss: str) -> list[str]:
+        """Names of the parts that only the "contrastive" or only the "caption" loss trains; without that loss they get no gradient."""
+        if loss == "contrastive":
+            separate = ["pooling.contrastive"] if self.pooling.variant != "single" else []
+            return [*separate, "image_projection", "text.cls_embedding", "text.norm", "text.projection", "logit_scale"]
+        if loss == "caption":
+            separate = ["pooling.generative"] if self.pooling.variant == "parallel" else []
+            return [*separate, *(["decoder"] if self.decoder is not None else [])]
+        raise ValueError(f"loss must be 'contrastive' or 'caption', got '{loss}'")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations of each block in the backward pass: less memory for about a third more time."""
+        self.image_encoder.trunk.set_grad_checkpointing(enable)
+        self.text.grad_checkpointing = enable
+        if self.decoder is not None:
+            self.decoder.grad_checkpointing = enable
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keeps the temperature in CLIP's range: a scale between 1 and 100."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def _lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have the shape (batch, length), got {tuple(tokens.shape)}")
+        lengths = text_lengths(tokens, self.tokenizer.pad_id) if lengths is None else lengths
+        if tokens.shape[1] > self.text.context_length and int(lengths.max()) > self.text.context_length:
+            raise ValueError(f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}")
+        return lengths
+
+
+def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
+    """Number of tokens (B,) up to the last one that is not padding, at least 1. Ids equal to `pad_id` inside a text count as text."""
+    positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return (positions * (tokens != pad_id)).amax(dim=1).clamp(min=1)

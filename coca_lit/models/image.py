@@ -1,0 +1,90 @@
+"""The image side of CoCa: any timm encoder that gives patch or grid tokens, and the three ways of pooling them for the two tasks."""
+
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from coca_lit.models.layers import AttentionalPooler
+
+Pooler = Literal["single", "parallel", "cascade"]
+
+
+class ImageEncoder(nn.Module):
+    """A timm model without its head: pixels -> tokens (B, S, width). Grid outputs of convolutional nets become S = H·W tokens.
+
+    uint8 pixels are normalised here, on the device, with the mean and deviation that timm lists for the model; floats count as normalised already.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            close = timm.list_models(f"*{name[:12]}*")[:5] or timm.list_models("vit_base*clip*")[:5]
+            raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(close)}")
+        self._build = lambda: _timm_trunk(name, image_size, arguments)
+        self.image_size = image_size
+        self.trunk = self._build()
+        self.width: int = self.trunk.num_features
+        config = self.trunk.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+
+    def init_parameters(self) -> None:
+        """Every encoder family of timm has its own initialisation, applied when it is built: build one more and copy it."""
+        self.trunk.load_state_dict(self._build().state_dict())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> tokens (B, S, width)."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        features = self.trunk.forward_features(images)
+        if features.ndim == 3:
+            return features
+        if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":
+            return features.flatten(1, 2)
+        return features.flatten(2).transpose(1, 2)
+
+
+def _timm_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:  # transformers are built for one size, convolutions take any
+        arguments = {"img_size": image_size, **arguments}
+    if name.startswith("vit_") and "_clip_" in name:  # as in OpenCLIP, tokens go to the pooler without a final norm
+        arguments = {"final_norm": False, **arguments}
+    return timm.create_model(name, num_classes=0, global_pool="", **arguments)
+
+
+class ImagePooling(nn.Module):
+    """Image tokens -> one contrastive vector and the tokens that the decoder attends to.
+
+    - single: one pooler; query 0 is the contrastive vector, the others are the decoder's tokens (OpenCLIP: 255 of 256).
+    - parallel: two poolers side by side on the encoder's tokens (CoCa paper, section 3.2).
+    - cascade: the contrastive pooler attends to the output of the generative one (same section).
+    """
+
+    def __init__(self, variant: Pooler, context_width: int, width: int, queries: int, heads: int) -> None:
+        super().__init__()
+        if variant not in ("single", "parallel", "cascade"):
+            raise ValueError(f"pooler must be 'single', 'parallel' or 'cascade', got '{variant}'")
+        self.variant = variant
+        self.generative = AttentionalPooler(context_width, width, queries, heads)
+        if variant != "single":
+            self.contrastive = AttentionalPooler(context_width if variant == "parallel" else width, width, 1, heads)
+
+    def forward(self, tokens: Tensor, contrastive: bool = True, captioning: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """tokens (B, S, C) -> contrastive vector (B, E) and decoder tokens (B, Q, E), each None if it is not asked for."""
+        if self.variant == "single":
+            asked = slice(0 if contrastive else 1, None if captioning else 1)
+            pooled = self.generative(tokens, asked)
+            first = 1 if contrastive else 0
+            return (pooled[:, 0] if contrastive else None), (pooled[:, first:] if captioning else None)
+        image_tokens = self.generative(tokens) if captioning or self.variant == "cascade" else None
+        source = image_tokens if self.variant == "cascade" else tokens
+        vector = self.contrastive(source)[:, 0] if contrastive else None
+        return vector, (image_tokens if captioning else None)

@@ -1,0 +1,143 @@
+"""Transformer parts of CoCa: attention with an optional key/value cache, pre-norm blocks, and the attentional pooler.
+
+Shape letters, here and in the other model files: B batch, T text positions, S image tokens, D width, H heads, E embedding width, V vocabulary.
+All attention goes through `scaled_dot_product_attention`, which picks the fastest kernel of the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KVCache:
+    """Keys and values of one causal attention layer during generation; positions are appended, rows can be selected."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length  # positions that will be needed at most
+        self.used = 0
+        self._keys_values: Tensor | None = None  # (2, R, H, length, D/H)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (R, H, t, D/H) of new positions and returns keys and values of all positions so far."""
+        if self._keys_values is None:
+            rows, heads, _, width = keys.shape
+            self._keys_values = keys.new_empty(2, rows, heads, self.length, width)
+        end = self.used + keys.shape[2]
+        self._keys_values[0, :, :, self.used : end] = keys
+        self._keys_values[1, :, :, self.used : end] = values
+        self.used = end
+        return self._keys_values[0, :, :, :end], self._keys_values[1, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows, in that order; a row may appear several times."""
+        if self._keys_values is not None:
+            self._keys_values = self._keys_values[:, rows]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"the width ({width}) must be a multiple of the number of heads ({heads})")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). Causal unless a boolean `mask` (B, 1, T, T), True where attention is allowed, says otherwise."""
+        q, k, v = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # each (B, H, T, D/H)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # With a cache one new position sees everything before it; several are the start of a text, where causal means the usual triangle.
+        causal = mask is None and q.shape[2] > 1
+        return self.out(_merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)))
+
+
+class CrossAttention(nn.Module):
+    """Attention from x to a context of another width; keys and values can be computed once and reused."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"the width ({width}) must be a multiple of the number of heads ({heads})")
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, S, C) -> keys and values, each (B, H, S, D/H)."""
+        k, v = (_split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1))
+        return k, v
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        q = _split_heads(self.q(x), self.heads)
+        return self.out(_merge_heads(F.scaled_dot_product_attention(q, *keys_values)))
+
+
+class MLP(nn.Sequential):
+    def __init__(self, width: int, ratio: float = 4.0) -> None:
+        hidden = int(width * ratio)
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class SelfBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.norm_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_1(x), mask, cache))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+class CrossBlock(nn.Module):
+    """A `SelfBlock` whose attention looks at image tokens, with a norm of their own."""
+
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(context_width)
+        self.attention = CrossAttention(width, context_width, heads)
+        self.norm_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention.keys_values(self.norm_context(context))
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_1(x), keys_values))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+class AttentionalPooler(nn.Module):
+    """Learned queries that attend to a sequence of any length and give back one token each: no residual, no MLP (CoCa, arXiv 2205.01917)."""
+
+    def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(queries, width))
+        self.norm_query = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(context_width)
+        self.attention = CrossAttention(width, context_width, heads)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
+        """context (B, S, C) -> (B, Q, E), for the given slice of the queries."""
+        query = self.norm_query(self.query[queries]).expand(context.shape[0], -1, -1)  # (B, Q, E)
+        return self.norm_out(self.attention(query, self.attention.keys_values(self.norm_context(context))))
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)  # (B, H, T, D/H) -> (B, T, D)

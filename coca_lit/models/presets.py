@@ -1,0 +1,86 @@
+"""Named sizes of CoCa. `create_model("coca_vit_b32", cls_mask="legacy")` builds one, with any argument of `CoCa` overridden."""
+
+import difflib
+import inspect
+from typing import Any
+
+from coca_lit.models.coca import CoCa
+
+# OpenCLIP's two released models. 12 text layers and 12 decoder layers are the defaults of `CoCa`.
+_B32: dict[str, Any] = {"image_encoder": "vit_base_patch32_clip_224", "embed_dim": 512, "text_width": 512, "text_heads": 8}
+_L14: dict[str, Any] = {"image_encoder": "vit_large_patch14_clip_224", "embed_dim": 768, "text_width": 768, "text_heads": 12}
+
+
+def _paper(image_encoder: str, width: int, heads: int, layers: int) -> dict[str, Any]:
+    """Table 1 of the CoCa paper: 288 px in patches of 18, cascaded poolers, text and decoder as wide as the image encoder.
+
+    The depths and widths are the paper's. The vocabulary is CLIP's 49,408 instead of 64,000, and as in OpenCLIP each cross-attention has an MLP of its
+    own, so the parameter counts differ from the paper's 383 M, 787 M and 2.1 B.
+    """
+    return {
+        "image_encoder": image_encoder,
+        "image_encoder_args": {"patch_size": 18},
+        "image_size": 288,
+        "embed_dim": width,
+        "pooler": "cascade",
+        "text_width": width,
+        "text_heads": heads,
+        "text_layers": layers,
+        "decoder_layers": layers,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "coca_vit_b32": _B32,
+    "coca_vit_l14": _L14,
+    "clip_vit_b32": _B32 | {"decoder_layers": 0, "pooler_queries": 1},
+    "coca_base": _paper("vit_base_patch16_clip_224", 768, 12, 12),
+    "coca_large": _paper("vit_large_patch14_clip_224", 1024, 16, 12),
+    "coca_2b": _paper("vit_giant_patch14_clip_224", 1408, 16, 18),
+    # For a few thousand photos: a small convolutional encoder with ImageNet weights, small text side, CLIP's vocabulary.
+    "coca_efficientnet": {
+        "image_encoder": "tf_efficientnet_lite0",
+        "embed_dim": 384,
+        "pooler_queries": 50,
+        "context_length": 40,
+        "text_width": 384,
+        "text_layers": 3,
+        "text_heads": 6,
+        "decoder_layers": 3,
+    },
+    # Learns the built-in scenes on two CPU cores in minutes.
+    "coca_tiny": {
+        "image_encoder": "vit_base_patch32_clip_224",
+        "image_encoder_args": {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4},
+        "image_size": 32,
+        "embed_dim": 128,
+        "pooler_queries": 17,
+        "pooler_heads": 4,
+        "tokenizer": "scenes",
+        "context_length": 24,
+        "text_width": 128,
+        "text_layers": 2,
+        "text_heads": 4,
+        "decoder_layers": 2,
+    },
+}
+
+
+def create_model(name: str, **overrides: Any) -> CoCa:
+    """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
+
+    Raises:
+        ValueError: unknown preset or unknown argument; the message suggests the nearest one.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown model '{name}'{_nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}")
+    arguments = inspect.signature(CoCa).parameters
+    for key in overrides:
+        if key not in arguments:
+            raise ValueError(f"CoCa has no argument '{key}'{_nearest(key, arguments)}")
+    return CoCa(**PRESETS[name] | overrides)
+
+
+def _nearest(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""

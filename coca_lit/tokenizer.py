@@ -1,0 +1,190 @@
+"""Texts to token ids and back: CLIP's byte-pair encoding, or one id per word of a closed vocabulary.
+
+The tokenizer is the one place that knows vocabulary size, context length and special ids; the model reads them from here. Text is never parsed for
+special tokens: a caption that contains "<end_of_text>" is encoded as those characters.
+"""
+
+import gzip
+import html
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import ftfy
+import torch
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
+from torch import Tensor
+
+CLIP_MERGES = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
+# CLIP splits text into English contractions, runs of letters, single digits and runs of anything else.
+CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer(ABC):
+    """Common part of all tokenizers: special ids, padding and truncation."""
+
+    pad_id: int
+    sot_id: int
+    eot_id: int
+    vocab_size: int
+
+    def __init__(self, context_length: int = 76) -> None:
+        if context_length < 3:
+            raise ValueError(f"context_length must be at least 3 (start, one token, end), got {context_length}")
+        self.context_length = context_length
+
+    @property
+    @abstractmethod
+    def spec(self) -> str | list[str]:
+        """What `get_tokenizer` needs to build this tokenizer again: a name or the list of words."""
+
+    @abstractmethod
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    @abstractmethod
+    def _decode(self, ids: Sequence[int]) -> str: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text with start and end; a text that is too long keeps its first tokens and still ends with the end id."""
+        room = self.context_length - 2
+        return [[self.sot_id, *ids[:room], self.eot_id] for ids in self._encode_batch(texts)]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Token ids (B, context_length), int64, padded with `pad_id`."""
+        rows = self.encode_batch([texts] if isinstance(texts, str) else list(texts))
+        tokens = torch.full((len(rows), self.context_length), self.pad_id, dtype=torch.long)  # (B, L)
+        for row, ids in zip(tokens, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """Text up to the first end id, without the start id. Ids equal to `pad_id` before the end are real tokens."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if self.eot_id in ids:
+            ids = ids[: ids.index(self.eot_id)]
+        else:  # no end: what trails is padding
+            while ids and ids[-1] == self.pad_id:
+                ids.pop()
+        return self._decode([i for i in ids if i != self.sot_id])
+
+
+class CLIPTokenizer(Tokenizer):
+    """OpenAI CLIP's lower-case byte-pair encoding, id for id: 49,408 tokens, start 49406, end 49407.
+
+    The pad id is 0 as in OpenCLIP, although 0 is also the token "!" inside a run of punctuation ("!#$" -> [0, 2, 259]); everything in this package
+    therefore works with text lengths and never compares ids with 0 to find padding.
+    """
+
+    pad_id = 0
+
+    def __init__(self, context_length: int = 76) -> None:
+        super().__init__(context_length)
+        merges = [tuple(line.split()) for line in gzip.decompress(CLIP_MERGES.read_bytes()).decode().split("\n")]
+        self._byte_of = _byte_of_symbol()
+        symbols = list(self._byte_of)
+        tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
+        self.sot_id, self.eot_id = len(tokens), len(tokens) + 1
+        self.vocab_size = len(tokens) + 2
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        self._bpe = HFTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+        self._bpe.normalizer = normalizers.Lowercase()
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self._tokens = tokens
+
+    @property
+    def spec(self) -> str:
+        return "clip"
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._bpe.encode_batch([clean_text(text) for text in texts])]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        symbols = "".join(self._tokens[i] for i in ids if i < len(self._tokens))
+        text = bytes(self._byte_of[s] for s in symbols).decode("utf-8", errors="replace")  # "</w>" is ASCII and maps to itself
+        return text.replace("</w>", " ").strip()
+
+
+class WordTokenizer(Tokenizer):
+    """One id per word of a given vocabulary, for data sets whose captions are short and closed (the built-in scenes) or small (Flickr8k).
+
+    Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the unknown id, which decodes to nothing.
+    """
+
+    pad_id, sot_id, eot_id, unk_id = 0, 1, 2, 3
+
+    def __init__(self, words: Sequence[str], context_length: int = 76) -> None:
+        super().__init__(context_length)
+        if len(set(words)) != len(words):
+            raise ValueError("the vocabulary lists a word twice")
+        self._words = list(words)
+        self._ids = {word: i for i, word in enumerate(words, start=4)}
+        self.vocab_size = 4 + len(words)
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str], min_count: int = 5, context_length: int = 76) -> "WordTokenizer":
+        """Vocabulary of all words that occur at least `min_count` times, the most frequent first."""
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        words = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
+        return cls(words, context_length)
+
+    @property
+    def spec(self) -> list[str]:
+        return self._words
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[self._ids.get(word, self.unk_id) for word in split_words(text)] for text in texts]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self._words[i - 4] for i in ids if i >= 4)
+
+
+def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) -> Tokenizer:
+    """The tokenizer called `spec`: "clip", "scenes" (the words of the built-in data) or a list of words.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if not isinstance(spec, str):
+        return WordTokenizer(spec, context_length)
+    if spec == "clip":
+        return _clip(context_length)
+    if spec == "scenes":
+        from coca_lit.data.scenes import VOCABULARY
+
+        return WordTokenizer(VOCABULARY, context_length)
+    raise ValueError(f"unknown tokenizer '{spec}': expected 'clip', 'scenes' or a list of words")
+
+
+@lru_cache(maxsize=4)
+def _clip(context_length: int) -> CLIPTokenizer:
+    return CLIPTokenizer(context_length)  # building the merge table takes a moment, so it is shared
+
+
+def clean_text(text: str) -> str:
+    """OpenCLIP's cleaning: repaired Unicode, HTML entities resolved twice, single blanks. Plain ASCII without '&' needs only the last."""
+    if not text.isascii() or "&" in text:
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
+def split_words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+
+
+def _byte_of_symbol() -> dict[str, int]:
+    """GPT-2's printable stand-in for each of the 256 bytes, in the order of CLIP's vocabulary: printable bytes first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

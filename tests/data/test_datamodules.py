@@ -1,0 +1,143 @@
+"""DataModules on exported scenes and on the shared photos, and resuming inside a real Trainer."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from coca_lit.data.batch import Batch
+from coca_lit.data.datamodule import CaptionData
+from coca_lit.data.flickr import FlickrData, flickr_records
+from coca_lit.data.laion import LaionData
+from coca_lit.data.mscoco import MSCOCOData
+from coca_lit.data.nocaps import NoCapsData, nocaps_records
+from coca_lit.data.records import DataError
+from coca_lit.data.scenes import VOCABULARY
+from coca_lit.data.scenes_data import ScenesData
+from coca_lit.data.scenes_export import export_scenes
+from coca_lit.tokenizer import WordTokenizer
+
+TOKENIZER = WordTokenizer(VOCABULARY)
+CHECKOUT = Path(__file__).resolve().parents[2]
+FLICKR8K = Path(os.environ.get("COCA_SHARED_DATA", CHECKOUT.parent / "shared" / "data")) / "flickr8k"
+
+
+class Recorder(LightningModule):
+    """Trains one number and keeps what the batches held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, list[str], int, int]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.seen.append((self.current_epoch, batch.keys, int(batch.images.sum()), int(batch.tokens.sum())))
+        return self.weight * batch.lengths.float().mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data: LightningDataModule, folder: Path, ckpt_path: Path | None = None) -> list:
+    module = Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)],
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module.seen
+
+
+def laion(folder: Path, num_workers: int) -> LaionData:
+    shards = folder / "shards"
+    if not shards.exists():
+        export_scenes("shards", shards, count=600, size=16)
+    return LaionData(f"{shards}/*.tar", 24, TOKENIZER, 6, image_size=16, num_workers=num_workers)
+
+
+def scenes(folder: Path, num_workers: int) -> ScenesData:
+    return ScenesData(TOKENIZER, 6, image_size=16, train_count=27, num_workers=num_workers, val_split=None)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("make", [scenes, laion])
+def test_a_resumed_training_sees_the_same_batches(tmp_path, make, num_workers):
+    whole = fit(make(tmp_path, num_workers), tmp_path / "whole")
+    assert [epoch for epoch, *_ in whole] == [0] * 4 + [1] * 4 + [2] * 4
+    assert len({tuple(keys) for _, keys, *_ in whole}) == 12
+    for step in (1, 3, 4, 6) if num_workers == 0 else (2,):  # within and between epochs
+        assert (
+            fit(make(tmp_path, num_workers), tmp_path / "again", tmp_path / f"whole/step={step}.ckpt") == whole[step:]
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_resumed_twice_in_an_epoch_sees_the_same_batches(tmp_path):
+    whole = fit(scenes(tmp_path, 0), tmp_path / "whole")
+    fit(scenes(tmp_path, 0), tmp_path / "again", tmp_path / "whole/step=5.ckpt")
+    assert fit(scenes(tmp_path, 0), tmp_path / "third", tmp_path / "again/step=6.ckpt") == whole[6:]
+
+
+def test_exported_data_sets_are_read(tmp_path):
+    for form in ("karpathy", "coco", "nocaps"):
+        export_scenes(form, tmp_path / form, count=40, size=16)
+    modules: list[CaptionData] = [
+        MSCOCOData(str(tmp_path / "karpathy"), TOKENIZER, 8, image_size=16),
+        MSCOCOData(str(tmp_path / "coco"), TOKENIZER, 8, image_size=16),
+    ]
+    for data in modules:
+        assert data.steps_per_epoch == len(data.train_records) // 8 == len(data.train_dataloader())
+        batch = next(iter(data.train_dataloader()))
+        assert batch.images.shape == (8, 3, 16, 16)
+        assert len(batch.keys) == 8
+        assert len(next(iter(data.val_dataloader())).keys) > 0
+    domains = {record.domain for record in nocaps_records(tmp_path / "nocaps")}
+    assert domains == {"in-domain", "near-domain", "out-domain"}
+
+
+def test_nocaps_is_for_evaluation_only(tmp_path):
+    export_scenes("nocaps", tmp_path / "nocaps", count=40, size=16)
+    data = NoCapsData(str(tmp_path / "nocaps"), TOKENIZER, 8, image_size=16)
+    assert next(iter(data.val_dataloader())).images.shape == (8, 3, 16, 16)
+    with pytest.raises(DataError, match="nocaps is for evaluation only"):
+        data.train_dataloader()
+
+
+def test_scenes_are_never_cropped():
+    data = ScenesData(TOKENIZER, 4, image_size=32, train_count=8)
+    pixels = {str(record.id): data.train_transform()(record.image()) for record in data.train_records}
+    for batch in data.train_dataloader():
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            assert torch.equal(image, pixels[key])
+
+
+def test_numbers_that_cannot_work_are_refused():
+    with pytest.raises(DataError, match="has 8 images, less than one batch of 9"):
+        ScenesData(TOKENIZER, 9, train_count=8).train_dataloader()
+    with pytest.raises(DataError, match="batch_size 0"):
+        ScenesData(TOKENIZER, 0)
+    with pytest.raises(ValueError, match="num_workers must be 0 or more, not -1"):
+        ScenesData(TOKENIZER, 4, num_workers=-1)
+
+
+@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="the shared Flickr8k is absent")
+def test_shared_flickr8k():
+    assert len(flickr_records(FLICKR8K, "train")) == 6000
+    val = flickr_records(FLICKR8K, "val")
+    assert len(val) == 1000
+    assert {len(record.captions) for record in val} == {5}
+    batch = next(iter(FlickrData(str(FLICKR8K), TOKENIZER, 4, image_size=32).train_dataloader()))
+    assert batch.images.shape == (4, 3, 32, 32)

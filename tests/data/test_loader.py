@@ -1,0 +1,129 @@
+"""Order, resume position and randomness of indexed data: independent of workers, ranks and where the run stopped."""
+
+import random
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coca_lit.data.batch import Batch, Example, collate
+from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
+from coca_lit.data.loader import TrainLoader, epoch_batches, open_epoch, validation_loader
+from coca_lit.data.records import DataError, Record
+from coca_lit.data.transforms import build_transform
+from coca_lit.tokenizer import WordTokenizer
+
+TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
+
+
+def noise(i: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 50 + i, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    captions = ("a", "a b", "a b c", "a b c dog")
+    return [Record(f"r{i}", partial(noise, i), captions) for i in range(23)]
+
+
+@pytest.fixture
+def dataset(records) -> CaptionDataset:
+    return CaptionDataset(records, build_transform(train=True, size=16), TOKENIZER, seed=5)
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    assert [batch.keys for batch in first] == [batch.keys for batch in second]
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+def test_collate_pads_to_the_longest_caption_only():
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    batch = collate([Example(image, [1, 5, 2], "x"), Example(image, [1, 6, 7, 2], "y")], pad_id=0)
+    assert batch.tokens.tolist() == [[1, 5, 2, 0], [1, 6, 7, 2]]
+    assert batch.lengths.tolist() == [3, 4]
+    assert (batch.keys, batch.images.shape, batch.images.dtype) == (["x", "y"], (2, 3, 2, 2), torch.uint8)
+    assert batch.tokens.dtype == batch.lengths.dtype == torch.int64
+
+
+def test_an_epoch_holds_every_sample_once_in_a_new_order():
+    first, second = (epoch_batches(23, 4, seed=1, epoch=epoch) for epoch in (0, 1))
+    assert [len(batch) for batch in first] == [4] * 5  # 23 // 4
+    assert len({index for batch in first for index in batch}) == 20
+    assert {epoch for batch in second for epoch, _ in batch} == {1}
+    assert [i for batch in first for _, i in batch] != [i for batch in second for _, i in batch]
+    assert epoch_batches(23, 4, seed=2, epoch=0) != first == epoch_batches(23, 4, seed=1, epoch=0)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_ranks(world):
+    alone = epoch_batches(50, 8, seed=1, epoch=3)
+    ranks = [epoch_batches(50, 8, seed=1, epoch=3, rank=rank, world=world) for rank in range(world)]
+    for step, batch in enumerate(alone):
+        parts = [part[step] for part in ranks]
+        assert [len(part) for part in parts] == [8 // world] * world
+        assert sorted(chain(*parts)) == sorted(batch)
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    with pytest.raises(DataError, match="global batch_size 6 cannot be split evenly over 4 processes"):
+        epoch_batches(50, 6, seed=1, epoch=0, rank=0, world=4)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_workers_do_not_change_the_data(dataset, num_workers):
+    assert_equal(list(open_epoch(dataset, 4, epoch=1)), list(open_epoch(dataset, 4, epoch=1, num_workers=num_workers)))
+
+
+def test_a_resumed_epoch_continues_with_the_same_data(dataset):
+    whole = list(open_epoch(dataset, 4, epoch=2))
+    for start in range(6):
+        assert_equal(list(open_epoch(dataset, 4, epoch=2, start=start)), whole[start:])
+
+
+def test_examples_are_keyed_by_seed_epoch_and_record(dataset, records):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    examples = [dataset[epoch, 3] for epoch in range(40)]
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left as it was
+    random.seed(1)
+    torch.manual_seed(1)
+    assert torch.equal(dataset[7, 3].image, examples[7].image)
+    assert dataset[7, 3].tokens == examples[7].tokens
+    assert {len(example.tokens) for example in examples} == {3, 4, 5, 6}  # all four captions are drawn
+    assert len({example.image.numpy().tobytes() for example in examples}) > 20  # crops differ
+    other = CaptionDataset(records, dataset.transform, TOKENIZER, seed=6)
+    assert any(other[epoch, 3].tokens != example.tokens for epoch, example in enumerate(examples))
+
+
+def test_train_loader_asks_for_the_position_at_the_first_batch():
+    position = (0, 0)
+    loader = TrainLoader(5, lambda epoch, start: ((epoch, step) for step in range(start, 99)), lambda: position)
+    iterator = iter(loader)
+    position = (2, 3)  # what restoring a checkpoint does after iter()
+    assert list(iterator) == [(2, 3), (2, 4)]
+    assert len(loader) == 5
+
+
+@pytest.mark.parametrize(("count", "batch_size", "world", "expected"), [(23, 4, 1, 5), (23, 4, 2, 5), (3, 8, 2, 1)])
+def test_validation_ranks_agree_and_repeat_nothing(records, count, batch_size, world, expected):
+    dataset = FirstCaptionDataset(records[:count], build_transform(size=16), TOKENIZER)
+    ranks = [list(validation_loader(dataset, batch_size, rank, world)) for rank in range(world)]
+    assert [len(batches) for batches in ranks] == [expected] * world
+    keys = [key for batches in ranks for batch in batches for key in batch.keys]
+    assert len(set(keys)) == len(keys) == expected * min(batch_size, count // world * world)
+    assert all(batch.lengths.eq(3).all() for batches in ranks for batch in batches)  # always the first caption
+    alone = list(validation_loader(dataset, batch_size))
+    if batch_size <= count:
+        together = [sorted(chain(*(batches[step].keys for batches in ranks))) for step in range(expected)]
+        assert together == [sorted(batch.keys) for batch in alone]
+
+
+def test_validation_needs_an_image_per_process(records):
+    dataset = FirstCaptionDataset(records[:1], build_transform(size=16), TOKENIZER)
+    with pytest.raises(DataError, match="at least one image per process: there are 1 for 2"):
+        validation_loader(dataset, 4, rank=0, world=2)

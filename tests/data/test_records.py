@@ -1,0 +1,212 @@
+"""Reading annotation files and image folders as users have them: complete, nearly complete, misplaced or malformed."""
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from coca_lit.data.flickr import flickr_records
+from coca_lit.data.mscoco import mscoco_records
+from coca_lit.data.nocaps import nocaps_records
+from coca_lit.data.records import DataError, DataNotFoundError, open_image
+
+
+def write_images(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 6), (200, 10, 10)).save(folder / name)
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def karpathy_image(i: int, filename: str, split: str, **more: object) -> dict:
+    sentences = [{"tokens": ["a", "dog"], "raw": f" A dog {i}.\n", "imgid": i, "sentid": 2 * i}]
+    return {"filename": filename, "imgid": i, "split": split, "sentids": [2 * i], "sentences": sentences, **more}
+
+
+def coco_content(names: dict[int, str], **more: object) -> dict:
+    """Image `i` has the captions "i first" and "i second", the latter with blanks and a newline around it."""
+    return {
+        "images": [{"id": i, "file_name": name, **more} for i, name in names.items()],
+        "annotations": [{"image_id": i, "id": 9 * i, "caption": text} for i in names for text in (f"{i} first",)]
+        + [{"image_id": i, "id": 9 * i + 1, "caption": f"  {i} second\n"} for i in names],
+    }
+
+
+@pytest.fixture
+def flickr(tmp_path: Path) -> Path:
+    names = [f"{i}.jpg" for i in range(200)]
+    write_images(tmp_path / "images", names)
+    images = [karpathy_image(i, name, "train" if i < 150 else "val") for i, name in enumerate(names)]
+    write_json(tmp_path / "dataset_flickr8k.json", {"images": images, "dataset": "flickr8k"})
+    return tmp_path
+
+
+def test_open_image_gives_rgb_and_names_broken_files(tmp_path):
+    Image.new("L", (4, 3), 7).save(tmp_path / "grey.png")
+    assert open_image(tmp_path / "grey.png").mode == "RGB"
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    with pytest.raises(DataError, match=r"broken\.jpg is not a readable image"):
+        open_image(tmp_path / "broken.jpg")
+
+
+def test_open_image_refuses_decompression_bombs_from_the_header(tmp_path):
+    Image.new("1", (8000, 5001)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 20_000
+    with pytest.raises(DataError, match=r"bomb\.png has 8000 x 5001 pixels"):
+        open_image(tmp_path / "bomb.png")
+
+
+def test_open_image_does_not_run_postscript(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.jpg")
+    with pytest.raises(DataError, match=r"x\.jpg is not a readable image"):
+        open_image(tmp_path / "x.jpg")
+
+
+def test_flickr_records(flickr):
+    records = flickr_records(flickr, "val")
+    assert [record.id for record in records] == list(range(150, 200))
+    assert records[0].captions == ("A dog 150.",)
+    assert pickle.loads(pickle.dumps(records[0])).image().size == (8, 6)
+
+
+@pytest.mark.parametrize("folder", ["Images", "Flicker8k_Dataset", "."])
+def test_flickr_folder_names(flickr, folder):
+    if folder == ".":
+        for path in (flickr / "images").iterdir():
+            path.rename(flickr / path.name)
+    else:
+        (flickr / "images").rename(flickr / folder)
+    assert len(flickr_records(flickr, "train")) == 150
+
+
+def test_a_known_absent_image_is_skipped_but_many_are_an_error(flickr, caplog):
+    (flickr / "images/3.jpg").unlink()
+    assert len(flickr_records(flickr, "train")) == 149
+    assert "skipped 1 of 150 images without a file, e.g. 3.jpg" in caplog.text
+    (flickr / "images/4.jpg").unlink()
+    with pytest.raises(DataNotFoundError, match=r"2 of 150 images that .*dataset_flickr8k\.json lists, e\.g\. 3\.jpg"):
+        flickr_records(flickr, "train")
+
+
+def test_missing_data_say_what_where_how_and_what_runs_instead(tmp_path):
+    with pytest.raises(DataNotFoundError) as error:
+        flickr_records(tmp_path, "train", "flickr30k")
+    message = str(error.value)
+    for part in (
+        "captions of flickr30k not found",
+        str(tmp_path / "dataset_flickr30k.json"),
+        "data.root",
+        "data=scenes",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_malformed_annotations_are_one_sentence(flickr):
+    path = flickr / "dataset_flickr8k.json"
+    with pytest.raises(DataError, match="has no split 'test'; it has train, val"):
+        flickr_records(flickr, "test")
+    write_json(path, {"images": [{"filename": "1.jpg", "split": "train", "imgid": 1}]})
+    with pytest.raises(DataError, match="does not follow Karpathy's schema: the field 'sentences' is missing"):
+        flickr_records(flickr, "train")
+    write_json(path, [1, 2])
+    with pytest.raises(DataError, match="does not follow Karpathy's schema"):
+        flickr_records(flickr, "train")
+    path.write_text('{"images": [')
+    with pytest.raises(DataError, match=r"dataset_flickr8k\.json is not a readable JSON file"):
+        flickr_records(flickr, "train")
+
+
+def test_an_id_used_twice_is_an_error(flickr):
+    images = [karpathy_image(1, "1.jpg", "train"), karpathy_image(1, "2.jpg", "train")]
+    write_json(flickr / "dataset_flickr8k.json", {"images": images})
+    with pytest.raises(DataError, match="uses the same image id twice"):
+        flickr_records(flickr, "train")
+
+
+@pytest.fixture
+def karpathy_coco(tmp_path: Path) -> Path:
+    rows = [("train2014", "train"), ("val2014", "restval"), ("val2014", "val"), ("val2014", "test")]
+    images = []
+    for i, (folder, split) in enumerate(rows, start=10):
+        name = f"COCO_{folder}_{i:012d}.jpg"
+        write_images(tmp_path / folder, [name])
+        images.append(karpathy_image(i - 10, name, split, filepath=folder, cocoid=i))
+    write_json(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    return tmp_path
+
+
+def test_karpathy_coco_train_includes_restval_and_ids_are_coco_ids(karpathy_coco):
+    ids = {split: [record.id for record in mscoco_records(karpathy_coco, split)] for split in ("train", "val", "test")}
+    assert ids == {"train": [10, 11], "val": [12], "test": [13]}
+
+
+def test_karpathy_coco_reads_the_images_of_2017(karpathy_coco):
+    for folder in ("train2014", "val2014"):
+        for path in list((karpathy_coco / folder).iterdir()):
+            (karpathy_coco / "images/train2017").mkdir(parents=True, exist_ok=True)
+            path.rename(karpathy_coco / "images/train2017" / path.name.rsplit("_", 1)[-1])
+        (karpathy_coco / folder).rmdir()
+    assert [record.id for record in mscoco_records(karpathy_coco, "train")] == [10, 11]
+
+
+def test_karpathy_path_may_be_given_and_must_then_exist(karpathy_coco, tmp_path):
+    moved = karpathy_coco / "elsewhere.json"
+    (karpathy_coco / "dataset_coco.json").rename(moved)
+    assert [record.id for record in mscoco_records(karpathy_coco, "test", karpathy=moved)] == [13]
+    with pytest.raises(DataNotFoundError, match=r"Karpathy split of MS-COCO not found .*nowhere\.json"):
+        mscoco_records(karpathy_coco, "test", karpathy="nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("year", "folder", "name"),
+    [
+        (2017, "val2017", "000000000042.jpg"),
+        (2014, "val2014", "COCO_val2014_000000000042.jpg"),
+        (2017, "images/val2017", "000000000042.jpg"),
+    ],
+)
+def test_coco_layouts(tmp_path, year, folder, name):
+    write_images(tmp_path / folder, [name])
+    write_json(tmp_path / f"annotations/captions_val{year}.json", coco_content({42: name}))
+    (record,) = mscoco_records(tmp_path, "val")
+    assert (record.id, record.captions) == (42, ("42 first", "42 second"))
+    with pytest.raises(DataError, match="has the splits train and val, not 'test'"):
+        mscoco_records(tmp_path, "test")
+    with pytest.raises(DataNotFoundError, match=r"MS-COCO captions not found .*captions_train2017\.json"):
+        mscoco_records(tmp_path, "train")
+
+
+def test_images_without_captions_are_left_out(tmp_path, caplog):
+    write_images(tmp_path / "val2017", ["1.jpg", "2.jpg"])
+    content = coco_content({1: "1.jpg", 2: "2.jpg"})
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] == 2]
+    write_json(tmp_path / "annotations/captions_val2017.json", content)
+    assert [record.id for record in mscoco_records(tmp_path, "val")] == [2]
+    assert "skipped 1 of 2 images without a caption" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["nocaps_val_4500_captions.json", "nocaps_val_captions.json.gz"])
+@pytest.mark.parametrize("folder", ["images", "val", "."])
+def test_nocaps_layouts(tmp_path, name, folder):
+    write_images(tmp_path / folder, ["0013.jpg"])
+    text = json.dumps(coco_content({0: "0013.jpg"}, domain="near-domain"))
+    data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+    (tmp_path / name).write_bytes(data)
+    (record,) = nocaps_records(tmp_path)
+    assert (record.id, record.domain, len(record.captions)) == (0, "near-domain", 2)
+
+
+def test_nocaps_test_set_has_no_captions(tmp_path):
+    write_images(tmp_path / "images", ["0.jpg"])
+    write_json(tmp_path / "nocaps_val_4500_captions.json", {"images": [{"id": 0, "file_name": "0.jpg"}]})
+    with pytest.raises(DataError, match="the field 'annotations' is missing"):
+        nocaps_records(tmp_path)

@@ -1,0 +1,6 @@
+"""Train a contrastive captioner: `python train.py --help`."""
+
+from coca_lit.cli import train
+
+if __name__ == "__main__":
+    train()
