@@ -51,6 +51,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     start_run_folder(cfg)
     module = build_module(cfg)
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
+    data.prepare_data()  # missing training data are said first, before those of an evaluation
     evals = [build(node, f"evals.{name}") for name, node in cfg.evals.items() if node]
     trainer = build_trainer(cfg, evals)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
@@ -65,7 +66,10 @@ def build_module(cfg: DictConfig) -> Any:
     from coca_lit.checkpoints import load_image_weights, load_weights
 
     module = build(cfg.model, "model")
-    module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
+    try:
+        module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.optimizer: {error}") from error
     if cfg.image_weights is not None:
         load_image_weights(module.net, cfg.image_weights)
     if cfg.init_from is not None:
@@ -121,4 +125,4 @@ def _explain(error: Exception) -> str:
     if isinstance(error, HydraException):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return explain_override(error, hydra.compose("train", return_hydra_config=False))
-    return str(error)
+    return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

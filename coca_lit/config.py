@@ -104,6 +104,9 @@ def suggest(key: str, known: Iterable[str]) -> str:
 def explain_override(error: Exception, config: DictConfig) -> str:
     """One sentence for an override that Hydra refused, with the nearest key of `config`."""
     text = str(error).strip()
+    if text.startswith("Error merging override") and error.__cause__ is not None:
+        reason = str(error.__cause__).splitlines()[0]
+        return f"{text.removeprefix('Error merging override ')}: {reason}"
     if match := re.search(r"Could not override '([\w.@/]+)'", text):
         keys = list(_keys(OmegaConf.to_container(config, resolve=False)))
         return f"there is no key '{match[1]}'{suggest(match[1], keys)}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ftfy
 import torch
-from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
@@ -94,7 +94,6 @@ class CLIPTokenizer(Tokenizer):
         self.vocab_size = len(tokens) + 2
         vocabulary = {token: i for i, token in enumerate(tokens)}
         self._bpe = HFTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
-        self._bpe.normalizer = normalizers.Lowercase()
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
@@ -173,10 +172,10 @@ def _clip(context_length: int) -> CLIPTokenizer:
 
 
 def clean_text(text: str) -> str:
-    """OpenCLIP's cleaning: repaired Unicode, HTML entities resolved twice, single blanks. Plain ASCII without '&' needs only the last."""
-    if not text.isascii() or "&" in text:
+    """OpenCLIP's cleaning: repaired Unicode, no control characters, HTML entities resolved twice, single blanks, lower case."""
+    if not (text.isascii() and text.isprintable()) or "&" in text:  # nothing of the first three can be in any other text
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split())
+    return " ".join(text.split()).lower()  # here, not in the tokenizer library, which gets a final Greek sigma wrong
 
 
 def split_words(text: str) -> list[str]:

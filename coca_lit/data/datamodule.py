@@ -57,6 +57,10 @@ class CaptionData(LightningDataModule):
             )
         return len(self.train_records) // self.batch_size
 
+    def prepare_data(self) -> None:
+        """Finds the training data, or raises `DataError`: called before anything slow begins."""
+        _ = self.steps_per_epoch
+
     def train_transform(self) -> Transform:
         return build_transform(train=True, size=self.image_size)
 

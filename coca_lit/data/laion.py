@@ -59,6 +59,9 @@ class LaionData(CaptionData):
             raise DataError(f"epoch_samples {self.epoch_samples} is less than one batch of {self.batch_size}")
         return self.epoch_samples // self.batch_size
 
+    def prepare_data(self) -> None:
+        expand_shards(self.shards)
+
     def train_dataloader(self) -> TrainLoader:
         rank, world = self._rank_and_world()
         shards = expand_shards(self.shards)

@@ -1,7 +1,7 @@
 """The built-in data set as a DataModule: rendered on the fly, nothing to download."""
 
 from coca_lit.data.datamodule import CaptionData
-from coca_lit.data.records import Record
+from coca_lit.data.records import DataError, Record
 from coca_lit.data.scenes import scene_records
 from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.tokenizer import Tokenizer
@@ -32,7 +32,10 @@ class ScenesData(CaptionData):
 
     def records(self, split: str) -> list[Record]:
         count = self.train_count if split == self.train_split else None
-        return scene_records(split, size=self.image_size, count=count, objects=self.objects)
+        try:
+            return scene_records(split, size=self.image_size, count=count, objects=self.objects)
+        except ValueError as error:
+            raise DataError(f"data=scenes: {error}") from error
 
     def train_transform(self) -> Transform:
         return build_transform(size=self.image_size)  # a random crop could cut away an object that the caption names

@@ -126,6 +126,8 @@ class CoCa(nn.Module):
             lengths: (B,) number of real tokens; found from the trailing pads if not given.
             contrastive, captioning: whether to compute what that loss needs; what is left out is None in the output.
         """
+        if len(images) != len(tokens):
+            raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
         lengths = self._lengths(tokens, lengths)
         captioning = captioning and self.decoder is not None
         vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, captioning)

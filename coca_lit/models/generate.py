@@ -99,6 +99,6 @@ def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int
     if len(prompts) != count:
         raise ValueError(f"got {len(prompts)} prompts for {count} images: give one prompt for all, or one for each image")
     rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
-    if count and (longest := max(map(len, rows))) >= max_length:
+    if count and (longest := max(map(len, rows))) > max(max_length - 2, 1):  # the end and, after words, one more token
         raise ValueError(f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption; raise max_length or shorten it")
     return rows

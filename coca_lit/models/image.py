@@ -1,5 +1,6 @@
 """The image side of CoCa: any timm encoder that gives patch or grid tokens, and the three ways of pooling them for the two tasks."""
 
+from functools import partial
 from typing import Any, Literal
 
 import timm
@@ -25,10 +26,10 @@ class ImageEncoder(nn.Module):
         if not timm.is_model(name):
             close = timm.list_models(f"*{name[:12]}*")[:5] or timm.list_models("vit_base*clip*")[:5]
             raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(close)}")
-        self._build = lambda: _timm_trunk(name, image_size, arguments)
+        self._build = partial(_timm_trunk, name, image_size, arguments)
         self.image_size = image_size
         self.trunk = self._build()
-        self.width: int = self.trunk.num_features
+        self.width: int = self.trunk.head_hidden_size
         config = self.trunk.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
@@ -43,7 +44,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        features = self.trunk.forward_features(images)
+        features = self.trunk(images)  # all of it: in some families the head holds the last norm or convolution
         if features.ndim == 3:
             return features
         if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":

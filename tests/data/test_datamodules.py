@@ -127,6 +127,8 @@ def test_scenes_are_never_cropped():
 def test_numbers_that_cannot_work_are_refused():
     with pytest.raises(DataError, match="has 8 images, less than one batch of 9"):
         ScenesData(TOKENIZER, 9, train_count=8).train_dataloader()
+    with pytest.raises(DataError, match=r"data=scenes: .*1000000"):
+        ScenesData(TOKENIZER, 9, train_count=1_000_000).train_dataloader()
     with pytest.raises(DataError, match="batch_size 0"):
         ScenesData(TOKENIZER, 0)
     with pytest.raises(ValueError, match="num_workers must be 0 or more, not -1"):
