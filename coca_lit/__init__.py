@@ -1,0 +1,48 @@
+"""Contrastive Captioners (CoCa): one network that retrieves, classifies and captions images.
+
+The names below are the stable Python interface. They are imported on first use, so that `import coca_lit` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coca_lit.checkpoints import load_model, save_model
+    from coca_lit.data.transforms import build_transform
+    from coca_lit.evals.captioning import caption_scores
+    from coca_lit.evals.retrieval import recall_at_k
+    from coca_lit.models import CoCa, create_model
+    from coca_lit.models.open_clip import from_open_clip, to_open_clip
+    from coca_lit.tokenizer import get_tokenizer
+
+_HOMES = {
+    "CoCa": "coca_lit.models",
+    "create_model": "coca_lit.models",
+    "load_model": "coca_lit.checkpoints",
+    "save_model": "coca_lit.checkpoints",
+    "from_open_clip": "coca_lit.models.open_clip",
+    "to_open_clip": "coca_lit.models.open_clip",
+    "get_tokenizer": "coca_lit.tokenizer",
+    "build_transform": "coca_lit.data.transforms",
+    "caption_scores": "coca_lit.evals.captioning",
+    "recall_at_k": "coca_lit.evals.retrieval",
+}
+
+__all__ = [
+    "CoCa",
+    "build_transform",
+    "caption_scores",
+    "create_model",
+    "from_open_clip",
+    "get_tokenizer",
+    "load_model",
+    "recall_at_k",
+    "save_model",
+    "to_open_clip",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'coca_lit' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,28 +1,66 @@
-"""What a run leaves behind besides checkpoints: its config, its results and its curves."""
+"""What a run leaves behind besides checkpoints: its config, where it ran, its results and its curves."""
 
 import csv
 import json
 import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 
 def start_run_folder(cfg: DictConfig) -> None:
-    """Writes `config.yaml`. Values that come from the environment stay references, so that no secret lands in a file."""
+    """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no secret lands in a file."""
     if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
         folder = Path(cfg.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
+        (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:
-    """Writes `results.json` and `curves.png`, and prints the scores."""
+    """Writes `results.json` and `curves.png`, notes the duration, and prints the scores."""
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["seconds"] = round(time.time() - environment["started"])
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if (folder / "metrics.csv").exists():
         plot_curves(folder / "metrics.csv", folder / "curves.png")
     print_results(results)
-    print(f"everything is in {folder}")
+    print(f"{environment['seconds']} seconds; everything is in {folder}")
+
+
+def _environment() -> dict[str, Any]:
+    """What one has to know to believe a number: command, commit, machine, versions."""
+    packages = ("torch", "lightning", "timm", "hydra-core")
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "started": time.time(),
+    }
+
+
+def _commit() -> str:
+    """Commit of the checkout, marked if files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def print_results(results: dict[str, float]) -> None:

@@ -1,0 +1,61 @@
+"""What several test files share: a small model, the folder of real data, and real process groups."""
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from coca_lit.models import CoCa, create_model
+
+SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., CoCa]:
+    """`tiny_model(**overrides)`: the smallest preset, in evaluation mode, with the same weights every time."""
+
+    def build(**overrides: Any) -> CoCa:
+        torch.manual_seed(0)
+        return create_model("coca_tiny", **overrides).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    """`on_ranks(world, function, *arguments)`: results of a picklable function on `world` gloo processes, in rank order.
+
+    The processes live as long as the test session, each call has a process group of its own.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["coca_lit.lit_module", "coca_lit.evals.collect"])  # imported once for all of them
+
+    with ProcessPoolExecutor(max_workers=3, mp_context=context) as pool:
+
+        def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+            store = tmp_path_factory.mktemp("group") / "store"
+            call = pickle.dumps((function, arguments))  # as bytes: tensors would otherwise travel as open files
+            futures = [pool.submit(_on_rank, rank, world, store, call) for rank in range(world)]
+            return [pickle.loads(future.result(timeout=120)) for future in futures]
+
+        yield run
+
+
+def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
+    """No process takes two ranks of a group, because each waits here for all others."""
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timeout)
+    try:
+        function, arguments = pickle.loads(call)
+        return pickle.dumps(function(*arguments))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,123 @@
+"""Collectives, and a whole CoCa under DistributedDataParallel, on real gloo processes."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from coca_lit.data.batch import Batch
+from coca_lit.distributed import broadcast_object, gather, gather_objects, rank, say, sum_over_ranks, world_size
+from coca_lit.lit_module import CoCaLit
+from coca_lit.models import create_model
+from coca_lit.optim import adamw
+
+PAIRS, STEPS = 4, 3
+# No batch norm: its statistics are those of a rank's own images.
+ENCODER = {
+    "image_encoder": "vit_base_patch32_clip_224",
+    "image_encoder_args": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2},
+}
+
+
+def collectives() -> dict[str, Any]:
+    x = torch.full((2, 3), float(rank()), requires_grad=True)
+    gathered = gather(x)
+    (gathered * torch.arange(gathered.shape[0])[:, None]).sum().backward()
+    return {
+        "world": world_size(),
+        "gathered": gathered[:, 0].tolist(),
+        "gradient": x.grad[:, 0].tolist(),
+        "sum": sum_over_ranks(torch.tensor([1.0, rank()])).tolist(),
+        "objects": gather_objects({"rank": rank()}),
+        "broadcast": broadcast_object(f"from {rank()}"),
+    }
+
+
+def test_collectives_without_a_process_group() -> None:
+    assert collectives() == {
+        "world": 1,
+        "gathered": [0, 0],
+        "gradient": [0, 1],
+        "sum": [1, 0],
+        "objects": [{"rank": 0}],
+        "broadcast": "from 0",
+    }
+
+
+def test_collectives_on_two_ranks(on_ranks) -> None:
+    for r, result in enumerate(on_ranks(2, collectives)):
+        assert result == {
+            "world": 2,
+            "gathered": [0, 0, 1, 1],
+            "gradient": [4 * r, 4 * r + 2],  # rows 2r and 2r + 1, from the losses of both ranks
+            "sum": [2, 1],
+            "objects": [{"rank": 0}, {"rank": 1}],
+            "broadcast": "from 0",
+        }
+
+
+def test_say_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    say("hello")
+    assert capsys.readouterr().out == "hello\n"
+
+
+class Step(nn.Module):
+    """The training step as the forward pass, which is what Lightning wraps in DistributedDataParallel."""
+
+    def __init__(self, module: CoCaLit) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.module.training_step(batch, 0)
+
+
+def own_batch(model: nn.Module, step: int) -> Batch:
+    """This rank's part of four pairs with captions of very different lengths."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (PAIRS, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(4, model.tokenizer.vocab_size, (PAIRS, 20), generator=generator)
+    lengths = torch.tensor([20, 12, 3, 5])
+    tokens[torch.arange(20) >= lengths[:, None]] = model.tokenizer.pad_id
+    share = PAIRS // world_size()
+    own = slice(rank() * share, (rank() + 1) * share)
+    return Batch(images[own], tokens[own, : lengths[own].max()], lengths[own], [""] * share)
+
+
+def train(model: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Trainable weights after a few steps with plain gradient descent."""
+    torch.manual_seed(0)
+    net = create_model("coca_tiny", **ENCODER, **model).train()
+    module = CoCaLit(net, partial(adamw, lr=0.0), **weights)
+    step_module = DistributedDataParallel(Step(module)) if world_size() > 1 else Step(module)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        step_module(own_batch(net, step)).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ({}, {}),
+        ({}, {"contrastive_weight": 0}),
+        ({}, {"caption_weight": 0}),
+        ({"pooler": "parallel"}, {"contrastive_weight": 0}),
+        ({"pooler": "parallel"}, {"caption_weight": 0}),
+        ({"pooler": "cascade", "cls_mask": "legacy"}, {"contrastive_weight": 0}),
+        ({"pooler": "cascade", "cls_mask": "legacy"}, {"caption_weight": 0}),
+        ({"decoder_layers": 0, "pooler_queries": 1}, {}),
+    ],
+)
+def test_training_on_two_ranks_equals_one_process(on_ranks, model: dict[str, Any], weights: dict[str, float]) -> None:
+    """From the second step on, DistributedDataParallel also raises for a trainable parameter that gets no gradient."""
+    expected = train(model, weights)
+    for result in on_ranks(2, train, model, weights):
+        torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5)
