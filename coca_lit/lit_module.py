@@ -20,9 +20,11 @@ class CoCaLit(L.LightningModule):
 
     Args:
         net: the network.
-        optimizer: makes an optimizer for the trainable parameters of a module, e.g. a partial of `coca_lit.optim.adamw`.
+        optimizer: makes an optimizer for the trainable parameters of a module, e.g. a partial of
+            `coca_lit.optim.adamw`.
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
-        contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what only it trains.
+        contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
+            only it trains.
         freeze: further parts of the network that stay as they are, e.g. `image_encoder`.
         grad_checkpointing: trade a third more time for much less activation memory.
         compile: run the network through `torch.compile`.
@@ -47,7 +49,9 @@ class CoCaLit(L.LightningModule):
         if net.decoder is None:
             weights["caption"] = 0.0  # a CLIP: there is nothing that could caption
         if not any(weights.values()):
-            raise ValueError("no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0")
+            raise ValueError(
+                "no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0"
+            )
         self.net = net
         self.weights = weights
         self.warmup_steps = warmup_steps
@@ -59,7 +63,9 @@ class CoCaLit(L.LightningModule):
             net.compile()  # in place: the names in checkpoints stay as they are
 
     def _freeze(self, parts: Sequence[str]) -> None:
-        unused = [part for loss, weight in self.weights.items() if weight == 0 for part in self.net.parameters_of_loss(loss)]
+        unused = [
+            part for loss, weight in self.weights.items() if weight == 0 for part in self.net.parameters_of_loss(loss)
+        ]
         for reason, names in (("as configured", parts), ("no loss with a weight above 0 trains them", unused)):
             if names:
                 frozen = self.net.freeze(*names)
@@ -98,4 +104,6 @@ class CoCaLit(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[MODEL_KEY] = self.net.config  # plain values: the file explains itself and loads with weights_only=True
+        checkpoint[MODEL_KEY] = (
+            self.net.config
+        )  # plain values: the file explains itself and loads with weights_only=True

@@ -1,6 +1,7 @@
 """The two losses of CoCa, as functions that return raw, unweighted terms. Both are exact on any number of ranks.
 
-Letters: B pairs of this rank, W ranks, E embedding width, N predicted tokens of this rank, D decoder width, V vocabulary.
+Letters: B pairs of this rank, W ranks, E embedding width, N predicted tokens of this rank, D decoder width, V
+vocabulary.
 """
 
 import torch
@@ -13,7 +14,8 @@ from coca_lit.distributed import gather, rank, sum_over_ranks, world_size
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric InfoNCE over the global batch (CLIP, Radford et al. 2021): image i belongs to text i.
 
-    Each rank scores its own B images against all W·B texts and its own B texts against all images; the mean over ranks is the loss of the global batch.
+    Each rank scores its own B images against all W·B texts and its own B texts against all images; the mean over
+    ranks is the loss of the global batch.
 
     Args:
         image_features, text_features: (B, E), unit length; the same B on every rank.
@@ -32,7 +34,8 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
 def caption_loss(hidden: Tensor, vocabulary: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the next token, averaged over all real tokens of the global batch.
 
-    A mean per rank, averaged over ranks, would weigh tokens of ranks with short captions more; here every token counts the same.
+    A mean per rank, averaged over ranks, would weigh tokens of ranks with short captions more; here every token
+    counts the same.
 
     Args:
         hidden: (N, D) decoder states that predict a token; N may differ between ranks.

@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def start_run_folder(cfg: DictConfig) -> None:
-    """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no secret lands in a file."""
+    """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no
+    secret lands in a file.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
         folder = Path(cfg.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,11 @@ def _commit() -> str:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -83,7 +89,9 @@ def plot_curves(metrics: Path, picture: Path) -> None:
 
     curves = _read_curves(metrics)
     losses = {name: curve for name, curve in curves.items() if name.endswith("_loss")}
-    scores = {name: c for name, c in curves.items() if name.endswith(("/CIDEr", "_recall@1", "/exact_match")) and len(c) > 1}
+    scores = {
+        name: c for name, c in curves.items() if name.endswith(("/CIDEr", "_recall@1", "/exact_match")) and len(c) > 1
+    }
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, group) in zip(figure.subplots(1, 2), {"losses": losses, "scores": scores}.items(), strict=True):

@@ -1,6 +1,7 @@
 """Texts to token ids and back: CLIP's byte-pair encoding, or one id per word of a closed vocabulary.
 
-The tokenizer is the one place that knows vocabulary size, context length and special ids; the model reads them from here. Text is never parsed for
+The tokenizer is the one place that knows vocabulary size, context length and special ids; the model reads them from
+here. Text is never parsed for
 special tokens: a caption that contains "<end_of_text>" is encoded as those characters.
 """
 
@@ -49,7 +50,9 @@ class Tokenizer(ABC):
     def _decode(self, ids: Sequence[int]) -> str: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with start and end; a text that is too long keeps its first tokens and still ends with the end id."""
+        """Ids of each text with start and end; a text that is too long keeps its first tokens and still ends with the
+        end id.
+        """
         room = self.context_length - 2
         return [[self.sot_id, *ids[:room], self.eot_id] for ids in self._encode_batch(texts)]
 
@@ -78,8 +81,8 @@ class Tokenizer(ABC):
 class CLIPTokenizer(Tokenizer):
     """OpenAI CLIP's lower-case byte-pair encoding, id for id: 49,408 tokens, start 49406, end 49407.
 
-    The pad id is 0 as in OpenCLIP, although 0 is also the token "!" inside a run of punctuation ("!#$" -> [0, 2, 259]); everything in this package
-    therefore works with text lengths and never compares ids with 0 to find padding.
+    The pad id is 0 as in OpenCLIP, although 0 is also the token "!" inside a run of punctuation ("!#$" -> [0, 2,
+    259]); everything in this package therefore works with text lengths and never compares ids with 0 to find padding.
     """
 
     pad_id = 0
@@ -111,14 +114,17 @@ class CLIPTokenizer(Tokenizer):
 
     def _decode(self, ids: Sequence[int]) -> str:
         symbols = "".join(self._tokens[i] for i in ids if i < len(self._tokens))
-        text = bytes(self._byte_of[s] for s in symbols).decode("utf-8", errors="replace")  # "</w>" is ASCII and maps to itself
+        text = bytes(self._byte_of[s] for s in symbols).decode(
+            "utf-8", errors="replace"
+        )  # "</w>" is ASCII and maps to itself
         return text.replace("</w>", " ").strip()
 
 
 class WordTokenizer(Tokenizer):
     """One id per word of a given vocabulary, for data sets whose captions are short and closed (the built-in scenes) or small (Flickr8k).
 
-    Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the unknown id, which decodes to nothing.
+    Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the
+    unknown id, which decodes to nothing.
     """
 
     pad_id, sot_id, eot_id, unk_id = 0, 1, 2, 3
@@ -172,8 +178,12 @@ def _clip(context_length: int) -> CLIPTokenizer:
 
 
 def clean_text(text: str) -> str:
-    """OpenCLIP's cleaning: repaired Unicode, no control characters, HTML entities resolved twice, single blanks, lower case."""
-    if not (text.isascii() and text.isprintable()) or "&" in text:  # nothing of the first three can be in any other text
+    """OpenCLIP's cleaning: repaired Unicode, no control characters, HTML entities resolved twice, single blanks,
+    lower case.
+    """
+    if (
+        not (text.isascii() and text.isprintable()) or "&" in text
+    ):  # nothing of the first three can be in any other text
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()  # here, not in the tokenizer library, which gets a final Greek sigma wrong
 

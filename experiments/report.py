@@ -3,7 +3,8 @@
     python experiments/report.py demo outputs/demo_seed*      add or replace the rows of these runs, write the table
     python experiments/report.py demo                         write the table again from results.csv
 
-The table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->`; the README of the project may hold the same table.
+The table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->`; the README of the project may hold the
+same table.
 """
 
 import argparse
@@ -44,15 +45,29 @@ def table(rows: list[dict[str, str]]) -> str:
     """Markdown: a line per score, a column per run, and mean ± standard deviation where there are several."""
     scores = [key for key in rows[0] if key not in ABOUT]
     several = len(rows) > 1
-    head = ["score", *(f"seed {row['seed']}" if several else row["run"] for row in rows), *(["mean ± std"] if several else [])]
-    lines = [_line(head), _line(["---"] * len(head)), _line(["seconds, all included", *(r["seconds"] for r in rows), *([""] if several else [])])]
+    head = [
+        "score",
+        *(f"seed {row['seed']}" if several else row["run"] for row in rows),
+        *(["mean ± std"] if several else []),
+    ]
+    lines = [
+        _line(head),
+        _line(["---"] * len(head)),
+        _line(["seconds, all included", *(r["seconds"] for r in rows), *([""] if several else [])]),
+    ]
     for score in scores:
         values = [row.get(score) or "" for row in rows]
         numbers = [float(value) for value in values if value]
-        spread = [f"{statistics.mean(numbers):.4f} ± {statistics.stdev(numbers):.4f}"] if several and len(numbers) > 1 else [""] * several
+        spread = (
+            [f"{statistics.mean(numbers):.4f} ± {statistics.stdev(numbers):.4f}"]
+            if several and len(numbers) > 1
+            else [""] * several
+        )
         lines.append(_line([f"`{score}`", *values, *spread]))
     first = rows[0]
-    return "\n".join([*lines, "", f"`{first['command']}` at commit {first['commit']}, torch {first['torch']}, {first['machine']}."])
+    return "\n".join(
+        [*lines, "", f"`{first['command']}` at commit {first['commit']}, torch {first['torch']}, {first['machine']}."]
+    )
 
 
 def write_table(readme: Path, name: str, text: str) -> None:

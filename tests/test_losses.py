@@ -61,7 +61,9 @@ def test_caption_loss_equals_a_loop_and_ignores_minus_100() -> None:
 
 
 def test_caption_loss_of_equal_logits_is_the_log_of_the_vocabulary() -> None:
-    assert caption_loss(torch.randn(3, 4), torch.zeros(50, 4), torch.tensor([0, 7, 49])).item() == pytest.approx(math.log(50))
+    assert caption_loss(torch.randn(3, 4), torch.zeros(50, 4), torch.tensor([0, 7, 49])).item() == pytest.approx(
+        math.log(50)
+    )
 
 
 @pytest.mark.parametrize("labels", [[], [-100, -100]], ids=["no-states", "all-ignored"])

@@ -1,4 +1,6 @@
-"""Scores during training and at its end. Each callback owns its data set; the scores themselves are pure functions in `coca_lit.evals`."""
+"""Scores during training and at its end. Each callback owns its data set; the scores themselves are pure functions in
+`coca_lit.evals`.
+"""
 
 import json
 from abc import abstractmethod
@@ -83,7 +85,9 @@ class RetrievalScores(Evaluation):
 
 
 class CaptionScores(Evaluation):
-    """BLEU, METEOR, ROUGE-L, CIDEr and the share of captions that equal a reference. Predictions are written before they are scored."""
+    """BLEU, METEOR, ROUGE-L, CIDEr and the share of captions that equal a reference. Predictions are written before
+    they are scored.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if rank() == 0:

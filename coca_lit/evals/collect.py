@@ -1,6 +1,7 @@
 """Running a model over captioned images: captions for scoring, features for retrieval.
 
-Images are dealt out to ranks by stride, never padded, and gathered with their position, so every image counts exactly once on any number of ranks.
+Images are dealt out to ranks by stride, never padded, and gathered with their position, so every image counts exactly
+once on any number of ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,9 @@ from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa
 
 
-def caption_images(model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> dict[int | str, str]:
+def caption_images(
+    model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
+) -> dict[int | str, str]:
     """One generated caption per image, by image id, in the order of the records. Every rank gets all of them."""
     own: list[tuple[int, str]] = []
     for positions, images in _image_batches(model, records, batch_size, num_workers):
@@ -28,7 +31,9 @@ def caption_images(model: CoCa, records: Sequence[Record], batch_size: int = 64,
 def embed_pairs(
     model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of all images (I, E) and of all their captions (T, E), and the image that each caption belongs to (T,), on the CPU of every rank."""
+    """Features of all images (I, E) and of all their captions (T, E), and the image that each caption belongs to
+    (T,), on the CPU of every rank.
+    """
     texts = [caption for record in records for caption in record.captions]
     image_of_text = torch.tensor([i for i, record in enumerate(records) for _ in record.captions])
     images = _gather_rows(_image_features(model, records, batch_size, num_workers), len(records))
@@ -54,7 +59,9 @@ def _image_features(model: CoCa, records: Sequence[Record], batch_size: int, num
 
 def _text_features(model: CoCa, texts: Sequence[str], batch_size: int) -> Batches:
     own = range(rank(), len(texts), world_size())
-    by_length = sorted(own, key=lambda i: len(texts[i]))  # texts of like length share a batch: less padding, same result
+    by_length = sorted(
+        own, key=lambda i: len(texts[i])
+    )  # texts of like length share a batch: less padding, same result
     for start in range(0, len(by_length), batch_size):
         positions = by_length[start : start + batch_size]
         tokens = model.tokenizer([texts[i] for i in positions]).to(model.device)

@@ -1,9 +1,9 @@
 """CoCa: one network that embeds images and texts in a common space and captions images (Yu et al. 2022, arXiv 2205.01917).
 
-    images ─ ImageEncoder ─ ImagePooling ─┬─ contrastive vector ─ projection ─ image features ─┐
-                                          └─ image tokens ──────────────┐                      ├─ contrastive loss
-    tokens ─ TextTower ───────────────────┬─ CLS ─ projection ─ text features ─────────────────┘
-                                          └─ token states ─ Decoder ────┴─ next-token logits ──── caption loss
+images ─ ImageEncoder ─ ImagePooling ─┬─ contrastive vector ─ projection ─ image features ─┐
+                                      └─ image tokens ──────────────┐                      ├─ contrastive loss
+tokens ─ TextTower ───────────────────┬─ CLS ─ projection ─ text features ─────────────────┘
+                                      └─ token states ─ Decoder ────┴─ next-token logits ──── caption loss
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,9 @@ MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the t
 
 
 class CoCaOutput(NamedTuple):
-    """What the two losses need. N is the number of predicted tokens in the batch: each caption's tokens after the start token, without padding."""
+    """What the two losses need. N is the number of predicted tokens in the batch: each caption's tokens after the
+    start token, without padding.
+    """
 
     image_features: Tensor | None  # (B, E), unit length
     text_features: Tensor | None  # (B, E), unit length
@@ -37,7 +39,9 @@ class CoCaOutput(NamedTuple):
     def logits(self) -> Tensor:
         """Next-token logits (N, V). The training loss works from `hidden`, so that they need not all exist at once."""
         if self.hidden is None or self.vocabulary is None:
-            raise ValueError("this output has no caption logits: the model has no decoder, or captioning was switched off")
+            raise ValueError(
+                "this output has no caption logits: the model has no decoder, or captioning was switched off"
+            )
         return F.linear(self.hidden, self.vocabulary)
 
 
@@ -96,14 +100,22 @@ class CoCa(nn.Module):
             "dropout": dropout,
         }
         if decoder_layers and pooler == "single" and pooler_queries < 2:
-            raise ValueError("the single pooler needs at least 2 queries: one for the contrastive vector, the rest for the decoder")
+            raise ValueError(
+                "the single pooler needs at least 2 queries: one for the contrastive vector, the rest for the decoder"
+            )
         vocab_size = self.tokenizer.vocab_size
         self.image_encoder = ImageEncoder(image_encoder, image_size, **(image_encoder_args or {}))
         self.pooling = ImagePooling(pooler, self.image_encoder.width, embed_dim, pooler_queries, pooler_heads)
         self.image_projection = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.text = TextTower(vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout)
-        self.decoder = Decoder(vocab_size, text_width, embed_dim, decoder_layers, text_heads, dropout) if decoder_layers else None
-        self.logit_scale = nn.Parameter(torch.empty(1))  # one dimension, not zero: sharding engines split along the first
+        self.text = TextTower(
+            vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout
+        )
+        self.decoder = (
+            Decoder(vocab_size, text_width, embed_dim, decoder_layers, text_heads, dropout) if decoder_layers else None
+        )
+        self.logit_scale = nn.Parameter(
+            torch.empty(1)
+        )  # one dimension, not zero: sharding engines split along the first
         self._frozen: set[str] = set()
         init_parameters(self)
 
@@ -116,7 +128,13 @@ class CoCa(nn.Module):
         return self.logit_scale.device
 
     def forward(
-        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, *, contrastive: bool = True, captioning: bool = True
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        contrastive: bool = True,
+        captioning: bool = True,
     ) -> CoCaOutput:
         """Features and caption states of a batch of pairs.
 
@@ -142,7 +160,9 @@ class CoCa(nn.Module):
             vocabulary=self.decoder.vocabulary.weight if captioning else None,
         )
 
-    def _caption_states(self, states: Tensor, tokens: Tensor, lengths: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _caption_states(
+        self, states: Tensor, tokens: Tensor, lengths: Tensor, image_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing."""
         longest = min(states.shape[1], tokens.shape[1])
         hidden = self.decoder(states[:, : longest - 1], image_tokens)  # (B, T - 1, D)
@@ -160,7 +180,9 @@ class CoCa(nn.Module):
         _, features = self.text(tokens, self._lengths(tokens, lengths))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def generate(self, images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None) -> Tensor:
+    def generate(
+        self, images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None
+    ) -> Tensor:
         """Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id; `model.tokenizer.decode(row)` gives the text.
 
         Args:
@@ -174,7 +196,9 @@ class CoCa(nn.Module):
 
         Whole modules also stay in evaluation mode, so that batch norms keep their statistics and dropout stays off.
         """
-        parameters = [(n, p) for n, p in self.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in names)]
+        parameters = [
+            (n, p) for n, p in self.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in names)
+        ]
         if unknown := [name for name in names if not any(n == name or n.startswith(f"{name}.") for n, _ in parameters)]:
             parts = ", ".join(name for name, _ in self.named_children())
             raise ValueError(f"nothing in the model is called {', '.join(unknown)}; parts that can be frozen: {parts}")
@@ -192,7 +216,9 @@ class CoCa(nn.Module):
         return self
 
     def parameters_of_loss(self, loss: str) -> list[str]:
-        """Names of the parts that only the "contrastive" or only the "caption" loss trains; without that loss they get no gradient."""
+        """Names of the parts that only the "contrastive" or only the "caption" loss trains; without that loss they
+        get no gradient.
+        """
         if loss == "contrastive":
             separate = ["pooling.contrastive"] if self.pooling.variant != "single" else []
             return [*separate, "image_projection", "text.cls_embedding", "text.norm", "text.projection", "logit_scale"]
@@ -218,11 +244,15 @@ class CoCa(nn.Module):
             raise ValueError(f"tokens must have the shape (batch, length), got {tuple(tokens.shape)}")
         lengths = text_lengths(tokens, self.tokenizer.pad_id) if lengths is None else lengths
         if tokens.shape[1] > self.text.context_length and int(lengths.max()) > self.text.context_length:
-            raise ValueError(f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}")
+            raise ValueError(
+                f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}"
+            )
         return lengths
 
 
 def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
-    """Number of tokens (B,) up to the last one that is not padding, at least 1. Ids equal to `pad_id` inside a text count as text."""
+    """Number of tokens (B,) up to the last one that is not padding, at least 1. Ids equal to `pad_id` inside a text
+    count as text.
+    """
     positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     return (positions * (tokens != pad_id)).amax(dim=1).clamp(min=1)

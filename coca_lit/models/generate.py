@@ -1,7 +1,7 @@
 """Writing captions: greedy decoding with cached keys and values.
 
-An image is encoded once; its keys and values for the decoder's cross-attention are computed once; each step runs one new token per caption through the
-text tower and the decoder. Captions that have ended leave the batch.
+An image is encoded once; its keys and values for the decoder's cross-attention are computed once; each step runs one
+new token per caption through the text tower and the decoder. Captions that have ended leave the batch.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,15 @@ DEFAULT_MAX_LENGTH = 30  # start and end included, as in OpenCLIP
 
 
 class Decoding:
-    """Captions in the making: what the model has to remember of the images and of the tokens so far, one row per caption."""
+    """Captions in the making: what the model has to remember of the images and of the tokens so far, one row per
+    caption.
+    """
 
     def __init__(self, model: "CoCa", images: Tensor, max_length: int) -> None:
         if model.decoder is None:
-            raise ValueError("this model has no decoder: it was built for retrieval only (decoder_layers=0) and cannot caption")
+            raise ValueError(
+                "this model has no decoder: it was built for retrieval only (decoder_layers=0) and cannot caption"
+            )
         self._text, self._decoder = model.text, model.decoder
         _, image_tokens = model.pooling(model.image_encoder(images), contrastive=False)
         self._image_keys_values = self._decoder.keys_values(image_tokens)
@@ -44,7 +48,9 @@ class Decoding:
 
 
 @torch.no_grad()
-def generate(model: "CoCa", images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None) -> Tensor:
+def generate(
+    model: "CoCa", images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None
+) -> Tensor:
     """Greedy captions (B, L) of images (B, 3, H, W); see `CoCa.generate`."""
     was_training = model.training
     model.eval()
@@ -89,7 +95,9 @@ def check_max_length(max_length: int | None, context_length: int) -> int:
     if max_length is None:
         return min(DEFAULT_MAX_LENGTH, context_length)
     if not 2 <= max_length <= context_length:
-        raise ValueError(f"max_length must lie between 2 (start and end) and the context length of {context_length}, got {max_length}")
+        raise ValueError(
+            f"max_length must lie between 2 (start and end) and the context length of {context_length}, got {max_length}"
+        )
     return max_length
 
 
@@ -97,8 +105,12 @@ def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int
     """Ids that each of `count` captions begins with: the start id and the prompt, without an end."""
     prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
     if len(prompts) != count:
-        raise ValueError(f"got {len(prompts)} prompts for {count} images: give one prompt for all, or one for each image")
+        raise ValueError(
+            f"got {len(prompts)} prompts for {count} images: give one prompt for all, or one for each image"
+        )
     rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
     if count and (longest := max(map(len, rows))) > max(max_length - 2, 1):  # the end and, after words, one more token
-        raise ValueError(f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption; raise max_length or shorten it")
+        raise ValueError(
+            f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption; raise max_length or shorten it"
+        )
     return rows

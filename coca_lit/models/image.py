@@ -1,4 +1,6 @@
-"""The image side of CoCa: any timm encoder that gives patch or grid tokens, and the three ways of pooling them for the two tasks."""
+"""The image side of CoCa: any timm encoder that gives patch or grid tokens, and the three ways of pooling them for
+the two tasks.
+"""
 
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +17,8 @@ Pooler = Literal["single", "parallel", "cascade"]
 class ImageEncoder(nn.Module):
     """A timm model without its head: pixels -> tokens (B, S, width). Grid outputs of convolutional nets become S = H·W tokens.
 
-    uint8 pixels are normalised here, on the device, with the mean and deviation that timm lists for the model; floats count as normalised already.
+    uint8 pixels are normalised here, on the device, with the mean and deviation that timm lists for the model; floats
+    count as normalised already.
     """
 
     mean: Tensor
@@ -35,7 +38,9 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
     def init_parameters(self) -> None:
-        """Every encoder family of timm has its own initialisation, applied when it is built: build one more and copy it."""
+        """Every encoder family of timm has its own initialisation, applied when it is built: build one more and copy
+        it.
+        """
         self.trunk.load_state_dict(self._build().state_dict())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,8 +83,12 @@ class ImagePooling(nn.Module):
         if variant != "single":
             self.contrastive = AttentionalPooler(context_width if variant == "parallel" else width, width, 1, heads)
 
-    def forward(self, tokens: Tensor, contrastive: bool = True, captioning: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """tokens (B, S, C) -> contrastive vector (B, E) and decoder tokens (B, Q, E), each None if it is not asked for."""
+    def forward(
+        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """tokens (B, S, C) -> contrastive vector (B, E) and decoder tokens (B, Q, E), each None if it is not asked
+        for.
+        """
         if self.variant == "single":
             asked = slice(0 if contrastive else 1, None if captioning else 1)
             pooled = self.generative(tokens, asked)

@@ -1,7 +1,8 @@
 """Initial values of every parameter of CoCa.
 
-OpenCLIP leaves its vocabulary projection uninitialised and its decoder at PyTorch's defaults; here text tower and decoder share CLIP's rule
-(Radford et al. 2021; deviations as in openai/CLIP): embeddings 0.02 and 0.01, projections width^-0.5, outputs of residual branches scaled down by depth.
+OpenCLIP leaves its vocabulary projection uninitialised and its decoder at PyTorch's defaults; here text tower and
+decoder share CLIP's rule (Radford et al. 2021; deviations as in openai/CLIP): embeddings 0.02 and 0.01, projections
+width^-0.5, outputs of residual branches scaled down by depth.
 """
 
 import math
@@ -21,31 +22,33 @@ def init_parameters(model: "CoCa") -> None:
     for module in model.modules():
         if isinstance(module, AttentionalPooler):
             _init_pooler(module)
-    _normal(model.image_projection.weight, model.image_projection.in_features ** -0.5)
+    _normal(model.image_projection.weight, model.image_projection.in_features**-0.5)
     text = model.text
     _normal(text.token_embedding.weight, 0.02)
     _normal(text.position_embedding, 0.01)
     _normal(text.cls_embedding, 0.01)
     text.norm.reset_parameters()
-    _normal(text.projection.weight, text.projection.in_features ** -0.5)
+    _normal(text.projection.weight, text.projection.in_features**-0.5)
     _init_blocks(text.blocks, depth=len(text.blocks))
     if (decoder := model.decoder) is not None:
         _init_blocks(decoder.self_blocks, depth=2 * len(decoder.self_blocks))
         _init_blocks(decoder.cross_blocks, depth=2 * len(decoder.cross_blocks))
         decoder.norm.reset_parameters()
-        _normal(decoder.vocabulary.weight, decoder.vocabulary.in_features ** -0.5)
+        _normal(decoder.vocabulary.weight, decoder.vocabulary.in_features**-0.5)
     nn.init.constant_(model.logit_scale, math.log(1 / 0.07))  # CLIP's initial temperature
 
 
 def _init_pooler(pooler: AttentionalPooler) -> None:
     _normal(pooler.query, 1.0)
-    _init_attention(pooler.attention, out_std=pooler.attention.out.in_features ** -0.5)
+    _init_attention(pooler.attention, out_std=pooler.attention.out.in_features**-0.5)
     for norm in (pooler.norm_query, pooler.norm_context, pooler.norm_out):
         norm.reset_parameters()
 
 
 def _init_blocks(blocks: nn.ModuleList, depth: int) -> None:
-    """Every block adds two branches to the residual stream: the deviation of their outputs shrinks so that the sum keeps its scale."""
+    """Every block adds two branches to the residual stream: the deviation of their outputs shrinks so that the sum
+    keeps its scale.
+    """
     for block in blocks:
         assert isinstance(block, SelfBlock | CrossBlock)
         width = block.norm_1.normalized_shape[0]

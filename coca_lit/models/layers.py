@@ -1,7 +1,8 @@
 """Transformer parts of CoCa: attention with an optional key/value cache, pre-norm blocks, and the attentional pooler.
 
-Shape letters, here and in the other model files: B batch, T text positions, S image tokens, D width, H heads, E embedding width, V vocabulary.
-All attention goes through `scaled_dot_product_attention`, which picks the fastest kernel of the device.
+Shape letters, here and in the other model files: B batch, T text positions, S image tokens, D width, H heads, E
+embedding width, V vocabulary. All attention goes through `scaled_dot_product_attention`, which picks the fastest
+kernel of the device.
 """
 
 import torch
@@ -44,11 +45,14 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). Causal unless a boolean `mask` (B, 1, T, T), True where attention is allowed, says otherwise."""
+        """x (B, T, D) -> (B, T, D). Causal unless a boolean `mask` (B, 1, T, T), True where attention is allowed,
+        says otherwise.
+        """
         q, k, v = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # each (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(k, v)
-        # With a cache one new position sees everything before it; several are the start of a text, where causal means the usual triangle.
+        # With a cache one new position sees everything before it; several are the start of a text, where causal means
+        # the usual triangle.
         causal = mask is None and q.shape[2] > 1
         return self.out(_merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)))
 
@@ -119,7 +123,9 @@ class CrossBlock(nn.Module):
 
 
 class AttentionalPooler(nn.Module):
-    """Learned queries that attend to a sequence of any length and give back one token each: no residual, no MLP (CoCa, arXiv 2205.01917)."""
+    """Learned queries that attend to a sequence of any length and give back one token each: no residual, no MLP
+    (CoCa, arXiv 2205.01917).
+    """
 
     def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """Weights from and to OpenCLIP's CoCa, tensor for tensor (key names of open_clip 2.11 to 3.3).
 
-Names differ by the table below. Values differ in three ways: projections are stored transposed there, the packed query/key/value projection of a
-cross-attention is two matrices here, and the temperature is a scalar there and a vector of one here.
+Names differ by the table below. Values differ in three ways: projections are stored transposed there, the packed
+query/key/value projection of a cross-attention is two matrices here, and the temperature is a scalar there and a
+vector of one here.
 """
 
 import math
@@ -67,7 +68,9 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     """
     config = model.config
     if model.decoder is None or config["pooler"] != "single" or not hasattr(model.image_encoder.trunk, "norm_pre"):
-        raise ValueError("only a CoCa with a CLIP vision transformer, the single pooler and a decoder has an OpenCLIP counterpart")
+        raise ValueError(
+            "only a CoCa with a CLIP vision transformer, the single pooler and a decoder has an OpenCLIP counterpart"
+        )
     state = model.state_dict()
     converted = {_their_name(name): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)}
     for ours in {match[1] for name in state if (match := _CROSS_ATTENTION.fullmatch(name))}:
@@ -83,14 +86,17 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
 def from_open_clip(state: Mapping[str, Any], **overrides: Any) -> CoCa:
     """Builds the CoCa that an OpenCLIP state dict, or a training checkpoint that holds one, belongs to, and loads it.
 
-    Widths and depths are read from the tensors. Numbers of heads are not in them: they follow OpenCLIP's rule of 64 per head (8 heads in the pooler)
-    unless `overrides`, arguments of `CoCa`, say otherwise. The CLS mask is the legacy one that OpenCLIP trains with.
+    Widths and depths are read from the tensors. Numbers of heads are not in them: they follow OpenCLIP's rule of 64
+    per head (8 heads in the pooler) unless `overrides`, arguments of `CoCa`, say otherwise. The CLS mask is the
+    legacy one that OpenCLIP trains with.
 
     Raises:
         ValueError: this is not an OpenCLIP CoCa, or tensors are missing, left over or of the wrong shape.
     """
     theirs = _plain_state(state)
-    if missing := [key for key in ("visual.attn_pool.query", "text.cls_emb", "text_decoder.text_projection") if key not in theirs]:
+    if missing := [
+        key for key in ("visual.attn_pool.query", "text.cls_emb", "text_decoder.text_projection") if key not in theirs
+    ]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
     model = CoCa(**_config_of(theirs) | overrides)
     ours: dict[str, Tensor] = {}
@@ -162,7 +168,9 @@ def _their_tensor(theirs: Mapping[str, Tensor], ours: str) -> Tensor:
 def _split_cross_attention(theirs: Mapping[str, Tensor], module: str, part: str, kind: str) -> Tensor:
     """Weight or bias of the query or the key/value projection, from one packed tensor or three."""
     prefix = f"{_their_name(module + '.')}attn."
-    if kind == "weight" and f"{prefix}q_proj_weight" in theirs:  # nn.MultiheadAttention keeps three if context and query widths differ
+    if (
+        kind == "weight" and f"{prefix}q_proj_weight" in theirs
+    ):  # nn.MultiheadAttention keeps three if context and query widths differ
         parts = [theirs[f"{prefix}{p}_proj_weight"] for p in "qkv"]
     else:
         parts = list(theirs[f"{prefix}in_proj_{kind}"].chunk(3))

@@ -1,4 +1,6 @@
-"""Named sizes of CoCa. `create_model("coca_vit_b32", cls_mask="legacy")` builds one, with any argument of `CoCa` overridden."""
+"""Named sizes of CoCa. `create_model("coca_vit_b32", cls_mask="legacy")` builds one, with any argument of `CoCa`
+overridden.
+"""
 
 import difflib
 import inspect
@@ -7,15 +9,25 @@ from typing import Any
 from coca_lit.models.coca import CoCa
 
 # OpenCLIP's two released models. 12 text layers and 12 decoder layers are the defaults of `CoCa`.
-_B32: dict[str, Any] = {"image_encoder": "vit_base_patch32_clip_224", "embed_dim": 512, "text_width": 512, "text_heads": 8}
-_L14: dict[str, Any] = {"image_encoder": "vit_large_patch14_clip_224", "embed_dim": 768, "text_width": 768, "text_heads": 12}
+_B32: dict[str, Any] = {
+    "image_encoder": "vit_base_patch32_clip_224",
+    "embed_dim": 512,
+    "text_width": 512,
+    "text_heads": 8,
+}
+_L14: dict[str, Any] = {
+    "image_encoder": "vit_large_patch14_clip_224",
+    "embed_dim": 768,
+    "text_width": 768,
+    "text_heads": 12,
+}
 
 
 def _paper(image_encoder: str, width: int, heads: int, layers: int) -> dict[str, Any]:
     """Table 1 of the CoCa paper: 288 px in patches of 18, cascaded poolers, text and decoder as wide as the image encoder.
 
-    The depths and widths are the paper's. The vocabulary is CLIP's 49,408 instead of 64,000, and as in OpenCLIP each cross-attention has an MLP of its
-    own, so the parameter counts differ from the paper's 383 M, 787 M and 2.1 B.
+    The depths and widths are the paper's. The vocabulary is CLIP's 49,408 instead of 64,000, and as in OpenCLIP each
+    cross-attention has an MLP of its own, so the parameter counts differ from the paper's 383 M, 787 M and 2.1 B.
     """
     return {
         "image_encoder": image_encoder,
@@ -37,7 +49,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "coca_base": _paper("vit_base_patch16_clip_224", 768, 12, 12),
     "coca_large": _paper("vit_large_patch14_clip_224", 1024, 16, 12),
     "coca_2b": _paper("vit_giant_patch14_clip_224", 1408, 16, 18),
-    # For a few thousand photos: a small convolutional encoder with ImageNet weights, small text side, CLIP's vocabulary.
+    # For a few thousand photos: a small convolutional encoder with ImageNet weights, small text side, CLIP's
+    # vocabulary.
     "coca_efficientnet": {
         "image_encoder": "tf_efficientnet_lite0",
         "embed_dim": 384,

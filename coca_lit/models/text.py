@@ -14,13 +14,22 @@ ClsMask = Literal["correct", "legacy"]
 class TextTower(nn.Module):
     """Token ids -> a state per token, and a CLS state that has seen the caption.
 
-    CLS stands after the text and always takes the last position embedding (row `context_length`), however short the batch has been cut, so cutting
-    changes nothing. `cls_mask` says what it sees: "correct", the caption and itself; "legacy", what OpenCLIP's off-by-one mask lets it see: the
-    caption and the first pad, and itself only if the caption fills the context. The released OpenCLIP weights were trained with the latter.
+    CLS stands after the text and always takes the last position embedding (row `context_length`), however short the
+    batch has been cut, so cutting changes nothing. `cls_mask` says what it sees: "correct", the caption and itself;
+    "legacy", what OpenCLIP's off- by-one mask lets it see: the caption and the first pad, and itself only if the
+    caption fills the context. The released OpenCLIP weights were trained with the latter.
     """
 
     def __init__(
-        self, vocab_size: int, context_length: int, width: int, layers: int, heads: int, embed_dim: int, cls_mask: ClsMask, dropout: float
+        self,
+        vocab_size: int,
+        context_length: int,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        cls_mask: ClsMask,
+        dropout: float,
     ) -> None:
         super().__init__()
         if cls_mask not in ("correct", "legacy"):
@@ -37,7 +46,9 @@ class TextTower(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, tokens: Tensor, lengths: Tensor, contrastive: bool = True) -> tuple[Tensor, Tensor | None]:
-        """tokens (B, T), lengths (B,) -> token states (B, T, D) and, if asked for, text features (B, E) that are not normalised yet."""
+        """tokens (B, T), lengths (B,) -> token states (B, T, D) and, if asked for, text features (B, E) that are not
+        normalised yet.
+        """
         tokens = self._fit(tokens, lengths)
         length = tokens.shape[1]
         x = self._embed(tokens, 0)  # (B, T, D)
@@ -47,7 +58,11 @@ class TextTower(nn.Module):
             x = torch.cat([x, cls], dim=1)  # (B, T + 1, D)
             mask = cls_attention_mask(lengths, length, self.context_length, self.cls_mask)
         for block in self.blocks:
-            x = checkpoint(block, x, mask, use_reentrant=False) if self.grad_checkpointing and self.training else block(x, mask)
+            x = (
+                checkpoint(block, x, mask, use_reentrant=False)
+                if self.grad_checkpointing and self.training
+                else block(x, mask)
+            )
         features = self.projection(self.norm(x[:, -1])) if contrastive else None
         return x[:, :length], features
 
@@ -66,7 +81,9 @@ class TextTower(nn.Module):
         needed = min(int(lengths.max()) + (self.cls_mask == "legacy"), self.context_length)
         if tokens.shape[1] >= needed:
             return tokens[:, :needed]
-        return nn.functional.pad(tokens, (0, needed - tokens.shape[1]))  # what stands at a pad is seen by a legacy CLS only, which expects id 0
+        return nn.functional.pad(
+            tokens, (0, needed - tokens.shape[1])
+        )  # what stands at a pad is seen by a legacy CLS only, which expects id 0
 
 
 def cls_attention_mask(lengths: Tensor, length: int, context_length: int, kind: ClsMask) -> Tensor:
@@ -84,7 +101,9 @@ def cls_attention_mask(lengths: Tensor, length: int, context_length: int, kind: 
 
 
 class Decoder(nn.Module):
-    """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection (not tied to the embedding)."""
+    """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection (not tied
+    to the embedding).
+    """
 
     def __init__(self, vocab_size: int, width: int, image_width: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -109,7 +128,9 @@ class Decoder(nn.Module):
 
     def step(self, states: Tensor, keys_values: list[tuple[Tensor, Tensor]], caches: list[KVCache]) -> Tensor:
         """Hidden states (R, t, D) of the next token states (R, t, D)."""
-        for self_block, cross_block, image, cache in zip(self.self_blocks, self.cross_blocks, keys_values, caches, strict=True):
+        for self_block, cross_block, image, cache in zip(
+            self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
+        ):
             states = cross_block(self_block(states, cache=cache), image)
         return self.norm(states)
 

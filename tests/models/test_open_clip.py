@@ -16,15 +16,35 @@ from coca_lit.models.open_clip import from_open_clip, to_open_clip
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat", "word " * 90]
 HEADS = {"image_encoder_args": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 1}}
-VISION = {"image_size": 32, "patch_size": 8, "width": 96, "layers": 2, "head_width": 96, "attentional_pool": True, "output_tokens": True, "attn_pooler_heads": 8, "attn_pooler_queries": 9}
-TEXT = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2, "embed_cls": True, "output_tokens": True}
+VISION = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 96,
+    "layers": 2,
+    "head_width": 96,
+    "attentional_pool": True,
+    "output_tokens": True,
+    "attn_pooler_heads": 8,
+    "attn_pooler_queries": 9,
+}
+TEXT = {
+    "context_length": 76,
+    "vocab_size": 49408,
+    "width": 64,
+    "heads": 4,
+    "layers": 2,
+    "embed_cls": True,
+    "output_tokens": True,
+}
 DECODER = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
 
 
 def make_pair(embed_dim: int = 64, width: int = 96) -> tuple[OpenClipCoCa, CoCa]:
     """OpenCLIP's CoCa with every parameter random (it leaves some at zero), and ours with the same weights."""
     torch.manual_seed(0)
-    theirs = OpenClipCoCa(embed_dim, vision_cfg=VISION | {"width": width, "head_width": width}, text_cfg=TEXT, multimodal_cfg=DECODER).eval()
+    theirs = OpenClipCoCa(
+        embed_dim, vision_cfg=VISION | {"width": width, "head_width": width}, text_cfg=TEXT, multimodal_cfg=DECODER
+    ).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     torch.nn.init.constant_(theirs.logit_scale, 2.0)
@@ -81,7 +101,9 @@ def test_round_trip_is_exact(width: int) -> None:
 
 
 def test_greedy_captions_are_equal(batch: tuple[Tensor, Tensor]) -> None:
-    """OpenCLIP's `generate` depends on the release of transformers; its greedy choice is the argmax of its last logits."""
+    """OpenCLIP's `generate` depends on the release of transformers; its greedy choice is the argmax of its last
+    logits.
+    """
     theirs, ours = make_pair()
     images, _ = batch
     ids = torch.full((len(images), 1), 49406)
@@ -120,7 +142,9 @@ def test_checkpoints_of_training_runs_load() -> None:
     theirs, _ = make_pair()
     state = {f"module.{k}": v for k, v in theirs.state_dict().items()}
     state["module.text.attn_mask"] = torch.zeros(76, 76)  # stored by some old versions
-    ours = from_open_clip({"epoch": 3, "state_dict": state}, image_encoder_args=HEADS["image_encoder_args"], text_heads=4)
+    ours = from_open_clip(
+        {"epoch": 3, "state_dict": state}, image_encoder_args=HEADS["image_encoder_args"], text_heads=4
+    )
     assert torch.equal(to_open_clip(ours)["visual.proj"], theirs.visual.proj)
 
 

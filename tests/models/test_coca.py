@@ -1,0 +1,442 @@
+"""The network as a whole: presets, what each part may see, padding, initial values, freezing, errors."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coca_lit.losses import caption_loss, contrastive_loss
+from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model, text_lengths
+from coca_lit.models.image import Pooler
+from coca_lit.models.init import init_parameters
+from coca_lit.models.text import ClsMask, cls_attention_mask
+
+POOLERS: tuple[Pooler, ...] = get_args(Pooler)
+CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
+TINY_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+# One of each kind of output: tokens, a grid with and without a norm or a convolution in the head, a grid with
+# channels last.
+ENCODERS: dict[str, dict[str, Any]] = {
+    "vit_base_patch32_clip_224": TINY_VIT,
+    "vit_tiny_patch16_224": {"depth": 2},
+    "tf_efficientnet_lite0": {},
+    "convnext_atto": {},
+    "mobilenetv3_small_050": {},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
+}
+Build = Callable[..., CoCa]
+
+
+def pixels(model: CoCa, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, 3, model.image_size, model.image_size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def captions(model: CoCa, lengths: Sequence[int]) -> Tensor:
+    """Random texts (B, context_length) with this many tokens each, start and end included."""
+    tokenizer, generator = model.tokenizer, torch.Generator().manual_seed(2)
+    tokens = torch.full((len(lengths), tokenizer.context_length), tokenizer.pad_id)
+    for row, n in zip(tokens, lengths, strict=True):
+        row[:n] = torch.randint(4, 40, (n,), generator=generator)
+        row[0], row[n - 1] = tokenizer.sot_id, tokenizer.eot_id
+    return tokens
+
+
+def losses(out: CoCaOutput) -> Tensor:
+    contrastive = contrastive_loss(out.image_features, out.text_features, out.logit_scale)
+    return contrastive + 2 * caption_loss(out.hidden, out.vocabulary, out.labels)
+
+
+def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+# ---------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_and_builds_again_from_its_config(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+        again = CoCa(**json.loads(json.dumps(model.config)))
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert again.config == model.config
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs_when_made_small(name: str) -> None:
+    small = {"embed_dim": 32, "pooler_heads": 4, "text_width": 32, "text_heads": 4, "text_layers": 1}
+    arguments = PRESETS[name]
+    if arguments["image_encoder"].startswith("vit_"):
+        vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+        small["image_encoder_args"] = arguments.get("image_encoder_args", {}) | vit
+    model = create_model(name, **small, decoder_layers=min(1, arguments.get("decoder_layers", 1))).eval()
+    out = model(pixels(model, 2), captions(model, [4, 6]))
+    assert out.image_features.shape == out.text_features.shape == (2, 32)
+    if model.decoder is None:
+        assert out.hidden is None
+    else:
+        assert out.logits.shape == (3 + 5, model.tokenizer.vocab_size)
+
+
+def test_the_decoder_of_b32_sees_255_image_tokens() -> None:
+    with torch.device("meta"):
+        model = create_model("coca_vit_b32")
+        vector, tokens = model.pooling(model.image_encoder(torch.zeros(2, 3, 224, 224)))
+    assert vector.shape == (2, 512)
+    assert tokens.shape == (2, 255, 512)
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_number_of_image_tokens_of_each_pooler(tiny_model: Build, pooler: Pooler) -> None:
+    model = tiny_model(pooler=pooler, pooler_queries=9)
+    vector, tokens = model.pooling(model.image_encoder(pixels(model, 2)))
+    assert vector.shape == (2, model.config["embed_dim"])
+    assert tokens.shape[1] == (8 if pooler == "single" else 9)
+
+
+# ---------------------------------------------------------------- forward pass, for every pooler and mask
+
+
+@pytest.fixture(params=[(p, m) for p in POOLERS for m in CLS_MASKS], ids="-".join)
+def model(request: pytest.FixtureRequest, tiny_model: Build) -> CoCa:
+    pooler, cls_mask = request.param
+    return tiny_model(pooler=pooler, cls_mask=cls_mask)
+
+
+def test_shapes_and_gradients(model: CoCa) -> None:
+    tokens = captions(model, [5, 24, 3])
+    out = model(pixels(model, 3), tokens)
+    width = model.config["embed_dim"]
+    assert out.image_features.shape == out.text_features.shape == (3, width)
+    assert_close(out.image_features.norm(dim=-1), torch.ones(3))
+    assert_close(out.text_features.norm(dim=-1), torch.ones(3))
+    assert_close(out.logit_scale, torch.tensor([1 / 0.07]), 1e-4)
+    assert out.labels.tolist() == [*tokens[0, 1:5].tolist(), *tokens[1, 1:].tolist(), *tokens[2, 1:3].tolist()]
+    assert out.logits.shape == (len(out.labels), model.tokenizer.vocab_size)
+
+    loss = losses(out)
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_encoding_alone_equals_forward(model: CoCa) -> None:
+    images, tokens = pixels(model, 2), captions(model, [5, 9])
+    out = model(images, tokens)
+    assert_close(model.encode_image(images), out.image_features)
+    assert_close(model.encode_text(tokens), out.text_features)
+    assert_close(F.normalize(model.encode_image(images, normalize=False), dim=-1), out.image_features)
+    assert_close(F.normalize(model.encode_text(tokens, normalize=False), dim=-1), out.text_features)
+
+
+@pytest.mark.parametrize("changed", [1, 4, 8])
+def test_logits_see_no_later_token(model: CoCa, changed: int) -> None:
+    images, tokens = pixels(model, 1), captions(model, [10])
+    other = tokens.clone()
+    other[0, changed] += 1
+    before, after = model(images, tokens).logits, model(images, other).logits  # row i predicts token i + 1
+    difference = (before - after).abs().amax(dim=1)
+    assert difference[:changed].max() < 1e-6
+    assert difference[changed:].min() > 1e-5
+
+
+def test_every_logit_sees_the_image(model: CoCa) -> None:
+    images, tokens = pixels(model, 2), captions(model, [10])
+    difference = model(images[:1], tokens).logits - model(images[1:], tokens).logits
+    assert difference.abs().amax(dim=1).min() > 1e-5
+
+
+def test_padding_and_batch_mates_change_nothing(model: CoCa) -> None:
+    images, tokens = pixels(model, 3), captions(model, [5, 24, 23])
+    together = model(images, tokens)
+    first = 0
+    for row, n in enumerate([5, 24, 23]):
+        for shown in {n, 24}:
+            alone = model(images[row : row + 1], tokens[row : row + 1, :shown])
+            assert_close(alone.image_features[0], together.image_features[row])
+            assert_close(alone.text_features[0], together.text_features[row])
+            assert_close(alone.logits, together.logits[first : first + n - 1])
+        first += n - 1
+    longer = model(images, F.pad(tokens, (0, 9)))  # further than the context: only the captions must fit
+    assert_close(longer.text_features, together.text_features)
+
+
+def test_given_lengths_equal_found_lengths(model: CoCa) -> None:
+    images, tokens = pixels(model, 2), captions(model, [4, 7])
+    found, given = model(images, tokens), model(images, tokens, torch.tensor([4, 7]))
+    assert_close(found.text_features, given.text_features)
+    assert_close(found.logits, given.logits)
+
+
+def test_what_is_switched_off_is_none_and_changes_nothing_else(model: CoCa) -> None:
+    images, tokens = pixels(model, 2), captions(model, [4, 24])
+    both = model(images, tokens)
+    contrastive, captioning = model(images, tokens, captioning=False), model(images, tokens, contrastive=False)
+    assert contrastive.hidden is contrastive.labels is contrastive.vocabulary is None
+    assert captioning.image_features is captioning.text_features is None
+    assert_close(contrastive.image_features, both.image_features)
+    assert_close(contrastive.text_features, both.text_features)
+    assert_close(captioning.logits, both.logits)
+    with pytest.raises(ValueError, match="no caption logits"):
+        _ = contrastive.logits
+
+
+def test_caption_loss_equals_that_of_all_padded_positions(model: CoCa) -> None:
+    images, tokens, lengths = pixels(model, 3), captions(model, [5, 12, 2]), [5, 12, 2]
+    out = model(images, tokens)
+    _, image_tokens = model.pooling(model.image_encoder(images))
+    states, _ = model.text(tokens, torch.full((3,), 24), contrastive=False)  # as if all captions filled the context
+    logits = model.decoder.vocabulary(model.decoder(states, image_tokens))  # (B, 24, V)
+    labels = tokens[:, 1:].clone()
+    for row, n in enumerate(lengths):
+        labels[row, n - 1 :] = -100
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert_close(caption_loss(out.hidden, out.vocabulary, out.labels), expected, 1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [1, 3]], ids=["all-empty", "one-empty"])
+def test_captions_of_a_single_token_predict_nothing(model: CoCa, lengths: list[int]) -> None:
+    tokens = captions(model, lengths)
+    out = model(pixels(model, 2), tokens)
+    assert out.labels.tolist() == tokens[1, 1 : lengths[1]].tolist()
+    loss = losses(out)
+    loss.backward()
+    assert loss.isfinite()
+
+
+# ---------------------------------------------------------------- the CLS mask and the id that is also padding
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "seen"),
+    [
+        ("correct", 7, [*range(7), 76]),
+        ("legacy", 7, [*range(8)]),
+        ("correct", 75, [*range(75), 76]),
+        ("legacy", 75, [*range(76)]),
+        ("correct", 76, [*range(77)]),
+        ("legacy", 76, [*range(77)]),
+    ],
+)
+def test_keys_that_cls_sees(kind: ClsMask, length: int, seen: list[int]) -> None:
+    mask = cls_attention_mask(torch.tensor([3, length]), 76, 76, kind)  # (2, 1, 77, 77)
+    assert mask[1, 0, 76].nonzero()[:, 0].tolist() == seen
+    assert torch.equal(mask[:, 0, :76, :76], torch.ones(76, 76).tril().bool().expand(2, -1, -1))
+    assert not mask[:, 0, :76, 76].any()
+
+
+def test_legacy_cls_sees_the_first_pad_only_and_correct_cls_sees_none(tiny_model: Build) -> None:
+    for kind, changes in [("correct", [False, False]), ("legacy", [True, False])]:
+        model = tiny_model(cls_mask=kind)
+        tokens = captions(model, [6])
+        for place, expected in zip((6, 7), changes, strict=True):
+            other = tokens.clone()
+            other[0, place] = 9
+            lengths = torch.tensor([6])
+            difference = model.encode_text(tokens, lengths) - model.encode_text(other, lengths)
+            assert (difference.abs().max() > 1e-6) == expected, (kind, place)
+
+
+@pytest.mark.parametrize("cls_mask", CLS_MASKS)
+def test_the_pad_id_inside_a_text_is_a_token(tiny_model: Build, cls_mask: ClsMask) -> None:
+    """CLIP's id 0 is padding after a text and "!" within one."""
+    model = tiny_model(tokenizer="clip", text_width=32, text_heads=2, text_layers=1, decoder_layers=1, cls_mask=cls_mask)
+    tokens = model.tokenizer(["!#$"])
+    assert tokens[0, :6].tolist() == [49406, 0, 2, 259, 49407, 0]
+    images = pixels(model, 1)
+    out, other = model(images, tokens), model(images, tokens + 5 * (torch.arange(24) == 1))
+    assert out.labels.tolist() == [0, 2, 259, 49407]
+    assert (out.text_features - other.text_features).abs().max() > 1e-5
+    assert (out.logits - other.logits)[1:].abs().amax(dim=1).min() > 1e-5
+
+
+def test_text_lengths() -> None:
+    tokens = torch.tensor([[1, 5, 2, 0], [1, 0, 0, 2], [0, 0, 2, 0], [0, 0, 0, 0]])
+    assert text_lengths(tokens, pad_id=0).tolist() == [3, 4, 3, 1]
+
+
+# ---------------------------------------------------------------- encoders, initial values, numbers
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_encoders_of_timm_work_end_to_end(tiny_model: Build, encoder: str) -> None:
+    model = tiny_model(image_encoder=encoder, image_encoder_args=ENCODERS[encoder], image_size=64)
+    images, tokens = pixels(model, 2), captions(model, [4, 6])
+    features = model.image_encoder(images)
+    assert features.shape[0] == 2
+    assert features.shape[2] == model.image_encoder.width
+    losses(model(images, tokens)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name  # a parameter without gradient stops training on several ranks
+        assert parameter.grad.isfinite().all(), name
+    assert model.generate(images, max_length=5).shape == (2, 5)
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("encoder", ["vit_base_patch32_clip_224", "tf_efficientnet_lite0", "convnext_atto"])
+def test_init_leaves_nothing_as_it_was(tiny_model: Build, encoder: str, pooler: Pooler) -> None:
+    model = tiny_model(image_encoder=encoder, image_encoder_args=ENCODERS[encoder], image_size=64, pooler=pooler)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+    init_parameters(model)
+    for name, tensor in model.state_dict().items():
+        assert tensor.isfinite().all(), name
+    assert model.decoder.vocabulary.weight.std() > 0
+
+
+def test_uint8_pixels_equal_normalised_floats(tiny_model: Build) -> None:
+    model = tiny_model(image_encoder="vit_base_patch32_clip_224", image_encoder_args=TINY_VIT)
+    images = pixels(model, 2)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # openai/CLIP
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    assert_close(model.encode_image(images), model.encode_image((images / 255 - mean) / std))
+
+
+def test_bfloat16_model_runs(tiny_model: Build) -> None:
+    exact, model = tiny_model(), tiny_model().to(torch.bfloat16)
+    images, tokens = pixels(model, 3), captions(model, [4, 24, 9])
+    out = model(images, tokens)
+    assert out.image_features.dtype == out.text_features.dtype == out.hidden.dtype == torch.bfloat16
+    losses(out).backward()
+    expected = exact(images, tokens)
+    assert F.cosine_similarity(out.image_features.float(), expected.image_features).min() > 0.98
+    assert F.cosine_similarity(out.text_features.float(), expected.text_features).min() > 0.98
+    assert losses(out).item() == pytest.approx(losses(expected).item(), rel=0.02)
+    assert model.generate(images).shape == (3, 24)
+
+
+@pytest.mark.parametrize("enable", [False, True])
+def test_grad_checkpointing_runs_blocks_twice_and_gives_the_same_gradients(tiny_model: Build, enable: bool) -> None:
+    vit = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": TINY_VIT}
+    plain, model = tiny_model(**vit).train(), tiny_model(**vit).train()
+    model.set_grad_checkpointing(enable)
+    calls = []
+    decoder = model.decoder
+    for block in (model.image_encoder.trunk.blocks[0], model.text.blocks[0], decoder.self_blocks[0],
+    decoder.cross_blocks[0]):
+        block.register_forward_hook(lambda *_: calls.append(1))
+    images, tokens = pixels(model, 2), captions(model, [4, 9])
+    losses(plain(images, tokens)).backward()
+    losses(model(images, tokens)).backward()
+    assert len(calls) == (8 if enable else 4)
+    for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+def test_dropout_acts_in_training_only(tiny_model: Build) -> None:
+    model = tiny_model(dropout=0.5)
+    images, tokens = pixels(model, 1), captions(model, [9])
+    assert torch.equal(model(images, tokens).hidden, model(images, tokens).hidden)
+    model.train()
+    model.image_encoder.eval()
+    assert not torch.equal(model(images, tokens).hidden, model(images, tokens).hidden)
+
+
+def test_clamp_keeps_the_temperature_in_range(tiny_model: Build) -> None:
+    model = tiny_model()
+    for value, scale in [(9.0, 100.0), (-1.0, 1.0)]:
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.exp().item() == pytest.approx(scale)
+
+
+# ---------------------------------------------------------------- freezing
+
+
+def test_frozen_encoder_keeps_its_batch_norm_statistics(tiny_model: Build) -> None:
+    model = tiny_model(image_encoder="tf_efficientnet_lite0", image_encoder_args={}, image_size=64)
+    names = model.freeze("image_encoder")
+    assert names == [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert all(name.startswith("image_encoder.") for name in names)
+    model.train()
+    statistics = {n: b.clone() for n, b in model.image_encoder.named_buffers()}
+    losses(model(pixels(model, 2), captions(model, [4, 4]))).backward()
+    model.generate(pixels(model, 1), max_length=4)
+    assert all(torch.equal(b, statistics[n]) for n, b in model.image_encoder.named_buffers())
+    assert all(p.grad is None for p in model.image_encoder.parameters())
+    assert not any(m.training for m in model.image_encoder.modules())
+    assert model.text.training
+    assert model.decoder.training
+
+
+def test_single_parameters_can_be_frozen(tiny_model: Build) -> None:
+    model = tiny_model().train()
+    assert model.freeze("text.cls_embedding", "logit_scale") == ["logit_scale", "text.cls_embedding"]
+    assert model.text.training
+
+
+def test_freezing_what_is_not_there_names_what_is(tiny_model: Build) -> None:
+    with pytest.raises(ValueError, match="nothing in the model is called image_encodr; .*image_encoder, pooling"):
+        tiny_model().freeze("text", "image_encodr")
+
+
+@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("unused", ["contrastive", "caption"])
+def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(tiny_model: Build, pooler: Pooler, unused:
+str) -> None:
+    model = tiny_model(pooler=pooler)
+    captioning = unused == "contrastive"
+    out = model(pixels(model, 2), captions(model, [4, 6]), contrastive=not captioning, captioning=captioning)
+    if captioning:
+        caption_loss(out.hidden, out.vocabulary, out.labels).backward()
+    else:
+        contrastive_loss(out.image_features, out.text_features, out.logit_scale).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert model.freeze(*model.parameters_of_loss(unused)) == without
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_encoder": "vit_base_patch32_clip_225"}, "timm has no model .*similar names: vit_base_patch32_clip_224"),
+        ({"pooler": "double"}, "'single', 'parallel' or 'cascade', got 'double'"),
+        ({"cls_mask": "right"}, "'correct' or 'legacy', got 'right'"),
+        ({"pooler_queries": 1}, "at least 2 queries"),
+        ({"text_heads": 5}, "must be a multiple of the number of heads"),
+        ({"pooler_heads": 5}, "must be a multiple of the number of heads"),
+        ({"tokenizer": "klip"}, "unknown tokenizer 'klip'"),
+        ({"context_length": 2}, "context_length must be at least 3"),
+        ({"poler": "single"}, "CoCa has no argument 'poler', did you mean 'pooler'?"),
+    ],
+)
+def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**arguments)
+
+
+def test_unknown_preset_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown model 'coca_vit_b33', did you mean 'coca_vit_b32'?.*are coca_vit_b32"):
+        create_model("coca_vit_b33")
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "message"),
+    [
+        ((2, 1, 32, 32), (2, 5), r"images must have the shape .* got \(2, 1, 32, 32\)"),
+        ((3, 32, 32), (3, 5), r"images must have the shape .* got \(3, 32, 32\)"),
+        ((2, 3, 32, 32), (5,), r"tokens must have the shape \(batch, length\), got \(5,\)"),
+        ((1, 3, 32, 32), (2, 5), "got 1 images and 2 texts"),
+        ((2, 3, 32, 32), (2, 25), "texts of 25 tokens do not fit the context of 24"),
+    ],
+)
+def test_wrong_shapes(tiny_model: Build, images: tuple[int, ...], tokens: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(torch.zeros(images), torch.full(tokens, 5))
+
+
+def test_unknown_loss_name(tiny_model: Build) -> None:
+    with pytest.raises(ValueError, match="'contrastive' or 'caption', got 'clip'"):
+        tiny_model().parameters_of_loss("clip")

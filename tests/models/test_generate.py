@@ -1,0 +1,134 @@
+"""Greedy decoding with caches against a loop that runs the whole model for every token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coca_lit.models import CoCa
+
+WORDS = ["a", "b", "c", "d", "e"]  # few enough for an untrained model to choose the end id now and then
+Build = Callable[..., CoCa]
+
+
+@pytest.fixture
+def model(tiny_model: Build) -> CoCa:
+    return lively(tiny_model(tokenizer=WORDS))
+
+
+def lively(model: CoCa) -> CoCa:
+    """Weights so large that every token depends on the image and on the tokens before it."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and not name.startswith("image_encoder"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def pixels(model: CoCa, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, 3, model.image_size, model.image_size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def naive(model: CoCa, image: Tensor, prompt: str, max_length: int) -> list[int]:
+    """Most likely next token, again and again, from the logits of the full model for a text with one more token."""
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(prompt)[:-1]
+    while ids[-1] != tokenizer.eot_id:
+        if len(ids) == max_length - 1:
+            return [*ids, tokenizer.eot_id]
+        logits = model(image[None], torch.tensor([[*ids, tokenizer.eot_id]])).logits  # (len(ids), V)
+        ids.append(int(logits[-1].argmax()))
+    return ids + [tokenizer.pad_id] * (max_length - len(ids))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"pooler": "parallel"}, {"pooler": "cascade", "cls_mask": "legacy"}])
+@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("max_length", [3, 9, 24])
+def test_equals_the_uncached_loop(tiny_model: Build, arguments: dict[str, Any], count: int, max_length: int) -> None:
+    model = lively(tiny_model(tokenizer=WORDS, **arguments))
+    images = pixels(model, count)
+    captions = model.generate(images, max_length=max_length)
+    assert captions.tolist() == [naive(model, image, "", max_length) for image in images]
+
+
+def test_captions_end_at_different_places(model: CoCa) -> None:
+    """Or the tests here would say nothing about captions that leave the batch."""
+    captions = model.generate(pixels(model, 12), max_length=24)
+    lengths = {row.index(model.tokenizer.eot_id) for row in captions.tolist()}
+    assert len(lengths) > 3
+
+
+@pytest.mark.parametrize(
+    "prompts", [["a b c"], ["", "a", "b c d", "e e e e e", "c"], ["d"] * 5, ["f g", "a", "", "b", "c"]]
+)
+def test_prompts_of_any_length_are_kept(model: CoCa, prompts: list[str]) -> None:
+    images = pixels(model, len(prompts))
+    captions = model.generate(images, prompt=prompts, max_length=12)
+    assert captions.tolist() == [naive(model, i, p, 12) for i, p in zip(images, prompts, strict=True)]
+    for row, prompt in zip(captions.tolist(), prompts, strict=True):
+        beginning = model.tokenizer.encode(prompt)[:-1]
+        assert row[: len(beginning)] == beginning
+
+
+def test_one_prompt_serves_all_images(model: CoCa) -> None:
+    images = pixels(model, 3)
+    assert torch.equal(model.generate(images, prompt="b a"), model.generate(images, prompt=["b a"] * 3))
+
+
+def test_default_length_is_30_or_the_context(tiny_model: Build) -> None:
+    for context, expected in [(76, 30), (24, 24)]:
+        model = tiny_model(tokenizer=WORDS, context_length=context)
+        assert model.generate(pixels(model, 1)).shape == (1, expected)
+
+
+def test_shortest_caption_is_start_and_end(model: CoCa) -> None:
+    assert model.generate(pixels(model, 2), max_length=2).tolist() == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("prompt", [None, "a b", []])
+def test_no_images_give_no_captions(model: CoCa, prompt: str | list[str] | None) -> None:
+    captions = model.generate(pixels(model, 0), prompt=prompt, max_length=7)
+    assert captions.shape == (0, 7)
+    assert captions.dtype == torch.int64
+
+
+def test_mode_is_restored_and_dropout_is_off(tiny_model: Build) -> None:
+    model = lively(tiny_model(tokenizer=WORDS, dropout=0.5)).train()
+    images = pixels(model, 4)
+    captions = model.generate(images)
+    assert model.training
+    assert model.text.training
+    assert torch.equal(captions, model.eval().generate(images))
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 1}, "max_length must lie between 2 .* and the context length of 24, got 1"),
+        ({"max_length": 25}, "max_length must lie between 2 .* got 25"),
+        ({"prompt": ["a"]}, "got 1 prompts for 2 images"),
+        ({"prompt": "a b c", "max_length": 5}, None),
+        ({"prompt": "a b c", "max_length": 4}, "takes 4 of 4 tokens and leaves no room"),
+        ({"prompt": "a b c d", "max_length": 6}, None),
+        ({"prompt": "a b c d", "max_length": 5}, "takes 5 of 5 tokens"),
+        ({"prompt": "a " * 30}, "of 24 tokens and leaves no room"),  # cut to the context by the tokenizer
+    ],
+)
+def test_errors(model: CoCa, arguments: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert model.generate(pixels(model, 2), **arguments).shape == (2, arguments["max_length"])
+    else:
+        with pytest.raises(ValueError, match=message):
+            model.generate(pixels(model, 2), **arguments)
+
+
+def test_a_model_without_decoder_cannot_caption(tiny_model: Build) -> None:
+    model = tiny_model(decoder_layers=0, pooler_queries=1)
+    with pytest.raises(ValueError, match="no decoder"):
+        model.generate(pixels(model, 1))
