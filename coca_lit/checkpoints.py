@@ -22,7 +22,7 @@ MODEL_KEY = "coca_lit_model"  # where our checkpoints keep the arguments of `CoC
 
 
 def load_model(path: str | Path) -> CoCa:
-    """The model in a file, in evaluation mode: our training checkpoint, our safetensors export, or an OpenCLIP CoCa file (.pt, .bin, .safetensors).
+    """The model in a file, in evaluation mode: our training checkpoint, our safetensors export, or an OpenCLIP file.
 
     With weight averaging the averaged weights are taken, as Lightning stores them in place of the trained ones.
 
@@ -76,8 +76,8 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
         tensors, own = list(_read_torch(_efficientnet_lite0()).values()), trunk.state_dict()
         state = dict(zip(own, tensors, strict=False))  # what is left over is the ImageNet classifier
     else:
-        state, _ = _read(Path(source))
-        state = {name: tensor for name, tensor in state.items() if name in trunk.state_dict()}
+        found, _ = _read(Path(source))
+        state = {name: tensor for name, tensor in found.items() if name in trunk.state_dict()}
     try:
         trunk.load_state_dict(state)
     except RuntimeError as error:

@@ -36,7 +36,7 @@ def train() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()
-    except (ConfigError, HydraException, OmegaConfBaseException, *_user_errors()) as error:
+    except user_errors() as error:
         sys.exit(f"error: {_explain(error)}")
     finally:
         print_sweep()
@@ -98,12 +98,14 @@ def _configure_libraries(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    # Lightning's notices would drown ours; its warnings stay, but for two that a user can do nothing about.
+    # Lightning's notices would drown ours; its warnings stay, but for those that a user need not act on.
     lightning_log = logging.getLogger("lightning.pytorch")
     lightning_log.setLevel(logging.WARNING)
     lightning_log.propagate = False
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
 
 
 def best_precision() -> str:
@@ -115,12 +117,14 @@ def best_precision() -> str:
     return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
+def user_errors() -> tuple[type[Exception], ...]:
+    """Exceptions whose message is all that a user needs; anything else is a bug and keeps its traceback."""
+    errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException)
     if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
-        return ()
+        return errors
     from coca_lit.data.records import DataError
 
-    return (DataError, FileNotFoundError)
+    return (*errors, DataError, FileNotFoundError)
 
 
 def _explain(error: Exception) -> str:

@@ -46,7 +46,7 @@ class TrainConfig:
 
 
 def build(node: DictConfig, path: str, **objects: Any) -> Any:
-    """Instantiates a config node with Hydra, after checking it. `objects` are handed to the constructor on top of the node's own keys.
+    """Instantiates a config node with Hydra, after checking it; the constructor gets `objects` beside the node's keys.
 
     Raises:
         ConfigError: a key that the constructor lacks, a target outside the allowed packages, or a value that it

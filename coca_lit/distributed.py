@@ -1,4 +1,4 @@
-"""Every collective operation of the project. Without an initialised process group all of them act as on a single process.
+"""Every collective operation of the project. Without a process group all of them act as on a single process.
 
 Gradients: DDP averages gradients over ranks, `gather` sums them on the way back. With a loss that each rank computes
 over the global batch the two

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from coca_lit.checkpoints import MODEL_KEY
@@ -95,15 +96,28 @@ class CoCaLit(L.LightningModule):
         named = {f"{stage}/{name}_loss": term.detach() for name, term in terms.items()}
         self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=len(batch.images))
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the global norm and logs it. Lightning's own way refuses fused optimizers under any mixed precision,
+        though only fp16 has a loss scale that such an optimizer would still have to remove.
+        """
+        if self.trainer.precision == "16-mixed":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+            self.log("train/grad_norm", norm)
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.net.clamp_logit_scale()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.net)
         scheduler = warmup_cosine(optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[MODEL_KEY] = (
-            self.net.config
-        )  # plain values: the file explains itself and loads with weights_only=True
+        checkpoint[MODEL_KEY] = self.net.config  # plain values, so that the file explains itself and is safe to load

@@ -17,7 +17,9 @@ def adamw(
     eps: float = 1e-6,
     weight_decay: float = 0.2,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters. Matrices decay; biases, norms, the temperature, position embeddings and learned queries do not.
+    """AdamW over the trainable parameters of a module.
+
+    Matrices decay; biases, norms, the temperature, position embeddings and learned queries do not.
 
     Raises:
         ValueError: a number is out of range, or everything is frozen.
@@ -32,7 +34,7 @@ def adamw(
     others = [p for name, p in trainable.items() if not decays(name, p)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     # One kernel for all parameters: 4.5 times as fast as PyTorch's default on a CPU, with the same result.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

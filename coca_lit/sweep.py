@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 _started: list[
     tuple[Path, float]
@@ -45,13 +44,18 @@ def read_sweep(folder: Path, since: float = 0.0) -> list[dict[str, Any]]:
 
 
 def _read_job(job: Path, begun: float) -> dict[str, Any]:
-    overrides = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text())
+    overrides = [str(override) for override in OmegaConf.load(job / ".hydra" / "overrides.yaml")]
     results = job / "results.json"
     done = (
         results.exists() and results.stat().st_mtime >= begun
     )  # an older file is from an earlier sweep in this folder
     scores = json.loads(results.read_text()) if done else {}
-    return {"job": job.name, **dict(o.split("=", 1) for o in overrides), "status": "ok" if done else "failed", **scores}
+    return {
+        "job": job.name,
+        **{key: value for key, _, value in (o.partition("=") for o in overrides)},
+        "status": "ok" if done else "failed",
+        **scores,
+    }
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:

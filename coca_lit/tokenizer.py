@@ -89,7 +89,7 @@ class CLIPTokenizer(Tokenizer):
 
     def __init__(self, context_length: int = 76) -> None:
         super().__init__(context_length)
-        merges = [tuple(line.split()) for line in gzip.decompress(CLIP_MERGES.read_bytes()).decode().split("\n")]
+        merges = [_pair(line) for line in gzip.decompress(CLIP_MERGES.read_bytes()).decode().split("\n")]
         self._byte_of = _byte_of_symbol()
         symbols = list(self._byte_of)
         tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
@@ -121,10 +121,10 @@ class CLIPTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    """One id per word of a given vocabulary, for data sets whose captions are short and closed (the built-in scenes) or small (Flickr8k).
+    """One id per word of a given vocabulary, for captions that are short and closed, as those of the built-in scenes.
 
-    Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the
-    unknown id, which decodes to nothing.
+    Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the unknown
+    id, which decodes to nothing.
     """
 
     pad_id, sot_id, eot_id, unk_id = 0, 1, 2, 3
@@ -192,8 +192,13 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
 
 
+def _pair(line: str) -> tuple[str, str]:
+    left, right = line.split()
+    return left, right
+
+
 def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable stand-in for each of the 256 bytes, in the order of CLIP's vocabulary: printable bytes first."""
+    """GPT-2's printable stand-in for each of the 256 bytes, in the order of CLIP's vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -66,10 +66,10 @@ class Evaluation(L.Callback):
         last = trainer.current_epoch + 1 == trainer.max_epochs  # the full scores follow at once
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0 and not last:
             few = self.records[: self.quick]
-            pl_module.log_dict(self._named(self.scores(pl_module.net, few)), rank_zero_only=False, sync_dist=False)
+            pl_module.log_dict(self._named(self.scores(_net(pl_module), few)), rank_zero_only=False, sync_dist=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        results = self.evaluate(pl_module.net)
+        results = self.evaluate(_net(pl_module))
         for logger in trainer.loggers:
             logger.log_metrics(results, step=trainer.global_step)
 
@@ -109,3 +109,9 @@ class CaptionScores(Evaluation):
             (self.output_dir / folder).mkdir(parents=True, exist_ok=True)
         (self.output_dir / "predictions" / f"{self.name}.json").write_text(json.dumps(predictions, indent=0))
         sample_sheet(records, captions).save(self.output_dir / "samples" / f"{self.name}.png")
+
+
+def _net(module: L.LightningModule) -> CoCa:
+    net = module.net
+    assert isinstance(net, CoCa)
+    return net

@@ -25,6 +25,9 @@ class PlainProgress(ProgressBar):
         self.every_n_steps = every_n_steps
         self._start = (0.0, 0)  # time and step at which this process began
 
+    def disable(self) -> None:
+        """Lightning calls this on all ranks but the first, which print nothing anyway."""
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = (time.monotonic(), trainer.global_step)
 
@@ -51,7 +54,8 @@ class PlainProgress(ProgressBar):
 class Throughput(L.Callback):
     """Logs samples per second over all ranks, measured between two logged steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
         self._since = 0.0
         self._samples = 0
 
@@ -62,7 +66,7 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._samples += len(batch.images) * world_size()
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0:
             now = time.monotonic()
             pl_module.log("samples/s", self._samples / (now - self._since), prog_bar=True)
             self._since, self._samples = now, 0

@@ -1,4 +1,4 @@
-"""CoCa: one network that embeds images and texts in a common space and captions images (Yu et al. 2022, arXiv 2205.01917).
+"""CoCa: one network that embeds images and texts in a common space and captions images (arXiv 2205.01917).
 
 images ─ ImageEncoder ─ ImagePooling ─┬─ contrastive vector ─ projection ─ image features ─┐
                                       └─ image tokens ──────────────┐                      ├─ contrastive loss
@@ -147,27 +147,18 @@ class CoCa(nn.Module):
         if len(images) != len(tokens):
             raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
         lengths = self._lengths(tokens, lengths)
-        captioning = captioning and self.decoder is not None
-        vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, captioning)
+        decoder = self.decoder if captioning else None
+        vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
         states, text_vector = self.text(tokens, lengths, contrastive)
-        hidden, labels = self._caption_states(states, tokens, lengths, image_tokens) if captioning else (None, None)
+        hidden, labels = _caption_states(decoder, states, tokens, lengths, image_tokens) if decoder else (None, None)
         return CoCaOutput(
             image_features=F.normalize(self.image_projection(vector), dim=-1) if contrastive else None,
             text_features=F.normalize(text_vector, dim=-1) if contrastive else None,
             logit_scale=self.logit_scale.exp(),
             hidden=hidden,
             labels=labels,
-            vocabulary=self.decoder.vocabulary.weight if captioning else None,
+            vocabulary=decoder.vocabulary.weight if decoder else None,
         )
-
-    def _caption_states(
-        self, states: Tensor, tokens: Tensor, lengths: Tensor, image_tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing."""
-        longest = min(states.shape[1], tokens.shape[1])
-        hidden = self.decoder(states[:, : longest - 1], image_tokens)  # (B, T - 1, D)
-        real = torch.arange(1, longest, device=lengths.device) < lengths[:, None]  # (B, T - 1)
-        return hidden[real], tokens[:, 1:longest][real]
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""
@@ -183,7 +174,9 @@ class CoCa(nn.Module):
     def generate(
         self, images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None
     ) -> Tensor:
-        """Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id; `model.tokenizer.decode(row)` gives the text.
+        """Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id.
+
+        `model.tokenizer.decode(row)` gives the text.
 
         Args:
             prompt: how every caption, or each one, begins.
@@ -256,3 +249,13 @@ def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
     """
     positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     return (positions * (tokens != pad_id)).amax(dim=1).clamp(min=1)
+
+
+def _caption_states(
+    decoder: Decoder, states: Tensor, tokens: Tensor, lengths: Tensor, image_tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing."""
+    longest = min(states.shape[1], tokens.shape[1])
+    hidden = decoder(states[:, : longest - 1], image_tokens)  # (B, T - 1, D)
+    real = torch.arange(1, longest, device=lengths.device) < lengths[:, None]  # (B, T - 1)
+    return hidden[real], tokens[:, 1:longest][real]

@@ -96,7 +96,7 @@ def check_max_length(max_length: int | None, context_length: int) -> int:
         return min(DEFAULT_MAX_LENGTH, context_length)
     if not 2 <= max_length <= context_length:
         raise ValueError(
-            f"max_length must lie between 2 (start and end) and the context length of {context_length}, got {max_length}"
+            f"max_length must lie between 2 (start and end) and {context_length}, the context length, got {max_length}"
         )
     return max_length
 
@@ -111,6 +111,7 @@ def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int
     rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
     if count and (longest := max(map(len, rows))) > max(max_length - 2, 1):  # the end and, after words, one more token
         raise ValueError(
-            f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption; raise max_length or shorten it"
+            f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption: "
+            "raise max_length or shorten it"
         )
     return rows

@@ -15,7 +15,7 @@ Pooler = Literal["single", "parallel", "cascade"]
 
 
 class ImageEncoder(nn.Module):
-    """A timm model without its head: pixels -> tokens (B, S, width). Grid outputs of convolutional nets become S = H·W tokens.
+    """A timm model without its head: pixels -> tokens (B, S, width), S = H·W for the grid of a convolutional net.
 
     uint8 pixels are normalised here, on the device, with the mean and deviation that timm lists for the model; floats
     count as normalised already.
@@ -31,9 +31,10 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(close)}")
         self._build = partial(_timm_trunk, name, image_size, arguments)
         self.image_size = image_size
-        self.trunk = self._build()
-        self.width: int = self.trunk.head_hidden_size
-        config = self.trunk.pretrained_cfg
+        trunk: Any = self._build()  # each family of timm has its own class
+        self.trunk = trunk
+        self.width: int = trunk.head_hidden_size
+        config = trunk.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 

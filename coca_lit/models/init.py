@@ -62,6 +62,7 @@ def _init_blocks(blocks: nn.ModuleList, depth: int) -> None:
 
 def _init_attention(attention: SelfAttention | CrossAttention, out_std: float) -> None:
     for name, linear in attention.named_children():
+        assert isinstance(linear, nn.Linear)
         _init_linear(linear, out_std if name == "out" else linear.in_features**-0.5)
 
 

@@ -24,7 +24,7 @@ _L14: dict[str, Any] = {
 
 
 def _paper(image_encoder: str, width: int, heads: int, layers: int) -> dict[str, Any]:
-    """Table 1 of the CoCa paper: 288 px in patches of 18, cascaded poolers, text and decoder as wide as the image encoder.
+    """Table 1 of the CoCa paper: 288 px in patches of 18, cascaded poolers, all parts of one width.
 
     The depths and widths are the paper's. The vocabulary is CLIP's 49,408 instead of 64,000, and as in OpenCLIP each
     cross-attention has an MLP of its own, so the parameter counts differ from the paper's 383 M, 787 M and 2.1 B.

@@ -1,6 +1,6 @@
 """The text side of CoCa: a causal unimodal tower that ends in a CLS token, and the multimodal decoder above it."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +81,14 @@ class TextTower(nn.Module):
         needed = min(int(lengths.max()) + (self.cls_mask == "legacy"), self.context_length)
         if tokens.shape[1] >= needed:
             return tokens[:, :needed]
-        return nn.functional.pad(
-            tokens, (0, needed - tokens.shape[1])
-        )  # what stands at a pad is seen by a legacy CLS only, which expects id 0
+        # Only a legacy CLS sees what stands at a pad, and it was trained with id 0 there.
+        return nn.functional.pad(tokens, (0, needed - tokens.shape[1]))
 
 
 def cls_attention_mask(lengths: Tensor, length: int, context_length: int, kind: ClsMask) -> Tensor:
-    """Boolean mask (B, 1, T + 1, T + 1), True where a query (row) may attend: tokens are causal, the last row is the CLS token.
+    """Boolean mask (B, 1, T + 1, T + 1), True where a query (row) may attend.
+
+    Tokens are causal; the last row is the CLS token.
 
     Worked example: lengths [2], T = 4, correct: the CLS row is [1 1 0 0 1]; legacy: [1 1 1 0 0].
     """
@@ -115,7 +116,7 @@ class Decoder(nn.Module):
 
     def keys_values(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the image tokens (B, S, E) for every layer: all that generation needs of an image."""
-        return [block.keys_values(image_tokens) for block in self.cross_blocks]
+        return [block.keys_values(image_tokens) for block in cast("list[CrossBlock]", self.cross_blocks)]
 
     def forward(self, states: Tensor, image_tokens: Tensor) -> Tensor:
         """Token states (B, T, D) and image tokens (B, S, E) -> hidden states (B, T, D), ready for `vocabulary`."""
@@ -135,5 +136,5 @@ class Decoder(nn.Module):
         return self.norm(states)
 
 
-def _decoder_layer(self_block: nn.Module, cross_block: CrossBlock, states: Tensor, image_tokens: Tensor) -> Tensor:
-    return cross_block(self_block(states), cross_block.keys_values(image_tokens))
+def _decoder_layer(self_block: nn.Module, cross_block: nn.Module, states: Tensor, image_tokens: Tensor) -> Tensor:
+    return cross_block(self_block(states), cast(CrossBlock, cross_block).keys_values(image_tokens))
