@@ -81,8 +81,9 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
     try:
         trunk.load_state_dict(state)
     except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()  # of a list as long as the state dict
         raise ValueError(
-            f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {error}"
+            f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {first}"
         ) from error
 
 

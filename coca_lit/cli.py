@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from coca_lit.config import ConfigError, TrainConfig, build, explain_override
+from coca_lit.config import ConfigError, TrainConfig, blame, build, explain_override
 from coca_lit.sweep import print_sweep
 
 if TYPE_CHECKING:
@@ -68,14 +69,14 @@ def build_module(cfg: DictConfig) -> Any:
     from coca_lit.checkpoints import load_image_weights, load_weights
 
     module = build(cfg.model, "model")
-    try:
+    with blame("model.optimizer"):
         module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"model.optimizer: {error}") from error
     if cfg.image_weights is not None:
-        load_image_weights(module.net, cfg.image_weights)
+        with blame("image_weights"):
+            load_image_weights(module.net, cfg.image_weights)
     if cfg.init_from is not None:
-        load_weights(module.net, cfg.init_from)
+        with blame("init_from"):
+            load_weights(module.net, cfg.init_from)
     return module
 
 
@@ -83,7 +84,8 @@ def build_trainer(cfg: DictConfig, evals: "list[L.Callback]") -> "L.Trainer":
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     # Averaged weights replace the trained ones when training ends: before the final scores.
-    averaging: list[L.Callback] = [EMAWeightAveraging(decay=cfg.ema)] if cfg.ema is not None else []
+    with blame("ema"):
+        averaging: list[L.Callback] = [EMAWeightAveraging(decay=cfg.ema)] if cfg.ema is not None else []
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
@@ -99,9 +101,10 @@ def _configure_libraries(cfg: DictConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     # Lightning's notices would drown ours; its warnings stay, but for those that a user need not act on.
-    lightning_log = logging.getLogger("lightning.pytorch")
-    lightning_log.setLevel(logging.WARNING)
-    lightning_log.propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        lightning_log = logging.getLogger(name)
+        lightning_log.setLevel(logging.WARNING)
+        lightning_log.propagate = False
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
@@ -130,5 +133,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 def _explain(error: Exception) -> str:
     if isinstance(error, HydraException):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return explain_override(error, hydra.compose("train", return_hydra_config=False))
+            options = GlobalHydra.instance().config_loader().get_group_options
+            chosen = [arg for arg in sys.argv[1:] if arg.rpartition("=")[2] in options(arg.partition("=")[0])]
+            return explain_override(error, lambda: hydra.compose("train", chosen), options)
     return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

@@ -9,13 +9,23 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-ALLOWED_PACKAGES = ("coca_lit", "lightning.pytorch", "torch.optim", "torch.nn", "torchmetrics", "timm")
+# What a run is made of, and no more: elsewhere in these packages are functions that load pickles, that is, run code.
+ALLOWED_PACKAGES = (
+    "coca_lit",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.trainer",
+    "torch.optim",
+)
 
 
 class ConfigError(Exception):
@@ -60,9 +70,18 @@ def build(node: DictConfig, path: str, **objects: Any) -> Any:
         return instantiate(node, _convert_="all", **objects)
     except InstantiationException as error:
         cause = error.__cause__
-        if not isinstance(cause, TypeError | ValueError):
+        if not isinstance(cause, TypeError | ValueError | ModuleNotFoundError):
             raise cause or error from error
         raise ConfigError(f"{path}: {cause}") from error
+
+
+@contextmanager
+def blame(key: str) -> Iterator[None]:
+    """Says that the value of `key` is to blame for what is raised inside."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
@@ -107,20 +126,33 @@ def suggest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
-def explain_override(error: Exception, config: DictConfig) -> str:
-    """One sentence for an override that Hydra refused, with the nearest key of `config`."""
+def explain_override(
+    error: Exception, config: Callable[[], DictConfig], options: Callable[[str], Sequence[str]]
+) -> str:
+    """One sentence for a command line or an experiment file that Hydra refused, with what was probably meant.
+
+    Args:
+        config: makes the config whose keys were available.
+        options: the options of a config group.
+    """
     text = str(error).strip()
     if text.startswith("Error merging override") and error.__cause__ is not None:
         reason = str(error.__cause__).splitlines()[0]
         return f"{text.removeprefix('Error merging override ')}: {reason}"
     if match := re.search(r"Could not override '([\w.@/]+)'", text):
-        keys = list(_keys(OmegaConf.to_container(config, resolve=False)))
-        return f"there is no key '{match[1]}'{suggest(match[1], keys)}"
-    if match := re.search(r"Could not find '([\w./]+)'", text):
-        options = re.findall(r"^\t(\S+)$", text, flags=re.MULTILINE)
+        return _no_key(match[1], config())
+    if match := re.search(r"Could not (?:find|load) '([\w./]+)'", text):
         group, _, wanted = match[1].rpartition("/")
-        return f"'{group}' has no option '{wanted}'{suggest(wanted, options)} The options: {', '.join(options)}"
+        known = options(group)
+        return f"'{group}' has no option '{wanted}'{suggest(wanted, known)} The options: {', '.join(known)}"
+    if match := re.match(r"In '(.+)': \w+ raised while composing config:\n(.+)\n\s+full_key: (\S+)", text):
+        file, reason, key = match.groups()
+        return f"in '{file}': {_no_key(key, config()) if reason.startswith('Key ') else f'{key}: {reason}'}"
     return text
+
+
+def _no_key(key: str, config: DictConfig) -> str:
+    return f"there is no key '{key}'{suggest(key, _keys(OmegaConf.to_container(config, resolve=False)))}"
 
 
 def _keys(node: Any, prefix: str = "") -> Iterable[str]:

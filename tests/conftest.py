@@ -31,7 +31,7 @@ def tiny_model() -> Callable[..., CoCa]:
 
 @pytest.fixture(scope="session")
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    """`on_ranks(world, function, *arguments)`: results of a picklable function on `world` gloo processes, in rank order.
+    """`on_ranks(world, function, *arguments)`: what a picklable function returns on each of `world` gloo processes.
 
     The processes live as long as the test session, each call has a process group of its own.
     """

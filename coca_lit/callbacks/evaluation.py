@@ -90,10 +90,13 @@ class CaptionScores(Evaluation):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if rank() == 0:
+        if rank() == 0 and _net(pl_module).decoder is not None:
             warm_up()  # METEOR loads for seconds; let it do so beside the training
 
     def scores(self, model: CoCa, records: Sequence[Record]) -> dict[str, float]:
+        if model.decoder is None:
+            say("the model has no decoder: there are no captions to score")
+            return {}
         captions = caption_images(model, records, self.batch_size, self.num_workers)
         scores: dict[str, float] = {}
         if rank() == 0:

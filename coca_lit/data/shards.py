@@ -48,7 +48,7 @@ def expand_shards(shards: str | Sequence[str]) -> list[Path]:
             paths.update((Path(match), None) for match in matches)
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
-        what = f"{len(missing)} of {len(paths)} shards" if missing else "shards"
+        what = f"{len(missing)} of {len(paths)} LAION shards" if missing else "LAION shards"
         where: list[Path | str] = [*missing[:1]] or [*patterns]
         raise not_found(what, where, 'write them with img2dataset --output_format webdataset and pass "FOLDER/*.tar"')
     return list(paths)

@@ -2,6 +2,7 @@
 the two tasks.
 """
 
+import difflib
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ class ImageEncoder(nn.Module):
     def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
         super().__init__()
         if not timm.is_model(name):
-            close = timm.list_models(f"*{name[:12]}*")[:5] or timm.list_models("vit_base*clip*")[:5]
+            close = difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("vit_base*clip*")[:5]
             raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(close)}")
         self._build = partial(_timm_trunk, name, image_size, arguments)
         self.image_size = image_size

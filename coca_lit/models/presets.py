@@ -53,12 +53,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # vocabulary.
     "coca_efficientnet": {
         "image_encoder": "tf_efficientnet_lite0",
-        "embed_dim": 384,
-        "pooler_queries": 50,
+        "embed_dim": 256,
+        "pooler_queries": 37,
+        "pooler_heads": 4,
         "context_length": 40,
-        "text_width": 384,
-        "text_layers": 3,
-        "text_heads": 6,
+        "text_width": 256,
+        "text_layers": 2,
+        "text_heads": 4,
         "decoder_layers": 3,
     },
     # Learns the built-in scenes on two CPU cores in minutes.

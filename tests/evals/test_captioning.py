@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from pycocoevalcap.bleu.bleu import Bleu
 
 from coca_lit.evals import java
@@ -18,7 +18,7 @@ from coca_lit.evals.captioning import caption_scores
 from coca_lit.evals.meteor import Meteor, shared_meteor, warm_up
 from coca_lit.evals.ptb import ptb_tokenize
 
-SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "captions"
+CAPTIONS = SHARED / "captions"
 GERMAN = {"LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=de -Duser.country=DE"}
 
 
@@ -39,21 +39,23 @@ def split(texts):
 
 def fakecap():
     references = {}
-    for row in json.loads((SHARED / "fakecap_refs.json").read_text())["annotations"]:
+    for row in json.loads((CAPTIONS / "fakecap_refs.json").read_text())["annotations"]:
         references.setdefault(row["image_id"], []).append(row["caption"])
-    return references, {r["image_id"]: r["caption"] for r in json.loads((SHARED / "fakecap_results.json").read_text())}
+    return references, {
+        r["image_id"]: r["caption"] for r in json.loads((CAPTIONS / "fakecap_results.json").read_text())
+    }
 
 
 def coco_karpathy_test_generated():
-    rows = json.loads((SHARED / "coco_karpathy_test_generated.json").read_text())
+    rows = json.loads((CAPTIONS / "coco_karpathy_test_generated.json").read_text())
     return {r["image_name"]: r["captions"] for r in rows}, {r["image_name"]: r["prediction"] for r in rows}
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="shared caption data not present")
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
 @pytest.mark.parametrize("read", [fakecap, coco_karpathy_test_generated])
 def test_published_scores(read, capsys):
     references, predictions = read()
-    published = json.loads((SHARED / "expected_scores.json").read_text())[read.__name__]
+    published = json.loads((CAPTIONS / "expected_scores.json").read_text())[read.__name__]
     measured = published["measured_pycocoevalcap_1.2"]
     expected = {f"Bleu_{n}": score for n, score in enumerate(measured.pop("Bleu"), start=1)} | measured
 
@@ -69,7 +71,7 @@ def test_published_scores(read, capsys):
         assert round(scores[name], 3) == published[name]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="shared caption data not present")
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
 @pytest.mark.parametrize("read", [fakecap, coco_karpathy_test_generated])
 def test_published_ngram_counts(read, capsys):
     references, predictions = read()
@@ -78,7 +80,7 @@ def test_published_ngram_counts(read, capsys):
     hypotheses = {key: [group.pop()] for key, group in split_references.items()}
     Bleu(4).compute_score(split_references, hypotheses, verbose=1)
     counts = ast.literal_eval(capsys.readouterr().out.splitlines()[0])
-    assert counts == json.loads((SHARED / "expected_scores.json").read_text())[read.__name__]["bleu_stats"]
+    assert counts == json.loads((CAPTIONS / "expected_scores.json").read_text())[read.__name__]["bleu_stats"]
 
 
 def test_bleu_by_hand():

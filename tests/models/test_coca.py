@@ -382,7 +382,7 @@ def test_single_parameters_can_be_frozen(tiny_model: Build) -> None:
 
 
 def test_freezing_what_is_not_there_names_what_is(tiny_model: Build) -> None:
-    with pytest.raises(ValueError, match="nothing in the model is called image_encodr; .*image_encoder, pooling"):
+    with pytest.raises(ValueError, match=r"nothing in the model is called image_encodr; .*image_encoder, pooling"):
         tiny_model().freeze("text", "image_encodr")
 
 
@@ -410,7 +410,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
     [
         (
             {"image_encoder": "vit_base_patch32_clip_225"},
-            "timm has no model .*similar names: vit_base_patch32_clip_224",
+            "timm has no model .*similar names:.* vit_base_patch32_clip_224",
         ),
         ({"pooler": "double"}, "'single', 'parallel' or 'cascade', got 'double'"),
         ({"cls_mask": "right"}, "'correct' or 'legacy', got 'right'"),
@@ -429,7 +429,7 @@ def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: 
 
 def test_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match="unknown model 'coca_vit_b33', did you mean 'coca_vit_b32'?.*are coca_vit_b32"
+        ValueError, match=r"unknown model 'coca_vit_b33', did you mean 'coca_vit_b32'\?.*are coca_vit_b32"
     ):
         create_model("coca_vit_b33")
 

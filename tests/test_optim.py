@@ -1,0 +1,140 @@
+"""Which parameters decay, and learning rates by hand."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from coca_lit.models import CoCa
+from coca_lit.optim import adamw, decays, warmup_cosine
+
+VIT = {
+    "image_encoder": "vit_base_patch32_clip_224",
+    "image_encoder_args": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2},
+}
+Build = Callable[..., CoCa]
+
+
+def groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[float, set[str]]:
+    """{weight decay: names of the parameters that have it}"""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+
+
+def test_matrices_decay_and_nothing_else(tiny_model: Build) -> None:
+    model = tiny_model(pooler="parallel", **VIT)
+    split = groups(model, adamw(model, lr=1e-3, weight_decay=0.3))
+    assert set(split) == {0.3, 0.0}
+    assert split[0.3] | split[0.0] == {name for name, _ in model.named_parameters()}
+    for name in (
+        "text.token_embedding.weight",
+        "text.blocks.0.attention.qkv.weight",
+        "decoder.vocabulary.weight",
+        "image_encoder.trunk.patch_embed.proj.weight",
+        "image_projection.weight",
+        "pooling.contrastive.attention.kv.weight",
+    ):
+        assert name in split[0.3]
+    for name in (
+        "logit_scale",
+        "text.position_embedding",
+        "text.cls_embedding",
+        "text.norm.weight",
+        "text.blocks.0.attention.qkv.bias",
+        "pooling.contrastive.query",
+        "pooling.generative.query",
+        "image_encoder.trunk.pos_embed",
+        "image_encoder.trunk.cls_token",
+    ):
+        assert name in split[0.0]
+
+
+def test_kernels_decay_and_batch_norms_do_not(tiny_model: Build) -> None:
+    model = tiny_model(image_encoder="tf_efficientnet_lite0", image_encoder_args={})
+    split = groups(model, adamw(model, lr=1e-3, weight_decay=0.1))
+    assert "image_encoder.trunk.conv_stem.weight" in split[0.1]
+    assert "image_encoder.trunk.bn1.weight" in split[0.0]
+
+
+def test_decays_looks_at_the_last_part_of_the_name() -> None:
+    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    assert decays("query.weight", matrix)
+    assert not decays("pooling.query", matrix)
+    assert not decays("layer.bias", vector)
+
+
+def test_frozen_parameters_are_left_out(tiny_model: Build) -> None:
+    model = tiny_model()
+    frozen = set(model.freeze("image_encoder", "text"))
+    split = groups(model, adamw(model, lr=1e-3))
+    assert not (split[0.2] | split[0.0]) & frozen
+
+
+def test_no_empty_group() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    assert len(adamw(layer, lr=1e-3).param_groups) == 1
+
+
+def test_defaults_are_those_of_clip() -> None:
+    defaults = adamw(nn.Linear(2, 2), lr=1e-3).defaults
+    assert (defaults["betas"], defaults["eps"]) == ((0.9, 0.98), 1e-6)
+
+
+def test_first_step_by_hand() -> None:
+    """Adam's first step is lr · g / (|g| + eps), after a decay of lr · weight decay · w that spares the bias."""
+    layer = nn.Linear(1, 1)
+    nn.init.constant_(layer.weight, 2.0)
+    nn.init.constant_(layer.bias, 2.0)
+    optimizer = adamw(layer, lr=0.1, weight_decay=0.5)
+    (3 * layer(torch.ones(1))).sum().backward()
+    optimizer.step()
+    assert layer.weight.item() == pytest.approx(2 - 0.1 * 0.5 * 2 - 0.1, abs=1e-5)
+    assert layer.bias.item() == pytest.approx(2 - 0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1e-3}, "lr must be a number of at least 0, got -0.001"),
+        ({"lr": "1e-3"}, "lr must be a number of at least 0, got '1e-3'"),
+        ({"lr": True}, "lr must be a number"),
+        ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+        ({"lr": 1e-3, "eps": None}, "eps must be a number of at least 0, got None"),
+    ],
+)
+def test_wrong_numbers(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adamw(nn.Linear(2, 2), **arguments)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        adamw(nn.Linear(2, 2).requires_grad_(False), lr=1e-3)
+
+
+def learning_rates(warmup_steps: int, total_steps: int, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0)
+    scheduler = warmup_cosine(optimizer, warmup_steps, total_steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_warmup_then_cosine_by_hand() -> None:
+    root = math.sqrt(0.5)  # cos of an eighth of a turn
+    expected = [0.5, 1.0, 1.5, 2.0, 2.0, 1 + root, 1.0, 1 - root, 0.0, 0.0]
+    assert learning_rates(warmup_steps=4, total_steps=8, steps=10) == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    assert learning_rates(warmup_steps=0, total_steps=2, steps=4) == pytest.approx([2.0, 1.0, 0.0, 0.0], abs=1e-9)
+
+
+def test_a_run_shorter_than_its_warmup_only_rises() -> None:
+    assert learning_rates(warmup_steps=4, total_steps=2, steps=3) == pytest.approx([0.5, 1.0, 1.5])
