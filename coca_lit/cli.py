@@ -136,4 +136,6 @@ def _explain(error: Exception) -> str:
             options = GlobalHydra.instance().config_loader().get_group_options
             chosen = [arg for arg in sys.argv[1:] if arg.rpartition("=")[2] in options(arg.partition("=")[0])]
             return explain_override(error, lambda: hydra.compose("train", chosen), options)
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
     return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _WANTED = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}|txt|json)", re.IGNORECASE | re.DOTALL)
+_HOW = (
+    "write LAION or other image-text pairs with img2dataset --output_format webdataset "
+    'and pass "FOLDER/*.tar" as data.shards'
+)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -48,9 +52,9 @@ def expand_shards(shards: str | Sequence[str]) -> list[Path]:
             paths.update((Path(match), None) for match in matches)
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
-        what = f"{len(missing)} of {len(paths)} LAION shards" if missing else "LAION shards"
+        what = f"{len(missing)} of {len(paths)} shards" if missing else "shards"
         where: list[Path | str] = [*missing[:1]] or [*patterns]
-        raise not_found(what, where, 'write them with img2dataset --output_format webdataset and pass "FOLDER/*.tar"')
+        raise not_found(what, where, _HOW)
     return list(paths)
 
 

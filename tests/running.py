@@ -1,0 +1,42 @@
+"""Runs for the tests: composed as the command line does it but inside the test process, or as a real command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from coca_lit import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+# Any experiment as a check of two steps with the smallest network; scenes are what the exported data sets hold.
+TINY = ("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "eval_images=8")
+
+
+def compose(*overrides: str) -> DictConfig:
+    """The config of `python train.py *overrides`."""
+    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        return hydra.compose("train", list(overrides))
+
+
+def run(folder: Path, *overrides: str) -> dict[str, float]:
+    """What `python train.py *overrides` does in the run folder `folder`; returns the final scores."""
+    return cli.run(compose(f"output_dir={folder}", "name=test", *overrides))
+
+
+def train_py(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python train.py *arguments` as a process of its own; relative paths, outputs/ among them, lie in `cwd`."""
+    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "COV_"))}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=inherited | paths | environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
