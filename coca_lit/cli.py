@@ -5,6 +5,7 @@ Heavy packages are imported inside functions, so that `--help` and a typing erro
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -35,12 +36,18 @@ def train() -> None:
     exit code 1.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
+    sys.argv[1:] = [quote_range(argument) for argument in sys.argv[1:]]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()
     except user_errors() as error:
         sys.exit(f"error: {_explain(error)}")
     finally:
         print_sweep()
+
+
+def quote_range(argument: str) -> str:
+    """Quotes a value like /data/{00000..00099}.tar, whose brace Hydra would take for the start of a dictionary."""
+    return re.sub(r"""^([^=]+)=([^"'\[]*\{\d+\.\.\d+\}.*)$""", r'\1="\2"', argument)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

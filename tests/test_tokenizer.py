@@ -23,7 +23,8 @@ TRICKY = [
     "caf\u00c3\u00a9 \u201cquoted\u201d \u2019s \ufb01 \ufb02 e\u0301 \u212b",  # ftfy repairs some of these
     "\u00c6ther \u00df \u1e9e \u01c5 \u0130stanbul \u039f\u0394\u039f\u03a3",  # lower case is not one to one
     "\u65e5\u672c\u8a9e \u30c6\u30b9\u30c8 \U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7 \u263a\ufe0f",
-    "nul\x00 bell\x07 tab\x0b feed\x0c del\x7f \x1b[31mred\x1b[0m \ufeff bom",
+    "nul\x00 bell\x07 tab\x0b feed\x0c del\x7f \x1b[31mred\x1b[0m",
+    "\ufeff bom",
     "a_b-c/d <b>bold</b> @user #tag http://x.y/?q=1",
     "x" * 300,
     "a " * 73,
