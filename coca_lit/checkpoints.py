@@ -33,8 +33,11 @@ def load_model(path: str | Path) -> CoCa:
     state, config = _read(Path(path))
     if config is None:
         return from_open_clip(state).eval()
-    model = CoCa(**config)
-    model.load_state_dict(state)
+    try:
+        model = CoCa(**config)
+        model.load_state_dict(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
     return model.eval()
 
 

@@ -26,9 +26,11 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     """
     all_images, all_texts = gather(image_features), gather(text_features)  # (W·B, E)
     targets = torch.arange(len(image_features), device=image_features.device) + rank() * len(image_features)
-    image_logits = logit_scale * image_features @ all_texts.T  # (B, W·B)
-    text_logits = logit_scale * text_features @ all_images.T  # (B, W·B)
-    return (F.cross_entropy(image_logits.float(), targets) + F.cross_entropy(text_logits.float(), targets)) / 2
+    # Logits reach 100, where bf16 has steps of a half: this small product stays in fp32 under mixed precision.
+    with torch.autocast(image_features.device.type, enabled=False):
+        image_logits = logit_scale.float() * image_features.float() @ all_texts.float().T  # (B, W·B)
+        text_logits = logit_scale.float() * text_features.float() @ all_images.float().T  # (B, W·B)
+    return (F.cross_entropy(image_logits, targets) + F.cross_entropy(text_logits, targets)) / 2
 
 
 def caption_loss(hidden: Tensor, vocabulary: Tensor, labels: Tensor) -> Tensor:

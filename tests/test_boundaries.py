@@ -1,4 +1,4 @@
-"""Who may import whom: networks, losses and scores are plain PyTorch; Hydra ends at the entry point; help is instant."""
+"""Who may import whom: networks, losses and scores are plain PyTorch, Hydra ends at the entry point."""
 
 import ast
 import json
@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 ENTRY_POINT = {"cli.py", "config.py", "sweep.py", "run_folder.py"}
-PLAIN = (
-    "coca_lit coca_lit.models coca_lit.models.open_clip coca_lit.losses coca_lit.optim coca_lit.tokenizer "
-    "coca_lit.distributed coca_lit.evals.captioning coca_lit.evals.retrieval coca_lit.evals.collect "
-    "coca_lit.evals.samples coca_lit.checkpoints coca_lit.data.scenes coca_lit.data.transforms"
-).split()
+PLAIN = [
+    *("coca_lit", "coca_lit.models", "coca_lit.models.open_clip", "coca_lit.losses", "coca_lit.optim"),
+    *("coca_lit.tokenizer", "coca_lit.distributed", "coca_lit.checkpoints", "coca_lit.data.transforms"),
+    *(f"coca_lit.evals.{name}" for name in ("captioning", "retrieval", "collect", "samples")),
+]
 
 
 def loaded_by(*modules: str) -> set[str]:

