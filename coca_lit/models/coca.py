@@ -37,7 +37,7 @@ class CoCaOutput(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """Next-token logits (N, V). The training loss works from `hidden`, so that it may do without holding all of them."""
+        """Next-token logits (N, V). The training loss works from `hidden` and need not hold them all."""
         if self.hidden is None or self.vocabulary is None:
             raise ValueError(
                 "this output has no caption logits: the model has no decoder, or captioning was switched off"
