@@ -116,6 +116,7 @@ def _configure_libraries(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
 
 
 def best_precision() -> str:
