@@ -77,6 +77,7 @@ def _order(model: "CoCa", hypotheses: Hypotheses, beginnings: Beginnings, vector
         cosines = _similarities(model, ids, lengths, vector)
         weight = DEFAULT_RERANK_WEIGHT if options.rerank_weight is None else options.rerank_weight
         mixed = weight * model.logit_scale.exp().float() * cosines + (1 - weight) * log_probs
+        mixed = mixed.masked_fill(scores.isneginf(), float("-inf"))  # there are fewer captions than beams
         order = mixed.argsort(dim=1, descending=True, stable=True)
         ids = ids.gather(1, order[:, :, None].expand_as(ids))
         captions = Captions(ids, *(part.gather(1, order) for part in (mixed, log_probs, cosines)))

@@ -63,7 +63,8 @@ class TextTower(nn.Module):
 
     def _fit(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Cuts to the longest caption; the legacy mask also needs the first pad after it."""
-        needed = min(int(lengths.max()) + (self.cls_mask == "legacy"), self.context_length)
+        longest = int(lengths.max()) if len(lengths) else 1
+        needed = min(longest + (self.cls_mask == "legacy"), self.context_length)
         if tokens.shape[1] >= needed:
             return tokens[:, :needed]
         return nn.functional.pad(tokens, (0, needed - tokens.shape[1]))  # what stands at a pad is seen by a legacy CLS only, which expects id 0
