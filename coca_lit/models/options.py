@@ -47,8 +47,8 @@ class Options:
 
     def __post_init__(self) -> None:
         self._check_names()
-        self._check_combinations()
         self._check_numbers()
+        self._check_combinations()
 
     def _check_names(self) -> None:
         if self.strategy not in ("greedy", "beam", "sample"):

@@ -125,7 +125,7 @@ class Decoder(nn.Module):
             queries = _beside(states, len(image_tokens))
             total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
             states = cross_block(queries, image).view_as(states)
-        return total.view(*states.shape[:2], -1) / len(self.cross_blocks)
+        return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
 
 
 def _decoder_layer(self_block: nn.Module, cross_block: CrossBlock, states: Tensor, image_tokens: Tensor) -> Tensor:

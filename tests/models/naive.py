@@ -10,16 +10,21 @@ from coca_lit.models import CoCa
 
 
 @torch.no_grad()
-def next_scores(model: CoCa, image: Tensor, ids: Sequence[int], log: bool = True) -> Tensor:
-    """Log-probabilities or logits (V,) after a beginning, from one pass over all of it."""
-    tokens = torch.tensor([ids])
-    _, image_tokens = model.pooling(model.image_encoder(image[None]), contrastive=False)
-    states, _ = model.text(tokens, torch.tensor([len(ids)]), contrastive=False)
-    logits = model.decoder.vocabulary(model.decoder(states[:, : len(ids)], image_tokens))[0, -1]
-    return logits.log_softmax(-1) if log else logits
+def image_tokens(model: CoCa, image: Tensor) -> Tensor:
+    """image (3, H, W) -> what the decoder sees of it (1, S, E)."""
+    return model.pooling(model.image_encoder(image[None]), contrastive=False)[1]
 
 
-def constrain(scores: Tensor, ids: Sequence[int], end: int, last: bool = False, least: int = 0, penalty: float = 1.0, ngram: int = 0) -> list[float]:
+@torch.no_grad()
+def next_scores(model: CoCa, seen: Tensor, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities (V,) after a beginning, from one pass over all of it; `seen` are the image's tokens (1, S, E)."""
+    states, _ = model.text(torch.tensor([ids]), torch.tensor([len(ids)]), contrastive=False)
+    return model.decoder.vocabulary(model.decoder(states[:, : len(ids)], seen))[0, -1].log_softmax(-1)
+
+
+def constrain(
+    scores: Tensor, ids: Sequence[int], end: int, last: bool, least: int = 0, penalty: float = 1.0, ngram: int = 0
+) -> list[float]:
     values = scores.tolist()
     for token in set(ids) if penalty != 1 else ():
         values[token] = values[token] * penalty if values[token] < 0 else values[token] / penalty
@@ -32,9 +37,9 @@ def constrain(scores: Tensor, ids: Sequence[int], end: int, last: bool = False, 
 
 
 def greedy(model: CoCa, image: Tensor, start: Sequence[int], length: int, **rules: float) -> list[int]:
-    ids, end = list(start), model.tokenizer.eot_id
+    ids, end, seen = list(start), model.tokenizer.eot_id, image_tokens(model, image)
     while len(ids) < length and ids[-1] != end:
-        values = constrain(next_scores(model, image, ids), ids, end, len(ids) == length - 1, **rules)
+        values = constrain(next_scores(model, seen, ids), ids, end, len(ids) == length - 1, **rules)
         ids.append(max(range(len(values)), key=values.__getitem__))
     return ids
 
@@ -43,12 +48,12 @@ def beams(
     model: CoCa, image: Tensor, start: Sequence[int], length: int, width: int, exponent: float = 1.0, **rules: float
 ) -> list[tuple[float, list[int]]]:
     """Closed captions with their scores, best first: plain lists, sorted whole."""
-    end = model.tokenizer.eot_id
+    end, seen = model.tokenizer.eot_id, image_tokens(model, image)
     opened, closed = [(0.0, list(start))], []
     for position in range(len(start), length):
         found = []
         for total, ids in opened:
-            values = constrain(next_scores(model, image, ids), ids, end, position == length - 1, **rules)
+            values = constrain(next_scores(model, seen, ids), ids, end, position == length - 1, **rules)
             found += [(total + value, [*ids, token]) for token, value in enumerate(values)]
         found = [pair for pair in sorted(found, key=lambda pair: -pair[0]) if pair[0] > -math.inf][: 2 * width]
         count = (position + 1 - len(start)) ** exponent
@@ -62,11 +67,11 @@ def beams(
 
 def all_captions(model: CoCa, image: Tensor, start: Sequence[int], length: int) -> list[tuple[float, list[int]]]:
     """Every possible caption of at most `length` tokens with its mean log-probability, best first."""
-    end = model.tokenizer.eot_id
+    end, seen = model.tokenizer.eot_id, image_tokens(model, image)
     opened, closed = [(0.0, list(start))], []
     while opened:
         total, ids = opened.pop()
-        for token, value in enumerate(next_scores(model, image, ids).tolist()):
+        for token, value in enumerate(next_scores(model, seen, ids).tolist()):
             if token == end:
                 closed.append(((total + value) / (len(ids) + 1 - len(start)), [*ids, end]))
             elif len(ids) < length - 1:

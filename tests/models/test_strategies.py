@@ -18,7 +18,7 @@ PROMPTS = {
 }
 
 
-def make_model(words: list[str] = WORDS, seed: int = 0, end: float = 1.5) -> CoCa:
+def make_model(words: list[str] = WORDS, seed: int = 0, end: float = 5.0) -> CoCa:
     """Weights large enough that images matter, tokens follow one another and captions end at different places."""
     torch.manual_seed(seed)
     model = CoCa(
@@ -141,7 +141,7 @@ def test_log_probability_beams_ignore_a_shift_of_the_logits(model: CoCa, monkeyp
     images = make_images(6)
     options = {"strategy": "beam", "num_beams": 3, "max_length": LENGTH, "min_length": 0}
     before = {scoring: model.generate(images, **options, scoring=scoring) for scoring in ("log_prob", "openclip_legacy")}
-    monkeypatch.setattr(model.decoder.vocabulary, "forward", lambda x: nn.functional.linear(x, model.decoder.vocabulary.weight) + 7)
+    monkeypatch.setattr(model.decoder.vocabulary, "forward", lambda x: nn.functional.linear(x, model.decoder.vocabulary.weight) - 50)
     after = {scoring: model.generate(images, **options, scoring=scoring) for scoring in before}
     assert torch.equal(before["log_prob"], after["log_prob"])
     assert not torch.equal(before["openclip_legacy"], after["openclip_legacy"])
@@ -154,8 +154,8 @@ def test_batches_do_not_change_captions(model: CoCa) -> None:
         assert torch.equal(model.generate(images, max_length=LENGTH, **options), alone)
 
 
-def test_random_models_prompts_and_options() -> None:
-    check_random_cases(range(40))
+def test_random_models_prompts_and_rules() -> None:
+    check_random_cases(range(15))
 
 
 def check_random_cases(seeds: range) -> None:
@@ -166,7 +166,7 @@ def check_random_cases(seeds: range) -> None:
         def draw(low: int, high: int, random: torch.Generator = random) -> int:
             return int(torch.randint(low, high + 1, (), generator=random))
 
-        model = make_model(seed=seed // 20, end=draw(0, 3))
+        model = make_model(seed=seed // 5, end=draw(0, 8))
         count, length, width = draw(1, 4), draw(4, 12), draw(1, 4)
         prompts = [" ".join(WORDS[draw(0, 6)] for _ in range(draw(1, length - 3))) for _ in range(count)] if draw(0, 1) else None
         rules = {"least": draw(0, length - 1), "penalty": (1.0, 1.3)[draw(0, 1)], "ngram": (0, 2, 3)[draw(0, 2)]}
