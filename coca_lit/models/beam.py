@@ -1,7 +1,8 @@
 """Beam search, all images at once, with log-probabilities or with OpenCLIP's rule.
 
-OpenCLIP 3's beams add raw logits, which rank captions differently unless the log-normaliser happens to be constant; its "6 beams in 3 groups" write the
-same captions as 2 beams, because nothing makes the groups differ. `scoring="openclip_legacy"` reproduces it.
+OpenCLIP 3's beams add raw logits, which rank captions differently unless the log-normaliser happens to be constant; its
+"6 beams in 3 groups" write the same captions as 2 beams, because nothing makes the groups differ.
+`scoring="openclip_legacy"` reproduces it.
 """
 
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ class Candidates(NamedTuple):
 class BeamSearch:
     """Finds the `num_beams` best captions of every image.
 
-    A closed caption scores sum / length ** length_penalty. With log-probabilities the length counts the tokens that were chosen, the end included, and
-    a caption that fills its room is closed by the end id; by OpenCLIP's rule sums are of logits, the length counts the start too, and such a caption
-    stays without end. An image is done, and leaves the batch, when it has `num_beams` closed captions and the worst of them is at least as good as the
-    best candidate if that ended now.
+    A closed caption scores sum / length ** length_penalty. With log-probabilities the length counts tokens that were
+    chosen, the end included, and a caption that fills its room is closed by the end id; by OpenCLIP's rule sums are of
+    logits, the length counts the start too, and such a caption stays without end.
+
+    An image is done, and leaves the batch, when it has `num_beams` closed captions and the worst of them is at least as
+    good as the best candidate if that ended now.
     """
 
     num_beams: int
@@ -90,15 +93,16 @@ class BeamSearch:
         # The best 2K of each caption first, then the best 2K of those of an image: no sort over K · V.
         best, tokens = scores.topk(min(2 * self.num_beams, scores.shape[1]))  # (B · K, C)
         chosen = log_probs.gather(1, tokens)
-        sums, likelihoods = (old.view(-1, 1) + new for old, new in ((opened.scores, best), (opened.log_probs, chosen)))
-        images, choices = len(opened.ids), tokens.shape[1]
-        sums, likelihoods, tokens = (part.view(images, self.num_beams * choices) for part in (sums, likelihoods, tokens))
+        of_image, choices = (len(opened.ids), self.num_beams * tokens.shape[1]), tokens.shape[1]
+        tokens = tokens.view(of_image)  # (B, K · C)
+        sums = (opened.scores.view(-1, 1) + best).view(of_image)
+        likelihoods = (opened.log_probs.view(-1, 1) + chosen).view(of_image)
         sums, which = sums.topk(2 * self.num_beams)  # (B, 2K)
         candidates = Candidates(which // choices, tokens.gather(1, which), sums, likelihoods.gather(1, which))
         return self._obey_prompts(candidates, opened, beginnings.ids[:, position, None])
 
     def _obey_prompts(self, candidates: Candidates, opened: Hypotheses, given: Tensor) -> Candidates:
-        """Where a prompt goes on with the token given (B, 1), all open captions take that token, in their order and at no cost."""
+        """Where a prompt goes on with the token given (B, 1), all open captions take it, in order and at no cost."""
         free = given == FREE
         order = torch.arange(2 * self.num_beams, device=given.device) % self.num_beams
         source, tokens, scores, log_probs = candidates
@@ -116,8 +120,9 @@ class BeamSearch:
 
         Only an end among the best K candidates counts: with fewer words to come, worse ones would win by being short.
         """
-        tokens_so_far = torch.full_like(beginnings.lengths, position + 1)
-        counted = tokens_so_far if self.scoring == "openclip_legacy" else (tokens_so_far - beginnings.lengths).clamp(min=1)
+        counted = torch.full_like(beginnings.lengths, position + 1)  # (B,)
+        if self.scoring == "log_prob":
+            counted = (counted - beginnings.lengths).clamp(min=1)  # inside a prompt nothing ends, whatever the divisor
         scores = candidates.scores / counted[:, None] ** self.length_penalty  # (B, 2K)
         best = Candidates(*(part[:, : self.num_beams] for part in candidates))
         ids = _at(opened.ids, best.source)
@@ -138,7 +143,7 @@ class BeamSearch:
         return Hypotheses(ids, scores, log_probs), source
 
     def _reorder(self, decoding: Decoding, source: Tensor, done: Tensor) -> None:
-        """Makes the rows of the caches those of the captions that go on; source and done are of all images, also those that leave."""
+        """Makes the rows of the caches those of the captions that go on; images that are done leave."""
         rows = source + torch.arange(len(source), device=source.device)[:, None] * self.num_beams  # (B, K)
         if done.any():
             decoding.select(rows[~done].flatten(), (~done).nonzero()[:, 0])

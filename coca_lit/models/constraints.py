@@ -1,4 +1,4 @@
-"""What may be written next: rules that lower or forbid the scores of tokens, for every strategy, and the filters of sampling.
+"""What may be written next: rules that lower or forbid scores of tokens, for every strategy, and filters of sampling.
 
 All functions take and give scores (R, V), logits or log-probabilities, and change nothing in place.
 """
@@ -33,12 +33,15 @@ class Constraints:
         if self.no_repeat_ngram:
             scores = forbid_repeated_ngrams(scores, ids, self.no_repeat_ngram)
         if ids.shape[1] < self.min_length:
-            scores = scores.index_fill(1, torch.tensor(self.end_id, device=scores.device), NEVER)
+            scores = scores.masked_fill(_is(scores, self.end_id), NEVER)
         return scores
 
 
 def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Makes tokens that occur in ids less likely: negative scores times the penalty, positive ones divided by it (CTRL, arXiv 1909.05858)."""
+    """Makes tokens that occur in ids less likely (CTRL, arXiv 1909.05858).
+
+    Negative scores are multiplied by the penalty, positive ones divided by it.
+    """
     seen = scores.gather(1, ids)  # (R, t)
     return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
@@ -56,7 +59,7 @@ def forbid_repeated_ngrams(scores: Tensor, ids: Tensor, n: int) -> Tensor:
 
 def only(scores: Tensor, token: int) -> Tensor:
     """Forbids everything but one token."""
-    return torch.full_like(scores, NEVER).index_copy(1, torch.tensor([token], device=scores.device), scores[:, token : token + 1])
+    return scores.masked_fill(~_is(scores, token), NEVER)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -66,10 +69,14 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """Forbids all but the fewest likeliest tokens whose probabilities add up to p or more (nucleus sampling, arXiv 1904.09751)."""
+    """Forbids all but the fewest likeliest tokens that have the probability p together (nucleus, arXiv 1904.09751)."""
     ordered, order = scores.sort(descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
     drop = before >= p
     drop[:, 0] = False
     return scores.masked_fill(drop.scatter(1, order, drop), NEVER)
+
+
+def _is(scores: Tensor, token: int) -> Tensor:
+    return torch.arange(scores.shape[1], device=scores.device) == token

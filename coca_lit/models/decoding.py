@@ -1,7 +1,8 @@
 """The model while it writes: what it remembers of the images and of the captions so far.
 
-An image's keys and values for the decoder's cross-attention are computed once, however many captions are written for it: the captions of an image are
-the queries of one attention. Each step runs one new token per caption through the text tower and the decoder.
+An image's keys and values for the decoder's cross-attention are computed once, however many captions are written for
+it: the captions of an image are the queries of one attention. Each step runs one new token per caption through the text
+tower and the decoder.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ FREE = -1  # stands for a token that is chosen, not given
 
 
 class Beginnings(NamedTuple):
-    """How captions begin: with the start id and perhaps a prompt. Prompts may differ in length: a longer one is forced while others are written."""
+    """Start ids, perhaps with a prompt after them. Long prompts are forced while other captions are already written."""
 
     ids: Tensor  # (B, L), FREE where a prompt has ended
     lengths: Tensor  # (B,)
@@ -35,7 +36,7 @@ class Hypotheses(NamedTuple):
 
 
 class Decoding:
-    """Captions in the making: one row per caption, the same number of rows for each image, rows of an image side by side."""
+    """Captions in the making: one row per caption, as many rows for each image, rows of an image side by side."""
 
     def __init__(self, model: "CoCa", image_tokens: Tensor, max_length: int) -> None:
         """image_tokens (B, S, E) -> a state with one caption for each image."""
@@ -48,7 +49,7 @@ class Decoding:
         self._decoder_caches = [KVCache(max_length) for _ in self._decoder.self_blocks]
 
     def begin(self, tokens: Tensor, captions: int) -> Tensor:
-        """Reads the common beginnings (B, t), makes `captions` rows of each image and returns their logits (B · captions, V)."""
+        """Reads beginnings (B, t), makes `captions` rows of each image and returns their logits (B · captions, V)."""
         logits = self.step(tokens)
         if captions == 1:
             return logits
@@ -74,19 +75,26 @@ def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int
     """Beginnings of `count` captions.
 
     Raises:
-        ValueError: an empty prompt, another number of prompts than of images, or a prompt that leaves no room for a caption.
+        ValueError: an empty prompt, another number of prompts than of images, or one that leaves no room for a caption.
     """
-    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt) if prompt is not None else None
-    if prompts is not None and len(prompts) != count:
-        raise ValueError(f"got {len(prompts)} prompts for {count} images: give one prompt for all, or one for each image")
-    rows = [[model.tokenizer.sot_id]] * count if prompts is None else [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
-    if prompts is not None and (empty := [i for i, ids in enumerate(rows) if len(ids) == 1]):
-        raise ValueError(f"prompt {empty[0]} has no words: give words, or no prompt at all (None)")
+    rows = [[model.tokenizer.sot_id]] * count if prompt is None else _encode(model, prompt, count)
     longest = max(map(len, rows), default=1)
     if longest > max(max_length - 2, 1):  # the end and, after words, one more token
-        raise ValueError(f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption; raise max_length or shorten it")
+        raise ValueError(
+            f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption; shorten it"
+        )
     ids = torch.full((count, max_length), FREE)
     for row, beginning in zip(ids, rows, strict=True):
         row[: len(beginning)] = torch.tensor(beginning)
     lengths = torch.tensor([len(beginning) for beginning in rows])
     return Beginnings(ids.to(model.device), lengths.to(model.device), min(map(len, rows), default=1))
+
+
+def _encode(model: "CoCa", prompt: str | Sequence[str], count: int) -> list[list[int]]:
+    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+    if len(prompts) != count:
+        raise ValueError(f"got {len(prompts)} prompts for {count} images: give one for all, or one for each image")
+    rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
+    if empty := [i for i, ids in enumerate(rows) if len(ids) == 1]:
+        raise ValueError(f"prompt {empty[0]} has no words: give words, or no prompt at all (None)")
+    return rows

@@ -1,4 +1,4 @@
-"""Writing captions: encodes the images once, hands over to a strategy, orders what it wrote, and adds scores and attention."""
+"""Writing captions: encode images once, let a strategy write, order what it wrote, add scores and attention."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,17 +34,27 @@ class Captions(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: "CoCa", images: Tensor, prompt: str | Sequence[str] | None, options: Options, *, scores: bool = False, attention: bool = False
+    model: "CoCa",
+    images: Tensor,
+    prompt: str | Sequence[str] | None,
+    options: Options,
+    *,
+    scores: bool = False,
+    attention: bool = False,
 ) -> Tensor | Captions:
     """Captions of images (B, 3, H, W), see `CoCa.generate`; ids alone unless scores or attention are asked for."""
     if model.decoder is None:
-        raise ValueError("this model has no decoder: it was built for retrieval only (decoder_layers=0) and cannot caption")
+        raise ValueError(
+            "this model cannot caption: it was built for retrieval only (decoder_layers=0) and has no decoder"
+        )
     least, most = options.lengths(model.tokenizer.context_length)
     beginnings = encode_prompts(model, prompt, len(images), most)
     was_training = model.training
     model.eval()
     try:
-        vector, image_tokens = model.pooling(model.image_encoder(images.to(model.device)), contrastive=options.rerank is not None)
+        vector, image_tokens = model.pooling(
+            model.image_encoder(images.to(model.device)), contrastive=options.rerank is not None
+        )
         hypotheses = _write(model, image_tokens, beginnings, options, least)
         captions = _order(model, hypotheses, beginnings, vector, options)
         maps = _attention(model, captions.ids, image_tokens) if attention else None
@@ -56,18 +66,24 @@ def generate(
     return captions if scores or attention else captions.ids
 
 
-def _write(model: "CoCa", image_tokens: Tensor, beginnings: Beginnings, options: Options, min_length: int) -> Hypotheses:
+def _write(
+    model: "CoCa", image_tokens: Tensor, beginnings: Beginnings, options: Options, min_length: int
+) -> Hypotheses:
     tokenizer = model.tokenizer
     decoding = Decoding(model, image_tokens, beginnings.ids.shape[1])
     constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
     if options.strategy == "beam":
         penalty = 1.0 if options.length_penalty is None else options.length_penalty
-        return BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id).search(decoding, beginnings)
+        return BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id).search(
+            decoding, beginnings
+        )
     choose = greedy if options.strategy == "greedy" else options.sampling
     return write(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
 
 
-def _order(model: "CoCa", hypotheses: Hypotheses, beginnings: Beginnings, vector: Tensor | None, options: Options) -> Captions:
+def _order(
+    model: "CoCa", hypotheses: Hypotheses, beginnings: Beginnings, vector: Tensor | None, options: Options
+) -> Captions:
     """The captions to return, in their order: the strategy's, or the best by similarity and log-probability first."""
     ids, scores, sums = hypotheses
     lengths = caption_lengths(ids, model.tokenizer.eot_id)
@@ -92,7 +108,7 @@ def _similarities(model: "CoCa", ids: Tensor, lengths: Tensor, vector: Tensor) -
 
 
 def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:
-    """For each token of captions (B, N, L), where the decoder looked when it chose it: (B, N, L, S), see `CoCa.generate`."""
+    """Where the decoder looked when it chose each token of captions (B, N, L): (B, N, L, S), see `CoCa.generate`."""
     assert model.decoder is not None
     tokens = ids.flatten(0, 1)  # (B · N, L)
     lengths = caption_lengths(tokens, model.tokenizer.eot_id)

@@ -65,11 +65,13 @@ class Options:
         if self.scoring != "log_prob" and self.strategy != "beam":
             raise ValueError(f"scoring='{self.scoring}' is about beams, but the strategy is '{self.strategy}'")
         if self.strategy == "greedy" and (self.rerank or (self.num_captions or 1) > 1):
-            raise ValueError("strategy='greedy' writes one caption; use 'beam' or 'sample' for several captions and for rerank")
+            raise ValueError(
+                "strategy='greedy' writes one caption; for several captions and for rerank use 'beam' or 'sample'"
+            )
         if self.strategy == "beam" and self.captions > self.beams:
-            raise ValueError(f"{self.beams} beams cannot give {self.captions} captions; raise num_beams or lower num_captions")
+            raise ValueError(f"{self.beams} beams cannot give {self.captions} captions; raise num_beams")
         if self.strategy == "sample" and self.rerank and self.captions == 1:
-            raise ValueError("rerank needs several captions to choose from: give num_captions (best first), or use strategy='beam'")
+            raise ValueError("rerank needs several captions to order: give num_captions, or use strategy='beam'")
         if self.rerank_weight is not None and self.rerank is None:
             raise ValueError("rerank_weight needs rerank='contrastive'")
 
@@ -107,7 +109,9 @@ class Options:
             least = LEGACY_MIN_LENGTH if self.scoring == "openclip_legacy" else 0
         most = min(DEFAULT_MAX_LENGTH, context_length) if self.max_length is None else self.max_length
         if not 2 <= most <= context_length:
-            raise ValueError(f"max_length must lie between 2 (start and end) and the context length of {context_length}, got {most}")
+            raise ValueError(f"max_length must lie between 2 and the context length of {context_length}, got {most}")
         if least >= most:
-            raise ValueError(f"min_length ({least}) must be smaller than max_length ({most}): the end needs room after it")
+            raise ValueError(
+                f"min_length ({least}) must be smaller than max_length ({most}): the end needs room after it"
+            )
         return least, most

@@ -18,7 +18,7 @@ def greedy(scores: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draws from softmax(scores / temperature), cut to the `top_k` likeliest tokens and then to the `top_p` nucleus, if given."""
+    """Draws from softmax(scores / temperature), cut to the `top_k` likeliest tokens, then to the `top_p` nucleus."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -40,9 +40,9 @@ class Sampling:
 def write(
     decoding: Decoding, beginnings: Beginnings, constraints: Constraints, choose: Choice, count: int, pad_id: int
 ) -> Hypotheses:
-    """`count` captions for each image, in the order drawn; their score is the mean log-probability of the chosen tokens.
+    """`count` captions for each image, as drawn; their score is the mean log-probability of the chosen tokens.
 
-    An image leaves the batch when all of its captions have ended. A caption that fills its room still ends with the end id.
+    An image leaves the batch when all of its captions have ended. A caption that fills its room still gets its end id.
     """
     start, end_id = beginnings.shortest, constraints.end_id
     forced = beginnings.ids.repeat_interleave(count, dim=0)  # (R, L)

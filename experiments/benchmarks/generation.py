@@ -1,10 +1,11 @@
-"""Captions per second and peak memory, side by side with OpenCLIP's own `generate`: same weights, same images, one process each.
+"""Time per caption and peak memory, side by side with OpenCLIP's `generate`: same weights and images, a process each.
 
     pip install open_clip_torch==3.3.0 transformers==4.56.2   # OpenCLIP 3.3.0 needs that release to generate
     OMP_NUM_THREADS=1 python experiments/benchmarks/generation.py --batch 8
 
-Weights are random, so that no caption ends early: all 30 tokens are written. Times are of the process, not of the wall, so that neighbours on the
-machine disturb them little. Low precision changes some captions of random weights, where the best tokens are nearly tied.
+Weights are random, so that no caption ends early: all 30 tokens are written. Times are of the process, not of the wall,
+so that neighbours on the machine disturb them little. Low precision changes some captions of random weights, where the
+best tokens are nearly tied.
 """
 
 import argparse
@@ -51,7 +52,10 @@ def main() -> None:
             reference = reference or found
             same = sum(a == b for a, b in zip(found.ids, reference.ids, strict=True))
             ratio = reference.seconds / found.seconds
-            print(f"{strategy:10}{engine:14}{found.seconds:10.3f}{ratio:8.1f}{found.memory:8.0f}  {same}/{args.batch}", flush=True)
+            print(
+                f"{strategy:10}{engine:14}{found.seconds:10.3f}{ratio:8.1f}{found.memory:8.0f}  {same}/{args.batch}",
+                flush=True,
+            )
 
 
 def in_own_process(*arguments: Any) -> Measurement:
@@ -64,7 +68,10 @@ def in_own_process(*arguments: Any) -> Measurement:
 def measure(name: str, strategy: str, engine: str, batch: int, repetitions: int) -> Measurement:
     if engine == "fp32 oneDNN":
         torch.set_float32_matmul_precision("medium")  # lets CPU products go through oneDNN
-    model, images = random_model(name, engine), torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    model, images = (
+        random_model(name, engine),
+        torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1)),
+    )
     options = STRATEGIES[strategy][engine != "open_clip"]
     model.generate(images[:1], **options | ({"seq_len": 7} if engine == "open_clip" else {"max_length": 7}))  # warm up
     gc.collect()  # the model that the weights came from

@@ -1,6 +1,6 @@
 """Records what OpenCLIP 3.3.0 writes with its own beam search and greedy sampling, for the parity tests of generation.
 
-Its `generate` runs with some releases of transformers only, so the ids were recorded once, in an environment of their own:
+Its `generate` runs with some releases of transformers only, so the ids were recorded once, in their own environment:
 
     pip install open_clip_torch==3.3.0 transformers==4.56.2 && python tests/models/make_beam_oracle.py
 """
@@ -27,7 +27,7 @@ VISION = {
     "output_tokens": True,
 }
 TEXT = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
-# The end's logit moves captions from ending as soon as they may to never ending; arguments are those of OpenCLIP's `generate`.
+# The end's logit moves captions from never ending to ending early; arguments are those of OpenCLIP's `generate`.
 CASES: dict[str, dict[str, Any]] = {
     **{f"beams, end {end}": {"end_logit": end, "arguments": {}} for end in (18, 20, 22, 24, 28)},
     "short beams": {"end_logit": 22, "arguments": {"seq_len": 12}},
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def tiny_open_clip(end_logit: float) -> CoCa:
-    """Random weights under which the images matter, tokens follow one another, and the end's logit is near `end_logit`."""
+    """Random weights with which images matter, tokens follow one another, and the end's logit is near `end_logit`."""
     torch.manual_seed(0)
     model = CoCa(64, vision_cfg=VISION, text_cfg=TEXT | {"embed_cls": True, "output_tokens": True}, multimodal_cfg=TEXT)
     for name, parameter in model.named_parameters():
@@ -62,7 +62,9 @@ def tiny_images() -> Tensor:
 
 
 if __name__ == "__main__":
-    recorded = {name: tiny_open_clip(case["end_logit"]).generate(tiny_images(), **case["arguments"]).tolist() for name, case in CASES.items()}
+    recorded = {}
+    for name, case in CASES.items():
+        recorded[name] = tiny_open_clip(case["end_logit"]).generate(tiny_images(), **case["arguments"]).tolist()
     RECORDED.parent.mkdir(exist_ok=True)
     lines = [f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in recorded.items()]
     RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")

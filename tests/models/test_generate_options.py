@@ -45,7 +45,9 @@ def test_top_k_keeps_the_likeliest(k: int) -> None:
 
 
 def test_draws_have_the_filtered_distribution() -> None:
-    """Temperature first, then top-k, then top-p: 4, 2, 1, 1 of 8 -> at temperature 1/2 16, 4, 1, 1 -> top 3 of 21 (ties stay: 22) -> top 0.9: two."""
+    """Temperature, then top-k, then top-p: weights 4, 2, 1, 1 become 16, 4, 1, 1; the top 3 are all, as ties stay;
+    16 and 4 of 22 are over 0.9.
+    """
     scores = torch.tensor([4.0, 2.0, 1.0, 1.0]).log().repeat(20_000, 1)
     sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, generator=torch.Generator().manual_seed(0))
     shares = torch.bincount(sampling(scores), minlength=4) / 20_000
@@ -56,7 +58,9 @@ def test_draws_have_the_filtered_distribution() -> None:
 
 def test_samples_have_the_probabilities_of_the_model(model: CoCa) -> None:
     """The share of each first token among many draws for one image is its probability in the uncached model."""
-    captions = model.generate(make_images(1), strategy="sample", num_captions=8000, max_length=4, generator=torch.Generator().manual_seed(0))
+    captions = model.generate(
+        make_images(1), strategy="sample", num_captions=8000, max_length=4, generator=torch.Generator().manual_seed(0)
+    )
     shares = torch.bincount(captions[0, :, 1], minlength=model.tokenizer.vocab_size) / 8000
     expected = naive.next_scores(model, naive.image_tokens(model, make_images(1)[0]), [model.tokenizer.sot_id]).exp()
     torch.testing.assert_close(shares, expected, atol=0.02, rtol=0)
@@ -64,7 +68,9 @@ def test_samples_have_the_probabilities_of_the_model(model: CoCa) -> None:
 
 def test_the_generator_decides_the_draws(model: CoCa) -> None:
     def draw(seed: int) -> Tensor:
-        return model.generate(make_images(4), strategy="sample", num_captions=3, generator=torch.Generator().manual_seed(seed))
+        return model.generate(
+            make_images(4), strategy="sample", num_captions=3, generator=torch.Generator().manual_seed(seed)
+        )
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
@@ -76,8 +82,10 @@ ALL = [{}, {"strategy": "beam", "num_captions": 2}, {"strategy": "sample", "num_
 
 @pytest.mark.parametrize("options", ALL, ids=["greedy", "beam", "sample"])
 @pytest.mark.parametrize("prompt", [None, ["a", "a red dog on", "cat"]], ids=["free", "prompts"])
-def test_log_probabilities_are_those_of_the_model(model: CoCa, options: dict[str, Any], prompt: list[str] | None) -> None:
-    """Also under rules: they change what is chosen, not what it is worth. Without rules they are what the strategies compare."""
+def test_log_probabilities_are_those_of_the_model(
+    model: CoCa, options: dict[str, Any], prompt: list[str] | None
+) -> None:
+    """Rules change what is chosen, not what it is worth; without rules, strategies compare just that."""
     for rules in ({}, {"min_length": 5, "repetition_penalty": 1.4}):
         images = make_images(3)
         captions = model.generate(images, prompt=prompt, max_length=LENGTH, return_scores=True, **options, **rules)
@@ -86,7 +94,9 @@ def test_log_probabilities_are_those_of_the_model(model: CoCa, options: dict[str
             [mean_log_prob(model, image, start, ids) for ids in group.tolist()]
             for image, start, group in zip(images, starts(model, prompt, 3), rows, strict=True)
         ]
-        torch.testing.assert_close(captions.log_probs, torch.tensor(expected).view_as(captions.log_probs), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            captions.log_probs, torch.tensor(expected).view_as(captions.log_probs), atol=1e-5, rtol=1e-4
+        )
         if not rules or "strategy" not in options:
             torch.testing.assert_close(captions.scores, captions.log_probs)
 
@@ -98,17 +108,23 @@ def mean_log_prob(model: CoCa, image: Tensor, start: list[int], ids: list[int]) 
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("options", [{"strategy": "beam", "num_beams": 4}, {"strategy": "sample"}], ids=["beam", "sample"])
+@pytest.mark.parametrize(
+    "options", [{"strategy": "beam", "num_beams": 4}, {"strategy": "sample"}], ids=["beam", "sample"]
+)
 def test_rerank_mixes_similarity_and_log_probability(model: CoCa, weight: float, options: dict[str, Any]) -> None:
     images = make_images(5)
     if options["strategy"] == "sample":
         options = options | {"generator": torch.Generator().manual_seed(0)}
-    captions = model.generate(images, num_captions=4, rerank="contrastive", rerank_weight=weight, return_scores=True, **options)
+    captions = model.generate(
+        images, num_captions=4, rerank="contrastive", rerank_weight=weight, return_scores=True, **options
+    )
     tokens = captions.ids.flatten(0, 1)
     texts = model.encode_text(tokens, caption_lengths(tokens, model.tokenizer.eot_id)).unflatten(0, (5, 4))
     cosines = torch.einsum("bne,be->bn", texts, model.encode_image(images))
     torch.testing.assert_close(captions.similarities, cosines)
-    torch.testing.assert_close(captions.scores, weight * model.logit_scale.exp() * cosines + (1 - weight) * captions.log_probs)
+    torch.testing.assert_close(
+        captions.scores, weight * model.logit_scale.exp() * cosines + (1 - weight) * captions.log_probs
+    )
     assert (captions.scores.diff(dim=1) <= 0).all()
 
 
@@ -138,7 +154,9 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
     captions = model.generate(make_images(2), return_attention=True, max_length=LENGTH)
     assert (captions.attention[:, 1] - 0.2).abs().max() > 0.01
     for block in model.decoder.cross_blocks:
-        monkeypatch.setattr(block.attention, "keys_values", lambda x: (torch.zeros(len(x), 3, 5, 8), torch.zeros(len(x), 3, 5, 8)))
+        monkeypatch.setattr(
+            block.attention, "keys_values", lambda x: (torch.zeros(len(x), 3, 5, 8), torch.zeros(len(x), 3, 5, 8))
+        )
     uniform = model.generate(make_images(2), return_attention=True, max_length=LENGTH).attention[:, 1]
     torch.testing.assert_close(uniform, torch.full_like(uniform, 0.2))
 
@@ -147,7 +165,10 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
     ("options", "message"),
     [
         ({"strategy": "beams"}, "strategy must be"),
-        ({"strategy": "sample", "num_beams": 3}, "num_beams is an option of strategy='beam', but the strategy is 'sample'"),
+        (
+            {"strategy": "sample", "num_beams": 3},
+            "num_beams is an option of strategy='beam', but the strategy is 'sample'",
+        ),
         ({"length_penalty": 2.0}, "length_penalty is an option of strategy='beam'"),
         ({"temperature": 0.5}, "temperature is an option of strategy='sample', but the strategy is 'greedy'"),
         ({"strategy": "beam", "top_k": 5}, "top_k is an option of strategy='sample'"),
@@ -160,7 +181,10 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"strategy": "sample", "rerank": "contrastive"}, "rerank needs several captions"),
         ({"strategy": "beam", "rerank": "clip"}, "rerank must be"),
         ({"strategy": "beam", "rerank_weight": 0.5}, "rerank_weight needs rerank"),
-        ({"strategy": "beam", "rerank": "contrastive", "rerank_weight": 2.0}, "rerank_weight must be between 0 and 1, got 2"),
+        (
+            {"strategy": "beam", "rerank": "contrastive", "rerank_weight": 2.0},
+            "rerank_weight must be between 0 and 1, got 2",
+        ),
         ({"strategy": "beam", "num_beams": 0}, "num_beams must be at least 1, got 0"),
         ({"strategy": "sample", "num_captions": 0}, "num_captions must be at least 1, got 0"),
         ({"strategy": "sample", "temperature": 0.0}, "temperature must be greater than 0, got 0"),
@@ -168,7 +192,7 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"strategy": "sample", "top_p": 1.5}, "top_p must be greater than 0 and at most 1, got 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be greater than 0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram must be at least 0"),
-        ({"max_length": 13}, r"max_length must lie between 2 .* and the context length of 12, got 13"),
+        ({"max_length": 13}, r"max_length must lie between 2 and the context length of 12, got 13"),
         ({"max_length": 1}, "max_length must lie between 2"),
         ({"min_length": 12}, r"min_length \(12\) must be smaller than max_length \(12\)"),
         ({"prompt": ""}, "prompt 0 has no words"),
@@ -187,7 +211,7 @@ def test_generation_leaves_the_model_as_it_was(model: CoCa) -> None:
     training.generate(make_images(2), strategy="beam")
     assert training.training
     assert training.decoder.training
-    with pytest.raises(ValueError, match="three|shape"):
+    with pytest.raises(ValueError, match="must have the shape"):
         training.generate(make_images(2)[:, :1])
     assert training.training
     assert all(parameter.grad is None for parameter in training.parameters())

@@ -19,7 +19,7 @@ def converted(end_logit: float) -> CoCa:
 
 
 def our_options(theirs: dict[str, Any]) -> dict[str, Any]:
-    """OpenCLIP's arguments in our words; what is left out are defaults on both sides, except that ours of greedy has no least length."""
+    """OpenCLIP's arguments in our words; defaults are the same, except that our greedy has no least length."""
     options = {"max_length": theirs.get("seq_len", 30), "repetition_penalty": theirs.get("repetition_penalty", 1.0)}
     if theirs.get("generation_type") == "top_k":
         return options | {"min_length": 5}
@@ -42,5 +42,8 @@ def test_the_recorded_captions_tell_the_rules_apart() -> None:
     assert len({row.index(END) for row in rows if END in row}) > 8
     assert any(END not in row for row in rows)
     captions = converted(22).generate(tiny_images(), strategy="beam", min_length=5)
-    assert all(row != legacy + [0] * (30 - len(legacy)) for row, legacy in zip(captions.tolist(), EXPECTED["beams, end 22"], strict=True))
+    assert all(
+        row != legacy + [0] * (30 - len(legacy))
+        for row, legacy in zip(captions.tolist(), EXPECTED["beams, end 22"], strict=True)
+    )
     assert captions.dtype == torch.long

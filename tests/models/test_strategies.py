@@ -66,7 +66,10 @@ def model() -> CoCa:
 @pytest.mark.parametrize("rules", [{}, {"least": 6, "penalty": 1.5, "ngram": 2}], ids=["free", "constrained"])
 def test_greedy_equals_the_uncached_loop(model: CoCa, count: int, prompt: str, rules: dict[str, float]) -> None:
     images, beginning = make_images(count), PROMPTS[prompt](count)
-    expected = [naive.greedy(model, image, start, LENGTH, **rules) for image, start in zip(images, starts(model, beginning, count), strict=True)]
+    expected = [
+        naive.greedy(model, image, start, LENGTH, **rules)
+        for image, start in zip(images, starts(model, beginning, count), strict=True)
+    ]
     captions = model.generate(images, prompt=beginning, max_length=LENGTH, **options_of(rules))
     assert torch.equal(captions, padded(expected, model.tokenizer.pad_id))
 
@@ -75,7 +78,9 @@ def test_greedy_equals_the_uncached_loop(model: CoCa, count: int, prompt: str, r
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("rules", [{}, {"least": 6, "penalty": 1.5, "ngram": 2}], ids=["free", "constrained"])
-def test_beams_equal_the_uncached_search(model: CoCa, width: int, count: int, prompt: str, rules: dict[str, float]) -> None:
+def test_beams_equal_the_uncached_search(
+    model: CoCa, width: int, count: int, prompt: str, rules: dict[str, float]
+) -> None:
     images, beginning = make_images(count), PROMPTS[prompt](count)
     captions = model.generate(
         images,
@@ -89,7 +94,9 @@ def test_beams_equal_the_uncached_search(model: CoCa, width: int, count: int, pr
         **options_of(rules),
     )
     assert captions.ids.shape == (count, width, LENGTH)
-    for image, start, ids, scores in zip(images, starts(model, beginning, count), captions.ids, captions.scores, strict=True):
+    for image, start, ids, scores in zip(
+        images, starts(model, beginning, count), captions.ids, captions.scores, strict=True
+    ):
         expected = naive.beams(model, image, start, LENGTH, width, 0.7, **rules)
         assert torch.equal(ids, padded([row for _, row in expected], model.tokenizer.pad_id))
         torch.testing.assert_close(scores, torch.tensor([score for score, _ in expected]), atol=1e-5, rtol=1e-5)
@@ -102,7 +109,9 @@ def test_samples_follow_prompts_and_end(model: CoCa, count: int, prompt: str, nu
     images, beginning = make_images(count), PROMPTS[prompt](count)
     captions = model.generate(images, prompt=beginning, strategy="sample", num_captions=number, max_length=LENGTH)
     assert captions.shape == ((count, LENGTH) if number is None else (count, number, LENGTH))
-    for start, rows in zip(starts(model, beginning, count), captions.view(count, number or 1, LENGTH).tolist(), strict=True):
+    for start, rows in zip(
+        starts(model, beginning, count), captions.view(count, number or 1, LENGTH).tolist(), strict=True
+    ):
         for row in rows:
             end = row.index(model.tokenizer.eot_id)
             assert row[: len(start)] == start
@@ -131,8 +140,12 @@ def test_the_widest_beam_is_exhaustive_search(free: int) -> None:
     expected = naive.all_captions(model, image[0], [model.tokenizer.sot_id], length)
     options = {"strategy": "beam", "num_beams": width, "num_captions": width, "max_length": length}
     found = model.generate(image, **options, return_scores=True)
-    assert torch.equal(found.ids[0, : len(expected)], padded([ids for _, ids in expected], model.tokenizer.pad_id, length))
-    torch.testing.assert_close(found.scores[0, : len(expected)], torch.tensor([score for score, _ in expected]), atol=1e-5, rtol=1e-5)
+    assert torch.equal(
+        found.ids[0, : len(expected)], padded([ids for _, ids in expected], model.tokenizer.pad_id, length)
+    )
+    torch.testing.assert_close(
+        found.scores[0, : len(expected)], torch.tensor([score for score, _ in expected]), atol=1e-5, rtol=1e-5
+    )
     assert found.scores[0, len(expected) :].isneginf().all()
 
 
@@ -140,8 +153,12 @@ def test_log_probability_beams_ignore_a_shift_of_the_logits(model: CoCa, monkeyp
     """The captions of the legacy rule, which adds logits, change."""
     images = make_images(6)
     options = {"strategy": "beam", "num_beams": 3, "max_length": LENGTH, "min_length": 0}
-    before = {scoring: model.generate(images, **options, scoring=scoring) for scoring in ("log_prob", "openclip_legacy")}
-    monkeypatch.setattr(model.decoder.vocabulary, "forward", lambda x: nn.functional.linear(x, model.decoder.vocabulary.weight) - 50)
+    before = {
+        scoring: model.generate(images, **options, scoring=scoring) for scoring in ("log_prob", "openclip_legacy")
+    }
+    monkeypatch.setattr(
+        model.decoder.vocabulary, "forward", lambda x: nn.functional.linear(x, model.decoder.vocabulary.weight) - 50
+    )
     after = {scoring: model.generate(images, **options, scoring=scoring) for scoring in before}
     assert torch.equal(before["log_prob"], after["log_prob"])
     assert not torch.equal(before["openclip_legacy"], after["openclip_legacy"])
@@ -168,7 +185,11 @@ def check_random_cases(seeds: range) -> None:
 
         model = make_model(seed=seed // 5, end=draw(0, 8))
         count, length, width = draw(1, 4), draw(4, 12), draw(1, 4)
-        prompts = [" ".join(WORDS[draw(0, 6)] for _ in range(draw(1, length - 3))) for _ in range(count)] if draw(0, 1) else None
+        prompts = (
+            [" ".join(WORDS[draw(0, 6)] for _ in range(draw(1, length - 3))) for _ in range(count)]
+            if draw(0, 1)
+            else None
+        )
         rules = {"least": draw(0, length - 1), "penalty": (1.0, 1.3)[draw(0, 1)], "ngram": (0, 2, 3)[draw(0, 2)]}
         images, common = make_images(count, seed), {"prompt": prompts, "max_length": length, **options_of(rules)}
         greedy = model.generate(images, **common).tolist()
@@ -176,7 +197,9 @@ def check_random_cases(seeds: range) -> None:
         for image, start, one, best in zip(images, starts(model, prompts, count), greedy, beams, strict=True):
             pad = [model.tokenizer.pad_id] * length
             assert one == (naive.greedy(model, image, start, length, **rules) + pad)[:length], f"greedy, seed {seed}"
-            assert best == (naive.beams(model, image, start, length, width, **rules)[0][1] + pad)[:length], f"beams, seed {seed}"
+            assert best == (naive.beams(model, image, start, length, width, **rules)[0][1] + pad)[:length], (
+                f"beams, seed {seed}"
+            )
 
 
 def options_of(rules: dict[str, float]) -> dict[str, float]:
@@ -194,3 +217,19 @@ def test_repeated_runs_do_not_occur(model: CoCa) -> None:
 def has_repeated_pair(row: list[int]) -> bool:
     pairs = list(itertools.pairwise(row[: row.index(2) + 1]))
     return len(set(pairs)) < len(pairs)
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "beam", "num_beams": 4}], ids=["greedy", "beam"])
+def test_images_are_encoded_once_and_finished_rows_leave(
+    model: CoCa, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    encoded, rows = [], []
+    encode, step = model.image_encoder.forward, model.decoder.step
+    monkeypatch.setattr(model.image_encoder, "forward", lambda images: (encoded.append(len(images)), encode(images))[1])
+    monkeypatch.setattr(model.decoder, "step", lambda states, *rest: (rows.append(len(states)), step(states, *rest))[1])
+    captions = model.generate(make_images(20), max_length=12, **options)
+    assert encoded == [20]
+    assert len(captions) == 20
+    assert rows[0] == 20  # the beginnings, before there are several captions for an image
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    assert rows[-1] < rows[1] <= 20 * options.get("num_beams", 1)
