@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.models.beam import Scoring
 from coca_lit.models.generate import generate
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
 from coca_lit.models.init import init_parameters
+from coca_lit.models.options import Options, Rerank, Strategy
 from coca_lit.models.text import ClsMask, Decoder, TextTower
 from coca_lit.tokenizer import get_tokenizer
 
@@ -172,17 +174,78 @@ class CoCa(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def generate(
-        self, images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None
-    ) -> Tensor:
+        self,
+        images: Tensor,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        strategy: Strategy = "greedy",
+        num_beams: int | None = None,
+        num_captions: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        length_penalty: float | None = None,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram: int = 0,
+        generator: torch.Generator | None = None,
+        scoring: Scoring = "log_prob",
+        rerank: Rerank | None = None,
+        rerank_weight: float | None = None,
+        return_scores: bool = False,
+        return_attention: bool = False,
+    ) -> Any:
         """Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id.
 
         `model.tokenizer.decode(row)` gives the text.
 
         Args:
             prompt: how every caption, or each one, begins.
-            max_length: most tokens, start and end included; default: 30, or the context length if that is shorter.
+            strategy: greedy, the likeliest token each time; beam, the likeliest of several captions; sample, drawn at
+                random.
+            num_beams: captions that beam search follows for each image, default 2.
+            num_captions: makes the result (B, N, L): the best of the beams, best first, or N draws, in their order
+                unless reranked.
+            temperature, top_k, top_p: of sampling, applied in this order; the default draws from the model's own
+                distribution.
+            min_length: no end before so many tokens, start included (OpenCLIP's min_seq_len); default none, 5 in
+                legacy scoring.
+            max_length: most tokens, start and end included; default 30, or the context length if that is shorter.
+            length_penalty: beams compare sum / length ** length_penalty, default 1; larger favours longer captions.
+            repetition_penalty: above 1 makes tokens less likely that the caption contains already.
+            no_repeat_ngram: no run of so many tokens occurs twice; 0 allows all.
+            generator: source of random numbers for sampling, on the device of the model.
+            scoring: log_prob, or openclip_legacy for the captions of OpenCLIP 3's beam search, which adds logits.
+            rerank: contrastive puts the beams (all `num_beams`) or draws in the order of
+                weight · exp(logit_scale) · cosine(image, caption) + (1 - weight) · mean log-probability.
+            rerank_weight: that weight, between 0 and 1, default 0.5.
+            return_scores, return_attention: return `Captions` instead of the ids alone. Attention (B, [N,] L, S) says
+                where the decoder looked among the image tokens when it chose each token, on average over layers and
+                heads: rows add up to 1, those of start and padding are 0.
+
+        Raises:
+            ValueError: options that do not go together or are out of range, prompts that are empty or too long, or a
+            model without decoder.
         """
-        return generate(self, images, prompt=prompt, max_length=max_length)
+        options = Options(
+            strategy=strategy,
+            num_beams=num_beams,
+            num_captions=num_captions,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_length=min_length,
+            max_length=max_length,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram=no_repeat_ngram,
+            generator=generator,
+            scoring=scoring,
+            rerank=rerank,
+            rerank_weight=rerank_weight,
+        )
+        return generate(self, images, prompt, options, scores=return_scores, attention=return_attention)
 
     def freeze(self, *names: str) -> list[str]:
         """Stops the training of all parameters that start with one of `names`, for good, and returns their names.

@@ -1,117 +1,121 @@
-"""Writing captions: greedy decoding with cached keys and values.
+"""Writing captions: encode images once, let a strategy write, order what it wrote, add scores and attention."""
 
-An image is encoded once; its keys and values for the decoder's cross-attention are computed once; each step runs one
-new token per caption through the text tower and the decoder. Captions that have ended leave the batch.
-"""
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.models.layers import KVCache
+from coca_lit.models.beam import BeamSearch
+from coca_lit.models.constraints import Constraints
+from coca_lit.models.decoding import Beginnings, Decoding, Hypotheses, encode_prompts
+from coca_lit.models.options import Options
+from coca_lit.models.sampling import caption_lengths, greedy, write
 
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
 
-DEFAULT_MAX_LENGTH = 30  # start and end included, as in OpenCLIP
+DEFAULT_RERANK_WEIGHT = 0.5
 
 
-class Decoding:
-    """Captions in the making: what the model has to remember of the images and of the tokens so far, one row per
-    caption.
-    """
+class Captions(NamedTuple):
+    """Captions with what was asked for beside them. N is there if `num_captions` was given."""
 
-    def __init__(self, model: "CoCa", images: Tensor, max_length: int) -> None:
-        if model.decoder is None:
-            raise ValueError(
-                "this model has no decoder: it was built for retrieval only (decoder_layers=0) and cannot caption"
-            )
-        self._text, self._decoder = model.text, model.decoder
-        _, image_tokens = model.pooling(model.image_encoder(images), contrastive=False)
-        self._image_keys_values = self._decoder.keys_values(image_tokens)
-        self._text_caches = [KVCache(max_length) for _ in self._text.blocks]
-        self._decoder_caches = [KVCache(max_length) for _ in self._decoder.self_blocks]
+    ids: Tensor  # (B, [N,] L), padded
+    scores: Tensor | None = None  # (B, [N]), what the captions are ordered by
+    log_probs: Tensor | None = None  # (B, [N]), mean over the chosen tokens, in nats
+    similarities: Tensor | None = None  # (B, [N]), cosine of image and caption features; with rerank only
+    attention: Tensor | None = None  # (B, [N,] L, S), where the decoder looked when it chose each token
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Adds the tokens (R, t) and returns logits (R, V) of what follows the last of them."""
-        states = self._text.step(tokens, self._text_caches)
-        hidden = self._decoder.step(states, self._image_keys_values, self._decoder_caches)
-        return self._decoder.vocabulary(hidden[:, -1])
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in that order."""
-        for cache in (*self._text_caches, *self._decoder_caches):
-            cache.select(rows)
-        self._image_keys_values = [(k[rows], v[rows]) for k, v in self._image_keys_values]
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Captions":
+        return Captions(change(self.ids), *(None if part is None else change(part) for part in self[1:]))
 
 
 @torch.no_grad()
 def generate(
-    model: "CoCa", images: Tensor, *, prompt: str | Sequence[str] | None = None, max_length: int | None = None
-) -> Tensor:
-    """Greedy captions (B, L) of images (B, 3, H, W); see `CoCa.generate`."""
+    model: "CoCa",
+    images: Tensor,
+    prompt: str | Sequence[str] | None,
+    options: Options,
+    *,
+    scores: bool = False,
+    attention: bool = False,
+) -> Tensor | Captions:
+    """Captions of images (B, 3, H, W), see `CoCa.generate`; ids alone unless scores or attention are asked for."""
+    if model.decoder is None:
+        raise ValueError(
+            "this model cannot caption: it was built for retrieval only (decoder_layers=0) and has no decoder"
+        )
+    least, most = options.lengths(model.tokenizer.context_length)
+    beginnings = encode_prompts(model, prompt, len(images), most)
     was_training = model.training
     model.eval()
     try:
-        return _greedy(model, images.to(model.device), prompt, max_length)
+        vector, image_tokens = model.pooling(
+            model.image_encoder(images.to(model.device)), contrastive=options.rerank is not None
+        )
+        hypotheses = _write(model, image_tokens, beginnings, options, least)
+        captions = _order(model, hypotheses, beginnings, vector, options)
+        maps = _attention(model, captions.ids, image_tokens) if attention else None
     finally:
         model.train(was_training)
+    captions = captions._replace(attention=maps)
+    if options.num_captions is None:
+        captions = captions.each(lambda part: part[:, 0])
+    return captions if scores or attention else captions.ids
 
 
-def _greedy(model: "CoCa", images: Tensor, prompt: str | Sequence[str] | None, max_length: int | None) -> Tensor:
+def _write(
+    model: "CoCa", image_tokens: Tensor, beginnings: Beginnings, options: Options, min_length: int
+) -> Hypotheses:
     tokenizer = model.tokenizer
-    max_length = check_max_length(max_length, tokenizer.context_length)
-    beginnings = encode_prompts(model, prompt, len(images), max_length)
-    captions = torch.full((len(images), max_length), tokenizer.pad_id, device=images.device)  # (B, L)
-    forced = torch.full_like(captions, -1)  # the prompts: tokens that are given instead of chosen
-    for row, ids in enumerate(beginnings):
-        forced[row, : len(ids)] = torch.tensor(ids, device=images.device)
-    prefix = min(map(len, beginnings), default=0)
-    captions[:, :prefix] = forced[:, :prefix]
-
-    decoding = Decoding(model, images, max_length)
-    active = torch.arange(len(images), device=images.device)  # rows of `captions` that have not ended
-    new = captions[:, :prefix]
-    for position in range(prefix, max_length):
-        if len(active) == 0:
-            break
-        chosen = decoding.step(new).argmax(dim=-1)  # (R,)
-        if position == max_length - 1:
-            chosen = torch.full_like(chosen, tokenizer.eot_id)  # a caption that fills its room still ends properly
-        given = forced[active, position]
-        chosen = torch.where(given >= 0, given, chosen)
-        captions[active, position] = chosen
-        going_on = chosen != tokenizer.eot_id
-        if not going_on.all():
-            decoding.select(going_on.nonzero()[:, 0])
-            active, chosen = active[going_on], chosen[going_on]
-        new = chosen[:, None]
-    return captions
-
-
-def check_max_length(max_length: int | None, context_length: int) -> int:
-    if max_length is None:
-        return min(DEFAULT_MAX_LENGTH, context_length)
-    if not 2 <= max_length <= context_length:
-        raise ValueError(
-            f"max_length must lie between 2 (start and end) and {context_length}, the context length, got {max_length}"
+    decoding = Decoding(model, image_tokens, beginnings.ids.shape[1])
+    constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
+    if options.strategy == "beam":
+        penalty = 1.0 if options.length_penalty is None else options.length_penalty
+        return BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id).search(
+            decoding, beginnings
         )
-    return max_length
+    choose = greedy if options.strategy == "greedy" else options.sampling
+    return write(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
 
 
-def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int, max_length: int) -> list[list[int]]:
-    """Ids that each of `count` captions begins with: the start id and the prompt, without an end."""
-    prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
-    if len(prompts) != count:
-        raise ValueError(
-            f"got {len(prompts)} prompts for {count} images: give one prompt for all, or one for each image"
-        )
-    rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
-    if count and (longest := max(map(len, rows))) > max(max_length - 2, 1):  # the end and, after words, one more token
-        raise ValueError(
-            f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption: "
-            "raise max_length or shorten it"
-        )
-    return rows
+def _order(
+    model: "CoCa", hypotheses: Hypotheses, beginnings: Beginnings, vector: Tensor | None, options: Options
+) -> Captions:
+    """The captions to return, in their order: the strategy's, or the best by similarity and log-probability first."""
+    ids, scores, sums = hypotheses
+    lengths = caption_lengths(ids, model.tokenizer.eot_id)
+    log_probs = sums / (lengths - beginnings.lengths[:, None])  # (B, N)
+    captions = Captions(ids, scores, log_probs)
+    if vector is not None:
+        cosines = _similarities(model, ids, lengths, vector)
+        weight = DEFAULT_RERANK_WEIGHT if options.rerank_weight is None else options.rerank_weight
+        mixed = weight * model.logit_scale.exp().float() * cosines + (1 - weight) * log_probs
+        mixed = mixed.masked_fill(scores.isneginf(), float("-inf"))  # there are fewer captions than beams
+        order = mixed.argsort(dim=1, descending=True, stable=True)
+        ids = ids.gather(1, order[:, :, None].expand_as(ids))
+        captions = Captions(ids, *(part.gather(1, order) for part in (mixed, log_probs, cosines)))
+    return captions.each(lambda part: part[:, : options.captions])
+
+
+def _similarities(model: "CoCa", ids: Tensor, lengths: Tensor, vector: Tensor) -> Tensor:
+    """Cosines (B, N) of images, given as contrastive vectors (B, E), and their captions (B, N, L)."""
+    texts = model.encode_text(ids.flatten(0, 1), lengths.flatten()).unflatten(0, ids.shape[:2])  # (B, N, E)
+    images = F.normalize(model.image_projection(vector), dim=-1)  # (B, E)
+    return (texts * images[:, None]).sum(dim=-1).float()
+
+
+def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:
+    """Where the decoder looked when it chose each token of captions (B, N, L): (B, N, L, S), see `CoCa.generate`."""
+    assert model.decoder is not None
+    tokens = ids.flatten(0, 1)  # (B · N, L)
+    lengths = caption_lengths(tokens, model.tokenizer.eot_id)
+    states, _ = model.text(tokens, lengths, contrastive=False)
+    weights = model.decoder.attention(states, image_tokens).float()  # (B · N, T, S), row t has read the tokens up to t
+    maps = weights.new_zeros(*tokens.shape, weights.shape[2])
+    chosen = min(weights.shape[1], tokens.shape[1] - 1)
+    maps[:, 1 : chosen + 1] = weights[:, :chosen]
+    written = torch.arange(tokens.shape[1], device=ids.device) < lengths[:, None]  # (B · N, L)
+    return (maps * written[:, :, None]).unflatten(0, ids.shape[:2])

@@ -51,7 +51,9 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
-        features = self.trunk(images)  # all of it: in some families the head holds the last norm or convolution
+        features = self.trunk(
+            images.to(self.mean.dtype)
+        )  # all of it: in some families the head holds the last norm or convolution
         if features.ndim == 3:
             return features
         if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":

