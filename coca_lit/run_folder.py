@@ -16,9 +16,10 @@ def start_run_folder(cfg: DictConfig) -> None:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
 
 
-def write_results(folder: Path, results: dict[str, float]) -> None:
-    """Writes `results.json` and `curves.png`, and prints the scores."""
+def write_results(folder: Path, results: dict[str, float], not_run: dict[str, str]) -> None:
+    """Writes `results.json`, `not_run.json` (why a score is missing) and `curves.png`, and prints the scores."""
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "not_run.json").write_text(json.dumps(not_run, indent=2) + "\n")
     if (folder / "metrics.csv").exists():
         plot_curves(folder / "metrics.csv", folder / "curves.png")
     print_results(results)

@@ -49,6 +49,7 @@ class Evaluation(L.Callback):
         self.quick = quick
         self.every_n_epochs = every_n_epochs
         self.results: dict[str, float] = {}  # of the whole data set, after training
+        self.not_run: dict[str, str] = {}  # score -> why it could not be computed
 
     @abstractmethod
     def scores(self, model: CoCa, records: Sequence[Record]) -> dict[str, float]:
@@ -85,11 +86,12 @@ class RetrievalScores(Evaluation):
 class CaptionScores(Evaluation):
     """BLEU, METEOR, ROUGE-L, CIDEr and the share of captions that equal a reference. Predictions are written before they are scored."""
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if rank() == 0:
-            warm_up()  # METEOR loads for seconds; let it do so beside the training
-
     def scores(self, model: CoCa, records: Sequence[Record]) -> dict[str, float]:
+        if model.decoder is None:
+            self.not_run[f"{self.name} captions"] = "the model has no decoder, so it writes no captions"
+            return {}
+        if rank() == 0:
+            warm_up()  # METEOR loads for seconds; let it do so while the model writes
         captions = caption_images(model, records, self.batch_size, self.num_workers)
         scores: dict[str, float] = {}
         if rank() == 0:
