@@ -37,6 +37,7 @@ class TrainConfig:
     ema: float | None = None
     eval_split: str = "val"
     eval_images: int | None = None
+    clip_score_model: str | None = None
     skip_missing: bool = False
     model: Any = MISSING
     data: Any = MISSING
@@ -58,6 +59,8 @@ class EvaluateConfig:
     image_size: int | None = None
     eval_split: str = "test"
     eval_images: int | None = None
+    clip_score_model: str | None = None
+    spice_jars: str | None = None
     skip_missing: bool = False
     evals: dict[str, Any] = field(default_factory=dict)
 

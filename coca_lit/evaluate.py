@@ -1,8 +1,10 @@
 """Scores of a checkpoint: `coca-evaluate checkpoint=PATH evals=[mscoco_captions,mscoco_retrieval]`.
 
-The evaluations are those of training (`conf/evals`). Under torchrun the images are dealt out to the processes and the scores are the same.
+The evaluations are those of training (`conf/evals`). Under torchrun the images are dealt out to the processes; the
+scores are the same.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +25,12 @@ def evaluate() -> None:
 def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
     from coca_lit.distributed import process_group, rank
+    from coca_lit.evals.spice import JARS_VARIABLE
     from coca_lit.run_folder import start_run_folder, write_results
 
     configure_libraries(cfg)
+    if cfg.spice_jars is not None:
+        os.environ[JARS_VARIABLE] = cfg.spice_jars
     with process_group() as device:
         model = _load(cfg.checkpoint).to(device)
         cfg.image_size = model.image_size

@@ -30,9 +30,9 @@ def print_results(results: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    groups = sorted({name.split("/")[0] for name in results})
+    groups = sorted({name.rpartition("/")[0] for name in results})
     table = Table("score", *groups, title="results", title_justify="left")
-    for score in dict.fromkeys(name.split("/", 1)[1] for name in results):
+    for score in dict.fromkeys(name.rpartition("/")[2] for name in results):
         values = (results.get(f"{group}/{score}") for group in groups)
         table.add_row(score, *("" if value is None else f"{value:.4f}" for value in values))
     if results:
