@@ -35,10 +35,17 @@ class PlainProgress(ProgressBar):
         if trainer.is_global_zero and (step % self.every_n_steps == 0 or step == total):
             began, first = self._start
             seconds_left = (time.monotonic() - began) / max(step - first, 1) * (total - step)
-            metrics = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num" and not k.startswith("val/")}
+            metrics = {
+                k: v
+                for k, v in self.get_metrics(trainer, pl_module).items()
+                if k != "v_num" and not k.startswith("val/")
+            }
             values = [f"{name} {value:.4g}" for name, value in metrics.items()]
             eta = timedelta(seconds=round(seconds_left))
-            print(" · ".join([f"step {step}/{total}", f"epoch {trainer.current_epoch}", f"ETA {eta}", *values]), flush=True)
+            print(
+                " · ".join([f"step {step}/{total}", f"epoch {trainer.current_epoch}", f"ETA {eta}", *values]),
+                flush=True,
+            )
 
 
 class Throughput(L.Callback):
