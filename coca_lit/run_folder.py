@@ -1,6 +1,5 @@
-"""What a run leaves behind besides checkpoints: its config, its results and its curves."""
+"""What a run leaves behind besides checkpoints: its config, its results and its report."""
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -17,13 +16,14 @@ def start_run_folder(cfg: DictConfig) -> None:
 
 
 def write_results(folder: Path, results: dict[str, float], not_run: dict[str, str]) -> None:
-    """Writes `results.json`, `not_run.json` (why a score is missing) and `curves.png`, and prints the scores."""
+    """Writes `results.json`, `not_run.json` (why a score is missing) and the report, and prints the scores."""
+    from coca_lit.report import write_report
+
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "not_run.json").write_text(json.dumps(not_run, indent=2) + "\n")
-    if (folder / "metrics.csv").exists():
-        plot_curves(folder / "metrics.csv", folder / "curves.png")
     print_results(results)
-    print(f"everything is in {folder}")
+    write_report(folder)
+    print(f"everything is in {folder}, to be seen in report.html")
 
 
 def print_results(results: dict[str, float]) -> None:
@@ -37,33 +37,3 @@ def print_results(results: dict[str, float]) -> None:
         table.add_row(score, *("" if value is None else f"{value:.4f}" for value in values))
     if results:
         Console().print(table)
-
-
-def plot_curves(metrics: Path, picture: Path) -> None:
-    """Losses and scores over the steps, from the CSV logger's file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    curves = _read_curves(metrics)
-    losses = {name: curve for name, curve in curves.items() if name.endswith("_loss")}
-    scores = {name: c for name, c in curves.items() if name.endswith(("/CIDEr", "_recall@1", "/exact_match")) and len(c) > 1}
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, group) in zip(figure.subplots(1, 2), {"losses": losses, "scores": scores}.items(), strict=True):
-        for name, points in group.items():
-            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if group:
-            axes.legend(fontsize=8)
-    figure.savefig(picture, dpi=120)
-
-
-def _read_curves(metrics: Path) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {}
-    with metrics.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
-    return curves

@@ -7,6 +7,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -21,6 +22,7 @@ from coca_lit.evals.clipscore import PROMPT, clip_scores
 from coca_lit.evals.collect import caption_images, embed_images, embed_pairs, embed_texts
 from coca_lit.evals.meteor import warm_up
 from coca_lit.evals.retrieval import retrieval_scores
+from coca_lit.evals.sample_data import caption_samples, retrieval_samples
 from coca_lit.evals.samples import sample_sheet
 from coca_lit.evals.statistics import novel_share
 from coca_lit.evals.zeroshot import class_features, classification_scores
@@ -85,15 +87,27 @@ class Evaluation(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(results, step=trainer.global_step)
 
+    def write_json(self, folder: str, name: str, content: Any) -> None:
+        """Writes into a folder inside the run folder."""
+        (self.output_dir / folder).mkdir(parents=True, exist_ok=True)
+        (self.output_dir / folder / name).write_text(json.dumps(content, indent=0))
+
     def _named(self, scores: dict[str, float]) -> dict[str, float]:
         return {f"{self.name}/{score}": value for score, value in scores.items()}
 
 
 class RetrievalScores(Evaluation):
-    """Recall@1/5/10 in both directions, with all captions of every image."""
+    """Recall@1/5/10 in both directions, with all captions of every image. At the end also samples for the report."""
 
     def scores(self, model: CoCa, records: Sequence[Record]) -> dict[str, float]:
         return retrieval_scores(*embed_pairs(model, records, self.batch_size, self.num_workers))
+
+    def all_scores(self, model: CoCa) -> dict[str, float]:
+        images, texts, image_of_text = embed_pairs(model, self.records, self.batch_size, self.num_workers)
+        if rank() == 0:
+            samples = retrieval_samples(self.records, images, texts, image_of_text)
+            self.write_json("samples", f"{self.name}_retrieval.json", samples)
+        return retrieval_scores(images, texts, image_of_text)
 
 
 class ZeroShotScores(Evaluation):
@@ -197,8 +211,7 @@ class CaptionScores(Evaluation):
         captions = caption_images(model, records, self.batch_size, self.num_workers)
         if rank() == 0:
             predictions = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
-            for folder in ("predictions", "samples"):
-                (self.output_dir / folder).mkdir(parents=True, exist_ok=True)
-            (self.output_dir / "predictions" / f"{self.name}.json").write_text(json.dumps(predictions, indent=0))
+            self.write_json("predictions", f"{self.name}.json", predictions)
+            self.write_json("samples", f"{self.name}_captions.json", caption_samples(records, captions))
             sample_sheet(records, captions).save(self.output_dir / "samples" / f"{self.name}.png")
         return captions
