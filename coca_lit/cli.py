@@ -1,4 +1,4 @@
-"""The command line, and the one file that runs Hydra: compose a config, build the parts, fit, write the results.
+"""Training from the command line, and what every command shares: compose a config, build the parts, explain mistakes.
 
 Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
 """
@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,29 +19,37 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from coca_lit.config import ConfigError, TrainConfig, blame, build, explain_override
+from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
 from coca_lit.sweep import print_sweep
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
+
+    from coca_lit.callbacks import Evaluation
 
 PACKAGE = Path(__file__).resolve().parent
 # In a checkout the configs lie beside the package, in a wheel inside it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
 ConfigStore.instance().store("train_schema", TrainConfig)
+ConfigStore.instance().store("evaluate_schema", EvaluateConfig)
 
 
 def train() -> None:
-    """Entry point of `python train.py` and `coca-train`. Mistakes of the user are one sentence on standard error and
-    exit code 1.
+    """Entry point of `python train.py` and `coca-train`."""
+    command("train", run)
+
+
+def command(config: str, function: Callable[[DictConfig], Any]) -> None:
+    """Runs `function` on the composed `conf/{config}.yaml`. Mistakes of the user are one sentence on standard
+    error and exit code 1.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
     sys.argv[1:] = [quote_range(argument) for argument in sys.argv[1:]]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()
     except user_errors() as error:
-        sys.exit(f"error: {_explain(error)}")
+        sys.exit(f"error: {_explain(error, config)}")
     finally:
         print_sweep()
 
@@ -56,18 +65,20 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     from coca_lit.run_folder import start_run_folder, write_results
 
-    _configure_libraries(cfg)
+    configure_libraries(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     start_run_folder(cfg)
     module = build_module(cfg)
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
     data.prepare_data()  # missing training data are said first, before those of an evaluation
-    evals = [build(node, f"evals.{name}") for name, node in cfg.evals.items() if node]
+    evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    for evaluation in evals:
+        not_run |= evaluation.not_run
     results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
     if trainer.is_global_zero:
-        write_results(Path(cfg.output_dir), results)
+        write_results(Path(cfg.output_dir), results, not_run)
     return results
 
 
@@ -87,7 +98,24 @@ def build_module(cfg: DictConfig) -> Any:
     return module
 
 
-def build_trainer(cfg: DictConfig, evals: "list[L.Callback]") -> "L.Trainer":
+def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
+    """The evaluations of a config, and with `skip_missing` the reason for each one whose data cannot be read."""
+    from coca_lit.data.records import DataError
+    from coca_lit.distributed import say
+
+    evals, missing = [], {}
+    for name, node in cfg.evals.items():
+        try:
+            evals += [build(node, f"evals.{name}")] if node else []
+        except DataError as error:
+            if not cfg.skip_missing:
+                raise
+            missing[name] = str(error)
+            say(f"skipped {name}: {error}")
+    return evals, missing
+
+
+def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     # Averaged weights replace the trained ones when training ends: before the final scores.
@@ -100,7 +128,7 @@ def build_trainer(cfg: DictConfig, evals: "list[L.Callback]") -> "L.Trainer":
     return build(cfg.trainer, "trainer", **parts)
 
 
-def _configure_libraries(cfg: DictConfig) -> None:
+def configure_libraries(cfg: DictConfig) -> None:
     import torch
 
     if cfg.threads is not None:
@@ -132,18 +160,18 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Exceptions whose message is all that a user needs; anything else is a bug and keeps its traceback."""
     errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException)
     if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
-        return errors
+        return (*errors, FileNotFoundError)
     from coca_lit.data.records import DataError
 
     return (*errors, DataError, FileNotFoundError)
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, config: str) -> str:
     if isinstance(error, HydraException):
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             options = GlobalHydra.instance().config_loader().get_group_options
             chosen = [arg for arg in sys.argv[1:] if arg.rpartition("=")[2] in options(arg.partition("=")[0])]
-            return explain_override(error, lambda: hydra.compose("train", chosen), options)
+            return explain_override(error, lambda: hydra.compose(config, chosen), options)
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

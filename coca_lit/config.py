@@ -46,13 +46,34 @@ class TrainConfig:
     init_from: str | None = None
     image_weights: str | None = None
     ema: float | None = None
+    eval_split: str = "val"
     eval_images: int | None = None
+    clip_score_model: str | None = None
+    skip_missing: bool = False
     model: Any = MISSING
     data: Any = MISSING
     trainer: Any = MISSING
     callbacks: dict[str, Any] = field(default_factory=dict)
     evals: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluateConfig:
+    """The keys at the root of an evaluation; `conf/evaluate.yaml` explains them."""
+
+    checkpoint: str = MISSING
+    name: str = MISSING
+    output_dir: str = MISSING
+    threads: int | None = None
+    data_dir: str = "data"
+    image_size: int | None = None
+    eval_split: str = "test"
+    eval_images: int | None = None
+    clip_score_model: str | None = None
+    spice_jars: str | None = None
+    skip_missing: bool = False
+    evals: dict[str, Any] = field(default_factory=dict)
 
 
 def build(node: DictConfig, path: str, **objects: Any) -> Any:

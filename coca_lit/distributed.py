@@ -8,6 +8,9 @@ factors cancel and the result is the gradient of one process with the whole batc
     on rank 0, rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss        DDP then divides by 2
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +26,25 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if _active() else 0
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The device of this process, and inside the block the process group that torchrun asks for, if it started us.
+    Training leaves this to Lightning.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def gather(x: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""What a run leaves behind besides checkpoints: its config, where it ran, its results and its curves."""
+"""What a run leaves behind besides checkpoints: its config, where it ran, its results and its report."""
 
-import csv
 import json
 import os
 import platform
@@ -25,16 +24,18 @@ def start_run_folder(cfg: DictConfig) -> None:
         (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
 
 
-def write_results(folder: Path, results: dict[str, float]) -> None:
-    """Writes `results.json` and `curves.png`, notes the duration, and prints the scores."""
+def write_results(folder: Path, results: dict[str, float], not_run: dict[str, str]) -> None:
+    """Writes `results.json`, `not_run.json` (why a score is missing) and the report, and prints the scores."""
+    from coca_lit.report import write_report
+
     environment = json.loads((folder / "environment.json").read_text())
     environment["seconds"] = round(time.time() - environment["started"])
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    if (folder / "metrics.csv").exists():
-        plot_curves(folder / "metrics.csv", folder / "curves.png")
+    (folder / "not_run.json").write_text(json.dumps(not_run, indent=2) + "\n")
     print_results(results)
-    print(f"{environment['seconds']} seconds; everything is in {folder}")
+    write_report(folder)
+    print(f"{environment['seconds']} seconds; everything is in {folder}, to be seen in report.html")
 
 
 def _environment() -> dict[str, Any]:
@@ -73,42 +74,10 @@ def print_results(results: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    groups = sorted({name.split("/")[0] for name in results})
+    groups = sorted({name.rpartition("/")[0] for name in results})
     table = Table("score", *groups, title="results", title_justify="left")
-    for score in dict.fromkeys(name.split("/", 1)[1] for name in results):
+    for score in dict.fromkeys(name.rpartition("/")[2] for name in results):
         values = (results.get(f"{group}/{score}") for group in groups)
         table.add_row(score, *("" if value is None else f"{value:.4f}" for value in values))
     if results:
         Console().print(table)
-
-
-def plot_curves(metrics: Path, picture: Path) -> None:
-    """Losses and scores over the steps, from the CSV logger's file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    curves = _read_curves(metrics)
-    losses = {name: curve for name, curve in curves.items() if name.endswith("_loss")}
-    scores = {
-        name: c for name, c in curves.items() if name.endswith(("/CIDEr", "_recall@1", "/exact_match")) and len(c) > 1
-    }
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, group) in zip(figure.subplots(1, 2), {"losses": losses, "scores": scores}.items(), strict=True):
-        for name, points in group.items():
-            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if group:
-            axes.legend(fontsize=8)
-    figure.savefig(picture, dpi=120)
-
-
-def _read_curves(metrics: Path) -> dict[str, list[tuple[int, float]]]:
-    curves: dict[str, list[tuple[int, float]]] = {}
-    with metrics.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
-    return curves

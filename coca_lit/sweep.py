@@ -24,14 +24,16 @@ class RememberSweep(Callback):
 
 
 def print_sweep() -> None:
-    """Prints the table of the sweep that ran in this process, if one did, and writes it to `results.csv` in its
-    folder.
-    """
+    """Prints the table of the sweep that ran in this process, if one did, and writes it down, with a report."""
+    from coca_lit.report import write_comparison
+
     while _started:
         folder, since = _started.pop()
         if rows := read_sweep(folder, since):
             _write_csv(folder / "results.csv", rows)
             _print_table(rows, str(folder))
+            if any(row["status"] == "ok" for row in rows):
+                print(f"compared in {write_comparison([folder], folder)}")
 
 
 def read_sweep(folder: Path, since: float = 0.0) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Readers of the two caption file formats: Karpathy's `dataset_*.json` and the COCO captions schema (also nocaps)."""
+"""Readers of caption files: Karpathy's `dataset_*.json`, the COCO captions schema (also nocaps) and COCO results."""
 
 import gzip
 import json
@@ -54,6 +54,31 @@ def read_coco(path: Path) -> list[Listing]:
             )
             for image in content["images"]
         ]
+
+
+def read_references(path: Path, split: str) -> list[Listing]:
+    """Images of a file of either schema; `split` chooses among those of a Karpathy file. Raises `DataError`."""
+    content = load_json(path)
+    return read_coco(path) if isinstance(content, dict) and "annotations" in content else read_karpathy(path, split)
+
+
+def read_results(path: Path) -> dict[int | str, str]:
+    """Captions by image id of COCO results, `[{image_id, caption}]`. Raises `DataError`, also for an id that comes
+    twice.
+    """
+    rows = load_json(path)
+    captions: dict[int | str, str] = {}
+    with _schema(path, "the COCO results"):
+        for row in rows:
+            key, caption = row["image_id"], row["caption"]
+            if key in captions:
+                raise DataError(f"{path} holds more than one caption for image {key!r}")
+            if not isinstance(caption, str):
+                raise DataError(f"{path} holds {caption!r} as the caption of image {key!r}, expected a text")
+            captions[key] = caption
+    if not captions:
+        raise DataError(f"{path} holds no captions")
+    return captions
 
 
 def load_json(path: Path) -> Any:

@@ -34,6 +34,11 @@ def mscoco_records(root: str | Path, split: str, karpathy: str | Path | None = N
 
 
 def _official_records(root: Path, split: str) -> list[Record]:
+    if split == "test":
+        how = "put Karpathy's dataset_coco.json into that folder; the validation set needs none: eval_split=val"
+        raise not_found(
+            "the Karpathy split of MS-COCO, which alone has a public test set,", [root, root / "annotations"], how
+        )
     if split not in ("train", "val"):
         raise DataError(f"MS-COCO without dataset_coco.json has the splits train and val, not {split!r}")
     years = {year: root / f"annotations/captions_{split}{year}.json" for year in (2017, 2014)}

@@ -1,4 +1,4 @@
-"""Caption metrics against references: BLEU-1..4, METEOR, ROUGE-L and CIDEr, equal to the COCO caption evaluation's.
+"""Caption metrics against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr and SPICE, equal to the official ones.
 
 The scores are those of pycocoevalcap's own scorers, called one by one: its ``COCOEvalCap`` downloads SPICE before it
 computes anything, and its Java wrappers can hang or shift captions (see ``ptb`` and ``meteor``). Another metric is one
@@ -16,6 +16,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from coca_lit.evals.meteor import shared_meteor, warm_up
 from coca_lit.evals.ptb import ptb_tokenize
+from coca_lit.evals.spice import spice, spice_jars
 
 Id = TypeVar("Id", bound=Hashable)
 References = dict[int, list[str]]  # image number -> its tokenised references
@@ -39,33 +40,43 @@ def _cider(references: References, hypotheses: Hypotheses) -> dict[str, float]:
     return {"CIDEr": Cider().compute_score(references, hypotheses)[0]}
 
 
+def _spice(references: References, hypotheses: Hypotheses) -> dict[str, float]:
+    return {"SPICE": spice(references, hypotheses)}
+
+
 SCORERS: dict[str, Callable[[References, Hypotheses], dict[str, float]]] = {
     "Bleu": _bleu,
     "METEOR": _meteor,
     "ROUGE_L": _rouge_l,
     "CIDEr": _cider,
+    "SPICE": _spice,
 }
+STANDARD = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")  # those that need nothing but this package's dependencies
 
 
 def caption_scores(
     references: Mapping[Id, Sequence[str]],
     predictions: Mapping[Id, str],
-    metrics: Sequence[str] = tuple(SCORERS),
+    metrics: Sequence[str] = STANDARD,
     tokenize: Callable[[Sequence[str]], list[str]] = ptb_tokenize,
 ) -> dict[str, float]:
     """Corpus scores in the order Bleu_1, Bleu_2, Bleu_3, Bleu_4, METEOR, ROUGE_L, CIDEr.
 
     ``references`` holds one or more captions for each image id and ``predictions`` exactly one, for the same ids.
-    ``metrics`` chooses among "Bleu" (all four), "METEOR", "ROUGE_L" and "CIDEr". ``tokenize`` turns texts into tokens
-    joined by blanks; only the default one gives comparable scores. They lie in [0, 1], those of CIDEr in [0, 10].
+    ``metrics`` chooses among "Bleu" (all four), "METEOR", "ROUGE_L", "CIDEr" and "SPICE". ``tokenize`` turns texts into
+    tokens joined by blanks; only the default one gives comparable scores. They lie in [0, 1], those of CIDEr in [0,
+    10].
 
     CIDEr weighs words by the number of images whose references use them, so it depends on the set that is scored
     together, and that of a single image is 0.0 by definition: log(1) is the weight of each word.
 
-    Raises ValueError for an unknown metric and for ids or captions that are missing or left over.
+    Raises ValueError for an unknown metric and for ids or captions that are missing or left over, and SpiceError when
+    SPICE is asked for and cannot run.
     """
     _check_metrics(metrics)
     _check_captions(references, predictions)
+    if "SPICE" in metrics:
+        spice_jars()  # what is missing is said before anything is computed
     if "METEOR" in metrics:
         warm_up()
     tokenized = _tokenized(list(references.values()), [predictions[key] for key in references], tokenize)

@@ -29,15 +29,28 @@ def caption_images(
 
 
 def embed_pairs(
-    model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
+    model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0, prompt: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of all images (I, E) and of all their captions (T, E), and the image that each caption belongs to
-    (T,), on the CPU of every rank.
+    """Features of all images (I, E) and of all their captions (T, E), and the image of each caption (T,).
+
+    They are on the CPU of every rank.
+
+    `prompt` goes before every caption.
     """
-    texts = [caption for record in records for caption in record.captions]
+    texts = [prompt + caption for record in records for caption in record.captions]
     image_of_text = torch.tensor([i for i, record in enumerate(records) for _ in record.captions])
-    images = _gather_rows(_image_features(model, records, batch_size, num_workers), len(records))
-    return images, _gather_rows(_text_features(model, texts, batch_size), len(texts)), image_of_text
+    images = embed_images(model, records, batch_size, num_workers)
+    return images, embed_texts(model, texts, batch_size), image_of_text
+
+
+def embed_images(model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
+    """Features of all images (I, E), of unit length, on the CPU of every rank."""
+    return _gather_rows(_image_features(model, records, batch_size, num_workers), len(records))
+
+
+def embed_texts(model: CoCa, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Features of all texts (T, E), of unit length, on the CPU of every rank."""
+    return _gather_rows(_text_features(model, texts, batch_size), len(texts))
 
 
 Batches = Iterator[tuple[list[int], Tensor]]  # positions in the data set, and a row for each

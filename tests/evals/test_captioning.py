@@ -213,5 +213,5 @@ def test_wrong_captions(references, predictions, message):
 
 @pytest.mark.parametrize(("name", "hint"), [("cider", "'CIDEr'"), ("BLUE", "'Bleu'"), ("Rouge", "'ROUGE_L'")])
 def test_unknown_metric(name, hint):
-    with pytest.raises(ValueError, match=f"{name}.*Bleu, METEOR, ROUGE_L, CIDEr; did you mean {hint}"):
+    with pytest.raises(ValueError, match=f"{name}.*Bleu, METEOR, ROUGE_L, CIDEr, SPICE; did you mean {hint}"):
         caption_scores({1: ["a"]}, {1: "a"}, ["Bleu", name], split)

@@ -1,0 +1,58 @@
+"""Scores of a checkpoint: `coca-evaluate checkpoint=PATH evals=[mscoco_captions,mscoco_retrieval]`.
+
+The evaluations are those of training (`conf/evals`). Under torchrun the images are dealt out to the processes; the
+scores are the same.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from coca_lit.cli import build_evals, command, configure_libraries
+from coca_lit.config import ConfigError
+
+if TYPE_CHECKING:
+    from coca_lit.models import CoCa
+
+
+def evaluate() -> None:
+    """Entry point of `coca-evaluate` and `python -m coca_lit.evaluate`."""
+    command("evaluate", run)
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
+    from coca_lit.distributed import process_group, rank
+    from coca_lit.evals.spice import JARS_VARIABLE
+    from coca_lit.run_folder import start_run_folder, write_results
+
+    configure_libraries(cfg)
+    if cfg.spice_jars is not None:
+        os.environ[JARS_VARIABLE] = cfg.spice_jars
+    with process_group() as device:
+        model = _load(cfg.checkpoint).to(device)
+        cfg.image_size = model.image_size
+        start_run_folder(cfg)
+        evals, not_run = build_evals(cfg)
+        results: dict[str, float] = {}
+        for evaluation in evals:
+            results |= evaluation.evaluate(model)
+            not_run |= evaluation.not_run
+        if rank() == 0:
+            write_results(Path(cfg.output_dir), results, not_run)
+    return results
+
+
+def _load(checkpoint: str) -> "CoCa":
+    from coca_lit.checkpoints import load_model
+
+    try:
+        return load_model(checkpoint)
+    except ValueError as error:
+        raise ConfigError(f"checkpoint: {error}") from error
+
+
+if __name__ == "__main__":
+    evaluate()

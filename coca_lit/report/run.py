@@ -1,0 +1,92 @@
+"""What a run folder holds, read for a report."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from coca_lit.data.records import DataError
+
+Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
+BOOKKEEPING = ("name", "output_dir", "evals.")  # differ between runs without making them different
+
+
+class Run(NamedTuple):
+    """A finished training run or evaluation."""
+
+    folder: Path
+    name: str
+    results: dict[str, float]
+    not_run: dict[str, str]  # score -> why it is missing
+    config: dict[str, Any]  # flat: "model.optimizer.lr" -> value
+    curves: Curves
+    captions: dict[str, list[dict[str, Any]]]  # data set -> `caption_samples`
+    retrieval: dict[str, dict[str, list[dict[str, Any]]]]  # data set -> `retrieval_samples`
+
+
+def read_run(folder: Path) -> Run:
+    """Raises `DataError` when there are no results in the folder."""
+    if not (folder / "results.json").is_file():
+        raise DataError(
+            f"{folder} holds no results.json: it is not the folder of a finished run, or of a sweep with one"
+        )
+    config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
+    flat = flatten(config)
+    return Run(
+        folder=folder,
+        name=folder.name,
+        results=_json(folder / "results.json"),
+        not_run=_json(folder / "not_run.json"),
+        config=flat,
+        curves=read_curves(folder / "metrics.csv"),
+        captions=_samples(folder, "_captions.json"),
+        retrieval=_samples(folder, "_retrieval.json"),
+    )
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in the given folders; in place of a folder without results, such as a sweep's, the runs inside it."""
+    found: list[Path] = []
+    for folder in folders:
+        inside = sorted(path.parent for path in folder.glob("*/results.json"))
+        found += [folder] if (folder / "results.json").is_file() or not inside else inside
+    return [read_run(folder) for folder in found]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Config keys in which the runs differ, with the value of each run; values that stand for others are left out."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(BOOKKEEPING))
+    values = {key: [run.config.get(key) for run in runs] for key in keys}
+    return {key: row for key, row in values.items() if len({repr(value) for value in row}) > 1}
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    parts = (flatten(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def read_curves(metrics: Path) -> Curves:
+    """The columns of the CSV logger's file over its column `step`; nothing if there is no such file."""
+    curves: Curves = {}
+    if metrics.is_file():
+        with metrics.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    return curves
+
+
+def _samples(folder: Path, ending: str) -> dict[str, Any]:
+    paths = sorted((folder / "samples").glob(f"*{ending}"))
+    return {path.name.removesuffix(ending): _json(path) for path in paths}
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else {}

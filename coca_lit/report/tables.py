@@ -1,0 +1,94 @@
+"""Tables of scores: of one run beside published results, and of several runs side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from coca_lit.report.run import Run, differences
+
+PUBLISHED = Path(__file__).parents[1] / "assets" / "published.json"
+COUNTS = (
+    "mean_length",
+    "vocabulary",
+    "median_rank",
+)  # of everything else papers print the hundredfold
+NAMES = {
+    "Bleu_1": "BLEU-1",
+    "Bleu_2": "BLEU-2",
+    "Bleu_3": "BLEU-3",
+    "Bleu_4": "BLEU-4",
+    "ROUGE_L": "ROUGE-L",
+    "exact_match": "exact matches, %",
+    "mean_length": "words per caption",
+    "vocabulary": "different words",
+    "distinct_1": "distinct-1, %",
+    "distinct_2": "distinct-2, %",
+    "novel": "novel captions, %",
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "mean_per_class_recall": "mean per-class recall, %",
+}
+
+
+class Table(NamedTuple):
+    """Cells as texts; the first column names the rows."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def score_tables(run: Run) -> list[Table]:
+    """One table for each data set of a run: its scores, those of each domain, and published ones of the same table."""
+    published = json.loads(PUBLISHED.read_text())
+    tables = []
+    for name in dict.fromkeys(key.split("/")[0] for key in run.results):
+        groups = [g for g in dict.fromkeys(key.rpartition("/")[0] for key in run.results) if g.split("/")[0] == name]
+        columns = {
+            "this run" if group == name else group.removeprefix(f"{name}/"): _scores(run, group) for group in groups
+        }
+        scores = list(dict.fromkeys(score for column in columns.values() for score in column))
+        others = {k: v for k, v in published.get(name, {}).items() if v.keys() & set(scores)}
+        note = "Published: on the test split, in OpenCLIP's result files or the CoCa paper." if others else ""
+        columns |= others
+        rows = [[score_name(s), *(cell(s, column.get(s)) for column in columns.values())] for s in scores]
+        tables.append(Table(name, ["", *columns], rows, note))
+    return tables
+
+
+def comparison_tables(runs: Sequence[Run]) -> list[Table]:
+    """What the runs differ in, and all their scores."""
+    names = [run.name for run in runs]
+    changed = [[key, *map(str, values)] for key, values in differences(runs).items()]
+    scores = dict.fromkeys(score for run in runs for score in run.results)
+    rows = [[f"{s.rpartition('/')[0]} {score_name(s)}", *(cell(s, run.results.get(s)) for run in runs)] for s in scores]
+    return [Table("settings that differ", ["", *names], changed), Table("scores", ["", *names], rows)]
+
+
+def score_name(score: str) -> str:
+    """A score as a reader knows it: "mscoco/t2i_recall@1" -> "text to image recall@1, %"."""
+    short = score.rpartition("/")[2]
+    for key, direction in (("t2i_", "text to image "), ("i2t_", "image to text ")):
+        if short.startswith(key):
+            rest = short.removeprefix(key)
+            return direction + (f"{rest}, %" if rest.startswith("recall") else rest.replace("_", " "))
+    return NAMES.get(short, short)
+
+
+def shown(score: str, value: float) -> float:
+    """The value in the unit that `cell` prints."""
+    return value if score.endswith(COUNTS) else 100 * value
+
+
+def cell(score: str, value: float | None) -> str:
+    """The value as papers print it, with one or two decimals; nothing for None."""
+    if value is None:
+        return ""
+    return f"{shown(score, value):.1f}" if score.endswith(COUNTS) else f"{shown(score, value):.2f}"
+
+
+def _scores(run: Run, group: str) -> dict[str, float]:
+    prefix = f"{group}/"
+    return {k.removeprefix(prefix): v for k, v in run.results.items() if k.rpartition("/")[0] == group}

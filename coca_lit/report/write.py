@@ -1,0 +1,81 @@
+"""From run folders to report files."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from coca_lit.report import html
+from coca_lit.report.figures import comparison_figure, curves_figure
+from coca_lit.report.run import Run, find_runs, read_run
+from coca_lit.report.tables import Table, comparison_tables, score_tables
+
+FACTS = (
+    "checkpoint",
+    "model.net.name",
+    "data._target_",
+    "data.batch_size",
+    "trainer.max_epochs",
+    "eval_split",
+    "eval_images",
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.html, report.md and curves.png (if there are curves) into a run folder; returns the page's path."""
+    run = read_run(folder)
+    tables = score_tables(run)
+    curves = curves_figure(run.curves)
+    if curves is not None:
+        (folder / "curves.png").write_bytes(curves)
+    sections = [
+        html.facts(_facts(run)),
+        html.tables(tables),
+        html.not_run(run.not_run),
+        html.figure("curves", curves),
+        *(html.captions(name, samples) for name, samples in run.captions.items()),
+        *(html.retrieval(name, samples) for name, samples in run.retrieval.items()),
+    ]
+    sheets = sorted(path.relative_to(folder).as_posix() for path in (folder / "samples").glob("*.png"))
+    pictures = [*(["curves.png"] if curves is not None else []), *sheets]
+    return _write(folder, run.name, sections, tables, _facts(run), run.not_run, pictures)
+
+
+def write_comparison(folders: Sequence[Path], output: Path) -> Path:
+    """Writes a report that sets runs, or those of a sweep's folder, side by side; returns the page's path."""
+    runs = find_runs(folders)
+    tables = [table for table in comparison_tables(runs) if table.rows]
+    figure = comparison_figure(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    if figure is not None:
+        (output / "comparison.png").write_bytes(figure)
+    sections = [html.tables(tables), html.figure("comparison", figure)]
+    pictures = ["comparison.png"] if figure is not None else []
+    return _write(output, f"{len(runs)} runs", sections, tables, {}, {}, pictures)
+
+
+def _write(
+    folder: Path,
+    title: str,
+    sections: Sequence[str],
+    tables: Sequence[Table],
+    facts: Mapping[str, str],
+    not_run: Mapping[str, str],
+    pictures: Sequence[str],
+) -> Path:
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items())]
+    for table in tables:
+        lines += ["", f"## {table.title}", "", _row(table.header), _row("---" for _ in table.header)]
+        lines += map(_row, table.rows)
+        lines += ["", table.note] if table.note else []
+    lines += ["", "## not run", "", *(f"- {name}: {reason}" for name, reason in not_run.items())] if not_run else []
+    lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    (folder / "report.html").write_text(html.page(title, sections))
+    return folder / "report.html"
+
+
+def _row(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _facts(run: Run) -> dict[str, str]:
+    return {key: str(run.config[key]) for key in FACTS if run.config.get(key) is not None}

@@ -1,0 +1,77 @@
+"""SPICE's call of Java, with a stand-in for the program: the jars that it needs cannot be shipped."""
+
+import json
+import sys
+import textwrap
+
+import pytest
+
+from coca_lit.evals import spice as module
+from coca_lit.evals.caption_table import caption_table
+from coca_lit.evals.captioning import caption_scores
+from coca_lit.evals.spice import JARS, SpiceError, spice
+
+
+@pytest.fixture
+def jars(tmp_path, monkeypatch):
+    for name in JARS:
+        (tmp_path / name).touch()
+    monkeypatch.setenv("COCA_SPICE_JARS", str(tmp_path))
+    return tmp_path
+
+
+def stand_in(folder, monkeypatch, body):
+    """Puts a Python program in the place of Java; it finds its arguments in `args`."""
+    program = folder / "java"
+    lines = [f"#!{sys.executable}", "import json, sys, time", "args = sys.argv[1:]", textwrap.dedent(body)]
+    program.write_text("\n".join(lines))
+    program.chmod(0o755)
+    monkeypatch.setattr(module, "java_executable", lambda: program)
+
+
+def test_mean_over_images(jars, monkeypatch):
+    body = """
+        at = args.index("edu.anu.spice.SpiceScorer")
+        rows = json.load(open(args[at + 1]))
+        scores = [{"scores": {"All": {"f": len(row["refs"]) / 10}}} for row in rows]
+        assert [row["test"] for row in rows] == ["a dog", "a cat"]
+        json.dump(scores, open(args[args.index("-out") + 1], "w"))
+        json.dump(args, open("{folder}/args.json", "w"))
+    """.replace("{folder}", str(jars))
+    stand_in(jars, monkeypatch, body)
+    assert spice({0: ["x", "y"], 1: ["z"]}, {0: ["a dog"], 1: ["a cat"]}) == pytest.approx(0.15)
+    args = json.loads((jars / "args.json").read_text())
+    assert sum(arg.startswith("--add-opens=java.base/java.") for arg in args) == 6
+    assert str(jars / "*") in args[args.index("-cp") + 1]
+
+
+def test_failure_and_time_limit(jars, monkeypatch):
+    stand_in(jars, monkeypatch, "sys.exit('no models')")
+    with pytest.raises(SpiceError, match=r"exit status 1\): no models"):
+        spice({0: ["x"]}, {0: ["x"]})
+    stand_in(jars, monkeypatch, "time.sleep(60)")
+    monkeypatch.setattr(module, "START_LIMIT_S", -0.8)
+    with pytest.raises(SpiceError, match="did not finish"):
+        spice({0: ["x"]}, {0: ["x"]})
+
+
+def test_missing_jars_say_how_to_get_them(jars, monkeypatch):
+    (jars / JARS[1]).unlink()
+    with pytest.raises(
+        SpiceError, match=r"where stanford-corenlp-3\.6\.0-models\.jar is missing: unpack .* COCA_SPICE"
+    ):
+        caption_scores({0: ["x"]}, {0: "x"}, ["SPICE"])
+    monkeypatch.delenv("COCA_SPICE_JARS")
+    with pytest.raises(SpiceError, match="no Python package carries"):
+        spice({0: ["x"]}, {0: ["x"]})
+
+
+def test_other_scores_come_without_spice(monkeypatch):
+    monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
+    monkeypatch.setattr(
+        "coca_lit.evals.caption_table.caption_scores", lambda r, p, m=("Bleu",): caption_scores(r, p, m)
+    )
+    scores, not_run = caption_table({0: ["a red dog"]}, {0: "a red dog"})
+    assert scores["Bleu_1"] == pytest.approx(1)
+    assert "SPICE" not in scores
+    assert "COCA_SPICE_JARS" in not_run["SPICE"]
