@@ -12,7 +12,7 @@ PROMPT = "A photo depicts "  # goes before every caption and reference
 
 
 def clip_scores(images: Tensor, captions: Tensor, references: Tensor, image_of_reference: Tensor) -> dict[str, float]:
-    """Means over images of CLIPScore = 2.5 max(cos(image, caption), 0), and its harmonic mean with the fit to references.
+    """Means over images: CLIPScore = 2.5 max(cos(image, caption), 0), and its harmonic mean with the fit to references.
 
     ``images`` and ``captions`` are (I, D), one caption per image. ``references`` is (T, D), and reference t belongs to
     image ``image_of_reference[t]``; an image's fit is max(cos(caption, reference), 0) of its nearest reference.
