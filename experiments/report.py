@@ -22,6 +22,7 @@ def read_run(folder: Path) -> dict[str, str]:
     """One row: what the run was, and its scores. A run without results is kept as a failed row."""
     environment = json.loads((folder / "environment.json").read_text())
     seed = re.search(r"^seed: (\d+)$", (folder / "config.yaml").read_text(), flags=re.MULTILINE)
+    environment["command"] = re.sub(r"=/\S+", "=PATH", environment.get("command", ""))  # folders of one machine
     row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}
     results = folder / "results.json"
     scores = json.loads(results.read_text()) if results.exists() else {}
