@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 EXPERIMENTS = Path(__file__).resolve().parent
+HEADLINE = re.compile(r"/(Bleu_4|METEOR|CIDEr|exact_match|\w+_recall@[15]|top1)$")  # the CSV has the other scores too
 ABOUT = ["run", "seed", "seconds", "commit", "machine", "torch", "command"]
 
 
@@ -44,7 +45,7 @@ def update(csv_path: Path, folders: list[Path]) -> list[dict[str, str]]:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Markdown: a line per score, a column per run, and mean ± standard deviation where there are several."""
-    scores = [key for key in rows[0] if key not in ABOUT]
+    scores = [key for key in rows[0] if HEADLINE.search(key)]
     several = len(rows) > 1
     head = [
         "score",
