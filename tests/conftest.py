@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from coca_lit.models import CoCa, create_model
 
+torch.set_num_threads(1)  # tests run in two processes side by side, and on tensors too small to share among cores
+
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 

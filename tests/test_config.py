@@ -11,7 +11,7 @@ import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from running import TINY, compose
 
 from coca_lit.cli import CONF, build_module, build_trainer
@@ -44,10 +44,17 @@ def test_option_composes_and_brings_its_content(group: str, option: str) -> None
         assert all("_target_" in node for node in cfg[group].values())
 
 
+def evaluates_all() -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("evaluate", ["checkpoint=x"])
+
+
 def test_every_file_is_an_option_or_known() -> None:
     others = {str(path) for path in FILES if path.parent.as_posix() not in GROUPS}
-    assert others == {"train", "small", *(o for o in others if o.startswith("hydra/"))}
-    assert compose("trainer=smoke").data.batch_size == 8  # small.yaml
+    commands = {"train", "evaluate"}  # the commands
+    brought = {"small": compose("trainer=smoke").data.batch_size == 8, "skip_missing": evaluates_all().skip_missing}
+    assert {name for name in others if not name.startswith("hydra/")} == {*commands, *brought}
+    assert all(brought.values())
 
 
 @pytest.mark.parametrize(("experiment", "data"), [*itertools.product(OPTIONS["experiment"], ["scenes", "mscoco"])])
