@@ -49,7 +49,10 @@ class TextTower(nn.Module):
         """tokens (B, T), lengths (B,) -> token states (B, T, D) and, if asked for, text features (B, E) that are not
         normalised yet.
         """
-        tokens = self._fit(tokens, lengths)
+        return self.encode(self._fit(tokens, lengths), lengths, contrastive)
+
+    def encode(self, tokens: Tensor, lengths: Tensor, contrastive: bool = True) -> tuple[Tensor, Tensor | None]:
+        """`forward` for tokens (B, T) that are as wide as they should be: no shape depends on a length."""
         length = tokens.shape[1]
         x = self._embed(tokens, 0)  # (B, T, D)
         mask = None
