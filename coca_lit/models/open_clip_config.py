@@ -85,7 +85,7 @@ def why_not(model: CoCa) -> str | None:
 
 def _is_clip_transformer(trunk: nn.Module) -> bool:
     """Whether it computes what OpenCLIP's own VisionTransformer does, up to the pooler."""
-    if not isinstance(trunk, VisionTransformer) or trunk.cls_token is None or len(trunk.blocks) == 0:
+    if not isinstance(trunk, VisionTransformer) or trunk.pos_embed is None or len(trunk.blocks) == 0:
         return False
     expected = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm_pre.weight", "norm_pre.bias"}
     for i in range(len(trunk.blocks)):
@@ -118,7 +118,8 @@ def arguments_of(config: Mapping[str, Any] | None, sizes: Mapping[str, Any]) -> 
     decoder_heads = model.get("multimodal_cfg", {}).get("heads", 8 if sizes["decoder_layers"] else text_heads)
     if text_heads != decoder_heads:
         raise ValueError(
-            f"text tower and decoder have the same number of heads here, the config says {text_heads} and {decoder_heads}"
+            f"the config asks for {text_heads} heads in the text tower and {decoder_heads} in the decoder, and CoCa has"
+            " the same number in both"
         )
     if model.get("quick_gelu"):
         raise ValueError("the config asks for QuickGELU, and CoCa is built with GELU")
