@@ -25,7 +25,7 @@ class Exported(NamedTuple):
     needs: str  # what must be installed for `usage`
     usage: str  # Python, with {folder} for the name of the folder
     check: str  # what was compared, and the result
-    limits: list[str]
+    limits: list[str]  # sentences, with {folder} too
 
 
 def write_card(folder: Path, name: str, model: CoCa, exported: Exported, checkpoint: Path, command: str) -> None:
@@ -43,7 +43,7 @@ def write_card(folder: Path, name: str, model: CoCa, exported: Exported, checkpo
         _scores(run, config, checkpoint.name),
         _training(config, environment),
         f"## Export\n\n```bash\n{command}\n```\n\n" + (f"At commit {commit()}. " if commit() else "") + exported.check,
-        _limits(exported),
+        _limits(exported, name),
     ]
     (folder / CARD).write_text("\n\n".join(sections) + "\n")
 
@@ -117,13 +117,13 @@ def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _limits(exported: Exported) -> str:
+def _limits(exported: Exported, name: str) -> str:
     limits = [
         "The licence of the weights is not stated: it depends on the data, and on the weights that training began with."
         " Add `license:` to the front matter once it is known.",
         "The model repeats what its training data say, errors and prejudices included; the scores above are all that"
         " is known of its quality.",
-        *exported.limits,
+        *(limit.replace("{folder}", name) for limit in exported.limits),
     ]
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 

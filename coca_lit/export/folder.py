@@ -38,6 +38,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
+        for path in unfinished.iterdir():  # safetensors makes files that only their owner can read
+            path.chmod(unfinished.stat().st_mode & 0o666)
         _replace(output, unfinished)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone if all went well

@@ -61,8 +61,9 @@ def test_the_code_of_the_card_runs(
     export(f"checkpoint={checkpoint}", f"output={tmp_path}/deep/model", *options)
     monkeypatch.chdir(tmp_path / "deep")
     assert [path.name for path in Path().iterdir()] == ["model"]
-    image = Image.effect_noise((40, 50), 99).convert("RGB")
-    image.save("photo.jpg", quality=95)
+    assert len({path.stat().st_mode for path in Path("model").iterdir()}) == 1  # who reads the card reads the weights
+    assert "{folder}" not in Path("model/README.md").read_text()
+    Image.effect_noise((40, 50), 99).convert("RGB").save("photo.jpg", quality=95)
     with redirect_stdout(io.StringIO()) as printed:
         exec(compile(snippet(Path("model/README.md")), "card", "exec"), {})
     model = load_model(checkpoint)
