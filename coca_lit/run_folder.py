@@ -43,7 +43,7 @@ def _environment() -> dict[str, Any]:
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
@@ -51,7 +51,7 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """Commit of the checkout, marked if files differ from it; empty outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:

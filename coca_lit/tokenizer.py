@@ -1,8 +1,7 @@
 """Texts to token ids and back: CLIP's byte-pair encoding, or one id per word of a closed vocabulary.
 
 The tokenizer is the one place that knows vocabulary size, context length and special ids; the model reads them from
-here. Text is never parsed for
-special tokens: a caption that contains "<end_of_text>" is encoded as those characters.
+here. Text is never parsed for special tokens: a caption that contains "<end_of_text>" is encoded as those characters.
 """
 
 import gzip
@@ -32,6 +31,7 @@ class Tokenizer(ABC):
     sot_id: int
     eot_id: int
     vocab_size: int
+    token_bytes: list[bytes]  # of each id; those of a text's ids, one after the other, are the text in UTF-8
 
     def __init__(self, context_length: int = 76) -> None:
         if context_length < 3:
@@ -45,9 +45,6 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-    @abstractmethod
-    def _decode(self, ids: Sequence[int]) -> str: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text with start and end; a text that is too long keeps its first tokens and still ends with the
@@ -75,7 +72,7 @@ class Tokenizer(ABC):
         else:  # no end: what trails is padding
             while ids and ids[-1] == self.pad_id:
                 ids.pop()
-        return self._decode([i for i in ids if i != self.sot_id])
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace").strip()
 
 
 class CLIPTokenizer(Tokenizer):
@@ -90,8 +87,8 @@ class CLIPTokenizer(Tokenizer):
     def __init__(self, context_length: int = 76) -> None:
         super().__init__(context_length)
         merges = [_pair(line) for line in gzip.decompress(CLIP_MERGES.read_bytes()).decode().split("\n")]
-        self._byte_of = _byte_of_symbol()
-        symbols = list(self._byte_of)
+        byte_of = _byte_of_symbol()
+        symbols = list(byte_of)
         tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.sot_id, self.eot_id = len(tokens), len(tokens) + 1
         self.vocab_size = len(tokens) + 2
@@ -103,7 +100,7 @@ class CLIPTokenizer(Tokenizer):
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
-        self._tokens = tokens
+        self.token_bytes = [*(_token_bytes(token, byte_of) for token in tokens), b"", b""]
 
     @property
     def spec(self) -> str:
@@ -111,13 +108,6 @@ class CLIPTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._bpe.encode_batch([clean_text(text) for text in texts])]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        symbols = "".join(self._tokens[i] for i in ids if i < len(self._tokens))
-        text = bytes(self._byte_of[s] for s in symbols).decode(
-            "utf-8", errors="replace"
-        )  # "</w>" is ASCII and maps to itself
-        return text.replace("</w>", " ").strip()
 
 
 class WordTokenizer(Tokenizer):
@@ -136,6 +126,7 @@ class WordTokenizer(Tokenizer):
         self._words = list(words)
         self._ids = {word: i for i, word in enumerate(words, start=4)}
         self.vocab_size = 4 + len(words)
+        self.token_bytes = [b""] * 4 + [f"{word} ".encode() for word in words]
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], min_count: int = 5, context_length: int = 76) -> "WordTokenizer":
@@ -150,9 +141,6 @@ class WordTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self._ids.get(word, self.unk_id) for word in split_words(text)] for text in texts]
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return " ".join(self._words[i - 4] for i in ids if i >= 4)
 
 
 def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) -> Tokenizer:
@@ -195,6 +183,11 @@ def split_words(text: str) -> list[str]:
 def _pair(line: str) -> tuple[str, str]:
     left, right = line.split()
     return left, right
+
+
+def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
+    symbols = token.removesuffix("</w>")
+    return bytes(byte_of[s] for s in symbols) + (b" " if symbols != token else b"")
 
 
 def _byte_of_symbol() -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 Names differ by the table below. Values differ in three ways: projections are stored transposed there, the packed
 query/key/value projection of a cross-attention is two matrices here, and the temperature is a scalar there and a
-vector of one here.
+vector of one here. Without a decoder the counterpart is OpenCLIP's `CustomTextCLIP`.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coca_lit.models.coca import CoCa
+from coca_lit.models.open_clip_config import arguments_of
 
 _BLOCK = [
     ("norm_1", "ln_1"),
@@ -56,26 +57,24 @@ _PARTS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ("decoder.vocabulary.weight", "text_decoder.text_projection", []),
     ("logit_scale", "logit_scale", []),
 ]
-_TRANSPOSED = ("visual.proj", "text.text_projection", "text_decoder.text_projection")
+_TRANSPOSED = {"visual.proj", "text.text_projection", "text_decoder.text_projection"}
 _CROSS_ATTENTION = re.compile(r"(decoder\.cross_blocks\.\d+|pooling\.generative)\.attention\.(q|kv)\.(weight|bias)")
 
 
 def to_open_clip(model: CoCa) -> dict[str, Tensor]:
-    """State dict that `open_clip.create_model("coca_…").load_state_dict` takes strictly.
+    """State dict that OpenCLIP's model of the same sizes takes strictly.
 
     Raises:
         ValueError: the model has parts that OpenCLIP's CoCa has not.
     """
     config = model.config
-    if model.decoder is None or config["pooler"] != "single" or not hasattr(model.image_encoder.trunk, "norm_pre"):
-        raise ValueError(
-            "only a CoCa with a CLIP vision transformer, the single pooler and a decoder has an OpenCLIP counterpart"
-        )
+    if config["pooler"] != "single" or not hasattr(model.image_encoder.trunk, "norm_pre"):
+        raise ValueError("only a CoCa with a CLIP vision transformer and the single pooler has an OpenCLIP counterpart")
     state = model.state_dict()
     converted = {_their_name(name): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)}
     for ours in {match[1] for name in state if (match := _CROSS_ATTENTION.fullmatch(name))}:
         converted |= _join_cross_attention(state, ours)
-    for name in _TRANSPOSED:
+    for name in converted.keys() & _TRANSPOSED:
         converted[name] = converted[name].T.contiguous()
     converted["visual.class_embedding"] = converted["visual.class_embedding"].flatten()
     converted["visual.positional_embedding"] = converted["visual.positional_embedding"][0]
@@ -83,22 +82,22 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     return converted
 
 
-def from_open_clip(state: Mapping[str, Any], **overrides: Any) -> CoCa:
+def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any) -> CoCa:
     """Builds the CoCa that an OpenCLIP state dict, or a training checkpoint that holds one, belongs to, and loads it.
 
-    Widths and depths are read from the tensors. Numbers of heads are not in them: they follow OpenCLIP's rule of 64
-    per head (8 heads in the pooler) unless `overrides`, arguments of `CoCa`, say otherwise. The CLS mask is the
-    legacy one that OpenCLIP trains with.
+    Widths and depths are read from the tensors. Numbers of heads are not in them: they come from `config`, the content
+    of the `open_clip_config.json` beside the weights, or follow OpenCLIP's rule of 64 per head (8 heads in the pooler);
+    `overrides`, arguments of `CoCa`, have the last word. The CLS mask is the legacy one that OpenCLIP trains with.
 
     Raises:
-        ValueError: this is not an OpenCLIP CoCa, or tensors are missing, left over or of the wrong shape.
+        ValueError: this is not an OpenCLIP CoCa, tensors are missing, left over or of the wrong shape, or `config` asks
+        for what CoCa has not.
     """
     theirs = _plain_state(state)
-    if missing := [
-        key for key in ("visual.attn_pool.query", "text.cls_emb", "text_decoder.text_projection") if key not in theirs
-    ]:
+    if missing := [key for key in ("visual.attn_pool.query", "text.cls_emb") if key not in theirs]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
-    model = CoCa(**_config_of(theirs) | overrides)
+    sizes = _sizes_of(theirs)
+    model = CoCa(**sizes | arguments_of(config, sizes) | overrides)
     ours: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
         ours[name] = _their_tensor(theirs, name).reshape(target.shape).to(target.dtype)
@@ -116,12 +115,13 @@ def _plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in names.items() if name not in masks}
 
 
-def _config_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     image_width, _, patch, _ = theirs["visual.conv1.weight"].shape
     grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["text.token_embedding.weight"].shape
     if vocab_size != 49408:
         raise ValueError(f"the checkpoint has a vocabulary of {vocab_size} tokens; only CLIP's 49408 can be read")
+    mlp_width = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.weight"])
     return {
         "image_encoder": "vit_base_patch32_clip_224",
         "image_encoder_args": {
@@ -129,6 +129,7 @@ def _config_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
             "embed_dim": image_width,
             "depth": _depth(theirs, "visual.transformer.resblocks"),
             "num_heads": max(image_width // 64, 1),
+            **({"mlp_ratio": mlp_width / image_width} if mlp_width != 4 * image_width else {}),
         },
         "image_size": grid * patch,
         "embed_dim": theirs["visual.proj"].shape[1],

@@ -49,12 +49,17 @@ class TextTower(nn.Module):
         """tokens (B, T), lengths (B,) -> token states (B, T, D) and, if asked for, text features (B, E) that are not
         normalised yet.
         """
-        tokens = self._fit(tokens, lengths)
+        return self.encode(self._fit(tokens, lengths), lengths, contrastive)
+
+    def encode(self, tokens: Tensor, lengths: Tensor, contrastive: bool = True) -> tuple[Tensor, Tensor | None]:
+        """`forward` for tokens (B, T) that are as wide as they should be: no shape depends on a value, so that a graph
+        of it can be exported (which is also why the code says `shape[0]` and not `len`).
+        """
         length = tokens.shape[1]
         x = self._embed(tokens, 0)  # (B, T, D)
         mask = None
         if contrastive:
-            cls = (self.cls_embedding + self.position_embedding[-1]).expand(len(tokens), 1, -1)
+            cls = (self.cls_embedding + self.position_embedding[-1]).expand(tokens.shape[0], 1, -1)
             x = torch.cat([x, cls], dim=1)  # (B, T + 1, D)
             mask = cls_attention_mask(lengths, length, self.context_length, self.cls_mask)
         for block in self.blocks:
@@ -94,7 +99,7 @@ def cls_attention_mask(lengths: Tensor, length: int, context_length: int, kind: 
     Worked example: lengths [2], T = 4, correct: the CLS row is [1 1 0 0 1]; legacy: [1 1 1 0 0].
     """
     keys = torch.arange(length + 1, device=lengths.device)
-    mask = (keys <= keys[:, None]).repeat(len(lengths), 1, 1)  # (B, T + 1, T + 1)
+    mask = (keys <= keys[:, None]).repeat(lengths.shape[0], 1, 1)  # (B, T + 1, T + 1)
     if kind == "correct":
         mask[:, -1] = (keys < lengths[:, None]) | (keys == length)
     else:

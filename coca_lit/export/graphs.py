@@ -1,0 +1,152 @@
+"""The parts of a CoCa as modules of tensors alone, which is what a graph can hold: image encoder, text encoder, and a
+decoder whose cache goes in and comes out.
+
+Beside the letters of the model files: L layers of the decoder, N layers with a cache (text tower and decoder), P
+positions in the cache, t new positions, C the context length.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coca_lit.models import CoCa, text_lengths
+from coca_lit.models.layers import CrossBlock, KVCache
+
+
+class Graph(NamedTuple):
+    """A module in evaluation mode with what an exporter has to know: example inputs and names."""
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: Sequence[str]
+    dynamic: dict[str, dict[int, str]]  # input -> axis that may have any length -> its name
+    what: str  # for people
+
+
+def graphs_of(model: CoCa) -> dict[str, Graph]:
+    """All graphs of a model on the CPU, by name; a CLIP has no decoder."""
+    graphs = {"image_encoder": _image_graph(model), "text_encoder": _text_graph(model)}
+    return graphs | ({"decoder": _decoder_graph(model)} if model.decoder is not None else {})
+
+
+def _image_graph(model: CoCa) -> Graph:
+    outputs, what = ["features"], "images (B, 3, H, W) uint8 → `features` (B, E), of unit length"
+    if model.decoder is not None:
+        outputs += ["image_keys", "image_values"]
+        what += ", and `image_keys`, `image_values` (L, B, H, S, D/H) for the decoder"
+    inputs = {"images": _noise_images(model)}
+    return Graph(ImageGraph(model).eval(), inputs, outputs, {"images": {0: "batch"}}, what)
+
+
+def _text_graph(model: CoCa) -> Graph:
+    inputs = {"tokens": _tokens(model)}
+    what = "tokens (B, C), padded → `features` (B, E), of unit length"
+    return Graph(TextGraph(model).eval(), inputs, ["features"], {"tokens": {0: "batch"}}, what)
+
+
+@torch.no_grad()
+def _decoder_graph(model: CoCa) -> Graph:
+    """The example goes on with two tokens after a past of five; the past is noise."""
+    module = DecoderGraph(model).eval()
+    _, image_keys, image_values = ImageGraph(model)(_noise_images(model))
+    _, batch, heads, _, width = image_keys.shape
+    noise = torch.Generator().manual_seed(0)
+    past = torch.randn(2, module.layers, batch, heads, 5, width, generator=noise)
+    inputs = {"tokens": _tokens(model)[:, :2], "image_keys": image_keys, "image_values": image_values}
+    image_axes, past_axes = {1: "batch"}, {1: "batch", 3: "past"}
+    dynamic = {"tokens": {0: "batch", 1: "new"}, "image_keys": image_axes, "image_values": image_axes}
+    what = (
+        "tokens (B, t), image keys and values, `past_keys`, `past_values` (N, B, H, P, D/H) → `logits` (B, V) of what"
+        " follows, and `keys`, `values` with t more positions; a caption begins with P = 0"
+    )
+    return Graph(
+        module,
+        {**inputs, "past_keys": past[0], "past_values": past[1]},
+        ["logits", "keys", "values"],
+        {**dynamic, "past_keys": past_axes, "past_values": past_axes},
+        what,
+    )
+
+
+def _noise_images(model: CoCa) -> Tensor:
+    size, noise = model.image_size, torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=noise)
+
+
+def _tokens(model: CoCa) -> Tensor:
+    return model.tokenizer(["a photo of a dog", "two", "a red circle"])
+
+
+class ImageGraph(nn.Module):
+    def __init__(self, model: CoCa) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images (B, 3, H, W) uint8 -> features (B, E) of unit length and, if the model captions, the keys and the
+        values of the image for every layer of the decoder, each (L, B, H, S, D/H).
+        """
+        decoder = self.model.decoder
+        vector, tokens = self.model.pooling(self.model.image_encoder(images), captioning=decoder is not None)
+        features = F.normalize(self.model.image_projection(cast(Tensor, vector)), dim=-1)
+        if decoder is None:
+            return (features,)
+        keys, values = zip(*decoder.keys_values(tokens), strict=True)
+        return features, torch.stack(keys), torch.stack(values)
+
+
+class TextGraph(nn.Module):
+    def __init__(self, model: CoCa) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, C), padded to the context length -> features (B, E) of unit length."""
+        lengths = text_lengths(tokens, self.model.tokenizer.pad_id)
+        _, features = self.model.text.encode(tokens, lengths)
+        return F.normalize(cast(Tensor, features), dim=-1)
+
+
+class DecoderGraph(nn.Module):
+    """One graph reads the beginning of a caption (P = 0) and writes on (t = 1)."""
+
+    def __init__(self, model: CoCa) -> None:
+        super().__init__()
+        assert model.decoder is not None
+        self.text, self.decoder = model.text, model.decoder
+        self.layers = len(model.text.blocks) + len(model.decoder.self_blocks)
+
+    def forward(
+        self, tokens: Tensor, image_keys: Tensor, image_values: Tensor, past_keys: Tensor, past_values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens (B, t), those of `ImageGraph`, and the cache, keys and values (N, B, H, P, D/H)
+        -> logits (B, V) of the token after the last one, and the cache (N, B, H, P + t, D/H).
+        """
+        past, new = past_keys.shape[3], tokens.shape[1]
+        positions = torch.arange(new) + past  # (t,)
+        mask = (torch.arange(past + new) <= positions[:, None])[None, None]  # (1, 1, t, P + t)
+        caches = [_Cache(keys, values) for keys, values in zip(past_keys, past_values, strict=True)]
+        text_blocks = len(self.text.blocks)
+        x = self.text.token_embedding(tokens) + self.text.position_embedding[positions]  # (B, t, D)
+        for block, cache in zip(self.text.blocks, caches[:text_blocks], strict=True):
+            x = block(x, mask, cache)
+        layers = zip(self.decoder.self_blocks, self.decoder.cross_blocks, strict=True)
+        for i, (self_block, cross_block) in enumerate(layers):
+            x = self_block(x, mask, caches[text_blocks + i])
+            x = cast(CrossBlock, cross_block)(x, (image_keys[i], image_values[i]))
+        logits = self.decoder.vocabulary(self.decoder.norm(x[:, -1]))
+        return logits, torch.stack([cache.keys for cache in caches]), torch.stack([cache.values for cache in caches])
+
+
+class _Cache(KVCache):
+    """Grows by concatenation, because a graph does not write into what it is given."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        return self.keys, self.values

@@ -1,0 +1,95 @@
+"""A folder that `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads strictly."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coca_lit.checkpoints import OPEN_CLIP_CONFIG, load_model
+from coca_lit.export.card import Exported
+from coca_lit.models import CoCa
+from coca_lit.models.open_clip import to_open_clip
+from coca_lit.models.open_clip_config import open_clip_config
+
+WEIGHTS = "open_clip_model.safetensors"
+TOLERANCE = 1e-5
+CORRECT_MASK = (
+    "model.text.correct_cls_mask = True  # the mask this model was trained with; OpenCLIP has no key for it\n"
+)
+GENERATE = (
+    "`model.generate` of OpenCLIP 3.3 needs transformers up to 4.56. coca_lit writes captions with these files"
+    f' without it: `coca_lit.load_model("{{folder}}/{WEIGHTS}")`.'
+)
+USAGE = """\
+import open_clip
+import torch
+from PIL import Image
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{{folder}}")
+{mask}tokenizer = open_clip.get_tokenizer("local-dir:{{folder}}")
+model.eval()
+with torch.no_grad():
+    image_features = model.encode_image(preprocess(Image.open("photo.jpg"))[None], normalize=True)
+    text_features = model.encode_text(tokenizer(["a dog", "a cat"]), normalize=True)
+print(image_features @ text_features.T)
+"""
+
+
+def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -> Exported:
+    """Writes config and weights, reads them back and compares.
+
+    Args:
+        correct_cls_mask: export a model of that mask too, though OpenCLIP computes it only when it is told after
+            loading. The card says how.
+
+    Raises:
+        ValueError: OpenCLIP cannot build this model, or would compute something else with it.
+    """
+    config = open_clip_config(model)
+    corrected = model.config["cls_mask"] == "correct"
+    if corrected and not correct_cls_mask:
+        raise ValueError(
+            "the model was trained with cls_mask=correct, and OpenCLIP gives every model the legacy mask, with other"
+            " text features; correct_cls_mask=true exports it for use with one more line, which the card shows (image"
+            " features and captions need no such line)"
+        )
+    if correct_cls_mask and not corrected:
+        raise ValueError("the model has the legacy CLS mask, which is OpenCLIP's own: leave out correct_cls_mask=true")
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: t.detach().cpu().contiguous() for name, t in to_open_clip(model).items()}, folder / WEIGHTS)
+    difference = _difference(model, load_model(folder / WEIGHTS))
+    if not difference <= TOLERANCE:
+        raise ValueError(f"OpenCLIP cannot build this model: what it would build differs by {difference:.1e}")
+    mask = (
+        "It needs the line about the mask above: without it OpenCLIP computes text features with the legacy CLS mask."
+    )
+    return Exported(
+        library="open_clip",
+        files={WEIGHTS: "weights in fp32, with OpenCLIP's names", OPEN_CLIP_CONFIG: "architecture and preprocessing"},
+        needs="`open_clip_torch` 3.3 or newer",
+        usage=USAGE.format(mask=CORRECT_MASK if corrected else ""),
+        check=f"Read back, features and logits differ from the checkpoint's by {difference:.1e} at most.",
+        limits=[
+            *([mask] if corrected else []),
+            'OpenCLIP takes id 0 for padding everywhere, also inside a run of punctuation such as "!#$", so the text'
+            " features of such texts differ from those of coca_lit.",
+            *([GENERATE] if model.decoder is not None else []),
+        ],
+    )
+
+
+@torch.no_grad()
+def _difference(model: CoCa, again: CoCa) -> float:
+    """Largest difference of features and caption logits between two models, on images of noise."""
+    size, noise = model.image_size, torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise)
+    tokens = model.tokenizer(["a photo of a dog", "two"])
+    results = zip(_results(model, images, tokens), _results(again, images, tokens), strict=True)
+    return max(float((a - b).abs().max()) for a, b in results)
+
+
+def _results(model: CoCa, images: Tensor, tokens: Tensor) -> list[Tensor]:
+    out = model(images, tokens)
+    return [out.image_features, out.text_features, *([out.logits] if model.decoder is not None else [])]

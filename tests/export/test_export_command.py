@@ -1,0 +1,184 @@
+"""`coca-export` from its configuration to a folder: complete with a card whose code runs, or not there at all."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from coca_lit.checkpoints import load_model, save_model
+from coca_lit.cli import CONF
+from coca_lit.config import ConfigError
+from coca_lit.data.transforms import build_transform
+from coca_lit.export import cli, open_clip
+from coca_lit.models import create_model
+
+SMALL = {
+    "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    **{"image_size": 32, "embed_dim": 32, "pooler_queries": 3, "context_length": 10, "text_width": 32},
+    **{"text_layers": 1, "text_heads": 2, "decoder_layers": 1},
+}
+RESULTS = {"scenes/CIDEr": 1.2345, "scenes/t2i_recall@1": 0.5, "compositional/CIDEr": 0.25}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small captioner with CLIP's tokenizer in a run folder, as training leaves it."""
+    torch.manual_seed(0)
+    run = tmp_path_factory.mktemp("run")
+    (run / "checkpoints").mkdir()
+    (run / "results.json").write_text(json.dumps(RESULTS))
+    (run / "environment.json").write_text(json.dumps({"command": "python train.py seed=7", "commit": "abc1234"}))
+    data = {"_target_": "coca_lit.data.laion.LaionData", "shards": "${oc.env:SHARDS}"}
+    (run / "config.yaml").write_text(yaml.safe_dump({"seed": 7, "eval_split": "val", "data": data}))
+    path = run / "checkpoints" / "best.safetensors"
+    save_model(create_model("coca_vit_b32", **SMALL), path)
+    return path
+
+
+def export(*overrides: str) -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("export", list(overrides))
+    cli.run(cfg)
+
+
+def snippet(card: Path) -> str:
+    return re.findall(r"```python\n(.*?)```", card.read_text(), flags=re.DOTALL)[0]
+
+
+@pytest.mark.parametrize("options", [["format=safetensors"], ["format=open_clip", "correct_cls_mask=true"]])
+def test_the_code_of_the_card_runs(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    export(f"checkpoint={checkpoint}", f"output={tmp_path}/deep/model", *options)
+    monkeypatch.chdir(tmp_path / "deep")
+    assert [path.name for path in Path().iterdir()] == ["model"]
+    assert len({path.stat().st_mode for path in Path("model").iterdir()}) == 1  # who reads the card reads the weights
+    assert "{folder}" not in Path("model/README.md").read_text()
+    Image.effect_noise((40, 50), 99).convert("RGB").save("photo.jpg", quality=95)
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(snippet(Path("model/README.md")), "card", "exec"), {})
+    model = load_model(checkpoint)
+    pixels = build_transform(size=32)(Image.open("photo.jpg"))[None]
+    with torch.no_grad():
+        expected = model.encode_image(pixels) @ model.encode_text(model.tokenizer(["a dog", "a cat"])).T
+    numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", printed.getvalue())]
+    assert numbers == pytest.approx(expected[0].tolist(), abs=1e-4)
+
+
+def test_what_the_card_says(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(f"checkpoint={checkpoint}", f"output={tmp_path}/model", "format=safetensors")
+    assert "The file holds the weights of the checkpoint as they are." in capsys.readouterr().out
+    card = (tmp_path / "model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "coca_lit"
+    assert "license" not in front  # nobody told
+    assert "|  | scenes | compositional |\n| --- | --- | --- |\n| CIDEr | 123.45 | 25.00 |" in card
+    assert "| text to image recall@1, % | 50.00 |  |" in card
+    assert "Of the end of the run, which `best.safetensors` need not be." in card
+    assert "Data: `LaionData`, `${oc.env:SHARDS}`." in card  # as in the run folder, whose secrets stay references
+    assert "python train.py seed=7" in card
+    assert f"coca-export checkpoint={checkpoint} format=safetensors output={tmp_path}/model\n" in card
+    count = sum(p.numel() for p in load_model(checkpoint).parameters())
+    assert f"| parameters | {count:,} |" in card
+
+
+def test_a_checkpoint_without_a_run_folder(tmp_path: Path) -> None:
+    save_model(create_model("coca_tiny", decoder_layers=0), tmp_path / "clip.safetensors")
+    export(f"checkpoint={tmp_path}/clip.safetensors", f"output={tmp_path}/model", "format=safetensors")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "None known" in card
+    assert "Not known: there was no `config.yaml`" in card
+    assert "| decoder | none |" in card
+    assert "generate" not in card
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_an_earlier_export_is_replaced_and_only_on_request(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    choice = [f"checkpoint={checkpoint}", f"output={output}"]
+    export(*choice, "format=safetensors")
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=r"is not empty; name another folder, or replace .* by overwrite=true"):
+        export(*choice, "format=safetensors")
+    export(*choice, "format=open_clip", "correct_cls_mask=true", "overwrite=true")
+    assert "model/open_clip_config.json" in tree(tmp_path)
+    assert "model/model.safetensors" not in tree(tmp_path)
+    (output / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=r"holds 'mine.txt', which is not of an export"):
+        export(*choice, "format=safetensors", "overwrite=true")
+    assert (output / "mine.txt").read_text() == "precious"
+    (output / "mine.txt").unlink()
+    export(*choice, "format=safetensors", "overwrite=true")
+    after = tree(tmp_path)
+    assert {k: v for k, v in after.items() if "README" not in k} == {
+        k: v for k, v in before.items() if "README" not in k
+    }
+
+
+def test_other_folders_are_never_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("my notes")
+    with pytest.raises(ConfigError, match=r"holds 'README.md', which is not of an export"):
+        export(f"checkpoint={checkpoint}", f"output={tmp_path}", "format=safetensors", "overwrite=true")
+    with pytest.raises(ConfigError, match="is a file, and an export is a folder"):
+        export(f"checkpoint={checkpoint}", f"output={tmp_path}/README.md", "format=safetensors", "overwrite=true")
+    export(f"checkpoint={checkpoint}", f"output={tmp_path}/model", "format=safetensors")
+    again = [f"checkpoint={tmp_path}/model/model.safetensors", f"output={tmp_path}/model", "overwrite=true"]
+    with pytest.raises(ConfigError, match="holds the checkpoint itself"):
+        export(*again, "format=open_clip", "correct_cls_mask=true")
+    assert (tmp_path / "README.md").read_text() == "my notes"
+
+
+def test_a_failed_export_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = [f"checkpoint={checkpoint}", f"output={tmp_path}/model"]
+    monkeypatch.setattr(open_clip, "TOLERANCE", -1)  # fails when the files are written
+    with pytest.raises(ConfigError, match="format: OpenCLIP cannot build this model: what it would build differs by"):
+        export(*choice, "format=open_clip", "correct_cls_mask=true")
+    assert list(tmp_path.iterdir()) == []
+    export(*choice, "format=safetensors")
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError):
+        export(*choice, "format=open_clip", "correct_cls_mask=true", "overwrite=true")
+    assert tree(tmp_path) == before
+
+
+def test_a_missing_package_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ConfigError, match=r"not here \(onnxscript\): pip install 'coca_lit\[onnx\]'"):
+        export(f"checkpoint={checkpoint}", f"output={tmp_path}/model", "format=onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["format=openclip"], "format: there is no format 'openclip'; did you mean 'open_clip'?"),
+        (
+            ["format=onnx", "correct_cls_mask=true"],
+            "correct_cls_mask is about format=open_clip, but the format is onnx",
+        ),
+        (["format=safetensors", "checkpoint=absent.ckpt"], "there is no checkpoint 'absent.ckpt'"),
+    ],
+)
+def test_mistakes(checkpoint: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, FileNotFoundError), match=re.escape(message)):
+        export(f"checkpoint={checkpoint}", f"output={tmp_path}/model", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coca_lit.export.cli", "checkpoint=a.ckpt", "format=onnx", "outputs=b"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: there is no key 'outputs'; did you mean 'output'?")
+    assert list(tmp_path.iterdir()) == []

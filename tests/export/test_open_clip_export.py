@@ -1,0 +1,182 @@
+"""Exported folders load in OpenCLIP strictly and compute there what they compute here; OpenCLIP's own come back bit for
+bit.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip.push_to_hf_hub import save_config_for_hf
+from PIL import Image
+from safetensors.torch import save_file
+
+from coca_lit.checkpoints import load_model
+from coca_lit.data.transforms import build_transform
+from coca_lit.export.open_clip import write_open_clip
+from coca_lit.models import CoCa, create_model
+
+Build = Callable[..., CoCa]
+TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
+SMALL = {
+    "image_encoder": "vit_base_patch16_clip_224",
+    "image_encoder_args": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3},
+    "image_size": 32,
+    "embed_dim": 32,
+    "pooler_queries": 5,
+    "pooler_heads": 4,
+    "tokenizer": "clip",
+    "context_length": 20,
+    "text_width": 32,
+    "text_layers": 2,
+    "text_heads": 4,
+    "decoder_layers": 2,
+    "cls_mask": "legacy",
+}
+SHIFTED = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    torch.manual_seed(1)
+    return Image.fromarray(torch.randint(0, 256, (51, 77, 3), dtype=torch.uint8).numpy())
+
+
+def small(**overrides: Any) -> CoCa:
+    torch.manual_seed(0)
+    model = create_model("coca_vit_b32", **SMALL | overrides).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"cls_mask": "correct"},
+        {"decoder_layers": 0, "pooler_queries": 1},
+        {"image_encoder_args": {**SMALL["image_encoder_args"], "pretrained_cfg_overlay": SHIFTED, "mlp_ratio": 3}},
+    ],
+    ids=["captioner", "correct mask", "clip", "normalisation and width of the MLP"],
+)
+def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    ours = small(**overrides)
+    write_open_clip(ours, tmp_path, correct_cls_mask=ours.config["cls_mask"] == "correct")
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    theirs.eval()
+    theirs.text.correct_cls_mask = ours.config["cls_mask"] == "correct"
+    images = build_transform(size=32)(photo)[None].expand(len(TEXTS), -1, -1, -1)
+    their_images = preprocess(photo)[None].expand(len(TEXTS), -1, -1, -1)
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(TEXTS)
+    with torch.no_grad():
+        out = ours(images, tokens)
+        same(out.image_features, theirs.encode_image(their_images, normalize=True))
+        same(out.text_features, theirs.encode_text(tokens, normalize=True))
+        if ours.decoder is not None:
+            expected = theirs(their_images, tokens)
+            same(out.logits, expected["logits"][expected["labels"] != 0])
+            same(out.logit_scale[0], expected["logit_scale"])
+        theirs.text.correct_cls_mask = not theirs.text.correct_cls_mask
+        assert (out.text_features - theirs.encode_text(tokens, normalize=True)).abs().max() > 0.01  # so it matters
+    again = load_model(tmp_path / "open_clip_model.safetensors")
+    assert again.config["cls_mask"] == ours.config["cls_mask"]
+    with torch.no_grad():
+        same(again.encode_image(images), out.image_features)
+        same(again.encode_text(tokens), out.text_features)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_model_of_open_clip_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    """With numbers of heads that only its config tells."""
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            **{"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 8, "output_tokens": True},
+            **{"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 2},
+        },
+        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": text,
+        "custom_text": True,
+    }
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    (first / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    torch.manual_seed(0)
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{first}")
+    torch.nn.init.normal_(theirs.text_decoder.text_projection)  # which it leaves as it finds the memory
+    save_file(theirs.state_dict(), first / "open_clip_model.safetensors")
+    save_config_for_hf(theirs, first / "open_clip_config.json", config)
+
+    ours = load_model(first / "open_clip_model.safetensors")
+    assert [ours.config[key] for key in ("text_heads", "pooler_heads")] == [2, 2]
+    write_open_clip(ours, second)
+    again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{second}")
+    torch.testing.assert_close(dict(again.state_dict()), dict(theirs.state_dict()), atol=0, rtol=0)
+    tokens = open_clip.get_tokenizer(f"local-dir:{second}")(TEXTS)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        for a, b in zip(theirs.eval()(images, tokens).values(), again.eval()(images, tokens).values(), strict=True):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+QUICK = "vit_base_patch32_clip_quickgelu_224"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tokenizer": ["a", "dog"]}, "it has a word tokenizer"),
+        ({"pooler": "cascade"}, "it has the cascade pooler"),
+        ({"image_encoder": "resnet10t", "image_encoder_args": {}}, "its image encoder is resnet10t"),
+        ({"image_encoder": QUICK}, f"its image encoder is {QUICK}"),
+        ({"image_encoder": "vit_tiny_patch16_224"}, "its image encoder is vit_tiny_patch16_224"),
+        ({"text_width": 64}, "image tokens of its own width, and this one reads tokens of 32 with a width of 64"),
+        ({"cls_mask": "correct"}, "correct_cls_mask=true exports it for use with one more line"),
+    ],
+)
+def test_what_open_clip_cannot_build_is_refused(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_open_clip(small(**overrides), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_that_needs_no_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave out correct_cls_mask=true"):
+        write_open_clip(small(), tmp_path, correct_cls_mask=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cfg: cfg["model_cfg"].update(quick_gelu=True), "asks for QuickGELU"),
+        (
+            lambda cfg: cfg["model_cfg"]["multimodal_cfg"].update(heads=2),
+            "4 heads in the text tower and 2 in the decoder",
+        ),
+    ],
+)
+def test_configs_that_ask_for_something_else(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
+    write_open_clip(small(), tmp_path)
+    path = tmp_path / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "open_clip_model.safetensors")
+
+
+def test_a_damaged_config(tmp_path: Path) -> None:
+    write_open_clip(small(), tmp_path)
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not readable JSON"):
+        load_model(tmp_path / "open_clip_model.safetensors")
