@@ -17,6 +17,7 @@ from coca_lit.models.beam import Scoring
 from coca_lit.models.generate import generate
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
 from coca_lit.models.init import init_parameters
+from coca_lit.models.layout import Layout
 from coca_lit.models.options import Options, Rerank, Strategy
 from coca_lit.models.text import ClsMask, Decoder, TextTower
 from coca_lit.tokenizer import get_tokenizer
@@ -151,8 +152,10 @@ class CoCa(nn.Module):
         lengths = self._lengths(tokens, lengths)
         decoder = self.decoder if captioning else None
         vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
-        states, text_vector = self.text(tokens, lengths, contrastive)
-        hidden, labels = _caption_states(decoder, states, tokens, lengths, image_tokens) if decoder else (None, None)
+        states, text_vector, layout = self.text(tokens, lengths, contrastive)
+        hidden, labels = None, None
+        if decoder is not None:
+            hidden, labels = _caption_states(decoder, states, layout, tokens, lengths, image_tokens)
         return CoCaOutput(
             image_features=F.normalize(self.image_projection(vector), dim=-1) if contrastive else None,
             text_features=F.normalize(text_vector, dim=-1) if contrastive else None,
@@ -170,7 +173,7 @@ class CoCa(nn.Module):
 
     def encode_text(self, tokens: Tensor, lengths: Tensor | None = None, normalize: bool = True) -> Tensor:
         """tokens (B, L) -> text features (B, E), of unit length unless `normalize` is off."""
-        _, features = self.text(tokens, self._lengths(tokens, lengths))
+        _, features, _ = self.text(tokens, self._lengths(tokens, lengths))
         return F.normalize(features, dim=-1) if normalize else features
 
     def generate(
@@ -315,10 +318,11 @@ def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
 
 
 def _caption_states(
-    decoder: Decoder, states: Tensor, tokens: Tensor, lengths: Tensor, image_tokens: Tensor
+    decoder: Decoder, states: Tensor, text: Layout, tokens: Tensor, lengths: Tensor, image_tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing."""
-    longest = min(states.shape[1], tokens.shape[1])
-    hidden = decoder(states[:, : longest - 1], image_tokens)  # (B, T - 1, D)
-    real = torch.arange(1, longest, device=lengths.device) < lengths[:, None]  # (B, T - 1)
-    return hidden[real], tokens[:, 1:longest][real]
+    layout = Layout(lengths - 1, text.packed)
+    predicts = text.positions < lengths[:, None] - 1  # (B, L)
+    states = text.select(states, predicts) if text.packed else states[:, : layout.longest]
+    hidden = decoder(states, image_tokens, layout)  # (N, D), or (B, T - 1, D) if padded
+    return layout.select(hidden, layout.real), tokens[:, 1 : layout.longest + 1][layout.real]

@@ -112,7 +112,7 @@ def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:
     assert model.decoder is not None
     tokens = ids.flatten(0, 1)  # (B · N, L)
     lengths = caption_lengths(tokens, model.tokenizer.eot_id)
-    states, _ = model.text(tokens, lengths, contrastive=False)
+    states, _, _ = model.text(tokens, lengths, contrastive=False, packed=False)
     weights = model.decoder.attention(states, image_tokens).float()  # (B · N, T, S), row t has read the tokens up to t
     maps = weights.new_zeros(*tokens.shape, weights.shape[2])
     chosen = min(weights.shape[1], tokens.shape[1] - 1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.models.layout import Layout
+
 
 class KVCache:
     """Keys and values of one causal attention layer during generation; positions are appended, rows can be selected."""
@@ -49,17 +51,21 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). Causal unless a boolean `mask` (B, 1, T, T), True where attention is allowed,
-        says otherwise.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
+    ) -> Tensor:
+        """x (B, T, D), or rows packed as `layout` says, -> the same shape. Causal unless a boolean `mask`
+        (B, 1, T, T), True where attention is allowed, says otherwise.
         """
-        q, k, v = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # each (B, H, T, D/H)
+        qkv = self.qkv(x) if layout is None else layout.unpack(self.qkv(x))  # (B, T, 3·D)
+        q, k, v = (_split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))  # each (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(k, v)
         # With a cache one new position sees everything before it; several are the start of a text, where causal means
         # the usual triangle.
         causal = mask is None and q.shape[2] > 1
-        return self.out(_merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)))
+        x = _merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+        return self.out(x if layout is None else layout.pack(x))
 
 
 class CrossAttention(nn.Module):
@@ -74,15 +80,25 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context_width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context (B, S, C) -> keys and values, each (B, H, S, D/H)."""
-        k, v = (_split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1))
+    def keys_values(self, context: Tensor, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
+        """context (B, S, C) -> keys and values, each (B, H, S, D/H).
+
+        Args:
+            norm: what the context would have to pass first, if it passed `normalize_once` instead. Its weight and bias
+                are folded into the projection: W (g x + h) + b = (W g) x + (W h + b).
+        """
+        weight: Tensor = self.kv.weight
+        bias: Tensor = self.kv.bias
+        if norm is not None:
+            weight, bias = weight * norm.weight, torch.addmv(bias, weight, norm.bias)
+        k, v = (_split_heads(part, self.heads) for part in F.linear(context, weight, bias).chunk(2, dim=-1))
         return k, v
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
-        q = _split_heads(self.q(x), self.heads)
-        return self.out(_merge_heads(F.scaled_dot_product_attention(q, *keys_values)))
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], layout: Layout | None = None) -> Tensor:
+        """x (B, T, D), or rows packed as `layout` says, -> the same shape."""
+        q = self.q(x) if layout is None else layout.unpack(self.q(x))
+        x = _merge_heads(F.scaled_dot_product_attention(_split_heads(q, self.heads), *keys_values))
+        return self.out(x if layout is None else layout.pack(x))
 
     def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """How much each position of x (B, T, D) attends to each of the context: (B, H, T, S), rows add up to 1."""
@@ -107,13 +123,19 @@ class SelfBlock(nn.Module):
         self.mlp = MLP(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_1(x), mask, cache))
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_1(x), mask, cache, layout))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
 class CrossBlock(nn.Module):
-    """A `SelfBlock` whose attention looks at image tokens, with a norm of their own."""
+    """A `SelfBlock` whose attention looks at image tokens, which have a norm of their own.
+
+    All blocks look at the same tokens, so these come here with mean 0 and variance 1 already (`normalize_once`): one
+    tensor for all blocks instead of one that each block's backward pass would have to keep.
+    """
 
     def __init__(self, width: int, context_width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -124,15 +146,23 @@ class CrossBlock(nn.Module):
         self.mlp = MLP(width)
         self.dropout = nn.Dropout(dropout)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.attention.keys_values(self.norm_context(context))
+    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention.keys_values(normed, self.norm_context)
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_1(x), keys_values))
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], layout: Layout | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_1(x), keys_values, layout))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
     def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         return self.attention.weights(self.norm_1(x), keys_values)
+
+
+def normalize_once(context: Tensor) -> Tensor:
+    """(B, S, C) with mean 0 and variance 1 over C, in the type in which the layers that share it will multiply."""
+    normed = F.layer_norm(context, context.shape[-1:])
+    if torch.is_autocast_enabled(context.device.type):  # else every layer would make and keep a copy of its own
+        normed = normed.to(torch.get_autocast_dtype(context.device.type))
+    return normed
 
 
 class AttentionalPooler(nn.Module):

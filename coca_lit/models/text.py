@@ -3,10 +3,12 @@
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coca_lit.models.layers import CrossBlock, KVCache, SelfBlock
+from coca_lit.models.layers import CrossBlock, KVCache, SelfBlock, normalize_once
+from coca_lit.models.layout import Layout
 
 ClsMask = Literal["correct", "legacy"]
 
@@ -14,10 +16,10 @@ ClsMask = Literal["correct", "legacy"]
 class TextTower(nn.Module):
     """Token ids -> a state per token, and a CLS state that has seen the caption.
 
-    CLS stands after the text and always takes the last position embedding (row `context_length`), however short the
-    batch has been cut, so cutting changes nothing. `cls_mask` says what it sees: "correct", the caption and itself;
-    "legacy", what OpenCLIP's off- by-one mask lets it see: the caption and the first pad, and itself only if the
-    caption fills the context. The released OpenCLIP weights were trained with the latter.
+    CLS stands right after its text and always takes the last position embedding (row `context_length`), as if it
+    stood after all padding. `cls_mask` says what it sees: "correct", the caption and itself; "legacy", what OpenCLIP's
+    off-by-one mask lets it see: the caption and the first pad, and itself only if the caption fills the context. The
+    released OpenCLIP weights were trained with the latter.
     """
 
     def __init__(
@@ -45,66 +47,71 @@ class TextTower(nn.Module):
         self.projection = nn.Linear(width, embed_dim, bias=False)
         self.grad_checkpointing = False
 
-    def forward(self, tokens: Tensor, lengths: Tensor, contrastive: bool = True) -> tuple[Tensor, Tensor | None]:
-        """tokens (B, T), lengths (B,) -> token states (B, T, D) and, if asked for, text features (B, E) that are not
-        normalised yet.
-        """
-        return self.encode(self._fit(tokens, lengths), lengths, contrastive)
+    def forward(
+        self, tokens: Tensor, lengths: Tensor, contrastive: bool = True, packed: bool | None = None
+    ) -> tuple[Tensor, Tensor | None, Layout]:
+        """Token states and, if asked for, text features (B, E) that are not normalised yet.
 
-    def encode(self, tokens: Tensor, lengths: Tensor, contrastive: bool = True) -> tuple[Tensor, Tensor | None]:
-        """`forward` for tokens (B, T) that are as wide as they should be: no shape depends on a value, so that a graph
-        of it can be exported (which is also why the code says `shape[0]` and not `len`).
+        Args:
+            tokens: (B, T) ids, padded at the end to any T.
+            lengths: (B,) number of real tokens.
+            packed: see `Layout`.
+
+        Returns:
+            The states, laid out as the third value says: rows 0 … lengths - 1 of a text are its tokens; what follows
+            is not for the decoder.
         """
-        length = tokens.shape[1]
-        x = self._embed(tokens, 0)  # (B, T, D)
-        mask = None
+        # Only a legacy CLS sees what stands at the first pad, and it was trained with id 0 there.
+        kept = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
+        layout = Layout(kept + contrastive, packed)
+        places = layout.positions.expand(len(lengths), -1)  # (B, L)
+        is_cls, mask = None, None
         if contrastive:
-            cls = (self.cls_embedding + self.position_embedding[-1]).expand(tokens.shape[0], 1, -1)
-            x = torch.cat([x, cls], dim=1)  # (B, T + 1, D)
-            mask = cls_attention_mask(lengths, length, self.context_length, self.cls_mask)
+            is_cls = places == kept[:, None]  # (B, L)
+            places = places.where(~is_cls, self.context_length)
+            if self.cls_mask == "legacy":
+                mask = legacy_attention_mask(is_cls, lengths == self.context_length)
+        tokens = _fit(tokens, layout.longest)
+        x = self._embed(layout.pack(tokens), layout.pack(places), None if is_cls is None else layout.pack(is_cls))
         for block in self.blocks:
             x = (
-                checkpoint(block, x, mask, use_reentrant=False)
+                checkpoint(block, x, mask, None, layout, use_reentrant=False)
                 if self.grad_checkpointing and self.training
-                else block(x, mask)
+                else block(x, mask, layout=layout)
             )
-        features = self.projection(self.norm(x[:, -1])) if contrastive else None
-        return x[:, :length], features
+        features = self.projection(self.norm(layout.select(x, is_cls))) if is_cls is not None else None
+        return x, features, layout
 
     def step(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
         """States (R, t, D) of the next tokens (R, t) of texts whose beginnings are in the caches, one per block."""
-        x = self._embed(tokens, caches[0].used)
+        start = caches[0].used
+        x = self._embed(tokens, torch.arange(start, start + tokens.shape[1], device=tokens.device))
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache=cache)
         return x
 
-    def _embed(self, tokens: Tensor, start: int) -> Tensor:
-        return self.dropout(self.token_embedding(tokens) + self.position_embedding[start : start + tokens.shape[1]])
-
-    def _fit(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Cuts to the longest caption; the legacy mask also needs the first pad after it."""
-        longest = int(lengths.max()) if len(lengths) else 1
-        needed = min(longest + (self.cls_mask == "legacy"), self.context_length)
-        if tokens.shape[1] >= needed:
-            return tokens[:, :needed]
-        # Only a legacy CLS sees what stands at a pad, and it was trained with id 0 there.
-        return nn.functional.pad(tokens, (0, needed - tokens.shape[1]))
+    def _embed(self, tokens: Tensor, places: Tensor, is_cls: Tensor | None = None) -> Tensor:
+        x = self.token_embedding(tokens)
+        if is_cls is not None:
+            x = torch.where(is_cls[..., None], self.cls_embedding, x)
+        return self.dropout(x + self.position_embedding[places])
 
 
-def cls_attention_mask(lengths: Tensor, length: int, context_length: int, kind: ClsMask) -> Tensor:
-    """Boolean mask (B, 1, T + 1, T + 1), True where a query (row) may attend.
+def _fit(tokens: Tensor, length: int) -> Tensor:
+    """Cuts or pads (B, T) to (B, length)."""
+    return F.pad(tokens, (0, length - tokens.shape[1]))  # a negative padding cuts
 
-    Tokens are causal; the last row is the CLS token.
 
-    Worked example: lengths [2], T = 4, correct: the CLS row is [1 1 0 0 1]; legacy: [1 1 1 0 0].
+def legacy_attention_mask(is_cls: Tensor, fills_context: Tensor) -> Tensor:
+    """Boolean mask (B, 1, L, L), True where a query (row) may attend: causal, but a CLS row does not see itself unless
+    its caption fills the context.
+
+    Args:
+        is_cls: (B, L), the place of each text's CLS.
+        fills_context: (B,)
     """
-    keys = torch.arange(length + 1, device=lengths.device)
-    mask = (keys <= keys[:, None]).repeat(lengths.shape[0], 1, 1)  # (B, T + 1, T + 1)
-    if kind == "correct":
-        mask[:, -1] = (keys < lengths[:, None]) | (keys == length)
-    else:
-        mask[:, -1] = (keys <= lengths[:, None]) & ((keys < length) | (lengths == context_length)[:, None])
-    return mask[:, None]
+    causal = torch.ones(is_cls.shape[1], is_cls.shape[1], dtype=torch.bool, device=is_cls.device).tril()  # (L, L)
+    return (causal & ~torch.diag_embed(is_cls & ~fills_context[:, None]))[:, None]
 
 
 class Decoder(nn.Module):
@@ -125,16 +132,20 @@ class Decoder(nn.Module):
 
         They are contiguous, because every step reads them: a quarter less time in that attention for one copy.
         """
-        pairs = (block.keys_values(image_tokens) for block in cast("list[CrossBlock]", self.cross_blocks))
+        normed = normalize_once(image_tokens)
+        pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
         return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
 
-    def forward(self, states: Tensor, image_tokens: Tensor) -> Tensor:
-        """Token states (B, T, D) and image tokens (B, S, E) -> hidden states (B, T, D), ready for `vocabulary`."""
+    def forward(self, states: Tensor, image_tokens: Tensor, layout: Layout | None = None) -> Tensor:
+        """Token states (B, T, D), or packed as `layout` says, and image tokens (B, S, E) -> hidden states of the same
+        shape as the token states, ready for `vocabulary`.
+        """
+        image = normalize_once(image_tokens)
         for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
             if self.grad_checkpointing and self.training:
-                states = checkpoint(_decoder_layer, self_block, cross_block, states, image_tokens, use_reentrant=False)
+                states = checkpoint(_decoder_layer, self_block, cross_block, states, image, layout, use_reentrant=False)
             else:
-                states = _decoder_layer(self_block, cross_block, states, image_tokens)
+                states = _decoder_layer(self_block, cross_block, states, image, layout)
         return self.norm(states)
 
     def step(self, states: Tensor, keys_values: list[tuple[Tensor, Tensor]], caches: list[KVCache]) -> Tensor:
@@ -154,8 +165,9 @@ class Decoder(nn.Module):
         heads; rows add up to 1.
         """
         total = states.new_zeros(())
+        normed = normalize_once(image_tokens)
         for self_block, cross_block in zip(self.self_blocks, cast("list[CrossBlock]", self.cross_blocks), strict=True):
-            image = cross_block.keys_values(image_tokens)
+            image = cross_block.keys_values(normed)
             states = self_block(states)
             queries = _beside(states, len(image_tokens))
             total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
@@ -163,8 +175,11 @@ class Decoder(nn.Module):
         return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
 
 
-def _decoder_layer(self_block: nn.Module, cross_block: nn.Module, states: Tensor, image_tokens: Tensor) -> Tensor:
-    return cross_block(self_block(states), cast(CrossBlock, cross_block).keys_values(image_tokens))
+def _decoder_layer(
+    self_block: nn.Module, cross_block: nn.Module, states: Tensor, image: Tensor, layout: Layout | None
+) -> Tensor:
+    states = self_block(states, layout=layout)
+    return cross_block(states, cast(CrossBlock, cross_block).keys_values(image), layout)
 
 
 def _beside(states: Tensor, images: int) -> Tensor:

@@ -18,7 +18,7 @@ def image_tokens(model: CoCa, image: Tensor) -> Tensor:
 @torch.no_grad()
 def next_scores(model: CoCa, seen: Tensor, ids: Sequence[int]) -> Tensor:
     """Log-probabilities (V,) after a beginning, from one pass over all of it; `seen` are image tokens (1, S, E)."""
-    states, _ = model.text(torch.tensor([ids]), torch.tensor([len(ids)]), contrastive=False)
+    states, _, _ = model.text(torch.tensor([ids]), torch.tensor([len(ids)]), contrastive=False)
     return model.decoder.vocabulary(model.decoder(states[:, : len(ids)], seen))[0, -1].log_softmax(-1)
 
 

@@ -13,7 +13,7 @@ from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model, text_lengths
 from coca_lit.models.image import Pooler
 from coca_lit.models.init import init_parameters
-from coca_lit.models.text import ClsMask, cls_attention_mask
+from coca_lit.models.text import ClsMask, legacy_attention_mask
 
 POOLERS: tuple[Pooler, ...] = get_args(Pooler)
 CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
@@ -194,7 +194,7 @@ def test_caption_loss_equals_that_of_all_padded_positions(model: CoCa) -> None:
     images, tokens, lengths = pixels(model, 3), captions(model, [5, 12, 2]), [5, 12, 2]
     out = model(images, tokens)
     _, image_tokens = model.pooling(model.image_encoder(images))
-    states, _ = model.text(tokens, torch.full((3,), 24), contrastive=False)  # as if all captions filled the context
+    states, _, _ = model.text(tokens, torch.full((3,), 24), contrastive=False)  # as if all captions filled the context
     logits = model.decoder.vocabulary(model.decoder(states, image_tokens))  # (B, 24, V)
     labels = tokens[:, 1:].clone()
     for row, n in enumerate(lengths):
@@ -216,22 +216,14 @@ def test_captions_of_a_single_token_predict_nothing(model: CoCa, lengths: list[i
 # ---------------------------------------------------------------- the CLS mask and the id that is also padding
 
 
-@pytest.mark.parametrize(
-    ("kind", "length", "seen"),
-    [
-        ("correct", 7, [*range(7), 76]),
-        ("legacy", 7, [*range(8)]),
-        ("correct", 75, [*range(75), 76]),
-        ("legacy", 75, [*range(76)]),
-        ("correct", 76, [*range(77)]),
-        ("legacy", 76, [*range(77)]),
-    ],
-)
-def test_keys_that_cls_sees(kind: ClsMask, length: int, seen: list[int]) -> None:
-    mask = cls_attention_mask(torch.tensor([3, length]), 76, 76, kind)  # (2, 1, 77, 77)
-    assert mask[1, 0, 76].nonzero()[:, 0].tolist() == seen
-    assert torch.equal(mask[:, 0, :76, :76], torch.ones(76, 76).tril().bool().expand(2, -1, -1))
-    assert not mask[:, 0, :76, 76].any()
+@pytest.mark.parametrize(("length", "seen"), [(7, 8), (75, 76), (76, 77)])
+def test_keys_that_a_legacy_cls_sees(length: int, seen: int) -> None:
+    lengths = torch.tensor([3, length])
+    is_cls = torch.arange(min(length + 1, 76) + 1) == (lengths[:, None] + 1).clamp(max=76)  # (2, L)
+    mask = legacy_attention_mask(is_cls, lengths == 76)  # (2, 1, L, L)
+    assert mask[1, 0, -1].nonzero()[:, 0].tolist() == [*range(seen)]
+    tokens = ~is_cls[1]
+    assert torch.equal(mask[1, 0][tokens], torch.ones_like(mask[1, 0]).tril()[tokens])
 
 
 def test_legacy_cls_sees_the_first_pad_only_and_correct_cls_sees_none(tiny_model: Build) -> None:

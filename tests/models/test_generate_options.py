@@ -155,7 +155,7 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
     assert (captions.attention[:, 1] - 0.2).abs().max() > 0.01
     for block in model.decoder.cross_blocks:
         monkeypatch.setattr(
-            block.attention, "keys_values", lambda x: (torch.zeros(len(x), 3, 5, 8), torch.zeros(len(x), 3, 5, 8))
+            block.attention, "keys_values", lambda x, norm: (torch.zeros(len(x), 3, 5, 8), torch.zeros(len(x), 3, 5, 8))
         )
     uniform = model.generate(make_images(2), return_attention=True, max_length=LENGTH).attention[:, 1]
     torch.testing.assert_close(uniform, torch.full_like(uniform, 0.2))

@@ -1,0 +1,50 @@
+"""How the rows of a batch of texts lie in memory: padded to a grid, or packed one text after another.
+
+Captions have a dozen tokens and now and then seventy. Everything in a transformer but attention works on single rows,
+so packed rows make its cost follow the number of tokens; attention alone sees the grid.
+"""
+
+import torch
+from torch import Tensor
+
+# Packing moves the rows into the grid and back in every attention: below this share of padding that costs more than
+# the padding does.
+WORTHWHILE_PADDING = 0.1
+
+
+class Layout:
+    """The layout of B texts of different lengths.
+
+    padded: (B, L, …), L the longest length. packed: (N, …), N the sum of the lengths.
+
+    Args:
+        lengths: (B,) rows of each text.
+        packed: None packs when more than a tenth of the grid would be padding, and never inside `torch.compile`,
+            where a shape for every batch would mean a compilation for every batch.
+    """
+
+    def __init__(self, lengths: Tensor, packed: bool | None = None) -> None:
+        self.texts = len(lengths)
+        self.longest = int(lengths.max()) if self.texts else 0
+        self.positions = torch.arange(self.longest, device=lengths.device)  # (L,)
+        self.real = self.positions < lengths[:, None]  # (B, L), False where the grid is padding
+        if packed is None:
+            padding = 1 - int(lengths.sum()) / max(self.real.numel(), 1)
+            packed = padding > WORTHWHILE_PADDING and not torch.compiler.is_compiling()
+        self.packed = packed
+        self._rows = self.real.flatten().nonzero().squeeze(1) if packed else None  # (N,), places in the grid
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """(B, L, …) -> (N, …) where the layout is packed, else the grid as it is."""
+        return grid if self._rows is None else grid.flatten(0, 1).index_select(0, self._rows)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """(N, …) -> (B, L, …), zeros where there is no row; a grid is returned as it is."""
+        if self._rows is None:
+            return rows
+        grid = rows.new_zeros(self.texts * self.longest, *rows.shape[1:])
+        return grid.index_copy(0, self._rows, rows).unflatten(0, (self.texts, self.longest))
+
+    def select(self, rows: Tensor, where: Tensor) -> Tensor:
+        """The rows at which the boolean grid `where` (B, L) is True, text after text: (M, …)."""
+        return rows[self.pack(where)]

@@ -1,0 +1,103 @@
+"""Packed rows give what the padded grid gives: the same features, hidden states, losses and gradients."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from coca_lit.losses import caption_loss, contrastive_loss
+from coca_lit.models import CoCa, CoCaOutput, create_model
+from coca_lit.models.layout import Layout
+
+LENGTHS = {
+    "ragged": [5, 24, 2, 9],
+    "one fills the context": [3, 24],
+    "equal": [7, 7, 7],
+    "a single caption": [6],
+    "one has no word": [1, 12],
+    "none has a word": [1, 1],
+}
+
+
+def test_layout_by_hand() -> None:
+    layout = Layout(torch.tensor([2, 3, 1]), packed=True)
+    grid = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0]])
+    assert layout.pack(grid).tolist() == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(layout.unpack(layout.pack(grid)), grid)
+    assert layout.select(layout.pack(grid), grid % 2 == 0).tolist() == [2, 4, 6]
+
+
+def test_packs_where_more_than_a_tenth_is_padding() -> None:
+    assert Layout(torch.tensor([10, 7])).packed
+    assert not Layout(torch.tensor([10, 9])).packed
+    assert not Layout(torch.tensor([4, 4])).packed
+
+
+def losses(out: CoCaOutput) -> torch.Tensor:
+    terms = (
+        [contrastive_loss(out.image_features, out.text_features, out.logit_scale)]
+        if out.image_features is not None
+        else []
+    )
+    terms += [caption_loss(out.hidden, out.vocabulary, out.labels)] if out.hidden is not None else []
+    return torch.stack(terms).sum()
+
+
+@pytest.fixture
+def batch(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, tokens and lengths of one of the cases above."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(LENGTHS[request.param])
+    tokens = torch.randint(4, 40, (len(lengths), int(lengths.max())), generator=generator)
+    tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = 0
+    return torch.randint(0, 256, (len(lengths), 3, 32, 32), generator=generator, dtype=torch.uint8), tokens, lengths
+
+
+def step(
+    model: CoCa, batch: tuple, monkeypatch: pytest.MonkeyPatch, threshold: float, **parts: bool
+) -> list[torch.Tensor]:
+    """Everything that a training step computes, with packing forced (threshold below 0) or forbidden (1)."""
+    monkeypatch.setattr("coca_lit.models.layout.WORTHWHILE_PADDING", threshold)
+    model.zero_grad()
+    out = model(*batch, **parts)
+    loss = losses(out)
+    loss.backward()
+    tensors = [
+        loss,
+        out.image_features,
+        out.text_features,
+        out.hidden,
+        out.labels,
+        *(p.grad for p in model.parameters()),
+    ]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+@pytest.mark.parametrize("batch", LENGTHS, indirect=True)
+@pytest.mark.parametrize("cls_mask", ["correct", "legacy"])
+@pytest.mark.parametrize(
+    "parts", [{}, {"contrastive": False}, {"captioning": False}], ids=["both", "caption", "contrastive"]
+)
+def test_packed_equals_padded(batch: tuple, cls_mask: str, parts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", cls_mask=cls_mask).double().train()
+    padded = step(model, batch, monkeypatch, 1.0, **parts)
+    packed = step(model, batch, monkeypatch, -1.0, **parts)
+    assert_close(packed, padded, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", ["ragged"], indirect=True)
+def test_packed_equals_padded_with_recomputed_activations(batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny").double().train()
+    plain = step(model, batch, monkeypatch, -1.0)
+    model.set_grad_checkpointing()
+    assert_close(step(model, batch, monkeypatch, -1.0), plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", ["ragged"], indirect=True)
+def test_packed_equals_padded_under_bf16(batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        packed, padded = (step(model, batch, monkeypatch, threshold)[0] for threshold in (-1.0, 1.0))
+    assert_close(packed, padded, rtol=1e-3, atol=1e-3)
