@@ -13,6 +13,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import say
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa
+from coca_lit.models.text import GradCheckpointing
 from coca_lit.optim import warmup_cosine
 
 
@@ -27,7 +28,8 @@ class CoCaLit(L.LightningModule):
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
         freeze: further parts of the network that stay as they are, e.g. `image_encoder`.
-        grad_checkpointing: trade a third more time for much less activation memory.
+        grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
+            `CoCa.set_grad_checkpointing`.
         compile: run the network through `torch.compile`.
     """
 
@@ -39,7 +41,7 @@ class CoCaLit(L.LightningModule):
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
         freeze: Sequence[str] = (),
-        grad_checkpointing: bool = False,
+        grad_checkpointing: GradCheckpointing = "none",
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -58,8 +60,8 @@ class CoCaLit(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.make_optimizer = optimizer
         self._freeze(freeze)
-        if grad_checkpointing:
-            net.set_grad_checkpointing()
+        if grad_checkpointing != "none":
+            net.set_grad_checkpointing(grad_checkpointing)
         if compile:
             net.compile()  # in place: the names in checkpoints stay as they are
 

@@ -1,6 +1,7 @@
 """The text side of CoCa: a causal unimodal tower that ends in a CLS token, and the multimodal decoder above it."""
 
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from coca_lit.models.layers import CrossBlock, KVCache, SelfBlock, normalize_onc
 from coca_lit.models.layout import Layout
 
 ClsMask = Literal["correct", "legacy"]
+GradCheckpointing = Literal["none", "cross_attention", "blocks"]
 
 
 class TextTower(nn.Module):
@@ -45,7 +47,7 @@ class TextTower(nn.Module):
         self.blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)  # of the CLS state only; the decoder takes token states as they are
         self.projection = nn.Linear(width, embed_dim, bias=False)
-        self.grad_checkpointing = False
+        self.grad_checkpointing: GradCheckpointing = "none"
 
     def forward(
         self, tokens: Tensor, lengths: Tensor, contrastive: bool = True, packed: bool | None = None
@@ -74,11 +76,7 @@ class TextTower(nn.Module):
         tokens = _fit(tokens, layout.longest)
         x = self._embed(layout.pack(tokens), layout.pack(places), None if is_cls is None else layout.pack(is_cls))
         for block in self.blocks:
-            x = (
-                checkpoint(block, x, mask, None, layout, use_reentrant=False)
-                if self.grad_checkpointing and self.training
-                else block(x, mask, layout=layout)
-            )
+            x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
         features = self.projection(self.norm(layout.select(x, is_cls))) if is_cls is not None else None
         return x, features, layout
 
@@ -95,6 +93,11 @@ class TextTower(nn.Module):
         if is_cls is not None:
             x = torch.where(is_cls[..., None], self.cls_embedding, x)
         return self.dropout(x + self.position_embedding[places])
+
+
+def run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
+    """`function(*arguments)`, whose activations are kept for the backward pass or computed again there."""
+    return checkpoint(function, *arguments, use_reentrant=False) if recompute else function(*arguments)
 
 
 def _fit(tokens: Tensor, length: int) -> Tensor:
@@ -125,7 +128,7 @@ class Decoder(nn.Module):
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.vocabulary = nn.Linear(width, vocab_size, bias=False)
-        self.grad_checkpointing = False
+        self.grad_checkpointing: GradCheckpointing = "none"
 
     def keys_values(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the image tokens (B, S, E) for every layer: all that generation needs of an image.
@@ -142,10 +145,9 @@ class Decoder(nn.Module):
         """
         image = normalize_once(image_tokens)
         for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
-            if self.grad_checkpointing and self.training:
-                states = checkpoint(_decoder_layer, self_block, cross_block, states, image, layout, use_reentrant=False)
-            else:
-                states = _decoder_layer(self_block, cross_block, states, image, layout)
+            recompute = self.grad_checkpointing if self.training else "none"
+            states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
+            states = run(_cross, cross_block, states, image, layout, recompute=recompute != "none")
         return self.norm(states)
 
     def step(self, states: Tensor, keys_values: list[tuple[Tensor, Tensor]], caches: list[KVCache]) -> Tensor:
@@ -175,11 +177,8 @@ class Decoder(nn.Module):
         return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
 
 
-def _decoder_layer(
-    self_block: nn.Module, cross_block: nn.Module, states: Tensor, image: Tensor, layout: Layout | None
-) -> Tensor:
-    states = self_block(states, layout=layout)
-    return cross_block(states, cast(CrossBlock, cross_block).keys_values(image), layout)
+def _cross(block: CrossBlock, states: Tensor, image: Tensor, layout: Layout | None) -> Tensor:
+    return block(states, block.keys_values(image), layout)
 
 
 def _beside(states: Tensor, images: int) -> Tensor:

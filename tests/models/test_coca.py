@@ -13,7 +13,7 @@ from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model, text_lengths
 from coca_lit.models.image import Pooler
 from coca_lit.models.init import init_parameters
-from coca_lit.models.text import ClsMask, legacy_attention_mask
+from coca_lit.models.text import ClsMask, GradCheckpointing, legacy_attention_mask
 
 POOLERS: tuple[Pooler, ...] = get_args(Pooler)
 CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
@@ -309,11 +309,13 @@ def test_bfloat16_model_runs(tiny_model: Build) -> None:
     assert model.generate(images).shape == (3, 24)
 
 
-@pytest.mark.parametrize("enable", [False, True])
-def test_grad_checkpointing_runs_blocks_twice_and_gives_the_same_gradients(tiny_model: Build, enable: bool) -> None:
+@pytest.mark.parametrize(("kind", "runs"), [("none", 4), ("cross_attention", 5), ("blocks", 8)])
+def test_grad_checkpointing_runs_blocks_twice_and_gives_the_same_gradients(
+    tiny_model: Build, kind: GradCheckpointing, runs: int
+) -> None:
     vit = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": TINY_VIT}
     plain, model = tiny_model(**vit).train(), tiny_model(**vit).train()
-    model.set_grad_checkpointing(enable)
+    model.set_grad_checkpointing(kind)
     calls = []
     decoder = model.decoder
     for block in (
@@ -326,7 +328,7 @@ def test_grad_checkpointing_runs_blocks_twice_and_gives_the_same_gradients(tiny_
     images, tokens = pixels(model, 2), captions(model, [4, 9])
     losses(plain(images, tokens)).backward()
     losses(model(images, tokens)).backward()
-    assert len(calls) == (8 if enable else 4)
+    assert len(calls) == runs
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), name
 

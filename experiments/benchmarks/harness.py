@@ -1,0 +1,94 @@
+"""What the side-by-side benchmarks share: interleaved timing, peak memory, and OpenCLIP's models with the same weights.
+
+Times are CPU seconds of the process with one thread, so that neighbours on the machine disturb them little. Variants
+take turns (A B C A B C …) and ratios are taken turn by turn, so that a slow minute hits both sides.
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from coca_lit.models import CoCa
+from coca_lit.models.open_clip import from_open_clip
+
+PROCESS = Path("/proc/self")  # peak memory is read there, so this runs on Linux only
+CONTEXT = 76
+
+
+class Ratio(NamedTuple):
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """CPU seconds of each variant, turn by turn, after one turn that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repetitions + 1):
+        for name, function in variants.items():
+            gc.collect()
+            start = time.process_time()
+            function()
+            if turn:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> Ratio:
+    pairs = [a / b for a, b in zip(slow, fast, strict=True)]
+    return Ratio(statistics.median(pairs), min(pairs), max(pairs))
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """MiB that `function` needs at its peak above what the process holds now; run it once before, to warm up."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    status = dict(line.split(":", 1) for line in PROCESS.joinpath("status").read_text().splitlines())
+    return int(status[name].split()[0]) / 1024
+
+
+def open_clip_model(name: str) -> nn.Module:
+    """OpenCLIP's model with random weights."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, load_weights=False)
+    if hasattr(model, "text_decoder"):
+        nn.init.normal_(model.text_decoder.text_projection, std=512**-0.5)  # OpenCLIP leaves it uninitialised
+    return model
+
+
+def same_weights(theirs: nn.Module) -> CoCa:
+    return from_open_clip({name: tensor.clone() for name, tensor in theirs.state_dict().items()})
+
+
+def caption_batch(batch: int, *, full: int = 0, image_size: int = 224) -> tuple[Tensor, Tensor]:
+    """Normalised random images (B, 3, H, W), and texts (B, 76) padded with 0, of which `full` fill the context.
+
+    Words per caption ~ Gamma(shape 6, mean 12), as long as those of COCO, with start and end token added.
+    """
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
+    words = torch.distributions.Gamma(6.0, 0.5).sample((batch,)).round().long().clamp(4, CONTEXT - 2)
+    words[:full] = CONTEXT - 2
+    texts = torch.zeros(batch, CONTEXT, dtype=torch.long)
+    for text, count in zip(texts, words.tolist(), strict=True):
+        text[0], text[count + 1] = 49406, 49407
+        text[1 : count + 1] = torch.randint(1, 49000, (count,), generator=generator)
+    return torch.randn(batch, 3, image_size, image_size, generator=generator), texts

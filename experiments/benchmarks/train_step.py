@@ -1,0 +1,198 @@
+"""The training step, ours and OpenCLIP's: the same weights, images and captions, the same loss and gradients.
+
+    OMP_NUM_THREADS=1 python experiments/benchmarks/train_step.py
+
+Forward and backward of contrastive + 2 · caption loss. In fp32 both sides must agree: loss within 2e-6, gradients
+within 1e-5 of their norm over all parameters; the run stops otherwise.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from harness import Ratio, caption_batch, interleaved, open_clip_model, ratio, same_weights
+from record import record
+from torch import Tensor, nn
+
+from coca_lit.losses import caption_loss, contrastive_loss
+from coca_lit.models import CoCa, create_model
+from coca_lit.models.open_clip import to_open_clip
+
+CSV = Path(__file__).with_suffix(".csv")
+# A narrow L/14: its 24 vision layers and 257 image tokens, at a width that two cores can train.
+NARROW_L14: dict[str, Any] = {
+    "embed_dim": 192,
+    "vision_cfg": {
+        "image_size": 224, "layers": 24, "width": 256, "head_width": 64, "patch_size": 14,
+        "attentional_pool": True, "attn_pooler_heads": 8, "output_tokens": True,
+    },
+    "text_cfg": {"context_length": 76, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 12, "embed_cls": True,
+                 "output_tokens": True},
+    "multimodal_cfg": {"context_length": 76, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 12},
+    "custom_text": True,
+}  # fmt: skip
+Step = Callable[[], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of the training step, ours and OpenCLIP's.")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.cases:
+        record(CSV, [{"case": name, **row} for row in CASES[name](args.repetitions)])
+
+
+def against_open_clip(batch: int, target: float, *, bf16: bool = False, full: int = 0) -> Callable[[int], list[dict]]:
+    """Our step on coca_ViT-B-32 against OpenCLIP's."""
+
+    def case(repetitions: int) -> list[dict]:
+        theirs = open_clip_model("coca_ViT-B-32").train()
+        ours = same_weights(theirs).train()
+        images, texts = caption_batch(batch, full=full)
+        steps = {"theirs": their_step(theirs, images, texts, bf16), "ours": our_step(ours, images, texts, bf16)}
+        agreement = {} if bf16 else agree(theirs, ours, steps)
+        return [result(interleaved(steps, repetitions), "theirs", "ours", target) | agreement]
+
+    return case
+
+
+def coca_over_clip(repetitions: int) -> list[dict]:
+    """Our CoCa step over OpenCLIP's CLIP step and over our own, B/32."""
+    images, texts = caption_batch(16)
+    clip = open_clip.create_model("ViT-B-32", load_weights=False).train()
+    padded = nn.functional.pad(texts, (0, 77 - texts.shape[1]))
+    steps = {
+        "ours": our_step(create_model("coca_vit_b32").train(), images, texts, False),
+        "their CLIP": their_step(clip, images, padded, False),
+        "our CLIP": our_step(create_model("clip_vit_b32").train(), images, texts, False),
+    }
+    seconds = interleaved(steps, repetitions)
+    return [
+        {"what": "our CoCa / OpenCLIP's CLIP"} | result(seconds, "ours", "their CLIP", 1.15, at_most=True),
+        {"what": "our CoCa / our CLIP"} | result(seconds, "ours", "our CLIP", None),
+    ]
+
+
+def narrow_l14(repetitions: int) -> list[dict]:
+    theirs = open_clip.CoCa(**{k: v for k, v in NARROW_L14.items() if k != "custom_text"}).train()
+    nn.init.normal_(theirs.text_decoder.text_projection, std=192**-0.5)
+    ours = same_weights(theirs).train()
+    clip = CoCa(**ours.config | {"decoder_layers": 0, "pooler_queries": 1}).train()
+    images, texts = caption_batch(8)
+    steps = {
+        "theirs": their_step(theirs, images, texts, False),
+        "ours": our_step(ours, images, texts, False),
+        "our CLIP": our_step(clip, images, texts, False),
+    }
+    agreement = agree(theirs, ours, steps)
+    seconds = interleaved(steps, repetitions)
+    return [
+        {"what": "OpenCLIP's / ours"} | result(seconds, "theirs", "ours", 1.15) | agreement,
+        {"what": "our CoCa / our CLIP"} | result(seconds, "ours", "our CLIP", 1.15, at_most=True),
+    ]
+
+
+def text_encoding(repetitions: int) -> list[dict]:
+    """Text features for retrieval, 64 captions."""
+    theirs = open_clip_model("coca_ViT-B-32").eval()
+    ours = same_weights(theirs).eval()
+    _, texts = caption_batch(64)
+    with torch.no_grad():
+        variants = {
+            "theirs": lambda: theirs.encode_text(texts),
+            "ours": lambda: ours.encode_text(texts),
+        }
+        difference = (variants["theirs"]() - variants["ours"]()).abs().max().item()
+        return [result(interleaved(variants, repetitions), "theirs", "ours", 3.5) | {"difference": difference}]
+
+
+def optimizer_step(repetitions: int) -> list[dict]:
+    """AdamW on 253 M parameters: OpenCLIP's default (for-loop) and ours (fused)."""
+    from coca_lit.optim import adamw
+
+    model = create_model("coca_vit_b32")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    variants = {"theirs": torch.optim.AdamW(model.parameters(), lr=0.0).step, "ours": adamw(model, lr=0.0).step}
+    return [result(interleaved(variants, repetitions), "theirs", "ours", 4.0)]
+
+
+def our_step(model: CoCa, images: Tensor, texts: Tensor, bf16: bool) -> Step:
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with precision(bf16):
+            out = model(images, texts)
+            loss = contrastive_loss(out.image_features, out.text_features, out.logit_scale)
+            if out.hidden is not None:
+                loss = loss + 2 * caption_loss(out.hidden, out.vocabulary, out.labels)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def their_step(model: nn.Module, images: Tensor, texts: Tensor, bf16: bool) -> Step:
+    captions = hasattr(model, "text_decoder")
+    criterion = open_clip.CoCaLoss(2.0, 1.0) if captions else open_clip.ClipLoss()
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with precision(bf16):
+            out = model(images, texts)
+            terms = criterion(**out, output_dict=True).values() if captions else [criterion(*out[:3])]
+            loss = sum(terms)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def precision(bf16: bool) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+
+
+def agree(theirs: nn.Module, ours: CoCa, steps: dict[str, Step]) -> dict[str, float]:
+    """Differences of loss and gradients; raises if they are not those of the same computation."""
+    loss = abs((steps["theirs"]() - steps["ours"]()).item())
+    with torch.no_grad():
+        for parameter in ours.parameters():  # gradients travel under the names of the weights
+            parameter.data, parameter.grad.data = parameter.grad.data, parameter.data
+        ours_grads = {name: tensor.clone() for name, tensor in to_open_clip(ours).items()}
+        for parameter in ours.parameters():
+            parameter.data, parameter.grad.data = parameter.grad.data, parameter.data
+    pairs = [(p.grad, ours_grads[name]) for name, p in theirs.named_parameters() if p.grad is not None]
+    difference = sum((a - b.view_as(a)).double().square().sum() for a, b in pairs) ** 0.5
+    gradient = float(difference / sum(a.double().square().sum() for a, _ in pairs) ** 0.5)
+    if loss > 2e-6 or gradient > 1e-5:
+        raise SystemExit(f"not the same step: losses differ by {loss:.1e}, gradients by {gradient:.1e} of their norm")
+    return {"loss_difference": loss, "gradient_difference": gradient}
+
+
+def result(
+    seconds: dict[str, list[float]], numerator: str, denominator: str, target: float | None, at_most: bool = False
+) -> dict[str, Any]:
+    found: Ratio = ratio(seconds[numerator], seconds[denominator])
+    goal = "" if target is None else f"{'at most' if at_most else 'at least'} {target}"
+    return {"ratio": str(found), "target": goal, **{f"{n} s": round(min(s), 3) for n, s in seconds.items()}}
+
+
+CASES: dict[str, Callable[[int], list[dict]]] = {
+    "fp32, batch 16": against_open_clip(16, 2.2),
+    "bf16, batch 16": against_open_clip(16, 2.5, bf16=True),
+    "bf16, batch 48, one full caption": against_open_clip(48, 1.9, bf16=True, full=1),
+    "fp32, batch 16, full captions": against_open_clip(16, 1.03, full=16),
+    "CoCa over CLIP, fp32": coca_over_clip,
+    "narrow L/14, fp32, batch 8": narrow_l14,
+    "text encoding, fp32": text_encoding,
+    "optimizer step": optimizer_step,
+}
+
+
+if __name__ == "__main__":
+    main()
