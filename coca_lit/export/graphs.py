@@ -106,7 +106,8 @@ class TextGraph(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, C), padded to the context length -> features (B, E) of unit length."""
         lengths = text_lengths(tokens, self.model.tokenizer.pad_id)
-        _, features = self.model.text.encode(tokens, lengths)
+        rows = self.model.text.context_length + 1
+        _, features, _ = self.model.text(tokens, lengths, packed=False, longest=rows)
         return F.normalize(cast(Tensor, features), dim=-1)
 
 

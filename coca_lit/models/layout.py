@@ -21,17 +21,19 @@ class Layout:
         lengths: (B,) rows of each text.
         packed: None packs when more than a tenth of the grid would be padding, and never inside `torch.compile`,
             where a shape for every batch would mean a compilation for every batch.
+        longest: width of the grid if it must not depend on values, as in an exported graph.
     """
 
-    def __init__(self, lengths: Tensor, packed: bool | None = None) -> None:
-        self.texts = len(lengths)
-        self.longest = int(lengths.max()) if self.texts else 0
+    def __init__(self, lengths: Tensor, packed: bool | None = None, longest: int | None = None) -> None:
+        self.texts = lengths.shape[0]
+        self.longest = longest if longest is not None else int(lengths.max()) if self.texts else 0
         self.positions = torch.arange(self.longest, device=lengths.device)  # (L,)
         self.real = self.positions < lengths[:, None]  # (B, L), False where the grid is padding
         if packed is None:
             padding = 1 - int(lengths.sum()) / max(self.real.numel(), 1)
             packed = padding > WORTHWHILE_PADDING and not torch.compiler.is_compiling()
         self.packed = packed
+        self._starts = lengths.cumsum(0) - lengths  # (B,), packed row at which each text begins
         self._rows = self.real.flatten().nonzero().squeeze(1) if packed else None  # (N,), places in the grid
 
     def pack(self, grid: Tensor) -> Tensor:
@@ -44,6 +46,12 @@ class Layout:
             return rows
         grid = rows.new_zeros(self.texts * self.longest, *rows.shape[1:])
         return grid.index_copy(0, self._rows, rows).unflatten(0, (self.texts, self.longest))
+
+    def at(self, rows: Tensor, places: Tensor) -> Tensor:
+        """The row at one place (B,) of each text: (B, …)."""
+        if self._rows is None:
+            return rows[torch.arange(self.texts, device=places.device), places]
+        return rows[self._starts + places]
 
     def select(self, rows: Tensor, where: Tensor) -> Tensor:
         """The rows at which the boolean grid `where` (B, L) is True, text after text: (M, …)."""

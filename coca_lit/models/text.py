@@ -50,14 +50,19 @@ class TextTower(nn.Module):
         self.grad_checkpointing: GradCheckpointing = "none"
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor, contrastive: bool = True, packed: bool | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        contrastive: bool = True,
+        packed: bool | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Layout]:
         """Token states and, if asked for, text features (B, E) that are not normalised yet.
 
         Args:
             tokens: (B, T) ids, padded at the end to any T.
             lengths: (B,) number of real tokens.
-            packed: see `Layout`.
+            packed, longest: see `Layout`; of the rows of a text, CLS included.
 
         Returns:
             The states, laid out as the third value says: rows 0 … lengths - 1 of a text are its tokens; what follows
@@ -65,8 +70,8 @@ class TextTower(nn.Module):
         """
         # Only a legacy CLS sees what stands at the first pad, and it was trained with id 0 there.
         kept = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
-        layout = Layout(kept + contrastive, packed)
-        places = layout.positions.expand(len(lengths), -1)  # (B, L)
+        layout = Layout(kept + contrastive, packed, longest)
+        places = layout.positions.expand(lengths.shape[0], -1)  # (B, L)
         is_cls, mask = None, None
         if contrastive:
             is_cls = places == kept[:, None]  # (B, L)
@@ -77,7 +82,7 @@ class TextTower(nn.Module):
         x = self._embed(layout.pack(tokens), layout.pack(places), None if is_cls is None else layout.pack(is_cls))
         for block in self.blocks:
             x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
-        features = self.projection(self.norm(layout.select(x, is_cls))) if is_cls is not None else None
+        features = self.projection(self.norm(layout.at(x, kept))) if contrastive else None
         return x, features, layout
 
     def step(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:

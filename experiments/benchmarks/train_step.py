@@ -125,7 +125,7 @@ def optimizer_step(repetitions: int) -> list[dict]:
 
 def our_step(model: CoCa, images: Tensor, texts: Tensor, bf16: bool) -> Step:
     def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)  # gradients stay where they are, as with most optimizers
         with precision(bf16):
             out = model(images, texts)
             loss = contrastive_loss(out.image_features, out.text_features, out.logit_scale)
@@ -142,7 +142,7 @@ def their_step(model: nn.Module, images: Tensor, texts: Tensor, bf16: bool) -> S
     criterion = open_clip.CoCaLoss(2.0, 1.0) if captions else open_clip.ClipLoss()
 
     def step() -> Tensor:
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)  # gradients stay where they are, as with most optimizers
         with precision(bf16):
             out = model(images, texts)
             terms = criterion(**out, output_dict=True).values() if captions else [criterion(*out[:3])]

@@ -24,6 +24,8 @@ def test_layout_by_hand() -> None:
     assert layout.pack(grid).tolist() == [1, 2, 3, 4, 5, 6]
     assert torch.equal(layout.unpack(layout.pack(grid)), grid)
     assert layout.select(layout.pack(grid), grid % 2 == 0).tolist() == [2, 4, 6]
+    assert layout.at(layout.pack(grid), torch.tensor([1, 2, 0])).tolist() == [2, 5, 6]
+    assert Layout(torch.tensor([2, 3, 1]), packed=False).at(grid, torch.tensor([1, 2, 0])).tolist() == [2, 5, 6]
 
 
 def test_packs_where_more_than_a_tenth_is_padding() -> None:
