@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,12 +40,13 @@ def check_shard(path: Path, caption_key: str | None = None) -> ShardReport:
     """Decodes every image and caption of a shard."""
     bad = BadSamples(1.0)
     good = 0
-    for sample in read_shard(Shard(path), caption_key, bad):
-        try:
-            decode_image(BytesIO(sample.image), "it")
-            good += 1
-        except DataError as error:
-            bad.add("unreadable image", str(path), sample.key, str(error))
+    with _quiet():
+        for sample in read_shard(Shard(path), caption_key, bad):
+            try:
+                decode_image(BytesIO(sample.image), "it")
+                good += 1
+            except DataError as error:
+                bad.add("unreadable image", str(path), sample.key, str(error))
     entry = ManifestEntry(good, os.path.getsize(path), sha256_of(path))
     broken = next((reason for reason in bad.reasons if reason in ("broken or truncated shard", "empty shard")), "")
     examples = [f"{sample.key} {sample.detail or sample.reason}".strip() for sample in bad.found[:3]]
@@ -63,12 +65,19 @@ def check_shards(paths: Sequence[Path], caption_key: str | None, workers: int) -
             yield report
         else:
             todo.append(path)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_be_quiet) as pool:
-        for done in as_completed([pool.submit(check_shard, path, caption_key) for path in todo]):
-            report = done.result()
-            with (Path(report.path).parent / JOURNAL).open("a") as file:
-                file.write(json.dumps([caption_key, report]) + "\n")
-            yield report
+    for report in _check_all(todo, caption_key, workers):
+        with (Path(report.path).parent / JOURNAL).open("a") as file:
+            file.write(json.dumps([caption_key, report]) + "\n")
+        yield report
+
+
+def _check_all(paths: Sequence[Path], caption_key: str | None, workers: int) -> Iterator[ShardReport]:
+    if min(workers, len(paths)) < 2:
+        yield from (check_shard(path, caption_key) for path in paths)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(check_shard, path, caption_key) for path in paths]):
+            yield done.result()
 
 
 def forget_journals(folders: set[Path]) -> None:
@@ -115,5 +124,11 @@ def _journals(folders: set[Path], caption_key: str | None) -> dict[str, ShardRep
     return reports
 
 
-def _be_quiet() -> None:
-    logging.disable(logging.WARNING)  # everything is in the report
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings in between: everything is in the report."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -29,8 +29,9 @@ def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
         tarfile.ReadError: it has no proper end.
         OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError: the file cannot be read, or breaks off.
     """
-    opener = _OPENERS.get(path.suffix, open)
-    with closing(opener(path, "rb")) as file, tarfile.open(fileobj=(reads := _BoundedReads(file)), mode="r:") as tar:
+    with closing(_OPENERS.get(path.suffix, open)(path, "rb")) as file:
+        reads = _BoundedReads(file)
+        tar: Any = tarfile.open(fileobj=reads, mode="r:")  # noqa: SIM115  it has nothing to close but the file
         for member in tar:
             name = member.name
             if not member.isreg():
@@ -39,9 +40,8 @@ def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
                 raise UnsafeTarError(f"the member {name!r} leads out of the shard")
             if member.size > MAX_MEMBER:
                 raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
-            content = tar.extractfile(member) if wanted(name) else None
-            yield name, content.read() if content else b""
-            tar.members = []  # it would remember every member
+            yield name, tar.extractfile(member).read() if wanted(name) else b""
+            tar.members.clear()  # it would remember every member
         # Two blocks of zeros end a tar; without them `tarfile` stops as quietly at damage as at the end.
         if reads.last + file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it ends within, or something in it is damaged")
