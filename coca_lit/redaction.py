@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 HIDDEN = "<hidden>"
 _NAME = r"(?:[\w.@/-]*[_.])?(?:api_?key|access_?key|private_?key|token|secret|password|passwd|credentials?)"
 _KEY = re.compile(_NAME, re.IGNORECASE)
-_ASSIGNMENT = re.compile(rf"""(\b{_NAME}=)(?!\$\{{|['"]?\$\{{|null\b)\S+""", re.IGNORECASE)
+_ASSIGNMENT = re.compile(rf"""(\b{_NAME}\s*[=:]\s*)(?!['"]?\$\{{|null\b)[^\s,}}\]]+""", re.IGNORECASE)
 _to_yaml = OmegaConf.to_yaml
 
 
@@ -24,7 +24,7 @@ def redact_configs() -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without the values of secret `key=value` pairs and of secret environment variables."""
+    """`text` without the values of secret `key=value` and `key: value` pairs and of secret environment variables."""
     text = _ASSIGNMENT.sub(rf"\1{HIDDEN}", text)
     for name, value in os.environ.items():
         if len(value) >= 6 and _KEY.fullmatch(name):  # a shorter one would be found in harmless words
@@ -33,7 +33,7 @@ def redact(text: str) -> str:
 
 
 def _redacted_yaml(cfg: Any, *, resolve: bool = False, sort_keys: bool = False) -> str:
-    plain = OmegaConf.to_container(OmegaConf.create(cfg), resolve=resolve)
+    plain = OmegaConf.to_container(cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg), resolve=resolve)
     return redact(_to_yaml(OmegaConf.create(_hide(plain)), sort_keys=sort_keys))
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,16 @@ class BadSampleLog(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def _sum_up(self, found: set[BadSample]) -> None:
-        counts: dict[str, Counter[str]] = defaultdict(Counter)
-        for sample in found:
-            counts[sample.shard][sample.reason] += 1
-        rows = [(shard, reason, n) for shard, reasons in sorted(counts.items()) for reason, n in reasons.most_common()]
+        counts = Counter((sample.shard, sample.reason) for sample in found)
+        rows = [(shard, reason, count) for (shard, reason), count in sorted(counts.items())]
         with (self.folder / "shards.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("shard", "reason", "samples"), *rows])
-        log.warning("left out %d bad samples of %d shards, listed in %s", len(found), len(counts), self.folder)
+        log.warning(
+            "left out %d bad samples of %d shards, listed in %s",
+            len(found),
+            len({sample.shard for sample in found}),
+            self.folder,
+        )
 
 
 def read_bad_samples(folder: Path) -> set[BadSample]:
