@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
+from coca_lit.redaction import redact_configs
 from coca_lit.sweep import print_sweep
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def command(config: str, function: Callable[[DictConfig], Any]) -> None:
     error and exit code 1.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
+    redact_configs()
     sys.argv[1:] = [quote_range(argument) for argument in sys.argv[1:]]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()

@@ -37,7 +37,7 @@ class TrainConfig:
     """The keys at the root of a run; `conf/train.yaml` explains them."""
 
     name: str = MISSING
-    output_dir: str = MISSING
+    output_dir: str | None = MISSING  # None under --cfg, where nothing runs
     seed: int = 0
     threads: int | None = None
     data_dir: str = "data"

@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from coca_lit.redaction import redact
+
 
 def start_run_folder(cfg: DictConfig) -> None:
     """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no
@@ -42,7 +44,7 @@ def _environment() -> dict[str, Any]:
     """What one has to know to believe a number: command, commit, machine, versions."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redact(" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])),
         "commit": commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),

@@ -2,12 +2,22 @@
 
 import logging
 from collections import Counter
+from typing import NamedTuple
 
 from coca_lit.data.records import DataError
 
 log = logging.getLogger(__name__)
 
 MIN_SEEN = 200  # before that many samples a fraction says little
+
+
+class BadSample(NamedTuple):
+    """One sample that was left out, or a shard that broke off there."""
+
+    shard: str  # empty where the data are no shards
+    key: str  # empty where the shard breaks off
+    reason: str
+    detail: str = ""
 
 
 class BadSamples:
@@ -24,27 +34,51 @@ class BadSamples:
         self.seen = 0
         self.reasons: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
+        self.found: list[BadSample] = []
+        self._good = 0  # at the end of the last pass
+        self._whole_shards: list[int] = []  # samples in each
 
-    def add(self, reason: str, shard: str) -> None:
-        self.reasons[reason] += 1
-        self.shards[shard] += 1
-        if (bad := self.reasons.total()) & (bad - 1) == 0:  # 1, 2, 4, 8, ...: early, and not too often
+    def add(self, reason: str, shard: str, key: str = "", detail: str = "", count: int = 1) -> None:
+        before = self.reasons.total()
+        self.reasons[reason] += count
+        self.shards[shard] += count
+        self.found.append(BadSample(shard, key, reason, detail))
+        if before.bit_length() < self.reasons.total().bit_length():  # 1, 2, 4, 8, ...: early, and not too often
             log.warning("skipped %s", self.summary())
         if self.seen >= MIN_SEEN:
             self._judge()
 
+    def end_of_shard(self, samples: int) -> None:
+        self._whole_shards.append(samples)
+
+    def lose(self, reason: str, shard: str, samples: int | None, detail: str = "") -> None:
+        """The rest of a shard is lost: `samples` of them, or if that is unknown, as many as shards had on average."""
+        if samples is None:
+            samples = sum(self._whole_shards) // len(self._whole_shards) if self._whole_shards else 1
+        self.seen += max(samples, 1)
+        self.add(reason, shard, detail=detail, count=max(samples, 1))
+
     def end_of_pass(self) -> None:
         """Judge whatever was seen; also raises when not one sample was good, which would go on for ever."""
-        if self.seen == self.reasons.total():
+        good = self.seen - self.reasons.total()
+        if good == self._good:
             raise DataError(f"the shards hold no usable sample: {self.summary()}")
+        self._good = good
         self._judge()
+
+    def take(self) -> tuple[BadSample, ...]:
+        """What was found since the last call."""
+        found, self.found = self.found, []
+        return tuple(found)
 
     def summary(self) -> str:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common())
-        shards = ", ".join(f"{name} ({count})" for name, count in self.shards.most_common(5))
-        details = f" ({reasons}; most in {shards})" if reasons else ""
+        shards = ", ".join(f"{name} ({count})" for name, count in self.shards.most_common(5) if name)
+        details = f" ({reasons}{'; most in ' if shards else ''}{shards})" if reasons else ""
         return f"{self.reasons.total()} of {self.seen} samples{details}"
 
     def _judge(self) -> None:
         if self.reasons.total() > self.max_fraction * self.seen:
-            raise DataError(f"too many bad samples, more than max_bad_fraction={self.max_fraction}: {self.summary()}")
+            raise DataError(
+                f"too many bad samples, more than max_bad_fraction={self.max_fraction} allows: {self.summary()}"
+            )

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from coca_lit.data.bad_samples import BadSample
+
 
 class Batch(NamedTuple):
     """B captioned images."""
@@ -14,6 +16,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end
     keys: list[str]  # sample ids, for error reports
+    bad: tuple[BadSample, ...] = ()  # what was left out while this batch was made
 
 
 class Example(NamedTuple):
@@ -22,6 +25,7 @@ class Example(NamedTuple):
     image: Tensor  # (3, H, W) uint8
     tokens: list[int]  # with start and end, not padded
     key: str
+    bad: tuple[BadSample, ...] = ()  # what this one stands in for
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -31,4 +35,5 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     for row, example in zip(tokens, examples, strict=True):
         row[: len(example.tokens)] = torch.tensor(example.tokens)
     images = torch.stack([example.image for example in examples])  # (B, 3, H, W)
-    return Batch(images, tokens, lengths, [example.key for example in examples])
+    bad = tuple(found for example in examples for found in example.bad)
+    return Batch(images, tokens, lengths, [example.key for example in examples], bad)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,8 +12,8 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import CaptionData
 from coca_lit.data.loader import TrainLoader, per_rank
 from coca_lit.data.records import DataError, Record
+from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shard_stream import ShardBatches, ShardOrder
-from coca_lit.data.shards import expand_shards
 from coca_lit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ class LaionData(CaptionData):
 
     Args:
         shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar" or a list of such, at least one shard per process.
-        epoch_samples: of all processes together; one epoch need not be one pass over the shards.
+        epoch_samples: of all processes together; one epoch need not be one pass over the shards. None takes the number
+            in the manifests of the shards.
         batch_size: of all processes together.
         caption_key: field of each sample's JSON that holds the caption; None takes the .txt.
         shuffle_buffer: samples that each worker mixes, kept encoded in memory.
@@ -33,7 +35,7 @@ class LaionData(CaptionData):
     def __init__(
         self,
         shards: str | Sequence[str],
-        epoch_samples: int,
+        epoch_samples: int | None,
         tokenizer: Tokenizer,
         batch_size: int,
         image_size: int = 224,
@@ -47,11 +49,27 @@ class LaionData(CaptionData):
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1 (no shuffling within a shard), not {shuffle_buffer}")
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
-        self.shards, self.epoch_samples, self.caption_key = shards, epoch_samples, caption_key
+        self.shards, self.caption_key = shards, caption_key
+        self._epoch_samples = epoch_samples
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
 
     def records(self, split: str) -> list[Record]:
         raise DataError(f"shards are for training only and have no split {split!r}: evaluate on another data set")
+
+    @cached_property
+    def shard_list(self) -> list[Shard]:
+        return find_shards(self.shards)
+
+    @property
+    def epoch_samples(self) -> int:
+        if self._epoch_samples is not None:
+            return self._epoch_samples
+        if not all(shard.entry for shard in self.shard_list):
+            raise DataError(
+                "the shards have no manifest that says how many samples they hold: write it with coca-data check, "
+                "or set data.epoch_samples"
+            )
+        return sum(shard.entry.samples for shard in self.shard_list if shard.entry)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -60,13 +78,12 @@ class LaionData(CaptionData):
         return self.epoch_samples // self.batch_size
 
     def prepare_data(self) -> None:
-        expand_shards(self.shards)
+        _ = self.shard_list, self.steps_per_epoch
 
     def train_dataloader(self) -> TrainLoader:
         rank, world = self._rank_and_world()
-        shards = expand_shards(self.shards)
-        workers = usable_workers(len(shards), world, self.num_workers)
-        order = ShardOrder(shards, self.seed, rank, world, self.shuffle_buffer, self.caption_key)
+        workers = usable_workers(len(self.shard_list), world, self.num_workers)
+        order = ShardOrder(self.shard_list, self.seed, rank, world, self.shuffle_buffer, self.caption_key)
         transform, batch_size = self.train_transform(), per_rank(self.batch_size, world)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:

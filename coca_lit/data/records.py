@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 40_000_000  # a photo of a good camera; a 20 KB file can claim far more and fill the memory
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # plain pixels only: Pillow would run Ghostscript on an EPS named .jpg
+MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would blow up the other
 MAX_MISSING = 0.01  # known copies lack single files (Flickr8k lists one that never existed); more means a wrong folder
 
 
@@ -56,15 +57,19 @@ def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundE
 
 
 def decode_image(source: str | Path | IO[bytes], name: str | Path) -> Image.Image:
-    """Decode to RGB; raises `DataError` naming `name` for broken files and for more than `MAX_PIXELS` pixels."""
+    """Decode to RGB; raises `DataError` naming `name` for anything but an image of `FORMATS` of sensible size."""
     try:
         with Image.open(source, formats=FORMATS) as image:
             width, height = image.size  # from the header: nothing is decoded yet
             if width * height > MAX_PIXELS:
                 raise DataError(f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded")
+            if max(width, height) > MAX_RATIO * min(width, height):
+                raise DataError(f"{name} has {width} x {height} pixels, no shape that a picture has")
             return image.convert("RGB")
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} is not a readable image: it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise a zoo of types on broken bytes
         raise DataError(f"{name} is not a readable image: {error}") from error
 

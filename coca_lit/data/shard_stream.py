@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import count, islice
-from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -19,6 +18,7 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.data.records import DataError, decode_image
 from coca_lit.data.seeding import seeded_torch, stable_seed
+from coca_lit.data.shard_set import Shard
 from coca_lit.data.shards import ShardSample, read_shard
 from coca_lit.data.transforms import Transform
 from coca_lit.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class ShardOrder(NamedTuple):
     a buffer. `rank` and `world` count training processes.
     """
 
-    shards: Sequence[Path]
+    shards: Sequence[Shard]
     seed: int = 0
     rank: int = 0
     world: int = 1
@@ -46,7 +46,7 @@ class ShardOrder(NamedTuple):
         for turn in count():
             rng = random.Random(stable_seed("samples", self.seed, epoch, turn, self.rank, worker))
             rng.shuffle(mine)
-            one_pass = (sample for shard in mine for sample in read_shard(shard, self.caption_key, bad))
+            one_pass = (s for shard in mine for s in read_shard(shard, self.caption_key, bad, verify=turn == 0))
             yield from ((turn, sample) for sample in _shuffled(one_pass, self.shuffle_buffer, rng))
             bad.end_of_pass()
 
@@ -91,11 +91,11 @@ class ShardBatches(IterableDataset[Batch]):
                     window.append(next(samples))
                 try:
                     examples.append(self._example(*window[i]))
-                except DataError:
+                except DataError as error:
                     if i < self.batch_size:  # a bad replacement is counted in its own batch
-                        bad.add("unreadable image", window[i][1].shard)
+                        bad.add("unreadable image", window[i][1].shard, window[i][1].key, str(error))
                 i += 1
-            yield collate(examples, self.tokenizer.pad_id)
+            yield collate(examples, self.tokenizer.pad_id)._replace(bad=bad.take())
             for _ in range(self.batch_size):
                 window.popleft()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
@@ -45,7 +45,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(data: LightningDataModule, folder: Path, ckpt_path: Path | None = None) -> list:
+def fit(data: LightningDataModule, folder: Path, ckpt_path: Path | None = None, log: Callback | None = None) -> list:
     module = Recorder()
     trainer = Trainer(
         accelerator="cpu",
@@ -54,7 +54,7 @@ def fit(data: LightningDataModule, folder: Path, ckpt_path: Path | None = None) 
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)],
+        callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1), *([log] if log else [])],
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return module.seen

@@ -1,0 +1,71 @@
+"""The samples that a run left out, by name, in its run folder."""
+
+import csv
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from coca_lit.data.bad_samples import BadSample
+from coca_lit.data.batch import Batch
+from coca_lit.distributed import rank
+
+log = logging.getLogger(__name__)
+
+NAME = "bad_samples"
+MAX_LINES = 100_000  # per process: a file to read, not a second data set
+
+
+class BadSampleLog(L.Callback):
+    """Appends each bad sample to `bad_samples/rank0.csv` (a file per process) when it is first met, and sums them up in
+    `bad_samples/shards.csv` when training ends, in whatever way.
+
+    A sample is listed once, however often it comes up, also by a run that resumes in the same folder.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.folder = Path(output_dir) / NAME
+        self._known: set[BadSample] = set()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._known = read_bad_samples(self.folder)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        new = [found for found in dict.fromkeys(batch.bad) if found not in self._known]
+        if new and len(self._known) < MAX_LINES:
+            self._known.update(new)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"rank{rank()}.csv").open("a", newline="") as file:
+                csv.writer(file).writerows(new)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if rank() == 0 and (found := read_bad_samples(self.folder)):
+            self._sum_up(found)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def _sum_up(self, found: set[BadSample]) -> None:
+        counts = Counter((sample.shard, sample.reason) for sample in found)
+        rows = [(shard, reason, count) for (shard, reason), count in sorted(counts.items())]
+        with (self.folder / "shards.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("shard", "reason", "samples"), *rows])
+        log.warning(
+            "left out %d bad samples of %d shards, listed in %s",
+            len(found),
+            len({sample.shard for sample in found}),
+            self.folder,
+        )
+
+
+def read_bad_samples(folder: Path) -> set[BadSample]:
+    """What all processes of all runs in the folder have listed; a line that a crash cut off is passed over."""
+    found: set[BadSample] = set()
+    for path in folder.glob("rank*.csv"):
+        with path.open(newline="") as file:
+            found.update(BadSample(*row) for row in csv.reader(file) if len(row) == len(BadSample._fields))
+    return found

@@ -1,0 +1,134 @@
+"""Looks at every sample of a set of shards, as training will: `coca-data check`."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.manifest import NAME, ManifestEntry, read_manifest, sha256_of
+from coca_lit.data.records import DataError, decode_image
+from coca_lit.data.shard_set import Shard
+from coca_lit.data.shards import read_shard
+
+JOURNAL = f".{NAME}.journal"  # what an interrupted check has already found
+
+
+class ShardReport(NamedTuple):
+    """What a check found in one shard."""
+
+    path: str
+    changed_at: int  # modification time in ns, by which a later check knows that it need not look again
+    entry: ManifestEntry
+    bad: dict[str, int]  # number of samples per reason
+    examples: list[str]  # the first few, with what is wrong
+    broken: str = ""  # why the shard as a whole cannot be used
+
+    @property
+    def bad_samples(self) -> int:
+        return sum(self.bad.values())
+
+
+def check_shard(path: Path, caption_key: str | None = None) -> ShardReport:
+    """Decodes every image and caption of a shard."""
+    bad = BadSamples(1.0)
+    good = 0
+    with _quiet():
+        for sample in read_shard(Shard(path), caption_key, bad):
+            try:
+                decode_image(BytesIO(sample.image), "it")
+                good += 1
+            except DataError as error:
+                bad.add("unreadable image", str(path), sample.key, str(error))
+    entry = ManifestEntry(good, os.path.getsize(path), sha256_of(path))
+    broken = next((reason for reason in bad.reasons if reason in ("broken or truncated shard", "empty shard")), "")
+    examples = [f"{sample.key} {sample.detail or sample.reason}".strip() for sample in bad.found[:3]]
+    return ShardReport(str(path), os.stat(path).st_mtime_ns, entry, dict(bad.reasons), examples, broken)
+
+
+def check_shards(paths: Sequence[Path], caption_key: str | None, workers: int) -> Iterator[ShardReport]:
+    """Reports in the order in which they are ready. Each is noted beside its shard, so that a check which was
+    interrupted goes on where it was; `forget_journals` when all is done.
+    """
+    known = _journals({path.parent for path in paths}, caption_key)
+    todo = []
+    for path in paths:
+        report = known.get(str(path))
+        if report and (report.changed_at, report.entry.bytes) == (path.stat().st_mtime_ns, path.stat().st_size):
+            yield report
+        else:
+            todo.append(path)
+    for report in _check_all(todo, caption_key, workers):
+        with (Path(report.path).parent / JOURNAL).open("a") as file:
+            file.write(json.dumps([caption_key, report]) + "\n")
+        yield report
+
+
+def _check_all(paths: Sequence[Path], caption_key: str | None, workers: int) -> Iterator[ShardReport]:
+    if min(workers, len(paths)) < 2:
+        yield from (check_shard(path, caption_key) for path in paths)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(check_shard, path, caption_key) for path in paths]):
+            yield done.result()
+
+
+def forget_journals(folders: set[Path]) -> None:
+    for folder in folders:
+        (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def compare(reports: Sequence[ShardReport]) -> Iterator[str]:
+    """One sentence for each shard that does not fit the manifest of its folder, or is in it and gone."""
+    found = by_folder(reports)
+    for folder, entries in found.items():
+        manifest = read_manifest(folder)
+        for name, entry in entries.items() if manifest else ():
+            if name not in manifest:
+                yield f"{folder / name} is not in the manifest"
+            elif entry != manifest[name]:
+                yield f"{folder / name} has changed since the manifest was written"
+        yield from (f"{folder / name} is in the manifest but gone" for name in manifest if not (folder / name).exists())
+
+
+def by_folder(reports: Sequence[ShardReport]) -> dict[Path, dict[str, ManifestEntry]]:
+    """The entries of a manifest for each folder."""
+    found: dict[Path, dict[str, ManifestEntry]] = {}
+    for report in reports:
+        path = Path(report.path)
+        found.setdefault(path.parent, {})[path.name] = report.entry
+    return found
+
+
+def count_reasons(reports: Sequence[ShardReport]) -> Counter[str]:
+    return sum((Counter(report.bad) for report in reports), Counter())
+
+
+def _journals(folders: set[Path], caption_key: str | None) -> dict[str, ShardReport]:
+    reports = {}
+    for path in (folder / JOURNAL for folder in folders):
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                key, (shard, changed_at, entry, *rest) = json.loads(line)
+            except ValueError:
+                continue  # cut off when the check was killed
+            if key == caption_key:
+                reports[shard] = ShardReport(shard, changed_at, ManifestEntry(*entry), *rest)
+    return reports
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings in between: everything is in the report."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

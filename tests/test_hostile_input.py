@@ -1,0 +1,270 @@
+"""What a stranger can hand us and what a user can leak: each is refused with a clear message, at the public entries."""
+
+import gzip
+import io
+import json
+import pickle
+import re
+import struct
+import sys
+import tarfile
+import zlib
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from running import TINY, compose, train_py
+
+import coca_lit
+from coca_lit.cli import build_evals, build_module, build_trainer, run, train
+from coca_lit.config import ConfigError, build
+from coca_lit.data.bad_samples import BadSample
+from coca_lit.data.batch import Batch
+from coca_lit.data.laion import LaionData
+from coca_lit.data.records import DataError, decode_image
+from coca_lit.data.tar_members import MAX_MEMBER
+from coca_lit.tokenizer import get_tokenizer
+
+TOKENIZER = get_tokenizer("clip")
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.fixture
+def target(tmp_path: Path):
+    """A file that hostile input tries to make."""
+    path = tmp_path / "outside" / "ran"
+    path.parent.mkdir()
+    yield path
+    assert not path.exists()
+
+
+def jpeg(shade: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 18), (shade, 100, 50)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def good(texts: str = "txt", text: bytes = b"a dog") -> dict[str, bytes]:
+    """The members of eight samples."""
+    pairs = [(f"good{i}", jpeg(i)) for i in range(8)]
+    return {name: data for key, image in pairs for name, data in ((f"{key}.jpg", image), (f"{key}.{texts}", text))}
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def train_on(path: Path, batches: int = 4) -> tuple[set[str], list[BadSample], list[Batch]]:
+    """Keys and bad samples of some batches that the training loader makes of one shard."""
+    data = LaionData(str(path), 4 * batches, TOKENIZER, 4, image_size=16, shuffle_buffer=1, max_bad_fraction=0.95)
+    seen = list(islice(data.train_dataloader(), batches))
+    return (
+        {key.rpartition("/")[2] for batch in seen for key in batch.keys},
+        [b for batch in seen for b in batch.bad],
+        seen,
+    )
+
+
+# Files that are code
+
+
+@pytest.mark.parametrize("key", ["init_from", "image_weights", "ckpt_path"])
+def test_pickle_as_checkpoint_of_a_training(tmp_path, target, key):
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Evil(target)))
+    cfg = compose("trainer=smoke", f"{key}={tmp_path}/evil.ckpt", f"output_dir={tmp_path}/run", "name=x")
+    with pytest.raises(Exception, match=r"(?i)checkpoint|weights.only"):
+        run(cfg)
+
+
+def test_pickle_as_model(tmp_path, target):
+    torch.save({"state_dict": Evil(target)}, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="tensors and plain values only, so it is not loaded"):
+        coca_lit.load_model(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("where", "build"),
+    [
+        ("data", lambda cfg: build(cfg.data, "data")),
+        ("data.shards", lambda cfg: build(cfg.data, "data")),
+        ("model.net", build_module),
+        ("model.optimizer", build_module),
+        ("evals.x", build_evals),
+        ("callbacks.x", lambda cfg: build_trainer(cfg, [])),
+        ("logger.x", lambda cfg: build_trainer(cfg, [])),
+    ],
+)
+def test_config_that_calls_anything(tmp_path, target, where, build):
+    node = f"{{_target_:pathlib.Path.touch,self:{target}}}"
+    cfg = compose(*TINY, f"++{where}={node}", f"output_dir={tmp_path}/run", "name=x", "evals=[]")
+    with pytest.raises(ConfigError, match=rf"^{re.escape(where)}: 'pathlib.Path.touch' is outside the packages"):
+        build(cfg)
+
+
+def test_config_that_evaluates(tmp_path, target, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", f"""threads=${{eval:'__import__("pathlib").Path("{target}").touch()'}}"""]
+    )
+    with pytest.raises(SystemExit, match=r"error: .*Unsupported interpolation type eval"):
+        train()
+
+
+# Shards
+
+
+@pytest.mark.parametrize("scheme", ["pipe:touch {0}", "PIPE:touch {0}", "ssh://host/{0}", "file:/x/../{0}"])
+def test_url_that_is_a_command(target, scheme):
+    with pytest.raises(DataError, match=r"not from '[A-Za-z]+:'"):
+        LaionData(scheme.format(target), 8, TOKENIZER, 4).prepare_data()
+
+
+def test_members_that_hold_code(tmp_path, target):
+    code = pickle.dumps(Evil(target))
+    names = ("evil.pyd", "evil.pickle", "evil.pkl", "evil.pth", "evil.PTH")
+    keys, bad, _ = train_on(write_tar(tmp_path / "x.tar", dict.fromkeys(names, code) | good()))
+    assert keys == {f"good{i}" for i in range(8)}
+    assert {(found.key, found.reason) for found in bad} == {(name, "code in a shard") for name in names}
+
+
+def test_images_that_hold_code(tmp_path, target):
+    files = {"evil.jpg": pickle.dumps(Evil(target)), "evil.txt": b"a dog"} | good()
+    keys, bad, _ = train_on(write_tar(tmp_path / "x.tar", files))
+    assert "evil" not in keys
+    assert bad[0].reason == "unreadable image"
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.txt", "/evil.jpg"])
+def test_members_that_lead_out_of_the_shard(tmp_path, name):
+    before = sorted(tmp_path.iterdir())
+    path = write_tar(tmp_path / "x.tar", good() | {name: jpeg()})
+    keys, bad, _ = train_on(path, batches=5)
+    assert all(key.startswith("good") for key in keys)
+    assert "leads out of the shard" in bad[0].detail
+    assert sorted(tmp_path.iterdir()) == [*before, path]
+
+
+def tar_bomb(path: Path, kind: bytes) -> Path:
+    """A good start, and then a member (or header) of 4 GB of zeros in a file of a few kB."""
+    info = tarfile.TarInfo("bomb.jpg")
+    info.size, info.type = 4 * 2**30, kind
+    start = io.BytesIO()
+    with tarfile.open(fileobj=start, mode="w") as tar:
+        for name, data in good().items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    whole = start.getvalue().rstrip(b"\0")
+    whole += bytes(-len(whole) % 512) + info.tobuf(tarfile.GNU_FORMAT) + bytes(10 * 2**20)
+    path.write_bytes(gzip.compress(whole, 1) if path.suffix == ".gz" else whole)
+    return path
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("name", ["bomb.tar", "bomb.tar.gz"])
+def test_members_and_headers_that_claim_gigabytes(tmp_path, name, kind):
+    keys, bad, _ = train_on(tar_bomb(tmp_path / name, kind))
+    assert keys <= {f"good{i}" for i in range(8)}
+    assert f"more than {MAX_MEMBER:,}" in bad[0].detail
+
+
+def test_text_bomb(tmp_path):
+    files = {"bomb.jpg": jpeg(), "bomb.txt": b"a dog " * 1_000_000} | good()
+    keys, bad, _ = train_on(write_tar(tmp_path / "x.tar", files))
+    assert "bomb" not in keys
+    assert bad[0][1:3] == ("bomb", "missing caption")
+
+
+def test_json_bomb(tmp_path):
+    bomb = {"bomb.jpg": jpeg(), "bomb.json": b'{"caption": ' + b"[" * 100_000}
+    path = write_tar(tmp_path / "x.tar", bomb | good("json", b'{"caption": "a dog"}'))
+    data = LaionData(str(path), 8, TOKENIZER, 4, image_size=16, caption_key="caption", max_bad_fraction=0.5)
+    assert "bomb" not in {key for batch in data.train_dataloader() for key in batch.keys}
+
+
+def test_captions_that_hold_special_tokens(tmp_path):
+    caption = b"<start_of_text>a dog<end_of_text> <|endoftext|> a cat</s>"
+    *_, (batch, *_) = train_on(write_tar(tmp_path / "x.tar", good(text=caption)))
+    for tokens, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
+        real = tokens[:length]
+        assert (real[0], real[-1]) == (TOKENIZER.sot_id, TOKENIZER.eot_id)
+        assert not {TOKENIZER.sot_id, TOKENIZER.eot_id} & set(real[1:-1])
+        assert "end_of_text" in TOKENIZER.decode(real).replace(" ", "")
+
+
+# Images, as the web page and every data set decode them
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>'
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (SVG, "x is not a readable image: it is none of JPEG, PNG, WEBP, BMP, GIF"),
+        (b"", "x is not a readable image: it is none of"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "x is not a readable image: it is none of"),
+        (png_header(0, 9), "x is not a readable image"),
+        (b"GIF89a" + struct.pack("<HHBBB", 0, 0, 0, 0, 0) + b";", "x (is not a readable image|has 0 x 0 pixels)"),
+        (png_header(60_000, 60_000), "x is not a readable image: Image size .* could be decompression bomb"),
+        (png_header(8_000, 5_001), "x has 8000 x 5001 pixels, more than the 40,000,000 that are decoded"),
+        (png_header(1, 30_000), "x has 1 x 30000 pixels, no shape that a picture has"),
+        (jpeg()[:300], "x is not a readable image"),
+    ],
+    ids=["svg", "empty", "postscript", "no width", "no pixels", "bomb", "large", "line", "cut"],
+)
+def test_no_picture(content, said):
+    with pytest.raises(DataError, match=f"^{said}"):
+        decode_image(io.BytesIO(content), "x")
+
+
+# Secrets
+
+
+def test_no_secret_in_what_a_run_prints_and_writes(tmp_path):
+    secrets = {"WANDB_API_KEY": "from-environment-1", "HF_TOKEN": "from-environment-2"}
+    arguments = (
+        *("trainer=smoke", "name=x", "++logger.csv.token=typed-3", "++model.net.note=${oc.env:HF_TOKEN}"),
+        "++logger.csv.deep={api_key:typed-4,password:${oc.env:WANDB_API_KEY}}",
+    )
+    printed = train_py(*arguments, "--cfg", "job", "--resolve", cwd=tmp_path, **secrets)
+    shown = yaml.safe_load(printed.stdout)
+    assert (shown["model"]["net"]["name"], shown["model"]["net"]["note"]) == ("coca_tiny", "<hidden>")
+    hidden = [shown["logger"]["csv"]["token"], *shown["logger"]["csv"]["deep"].values()]
+    assert hidden == ["<hidden>"] * 3
+    stopped = train_py(*arguments, cwd=tmp_path, **secrets)  # at the unknown key, after the files are written
+    assert "error: model: CoCa has no argument 'note'" in stopped.stderr
+    written = {path.name: path.read_text() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
+    assert {"config.yaml", "environment.json", "overrides.yaml", "hydra.yaml"} <= set(written)
+    assert "token=<hidden>" in json.loads(written["environment.json"])["command"]
+    assert yaml.safe_load(written["config.yaml"])["model"]["net"]["note"] == "${oc.env:HF_TOKEN}"
+    everything = "".join([printed.stdout, printed.stderr, stopped.stdout, *written.values()])
+    assert not re.search(r"from-environment|typed-", everything)
+    assert "from-environment" not in stopped.stderr  # where Hydra repeats what was typed, after an error
