@@ -65,6 +65,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
     import lightning.pytorch as L
 
+    from coca_lit.distributed import say
+    from coca_lit.fp32 import choose_fp32_products
     from coca_lit.run_folder import start_run_folder, write_results
 
     configure_libraries(cfg)
@@ -75,6 +77,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     data.prepare_data()  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
+    if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
+        say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.net.parameters()))}")
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
     for evaluation in evals:
         not_run |= evaluation.not_run

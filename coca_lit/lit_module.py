@@ -30,7 +30,7 @@ class CoCaLit(L.LightningModule):
         freeze: further parts of the network that stay as they are, e.g. `image_encoder`.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
-        compile: run the network through `torch.compile`.
+        compile: run the transformer blocks through `torch.compile`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CoCaLit(L.LightningModule):
         if grad_checkpointing != "none":
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
-            net.compile()  # in place: the names in checkpoints stay as they are
+            net.compile_blocks()
 
     def _freeze(self, parts: Sequence[str]) -> None:
         unused = [

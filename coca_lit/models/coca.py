@@ -6,17 +6,19 @@ tokens ─ TextTower ───────────────────�
                                       └─ token states ─ Decoder ────┴─ next-token logits ──── caption loss
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from coca_lit.models.beam import Scoring
 from coca_lit.models.generate import generate
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
 from coca_lit.models.init import init_parameters
+from coca_lit.models.layers import CrossBlock, SelfBlock
 from coca_lit.models.layout import Layout
 from coca_lit.models.options import Options, Rerank, Strategy
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, TextTower
@@ -300,6 +302,16 @@ class CoCa(nn.Module):
         self.text.grad_checkpointing = kind
         if self.decoder is not None:
             self.decoder.grad_checkpointing = kind
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Runs every transformer block through `torch.compile`, in place: names in checkpoints stay as they are.
+
+        Equal blocks share their code, and what depends on the lengths of the captions stays outside, so there are a
+        few compilations in the first steps (the second length makes it a variable) and none after.
+        """
+        for module in self.modules():
+            if isinstance(module, SelfBlock | CrossBlock | Block):
+                module.compile(backend=backend)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

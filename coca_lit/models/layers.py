@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
             k, v = cache.append(k, v)
         # With a cache one new position sees everything before it; several are the start of a text, where causal means
         # the usual triangle.
-        causal = mask is None and q.shape[2] > 1
+        causal = mask is None and (cache is None or q.shape[2] > 1)
         x = _merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
         return self.out(x if layout is None else layout.pack(x))
 

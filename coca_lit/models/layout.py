@@ -19,8 +19,7 @@ class Layout:
 
     Args:
         lengths: (B,) rows of each text.
-        packed: None packs when more than a tenth of the grid would be padding, and never inside `torch.compile`,
-            where a shape for every batch would mean a compilation for every batch.
+        packed: None packs when more than a tenth of the grid would be padding.
         longest: width of the grid if it must not depend on values, as in an exported graph.
     """
 
@@ -31,7 +30,7 @@ class Layout:
         self.real = self.positions < lengths[:, None]  # (B, L), False where the grid is padding
         if packed is None:
             padding = 1 - int(lengths.sum()) / max(self.real.numel(), 1)
-            packed = padding > WORTHWHILE_PADDING and not torch.compiler.is_compiling()
+            packed = padding > WORTHWHILE_PADDING
         self.packed = packed
         self._starts = lengths.cumsum(0) - lengths  # (B,), packed row at which each text begins
         self._rows = self.real.flatten().nonzero().squeeze(1) if packed else None  # (N,), places in the grid
