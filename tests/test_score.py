@@ -1,5 +1,6 @@
 """`coca-score`: three reference formats, the official numbers, and one sentence for each mistake."""
 
+import functools
 import gzip
 import json
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit.evals.captioning import caption_scores
+from coca_lit.evals.caption_table import caption_table
 from coca_lit.score import score, score_files
 
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "captions"
@@ -43,10 +44,8 @@ def test_published_scores(tmp_path, capsys):
 
 
 def test_formats(tmp_path, monkeypatch):
-    def quick(references, predictions, metrics=("Bleu", "CIDEr")):  # without Java
-        return caption_scores(references, predictions, metrics, list)
-
-    monkeypatch.setattr("coca_lit.evals.caption_table.caption_scores", quick)
+    without_java = functools.partial(caption_table, metrics=("Bleu", "CIDEr"), tokenize=list)
+    monkeypatch.setattr("coca_lit.evals.caption_table.caption_table", without_java)
     captions = results(tmp_path / "p.json", REFERENCES.items())
     rows = [
         {"imgid": i, "filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": t}]} for i, t in REFERENCES.items()

@@ -1,6 +1,6 @@
 """The record of a benchmark: rows that are printed and appended to a CSV, with what one must know to believe them.
 
-    record(Path(__file__).with_suffix(".csv"), [{"case": "beam", "seconds": 1.2}])
+record(Path(__file__).with_suffix(".csv"), [{"case": "beam", "seconds": 1.2}])
 """
 
 import csv

@@ -1,0 +1,89 @@
+"""Where a model looks when it writes each word, as a map over the picture.
+
+The decoder attends to the pooled tokens, and each of those is a mixture of places: its map over the picture is the
+decoder's attention (words × pooled tokens) times the pooler's (pooled tokens × places). Both are means over heads, the
+decoder's also over layers. What the encoder has mixed before, attention cannot show: read the maps as hints.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from matplotlib import colormaps
+from PIL import Image
+from torch import Tensor
+
+from coca_lit.data.records import Record
+from coca_lit.data.transforms import build_transform
+from coca_lit.evals.sample_data import spread, thumbnail
+from coca_lit.models import CoCa
+from coca_lit.tokenizer import Tokenizer
+
+EDGE = 120  # pixels of a picture with its map
+
+
+def attention_samples(
+    model: CoCa, records: Sequence[Record], count: int, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """`count` images spread over the records: {"image", "caption", "words": [{"word", "map"}]}, pictures as data URIs.
+
+    A map is the picture as the model sees it, with bright colours where it looked. `options` are those of generation.
+    """
+    transform = build_transform(size=model.image_size)
+    samples = []
+    for record in spread(records, count):
+        pixels = transform(record.image())  # (3, H, W) uint8
+        words, maps = word_maps(model, pixels, options)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        drawn = [
+            {"word": word, "map": thumbnail(overlay(picture, part))} for word, part in zip(words, maps, strict=True)
+        ]
+        samples.append({"image": thumbnail(picture), "caption": " ".join(words), "words": drawn})
+    return samples
+
+
+@torch.no_grad()
+def word_maps(model: CoCa, pixels: Tensor, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
+    """The words of the caption of one image (3, H, W), and for each where the model looked: (words, G, G), sums of 1."""
+    captions = model.generate(pixels[None], **options, return_attention=True)
+    was_training = model.training
+    model.eval()
+    places = model.pooling.attention(model.image_encoder(pixels[None].to(model.device)))[0].float()  # (Q, S)
+    model.train(was_training)
+    places = places[:, model.image_encoder.prefix_tokens :]  # without class tokens
+    grid = math.isqrt(places.shape[1])
+    maps = (captions.attention[0] @ places).cpu()  # (L, S)
+    words = words_of(model.tokenizer, captions.ids[0].tolist())
+    per_word = torch.stack([maps[positions].mean(dim=0) for _, positions in words]) if words else maps[:0]
+    per_word = per_word / per_word.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    return [word for word, _ in words], per_word.unflatten(1, (grid, grid))
+
+
+def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words of a caption, each with the positions of its tokens: a word may be several."""
+    words: list[tuple[str, list[int]]] = []
+    before = ""
+    for position, token in enumerate(ids):
+        if token == tokenizer.eot_id:
+            break
+        text = tokenizer.decode(ids[: position + 1])
+        if not text or text == before:
+            continue  # the start, or a token without text
+        if words and len(text.split()) == len(before.split()):
+            words[-1][1].append(position)
+        else:
+            words.append(("", [position]))
+        words[-1] = (text.split()[-1], words[-1][1])
+        before = text
+    return words
+
+
+def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
+    """The picture with a map (G, G) over it: dark where it is least, bright where it is greatest."""
+    scaled = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
+    grey = Image.fromarray((scaled * 255).byte().numpy()).resize((EDGE, EDGE), Image.Resampling.BICUBIC)
+    colours = Image.fromarray(
+        colormaps["inferno"](torch.tensor(list(grey.getdata())).view(EDGE, EDGE).numpy(), bytes=True)
+    )
+    return Image.blend(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC), colours.convert("RGB"), 0.6)
