@@ -49,6 +49,8 @@ class TrainConfig:
     eval_split: str = "val"
     eval_images: int | None = None
     clip_score_model: str | None = None
+    generate: Any = None
+    attention: int = 0
     skip_missing: bool = False
     model: Any = MISSING
     data: Any = MISSING
@@ -63,6 +65,7 @@ class EvaluateConfig:
     """The keys at the root of an evaluation; `conf/evaluate.yaml` explains them."""
 
     checkpoint: str = MISSING
+    quick_gelu: bool | None = None
     name: str = MISSING
     output_dir: str = MISSING
     threads: int | None = None
@@ -71,6 +74,8 @@ class EvaluateConfig:
     eval_split: str = "test"
     eval_images: int | None = None
     clip_score_model: str | None = None
+    generate: Any = None
+    attention: int = 0
     spice_jars: str | None = None
     skip_missing: bool = False
     evals: dict[str, Any] = field(default_factory=dict)

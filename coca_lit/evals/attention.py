@@ -45,7 +45,7 @@ def attention_samples(
 
 @torch.no_grad()
 def word_maps(model: CoCa, pixels: Tensor, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
-    """The words of the caption of one image (3, H, W), and for each where the model looked: (words, G, G), sums of 1."""
+    """The words of the caption of one image (3, H, W), and where the model looked for each: (words, G, G), sums of 1."""
     captions = model.generate(pixels[None], **options, return_attention=True)
     was_training = model.training
     model.eval()

@@ -23,7 +23,7 @@ class QuickGELU(nn.Module):
 
 
 class CLIP(nn.Module):
-    """A vision transformer and a causal text transformer with a common space of width `embed_dim`. It writes no captions.
+    """A vision transformer and a causal text transformer with a common space of width `embed_dim`, and no captioner.
 
     Args:
         image_encoder_args: of timm's `vit_base_patch32_clip_224`: patch_size, embed_dim, depth, num_heads, mlp_ratio.

@@ -7,7 +7,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP as OpenClip
 from open_clip.model import CustomTextCLIP
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ VISION = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "head_wi
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
 
 
-def make(kind: type[nn.Module] = OpenClip, quick_gelu: bool = False, **vision: Any) -> nn.Module:
+def make(kind: type[nn.Module] = open_clip.CLIP, quick_gelu: bool = False, **vision: Any) -> nn.Module:
     """OpenCLIP's model with every parameter random."""
     torch.manual_seed(0)
     theirs = kind(48, vision_cfg=VISION | vision, text_cfg=TEXT, quick_gelu=quick_gelu).eval()
@@ -46,7 +45,7 @@ def assert_equal_features(theirs: nn.Module, ours: CLIP, batch: tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
-@pytest.mark.parametrize("kind", [OpenClip, CustomTextCLIP])
+@pytest.mark.parametrize("kind", [open_clip.CLIP, CustomTextCLIP])
 def test_features_are_equal(kind: type[nn.Module], quick_gelu: bool, batch: tuple[Tensor, Tensor]) -> None:
     theirs = make(kind, quick_gelu)
     ours = clip_from_open_clip(theirs.state_dict(), quick_gelu).eval()
@@ -68,7 +67,7 @@ def test_heads_of_the_released_sizes(name: str) -> None:
     config = json.loads((Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").read_text())
     config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 1
     with torch.device("meta"):
-        theirs = OpenClip(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+        theirs = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
         ours = clip_from_open_clip(theirs.state_dict())
     assert ours.image_encoder.trunk.blocks[0].attn.num_heads == theirs.visual.transformer.resblocks[0].attn.num_heads
     assert ours.blocks[0].attention.heads == theirs.transformer.resblocks[0].attn.num_heads
