@@ -48,6 +48,8 @@ class TrainConfig:
     ema: float | None = None
     eval_split: str = "val"
     eval_images: int | None = None
+    eval_batch_size: int = 64
+    eval_workers: int = 0
     clip_score_model: str | None = None
     generate: Any = None
     attention: int = 0
@@ -73,6 +75,8 @@ class EvaluateConfig:
     image_size: int | None = None
     eval_split: str = "test"
     eval_images: int | None = None
+    eval_batch_size: int = 64
+    eval_workers: int = 0
     clip_score_model: str | None = None
     generate: Any = None
     attention: int = 0

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib import colormaps
 from PIL import Image
@@ -36,10 +37,9 @@ def attention_samples(
         pixels = transform(record.image())  # (3, H, W) uint8
         words, maps = word_maps(model, pixels, options)
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        drawn = [
-            {"word": word, "map": thumbnail(overlay(picture, part))} for word, part in zip(words, maps, strict=True)
-        ]
-        samples.append({"image": thumbnail(picture), "caption": " ".join(words), "words": drawn})
+        drawn = [thumbnail(overlay(picture, part)) for part in maps]
+        rows = [{"word": word, "map": image} for word, image in zip(words, drawn, strict=True)]
+        samples.append({"image": thumbnail(picture), "caption": " ".join(words), "words": rows})
     return samples
 
 
@@ -83,7 +83,5 @@ def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
     """The picture with a map (G, G) over it: dark where it is least, bright where it is greatest."""
     scaled = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
     grey = Image.fromarray((scaled * 255).byte().numpy()).resize((EDGE, EDGE), Image.Resampling.BICUBIC)
-    colours = Image.fromarray(
-        colormaps["inferno"](torch.tensor(list(grey.getdata())).view(EDGE, EDGE).numpy(), bytes=True)
-    )
-    return Image.blend(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC), colours.convert("RGB"), 0.6)
+    colours = Image.fromarray(colormaps["inferno"](np.asarray(grey), bytes=True)).convert("RGB")
+    return Image.blend(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC), colours, 0.6)
