@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
+from coca_lit.evals.collect import evaluating
 from coca_lit.evals.sample_data import spread, thumbnail
 from coca_lit.models import CoCa
 from coca_lit.tokenizer import Tokenizer
@@ -43,15 +44,12 @@ def attention_samples(
     return samples
 
 
-@torch.no_grad()
 def word_maps(model: CoCa, pixels: Tensor, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
-    """The words of the caption of one image (3, H, W), and where the model looked for each: (words, G, G), sums of 1."""
-    captions = model.generate(pixels[None], **options, return_attention=True)
-    was_training = model.training
-    model.eval()
-    places = model.pooling.attention(model.image_encoder(pixels[None].to(model.device)))[0].float()  # (Q, S)
-    model.train(was_training)
-    places = places[:, model.image_encoder.prefix_tokens :]  # without class tokens
+    """The words of the caption of an image (3, H, W), and where the model looked for each: (words, G, G), sums of 1."""
+    images = pixels[None]
+    captions = model.generate(images, **options, return_attention=True)
+    pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images.to(model.device))
+    places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens
     grid = math.isqrt(places.shape[1])
     maps = (captions.attention[0] @ places).cpu()  # (L, S)
     words = words_of(model.tokenizer, captions.ids[0].tolist())
@@ -80,8 +78,10 @@ def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[i
 
 
 def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
-    """The picture with a map (G, G) over it: dark where it is least, bright where it is greatest."""
+    """The picture in grey, with a map (G, G) over it in colours that cover it the more, the greater the attention."""
     scaled = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
-    grey = Image.fromarray((scaled * 255).byte().numpy()).resize((EDGE, EDGE), Image.Resampling.BICUBIC)
-    colours = Image.fromarray(colormaps["inferno"](np.asarray(grey), bytes=True)).convert("RGB")
-    return Image.blend(picture.resize((EDGE, EDGE), Image.Resampling.BICUBIC), colours, 0.6)
+    size = (EDGE, EDGE)
+    strength = Image.fromarray((scaled * 255).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
+    colours = Image.fromarray(colormaps["plasma"](np.asarray(strength), bytes=True)).convert("RGB")
+    grey = picture.resize(size, Image.Resampling.BICUBIC).convert("L").convert("RGB")
+    return Image.composite(colours, grey, strength.point([round(0.85 * level) for level in range(256)]))

@@ -34,7 +34,7 @@ tr.group td { background: none; font-size: .8rem; font-weight: 600; color: var(-
 figure { margin: 0; }
 figure img { max-width: 100%; display: block; }
 figure.plot img { background: white; border-radius: 8px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1rem; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem; }
 .card img, .query img, .answers img { width: 100%; display: block; border-radius: 4px; }
 .card p { margin: .6rem 0 .3rem; line-height: 1.35; }
