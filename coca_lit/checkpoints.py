@@ -58,7 +58,9 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None) -> DualE
     if not is_clip(state):
         return from_open_clip(state, config).eval()
     if quick_gelu is None and config is None:
-        log.warning("taking %s for a CLIP with GELU; if it is OpenAI's or a -quickgelu model, say quick_gelu=true", path)
+        log.warning(
+            "taking %s for a CLIP with GELU; if it is OpenAI's or a -quickgelu model, say quick_gelu=true", path
+        )
     given = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
     return clip_from_open_clip(state, config, **given).eval()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.open_clip import BLOCK, TRUNK, Parts, check_vocabulary, depth, plain_state, rename
+from coca_lit.models.open_clip_config import CLIP_NORMALISATION
 
 _PARTS: Parts = [
     *TRUNK,
@@ -32,25 +33,27 @@ _OTHERS = {
     "visual.layer1.": "its image tower is a ResNet",
     "visual.trunk.": "its image tower is one of timm's",
     "visual.head.": "its image tower is not a CLIP vision transformer",
-    "visual.attn_pool.": "its image tower pools by attention",
+    "visual.attn_pool.": "its image tower pools by attention, and its text tower does not end in a CLS token",
     "text.transformer.embeddings.": "its text tower is a Hugging Face model",
     "text.transformer.encoder.": "its text tower is a Hugging Face model",
     "text.transformer.shared.": "its text tower is a Hugging Face model",
-    "text.cls_emb": "its text tower ends in a CLS token",
 }
 
 
 def is_clip(state: Mapping[str, Any]) -> bool:
-    """Whether a state dict, or a training checkpoint that holds one, is that of some CLIP rather than of a CoCa."""
+    """Whether a state dict, or a training checkpoint that holds one, is a CLIP's and not a CoCa's, even one that has no
+    decoder.
+    """
     names = plain_state(state)
-    return "logit_scale" in names and not any(name.startswith("text_decoder.") for name in names)
+    return "logit_scale" in names and not any(name.startswith(("text_decoder.", "text.cls_emb")) for name in names)
 
 
-def clip_from_open_clip(state: Mapping[str, Any], quick_gelu: bool = False, **overrides: Any) -> CLIP:
+def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any) -> CLIP:
     """Builds the CLIP that an OpenCLIP state dict, or a training checkpoint that holds one, belongs to, and loads it.
 
-    Sizes are read from the tensors, in fp32 whatever they are stored in. Numbers of heads follow OpenCLIP's rules
-    unless `overrides`, arguments of `CLIP`, say otherwise. `quick_gelu` must be right for the file: with the wrong
+    Sizes are read from the tensors, which become fp32 whatever they are stored in. The tensors tell neither numbers of
+    heads nor the activation: they come from `config`, the content of the `open_clip_config.json` beside the weights, or
+    are those of OpenCLIP's sizes and GELU; `overrides`, arguments of `CLIP`, have the last word. With the wrong
     activation everything runs and all scores are a little off.
 
     Raises:
@@ -64,7 +67,8 @@ def clip_from_open_clip(state: Mapping[str, Any], quick_gelu: bool = False, **ov
     for needed in ("visual.conv1.weight", "visual.proj", "visual.ln_pre.weight", "token_embedding.weight"):
         if needed not in theirs:
             raise ValueError(f"this is not an OpenCLIP CLIP with a vision transformer {_KIND}: no tensor '{needed}'")
-    model = CLIP(**_config_of(theirs) | {"quick_gelu": quick_gelu} | overrides)
+    sizes = _sizes_of(theirs)
+    model = CLIP(**sizes | _arguments_of(config, sizes) | overrides)
     ours: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
         there = rename(name, _PARTS)
@@ -81,7 +85,7 @@ def clip_from_open_clip(state: Mapping[str, Any], quick_gelu: bool = False, **ov
     return model
 
 
-def _config_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     width, _, patch, _ = theirs["visual.conv1.weight"].shape
     grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["token_embedding.weight"].shape
@@ -102,3 +106,18 @@ def _config_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
         "text_layers": depth(theirs, "transformer.resblocks"),
         "text_heads": max(text_width // 64, 1),
     }
+
+
+def _arguments_of(config: Mapping[str, Any] | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `CLIP` that only OpenCLIP's config tells; its defaults are OpenCLIP's."""
+    if config is None:
+        return {}
+    model = config.get("model_cfg", {})
+    image = dict(sizes["image_encoder_args"])
+    image["num_heads"] = image["embed_dim"] // model.get("vision_cfg", {}).get("head_width", 64)
+    given = config.get("preprocess_cfg", {})
+    normalisation = {key: list(given.get(key, value)) for key, value in CLIP_NORMALISATION.items()}
+    if normalisation != CLIP_NORMALISATION:
+        image["pretrained_cfg_overlay"] = normalisation
+    heads = model.get("text_cfg", {}).get("heads", 8)
+    return {"image_encoder_args": image, "text_heads": heads, "quick_gelu": bool(model.get("quick_gelu", False))}

@@ -48,10 +48,10 @@ def assert_equal_features(theirs: nn.Module, ours: CLIP, batch: tuple[Tensor, Te
 @pytest.mark.parametrize("kind", [open_clip.CLIP, CustomTextCLIP])
 def test_features_are_equal(kind: type[nn.Module], quick_gelu: bool, batch: tuple[Tensor, Tensor]) -> None:
     theirs = make(kind, quick_gelu)
-    ours = clip_from_open_clip(theirs.state_dict(), quick_gelu).eval()
+    ours = clip_from_open_clip(theirs.state_dict(), quick_gelu=quick_gelu).eval()
     assert_equal_features(theirs, ours, batch)
     torch.testing.assert_close(ours.logit_scale, theirs.logit_scale)
-    wrong = clip_from_open_clip(theirs.state_dict(), not quick_gelu).eval()
+    wrong = clip_from_open_clip(theirs.state_dict(), quick_gelu=not quick_gelu).eval()
     assert (wrong.encode_image(batch[0]) - ours.encode_image(batch[0])).abs().max() > 1e-4
 
 
@@ -59,6 +59,17 @@ def test_wider_mlp_and_training_checkpoint(batch: tuple[Tensor, Tensor]) -> None
     theirs = make(mlp_ratio=4.9231)
     state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
     assert_equal_features(theirs, clip_from_open_clip({"epoch": 3, "state_dict": state}).eval(), batch)
+
+
+def test_heads_and_normalisation_of_the_config(batch: tuple[Tensor, Tensor]) -> None:
+    theirs = make(head_width=32)
+    config = {"model_cfg": {"vision_cfg": VISION | {"head_width": 32}, "text_cfg": TEXT}}
+    config["preprocess_cfg"] = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1]}
+    ours = clip_from_open_clip(theirs.state_dict(), config).eval()
+    assert_equal_features(theirs, ours, batch)
+    pixels = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(config["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(ours.encode_image(pixels), ours.encode_image((pixels / 255 - mean) / std))
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"])
@@ -101,7 +112,10 @@ def test_the_activation_is_said_by_the_user_or_by_the_file_beside(
     assert not caplog.records
     load_dual_encoder(path)
     assert "quick_gelu=true" in caplog.text
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 48, "quick_gelu": True}}))
+    caplog.clear()
+    described = {"quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": described}))
     assert_equal_features(theirs, load_dual_encoder(path), batch)
+    assert not caplog.records
     with pytest.raises(ValueError, match="CLIP without a captioner"):
         load_model(path)
