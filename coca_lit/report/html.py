@@ -101,11 +101,13 @@ def _row(cells: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def figure(title: str, png: bytes | None) -> str:
+def figure(title: str, png: bytes | None, note: str = "") -> str:
     if png is None:
         return ""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return f'<h2>{escape(title)}</h2><figure class="plot"><img src="{source}" alt="{escape(title)}"></figure>'
+    caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+    image = f'<img src="{source}" alt="{escape(title)}">'
+    return f'<h2>{escape(title)}</h2><figure class="plot">{image}{caption}</figure>'
 
 
 def not_run(reasons: Mapping[str, str]) -> str:

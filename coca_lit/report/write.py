@@ -24,6 +24,9 @@ FACTS = {  # key of the config or the environment -> how a reader knows it
     "torch": "torch",
 }
 
+# Fewer images are easier to tell apart, so recall often falls from the last but one point to the last.
+CURVES_NOTE = "Scores during training are of the first few images only; the last point is of all of them."
+
 
 def write_report(folder: Path) -> Path:
     """Writes report.html, report.md and curves.png (if there are curves) into a run folder; returns the page's path."""
@@ -37,7 +40,7 @@ def write_report(folder: Path) -> Path:
         html.tiles(headlines(run)),
         html.tables(tables),
         html.not_run(run.not_run),
-        html.figure("curves", curves),
+        html.figure("curves", curves, CURVES_NOTE),
         *(html.captions(name, samples) for name, samples in run.captions.items()),
         *(html.attention(name, samples) for name, samples in run.attention.items()),
         *(html.retrieval(name, samples) for name, samples in run.retrieval.items()),

@@ -40,7 +40,7 @@ def provenance() -> dict[str, str]:
     releases = {"python": found["python"]} | {name: _release(name) for name in PACKAGES}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "command": " ".join(["python", _from_root(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", *map(_without_folder, sys.argv)]),
         "commit": found["commit"],
         "machine": found["machine"],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
@@ -55,9 +55,14 @@ def _release(package: str) -> str:
         return ""
 
 
-def _from_root(script: str) -> str:
-    path, root = Path(script).resolve(), Path(__file__).resolve().parents[2]
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+def _without_folder(argument: str) -> str:
+    """Paths from the root of the project; of others the name alone, as folders are those of one machine."""
+    key, equals, value = argument.rpartition("=")
+    path, root = Path(value), Path(__file__).resolve().parents[2]
+    if not path.is_absolute() and not path.exists():
+        return argument
+    path = path.resolve()
+    return f"{key}{equals}{path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name}"
 
 
 def _text(value: Any) -> str:
