@@ -17,7 +17,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from coca_lit.evals import java
+from coca_lit.evals import java, ptb
 from coca_lit.evals.captioning import caption_scores, tokenize_captions
 from coca_lit.evals.meteor import Meteor, shared_meteor, warm_up
 from coca_lit.evals.ptb import ptb_tokenize
@@ -239,6 +239,20 @@ def test_slow_meteor_is_an_error_not_a_hang():
     with Meteor(timeout=0.2) as meteor, pytest.raises(RuntimeError, match=r"gave no answer within 0\.25 s"):
         meteor.score([["a dog"]], ["a dog"])
     assert not meteor._process.alive()
+
+
+def test_slow_or_failing_tokenizer_is_an_error_not_a_hang(monkeypatch, tmp_path):
+    for body, message in (
+        ("sleep 60", "did not finish within 0 s"),
+        ("echo broken >&2; exit 3", r"status 3\): broken"),
+    ):
+        program = tmp_path / "java"
+        program.write_text(f"#!/bin/sh\n{body}\n".replace("sleep", "exec sleep"))
+        program.chmod(0o755)
+        monkeypatch.setattr(ptb, "java_executable", lambda program=program: program)
+        monkeypatch.setattr(ptb, "TIME_LIMIT_S", 0.3 if "sleep" in body else 30)
+        with pytest.raises(RuntimeError, match=f"the PTB tokenizer .*{message}"):
+            ptb_tokenize(["a dog"])
 
 
 def test_meteor_does_not_outlive_python():
