@@ -6,6 +6,7 @@ plain numbers stored beside it.
 
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.open_clip import from_open_clip
+from coca_lit.models.open_clip_clip import clip_from_open_clip, is_clip
+
+log = logging.getLogger(__name__)
 
 MODEL_KEY = "coca_lit_model"  # where our checkpoints keep the arguments of `CoCa`
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -34,7 +38,34 @@ def load_model(path: str | Path) -> CoCa:
     """
     state, config = _read(Path(path))
     if config is None:
+        if is_clip(state):
+            raise ValueError(f"'{path}' is a CLIP without a captioner; only evaluations take it (coca-evaluate)")
         return from_open_clip(state, _open_clip_config(Path(path))).eval()
+    return _own_model(path, state, config)
+
+
+def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None) -> DualEncoder:
+    """As `load_model`, but an OpenCLIP CLIP will do as well: all that compares images with texts works with it.
+
+    Args:
+        quick_gelu: whether a CLIP was trained with QuickGELU (OpenAI's weights, OpenCLIP's models named "-quickgelu").
+            Its tensors do not tell. None: what `open_clip_config.json` beside the file says, else GELU.
+    """
+    state, own = _read(Path(path))
+    if own is not None:
+        return _own_model(path, state, own)
+    config = _open_clip_config(Path(path))
+    if not is_clip(state):
+        return from_open_clip(state, config).eval()
+    if quick_gelu is None and config is None:
+        log.warning(
+            "taking %s for a CLIP with GELU; if it is OpenAI's or a -quickgelu model, say quick_gelu=true", path
+        )
+    given = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
+    return clip_from_open_clip(state, config, **given).eval()
+
+
+def _own_model(path: str | Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> CoCa:
     try:
         model = CoCa(**config)
         model.load_state_dict(state)

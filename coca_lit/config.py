@@ -48,7 +48,11 @@ class TrainConfig:
     ema: float | None = None
     eval_split: str = "val"
     eval_images: int | None = None
+    eval_batch_size: int = 64
+    eval_workers: int = 0
     clip_score_model: str | None = None
+    generate: Any = None
+    attention: int = 0
     skip_missing: bool = False
     model: Any = MISSING
     data: Any = MISSING
@@ -63,6 +67,7 @@ class EvaluateConfig:
     """The keys at the root of an evaluation; `conf/evaluate.yaml` explains them."""
 
     checkpoint: str = MISSING
+    quick_gelu: bool | None = None
     name: str = MISSING
     output_dir: str = MISSING
     threads: int | None = None
@@ -70,7 +75,11 @@ class EvaluateConfig:
     image_size: int | None = None
     eval_split: str = "test"
     eval_images: int | None = None
+    eval_batch_size: int = 64
+    eval_workers: int = 0
     clip_score_model: str | None = None
+    generate: Any = None
+    attention: int = 0
     spice_jars: str | None = None
     skip_missing: bool = False
     evals: dict[str, Any] = field(default_factory=dict)

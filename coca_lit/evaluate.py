@@ -14,7 +14,7 @@ from coca_lit.cli import build_evals, command, configure_libraries
 from coca_lit.config import ConfigError
 
 if TYPE_CHECKING:
-    from coca_lit.models import CoCa
+    from coca_lit.models import DualEncoder
 
 
 def evaluate() -> None:
@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
     with process_group() as device:
-        model = _load(cfg.checkpoint).to(device)
+        model = _load(cfg.checkpoint, cfg.quick_gelu).to(device)
         cfg.image_size = model.image_size
         start_run_folder(cfg)
         evals, not_run = build_evals(cfg)
@@ -45,11 +45,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
     return results
 
 
-def _load(checkpoint: str) -> "CoCa":
-    from coca_lit.checkpoints import load_model
+def _load(checkpoint: str, quick_gelu: bool | None) -> "DualEncoder":
+    from coca_lit.checkpoints import load_dual_encoder
 
     try:
-        return load_model(checkpoint)
+        return load_dual_encoder(checkpoint, quick_gelu)
     except ValueError as error:
         raise ConfigError(f"checkpoint: {error}") from error
 

@@ -23,7 +23,7 @@ def start_run_folder(cfg: DictConfig) -> None:
         folder = Path(cfg.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
-        (folder / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 
 def write_results(folder: Path, results: dict[str, float], not_run: dict[str, str]) -> None:
@@ -40,7 +40,7 @@ def write_results(folder: Path, results: dict[str, float], not_run: dict[str, st
     print(f"{environment['seconds']} seconds; everything is in {folder}, to be seen in report.html")
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What one has to know to believe a number: command, commit, machine, versions."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {

@@ -5,10 +5,6 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from coca_lit.data.records import Listing
 
 DESCRIPTION = """\
 Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
@@ -30,7 +26,7 @@ def score(arguments: Sequence[str] | None = None) -> None:
 
     try:
         scores, not_run = score_files(options.predictions, options.references, options.split)
-    except (DataError, RuntimeError, FileNotFoundError) as error:
+    except (DataError, ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     _print(scores, not_run)
     if options.output:
@@ -41,7 +37,7 @@ def score_files(predictions: Path, references: Path, split: str = "test") -> tup
     """Scores and the reasons for missing ones, see `caption_table`.
 
     Raises:
-        DataError: a file cannot be read, an image has two captions, or the images of the two files differ.
+        DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
     """
     from coca_lit.data.annotations import read_references, read_results
     from coca_lit.data.records import DataError
@@ -49,13 +45,13 @@ def score_files(predictions: Path, references: Path, split: str = "test") -> tup
 
     captions = read_results(predictions)
     listings = {item.id: item for item in read_references(references, split) if item.captions}
-    if problem := _difference(captions.keys(), listings):
+    if problem := _difference(captions, listings):
         raise DataError(f"{predictions} does not fit {references}: {problem}")
     domains = {key: item.domain for key, item in listings.items()}
     return caption_table({key: item.captions for key, item in listings.items()}, captions, domains)
 
 
-def _difference(predicted: Collection[int | str], listings: "dict[int | str, Listing]") -> str:
+def _difference(predicted: Collection[int | str], listings: Collection[int | str]) -> str:
     missing = [key for key in listings if key not in predicted]
     unknown = [key for key in predicted if key not in listings]
     problems = []
@@ -63,6 +59,8 @@ def _difference(predicted: Collection[int | str], listings: "dict[int | str, Lis
         problems.append(f"{len(missing)} of {len(listings)} images have no caption, e.g. {missing[:3]}")
     if unknown:
         problems.append(f"{len(unknown)} captions are of images that it does not hold, e.g. {unknown[:3]}")
+    if set(map(str, missing)) & set(map(str, unknown)):
+        problems.append("the ids are numbers in one file and texts in the other")
     return "; ".join(problems)
 
 

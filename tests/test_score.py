@@ -1,5 +1,6 @@
 """`coca-score`: three reference formats, the official numbers, and one sentence for each mistake."""
 
+import functools
 import gzip
 import json
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coca_lit.evals.caption_table import caption_table
 from coca_lit.evals.captioning import caption_scores
 from coca_lit.score import score, score_files
 
@@ -43,10 +45,8 @@ def test_published_scores(tmp_path, capsys):
 
 
 def test_formats(tmp_path, monkeypatch):
-    def quick(references, predictions, metrics=("Bleu", "CIDEr")):  # without Java
-        return caption_scores(references, predictions, metrics, list)
-
-    monkeypatch.setattr("coca_lit.evals.caption_table.caption_scores", quick)
+    without_java = functools.partial(caption_table, metrics=("Bleu", "CIDEr"), tokenize=list)
+    monkeypatch.setattr("coca_lit.evals.caption_table.caption_table", without_java)
     captions = results(tmp_path / "p.json", REFERENCES.items())
     rows = [
         {"imgid": i, "filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": t}]} for i, t in REFERENCES.items()
@@ -68,6 +68,7 @@ def test_formats(tmp_path, monkeypatch):
         ([(1, "a"), (2, "b"), (3, "c"), (9, "d")], r"1 captions are of images that it does not hold, e\.g\. \[9\]"),
         ([(1, "a"), (2, "b"), (3, "c"), (2, "d")], "more than one caption for image 2"),
         ([(1, "a"), (2, None), (3, "c")], "None as the caption of image 2"),
+        ([("1", "a"), ("2", "b"), ("3", "c")], "numbers in one file and texts in the other"),
         ([], "holds no captions"),
     ],
 )
@@ -75,6 +76,39 @@ def test_mistakes_are_one_sentence(tmp_path, captions, message):
     files = [str(results(tmp_path / "p.json", captions)), str(coco(tmp_path / "coco.json"))]
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         score(files)
+
+
+def test_mistakes_in_references(tmp_path):
+    captions = results(tmp_path / "p.json", REFERENCES.items())
+    content = json.loads(coco(tmp_path / "coco.json").read_text())
+    content["images"].append(content["images"][1])
+    for broken, message in (
+        (content, "lists image 2 twice"),
+        ({"images": [{"id": 1, "file_name": "x"}], "annotations": [{"caption": "a"}]}, "'image_id' is missing"),
+        ({"annotations": []}, "'images' is missing"),
+        ([1], "does not follow"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            score([str(captions), str(write(tmp_path / "broken.json", broken))])
+    silent = [{"image_id": i, "caption": " "} for i in REFERENCES]
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in REFERENCES]
+    with pytest.raises(SystemExit, match="error: no reference holds a word"):
+        score([str(captions), str(write(tmp_path / "silent.json", {"images": images, "annotations": silent}))])
+
+
+def test_an_empty_reference_counts_as_one(tmp_path, monkeypatch):
+    """CIDEr is a mean over references, so the official tool notices an empty one."""
+    monkeypatch.setattr(
+        "coca_lit.evals.caption_table.caption_table",
+        lambda references, captions, domains: (caption_scores(references, captions, ["CIDEr"], list), {}),
+    )
+    captions = results(tmp_path / "p.json", REFERENCES.items())
+    references = coco(tmp_path / "coco.json")
+    full, _ = score_files(captions, references)
+    content = json.loads(references.read_text())
+    content["annotations"] += [{"image_id": i, "id": 10 + i, "caption": " "} for i in REFERENCES]
+    halved, _ = score_files(captions, write(tmp_path / "more.json", content))
+    assert halved["CIDEr"] == pytest.approx(full["CIDEr"] / 2)
 
 
 def test_unreadable_files(tmp_path):

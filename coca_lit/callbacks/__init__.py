@@ -1,8 +1,11 @@
 """What happens beside the training step: scores, progress, speed."""
 
 from coca_lit.callbacks.bad_sample_log import BadSampleLog
-from coca_lit.callbacks.evaluation import CaptionScores, Evaluation, RetrievalScores, ZeroShotScores
+from coca_lit.callbacks.captions import CaptionScores
+from coca_lit.callbacks.evaluation import Evaluation
 from coca_lit.callbacks.progress import Throughput, progress_bar
+from coca_lit.callbacks.retrieval import RetrievalScores
+from coca_lit.callbacks.zeroshot import ZeroShotScores
 
 __all__ = [
     "BadSampleLog",

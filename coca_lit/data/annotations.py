@@ -2,13 +2,13 @@
 
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coca_lit.data.records import DataError, Listing, clean_captions
+from coca_lit.data.records import DataError, Listing
 
 
 def read_karpathy(path: Path, split: str) -> list[Listing]:
@@ -28,7 +28,7 @@ def read_karpathy(path: Path, split: str) -> list[Listing]:
             Listing(
                 id=image.get("cocoid", image["imgid"]),
                 filename=image["filename"],
-                captions=clean_captions(sentence["raw"] for sentence in image["sentences"]),
+                captions=tuple(sentence["raw"] for sentence in image["sentences"]),
             )
             for image in images
             if image["split"] in wanted
@@ -49,7 +49,7 @@ def read_coco(path: Path) -> list[Listing]:
             Listing(
                 id=image["id"],
                 filename=image["file_name"],
-                captions=clean_captions(captions[image["id"]]),
+                captions=tuple(captions[image["id"]]),
                 domain=image.get("domain"),
             )
             for image in content["images"]
@@ -57,9 +57,16 @@ def read_coco(path: Path) -> list[Listing]:
 
 
 def read_references(path: Path, split: str) -> list[Listing]:
-    """Images of a file of either schema; `split` chooses among those of a Karpathy file. Raises `DataError`."""
+    """Images of a file of either schema; `split` chooses among those of a Karpathy file.
+
+    Raises `DataError`, also for an image that is listed twice.
+    """
     content = load_json(path)
-    return read_coco(path) if isinstance(content, dict) and "annotations" in content else read_karpathy(path, split)
+    coco = isinstance(content, dict) and "annotations" in content
+    listings = read_coco(path) if coco else read_karpathy(path, split)
+    if twice := [key for key, count in Counter(item.id for item in listings).items() if count > 1]:
+        raise DataError(f"{path} lists image {twice[0]!r} twice")
+    return listings
 
 
 def read_results(path: Path) -> dict[int | str, str]:

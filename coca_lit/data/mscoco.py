@@ -24,16 +24,30 @@ def mscoco_records(root: str | Path, split: str, karpathy: str | Path | None = N
     """
     root = Path(root)
     folders = [base / name for base in (root, root / "images") for name in _FOLDERS]
-    candidates = [Path(karpathy)] if karpathy else [root / "dataset_coco.json", root / "annotations/dataset_coco.json"]
-    if path := first_file(candidates):
+    if path := _karpathy_file(root, karpathy):
         listings = read_karpathy(path, split)
         return records_on_disk(_names_on_disk(listings, folders), folders, path, _HOW)
-    if karpathy:
+    path = _official_file(root, split)
+    folder = path.stem.removeprefix("captions_")  # e.g. val2017
+    return records_on_disk(read_coco(path), [root / folder, root / "images" / folder], path, _HOW)
+
+
+def mscoco_training_captions(root: str | Path, karpathy: str | Path | None = None) -> list[str]:
+    """All captions of the training split, see `mscoco_records`; its images need not be there."""
+    path = _karpathy_file(Path(root), karpathy)
+    listings = read_karpathy(path, "train") if path else read_coco(_official_file(Path(root), "train"))
+    return [caption for item in listings for caption in item.captions]
+
+
+def _karpathy_file(root: Path, karpathy: str | Path | None) -> Path | None:
+    candidates = [Path(karpathy)] if karpathy else [root / "dataset_coco.json", root / "annotations/dataset_coco.json"]
+    path = first_file(candidates)
+    if karpathy and not path:
         raise not_found("the Karpathy split of MS-COCO", candidates, "pass your dataset_coco.json as data.karpathy")
-    return _official_records(root, split)
+    return path
 
 
-def _official_records(root: Path, split: str) -> list[Record]:
+def _official_file(root: Path, split: str) -> Path:
     if split == "test":
         how = "put Karpathy's dataset_coco.json into that folder; the validation set needs none: eval_split=val"
         raise not_found(
@@ -41,12 +55,11 @@ def _official_records(root: Path, split: str) -> list[Record]:
         )
     if split not in ("train", "val"):
         raise DataError(f"MS-COCO without dataset_coco.json has the splits train and val, not {split!r}")
-    years = {year: root / f"annotations/captions_{split}{year}.json" for year in (2017, 2014)}
-    for year, path in years.items():
-        if path.is_file():
-            folders = [root / f"{split}{year}", root / f"images/{split}{year}"]
-            return records_on_disk(read_coco(path), folders, path, _HOW)
-    raise not_found("MS-COCO captions", [root / "dataset_coco.json", *years.values()], _HOW)
+    candidates = [root / f"annotations/captions_{split}{year}.json" for year in (2017, 2014)]
+    path = first_file(candidates)
+    if path is None:
+        raise not_found("MS-COCO captions", [root / "dataset_coco.json", *candidates], _HOW)
+    return path
 
 
 def _names_on_disk(listings: list[Listing], folders: list[Path]) -> list[Listing]:

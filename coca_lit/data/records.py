@@ -35,7 +35,7 @@ class Listing(NamedTuple):
 
     id: int | str
     filename: str
-    captions: tuple[str, ...]
+    captions: tuple[str, ...]  # as they stand in the file
     domain: str | None = None
 
 
@@ -96,9 +96,9 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     if missing:
         log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), len(listings), missing[0])
     records = [
-        Record(item.id, functools.partial(open_image, path), item.captions, item.domain)
+        Record(item.id, functools.partial(open_image, path), captions, item.domain)
         for item, path in found
-        if item.captions
+        if (captions := clean_captions(item.captions))
     ]
     if len(records) < len(found):
         log.warning("skipped %d of %d images without a caption in %s", len(found) - len(records), len(found), source)

@@ -216,3 +216,8 @@ def scene_records(split: str, size: int = 32, count: int | None = None, objects:
         Record(number, partial(render, number, size, objects), captions(decode(number, objects)))
         for number in pool[:count]
     ]
+
+
+def scene_training_captions() -> list[str]:
+    """All captions of the training scenes."""
+    return [caption for record in scene_records("train") for caption in record.captions]

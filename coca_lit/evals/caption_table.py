@@ -1,11 +1,14 @@
 """All that can be said about a set of captions without a model: one table, and why a score is missing from it."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import fmean
 from typing import TypeVar
 
-from coca_lit.evals.captioning import caption_scores
+from coca_lit.evals.captioning import STANDARD, Tokens, score_tokens, tokenize_captions
+from coca_lit.evals.meteor import warm_up
+from coca_lit.evals.ptb import ptb_tokenize
 from coca_lit.evals.samples import is_reference
-from coca_lit.evals.spice import SpiceError
+from coca_lit.evals.spice import SpiceError, spice
 from coca_lit.evals.statistics import caption_statistics
 
 Id = TypeVar("Id", bound=Hashable)
@@ -15,19 +18,27 @@ def caption_table(
     references: Mapping[Id, Sequence[str]],
     predictions: Mapping[Id, str],
     domains: Mapping[Id, str | None] | None = None,
+    metrics: Sequence[str] = STANDARD,
+    tokenize: Callable[[Sequence[str]], list[str]] = ptb_tokenize,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """All scores by name, and the reason for each that could not be computed.
+    """All scores by name, and the reason for each that could not be computed. Every Java program runs once.
 
     Where ``domains`` tells them apart, as in nocaps, the images of each domain are also scored as a set of their own,
     the way the nocaps server does it (CIDEr depends on the set): these scores are called "in-domain/CIDEr" and so on.
-    Raises ValueError as ``caption_scores`` does.
+    ``metrics`` (SPICE comes on top) and ``tokenize`` are those of ``caption_scores``, which also says what is raised.
     """
-    scores, not_run = _with_spice(references, predictions)
-    scores["exact_match"] = exact_match(references, predictions)
-    scores |= caption_statistics(list(predictions.values()))
-    for domain, ids in _by_domain(domains or {}).items():
-        part, _ = _with_spice({key: references[key] for key in ids}, {key: predictions[key] for key in ids})
-        scores |= {f"{domain}/{name}": score for name, score in part.items()}
+    if "METEOR" in metrics:
+        warm_up()
+    tokens = tokenize_captions(references, predictions, tokenize)
+    spices, not_run = _spices(tokens)
+    groups = {"": list(references)} | {f"{name}/": ids for name, ids in _by_domain(domains or {}).items()}
+    scores: dict[str, float] = {}
+    for prefix, ids in groups.items():
+        part = score_tokens(tokens.of(ids), metrics) | ({"SPICE": fmean(spices[i] for i in ids)} if spices else {})
+        if not prefix:
+            part["exact_match"] = exact_match(references, predictions)
+            part |= caption_statistics(list(predictions.values()))
+        scores |= {f"{prefix}{name}": score for name, score in part.items()}
     return scores, not_run
 
 
@@ -36,14 +47,12 @@ def exact_match(references: Mapping[Id, Sequence[str]], predictions: Mapping[Id,
     return sum(is_reference(predictions[key], texts) for key, texts in references.items()) / len(references)
 
 
-def _with_spice(
-    references: Mapping[Id, Sequence[str]], predictions: Mapping[Id, str]
-) -> tuple[dict[str, float], dict[str, str]]:
-    scores = caption_scores(references, predictions)
+def _spices(tokens: Tokens) -> tuple[dict[Hashable, float], dict[str, str]]:
+    """SPICE of each image, or why there is none."""
     try:
-        return scores | caption_scores(references, predictions, ("SPICE",)), {}
+        return dict(zip(tokens.references, spice(*tokens), strict=True)), {}
     except SpiceError as error:
-        return scores, {"SPICE": str(error)}
+        return {}, {"SPICE": str(error)}
 
 
 def _by_domain(domains: Mapping[Id, str | None]) -> dict[str, list[Id]]:

@@ -5,10 +5,11 @@ computes anything, and its Java wrappers can hang or shift captions (see ``ptb``
 more function in ``SCORERS``: it gets the tokenised captions and returns its corpus scores by name.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain, islice
-from typing import TypeVar
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -19,8 +20,20 @@ from coca_lit.evals.ptb import ptb_tokenize
 from coca_lit.evals.spice import spice, spice_jars
 
 Id = TypeVar("Id", bound=Hashable)
-References = dict[int, list[str]]  # image number -> its tokenised references
-Hypotheses = dict[int, list[str]]  # image number -> a list of its one tokenised prediction, as pycocoevalcap wants it
+References = Mapping[Any, list[str]]  # image -> its tokenised references
+Hypotheses = Mapping[Any, list[str]]  # image -> a list of its one tokenised prediction, as pycocoevalcap wants it
+
+
+class Tokens(NamedTuple):
+    """Tokenised captions of the same images, in the same order."""
+
+    references: References
+    hypotheses: Hypotheses
+
+    def of(self, images: Iterable[Hashable]) -> "Tokens":
+        """The part of some images."""
+        chosen = list(images)
+        return Tokens({i: self.references[i] for i in chosen}, {i: self.hypotheses[i] for i in chosen})
 
 
 def _bleu(references: References, hypotheses: Hypotheses) -> dict[str, float]:
@@ -41,7 +54,7 @@ def _cider(references: References, hypotheses: Hypotheses) -> dict[str, float]:
 
 
 def _spice(references: References, hypotheses: Hypotheses) -> dict[str, float]:
-    return {"SPICE": spice(references, hypotheses)}
+    return {"SPICE": fmean(spice(references, hypotheses))}
 
 
 SCORERS: dict[str, Callable[[References, Hypotheses], dict[str, float]]] = {
@@ -73,32 +86,40 @@ def caption_scores(
     Raises ValueError for an unknown metric and for ids or captions that are missing or left over, and SpiceError when
     SPICE is asked for and cannot run.
     """
-    _check_metrics(metrics)
-    _check_captions(references, predictions)
+    check_metrics(metrics)
     if "SPICE" in metrics:
         spice_jars()  # what is missing is said before anything is computed
     if "METEOR" in metrics:
         warm_up()
-    tokenized = _tokenized(list(references.values()), [predictions[key] for key in references], tokenize)
-    chosen = [scorer for name, scorer in SCORERS.items() if name in metrics]
-    return {name: float(score) for scorer in chosen for name, score in scorer(*tokenized).items()}
+    return score_tokens(tokenize_captions(references, predictions, tokenize), metrics)
 
 
-def _tokenized(
-    references: list[Sequence[str]], predictions: list[str], tokenize: Callable[[Sequence[str]], list[str]]
-) -> tuple[References, Hypotheses]:
-    texts = [*chain.from_iterable(references), *predictions]  # together, as each call of the PTB tokenizer starts Java
+def tokenize_captions(
+    references: Mapping[Id, Sequence[str]],
+    predictions: Mapping[Id, str],
+    tokenize: Callable[[Sequence[str]], list[str]] = ptb_tokenize,
+) -> Tokens:
+    """Tokens of all captions, in one run of the tokenizer. Raises ValueError as `caption_scores` does."""
+    _check_captions(references, predictions)
+    texts = [*chain.from_iterable(references.values()), *(predictions[key] for key in references)]
     tokens = tokenize(texts)
     if len(tokens) != len(texts):
         raise ValueError(f"tokenize must return a string for each of the {len(texts)} captions, got {len(tokens)}")
     rest = iter(tokens)
-    split_references = [list(islice(rest, len(group))) for group in references]
-    if not any(chain.from_iterable(split_references)):
+    split_references = {key: list(islice(rest, len(group))) for key, group in references.items()}
+    if not any(chain.from_iterable(split_references.values())):
         raise ValueError("no reference holds a word")
-    return dict(enumerate(split_references)), {image: [text] for image, text in enumerate(rest)}
+    return Tokens(split_references, {key: [text] for key, text in zip(references, rest, strict=True)})
 
 
-def _check_metrics(metrics: Sequence[str]) -> None:
+def score_tokens(tokens: Tokens, metrics: Sequence[str] = STANDARD) -> dict[str, float]:
+    """The scores of `caption_scores` for captions that are tokenised already."""
+    chosen = [scorer for name, scorer in SCORERS.items() if name in metrics]
+    return {name: float(score) for scorer in chosen for name, score in scorer(*tokens).items()}
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises ValueError for a metric that is unknown, with the nearest known one."""
     folded = {name.lower(): name for name in SCORERS}
     for unknown in [name for name in metrics if name not in SCORERS]:
         close = get_close_matches(unknown.lower(), folded, n=1)

@@ -4,7 +4,9 @@ Images are dealt out to ranks by stride, never padded, and gathered with their p
 once on any number of ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,22 +16,29 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.distributed import gather_objects, rank, world_size
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, DualEncoder
 
 
 def caption_images(
-    model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
+    model: CoCa,
+    records: Sequence[Record],
+    batch_size: int = 64,
+    num_workers: int = 0,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[int | str, str]:
-    """One generated caption per image, by image id, in the order of the records. Every rank gets all of them."""
+    """One generated caption per image, by image id, in the order of the records. Every rank gets all of them.
+
+    `options` are those of `CoCa.generate`.
+    """
     own: list[tuple[int, str]] = []
     for positions, images in _image_batches(model, records, batch_size, num_workers):
-        own += zip(positions, map(model.tokenizer.decode, model.generate(images)), strict=True)
+        own += zip(positions, map(model.tokenizer.decode, model.generate(images, **options)), strict=True)
     captions = dict(pair for part in gather_objects(own) for pair in part)
     return {record.id: captions[i] for i, record in enumerate(records)}
 
 
 def embed_pairs(
-    model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0, prompt: str = ""
+    model: DualEncoder, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0, prompt: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of all images (I, E) and of all their captions (T, E), and the image of each caption (T,).
 
@@ -43,12 +52,12 @@ def embed_pairs(
     return images, embed_texts(model, texts, batch_size), image_of_text
 
 
-def embed_images(model: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
+def embed_images(model: DualEncoder, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
     """Features of all images (I, E), of unit length, on the CPU of every rank."""
     return _gather_rows(_image_features(model, records, batch_size, num_workers), len(records))
 
 
-def embed_texts(model: CoCa, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Features of all texts (T, E), of unit length, on the CPU of every rank."""
     return _gather_rows(_text_features(model, texts, batch_size), len(texts))
 
@@ -65,12 +74,12 @@ def _gather_rows(batches: Batches, count: int) -> Tensor:
     return gathered
 
 
-def _image_features(model: CoCa, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
+def _image_features(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
     for positions, images in _image_batches(model, records, batch_size, num_workers):
         yield positions, evaluating(model, model.encode_image, images).float().cpu()
 
 
-def _text_features(model: CoCa, texts: Sequence[str], batch_size: int) -> Batches:
+def _text_features(model: DualEncoder, texts: Sequence[str], batch_size: int) -> Batches:
     own = range(rank(), len(texts), world_size())
     by_length = sorted(
         own, key=lambda i: len(texts[i])
@@ -82,7 +91,7 @@ def _text_features(model: CoCa, texts: Sequence[str], batch_size: int) -> Batche
 
 
 @torch.no_grad()
-def evaluating(model: CoCa, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
+def evaluating(model: DualEncoder, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
     """function(argument) without gradient and with the model in evaluation mode, whatever it is in."""
     was_training = model.training
     model.eval()
@@ -106,7 +115,7 @@ class _Images(Dataset[tuple[int, Tensor]]):
         return position, self.transform(self.records[position].image())
 
 
-def _image_batches(model: CoCa, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
+def _image_batches(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
     """This rank's positions in `records` and their pixels (B, 3, H, W), on the model's device."""
     loader = DataLoader(_Images(records, model.image_size), batch_size=batch_size, num_workers=num_workers)
     for positions, images in loader:

@@ -31,7 +31,7 @@ def caption_samples(
             "exact": is_reference(captions[record.id], record.captions),
             "references": list(record.captions),
         }
-        for record in _spread(records, count)
+        for record in spread(records, count)
     ]
 
 
@@ -45,7 +45,7 @@ def retrieval_samples(
     """
     captions = [caption for record in records for caption in record.captions]
     samples: dict[str, list[dict[str, Any]]] = {"text_to_image": [], "image_to_text": []}
-    for i in _spread(range(len(records)), count):
+    for i in spread(range(len(records)), count):
         text = int((image_of_text == i).nonzero()[0])
         best_images = _top(images @ texts[text])
         answers = [{"image": thumbnail(records[j].image()), "hit": j == i} for j in best_images]
@@ -67,7 +67,7 @@ def thumbnail(image: Image.Image) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
+def spread(items: Sequence[Any], count: int) -> Sequence[Any]:
     return items[:: max(len(items) // count, 1)][:count]
 
 

@@ -41,20 +41,25 @@ def spice_jars() -> Path:
     return Path(folder).resolve()
 
 
-def spice(references: Mapping[int, Sequence[str]], hypotheses: Mapping[int, Sequence[str]]) -> float:
-    """Mean over images of SPICE's F-score in [0, 1]; ``hypotheses`` holds one caption per image, in a list.
+def spice(references: Mapping[Any, Sequence[str]], hypotheses: Mapping[Any, Sequence[str]]) -> list[float]:
+    """SPICE's F-score in [0, 1] of each image, in their order; ``hypotheses`` holds one caption per image, in a list.
 
-    Raises SpiceError when the jars are missing, when Java fails and when it is overdue.
+    The corpus score is the mean. Raises SpiceError when the jars are missing, when Java fails and when it is overdue.
     """
     jars = spice_jars()
-    content = [{"image_id": i, "test": hypotheses[i][0], "refs": list(references[i])} for i in references]
+    content = [
+        {"image_id": number, "test": hypotheses[image][0], "refs": list(texts)}
+        for number, (image, texts) in enumerate(references.items())
+    ]
     with tempfile.TemporaryDirectory(prefix="spice") as folder:
         captions, answer = Path(folder, "captions.json"), Path(folder, "scores.json")
         captions.write_text(json.dumps(content))
         _run(jars, captions, answer, limit=START_LIMIT_S + SECONDS_PER_CAPTION * len(content))
-        rows: list[dict[str, Any]] = json.loads(answer.read_text())
+        scores = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(answer.read_text())}
+    if len(scores) != len(content):
+        raise SpiceError(f"SPICE was given {len(content)} images and answered for {len(scores)}")
     # An image whose captions yield no tuple at all has the score null, which counts as NaN in the official mean.
-    return sum(float(row["scores"]["All"]["f"] or "nan") for row in rows) / len(rows)
+    return [float("nan") if scores[number] is None else float(scores[number]) for number in range(len(content))]
 
 
 def _run(jars: Path, captions: Path, answer: Path, limit: float) -> None:

@@ -37,5 +37,5 @@ def classification_scores(similarity: Tensor, labels: Tensor) -> dict[str, float
     found = (ranks == 0).double()
     totals = torch.bincount(labels, minlength=classes)
     per_class = torch.bincount(labels, weights=found, minlength=classes)[totals > 0] / totals[totals > 0]
-    scores = {"top1": found.mean().item(), "mean_per_class_recall": per_class.mean().item()}
-    return scores | ({"top5": (ranks < 5).double().mean().item()} if classes >= 5 else {})
+    top5 = {"top5": (ranks < 5).double().mean().item()} if classes >= 5 else {}
+    return {"top1": found.mean().item(), **top5, "mean_per_class_recall": per_class.mean().item()}

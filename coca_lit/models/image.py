@@ -39,6 +39,11 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens that stand for no place, such as a class token, come before those of the grid."""
+        return int(getattr(self.trunk, "num_prefix_tokens", 0))
+
     def init_parameters(self) -> None:
         """Every encoder family of timm has its own initialisation, applied when it is built: build one more and copy
         it.
@@ -102,3 +107,7 @@ class ImagePooling(nn.Module):
         source = image_tokens if self.variant == "cascade" else tokens
         vector = self.contrastive(source)[:, 0] if contrastive else None
         return vector, (image_tokens if captioning else None)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Where each of the decoder's tokens looks among tokens (B, S, C): (B, Q, S), rows add up to 1."""
+        return self.generative.weights(tokens, slice(1 if self.variant == "single" else 0, None))

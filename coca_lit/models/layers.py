@@ -107,20 +107,20 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    def __init__(self, width: int, ratio: float = 4.0) -> None:
+    def __init__(self, width: int, ratio: float = 4.0, activation: type[nn.Module] = nn.GELU) -> None:
         hidden = int(width * ratio)
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        super().__init__(nn.Linear(width, hidden), activation(), nn.Linear(hidden, width))
 
 
 class SelfBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, activation: type[nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
         self.norm_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation=activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -180,8 +180,15 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
         """context (B, S, C) -> (B, Q, E), for the given slice of the queries."""
+        return self.norm_out(self.attention(*self._attended(context, queries)))
+
+    def weights(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
+        """Where each query looks: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
+        return self.attention.weights(*self._attended(context, queries)).mean(dim=1)
+
+    def _attended(self, context: Tensor, queries: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         query = self.norm_query(self.query[queries]).expand(context.shape[0], -1, -1)  # (B, Q, E)
-        return self.norm_out(self.attention(query, self.attention.keys_values(self.norm_context(context))))
+        return query, self.attention.keys_values(self.norm_context(context))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

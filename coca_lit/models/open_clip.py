@@ -16,7 +16,7 @@ from torch import Tensor
 from coca_lit.models.coca import CoCa
 from coca_lit.models.open_clip_config import arguments_of
 
-_BLOCK = [
+BLOCK = [
     ("norm_1", "ln_1"),
     ("norm_2", "ln_2"),
     ("norm_context", "ln_1_kv"),
@@ -34,25 +34,29 @@ _TRUNK_BLOCK = [
     ("mlp.fc2", "mlp.c_proj"),
 ]
 # (prefix here, prefix there, names inside); the first prefix that fits is taken.
-_PARTS: list[tuple[str, str, list[tuple[str, str]]]] = [
-    (r"image_encoder.trunk.blocks.", "visual.transformer.resblocks.", _TRUNK_BLOCK),
+Parts = list[tuple[str, str, list[tuple[str, str]]]]
+TRUNK: Parts = [
+    ("image_encoder.trunk.blocks.", "visual.transformer.resblocks.", _TRUNK_BLOCK),
     ("image_encoder.trunk.patch_embed.proj.", "visual.conv1.", []),
     ("image_encoder.trunk.norm_pre.", "visual.ln_pre.", []),
     ("image_encoder.trunk.cls_token", "visual.class_embedding", []),
     ("image_encoder.trunk.pos_embed", "visual.positional_embedding", []),
+]
+_PARTS: Parts = [
+    *TRUNK,
     ("pooling.generative.norm_out.", "visual.ln_post.", []),
     ("pooling.generative.norm_query.", "visual.attn_pool.ln_q.", []),
     ("pooling.generative.norm_context.", "visual.attn_pool.ln_k.", []),
     ("pooling.generative.", "visual.attn_pool.", [("attention.out", "attn.out_proj")]),
     ("image_projection.weight", "visual.proj", []),
-    ("text.blocks.", "text.transformer.resblocks.", _BLOCK),
+    ("text.blocks.", "text.transformer.resblocks.", BLOCK),
     ("text.position_embedding", "text.positional_embedding", []),
     ("text.cls_embedding", "text.cls_emb", []),
     ("text.norm.", "text.ln_final.", []),
     ("text.projection.weight", "text.text_projection", []),
     ("text.token_embedding.", "text.token_embedding.", []),
-    ("decoder.self_blocks.", "text_decoder.resblocks.", _BLOCK),
-    ("decoder.cross_blocks.", "text_decoder.cross_attn.", _BLOCK),
+    ("decoder.self_blocks.", "text_decoder.resblocks.", BLOCK),
+    ("decoder.cross_blocks.", "text_decoder.cross_attn.", BLOCK),
     ("decoder.norm.", "text_decoder.ln_final.", []),
     ("decoder.vocabulary.weight", "text_decoder.text_projection", []),
     ("logit_scale", "logit_scale", []),
@@ -93,7 +97,7 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
         ValueError: this is not an OpenCLIP CoCa, tensors are missing, left over or of the wrong shape, or `config` asks
         for what CoCa has not.
     """
-    theirs = _plain_state(state)
+    theirs = plain_state(state)
     if missing := [key for key in ("visual.attn_pool.query", "text.cls_emb") if key not in theirs]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
     sizes = _sizes_of(theirs)
@@ -108,7 +112,8 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     return model
 
 
-def _plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict or a training checkpoint, without what wrappers put before their names."""
     state = state.get("state_dict", state)
     names = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
     masks = ("text.attn_mask", "text_decoder.attn_mask")  # constants that some versions stored
@@ -119,15 +124,14 @@ def _sizes_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     image_width, _, patch, _ = theirs["visual.conv1.weight"].shape
     grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["text.token_embedding.weight"].shape
-    if vocab_size != 49408:
-        raise ValueError(f"the checkpoint has a vocabulary of {vocab_size} tokens; only CLIP's 49408 can be read")
+    check_vocabulary(vocab_size)
     mlp_width = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.weight"])
     return {
         "image_encoder": "vit_base_patch32_clip_224",
         "image_encoder_args": {
             "patch_size": patch,
             "embed_dim": image_width,
-            "depth": _depth(theirs, "visual.transformer.resblocks"),
+            "depth": depth(theirs, "visual.transformer.resblocks"),
             "num_heads": max(image_width // 64, 1),
             **({"mlp_ratio": mlp_width / image_width} if mlp_width != 4 * image_width else {}),
         },
@@ -137,18 +141,29 @@ def _sizes_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
         "context_length": len(theirs["text.positional_embedding"]) - 1,
         "cls_mask": "legacy",
         "text_width": text_width,
-        "text_layers": _depth(theirs, "text.transformer.resblocks"),
+        "text_layers": depth(theirs, "text.transformer.resblocks"),
         "text_heads": max(text_width // 64, 1),
-        "decoder_layers": _depth(theirs, "text_decoder.resblocks"),
+        "decoder_layers": depth(theirs, "text_decoder.resblocks"),
     }
 
 
-def _depth(theirs: Mapping[str, Tensor], prefix: str) -> int:
+def check_vocabulary(size: int) -> None:
+    if size != 49408:
+        raise ValueError(f"the checkpoint has a vocabulary of {size} tokens; only CLIP's 49408 can be read")
+
+
+def depth(theirs: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of blocks whose names start with `prefix`."""
     return len({name.removeprefix(f"{prefix}.").split(".")[0] for name in theirs if name.startswith(f"{prefix}.")})
 
 
 def _their_name(ours: str) -> str:
-    for here, there, inside in _PARTS:
+    return rename(ours, _PARTS)
+
+
+def rename(ours: str, parts: Parts) -> str:
+    """OpenCLIP's name of a tensor."""
+    for here, there, inside in parts:
         if ours.startswith(here):
             rest = ours.removeprefix(here)
             for a, b in inside:

@@ -22,13 +22,14 @@ def curves_figure(curves: Curves) -> bytes | None:
     groups = {title: g for title, g in {"losses": losses, "scores": scores, "CIDEr": cider}.items() if g}
     if not groups:
         return None
-    figure = Figure(figsize=(4.2 * len(groups), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(groups), 3.6), dpi=160, layout="constrained")
     for axes, (title, group) in zip(_axes(figure, len(groups), columns=3), groups.items(), strict=True):
         for name, points in group.items():
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
         axes.set(title=title, xlabel="step", yscale="log" if title == "losses" else "linear")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
@@ -39,7 +40,7 @@ def comparison_figure(runs: Sequence[Run]) -> bytes | None:
         return None
     swept = swept_value(runs)
     rows = -(-len(scores) // 3)
-    figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 3.2 * rows), dpi=160, layout="constrained")
     for axes, score in zip(_axes(figure, len(scores), columns=3), scores, strict=True):
         values = [shown(score, run.results.get(score, float("nan"))) for run in runs]
         if swept:

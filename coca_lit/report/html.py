@@ -8,23 +8,49 @@ from typing import Any
 from coca_lit.report.tables import Table
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #2a9d5c; --bad: #8886; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin-bottom: .4rem; } .note { opacity: .7; font-size: .88rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-.tables { display: flex; flex-wrap: wrap; gap: 0 3rem; } .tables h2 { border: 0; }
-td:nth-child(2) { background: var(--soft); } figure { margin: 1rem 0; } figure img { max-width: 100%; background:
-white; } .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1rem; } .card {
-border: 1px solid var(--line); border-radius: 6px; padding: .6rem; } .card img, .query img, .answers img { width:
-100%; display: block; border-radius: 4px; }
-img.pixels { image-rendering: pixelated; } .card p { margin: .5rem 0 0; } .card ul { margin: .3rem 0 0; padding-left:
-1.1rem; } .hit { color: var(--good); font-weight: 600; } li.miss { opacity: .75; } .answers { display: grid; grid-
-template-columns: repeat(5, 1fr); gap: .6rem; margin-bottom: 1.4rem; max-width: 800px; } .answers div { border: 4px
-solid var(--bad); border-radius: 8px; } .answers div.hit { border-color: var(--good); } .query { display: grid; grid-
-template-columns: 140px 1fr; gap: 1rem; margin-bottom: 1.2rem; align-items: start; }
+:root { color-scheme: light dark; --line: #8883; --soft: #8881; --good: #2a9d5c; --bad: #8885; --accent: #3b6ea8; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1160px; margin: 2rem auto 4rem; padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.2rem 0 .5rem; }
+.note, figcaption { opacity: .7; font-size: .87rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: 0 0 1.4rem; font-size: .87rem; }
+.facts span { opacity: .65; }
+code { font-size: .85rem; background: var(--soft); padding: .15rem .4rem; border-radius: 4px; overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: .7rem; }
+.tile { background: var(--soft); border-radius: 8px; padding: .6rem .8rem; }
+.tile b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile span { font-size: .82rem; opacity: .75; display: block; line-height: 1.3; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
+.tables > div { max-width: 100%; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { font-weight: 600; vertical-align: bottom; max-width: 9rem; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td:nth-child(2) { background: var(--soft); font-weight: 600; }
+tr.group td { background: none; font-size: .8rem; font-weight: 600; color: var(--accent); padding-top: .8rem; }
+figure { margin: 0; }
+figure img { max-width: 100%; display: block; }
+figure.plot img { background: white; border-radius: 8px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1rem; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem; }
+.card img, .query img, .answers img { width: 100%; display: block; border-radius: 4px; }
+.card p { margin: .6rem 0 .3rem; line-height: 1.35; }
+.card ul { margin: 0; padding: 0; list-style: none; line-height: 1.35; }
+.card li { padding: .2rem 0; border-top: 1px solid var(--line); }
+img.pixels { image-rendering: pixelated; }
+.hit { color: var(--good); font-weight: 600; }
+li.miss { opacity: .75; }
+.answers { display: grid; grid-template-columns: repeat(5, 1fr); gap: .6rem; margin: .3rem 0 1.4rem; max-width: 800px; }
+.answers div { border: 4px solid var(--bad); border-radius: 8px; }
+.answers div.hit { border-color: var(--good); }
+.query { display: grid; grid-template-columns: 150px 1fr; gap: 1rem; margin-bottom: 1.2rem; align-items: start; }
+.query ol { margin: 0; }
+.words { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: 1.4rem; }
+.words img { width: 96px; border-radius: 4px; }
+.words figcaption { text-align: center; }
 """
 
 
@@ -37,7 +63,23 @@ def page(title: str, sections: Iterable[str]) -> str:
 
 
 def facts(pairs: Mapping[str, Any]) -> str:
-    return "<p>" + "<br>".join(f"{escape(key)}: <b>{escape(str(value))}</b>" for key, value in pairs.items()) + "</p>"
+    """What the run was, in a line or two, and its command."""
+    items = "".join(
+        f"<div><span>{escape(key)}</span> {escape(str(value))}</div>"
+        for key, value in pairs.items()
+        if key != "command"
+    )
+    command = f"<p><code>{escape(str(pairs['command']))}</code></p>" if "command" in pairs else ""
+    return f'{command}<div class="facts">{items}</div>'
+
+
+def tiles(contents: Iterable[tuple[str, str, str]]) -> str:
+    """The scores that a reader looks for first: (value, score, data set) of each."""
+    items = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(score)}</span><span>{escape(data)}</span></div>'
+        for value, score, data in contents
+    )
+    return f'<div class="tiles">{items}</div>'
 
 
 def tables(contents: Iterable[Table]) -> str:
@@ -47,23 +89,34 @@ def tables(contents: Iterable[Table]) -> str:
 
 def _table(content: Table) -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in content.header)
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in content.rows)
+    rows = "\n".join(map(_row, content.rows))
     note = f'<p class="note">{escape(content.note)}</p>' if content.note else ""
     title = f"<h2>{escape(content.title)}</h2>"
     return f'<div>{title}<div class="wide"><table><tr>{head}</tr>\n{rows}</table></div>{note}</div>'
 
 
-def figure(title: str, png: bytes | None) -> str:
+def _row(cells: Sequence[str]) -> str:
+    if len(cells) == 1:  # the name of a group
+        return f'<tr class="group"><td colspan="99">{escape(cells[0])}</td></tr>'
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def figure(title: str, png: bytes | None, note: str = "") -> str:
     if png is None:
         return ""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return f'<h2>{escape(title)}</h2><figure><img src="{source}" alt="{escape(title)}"></figure>'
+    caption = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+    image = f'<img src="{source}" alt="{escape(title)}">'
+    return f'<h2>{escape(title)}</h2><figure class="plot">{image}{caption}</figure>'
 
 
 def not_run(reasons: Mapping[str, str]) -> str:
     if not reasons:
         return ""
-    items = "".join(f"<li><b>{escape(name)}</b>: {escape(reason)}</li>" for name, reason in reasons.items())
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)  # the same reason often holds for several data sets
+    items = "".join(f"<li><b>{escape(', '.join(group))}</b>: {escape(reason)}</li>" for reason, group in names.items())
     return f'<h2>not run</h2><ul class="note">{items}</ul>'
 
 
@@ -79,6 +132,20 @@ def _caption_card(sample: Mapping[str, Any]) -> str:
     caption = escape(sample["caption"] or "(empty)")
     card = f'{_image(sample["image"])}<p><b{style}>{caption}</b></p><ul class="note">{references}</ul>'
     return f'<div class="card">{card}</div>'
+
+
+def attention(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    rows = "\n".join(
+        f'<div class="words"><figure>{_image(sample["image"])}<figcaption>seen</figcaption></figure>'
+        + "".join(
+            f'<figure><img src="{part["map"]}" alt=""><figcaption>{escape(part["word"])}</figcaption></figure>'
+            for part in sample["words"]
+        )
+        + "</div>"
+        for sample in samples
+    )
+    note = '<p class="note">Bright: where it looked when it wrote the word below, on average over layers and heads.</p>'
+    return f"<h2>{escape(name)}: attention</h2>{note}{rows}"
 
 
 def retrieval(name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

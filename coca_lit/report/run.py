@@ -22,9 +22,11 @@ class Run(NamedTuple):
     results: dict[str, float]
     not_run: dict[str, str]  # score -> why it is missing
     config: dict[str, Any]  # flat: "model.optimizer.lr" -> value
+    environment: dict[str, Any]  # command, commit, machine, versions, seconds
     curves: Curves
     captions: dict[str, list[dict[str, Any]]]  # data set -> `caption_samples`
     retrieval: dict[str, dict[str, list[dict[str, Any]]]]  # data set -> `retrieval_samples`
+    attention: dict[str, list[dict[str, Any]]]  # data set -> `attention_samples`
 
 
 def read_run(folder: Path) -> Run:
@@ -41,9 +43,11 @@ def read_run(folder: Path) -> Run:
         results=_json(folder / "results.json"),
         not_run=_json(folder / "not_run.json"),
         config=flat,
+        environment=_json(folder / "environment.json"),
         curves=read_curves(folder / "metrics.csv"),
         captions=_samples(folder, "_captions.json"),
         retrieval=_samples(folder, "_retrieval.json"),
+        attention=_samples(folder, "_attention.json"),
     )
 
 
@@ -84,7 +88,8 @@ def read_curves(metrics: Path) -> Curves:
 
 
 def _samples(folder: Path, ending: str) -> dict[str, Any]:
-    paths = sorted((folder / "samples").glob(f"*{ending}"))
+    """What the files of one kind hold, by data set, in the order in which they were scored."""
+    paths = sorted((folder / "samples").glob(f"*{ending}"), key=lambda path: path.stat().st_mtime)
     return {path.name.removesuffix(ending): _json(path) for path in paths}
 
 

@@ -1,7 +1,7 @@
 """Tables of scores: of one run beside published results, and of several runs side by side."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,12 @@ NAMES = {
 }
 
 
+HEADLINES = ("/CIDEr", "_recall@1", "/top1")  # the scores that a reader looks for first
+GROUPS = {"retrieval": ("t2i_", "i2t_"), "zero-shot classification": ("top", "mean_per_class")}  # by how names begin
+
+
 class Table(NamedTuple):
-    """Cells as texts; the first column names the rows."""
+    """Cells as texts; the first column names the rows. A row of one cell names the group of rows below it."""
 
     title: str
     header: list[str]
@@ -53,9 +57,15 @@ def score_tables(run: Run) -> list[Table]:
         others = {k: v for k, v in published.get(name, {}).items() if v.keys() & set(scores)}
         note = "Published: on the test split, in OpenCLIP's result files or the CoCa paper." if others else ""
         columns |= others
-        rows = [[score_name(s), *(cell(s, column.get(s)) for column in columns.values())] for s in scores]
-        tables.append(Table(name, ["", *columns], rows, note))
+        rows = {s: [score_name(s), *(cell(s, column.get(s)) for column in columns.values())] for s in scores}
+        tables.append(Table(name, ["", *columns], _grouped(rows), note))
     return tables
+
+
+def headlines(run: Run) -> list[tuple[str, str, str]]:
+    """Value, name and data set of the first scores to look at."""
+    chosen = [key for key in run.results if key.endswith(HEADLINES) and key.count("/") == 1]
+    return [(cell(key, run.results[key]), score_name(key), key.partition("/")[0]) for key in chosen]
 
 
 def comparison_tables(runs: Sequence[Run]) -> list[Table]:
@@ -65,6 +75,17 @@ def comparison_tables(runs: Sequence[Run]) -> list[Table]:
     scores = dict.fromkeys(score for run in runs for score in run.results)
     rows = [[f"{s.rpartition('/')[0]} {score_name(s)}", *(cell(s, run.results.get(s)) for run in runs)] for s in scores]
     return [Table("settings that differ", ["", *names], changed), Table("scores", ["", *names], rows)]
+
+
+def _grouped(rows: Mapping[str, list[str]]) -> list[list[str]]:
+    """Rows of scores, under the names of their groups if there are several."""
+    groups: dict[str, list[list[str]]] = {}
+    for score, row in rows.items():
+        group = next((name for name, starts in GROUPS.items() if score.startswith(starts)), "captions")
+        groups.setdefault(group, []).append(row)
+    if len(groups) == 1:
+        return list(rows.values())
+    return [row for name, members in groups.items() for row in ([name], *members)]
 
 
 def score_name(score: str) -> str:

@@ -6,17 +6,26 @@ from pathlib import Path
 from coca_lit.report import html
 from coca_lit.report.figures import comparison_figure, curves_figure
 from coca_lit.report.run import Run, find_runs, read_run
-from coca_lit.report.tables import Table, comparison_tables, score_tables
+from coca_lit.report.tables import Table, comparison_tables, headlines, score_tables
 
-FACTS = (
-    "checkpoint",
-    "model.net.name",
-    "data._target_",
-    "data.batch_size",
-    "trainer.max_epochs",
-    "eval_split",
-    "eval_images",
-)
+FACTS = {  # key of the config or the environment -> how a reader knows it
+    "command": "command",
+    "checkpoint": "checkpoint",
+    "model.net.name": "model",
+    "data._target_": "data",
+    "data.batch_size": "batch size",
+    "trainer.max_epochs": "epochs",
+    "seed": "seed",
+    "eval_split": "scored split",
+    "eval_images": "scored images, at most",
+    "seconds": "seconds in all",
+    "commit": "commit",
+    "machine": "machine",
+    "torch": "torch",
+}
+
+# Fewer images are easier to tell apart, so recall often falls from the last but one point to the last.
+CURVES_NOTE = "Scores during training are of the first few images only; the last point is of all of them."
 
 
 def write_report(folder: Path) -> Path:
@@ -28,10 +37,12 @@ def write_report(folder: Path) -> Path:
         (folder / "curves.png").write_bytes(curves)
     sections = [
         html.facts(_facts(run)),
+        html.tiles(headlines(run)),
         html.tables(tables),
         html.not_run(run.not_run),
-        html.figure("curves", curves),
+        html.figure("curves", curves, CURVES_NOTE),
         *(html.captions(name, samples) for name, samples in run.captions.items()),
+        *(html.attention(name, samples) for name, samples in run.attention.items()),
         *(html.retrieval(name, samples) for name, samples in run.retrieval.items()),
     ]
     sheets = sorted(path.relative_to(folder).as_posix() for path in (folder / "samples").glob("*.png"))
@@ -64,7 +75,10 @@ def _write(
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items())]
     for table in tables:
         lines += ["", f"## {table.title}", "", _row(table.header), _row("---" for _ in table.header)]
-        lines += map(_row, table.rows)
+        lines += [
+            _row(row) if len(row) > 1 else _row([f"**{row[0]}**", *[""] * (len(table.header) - 1)])
+            for row in table.rows
+        ]
         lines += ["", table.note] if table.note else []
     lines += ["", "## not run", "", *(f"- {name}: {reason}" for name, reason in not_run.items())] if not_run else []
     lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
@@ -78,4 +92,5 @@ def _row(cells: Iterable[object]) -> str:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    return {key: str(run.config[key]) for key in FACTS if run.config.get(key) is not None}
+    known = {**run.environment, **run.config}
+    return {name: str(known[key]).rpartition(".data.")[2] for key, name in FACTS.items() if known.get(key) is not None}

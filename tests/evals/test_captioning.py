@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -12,9 +13,12 @@ import time
 import pytest
 from conftest import SHARED
 from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from coca_lit.evals import java
-from coca_lit.evals.captioning import caption_scores
+from coca_lit.evals import java, ptb
+from coca_lit.evals.captioning import caption_scores, tokenize_captions
 from coca_lit.evals.meteor import Meteor, shared_meteor, warm_up
 from coca_lit.evals.ptb import ptb_tokenize
 
@@ -133,6 +137,69 @@ def test_nothing_shifts_the_captions():
     assert caption_scores(references, predictions | {0: "o", 8: "a b"}, ["METEOR"])["METEOR"] < scores["METEOR"] - 0.1
 
 
+def test_odd_captions_are_those_of_the_official_tool(monkeypatch):
+    """Tokens and scores of what users' files hold, by pycocoevalcap's own tokenizer and scorers."""
+    monkeypatch.setenv("PATH", f"{java.java_executable().parent}{os.pathsep}{os.environ['PATH']}")
+    odd = [
+        "U.S.",
+        "3.5",
+        "$40",
+        "café",
+        "naïve",
+        "日本語",
+        "—",
+        "“q”",
+        "&",
+        "<",
+        "<b>",
+        "&amp;",
+        "[x]",
+        "{y}",
+        "/",
+        "\\",
+        "|",
+    ]
+    odd += [
+        "|||",
+        "#",
+        "@",
+        "~",
+        "½",
+        "ﬁ",
+        "😀",
+        "gonna",
+        "ß",
+        "İ",
+        "a\u0301",
+        "\u00a0b",
+        "\u3000",
+        "...",
+        "?!",
+        "'s",
+        "(red)",
+    ]
+    odd += ["isn't", "don't", "e-mail", "10,000", "http://x.y", *["a", "dog", "sits"] * 5]
+    draw = random.Random(0)
+    captions = [" ".join(draw.choices(odd, k=draw.randint(1, 12))) for _ in range(120)]
+    references = {i: captions[3 * i : 3 * i + 2] for i in range(40)} | {3: ["."], 4: ["", "a dog"]}
+    predictions = {i: captions[3 * i + 2] for i in range(40)} | {
+        1: "...",
+        2: "",
+        3: "?!",
+        4: "A DOG\n",
+        5: "dog " * 2000,
+    }
+    tokenizer = PTBTokenizer()
+    official = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in references.items()})
+    hypotheses = tokenizer.tokenize({i: [{"caption": text}] for i, text in predictions.items()})
+    assert tokenize_captions(references, predictions) == (official, hypotheses)
+    scores = caption_scores(references, predictions, ["Bleu", "ROUGE_L", "CIDEr"])
+    expected = [*Bleu(4).compute_score(official, hypotheses, verbose=0)[0]]
+    expected += [scorer().compute_score(official, hypotheses)[0] for scorer in (Rouge, Cider)]
+    assert list(scores.values()) == expected
+    assert 0 < caption_scores(references, predictions, ["METEOR"])["METEOR"] < 0.5
+
+
 @pytest.mark.parametrize("separator", ["|||", " ||| ", "\n", "\r", "\r\n"])
 def test_meteor_takes_separators_for_blanks(separator):
     meteor = shared_meteor()
@@ -172,6 +239,20 @@ def test_slow_meteor_is_an_error_not_a_hang():
     with Meteor(timeout=0.2) as meteor, pytest.raises(RuntimeError, match=r"gave no answer within 0\.25 s"):
         meteor.score([["a dog"]], ["a dog"])
     assert not meteor._process.alive()
+
+
+def test_slow_or_failing_tokenizer_is_an_error_not_a_hang(monkeypatch, tmp_path):
+    for body, message in (
+        ("sleep 60", "did not finish within 0 s"),
+        ("echo broken >&2; exit 3", r"status 3\): broken"),
+    ):
+        program = tmp_path / "java"
+        program.write_text(f"#!/bin/sh\n{body}\n".replace("sleep", "exec sleep"))
+        program.chmod(0o755)
+        monkeypatch.setattr(ptb, "java_executable", lambda program=program: program)
+        monkeypatch.setattr(ptb, "TIME_LIMIT_S", 0.3 if "sleep" in body else 30)
+        with pytest.raises(RuntimeError, match=f"the PTB tokenizer .*{message}"):
+            ptb_tokenize(["a dog"])
 
 
 def test_meteor_does_not_outlive_python():

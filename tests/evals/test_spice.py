@@ -29,20 +29,39 @@ def stand_in(folder, monkeypatch, body):
     monkeypatch.setattr(module, "java_executable", lambda: program)
 
 
-def test_mean_over_images(jars, monkeypatch):
+def test_score_of_each_image(jars, monkeypatch):
     body = """
         at = args.index("edu.anu.spice.SpiceScorer")
         rows = json.load(open(args[at + 1]))
-        scores = [{"scores": {"All": {"f": len(row["refs"]) / 10}}} for row in rows]
-        assert [row["test"] for row in rows] == ["a dog", "a cat"]
+        rows.reverse()
+        scores = [{"image_id": r["image_id"], "scores": {"All": {"f": len(r["refs"]) / 10}}} for r in rows]
+        assert [row["test"] for row in rows] == ["a cat", "a dog"]
         json.dump(scores, open(args[args.index("-out") + 1], "w"))
         json.dump(args, open("{folder}/args.json", "w"))
     """.replace("{folder}", str(jars))
     stand_in(jars, monkeypatch, body)
-    assert spice({0: ["x", "y"], 1: ["z"]}, {0: ["a dog"], 1: ["a cat"]}) == pytest.approx(0.15)
+    references, captions = {"x": ["x", "y"], "z": ["z"]}, {"x": ["a dog"], "z": ["a cat"]}
+    assert spice(references, captions) == pytest.approx([0.2, 0.1])
     args = json.loads((jars / "args.json").read_text())
     assert sum(arg.startswith("--add-opens=java.base/java.") for arg in args) == 6
     assert str(jars / "*") in args[args.index("-cp") + 1]
+    single = {image: texts[0] for image, texts in captions.items()}
+    assert caption_scores(references, single, ["SPICE"], list) == pytest.approx({"SPICE": 0.15})
+
+
+def test_one_run_serves_all_domains(jars, monkeypatch):
+    body = """
+        rows = json.load(open(args[args.index("-out") - 1]))
+        open("{folder}/runs", "a").write("x")
+        scores = [{"image_id": r["image_id"], "scores": {"All": {"f": [0.3, 0.1, 0.2][r["image_id"]]}}} for r in rows]
+        json.dump(scores, open(args[args.index("-out") + 1], "w"))
+    """.replace("{folder}", str(jars))
+    stand_in(jars, monkeypatch, body)
+    domains = {"a": "near", "b": "far", "c": "near"}
+    scores, not_run = caption_table({i: ["x y"] for i in "abc"}, dict.fromkeys("abc", "x"), domains, ["Bleu"], list)
+    assert (scores["SPICE"], scores["far/SPICE"], scores["near/SPICE"]) == pytest.approx((0.2, 0.1, 0.25))
+    assert not_run == {}
+    assert (jars / "runs").read_text() == "x"
 
 
 def test_failure_and_time_limit(jars, monkeypatch):
@@ -68,10 +87,7 @@ def test_missing_jars_say_how_to_get_them(jars, monkeypatch):
 
 def test_other_scores_come_without_spice(monkeypatch):
     monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
-    monkeypatch.setattr(
-        "coca_lit.evals.caption_table.caption_scores", lambda r, p, m=("Bleu",): caption_scores(r, p, m)
-    )
-    scores, not_run = caption_table({0: ["a red dog"]}, {0: "a red dog"})
+    scores, not_run = caption_table({0: ["a red dog"]}, {0: "a red dog"}, metrics=["Bleu"], tokenize=list)
     assert scores["Bleu_1"] == pytest.approx(1)
     assert "SPICE" not in scores
     assert "COCA_SPICE_JARS" in not_run["SPICE"]

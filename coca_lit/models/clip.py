@@ -1,0 +1,85 @@
+"""CLIP as OpenAI and OpenCLIP build it (arXiv 2103.00020): the two encoders of their released files, for evaluation.
+
+CoCa pools images with learned queries and texts with a CLS token. CLIP takes the vision transformer's own class token
+and the state of the end token, so its weights do not fit a CoCa. A CLIP with our towers is `CoCa(decoder_layers=0)`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coca_lit.models.image import ImageEncoder
+from coca_lit.models.layers import SelfBlock
+from coca_lit.tokenizer import get_tokenizer
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the approximation of GELU that OpenAI trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CLIP(nn.Module):
+    """A vision transformer and a causal text transformer with a common space of width `embed_dim`, and no captioner.
+
+    Args:
+        image_encoder_args: of timm's `vit_base_patch32_clip_224`: patch_size, embed_dim, depth, num_heads, mlp_ratio.
+        image_size: side of the square input in pixels.
+        quick_gelu: QuickGELU instead of GELU, in both towers. Weights do not tell which one they were trained with.
+    """
+
+    decoder = None  # as in a CoCa without captioner
+
+    def __init__(
+        self,
+        *,
+        image_encoder_args: dict[str, Any],
+        image_size: int,
+        embed_dim: int,
+        context_length: int,
+        text_width: int,
+        text_layers: int,
+        text_heads: int,
+        quick_gelu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = get_tokenizer("clip", context_length)
+        activation = QuickGELU if quick_gelu else nn.GELU
+        arguments = {"final_norm": True, "act_layer": activation, **image_encoder_args}
+        self.image_encoder = ImageEncoder("vit_base_patch32_clip_224", image_size, **arguments)
+        self.image_projection = nn.Linear(self.image_encoder.width, embed_dim, bias=False)
+        self.token_embedding = nn.Embedding(self.tokenizer.vocab_size, text_width)
+        self.position_embedding = nn.Parameter(torch.empty(context_length, text_width))
+        self.blocks = nn.ModuleList(
+            SelfBlock(text_width, text_heads, activation=activation) for _ in range(text_layers)
+        )
+        self.norm = nn.LayerNorm(text_width)
+        self.text_projection = nn.Linear(text_width, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+
+    @property
+    def image_size(self) -> int:
+        return self.image_encoder.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+        """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""
+        features = self.image_projection(self.image_encoder(images)[:, 0])  # of the class token
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """tokens (B, L) -> text features (B, E), of unit length unless `normalize` is off."""
+        ends = tokens.argmax(dim=1)  # (B,), the end token has the largest id
+        tokens = tokens[:, : int(ends.max()) + 1]  # attention is causal: nothing sees what stands behind the end
+        x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]  # (B, T, D)
+        for block in self.blocks:
+            x = block(x)
+        last = x[torch.arange(len(x), device=x.device), ends]  # (B, D)
+        features = self.text_projection(self.norm(last))
+        return F.normalize(features, dim=-1) if normalize else features

@@ -1,0 +1,85 @@
+"""Time and memory to rank 5,000 images × 25,010 texts in both directions: aims are 10 s on 2 cores and 2 GiB.
+
+    python experiments/benchmarks/retrieval.py --width 512
+
+Beside it the way of CLIP_benchmark, with its own functions: all similarities at once, a top-k, a matrix of what is
+right. Features are random and of unit length, each text near its image; recalls of both ways must agree. Each way has a
+process of its own, because peak memory is that of a process. Linux only, for the peak.
+"""
+
+import argparse
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+from record import record
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from coca_lit.evals.retrieval import retrieval_scores
+
+PROCESS = Path("/proc/self")
+KS = (1, 5, 10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed and memory of retrieval scores.")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--texts", type=int, default=25_010)
+    parser.add_argument("--width", type=int, default=512, help="of the features")
+    arguments = parser.parse_args()
+    size = (arguments.images, arguments.texts, arguments.width)
+    case = f"{arguments.images} x {arguments.texts}, width {arguments.width}, {torch.get_num_threads()} threads"
+    rows, found = [], {}
+    for way in ("coca_lit", "clip_benchmark"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, megabytes, found[way] = pool.apply(measure, (way, *size))
+        rows.append({"case": case, "way": way, "seconds": seconds, "extra peak MB": megabytes} | found[way])
+    for name, value in found["clip_benchmark"].items():
+        assert abs(found["coca_lit"][name] - value) < 1e-6, name
+    record(Path(__file__).with_suffix(".csv"), rows)
+
+
+def measure(way: str, images: int, texts: int, width: int) -> tuple[float, float, dict[str, float]]:
+    """Seconds, peak memory beyond that of the features in MB, and the recalls."""
+    image_features, text_features, image_of_text = features(images, texts, width)
+    score = {"coca_lit": retrieval_scores, "clip_benchmark": clip_benchmark_scores}[way]
+    PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak so far
+    before = memory("VmRSS")
+    start = time.monotonic()
+    scores = score(image_features, text_features, image_of_text)
+    seconds = time.monotonic() - start
+    return seconds, memory("VmHWM") - before, {name: value for name, value in scores.items() if "recall" in name}
+
+
+def features(images: int, texts: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Five texts for each image, and one more for the first few."""
+    torch.manual_seed(0)
+    image_of_text = (torch.arange(texts) % images).sort().values
+    image_features = torch.randn(images, width)
+    text_features = image_features[image_of_text] + 12 * torch.randn(texts, width)
+    return normalize(image_features, dim=1), normalize(text_features, dim=1), image_of_text
+
+
+def clip_benchmark_scores(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+
+    scores = text_features @ image_features.T
+    positive = torch.zeros_like(scores, dtype=bool)
+    positive[torch.arange(len(scores)), image_of_text] = True
+    found = {}
+    for name, similarity, right in (("t2i", scores, positive), ("i2t", scores.T, positive.T)):
+        for k in KS:
+            hits = batchify(recall_at_k, similarity, right, 64, "cpu", k=k) > 0
+            found[f"{name}_recall@{k}"] = hits.float().mean().item()
+    return found
+
+
+def memory(key: str) -> float:
+    status = dict(line.split(":", 1) for line in PROCESS.joinpath("status").read_text().splitlines())
+    return int(status[key].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    main()
