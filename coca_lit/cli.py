@@ -16,7 +16,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
@@ -68,6 +68,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.distributed import say
     from coca_lit.fp32 import choose_fp32_products
     from coca_lit.run_folder import start_run_folder, write_results
+    from coca_lit.setup_checks import check_batch_size
 
     configure_libraries(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -77,6 +78,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     data.prepare_data()  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
+    with blame("data.batch_size"):
+        check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
         say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.net.parameters()))}")
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
@@ -92,7 +95,7 @@ def build_module(cfg: DictConfig) -> Any:
     """The LightningModule with its network, started from given weights if there are any."""
     from coca_lit.checkpoints import load_image_weights, load_weights
 
-    module = build(cfg.model, "model")
+    module = build(cfg.model, "model", micro_batch_size=cfg.trainer.micro_batch_size)
     with blame("model.optimizer"):
         module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
     if cfg.image_weights is not None:
@@ -124,14 +127,34 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
+    from coca_lit.setup_checks import check_strategy
+
     # Averaged weights replace the trained ones when training ends: before the final scores.
     with blame("ema"):
         averaging: list[L.Callback] = [EMAWeightAveraging(decay=cfg.ema)] if cfg.ema is not None else []
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
-    parts = {"callbacks": [*averaging, *evals, *callbacks], "logger": loggers, "precision": precision}
-    return build(cfg.trainer, "trainer", **parts)
+    strategy = cfg.trainer.strategy
+    if isinstance(strategy, DictConfig):
+        strategy = build(strategy, "trainer.strategy")
+    with blame("trainer"):
+        check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size)
+    parts = {
+        "callbacks": [*averaging, *evals, *callbacks],
+        "logger": loggers,
+        "precision": precision,
+        "strategy": strategy,
+    }
+    return build(_without(cfg.trainer, "micro_batch_size"), "trainer", **parts)
+
+
+def _without(node: DictConfig, key: str) -> DictConfig:
+    """The node without a key that is not for its target."""
+    node = node.copy()
+    with open_dict(node):
+        node.pop(key)
+    return node
 
 
 def configure_libraries(cfg: DictConfig) -> None:

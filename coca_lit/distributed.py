@@ -1,8 +1,8 @@
 """Every collective operation of the project. Without a process group all of them act as on a single process.
 
-Gradients: DDP averages gradients over ranks, `gather` sums them on the way back. With a loss that each rank computes
-over the global batch the two
-factors cancel and the result is the gradient of one process with the whole batch:
+Gradients: DDP averages gradients over ranks, `gather` and `sum_over_ranks` sum them on the way back. With losses whose
+mean over ranks is the loss of the global batch the two factors cancel, and the result is the gradient of one process
+with the whole batch:
 
     rank 0:  x0 ─┐          ┌─ [x0 x1] ─ loss        backward of gather: the gradients of both ranks for x0 are added
     on rank 0, rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss        DDP then divides by 2
@@ -53,11 +53,17 @@ def gather(x: Tensor) -> Tensor:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of a tensor over ranks, without gradient."""
-    if world_size() > 1:
-        x = x.detach().clone()
-        dist.all_reduce(x)
-    return x
+    """Sum of a tensor over ranks, with gradient."""
+    return _Sum.apply(x) if world_size() > 1 else x
+
+
+def logsumexp_over_ranks(x: Tensor) -> Tensor:
+    """log Σ exp of a tensor over ranks, element by element, without gradient."""
+    if world_size() == 1:
+        return x
+    highest = x.detach().clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest + sum_over_ranks((x - highest).exp()).log()
 
 
 def gather_objects(x: T) -> list[T]:
@@ -94,9 +100,23 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        own = gradients[0].new_empty(ctx.rows, *gradients[0].shape[1:])
+        dist.reduce_scatter(own, [part.contiguous() for part in gradients[0].chunk(world_size())])
+        return own
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
 
 def _active() -> bool:

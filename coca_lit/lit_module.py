@@ -6,15 +6,20 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from coca_lit.checkpoints import MODEL_KEY
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import say
-from coca_lit.losses import caption_loss, contrastive_loss
+from coca_lit.gradient_caching import cached_loss
+from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
+from coca_lit.models.coca import Contrastive
 from coca_lit.models.text import GradCheckpointing
 from coca_lit.optim import warmup_cosine
+from coca_lit.sharding import FullySharded, shard
 
 
 class CoCaLit(L.LightningModule):
@@ -27,22 +32,27 @@ class CoCaLit(L.LightningModule):
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
+        contrastive: which contrastive loss, softmax or siglip: that of the network.
         freeze: further parts of the network that stay as they are, e.g. `image_encoder`.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
         compile: run the transformer blocks through `torch.compile`.
+        micro_batch_size: pairs that a process sends through the network at a time, see `gradient_caching`; None for
+            the whole batch.
     """
 
     def __init__(
         self,
         net: CoCa,
-        optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         warmup_steps: int = 0,
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
+        contrastive: Contrastive = "softmax",
         freeze: Sequence[str] = (),
         grad_checkpointing: GradCheckpointing = "none",
         compile: bool = False,
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         weights = {"contrastive": contrastive_weight, "caption": caption_weight}
@@ -55,11 +65,18 @@ class CoCaLit(L.LightningModule):
             raise ValueError(
                 "no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0"
             )
+        if contrastive != net.config["contrastive"]:
+            raise ValueError(
+                f"contrastive is '{contrastive}', but the network has that of '{net.config['contrastive']}'"
+            )
         self.net = net
         self.weights = weights
         self.warmup_steps = warmup_steps
         self.make_optimizer = optimizer
         self._freeze(freeze)
+        self.micro_batch_size = micro_batch_size
+        if micro_batch_size is not None:
+            _check_micro_batches(net, micro_batch_size)
         if grad_checkpointing != "none":
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
@@ -75,10 +92,15 @@ class CoCaLit(L.LightningModule):
                 say(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        terms = self._losses(batch)
+        if self.micro_batch_size is None:
+            terms = self._losses(batch)
+            loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        else:
+            pairs = (batch.images, batch.tokens, batch.lengths)
+            loss, terms = cached_loss(self.net, *pairs, self.micro_batch_size, self.weights)
         self._log("train", terms, batch)
         self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
-        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log("val", self._losses(batch), batch)
@@ -87,12 +109,7 @@ class CoCaLit(L.LightningModule):
         """The raw terms whose weight is not 0."""
         contrastive, captioning = self.weights["contrastive"] != 0, self.weights["caption"] != 0
         out = self.net(batch.images, batch.tokens, batch.lengths, contrastive=contrastive, captioning=captioning)
-        terms = {}
-        if contrastive:
-            terms["contrastive"] = contrastive_loss(out.image_features, out.text_features, out.logit_scale)
-        if captioning:
-            terms["caption"] = caption_loss(out.hidden, out.vocabulary, out.labels)
-        return terms
+        return loss_terms(out)
 
     def _log(self, stage: str, terms: dict[str, Tensor], batch: Batch) -> None:
         named = {f"{stage}/{name}_loss": term.detach() for name, term in terms.items()}
@@ -110,11 +127,16 @@ class CoCaLit(L.LightningModule):
         if self.trainer.precision == "16-mixed":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
-            self.log("train/grad_norm", norm)
+            norm = nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.net.clamp_logit_scale()
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FullySharded) and not isinstance(self.net, FSDPModule):
+            assert self.device_mesh is not None
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.net)
@@ -123,3 +145,15 @@ class CoCaLit(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[MODEL_KEY] = self.net.config  # plain values, so that the file explains itself and is safe to load
+
+
+def _check_micro_batches(net: CoCa, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"micro_batch_size must be a whole number of at least 1, got {size!r}")
+    net.train()
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in net.modules()):
+        raise ValueError(
+            f"micro_batch_size does not go with the batch norms of {net.config['image_encoder']}, whose statistics "
+            "would be those of a micro-batch: freeze the image encoder (model.freeze=[image_encoder]) or take one "
+            "without batch norms"
+        )

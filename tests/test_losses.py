@@ -1,15 +1,20 @@
-"""Both losses against naive loops, and against themselves on several ranks."""
+"""The losses against naive loops, plain formulas and OpenCLIP, on one rank and on several."""
 
 import math
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
 
-from coca_lit.distributed import rank, world_size
-from coca_lit.losses import caption_loss, contrastive_loss
+from coca_lit.distributed import gather, rank, world_size
+from coca_lit.losses import caption_loss, contrastive_loss, siglip_loss
 
 CAPTION_LENGTHS = [1, 7, 2, 2, 3, 9, 4, 1, 1, 5, 12, 6]  # predicted tokens of 12 pairs: no two ranks get equally many
 
@@ -75,24 +80,133 @@ def test_caption_loss_without_tokens_is_zero_and_can_be_differentiated(labels: l
     assert torch.equal(vocabulary.grad, torch.zeros(9, 4))
 
 
+# Tiles and chunks against the plain formulas
+
+
+def plain_contrastive(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    logits, targets = scale * images @ texts.T, torch.arange(len(images))
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def plain_siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    signs = 2 * torch.eye(len(images)) - 1
+    return -F.logsigmoid(signs * (scale * images @ texts.T + bias)).sum() / len(images)
+
+
+def plain_caption(hidden: Tensor, vocabulary: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, vocabulary).float(), labels)
+
+
+def value_and_gradients(loss: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> list[Tensor]:
+    """Of three times the loss, so that the factor of the backward pass counts."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    value = 3 * loss(*leaves, **options)
+    value.backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7, 100])
+def test_tiles_and_chunks_equal_the_plain_losses(tile: int) -> None:
+    torch.manual_seed(0)
+    pairs = (unit(7, 8), unit(7, 8), torch.tensor([9.0]))
+    states = (torch.randn(7, 8), torch.randn(50, 8), torch.tensor([3, -100, 0, 49, 7, -100, 1]))
+    for loss, plain, inputs, options in (
+        (contrastive_loss, plain_contrastive, pairs, {"tile": tile}),
+        (siglip_loss, plain_siglip, (*pairs, torch.tensor([-4.0])), {"tile": tile}),
+        (caption_loss, plain_caption, states, {"chunk": tile}),
+    ):
+        found, expected = value_and_gradients(loss, *inputs, **options), value_and_gradients(plain, *inputs)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_siglip_loss_equals_open_clip() -> None:
+    torch.manual_seed(0)
+    inputs = (unit(6, 8), unit(6, 8), torch.tensor([10.0]), torch.tensor([-10.0]))
+    expected = value_and_gradients(SigLipLoss(), *inputs)
+    torch.testing.assert_close(value_and_gradients(siglip_loss, *inputs), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_caption_loss_under_autocast_is_as_exact_as_the_plain_one() -> None:
+    """Both multiply in bf16; the sum of the weight's gradient over chunks stays in fp32."""
+    torch.manual_seed(0)
+    hidden, vocabulary, labels = torch.randn(64, 32), torch.randn(50, 32), torch.randint(0, 50, (64,))
+    exact = value_and_gradients(plain_caption, hidden, vocabulary, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = value_and_gradients(plain_caption, hidden, vocabulary, labels)
+        found = value_and_gradients(caption_loss, hidden, vocabulary, labels, chunk=7)
+    torch.testing.assert_close(found[0], plain[0], atol=0, rtol=1e-6)
+    for ours, theirs, truth in zip(found[1:], plain[1:], exact[1:], strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - truth).norm() <= 1.1 * (theirs - truth).norm()
+
+
+def test_no_gradient_is_formed_where_none_is_wanted() -> None:
+    pairs = (unit(4, 8), unit(4, 8), torch.ones(1))
+    states = (torch.randn(4, 8), torch.randn(9, 8).requires_grad_(), torch.tensor([1, 2, 3, 4]))
+    assert not contrastive_loss(*pairs).requires_grad
+    assert not siglip_loss(*pairs, torch.zeros(1)).requires_grad
+    with torch.no_grad():
+        assert not caption_loss(*states).requires_grad
+    caption_loss(*states).backward()
+    assert states[0].grad is None
+    assert states[1].grad is not None
+
+
+def test_caption_loss_uses_the_kernel_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in, as the real one needs a GPU."""
+    calls = []
+
+    def fused(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return F.cross_entropy(hidden @ weight.T, labels, reduction="sum", ignore_index=options["ignore_index"])
+
+    package = ModuleType("liger_kernel.transformers.functional")
+    package.liger_fused_linear_cross_entropy = fused
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setattr("coca_lit.losses.caption._has_kernel", lambda _: True)
+    inputs = (torch.randn(5, 8), torch.randn(9, 8), torch.tensor([1, -100, 3, 4, 0]))
+    found = value_and_gradients(caption_loss, *inputs)
+    torch.testing.assert_close(found, value_and_gradients(plain_caption, *inputs), atol=1e-6, rtol=1e-6)
+    assert calls[0]["reduction"] == "sum"
+
+
+# Several ranks. Every loss is written in three ways: tiled, the formula on all pairs on every rank ("global"), and own
+# rows against all columns ("local rows"); the latter two with nothing of the loss but `gather`.
+
+
+def local_rows(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    targets = torch.arange(len(images)) + rank() * len(images)
+    towards_texts = F.cross_entropy(scale * images @ gather(texts).T, targets)
+    return (towards_texts + F.cross_entropy(scale * texts @ gather(images).T, targets)) / 2
+
+
+CONTRASTIVE: dict[str, Callable[..., Tensor]] = {
+    "tiled": lambda i, t, s, b: contrastive_loss(i, t, s, tile=2),
+    "global": lambda i, t, s, b: plain_contrastive(gather(i), gather(t), s),
+    "local rows": lambda i, t, s, b: local_rows(i, t, s),
+    "siglip": lambda i, t, s, b: siglip_loss(i, t, s, b, tile=2),
+    "global siglip": lambda i, t, s, b: plain_siglip(gather(i), gather(t), s, b),
+}
+
+
 class Toy(nn.Module):
     """Projections of given inputs: every parameter is shared by all samples, as in the real model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.image, self.text = nn.Linear(6, 5), nn.Linear(6, 5)
-        self.scale = nn.Parameter(torch.tensor([2.0]))
+        self.scale, self.bias = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([-3.0]))
         self.decoder, self.vocabulary = nn.Linear(6, 7), nn.Linear(7, 13, bias=False)
 
-    def forward(self, images: Tensor, texts: Tensor, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, form: str, images: Tensor, texts: Tensor, states: Tensor, labels: Tensor) -> list[Tensor]:
         features = F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
-        return (
-            contrastive_loss(*features, self.scale.exp()),
-            caption_loss(self.decoder(states), self.vocabulary.weight, labels),
-        )
+        return [
+            CONTRASTIVE[form](*features, self.scale.exp(), self.bias),
+            caption_loss(self.decoder(states), self.vocabulary.weight, labels, chunk=3),
+        ]
 
 
-def toy_step() -> tuple[Tensor, dict[str, Tensor]]:
+def toy_step(form: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and gradients of this rank's part of 12 pairs, both averaged over ranks as DDP and the logger do."""
     torch.manual_seed(0)
     toy, count = Toy(), len(CAPTION_LENGTHS)
@@ -102,20 +216,25 @@ def toy_step() -> tuple[Tensor, dict[str, Tensor]]:
 
     share = count // world_size()
     own = slice(rank() * share, (rank() + 1) * share)
-    losses = torch.stack(toy(images[own], texts[own], torch.cat(states[own]), torch.cat(labels[own])))
+    losses = torch.stack(toy(form, images[own], texts[own], torch.cat(states[own]), torch.cat(labels[own])))
     losses.sum().backward()
-    results = [losses.detach(), *(p.grad for p in toy.parameters())]
+    gradients = {name: p.grad for name, p in toy.named_parameters() if p.grad is not None}
+    results = [losses.detach(), *gradients.values()]
     if world_size() > 1:
         for tensor in results:
             dist.all_reduce(tensor)
             tensor /= world_size()
-    return results[0], dict(zip(dict(toy.named_parameters()), results[1:], strict=True))
+    return results[0], dict(zip(gradients, results[1:], strict=True))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_losses_on_several_ranks_equal_one_process_with_the_global_batch(on_ranks, world: int) -> None:
-    losses, gradients = toy_step()
+@pytest.mark.parametrize(
+    ("form", "truth"),
+    [("tiled", "global"), ("global", "global"), ("local rows", "global"), ("siglip", "global siglip")],
+)
+def test_losses_on_several_ranks_equal_one_process_with_the_global_batch(on_ranks, form: str, truth: str) -> None:
+    losses, gradients = toy_step(truth)
     assert all(gradient.abs().max() > 1e-3 for gradient in gradients.values())
-    for rank_losses, rank_gradients in on_ranks(world, toy_step):
-        torch.testing.assert_close(rank_losses, losses, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(rank_gradients, gradients, atol=1e-6, rtol=0)
+    for results in [[toy_step(form)], on_ranks(2, toy_step, form), on_ranks(3, toy_step, form)]:
+        for rank_losses, rank_gradients in results:
+            torch.testing.assert_close(rank_losses, losses, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(rank_gradients, gradients, atol=1e-6, rtol=0)

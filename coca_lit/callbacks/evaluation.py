@@ -14,6 +14,7 @@ import lightning.pytorch as L
 from coca_lit.data.records import Record
 from coca_lit.distributed import say
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.sharding import unsharded
 
 
 class Evaluation(L.Callback):
@@ -69,10 +70,13 @@ class Evaluation(L.Callback):
         last = trainer.current_epoch + 1 == trainer.max_epochs  # the full scores follow at once
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0 and not last:
             few = self.records[: self.quick]
-            pl_module.log_dict(self._named(self.scores(_net(pl_module), few)), rank_zero_only=False, sync_dist=False)
+            with unsharded(_net(pl_module)) as net:
+                scores = self._named(self.scores(net, few))
+            pl_module.log_dict(scores, rank_zero_only=False, sync_dist=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        results = self.evaluate(_net(pl_module))
+        with unsharded(_net(pl_module)) as net:
+            results = self.evaluate(net)
         for logger in trainer.loggers:
             logger.log_metrics(results, step=trainer.global_step)
 

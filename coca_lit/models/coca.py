@@ -7,7 +7,7 @@ tokens ─ TextTower ───────────────────�
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from coca_lit.models.options import Options, Rerank, Strategy
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, TextTower
 from coca_lit.tokenizer import get_tokenizer
 
+Contrastive = Literal["softmax", "siglip"]
+
 IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
 
@@ -39,6 +41,7 @@ class CoCaOutput(NamedTuple):
     hidden: Tensor | None  # (N, D), decoder states before the vocabulary projection, caption after caption
     labels: Tensor | None  # (N,), the token that follows each of them
     vocabulary: Tensor | None  # (V, D), weight of the vocabulary projection
+    logit_bias: Tensor | None  # (1,), of a model with contrastive="siglip"
 
     @property
     def logits(self) -> Tensor:
@@ -63,6 +66,7 @@ class CoCa(nn.Module):
         cls_mask: correct | legacy, see `TextTower`.
         decoder_layers: pairs of self and cross blocks; 0 builds a CLIP with the same towers and no captioner.
         dropout: in the text tower and the decoder, while training.
+        contrastive: softmax (CLIP), or siglip, whose loss needs a learned bias beside the temperature.
     """
 
     def __init__(
@@ -83,8 +87,11 @@ class CoCa(nn.Module):
         text_heads: int = 8,
         decoder_layers: int = 12,
         dropout: float = 0.0,
+        contrastive: Contrastive = "softmax",
     ) -> None:
         super().__init__()
+        if contrastive not in ("softmax", "siglip"):
+            raise ValueError(f"contrastive must be 'softmax' or 'siglip', got '{contrastive}'")
         self.tokenizer = get_tokenizer(tokenizer, context_length)
         # Plain values that build this model again; they travel in every checkpoint.
         self.config: dict[str, Any] = {
@@ -103,6 +110,7 @@ class CoCa(nn.Module):
             "text_heads": text_heads,
             "decoder_layers": decoder_layers,
             "dropout": dropout,
+            "contrastive": contrastive,
         }
         if decoder_layers and pooler == "single" and pooler_queries < 2:
             raise ValueError(
@@ -118,9 +126,9 @@ class CoCa(nn.Module):
         self.decoder = (
             Decoder(vocab_size, text_width, embed_dim, decoder_layers, text_heads, dropout) if decoder_layers else None
         )
-        self.logit_scale = nn.Parameter(
-            torch.empty(1)
-        )  # one dimension, not zero: sharding engines split along the first
+        # One dimension, not zero: sharding engines split along the first.
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
         self._frozen: set[str] = set()
         init_parameters(self)
 
@@ -165,6 +173,7 @@ class CoCa(nn.Module):
             hidden=hidden,
             labels=labels,
             vocabulary=decoder.vocabulary.weight if decoder else None,
+            logit_bias=self.logit_bias,
         )
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
@@ -282,7 +291,9 @@ class CoCa(nn.Module):
         """
         if loss == "contrastive":
             separate = ["pooling.contrastive"] if self.pooling.variant != "single" else []
-            return [*separate, "image_projection", "text.cls_embedding", "text.norm", "text.projection", "logit_scale"]
+            bias = ["logit_bias"] if self.logit_bias is not None else []
+            text = ["text.cls_embedding", "text.norm", "text.projection"]
+            return [*separate, "image_projection", *text, "logit_scale", *bias]
         if loss == "caption":
             separate = ["pooling.generative"] if self.pooling.variant == "parallel" else []
             return [*separate, *(["decoder"] if self.decoder is not None else [])]

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from coca_lit.models.batch_norm import use_global_batch_norms
 from coca_lit.models.layers import AttentionalPooler
 
 Pooler = Literal["single", "parallel", "cascade"]
@@ -72,7 +73,9 @@ def _timm_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Mod
         arguments = {"img_size": image_size, **arguments}
     if name.startswith("vit_") and "_clip_" in name:  # as in OpenCLIP, tokens go to the pooler without a final norm
         arguments = {"final_norm": False, **arguments}
-    return timm.create_model(name, num_classes=0, global_pool="", **arguments)
+    trunk = timm.create_model(name, num_classes=0, global_pool="", **arguments)
+    use_global_batch_norms(trunk)
+    return trunk
 
 
 class ImagePooling(nn.Module):

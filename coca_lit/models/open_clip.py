@@ -1,8 +1,8 @@
 """Weights from and to OpenCLIP's CoCa, tensor for tensor (key names of open_clip 2.11 to 3.3).
 
 Names differ by the table below. Values differ in three ways: projections are stored transposed there, the packed
-query/key/value projection of a cross-attention is two matrices here, and the temperature is a scalar there and a
-vector of one here. Without a decoder the counterpart is OpenCLIP's `CustomTextCLIP`.
+query/key/value projection of a cross-attention is two matrices here, and temperature and bias of the contrastive
+logits are scalars there and vectors of one here. Without a decoder the counterpart is OpenCLIP's `CustomTextCLIP`.
 """
 
 import math
@@ -60,6 +60,7 @@ _PARTS: Parts = [
     ("decoder.norm.", "text_decoder.ln_final.", []),
     ("decoder.vocabulary.weight", "text_decoder.text_projection", []),
     ("logit_scale", "logit_scale", []),
+    ("logit_bias", "logit_bias", []),  # of a sigmoid loss only
 ]
 _TRANSPOSED = {"visual.proj", "text.text_projection", "text_decoder.text_projection"}
 _CROSS_ATTENTION = re.compile(r"(decoder\.cross_blocks\.\d+|pooling\.generative)\.attention\.(q|kv)\.(weight|bias)")
@@ -82,7 +83,9 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
         converted[name] = converted[name].T.contiguous()
     converted["visual.class_embedding"] = converted["visual.class_embedding"].flatten()
     converted["visual.positional_embedding"] = converted["visual.positional_embedding"][0]
-    converted["logit_scale"] = converted["logit_scale"][0]
+    for name in ("logit_scale", "logit_bias"):
+        if name in converted:
+            converted[name] = converted[name][0]
     return converted
 
 
@@ -144,6 +147,7 @@ def _sizes_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
         "text_layers": depth(theirs, "text.transformer.resblocks"),
         "text_heads": max(text_width // 64, 1),
         "decoder_layers": depth(theirs, "text_decoder.resblocks"),
+        "contrastive": "siglip" if "logit_bias" in theirs else "softmax",
     }
 
 

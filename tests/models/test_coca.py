@@ -446,3 +446,12 @@ def test_wrong_shapes(tiny_model: Build, images: tuple[int, ...], tokens: tuple[
 def test_unknown_loss_name(tiny_model: Build) -> None:
     with pytest.raises(ValueError, match="'contrastive' or 'caption', got 'clip'"):
         tiny_model().parameters_of_loss("clip")
+
+
+def test_siglip_starts_with_its_own_temperature_and_bias() -> None:
+    """t' = log 10, b = -10 (Zhai et al. 2023, section 3.2)."""
+    model = create_model("coca_tiny", contrastive="siglip")
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    assert model.logit_bias.item() == -10
+    assert "logit_bias" in model.parameters_of_loss("contrastive")
+    assert CoCa(**model.config).logit_bias is not None

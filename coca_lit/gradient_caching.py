@@ -1,0 +1,131 @@
+"""A large batch in small memory: the losses of a whole batch, computed in micro-batches (GradCache, Gao et al. 2021,
+arXiv 2101.06983).
+
+The contrastive loss couples all pairs, so the batch cannot just be cut. Its gradient by the parameters passes through
+the features, though, which are small:
+
+1. features of every micro-batch, without graph
+2. contrastive loss of all features, and its gradient by each feature
+3. each micro-batch once more, with graph: the parameters get the gradient of (features · gradient of 2) + caption loss
+
+What comes back is an ordinary differentiable loss, with gradients that are known already. Accumulation, clipping, mixed
+precision in bf16 and DistributedDataParallel see one backward pass and need not know. The memory of activations is
+that of one micro-batch, the price is a second forward pass of the two towers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coca_lit.distributed import sum_over_ranks
+from coca_lit.losses import caption_loss, contrastive_term
+from coca_lit.losses.gradients import with_gradients
+from coca_lit.models import CoCa, CoCaOutput
+
+
+class Pairs(NamedTuple):
+    """Some pairs of the batch."""
+
+    images: Tensor  # (b, 3, H, W)
+    tokens: Tensor  # (b, L)
+    lengths: Tensor  # (b,)
+    seed: int  # of dropout: both passes must drop the same
+
+
+def cached_loss(
+    net: CoCa, images: Tensor, tokens: Tensor, lengths: Tensor, size: int, weights: Mapping[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the losses of a batch, to be differentiated, and the raw terms whose weight is not 0.
+
+    Args:
+        images, tokens, lengths: the batch of this rank, as `CoCa.forward` takes it; B must be a multiple of `size`.
+        size: pairs that go through the network at a time.
+        weights: of "contrastive" and "caption"; the network is not asked for what has a weight of 0.
+    """
+    if len(images) % size:
+        raise ValueError(f"a batch of {len(images)} cannot be cut into micro-batches of {size}")
+    parts = micro_batches(images, tokens, lengths, size)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    gradients = _Sum(parameters)
+    terms, by_features = {}, None
+    if weights["contrastive"]:
+        terms["contrastive"], by_features = _contrastive(net, parts, weights["contrastive"], gradients)
+    total_tokens = sum_over_ranks((lengths - 1).sum())  # the first token of a caption is not predicted
+    for i, part in enumerate(parts):
+        out = _forward(net, part, contrastive=by_features is not None, captioning=weights["caption"] != 0)
+        share = []
+        if by_features is not None:
+            share += [(f * g[i]).sum() for f, g in zip(_features(out), by_features, strict=True)]
+        if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
+            caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens)
+            terms["caption"] = terms.get("caption", 0) + caption.detach()
+            share += [weights["caption"] * caption]
+        gradients.add(torch.stack(share).sum())
+    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    return with_gradients(loss, gradients.sums, parameters), terms
+
+
+def micro_batches(images: Tensor, tokens: Tensor, lengths: Tensor, size: int) -> list[Pairs]:
+    seeds = torch.randint(2**62, (len(images) // size,)).tolist()
+    return [
+        Pairs(*part) for part in zip(images.split(size), tokens.split(size), lengths.split(size), seeds, strict=True)
+    ]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of all devices start from `seed` inside the block and go on as before after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _forward(net: CoCa, part: Pairs, contrastive: bool, captioning: bool) -> CoCaOutput:
+    # Random numbers of the decoder come after those of the towers, so the towers draw the same with and without it.
+    with seeded(part.seed):
+        return net(part.images, part.tokens, part.lengths, contrastive=contrastive, captioning=captioning)
+
+
+def _features(out: CoCaOutput) -> tuple[Tensor, Tensor]:
+    assert out.image_features is not None
+    assert out.text_features is not None
+    return out.image_features, out.text_features
+
+
+def _contrastive(
+    net: CoCa, parts: Sequence[Pairs], weight: float, gradients: "_Sum"
+) -> tuple[Tensor, list[Sequence[Tensor]]]:
+    """The contrastive term, and its weighted gradients by image features and text features, micro-batch by micro-batch.
+    Those by temperature and bias, which are not in the second pass, are added up.
+    """
+    with torch.no_grad():
+        found = [_features(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
+    torch.clear_autocast_cache()  # it holds weights that were cast without gradient
+    features = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]  # (B, E), images and texts
+    images, texts = features
+    term = contrastive_term(images, texts, net.logit_scale.exp(), net.logit_bias)
+    by_features = gradients.add(weight * term, features)
+    return term.detach(), [g.split(len(parts[0].images)) for g in by_features]
+
+
+class _Sum:
+    """Gradients by parameters, added up over several losses. `autograd.grad` leaves alone what hooks on the `grad` of a
+    parameter, as DistributedDataParallel does, which expects one backward pass per step.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.sums: list[Tensor | None] = [None] * len(parameters)
+
+    def add(self, loss: Tensor, others: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        """Adds the gradients of `loss` and returns those by `others`."""
+        new = torch.autograd.grad(loss, [*self.parameters, *others], allow_unused=True)
+        for i, gradient in enumerate(new[: len(self.parameters)]):
+            if gradient is not None:
+                total = self.sums[i]
+                # A copy first: the gradients of two parameters may share their memory.
+                self.sums[i] = gradient.clone() if total is None else total.add_(gradient)
+        return new[len(self.parameters) :]

@@ -1,0 +1,98 @@
+"""The caption loss, in chunks: at no time do the logits of more than some tokens exist.
+
+A chunk is projected to the vocabulary, its cross-entropy and gradients are formed, and its logits are dropped. On a
+GPU with the extra `kernels` installed, a fused kernel of liger-kernel does the same; that path has not been run on a
+GPU yet.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coca_lit.distributed import sum_over_ranks, world_size
+from coca_lit.losses.gradients import wants_gradient, wide, with_gradients
+
+CHUNK = 2**24  # logits in a chunk, 64 MiB in fp32: 340 tokens of CLIP's vocabulary
+IGNORED = -100
+
+
+def caption_loss(
+    hidden: Tensor, vocabulary: Tensor, labels: Tensor, tokens: Tensor | None = None, chunk: int | None = None
+) -> Tensor:
+    """Cross-entropy of the next token, averaged over all real tokens of the global batch.
+
+    A mean per rank, averaged over ranks, would weigh tokens of ranks with short captions more; here every token
+    counts the same.
+
+    Args:
+        hidden: (N, D) decoder states that predict a token; N may differ between ranks.
+        vocabulary: (V, D) projection weight.
+        labels: (N,) ids of the tokens to predict; -100 is ignored.
+        tokens: the number of tokens to average over, of all ranks, where these are only a part of them.
+        chunk: tokens that are projected at a time; as many as fit `CHUNK` if not given.
+
+    Returns:
+        A scalar in nats per token whose mean over ranks is the global loss.
+    """
+    if tokens is None:
+        tokens = sum_over_ranks((labels != IGNORED).sum())
+    total = _kernel(hidden, vocabulary, labels) if _has_kernel(hidden) else _sum(hidden, vocabulary, labels, chunk)
+    return total * world_size() / tokens.clamp(min=1)
+
+
+def _sum(hidden: Tensor, vocabulary: Tensor, labels: Tensor, chunk: int | None) -> Tensor:
+    """Σ cross-entropy. Products are in the precision of autocast, softmax and sums of gradients in fp32."""
+    inputs = (hidden, vocabulary)
+    for_hidden, for_vocabulary = map(wants_gradient, inputs)
+    device = hidden.device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    by_hidden = torch.empty_like(hidden) if for_hidden else None
+    by_vocabulary = torch.zeros_like(vocabulary, dtype=total.dtype) if for_vocabulary else None
+    with torch.autocast(device, enabled=False), torch.no_grad():
+        weight, step = vocabulary.to(precision), chunk or max(CHUNK // len(vocabulary), 1)
+        for begin in range(0, len(hidden), step):
+            part = slice(begin, begin + step)
+            states, targets = hidden[part].to(precision), labels[part]  # (chunk, D), (chunk,)
+            logits = wide(F.linear(states, weight))  # (chunk, V)
+            real = targets != IGNORED
+            picked = torch.where(real, targets, 0)[:, None]
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            total += ((log_sum - logits.gather(1, picked))[:, 0] * real).sum()
+            if not (for_hidden or for_vocabulary):
+                continue
+            p = logits.sub_(log_sum.masked_fill_(~real[:, None], torch.inf)).exp_()  # zero where ignored
+            p = p.scatter_add_(1, picked, -real[:, None].to(p.dtype)).to(precision)  # gradient by the logits
+            if by_hidden is not None:
+                by_hidden[part] = p @ weight
+            if by_vocabulary is not None:
+                _add_product(by_vocabulary, p, states)
+    if not (for_hidden or for_vocabulary):
+        return total
+    by_vocabulary = None if by_vocabulary is None else by_vocabulary.to(vocabulary.dtype)
+    return with_gradients(total, (by_hidden, by_vocabulary), inputs)
+
+
+def _add_product(total: Tensor, p: Tensor, states: Tensor) -> None:
+    """total (V, D) += pᵀ (V, chunk) states (chunk, D)"""
+    if p.dtype == total.dtype:
+        total.addmm_(p.T, states)
+    else:
+        total += p.T @ states
+
+
+def _has_kernel(hidden: Tensor) -> bool:
+    return hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None
+
+
+def _kernel(hidden: Tensor, vocabulary: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    device = hidden.device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    states, weight = hidden.to(precision), vocabulary.to(precision)
+    return liger_fused_linear_cross_entropy(
+        states, weight, labels, ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+    )

@@ -1,0 +1,94 @@
+"""Symmetric InfoNCE over the global batch, in tiles: no rank holds more than some rows of its logits.
+
+Each rank scores its own B images against the W·B texts of all ranks and nothing else. The softmax over the texts of an
+image is then complete on the rank; that over the images of a text needs only the log-sum-exps of the other ranks, W·B
+numbers. So the texts alone are gathered, every logit is computed on one rank, and its gradient in the second of two
+passes over the tiles: 4 matrix products where scoring images and texts separately takes 6.
+"""
+
+import torch
+from torch import Tensor
+
+from coca_lit.distributed import gather, logsumexp_over_ranks, rank
+from coca_lit.losses.gradients import wants_gradient, wide, with_gradients
+
+TILE = 256  # rows: fewer make the products slower, more leave the processor's cache
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, tile: int = TILE) -> Tensor:
+    """Symmetric InfoNCE over the global batch (CLIP, Radford et al. 2021): image i belongs to text i.
+
+    Args:
+        image_features, text_features: (B, E), unit length; the same B on every rank.
+        logit_scale: (1,), inverse temperature.
+        tile: images that are scored at a time.
+
+    Returns:
+        This rank's share, a scalar in nats whose mean over ranks is the global loss.
+    """
+    images, texts, scale = wide(image_features), wide(gather(text_features)), wide(logit_scale)  # texts: (W·B, E)
+    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+        rows = tiles(len(images), tile)
+        own = rank() * len(images)
+        over_texts, over_images, pairs = _log_sums(images, texts, scale, own, rows)
+        total = (over_texts + over_images[own : own + len(images)] - 2 * pairs).sum()
+    inputs = (images, texts, scale)
+    if not any(map(wants_gradient, inputs)):
+        return total / (2 * len(images))
+    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+        gradients = _gradients(images, texts, scale, over_texts, over_images, own, rows)
+    return with_gradients(total / (2 * len(images)), gradients, inputs)
+
+
+def tiles(rows: int, tile: int) -> list[slice]:
+    return [slice(start, min(start + tile, rows)) for start in range(0, rows, tile)]
+
+
+def _logits(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """(tile, E), (W·B, E) -> (tile, W·B). Less the scale, which changes no softmax: what belongs together is then near
+    0, where floating-point numbers lie densest.
+    """
+    return torch.addmm(-scale, images * scale, texts.T)
+
+
+def _log_sums(
+    images: Tensor, texts: Tensor, scale: Tensor, own: int, rows: list[slice]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ exp(logit) over all texts for each own image (B,), and over the images of all ranks for each text (W·B,);
+    the logits of what belongs together (B,).
+    """
+    over_texts, pairs = images.new_empty(len(images)), images.new_empty(len(images))
+    over_images = images.new_full((len(texts),), -torch.inf)
+    for tile in rows:
+        logits = _logits(images[tile], texts, scale)
+        pairs[tile] = logits.diagonal(own + tile.start)
+        over_texts[tile] = logits.logsumexp(dim=1)
+        over_images = torch.logaddexp(over_images, logits.logsumexp(dim=0))
+    return over_texts, logsumexp_over_ranks(over_images), pairs
+
+
+def _gradients(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    over_texts: Tensor,
+    over_images: Tensor,
+    own: int,
+    rows: list[slice],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the shares of all ranks, in their mean, by images (B, E), texts (W·B, E) and scale (1,).
+
+    With p = softmax over texts + softmax over images, twice B times the share has the gradient p - 2 on the diagonal
+    and p elsewhere by each logit.
+    """
+    by_images, by_texts = torch.empty_like(images), torch.zeros_like(texts)
+    for tile in rows:
+        logits = _logits(images[tile], texts, scale)
+        p = (logits - over_texts[tile, None]).exp_()
+        p += logits.sub_(over_images).exp_()
+        p.diagonal(own + tile.start).sub_(2)
+        torch.mm(p, texts, out=by_images[tile])
+        by_texts.addmm_(p.T, images[tile])
+    share = 1 / (2 * len(images))
+    by_scale = (by_images * images).sum().view(1) * share
+    return by_images.mul_(scale * share), by_texts.mul_(scale * share), by_scale

@@ -1,0 +1,37 @@
+"""A value whose gradients were computed along with it.
+
+A loss that works in chunks has every logit at hand once, in the forward pass. Forming the gradients right there means
+that no logit is kept, or computed again, for the backward pass.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_gradients(value: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Tensor:
+    """`value` (a scalar) as a differentiable function of `inputs`, with the given gradients; None is none."""
+    return _Known.apply(value, len(inputs), *gradients, *inputs)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 if it is that: logits reach 100, where bf16 has steps of a half."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        known = [None if g is None else g * outer[0].to(g.dtype) for g in ctx.saved_tensors]
+        return (None, None, *[None] * len(known), *known)

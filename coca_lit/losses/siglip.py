@@ -1,0 +1,55 @@
+"""The pairwise sigmoid loss of SigLIP, in tiles: every image-text pair of the global batch is a yes-or-no question.
+
+No normalisation couples the pairs, so one pass gives value and gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coca_lit.distributed import gather, rank
+from coca_lit.losses.contrastive import TILE, tiles
+from coca_lit.losses.gradients import wants_gradient, wide, with_gradients
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    tile: int = TILE,
+) -> Tensor:
+    """-Σ log sigmoid(±(scale · image · text + bias)) over all pairs, + for what belongs together, for each image
+    (Zhai et al. 2023, arXiv 2303.15343, algorithm 1).
+
+    Args:
+        image_features, text_features: (B, E), unit length; the same B on every rank.
+        logit_scale, logit_bias: (1,); the bias answers that most pairs do not belong together.
+        tile: images that are scored at a time.
+
+    Returns:
+        This rank's share, its own images against the texts of all ranks, a scalar in nats whose mean over ranks is the
+        global loss.
+    """
+    images, texts = wide(image_features), wide(gather(text_features))  # (B, E), (W·B, E)
+    scale, bias = wide(logit_scale), wide(logit_bias)
+    inputs = (images, texts, scale, bias)
+    differentiate = any(map(wants_gradient, inputs))
+    by_images, by_texts, by_bias = torch.zeros_like(images), torch.zeros_like(texts), torch.zeros_like(bias)
+    own, share = rank() * len(images), 1 / len(images)
+    total = images.new_zeros(())
+    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+        for rows in tiles(len(images), tile):
+            logits = torch.addmm(bias, images[rows] * scale, texts.T)  # (tile, W·B)
+            total += F.softplus(logits).sum() - logits.diagonal(own + rows.start).sum()
+            if differentiate:
+                p = logits.sigmoid_()
+                p.diagonal(own + rows.start).sub_(1)
+                torch.mm(p, texts, out=by_images[rows])
+                by_texts.addmm_(p.T, images[rows])
+                by_bias += p.sum()
+        by_scale = (by_images * images).sum().view(1)
+        gradients = [by_images * scale, by_texts * scale, by_scale, by_bias]
+    if not differentiate:
+        return total * share
+    return with_gradients(total * share, [g.mul_(share) for g in gradients], inputs)
