@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coca_lit.apply.files import replacing
 from coca_lit.apply.fingerprint import fingerprint
-from coca_lit.apply.images import SUFFIXES, find_images, load_images
+from coca_lit.apply.images import SUFFIXES, Source, find_images, load_images
 from coca_lit.data.records import DataError
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.collect import evaluating
@@ -168,11 +168,14 @@ class ImageIndex:
         """Features (E,) of images by their position in `paths`, and why others have none."""
         features: dict[int, Tensor] = {}
         unreadable: dict[int, str] = {}
-        for positions, pixels, broken in load_images(paths, self.model.image_size, batch_size, num_workers):
+        starts = range(0, len(paths), batch_size)
+        batches = [[Source(str(path), path) for path in paths[start : start + batch_size]] for start in starts]
+        loaded = load_images(batches, self.model.image_size, num_workers)
+        for start, (positions, pixels, broken) in zip(starts, loaded, strict=True):
             if positions:
                 rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
-                features |= zip(positions, rows, strict=True)
-            unreadable |= broken
+                features |= {start + i: row for i, row in zip(positions, rows, strict=True)}
+            unreadable |= {start + i: reason for i, reason in broken.items()}
             if progress:
                 progress(len(features) + len(unreadable), len(paths))
         return features, unreadable

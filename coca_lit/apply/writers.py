@@ -1,0 +1,254 @@
+"""Where captions go. A writer knows what is written already, so that work that was killed goes on where it stopped.
+
+Beside a result lies NAME.settings.json: the model and the options that it was made with. A result is continued with the
+same ones only, and a file that has none is never touched.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coca_lit.apply.files import replacing
+from coca_lit.apply.images import Source
+from coca_lit.apply.inputs import Files, OpenShard, Shard, Unit
+from coca_lit.apply.journal import append, parts, read_lines, repair
+from coca_lit.apply.rows import print_rows
+from coca_lit.apply.shards import write_shard
+from coca_lit.data.records import DataError
+from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
+
+SETTINGS = "settings.json"
+Captions = Sequence[str]  # of one image, the best first
+
+
+class Writer(ABC):
+    """Takes the captions of this process, batch by batch."""
+
+    def has_unit(self, unit: Unit) -> bool:
+        """Whether all of a unit is written already."""
+        return False
+
+    def has(self, source: Source) -> bool:
+        """Whether the captions of an image are written already."""
+        return False
+
+    @abstractmethod
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        """Adds the captions of images that are not written yet."""
+
+    def end_shard(self, shard: OpenShard) -> None:
+        """All of a shard was handed over."""
+        return
+
+    def finish(self) -> None:
+        """All of this process was handed over; returns when the result is complete."""
+        return
+
+
+class Printer(Writer):
+    """Lines of path, tab and caption on standard output, one for each caption, in the order of the inputs."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self.kept: dict[Source, Captions] = {}
+
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        if world_size() == 1:
+            self._print(captions)
+        else:  # lines of several processes would mix
+            self.kept |= captions
+
+    def finish(self) -> None:
+        gathered = {source: found for part in gather_objects(self.kept) for source, found in part.items()}
+        if rank() == 0 and gathered:
+            self._print({source: gathered[source] for source in all_sources(self.units) if source in gathered})
+
+    def _print(self, captions: Mapping[Source, Captions]) -> None:
+        print_rows([(source.name, caption) for source, found in captions.items() for caption in found])
+
+
+class JsonLines(Writer):
+    """A line {"path": …, "caption": …} for each image; with several captions also "captions", all of them.
+
+    Rank 0 appends to the file, any other rank to a part of its own beside it; at the end rank 0 brings all lines into
+    the order of the inputs. A line that was cut off when a process was killed is removed.
+    """
+
+    key = "path"
+
+    def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
+        claim(path.with_name(f"{path.name}.{SETTINGS}"), path.exists(), settings)
+        self.path, self.units = path, units
+        self.journal = self._journal()
+        repair(self.journal)
+        self.done = set(self._rows())
+
+    def has(self, source: Source) -> bool:
+        return self._id(source) in self.done
+
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        rows = [{self.key: self._id(source), **self._texts(found)} for source, found in captions.items()]
+        append(self.journal, rows)
+        self.done.update(row[self.key] for row in rows)
+
+    def finish(self) -> None:
+        gather_objects(None)  # waits until every process has written
+        if rank() == 0:
+            rows = self._rows()
+            names = dict.fromkeys(self._id(source) for source in all_sources(self.units))
+            others = [name for name in rows if name not in names]  # of earlier inputs
+            self._save([rows[name] for name in [*others, *names] if name in rows])
+            for part in parts(self.path):
+                part.unlink()
+
+    def _journal(self) -> Path:
+        return self.path if rank() == 0 else self.path.with_name(f"{self.path.name}.rank{rank()}")
+
+    def _rows(self) -> dict[Any, dict[str, Any]]:
+        """All rows that any process has written, by their key."""
+        lines = [row for file in (self.path, *parts(self.path)) for row in read_lines(file, self.key)]
+        return {row[self.key]: row for row in lines}
+
+    def _save(self, rows: list[dict[str, Any]]) -> None:
+        content = "".join(f"{json.dumps(row)}\n" for row in rows)
+        if not self.path.exists() or self.path.read_text() != content:
+            with replacing(self.path) as temporary:
+                temporary.write_text(content)
+
+    def _id(self, source: Source) -> Any:
+        return source.name
+
+    def _texts(self, captions: Captions) -> dict[str, Any]:
+        return {"caption": captions[0]} | ({"captions": list(captions)} if len(captions) > 1 else {})
+
+
+class CocoResults(JsonLines):
+    """The results format of COCO, [{"image_id": …, "caption": …}], as COCO's own evaluation and `coca-score` read it.
+
+    The id of an image is the number that its file name consists of, or ends with as in COCO_val2014_000000000042.jpg;
+    else the file name without its suffix. Until the end the captions are in parts beside the file.
+    """
+
+    key = "image_id"
+
+    def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
+        owners: dict[int | str, str] = {}
+        for source in (source for unit in units if isinstance(unit, Files) for source in unit.sources):
+            other = owners.setdefault(self._id(source), source.name)
+            if other != source.name:
+                raise DataError(f"{other} and {source.name} have the same image id: write .jsonl, which has paths")
+        super().__init__(path, units, settings)
+
+    def _journal(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.rank{rank()}")
+
+    def _rows(self) -> dict[Any, dict[str, Any]]:
+        rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        rows += [row for file in parts(self.path) for row in read_lines(file, self.key)]
+        return {row[self.key]: row for row in rows}
+
+    def _save(self, rows: list[dict[str, Any]]) -> None:
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(rows, indent=0) + "\n")
+
+    def _id(self, source: Source) -> int | str:
+        stem = Path(source.name).stem
+        number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem, re.ASCII)
+        return int(number[1]) if number else stem
+
+    def _texts(self, captions: Captions) -> dict[str, Any]:
+        return {"caption": captions[0]}
+
+
+class Recaptioned(Writer):
+    """A folder of shards, each a copy of an input with the new captions, see `coca_lit.apply.shards`.
+
+    A shard is there whole or not at all; one that is there is done.
+    """
+
+    def __init__(self, folder: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
+        shards = [unit.path for unit in units if isinstance(unit, Shard)]
+        if len(shards) < len(units):
+            raise DataError(f"{folder} would hold shards, which are made from shards: for files give output=NAME.jsonl")
+        names: dict[str, Path] = {}
+        for path in shards:
+            if names.setdefault(path.name, path) != path:
+                raise DataError(f"{names[path.name]} and {path} would both become {folder / path.name}")
+            if path.resolve() == (folder / path.name).resolve():
+                raise DataError(f"{path} would replace itself: choose another folder as output")
+        claim(folder / SETTINGS, folder.exists() and any(folder.iterdir()), settings)
+        self.folder = folder
+        self.captions: dict[str, Captions] = {}  # of the shard in work, by the name of the image
+
+    def has_unit(self, unit: Unit) -> bool:
+        return isinstance(unit, Shard) and (self.folder / unit.path.name).exists()
+
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        self.captions |= {source.name: found for source, found in captions.items()}
+
+    def end_shard(self, shard: OpenShard) -> None:
+        keys = {sample.key: f"{shard.path}/{sample.key}" for sample in shard.samples}
+        captions = {key: self.captions[name] for key, name in keys.items() if name in self.captions}
+        write_shard(shard.path, self.folder / shard.path.name, shard.samples, captions)
+        self.captions = {}
+
+
+def open_writer(output: str | None, units: Sequence[Unit], settings: dict[str, Any]) -> Writer:
+    """The writer for `output`: None, NAME.jsonl, NAME.json or a folder.
+
+    Raises:
+        DataError: another suffix, or the output cannot be written or continued.
+    """
+    if output is None:
+        return Printer(units)
+    path = Path(output)
+    if path.suffix == ".jsonl":
+        return JsonLines(path, units, settings)
+    if path.suffix == ".json":
+        if settings["generate"].get("num_captions", 1) > 1:
+            raise DataError("a COCO results file holds one caption for each image: write .jsonl for several")
+        return CocoResults(path, units, settings)
+    if path.suffix and not path.is_dir() and not output.endswith("/"):
+        known = "expected .jsonl, .json, or a folder for shards"
+        raise DataError(f"unknown suffix '{path.suffix}' of output={output}: {known}")
+    return Recaptioned(path, units, settings)
+
+
+def claim(file: Path, taken: bool, settings: dict[str, Any]) -> None:
+    """Notes in `file` that an output is made with `settings`; raises `DataError` on every process if it is not so.
+
+    Args:
+        taken: something is there already.
+    """
+    problem = None
+    if rank() == 0:
+        try:
+            _claim(file, taken, settings)
+        except DataError as error:
+            problem = str(error)
+    if problem := broadcast_object(problem):
+        raise DataError(problem)
+
+
+def _claim(file: Path, taken: bool, settings: dict[str, Any]) -> None:
+    if file.exists():
+        known = json.loads(file.read_text())
+        changed = [key for key in settings if known.get(key) != settings[key]]
+        if changed:
+            was, now = known.get(changed[0]), settings[changed[0]]
+            raise DataError(
+                f"{file} says {changed[0]} {was}, now it is {now}: choose another output, or remove this one"
+            )
+    elif taken:
+        raise DataError(f"the output exists and coca-caption did not write it ({file} is missing): choose another")
+    else:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def all_sources(units: Sequence[Unit]) -> Iterator[Source]:
+    for unit in units:
+        yield from unit.sources if isinstance(unit, Files) else unit.open().sources
