@@ -56,8 +56,6 @@ def command(config: str, function: Callable[[DictConfig], Any], positional: Posi
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()
     except user_errors() as error:
         sys.exit(f"error: {_explain(error, config)}")
-    except BrokenPipeError:  # whoever read our output, as `head` does, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         print_sweep()
 

@@ -21,8 +21,9 @@ PLAIN = [
     *("coca_lit.checkpoints", "coca_lit.data.transforms"),
     *(
         f"coca_lit.{folder}.{p.stem}"
-        for folder in ("models", "evals")
+        for folder in ("models", "evals", "apply")
         for p in ROOT.glob(f"coca_lit/{folder}/[a-z]*.py")
+        if f"{folder}/{p.name}" not in ENTRY_POINTS
     ),
 ]
 

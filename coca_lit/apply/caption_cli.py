@@ -41,7 +41,7 @@ class GenerateConfig:
 class CaptionConfig:
     """The keys of `coca-caption`; `conf/caption.yaml` explains them."""
 
-    images: list[str] = MISSING
+    images: list[str] = field(default_factory=list)
     checkpoint: str = MISSING
     output: str | None = None
     batch_size: int = 32
@@ -78,7 +78,8 @@ def run(cfg: DictConfig) -> None:
         model = load_checkpoint(cfg.checkpoint)
         if model.decoder is None:
             raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
-        settings = {"model": fingerprint(model), "generate": options, "seed": cfg.seed}
+        settings = {"model": fingerprint(model), "seed": cfg.seed}
+        settings |= {f"generate.{key}": value for key, value in options.items()}
         model = model.to(device, torch.bfloat16 if bf16 else None)
         with blame("generate"):  # options that do not go together are said now, and not after the first photos
             model.generate(torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8), **options)

@@ -8,6 +8,12 @@ from pathlib import Path
 from coca_lit.data.records import DataError
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes temporary files that killed processes left in a folder; `name` is the pattern of what they were for."""
+    for file in folder.glob(f".{name}.*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; what the block wrote there takes the place of `path` when the block ends well.

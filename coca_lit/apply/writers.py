@@ -4,6 +4,7 @@ Beside a result lies NAME.settings.json: the model and the options that it was m
 same ones only, and a file that has none is never touched.
 """
 
+import glob
 import json
 import re
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coca_lit.apply.files import replacing
+from coca_lit.apply.files import remove_leftovers, replacing
 from coca_lit.apply.images import Source
 from coca_lit.apply.inputs import Files, OpenShard, Shard, Unit
 from coca_lit.apply.journal import append, parts, read_lines, repair
@@ -80,6 +81,8 @@ class JsonLines(Writer):
     key = "path"
 
     def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
+        if rank() == 0:
+            remove_leftovers(path.parent, glob.escape(path.name))
         claim(path.with_name(f"{path.name}.{SETTINGS}"), path.exists(), settings)
         self.path, self.units = path, units
         self.journal = self._journal()
@@ -179,6 +182,8 @@ class Recaptioned(Writer):
                 raise DataError(f"{names[path.name]} and {path} would both become {folder / path.name}")
             if path.resolve() == (folder / path.name).resolve():
                 raise DataError(f"{path} would replace itself: choose another folder as output")
+        if rank() == 0:
+            remove_leftovers(folder)
         claim(folder / SETTINGS, folder.exists() and any(folder.iterdir()), settings)
         self.folder = folder
         self.captions: dict[str, Captions] = {}  # of the shard in work, by the name of the image
@@ -208,7 +213,7 @@ def open_writer(output: str | None, units: Sequence[Unit], settings: dict[str, A
     if path.suffix == ".jsonl":
         return JsonLines(path, units, settings)
     if path.suffix == ".json":
-        if settings["generate"].get("num_captions", 1) > 1:
+        if settings.get("generate.num_captions", 1) > 1:
             raise DataError("a COCO results file holds one caption for each image: write .jsonl for several")
         return CocoResults(path, units, settings)
     if path.suffix and not path.is_dir() and not output.endswith("/"):
@@ -236,12 +241,10 @@ def claim(file: Path, taken: bool, settings: dict[str, Any]) -> None:
 def _claim(file: Path, taken: bool, settings: dict[str, Any]) -> None:
     if file.exists():
         known = json.loads(file.read_text())
-        changed = [key for key in settings if known.get(key) != settings[key]]
-        if changed:
-            was, now = known.get(changed[0]), settings[changed[0]]
-            raise DataError(
-                f"{file} says {changed[0]} {was}, now it is {now}: choose another output, or remove this one"
-            )
+        for key in {**settings, **known}:
+            was, now = known.get(key), settings.get(key)
+            if was != now:
+                raise DataError(f"{file} says {key}={was}, but now it is {now}: choose another output")
     elif taken:
         raise DataError(f"the output exists and coca-caption did not write it ({file} is missing): choose another")
     else:
