@@ -1,12 +1,16 @@
 """Words on the command line that name no key: whatever they hold, they arrive as they were typed."""
 
+import shlex
+from importlib import import_module
 from pathlib import Path
 
 import hydra
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from coca_lit.arguments import to_overrides
+from coca_lit.cli import CONF
 from coca_lit.config import ConfigError
 
 HOSTILE = [
@@ -49,3 +53,17 @@ def test_flags_and_their_values_stay() -> None:
 def test_a_word_too_many() -> None:
     with pytest.raises(ConfigError, match=r"^expected INDEX and QUERY and key=value, found also 'dog': quote a text"):
         to_overrides(["photos", "a", "dog"], ("index", "query"))
+
+
+@pytest.mark.parametrize(("command", "positional"), [("caption", "images"), ("search", ("index", "query"))])
+def test_examples_of_help_compose(command: str, positional: str | tuple[str, ...]) -> None:
+    import_module(f"coca_lit.apply.{command}_cli")  # registers its schema
+    lines = yaml.safe_load((CONF / "hydra" / "help" / f"{command}.yaml").read_text())["template"].splitlines()
+    examples = [line.strip().split("    ")[0] for line in lines if line.startswith(("  coca-", "  torchrun"))]
+    assert len(examples) > 3
+    for example in examples:
+        words = shlex.split(example)
+        start = 4 if words[0] == "torchrun" else 1
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose(command, to_overrides(words[start:], positional))
+        assert cfg.checkpoint == "last.ckpt" or "my_run" in cfg.checkpoint

@@ -13,7 +13,7 @@ import pytest
 from applying import caption, new_model
 
 from coca_lit import save_model
-from coca_lit.apply import journal, shards, writers
+from coca_lit.apply import journal, line_writers, shards
 from coca_lit.data.scenes import render
 from coca_lit.data.scenes_export import write_shards
 
@@ -85,10 +85,10 @@ def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     path, kills = tmp_path / output, 0
     for at in (1, 2, 1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(writers, "append", dying(journal.append, at, half_a_line))
+            patch.setattr(line_writers, "append", dying(journal.append, at, half_a_line))
             kills += killed(lambda: write(folder, path))
     with monkeypatch.context() as patch:  # and while everything is brought in order
-        patch.setattr(writers, "replacing", dying(writers.replacing, 1))
+        patch.setattr(line_writers, "replacing", dying(line_writers.replacing, 1))
         kills += killed(lambda: write(folder, path))
     assert kills >= 3
     write(folder, path)
