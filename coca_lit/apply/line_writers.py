@@ -77,8 +77,8 @@ class JsonLines(Writer):
 class CocoResults(JsonLines):
     """The results format of COCO, [{"image_id": …, "caption": …}], as COCO's own evaluation and `coca-score` read it.
 
-    The id of an image is the number in names like 000000000042.jpg and COCO_val2014_000000000042.jpg, else the file name
-    without its suffix. Until the end the captions are in parts beside the file.
+    The id of an image is the number in names like 000000000042.jpg and COCO_val2014_000000000042.jpg, else the file
+    name without its suffix. Until the end the captions are in parts beside the file.
     """
 
     key = "image_id"
