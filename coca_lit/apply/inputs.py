@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 from coca_lit.apply.images import SUFFIXES, Source, find_files, find_images
 from coca_lit.apply.shards import Sample, scan_shard
 from coca_lit.data.records import DataError
-from coca_lit.data.shards import expand_shards
+from coca_lit.data.shard_set import find_shards
 
 SHARD = ".tar"
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), folders, or shards ({SHARD})"
@@ -84,13 +84,20 @@ def _paths(word: str) -> Iterator[Path]:
             raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
         yield path
     elif word.endswith(SHARD):
-        yield from expand_shards(word)
+        yield from _find_shards(word)
     else:
         matches = _matches(word)
         if not matches:
             raise DataError(f"there is no '{word}': {EXPECTED}")
         for match in matches:
             yield from _paths(match)
+
+
+def _find_shards(pattern: str) -> list[Path]:
+    try:
+        return [shard.path for shard in find_shards(pattern)]
+    except ValueError as error:  # a brace without its partner
+        raise DataError(f"'{pattern}' is not a range of shards like {{00000..00099}}.tar: {error}") from error
 
 
 def _matches(pattern: str) -> list[str]:

@@ -24,6 +24,7 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes import render
 from coca_lit.data.scenes_export import write_shards
+from coca_lit.data.shard_set import Shard as ShardFile
 from coca_lit.data.shards import read_shard
 from coca_lit.models import CoCa
 
@@ -188,7 +189,7 @@ def test_shards_keep_everything_but_the_caption(
                 original = {"original_caption": before[f"{stem}.txt"].decode()}
                 assert json.loads(after[name]) == json.loads(content) | original
         for key, member in ((None, ".txt"), ("original_caption", ".txt")):  # training reads the new and the old caption
-            samples = list(read_shard(tmp_path / "new" / path.name, key, BadSamples(0)))
+            samples = list(read_shard(ShardFile(tmp_path / "new" / path.name), key, BadSamples(0)))
             source = after if key is None else before
             assert [s.caption for s in samples] == [v.decode() for n, v in source.items() if n.endswith(member)]
     # Made anew a shard is the same, byte for byte; captioned once more it still has the first caption.
@@ -283,6 +284,7 @@ def test_output_is_continued_with_the_same_model_and_options_only(
         ("images=[]", r"^nothing to caption: expected images \(\.jpg, .*\), folders, or shards \(\.tar\)$"),
         ("images=[absent]", r"^there is no 'absent': expected images"),
         ("images=['a{b']", r"^there is no 'a\{b': expected images"),
+        ("images=['{0..3.tar']", r"^'\{0\.\.3\.tar' is not a range of shards like \{00000\.\.00099\}\.tar: "),
         ("images=['{0..3}.tar']", "^4 of 4 shards not found"),
         ("images=[.]", r"^no image and no shard in '\.'"),
         ("images=[notes.txt]", r"^'notes\.txt' has the unknown suffix '\.txt': expected images"),
