@@ -5,7 +5,6 @@ Heavy packages are imported inside functions, so that `--help` and a typing erro
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from coca_lit.arguments import Positional, to_overrides
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
 from coca_lit.redaction import redact_configs
 from coca_lit.sweep import print_sweep
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import Evaluation
+    from coca_lit.models import CoCa
 
 PACKAGE = Path(__file__).resolve().parent
 # In a checkout the configs lie beside the package, in a wheel inside it.
@@ -41,24 +42,22 @@ def train() -> None:
     command("train", run)
 
 
-def command(config: str, function: Callable[[DictConfig], Any]) -> None:
+def command(config: str, function: Callable[[DictConfig], Any], positional: Positional = ()) -> None:
     """Runs `function` on the composed `conf/{config}.yaml`. Mistakes of the user are one sentence on standard
     error and exit code 1.
+
+    Args:
+        positional: the keys of arguments that are given without one, see `to_overrides`.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
     redact_configs()
-    sys.argv[1:] = [quote_range(argument) for argument in sys.argv[1:]]
     try:
+        sys.argv[1:] = to_overrides(sys.argv[1:], positional)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()
     except user_errors() as error:
         sys.exit(f"error: {_explain(error, config)}")
     finally:
         print_sweep()
-
-
-def quote_range(argument: str) -> str:
-    """Quotes a value like /data/{00000..00099}.tar, whose brace Hydra would take for the start of a dictionary."""
-    return re.sub(r"""^([^=]+)=([^"'\[]*\{\d+\.\.\d+\}.*)$""", r'\1="\2"', argument)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -174,6 +173,14 @@ def configure_libraries(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
+
+
+def load_checkpoint(path: str) -> "CoCa":
+    """The model in a file; one that holds something else is a mistake in the key `checkpoint`."""
+    from coca_lit.checkpoints import load_model
+
+    with blame("checkpoint"):
+        return load_model(path)
 
 
 def best_precision() -> str:

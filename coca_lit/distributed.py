@@ -11,6 +11,7 @@ with the whole batch:
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -29,9 +30,12 @@ def rank() -> int:
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
+def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
     """The device of this process, and inside the block the process group that torchrun asks for, if it started us.
     Training leaves this to Lightning.
+
+    Args:
+        timeout: how long a process waits for the others; default 10 (GPU) or 30 minutes.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -40,7 +44,7 @@ def process_group() -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     try:
         yield device
     finally:

@@ -12,14 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
-ENTRY_POINTS = {"cli.py", "evaluate.py", "config.py", "sweep.py", "run_folder.py", "export/cli.py", "redaction.py"}
+ENTRY_POINTS = {
+    *("cli.py", "arguments.py", "config.py", "sweep.py", "redaction.py", "run_folder.py"),
+    *("evaluate.py", "export/cli.py", "apply/caption_cli.py", "apply/search_cli.py"),
+}
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
     *("coca_lit.checkpoints", "coca_lit.data.transforms"),
     *(
         f"coca_lit.{folder}.{p.stem}"
-        for folder in ("models", "evals")
+        for folder in ("models", "evals", "apply")
         for p in ROOT.glob(f"coca_lit/{folder}/[a-z]*.py")
+        if f"{folder}/{p.name}" not in ENTRY_POINTS
     ),
 ]
 
@@ -47,9 +51,9 @@ def test_plain_parts_load_no_framework() -> None:
     assert not loaded & FRAMEWORKS
 
 
-@pytest.mark.parametrize("command", ["coca_lit.cli", "coca_lit.evaluate", "coca_lit.export.cli"])
+@pytest.mark.parametrize("command", ["cli", "evaluate", "export.cli", "apply.caption_cli", "apply.search_cli"])
 def test_command_line_loads_no_torch(command: str) -> None:
-    loaded = loaded_by(command)
+    loaded = loaded_by(f"coca_lit.{command}")
     assert "hydra" in loaded
     assert not loaded & {"torch", "lightning", "timm", "numpy", "matplotlib", "pycocoevalcap", "webdataset"}
 

@@ -13,9 +13,10 @@ import yaml
 from PIL import Image
 from running import TINY, compose, results, run, train_py
 
+from coca_lit.arguments import quote_range
 from coca_lit.callbacks import evaluation
 from coca_lit.checkpoints import load_model, save_model
-from coca_lit.cli import CONF, quote_range, train
+from coca_lit.cli import CONF, train
 from coca_lit.config import build
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes import scene_records

@@ -1,0 +1,62 @@
+"""How far the work is, on standard error, because standard output is for results."""
+
+import sys
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from coca_lit.distributed import rank
+
+PLAIN_EVERY = 10  # seconds
+
+
+class Reporter:
+    """A bar on a terminal, else a line every few seconds; only of rank 0. Messages come from every rank.
+
+    Args:
+        what: is being done, as in "captioning".
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.images = 0
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._start = self._last = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        shown = sys.stderr.isatty() and rank() == 0
+        self._bar = Progress(*columns, console=self._console) if shown else None
+        self._task = self._bar.add_task(what, total=1.0) if self._bar else None
+
+    def __enter__(self) -> "Reporter":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, images: int, share: float) -> None:
+        """More `images` are done, and now this `share` of all work."""
+        self.images += images
+        seconds = time.monotonic() - self._start
+        text = f"{self.what} · {self.images} images · {self.images / max(seconds, 1e-9):.1f}/s"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=share, description=text)
+        elif rank() == 0 and time.monotonic() - self._last > PLAIN_EVERY:
+            self._last = time.monotonic()
+            left = timedelta(seconds=round(seconds * (1 - share) / max(share, 1e-9)))
+            self.say(f"{text} · {share:.0%} · ETA {left}")
+
+    def reach(self, images: int, total: int) -> None:
+        """So many `images` of `total` are done."""
+        self.advance(images - self.images, images / total)
+
+    def say(self, message: str) -> None:
+        """A line, above the bar if there is one."""
+        self._console.print(message)
