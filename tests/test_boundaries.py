@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
-ENTRY_POINTS = {"cli.py", "evaluate.py", "config.py", "sweep.py", "run_folder.py", "export/cli.py", "redaction.py"}
+ENTRY_POINTS = {"cli.py", "evaluate.py", "config.py", "sweep.py", "run_folder.py", "demo/cli.py", "export/cli.py", "redaction.py"}
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
     *("coca_lit.checkpoints", "coca_lit.data.transforms"),
@@ -47,11 +47,11 @@ def test_plain_parts_load_no_framework() -> None:
     assert not loaded & FRAMEWORKS
 
 
-@pytest.mark.parametrize("command", ["coca_lit.cli", "coca_lit.evaluate", "coca_lit.export.cli"])
+@pytest.mark.parametrize("command", ["coca_lit.cli", "coca_lit.evaluate", "coca_lit.demo.cli", "coca_lit.export.cli"])
 def test_command_line_loads_no_torch(command: str) -> None:
     loaded = loaded_by(command)
     assert "hydra" in loaded
-    assert not loaded & {"torch", "lightning", "timm", "numpy", "matplotlib", "pycocoevalcap", "webdataset"}
+    assert not loaded & {"torch", "lightning", "timm", "numpy", "matplotlib", "pycocoevalcap", "webdataset", "gradio"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

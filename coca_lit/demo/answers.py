@@ -10,7 +10,7 @@ from PIL import Image
 
 from coca_lit.apply.images import open_upright
 from coca_lit.apply.search import check_query
-from coca_lit.data.records import FORMATS, DataError
+from coca_lit.data.records import FORMATS, MAX_PIXELS, DataError
 from coca_lit.data.transforms import build_transform
 from coca_lit.models import Captions, CoCa
 
@@ -35,18 +35,15 @@ def read_photo(path: str | Path) -> Image.Image:
     """The photo in an uploaded file, upright, as RGB.
 
     Raises:
-        DataError: the file is no photo, whatever its name says, has no pixels, or has too many; one sentence.
+        DataError: the file is no photo, whatever its name says, or has too many pixels; one sentence.
     """
     try:
-        photo = open_upright(path)
+        return open_upright(path)
     except DataError as error:
-        if " pixels" in str(error):
-            raise DataError(f"{Path(path).name}{str(error).removeprefix(str(path))}") from error
-        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise DataError(f"{Path(path).name} is not a photo: expected an intact {known} file") from error
-    if 0 in photo.size:
-        raise DataError(f"{Path(path).name} is empty: it has {photo.width} x {photo.height} pixels")
-    return photo
+        raise DataError(
+            f"{Path(path).name} is refused: expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at "
+            f"most {MAX_PIXELS:,} pixels"
+        ) from error
 
 
 @torch.no_grad()

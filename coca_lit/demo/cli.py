@@ -52,7 +52,8 @@ def run(cfg: DictConfig) -> None:
     model = _load(checkpoint)
 
     from coca_lit.demo.builtin import speaks_of_scenes, write_scenes
-    from coca_lit.demo.page import build_page, serve
+    from coca_lit.demo.page import build_page
+    from coca_lit.demo.serve import serve
 
     folder = Path(cfg.images) if cfg.images is not None else None
     if folder is None and speaks_of_scenes(model):
