@@ -15,6 +15,7 @@ STYLE = """
   background: var(--background-fill-secondary); border-radius: 4px; }
 .best { font-size: 1.35rem; font-weight: 600; line-height: 1.35; padding: .4rem 0 .9rem; }
 .captions { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.captions tr { border: 0 !important; }
 .captions th, .captions td { border: 0 !important; text-align: right !important; padding: .45rem .7rem !important; }
 .captions th { font-size: .85rem; opacity: .75; white-space: nowrap; }
 .captions td { border-top: 1px solid var(--border-color-primary) !important; }
