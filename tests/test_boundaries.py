@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
-ENTRY_POINTS = {"cli.py", "evaluate.py", "config.py", "sweep.py", "run_folder.py", "demo/cli.py", "export/cli.py", "redaction.py"}
+ENTRY_POINTS = {
+    "cli.py",
+    "evaluate.py",
+    "config.py",
+    "sweep.py",
+    "run_folder.py",
+    "demo/cli.py",
+    "export/cli.py",
+    "redaction.py",
+}
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
     *("coca_lit.checkpoints", "coca_lit.data.transforms"),

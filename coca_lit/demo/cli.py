@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from coca_lit.apply.search import ImageIndex
     from coca_lit.models import CoCa
 
-INDEX_FILE = "coca_index.safetensors"  # kept in the searched folder, so that only new images are embedded next time
 OUTPUTS = Path("outputs")
 
 
@@ -90,9 +89,10 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     from coca_lit.apply.search import ImageIndex
     from coca_lit.data.records import DataError
 
-    file = folder / INDEX_FILE
+    file = folder.absolute().parent / f"{folder.absolute().name}.index.safetensors"
     try:
         index = ImageIndex.load(file, model)
+        index.folder = folder  # as the user wrote it
     except DataError:  # none yet, or that of another model
         index = ImageIndex(model, folder)
     with Progress() as bar:

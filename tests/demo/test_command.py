@@ -89,11 +89,13 @@ def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_mode
         record.image().save(photos / f"{record.id}.png")
     (photos / "broken.png").write_text("no image")
     cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
-    cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))  # with the index of before
-    assert [len(index) for _, _, index, _ in shown] == [builtin.SCENES, 3, 3]
+    save_model(tiny_model(text_layers=1), tmp_path / "other.safetensors")
+    for name in ("tiny", "other"):  # with the index of before, which another model cannot use
+        cli.run(compose(f"checkpoint={name}.safetensors", "images=photos"))
+    assert [len(index) for _, _, index, _ in shown] == [builtin.SCENES, 3, 3, 3]
     assert shown[0][1] == "tiny.safetensors"
     assert shown[0][3] == {"builtin": False}
-    assert (photos / cli.INDEX_FILE).is_file()
+    assert (tmp_path / "photos.index.safetensors").is_file()
 
 
 def test_a_model_of_photos_shows_no_scenes(shown, tmp_path, tiny_model):
