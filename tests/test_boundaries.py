@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 ENTRY_POINTS = {
     *("cli.py", "arguments.py", "config.py", "sweep.py", "redaction.py", "run_folder.py"),
-    *("evaluate.py", "export/cli.py", "apply/caption_cli.py", "apply/search_cli.py"),
+    *("evaluate.py", "export/cli.py", "demo/cli.py", "apply/caption_cli.py", "apply/search_cli.py"),
 }
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
@@ -51,11 +51,13 @@ def test_plain_parts_load_no_framework() -> None:
     assert not loaded & FRAMEWORKS
 
 
-@pytest.mark.parametrize("command", ["cli", "evaluate", "export.cli", "apply.caption_cli", "apply.search_cli"])
+@pytest.mark.parametrize(
+    "command", ["cli", "evaluate", "demo.cli", "export.cli", "apply.caption_cli", "apply.search_cli"]
+)
 def test_command_line_loads_no_torch(command: str) -> None:
     loaded = loaded_by(f"coca_lit.{command}")
     assert "hydra" in loaded
-    assert not loaded & {"torch", "lightning", "timm", "numpy", "matplotlib", "pycocoevalcap", "webdataset"}
+    assert not loaded & {"torch", "lightning", "timm", "numpy", "matplotlib", "pycocoevalcap", "webdataset", "gradio"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,0 +1,114 @@
+"""What the page asks of a model, without the page: reading a photo, captions with both scores, classification."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+
+from coca_lit.apply.images import open_upright
+from coca_lit.apply.search import check_query
+from coca_lit.data.records import FORMATS, MAX_PIXELS, DataError
+from coca_lit.data.transforms import build_transform
+from coca_lit.models import Captions, CoCa
+
+Strategy = Literal["beam", "sample", "greedy"]
+TOP_P = 0.9  # draws leave out the unlikely tail, where captions fall apart
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A caption with the two opinions that a CoCa has of it."""
+
+    caption: str
+    log_prob: float  # the captioner's: mean over the tokens, in nats
+    similarity: float  # the contrastive towers': cosine of image and caption
+
+    def score(self, weight: float, logit_scale: float) -> float:
+        """Both opinions mixed as `CoCa.generate` does for `rerank="contrastive"`."""
+        return weight * logit_scale * self.similarity + (1 - weight) * self.log_prob
+
+
+def read_photo(path: str | Path) -> Image.Image:
+    """The photo in an uploaded file, upright, as RGB.
+
+    Raises:
+        DataError: the file is no photo, whatever its name says, or has too many pixels; one sentence.
+    """
+    try:
+        return open_upright(path)
+    except DataError as error:
+        raise DataError(
+            f"{Path(path).name} is refused: expected an intact {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at "
+            f"most {MAX_PIXELS:,} pixels"
+        ) from error
+
+
+@torch.no_grad()
+def write_captions(model: CoCa, photo: Image.Image, strategy: Strategy, count: int, seed: int = 0) -> list[Candidate]:
+    """At most `count` different captions of a photo, as the strategy orders them; greedy writes a single one.
+
+    Raises:
+        ValueError: the model has no decoder, or `count` is below 1.
+    """
+    images = _batch(model, photo)
+    if strategy == "greedy":
+        captions = model.generate(images, return_scores=True).each(lambda part: part[:, None])
+    elif strategy == "beam":
+        captions = model.generate(images, strategy="beam", num_beams=count, num_captions=count, return_scores=True)
+    else:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        captions = model.generate(
+            images, strategy="sample", num_captions=count, top_p=TOP_P, generator=generator, return_scores=True
+        )
+    return _candidates(model, images, captions)
+
+
+def rank(candidates: Iterable[Candidate], weight: float, logit_scale: float) -> list[Candidate]:
+    """The best first: by log-probability alone for weight 0, by similarity alone for weight 1."""
+    return sorted(candidates, key=lambda candidate: candidate.score(weight, logit_scale), reverse=True)
+
+
+@torch.no_grad()
+def classify(model: CoCa, photo: Image.Image, labels: Sequence[str], template: str = "{}") -> dict[str, float]:
+    """Probability of each label by the model's own temperature, in the order of the labels.
+
+    Raises:
+        ValueError: there are fewer than two labels, the template has no {} for them, or the model lacks a word.
+    """
+    labels = list(dict.fromkeys(stripped for label in labels if (stripped := label.strip())))
+    if len(labels) < 2:
+        raise ValueError("classification needs at least two different labels, separated by commas")
+    if "{}" not in template:
+        raise ValueError(f"the template '{template}' has no {{}}, which stands for the label: a photo of a {{}}")
+    texts = [template.replace("{}", label) for label in labels]  # not str.format, which would look inside objects
+    for text in texts:
+        check_query(model.tokenizer, text)
+    similarity = model.encode_image(_batch(model, photo)) @ _encode(model, texts).T  # (1, labels)
+    probabilities = (model.logit_scale.exp() * similarity)[0].float().softmax(dim=0)
+    return dict(zip(labels, probabilities.tolist(), strict=True))
+
+
+def _candidates(model: CoCa, images: torch.Tensor, captions: Captions) -> list[Candidate]:
+    """images (1, 3, H, W) and their captions (1, N, L); draws that repeat another one and unused beams are left out."""
+    assert captions.scores is not None
+    assert captions.log_probs is not None
+    ids = captions.ids[0]  # (N, L)
+    similarities = (model.encode_text(ids) @ model.encode_image(images).T)[:, 0]  # (N,)
+    found: dict[str, Candidate] = {}
+    columns = (captions.scores[0], captions.log_probs[0], similarities)
+    for row, score, log_prob, similarity in zip(ids, *(column.tolist() for column in columns), strict=True):
+        text = model.tokenizer.decode(row)
+        if score > float("-inf"):
+            found.setdefault(text, Candidate(text, log_prob, similarity))
+    return list(found.values())
+
+
+def _batch(model: CoCa, photo: Image.Image) -> torch.Tensor:
+    return build_transform(size=model.image_size)(photo)[None].to(model.device)  # (1, 3, H, W)
+
+
+def _encode(model: CoCa, texts: Sequence[str]) -> torch.Tensor:
+    return model.encode_text(model.tokenizer(texts).to(model.device))  # (T, E)

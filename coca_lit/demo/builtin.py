@@ -1,0 +1,59 @@
+"""The model that is there without any checkpoint: trained on the built-in scenes, by an earlier run or now."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from coca_lit.config import ConfigError
+from coca_lit.data.scenes import VOCABULARY, scene_records
+from coca_lit.models import CoCa
+
+RUN = "demo_model"  # name of the run that is started if there is none
+SCORE = "scenes/exact_match"
+GOOD = 0.8  # of that score: a finished demo has 0.92 or more, a check of two steps has 0
+SCENES = 200  # images to click on and to search through
+EDGE = 256  # pixels, for people; the model makes them as small as it needs
+
+
+def find_demo_model(outputs: Path) -> Path | None:
+    """The checkpoint of the run under `outputs` that writes the most captions of unseen scenes correctly."""
+    good = [(score, path) for score, path in _scene_runs(outputs) if score >= GOOD]
+    return max(good)[1] if good else None
+
+
+def train_demo_model(outputs: Path) -> Path:
+    """Trains the demo as `python train.py` does, with its progress on the terminal, and returns the checkpoint.
+
+    Raises:
+        ConfigError: the training failed; what went wrong is on the terminal.
+    """
+    folder = outputs / RUN
+    command = [sys.executable, "-c", "from coca_lit.cli import train; train()"]
+    done = subprocess.run([*command, "experiment=demo", f"name={RUN}", f"hydra.run.dir={folder}"])
+    if done.returncode:
+        raise ConfigError("the training of the built-in demo model failed, see above; or give a model: checkpoint=PATH")
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def speaks_of_scenes(model: CoCa) -> bool:
+    """Whether a model's words are those of the built-in scenes, so that photos are beyond it."""
+    return model.tokenizer.spec == list(VOCABULARY)
+
+
+def write_scenes(folder: Path, count: int = SCENES) -> Path:
+    """Scenes that no training saw, as PNG files named after their first caption; files that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in scene_records("test", EDGE, count):
+        path = folder / f"{record.captions[0]}.png"
+        if not path.exists():
+            record.image().save(path)
+    return folder
+
+
+def _scene_runs(outputs: Path) -> Iterator[tuple[float, Path]]:
+    for results in (*outputs.glob("*/results.json"), *outputs.glob("*/*/results.json")):
+        checkpoint = results.parent / "checkpoints" / "last.ckpt"
+        if checkpoint.is_file():
+            yield json.loads(results.read_text()).get(SCORE, 0.0), checkpoint

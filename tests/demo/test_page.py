@@ -1,0 +1,158 @@
+"""The page in a real browser: what a visitor does, and files that must be refused. Skipped where no browser is."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from coca_lit.apply.search import ImageIndex
+from coca_lit.demo.builtin import write_scenes
+from coca_lit.models import create_model
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A page of a small model with random weights, with twelve scenes to search."""
+    pytest.importorskip("gradio")
+    from coca_lit.demo.page import build_page
+    from coca_lit.demo.serve import serve
+
+    torch.manual_seed(0)
+    model = create_model("coca_tiny").eval()
+    index = ImageIndex(model, write_scenes(tmp_path_factory.mktemp("scenes"), count=12))
+    index.update()
+    page = build_page(model, "tiny.safetensors", index, builtin=True)
+    yield serve(page, port=None, wait=False)
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        bundled = started.chromium.executable_path
+        found = [shutil.which(name) for name in BROWSERS] + ([bundled] if os.path.exists(bundled) else [])
+        path = next((path for path in found if path), None)
+        if path is None:
+            pytest.skip(f"no browser: looked for {', '.join(BROWSERS)} and that of `playwright install chromium`")
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(address, browser):
+    """The page, open; the test fails if it asked another machine for anything or reported an error of its own."""
+    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+    tab.set_default_timeout(20_000)
+    asked, broken = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: broken.append(str(error)))
+    tab.goto(address)
+    tab.wait_for_selector("#photo input[type=file]", state="attached")
+    yield tab
+    tab.close()
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert broken == []
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    return next(write_scenes(tmp_path_factory.mktemp("photo"), count=1).glob("*.png"))
+
+
+def upload(page, file):
+    page.set_input_files("#photo input[type=file]", file)
+
+
+def captions(page):
+    """The rows of the table: caption, log-probability, similarity, mixed score."""
+    page.wait_for_selector("#captions table")
+    return [row.locator("td").all_inner_texts() for row in page.locator("#captions tr:has(td)").all()]
+
+
+def message(page):
+    text = page.locator(".toast-body").first.inner_text()
+    page.locator(".toast-close").first.click()
+    page.locator(".toast-body").first.wait_for(state="detached")
+    return text
+
+
+def test_captions_of_an_uploaded_photo_follow_the_slider(page, photo, tmp_path):
+    assert "built-in demo model" in page.locator("#banner").inner_text()
+    upload(page, photo)
+    rows = captions(page)
+    assert len(rows) == 5
+    assert page.locator("#captions .best").inner_text() == rows[0][0]
+    assert [float(row[3]) for row in rows] == sorted((float(row[3]) for row in rows), reverse=True)
+    page.locator("#weight input[type=number]").fill("0")
+    page.locator("#weight input[type=number]").press("Enter")
+    page.wait_for_function("[...document.querySelectorAll('.captions tr.first td')][3].innerText[0] == '-'")
+    ordered = captions(page)
+    assert sorted(row[0] for row in ordered) == sorted(row[0] for row in rows)
+    assert [row[1] for row in ordered] == [row[3] for row in ordered]  # by log-probability alone
+    page.screenshot(path=tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_an_example_is_captioned_on_a_click(page):
+    page.locator("#examples button img").nth(2).click()
+    assert captions(page)
+
+
+def test_labels_of_the_visitor(page, photo):
+    page.get_by_role("tab", name="Classification").click()
+    page.get_by_role("button", name="Classify").click()
+    assert "choose a photo first" in message(page)
+    upload(page, photo)
+    page.locator("#labels textarea, #labels input").fill("red circle, blue star, green ring")
+    page.get_by_role("button", name="Classify").click()
+    page.wait_for_selector("#classes >> text=blue star")
+    shares = re.findall(r"(\d+)%", page.locator("#classes").inner_text())
+    assert len(shares) == 3
+    assert sum(map(int, shares)) == pytest.approx(100, abs=2)
+    page.locator("#labels textarea, #labels input").fill("circle, elephant")
+    page.get_by_role("button", name="Classify").click()
+    assert "no 'elephant'" in message(page)
+
+
+def test_search_by_text_and_by_photo(page, photo):
+    page.get_by_role("tab", name="Search").click()
+    page.locator("#query textarea, #query input").fill("a zebra")
+    page.get_by_role("button", name="Search", exact=True).click()
+    assert "no 'zebra'" in message(page)
+    page.locator("#query textarea, #query input").fill("a large red star")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.locator("#found img").nth(11).wait_for()
+    upload(page, photo)
+    page.locator("#photo img").wait_for()
+    page.get_by_role("button", name="Images like the photo").click()
+    page.wait_for_selector("#found >> text=1.000")
+    assert f"1.000 · {photo.name}" in page.locator("#found .caption-label").first.text_content()
+
+
+def test_files_that_are_no_photo_are_refused_and_the_page_goes_on(page, photo, tmp_path):
+    drawing = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>'
+    for name, content in (("drawing.svg", drawing), ("empty.png", b""), ("text.png", b"not an image")):
+        (tmp_path / name).write_bytes(content)
+        upload(page, tmp_path / name)
+        assert f"{name} is refused: expected an intact JPEG" in message(page)
+        assert page.locator("#photo img").count() == 0
+    upload(page, photo)
+    assert captions(page)
+
+
+def test_a_model_without_decoder_says_so():
+    pytest.importorskip("gradio")
+    from coca_lit.demo.page import build_page
+
+    page = build_page(create_model("coca_tiny", decoder_layers=0).eval(), "clip.safetensors", None)
+    texts = [str(block.value) for block in page.blocks.values() if hasattr(block, "value")]
+    assert any("no decoder, so it cannot write captions" in text for text in texts)
+    assert any("images=FOLDER" in text for text in texts)
+    assert "Write captions" not in texts
