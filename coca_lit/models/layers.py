@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models.layout import Layout
+from coca_lit.models.linear import Linear
 
 
 class KVCache:
@@ -48,8 +49,8 @@ class SelfAttention(nn.Module):
         if width % heads:
             raise ValueError(f"the width ({width}) must be a multiple of the number of heads ({heads})")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
@@ -76,9 +77,9 @@ class CrossAttention(nn.Module):
         if width % heads:
             raise ValueError(f"the width ({width}) must be a multiple of the number of heads ({heads})")
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(context_width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(context_width, 2 * width)
+        self.out = Linear(width, width)
 
     def keys_values(self, context: Tensor, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
         """context (B, S, C) -> keys and values, each (B, H, S, D/H).
@@ -109,7 +110,7 @@ class CrossAttention(nn.Module):
 class MLP(nn.Sequential):
     def __init__(self, width: int, ratio: float = 4.0, activation: type[nn.Module] = nn.GELU) -> None:
         hidden = int(width * ratio)
-        super().__init__(nn.Linear(width, hidden), activation(), nn.Linear(hidden, width))
+        super().__init__(Linear(width, hidden), activation(), Linear(hidden, width))
 
 
 class SelfBlock(nn.Module):

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from coca_lit.models.layers import CrossBlock, KVCache, SelfBlock, normalize_once
 from coca_lit.models.layout import Layout
+from coca_lit.models.linear import Linear
 
 ClsMask = Literal["correct", "legacy"]
 GradCheckpointing = Literal["none", "cross_attention", "blocks"]
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
         self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.vocabulary = nn.Linear(width, vocab_size, bias=False)
+        self.vocabulary = Linear(width, vocab_size, bias=False)
         self.grad_checkpointing: GradCheckpointing = "none"
 
     def keys_values(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
