@@ -69,7 +69,7 @@ def _write(
     model: "CoCa", image_tokens: Tensor, beginnings: Beginnings, options: Options, min_length: int
 ) -> Hypotheses:
     tokenizer = model.tokenizer
-    decoding = _decoding(model, image_tokens, beginnings.ids.shape[1])
+    decoding = decoding_for(model, image_tokens, beginnings.ids.shape[1])
     constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
     if options.strategy == "beam":
         penalty = 1.0 if options.length_penalty is None else options.length_penalty
@@ -80,7 +80,7 @@ def _write(
     return write(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
 
 
-def _decoding(model: "CoCa", image_tokens: Tensor, max_length: int) -> Decoding:
+def decoding_for(model: "CoCa", image_tokens: Tensor, max_length: int) -> Decoding:
     if model.static_step is None and not image_tokens.is_cuda:
         return Decoding(model, image_tokens, max_length)
     return StaticDecoding(model, image_tokens, max_length, model.static_step or static_step)
