@@ -1,6 +1,6 @@
 """Captions written with caches against captions written without any, in thousands of random cases.
 
-    python experiments/generation_equality/compare.py outputs/generation_equality --cases 10000
+python experiments/generation_equality/compare.py outputs/generation_equality --cases 10000
 """
 
 import argparse
