@@ -15,7 +15,7 @@ ENOUGH_ROWS = 4  # from here on oneDNN is faster
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) -> (…, out)"""
-        if _onednn_is_faster(x):
+        if type(self.weight) is nn.Parameter and _onednn_is_faster(x):  # not for weights that are split over processes
             # Behind the public switch torch.set_float32_matmul_precision, oneDNN may round to bf16; this op does not.
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
@@ -28,6 +28,6 @@ def _onednn_is_faster(x: Tensor) -> bool:
         and x.numel() >= ENOUGH_ROWS * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and torch.backends.mkldnn.is_available()
     )

@@ -42,7 +42,7 @@ class Uncached:
         self.tokens = torch.cat([self.tokens, tokens], dim=1)  # (R, t)
         rows, length = self.tokens.shape
         assert self.model.decoder is not None
-        states, _ = self.model.text(self.tokens, torch.full((rows,), length), contrastive=False)
+        states, *_ = self.model.text(self.tokens, torch.full((rows,), length), contrastive=False, packed=False)
         return self.model.decoder.vocabulary(self.model.decoder(states[:, :length], self.image_tokens)[:, -1]).float()
 
     def select(self, rows: Tensor, images: Tensor | None = None) -> None:
