@@ -215,7 +215,7 @@ def test_repeated_runs_do_not_occur(model: CoCa) -> None:
 
 
 def test_a_finished_draw_may_repeat_what_is_forbidden() -> None:
-    """A model can write the padding id too: then pad and end are a run that must not occur twice, but padding follows."""
+    """A model can write the padding id too; then pad and end are a run that may not come twice, but padding follows."""
     model = make_model()
     weight = model.decoder.vocabulary.weight.data
     weight[model.tokenizer.pad_id] = weight[model.tokenizer.eot_id]
