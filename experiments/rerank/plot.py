@@ -1,4 +1,4 @@
-"""Draws results.csv: CIDEr against the weight, a panel for each data set and model.
+"""Draws weights.csv: CIDEr against the weight, a panel for each data set and model.
 
 python experiments/rerank/plot.py
 """
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 
 def main() -> None:
-    rows = list(csv.DictReader((FOLDER / "results.csv").open(newline="")))
+    rows = list(csv.DictReader((FOLDER / "weights.csv").open(newline="")))
     panels = sorted({(row["data"], row["model"]) for row in rows})
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), squeeze=False, layout="constrained")
     for axis, panel in zip(axes[0], panels, strict=True):
