@@ -5,11 +5,13 @@ Each callback owns its data set; the scores themselves are pure functions in `co
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import say
@@ -70,12 +72,12 @@ class Evaluation(L.Callback):
         last = trainer.current_epoch + 1 == trainer.max_epochs  # the full scores follow at once
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0 and not last:
             few = self.records[: self.quick]
-            with unsharded(_net(pl_module)) as net:
+            with _scorable(pl_module) as net:
                 scores = self._named(self.scores(net, few))
             pl_module.log_dict(scores, rank_zero_only=False, sync_dist=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with unsharded(_net(pl_module)) as net:
+        with _scorable(pl_module) as net:
             results = self.evaluate(net)
         for logger in trainer.loggers:
             logger.log_metrics(results, step=trainer.global_step)
@@ -87,6 +89,15 @@ class Evaluation(L.Callback):
 
     def _named(self, scores: dict[str, float]) -> dict[str, float]:
         return {f"{self.name}/{score}": value for score, value in scores.items()}
+
+
+@contextmanager
+def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
+    """The network as the scores need it: whole, and not through `torch.compile`, for which a growing cache would be
+    something new at every token.
+    """
+    with torch.compiler.set_stance("force_eager"), unsharded(_net(module)) as net:
+        yield net
 
 
 def _net(module: L.LightningModule) -> CoCa:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from coca_lit.cli import command, configure_libraries
-from coca_lit.config import ConfigError, blame
+from coca_lit.cli import command, configure_libraries, load_checkpoint
+from coca_lit.config import ConfigError
 
 if TYPE_CHECKING:
     from coca_lit.apply.search import ImageIndex
@@ -46,9 +46,11 @@ def run(cfg: DictConfig) -> None:
     """
     if find_spec("gradio") is None:
         raise ConfigError("the web page needs gradio: pip install 'coca_lit[demo]'")
+    import torch
+
     configure_libraries(cfg)
     checkpoint = Path(cfg.checkpoint) if cfg.checkpoint is not None else _builtin()
-    model = _load(checkpoint)
+    model = load_checkpoint(str(checkpoint)).to("cuda" if torch.cuda.is_available() else "cpu")
 
     from coca_lit.demo.builtin import speaks_of_scenes, write_scenes
     from coca_lit.demo.page import build_page
@@ -71,15 +73,6 @@ def _builtin() -> Path:
         return found
     print(f"no checkpoint given and no finished demo run in {OUTPUTS}: training the built-in demo model, a few minutes")
     return train_demo_model(OUTPUTS)
-
-
-def _load(checkpoint: Path) -> "CoCa":
-    import torch
-
-    from coca_lit.checkpoints import load_model
-
-    with blame("checkpoint"):
-        return load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":

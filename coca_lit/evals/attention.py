@@ -48,6 +48,7 @@ def word_maps(model: CoCa, pixels: Tensor, options: Mapping[str, Any]) -> tuple[
     """The words of the caption of an image (3, H, W), and where the model looked for each: (words, G, G), sums of 1."""
     images = pixels[None]
     captions = model.generate(images, **options, return_attention=True)
+    assert captions.attention is not None
     pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images.to(model.device))
     places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens
     grid = math.isqrt(places.shape[1])

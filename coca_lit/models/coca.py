@@ -7,7 +7,7 @@ tokens ─ TextTower ───────────────────�
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from coca_lit.models.beam import Scoring
-from coca_lit.models.generate import generate
+from coca_lit.models.generate import Captions, generate
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
 from coca_lit.models.init import init_parameters
 from coca_lit.models.layers import CrossBlock, SelfBlock
 from coca_lit.models.layout import Layout
-from coca_lit.models.options import Options, Rerank, Strategy
+from coca_lit.models.options import GenerateArguments, Options, Rerank, Strategy
+from coca_lit.models.static import Step, static_step
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, TextTower
 from coca_lit.tokenizer import get_tokenizer
 
@@ -130,6 +131,7 @@ class CoCa(nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
         self._frozen: set[str] = set()
+        self.static_step: Step | None = None  # see `compile_generation`
         init_parameters(self)
 
     @property
@@ -187,6 +189,36 @@ class CoCa(nn.Module):
         _, features, _ = self.text(tokens, self._lengths(tokens, lengths))
         return F.normalize(features, dim=-1) if normalize else features
 
+    @overload
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        return_scores: Literal[False] = False,
+        return_attention: Literal[False] = False,
+        **others: Unpack[GenerateArguments],
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        return_scores: Literal[True],
+        return_attention: bool = False,
+        **others: Unpack[GenerateArguments],
+    ) -> Captions: ...
+
+    @overload
+    def generate(
+        self,
+        images: Tensor,
+        *,
+        return_scores: bool = False,
+        return_attention: Literal[True],
+        **others: Unpack[GenerateArguments],
+    ) -> Captions: ...
+
     def generate(
         self,
         images: Tensor,
@@ -209,7 +241,7 @@ class CoCa(nn.Module):
         rerank_weight: float | None = None,
         return_scores: bool = False,
         return_attention: bool = False,
-    ) -> Any:
+    ) -> Tensor | Captions:
         """Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id.
 
         `model.tokenizer.decode(row)` gives the text.
@@ -259,7 +291,14 @@ class CoCa(nn.Module):
             rerank=rerank,
             rerank_weight=rerank_weight,
         )
-        return generate(self, images, prompt, options, scores=return_scores, attention=return_attention)
+        captions = generate(self, images, prompt, options, attention=return_attention)
+        return captions if return_scores or return_attention else captions.ids
+
+    def compile_generation(self, **options: Any) -> None:
+        """From now on `generate` writes with static shapes and a step compiled by `torch.compile(**options)`, once for
+        each number of captions in a batch and each `max_length`: worth it for many batches of one size.
+        """
+        self.static_step = torch.compile(static_step, fullgraph=True, **options)
 
     def freeze(self, *names: str) -> list[str]:
         """Stops the training of all parameters that start with one of `names`, for good, and returns their names.

@@ -12,6 +12,7 @@ from coca_lit.models.constraints import Constraints
 from coca_lit.models.decoding import Beginnings, Decoding, Hypotheses, encode_prompts
 from coca_lit.models.options import Options
 from coca_lit.models.sampling import caption_lengths, greedy, write
+from coca_lit.models.static import StaticDecoding, static_step
 
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
@@ -38,11 +39,9 @@ def generate(
     images: Tensor,
     prompt: str | Sequence[str] | None,
     options: Options,
-    *,
-    scores: bool = False,
     attention: bool = False,
-) -> Tensor | Captions:
-    """Captions of images (B, 3, H, W), see `CoCa.generate`; ids alone unless scores or attention are asked for."""
+) -> Captions:
+    """Captions of images (B, 3, H, W) with their scores, see `CoCa.generate`."""
     if model.decoder is None:
         raise ValueError(
             "this model cannot caption: it was built for retrieval only (decoder_layers=0) and has no decoder"
@@ -63,14 +62,14 @@ def generate(
     captions = captions._replace(attention=maps)
     if options.num_captions is None:
         captions = captions.each(lambda part: part[:, 0])
-    return captions if scores or attention else captions.ids
+    return captions
 
 
 def _write(
     model: "CoCa", image_tokens: Tensor, beginnings: Beginnings, options: Options, min_length: int
 ) -> Hypotheses:
     tokenizer = model.tokenizer
-    decoding = Decoding(model, image_tokens, beginnings.ids.shape[1])
+    decoding = decoding_for(model, image_tokens, beginnings.ids.shape[1])
     constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
     if options.strategy == "beam":
         penalty = 1.0 if options.length_penalty is None else options.length_penalty
@@ -79,6 +78,12 @@ def _write(
         )
     choose = greedy if options.strategy == "greedy" else options.sampling
     return write(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
+
+
+def decoding_for(model: "CoCa", image_tokens: Tensor, max_length: int) -> Decoding:
+    if model.static_step is None and not image_tokens.is_cuda:
+        return Decoding(model, image_tokens, max_length)
+    return StaticDecoding(model, image_tokens, max_length, model.static_step or static_step)
 
 
 def _order(

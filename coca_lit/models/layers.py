@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models.layout import Layout
+from coca_lit.models.linear import Linear
 
 
 class KVCache:
@@ -41,6 +42,29 @@ class KVCache:
             self._keys_values = written.new_empty(2, len(rows), heads, self.length, width)
         self._keys_values[:, :, :, : self.used] = written
 
+    def whole(self) -> Tensor:
+        """Keys and values (2, R, H, length, D/H) of all positions; those to come are 0."""
+        assert self._keys_values is not None
+        self._keys_values[:, :, :, self.used :] = 0
+        return self._keys_values
+
+
+class StaticKVCache:
+    """Shapes do not depend on how many positions are written: `append` returns all, and a mask must hide the rest."""
+
+    def __init__(self, keys_values: Tensor, used: Tensor) -> None:
+        self.keys_values = keys_values  # (2, R, H, length, D/H)
+        self.used = used  # (1,)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (R, H, 1, D/H) at position `used`."""
+        self.keys_values[0].index_copy_(2, self.used, keys)
+        self.keys_values[1].index_copy_(2, self.used, values)
+        return self.keys_values[0], self.keys_values[1]
+
+
+Cache = KVCache | StaticKVCache
+
 
 class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
@@ -48,11 +72,11 @@ class SelfAttention(nn.Module):
         if width % heads:
             raise ValueError(f"the width ({width}) must be a multiple of the number of heads ({heads})")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
+        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
     ) -> Tensor:
         """x (B, T, D), or rows packed as `layout` says, -> the same shape. Causal unless a boolean `mask`
         (B, 1, T, T), True where attention is allowed, says otherwise.
@@ -76,9 +100,9 @@ class CrossAttention(nn.Module):
         if width % heads:
             raise ValueError(f"the width ({width}) must be a multiple of the number of heads ({heads})")
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(context_width, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(context_width, 2 * width)
+        self.out = Linear(width, width)
 
     def keys_values(self, context: Tensor, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
         """context (B, S, C) -> keys and values, each (B, H, S, D/H).
@@ -109,7 +133,7 @@ class CrossAttention(nn.Module):
 class MLP(nn.Sequential):
     def __init__(self, width: int, ratio: float = 4.0, activation: type[nn.Module] = nn.GELU) -> None:
         hidden = int(width * ratio)
-        super().__init__(nn.Linear(width, hidden), activation(), nn.Linear(hidden, width))
+        super().__init__(Linear(width, hidden), activation(), Linear(hidden, width))
 
 
 class SelfBlock(nn.Module):
@@ -124,7 +148,7 @@ class SelfBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layout: Layout | None = None
+        self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_1(x), mask, cache, layout))
         return x + self.dropout(self.mlp(self.norm_2(x)))

@@ -1,7 +1,8 @@
 """What can be asked of `CoCa.generate`, and the checks that say clearly what does not go together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 
@@ -23,6 +24,27 @@ _STRATEGY_OF: dict[str, Strategy] = {
     "top_p": "sample",
     "generator": "sample",
 }
+
+
+class GenerateArguments(TypedDict, total=False):
+    """Types of the arguments of `CoCa.generate` that do not change what it returns, for type checkers and editors."""
+
+    prompt: str | Sequence[str] | None
+    strategy: Strategy
+    num_beams: int | None
+    num_captions: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_length: int | None
+    max_length: int | None
+    length_penalty: float | None
+    repetition_penalty: float
+    no_repeat_ngram: int
+    generator: torch.Generator | None
+    scoring: Scoring
+    rerank: Rerank | None
+    rerank_weight: float | None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coca_lit.models.constraints import Constraints, keep_top_k, keep_top_p, only
+from coca_lit.models.constraints import Constraints, keep_top_k, keep_top_p
 from coca_lit.models.decoding import FREE, Beginnings, Decoding, Hypotheses
 
 Choice = Callable[[Tensor], Tensor]  # scores (R, V) -> ids (R,)
@@ -57,7 +57,7 @@ def write(
     for position in range(start, length):
         model_scores = logits.log_softmax(dim=-1)  # (R, V)
         scores = constraints(model_scores, ids[active, :position])
-        chosen = choose(only(scores, end_id) if position == length - 1 else scores)
+        chosen = choose(scores) if position < length - 1 else torch.full_like(active, end_id)
         given = forced[active, position]
         free = (given == FREE) & going_on
         chosen = torch.where(given == FREE, chosen, given).where(going_on, pad_id)

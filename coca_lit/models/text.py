@@ -1,6 +1,6 @@
 """The text side of CoCa: a causal unimodal tower that ends in a CLS token, and the multimodal decoder above it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coca_lit.models.layers import CrossBlock, KVCache, SelfBlock, normalize_once
+from coca_lit.models.layers import Cache, CrossBlock, SelfBlock, normalize_once
 from coca_lit.models.layout import Layout
+from coca_lit.models.linear import Linear
 
 ClsMask = Literal["correct", "legacy"]
 GradCheckpointing = Literal["none", "cross_attention", "blocks"]
@@ -85,12 +86,11 @@ class TextTower(nn.Module):
         features = self.projection(self.norm(layout.at(x, kept))) if contrastive else None
         return x, features, layout
 
-    def step(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
+    def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
         """States (R, t, D) of the next tokens (R, t) of texts whose beginnings are in the caches, one per block."""
-        start = caches[0].used
-        x = self._embed(tokens, torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device) + caches[0].used)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, cache=cache)
+            x = block(x, mask, cache)
         return x
 
     def _embed(self, tokens: Tensor, places: Tensor, is_cls: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.vocabulary = nn.Linear(width, vocab_size, bias=False)
+        self.vocabulary = Linear(width, vocab_size, bias=False)
         self.grad_checkpointing: GradCheckpointing = "none"
 
     def keys_values(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -155,7 +155,13 @@ class Decoder(nn.Module):
             states = run(_cross, cross_block, states, image, layout, recompute=recompute != "none")
         return self.norm(states)
 
-    def step(self, states: Tensor, keys_values: list[tuple[Tensor, Tensor]], caches: list[KVCache]) -> Tensor:
+    def step(
+        self,
+        states: Tensor,
+        keys_values: list[tuple[Tensor, Tensor]],
+        caches: Sequence[Cache],
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (R, t, D) of the next token states (R, t, D). There may be several rows for each of B images,
         side by side.
         """
@@ -163,7 +169,7 @@ class Decoder(nn.Module):
         for self_block, cross_block, image, cache in zip(
             self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
         ):
-            states = self_block(states, cache=cache)
+            states = self_block(states, mask, cache)
             states = cross_block(_beside(states, images), image).view_as(states)
         return self.norm(states)
 

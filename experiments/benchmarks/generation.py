@@ -1,23 +1,27 @@
-"""Time per caption and peak memory, side by side with OpenCLIP's `generate`: same weights and images, a process each.
+"""Time per caption and peak memory, side by side with OpenCLIP's `generate`: same weights and images.
 
     pip install open_clip_torch==3.3.0 transformers==4.56.2   # OpenCLIP 3.3.0 needs that release to generate
-    OMP_NUM_THREADS=1 python experiments/benchmarks/generation.py --batch 8
+    OMP_NUM_THREADS=1 python experiments/benchmarks/generation.py
 
-Weights are random, so that no caption ends early: all 30 tokens are written. Times are of the process, not of the wall,
-so that neighbours on the machine disturb them little. Low precision changes some captions of random weights, where the
-best tokens are nearly tied.
+Each engine lives in a process of its own, which is where its peak memory is read. The processes take turns, one
+repetition each, so that a disturbance of the machine meets all of them; ratios are taken repetition by repetition.
+Weights are random, so that no caption ends early: all 30 tokens are written. In fp32 the captions must be OpenCLIP's;
+bf16 changes some of random weights, where the best tokens are nearly tied. Rows go to generation.csv.
 """
 
 import argparse
 import ctypes
 import gc
 import multiprocessing
+import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from record import record
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
@@ -28,11 +32,11 @@ STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # OpenCLIP's a
     "beam": ({}, {"strategy": "beam", "scoring": "openclip_legacy"}),
 }
 PROCESS = Path("/proc/self")  # peak memory is read there, so this runs on Linux only
-ENGINES = ("open_clip", "fp32", "fp32 oneDNN", "bf16")
+ENGINES = ("open_clip", "fp32", "bf16")
 
 
 class Measurement(NamedTuple):
-    seconds: float  # of CPU time for each caption, the best of the repetitions
+    seconds: float  # of the process, for each caption
     memory: float  # peak of the process while writing, in MB, weights included
     ids: list[list[int]]
 
@@ -40,61 +44,77 @@ class Measurement(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of generation, ours and OpenCLIP's.")
     parser.add_argument("--model", default="coca_ViT-B-32", help="an OpenCLIP model")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", choices=list(STRATEGIES), default=list(STRATEGIES))
     args = parser.parse_args()
-    print(f"{args.model}, batch {args.batch}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    print(f"{'strategy':10}{'engine':14}{'s/caption':>10}{'ratio':>8}{'MB':>8}  captions equal to OpenCLIP's")
+    wrong = []
     for strategy in args.strategies:
-        reference: Measurement | None = None
-        for engine in ENGINES:
-            found = in_own_process(args.model, strategy, engine, args.batch, args.repetitions)
-            reference = reference or found
-            same = sum(a == b for a, b in zip(found.ids, reference.ids, strict=True))
-            ratio = reference.seconds / found.seconds
-            print(
-                f"{strategy:10}{engine:14}{found.seconds:10.3f}{ratio:8.1f}{found.memory:8.0f}  {same}/{args.batch}",
-                flush=True,
-            )
+        for batch in args.batches:
+            rows = compare(args.model, strategy, batch, args.repetitions)
+            record(Path(__file__).with_suffix(".csv"), rows)
+            wrong += [row for row in rows if row["engine"] == "fp32" and row["equal"] != batch]
+    if wrong:
+        sys.exit(f"fp32 captions differ from OpenCLIP's: {wrong}")
 
 
-def in_own_process(*arguments: Any) -> Measurement:
-    """Peak memory is that of a process, so each measurement needs a fresh one."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, arguments)
+def compare(name: str, strategy: str, batch: int, repetitions: int) -> list[dict[str, Any]]:
+    """One row per engine, from repetitions that take turns."""
+    pools = {engine: multiprocessing.get_context("spawn").Pool(1, prepare, (name, engine)) for engine in ENGINES}
+    rounds = [{e: pool.apply(measure, (strategy, batch)) for e, pool in pools.items()} for _ in range(repetitions)]
+    for pool in pools.values():
+        pool.terminate()
+    rows = []
+    for engine in ENGINES:
+        ratios = [each["open_clip"].seconds / each[engine].seconds for each in rounds]
+        same = zip(rounds[0][engine].ids, rounds[0]["open_clip"].ids, strict=True)
+        rows.append(
+            {
+                "model": name,
+                "strategy": strategy,
+                "batch": batch,
+                "engine": engine,
+                "repetitions": repetitions,
+                "seconds_per_caption": statistics.median(each[engine].seconds for each in rounds),
+                "ratio": statistics.median(ratios),
+                "lowest_ratio": min(ratios),
+                "highest_ratio": max(ratios),
+                "peak_MB": rounds[0][engine].memory,  # later rounds keep what earlier ones have allocated
+                "equal": sum(ours == theirs for ours, theirs in same),
+            }
+        )
+    return rows
 
 
-@torch.no_grad()
-def measure(name: str, strategy: str, engine: str, batch: int, repetitions: int) -> Measurement:
-    if engine == "fp32 oneDNN":
-        torch.set_float32_matmul_precision("medium")  # lets CPU products go through oneDNN
-    model, images = (
-        random_model(name, engine),
-        torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1)),
-    )
-    options = STRATEGIES[strategy][engine != "open_clip"]
-    model.generate(images[:1], **options | ({"seq_len": 7} if engine == "open_clip" else {"max_length": 7}))  # warm up
-    gc.collect()  # the model that the weights came from, and its memory back to the system
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak of building the model
-    seconds = []
-    for _ in range(repetitions):
-        start = time.process_time()
-        captions = model.generate(images, **options)
-        seconds.append(time.process_time() - start)
-    return Measurement(min(seconds) / batch, peak_memory(), padded(captions))
+engine_model: tuple[CoCa | nn.Module, bool]  # of this process, and whether it is OpenCLIP's
 
 
-def random_model(name: str, engine: str) -> CoCa | nn.Module:
-    """OpenCLIP's model with random weights, or ours with the same ones."""
+def prepare(name: str, engine: str) -> None:
+    """Builds the engine's model with random weights, the same ones in every process."""
+    global engine_model
     torch.manual_seed(0)
     theirs = open_clip.create_model(name, load_weights=False).eval()
     nn.init.normal_(theirs.text_decoder.text_projection, std=0.05)  # OpenCLIP leaves it at zero
     if engine == "open_clip":
-        return theirs
-    ours = from_open_clip(theirs.state_dict()).eval()
-    return ours.bfloat16() if engine == "bf16" else ours
+        engine_model = theirs, True
+    else:
+        ours = from_open_clip(theirs.state_dict()).eval()
+        engine_model = (ours.bfloat16() if engine == "bf16" else ours), False
+
+
+@torch.no_grad()
+def measure(strategy: str, batch: int) -> Measurement:
+    model, is_theirs = engine_model
+    images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    options = STRATEGIES[strategy][0 if is_theirs else 1]
+    model.generate(images[:1], **options | ({"seq_len": 7} if is_theirs else {"max_length": 7}))  # warm up
+    gc.collect()  # the model that the weights came from, and its memory back to the system
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak of building the model
+    start = time.process_time()
+    captions = model.generate(images, **options)
+    seconds = time.process_time() - start
+    return Measurement(seconds / batch, peak_memory(), padded(captions))
 
 
 def padded(captions: Tensor, length: int = 30) -> list[list[int]]:

@@ -214,6 +214,18 @@ def test_repeated_runs_do_not_occur(model: CoCa) -> None:
     assert not any(has_repeated_pair(row) for row in captions.tolist())
 
 
+def test_a_finished_draw_may_repeat_what_is_forbidden() -> None:
+    """A model can write the padding id too; then pad and end are a run that may not come twice, but padding follows."""
+    model = make_model()
+    weight = model.decoder.vocabulary.weight.data
+    weight[model.tokenizer.pad_id] = weight[model.tokenizer.eot_id]
+    drawn = {"strategy": "sample", "num_captions": 50, "generator": torch.Generator().manual_seed(0)}
+    captions = model.generate(make_images(8), max_length=12, no_repeat_ngram=2, **drawn)
+    rows = captions.flatten(0, 1).tolist()
+    pad, end = model.tokenizer.pad_id, model.tokenizer.eot_id
+    assert any(row[row.index(end) - 1] == pad and row[-1] == pad for row in rows)
+
+
 def has_repeated_pair(row: list[int]) -> bool:
     pairs = list(itertools.pairwise(row[: row.index(2) + 1]))
     return len(set(pairs)) < len(pairs)

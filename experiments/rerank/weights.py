@@ -1,0 +1,113 @@
+"""Scores of captions chosen among candidates by likelihood, by similarity to the image, or by a mixture.
+
+    python experiments/rerank/weights.py scenes CHECKPOINT --candidates 8
+    python experiments/rerank/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
+
+The candidates of an image are written once; each weight then chooses among them as `generate(rerank="contrastive")`
+does. Rows are added to weights.csv in this folder; rows of the same data, model and candidates are replaced.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coca_lit.checkpoints import load_model
+from coca_lit.data.flickr import flickr_records
+from coca_lit.data.records import Record
+from coca_lit.data.scenes import scene_records
+from coca_lit.data.transforms import build_transform
+from coca_lit.evals.captioning import caption_scores
+from coca_lit.models import CoCa
+from coca_lit.run_folder import environment
+
+WEIGHTS = [i / 10 for i in range(11)]
+BATCH = 64
+RESULTS = Path(__file__).with_name("weights.csv")
+
+
+def candidates(model: CoCa, records: Sequence[Record], strategy: str, count: int) -> tuple[Any, ...]:
+    """Ids (I, N, L) of N captions for each image, their similarity and mean log-probability (I, N)."""
+    options: dict[str, Any] = {"strategy": strategy, "num_captions": count, "rerank": "contrastive"}
+    if strategy == "beam":
+        options["num_beams"] = count
+    else:
+        options["generator"] = torch.Generator().manual_seed(0)
+    transform, found = build_transform(train=False, size=model.image_size), []
+    for start in range(0, len(records), BATCH):
+        images = torch.stack([transform(record.image()) for record in records[start : start + BATCH]])
+        found.append(model.generate(images, return_scores=True, **options))
+    return tuple(torch.cat(parts) for parts in zip(*(each[:4] for each in found), strict=True))
+
+
+def scores(model: CoCa, records: Sequence[Record], ids: Tensor, similarities: Tensor) -> dict[str, float]:
+    """Scores of one caption (I, L) for each image, whose similarity (I,) gives the model's own CLIPScore."""
+    texts = [model.tokenizer.decode(row) for row in ids]
+    references = {i: record.captions for i, record in enumerate(records)}
+    found = caption_scores(references, dict(enumerate(texts)), metrics=["Bleu", "CIDEr"])
+    exact = sum(text in record.captions for text, record in zip(texts, records, strict=True)) / len(records)
+    return {
+        "CIDEr": found["CIDEr"],
+        "Bleu_4": found["Bleu_4"],
+        "exact_match": exact,
+        "own_CLIPScore": 2.5 * similarities.clamp(min=0).mean().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=["scenes", "compositional", "flickr8k"])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--root", type=Path, help="of Flickr8k")
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--images", type=int, help="score the first N only")
+    parser.add_argument("--name", help="what to call the model; default, the name of the run folder")
+    args = parser.parse_args()
+    model = load_model(args.checkpoint).eval()
+    name = args.name or args.checkpoint.resolve().parents[1].name
+    if args.data == "flickr8k":
+        records = flickr_records(args.root, "val")[: args.images]
+    else:
+        split = "val" if args.data == "scenes" else "compositional"
+        records = scene_records(split, size=model.image_size)[: args.images]
+    rows = []
+    for strategy in ("beam", "sample"):
+        start = time.time()
+        ids, _, log_probs, similarities = candidates(model, records, strategy, args.candidates)
+        seconds = round(time.time() - start)
+        each = torch.arange(len(records))
+        for weight in WEIGHTS:
+            mixed = weight * model.logit_scale.exp().item() * similarities + (1 - weight) * log_probs
+            best = mixed.argmax(dim=1)
+            found = scores(model, records, ids[each, best], similarities[each, best])
+            rows.append(
+                {"data": args.data, "model": name, "strategy": strategy, "candidates": args.candidates}
+                | {"images": len(records), "weight": weight}
+                | {metric: f"{value:.4f}" for metric, value in found.items()}
+                | {"seed": 0, "seconds": seconds, "commit": environment()["commit"]}
+                | {"machine": environment()["machine"], "torch": torch.__version__}
+            )
+            print(rows[-1], flush=True)
+    record(rows)
+
+
+def record(rows: list[dict[str, Any]]) -> None:
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[column]) for column in ("data", "model", "strategy", "candidates"))
+
+    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
+    new = {key(row) for row in rows}
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([*(row for row in old if key(row) not in new), *rows])
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
