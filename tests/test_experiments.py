@@ -49,3 +49,13 @@ def test_a_run_becomes_a_row_and_a_failed_one_too(tmp_path: Path, report: Module
     with (tmp_path / "results.csv").open(newline="") as file:
         assert [row["seconds"] for row in csv.DictReader(file)] == ["7", "7"]
     assert "| `scenes/CIDEr` | 1.2500 |  |  |" in report.table(rows)
+
+
+def test_tables_of_the_benchmarks_are_those_of_their_csvs() -> None:
+    spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "experiments" / "benchmarks" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmarks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmarks)
+    for readme in benchmarks.READMES:
+        assert benchmarks.write_tables(readme) == readme.read_text()
