@@ -10,13 +10,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
@@ -65,13 +65,17 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
     import lightning.pytorch as L
 
+    from coca_lit.callbacks import SamplesSeen
     from coca_lit.distributed import say
     from coca_lit.fp32 import choose_fp32_products
-    from coca_lit.run_folder import start_run_folder, write_results
+    from coca_lit.run_folder import finished_results, start_run_folder, write_results
 
     configure_libraries(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    start_run_folder(cfg)
+    checkpoint = find_start(cfg)
+    if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
+        return results
+    start_run_folder(cfg, checkpoint)
     module = build_module(cfg)
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
     data.prepare_data()  # missing training data are said first, before those of an evaluation
@@ -79,13 +83,30 @@ def run(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg, evals)
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
         say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.net.parameters()))}")
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     for evaluation in evals:
         not_run |= evaluation.not_run
     results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
+    seen = next((c.total() for c in trainer.callbacks if isinstance(c, SamplesSeen)), {})
     if trainer.is_global_zero:
-        write_results(Path(cfg.output_dir), results, not_run)
+        write_results(Path(cfg.output_dir), results, not_run, seen)
     return results
+
+
+def find_start(cfg: DictConfig) -> Path | None:
+    """The checkpoint to go on from, or None for a new start. The first process checks that it fits this config."""
+    from coca_lit.resume import AUTO, check_same_run, decisive, find_checkpoint
+    from coca_lit.run_folder import is_first_process
+
+    checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
+    if checkpoint is not None and is_first_process():
+        check_same_run(checkpoint, decisive(plain(cfg)), strict=cfg.ckpt_path == AUTO)
+    return checkpoint
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain values, with interpolations left as they are: they may stand for secrets."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
 
 
 def build_module(cfg: DictConfig) -> Any:
@@ -122,15 +143,32 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 
 
 def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
-    from lightning.pytorch.callbacks import EMAWeightAveraging
+    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    # Averaged weights replace the trained ones when training ends: before the final scores.
+    from coca_lit.callbacks import Averaging, Checkpoints
+    from coca_lit.checkpoint_io import SafeCheckpointIO
+    from coca_lit.resume import decisive
+
+    # Averaged weights replace the trained ones when training ends: after the last checkpoint, before the final scores.
     with blame("ema"):
-        averaging: list[L.Callback] = [EMAWeightAveraging(decay=cfg.ema)] if cfg.ema is not None else []
+        averaging: list[L.Callback] = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
+    first = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+    for checkpoints in first:
+        checkpoints.config = decisive(plain(cfg))
+    others = [callback for callback in callbacks if callback not in first]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
-    parts = {"callbacks": [*averaging, *evals, *callbacks], "logger": loggers, "precision": precision}
+    # Requeueing is ours: Lightning would save within the signal handler, wherever the step may be.
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    parts = {
+        "callbacks": [*first, *averaging, *evals, *others],
+        "logger": loggers,
+        "precision": precision,
+        "plugins": [SafeCheckpointIO(), *slurm],
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in others),  # no default one
+    }
     return build(cfg.trainer, "trainer", **parts)
 
 
@@ -167,9 +205,11 @@ def user_errors() -> tuple[type[Exception], ...]:
     errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException)
     if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
         return (*errors, FileNotFoundError)
+    from coca_lit.callbacks.step_guard import TrainingError
+    from coca_lit.checkpoint_io import CheckpointError
     from coca_lit.data.records import DataError
 
-    return (*errors, DataError, FileNotFoundError)
+    return (*errors, CheckpointError, DataError, FileNotFoundError, TrainingError)
 
 
 def _explain(error: Exception, config: str) -> str:

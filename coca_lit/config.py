@@ -42,7 +42,7 @@ class TrainConfig:
     threads: int | None = None
     data_dir: str = "data"
     image_size: int = 224
-    ckpt_path: str | None = None
+    ckpt_path: str | None = "auto"
     init_from: str | None = None
     image_weights: str | None = None
     ema: float | None = None

@@ -9,7 +9,7 @@ factors cancel and the result is the gradient of one process with the whole batc
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -58,6 +58,21 @@ def sum_over_ranks(x: Tensor) -> Tensor:
         x = x.detach().clone()
         dist.all_reduce(x)
     return x
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of a tensor over ranks, without gradient."""
+    return sum_over_ranks(x) / world_size()
+
+
+def max_over_ranks(numbers: Sequence[float]) -> list[float]:
+    """The largest of each number over ranks, the same on all of them: one decision for all."""
+    if world_size() == 1:
+        return list(numbers)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    x = torch.tensor(numbers, dtype=torch.float32, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.tolist()
 
 
 def gather_objects(x: T) -> list[T]:
