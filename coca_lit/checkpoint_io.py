@@ -90,7 +90,9 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def step_files(folder: Path) -> list[Path]:
     """The checkpoints `step_N.ckpt` of a folder, the newest first."""
-    steps = {int(found[1]): path for path in folder.glob("*") if (found := re.fullmatch(r"step_(\d+)\.ckpt", path.name))}
+    steps = {
+        int(found[1]): path for path in folder.glob("*") if (found := re.fullmatch(r"step_(\d+)\.ckpt", path.name))
+    }
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 

@@ -3,6 +3,7 @@
 Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
 """
 
+import functools
 import logging
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import hydra
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -21,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
 from coca_lit.redaction import redact_configs
+from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, check_hydra, explain_override
 from coca_lit.sweep import print_sweep
 
 if TYPE_CHECKING:
@@ -48,12 +52,32 @@ def command(config: str, function: Callable[[DictConfig], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
     redact_configs()
     sys.argv[1:] = [quote_range(argument) for argument in sys.argv[1:]]
+    check_what_hydra_builds()
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()
     except user_errors() as error:
         sys.exit(f"error: {_explain(error, config)}")
     finally:
         print_sweep()
+
+
+def check_what_hydra_builds() -> None:
+    """Puts our check between Hydra's composing of a config and its building of callbacks, launchers and log handlers.
+    There is no public place for it.
+    """
+    load = ConfigLoaderImpl.load_configuration
+    if getattr(load, "checked", False):
+        return
+
+    @functools.wraps(load)
+    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = load(self, *args, **kwargs)
+        if "hydra" in cfg:
+            check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))
+        return cfg
+
+    checked.checked = True  # type: ignore[attr-defined]  # a mark on a function
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]  # see above
 
 
 def quote_range(argument: str) -> str:
@@ -87,7 +111,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     for evaluation in evals:
         not_run |= evaluation.not_run
     results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
-    seen = next((c.total() for c in trainer.callbacks if isinstance(c, SamplesSeen)), {})
+    seen = next((c.total() for c in getattr(trainer, "callbacks", []) if isinstance(c, SamplesSeen)), {})
     if trainer.is_global_zero:
         write_results(Path(cfg.output_dir), results, not_run, seen)
     return results
@@ -202,7 +226,7 @@ def best_precision() -> str:
 
 def user_errors() -> tuple[type[Exception], ...]:
     """Exceptions whose message is all that a user needs; anything else is a bug and keeps its traceback."""
-    errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException)
+    errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)
     if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
         return (*errors, FileNotFoundError)
     from coca_lit.callbacks.step_guard import TrainingError
@@ -218,6 +242,8 @@ def _explain(error: Exception, config: str) -> str:
             options = GlobalHydra.instance().config_loader().get_group_options
             chosen = [arg for arg in sys.argv[1:] if arg.rpartition("=")[2] in options(arg.partition("=")[0])]
             return explain_override(error, lambda: hydra.compose(config, chosen), options)
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

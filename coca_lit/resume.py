@@ -29,7 +29,7 @@ FREE = ("data.num_workers", "data.root", "data.max_bad_fraction", "model.grad_ch
 
 
 def decisive(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of an unresolved config that may not change within a run. Values from the environment stay references."""
+    """The part of an unresolved config that may not change within a run."""
     part = {key: config[key] for key in DECISIVE if key in config}
     part["trainer"] = {key: value for key, value in config["trainer"].items() if key in DECISIVE_OF_TRAINER}
     return part
@@ -82,8 +82,8 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> No
     said = f"{key} was {old!r} when {checkpoint} was written and is now {new!r}{more}"
     if strict:
         raise CheckpointError(
-            f"{said}: that is another run, so give it another name; or say ckpt_path={checkpoint.resolve()} to go on all "
-            "the same, ckpt_path=null to start anew, init_from=FILE to take the weights alone"
+            f"{said}: that is another run, so give it another name; or say ckpt_path={checkpoint.resolve()} to go on "
+            "all the same, ckpt_path=null to start anew, init_from=FILE to take the weights alone"
         )
     say(f"note: {said}")
 

@@ -41,7 +41,12 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     """The scores of a run that is over and was scored as `cfg` asks for; None if there is something left to do."""
     folder = Path(cfg.output_dir)
     results, config = folder / "results.json", folder / "config.yaml"
-    if cfg.ckpt_path != "auto" or not results.exists() or not config.exists() or results.stat().st_mtime < checkpoint.stat().st_mtime:
+    if (
+        cfg.ckpt_path != "auto"
+        or not results.exists()
+        or not config.exists()
+        or results.stat().st_mtime < checkpoint.stat().st_mtime
+    ):
         return None
     before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     keys = ("evals", "eval_split", "eval_images", "clip_score_model", "trainer.max_epochs", "trainer.max_steps")

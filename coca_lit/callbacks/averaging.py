@@ -10,6 +10,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 class Averaging(EMAWeightAveraging):
     """Lightning's exponential average, in place of the trained weights in every score, checkpoint and at the end."""
 
+    def __init__(self, decay: float) -> None:
+        # Buffers follow the trained model. Averaged, constants such as the mean of the pixels would drift by rounding,
+        # and those are not in checkpoints: a resumed run would score images that are normalised differently.
+        super().__init__(decay=decay, use_buffers=False)
+
     @contextmanager
     def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
         """The module holds the average within the block, and its own weights again, bit by bit, after it."""
@@ -27,7 +32,7 @@ class Averaging(EMAWeightAveraging):
 @contextmanager
 def scored_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
     """The weights that are to be scored in the middle of training: the average if there is one."""
-    averaging = next((c for c in trainer.callbacks if isinstance(c, Averaging)), None)
+    averaging = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, Averaging)), None)
     if averaging is None:
         yield
     else:

@@ -74,11 +74,12 @@ class Checkpoints(L.Callback):
             self._between_steps(trainer)
 
     def _between_steps(self, trainer: L.Trainer) -> None:
-        late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
-        stop, late = max_over_ranks([self.signals.received, late])  # one decision for all ranks
+        minutes = (time.monotonic() - self._saved_at) / 60
+        late = self.every_minutes is not None and minutes >= self.every_minutes
+        stop, someone_late = max_over_ranks([self.signals.received, late])  # one decision for all ranks
         step, epoch = trainer.global_step, trainer.current_epoch
         due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
-        if stop or late or due or epoch > self._epoch:
+        if stop or someone_late or due or epoch > self._epoch:
             self._epoch = epoch
             self._save(trainer)
         if stop:
@@ -98,7 +99,12 @@ class Checkpoints(L.Callback):
         """
         if not isinstance(exception, SystemExit):
             self.signals.release()
-        if isinstance(exception, Exception) and world_size() == 1 and trainer.global_step and _nothing_half_done(trainer):
+        if (
+            isinstance(exception, Exception)
+            and world_size() == 1
+            and trainer.global_step
+            and _nothing_half_done(trainer)
+        ):
             self._save(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -108,7 +114,7 @@ class Checkpoints(L.Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
-        if step == self._saved_step or trainer.fast_dev_run:
+        if step == self._saved_step:
             return
         trainer.save_checkpoint(self._path(step))
         self._saved_step, self._saved_at = step, time.monotonic()
@@ -120,16 +126,14 @@ class Checkpoints(L.Callback):
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}.ckpt"
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        seen = next((c.total() for c in trainer.callbacks if isinstance(c, SamplesSeen)), {})
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        seen = next((c.total() for c in getattr(trainer, "callbacks", []) if isinstance(c, SamplesSeen)), {})
         checkpoint[RUN_KEY] = {
             "config": self.config,
             "step": trainer.global_step,
             "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped,
             "processes": world_size(),
-            "workers": getattr(trainer.datamodule, "num_workers", 0),
+            "workers": _workers(trainer),
             "finished": self._finished,
             **seen,
         }
@@ -140,27 +144,30 @@ class Checkpoints(L.Callback):
             counts.update(dict.fromkeys(counts, counts["completed"]))  # the batch at hand has not begun
         progress["is_last_batch"] = False
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
 
 
 def _nothing_half_done(trainer: L.Trainer) -> bool:
     """Whether the weights are those after the last whole batch, and no gradient waits for more batches."""
     loop = trainer.fit_loop.epoch_loop
-    batches, steps = loop.batch_progress.current, loop.automatic_optimization.optim_progress.optimizer.step.total
-    at_a_step = batches.completed % trainer.accumulate_grad_batches == 0
-    return batches.processed == batches.completed and steps.ready == steps.completed and at_a_step
+    batches, steps = loop.batch_progress.state_dict()["current"], loop.automatic_optimization.optim_progress
+    stepped = steps.optimizer.step.total.ready == steps.optimizer.step.total.completed
+    at_a_step = batches["completed"] % trainer.accumulate_grad_batches == 0
+    return batches["processed"] == batches["completed"] and stepped and at_a_step
 
 
 def _announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
     counts = "".join(f", {before[what]:,} {what} seen" for what in ("samples", "tokens") if what in before)
     say(f"going on after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
-    now = {"processes": world_size(), "workers": getattr(trainer.datamodule, "num_workers", 0)}
-    elastic = getattr(trainer.datamodule, "elastic", True)
+    now = {"processes": world_size(), "workers": _workers(trainer)}
+    elastic = getattr(getattr(trainer, "datamodule", None), "elastic", True)
     changed = [f"{before[key]} {key} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed and not elastic:
         say(f"note: {' and '.join(changed)}: shards are dealt out anew, so this epoch may repeat or miss samples")
     elif changed:
         say(f"note: {' and '.join(changed)}: every batch holds the same samples as before")
+
+
+def _workers(trainer: L.Trainer) -> int:
+    return getattr(getattr(trainer, "datamodule", None), "num_workers", 0)

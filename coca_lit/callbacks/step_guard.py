@@ -75,9 +75,9 @@ class StepGuard(L.Callback):
         say(f"skipped step {self._step}: its gradient is not finite ({self.skipped} skipped; samples in {self.path})")
         if self.in_a_row >= self.max_in_a_row:
             raise TrainingError(
-                f"the gradients of {self.in_a_row} steps in a row, {self._step - self.in_a_row + 1} to {self._step}, were "
-                f"not finite; nothing was applied, and their samples are in {self.path}: try a lower learning rate, "
-                "fp32 (trainer.precision=32-true), or look at those samples"
+                f"the gradients of {self.in_a_row} steps in a row, {self._step - self.in_a_row + 1} to {self._step}, "
+                "were not finite; nothing was applied, and their samples are in "
+                f"{self.path}: try a lower learning rate, fp32 (trainer.precision=32-true), or look at those samples"
             )
 
     def on_train_batch_end(
