@@ -30,7 +30,7 @@ class CheckpointError(Exception):
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes as described above and reads plain values and tensors only."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """A disk that is full or fails costs this checkpoint, not the run: a warning, and the older ones stay.
 
         Raises:
@@ -55,7 +55,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(
         self,
-        path: str | os.PathLike,
+        path: str | Path,
         map_location: Callable | None = lambda storage, _: storage,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from running import compose, results
+from running import ROOT, compose, results
 
 from coca_lit import checkpoint_io, cli
 from coca_lit.callbacks import StepGuard
@@ -161,6 +162,35 @@ def test_signal_saves_and_stops(
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
 
 
+def test_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(tmp_path: Path) -> None:
+    """Real processes of Lightning's own launcher; the signal reaches rank 0 alone."""
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *MAP, f"output_dir={tmp_path}/run", "trainer.devices=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "trainer.strategy=ddp", "trainer.max_epochs=200"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = ""
+    while "step 2/" not in said and (line := process.stdout.readline()):
+        said += line
+    process.send_signal(signal.SIGTERM)
+    said += process.communicate(timeout=120)[0]
+    assert process.returncode == 143, said
+    assert said.count("stopping after step") == 1
+    run = state(tmp_path / "run")[RUN_KEY]
+    assert run["processes"] == 2
+    assert run["samples"] == 4 * run["step"]
+    epochs = run["step"] // 6 + 1
+    assert train(tmp_path / "run", *MAP, f"trainer.max_epochs={epochs}") == 0
+    assert "note: 2 processes became 1: every batch holds the same samples" in (tmp_path / "run.log").read_text()
+    assert state(tmp_path / "run")[RUN_KEY]["samples"] == 24 * epochs
+
+
 class Poison(L.Callback):
     """Makes one gradient of the steps infinite."""
 
@@ -196,10 +226,10 @@ def test_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert "the gradients of 3 steps in a row, 2 to 4, were not finite" in (tmp_path / "run.log").read_text()
 
 
-def test_spike_is_noted_with_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spike_is_noted_with_its_samples(tmp_path: Path) -> None:
     guard = StepGuard(tmp_path)
     trainer: Any = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
-    module: Any = SimpleNamespace(log=lambda *_: None)
+    module: Any = SimpleNamespace(log=lambda *_: None, modules=list)
     for step, loss in enumerate([*(4 - 0.02 * i for i in range(30)), 9.0, 3.4]):
         trainer.global_step = step
         batch: Any = SimpleNamespace(keys=[f"sample {step}"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from coca_lit import cli
-from coca_lit.callbacks import progress_bar
+from coca_lit.callbacks import Evaluation, progress_bar
 from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.checkpoints import load_model
 from coca_lit.config import build
@@ -167,6 +167,38 @@ def test_averaged_weights_are_scored_and_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(watch.final, average)
     torch.testing.assert_close(tensors(load_model(tmp_path / "checkpoints" / "last.ckpt")), average)
     assert not torch.allclose(average["image_projection.weight"], steps[-1]["image_projection.weight"])
+
+
+class ScaleScore(Evaluation):
+    """The temperature as a score; also its value after every step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("scale", [], folder)
+        self.scored: list[float] = []
+        self.steps: list[float] = []
+
+    def scores(self, model: CoCa, records: Any) -> dict[str, float]:
+        self.scored.append(model.logit_scale.item())
+        return {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.steps.append(pl_module.net.logit_scale.item())
+
+
+def test_averaged_weights_are_scored_during_training_too(tmp_path: Path) -> None:
+    watch = ScaleScore(tmp_path)
+    fit(tmp_path, "ema=0.75", watch=watch)
+    averages = [watch.steps[0]]
+    for now in watch.steps[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * now)
+    assert watch.scored == pytest.approx([averages[3], averages[7]], rel=1e-6)
+
+
+@pytest.mark.parametrize("stop", ["trainer.max_steps=4", "trainer.max_epochs=1"])
+def test_end_of_training_is_scored_once(tmp_path: Path, stop: str) -> None:
+    watch = ScaleScore(tmp_path)
+    fit(tmp_path, stop, watch=watch)
+    assert len(watch.scored) == 1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

@@ -47,12 +47,15 @@ class StepGuard(L.Callback):
         self._losses: deque[float] = deque(maxlen=window)
         self._keys: list[str] = []  # of the batches since the last optimizer step
         self._step = 0
+        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of batch norms: (buffer, its value before)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._keys = []
+            norms = [m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+            self._statistics = [(b, b.clone()) for norm in norms for b in norm.buffers()]
         self._keys += batch.keys
         self._step = trainer.global_step
 
@@ -69,6 +72,8 @@ class StepGuard(L.Callback):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
+        for buffer, before in self._statistics:
+            buffer.copy_(before)  # the forward pass has put its numbers in already
         self.skipped += 1
         self.in_a_row += 1
         self._write("gradient not finite", {})
