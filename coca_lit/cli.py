@@ -22,9 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
-from coca_lit.redaction import redact_configs
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, check_hydra, explain_override
+from coca_lit.redaction import redact_configs
 from coca_lit.sweep import print_sweep
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ CHECKPOINTS, LAST, METRICS, BAD_STEPS = "checkpoints", "last.ckpt", "metrics.csv
 # What belongs to one run, as outputs/README.md lists it.
 FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
-    *(CHECKPOINTS, METRICS, BAD_STEPS, "predictions", "samples", "tensorboard"),
+    *(CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
 )
 # Keys that decide what is computed, but for those which only say where and how fast.
 DECISIVE = ("seed", "image_size", "ema", "model", "data", "trainer")

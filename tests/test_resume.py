@@ -47,6 +47,8 @@ class Die(L.Callback):
 
 def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    if "SUBMITIT_EXECUTOR" in environment:
+        signal.signal(signal.SIGUSR2, _requeue_like_submitit)
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("a", buffering=1)
@@ -60,6 +62,11 @@ def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, e
 
         cli.build_trainer = watched
     cli.run(compose(*TINY, f"output_dir={folder}", *overrides))
+
+
+def _requeue_like_submitit(number: int, frame: Any) -> None:
+    print("submitit was here")
+    sys.exit(7)
 
 
 def train(
@@ -160,6 +167,14 @@ def test_signal_saves_and_stops(
     assert not (tmp_path / "run" / "results.json").exists()
     if signal.SIGUSR1 in numbers:
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
+def test_under_submitit_its_own_handler_comes_after_saving(tmp_path: Path) -> None:
+    submitit = {"SUBMITIT_EXECUTOR": "slurm"}
+    assert train(tmp_path / "run", *MAP, watch=Signal(signal.SIGUSR2), environment=submitit) == 7
+    assert state(tmp_path / "run")["global_step"] == 2
+    said = (tmp_path / "run.log").read_text()
+    assert said.index("stopping after step 2") < said.index("submitit was here")
 
 
 def test_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(tmp_path: Path) -> None:
