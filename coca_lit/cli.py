@@ -91,6 +91,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.callbacks import SamplesSeen
     from coca_lit.distributed import say
     from coca_lit.fp32 import choose_fp32_products
+    from coca_lit.resume import read_run
     from coca_lit.run_folder import finished_results, start_run_folder, write_results
 
     configure_libraries(cfg)
@@ -105,7 +106,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
-        say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.net.parameters()))}")
+        before = read_run(checkpoint).get("fp32_products") if checkpoint is not None else None
+        say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.net.parameters()), before)}")
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     for evaluation in evals:
         not_run |= evaluation.not_run

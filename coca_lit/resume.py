@@ -64,6 +64,16 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
     return last
 
 
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run; nothing if it is not one of ours.
+
+    Raises:
+        CheckpointError: the file is not whole.
+    """
+    run: dict[str, Any] = inspect(checkpoint).get(RUN_KEY, {})
+    return run
+
+
 def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> None:
     """Compares the config that a checkpoint was written with and the one that is to go on from it.
 
@@ -74,7 +84,7 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> No
     Raises:
         CheckpointError: the file is not whole, or the config has changed.
     """
-    before = inspect(checkpoint).get(RUN_KEY, {}).get("config", config)
+    before = read_run(checkpoint).get("config", config)
     if not (changes := list(changed_keys(before, config))):
         return
     (key, old, new), others = changes[0], len(changes) - 1
@@ -98,7 +108,7 @@ def go_on(folder: Path, checkpoint: Path, roll_back: bool) -> None:
     if checkpoint.parent != (folder / CHECKPOINTS).resolve():
         start_anew(folder)
         return
-    run = inspect(checkpoint).get(RUN_KEY, {})
+    run = read_run(checkpoint)
     newer = [path for path in step_files(folder / CHECKPOINTS) if _step(path) > _step(checkpoint)]
     if newer and roll_back:
         say(f"{len(newer)} newer checkpoints were moved to {set_aside(folder, newer)}")

@@ -15,6 +15,7 @@ from coca_lit.callbacks.preemption import Signals
 from coca_lit.callbacks.progress import SamplesSeen
 from coca_lit.checkpoint_io import point_to, step_files
 from coca_lit.distributed import max_over_ranks, rank, say, world_size
+from coca_lit.fp32 import fp32_products
 from coca_lit.resume import LAST, RUN_KEY
 
 
@@ -134,6 +135,7 @@ class Checkpoints(L.Callback):
             "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped,
             "processes": world_size(),
             "workers": _workers(trainer),
+            "fp32_products": fp32_products(),
             "finished": self._finished,
             **seen,
         }
