@@ -3,23 +3,26 @@
 Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
 """
 
+import functools
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
+import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.arguments import Positional, to_overrides
-from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
+from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, check_hydra, explain_override
 from coca_lit.redaction import redact_configs
 from coca_lit.sweep import print_sweep
 
@@ -51,6 +54,7 @@ def command(config: str, function: Callable[[DictConfig], Any], positional: Posi
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
     redact_configs()
+    check_what_hydra_builds()
     try:
         sys.argv[1:] = to_overrides(sys.argv[1:], positional)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()
@@ -60,18 +64,42 @@ def command(config: str, function: Callable[[DictConfig], Any], positional: Posi
         print_sweep()
 
 
+def check_what_hydra_builds() -> None:
+    """Puts our check between Hydra's composing of a config and its building of callbacks, launchers and log handlers.
+    There is no public place for it.
+    """
+    load = ConfigLoaderImpl.load_configuration
+    if getattr(load, "checked", False):
+        return
+
+    @functools.wraps(load)
+    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = load(self, *args, **kwargs)
+        if "hydra" in cfg:
+            check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))
+        return cfg
+
+    checked.checked = True  # type: ignore[attr-defined]  # a mark on a function
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]  # see above
+
+
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
     import lightning.pytorch as L
 
+    from coca_lit.callbacks import SamplesSeen
     from coca_lit.distributed import say
     from coca_lit.fp32 import choose_fp32_products
-    from coca_lit.run_folder import start_run_folder, write_results
+    from coca_lit.resume import read_run
+    from coca_lit.run_folder import finished_results, start_run_folder, write_results
     from coca_lit.setup_checks import check_batch_size
 
     configure_libraries(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    start_run_folder(cfg)
+    checkpoint = find_start(cfg)
+    if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
+        return results
+    start_run_folder(cfg, checkpoint)
     module = build_module(cfg)
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
     data.prepare_data()  # missing training data are said first, before those of an evaluation
@@ -80,14 +108,32 @@ def run(cfg: DictConfig) -> dict[str, float]:
     with blame("data.batch_size"):
         check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
-        say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.net.parameters()))}")
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        before = read_run(checkpoint).get("fp32_products") if checkpoint is not None else None
+        say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.net.parameters()), before)}")
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     for evaluation in evals:
         not_run |= evaluation.not_run
     results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
+    seen = next((c.total() for c in getattr(trainer, "callbacks", []) if isinstance(c, SamplesSeen)), {})
     if trainer.is_global_zero:
-        write_results(Path(cfg.output_dir), results, not_run)
+        write_results(Path(cfg.output_dir), results, not_run, seen)
     return results
+
+
+def find_start(cfg: DictConfig) -> Path | None:
+    """The checkpoint to go on from, or None for a new start. The first process checks that it fits this config."""
+    from coca_lit.resume import AUTO, check_same_run, decisive, find_checkpoint
+    from coca_lit.run_folder import is_first_process
+
+    checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
+    if checkpoint is not None and is_first_process():
+        check_same_run(checkpoint, decisive(plain(cfg)), strict=cfg.ckpt_path == AUTO)
+    return checkpoint
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain values, with interpolations left as they are: they may stand for secrets."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
 
 
 def build_module(cfg: DictConfig) -> Any:
@@ -124,14 +170,22 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 
 
 def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
-    from lightning.pytorch.callbacks import EMAWeightAveraging
+    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+    from coca_lit.callbacks import Averaging, Checkpoints
+    from coca_lit.checkpoint_io import SafeCheckpointIO
+    from coca_lit.resume import decisive
     from coca_lit.setup_checks import check_strategy
 
-    # Averaged weights replace the trained ones when training ends: before the final scores.
+    # Averaged weights replace the trained ones when training ends: after the last checkpoint, before the final scores.
     with blame("ema"):
-        averaging: list[L.Callback] = [EMAWeightAveraging(decay=cfg.ema)] if cfg.ema is not None else []
+        averaging: list[L.Callback] = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
+    first = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+    for checkpoints in first:
+        checkpoints.config = decisive(plain(cfg))
+    others = [callback for callback in callbacks if callback not in first]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node]
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
     strategy = cfg.trainer.strategy
@@ -139,11 +193,15 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
         strategy = build(strategy, "trainer.strategy")
     with blame("trainer"):
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size)
+    # Requeueing is ours: Lightning would save within the signal handler, wherever the step may be.
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     parts = {
-        "callbacks": [*averaging, *evals, *callbacks],
+        "callbacks": [*first, *averaging, *evals, *others],
         "logger": loggers,
         "precision": precision,
         "strategy": strategy,
+        "plugins": [SafeCheckpointIO(), *slurm],
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in others),  # no default one
     }
     return build(_without(cfg.trainer, "micro_batch_size"), "trainer", **parts)
 
@@ -194,12 +252,14 @@ def best_precision() -> str:
 
 def user_errors() -> tuple[type[Exception], ...]:
     """Exceptions whose message is all that a user needs; anything else is a bug and keeps its traceback."""
-    errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException)
+    errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)
     if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
         return (*errors, FileNotFoundError)
+    from coca_lit.callbacks.step_guard import TrainingError
+    from coca_lit.checkpoint_io import CheckpointError
     from coca_lit.data.records import DataError
 
-    return (*errors, DataError, FileNotFoundError)
+    return (*errors, CheckpointError, DataError, FileNotFoundError, TrainingError)
 
 
 def _explain(error: Exception, config: str) -> str:
@@ -208,6 +268,8 @@ def _explain(error: Exception, config: str) -> str:
             options = GlobalHydra.instance().config_loader().get_group_options
             chosen = [arg for arg in sys.argv[1:] if arg.rpartition("=")[2] in options(arg.partition("=")[0])]
             return explain_override(error, lambda: hydra.compose(config, chosen), options)
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

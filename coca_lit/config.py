@@ -26,6 +26,12 @@ ALLOWED_PACKAGES = (
     "lightning.pytorch.trainer",
     "torch.optim",
 )
+# What Hydra itself builds from its own part of a config, before any of our code runs.
+HYDRA_PACKAGES = ("coca_lit", "hydra._internal.core_plugins", "hydra.experimental", "hydra_plugins")
+LOG_CLASSES = (
+    *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"),
+    *("logging.handlers.RotatingFileHandler", "colorlog.ColoredFormatter"),
+)
 
 
 class ConfigError(Exception):
@@ -42,7 +48,7 @@ class TrainConfig:
     threads: int | None = None
     data_dir: str = "data"
     image_size: int = 224
-    ckpt_path: str | None = None
+    ckpt_path: str | None = "auto"
     init_from: str | None = None
     image_weights: str | None = None
     ema: float | None = None
@@ -128,27 +134,41 @@ def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
                 raise ConfigError(f"{path} has no key '{key}'{suggest(key, allowed)} Its keys: {', '.join(allowed)}")
 
 
-def resolve_target(target: str, path: str) -> Callable[..., Any]:
+def check_hydra(node: Any, path: str = "hydra") -> None:
+    """Refuses a config whose part for Hydra names code from elsewhere: Hydra would run it first of all.
+
+    Args:
+        node: plain values with interpolations left as they are; one that stands for code is refused.
+    """
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        if key == "_target_":
+            resolve_target(str(child), path, HYDRA_PACKAGES)
+        elif key in ("class", "()") and "_logging" in path and child not in LOG_CLASSES:
+            raise ConfigError(f"{path}: '{child}' is none of the classes for logging: {', '.join(LOG_CLASSES)}")
+        else:
+            check_hydra(child, f"{path}.{key}")
+
+
+def resolve_target(target: str, path: str, packages: Sequence[str] = ALLOWED_PACKAGES) -> Callable[..., Any]:
     """The class or function called `target`, if it really lives in an allowed package, whatever name leads to it."""
-    if not _allowed(target):
-        raise ConfigError(
-            f"{path}: '{target}' is outside the packages that a config may use ({', '.join(ALLOWED_PACKAGES)})"
-        )
+    if not _allowed(target, packages):
+        raise ConfigError(f"{path}: '{target}' is outside the packages that a config may use ({', '.join(packages)})")
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
     origin = getattr(found, "__module__", None) or ""
-    if not callable(found) or not _allowed(f"{origin}."):
+    if not callable(found) or not _allowed(f"{origin}.", packages):
         raise ConfigError(
             f"{path}: '{target}' leads to {origin or type(found).__name__}, outside the packages that a config may use"
         )
     return found
 
 
-def _allowed(name: str) -> bool:
-    return name.startswith(tuple(f"{package}." for package in ALLOWED_PACKAGES))
+def _allowed(name: str, packages: Sequence[str]) -> bool:
+    return name.startswith(tuple(f"{package}." for package in packages))
 
 
 def suggest(key: str, known: Iterable[str]) -> str:

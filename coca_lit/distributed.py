@@ -9,7 +9,7 @@ with the whole batch:
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -68,6 +68,21 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
     highest = x.detach().clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     return highest + sum_over_ranks((x - highest).exp()).log()
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of a tensor over ranks, without gradient."""
+    return sum_over_ranks(x) / world_size()
+
+
+def max_over_ranks(numbers: Sequence[float]) -> list[float]:
+    """The largest of each number over ranks, the same on all of them: one decision for all."""
+    if world_size() == 1:
+        return list(numbers)
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    x = torch.tensor(numbers, dtype=torch.float32, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.tolist()
 
 
 def gather_objects(x: T) -> list[T]:

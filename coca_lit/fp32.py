@@ -18,15 +18,19 @@ FASTER = 1.3  # less is within what two timings differ by, and the choice must b
 SMALLEST_NETWORK = 20_000_000  # parameters
 
 
-def choose_fp32_products(parameters: int) -> str:
+def choose_fp32_products(parameters: int, before: str | None = None) -> str:
     """Switches the fp32 products of this process to oneDNN if that is as exact and clearly faster; says in words what
     was chosen and why.
 
     Args:
         parameters: number of parameters of the network to train.
+        before: what `fp32_products` gave in the run that goes on, which is kept: the two round differently.
     """
     if not torch.backends.mkldnn.is_available():
         return "MKL: this PyTorch has no oneDNN"
+    if before is not None:
+        _use_onednn(before == "oneDNN")
+        return f"{before}, as in the run that goes on"
     if parameters < SMALLEST_NETWORK:
         return "MKL: the network is small"
     error, seconds = _probe()
@@ -37,6 +41,12 @@ def choose_fp32_products(parameters: int) -> str:
         return f"oneDNN ({speed})"
     _use_onednn(False)
     return f"MKL ({speed})"
+
+
+def fp32_products() -> str:
+    """The library in use."""
+    backend: Any = torch.backends.mkldnn
+    return "oneDNN" if backend.matmul.fp32_precision == "bf16" else "MKL"
 
 
 def _use_onednn(on: bool) -> None:

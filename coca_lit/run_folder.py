@@ -15,23 +15,64 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.redaction import redact
 
 
-def start_run_folder(cfg: DictConfig) -> None:
+def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no
-    secret lands in a file.
+    secret lands in a file. What an earlier run left is wound back to `checkpoint`, or moved aside for a new start.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
+    if is_first_process():
+        from coca_lit.resume import go_on, start_anew
+
         folder = Path(cfg.output_dir)
+        if checkpoint is None:
+            start_anew(folder)
+        else:
+            go_on(folder, checkpoint, roll_back=cfg.ckpt_path != "auto")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 
-def write_results(folder: Path, results: dict[str, float], not_run: dict[str, str]) -> None:
-    """Writes `results.json`, `not_run.json` (why a score is missing) and the report, and prints the scores."""
+def is_first_process() -> bool:
+    """Whether this is rank 0, as far as the environment tells before there is a process group."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:
+    """The scores of a run that is over and was scored as `cfg` asks for; None if there is something left to do."""
+    folder = Path(cfg.output_dir)
+    results, config = folder / "results.json", folder / "config.yaml"
+    if (
+        cfg.ckpt_path != "auto"
+        or not results.exists()
+        or not config.exists()
+        or results.stat().st_mtime < checkpoint.stat().st_mtime
+    ):
+        return None
+    before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    keys = ("evals", "eval_split", "eval_images", "clip_score_model", "trainer.max_epochs", "trainer.max_steps")
+    if any(OmegaConf.select(before, key) != OmegaConf.select(now, key) for key in keys):
+        return None
+    scores = json.loads(results.read_text())
+    if is_first_process():
+        os.utime(results)  # a sweep counts a job as done by the time of its results
+        print_results(scores)
+        print(f"this run is finished, its scores are in {results}: ckpt_path=null trains anew", flush=True)
+    return scores
+
+
+def write_results(
+    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+) -> None:
+    """Writes `results.json`, `not_run.json` (why a score is missing) and the report, and prints the scores.
+
+    Args:
+        seen: samples and tokens that the model was trained on, for `environment.json`.
+    """
     from coca_lit.report import write_report
 
     environment = json.loads((folder / "environment.json").read_text())
     environment["seconds"] = round(time.time() - environment["started"])
+    environment |= seen or {}
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "not_run.json").write_text(json.dumps(not_run, indent=2) + "\n")

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from running import TINY, compose
 
 from coca_lit.cli import CONF, build_module, build_trainer
-from coca_lit.config import ConfigError, TrainConfig, blame, build, explain_override, resolve_target
+from coca_lit.config import ConfigError, TrainConfig, blame, build, check_hydra, explain_override, resolve_target
 from coca_lit.lit_module import CoCaLit
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
@@ -98,7 +98,7 @@ def test_data_builds(data: str) -> None:
 @pytest.mark.parametrize("trainer", ["auto", "cpu", "smoke"])
 def test_trainer_builds(trainer: str, tmp_path: Path) -> None:
     made = build_trainer(compose(f"trainer={trainer}", f"output_dir={tmp_path}", "ema=0.9"), [])
-    assert type(made.callbacks[0]).__name__ == "EMAWeightAveraging"
+    assert [type(callback).__name__ for callback in made.callbacks[:2]] == ["Checkpoints", "Averaging"]
 
 
 def test_weights_of_the_losses_reach_the_module(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +192,7 @@ def test_wrong_model_is_one_sentence(override: str, said: str) -> None:
         ("+trainer.max_epoch=1", r"^trainer has no key 'max_epoch'; did you mean 'max_epochs'\?"),
         ("+callbacks.throughput.every=1", r"^callbacks\.throughput has no key 'every'"),
         ("+logger.csv.dir=x", r"^logger\.csv has no key 'dir'"),
+        ("callbacks.checkpoint.keep_last=0", r"^callbacks\.checkpoint: keep_last must be at least 1, got 0"),
         ("callbacks.checkpoint._target_=ModelCheckpoint", r"^callbacks\.checkpoint: 'ModelCheckpoint' is outside the"),
         ("callbacks.progress._target_=coca_lit.callbacks.Bar", r"^callbacks\.progress: there is no 'coca_lit\.callb"),
     ],
@@ -275,6 +276,29 @@ def test_target_passes(target: str) -> None:
 def test_target_is_refused(target: str) -> None:
     with pytest.raises(ConfigError, match=r"^model\.net: "):
         resolve_target(target, "model.net")
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"callbacks": {"x": {"_target_": "subprocess.run", "args": ["true"]}}},
+        {"callbacks": {"x": {"_target_": "hydra_plugins.os.system", "command": "true"}}},
+        {"callbacks": {"x": {"_target_": "${oc.env:HOME}"}}},
+        {"launcher": {"_target_": "os.system"}},
+        {"sweeper": {"params": [{"_target_": "os.system"}]}},
+        {"job_logging": {"handlers": {"x": {"class": "logging.os.system", "command": "true"}}}},
+        {"hydra_logging": {"formatters": {"x": {"()": "subprocess.run", "args": "true"}}}},
+    ],
+)
+def test_what_hydra_would_run_is_refused(node: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^hydra\."):
+        check_hydra(node)
+
+
+def test_own_hydra_nodes_pass() -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("train", return_hydra_config=True)
+    check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))
 
 
 def test_no_refused_target_runs_wherever_it_stands(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -266,6 +267,23 @@ def test_missing_data_are_one_sentence(error_of: Callable[..., str]) -> None:
 def test_missing_value_is_blamed_on_its_key(error_of: Callable[..., str]) -> None:
     said = error_of("model.net.name=${nowhere}")
     assert said == "error: model.net.name: Interpolation key 'nowhere' not found"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("seed: [1\nname: x", r"error: '.*mine.yaml', line \d: expected"),
+        (
+            "hydra: {callbacks: {x: {_target_: pathlib.Path.touch, self: ran}}}",
+            r"error: hydra.callbacks.x: 'pathlib.Path.touch' is outside the packages",
+        ),
+    ],
+)
+def test_experiment_file_from_elsewhere(error_of: Callable[..., str], tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    assert re.match(said, error_of("experiment=mine", f"hydra.searchpath=[file://{tmp_path}/conf]"))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from coca_lit import cli
-from coca_lit.callbacks import progress_bar
+from coca_lit.callbacks import Evaluation, progress_bar
 from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.checkpoints import load_model
 from coca_lit.config import build
@@ -56,7 +56,7 @@ def fit(folder: Path, *overrides: str, watch: L.Callback | None = None) -> CoCaL
     module = new_module(cfg)
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
     trainer = cli.build_trainer(cfg, [watch] if watch else [])
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=None if cfg.ckpt_path == "auto" else cfg.ckpt_path)
     return module
 
 
@@ -79,9 +79,9 @@ def tensors(net: CoCa) -> dict[str, Tensor]:
 
 
 def test_overfits_eight_scenes(tmp_path: Path) -> None:
-    unsaved = ("callbacks.checkpoint=null", "+trainer.enable_checkpointing=false")
-    one_batch = ("data.train_count=8", "trainer.max_epochs=40", "model.optimizer.lr=4e-3", *unsaved)
+    one_batch = ("data.train_count=8", "trainer.max_epochs=40", "model.optimizer.lr=4e-3", "callbacks.checkpoint=null")
     run(tmp_path, *SHORT, *one_batch)
+    assert not [*tmp_path.rglob("*.ckpt")]
     curves = losses(tmp_path)
     for name, start, end in (("train/contrastive_loss", 1.5, 0.3), ("train/caption_loss", 3.5, 0.9)):
         assert len(curves[name]) == 40
@@ -169,6 +169,38 @@ def test_averaged_weights_are_scored_and_saved(tmp_path: Path) -> None:
     assert not torch.allclose(average["image_projection.weight"], steps[-1]["image_projection.weight"])
 
 
+class ScaleScore(Evaluation):
+    """The temperature as a score; also its value after every step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("scale", [], folder)
+        self.scored: list[float] = []
+        self.steps: list[float] = []
+
+    def scores(self, model: CoCa, records: Any) -> dict[str, float]:
+        self.scored.append(model.logit_scale.item())
+        return {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.steps.append(pl_module.net.logit_scale.item())
+
+
+def test_averaged_weights_are_scored_during_training_too(tmp_path: Path) -> None:
+    watch = ScaleScore(tmp_path)
+    fit(tmp_path, "ema=0.75", watch=watch)
+    averages = [watch.steps[0]]
+    for now in watch.steps[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * now)
+    assert watch.scored == pytest.approx([averages[3], averages[7]], rel=1e-6)
+
+
+@pytest.mark.parametrize("stop", ["trainer.max_steps=4", "trainer.max_epochs=1"])
+def test_end_of_training_is_scored_once(tmp_path: Path, stop: str) -> None:
+    watch = ScaleScore(tmp_path)
+    fit(tmp_path, stop, watch=watch)
+    assert len(watch.scored) == 1
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_gradients_are_clipped(tmp_path: Path, precision: str) -> None:
     norms: list[float] = []
@@ -198,24 +230,7 @@ def test_compiled_network_trains_alike(tmp_path: Path, monkeypatch: pytest.Monke
     load_model(tmp_path / "true" / "checkpoints" / "last.ckpt")  # the names are those of a plain network
 
 
-# Going on
-
-
-@pytest.mark.parametrize("last", [2, 4, 6])
-def test_goes_on_as_if_nothing_had_happened(tmp_path: Path, last: int) -> None:
-    """A run of eight steps that dies after `last`: within the first epoch, at its end, within the second."""
-
-    def die(_: CoCa, step: int) -> None:
-        if step == last:
-            raise RuntimeError("out of power")
-
-    fit(tmp_path / "whole")
-    with pytest.raises(RuntimeError, match="out of power"):
-        fit(tmp_path / "first", watch=AfterStep(die))
-    rest = fit(tmp_path / "rest", f"ckpt_path={tmp_path}/first/checkpoints/last.ckpt")
-    whole = losses(tmp_path / "whole")
-    assert losses(tmp_path / "rest") == {name: values[last:] for name, values in whole.items()}
-    assert rest.trainer.global_step == 8
+# What one sees
 
 
 def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
@@ -226,9 +241,6 @@ def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     logged = [event.value for event in events.Scalars("train/caption_loss")]
     assert logged == pytest.approx(losses(tmp_path)["train/caption_loss"])
-
-
-# What one sees
 
 
 def test_plain_lines_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

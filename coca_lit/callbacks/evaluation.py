@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.data.records import Record
 from coca_lit.distributed import say
 from coca_lit.models import CoCa, DualEncoder
@@ -20,7 +21,8 @@ from coca_lit.sharding import unsharded
 
 
 class Evaluation(L.Callback):
-    """Scores the network on captioned images: on a few of them after an epoch, on all of them when training ends.
+    """Scores the network on captioned images: on a few of them after an epoch, on all of them when training ends. With
+    averaged weights it is the average that is scored.
 
     Args:
         name: prefix of the scores, as in `mscoco/CIDEr`.
@@ -51,6 +53,7 @@ class Evaluation(L.Callback):
         self.every_n_epochs = every_n_epochs
         self.results: dict[str, float] = {}  # of the whole data set, after training
         self.not_run: dict[str, str] = {}  # score -> why it could not be computed
+        self._scored = False
 
     @abstractmethod
     def scores(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, float]:
@@ -69,14 +72,24 @@ class Evaluation(L.Callback):
         return self.results
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        last = trainer.current_epoch + 1 == trainer.max_epochs  # the full scores follow at once
-        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0 and not last:
+        epochs = trainer.current_epoch + 1
+        stops = trainer.should_stop or epochs == trainer.max_epochs or 0 <= trainer.max_steps <= trainer.global_step
+        if self.every_n_epochs and epochs % self.every_n_epochs == 0 and not stops:  # else the full scores follow
             few = self.records[: self.quick]
-            with _scorable(pl_module) as net:
+            with scored_weights(trainer, pl_module), _scorable(pl_module) as net:
                 scores = self._named(self.scores(net, few))
             pl_module.log_dict(scores, rank_zero_only=False, sync_dist=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._final(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._scored:  # a finished run was loaded: there was nothing to train, and so no end of training
+            pl_module.to(trainer.strategy.root_device)
+            self._final(trainer, pl_module)
+
+    def _final(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._scored = True
         with _scorable(pl_module) as net:
             results = self.evaluate(net)
         for logger in trainer.loggers:

@@ -6,10 +6,11 @@ from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import world_size
+from coca_lit.distributed import sum_over_ranks, world_size
 
 
 def progress_bar(every_n_steps: int = 50) -> ProgressBar:
@@ -59,6 +60,9 @@ class Throughput(L.Callback):
         self._since = 0.0
         self._samples = 0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since, self._samples = time.monotonic(), 0  # a run that goes on within an epoch has no start of it
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since, self._samples = time.monotonic(), 0
 
@@ -70,3 +74,30 @@ class Throughput(L.Callback):
             now = time.monotonic()
             pl_module.log("samples/s", self._samples / (now - self._since), prog_bar=True)
             self._since, self._samples = now, 0
+
+
+class SamplesSeen(L.Callback):
+    """Counts the samples and the tokens (start and end included, padding not) that all ranks have trained on."""
+
+    def __init__(self) -> None:
+        self._before = {"samples": 0, "tokens": 0}  # by earlier processes of the run
+        self._samples = 0
+        self._tokens: torch.Tensor | int = 0  # on the device: reading it would wait for the step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._samples += len(batch.images)
+        self._tokens = self._tokens + batch.lengths.sum()
+
+    def total(self) -> dict[str, int]:
+        """`{"samples": …, "tokens": …}` of the whole run. All ranks must call it."""
+        tokens = torch.as_tensor(self._tokens)
+        here = sum_over_ranks(torch.stack([torch.full_like(tokens, self._samples), tokens])).tolist()
+        return {name: before + n for (name, before), n in zip(self._before.items(), here, strict=True)}
+
+    def state_dict(self) -> dict[str, int]:
+        return self.total()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._before = dict(state_dict)

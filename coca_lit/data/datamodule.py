@@ -21,6 +21,8 @@ class CaptionData(LightningDataModule):
         train_split, val_split: names that `records` understands; no validation if `val_split` is None.
     """
 
+    elastic = True  # every global batch holds the same samples on any number of processes and workers
+
     def __init__(
         self,
         tokenizer: Tokenizer,

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import CaptionData
-from coca_lit.data.loader import TrainLoader, per_rank
+from coca_lit.data.loader import TrainLoader, outlive_signals, per_rank
 from coca_lit.data.records import DataError, Record
 from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shard_stream import ShardBatches, ShardOrder
@@ -31,6 +31,8 @@ class LaionData(CaptionData):
         shuffle_buffer: samples that each worker mixes, kept encoded in memory.
         max_bad_fraction: of broken samples, above which the training stops.
     """
+
+    elastic = False  # the order is that of a number of processes and workers
 
     def __init__(
         self,
@@ -88,7 +90,13 @@ class LaionData(CaptionData):
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
             batches = ShardBatches(order, transform, self.tokenizer, batch_size, epoch, start, self.max_bad_fraction)
-            return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
+            return DataLoader(
+                batches,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=outlive_signals,
+                pin_memory=torch.cuda.is_available(),
+            )
 
         return TrainLoader(self.steps_per_epoch, open_at, self._position)
 

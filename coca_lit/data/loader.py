@@ -4,6 +4,7 @@ The position (epoch, batches done) is not kept twice: it is read from the traine
 already holds. Batch sizes are global, so the order of a data set depends on the seed and not on the number of ranks.
 """
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -52,6 +53,14 @@ class TrainLoader:
         pass
 
 
+def outlive_signals(worker: int) -> None:
+    """For DataLoader workers: a scheduler signals every process of a job, and training still needs its workers until it
+    has saved. They end with the training process.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def per_rank(batch_size: int, world: int) -> int:
     """A rank's part of the global batch; raises `DataError` when it does not divide."""
     if batch_size < 1 or batch_size % world:
@@ -93,6 +102,7 @@ def open_epoch(
         dataset,
         batch_sampler=epoch_batches(len(dataset), batch_size, dataset.seed, epoch, start, rank, world),
         num_workers=num_workers,
+        worker_init_fn=outlive_signals,
         collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
         pin_memory=torch.cuda.is_available(),
     )
@@ -115,6 +125,7 @@ def validation_loader(
         sampler=DistributedSampler(dataset, world, rank, shuffle=False, drop_last=True),
         drop_last=True,
         num_workers=num_workers,
+        worker_init_fn=outlive_signals,
         collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
         pin_memory=torch.cuda.is_available(),
     )

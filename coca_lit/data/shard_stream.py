@@ -103,7 +103,7 @@ class ShardBatches(IterableDataset[Batch]):
         image = decode_image(BytesIO(sample.image), f"{sample.key} in {sample.shard}")
         with seeded_torch(stable_seed("image", self.order.seed, self.epoch, turn, sample.key)):
             pixels = self.transform(image)
-        return Example(pixels, self.tokenizer.encode(sample.caption), sample.key)
+        return Example(pixels, self.tokenizer.encode(sample.caption), f"{sample.shard}/{sample.key}")
 
 
 def _shuffled(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:

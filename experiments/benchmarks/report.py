@@ -1,6 +1,6 @@
 """Writes the tables of the benchmarks' README, and of the project's, from their CSVs: the newest row of every case.
 
-    python experiments/benchmarks/report.py
+python experiments/benchmarks/report.py
 """
 
 import csv

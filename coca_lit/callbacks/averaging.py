@@ -1,0 +1,40 @@
+"""Averaged weights, which are also what is scored during training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+
+class Averaging(EMAWeightAveraging):
+    """Lightning's exponential average, in place of the trained weights in every score, checkpoint and at the end."""
+
+    def __init__(self, decay: float) -> None:
+        # Buffers follow the trained model. Averaged, constants such as the mean of the pixels would drift by rounding,
+        # and those are not in checkpoints: a resumed run would score images that are normalised differently.
+        super().__init__(decay=decay, use_buffers=False)
+
+    @contextmanager
+    def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """The module holds the average within the block, and its own weights again, bit by bit, after it."""
+        self._swap_models(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_models(pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A finished run was loaded and had nothing to train, so `on_train_end` did not come."""
+        self._copy_average_to_current(pl_module)
+
+
+@contextmanager
+def scored_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """The weights that are to be scored in the middle of training: the average if there is one."""
+    averaging = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, Averaging)), None)
+    if averaging is None:
+        yield
+    else:
+        with averaging.swapped(pl_module):
+            yield

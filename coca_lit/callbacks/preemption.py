@@ -1,0 +1,115 @@
+"""Signals that ask a run to stop: noted at once, answered between two steps, by all ranks together.
+
+A handler that acted at once could find the weights half updated or a collective half done. So it only notes the
+signal, and a second one changes nothing.
+
+SIGTERM            save, exit with 143 (what a shell reports for a process that SIGTERM ended)
+SIGINT             the same with 130; a second Ctrl-C stops at once
+SIGUSR1 on SLURM   save, `scontrol requeue`, exit with 143     (#SBATCH --signal=USR1@90)
+under submitit     save, then submitit's own handler, which requeues
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class Signals:
+    """Takes over the signals above from whoever has them; `received` is the first that came, 0 for none."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.nothing_to_save = False  # then a signal is answered at once
+        self._others: dict[int, Any] = {number: signal.getsignal(number) for number in _wanted()}
+
+    def listen(self) -> None:
+        """Called when training starts, after Lightning has set handlers of its own."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python gives signals to the main thread alone
+        for number in self._others:
+            signal.signal(number, self._note)
+
+    def release(self) -> None:
+        """Gives the signals back."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self._others.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def answer(self, trainer: L.Trainer, number: int) -> None:
+        """What follows once everything is saved; all ranks come here at the same step. Returns if the run may go on."""
+        self.received = 0
+        if callable(other := self._others[number]) and number != signal.SIGINT:
+            other(number, None)  # submitit: its preemption signal requeues and exits, it ignores others
+            return
+        if number == _slurm_signal() and trainer.is_global_zero:
+            _requeue()
+        trainer.strategy.barrier("stop")
+        if _started_by_lightning(trainer):
+            _wait_for_first_process()  # which Lightning kills as soon as it sees one of us gone
+        raise SystemExit(_exit_code(number))
+
+    def _note(self, number: int, frame: FrameType | None) -> Any:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.nothing_to_save:
+            if callable(other := self._others[number]):
+                return other(number, frame)
+            raise SystemExit(_exit_code(number))
+        self.received = self.received or number
+        return None
+
+
+def _wanted() -> set[int]:
+    wanted: set[int] = {signal.SIGTERM, signal.SIGINT}
+    if (number := _slurm_signal()) is not None:
+        wanted.add(number)
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        wanted.add(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
+    return wanted
+
+
+def _slurm_signal() -> int | None:
+    return signal.SIGUSR1 if "SLURM_JOB_ID" in os.environ else None
+
+
+def _exit_code(number: int) -> int:
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def _requeue() -> None:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        problem = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        log.warning("could not requeue job %s (%s): submit it again by hand, it goes on where it was", job, problem)
+    else:
+        print(f"requeued job {job}", flush=True)
+
+
+def _started_by_lightning(trainer: L.Trainer) -> bool:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+
+
+def _wait_for_first_process(seconds: float = 20.0) -> None:
+    parent, until = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(0.05)

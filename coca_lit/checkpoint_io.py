@@ -1,0 +1,154 @@
+"""Checkpoint files that a kill, a full disk or a bad sector cannot turn into a trap.
+
+A file is written beside its target, synced, read back and only then renamed, so that under the final name there is
+either nothing, the old file or a proven new one. `inspect` tells later whether it is still what was written: every
+record of the zip archive that PyTorch writes has a CRC, which PyTorch itself never looks at.
+"""
+
+import logging
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+log = logging.getLogger(__name__)
+
+SPARE = 64 * 2**20  # bytes that stay free beside a checkpoint, for logs and samples
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message is one complete sentence for the user."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes as described above and reads plain values and tensors only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """A disk that is full or fails costs this checkpoint, not the run: a warning, and the older ones stay.
+
+        Raises:
+            CheckpointError: the content could never be loaded again, because something in it is code.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            needed, free = _bytes(checkpoint), shutil.disk_usage(target.parent).free
+            if free < needed + SPARE:
+                raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
+            _write(checkpoint, temporary)
+            inspect(temporary)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+        except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
+            reason = str(error).splitlines()[0]
+            log.warning("could not save %s: %s; training goes on, and older checkpoints stay", target.name, reason)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable | None = lambda storage, _: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """As Lightning's, but never with code inside, whatever `weights_only` asks for."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Reads all of a checkpoint file once and returns its content with tensors that have a shape and no data.
+
+    Raises:
+        CheckpointError: the file is torn or corrupt, or holds more than tensors and plain values.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is corrupt: its part '{damaged}' is not what was written")
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # PyTorch's reader raises a dozen kinds of errors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} holds more than tensors and plain values: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a training checkpoint")
+    return content
+
+
+def step_files(folder: Path) -> list[Path]:
+    """The checkpoints `step_N.ckpt` of a folder, the newest first."""
+    steps = {
+        int(found[1]): path for path in folder.glob("*") if (found := re.fullmatch(r"step_(\d+)\.ckpt", path.name))
+    }
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its content as `inspect` gives it; None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, and not one of them is whole.
+    """
+    files = step_files(folder)
+    for path in files:
+        try:
+            return path, inspect(path)
+        except CheckpointError as error:
+            log.warning("skipped a checkpoint: %s", error)
+    if files:
+        raise CheckpointError(
+            f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts anew and keeps them"
+        )
+    return None
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Makes `link` a symbolic link to a file beside it, in one step whatever was there before."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(content: Any) -> int:
+    """Bytes of all different tensors in nested containers."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(content)}
+    return sum(storages.values())
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(part)
