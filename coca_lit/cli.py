@@ -15,13 +15,15 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.arguments import Positional, to_overrides
-from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override
+from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override, suggest
+from coca_lit.launch import job_folder, run_id
+from coca_lit.objective import headline
 from coca_lit.redaction import redact_configs
-from coca_lit.sweep import print_sweep
+from coca_lit.sweep import check_direction, check_processes, print_sweep
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -35,11 +37,25 @@ CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path
 
 ConfigStore.instance().store("train_schema", TrainConfig)
 ConfigStore.instance().store("evaluate_schema", EvaluateConfig)
+OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 def train() -> None:
     """Entry point of `python train.py` and `coca-train`."""
-    command("train", run)
+    command("train", train_job)
+
+
+def train_job(cfg: DictConfig) -> float | None:
+    """`run` for Hydra, whose sweepers ask for one number: the score called `cfg.objective`."""
+    check_direction(cfg.objective)
+    results = run(cfg)
+    score = cfg.objective or headline(results)
+    if results and score is not None and score not in results:
+        raise ConfigError(
+            f"objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
+        )
+    return results[score] if results and score is not None else None
 
 
 def command(config: str, function: Callable[[DictConfig], Any], positional: Positional = ()) -> None:
@@ -77,6 +93,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     data.prepare_data()  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
+    check_processes(trainer.world_size)
     with blame("data.batch_size"):
         check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
@@ -208,6 +225,8 @@ def _explain(error: Exception, config: str) -> str:
             options = GlobalHydra.instance().config_loader().get_group_options
             chosen = [arg for arg in sys.argv[1:] if arg.rpartition("=")[2] in options(arg.partition("=")[0])]
             return explain_override(error, lambda: hydra.compose(config, chosen), options)
+    if isinstance(error.__cause__, ConfigError):  # raised while a value was resolved
+        return str(error.__cause__)
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

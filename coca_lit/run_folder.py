@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from coca_lit.launch import is_first_process
 from coca_lit.redaction import redact
 
 
@@ -19,7 +20,7 @@ def start_run_folder(cfg: DictConfig) -> None:
     """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no
     secret lands in a file.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         folder = Path(cfg.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))

@@ -1,0 +1,47 @@
+"""Names that all processes of a run agree on, whoever launched them: torchrun, srun, Lightning or nobody."""
+
+import hashlib
+import os
+import re
+import time
+
+from coca_lit.config import ConfigError
+
+LONGEST = 150  # characters; file systems take 255 bytes
+
+
+def run_id() -> str:
+    """What tells this run from others of its experiment: the launcher's number for it, else the time.
+
+    Processes that start on their own read the clock at different moments, so they cannot name a folder after it. A
+    SLURM job keeps its number when it is requeued, so it finds its checkpoints again.
+
+    Raises:
+        ConfigError: there are several processes and nothing that they have in common.
+    """
+    env = os.environ
+    if "SLURM_STEP_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # under srun
+        step = env["SLURM_STEP_ID"]
+        return f"slurm_{env['SLURM_JOB_ID']}" + (f"_{step}" if step != "0" else "")
+    rendezvous = env.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own default is "none"
+    if rendezvous != "none":
+        return f"torchrun_{rendezvous}"
+    if int(env.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "the processes cannot agree on a name for the run folder: give one, name=my_run, "
+            "or let torchrun do it, --rdzv-backend=c10d --rdzv-id=my_run"
+        )
+    return time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, as far as the environment tells before there is a process group."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def job_folder(overrides: str) -> str:
+    """A folder name for a job of a sweep that changes `overrides`: "data.root=/x,seed=1" -> "data.root=_x,seed=1"."""
+    name = re.sub(r"[^\w.,=+~@-]+", "_", overrides) or "job"
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[:LONGEST]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
