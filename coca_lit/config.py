@@ -28,10 +28,6 @@ ALLOWED_PACKAGES = (
 )
 
 
-# Where a plugin of Hydra, or what only it defines, goes by another name than our extra.
-EXTRAS = {"submitit": "slurm", "sampler": "optuna"}
-
-
 class ConfigError(Exception):
     """A mistake in the configuration, said in one sentence."""
 
@@ -176,9 +172,9 @@ def explain_override(
         return f"{text.removeprefix('Error merging override ')}: {reason}"
     if match := re.search(r"Could not override '([\w.@/]+)'", text):
         return _no_key(match[1], config())
-    if match := re.search(r"hydra_plugins\.hydra_(\w+?)_|hydra/(?:launcher|sweeper)/(submitit|sampler)", text):
-        plugin = match[1] or match[2]
-        return f"this launcher or sweeper is not installed: pip install -e '.[{EXTRAS.get(plugin, plugin)}]'"
+    if match := re.search(r"'hydra/(?:launcher|sweeper)/(submitit|joblib|ray|optuna)(?:_local|_slurm|_aws)?'", text):
+        package, extra = match[1], "slurm" if match[1] == "submitit" else match[1]
+        return f"Hydra's {package} plugin is not installed: pip install -e '.[{extra}]' (or coca_lit[{extra}])"
     if match := re.search(r"Could not (?:find|load) '([\w./]+)'", text):
         group, _, wanted = match[1].rpartition("/")
         known = options(group)

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.config import ConfigError
@@ -27,7 +28,7 @@ from coca_lit.launch import is_first_process, job_folder
 from coca_lit.objective import best_run, headline, lower_is_better
 
 RECORD, ERROR = "job.json", "error.txt"
-IN_ONE_PROCESS = ("joblib", "ray", "submitit_local")  # launchers
+IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher", "RayAWSLauncher", "LocalLauncher")
 
 
 class Sweep(NamedTuple):
@@ -86,11 +87,11 @@ def name_folders(config: DictConfig, fixed: Sequence[Override]) -> None:
     """
     named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
     left_out = config.hydra.job.config.override_dirname.exclude_keys
-    parts = [f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in fixed if o.key_or_group not in left_out]
+    parts = sorted(f"{o.key_or_group}={o.get_value_element_as_str()}" for o in fixed if o.key_or_group not in left_out)
     with flag_override(config.hydra, ["struct", "readonly"], [False, False]):
         if parts and not named:
             folder = Path(config.hydra.sweep.dir)
-            config.hydra.sweep.dir = str(folder.with_name(f"{folder.name},{job_folder(','.join(sorted(parts)))}"))
+            config.hydra.sweep.dir = str(folder.with_name(job_folder(",".join([folder.name, *parts]))))
         config.hydra.overrides.hydra += [
             f"hydra.sweep.dir='{config.hydra.sweep.dir}'",
             f"hydra.job.config.override_dirname.exclude_keys={[o.key_or_group for o in fixed]}",
@@ -109,17 +110,17 @@ def check_processes(count: int) -> None:
     """Raises `ConfigError` if a job of a sweep wants more processes than its launcher can give it."""
     if count == 1 or not HydraConfig.initialized():
         return
-    launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
-    if launcher in IN_ONE_PROCESS:
+    launcher = HydraConfig.get().launcher.get("_target_", "").rpartition(".")[2]
+    if HydraConfig.get().mode is RunMode.MULTIRUN and launcher in IN_ONE_PROCESS:
         raise ConfigError(
-            f"hydra/launcher={launcher} runs each job in one process, and this one wants {count}: say trainer.devices=1 "
-            "to train several models side by side, or hydra/launcher=slurm, or no launcher for one job after another"
+            f"{launcher} runs each job in one process, and this job wants {count}: say trainer.devices=1 to train "
+            "models side by side, hydra/launcher=slurm_jobs for large jobs, or no launcher for one job after another"
         )
 
 
 def print_sweep() -> None:
-    """Prints the table of the sweep that ran in this process, if one did, and writes it down with a page that compares
-    the jobs. Exits with an error if none of them succeeded.
+    """Prints the table of the sweep that ran in this process, if one did, and writes it down with a page that
+    compares the jobs. Exits with an error if none of them succeeded.
     """
     while _started:
         sweep = _started.pop()
@@ -155,9 +156,8 @@ def _row(sweep: Sweep, record: dict[str, Any], overrides: dict[str, str], job: P
 def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
     from coca_lit.report import write_comparison
 
-    scores = {
-        row["job"]: {k: v for k, v in row.items() if isinstance(v, float)} for row in rows if row["status"] == "ok"
-    }
+    ok = [row for row in rows if row["status"] == "ok"]
+    scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}
     score = sweep.objective or headline(list(dict.fromkeys(name for job in scores.values() for name in job)))
     best = best_run(scores, score) if score else None
     _print_table(rows, str(sweep.folder), best)

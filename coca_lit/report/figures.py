@@ -38,9 +38,9 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
     """Headline scores of the runs: over the swept value if the runs differ in one number alone, else as bars; of many
     runs that differ in several numbers, the objective over each of them.
     """
-    numbers = swept_numbers(runs)
-    if objective is not None and len(runs) >= MANY and len(numbers) > 1:
-        return _scatter_figure(runs, objective, numbers)
+    several = swept_numbers(runs)
+    if objective is not None and len(runs) >= MANY and len(several) > 1:
+        return _scatter_figure(runs, objective, several)
     scores = [s for s in dict.fromkeys(k for run in runs for k in run.results) if s.endswith(HEADLINES)]
     if not scores:
         return None
