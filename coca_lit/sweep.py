@@ -7,10 +7,11 @@ an Optuna study, shows also what it did before.
 
 import csv
 import json
+import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -20,7 +21,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.config import ConfigError
@@ -38,6 +38,7 @@ class Sweep(NamedTuple):
     folder: Path
     fixed: dict[str, str]  # overrides that are the same for all jobs
     keys: set[str]  # of all overrides
+    left_out: set[str]  # overrides that may differ within a sweep: they say where and how fast
     objective: str | None
 
 
@@ -53,13 +54,16 @@ class SweepRecords(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*parameters, *config.hydra.overrides.task])
-        name_folders(config, [o for o in overrides if not o.is_sweep_override()])
-        fixed = {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}
-        keys = {o.get_key_element() for o in overrides}
+        fixed = [override for override in overrides if not override.is_sweep_override()]
+        left_out = set(config.hydra.job.config.override_dirname.exclude_keys) - {
+            o.key_or_group for o in overrides if o.is_sweep_override()
+        }
+        name_folders(config, fixed, left_out)
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)  # before an Optuna study wants to lie in it
         self.sweep = uuid4().hex
-        _started.append(Sweep(self.sweep, folder, fixed, keys, OmegaConf.select(config, "objective")))
+        objective = OmegaConf.select(config, "objective")
+        _started.append(Sweep(self.sweep, folder, _values(fixed), set(_values(overrides)), left_out, objective))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.sweep and is_first_process():
@@ -80,13 +84,12 @@ class SweepRecords(Callback):
             _write_record(job, {**record, "status": "failed", "error": said[-1] if said else type(error).__name__})
 
 
-def name_folders(config: DictConfig, fixed: Sequence[Override]) -> None:
+def name_folders(config: DictConfig, fixed: Sequence[Override], left_out: set[str]) -> None:
     """Names the folder of a sweep after its fixed values, unless it was named, and those of its jobs after the rest.
 
     Hydra composes each job from the overrides of the command line, on whatever machine, so the names go there.
     """
     named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
-    left_out = config.hydra.job.config.override_dirname.exclude_keys
     parts = sorted(f"{o.key_or_group}={o.get_value_element_as_str()}" for o in fixed if o.key_or_group not in left_out)
     with flag_override(config.hydra, ["struct", "readonly"], [False, False]):
         if parts and not named:
@@ -111,7 +114,7 @@ def check_processes(count: int) -> None:
     if count == 1 or not HydraConfig.initialized():
         return
     launcher = HydraConfig.get().launcher.get("_target_", "").rpartition(".")[2]
-    if HydraConfig.get().mode is RunMode.MULTIRUN and launcher in IN_ONE_PROCESS:
+    if launcher in IN_ONE_PROCESS:
         raise ConfigError(
             f"{launcher} runs each job in one process, and this job wants {count}: say trainer.devices=1 to train "
             "models side by side, hydra/launcher=slurm_jobs for large jobs, or no launcher for one job after another"
@@ -119,13 +122,13 @@ def check_processes(count: int) -> None:
 
 
 def print_sweep() -> None:
-    """Prints the table of the sweep that ran in this process, if one did, and writes it down with a page that
-    compares the jobs. Exits with an error if none of them succeeded.
+    """Prints the table of the sweep that ran in this process, if one did, and writes it down with a page that compares
+    its jobs. Exits with an error if none of them succeeded.
     """
     while _started:
         sweep = _started.pop()
         if not is_first_process():
-            sys.exit()  # the first process tells how it went; torchrun would end it once another one said that it failed
+            sys.exit()  # without an error, at which torchrun would end the first process before it has told
         rows = read_sweep(sweep)
         new = [row.pop("new") for row in rows]
         if any(new):
@@ -140,10 +143,16 @@ def read_sweep(sweep: Sweep) -> list[dict[str, Any]]:
     found = []
     for path in sweep.folder.glob(f"*/.hydra/{RECORD}"):
         record = json.loads(path.read_text())
-        overrides = _values(OmegaConf.load(path.with_name("overrides.yaml")))
-        if overrides.keys() == sweep.keys and sweep.fixed.items() <= overrides.items():
+        given = [str(override) for override in OmegaConf.load(path.with_name("overrides.yaml"))]
+        overrides = _values(OverridesParser.create().parse_overrides(given))
+        if _belongs(overrides, sweep):
             found.append((record, overrides, path.parent.parent))
     return [_row(sweep, *job) for job in sorted(found, key=lambda job: job[0]["begun"])]
+
+
+def _belongs(overrides: dict[str, str], sweep: Sweep) -> bool:
+    fixed = {key: value for key, value in sweep.fixed.items() if key not in sweep.left_out}
+    return overrides.keys() - sweep.left_out == sweep.keys - sweep.left_out and fixed.items() <= overrides.items()
 
 
 def _row(sweep: Sweep, record: dict[str, Any], overrides: dict[str, str], job: Path) -> dict[str, Any]:
@@ -160,7 +169,7 @@ def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
     scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}
     score = sweep.objective or headline(list(dict.fromkeys(name for job in scores.values() for name in job)))
     best = best_run(scores, score) if score else None
-    _print_table(rows, str(sweep.folder), best)
+    _print_table(rows, str(sweep.folder), score, best)
     if not ok:
         sys.exit(f"error: none of the {len(rows)} jobs succeeded; the first said: {rows[0]['error'] or 'nothing'}")
     if best is not None:
@@ -169,9 +178,8 @@ def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
         print(f"compared in {write_comparison(compared, sweep.folder, score)}")
 
 
-def _values(overrides: Any) -> dict[str, str]:
-    parsed = OverridesParser.create().parse_overrides([str(override) for override in overrides])
-    return {override.get_key_element(): override.get_value_element_as_str() for override in parsed}
+def _values(overrides: Iterable[Override]) -> dict[str, str]:
+    return {override.get_key_element(): override.get_value_element_as_str() for override in overrides}
 
 
 def _write_record(job: Path, record: dict[str, Any]) -> None:
@@ -190,17 +198,28 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _print_table(rows: Sequence[dict[str, Any]], title: str, best: str | None) -> None:
+def _print_table(rows: Sequence[dict[str, Any]], title: str, score: str | None, best: str | None) -> None:
+    """Leaves out what is the same for all jobs, and their names if the values that they stand for are there."""
     from rich.console import Console
     from rich.table import Table
 
     constant = {c for c in _columns(rows) if len(rows) > 1 and len({str(row.get(c)) for row in rows}) == 1}
-    constant -= {"status", "error"}
     minor = ("@5", "@10", "Bleu_1", "Bleu_2", "Bleu_3", "median_rank")
-    shown = [c for c in _columns(rows) if c not in constant and not c.endswith(minor)]
+    shown = [
+        c for c in _columns(rows) if c not in constant and not c.endswith(minor) or c in ("status", score, "error")
+    ]
+    if shown.index("status") > 1:
+        shown.remove("job")
     table = Table(*shown, title=title, title_justify="left")
     for row in rows:
-        values = (row.get(column, "") for column in shown)
         style = "bold" if row["job"] == best else None
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values), style=style)
+        table.add_row(*(_cell(row.get(column, "")) for column in shown), style=style)
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return (
+        f"{float(value):.4g}" if re.fullmatch(r"\d+\.\d{5,}(e-?\d+)?", str(value)) else str(value)
+    )  # Optuna's numbers
