@@ -6,6 +6,7 @@ import re
 import time
 
 from coca_lit.config import ConfigError
+from coca_lit.redaction import redact
 
 LONGEST = 150  # characters; file systems take 255 bytes
 
@@ -41,7 +42,7 @@ def is_first_process() -> bool:
 
 def job_folder(overrides: str) -> str:
     """A folder name for a job of a sweep that changes `overrides`: "data.root=/x,seed=1" -> "data.root=_x,seed=1"."""
-    name = re.sub(r"[^\w.,=+~@-]+", "_", overrides) or "job"
+    name = re.sub(r"[^\w.,=+~@-]+", "_", redact(overrides)) or "job"
     if len(name) <= LONGEST:
         return name
     return f"{name[:LONGEST]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"

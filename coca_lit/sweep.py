@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from coca_lit.config import ConfigError
 from coca_lit.launch import is_first_process, job_folder
 from coca_lit.objective import best_run, headline, lower_is_better
+from coca_lit.redaction import redact
 
 RECORD, ERROR = "job.json", "error.txt"
 IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher", "RayAWSLauncher", "LocalLauncher")
@@ -62,8 +63,8 @@ class SweepRecords(Callback):
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)  # before an Optuna study wants to lie in it
         self.sweep = uuid4().hex
-        objective = OmegaConf.select(config, "objective")
-        _started.append(Sweep(self.sweep, folder, _values(fixed), set(_values(overrides)), left_out, objective))
+        keys, objective = {o.get_key_element() for o in overrides}, OmegaConf.select(config, "objective")
+        _started.append(Sweep(self.sweep, folder, _values(map(_text, fixed)), keys, left_out, objective))
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if self.sweep and is_first_process():
@@ -79,8 +80,8 @@ class SweepRecords(Callback):
                 _write_record(job, {**record, "status": "ok"})
                 return
             error = job_return._return_value  # the public property raises it
-            (job / ERROR).write_text("".join(traceback.format_exception(error)))
-            said = [line for line in str(error).splitlines() if line.strip()]
+            (job / ERROR).write_text(redact("".join(traceback.format_exception(error))))
+            said = [line for line in redact(str(error)).splitlines() if line.strip()]
             _write_record(job, {**record, "status": "failed", "error": said[-1] if said else type(error).__name__})
 
 
@@ -90,7 +91,7 @@ def name_folders(config: DictConfig, fixed: Sequence[Override], left_out: set[st
     Hydra composes each job from the overrides of the command line, on whatever machine, so the names go there.
     """
     named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
-    parts = sorted(f"{o.key_or_group}={o.get_value_element_as_str()}" for o in fixed if o.key_or_group not in left_out)
+    parts = sorted(_text(o) for o in fixed if o.key_or_group not in left_out)
     with flag_override(config.hydra, ["struct", "readonly"], [False, False]):
         if parts and not named:
             folder = Path(config.hydra.sweep.dir)
@@ -143,8 +144,7 @@ def read_sweep(sweep: Sweep) -> list[dict[str, Any]]:
     found = []
     for path in sweep.folder.glob(f"*/.hydra/{RECORD}"):
         record = json.loads(path.read_text())
-        given = [str(override) for override in OmegaConf.load(path.with_name("overrides.yaml"))]
-        overrides = _values(OverridesParser.create().parse_overrides(given))
+        overrides = _values(str(override) for override in OmegaConf.load(path.with_name("overrides.yaml")))
         if _belongs(overrides, sweep):
             found.append((record, overrides, path.parent.parent))
     return [_row(sweep, *job) for job in sorted(found, key=lambda job: job[0]["begun"])]
@@ -178,8 +178,12 @@ def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
         print(f"compared in {write_comparison(compared, sweep.folder, score)}")
 
 
-def _values(overrides: Iterable[Override]) -> dict[str, str]:
-    return {override.get_key_element(): override.get_value_element_as_str() for override in overrides}
+def _text(override: Override) -> str:
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
+def _values(overrides: Iterable[str]) -> dict[str, str]:
+    return {key: value for key, _, value in (redact(override).partition("=") for override in overrides)}
 
 
 def _write_record(job: Path, record: dict[str, Any]) -> None:
@@ -206,7 +210,7 @@ def _print_table(rows: Sequence[dict[str, Any]], title: str, score: str | None, 
     constant = {c for c in _columns(rows) if len(rows) > 1 and len({str(row.get(c)) for row in rows}) == 1}
     minor = ("@5", "@10", "Bleu_1", "Bleu_2", "Bleu_3", "median_rank")
     shown = [
-        c for c in _columns(rows) if c not in constant and not c.endswith(minor) or c in ("status", score, "error")
+        c for c in _columns(rows) if (c not in constant and not c.endswith(minor)) or c in ("status", score, "error")
     ]
     if shown.index("status") > 1:
         shown.remove("job")

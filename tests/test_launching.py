@@ -79,13 +79,16 @@ def assert_complete(done: subprocess.CompletedProcess[str], sweep: Path) -> None
 
 def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> None:
     """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
-    sweep = tmp_path / "outputs" / "sweeps" / "demo,model.freeze=_a_b_,seed=1"
-    fixed = ("seed=1", "threads=1", "model.freeze=[a/b]")
+    sweep = tmp_path / "outputs" / "sweeps" / "demo,+logger.x.api_key=_hidden_,model.freeze=_a_b_,seed=1"
+    fixed = ("seed=1", "threads=1", "model.freeze=[a/b]", "+logger.x.api_key=hunter2")
     assert_complete(run(sys.executable, APP, "-m", RATES, *fixed), sweep)
     objective = "objective=scenes/i2t_median_rank"
     done = run(sys.executable, APP, "-m", "model.optimizer.lr=0.2,0.4", *fixed, objective)
     assert done.returncode == 0, done.stderr
     assert [row["model.optimizer.lr"] for row in rows_of(sweep)] == ["0.1", "2", "0.3", "0.2", "0.4"]
+    assert "hunter2" not in done.stdout + "".join(
+        path.read_text() for path in sweep.glob("*.*") if path.suffix != ".png"
+    )
     assert f"best scenes/i2t_median_rank: 0.6000 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
 
 
@@ -279,6 +282,7 @@ def test_sizes_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_job_folders() -> None:
     assert job_folder("data.root=/x/y,model.optimizer.lr=1e-05") == "data.root=_x_y,model.optimizer.lr=1e-05"
     assert job_folder("") == "job"
+    assert job_folder("logger.x.api_key=hunter2,seed=1") == "logger.x.api_key=_hidden_,seed=1"
     long = [job_folder("a=" + "1" * 300 + end) for end in "xy"]
     assert long[0] != long[1]
     assert all(len(name) < 200 for name in long)
