@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.arguments import Positional, to_overrides
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, explain_override, suggest
-from coca_lit.launch import job_folder, run_id
+from coca_lit.launch import job_folder, launched_devices, launched_nodes, run_id
 from coca_lit.objective import headline
 from coca_lit.redaction import redact_configs
 from coca_lit.sweep import check_direction, check_processes, print_sweep
@@ -38,7 +38,8 @@ CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path
 ConfigStore.instance().store("train_schema", TrainConfig)
 ConfigStore.instance().store("evaluate_schema", EvaluateConfig)
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+for resolver in (job_folder, launched_devices, launched_nodes):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def train() -> None:

@@ -1,4 +1,6 @@
-"""Names that all processes of a run agree on, whoever launched them: torchrun, srun, Lightning or nobody."""
+"""What a run knows from those who launched its processes, torchrun or srun: a name that all of them agree on, which of
+them is the first, how many there are.
+"""
 
 import hashlib
 import os
@@ -21,7 +23,7 @@ def run_id() -> str:
         ConfigError: there are several processes and nothing that they have in common.
     """
     env = os.environ
-    if "SLURM_STEP_ID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # under srun
+    if _under_srun():
         step = env["SLURM_STEP_ID"]
         return f"slurm_{env['SLURM_JOB_ID']}" + (f"_{step}" if step != "0" else "")
     rendezvous = env.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own default is "none"
@@ -33,6 +35,27 @@ def run_id() -> str:
             "or let torchrun do it, --rdzv-backend=c10d --rdzv-id=my_run"
         )
     return time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def launched_devices() -> int | str:
+    """Processes per machine; "auto" if nobody launched them and Lightning may."""
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun, also within a SLURM job
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    if _under_srun():
+        return int(os.environ.get("SLURM_NTASKS_PER_NODE", int(os.environ["SLURM_NTASKS"]) // launched_nodes()))
+    return "auto"
+
+
+def launched_nodes() -> int:
+    """Machines that the processes run on."""
+    if "GROUP_WORLD_SIZE" in os.environ:
+        return int(os.environ["GROUP_WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NNODES", "1")) if _under_srun() else 1
+
+
+def _under_srun() -> bool:
+    """Not merely within an allocation, where a shell may start any number of runs. Names are those of Lightning."""
+    return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def is_first_process() -> bool:

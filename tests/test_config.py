@@ -131,7 +131,7 @@ def refused(*overrides: str, conf: Path = CONF) -> str:
         ("seed=abc", "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (
             "trainer=smok",
-            "'trainer' has no option 'smok'; did you mean 'smoke'? The options: auto, cpu, ddp, slurm, smoke, torchrun",
+            "'trainer' has no option 'smok'; did you mean 'smoke'? The options: auto, cpu, ddp, fsdp, smoke",
         ),
         ("model=cocoa", "'model' has no option 'cocoa'; did you mean 'coca'? The options: coca"),
         ("logger=zzz", "'logger' has no option 'zzz'. The options: csv, tensorboard, wandb"),

@@ -218,15 +218,10 @@ def test_sbatch_and_srun(run: Run, slurm: dict[str, str], tmp_path: Path) -> Non
     assert "srun python train.py" in script
     here = script.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'}")
     (tmp_path / "train.sbatch").write_text(here)
-    train = (*TINY, "trainer=slurm", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.precision=32-true")
-    small = (
-        "evals=[scenes_retrieval]",
-        "data.batch_size=8",
-        "trainer.limit_train_batches=2",
-        "trainer.limit_val_batches=1",
-    )
-    arguments = [word for word in train if word != "trainer=smoke"]
-    done = run("sbatch", "--ntasks-per-node=2", "train.sbatch", *arguments, *small, **slurm)
+    cpu = ("trainer=auto", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.precision=32-true")
+    small = ("model.net.name=coca_tiny", "eval_images=8", "evals=[scenes_retrieval]", "data.batch_size=8")
+    limits = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
+    done = run("sbatch", "--ntasks-per-node=2", "train.sbatch", *cpu, *small, *limits, **slurm)
     assert done.stdout == "Submitted batch job 100\n"
     log = Path(slurm["FAKE_SLURM"]) / "100.log"
     assert finished(Path(slurm["FAKE_SLURM"]) / "100.state"), log.read_text()
@@ -270,12 +265,21 @@ def test_run_id_is_the_time_of_a_single_process(monkeypatch: pytest.MonkeyPatch)
         run_id()
 
 
-def test_sizes_come_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "6")
-    monkeypatch.setenv("SLURM_NNODES", "3")
-    for name, sizes in (("torchrun", (8, 4)), ("slurm", (6, 3))):
+@pytest.mark.parametrize(
+    ("environment", "sizes"),
+    [
+        ({}, ("auto", 1)),
+        ({"SLURM_NTASKS": "18", "SLURM_NNODES": "3"}, ("auto", 1)),  # an allocation without srun
+        ({"SLURM_NTASKS": "18", "SLURM_NNODES": "3", "SLURM_STEP_ID": "0"}, (6, 3)),
+        ({"SLURM_NTASKS": "3", "SLURM_STEP_ID": "0", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "3"}, (8, 3)),
+    ],
+)
+def test_sizes_come_from_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], sizes: tuple[int | str, int]
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    for name in ("auto", "ddp", "fsdp"):
         trainer = compose(f"trainer={name}").trainer
         assert (trainer.devices, trainer.num_nodes) == sizes
 
