@@ -22,9 +22,20 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit.arguments import Positional, to_overrides
-from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, blame, build, check_hydra, explain_override
+from coca_lit.config import (
+    ConfigError,
+    EvaluateConfig,
+    TrainConfig,
+    blame,
+    build,
+    check_hydra,
+    explain_override,
+    suggest,
+)
+from coca_lit.launch import is_first_process, job_folder, launched_devices, launched_nodes, run_id
+from coca_lit.objective import headline
 from coca_lit.redaction import redact_configs
-from coca_lit.sweep import print_sweep
+from coca_lit.sweep import check_direction, check_processes, print_sweep
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -38,11 +49,26 @@ CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path
 
 ConfigStore.instance().store("train_schema", TrainConfig)
 ConfigStore.instance().store("evaluate_schema", EvaluateConfig)
+OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
+for resolver in (job_folder, launched_devices, launched_nodes):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def train() -> None:
     """Entry point of `python train.py` and `coca-train`."""
-    command("train", run)
+    command("train", train_job)
+
+
+def train_job(cfg: DictConfig) -> float | None:
+    """`run` for Hydra, whose sweepers ask for one number: the score called `cfg.objective`."""
+    check_direction(cfg.objective)
+    results = run(cfg)
+    score = cfg.objective or headline(results)
+    if results and score is not None and score not in results:
+        raise ConfigError(
+            f"objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
+        )
+    return results[score] if results and score is not None else None
 
 
 def command(config: str, function: Callable[[DictConfig], Any], positional: Positional = ()) -> None:
@@ -105,6 +131,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     data.prepare_data()  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
+    check_processes(trainer.world_size)
     with blame("data.batch_size"):
         check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
@@ -123,7 +150,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
 def find_start(cfg: DictConfig) -> Path | None:
     """The checkpoint to go on from, or None for a new start. The first process checks that it fits this config."""
     from coca_lit.resume import AUTO, check_same_run, decisive, find_checkpoint
-    from coca_lit.run_folder import is_first_process
 
     checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
     if checkpoint is not None and is_first_process():
@@ -270,6 +296,8 @@ def _explain(error: Exception, config: str) -> str:
             return explain_override(error, lambda: hydra.compose(config, chosen), options)
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
         return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
+    if isinstance(error.__cause__, ConfigError):  # raised while a value was resolved
+        return str(error.__cause__)
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback

@@ -59,6 +59,7 @@ class TrainConfig:
     clip_score_model: str | None = None
     generate: Any = None
     attention: int = 0
+    objective: str | None = None
     skip_missing: bool = False
     model: Any = MISSING
     data: Any = MISSING
@@ -191,6 +192,9 @@ def explain_override(
         return f"{text.removeprefix('Error merging override ')}: {reason}"
     if match := re.search(r"Could not override '([\w.@/]+)'", text):
         return _no_key(match[1], config())
+    if match := re.search(r"'hydra/(?:launcher|sweeper)/(submitit|joblib|ray|optuna)(?:_local|_slurm|_aws)?'", text):
+        package, extra = match[1], "slurm" if match[1] == "submitit" else match[1]
+        return f"Hydra's {package} plugin is not installed: pip install -e '.[{extra}]' (or coca_lit[{extra}])"
     if match := re.search(r"Could not (?:find|load) '([\w./]+)'", text):
         group, _, wanted = match[1].rpartition("/")
         known = options(group)

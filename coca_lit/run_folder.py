@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from coca_lit.launch import is_first_process
 from coca_lit.redaction import redact
 
 
@@ -30,11 +31,6 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-
-
-def is_first_process() -> bool:
-    """Whether this is rank 0, as far as the environment tells before there is a process group."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:

@@ -129,7 +129,10 @@ def refused(*overrides: str, conf: Path = CONF) -> str:
         ("dta=laion", "there is no key 'dta'; did you mean 'data'?"),
         ("xyzzy=1", "there is no key 'xyzzy'."),
         ("seed=abc", "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
-        ("trainer=smok", "'trainer' has no option 'smok'; did you mean 'smoke'? The options: auto, cpu, ddp, smoke"),
+        (
+            "trainer=smok",
+            "'trainer' has no option 'smok'; did you mean 'smoke'? The options: auto, cpu, ddp, fsdp, smoke",
+        ),
         ("model=cocoa", "'model' has no option 'cocoa'; did you mean 'coca'? The options: coca"),
         ("logger=zzz", "'logger' has no option 'zzz'. The options: csv, tensorboard, wandb"),
     ],

@@ -13,6 +13,7 @@ def report(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, help="folder for the comparison (default: that of the sweep, else outputs/comparison)"
     )
+    parser.add_argument("--objective", help="score by which a run is the best (default: the first headline score)")
     options = parser.parse_args(arguments)
 
     from coca_lit.data.records import DataError
@@ -21,10 +22,10 @@ def report(arguments: Sequence[str] | None = None) -> None:
     try:
         first = options.folders[0]
         if len(options.folders) > 1:
-            print(write_comparison(options.folders, options.output or Path("outputs/comparison")))
+            print(write_comparison(options.folders, options.output or Path("outputs/comparison"), options.objective))
         elif (first / "results.json").is_file():
             print(write_report(first))
         else:
-            print(write_comparison([first], options.output or first))
+            print(write_comparison([first], options.output or first, options.objective))
     except DataError as error:
         sys.exit(f"error: {error}")

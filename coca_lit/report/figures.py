@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from coca_lit.objective import HEADLINES
 from coca_lit.report.run import Curves, Run, differences
 from coca_lit.report.tables import score_name, shown
 
-HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1")
+MANY = 8  # runs; more bars than that are hard to read
 
 
 def curves_figure(curves: Curves) -> bytes | None:
@@ -33,8 +34,13 @@ def curves_figure(curves: Curves) -> bytes | None:
     return _png(figure)
 
 
-def comparison_figure(runs: Sequence[Run]) -> bytes | None:
-    """Headline scores of the runs: over the swept value if the runs differ in one number alone, else as bars."""
+def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> bytes | None:
+    """Headline scores of the runs: over the swept value if the runs differ in one number alone, else as bars; of many
+    runs that differ in several numbers, the objective over each of them.
+    """
+    several = swept_numbers(runs)
+    if objective is not None and len(runs) >= MANY and len(several) > 1:
+        return _scatter_figure(runs, objective, several)
     scores = [s for s in dict.fromkeys(k for run in runs for k in run.results) if s.endswith(HEADLINES)]
     if not scores:
         return None
@@ -47,7 +53,7 @@ def comparison_figure(runs: Sequence[Run]) -> bytes | None:
             key, numbers = swept
             points = sorted(zip(numbers, values, strict=True))
             axes.plot(*zip(*points, strict=True), marker="o")
-            axes.set(xlabel=key, xscale="log" if min(numbers) > 0 and max(numbers) >= 10 * min(numbers) else "linear")
+            axes.set(xlabel=key, xscale=_scale(numbers))
         else:
             axes.barh([run.name for run in runs], values)
             axes.invert_yaxis()
@@ -56,14 +62,32 @@ def comparison_figure(runs: Sequence[Run]) -> bytes | None:
     return _png(figure)
 
 
+def _scatter_figure(runs: Sequence[Run], objective: str, swept: dict[str, list[float]]) -> bytes:
+    values = [shown(objective, run.results.get(objective, float("nan"))) for run in runs]
+    rows = -(-len(swept) // 3)
+    figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
+    for axes, (key, numbers) in zip(_axes(figure, len(swept), columns=3), swept.items(), strict=True):
+        axes.scatter(numbers, values)
+        axes.set(xlabel=key, ylabel=objective, xscale=_scale(numbers))
+        axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _scale(numbers: Sequence[float]) -> str:
+    return "log" if min(numbers) > 0 and max(numbers) >= 10 * min(numbers) else "linear"
+
+
+def swept_numbers(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """The config keys in which the runs differ, if every run has a number in each of them; else nothing."""
+    numbers = {key: [_number(value) for value in values] for key, values in differences(runs).items()}
+    whole = {key: [n for n in row if n is not None] for key, row in numbers.items()}
+    return whole if all(len(row) == len(runs) for row in whole.values()) else {}
+
+
 def swept_value(runs: Sequence[Run]) -> tuple[str, list[float]] | None:
     """The only config key in which the runs differ, if it holds a number in each of them."""
-    changed = differences(runs)
-    if len(changed) != 1:
-        return None
-    (key, values), *_ = changed.items()
-    numbers = [_number(value) for value in values]
-    return (key, [n for n in numbers if n is not None]) if None not in numbers else None
+    swept = swept_numbers(runs)
+    return next(iter(swept.items())) if len(swept) == 1 else None
 
 
 def _number(value: Any) -> float | None:

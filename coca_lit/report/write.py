@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from coca_lit.objective import best_run, headline
 from coca_lit.report import html
 from coca_lit.report.figures import comparison_figure, curves_figure
 from coca_lit.report.run import Run, find_runs, read_run
-from coca_lit.report.tables import Table, comparison_tables, headlines, score_tables
+from coca_lit.report.tables import Table, cell, comparison_tables, headlines, score_tables
 
 FACTS = {  # key of the config or the environment -> how a reader knows it
     "command": "command",
@@ -50,17 +51,23 @@ def write_report(folder: Path) -> Path:
     return _write(folder, run.name, sections, tables, _facts(run), run.not_run, pictures)
 
 
-def write_comparison(folders: Sequence[Path], output: Path) -> Path:
-    """Writes a report that sets runs, or those of a sweep's folder, side by side; returns the page's path."""
+def write_comparison(folders: Sequence[Path], output: Path, objective: str | None = None) -> Path:
+    """Writes a report that sets runs, or those of a sweep's folder, side by side; returns the page's path.
+
+    Args:
+        objective: the score by which one of them is the best; None: the first headline score.
+    """
     runs = find_runs(folders)
+    score = objective or headline(list(dict.fromkeys(name for run in runs for name in run.results)))
+    facts = _best(runs, score) if score else {}
     tables = [table for table in comparison_tables(runs) if table.rows]
-    figure = comparison_figure(runs)
+    figure = comparison_figure(runs, score)
     output.mkdir(parents=True, exist_ok=True)
     if figure is not None:
         (output / "comparison.png").write_bytes(figure)
-    sections = [html.tables(tables), html.figure("comparison", figure)]
+    sections = [html.facts(facts), html.tables(tables), html.figure("comparison", figure)]
     pictures = ["comparison.png"] if figure is not None else []
-    return _write(output, f"{len(runs)} runs", sections, tables, {}, {}, pictures)
+    return _write(output, f"{len(runs)} runs", sections, tables, facts, {}, pictures)
 
 
 def _write(
@@ -85,6 +92,12 @@ def _write(
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     (folder / "report.html").write_text(html.page(title, sections))
     return folder / "report.html"
+
+
+def _best(runs: Sequence[Run], score: str) -> dict[str, str]:
+    results = {run.name: run.results for run in runs}
+    best = best_run(results, score)
+    return {f"best {score}": f"{cell(score, results[best][score])} ({best})"} if best is not None else {}
 
 
 def _row(cells: Iterable[object]) -> str:

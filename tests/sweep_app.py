@@ -1,0 +1,25 @@
+"""A stand-in for train.py whose jobs take no time: the learning rate is the score, and above 1 it is an error."""
+
+import json
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from coca_lit.cli import command
+
+
+def job(cfg: DictConfig) -> float:
+    rate = float(cfg.model.optimizer.lr)
+    if rate > 1:
+        raise FileNotFoundError(f"no model survives {rate}")
+    folder = Path(cfg.output_dir)
+    with (folder / f"rank{os.environ.get('SLURM_PROCID', '')}.txt").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    (folder / "config.yaml").write_text(f"model: {{optimizer: {{lr: {rate}}}}}\n")
+    (folder / "results.json").write_text(json.dumps({"scenes/CIDEr": rate, "scenes/i2t_median_rank": 1 - rate}))
+    return rate
+
+
+if __name__ == "__main__":
+    command("train", job)
