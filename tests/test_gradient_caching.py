@@ -174,7 +174,7 @@ def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, preci
         torch.testing.assert_close(saved["2"], saved["null"], atol=2e-6, rtol=0)
     else:  # four steps of 1e-4: where a gradient is next to nothing, rounding decides on its sign, and Adam on a step
         for name, expected in saved["null"].items():
-            assert (saved["2"][name] - expected).abs().mean() < 1e-5, name
+            assert (saved["2"][name] - expected).abs().mean() < 3e-5, name
 
 
 @pytest.mark.parametrize(
