@@ -6,12 +6,14 @@ from coca_lit.callbacks.evaluation import Evaluation
 from coca_lit.callbacks.progress import Throughput, progress_bar
 from coca_lit.callbacks.retrieval import RetrievalScores
 from coca_lit.callbacks.zeroshot import ZeroShotScores
+from coca_lit.callbacks.source_counts import SourceCounts
 
 __all__ = [
     "BadSampleLog",
     "CaptionScores",
     "Evaluation",
     "RetrievalScores",
+    "SourceCounts",
     "Throughput",
     "ZeroShotScores",
     "progress_bar",

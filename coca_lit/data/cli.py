@@ -35,7 +35,9 @@ def data(arguments: Sequence[str] | None = None) -> None:
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("check", help="look at every sample and write a manifest", description=CHECK)
     parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
-    parser.add_argument("--caption-key", help="field of the samples' JSON that holds the caption (default: the .txt)")
+    parser.add_argument(
+        "--caption-key", default="txt", help="field of the samples' JSON that holds the caption (default: the .txt)"
+    )
     parser.add_argument(
         "--max-bad-fraction",
         type=float,
@@ -52,9 +54,9 @@ def _check(options: argparse.Namespace) -> None:
     from coca_lit.data import shard_check
     from coca_lit.data.manifest import read_manifest, write_manifest
     from coca_lit.data.records import DataError
-    from coca_lit.data.shard_set import list_shards
+    from coca_lit.data.shard_set import local_shards
 
-    paths = list_shards(options.shards)
+    paths = local_shards(options.shards)
     reports = _with_progress(shard_check.check_shards(paths, options.caption_key, options.workers), len(paths))
     _print_faults(reports)
     if broken := [report for report in reports if report.broken]:
