@@ -101,9 +101,10 @@ class ShardCache(NamedTuple):
                 if _remove_unless_open(path):
                     used -= status.st_size
             if used + size > self.max_bytes:
+                limit, wanted = (f"{number / 1e9:.3g} GB" for number in (self.max_bytes, size))
                 raise DataError(
-                    f"the cache {self.folder} of {self.max_bytes / 1e9:.3g} GB has no room for {url} "
-                    f"({size / 1e9:.3g} GB) beside the shards that are being read: raise data.cache_gb, at least to one shard per worker"
+                    f"the cache {self.folder} of {limit} has no room for {url} ({wanted}) beside the shards that are "
+                    "being read: raise data.cache_gb, at least to one shard per worker"
                 )
             with partial.open("wb") as file:
                 file.truncate(size)

@@ -53,9 +53,10 @@ class ShardOrder(NamedTuple):
         streams = [self.of_source(source, epoch, worker, workers, bad) for source in self.sources]
         return interleave(streams, [source.weight for source in self.sources])
 
-    def one_source(
+    def of_source(
         self, source: Source, epoch: int, worker: int, workers: int, bad: BadSamples
     ) -> Iterator[StreamSample]:
+        """The part of one source."""
         seed = (self.seed, epoch, source.name)
         plan = list(source.shards)
         random.Random(stable_seed("shards", *seed)).shuffle(plan)

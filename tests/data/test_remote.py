@@ -1,4 +1,4 @@
-"""Shards on an object store, through a cache that is bounded, shared and never torn; fsspec's memory:// is the store."""
+"""Shards on an object store (fsspec's memory://), through a cache that is bounded, shared and never torn."""
 
 import multiprocessing
 import time
