@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.files import append_lines
 from coca_lit.data.manifest import NAME, ManifestEntry, read_manifest, sha256_of
 from coca_lit.data.records import DataError, decode_image
 from coca_lit.data.shard_set import Shard
@@ -66,8 +67,7 @@ def check_shards(paths: Sequence[Path], caption_key: str, workers: int) -> Itera
         else:
             todo.append(path)
     for report in _check_all(todo, caption_key, workers):
-        with (Path(report.path).parent / JOURNAL).open("a") as file:
-            file.write(json.dumps([caption_key, report]) + "\n")
+        append_lines(Path(report.path).parent / JOURNAL, [json.dumps([caption_key, report])])
         yield report
 
 
