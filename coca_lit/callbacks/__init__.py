@@ -5,8 +5,8 @@ from coca_lit.callbacks.captions import CaptionScores
 from coca_lit.callbacks.evaluation import Evaluation
 from coca_lit.callbacks.progress import Throughput, progress_bar
 from coca_lit.callbacks.retrieval import RetrievalScores
-from coca_lit.callbacks.zeroshot import ZeroShotScores
 from coca_lit.callbacks.source_counts import SourceCounts
+from coca_lit.callbacks.zeroshot import ZeroShotScores
 
 __all__ = [
     "BadSampleLog",

@@ -1,18 +1,39 @@
-"""Writing files in a way that a crash cannot spoil."""
+"""Files that are either whole or not there, whenever a process is killed."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from coca_lit.data.records import DataError
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there with all its content or not at all: written beside its place, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes temporary files that killed processes left in a folder; `name` is the pattern of what they were for."""
+    for file in folder.glob(f".{name}.*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block wrote there takes the place of `path` when the block ends well.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:

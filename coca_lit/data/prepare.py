@@ -7,7 +7,6 @@ name when it is complete, and an interrupted command goes on where it was.
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.files import append_lines
+from coca_lit.data.files import append_lines, remove_leftovers, replacing
 from coca_lit.data.manifest import ManifestEntry, sha256_of
 from coca_lit.data.records import DataError, Pair, decode_image
 from coca_lit.data.shard_set import Shard
@@ -70,6 +69,7 @@ def prepare(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Writt
         DataError: the folder holds something else.
     """
     done = _open_journal(output, _digest(tasks))
+    remove_leftovers(output)
     yield from done.values()
     todo = [task for task in tasks if task.name not in done]
     for written in _run(todo, output, workers):
@@ -81,19 +81,13 @@ def write_shard(task: Task, output: Path) -> Written:
     """Keys are those of img2dataset: the number of the shard, then that of the sample, with leading zeros."""
     bad = BadSamples(1.0)
     path = output / task.name
-    partial = output / f".{task.name}.partial"
     count = 0
-    with partial.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for count, sample in enumerate(_samples(task, bad), start=1):
-                _add_sample(tar, f"{task.number:0{DIGITS}d}{count - 1:05d}", sample)
-        file.flush()
-        os.fsync(file.fileno())
-    entry = ManifestEntry(count, partial.stat().st_size, sha256_of(partial))
-    if count:
-        partial.replace(path)
-    else:
-        partial.unlink()
+    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for count, sample in enumerate(_samples(task, bad), start=1):
+            _add_sample(tar, f"{task.number:0{DIGITS}d}{count - 1:05d}", sample)
+    entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
+    if not count:
+        path.unlink()
     examples = [f"{found.key} {found.detail or found.reason}".strip() for found in bad.found[:3]]
     return Written(task.name, entry, dict(bad.reasons), examples)
 

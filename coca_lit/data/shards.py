@@ -17,7 +17,7 @@ from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.manifest import check_digest
 from coca_lit.data.records import DataError, clean_captions
 from coca_lit.data.shard_set import Shard
-from coca_lit.data.tar_members import tar_members
+from coca_lit.data.tar_members import split_name, tar_members
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ def _members(path: Path, name: str, bad: BadSamples) -> Iterator[tuple[str, str,
     """Key, suffix and content of the files that samples are made of."""
     for member, content in tar_members(path, lambda member: _WANTED.fullmatch(member) is not None):
         if _WANTED.fullmatch(member):
-            folder, slash, file = member.rpartition("/")
-            key, _, suffix = file.partition(".")  # at the first dot, as webdataset has it
-            yield f"{folder}{slash}{key}", suffix.lower(), content
+            key, suffix = split_name(member)
+            if key:
+                yield key, suffix.lower(), content
         elif _CODE.fullmatch(member):
             bad.seen += 1
             bad.add("code in a shard", name, member)
