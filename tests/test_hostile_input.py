@@ -205,7 +205,7 @@ def test_text_bomb(tmp_path):
 def test_json_bomb(tmp_path):
     bomb = {"bomb.jpg": jpeg(), "bomb.json": b'{"caption": ' + b"[" * 100_000}
     path = write_tar(tmp_path / "x.tar", bomb | good("json", b'{"caption": "a dog"}'))
-    data = LaionData(str(path), 8, TOKENIZER, 4, image_size=16, caption_key="caption", max_bad_fraction=0.5)
+    data = LaionData(str(path), 8, TOKENIZER, 4, image_size=16, caption_keys="caption", max_bad_fraction=0.5)
     assert "bomb" not in {key for batch in data.train_dataloader() for key in batch.keys}
 
 

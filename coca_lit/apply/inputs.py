@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 from coca_lit.apply.images import SUFFIXES, Source, find_files, find_images
 from coca_lit.apply.shards import Sample, scan_shard
 from coca_lit.data.records import DataError
-from coca_lit.data.shard_set import find_shards
+from coca_lit.data.shard_set import local_shards
 
 SHARD = ".tar"
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), folders, or shards ({SHARD})"
@@ -95,7 +95,7 @@ def _paths(word: str) -> Iterator[Path]:
 
 def _find_shards(pattern: str) -> list[Path]:
     try:
-        return [shard.path for shard in find_shards(pattern)]
+        return local_shards(pattern)
     except ValueError as error:  # a brace without its partner
         raise DataError(f"'{pattern}' is not a range of shards like {{00000..00099}}.tar: {error}") from error
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coca_lit.apply.files import remove_leftovers, replacing
 from coca_lit.apply.images import Source
 from coca_lit.apply.inputs import Files, Unit
 from coca_lit.apply.journal import append, parts, read_lines, repair
 from coca_lit.apply.writer import SETTINGS, Captions, Writer, all_sources, claim
 from coca_lit.data.annotations import load_json
+from coca_lit.data.files import remove_leftovers, replacing
 from coca_lit.data.records import DataError
 from coca_lit.distributed import gather_objects, rank
 

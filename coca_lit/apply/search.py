@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coca_lit.apply.files import replacing
 from coca_lit.apply.fingerprint import fingerprint
 from coca_lit.apply.images import SUFFIXES, Source, find_images, load_images
+from coca_lit.data.files import replacing
 from coca_lit.data.records import DataError
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.collect import evaluating

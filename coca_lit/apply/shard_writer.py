@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coca_lit.apply.files import remove_leftovers
 from coca_lit.apply.images import Source
 from coca_lit.apply.inputs import OpenShard, Shard, Unit
 from coca_lit.apply.shards import write_shard
 from coca_lit.apply.writer import SETTINGS, Captions, Writer, claim
+from coca_lit.data.files import remove_leftovers
 from coca_lit.data.records import DataError
 from coca_lit.distributed import rank
 

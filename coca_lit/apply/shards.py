@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from webdataset.tariterators import base_plus_ext
-
-from coca_lit.apply.files import replacing
+from coca_lit.data.files import replacing
 from coca_lit.data.shards import IMAGE_SUFFIXES
+from coca_lit.data.tar_members import split_name
 
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, where several were asked for
@@ -40,9 +39,9 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                key, extension = base_plus_ext(member.name)
+                key, extension = split_name(member.name)
                 plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-                if key is None or not plain or _leads_out(key):
+                if not key or not plain or _leads_out(key):
                     continue
                 if not samples or samples[-1].key != key:
                     samples.append(Sample(key, {}))

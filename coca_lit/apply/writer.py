@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coca_lit.apply.files import replacing
 from coca_lit.apply.images import Source
 from coca_lit.apply.inputs import Files, OpenShard, Unit
 from coca_lit.apply.rows import print_rows
 from coca_lit.data.annotations import load_json
+from coca_lit.data.files import replacing
 from coca_lit.data.records import DataError
 from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
 

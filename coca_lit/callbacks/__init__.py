@@ -7,6 +7,7 @@ from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.evaluation import Evaluation
 from coca_lit.callbacks.progress import SamplesSeen, Throughput, progress_bar
 from coca_lit.callbacks.retrieval import RetrievalScores
+from coca_lit.callbacks.source_counts import SourceCounts
 from coca_lit.callbacks.step_guard import StepGuard
 from coca_lit.callbacks.step_seeds import StepSeeds
 from coca_lit.callbacks.zeroshot import ZeroShotScores
@@ -19,6 +20,7 @@ __all__ = [
     "Evaluation",
     "RetrievalScores",
     "SamplesSeen",
+    "SourceCounts",
     "StepGuard",
     "StepSeeds",
     "Throughput",

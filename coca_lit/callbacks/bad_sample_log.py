@@ -1,6 +1,7 @@
 """The samples that a run left out, by name, in its run folder."""
 
 import csv
+import io
 import logging
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import lightning.pytorch as L
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
+from coca_lit.data.files import append_lines
 from coca_lit.distributed import rank
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,7 @@ class BadSampleLog(L.Callback):
         if new and len(self._known) < MAX_LINES:
             self._known.update(new)
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"rank{rank()}.csv").open("a", newline="") as file:
-                csv.writer(file).writerows(new)
+            append_lines(self.folder / f"rank{rank()}.csv", map(_as_csv, new))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if rank() == 0 and (found := read_bad_samples(self.folder)):
@@ -60,6 +61,12 @@ class BadSampleLog(L.Callback):
             len({sample.shard for sample in found}),
             self.folder,
         )
+
+
+def _as_csv(row: BadSample) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(row)
+    return text.getvalue()
 
 
 def read_bad_samples(folder: Path) -> set[BadSample]:

@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     lengths: Tensor  # (B,) int64, number of real tokens including start and end
     keys: list[str]  # sample ids, for error reports
     bad: tuple[BadSample, ...] = ()  # what was left out while this batch was made
+    sources: tuple[str, ...] = ()  # (B) where each sample comes from, for mixtures of several
 
 
 class Example(NamedTuple):
@@ -26,6 +27,7 @@ class Example(NamedTuple):
     tokens: list[int]  # with start and end, not padded
     key: str
     bad: tuple[BadSample, ...] = ()  # what this one stands in for
+    source: str = ""
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -36,4 +38,5 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         row[: len(example.tokens)] = torch.tensor(example.tokens)
     images = torch.stack([example.image for example in examples])  # (B, 3, H, W)
     bad = tuple(found for example in examples for found in example.bad)
-    return Batch(images, tokens, lengths, [example.key for example in examples], bad)
+    sources = tuple(example.source for example in examples if example.source)
+    return Batch(images, tokens, lengths, [example.key for example in examples], bad, sources)

@@ -6,11 +6,11 @@ epoch, which costs less than a hundredth of decoding its images.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from coca_lit.data.files import replacing
 from coca_lit.data.records import DataError
 
 NAME = "manifest.json"
@@ -50,18 +50,9 @@ def write_manifest(folder: Path, entries: Manifest) -> Path:
         "bytes": sum(entry.bytes for entry in entries.values()),
     }
     rows = [{"name": name, **entries[name]._asdict()} for name in sorted(entries)]
-    write_whole(path, (json.dumps({**totals, "shards": rows}, indent=1) + "\n").encode())
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({**totals, "shards": rows}, indent=1) + "\n")
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there with all its content or not at all, also after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def sha256_of(path: Path) -> str:

@@ -39,6 +39,13 @@ class Listing(NamedTuple):
     domain: str | None = None
 
 
+class Pair(NamedTuple):
+    """An image file and its captions, none where it lacks them: what is to be written as shards."""
+
+    image: Path
+    captions: tuple[str, ...]
+
+
 class DataError(Exception):
     """The data cannot be used as they are; the message is one complete sentence for the user."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.files import append_lines
 from coca_lit.data.manifest import NAME, ManifestEntry, read_manifest, sha256_of
 from coca_lit.data.records import DataError, decode_image
 from coca_lit.data.shard_set import Shard
@@ -36,12 +37,12 @@ class ShardReport(NamedTuple):
         return sum(self.bad.values())
 
 
-def check_shard(path: Path, caption_key: str | None = None) -> ShardReport:
+def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
     """Decodes every image and caption of a shard."""
     bad = BadSamples(1.0)
     good = 0
     with _quiet():
-        for sample in read_shard(Shard(path), caption_key, bad):
+        for sample in read_shard(Shard(str(path)), [caption_key], bad):
             try:
                 decode_image(BytesIO(sample.image), "it")
                 good += 1
@@ -53,7 +54,7 @@ def check_shard(path: Path, caption_key: str | None = None) -> ShardReport:
     return ShardReport(str(path), os.stat(path).st_mtime_ns, entry, dict(bad.reasons), examples, broken)
 
 
-def check_shards(paths: Sequence[Path], caption_key: str | None, workers: int) -> Iterator[ShardReport]:
+def check_shards(paths: Sequence[Path], caption_key: str, workers: int) -> Iterator[ShardReport]:
     """Reports in the order in which they are ready. Each is noted beside its shard, so that a check which was
     interrupted goes on where it was; `forget_journals` when all is done.
     """
@@ -66,12 +67,11 @@ def check_shards(paths: Sequence[Path], caption_key: str | None, workers: int) -
         else:
             todo.append(path)
     for report in _check_all(todo, caption_key, workers):
-        with (Path(report.path).parent / JOURNAL).open("a") as file:
-            file.write(json.dumps([caption_key, report]) + "\n")
+        append_lines(Path(report.path).parent / JOURNAL, [json.dumps([caption_key, report])])
         yield report
 
 
-def _check_all(paths: Sequence[Path], caption_key: str | None, workers: int) -> Iterator[ShardReport]:
+def _check_all(paths: Sequence[Path], caption_key: str, workers: int) -> Iterator[ShardReport]:
     if min(workers, len(paths)) < 2:
         yield from (check_shard(path, caption_key) for path in paths)
         return
@@ -111,7 +111,7 @@ def count_reasons(reports: Sequence[ShardReport]) -> Counter[str]:
     return sum((Counter(report.bad) for report in reports), Counter())
 
 
-def _journals(folders: set[Path], caption_key: str | None) -> dict[str, ShardReport]:
+def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
     reports = {}
     for path in (folder / JOURNAL for folder in folders):
         for line in path.read_text().splitlines() if path.is_file() else ():

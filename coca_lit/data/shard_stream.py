@@ -2,52 +2,72 @@
 
 Batch b of a rank always comes from its logical worker b % workers, whichever process plays that part. A stream that
 starts at batch b therefore reads what each logical worker has already delivered and drops it undecoded. The order is
-fixed for a given (seed, ranks, workers); unlike that of indexed data it changes with their number.
+fixed for a given (seed, ranks, workers); unlike that of indexed data it changes with their number. The proportions of
+a mixture do not.
 """
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import count, islice
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch, Example, collate
+from coca_lit.data.mixture import Source, draw, interleave
 from coca_lit.data.records import DataError, decode_image
 from coca_lit.data.seeding import seeded_torch, stable_seed
-from coca_lit.data.shard_set import Shard
 from coca_lit.data.shards import ShardSample, read_shard
 from coca_lit.data.transforms import Transform
 from coca_lit.tokenizer import Tokenizer
 
 
+class StreamSample(NamedTuple):
+    """A sample with what its random crop and caption depend on."""
+
+    source: str
+    turn: int  # the how many-eth time its source is gone through
+    sample: ShardSample
+
+
 class ShardOrder(NamedTuple):
     """Which samples a logical worker reads, in which order.
 
-    A worker goes through its shards of the epoch again and again, each time in another order; samples are mixed within
-    a buffer. `rank` and `world` count training processes.
+    A worker goes through its shards of each source again and again, each time in another order; samples are mixed
+    within a buffer. Sources are interleaved by their weights. `rank` and `world` count training processes.
     """
 
-    shards: Sequence[Shard]
+    sources: Sequence[Source]
     seed: int = 0
     rank: int = 0
     world: int = 1
-    shuffle_buffer: int = 1000  # samples, still encoded
-    caption_key: str | None = None
+    shuffle_buffer: int = 1000  # samples of all sources, still encoded
+    caption_keys: Mapping[str, float] = MappingProxyType({"txt": 1.0})  # with the probability of each
 
-    def samples(self, epoch: int, worker: int, workers: int, bad: BadSamples) -> Iterator[tuple[int, ShardSample]]:
-        """Endless (pass, sample); needs at least one shard per worker of every rank."""
-        plan = list(self.shards)
-        random.Random(stable_seed("shards", self.seed, epoch)).shuffle(plan)
+    def samples(self, epoch: int, worker: int, workers: int, bad: BadSamples) -> Iterator[StreamSample]:
+        """Endless; needs at least one shard of each source per worker of every rank."""
+        streams = [self.of_source(source, epoch, worker, workers, bad) for source in self.sources]
+        return interleave(streams, [source.weight for source in self.sources])
+
+    def of_source(
+        self, source: Source, epoch: int, worker: int, workers: int, bad: BadSamples
+    ) -> Iterator[StreamSample]:
+        """The part of one source."""
+        seed = (self.seed, epoch, source.name)
+        plan = list(source.shards)
+        random.Random(stable_seed("shards", *seed)).shuffle(plan)
         mine = plan[self.rank * workers + worker :: self.world * workers]
+        share = source.weight / sum(other.weight for other in self.sources)
+        buffer = max(1, round(self.shuffle_buffer * share))
         for turn in count():
-            rng = random.Random(stable_seed("samples", self.seed, epoch, turn, self.rank, worker))
+            rng = random.Random(stable_seed("samples", *seed, turn, self.rank, worker))
             rng.shuffle(mine)
-            one_pass = (s for shard in mine for s in read_shard(shard, self.caption_key, bad, verify=turn == 0))
-            yield from ((turn, sample) for sample in _shuffled(one_pass, self.shuffle_buffer, rng))
+            one_pass = (s for shard in mine for s in read_shard(shard, self.caption_keys, bad, verify=turn == 0))
+            yield from (StreamSample(source.name, turn, s) for s in _shuffled(one_pass, buffer, rng))
             bad.end_of_pass()
 
 
@@ -81,8 +101,8 @@ class ShardBatches(IterableDataset[Batch]):
         rest = islice(samples, delivered * self.batch_size, None)
         return self._batches(rest, bad)
 
-    def _batches(self, samples: Iterator[tuple[int, ShardSample]], bad: BadSamples) -> Iterator[Batch]:
-        window: deque[tuple[int, ShardSample]] = deque()  # the current batch, and what replaces its bad samples
+    def _batches(self, samples: Iterator[StreamSample], bad: BadSamples) -> Iterator[Batch]:
+        window: deque[StreamSample] = deque()  # the current batch, and what replaces its bad samples
         while True:
             examples: list[Example] = []
             i = 0
@@ -93,17 +113,19 @@ class ShardBatches(IterableDataset[Batch]):
                     examples.append(self._example(*window[i]))
                 except DataError as error:
                     if i < self.batch_size:  # a bad replacement is counted in its own batch
-                        bad.add("unreadable image", window[i][1].shard, window[i][1].key, str(error))
+                        bad.add("unreadable image", window[i].sample.shard, window[i].sample.key, str(error))
                 i += 1
             yield collate(examples, self.tokenizer.pad_id)._replace(bad=bad.take())
             for _ in range(self.batch_size):
                 window.popleft()
 
-    def _example(self, turn: int, sample: ShardSample) -> Example:
+    def _example(self, source: str, turn: int, sample: ShardSample) -> Example:
         image = decode_image(BytesIO(sample.image), f"{sample.key} in {sample.shard}")
-        with seeded_torch(stable_seed("image", self.order.seed, self.epoch, turn, sample.key)):
+        seed = (self.order.seed, self.epoch, turn, sample.key)
+        with seeded_torch(stable_seed("image", *seed)):
             pixels = self.transform(image)
-        return Example(pixels, self.tokenizer.encode(sample.caption), f"{sample.shard}/{sample.key}")
+        caption = draw(sample.captions, self.order.caption_keys, random.Random(stable_seed("caption", *seed)))
+        return Example(pixels, self.tokenizer.encode(caption), f"{sample.shard}/{sample.key}", source=source)
 
 
 def _shuffled(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:

@@ -4,19 +4,20 @@ Shards come from strangers: nothing is unpickled or unpacked, members other than
 read, and those that could hold code count as bad samples.
 """
 
+import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from operator import itemgetter
+from pathlib import Path
 from typing import Any, NamedTuple
-
-from webdataset.tariterators import group_by_keys
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.manifest import check_digest
-from coca_lit.data.records import DataError
+from coca_lit.data.records import DataError, clean_captions
 from coca_lit.data.shard_set import Shard
-from coca_lit.data.tar_members import tar_members
+from coca_lit.data.tar_members import split_name, tar_members
 
 log = logging.getLogger(__name__)
 
@@ -26,37 +27,51 @@ _WANTED = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}|txt|json)", re.IGNORECAS
 _CODE = re.compile(r".*\.(pyd|pickle|pkl|pth|pt|py|so|sh|exe)", re.IGNORECASE | re.DOTALL)
 
 
+Files = dict[str, bytes]  # of one sample, by suffix
+
+
 class ShardSample(NamedTuple):
     """A complete sample, its image still encoded."""
 
     key: str
     image: bytes
-    caption: str
+    captions: dict[str, tuple[str, ...]]  # by where they stand, "txt" or a field of the JSON; none is empty
     shard: str  # for error reports
 
 
-def read_shard(shard: Shard, caption_key: str | None, bad: BadSamples, verify: bool = False) -> Iterator[ShardSample]:
+def read_shard(
+    shard: Shard, caption_keys: Collection[str], bad: BadSamples, verify: bool = False
+) -> Iterator[ShardSample]:
     """The shard's complete samples in tar order; what is broken is counted in `bad` and skipped.
 
     Args:
-        caption_key: field of KEY.json that holds the caption; None takes KEY.txt.
+        caption_keys: where captions may stand: "txt" for KEY.txt, else a field of KEY.json with a text or a list of
+            them. A sample needs one of these places.
         verify: first compare its digest with the manifest; raises `DataError` when it differs.
     """
+    for key, files in read_files(shard, bad, verify):
+        image, captions = image_of(files), _captions(files, caption_keys)
+        if image and captions:
+            yield ShardSample(key, image, captions, shard.name)
+        else:
+            bad.add(_what_is_missing(image, caption_keys), shard.name, key)
+
+
+def read_files(shard: Shard, bad: BadSamples, verify: bool = False) -> Iterator[tuple[str, Files]]:
+    """Key and files of each sample; counts samples, and what the shard as a whole lacks."""
     seen, error = bad.seen, None
     try:
-        if verify and shard.entry:
-            check_digest(shard.name, shard.path, shard.entry)
-        for fields in group_by_keys(_members(shard, bad)):
-            bad.seen += 1
-            image, caption = _image(fields), _caption(fields, caption_key)
-            if image and caption:
-                yield ShardSample(fields["__key__"], image, caption, shard.name)
-            else:
-                bad.add(_what_is_missing(image, caption_key), shard.name, fields["__key__"])
+        with shard.local() as path:
+            if verify and shard.entry:
+                check_digest(shard.name, path, shard.entry)
+            for key, members in itertools.groupby(_members(path, shard.name, bad), key=itemgetter(0)):
+                files = {suffix: content for _, suffix, content in members}
+                bad.seen += 1
+                yield key, files
     except DataError:
         raise
-    except Exception as broken:  # tarfile, zlib, gzip and webdataset raise a zoo of types on broken bytes
-        error = str(broken)
+    except Exception as broken:  # tarfile, zlib, gzip and fsspec raise a zoo of types
+        error = str(broken) or type(broken).__name__
     if error:
         log.warning("%s is broken or truncated: %s", shard.name, error)
         lost = shard.entry and shard.entry.samples - (bad.seen - seen)
@@ -67,35 +82,47 @@ def read_shard(shard: Shard, caption_key: str | None, bad: BadSamples, verify: b
         bad.end_of_shard(bad.seen - seen)
 
 
-def _members(shard: Shard, bad: BadSamples) -> Iterator[dict[str, Any]]:
-    """What `group_by_keys` takes."""
-    for name, content in tar_members(shard.path, lambda name: _WANTED.fullmatch(name) is not None):
-        if _WANTED.fullmatch(name):
-            yield {"fname": name, "data": content, "__url__": shard.name}
-        elif _CODE.fullmatch(name):
+def _members(path: Path, name: str, bad: BadSamples) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and content of the files that samples are made of."""
+    for member, content in tar_members(path, lambda member: _WANTED.fullmatch(member) is not None):
+        if _WANTED.fullmatch(member):
+            key, suffix = split_name(member)
+            if key:
+                yield key, suffix.lower(), content
+        elif _CODE.fullmatch(member):
             bad.seen += 1
-            bad.add("code in a shard", shard.name, name)
+            bad.add("code in a shard", name, member)
 
 
-def _image(fields: dict[str, Any]) -> bytes:
-    return next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), b"")
+def image_of(files: Files) -> bytes:
+    return next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), b"")
 
 
-def _caption(fields: dict[str, Any], caption_key: str | None) -> str:
-    """The caption without outer blanks; "" where there is none, or a text far too long for one."""
-    text = fields.get("txt" if caption_key is None else "json", b"")
-    if len(text) > MAX_TEXT:
-        return ""
-    if caption_key is None:
-        return text.decode("utf-8", errors="replace").strip()
+def _captions(files: Files, keys: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Captions without outer blanks, by key; texts far too long for one are passed over."""
+    found: dict[str, tuple[str, ...]] = {}
+    content = _json(files) if any(key != "txt" for key in keys) else {}
+    for key in keys:
+        text = _text(files) if key == "txt" else content.get(key)
+        texts = text if isinstance(text, list) else [text]
+        found[key] = clean_captions(text for text in texts if isinstance(text, str) and len(text) <= MAX_TEXT)
+    return {key: captions for key, captions in found.items() if captions}
+
+
+def _text(files: Files) -> str:
+    return files.get("txt", b"")[: MAX_TEXT + 1].decode("utf-8", errors="replace")
+
+
+def _json(files: Files) -> dict[str, Any]:
+    text = files.get("json", b"")
     try:
-        caption = json.loads(text or b"{}")[caption_key]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ""
-    return caption.strip() if isinstance(caption, str) else ""
+        content = json.loads(text) if len(text) <= MAX_TEXT else {}
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _what_is_missing(image: bytes, caption_key: str | None) -> str:
+def _what_is_missing(image: bytes, keys: Collection[str]) -> str:
     if not image:
         return "missing image"
-    return "missing caption" if caption_key is None else f"no caption {caption_key!r} in the JSON"
+    return "missing caption" if "txt" in keys else f"no caption in the JSON under {', '.join(keys)}"

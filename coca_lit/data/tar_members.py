@@ -47,6 +47,13 @@ def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
             raise tarfile.ReadError("it ends within, or something in it is damaged")
 
 
+def split_name(member: str) -> tuple[str, str]:
+    """Key of the sample and suffix, at the first dot of the file name as webdataset has it; no key if there is none."""
+    folder, slash, file = member.rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    return (f"{folder}{slash}{stem}", suffix) if stem and dot else ("", "")
+
+
 class _BoundedReads(BufferedIOBase):
     """A file that refuses to be read in one piece larger than a member may be: headers can be long, too."""
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.laion import LaionData, usable_workers
+from coca_lit.data.mixture import Source
 from coca_lit.data.records import DataError, DataNotFoundError
 from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shard_stream import ShardBatches, ShardOrder
@@ -58,6 +59,10 @@ def write_shards(folder: Path, shards: int, per_shard: int) -> list[Path]:
     ]
 
 
+def local(paths: list[Path]) -> list[Shard]:
+    return [Shard(str(path)) for path in paths]
+
+
 def spoil(path: Path, changes: dict[str, bytes | None]) -> None:
     """Rewrite a shard with some members replaced, or left out where the value is None."""
     with tarfile.open(path) as tar:
@@ -65,9 +70,9 @@ def spoil(path: Path, changes: dict[str, bytes | None]) -> None:
     write_tar(path, {name: data for name, data in (files | changes).items() if data is not None})
 
 
-def read(path: Path, caption_key: str | None = None) -> tuple[list[str], dict[str, int]]:
+def read(path: Path, caption_key: str = "txt") -> tuple[list[str], dict[str, int]]:
     bad = BadSamples(1.0)
-    keys = [sample.key for sample in read_shard(Shard(path), caption_key, bad)]
+    keys = [sample.key for sample in read_shard(Shard(str(path)), [caption_key], bad)]
     assert bad.seen == len(keys) + bad.reasons.total()
     return keys, dict(bad.reasons)
 
@@ -86,10 +91,10 @@ def contents(batch: Batch) -> tuple:
 
 def test_find_shards(tmp_path):
     paths = write_shards(tmp_path, 3, 1)
-    assert find_shards(f"{tmp_path}/{{00000..00002}}.tar") == list(map(Shard, paths))
-    assert find_shards(f"{tmp_path}/*.tar") == list(map(Shard, paths))
-    assert find_shards(f"file://{tmp_path}/0000[12].tar") == [Shard(path) for path in paths[1:]]
-    assert find_shards([str(paths[2]), f"{tmp_path}/*.tar"]) == list(map(Shard, [paths[2], *paths[:2]]))
+    assert find_shards(f"{tmp_path}/{{00000..00002}}.tar") == local(paths)
+    assert find_shards(f"{tmp_path}/*.tar") == local(paths)
+    assert find_shards(f"file://{tmp_path}/0000[12].tar") == local(paths[1:])
+    assert find_shards([str(paths[2]), f"{tmp_path}/*.tar"]) == local([paths[2], *paths[:2]])
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -105,10 +110,12 @@ def test_missing_shards_are_named(tmp_path):
 
 def test_read_shard(tmp_path):
     (path,) = write_shards(tmp_path, 1, 2)
-    sample, _ = read_shard(Shard(path), None, BadSamples(0))
-    assert sample == ("00000", jpeg(0), "a dog number", str(path))
-    assert [s.caption for s in read_shard(Shard(path), "recaption", BadSamples(0))] == ["a dog", "a dog"]
-    assert read(path, "nothing") == ([], {"no caption 'nothing' in the JSON": 2})
+    sample, _ = read_shard(Shard(str(path)), ["txt"], BadSamples(0))
+    assert sample == ("00000", jpeg(0), {"txt": ("a dog number",)}, str(path))
+    assert [s.captions for s in read_shard(Shard(str(path)), ["recaption"], BadSamples(0))] == [
+        {"recaption": ("a dog",)}
+    ] * 2
+    assert read(path, "nothing") == ([], {"no caption in the JSON under nothing": 2})
 
 
 def test_incomplete_samples_are_counted_by_reason(tmp_path):
@@ -136,7 +143,7 @@ def test_truncated_and_foreign_shards_are_counted(tmp_path):
 def test_unreadable_images_are_replaced_and_batches_stay_full(tmp_path, caplog):
     paths = write_shards(tmp_path, 2, 12)
     spoil(paths[0], {"00005.jpg": jpeg(3)[:200], "00006.jpg": b"junk"})
-    stream = batches(ShardOrder(list(map(Shard, paths)), seed=1))
+    stream = batches(ShardOrder([Source("", local(paths))], seed=1))
     first_pass = list(islice(stream, 6))  # 24 samples
     assert {len(batch.keys) for batch in first_pass} == {4}
     assert all(len(set(batch.keys)) == 4 for batch in first_pass)
@@ -148,19 +155,19 @@ def test_unreadable_images_are_replaced_and_batches_stay_full(tmp_path, caplog):
 def test_too_many_bad_samples_stop_the_run_with_counts_and_shards(tmp_path):
     paths = write_shards(tmp_path, 2, 10)
     spoil(paths[1], {"10002.jpg": b"junk", "10003.txt": None})
-    stream = batches(ShardOrder(list(map(Shard, paths))), max_bad=0.05)
+    stream = batches(ShardOrder([Source("", local(paths))]), max_bad=0.05)
     with pytest.raises(
         DataError, match=r"max_bad_fraction=0\.05 allows: 2 of 20 samples .*1 x .*most in .*/00001\.tar \(2\)"
     ):
         list(islice(stream, 20))  # judged at the end of the pass
-    list(islice(batches(ShardOrder(list(map(Shard, paths))), max_bad=0.1), 20))
+    list(islice(batches(ShardOrder([Source("", local(paths))]), max_bad=0.1), 20))
 
 
 def test_the_message_surfaces_from_a_worker(tmp_path):
     paths = write_shards(tmp_path, 2, 4)
     for path in paths:
         spoil(path, {f"{path.stem[-1]}{i:04d}.jpg": b"junk" for i in range(4)})
-    stream = batches(ShardOrder(list(map(Shard, paths))), num_workers=2, max_bad=1.0)
+    stream = batches(ShardOrder([Source("", local(paths))]), num_workers=2, max_bad=1.0)
     with pytest.raises(DataError, match=r"no usable sample: 4 of 4 samples \(4 x unreadable image") as error:
         next(stream)
     traceback.clear_frames(error.tb)
@@ -189,7 +196,7 @@ def test_a_resumed_stream_continues_with_the_same_batches(tmp_path, num_workers)
     spoil(paths[0], {"00001.jpg": b"junk", "00004.txt": None})  # bad samples must not shift the position
     spoil(paths[3], {"30002.jpg": b"junk"})
     paths[5].write_bytes(paths[5].read_bytes()[:9000])
-    order = ShardOrder(list(map(Shard, paths)), seed=2, shuffle_buffer=5)
+    order = ShardOrder([Source("", local(paths))], seed=2, shuffle_buffer=5)
     whole = [contents(batch) for batch in islice(batches(order, 0, num_workers), 40)]  # more than two passes
     for start in (1, 2, 5, 23):
         resumed = islice(batches(order, start, num_workers), 40 - start)
@@ -201,10 +208,10 @@ def test_ranks_and_workers_share_out_the_shards(tmp_path):
     keys = []
     for rank in range(2):
         for worker in range(2):
-            order = ShardOrder(list(map(Shard, paths)), rank=rank, world=2)
+            order = ShardOrder([Source("", local(paths))], rank=rank, world=2)
             bad = BadSamples(0)
             samples = list(islice(order.samples(0, worker, 2, bad), 24))
-            keys += [sample.key for turn, sample in samples if turn == 0]
+            keys += [sample.key for _, turn, sample in samples if turn == 0]
     assert sorted(keys) == sorted(f"{s}{i:04d}" for s in range(5) for i in range(6))
 
 
@@ -212,8 +219,8 @@ def test_order_and_crops_change_with_epoch_pass_and_seed(tmp_path):
     paths = write_shards(tmp_path, 2, 10)
 
     def keys(seed: int, epoch: int) -> list[str]:
-        order = ShardOrder(list(map(Shard, paths)), seed=seed)
-        return [sample.key for _, sample in islice(order.samples(epoch, 0, 1, BadSamples(0)), 40)]
+        order = ShardOrder([Source("", local(paths))], seed=seed)
+        return [sample.key for *_, sample in islice(order.samples(epoch, 0, 1, BadSamples(0)), 40)]
 
     first = keys(0, 0)
     assert sorted(first[:20]) == sorted(first[20:])
@@ -226,16 +233,16 @@ def test_order_and_crops_change_with_epoch_pass_and_seed(tmp_path):
 
 def test_each_process_needs_a_shard(caplog):
     with pytest.raises(DataError, match="3 shards cannot feed 4 processes"):
-        usable_workers(3, world=4, num_workers=0)
+        usable_workers(Source("", [Shard("x.tar")] * 3), world=4, num_workers=0)
     with caplog.at_level(logging.WARNING):
-        assert usable_workers(5, world=2, num_workers=4) == 2
+        assert usable_workers(Source("", [Shard("x.tar")] * 5), world=2, num_workers=4) == 2
     assert "5 shards for 2 processes: using 2 workers each, not 4" in caplog.text
-    assert usable_workers(8, world=2, num_workers=4) == 4
+    assert usable_workers(Source("", [Shard("x.tar")] * 8), world=2, num_workers=4) == 4
 
 
 def test_laion_data(tmp_path):
     write_shards(tmp_path, 2, 10)
-    data = LaionData(f"{tmp_path}/*.tar", 12, TOKENIZER, 4, image_size=16, caption_key="recaption")
+    data = LaionData(f"{tmp_path}/*.tar", 12, TOKENIZER, 4, image_size=16, caption_keys="recaption")
     loader = data.train_dataloader()
     assert len(loader) == data.steps_per_epoch == len(list(loader)) == 3
     batch = next(iter(loader))
