@@ -19,7 +19,7 @@ from coca_lit.data.files import append_lines, remove_leftovers, replacing
 from coca_lit.data.manifest import ManifestEntry, sha256_of
 from coca_lit.data.records import DataError, Pair, decode_image
 from coca_lit.data.shard_set import Shard
-from coca_lit.data.shards import Files, image_of, read_files
+from coca_lit.data.shards import image_of, read_fields
 
 JOURNAL = ".prepare.journal"  # the plan's digest, then a line per shard; kept, so that a repetition finds all done
 DIGITS = 5  # of a shard's number, as img2dataset writes them
@@ -131,20 +131,17 @@ def _from_pairs(pairs: Iterable[Pair]) -> Iterator[tuple[str, bytes, tuple[str, 
 
 def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
     counted = BadSamples(1.0)
-    for key, files in read_files(Shard(str(path)), counted):
-        caption = files.get("txt", b"").decode("utf-8", errors="replace").strip()
-        yield key, image_of(files), (caption,) if caption else (), {**_meta(files), "source_key": key}
+    for fields in read_fields(Shard(str(path)), counted):
+        try:
+            meta = json.loads(fields.get("json", b"{}"))
+        except ValueError:
+            meta = {}
+        caption = fields.get("txt", b"").decode("utf-8", errors="replace").strip()
+        meta = {**meta, "source_key": fields["__key__"]} if isinstance(meta, dict) else {}
+        yield fields["__key__"], image_of(fields), (caption,) if caption else (), meta
     for reason, count in counted.reasons.items():
         bad.seen += count
         bad.add(reason, "", str(path), counted.found[0].detail, count)
-
-
-def _meta(files: Files) -> dict[str, Any]:
-    try:
-        content = json.loads(files.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _add_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:

@@ -4,20 +4,20 @@ Shards come from strangers: nothing is unpickled or unpacked, members other than
 read, and those that could hold code count as bad samples.
 """
 
-import itertools
 import json
 import logging
 import re
 from collections.abc import Collection, Iterator
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from webdataset.tariterators import group_by_keys
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.manifest import check_digest
 from coca_lit.data.records import DataError, clean_captions
 from coca_lit.data.shard_set import Shard
-from coca_lit.data.tar_members import split_name, tar_members
+from coca_lit.data.tar_members import tar_members
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,6 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_TEXT = 2**20  # bytes of a caption or of the JSON
 _WANTED = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}|txt|json)", re.IGNORECASE | re.DOTALL)
 _CODE = re.compile(r".*\.(pyd|pickle|pkl|pth|pt|py|so|sh|exe)", re.IGNORECASE | re.DOTALL)
-
-
-Files = dict[str, bytes]  # of one sample, by suffix
 
 
 class ShardSample(NamedTuple):
@@ -49,28 +46,27 @@ def read_shard(
             them. A sample needs one of these places.
         verify: first compare its digest with the manifest; raises `DataError` when it differs.
     """
-    for key, files in read_files(shard, bad, verify):
-        image, captions = image_of(files), _captions(files, caption_keys)
+    for fields in read_fields(shard, bad, verify):
+        image, captions = image_of(fields), _captions(fields, caption_keys)
         if image and captions:
-            yield ShardSample(key, image, captions, shard.name)
+            yield ShardSample(fields["__key__"], image, captions, shard.name)
         else:
-            bad.add(_what_is_missing(image, caption_keys), shard.name, key)
+            bad.add(_what_is_missing(image, caption_keys), shard.name, fields["__key__"])
 
 
-def read_files(shard: Shard, bad: BadSamples, verify: bool = False) -> Iterator[tuple[str, Files]]:
-    """Key and files of each sample; counts samples, and what the shard as a whole lacks."""
+def read_fields(shard: Shard, bad: BadSamples, verify: bool = False) -> Iterator[dict[str, Any]]:
+    """The files of each sample by suffix, and its "__key__"; counts samples, and what the shard as a whole lacks."""
     seen, error = bad.seen, None
     try:
         with shard.local() as path:
             if verify and shard.entry:
                 check_digest(shard.name, path, shard.entry)
-            for key, members in itertools.groupby(_members(path, shard.name, bad), key=itemgetter(0)):
-                files = {suffix: content for _, suffix, content in members}
+            for fields in group_by_keys(_members(path, shard.name, bad)):
                 bad.seen += 1
-                yield key, files
+                yield fields
     except DataError:
         raise
-    except Exception as broken:  # tarfile, zlib, gzip and fsspec raise a zoo of types
+    except Exception as broken:  # tarfile, zlib, gzip, webdataset and fsspec raise a zoo of types
         error = str(broken) or type(broken).__name__
     if error:
         log.warning("%s is broken or truncated: %s", shard.name, error)
@@ -82,39 +78,37 @@ def read_files(shard: Shard, bad: BadSamples, verify: bool = False) -> Iterator[
         bad.end_of_shard(bad.seen - seen)
 
 
-def _members(path: Path, name: str, bad: BadSamples) -> Iterator[tuple[str, str, bytes]]:
-    """Key, suffix and content of the files that samples are made of."""
+def _members(path: Path, name: str, bad: BadSamples) -> Iterator[dict[str, Any]]:
+    """What `group_by_keys` takes."""
     for member, content in tar_members(path, lambda member: _WANTED.fullmatch(member) is not None):
         if _WANTED.fullmatch(member):
-            key, suffix = split_name(member)
-            if key:
-                yield key, suffix.lower(), content
+            yield {"fname": member, "data": content, "__url__": name}
         elif _CODE.fullmatch(member):
             bad.seen += 1
             bad.add("code in a shard", name, member)
 
 
-def image_of(files: Files) -> bytes:
-    return next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), b"")
+def image_of(fields: dict[str, Any]) -> bytes:
+    return next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), b"")
 
 
-def _captions(files: Files, keys: Collection[str]) -> dict[str, tuple[str, ...]]:
+def _captions(fields: dict[str, Any], keys: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Captions without outer blanks, by key; texts far too long for one are passed over."""
     found: dict[str, tuple[str, ...]] = {}
-    content = _json(files) if any(key != "txt" for key in keys) else {}
+    content = _json(fields) if any(key != "txt" for key in keys) else {}
     for key in keys:
-        text = _text(files) if key == "txt" else content.get(key)
+        text = _text(fields) if key == "txt" else content.get(key)
         texts = text if isinstance(text, list) else [text]
         found[key] = clean_captions(text for text in texts if isinstance(text, str) and len(text) <= MAX_TEXT)
     return {key: captions for key, captions in found.items() if captions}
 
 
-def _text(files: Files) -> str:
-    return files.get("txt", b"")[: MAX_TEXT + 1].decode("utf-8", errors="replace")
+def _text(fields: dict[str, Any]) -> str:
+    return fields.get("txt", b"")[: MAX_TEXT + 1].decode("utf-8", errors="replace")
 
 
-def _json(files: Files) -> dict[str, Any]:
-    text = files.get("json", b"")
+def _json(fields: dict[str, Any]) -> dict[str, Any]:
+    text = fields.get("json", b"")
     try:
         content = json.loads(text) if len(text) <= MAX_TEXT else {}
     except (ValueError, RecursionError):

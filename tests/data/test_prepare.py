@@ -67,7 +67,13 @@ def test_csv(photos, tmp_path, capsys):
     rows += [("photos/none.jpg", "lost"), ("photos/4.jpg", "")]
     run(table(tmp_path / "t.csv", rows), tmp_path / "out", "--samples-per-shard", "3", "--max-bad-fraction", "0.2")
     found = samples(tmp_path / "out")
-    assert [(key[:5], key[5:]) for key in found] == [(f"{i // 3:05d}", f"{i % 3:05d}") for i in range(7)]
+    assert list(found) == [
+        "0000000000",
+        "0000000001",
+        "0000000002",
+        "0000100000",
+        *("0000100001", "0000100002", "0000200000"),
+    ]
     sample = found["0000000002"]
     assert sample["jpg"] == (photos / "2.jpg").read_bytes()  # copied as it is
     assert sample["txt"] == b'a dog, 2 "quoted"'
@@ -83,8 +89,9 @@ def test_csv(photos, tmp_path, capsys):
     assert "1 x missing image" in said
     assert "none.jpg missing image" in said
     assert "3 shards, 7 samples" in said
-    manifest = read_manifest(tmp_path / "out")
-    assert {path.name: check_shard(path).entry for path in (tmp_path / "out").glob("*.tar")} == manifest
+    assert all(
+        check_shard(path).entry == read_manifest(path.parent)[path.name] for path in (tmp_path / "out").glob("*.tar")
+    )
 
 
 def test_training_reads_what_was_prepared(photos, tmp_path):
@@ -102,7 +109,7 @@ def test_tables_with_columns_of_other_names(photos, tmp_path, kind):
     else:
         parquet.write_table(pyarrow.table({"where": ["photos/1.jpg"], "says": [["a dog", "number", None]]}), path)
     with pytest.raises(
-        SystemExit, match=r"no column of the usual names \(image, .* but where, says: name it with --image"
+        SystemExit, match=r"has no column of the usual names \(image, .* but where, says: name it with --image"
     ):
         run(path, tmp_path / "out")
     with pytest.raises(SystemExit, match=r"has no column 'nothing', but where, says"):
