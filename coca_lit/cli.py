@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import Evaluation
-    from coca_lit.models import CoCa
 
 PACKAGE = Path(__file__).resolve().parent
 # In a checkout the configs lie beside the package, in a wheel inside it.
@@ -257,14 +256,6 @@ def configure_libraries(cfg: DictConfig) -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
-
-
-def load_checkpoint(path: str) -> "CoCa":
-    """The model in a file; one that holds something else is a mistake in the key `checkpoint`."""
-    from coca_lit.checkpoints import load_model
-
-    with blame("checkpoint"):
-        return load_model(path)
 
 
 def best_precision() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from coca_lit.cli import best_precision, command, configure_libraries, load_checkpoint
+from coca_lit.cli import best_precision, command, configure_libraries
 from coca_lit.config import ConfigError, blame
 
 
@@ -68,6 +68,7 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.apply.fingerprint import fingerprint
     from coca_lit.apply.inputs import find_inputs
     from coca_lit.apply.writers import open_writer
+    from coca_lit.checkpoints import load_model
     from coca_lit.distributed import process_group, rank
 
     configure_libraries(cfg)
@@ -75,7 +76,8 @@ def run(cfg: DictConfig) -> None:
     options = {str(key): value for key, value in cfg.generate.items() if value is not None}
     bf16 = _bf16(cfg.precision)
     with process_group(timeout=timedelta(days=7)) as device:  # shards take their time, some longer than others
-        model = load_checkpoint(cfg.checkpoint)
+        with blame("checkpoint"):
+            model = load_model(cfg.checkpoint)
         if model.decoder is None:
             raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
         settings = {"model": fingerprint(model), "seed": cfg.seed}

@@ -21,7 +21,7 @@ from coca_lit.data.files import replacing
 from coca_lit.data.records import DataError
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.collect import evaluating
-from coca_lit.models import CoCa
+from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import Tokenizer, WordTokenizer, split_words
 
 FORMAT = "coca_lit image index 1"
@@ -62,7 +62,7 @@ class ImageIndex:
         folder: its images, also those in subfolders.
     """
 
-    def __init__(self, model: CoCa, folder: str | Path) -> None:
+    def __init__(self, model: DualEncoder, folder: str | Path) -> None:
         self.model = model
         self.folder = Path(folder)
         self.fingerprint = fingerprint(model)
@@ -70,7 +70,7 @@ class ImageIndex:
         self._stamps: dict[str, Stamp] = {}  # path in the folder -> stamp, in the order of the features
 
     @classmethod
-    def load(cls, path: str | Path, model: CoCa) -> "ImageIndex":
+    def load(cls, path: str | Path, model: DualEncoder) -> "ImageIndex":
         """The index in a file that `save` wrote.
 
         Raises:

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from coca_lit.apply.caption_cli import decoders
-from coca_lit.cli import command, configure_libraries, load_checkpoint
+from coca_lit.cli import command, configure_libraries
 from coca_lit.config import ConfigError, blame
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class SearchConfig:
     index: str = MISSING
     query: str | None = None
     checkpoint: str = MISSING
+    quick_gelu: bool | None = None
     images: str | None = None
     k: int = 10
     batch_size: int = 64
@@ -46,10 +47,13 @@ def run(cfg: DictConfig) -> "list[Hit]":
 
     from coca_lit.apply.rows import print_rows
     from coca_lit.apply.search import ImageIndex
+    from coca_lit.checkpoints import load_dual_encoder
 
     configure_libraries(cfg)
     file, folder = _places(cfg)
-    model = load_checkpoint(cfg.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    with blame("checkpoint"):
+        model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
     if folder is not None:
         index.folder = folder

@@ -17,7 +17,7 @@ from coca_lit.apply.caption import caption
 from coca_lit.apply.images import find_images
 from coca_lit.apply.inputs import find_inputs
 from coca_lit.apply.writers import open_writer
-from coca_lit.models import create_model
+from coca_lit.models import CoCa, create_model
 
 
 def main() -> None:
@@ -41,11 +41,12 @@ def main() -> None:
                 record(Path(__file__).with_suffix(".csv"), [case | run(model, photos, strategy, args.batch, workers)])
 
 
-def run(model: torch.nn.Module, photos: list[str], strategy: str, batch: int, workers: int) -> dict[str, float]:
+def run(model: CoCa, photos: list[str], strategy: str, batch: int, workers: int) -> dict[str, float]:
     units = find_inputs(photos, batch)
+    options = {"strategy": strategy, "min_length": min(30, model.tokenizer.context_length) - 1}
     with tempfile.TemporaryDirectory() as folder:
         writer = open_writer(f"{folder}/captions.jsonl", units, {})
-        totals = caption(model, units, writer, {"strategy": strategy, "min_length": 29}, batch, workers)
+        totals = caption(model, units, writer, options, batch, workers)
     rate = totals.images / totals.seconds
     return {
         "workers": workers,

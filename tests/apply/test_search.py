@@ -13,7 +13,7 @@ from coca_lit import build_transform
 from coca_lit.apply.search import Hit, ImageIndex
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes import render
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import CLIP, CoCa, create_model
 
 NAMES = ["a.png", "b b,=.JPG", "deep/er/c\nc.webp", "deep/\udcff.png"]  # the last one is no Unicode
 
@@ -137,3 +137,23 @@ def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path) -> None:
         index.query("a red dog")
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         index.query("a red circle", k=0)
+
+
+def test_clip_has_an_index_of_its_own(folder: Path, tmp_path: Path) -> None:
+    text = {"context_length": 12, "text_width": 16, "text_layers": 1, "text_heads": 2}
+    vision = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+
+    def clip(quick_gelu: bool) -> CLIP:
+        torch.manual_seed(0)
+        made = CLIP(image_encoder_args=vision, image_size=32, embed_dim=16, quick_gelu=quick_gelu, **text).eval()
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        return made
+
+    index = ImageIndex(clip(quick_gelu=True), folder)
+    index.update()
+    assert index.query("a dog on a beach", k=1)[0].path in index.paths
+    index.save(tmp_path / "clip.safetensors")
+    assert len(ImageIndex.load(tmp_path / "clip.safetensors", clip(quick_gelu=True))) == len(NAMES)
+    with pytest.raises(DataError, match="made with another model"):  # the same weights mean something else
+        ImageIndex.load(tmp_path / "clip.safetensors", clip(quick_gelu=False))
