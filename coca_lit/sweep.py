@@ -159,7 +159,8 @@ def _row(sweep: Sweep, record: dict[str, Any], overrides: dict[str, str], job: P
     status, results = record["status"], job / "results.json"
     scores = json.loads(results.read_text()) if status == "ok" and results.exists() else {}
     outcome = scores if status == "ok" else {"error": record.get("error", "")}
-    return {"job": job.name, **overrides, "status": status, **outcome, "new": record["sweep"] == sweep.id}
+    said = {key: value for key, value in overrides.items() if key not in sweep.left_out}
+    return {"job": job.name, **said, "status": status, **outcome, "new": record["sweep"] == sweep.id}
 
 
 def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
@@ -205,6 +206,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _print_table(rows: Sequence[dict[str, Any]], title: str, score: str | None, best: str | None) -> None:
     """Leaves out what is the same for all jobs, and their names if the values that they stand for are there."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     constant = {c for c in _columns(rows) if len(rows) > 1 and len({str(row.get(c)) for row in rows}) == 1}
@@ -214,10 +216,11 @@ def _print_table(rows: Sequence[dict[str, Any]], title: str, score: str | None, 
     ]
     if shown.index("status") > 1:
         shown.remove("job")
-    table = Table(*shown, title=title, title_justify="left")
+    table = Table(*shown)
     for row in rows:
         style = "bold" if row["job"] == best else None
-        table.add_row(*(_cell(row.get(column, "")) for column in shown), style=style)
+        table.add_row(*(escape(_cell(row.get(column, ""))) for column in shown), style=style)
+    print(title)
     Console().print(table)
 
 
