@@ -55,7 +55,8 @@ def terminate_then_kill(run: "Run") -> str | None:
 def full_disk(run: "Run") -> str | None:
     """disk full: every checkpoint fails, in the middle or foreseen, then `kill -9`"""
     size = run.checkpoint_bytes
-    run.start(Trouble(largest_file=run.rng.randrange(size // 2, size)) if run.rng.random() < 0.7 else Trouble(free=size))
+    in_the_middle = Trouble(largest_file=run.rng.randrange(size // 2, size))
+    run.start(in_the_middle if run.rng.random() < 0.7 else Trouble(free=size))
     problem = run.kill(run.moment())
     return problem if "could not save step_" in run.said() else problem or None
 

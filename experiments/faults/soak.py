@@ -29,22 +29,19 @@ import victim  # noqa: E402
 from victim import Trouble  # noqa: E402
 
 FORKSERVER = get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["coca_lit.lit_module", "coca_lit.cli", "coca_lit.callbacks", "coca_lit.report.write", "coca_lit.data.scenes_data"]
-    + ["coca_lit.data.laion", "coca_lit.checkpoint_io", "coca_lit.metrics_log", "coca_lit.optim"]
-)
+FORKSERVER.set_forkserver_preload(["preload"])
 HANGS = 180  # seconds after which a process is taken for one that hangs
 MOST_FAULTS = 8  # in one run, which then ends undisturbed
 BROKEN = "broken samples and shards in the data all the time"
 
-# Two epochs of eight batches of the smallest network that has everything; a checkpoint at every other step.
+# Two epochs of eight batches of the smallest network that has everything; a checkpoint at every fourth batch.
 TINY = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1"),
     *("trainer.val_check_interval=4", "data.batch_size=4", "model.warmup_steps=2", "evals=[]", "threads=1"),
     *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.2"),
-    *("callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep_last=3", "callbacks.progress=null"),
+    *("callbacks.checkpoint.every_n_steps=4", "callbacks.checkpoint.keep_last=3", "callbacks.progress=null"),
 )
-MORE = ("ema=0.9", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=1")
+MORE = ("ema=0.9", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=2")
 
 
 class Case(NamedTuple):
@@ -220,6 +217,9 @@ class Soak:
         self.data = {"shards": write_data(work / "shards", False), "broken": write_data(work / "broken", True)}
         self.undisturbed: dict[Case, Run] = {}
         self.events: list[dict[str, Any]] = []
+        warm = FORKSERVER.Process(target=abs, args=(0,))  # the imports, which belong to no run
+        warm.start()
+        warm.join()
         self.started = time.time()
 
     def run(self, case: Case, number: int) -> list[dict[str, Any]]:
@@ -259,7 +259,7 @@ class Soak:
             raise RuntimeError(f"the undisturbed run of {case.name} failed:\n{run.said()}")
         run.seconds = time.monotonic() - started
         run.checkpoint_bytes = run.checkpoints()[-1].stat().st_size
-        print(f"{case.name}: {run.seconds:.1f} s undisturbed, checkpoints of {run.checkpoint_bytes:,} bytes", flush=True)
+        print(f"{case.name}: {run.seconds:.1f} s undisturbed", flush=True)
         self.undisturbed[case] = run
         return run
 
@@ -270,9 +270,9 @@ class Soak:
             events = self.run(case, number)
             self.events += events
             write_csv(events_csv, self.events)
-            done = ", ".join(event["fault"] + (f" ({event['problem']})" if event["problem"] else "") for event in events)
-            total = sum(event["kills"] for event in self.events)
-            print(f"run {number}, {case.name}: {done}: {events[-1]['end'] if events else '-'}; {total} kills", flush=True)
+            done = ", ".join(" ".join(filter(None, (event["fault"], event["problem"]))) for event in events)
+            total, end = sum(event["kills"] for event in self.events), events[-1]["end"] if events else "-"
+            print(f"run {number}, {case.name}: {done}: {end}; {total} kills", flush=True)
             number += 1
 
 
