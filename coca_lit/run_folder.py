@@ -21,6 +21,7 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     secret lands in a file. What an earlier run left is wound back to `checkpoint`, or moved aside for a new start.
     """
     if is_first_process():
+        from coca_lit.data.files import write_whole
         from coca_lit.resume import go_on, start_anew
 
         folder = Path(cfg.output_dir)
@@ -29,19 +30,27 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
         else:
             go_on(folder, checkpoint, roll_back=cfg.ckpt_path != "auto")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=False))
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+        write_whole(folder / "environment.json", _json(environment()))
 
 
 def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:
-    """The scores of a run that is over and was scored as `cfg` asks for; None if there is something left to do."""
+    """The scores of a run that is over and was scored as `cfg` asks for; None if there is something left to do.
+
+    A full disk may have cost the last checkpoint, and a kill the report: then there is.
+    """
+    from coca_lit.checkpoint_io import inspect
+    from coca_lit.resume import RUN_KEY
+
     folder = Path(cfg.output_dir)
     results, config = folder / "results.json", folder / "config.yaml"
     if (
         cfg.ckpt_path != "auto"
         or not results.exists()
         or not config.exists()
+        or not (folder / "report.html").exists()
         or results.stat().st_mtime < checkpoint.stat().st_mtime
+        or not inspect(checkpoint).get(RUN_KEY, {}).get("finished")
     ):
         return None
     before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
@@ -64,17 +73,23 @@ def write_results(
     Args:
         seen: samples and tokens that the model was trained on, for `environment.json`.
     """
+    from coca_lit.data.files import write_whole
     from coca_lit.report import write_report
 
     environment = json.loads((folder / "environment.json").read_text())
     environment["seconds"] = round(time.time() - environment["started"])
     environment |= seen or {}
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (folder / "not_run.json").write_text(json.dumps(not_run, indent=2) + "\n")
+    (folder / "report.html").unlink(missing_ok=True)  # its presence tells that all of this was done
+    write_whole(folder / "environment.json", _json(environment))
+    write_whole(folder / "results.json", _json(results))
+    write_whole(folder / "not_run.json", _json(not_run))
     print_results(results)
     write_report(folder)
     print(f"{environment['seconds']} seconds; everything is in {folder}, to be seen in report.html")
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def environment() -> dict[str, Any]:

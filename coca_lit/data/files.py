@@ -36,6 +36,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that is there with all its content or not at all, also after a crash; raises as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Adds lines; one that an earlier crash cut off stays a line of its own."""
     with path.open("a+b") as file:

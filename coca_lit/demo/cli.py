@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from coca_lit.cli import command, configure_libraries, load_checkpoint
-from coca_lit.config import ConfigError
+from coca_lit.cli import command, configure_libraries
+from coca_lit.config import ConfigError, blame
 
 if TYPE_CHECKING:
     from coca_lit.apply.search import ImageIndex
@@ -48,9 +48,12 @@ def run(cfg: DictConfig) -> None:
         raise ConfigError("the web page needs gradio: pip install 'coca_lit[demo]'")
     import torch
 
+    from coca_lit.checkpoints import load_model
+
     configure_libraries(cfg)
     checkpoint = Path(cfg.checkpoint) if cfg.checkpoint is not None else _builtin()
-    model = load_checkpoint(str(checkpoint)).to("cuda" if torch.cuda.is_available() else "cpu")
+    with blame("checkpoint"):
+        model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
     from coca_lit.demo.builtin import speaks_of_scenes, write_scenes
     from coca_lit.demo.page import build_page

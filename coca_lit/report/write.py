@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from coca_lit.data.files import write_whole
 from coca_lit.objective import best_run, headline
 from coca_lit.report import html
 from coca_lit.report.figures import comparison_figure, curves_figure
@@ -90,7 +91,7 @@ def _write(
     lines += ["", "## not run", "", *(f"- {name}: {reason}" for name, reason in not_run.items())] if not_run else []
     lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
     (folder / "report.md").write_text("\n".join(lines) + "\n")
-    (folder / "report.html").write_text(html.page(title, sections))
+    write_whole(folder / "report.html", html.page(title, sections).encode())
     return folder / "report.html"
 
 

@@ -1,0 +1,127 @@
+"""The menu: each fault starts the training once, disturbs it, and says whether that went as it should.
+
+Every function returns None if the training was over before the fault came, "" if all is well so far (the weights are
+compared at the end of the run), or what was wrong. Its docstring is its line in the table.
+"""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from victim import Trouble
+
+if TYPE_CHECKING:
+    from soak import Run
+
+Fault = Callable[["Run"], str | None]
+
+
+def kill(run: "Run") -> str | None:
+    """`kill -9` at any moment, start and end of the program included"""
+    run.start()
+    return run.kill(run.moment(), with_workers=run.rng.random() < 0.5)
+
+
+def kill_in_save(run: "Run") -> str | None:
+    """`kill -9` in the middle of writing a checkpoint"""
+    run.start(Trouble(die_in_save=(run.rng.randint(1, 4), run.rng.random())))
+    return run.ends(-signal.SIGKILL)
+
+
+def kill_at_file(run: "Run") -> str | None:
+    """`kill -9` at a file operation: opening, emptying, renaming, linking, removing"""
+    run.start(Trouble(die_at_file=run.rng.randint(1, 100), emptied=run.rng.random() < 0.5))
+    return run.ends(-signal.SIGKILL)
+
+
+def terminate(run: "Run") -> str | None:
+    """SIGTERM at any moment"""
+    run.start()
+    return run.terminate(run.moment())
+
+
+def terminate_then_kill(run: "Run") -> str | None:
+    """SIGTERM, and `kill -9` before it has answered"""
+    run.start()
+    if run.over(run.moment()):
+        return run.ends()
+    os.kill(run.process.pid or 0, signal.SIGTERM)
+    return run.kill(run.rng.uniform(0, 0.2), allowed=(143, -signal.SIGTERM))
+
+
+def full_disk(run: "Run") -> str | None:
+    """disk full: every checkpoint fails, in the middle or foreseen, then `kill -9`"""
+    size = run.checkpoint_bytes
+    in_the_middle = Trouble(largest_file=run.rng.randrange(size // 2, size))
+    run.start(in_the_middle if run.rng.random() < 0.7 else Trouble(free=size))
+    problem = run.kill(run.moment())
+    return problem if "could not save step_" in run.said() else problem or None
+
+
+def damaged_checkpoint(run: "Run") -> str | None:
+    """newest checkpoint torn, emptied or one bit flipped, after a `kill -9`"""
+    run.start()
+    problem = run.kill(run.moment())
+    files = run.checkpoints()
+    if problem or len(files) < 2:
+        return problem or None
+    damage(files[-1], run)
+    run.start()
+    problem = run.kill(run.moment())
+    return problem or ("" if "skipped a checkpoint" in run.said() else None)
+
+
+def damaged_shard(run: "Run") -> str | None:
+    """a shard of the set torn, emptied or one bit flipped"""
+    return _without(run, lambda shard: damage(shard, run), delay=0.0)
+
+
+def lost_shard(run: "Run") -> str | None:
+    """a shard that vanishes before or during the run"""
+    return _without(run, Path.unlink, delay=run.rng.choice((0.0, run.moment())))
+
+
+def slow_storage(run: "Run") -> str | None:
+    """storage that takes up to 0.2 s to open a file, and `kill -9`"""
+    run.start(Trouble(slow=0.2, seed=run.rng.randrange(2**32)))
+    return run.kill(2 * run.moment())
+
+
+def damage(path: Path, run: "Run") -> None:
+    """Bytes of a file are lost or wrong, as after a power cut or on a bad disk."""
+    content = bytearray(path.read_bytes())
+    how, at = run.rng.choice(("torn", "empty", "flipped")), run.rng.randrange(len(content))
+    if how == "flipped":
+        content[at] ^= 1 << run.rng.randrange(8)
+    path.write_bytes(b"" if how == "empty" else content[:at] if how == "torn" else content)
+
+
+def _without(run: "Run", spoil: Callable[[Path], None], delay: float) -> str | None:
+    """The run must refuse by name what it cannot read, and go on when it is back."""
+    shard = run.rng.choice(sorted(run.data.glob("*.tar")))
+    aside = shutil.copy2(shard, run.data / "aside")
+    try:
+        if delay:
+            run.start()
+            if run.over(delay):
+                return run.ends()
+            spoil(shard)
+        else:
+            spoil(shard)
+            run.start()
+        problem = run.ends(1)
+    finally:
+        os.replace(aside, shard)
+    return problem if problem or problem is None or str(shard) in run.said() else "the shard was not named"
+
+
+EVERYWHERE: dict[str, Fault] = {
+    fault.__name__: fault
+    for fault in (kill, kill_in_save, kill_at_file, terminate, terminate_then_kill, full_disk, damaged_checkpoint)
+} | {"slow_storage": slow_storage}
+ON_SHARDS: dict[str, Fault] = {fault.__name__: fault for fault in (damaged_shard, lost_shard)}
+# How often each is drawn: most crashes are plain ones.
+WEIGHTS = {"kill": 4, "kill_in_save": 3, "kill_at_file": 3, "terminate": 2, "damaged_checkpoint": 2}

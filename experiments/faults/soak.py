@@ -1,0 +1,339 @@
+"""Trains under faults drawn at random, again and again, and compares the end bit for bit with an undisturbed run.
+
+    python experiments/faults/soak.py --kills 100        train until so many kills are done, write the CSVs
+    python experiments/faults/soak.py --kills 0          write results.csv again from events.csv
+
+The processes are forked from one that has imported everything: a cycle then takes seconds.
+"""
+
+import argparse
+import csv
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+
+import faults  # noqa: E402  found by the line above
+import victim  # noqa: E402
+from victim import Trouble  # noqa: E402
+
+FORKSERVER = get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["preload"])
+HANGS = 180  # seconds after which a process is taken for one that hangs
+MOST_FAULTS = 8  # in one run, which then ends undisturbed
+BROKEN = "broken samples and shards in the data all the time"
+
+# Two epochs of eight batches of the smallest network that has everything; a checkpoint at every fourth batch.
+TINY = (
+    *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1"),
+    *("trainer.val_check_interval=4", "data.batch_size=4", "model.warmup_steps=2", "evals=[]", "threads=1"),
+    *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.2"),
+    *("callbacks.checkpoint.every_n_steps=4", "callbacks.checkpoint.keep_last=3", "callbacks.progress=null"),
+)
+MORE = ("ema=0.9", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=2")
+
+
+class Case(NamedTuple):
+    """One kind of training."""
+
+    data: str  # scenes; shards, with a manifest; broken shards
+    workers: int
+    ema: bool  # and accumulation of gradients over two batches
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-workers{self.workers}{'-ema-accumulate' if self.ema else ''}"
+
+    def overrides(self, folder: Path) -> tuple[str, ...]:
+        shards = (f"data.shards={folder}/*.tar", "data.epoch_samples=32", "data.shuffle_buffer=4")
+        allowed = f"data.max_bad_fraction={0.5 if self.data == 'broken' else 0.0}"
+        source = ("data.train_count=32",) if self.data == "scenes" else ("data=laion", *shards, allowed)
+        return (*TINY, *source, f"data.num_workers={self.workers}", *(MORE if self.ema else ()))
+
+
+CASES = [
+    *(Case("scenes", 0, False), Case("shards", 2, True), Case("broken", 0, True), Case("scenes", 2, True)),
+    *(Case("shards", 0, False), Case("broken", 2, False), Case("shards", 0, True), Case("scenes", 0, True)),
+    *(Case("shards", 2, False), Case("scenes", 2, False)),
+]
+
+
+class Run:
+    """A training that is started again and again.
+
+    Attributes:
+        rng: decides what happens when.
+        seconds: that an undisturbed run takes.
+        checkpoint_bytes: size of a checkpoint.
+        kills: SIGKILLs that found their process alive.
+    """
+
+    def __init__(self, folder: Path, data: Path, overrides: tuple[str, ...], rng: random.Random) -> None:
+        self.folder, self.data, self.overrides, self.rng = folder, data, overrides, rng
+        self.seconds, self.checkpoint_bytes, self.kills = 1.0, 0, 0
+        self.log = folder.parent / f"{folder.name}.log"
+        self._log_start = 0
+
+    def start(self, trouble: Trouble | None = None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        arguments = (self.folder, self.overrides, self.data, trouble or Trouble())
+        self.process = FORKSERVER.Process(target=victim.train, args=arguments)
+        self.process.start()
+
+    def moment(self) -> float:
+        """Seconds from the start, anywhere within a run."""
+        return self.rng.uniform(0, self.seconds)
+
+    def over(self, seconds: float) -> bool:
+        self.process.join(seconds)
+        return self.process.exitcode is not None
+
+    def kill(self, after: float, with_workers: bool = True, allowed: tuple[int, ...] = ()) -> str | None:
+        if self.over(after):
+            return self.ends(*allowed)
+        (os.killpg if with_workers else os.kill)(self._leader(), signal.SIGKILL)
+        return self.ends(-signal.SIGKILL)
+
+    def terminate(self, after: float) -> str | None:
+        """What was done is saved, unless training had not begun or was over."""
+        if self.over(after):
+            return self.ends()
+        os.kill(self.process.pid or 0, signal.SIGTERM)
+        problem = self.ends(143, -signal.SIGTERM)
+        if problem == "" and "stopping after step" in self.said() and "saved" not in self.said():
+            return "" if "stopping after step 0 " in self.said() else "SIGTERM and nothing was saved"
+        return problem
+
+    def ends(self, *codes: int) -> str | None:
+        """Waits for the end of the process: "" if its exit code is one of these, None if it was just done."""
+        if not self.over(HANGS):
+            os.killpg(self._leader(), signal.SIGKILL)
+            self.process.join()
+            return "it hung"
+        code = self.process.exitcode
+        self.kills += code == -signal.SIGKILL
+        if code in codes:
+            return ""
+        return None if code == 0 else f"exit code {code}: {self.said().strip().splitlines()[-1:]}"
+
+    def said(self) -> str:
+        """Output of the process."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode(errors="replace")
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoints/step_*.ckpt"), key=lambda path: int(path.stem[5:]))
+
+    def _leader(self) -> int:
+        pid = self.process.pid or 0
+        while self.process.is_alive():  # it has become the leader of a group, as its first deed
+            try:
+                if os.getpgid(pid) == pid:
+                    break
+            except ProcessLookupError:
+                break
+            time.sleep(0.01)
+        return pid
+
+
+def difference(a: Path, b: Path) -> str:
+    """What of two finished runs is not the same: all of the last checkpoint, logs, bad samples; "" if nothing."""
+    import torch
+
+    left, right = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (a, b))
+    different = next(_differences(left, right), "")
+    if different:
+        return f"last.ckpt: {different}"
+    if _rows(a / "metrics.csv") != _rows(b / "metrics.csv"):
+        return "metrics.csv"
+    if _lines(a / "bad_samples" / "rank0.csv") != _lines(b / "bad_samples" / "rank0.csv"):
+        return "bad samples"
+    return "" if (b / "results.json").exists() and (b / "report.html").exists() else "results or report missing"
+
+
+def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
+    import torch
+
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        for key in a:
+            yield from _differences(a[key], b[key], f"{name}/{key}")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(x, y, f"{name}/{i}")
+    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape or a.numpy().tobytes() != b.numpy().tobytes():
+            yield name
+    elif a != b:
+        yield name
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "samples/s"} for row in csv.DictReader(file)]
+
+
+def _lines(path: Path) -> set[str]:
+    return set(path.read_text().splitlines()) if path.exists() else set()
+
+
+def write_data(folder: Path, broken: bool) -> Path:
+    """Four shards of six scenes; with a manifest, or with samples and shards that nobody can read."""
+    from coca_lit.data.cli import data
+    from coca_lit.data.scenes_export import write_shards
+
+    folder.mkdir(parents=True)
+    write_shards(folder, count=24, size=32, per_shard=6)
+    if not broken:
+        data(["check", str(folder), "--workers", "1"])
+        return folder
+    first, second, third, _ = sorted(folder.glob("*.tar"))
+    content = bytearray(first.read_bytes())
+    at = content.index(b"\xff\xd8\xff")
+    content[at : at + 64] = bytes(64)  # not a JPEG any more
+    first.write_bytes(content.replace(b"000002.txt", b"000002.xyz", 1))
+    second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
+    third.write_bytes(third.read_bytes().replace(b"000021.jpg", b"000021.pkl", 1))
+    return folder
+
+
+class Soak:
+    """Runs of all cases in turn, until there were `kills` of them; one row of `events` per fault."""
+
+    def __init__(self, work: Path, seed: int, cases: list[Case]) -> None:
+        self.work, self.seed, self.cases = work, seed, cases
+        self.data = {"shards": write_data(work / "shards", False), "broken": write_data(work / "broken", True)}
+        self.undisturbed: dict[Case, Run] = {}
+        self.events: list[dict[str, Any]] = []
+        warm = FORKSERVER.Process(target=abs, args=(0,))  # the imports, which belong to no run
+        warm.start()
+        warm.join()
+        self.started = time.time()
+
+    def run(self, case: Case, number: int) -> list[dict[str, Any]]:
+        """The events of one run under faults."""
+        whole = self.undisturbed.get(case) or self._undisturbed(case)
+        rng = random.Random(f"{self.seed}/{number}")
+        run = Run(self.work / f"run{number}", whole.data, whole.overrides, rng)
+        run.seconds, run.checkpoint_bytes = whole.seconds, whole.checkpoint_bytes
+        events: list[dict[str, Any]] = []
+        menu = faults.EVERYWHERE | (faults.ON_SHARDS if case.data == "shards" else {})
+        for _ in range(MOST_FAULTS):
+            (name,) = rng.choices(list(menu), [faults.WEIGHTS.get(name, 1) for name in menu])
+            kills = run.kills
+            problem = menu[name](run)
+            step = [path.stem[5:] for path in run.checkpoints()][-1:] or ["0"]
+            event = {"run": number, "case": case.name, "fault": name, "kills": run.kills - kills}
+            event |= {"exit": run.process.exitcode, "step": step[0], "seconds": round(time.time() - self.started)}
+            if problem is None and event["kills"]:
+                event["fault"] = "kill"  # the kill came before what was to be tried with it
+            if problem is not None or event["kills"]:
+                events.append(event | {"problem": problem or ""})
+            if run.process.exitcode == 0:
+                break
+        run.start()  # undisturbed to the end; or a finished run once more, which must change nothing
+        end = "" if run.ends() is None else f"the last start failed: {run.said().strip().splitlines()[-1:]}"
+        end = end or difference(whole.folder, run.folder)
+        if case.data == "broken":
+            events.append({**events[-1], "fault": "broken_data", "kills": 0, "problem": ""} if events else {})
+        return [event | {"end": end or "same bits"} for event in events if event]
+
+    def _undisturbed(self, case: Case) -> Run:
+        data = self.data.get(case.data, self.work / "none")
+        run = Run(self.work / case.name, data, case.overrides(data), random.Random(0))
+        started = time.monotonic()
+        run.start()
+        if run.ends() is not None:
+            raise RuntimeError(f"the undisturbed run of {case.name} failed:\n{run.said()}")
+        run.seconds = time.monotonic() - started
+        run.checkpoint_bytes = run.checkpoints()[-1].stat().st_size
+        print(f"{case.name}: {run.seconds:.1f} s undisturbed", flush=True)
+        self.undisturbed[case] = run
+        return run
+
+    def until(self, kills: int, events_csv: Path) -> None:
+        number = 0
+        while sum(event["kills"] for event in self.events) < kills:
+            case = self.cases[number % len(self.cases)]
+            events = self.run(case, number)
+            self.events += events
+            write_csv(events_csv, self.events)
+            done = ", ".join(" ".join(filter(None, (event["fault"], event["problem"]))) for event in events)
+            total, end = sum(event["kills"] for event in self.events), events[-1]["end"] if events else "-"
+            print(f"run {number}, {case.name}: {done}: {end}; {total} kills", flush=True)
+            number += 1
+
+
+def summary(events: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A row per fault, and one for all kills: tried, survived, lost."""
+    titles = {name: " ".join((fault.__doc__ or "").split()) for name, fault in menu().items()}
+    tried, lost, kills = Counter[str](), Counter[str](), Counter[str]()
+    for event in events:
+        bad = bool(event["problem"]) or event["end"] != "same bits"
+        tried[event["fault"]] += 1
+        lost[event["fault"]] += bad
+        kills[event["fault"]] += int(event["kills"])
+    rows = [
+        {"run": name, "fault": title, "tried": tried[name], "survived": tried[name] - lost[name], "lost": lost[name]}
+        | {"of which `kill -9`": kills[name]}
+        for name, title in (titles | {"broken_data": BROKEN}).items()
+        if tried[name]
+    ]
+    total = {key: sum(row[key] for row in rows) for key in ("tried", "survived", "lost", "of which `kill -9`")}
+    return [{key: str(value) for key, value in row.items()} for row in [*rows, {"run": "all", "fault": "all", **total}]]
+
+
+def menu() -> dict[str, faults.Fault]:
+    return faults.EVERYWHERE | faults.ON_SHARDS
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def about(seed: int, events: list[dict[str, str]]) -> dict[str, str]:
+    """The columns that every study has."""
+    from coca_lit.run_folder import environment
+
+    found = environment() | {"seed": seed, "seconds": events[-1]["seconds"]}
+    return {key: str(found[key]) for key in ("seed", "seconds", "commit", "machine", "torch", "command")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to do (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults (%(default)s)")
+    parser.add_argument("--out", type=Path, default=HERE, help="where the CSVs go (beside this file)")
+    parser.add_argument("--keep", type=Path, help="new folder for the runs (default: a temporary one)")
+    options = parser.parse_args()
+    events_csv = options.out / "events.csv"
+    if options.kills:
+        with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
+            work = (options.keep or Path(temporary)).resolve()
+            Soak(work, options.seed, CASES).until(options.kills, events_csv)
+    with events_csv.open(newline="") as file:
+        events = list(csv.DictReader(file))
+    columns = about(options.seed, events)
+    rows = [row | columns for row in summary(events)]
+    write_csv(options.out / "results.csv", rows)
+    sys.exit(rows[-1]["lost"] != "0")
+
+
+if __name__ == "__main__":
+    main()

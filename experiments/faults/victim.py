@@ -1,0 +1,105 @@
+"""The training process of the soak: the usual command, plus the trouble that can only be made from within."""
+
+import contextlib
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+WRITES = {"os.rename", "os.remove", "os.symlink", "os.truncate"}  # audit events, besides "open"
+
+
+class Trouble(NamedTuple):
+    """What happens within a training process; nothing by default."""
+
+    die_at_file: int | None = None  # SIGKILL at so many file operations in the run folder
+    emptied: bool = False  # and a file that was about to be written is empty by then
+    die_in_save: tuple[int, float] | None = None  # SIGKILL in the n-th checkpoint, after this part of its bytes
+    largest_file: int | None = None  # bytes after which writing a file fails
+    free: int | None = None  # bytes that the disk says are free
+    slow: float = 0.0  # seconds that opening a file takes at most
+    seed: int = 0
+
+
+def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble) -> None:
+    """What `python train.py OVERRIDES` does in a process of its own; what it says goes to FOLDER.log."""
+    os.setsid()  # so that it can be killed with or without its workers
+    descriptor = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    make(trouble, folder, data)
+    import hydra
+    import torch
+
+    from coca_lit import cli
+
+    torch.set_num_threads(1)
+    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        cfg = hydra.compose("train", [f"output_dir={folder}", "name=soak", *overrides])
+    try:
+        cli.run(cfg)
+    except cli.user_errors() as error:
+        sys.exit(f"error: {error}")
+
+
+def make(trouble: Trouble, folder: Path, data: Path) -> None:
+    if trouble.largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (trouble.largest_file, resource.RLIM_INFINITY))
+    if trouble.free is not None:
+        shutil.disk_usage = lambda _: SimpleNamespace(free=trouble.free)  # type: ignore[assignment]
+    if trouble.die_in_save is not None:
+        _die_in_save(*trouble.die_in_save)
+    if trouble.die_at_file is not None or trouble.slow:
+        _watch_files(trouble, (str(folder), str(data)))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_in_save(number: int, part: float) -> None:
+    import torch
+
+    save, calls = torch.save, iter(range(1, number + 1))
+
+    def torn(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if next(calls, number) < number:
+            return save(content, file, *args, **kwargs)
+        whole = BytesIO()
+        save(content, whole, *args, **kwargs)
+        file.write(whole.getvalue()[: int(part * whole.tell())])
+        file.flush()
+        return die()
+
+    torch.save = torn
+
+
+def _watch_files(trouble: Trouble, folders: tuple[str, str]) -> None:
+    """Python tells a hook about each file before it opens, renames, links or removes it."""
+    run_folder, rng, parent = folders[0], random.Random(trouble.seed), os.getpid()
+    operations = 0
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal operations
+        if event != "open" and event not in WRITES:
+            return
+        path = str(args[0])
+        if trouble.slow and event == "open" and path.startswith(folders):
+            time.sleep(rng.uniform(0, trouble.slow))
+        if trouble.die_at_file is None or not path.startswith(f"{run_folder}/") or os.getpid() != parent:
+            return
+        operations += 1
+        if operations == trouble.die_at_file:
+            if trouble.emptied and event == "open" and args[1] in ("w", "wb"):
+                with contextlib.suppress(OSError):
+                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
+            die()
+
+    sys.addaudithook(hook)
