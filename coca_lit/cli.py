@@ -196,7 +196,7 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 
 def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     from lightning.pytorch.callbacks import Checkpoint
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     from coca_lit.callbacks import Averaging, Checkpoints
     from coca_lit.checkpoint_io import SafeCheckpointIO
@@ -219,7 +219,8 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     with blame("trainer"):
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size)
     # Requeueing is ours: Lightning would save within the signal handler, wherever the step may be.
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    slurm = [SLURMEnvironment(auto_requeue=False)] if under_srun else []
     parts = {
         "callbacks": [*first, *averaging, *evals, *others],
         "logger": loggers,

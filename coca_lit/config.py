@@ -27,7 +27,7 @@ ALLOWED_PACKAGES = (
     "torch.optim",
 )
 # What Hydra itself builds from its own part of a config, before any of our code runs.
-HYDRA_PACKAGES = ("coca_lit", "hydra._internal.core_plugins", "hydra.experimental", "hydra_plugins")
+HYDRA_PACKAGES = ("coca_lit", "hydra._internal.core_plugins", "hydra.experimental", "hydra_plugins", "optuna.samplers")
 LOG_CLASSES = (
     *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"),
     *("logging.handlers.RotatingFileHandler", "colorlog.ColoredFormatter"),
