@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from torch.distributed.tensor import DTensor
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import gather_objects, max_over_ranks, mean_over_ranks, rank, say
@@ -126,8 +127,9 @@ class StepGuard(L.Callback):
 
 
 def _finite(gradients: list[torch.Tensor]) -> bool:
-    """Whether all numbers are finite; one synchronisation with the device."""
-    if not gradients:
+    """Whether all numbers are finite, of sharded gradients those of this rank; one synchronisation with the device."""
+    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    if not (own := [gradient for gradient in own if gradient.numel()]):
         return True
-    norms = torch._foreach_norm(gradients, float("inf"))
+    norms = torch._foreach_norm(own, float("inf"))
     return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
