@@ -292,4 +292,5 @@ def _explain(error: Exception, config: str) -> str:
         return str(error.__cause__)
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
-    return str(error).strip().splitlines()[-1]  # from a worker process the message comes after its traceback
+    message = str(error).strip().splitlines()[-1]  # from a worker process it comes after a traceback and a name
+    return message.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
