@@ -49,23 +49,24 @@ def cached_loss(
         raise ValueError(f"a batch of {len(images)} cannot be cut into micro-batches of {size}")
     parts = micro_batches(images, tokens, lengths, size)
     parameters = [p for p in net.parameters() if p.requires_grad]
-    gradients = _Sum(parameters)
-    terms, by_features = {}, None
-    if weights["contrastive"]:
-        terms["contrastive"], by_features = _contrastive(net, parts, weights["contrastive"], gradients)
-    total_tokens = sum_over_ranks((lengths - 1).sum())  # the first token of a caption is not predicted
-    for i, part in enumerate(parts):
-        out = _forward(net, part, contrastive=by_features is not None, captioning=weights["caption"] != 0)
-        share = []
-        if by_features is not None:
-            share += [(f * g[i]).sum() for f, g in zip(_features(out), by_features, strict=True)]
-        if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
-            caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens)
-            terms["caption"] = terms.get("caption", 0) + caption.detach()
-            share += [weights["caption"] * caption]
-        gradients.add(torch.stack(share).sum())
+    terms: dict[str, Tensor] = {}
+    by_features = None
+    with _gradients_aside(parameters) as gradients:
+        if weights["contrastive"]:
+            terms["contrastive"], by_features = _contrastive(net, parts, weights["contrastive"])
+        total_tokens = sum_over_ranks((lengths - 1).sum())  # the first token of a caption is not predicted
+        for i, part in enumerate(parts):
+            out = _forward(net, part, contrastive=by_features is not None, captioning=weights["caption"] != 0)
+            share = []
+            if by_features is not None:
+                share += [(f * g[i]).sum() for f, g in zip(_features(out), by_features, strict=True)]
+            if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
+                caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens)
+                terms["caption"] = terms.get("caption", 0) + caption.detach()
+                share += [weights["caption"] * caption]
+            torch.stack(share).sum().backward()
     loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-    return with_gradients(loss, gradients.sums, parameters), terms
+    return with_gradients(loss, gradients, parameters, once=True), terms
 
 
 def micro_batches(images: Tensor, tokens: Tensor, lengths: Tensor, size: int) -> list[Pairs]:
@@ -95,37 +96,34 @@ def _features(out: CoCaOutput) -> tuple[Tensor, Tensor]:
     return out.image_features, out.text_features
 
 
-def _contrastive(
-    net: CoCa, parts: Sequence[Pairs], weight: float, gradients: "_Sum"
-) -> tuple[Tensor, list[Sequence[Tensor]]]:
+def _contrastive(net: CoCa, parts: Sequence[Pairs], weight: float) -> tuple[Tensor, list[Sequence[Tensor]]]:
     """The contrastive term, and its weighted gradients by image features and text features, micro-batch by micro-batch.
-    Those by temperature and bias, which are not in the second pass, are added up.
+    Temperature and bias, which are not in the second pass, get theirs.
     """
     with torch.no_grad():
         found = [_features(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
     torch.clear_autocast_cache()  # it holds weights that were cast without gradient
     features = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]  # (B, E), images and texts
-    images, texts = features
-    term = contrastive_term(images, texts, net.logit_scale.exp(), net.logit_bias)
-    by_features = gradients.add(weight * term, features)
-    return term.detach(), [g.split(len(parts[0].images)) for g in by_features]
+    term = contrastive_term(*features, net.logit_scale.exp(), net.logit_bias)
+    (weight * term).backward()
+    by_features = [f.grad for f in features if f.grad is not None]
+    return term.detach(), [gradient.split(len(parts[0].images)) for gradient in by_features]
 
 
-class _Sum:
-    """Gradients by parameters, added up over several losses. `autograd.grad` leaves alone what hooks on the `grad` of a
-    parameter, as DistributedDataParallel does, which expects one backward pass per step.
+@contextmanager
+def _gradients_aside(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor | None]]:
+    """Backward passes inside the block leave `grad` of the parameters alone; the list gets what they add up to.
+
+    DistributedDataParallel pays no attention to them: it waits for gradients from the end of its own forward pass on,
+    and this is inside of it.
     """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.sums: list[Tensor | None] = [None] * len(parameters)
-
-    def add(self, loss: Tensor, others: Sequence[Tensor] = ()) -> Sequence[Tensor]:
-        """Adds the gradients of `loss` and returns those by `others`."""
-        new = torch.autograd.grad(loss, [*self.parameters, *others], allow_unused=True)
-        for i, gradient in enumerate(new[: len(self.parameters)]):
-            if gradient is not None:
-                total = self.sums[i]
-                # A copy first: the gradients of two parameters may share their memory.
-                self.sums[i] = gradient.clone() if total is None else total.add_(gradient)
-        return new[len(self.parameters) :]
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    found: list[Tensor | None] = []
+    try:
+        yield found
+        found += [p.grad for p in parameters]
+    finally:
+        for p, gradient in zip(parameters, before, strict=True):
+            p.grad = gradient

@@ -64,8 +64,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ddp_equals_one_process(on_ranks, tmp_path: Path, one_process: Path) -> None:
-    on_ranks(2, train, tmp_path, "data.train_count=16", *DDP)
+@pytest.mark.parametrize("micro_batch_size", ["null", "2"])
+def test_ddp_equals_one_process(on_ranks, tmp_path: Path, one_process: Path, micro_batch_size: str) -> None:
+    micro = f"trainer.micro_batch_size={micro_batch_size}"
+    on_ranks(2, train, tmp_path, "data.train_count=16", micro, *DDP)
     expected, found = saved(one_process), saved(tmp_path)
     torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
 

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 
-def with_gradients(value: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Tensor:
-    """`value` (a scalar) as a differentiable function of `inputs`, with the given gradients; None is none."""
-    return _Known.apply(value, len(inputs), *gradients, *inputs)
+def with_gradients(
+    value: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor], once: bool = False
+) -> Tensor:
+    """`value` (a scalar) as a differentiable function of `inputs`, with the given gradients; None is none.
+
+    Args:
+        once: allow one backward pass only, which works in the memory of `gradients`.
+    """
+    return _Known.apply(value, once, len(inputs), *gradients, *inputs)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -27,11 +33,19 @@ def wants_gradient(x: Tensor) -> bool:
 
 class _Known(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors[:count])
+    def forward(ctx: Any, value: Tensor, once: bool, count: int, *tensors: Tensor | None) -> Tensor:
+        ctx.gradients, ctx.once = tensors[:count], once
         return value.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        known = [None if g is None else g * outer[0].to(g.dtype) for g in ctx.saved_tensors]
-        return (None, None, *[None] * len(known), *known)
+        gradients = ctx.gradients
+        if ctx.once:
+            del ctx.gradients
+        known = [None if g is None else _times(g, outer[0], ctx.once) for g in gradients]
+        return (None, None, None, *[None] * len(known), *known)
+
+
+def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    factor = factor.to(gradient.dtype)
+    return gradient.mul_(factor) if in_place else gradient * factor

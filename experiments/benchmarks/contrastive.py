@@ -50,7 +50,7 @@ def main() -> None:
             seconds = interleaved({name: step(kind, name, batch) for name in losses}, args.repetitions)
             ours = in_own_process(kind, "tiled", batch)
             for other in [name for name in losses if name != "tiled"]:
-                row = {"loss": kind, "batch": batch, "against": other, "tiled s": min(seconds["tiled"])}
+                row = {"case": f"{kind}, tiled against {other}", "batch": batch, "tiled s": min(seconds["tiled"])}
                 row |= {"speed": str(ratio(seconds[other], seconds["tiled"])), "tiled MiB": ours}
                 memory = ours / in_own_process(kind, other, batch)
                 record(CSV, [row | {"memory": memory, "target": TARGETS.get(kind, "")}])

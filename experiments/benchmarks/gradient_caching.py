@@ -30,7 +30,12 @@ def main() -> None:
     whole = in_own_process(args.batch, None)
     for size in (None, *args.micro):
         memory, seconds, loss = in_own_process(args.batch, size) if size else whole
-        row = {"batch": args.batch, "micro_batch_size": size or "whole", "MiB": memory, "CPU s": seconds}
+        row = {
+            "case": f"micro-batches of {size}" if size else "whole batch",
+            "batch": args.batch,
+            "MiB": memory,
+            "CPU s": seconds,
+        }
         row |= {"memory": memory / whole[0], "time": seconds / whole[1], "loss difference": abs(loss - whole[2])}
         record(CSV, [row])
 
