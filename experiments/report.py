@@ -44,8 +44,20 @@ def update(csv_path: Path, folders: list[Path]) -> list[dict[str, str]]:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: a line per score, a column per run, and mean ± standard deviation where there are several."""
+    """Markdown: a line per score and a column per run, or a line per run where a study has columns of its own."""
     scores = [key for key in rows[0] if HEADLINE.search(key)]
+    first = rows[0]
+    about = f"`{first['command']}` at commit {first['commit']}, torch {first['torch']}, {first['machine']}."
+    return "\n".join([*(_by_score(rows, scores) if scores else _by_run(rows)), "", about])
+
+
+def _by_run(rows: list[dict[str, str]]) -> list[str]:
+    columns = [key for key in rows[0] if key not in ABOUT]
+    return [_line(columns), _line(["---"] * len(columns)), *(_line([row[key] for key in columns]) for row in rows)]
+
+
+def _by_score(rows: list[dict[str, str]], scores: list[str]) -> list[str]:
+    """With mean ± standard deviation where there are several runs."""
     several = len(rows) > 1
     head = [
         "score",
@@ -66,10 +78,7 @@ def table(rows: list[dict[str, str]]) -> str:
             else [""] * several
         )
         lines.append(_line([f"`{score}`", *values, *spread]))
-    first = rows[0]
-    return "\n".join(
-        [*lines, "", f"`{first['command']}` at commit {first['commit']}, torch {first['torch']}, {first['machine']}."]
-    )
+    return lines
 
 
 def write_table(readme: Path, name: str, text: str) -> None:

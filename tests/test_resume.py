@@ -21,6 +21,7 @@ from coca_lit.callbacks import StepGuard
 from coca_lit.checkpoint_io import CheckpointError, SafeCheckpointIO, inspect, newest_valid
 from coca_lit.data.scenes_export import export_scenes
 from coca_lit.resume import RUN_KEY, check_same_run, decisive, go_on, start_anew
+from coca_lit.run_folder import finished_results, start_run_folder, write_results
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
 TINY = (
@@ -358,6 +359,17 @@ def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key
         check_same_run(path, now, strict=True)
     assert "\n" not in str(caught.value)
     check_same_run(path, now, strict=False)
+
+
+@pytest.mark.parametrize("lost", ["nothing", "report.html", "results.json", "checkpoint"])
+def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> None:
+    """A full disk may have cost the last checkpoint although the scores were written, and a kill the report."""
+    cfg = compose(f"output_dir={tmp_path}")
+    path = save(tmp_path, 3, finished=lost != "checkpoint")
+    start_run_folder(cfg, path)
+    write_results(tmp_path, {"scenes/CIDEr": 1.0}, {})
+    (tmp_path / lost).unlink(missing_ok=True)
+    assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
 
 
 def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:

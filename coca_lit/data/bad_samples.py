@@ -24,7 +24,8 @@ class BadSamples:
     """One worker's count per reason and per shard; `seen` counts good samples too.
 
     Raises `DataError` as soon as more than `max_fraction` of at least `MIN_SEEN` samples were bad, or at the end of a
-    pass over the worker's shards. In a DataLoader worker the error ends the training with the same message.
+    pass over the worker's shards; if none may be bad at the first one, before anything is trained in its place. In a
+    DataLoader worker the error ends the training with the same message.
     """
 
     def __init__(self, max_fraction: float):
@@ -45,7 +46,7 @@ class BadSamples:
         self.found.append(BadSample(shard, key, reason, detail))
         if before.bit_length() < self.reasons.total().bit_length():  # 1, 2, 4, 8, ...: early, and not too often
             log.warning("skipped %s", self.summary())
-        if self.seen >= MIN_SEEN:
+        if self.seen >= MIN_SEEN or not self.max_fraction:
             self._judge()
 
     def end_of_shard(self, samples: int) -> None:

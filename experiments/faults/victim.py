@@ -1,6 +1,7 @@
 """The training process of the soak: the usual command, plus the trouble that can only be made from within."""
 
 import contextlib
+import multiprocessing
 import os
 import random
 import resource
@@ -31,6 +32,7 @@ class Trouble(NamedTuple):
 def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble) -> None:
     """What `python train.py OVERRIDES` does in a process of its own; what it says goes to FOLDER.log."""
     os.setsid()  # so that it can be killed with or without its workers
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as usual; it was this process's own
     descriptor = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
