@@ -265,7 +265,7 @@ class CoCa(nn.Module):
             scoring: log_prob, or openclip_legacy for the captions of OpenCLIP 3's beam search, which adds logits.
             rerank: contrastive puts the beams (all `num_beams`) or draws in the order of
                 weight · exp(logit_scale) · cosine(image, caption) + (1 - weight) · mean log-probability.
-            rerank_weight: that weight, between 0 and 1, default 0.5.
+            rerank_weight: that weight, between 0 and 1, default 0.2.
             return_scores, return_attention: return `Captions` instead of the ids alone. Attention (B, [N,] L, S) says
                 where the decoder looked among the image tokens when it chose each token, on average over layers and
                 heads: rows add up to 1, those of start and padding are 0.

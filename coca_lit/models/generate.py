@@ -17,7 +17,7 @@ from coca_lit.models.static import StaticDecoding, static_step
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
 
-DEFAULT_RERANK_WEIGHT = 0.5
+DEFAULT_RERANK_WEIGHT = 0.2  # near the best of scenes and of photos, experiments/rerank
 
 
 class Captions(NamedTuple):

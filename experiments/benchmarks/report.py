@@ -34,7 +34,8 @@ def write_tables(readme: Path) -> str:
     """The text of a README with the tables `<!-- table:benchmarks/NAME -->` as the CSVs have them now."""
 
     def block(match: re.Match[str]) -> str:
-        return f"{match[1]}{table(FOLDER / f'{match[2]}.csv')}\n{match[3]}"
+        path = FOLDER / f"{match[2]}.csv"
+        return f"{match[1]}{table(path) if path.exists() else 'Not recorded yet.'}\n{match[3]}"
 
     return re.sub(
         r"(<!-- table:benchmarks/(\w+) -->\n).*?(<!-- /table -->)", block, readme.read_text(), flags=re.DOTALL

@@ -21,6 +21,8 @@ def main() -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         for strategy in ("beam", "sample"):
             line = [row for row in rows if (row["data"], row["model"]) == panel and row["strategy"] == strategy]
+            if not line:
+                continue
             label = f"{strategy}, {line[0]['candidates']} candidates"
             axis.plot([float(r["weight"]) for r in line], [float(r["CIDEr"]) for r in line], marker=".", label=label)
         axis.set(title="{}, {}".format(*panel), xlabel="rerank_weight", ylabel="CIDEr")
