@@ -38,7 +38,13 @@ def caption_loss(
     """
     if tokens is None:
         tokens = sum_over_ranks((labels != IGNORED).sum())
-    total = _kernel(hidden, vocabulary, labels) if _has_kernel(hidden) else _sum(hidden, vocabulary, labels, chunk)
+    if _has_kernel(hidden):
+        total = _kernel(hidden, vocabulary, labels)
+    elif chunk is None and len(hidden) <= hidden.shape[1]:
+        # Fewer logits than the weight has elements: less than the gradient that chunks hold from the forward pass on.
+        total = F.cross_entropy(wide(F.linear(hidden, vocabulary)), labels, reduction="sum", ignore_index=IGNORED)
+    else:
+        total = _sum(hidden, vocabulary, labels, chunk)
     return total * world_size() / tokens.clamp(min=1)
 
 
