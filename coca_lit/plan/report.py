@@ -36,8 +36,8 @@ def print_plan(
     console.print(memory_table(model, cost, recipe, pixels))
     console.print(device_table(model, cost, recipe, settings, pixels))
     console.print(
-        f"Arithmetic, not a measurement: {settings.caption_tokens} tokens per caption, {settings.utilisation:.0%} of the "
-        "peak, input and network that keep up. Other values: plan='{utilisation: 0.3, caption_tokens: 30, devices: 64}'"
+        f"Arithmetic, not a measurement: {settings.caption_tokens} tokens per caption, {settings.utilisation:.0%} of "
+        "the peak, input and network that keep up. Other values: plan='{utilisation: 0.3, caption_tokens: 30, devices: 64}'"
     )
 
 

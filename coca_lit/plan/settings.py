@@ -28,9 +28,8 @@ class Settings:
         for name in gpus:
             if name not in GPUS:
                 close = difflib.get_close_matches(name, GPUS, n=1)
-                raise ValueError(
-                    f"gpus: there is no '{name}'{f', did you mean {close[0]!r}?' if close else ''} Known: {', '.join(GPUS)}"
-                )
+                hint = f", did you mean '{close[0]}'?" if close else "."
+                raise ValueError(f"gpus: there is no '{name}'{hint} Known: {', '.join(GPUS)}")
         if not isinstance(utilisation, int | float) or not 0 < utilisation <= 1:
             raise ValueError(f"utilisation must be a share between 0 and 1, got {utilisation!r}")
         if not isinstance(caption_tokens, int) or caption_tokens < 2:
