@@ -37,7 +37,8 @@ def print_plan(
     console.print(device_table(model, cost, recipe, settings, pixels))
     console.print(
         f"Arithmetic, not a measurement: {settings.caption_tokens} tokens per caption, {settings.utilisation:.0%} of "
-        "the peak, input and network that keep up. Other values: plan='{utilisation: 0.3, caption_tokens: 30, devices: 64}'"
+        "the peak, input and network that keep up. Other values: "
+        "plan='{utilisation: 0.3, caption_tokens: 30, devices: 64}'"
     )
 
 

@@ -100,7 +100,7 @@ def failure_rows(save: float = 30, restart: float = 300) -> list[dict[str, Any]]
     for gpus in (8, 64, 384):
         between = 365 * 86400 / (gpus * GPU_FAILURES)
         for label, interval in (("best (Young)", young_daly(save, between)), ("15 min (default)", 900.0)):
-            runs = [simulate(interval, save, restart, between, 20 * between, random.Random(i)) for i in range(200)]
+            runs = [simulate(interval, save, restart, between, 2 * between, random.Random(i)) for i in range(30)]
             rows.append(
                 {
                     "GPUs": gpus,
@@ -134,7 +134,7 @@ def draw(save: float = 30, restart: float = 300) -> None:
         between = 365 * 86400 / (gpus * GPU_FAILURES)
         axes.plot(minutes, [100 * lost_share(60 * m, save, restart, between) for m in minutes], label=f"{gpus} GPUs")
         runs = [
-            [simulate(60 * m, save, restart, between, 5 * between, random.Random(i)) for i in range(20)]
+            [simulate(60 * m, save, restart, between, between, random.Random(i)) for i in range(20)]
             for m in minutes[4:]
         ]
         axes.plot(minutes[4:], [100 * sum(r) / len(r) for r in runs], "k.", markersize=4)
