@@ -55,11 +55,17 @@ for resolver in (job_folder, launched_devices, launched_nodes):
 
 def train() -> None:
     """Entry point of `python train.py` and `coca-train`."""
+    if any(word.startswith("plan=") and word not in ("plan=false", "plan=null") for word in sys.argv):
+        sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=."]  # a plan is no run: no folder
     command("train", train_job)
 
 
 def train_job(cfg: DictConfig) -> float | None:
     """`run` for Hydra, whose sweepers ask for one number: the score called `cfg.objective`."""
+    if cfg.plan:
+        from coca_lit.plan.cli import show_plan
+
+        return show_plan(cfg)
     check_direction(cfg.objective)
     results = run(cfg)
     score = cfg.objective or headline(results)

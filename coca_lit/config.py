@@ -60,6 +60,7 @@ class TrainConfig:
     attention: int = 0
     objective: str | None = None
     skip_missing: bool = False
+    plan: Any = False
     model: Any = MISSING
     data: Any = MISSING
     trainer: Any = MISSING

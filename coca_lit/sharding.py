@@ -67,7 +67,7 @@ def _part(x: Any, like: Tensor) -> Any:
 
 def shard(net: CoCa, mesh: DeviceMesh) -> None:
     """Shards the network over the ranks of a one-dimensional mesh, in place. Parameter names stay as they are."""
-    for group in _blocks(net):
+    for group in blocks(net):
         fully_shard(group, mesh=mesh)
     fully_shard(net, mesh=mesh)
     check_sharded(net)
@@ -97,7 +97,7 @@ def unsharded(net: CoCa) -> Iterator[CoCa]:
             part.reshard()
 
 
-def _blocks(net: CoCa) -> Iterator[list[nn.Module]]:
+def blocks(net: CoCa) -> Iterator[list[nn.Module]]:
     """Modules that are gathered together. A cross block follows its self block and shares its group, because its keys
     and values are computed before it is called.
     """

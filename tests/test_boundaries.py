@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 ENTRY_POINTS = {
     *("cli.py", "arguments.py", "config.py", "sweep.py", "redaction.py", "run_folder.py"),
-    *("evaluate.py", "export/cli.py", "demo/cli.py", "apply/caption_cli.py", "apply/search_cli.py"),
+    *("evaluate.py", "export/cli.py", "demo/cli.py", "apply/caption_cli.py", "apply/search_cli.py", "plan/cli.py"),
 }
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.optim", "coca_lit.tokenizer", "coca_lit.distributed"),

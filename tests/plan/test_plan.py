@@ -1,0 +1,149 @@
+"""The planner against steps of real networks: PyTorch's FLOP counter, and bytes that the allocator handed out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from coca_lit.config import ConfigError
+from coca_lit.losses import loss_terms
+from coca_lit.models import CoCa, create_model
+from coca_lit.plan.cli import build_without_weights, read_recipe, read_settings, show_plan
+from coca_lit.plan.estimate import Recipe, flops, largest_batch, measure, memory
+from coca_lit.plan.trace import cost, trace
+from tests.running import compose, train_py
+
+WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
+BATCH, TOKENS = 8, 12
+
+
+def without_weights(name: str = "coca_tiny", **overrides: Any) -> CoCa:
+    with torch.device("meta"):
+        return create_model(name, **overrides)
+
+
+def real_step(net: CoCa, frozen: bool = False) -> torch.Tensor:
+    tokens = torch.randint(3, net.tokenizer.vocab_size, (BATCH, TOKENS))
+    images = torch.zeros(BATCH, 3, net.image_size, net.image_size, dtype=torch.uint8)
+    out = net(images, tokens, torch.full((BATCH,), TOKENS), captioning=net.decoder is not None)
+    return torch.stack(list(loss_terms(out).values())).sum()
+
+
+CASES: list[dict[str, Any]] = [
+    {"pooler": "single"},
+    {"pooler": "cascade"},
+    {"pooler": "parallel", "cls_mask": "legacy"},
+    {"decoder_layers": 0, "pooler_queries": 1},
+    {"image_encoder": "vit_tiny_patch16_224", "image_encoder_args": {"depth": 2}},
+]
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=str)
+@pytest.mark.parametrize("freeze", [False, True])
+def test_flops_are_those_of_a_real_step(overrides: dict[str, Any], freeze: bool) -> None:
+    real, planned = create_model("coca_tiny", **overrides).train(), without_weights(**overrides)
+    if freeze:
+        real.freeze("image_encoder"), planned.freeze("image_encoder")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        real_step(real).backward()
+    step = trace(planned, WEIGHTS, TOKENS, None, BATCH)
+    # The counter has no in-place addmm, which makes the vocabulary's gradient, and the plan leaves out the contrastive
+    # logits, which depend on the global batch.
+    vocabulary = 2 * BATCH * (TOKENS - 1) * real.decoder.vocabulary.weight.numel() if real.decoder else 0
+    logits = 4 * 2 * BATCH * BATCH * 96
+    assert step.total == pytest.approx(counter.get_total_flops() + vocabulary - logits, rel=0.01)
+    assert sum(step.forward.values()) < step.total
+
+
+def test_flops_of_a_large_model_are_those_of_the_formulas() -> None:
+    """By hand, from the shapes: 33.1 GFLOP forward and 99.4 in training for B/32 with 76 tokens."""
+    found = cost(without_weights("coca_vit_b32"), WEIGHTS, 76, None)
+    assert found.total / 1e9 == pytest.approx(99.4, rel=0.01)
+    twice = found.forward["vocabulary, with its gradients"] * 2 / 3
+    assert (sum(found.forward.values()) - twice) / 1e9 == pytest.approx(33.1, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None) -> None:
+    net = create_model("coca_tiny").train()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
+            loss = real_step(net)
+        loss.backward()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for change in changes:
+        now += change
+        peak = max(peak, now)
+    assert trace(without_weights(), WEIGHTS, TOKENS, precision, BATCH).peak == pytest.approx(peak, rel=0.15)
+
+
+def test_less_work_costs_less() -> None:
+    plain = trace(without_weights(), WEIGHTS, TOKENS, None, 64)
+    saving = without_weights()
+    saving.set_grad_checkpointing("blocks")
+    again = trace(saving, WEIGHTS, TOKENS, None, 64)
+    assert again.peak < plain.peak
+    assert again.total > plain.total
+    no_caption = trace(without_weights(), {"contrastive": 1.0, "caption": 0.0}, TOKENS, None, 64)
+    assert "decoder" not in no_caption.forward
+    assert no_caption.total < plain.total
+
+
+def test_memory_of_a_device_by_hand() -> None:
+    net = without_weights()
+    model, n = measure(net), sum(p.numel() for p in net.parameters())
+    spent = cost(without_weights(), WEIGHTS, TOKENS, None)
+    alone = memory(model, spent, Recipe(64, 1))
+    assert alone["weights"] + alone["gradients"] + alone["AdamW states"] == 16 * n
+    shared = memory(model, spent, Recipe(64, 8, sharded=True))
+    assert shared["weights"] + shared["gradients"] + shared["AdamW states"] == 2 * n
+    assert memory(model, spent, Recipe(64, 8))["DDP's buckets"] == 4 * n
+    assert largest_batch(1, 0.42e9, (4e6, 1e6), None) == 100
+    assert largest_batch(1, 0.42e9, (4e6, 1e6), 50) == 300
+    assert largest_batch(1, 2e9, (4e6, 1e6), None) == 0
+    assert flops(model, spent, Recipe(64, 8, micro_batch=4)) > flops(model, spent, Recipe(64, 8))
+
+
+def test_a_recipe_is_read_from_the_config() -> None:
+    cfg = compose("experiment=pretrain_l14", "trainer=fsdp", "trainer.num_nodes=48", "plan=true")
+    recipe = read_recipe(cfg, read_settings(cfg.plan), WEIGHTS, half=True)
+    assert (recipe.batch, recipe.devices, recipe.sharded, recipe.samples) == (92160, 384, True, 13e9)
+    cfg = compose("model.freeze=[image_encoder]", "model.contrastive_weight=0", "plan={devices: 2, samples: 1e6}")
+    recipe = read_recipe(cfg, read_settings(cfg.plan), {"contrastive": 0.0, "caption": 1.0}, half=False)
+    assert (recipe.devices, recipe.samples, recipe.contrastive) == (2, 1e6, False)
+    assert not any(p.requires_grad for p in build_without_weights(cfg).net.image_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("{utilization: 0.4}", "plan has no key 'utilization'; did you mean 'utilisation'"),
+        ("{gpus: [H10]}", "did you mean 'H100'"),
+        ("{utilisation: 40}", "between 0 and 1, got 40"),
+        ("fast", "plan must be true or settings"),
+    ],
+)
+def test_a_wrong_plan_is_refused(plan: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        read_settings(compose(f"plan={plan}").plan)
+
+
+def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(compose("experiment=demo", "plan={gpus: [A100, H100], devices: 2, samples: 1e6}"))
+    shown = capsys.readouterr().out
+    for words in ("image encoder", "AdamW states", "samples that fit a device", "H100", "device-hours"):
+        assert words in shown
+
+
+def test_a_plan_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = train_py("plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "samples/s of a device" in done.stdout
+    assert not list(tmp_path.iterdir())
