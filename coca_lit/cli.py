@@ -65,7 +65,8 @@ def train_job(cfg: DictConfig) -> float | None:
     if cfg.plan:
         from coca_lit.plan.cli import show_plan
 
-        return show_plan(cfg)
+        show_plan(cfg)
+        return None
     check_direction(cfg.objective)
     results = run(cfg)
     score = cfg.objective or headline(results)

@@ -1,7 +1,9 @@
 """From the cost of a sample to the memory of a device, samples per second and device-hours."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
+
+from torch import nn
 
 from coca_lit.models import CoCa
 from coca_lit.plan.hardware import Gpu
@@ -34,7 +36,7 @@ class Recipe(NamedTuple):
 
 
 def measure(net: CoCa) -> Model:
-    named = {
+    named: dict[str, Iterable[nn.Parameter]] = {
         "image encoder": net.image_encoder.parameters(),
         "pooling": [*net.pooling.parameters(), *net.image_projection.parameters()],
         "text tower": net.text.parameters(),
