@@ -36,8 +36,8 @@ def show_plan(cfg: DictConfig) -> None:
 def read_settings(plan: Any) -> Any:
     if plan is not True and not isinstance(plan, DictConfig):
         raise ConfigError(f"plan must be true or settings such as {{gpus: [H100], devices: 64}}, got {plan!r}")
-    values = {} if plan is True else OmegaConf.to_container(plan)
-    return build(OmegaConf.create({"_target_": "coca_lit.plan.settings.Settings", **values}), "plan")  # type: ignore[dict-item]  # keys are checked there
+    values: Any = {} if plan is True else OmegaConf.to_container(plan)
+    return build(OmegaConf.create({"_target_": "coca_lit.plan.settings.Settings", **values}), "plan")
 
 
 def build_without_weights(cfg: DictConfig) -> Any:
