@@ -1,8 +1,7 @@
 """From a composed config to objects: the typed root, and building with checks.
 
 Below the root the constructors are the schema. `build` refuses keys that a constructor does not have, suggests the
-right one, and builds nothing whose
-code lies outside the packages listed here: a config may come from a stranger.
+right one, and builds nothing whose code lies outside the packages listed here: a config may come from a stranger.
 """
 
 import difflib

@@ -104,7 +104,8 @@ def _contrastive(net: CoCa, parts: Sequence[Pairs], weight: float) -> tuple[Tens
         found = [_features(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
     torch.clear_autocast_cache()  # it holds weights that were cast without gradient
     features = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]  # (B, E), images and texts
-    term = contrastive_term(*features, net.logit_scale.exp(), net.logit_bias)
+    images, texts = features
+    term = contrastive_term(images, texts, net.logit_scale.exp(), net.logit_bias)
     (weight * term).backward()
     by_features = [f.grad for f in features if f.grad is not None]
     return term.detach(), [gradient.split(len(parts[0].images)) for gradient in by_features]

@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from coca_lit.data.records import DataError
 
 SCHEMES = ("s3", "gs", "hf", "memory")  # memory: for tests
 TRIES = 3  # of a download
+LOCK, ROOM, PARTIAL = ".lock", ".room", ".partial"  # suffixes in the cache; held, reserved, and fetched so far
 
 
 def is_remote(name: str) -> bool:
@@ -63,7 +64,7 @@ class ShardCache(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
         while (file := _open_shared(path)) is None:
-            with _locked(path.with_name(f"{path.name}.lock")):  # one process downloads, the others wait
+            with _locked(_of(path, LOCK)):  # one process downloads, the others wait
                 if not path.exists():
                     self._download(url, path)
         with file:
@@ -71,34 +72,38 @@ class ShardCache(NamedTuple):
             yield path
 
     def _download(self, url: str, path: Path) -> None:
-        partial = path.with_name(f"{path.name}.partial")
+        """By the process that holds the lock of `path`."""
+        partial, room = _of(path, PARTIAL), _of(path, ROOM)
         for attempt in range(1, TRIES + 1):
             try:
                 with _blame(url):
                     filesystem = _filesystem(url)
                     size = filesystem.size(url)
-                    self._reserve(url, partial, size)
+                    self._reserve(url, room, size)
                     filesystem.get_file(url, str(partial))
                 if partial.stat().st_size != size:
                     raise OSError(f"{url} came with {partial.stat().st_size} of {size} bytes")
-                partial.replace(path)
+                with self.accounts():  # who adds up sees the reservation or the file
+                    partial.replace(path)
+                    room.unlink()
                 return
             except OSError:  # networks fail now and then
-                partial.unlink(missing_ok=True)
                 if attempt == TRIES:
                     raise
                 time.sleep(2.0 ** (attempt - 1))
+            finally:
+                partial.unlink(missing_ok=True)
+                room.unlink(missing_ok=True)
 
-    def _reserve(self, url: str, partial: Path, size: int) -> None:
-        """Makes room, and takes it with a file of that size, which other processes count."""
-        with _locked(self.folder / ".room.lock"):
-            partial.unlink(missing_ok=True)  # of a download that was killed
+    def _reserve(self, url: str, room: Path, size: int) -> None:
+        """Takes room with a file of that size, which other processes count; removes files until there is some."""
+        with self.accounts():
             files = sorted(self._files(), key=lambda file: file[1].st_mtime)
             used = sum(status.st_size for _, status in files)
             for path, status in files:
                 if used + size <= self.max_bytes:
                     break
-                if _remove_unless_open(path):
+                if _remove_unless_used(path):
                     used -= status.st_size
             if used + size > self.max_bytes:
                 limit, wanted = (f"{number / 1e9:.3g} GB" for number in (self.max_bytes, size))
@@ -106,12 +111,17 @@ class ShardCache(NamedTuple):
                     f"the cache {self.folder} of {limit} has no room for {url} ({wanted}) beside the shards that are "
                     "being read: raise data.cache_gb, at least to one shard per worker"
                 )
-            with partial.open("wb") as file:
-                file.truncate(size)
+            with room.open("wb") as file:
+                file.truncate(size)  # takes no blocks on the disk
+
+    def accounts(self) -> AbstractContextManager[None]:
+        """One process at a time adds up and changes what takes room."""
+        return _locked(self.folder / ".accounts.lock")
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """What takes room: whole files, and the reservations of those that are being fetched."""
         for path in self.folder.iterdir():
-            if not path.name.endswith(".lock"):
+            if path.suffix not in (LOCK, PARTIAL):
                 with suppress(FileNotFoundError):
                     yield path, path.stat()
 
@@ -129,16 +139,21 @@ def _open_shared(path: Path) -> IO[bytes] | None:
     return None
 
 
-def _remove_unless_open(path: Path) -> bool:
-    if path.suffix == ".partial":
-        return False  # somebody is downloading it
-    with path.open("rb") as file:
+def _remove_unless_used(path: Path) -> bool:
+    """Removes a file that no process reads, or a reservation whose process is gone."""
+    with suppress(FileNotFoundError), (_of(path, LOCK) if path.suffix == ROOM else path).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        path.unlink()
+        path.unlink(missing_ok=True)
     return True
+
+
+def _of(path: Path, suffix: str) -> Path:
+    """The lock, the reservation or the part of a file in the cache; `path` may be one of them."""
+    name = path.name.removesuffix(ROOM) if path.suffix == ROOM else path.name
+    return path.with_name(name + suffix)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/train_step.py
 
-Forward and backward of contrastive + 2 · caption loss. In fp32 both sides must agree: loss within 2e-6, gradients
-within 1e-5 of their norm over all parameters; the run stops otherwise.
+Forward and backward of contrastive + 2 · caption loss. In fp32 both sides must agree: loss within 2e-6 of its value,
+gradients within 1e-5 of their norm over all parameters; the run stops otherwise.
 """
 
 import argparse
@@ -158,8 +158,9 @@ def precision(bf16: bool) -> Any:
 
 
 def agree(theirs: nn.Module, ours: CoCa, steps: dict[str, Step]) -> dict[str, float]:
-    """Differences of loss and gradients; raises if they are not those of the same computation."""
-    loss = abs((steps["theirs"]() - steps["ours"]()).item())
+    """Relative differences of loss and gradients; raises if they are not those of the same computation."""
+    expected = steps["theirs"]()
+    loss = ((steps["ours"]() - expected).abs() / expected).item()
     with torch.no_grad():
         for parameter in ours.parameters():  # gradients travel under the names of the weights
             parameter.data, parameter.grad.data = parameter.grad.data, parameter.data

@@ -34,7 +34,7 @@ def store(tmp_path: Path):
 
 @pytest.fixture
 def cache(tmp_path: Path) -> ShardCache:
-    return ShardCache(tmp_path / "cache", 10**9)
+    return ShardCache(tmp_path / "cache", 10**6)
 
 
 def size_of(local: Path) -> int:
@@ -152,9 +152,14 @@ def test_a_killed_download_is_begun_again(store, cache):
     _, local = store
     with cache.open("memory://set/00000.tar") as path:
         pass
-    path.rename(path.with_name(f"{path.name}.partial"))
-    with cache.open("memory://set/00000.tar") as path:
+    partial, room = (path.with_name(path.name + suffix) for suffix in (remote.PARTIAL, remote.ROOM))
+    path.rename(partial)
+    room.write_bytes(bytes(cache.max_bytes // 2))
+    small = cache._replace(max_bytes=room.stat().st_size)  # the dead reservation must go
+    with small.open("memory://set/00001.tar"), small.open("memory://set/00000.tar") as path:
         assert path.read_bytes() == (local / "00000.tar").read_bytes()
+    assert not partial.exists()
+    assert not room.exists()
 
 
 def read_often(cache: ShardCache, local: Path, seed: int) -> None:
@@ -162,6 +167,8 @@ def read_often(cache: ShardCache, local: Path, seed: int) -> None:
         name = f"{(i * (seed + 1) + seed) % 4:05d}.tar"
         with cache.open(f"memory://set/{name}") as path:
             assert path.read_bytes() == (local / name).read_bytes()
+            with cache.accounts():
+                assert sum(file.stat().st_size for file in cache.folder.glob("*.tar")) <= cache.max_bytes
 
 
 def test_many_processes_share_a_small_cache(store, tmp_path):

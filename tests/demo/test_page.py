@@ -92,7 +92,8 @@ def test_captions_of_an_uploaded_photo_follow_the_slider(page, photo, tmp_path):
     assert [float(row[3]) for row in rows] == sorted((float(row[3]) for row in rows), reverse=True)
     page.locator("#weight input[type=number]").fill("0")
     page.locator("#weight input[type=number]").press("Enter")
-    page.wait_for_function("[...document.querySelectorAll('.captions tr.first td')][3].innerText[0] == '-'")
+    first = "document.querySelectorAll('.captions tr.first td')"
+    page.wait_for_function(f"{first}[3].innerText == {first}[1].innerText")
     ordered = captions(page)
     assert sorted(row[0] for row in ordered) == sorted(row[0] for row in rows)
     assert [row[1] for row in ordered] == [row[3] for row in ordered]  # by log-probability alone
