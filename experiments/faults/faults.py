@@ -93,9 +93,9 @@ def slow_storage(run: "Run") -> str | None:
 def damage(path: Path, run: "Run") -> None:
     """Bytes of a file are lost or wrong, as after a power cut or on a bad disk."""
     content = bytearray(path.read_bytes())
-    how, at = run.rng.choice(("torn", "empty", "flipped")), run.rng.randrange(len(content))
+    how, at = run.rng.choice(("torn", "empty", "flipped")), run.rng.randrange(max(len(content), 1))
     if how == "flipped":
-        content[at] ^= 1 << run.rng.randrange(8)
+        content[at : at + 1] = bytes(byte ^ (1 << run.rng.randrange(8)) for byte in content[at : at + 1])
     path.write_bytes(b"" if how == "empty" else content[:at] if how == "torn" else content)
 
 

@@ -7,6 +7,7 @@ The processes are forked from one that has imported everything: a cycle then tak
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import random
@@ -110,8 +111,9 @@ class Run:
     def kill(self, after: float, with_workers: bool = True, allowed: tuple[int, ...] = ()) -> str | None:
         if self.over(after):
             return self.ends(*allowed)
-        (os.killpg if with_workers else os.kill)(self._leader(), signal.SIGKILL)
-        return self.ends(-signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # over at this very moment
+            (os.killpg if with_workers else os.kill)(self._leader(), signal.SIGKILL)
+        return self.ends(-signal.SIGKILL, *allowed)
 
     def terminate(self, after: float) -> str | None:
         """What was done is saved, unless training had not begun or was over."""
