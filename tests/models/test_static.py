@@ -1,5 +1,6 @@
 """The static step of a GPU, compiled on a CPU, against the captions of the ordinary path."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ def test_captions_are_those_of_the_ordinary_path(
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of the CPU needs g++")
 def test_one_graph_serves_all_steps_and_batches_of_a_size() -> None:
     model, images = make_model(), make_images(8)
     expected = model.generate(images, max_length=12)
