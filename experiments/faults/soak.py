@@ -121,9 +121,8 @@ class Run:
             return self.ends()
         os.kill(self.process.pid or 0, signal.SIGTERM)
         problem = self.ends(143, -signal.SIGTERM)
-        if problem == "" and "stopping after step" in self.said() and "saved" not in self.said():
-            return "" if "stopping after step 0 " in self.said() else "SIGTERM and nothing was saved"
-        return problem
+        lost = "nothing was saved" in self.said() and "stopping after step 0 " not in self.said()
+        return "nothing was saved" if problem == "" and lost else problem
 
     def ends(self, *codes: int) -> str | None:
         """Waits for the end of the process: "" if its exit code is one of these, None if it was just done."""
