@@ -9,14 +9,13 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.files import append_lines, remove_leftovers, replacing
 from coca_lit.data.manifest import ManifestEntry, sha256_of
+from coca_lit.data.processes import each
 from coca_lit.data.records import DataError, Pair, decode_image
 from coca_lit.data.shard_set import Shard
 from coca_lit.data.shards import image_of, read_fields
@@ -72,7 +71,7 @@ def prepare(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Writt
     remove_leftovers(output)
     yield from done.values()
     todo = [task for task in tasks if task.name not in done]
-    for written in _run(todo, output, workers):
+    for written in each(write_shard, todo, output, workers):
         append_lines(output / JOURNAL, [json.dumps(written)])
         yield written
 
@@ -90,15 +89,6 @@ def write_shard(task: Task, output: Path) -> Written:
         path.unlink()
     examples = [f"{found.key} {found.detail or found.reason}".strip() for found in bad.found[:3]]
     return Written(task.name, entry, dict(bad.reasons), examples)
-
-
-def _run(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Written]:
-    if min(workers, len(tasks)) < 2:
-        yield from (write_shard(task, output) for task in tasks)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(write_shard, task, output) for task in tasks]):
-            yield future.result()
 
 
 def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:

@@ -5,16 +5,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from io import BytesIO
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.files import append_lines
 from coca_lit.data.manifest import NAME, ManifestEntry, read_manifest, sha256_of
+from coca_lit.data.processes import each
 from coca_lit.data.records import DataError, decode_image
 from coca_lit.data.shard_set import Shard
 from coca_lit.data.shards import read_shard
@@ -66,18 +65,9 @@ def check_shards(paths: Sequence[Path], caption_key: str, workers: int) -> Itera
             yield report
         else:
             todo.append(path)
-    for report in _check_all(todo, caption_key, workers):
+    for report in each(check_shard, todo, caption_key, workers):
         append_lines(Path(report.path).parent / JOURNAL, [json.dumps([caption_key, report])])
         yield report
-
-
-def _check_all(paths: Sequence[Path], caption_key: str, workers: int) -> Iterator[ShardReport]:
-    if min(workers, len(paths)) < 2:
-        yield from (check_shard(path, caption_key) for path in paths)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(check_shard, path, caption_key) for path in paths]):
-            yield done.result()
 
 
 def forget_journals(folders: set[Path]) -> None:
