@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from coca_lit.cli import build_evals, command, configure_libraries
+from coca_lit.assembly import build_evals
+from coca_lit.command import command
 from coca_lit.config import ConfigError
+from coca_lit.runtime import configure_libraries
 
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
@@ -28,7 +30,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.evals.spice import JARS_VARIABLE
     from coca_lit.run_folder import start_run_folder, write_results
 
-    configure_libraries(cfg)
+    configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
     with process_group() as device:

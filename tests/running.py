@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from coca_lit import cli
+from coca_lit.command import CONF
 
 ROOT = Path(__file__).resolve().parents[1]
 # Any experiment as a check of two steps with the smallest network; scenes are what the exported data sets hold.
@@ -19,7 +20,7 @@ TINY = ("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "eval_imag
 
 def compose(*overrides: str) -> DictConfig:
     """The config of `python train.py *overrides`."""
-    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("train", list(overrides))
 
 

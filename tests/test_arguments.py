@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from coca_lit.arguments import to_overrides
-from coca_lit.cli import CONF
+from coca_lit.command import CONF
 from coca_lit.config import ConfigError
 
 HOSTILE = [

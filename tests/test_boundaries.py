@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 ENTRY_POINTS = {
-    *("cli.py", "arguments.py", "config.py", "sweep.py", "redaction.py", "run_folder.py"),
+    *("cli.py", "command.py", "assembly.py", "arguments.py", "config.py", "sweep.py", "redaction.py", "run_folder.py"),
     *("evaluate.py", "export/cli.py", "demo/cli.py", "apply/caption_cli.py", "apply/search_cli.py", "plan/cli.py"),
 }
 PLAIN = [

@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from running import TINY, compose
 
-from coca_lit.cli import CONF, build_module, build_trainer
+from coca_lit.assembly import build_module, build_trainer
+from coca_lit.command import CONF
 from coca_lit.config import ConfigError, TrainConfig, blame, build, check_hydra, explain_override, resolve_target
 from coca_lit.lit_module import CoCaLit
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coca_lit.checkpoints import save_model
-from coca_lit.cli import CONF
+from coca_lit.command import CONF
 from coca_lit.config import ConfigError
 from coca_lit.data.records import DataError, DataNotFoundError
 from coca_lit.data.scenes import scene_records, scene_training_captions

@@ -17,6 +17,7 @@ import torch
 from running import ROOT, compose, results
 
 from coca_lit import checkpoint_io, cli
+from coca_lit.assembly import plain
 from coca_lit.callbacks import StepGuard
 from coca_lit.checkpoint_io import CheckpointError, SafeCheckpointIO, inspect, newest_valid
 from coca_lit.data.scenes_export import export_scenes
@@ -350,7 +351,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     ],
 )
 def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key: str | None) -> None:
-    before, now = (decisive(cli.plain(compose(f"output_dir={tmp_path}", *o))) for o in ((), (override,)))
+    before, now = (decisive(plain(compose(f"output_dir={tmp_path}", *o))) for o in ((), (override,)))
     path = save(tmp_path, 1, config=before)
     if key is None:
         check_same_run(path, now, strict=True)

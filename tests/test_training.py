@@ -16,7 +16,7 @@ from running import compose, run
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from coca_lit import cli
+from coca_lit.assembly import build_module, build_trainer
 from coca_lit.callbacks import Evaluation, progress_bar
 from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.checkpoints import load_model
@@ -47,7 +47,7 @@ def losses(folder: Path) -> dict[str, list[float]]:
 
 def new_module(cfg: DictConfig) -> CoCaLit:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    return cli.build_module(cfg)
+    return build_module(cfg)
 
 
 def fit(folder: Path, *overrides: str, watch: L.Callback | None = None) -> CoCaLit:
@@ -55,7 +55,7 @@ def fit(folder: Path, *overrides: str, watch: L.Callback | None = None) -> CoCaL
     cfg = compose(*SHORT, f"output_dir={folder}", *overrides)
     module = new_module(cfg)
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
-    trainer = cli.build_trainer(cfg, [watch] if watch else [])
+    trainer = build_trainer(cfg, [watch] if watch else [])
     trainer.fit(module, datamodule=data, ckpt_path=None if cfg.ckpt_path == "auto" else cfg.ckpt_path)
     return module
 

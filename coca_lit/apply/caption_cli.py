@@ -12,8 +12,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from coca_lit.cli import best_precision, command, configure_libraries
+from coca_lit.command import command
 from coca_lit.config import ConfigError, blame
+from coca_lit.runtime import best_precision, configure_libraries
 
 
 @dataclass
@@ -71,7 +72,7 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.checkpoints import load_model
     from coca_lit.distributed import process_group, rank
 
-    configure_libraries(cfg)
+    configure_libraries(cfg.threads)
     units = find_inputs(cfg.images, cfg.batch_size)
     options = {str(key): value for key, value in cfg.generate.items() if value is not None}
     bf16 = _bf16(cfg.precision)

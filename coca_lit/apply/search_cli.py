@@ -9,8 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from coca_lit.apply.caption_cli import decoders
-from coca_lit.cli import command, configure_libraries
+from coca_lit.command import command
 from coca_lit.config import ConfigError, blame
+from coca_lit.runtime import configure_libraries
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +50,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
     from coca_lit.apply.search import ImageIndex
     from coca_lit.checkpoints import load_dual_encoder
 
-    configure_libraries(cfg)
+    configure_libraries(cfg.threads)
     file, folder = _places(cfg)
     with blame("checkpoint"):
         model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)

@@ -5,7 +5,7 @@ from coca_lit.callbacks.bad_sample_log import BadSampleLog
 from coca_lit.callbacks.captions import CaptionScores
 from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.evaluation import Evaluation
-from coca_lit.callbacks.progress import SamplesSeen, Throughput, progress_bar
+from coca_lit.callbacks.progress import SamplesSeen, Throughput, progress_bar, samples_seen
 from coca_lit.callbacks.retrieval import RetrievalScores
 from coca_lit.callbacks.source_counts import SourceCounts
 from coca_lit.callbacks.step_guard import StepGuard
@@ -26,4 +26,5 @@ __all__ = [
     "Throughput",
     "ZeroShotScores",
     "progress_bar",
+    "samples_seen",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from coca_lit.callbacks.preemption import Signals
-from coca_lit.callbacks.progress import SamplesSeen
+from coca_lit.callbacks.progress import samples_seen
 from coca_lit.checkpoint_io import point_to, step_files
 from coca_lit.distributed import max_over_ranks, rank, say, world_size
 from coca_lit.fp32 import fp32_products
@@ -128,7 +128,7 @@ class Checkpoints(L.Callback):
         return self.folder / f"step_{step}.ckpt"
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        seen = next((c.total() for c in getattr(trainer, "callbacks", []) if isinstance(c, SamplesSeen)), {})
+        seen = samples_seen(trainer)
         checkpoint[RUN_KEY] = {
             "config": self.config,
             "step": trainer.global_step,

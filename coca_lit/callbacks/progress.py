@@ -101,3 +101,9 @@ class SamplesSeen(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._before = dict(state_dict)
+
+
+def samples_seen(trainer: L.Trainer) -> dict[str, int]:
+    """What the trainer's `SamplesSeen` has counted, empty if it has none. All ranks must call it."""
+    callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
+    return next((callback.total() for callback in callbacks if isinstance(callback, SamplesSeen)), {})

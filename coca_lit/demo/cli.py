@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from coca_lit.cli import command, configure_libraries
+from coca_lit.command import command
 from coca_lit.config import ConfigError, blame
+from coca_lit.runtime import configure_libraries
 
 if TYPE_CHECKING:
     from coca_lit.apply.search import ImageIndex
@@ -50,7 +51,7 @@ def run(cfg: DictConfig) -> None:
 
     from coca_lit.checkpoints import load_model
 
-    configure_libraries(cfg)
+    configure_libraries(cfg.threads)
     checkpoint = Path(cfg.checkpoint) if cfg.checkpoint is not None else _builtin()
     with blame("checkpoint"):
         model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")

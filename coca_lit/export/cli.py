@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from coca_lit.cli import command, configure_libraries
+from coca_lit.command import command
 from coca_lit.config import ConfigError, blame, suggest
+from coca_lit.runtime import configure_libraries
 
 if TYPE_CHECKING:
     from coca_lit.export.card import Exported
@@ -49,7 +50,7 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.export.card import write_card
     from coca_lit.export.folder import check_output, new_folder
 
-    configure_libraries(cfg)
+    configure_libraries(cfg.threads)
     with blame("output"):
         check_output(output, checkpoint, cfg.overwrite)
     with blame("checkpoint"):

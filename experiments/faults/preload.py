@@ -4,11 +4,11 @@ import hydra
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from coca_lit import cli
+from coca_lit.command import CONF
 from coca_lit.models import create_model
 
 Image.init()
-with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
     hydra.compose("train", ["data=laion", "name=x", "+model.net.text_layers=1"])
 create_model("coca_tiny")
 plt.close(plt.figure())

@@ -41,13 +41,14 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     import torch
 
     from coca_lit import cli
+    from coca_lit.command import CONF, user_errors
 
     torch.set_num_threads(1)
-    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", [f"output_dir={folder}", "name=soak", *overrides])
     try:
         cli.run(cfg)
-    except cli.user_errors() as error:
+    except user_errors() as error:
         sys.exit(f"error: {error}")
 
 

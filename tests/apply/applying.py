@@ -7,8 +7,9 @@ import hydra
 import torch
 from PIL import Image, ImageOps
 
-from coca_lit import build_transform, cli
+from coca_lit import build_transform
 from coca_lit.apply import caption_cli, search_cli
+from coca_lit.command import CONF
 from coca_lit.models import CoCa, create_model
 
 RUN = {"caption": caption_cli.run, "search": search_cli.run}
@@ -22,7 +23,7 @@ def new_model(seed: int = 0, **overrides: Any) -> CoCa:
 
 def run(command: str, *overrides: str) -> Any:
     """What the command does with these overrides."""
-    with hydra.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(command, list(overrides))
     return RUN[command](cfg)
 

@@ -1,0 +1,36 @@
+"""How PyTorch and Lightning behave in this process: threads, precision, and which of their notices are shown."""
+
+import logging
+import warnings
+
+
+def configure_libraries(threads: int | None) -> None:
+    """
+    Args:
+        threads: of PyTorch on the CPU; None for its own choice.
+    """
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    # Lightning's notices would drown ours; its warnings stay, but for those that a user need not act on.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        lightning_log = logging.getLogger(name)
+        lightning_log.setLevel(logging.WARNING)
+        lightning_log.propagate = False
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
+
+
+def best_precision() -> str:
+    """bf16 mixed precision where the device computes it in hardware, else fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
