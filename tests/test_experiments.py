@@ -1,61 +1,77 @@
-"""Recorded numbers: every table in a README is what its `results.csv` says."""
+"""Recorded numbers: every table in a README is what the CSV of its study says, and every study is complete."""
 
-import csv
-import importlib.util
+import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from experiments import study
+
 ROOT = Path(__file__).resolve().parents[1]
-STUDIES = sorted(path.parent.name for path in (ROOT / "experiments").glob("*/results.csv"))
+STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/report.py"))
+RECORDED = sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv"))
 
 
-@pytest.fixture(scope="module")
-def report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "experiments" / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_tables_are_those_of_the_csvs() -> None:
+    tables: dict[str, str] = {}
+    for name in STUDIES:
+        tables |= importlib.import_module(f"experiments.{name}.report").tables()
+    shown = []
+    for readme in study.READMES:
+        assert study.with_tables(readme.read_text(), tables) == readme.read_text(), f"{readme}: run report.py"
+        shown += [match[2] for match in study.MARK.finditer(readme.read_text())]
+    assert set(tables) <= set(shown)
+    for match in (m for readme in study.READMES for m in study.MARK.finditer(readme.read_text())):
+        assert match[2] in tables or match[0].splitlines()[1] == "Not recorded yet."
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_readme_shows_the_recorded_results(study: str, report: ModuleType) -> None:
-    folder = ROOT / "experiments" / study
-    expected = report.table(report.update(folder / "results.csv", []))
-    assert f"<!-- table:{study} -->\n{expected}\n<!-- /table -->" in (folder / "README.md").read_text()
-    project = (ROOT / "README.md").read_text()
-    if f"<!-- table:{study} -->" in project:
-        assert expected in project
-    assert f"({study}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_study_has_all_that_the_contract_asks_for(name: str) -> None:
+    folder = ROOT / "experiments" / name
+    assert all((folder / file).exists() for file in ("README.md", "run.sh", "report.py"))
+    assert f"({name}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
 
 
-def test_a_run_becomes_a_row_and_a_failed_one_too(tmp_path: Path, report: ModuleType) -> None:
-    for name, results in (("good", {"scenes/CIDEr": 1.25}), ("failed", None)):
-        run = tmp_path / name
-        run.mkdir()
-        (run / "config.yaml").write_text("name: x\nseed: 3\n")
-        (run / "environment.json").write_text(json.dumps({"command": "python train.py", "seconds": 7}))
-        if results:
-            (run / "results.json").write_text(json.dumps(results))
-    rows = report.update(tmp_path / "results.csv", [tmp_path / "good", tmp_path / "failed"])
-    assert [(r["run"], r["seed"], r.get("scenes/CIDEr")) for r in rows] == [
-        ("good", "3", "1.2500"),
-        ("failed", "3", None),
+def make_run(folder: Path, seed: int, results: dict[str, float] | None) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"name: x\nseed: {seed}\n")
+    about = {"command": "python train.py data.root=/a/b", "seconds": 7, "commit": "abc", "machine": "m", "torch": "t"}
+    (folder / "environment.json").write_text(json.dumps(about))
+    if results:
+        (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "a_seed3", 3, {"scenes/CIDEr": 1.25})
+    failed = make_run(tmp_path / "b_seed4", 4, None)
+    csv = tmp_path / "results.csv"
+    study.write_rows(csv, study.add_runs([], [good, failed]))
+    rows = study.read_rows(csv)
+    assert [(r["run"], r["seed"], r["seconds"], r["scenes/CIDEr"]) for r in rows] == [
+        ("a_seed3", "3", "7", "1.2500"),
+        ("b_seed4", "4", "7", ""),
     ]
-    with (tmp_path / "results.csv").open(newline="") as file:
-        assert [row["seconds"] for row in csv.DictReader(file)] == ["7", "7"]
-    assert "| `scenes/CIDEr` | 1.2500 |  |  |" in report.table(rows)
+    assert rows[0]["command"] == "python train.py data.root=PATH"
+    (good / "results.json").write_text('{"scenes/CIDEr": 2}')
+    assert [row.get("scenes/CIDEr") for row in study.add_runs(rows, [good])] == ["2.0000", ""]
+    assert "| `scenes/CIDEr` | 1.2500 |  |  |" in study.by_seed(rows)
 
 
-def test_tables_of_the_benchmarks_are_those_of_their_csvs() -> None:
-    spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "experiments" / "benchmarks" / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    benchmarks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmarks)
-    for readme in benchmarks.READMES:
-        assert benchmarks.write_tables(readme) == readme.read_text()
+def test_seeds_of_a_variant_are_put_together(tmp_path: Path) -> None:
+    values = {"plain_seed0": 1.0, "plain_seed1": 2.0, "plain_seed2": 3.0, "other_seed0": 5.0}
+    folders = [make_run(tmp_path / name, 0, {"x/CIDEr": value}) for name, value in values.items()]
+    assert study.by_variant(study.add_runs([], folders), {"x/CIDEr": "CIDEr"}).splitlines() == [
+        "| variant | n | CIDEr |",
+        "| --- | --- | --- |",
+        "| plain | 3 | 2.0000 ± 1.0000 |",
+        "| other | 1 | 5.0000 |",
+        "",
+        "`python train.py data.root=PATH` at commit abc, torch t, m.",
+    ]
+
+
+def test_only_known_tables_are_written() -> None:
+    text = "a\n<!-- table:x/y -->\nold\n<!-- /table -->\n<!-- table:z -->\nkept\n<!-- /table -->\n"
+    assert study.with_tables(text, {"x/y": "new\\1"}) == text.replace("old", "new\\1")

@@ -9,4 +9,4 @@ for data in scenes compositional; do
   done
 done
 python experiments/rerank/weights.py flickr8k outputs/flickr8k_seed0/checkpoints/last.ckpt --root "$FLICKR8K"
-python experiments/rerank/plot.py
+python experiments/rerank/report.py

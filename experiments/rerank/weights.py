@@ -4,7 +4,7 @@
     python experiments/rerank/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
 The candidates of an image are written once; each weight then chooses among them as `generate(rerank="contrastive")`
-does. Rows are added to weights.csv in this folder; rows of the same data, model and candidates are replaced.
+does. Rows are added to results.csv in this folder; rows of the same data, model and candidates are replaced.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from coca_lit.run_folder import environment
 
 WEIGHTS = [i / 10 for i in range(11)]
 BATCH = 64
-RESULTS = Path(__file__).with_name("weights.csv")
+RESULTS = Path(__file__).with_name("results.csv")
 
 
 def candidates(model: CoCa, records: Sequence[Record], strategy: str, count: int) -> tuple[Any, ...]:

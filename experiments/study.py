@@ -1,0 +1,148 @@
+"""What the studies share: rows of finished runs, tables made of rows, and the places of tables in the READMEs.
+
+A study's `report.py` says which tables it has, as a function `tables() -> {name: Markdown}`, and hands it to `report`.
+A table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->` of any README of the repository. Runs are
+called VARIANT_seedN, so that the seeds of a variant can be put together.
+"""
+
+import argparse
+import csv
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+Row = dict[str, str]
+
+EXPERIMENTS = Path(__file__).resolve().parent
+READMES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md")))
+MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
+ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
+HEADLINE = re.compile(r"/(Bleu_4|METEOR|CIDEr|exact_match|\w+_recall@[15]|top1)$")  # the CSV has the other scores too
+
+
+def report(results: Path, tables: Callable[[], Mapping[str, str]], draw: Callable[[], None] | None = None) -> None:
+    """The command line of a study's `report.py`: takes run folders into the CSV `results`, writes the tables into the
+    READMEs and draws the figure.
+    """
+    parser = argparse.ArgumentParser(description=f"Tables and figure of {results.parent.name}, from {results.name}.")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders whose rows are added or replaced first")
+    if folders := parser.parse_args().runs:
+        write_rows(results, add_runs(read_rows(results), folders))
+    if results.exists():
+        write_tables(tables())
+        if draw is not None:
+            draw()
+
+
+# Rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV; none if it is not there yet."""
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """A CSV with the columns of all rows; what a row lacks stays empty."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_run(folder: Path) -> Row:
+    """What a run was, and its scores. One without results is kept as a failed row."""
+    environment = json.loads((folder / "environment.json").read_text())
+    seed = re.search(r"^seed: (\d+)$", (folder / "config.yaml").read_text(), flags=re.MULTILINE)
+    environment["command"] = re.sub(r"=/\S+", "=PATH", environment.get("command", ""))  # folders of one machine
+    row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}
+    results = folder / "results.json"
+    scores = json.loads(results.read_text()) if results.exists() else {}
+    return row | {name: f"{value:.4f}" for name, value in scores.items()}
+
+
+def add_runs(rows: Sequence[Row], folders: Sequence[Path]) -> list[Row]:
+    """The rows with those of finished runs added, in place of earlier ones of the same name."""
+    return list(({row["run"]: row for row in rows} | {folder.name: read_run(folder) for folder in folders}).values())
+
+
+def variants(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """{variant: its rows, one per seed}, in the order of their first rows."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(re.sub(r"_seed\d+$", "", row["run"]), []).append(row)
+    return found
+
+
+def numbers(rows: Sequence[Row], column: str) -> list[float]:
+    """The values of a column, without rows that have none."""
+    return [float(row[column]) for row in rows if row.get(column)]
+
+
+# Tables
+
+
+def by_seed(rows: Sequence[Row]) -> str:
+    """Markdown for a study of few runs: a line per score, a column per run, mean ± std where there are several."""
+    several = len(rows) > 1
+    names = [f"seed {row['seed']}" if several else row["run"] for row in rows]
+    end = ["mean ± std"] if several else []
+    lines = [["score", *names, *end], ["seconds, all included", *(row["seconds"] for row in rows), *[""] * several]]
+    for score in filter(HEADLINE.search, rows[0]):
+        spread = [mean_std(numbers(rows, score))] if several and len(numbers(rows, score)) > 1 else [""] * several
+        lines.append([f"`{score}`", *(row.get(score) or "" for row in rows), *spread])
+    return f"{markdown(lines)}\n\n{about(rows)}"
+
+
+def by_variant(rows: Sequence[Row], scores: Mapping[str, str]) -> str:
+    """Markdown for a study that compares variants: a line for each, with n, mean ± std of `scores`, {column: title}."""
+    lines = [["variant", "n", *scores.values()]]
+    for name, runs in variants(rows).items():
+        lines.append([name, str(len(runs)), *(mean_std(numbers(runs, score)) for score in scores)])
+    return f"{markdown(lines)}\n\n{about(rows)}"
+
+
+def as_they_are(rows: Sequence[Row]) -> str:
+    """Markdown of the CSV's own columns: a line per row."""
+    columns = [key for key in rows[0] if key not in ABOUT]
+    return f"{markdown([columns, *([row[key] for key in columns] for row in rows)])}\n\n{about(rows)}"
+
+
+def mean_std(values: Sequence[float], digits: int = 4) -> str:
+    """ "mean ± standard deviation", the mean alone of a single value, nothing of none."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def about(rows: Sequence[Row], command: str | None = None) -> str:
+    """The sentence below a table: the command (of the first row unless it is given), and where all rows were made."""
+
+    def all_of(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column] for row in rows))
+
+    return (
+        f"`{command or rows[0]['command']}` at commit {all_of('commit')}, torch {all_of('torch')}, {all_of('machine')}."
+    )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, of which the first line is the head."""
+    head, *body = lines
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
+
+
+def write_tables(tables: Mapping[str, str]) -> None:
+    """Writes each table into every README that has a place for it."""
+    for readme in READMES:
+        old = readme.read_text()
+        if (new := with_tables(old, tables)) != old:
+            readme.write_text(new)
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """The text with the tables in their places; places of other tables stay as they are."""
+    return MARK.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}" if m[2] in tables else m[0], text)
