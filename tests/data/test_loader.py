@@ -13,7 +13,7 @@ from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, epoch_batches, open_epoch, validation_loader
 from coca_lit.data.records import DataError, Record
-from coca_lit.data.transforms import build_transform
+from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
@@ -31,7 +31,7 @@ def records() -> list[Record]:
 
 @pytest.fixture
 def dataset(records) -> CaptionDataset:
-    return CaptionDataset(records, build_transform(train=True, size=16), TOKENIZER, seed=5)
+    return CaptionDataset(records, RandomCrop(16), TOKENIZER, seed=5)
 
 
 def assert_equal(first: list[Batch], second: list[Batch]) -> None:
