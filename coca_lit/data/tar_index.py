@@ -24,7 +24,7 @@ from coca_lit.data.shard_set import Shard
 from coca_lit.data.shards import IMAGE_SUFFIXES, read_fields
 from coca_lit.data.tar_members import MAX_MEMBER
 
-SUFFIX, LOCK = ".index", ".indexing.lock"
+SUFFIX, LOCK = ".index", ".lock"
 VERSION = 1
 PER_PROCESS = 2 * 10**9  # bytes of shards for which a further process pays
 FILES = (IMAGE_SUFFIXES, ("txt",), ("json",))  # of a sample; the first of each that is there
@@ -76,7 +76,7 @@ def tar_indexes(shards: Sequence[Shard], spare: Path) -> list[TarIndex]:
 
     Args:
         shards: local, not compressed.
-        spare: folder for the indexes of shards whose own folder cannot be written.
+        spare: folder of this machine, for the indexes of shards whose own folder cannot be written.
 
     Raises:
         DataError: a shard does not fit its manifest, or an index cannot be written.
@@ -84,9 +84,8 @@ def tar_indexes(shards: Sequence[Shard], spare: Path) -> list[TarIndex]:
     found = {shard: load_index(shard, spare) for shard in shards}
     missing = [shard for shard, index in found.items() if index is None]
     if missing:
-        lock = _path(missing[0], spare).with_name(LOCK)
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock):
+        spare.mkdir(parents=True, exist_ok=True)
+        with locked(spare / LOCK):
             found |= {shard: load_index(shard, spare) for shard in missing}
             todo = [shard for shard in missing if found[shard] is None]
             found |= {shard: index for shard, index in _make_all(todo, spare) if index}

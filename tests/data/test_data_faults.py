@@ -127,7 +127,7 @@ def test_a_file_server_that_is_gone_is_no_endless_loop(shards):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_too_few_shards_is_one_sentence_on_every_rank(shards, rank):
-    data = laion(shards / "00000.tar")
+    data = laion(shards / "00000.tar", indexed=False)
     data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
     with pytest.raises(DataError, match="1 shards cannot feed 2 processes: each needs at least one of its own"):
         data.train_dataloader()
@@ -147,7 +147,7 @@ def test_manifest_tells_what_is_there(checked):
 def test_epoch_without_samples_needs_a_manifest(tmp_path):
     write_shards(tmp_path, 1, 2)
     with pytest.raises(DataError, match=r"no manifest .* write it with coca-data check, or set data.epoch_samples"):
-        LaionData(str(tmp_path), None, TOKENIZER, 2).prepare_data()
+        LaionData(str(tmp_path), None, TOKENIZER, 2, indexed=False).prepare_data()
 
 
 def test_training_refuses_what_no_longer_fits(shards):
@@ -159,7 +159,7 @@ def test_training_refuses_what_no_longer_fits(shards):
     changed = bytearray(whole)
     changed[changed.index(b"a dog number")] ^= 1  # same size, and every sample can be read
     path.write_bytes(changed)
-    data = laion(shards)
+    data = laion(shards, indexed=False)
     data.prepare_data()
     with pytest.raises(DataError, match=r"00001\.tar has another sha256 than according to its manifest"):
         list(data.train_dataloader())
