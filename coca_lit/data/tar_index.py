@@ -9,7 +9,8 @@ import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ class Stamp(NamedTuple):
     sha256: str  # by its manifest, "" if it has none
 
 
-class TarIndex(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TarIndex:
     """The N samples of a shard in tar order, complete or not."""
 
     shard: str
@@ -82,14 +84,14 @@ def tar_indexes(shards: Sequence[Shard], spare: Path) -> list[TarIndex]:
         DataError: a shard does not fit its manifest, or an index cannot be written.
     """
     found = {shard: load_index(shard, spare) for shard in shards}
-    missing = [shard for shard, index in found.items() if index is None]
-    if missing:
+    made: dict[str, TarIndex] = {}
+    if missing := [shard for shard, index in found.items() if index is None]:
         spare.mkdir(parents=True, exist_ok=True)
         with locked(spare / LOCK):
             found |= {shard: load_index(shard, spare) for shard in missing}
             todo = [shard for shard in missing if found[shard] is None]
-            found |= {shard: index for shard, index in _make_all(todo, spare) if index}
-    return [index for shard in shards if (index := found[shard]) is not None]
+            made = {index.shard: index for index in _make_all(todo, spare)}
+    return [made[shard.name] if (index := found[shard]) is None else index for shard in shards]
 
 
 def load_index(shard: Shard, spare: Path) -> TarIndex | None:
@@ -122,15 +124,13 @@ def make_index(shard: Shard, spare: Path) -> TarIndex:
     return TarIndex(shard.name, stamp, keys, places, faults)
 
 
-def _make_all(shards: Sequence[Shard], spare: Path) -> "list[tuple[Shard, TarIndex | None]]":
+def _make_all(shards: Sequence[Shard], spare: Path) -> Iterator[TarIndex]:
     from rich.console import Console
     from rich.progress import track
 
     workers = min(os.cpu_count() or 1, 1 + sum(_stamp(shard).bytes for shard in shards) // PER_PROCESS)
     made = each(make_index, shards, spare, workers)
-    shown = track(made, "indexing shards", len(shards), console=Console(stderr=True), disable=workers == 1)
-    by_name = {index.shard: index for index in shown}
-    return [(shard, by_name.get(shard.name)) for shard in shards]
+    yield from track(made, "indexing shards", len(shards), console=Console(stderr=True), disable=workers == 1)
 
 
 def _places(fields: Mapping[str, Any]) -> list[tuple[int, int]]:
