@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
 
+from coca_lit.data import tar_index
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.cli import data as coca_data
@@ -22,7 +23,7 @@ from coca_lit.data.mixture import shares, turns
 from coca_lit.data.records import DataError
 from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shards import read_shard
-from coca_lit.data.tar_index import load_index, make_index, tar_indexes
+from coca_lit.data.tar_index import TarIndex, load_index, make_index, tar_indexes
 
 KEYS = [f"{shard}{i:04d}" for shard in range(3) for i in range(7)]  # in the order of the shards
 
@@ -70,8 +71,12 @@ def test_epochs_of_any_length_are_cut_from_whole_passes(folder, tmp_path, sample
 
 def test_crops_and_captions_change_with_the_pass(folder, tmp_path):
     data = laion(folder, tmp_path, caption_keys={"txt": 0.5, "recaption": 0.5})
-    first, second = ({k: tuple(row) for b in batches(data, e) for k, row in zip(b.keys, b.tokens.tolist(), strict=True)}
-                     for e in (0, 1))  # fmt: skip
+
+    def captions(epoch: int) -> dict[str, tuple[int, ...]]:
+        found = batches(data, epoch)
+        return {key: tuple(row) for b in found for key, row in zip(b.keys, b.tokens.tolist(), strict=True)}
+
+    first, second = captions(0), captions(1)
     assert len(set(first.values())) == 2
     assert any(first[key] != second[key] for key in first.keys() & second.keys())
 
@@ -177,16 +182,18 @@ def test_a_shard_that_changes_during_the_training_ends_it(tmp_path):
 
 
 def test_an_index_says_what_tarfile_says(tmp_path):
-    path = write_tar(
-        tmp_path / "x.tar", members("a") | {"b.PNG": b"p" * 700, "b.txt": b"t", "b.mp3": b"no", "c.json": b"{}"}
-    )
+    others = {"b.PNG": b"p" * 700, "b.txt": b"t", "b.mp3": b"no", "c.json": b"{}"}
+    path = write_tar(tmp_path / "x.tar", members("a") | others)
     index = make_index(Shard(str(path)), tmp_path)
     assert index.keys.tolist() == [b"a", b"b", b"c"]
     with tarfile.open(path) as tar:
-        for key, places in zip("abc", index.places.tolist(), strict=True):
-            infos = [next((m for m in tar if m.name.lower().startswith(f"{key}.") and m.name.lower().endswith(end)), None)
-                     for end in (("jpg", "png"), "txt", "json")]  # fmt: skip
-            assert places == [[info.offset_data, info.size] if info else [0, 0] for info in infos]
+        found = {member.name: [member.offset_data, member.size] for member in tar}
+    nothing = [0, 0]
+    assert index.places.tolist() == [
+        [found["a.jpg"], found["a.txt"], found["a.json"]],
+        [found["b.PNG"], found["b.txt"], nothing],
+        [nothing, nothing, found["c.json"]],
+    ]
     assert index.read(1) == {"__key__": "b", "jpg": b"p" * 700, "txt": b"t"}
 
 
@@ -195,9 +202,12 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     first = tar_indexes(shards, tmp_path / "cache")
     assert (tmp_path / ".00000.tar.index").is_file()
     made = []
-    monkeypatch.setattr(
-        "coca_lit.data.tar_index.make_index", lambda shard, spare: made.append(shard) or make_index(shard, spare)
-    )
+
+    def noted(shard: Shard, spare: Path) -> TarIndex:
+        made.append(shard)
+        return make_index(shard, spare)
+
+    monkeypatch.setattr(tar_index, "make_index", noted)
     again = tar_indexes(shards, tmp_path / "cache")
     assert not made
     assert [(index.keys.tolist(), index.places.tolist()) for index in again] == [
@@ -212,11 +222,11 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
 def test_a_shard_that_does_not_fit_its_manifest_is_refused(tmp_path):
     write_shards(tmp_path, 1, 2)
     coca_data(["check", str(tmp_path), "--workers", "1"])
-    laion(tmp_path, tmp_path).prepare_data()
+    laion(tmp_path, tmp_path, 8).prepare_data()
     path = tmp_path / "00000.tar"
     path.write_bytes(path.read_bytes().replace(b"a dog number", b"a cat number"))
     with pytest.raises(DataError, match=r"00000\.tar has another sha256 than according to its manifest"):
-        laion(tmp_path, tmp_path).prepare_data()
+        laion(tmp_path, tmp_path, 8).prepare_data()
 
 
 def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, monkeypatch):
@@ -235,13 +245,8 @@ def test_an_index_from_a_stranger_is_not_believed(tmp_path):
     path = tmp_path / ".00000.tar.index"
     with np.load(path) as found:
         content = dict(found)
-    for places in (
-        index.places + 10**6,
-        -index.places,
-        index.places[:2],
-        index.places.astype(object),
-        index.places * 1.0,
-    ):
+    good = index.places
+    for places in (good + 10**6, -good, good[:2], good.astype(object), good * 1.0):
         with path.open("wb") as file:
             np.savez(file, **content | {"places": places})
         assert load_index(shard, tmp_path) is None
