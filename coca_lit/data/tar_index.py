@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from coca_lit.data.bad_samples import BadSample, BadSamples, quiet
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
 from coca_lit.data.files import locked, replacing
 from coca_lit.data.processes import each
-from coca_lit.data.records import DataError
 from coca_lit.data.shard_set import Shard
 from coca_lit.data.shards import IMAGE_SUFFIXES, read_fields
 from coca_lit.data.tar_members import MAX_MEMBER
@@ -54,22 +53,19 @@ class TarIndex:
         return len(self.keys)
 
     def read(self, i: int) -> dict[str, Any]:
-        """The files of sample `i` as `read_fields` has them.
-
-        Raises:
-            DataError: the shard is gone, or was changed since it was indexed.
-        """
-        fields: dict[str, Any] = {"__key__": self.keys[i].decode()}
+        """The files of sample `i` as `read_fields` has them; `BadSampleError` if the shard is gone or has changed."""
+        key = self.keys[i].decode()
+        fields: dict[str, Any] = {"__key__": key}
         try:
             with open(self.shard, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
                 if (status.st_size, status.st_mtime_ns) != (self.stamp.bytes, self.stamp.changed_at):
-                    raise DataError(f"{self.shard} was changed while it was used: start again, or restore what it was")
+                    raise BadSampleError(BadSample(self.shard, key, "shard changed after it was indexed"))
                 for names, (offset, size) in zip(FILES, self.places[i].tolist(), strict=True):
                     if size:
                         fields[names[0]] = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise DataError(f"{self.shard} cannot be read: {error.strerror or error}") from error
+            raise BadSampleError(BadSample(self.shard, key, "unreadable shard", str(error))) from error
         return fields
 
 
