@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
 from coca_lit.data.files import locked, replacing
 from coca_lit.data.processes import each
+from coca_lit.data.records import DataError
 from coca_lit.data.shard_set import Shard
 from coca_lit.data.shards import IMAGE_SUFFIXES, read_fields
 from coca_lit.data.tar_members import MAX_MEMBER
@@ -82,8 +83,7 @@ def tar_indexes(shards: Sequence[Shard], spare: Path) -> list[TarIndex]:
     found = {shard: load_index(shard, spare) for shard in shards}
     made: dict[str, TarIndex] = {}
     if missing := [shard for shard, index in found.items() if index is None]:
-        spare.mkdir(parents=True, exist_ok=True)
-        with locked(spare / LOCK):
+        with locked(_folder(spare) / LOCK):
             found |= {shard: load_index(shard, spare) for shard in missing}
             todo = [shard for shard in missing if found[shard] is None]
             made = {index.shard: index for index in _make_all(todo, spare)}
@@ -145,6 +145,14 @@ def _sound(index: TarIndex) -> bool:
     offsets, sizes = index.places[..., 0], index.places[..., 1]
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= MAX_MEMBER) & (offsets <= index.stamp.bytes - sizes)
     return index.keys.dtype.kind == "S" and bool(inside.all())
+
+
+def _folder(spare: Path) -> Path:
+    try:
+        spare.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make {spare}: {error.strerror}; say data.cache_dir=FOLDER with another one") from error
+    return spare
 
 
 def _path(shard: Shard, spare: Path) -> Path:

@@ -245,6 +245,13 @@ def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, 
     assert len([*(tmp_path / "cache" / "indexes").glob("*-00000.tar.index")]) == 1
 
 
+def test_a_cache_that_cannot_be_made_is_one_sentence(folder, tmp_path):
+    (tmp_path / "cache").touch()
+    write_shards(tmp_path, 1, 4)
+    with pytest.raises(DataError, match=r"cannot make .*cache/indexes: .*; say data\.cache_dir=FOLDER"):
+        laion(tmp_path, tmp_path).prepare_data()
+
+
 def test_an_index_from_a_stranger_is_not_believed(tmp_path):
     shard = Shard(str(write_shards(tmp_path, 1, 3)[0]))
     index = make_index(shard, tmp_path)

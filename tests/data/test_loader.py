@@ -46,6 +46,7 @@ def test_collate_pads_to_the_longest_caption_only():
     assert batch.tokens.tolist() == [[1, 5, 2, 0], [1, 6, 7, 2]]
     assert batch.lengths.tolist() == [3, 4]
     assert (batch.keys, batch.images.shape, batch.images.dtype) == (["x", "y"], (2, 3, 2, 2), torch.uint8)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.tokens.dtype == batch.lengths.dtype == torch.int64
 
 
