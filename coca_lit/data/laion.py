@@ -32,15 +32,15 @@ AUTO_BYTES = 100 * 10**9  # of shards: what page caches and SSDs still serve in 
 
 
 class LaionData(CaptionData):
-    """An endless stream cut into epochs of `epoch_samples`; it has no validation set.
+    """Endless passes over the shards, cut into epochs of `epoch_samples`; there is no validation set.
 
     Args:
-        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of such, at least one shard
-            per process; for a mixture {name: such}.
+        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of such; for a mixture
+            {name: such}. A stream needs a shard of each source for every process.
         epoch_samples: of all processes together; one epoch need not be one pass over the shards. None takes the number
-            of the index, or in the manifests of the shards.
+            in the index or, for a stream, in the manifests of the shards.
         batch_size: of all processes together.
-        weights: {name: share} of a mixture, kept in every stretch of the stream. None takes the sources in proportion
+        weights: {name: share} of a mixture, kept in every stretch. None takes the sources in proportion
             to their samples, as with `epoch_samples`.
         caption_keys: where the caption stands: "txt", or a field of each sample's JSON; for several {key: probability},
             of which each sample draws one anew in every pass.

@@ -15,16 +15,8 @@ from typing import Any
 from coca_lit.run_folder import environment
 
 PACKAGES = (  # those that are installed
-    *(
-        "torch",
-        "open_clip_torch",
-        "clip_benchmark",
-        "pycocoevalcap",
-        "transformers",
-        "pillow",
-        "simplejpeg",
-        "webdataset",
-    ),
+    *("torch", "open_clip_torch", "clip_benchmark", "pycocoevalcap", "transformers"),
+    *("pillow", "simplejpeg", "webdataset"),
 )
 
 
