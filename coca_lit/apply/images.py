@@ -82,7 +82,7 @@ class _Decoded(Dataset[Tensor | str]):
     """source -> pixels (3, S, S), or the reason why there are none."""
 
     def __init__(self, image_size: int) -> None:
-        self.transform = build_transform(train=False, size=image_size)
+        self.transform = build_transform(size=image_size)
 
     def __getitem__(self, source: Source) -> Tensor | str:
         try:

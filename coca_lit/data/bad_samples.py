@@ -2,6 +2,8 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from coca_lit.data.records import DataError
@@ -18,6 +20,14 @@ class BadSample(NamedTuple):
     key: str  # empty where the shard breaks off
     reason: str
     detail: str = ""
+
+
+class BadSampleError(Exception):
+    """There is no example to be made of a sample; another one stands in."""
+
+    def __init__(self, sample: BadSample) -> None:
+        super().__init__(sample)
+        self.sample = sample
 
 
 class BadSamples:
@@ -48,6 +58,10 @@ class BadSamples:
             log.warning("skipped %s", self.summary())
         if self.seen >= MIN_SEEN or not self.max_fraction:
             self._judge()
+
+    def catch(self, error: BadSampleError) -> None:
+        shard, key, reason, detail = error.sample
+        self.add(reason, shard, key, detail)
 
     def end_of_shard(self, samples: int) -> None:
         self._whole_shards.append(samples)
@@ -83,3 +97,13 @@ class BadSamples:
             raise DataError(
                 f"too many bad samples, more than max_bad_fraction={self.max_fraction} allows: {self.summary()}"
             )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of single samples within the block, for whoever reports them all afterwards."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -12,7 +12,7 @@ from coca_lit.data.bad_samples import BadSample
 class Batch(NamedTuple):
     """B captioned images."""
 
-    images: Tensor  # (B, 3, H, W) uint8; the model normalises on the device
+    images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders give them; normalised on the device
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end
     keys: list[str]  # sample ids, for error reports
@@ -36,7 +36,10 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     tokens = torch.full((len(examples), int(lengths.max())), pad_id)  # (B, L)
     for row, example in zip(tokens, examples, strict=True):
         row[: len(example.tokens)] = torch.tensor(example.tokens)
-    images = torch.stack([example.image for example in examples])  # (B, 3, H, W)
+    shape = (len(examples), *examples[0].image.shape)  # (B, 3, H, W)
+    images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for place, example in zip(images, examples, strict=True):
+        place.copy_(example.image)
     bad = tuple(found for example in examples for found in example.bad)
     sources = tuple(example.source for example in examples if example.source)
     return Batch(images, tokens, lengths, [example.key for example in examples], bad, sources)

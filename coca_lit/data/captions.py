@@ -1,53 +1,77 @@
-"""Map-style data sets over records: what one training or validation example is."""
+"""Map-style data sets: what one training or validation example is."""
 
 import random
 from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
-from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
+from coca_lit.data.pixels import load_pixels
 from coca_lit.data.records import MAX_MISSING, DataError, Record
-from coca_lit.data.seeding import seeded_torch, stable_seed
-from coca_lit.data.transforms import Transform
+from coca_lit.data.seeding import stable_seed
+from coca_lit.data.transforms import TrainTransform, Transform
 from coca_lit.tokenizer import Tokenizer
 
-MAX_TRIES = 10  # one bad image is an accident, ten in a row are a broken disk
 
+class TrainingExamples(Dataset[Example]):
+    """Examples indexed by (epoch, i), the same on any worker of any rank, before and after a resume.
 
-class CaptionDataset(Dataset[Example]):
-    """Training examples: one caption drawn at random, a random crop.
-
-    Indexed by (epoch, i), and both draws are keyed by (seed, epoch, record id): any worker of any rank makes the same
-    example of it, before and after a resume. For an image that cannot be decoded another one stands in, drawn with the
-    same key; more than `MAX_MISSING` of them stop the training, as do images that are not there at all.
+    For a sample that cannot be used another one stands in, drawn with a key of its own; more than `max_bad_fraction` of
+    them stop the training.
     """
 
-    def __init__(self, records: Sequence[Record], transform: Transform, tokenizer: Tokenizer, seed: int = 0):
-        self.records, self.transform, self.tokenizer, self.seed = records, transform, tokenizer, seed
-        self.bad = BadSamples(MAX_MISSING)
+    max_tries = 10  # one bad image is an accident, ten in a row are a broken disk
+
+    def __init__(self, seed: int, max_bad_fraction: float) -> None:
+        self.seed, self.bad = seed, BadSamples(max_bad_fraction)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def example(self, epoch: int, i: int) -> Example:
+        """Raises `BadSampleError` if there is none."""
+        raise NotImplementedError
+
+    def stand_in(self, i: int, rng: random.Random) -> int:
+        """A sample to take instead of `i`."""
+        return rng.randrange(len(self))
+
+    def __getitem__(self, index: tuple[int, int]) -> Example:
+        epoch, i = index
+        rng = random.Random(stable_seed("stand-in", self.seed, epoch, i))
+        for _ in range(self.max_tries):
+            self.bad.seen += 1
+            try:
+                return self.example(epoch, i)._replace(bad=self.bad.take())
+            except BadSampleError as error:
+                self.bad.catch(error)
+            i = self.stand_in(i, rng)
+        raise DataError(f"no usable image in {self.max_tries} tries: {self.bad.summary()}")
+
+
+class CaptionDataset(TrainingExamples):
+    """Training examples of records: one caption drawn at random, a random crop, both keyed by (seed, epoch, record id).
+
+    Images that are not there at all count as bad.
+    """
+
+    def __init__(self, records: Sequence[Record], transform: TrainTransform, tokenizer: Tokenizer, seed: int = 0):
+        super().__init__(seed, MAX_MISSING)
+        self.records, self.transform, self.tokenizer = records, transform, tokenizer
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: tuple[int, int]) -> Example:
-        epoch, i = index
-        tries = random.Random(stable_seed("stand-in", self.seed, epoch, i))
-        for _ in range(MAX_TRIES):
-            self.bad.seen += 1
-            try:
-                return self._example(epoch, self.records[i])._replace(bad=self.bad.take())
-            except DataError as error:
-                self.bad.add("unreadable image", "", str(self.records[i].id), str(error))
-            i = tries.randrange(len(self.records))
-        raise DataError(f"no usable image in {MAX_TRIES} tries: {self.bad.summary()}")
-
-    def _example(self, epoch: int, record: Record) -> Example:
-        seed = stable_seed(self.seed, epoch, record.id)
-        caption = random.Random(seed).choice(record.captions)
-        with seeded_torch(seed):
-            image = self.transform(record.image())
-        return Example(image, self.tokenizer.encode(caption), str(record.id))
+    def example(self, epoch: int, i: int) -> Example:
+        record = self.records[i]
+        rng = random.Random(stable_seed(self.seed, epoch, record.id))
+        caption = rng.choice(record.captions)
+        try:
+            pixels = load_pixels(record.image)
+        except DataError as error:
+            raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
+        return Example(self.transform(pixels, rng), self.tokenizer.encode(caption), str(record.id))
 
 
 class FirstCaptionDataset(Dataset[Example]):

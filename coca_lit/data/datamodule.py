@@ -9,7 +9,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import DataError, Record
-from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform
 from coca_lit.tokenizer import Tokenizer
 
 
@@ -20,8 +20,6 @@ class CaptionData(LightningDataModule):
         batch_size: of all processes together.
         train_split, val_split: names that `records` understands; no validation if `val_split` is None.
     """
-
-    elastic = True  # every global batch holds the same samples on any number of processes and workers
 
     def __init__(
         self,
@@ -59,12 +57,17 @@ class CaptionData(LightningDataModule):
             )
         return len(self.train_records) // self.batch_size
 
+    @property
+    def elastic(self) -> bool:
+        """Whether every global batch holds the same samples on any number of processes and workers."""
+        return True
+
     def prepare_data(self) -> None:
         """Finds the training data, or raises `DataError`: called before anything slow begins."""
         _ = self.steps_per_epoch
 
-    def train_transform(self) -> Transform:
-        return build_transform(train=True, size=self.image_size)
+    def train_transform(self) -> TrainTransform:
+        return RandomCrop(self.image_size)
 
     def train_dataloader(self) -> TrainLoader:
         dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)

@@ -1,48 +1,55 @@
-"""Pre-training on LAION or any other image-text shards in the format of img2dataset."""
+"""Pre-training on LAION or any other image-text shards in the format of img2dataset: indexed where they are local and
+small enough for random access, else as a stream.
+"""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-import torch
 from torch.utils.data import DataLoader
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import CaptionData
-from coca_lit.data.loader import TrainLoader, outlive_signals, per_rank
+from coca_lit.data.indexed_shards import IndexedBatches, IndexedShards, IndexedSource
+from coca_lit.data.loader import TrainLoader, load, loading, per_rank
 from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import DataError, Record
 from coca_lit.data.remote import ShardCache
-from coca_lit.data.shard_set import find_shards
+from coca_lit.data.shard_example import Preprocess
+from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shard_stream import ShardBatches, ShardOrder
+from coca_lit.data.tar_index import TarIndex, tar_indexes
 from coca_lit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 Shards = str | Sequence[str]
+AUTO_BYTES = 100 * 10**9  # of shards: what page caches and SSDs still serve in any order
 
 
 class LaionData(CaptionData):
-    """An endless stream cut into epochs of `epoch_samples`; it has no validation set.
+    """Endless passes over the shards, cut into epochs of `epoch_samples`; there is no validation set.
 
     Args:
-        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of such, at least one shard
-            per process; for a mixture {name: such}.
+        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of such; for a mixture
+            {name: such}. A stream needs a shard of each source for every process.
         epoch_samples: of all processes together; one epoch need not be one pass over the shards. None takes the number
-            in the manifests of the shards.
+            in the index or, for a stream, in the manifests of the shards.
         batch_size: of all processes together.
-        weights: {name: share} of a mixture, kept in every stretch of the stream. None takes the sources in proportion
-            to the samples in their manifests.
+        weights: {name: share} of a mixture, kept in every stretch. None takes the sources in proportion
+            to their samples, as with `epoch_samples`.
         caption_keys: where the caption stands: "txt", or a field of each sample's JSON; for several {key: probability},
             of which each sample draws one anew in every pass.
-        shuffle_buffer: samples that each worker mixes, kept encoded in memory.
+        indexed: True looks once where every sample lies, see `coca_lit.data.indexed_shards`; False reads shards from
+            end to end, see `coca_lit.data.shard_stream`; "auto" indexes up to `AUTO_BYTES` of local .tar files.
+        shuffle_buffer: samples of a stream that each worker mixes, kept encoded in memory.
         max_bad_fraction: of broken samples, above which the training stops.
         cache_dir, cache_gb: local copies of shards on an object store, shared by the processes of a machine.
     """
-
-    elastic = False  # the order is that of a number of processes and workers
 
     def __init__(
         self,
@@ -55,6 +62,7 @@ class LaionData(CaptionData):
         seed: int = 0,
         weights: Mapping[str, float] | None = None,
         caption_keys: str | Mapping[str, float] = "txt",
+        indexed: bool | Literal["auto"] = "auto",
         shuffle_buffer: int = 1000,
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
@@ -63,6 +71,8 @@ class LaionData(CaptionData):
         super().__init__(tokenizer, batch_size, image_size, num_workers, seed, val_split=None)
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1 (no shuffling within a shard), not {shuffle_buffer}")
+        if indexed not in (True, False, "auto"):
+            raise ValueError(f"indexed must be true, false or auto, not {indexed!r}")
         if cache_gb <= 0:
             raise ValueError(f"cache_gb must be above 0, not {cache_gb}")
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
@@ -73,7 +83,7 @@ class LaionData(CaptionData):
         if self.weights is not None and self.weights.keys() != self.shards.keys():
             names = " and ".join(", ".join(map(repr, names)) for names in (self.shards, self.weights))
             raise ValueError(f"shards and weights must have the same names, not {names}")
-        self._epoch_samples = epoch_samples
+        self._epoch_samples, self._indexed = epoch_samples, indexed
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
         self.cache = ShardCache(Path(cache_dir).expanduser(), int(cache_gb * 1e9))
 
@@ -81,19 +91,62 @@ class LaionData(CaptionData):
         raise DataError(f"shards are for training only and have no split {split!r}: evaluate on another data set")
 
     @cached_property
+    def found(self) -> dict[str, list[Shard]]:
+        """The shards of each source."""
+        return {name: find_shards(shards, self.cache) for name, shards in self.shards.items()}
+
+    @cached_property
+    def indexed(self) -> bool:
+        """Whether the shards are indexed, rather than streamed."""
+        shards = [shard for of_source in self.found.values() for shard in of_source]
+        unfit = next((shard.name for shard in shards if shard.cache or not shard.name.endswith(".tar")), None)
+        if self._indexed is True and unfit:
+            raise DataError(f"data.indexed=true needs local .tar files, and {unfit} is none: copy it, or use a stream")
+        if self._indexed == "auto":
+            return not unfit and sum(os.path.getsize(shard.name) for shard in shards) <= AUTO_BYTES
+        return self._indexed
+
+    @property
+    def elastic(self) -> bool:
+        return self.indexed
+
+    @cached_property
+    def indexes(self) -> dict[str, list[TarIndex]]:
+        """Of each source; raises `DataError` when too much is missing in the shards."""
+        spare = self.cache.folder / "indexes"
+        indexes = {name: tar_indexes(shards, spare) for name, shards in self.found.items()}
+        bad = BadSamples(self.max_bad_fraction)
+        for index in (index for of_source in indexes.values() for index in of_source):
+            bad.seen += len(index) + sum(count for _, count in index.faults)
+            for (shard, key, reason, detail), count in index.faults:
+                bad.add(reason, shard, key, detail, count)
+        bad.end_of_pass()
+        return indexes
+
+    @cached_property
     def sources(self) -> list[Source]:
-        found = [Source(name, find_shards(shards, self.cache)) for name, shards in self.shards.items()]
-        if self.weights is not None:
-            return [source._replace(weight=self.weights[source.name]) for source in found]
-        if len(found) == 1:
-            return found
-        return [source._replace(weight=_samples(source, "data.weights")) for source in found]
+        one = len(self.found) == 1
+        weights = self.weights or {name: 1.0 if one else self._samples(name, "data.weights") for name in self.found}
+        return [Source(name, shards, weights[name]) for name, shards in self.found.items()]
 
     @property
     def epoch_samples(self) -> int:
         if self._epoch_samples is not None:
             return self._epoch_samples
-        return sum(_samples(source, "data.epoch_samples") for source in self.sources)
+        return sum(self._samples(name, "data.epoch_samples") for name in self.found)
+
+    def _samples(self, source: str, otherwise: str) -> int:
+        """How many there are by the index or, for a stream, the manifests; `otherwise` is the key that may say it."""
+        if self.indexed:
+            return sum(map(len, self.indexes[source]))
+        shards = self.found[source]
+        if not all(shard.entry for shard in shards):
+            what = f"of {source!r} " if source else ""
+            raise DataError(
+                f"the shards {what}have no manifest that says how many samples they hold: write it with coca-data "
+                f"check, or set {otherwise}"
+            )
+        return sum(shard.entry.samples for shard in shards if shard.entry)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -102,9 +155,25 @@ class LaionData(CaptionData):
         return self.epoch_samples // self.batch_size
 
     def prepare_data(self) -> None:
-        _ = self.sources, self.steps_per_epoch
+        _ = self.sources, self.steps_per_epoch, self.indexed and self.indexes
 
     def train_dataloader(self) -> TrainLoader:
+        return self._indexed_loader() if self.indexed else self._stream_loader()
+
+    def _indexed_loader(self) -> TrainLoader:
+        rank, world = self._rank_and_world()
+        sources = [IndexedSource(source.name, self.indexes[source.name], source.weight) for source in self.sources]
+        preprocess = Preprocess(self.train_transform(), self.tokenizer, self.caption_keys, self.seed)
+        examples, steps = IndexedShards(sources, preprocess, self.max_bad_fraction), self.steps_per_epoch
+
+        def open_at(epoch: int, start: int) -> DataLoader[Batch]:
+            first, stop = epoch * steps + start, (epoch + 1) * steps
+            batches = IndexedBatches(sources, self.batch_size, self.seed, first, stop, rank, world)
+            return load(examples, batches, self.tokenizer.pad_id, self.num_workers)
+
+        return TrainLoader(steps, open_at, self._position)
+
+    def _stream_loader(self) -> TrainLoader:
         rank, world = self._rank_and_world()
         workers = min(usable_workers(source, world, self.num_workers) for source in self.sources)
         order = ShardOrder(self.sources, self.seed, rank, world, self.shuffle_buffer, self.caption_keys)
@@ -112,26 +181,9 @@ class LaionData(CaptionData):
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
             batches = ShardBatches(order, transform, self.tokenizer, batch_size, epoch, start, self.max_bad_fraction)
-            return DataLoader(
-                batches,
-                batch_size=None,
-                num_workers=workers,
-                worker_init_fn=outlive_signals,
-                pin_memory=torch.cuda.is_available(),
-            )
+            return DataLoader(batches, batch_size=None, **loading(workers))
 
         return TrainLoader(self.steps_per_epoch, open_at, self._position)
-
-
-def _samples(source: Source, otherwise: str) -> int:
-    """How many the manifests say."""
-    if not all(shard.entry for shard in source.shards):
-        what = f"of {source.name!r} " if source.name else ""
-        raise DataError(
-            f"the shards {what}have no manifest that says how many samples they hold: write it with coca-data check, "
-            f"or set {otherwise}"
-        )
-    return sum(shard.entry.samples for shard in source.shards if shard.entry)
 
 
 def usable_workers(source: Source, world: int, num_workers: int) -> int:

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from coca_lit.data.batch import Batch, collate
-from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
+from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset, TrainingExamples
 from coca_lit.data.records import DataError
 from coca_lit.data.seeding import stable_seed
 
@@ -61,6 +62,17 @@ def outlive_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def loading(num_workers: int) -> dict[str, Any]:
+    """What all our DataLoaders have in common. Each worker prepares two batches ahead (torch's default); where there is
+    a GPU they are put into pinned memory, from where the copy to the device goes on beside the computation.
+    """
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": outlive_signals,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
 def per_rank(batch_size: int, world: int) -> int:
     """A rank's part of the global batch; raises `DataError` when it does not divide."""
     if batch_size < 1 or batch_size % world:
@@ -80,12 +92,29 @@ def epoch_batches(
     holds the same samples for every world size. An incomplete last batch is dropped.
     """
     per_rank(batch_size, world)
-    generator = torch.Generator().manual_seed(stable_seed("order", seed, epoch))
-    order = torch.randperm(count, generator=generator).tolist()
+    order = epoch_order(count, seed, epoch).tolist()
     return [
         [(epoch, i) for i in order[step * batch_size + rank : (step + 1) * batch_size : world]]
         for step in range(start, count // batch_size)
     ]
+
+
+def epoch_order(count: int, seed: int, epoch: int, *of: str) -> Tensor:
+    """The permutation (count,) of an epoch; `of` names one of several data sets."""
+    generator = torch.Generator().manual_seed(stable_seed("order", seed, epoch, *of))
+    return torch.randperm(count, generator=generator)
+
+
+def load(
+    examples: TrainingExamples, batches: Iterable[list[tuple[int, int]]], pad_id: int, num_workers: int
+) -> DataLoader[Batch]:
+    """The DataLoader of these batches of (epoch, index)."""
+    return DataLoader(
+        examples,  # type: ignore[arg-type]  # of examples, which are collated to batches
+        batch_sampler=batches,
+        collate_fn=partial(collate, pad_id=pad_id),
+        **loading(num_workers),
+    )
 
 
 def open_epoch(
@@ -98,14 +127,8 @@ def open_epoch(
     num_workers: int = 0,
 ) -> DataLoader:
     """This rank's DataLoader over one epoch from batch `start` on; `batch_size` is global."""
-    return DataLoader(
-        dataset,
-        batch_sampler=epoch_batches(len(dataset), batch_size, dataset.seed, epoch, start, rank, world),
-        num_workers=num_workers,
-        worker_init_fn=outlive_signals,
-        collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
-        pin_memory=torch.cuda.is_available(),
-    )
+    batches = epoch_batches(len(dataset), batch_size, dataset.seed, epoch, start, rank, world)
+    return load(dataset, batches, dataset.tokenizer.pad_id, num_workers)
 
 
 def validation_loader(
@@ -124,8 +147,6 @@ def validation_loader(
         # This class, because Lightning would replace any other sampler with one that repeats samples.
         sampler=DistributedSampler(dataset, world, rank, shuffle=False, drop_last=True),
         drop_last=True,
-        num_workers=num_workers,
-        worker_init_fn=outlive_signals,
         collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),
-        pin_memory=torch.cuda.is_available(),
+        **loading(num_workers),
     )

@@ -18,20 +18,38 @@ class Source(NamedTuple):
 
 
 def interleave(streams: Sequence[Iterator[T]], weights: Sequence[float]) -> Iterator[T]:
-    """Endless streams in one: the next item always comes from the stream that is furthest behind its share.
+    """Endless streams in one, see `turns`."""
+    return (next(streams[i]) for i, _ in turns(weights, [0] * len(weights)))
 
-    After n items each stream has given its share of n to within one item (two streams; a few more, slightly more). The
-    order depends on the weights alone, so that a position in the whole is a position in each part.
+
+def turns(weights: Sequence[float], given: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Endless: whose turn it is, and how many items that one has given before.
+
+    Item k of a source with weight w is due at (k + 1/2) / w (Webster's method of dealing out seats). After n items
+    each has given its share of n to within one item or so. The order depends on the weights alone.
+
+    Args:
+        given: items of each before the first turn, as `shares` has them.
     """
-    total = sum(weights)
-    shares, given = [weight / total for weight in weights], [0] * len(weights)
-    n = 0
+    counts = list(given)
+    due = [(count + 0.5) / weight for count, weight in zip(counts, weights, strict=True)]
     while True:
-        n += 1
-        behind = [share * n - count for share, count in zip(shares, given, strict=True)]
-        i = behind.index(max(behind))
+        i = due.index(min(due))
+        yield i, counts[i]
+        counts[i] += 1
+        due[i] = (counts[i] + 0.5) / weights[i]
+
+
+def shares(n: int, weights: Sequence[float]) -> list[int]:
+    """How many of the first `n` items each source gives, without going through them all."""
+    total = sum(weights)
+    time = max(0, n - 2 * len(weights)) / total  # by then surely fewer than n are due, and whatever is due has come
+    given = [int(weight * time + 0.5) for weight in weights]
+    for i, _ in turns(weights, given):
+        if sum(given) == n:
+            break
         given[i] += 1
-        yield next(streams[i])
+    return given
 
 
 def draw(options: Mapping[str, Sequence[T]], weights: Mapping[str, float], rng: random.Random) -> T:

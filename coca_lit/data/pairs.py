@@ -5,12 +5,12 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from coca_lit.data.classification import IMAGES
 from coca_lit.data.flickr import flickr_records
 from coca_lit.data.mscoco import mscoco_records
-from coca_lit.data.records import DataError, DataNotFoundError, Pair, Record
+from coca_lit.data.records import DataError, DataNotFoundError, ImageFile, Pair, Record
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "file")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
@@ -61,8 +61,8 @@ def _flickr(root: Path, name: Any, split: str) -> list[Record]:
 
 
 def _path_of(record: Record) -> Path:
-    """Records of files on disk load them with a partial of `open_image`."""
-    return Path(cast(functools.partial, record.image).args[0])
+    assert isinstance(record.image, ImageFile)  # the sets that are read here lie on disk
+    return record.image.path
 
 
 def _read_folder(root: Path) -> Iterator[Pair]:

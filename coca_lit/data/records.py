@@ -4,10 +4,10 @@ Every data set reader returns a plain list of records; the DataModules train on 
 This module holds what the readers share: opening images safely and telling a user what is missing.
 """
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -67,11 +67,7 @@ def decode_image(source: str | Path | IO[bytes], name: str | Path) -> Image.Imag
     """Decode to RGB; raises `DataError` naming `name` for anything but an image of `FORMATS` of sensible size."""
     try:
         with Image.open(source, formats=FORMATS) as image:
-            width, height = image.size  # from the header: nothing is decoded yet
-            if width * height > MAX_PIXELS:
-                raise DataError(f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded")
-            if max(width, height) > MAX_RATIO * min(width, height):
-                raise DataError(f"{name} has {width} x {height} pixels, no shape that a picture has")
+            check_shape(*image.size, name)  # from the header: nothing is decoded yet
             return image.convert("RGB")
     except DataError:
         raise
@@ -81,9 +77,27 @@ def decode_image(source: str | Path | IO[bytes], name: str | Path) -> Image.Imag
         raise DataError(f"{name} is not a readable image: {error}") from error
 
 
+def check_shape(width: int, height: int, name: str | Path) -> None:
+    """Raises `DataError` for what would fill the memory when it is decoded or resized."""
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise DataError(f"{name} has {width} x {height} pixels, no shape that a picture has")
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Decode the image file at `path` to RGB, see `decode_image`."""
     return decode_image(path, path)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image on disk, for a `Record`; called, it decodes as `open_image` does."""
+
+    path: Path
+
+    def __call__(self) -> Image.Image:
+        return open_image(self.path)
 
 
 def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source: Path, how: str) -> list[Record]:
@@ -103,7 +117,7 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     if missing:
         log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), len(listings), missing[0])
     records = [
-        Record(item.id, functools.partial(open_image, path), captions, item.domain)
+        Record(item.id, ImageFile(path), captions, item.domain)
         for item, path in found
         if (captions := clean_captions(item.captions))
     ]

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from coca_lit.data.files import locked
 from coca_lit.data.records import DataError
 
 SCHEMES = ("s3", "gs", "hf", "memory")  # memory: for tests
@@ -64,7 +65,7 @@ class ShardCache(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
         while (file := _open_shared(path)) is None:
-            with _locked(_of(path, LOCK)):  # one process downloads, the others wait
+            with locked(_of(path, LOCK)):  # one process downloads, the others wait
                 if not path.exists():
                     self._download(url, path)
         with file:
@@ -116,12 +117,12 @@ class ShardCache(NamedTuple):
 
     def accounts(self) -> AbstractContextManager[None]:
         """One process at a time adds up and changes what takes room."""
-        return _locked(self.folder / ".accounts.lock")
+        return locked(self.folder / ".accounts.lock")
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """What takes room: whole files, and the reservations of those that are being fetched."""
         for path in self.folder.iterdir():
-            if path.suffix not in (LOCK, PARTIAL):
+            if path.suffix not in (LOCK, PARTIAL) and not path.is_dir():
                 with suppress(FileNotFoundError):
                     yield path, path.stat()
 
@@ -154,13 +155,6 @@ def _of(path: Path, suffix: str) -> Path:
     """The lock, the reservation or the part of a file in the cache; `path` may be one of them."""
     name = path.name.removesuffix(ROOM) if path.suffix == ROOM else path.name
     return path.with_name(name + suffix)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given up when the process dies
-        yield
 
 
 def _filesystem(url: str) -> Any:

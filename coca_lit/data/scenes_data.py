@@ -3,7 +3,7 @@
 from coca_lit.data.datamodule import CaptionData
 from coca_lit.data.records import DataError, Record
 from coca_lit.data.scenes import scene_records
-from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.data.transforms import TrainTransform, whole
 from coca_lit.tokenizer import Tokenizer
 
 
@@ -37,5 +37,5 @@ class ScenesData(CaptionData):
         except ValueError as error:
             raise DataError(f"data=scenes: {error}") from error
 
-    def train_transform(self) -> Transform:
-        return build_transform(size=self.image_size)  # a random crop could cut away an object that the caption names
+    def train_transform(self) -> TrainTransform:
+        return whole  # a random crop could cut away an object that the caption names

@@ -1,16 +1,14 @@
 """Looks at every sample of a set of shards, as training will: `coca-data check`."""
 
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.bad_samples import BadSamples, quiet
 from coca_lit.data.files import append_lines
 from coca_lit.data.manifest import NAME, ManifestEntry, read_manifest, sha256_of
 from coca_lit.data.processes import each
@@ -40,7 +38,7 @@ def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
     """Decodes every image and caption of a shard."""
     bad = BadSamples(1.0)
     good = 0
-    with _quiet():
+    with quiet():
         for sample in read_shard(Shard(str(path)), [caption_key], bad):
             try:
                 decode_image(BytesIO(sample.image), "it")
@@ -112,13 +110,3 @@ def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
             if key == caption_key:
                 reports[shard] = ShardReport(shard, changed_at, ManifestEntry(*entry), *rest)
     return reports
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings in between: everything is in the report."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -9,20 +9,19 @@ a mixture do not.
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from io import BytesIO
 from itertools import count, islice
 from types import MappingProxyType
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.batch import Batch, Example, collate
-from coca_lit.data.mixture import Source, draw, interleave
-from coca_lit.data.records import DataError, decode_image
-from coca_lit.data.seeding import seeded_torch, stable_seed
+from coca_lit.data.mixture import Source, interleave
+from coca_lit.data.seeding import stable_seed
+from coca_lit.data.shard_example import Preprocess
 from coca_lit.data.shards import ShardSample, read_shard
-from coca_lit.data.transforms import Transform
+from coca_lit.data.transforms import TrainTransform
 from coca_lit.tokenizer import Tokenizer
 
 
@@ -81,15 +80,16 @@ class ShardBatches(IterableDataset[Batch]):
     def __init__(
         self,
         order: ShardOrder,
-        transform: Transform,
+        transform: TrainTransform,
         tokenizer: Tokenizer,
         batch_size: int,
         epoch: int = 0,
         start: int = 0,
         max_bad_fraction: float = 0.05,
     ):
-        self.order, self.transform, self.tokenizer, self.batch_size = order, transform, tokenizer, batch_size
-        self.epoch, self.start, self.max_bad_fraction = epoch, start, max_bad_fraction
+        self.preprocess = Preprocess(transform, tokenizer, order.caption_keys, order.seed)
+        self.order, self.batch_size, self.max_bad_fraction = order, batch_size, max_bad_fraction
+        self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -110,22 +110,15 @@ class ShardBatches(IterableDataset[Batch]):
                 if i == len(window):
                     window.append(next(samples))
                 try:
-                    examples.append(self._example(*window[i]))
-                except DataError as error:
+                    source, turn, sample = window[i]
+                    examples.append(self.preprocess(sample, source, self.epoch, turn))
+                except BadSampleError as error:
                     if i < self.batch_size:  # a bad replacement is counted in its own batch
-                        bad.add("unreadable image", window[i].sample.shard, window[i].sample.key, str(error))
+                        bad.catch(error)
                 i += 1
-            yield collate(examples, self.tokenizer.pad_id)._replace(bad=bad.take())
+            yield collate(examples, self.preprocess.tokenizer.pad_id)._replace(bad=bad.take())
             for _ in range(self.batch_size):
                 window.popleft()
-
-    def _example(self, source: str, turn: int, sample: ShardSample) -> Example:
-        image = decode_image(BytesIO(sample.image), f"{sample.key} in {sample.shard}")
-        seed = (self.order.seed, self.epoch, turn, sample.key)
-        with seeded_torch(stable_seed("image", *seed)):
-            pixels = self.transform(image)
-        caption = draw(sample.captions, self.order.caption_keys, random.Random(stable_seed("caption", *seed)))
-        return Example(pixels, self.tokenizer.encode(caption), f"{sample.shard}/{sample.key}", source=source)
 
 
 def _shuffled(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:

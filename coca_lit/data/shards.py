@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from webdataset.tariterators import group_by_keys
 
-from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.manifest import check_digest
 from coca_lit.data.records import DataError, clean_captions
 from coca_lit.data.shard_set import Shard
@@ -47,21 +47,34 @@ def read_shard(
         verify: first compare its digest with the manifest; raises `DataError` when it differs.
     """
     for fields in read_fields(shard, bad, verify):
-        image, captions = image_of(fields), _captions(fields, caption_keys)
-        if image and captions:
-            yield ShardSample(fields["__key__"], image, captions, shard.name)
+        try:
+            sample = sample_of(fields, caption_keys, shard.name)
+        except BadSampleError as error:
+            bad.catch(error)
         else:
-            bad.add(_what_is_missing(image, caption_keys), shard.name, fields["__key__"])
+            yield sample
 
 
-def read_fields(shard: Shard, bad: BadSamples, verify: bool = False) -> Iterator[dict[str, Any]]:
-    """The files of each sample by suffix, and its "__key__"; counts samples, and what the shard as a whole lacks."""
+def sample_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -> ShardSample:
+    """The sample that a shard's files of one key make; raises `BadSampleError` if it is not complete."""
+    image, captions = image_of(fields), _captions(fields, caption_keys)
+    if not image or not captions:
+        raise BadSampleError(BadSample(shard, fields["__key__"], _what_is_missing(image, caption_keys)))
+    return ShardSample(fields["__key__"], image, captions, shard)
+
+
+def read_fields(shard: Shard, bad: BadSamples, verify: bool = False, content: bool = True) -> Iterator[dict[str, Any]]:
+    """The files of each sample by suffix, and its "__key__"; counts samples, and what the shard as a whole lacks.
+
+    Args:
+        content: of the files; otherwise the (offset, size) in bytes of each.
+    """
     seen, error = bad.seen, None
     try:
         with shard.local() as path:
             if verify and shard.entry:
                 check_digest(shard.name, path, shard.entry)
-            for fields in group_by_keys(_members(path, shard.name, bad)):
+            for fields in group_by_keys(_members(path, shard.name, bad, content)):
                 bad.seen += 1
                 yield fields
     except DataError:
@@ -78,14 +91,15 @@ def read_fields(shard: Shard, bad: BadSamples, verify: bool = False) -> Iterator
         bad.end_of_shard(bad.seen - seen)
 
 
-def _members(path: Path, name: str, bad: BadSamples) -> Iterator[dict[str, Any]]:
+def _members(path: Path, shard: str, bad: BadSamples, content: bool) -> Iterator[dict[str, Any]]:
     """What `group_by_keys` takes."""
-    for member, content in tar_members(path, lambda member: _WANTED.fullmatch(member) is not None):
-        if _WANTED.fullmatch(member):
-            yield {"fname": member, "data": content, "__url__": name}
-        elif _CODE.fullmatch(member):
+    for member in tar_members(path, lambda name: content and _WANTED.fullmatch(name) is not None):
+        if _WANTED.fullmatch(member.name):
+            data = member.content if content else (member.offset, member.size)
+            yield {"fname": member.name, "data": data, "__url__": shard}
+        elif _CODE.fullmatch(member.name):
             bad.seen += 1
-            bad.add("code in a shard", name, member)
+            bad.add("code in a shard", shard, member.name)
 
 
 def image_of(fields: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 MAX_MEMBER = 128 * 2**20  # bytes; 40 million pixels of an image that was not compressed at all
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -21,8 +21,17 @@ class UnsafeTarError(Exception):
     """The tar claims what an honest one does not; it is read no further."""
 
 
-def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files, in tar order; unless `wanted`, a file comes without its content.
+class Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    offset: int  # of its content, in bytes from the start of the tar
+    size: int
+    content: bytes
+
+
+def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[Member]:
+    """The regular files, in tar order; unless its name is `wanted`, a file comes without its content.
 
     Raises:
         UnsafeTarError: a member or header of more than `MAX_MEMBER` bytes, or a name that leads out of the tar.
@@ -40,7 +49,8 @@ def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str
                 raise UnsafeTarError(f"the member {name!r} leads out of the shard")
             if member.size > MAX_MEMBER:
                 raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
-            yield name, tar.extractfile(member).read() if wanted(name) else b""
+            content = tar.extractfile(member).read() if wanted(name) else b""
+            yield Member(name, member.offset_data, member.size, content)
             tar.members.clear()  # it would remember every member
         # Two blocks of zeros end a tar; without them `tarfile` stops as quietly at damage as at the end.
         if reads.last + file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):

@@ -105,7 +105,7 @@ class _Images(Dataset[tuple[int, Tensor]]):
     def __init__(self, records: Sequence[Record], image_size: int) -> None:
         self.records = records
         self.positions = range(rank(), len(records), world_size())
-        self.transform: Callable[[Image.Image], Tensor] = build_transform(train=False, size=image_size)
+        self.transform: Callable[[Image.Image], Tensor] = build_transform(size=image_size)
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -56,7 +56,8 @@ class ImageEncoder(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
-            images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+            images = images.to(self.mean.dtype, memory_format=torch.contiguous_format)
+            images = (images / 255 - self.mean) / self.std
         features = self.trunk(
             images.to(self.mean.dtype)
         )  # all of it: in some families the head holds the last norm or convolution

@@ -14,7 +14,10 @@ from typing import Any
 
 from coca_lit.run_folder import environment
 
-PACKAGES = ("torch", "open_clip_torch", "clip_benchmark", "pycocoevalcap", "transformers")  # those that are installed
+PACKAGES = (  # those that are installed
+    *("torch", "open_clip_torch", "clip_benchmark", "pycocoevalcap", "transformers"),
+    *("pillow", "simplejpeg", "webdataset"),
+)
 
 
 def record(csv_path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

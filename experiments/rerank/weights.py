@@ -38,7 +38,7 @@ def candidates(model: CoCa, records: Sequence[Record], strategy: str, count: int
         options["num_beams"] = count
     else:
         options["generator"] = torch.Generator().manual_seed(0)
-    transform, found = build_transform(train=False, size=model.image_size), []
+    transform, found = build_transform(size=model.image_size), []
     for start in range(0, len(records), BATCH):
         images = torch.stack([transform(record.image()) for record in records[start : start + BATCH]])
         found.append(model.generate(images, return_scores=True, **options))

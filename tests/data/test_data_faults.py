@@ -1,7 +1,6 @@
 """Data that are damaged, change or vanish: counted, named, fatal above the allowed fraction, and never a hang."""
 
 import csv
-import functools
 import itertools
 import shutil
 from collections import Counter
@@ -23,13 +22,13 @@ from coca_lit.data.laion import LaionData
 from coca_lit.data.loader import open_epoch
 from coca_lit.data.manifest import NAME, read_manifest
 from coca_lit.data.mixture import Source
-from coca_lit.data.records import DataError, DataNotFoundError, Record, open_image
+from coca_lit.data.records import DataError, DataNotFoundError, ImageFile, Record
 from coca_lit.data.scenes_export import export_scenes
 from coca_lit.data.shard_check import JOURNAL
 from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shard_stream import ShardOrder
 from coca_lit.data.shards import read_shard
-from coca_lit.data.transforms import build_transform
+from coca_lit.data.transforms import RandomCrop, build_transform
 
 NONE_OF = "it is none of JPEG, PNG, WEBP, BMP, GIF"
 
@@ -128,7 +127,7 @@ def test_a_file_server_that_is_gone_is_no_endless_loop(shards):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_too_few_shards_is_one_sentence_on_every_rank(shards, rank):
-    data = laion(shards / "00000.tar")
+    data = laion(shards / "00000.tar", indexed=False)
     data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
     with pytest.raises(DataError, match="1 shards cannot feed 2 processes: each needs at least one of its own"):
         data.train_dataloader()
@@ -148,7 +147,7 @@ def test_manifest_tells_what_is_there(checked):
 def test_epoch_without_samples_needs_a_manifest(tmp_path):
     write_shards(tmp_path, 1, 2)
     with pytest.raises(DataError, match=r"no manifest .* write it with coca-data check, or set data.epoch_samples"):
-        LaionData(str(tmp_path), None, TOKENIZER, 2).prepare_data()
+        LaionData(str(tmp_path), None, TOKENIZER, 2, indexed=False).prepare_data()
 
 
 def test_training_refuses_what_no_longer_fits(shards):
@@ -160,7 +159,7 @@ def test_training_refuses_what_no_longer_fits(shards):
     changed = bytearray(whole)
     changed[changed.index(b"a dog number")] ^= 1  # same size, and every sample can be read
     path.write_bytes(changed)
-    data = laion(shards)
+    data = laion(shards, indexed=False)
     data.prepare_data()
     with pytest.raises(DataError, match=r"00001\.tar has another sha256 than according to its manifest"):
         list(data.train_dataloader())
@@ -231,11 +230,11 @@ def photos(folder: Path, count: int, broken: set[int]) -> list[Record]:
             path.write_bytes(b"junk")
         else:
             Image.new("RGB", (9, 8), (i, 0, 0)).save(path)
-    return [Record(i, functools.partial(open_image, path), ("a red circle",)) for i, path in enumerate(paths)]
+    return [Record(i, ImageFile(path), ("a red circle",)) for i, path in enumerate(paths)]
 
 
 def test_another_image_stands_in_for_one_that_is_broken(tmp_path):
-    dataset = CaptionDataset(photos(tmp_path, 40, {7, 21}), build_transform(size=8), TOKENIZER)
+    dataset = CaptionDataset(photos(tmp_path, 40, {7, 21}), RandomCrop(8), TOKENIZER)
     whole = [batch for epoch in (0, 1) for batch in open_epoch(dataset, 8, epoch)]
     assert all(len(batch.keys) == 8 for batch in whole)
     assert not {"7", "21"} & {key for batch in whole for key in batch.keys}
@@ -250,10 +249,10 @@ def test_another_image_stands_in_for_one_that_is_broken(tmp_path):
 
 
 def test_many_broken_images_stop_the_training(tmp_path):
-    dataset = CaptionDataset(photos(tmp_path, 20, set(range(19))), build_transform(size=8), TOKENIZER)
+    dataset = CaptionDataset(photos(tmp_path, 20, set(range(19))), RandomCrop(8), TOKENIZER)
     with pytest.raises(DataError, match=r"no usable image in 10 tries: .* unreadable image"):
         list(itertools.chain.from_iterable(open_epoch(dataset, 4, epoch) for epoch in range(20)))
-    dataset = CaptionDataset(photos(tmp_path, 250, {1, 2, 3, 4, 5, 6}), build_transform(size=8), TOKENIZER)
+    dataset = CaptionDataset(photos(tmp_path, 250, {1, 2, 3, 4, 5, 6}), RandomCrop(8), TOKENIZER)
     with pytest.raises(DataError, match=r"too many bad samples, more than max_bad_fraction=0\.01 allows"):
         list(open_epoch(dataset, 10, 0))
 
@@ -296,7 +295,7 @@ def test_nothing_is_written_without_bad_samples(tmp_path, shards):
 def test_a_broken_photo_of_a_data_set_is_named(tmp_path):
     export_scenes("flickr8k", tmp_path / "f", 16, 16)
     split = FlickrData(str(tmp_path / "f"), TOKENIZER, 4, image_size=16, val_split=None)
-    (broken,) = split.train_records[3].image.args
+    broken = split.train_records[3].image.path
     broken.write_bytes(b"junk")
     fit(split, tmp_path / "c", log=(log := BadSampleLog(tmp_path)))
     (found,) = read_bad_samples(log.folder)

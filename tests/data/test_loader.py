@@ -13,7 +13,7 @@ from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, epoch_batches, open_epoch, validation_loader
 from coca_lit.data.records import DataError, Record
-from coca_lit.data.transforms import build_transform
+from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
@@ -31,7 +31,7 @@ def records() -> list[Record]:
 
 @pytest.fixture
 def dataset(records) -> CaptionDataset:
-    return CaptionDataset(records, build_transform(train=True, size=16), TOKENIZER, seed=5)
+    return CaptionDataset(records, RandomCrop(16), TOKENIZER, seed=5)
 
 
 def assert_equal(first: list[Batch], second: list[Batch]) -> None:
@@ -46,6 +46,7 @@ def test_collate_pads_to_the_longest_caption_only():
     assert batch.tokens.tolist() == [[1, 5, 2, 0], [1, 6, 7, 2]]
     assert batch.lengths.tolist() == [3, 4]
     assert (batch.keys, batch.images.shape, batch.images.dtype) == (["x", "y"], (2, 3, 2, 2), torch.uint8)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.tokens.dtype == batch.lengths.dtype == torch.int64
 
 

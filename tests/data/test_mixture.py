@@ -52,10 +52,11 @@ def test_captions_are_drawn_by_the_weights_of_those_that_are_there():
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers):
+@pytest.mark.parametrize(("workers", "indexed"), [(0, False), (2, False), (2, True)])
+def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers, indexed):
     def batches(start: int) -> list:
-        data = mixture(folders, workers, weights={"a": 0.7, "b": 0.3}, caption_keys={"txt": 0.5, "recaption": 0.5})
+        weights, captions = {"a": 0.7, "b": 0.3}, {"txt": 0.5, "recaption": 0.5}
+        data = mixture(folders, workers, weights=weights, caption_keys=captions, indexed=indexed)
         return list(islice(data.train_dataloader().open_at(0, start), 8 - start))
 
     whole = batches(0)
@@ -65,8 +66,9 @@ def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers
         assert [contents(b) for b in batches(start)] == [contents(b) for b in whole[start:]]
 
 
-def test_without_weights_every_sample_comes_as_often(folders):
-    data = LaionData(folders, None, TOKENIZER, 12, image_size=16, shuffle_buffer=100)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_without_weights_every_sample_comes_as_often(folders, indexed):
+    data = LaionData(folders, None, TOKENIZER, 12, image_size=16, shuffle_buffer=100, indexed=indexed)
     (source_a, source_b) = data.sources
     assert (source_a.weight, source_b.weight, data.steps_per_epoch) == (36, 12, 4)
     counts = Counter(key for batch in data.train_dataloader() for key in zip(batch.sources, batch.keys, strict=True))
@@ -82,13 +84,13 @@ def test_mistakes_are_one_sentence(folders, tmp_path):
     with pytest.raises(ValueError, match="caption_keys must give each name a weight above 0"):
         mixture(folders, caption_keys={})
     write_shards(tmp_path, 1, 2)
-    data = mixture({"a": folders["a"], "new": str(tmp_path)})
+    data = mixture({"a": folders["a"], "new": str(tmp_path)}, indexed=False)
     with pytest.raises(DataError, match=r"the shards of 'new' have no manifest .* or set data\.weights"):
         data.prepare_data()
 
 
 def test_each_source_needs_a_shard_per_process(folders, caplog):
-    data = mixture(folders, 3, weights={"a": 1, "b": 1})
+    data = mixture(folders, 3, weights={"a": 1, "b": 1}, indexed=False)
     assert data.train_dataloader().open_at(0, 0).num_workers == 2
     assert "2 shards of 'b' for 1 processes: using 2 workers each, not 3" in caplog.text
 

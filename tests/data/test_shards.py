@@ -22,7 +22,7 @@ from coca_lit.data.records import DataError, DataNotFoundError
 from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shard_stream import ShardBatches, ShardOrder
 from coca_lit.data.shards import read_shard
-from coca_lit.data.transforms import build_transform
+from coca_lit.data.transforms import RandomCrop
 from coca_lit.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer(["a", "dog", "number"])
@@ -78,7 +78,7 @@ def read(path: Path, caption_key: str = "txt") -> tuple[list[str], dict[str, int
 
 
 def batches(order: ShardOrder, start: int = 0, num_workers: int = 0, max_bad: float = 0.5) -> Iterator[Batch]:
-    stream = ShardBatches(order, build_transform(train=True, size=16), TOKENIZER, 4, 0, start, max_bad)
+    stream = ShardBatches(order, RandomCrop(16), TOKENIZER, 4, 0, start, max_bad)
     return iter(DataLoader(stream, batch_size=None, num_workers=num_workers))
 
 

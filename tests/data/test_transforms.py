@@ -1,13 +1,16 @@
-"""Pixels against OpenCLIP's own transform, which is imported only here."""
+"""Pixels against OpenCLIP's own transform, which is imported only here: equal for evaluation, close for training."""
 
 import pickle
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 
-from coca_lit.data.transforms import build_transform
+from coca_lit.data.transforms import Box, RandomCrop, build_transform, random_box, resized
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -18,35 +21,82 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(pixels).convert(mode)
 
 
-@pytest.mark.parametrize("train", [False, True])
+def pixels_of(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class TorchDraws:
+    """Python's random numbers from torch's global generator, as torchvision draws them."""
+
+    def uniform(self, low: float, high: float) -> float:
+        return torch.empty(1).uniform_(low, high).item()
+
+    def randint(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, size=(1,)).item())
+
+
 @pytest.mark.parametrize(("width", "height"), [(300, 240), (97, 333), (64, 64), (40, 30)])
-def test_pixels_equal_open_clip(train, width, height):
+def test_pixels_of_an_evaluation_equal_open_clip(width, height):
     image_transform = pytest.importorskip("open_clip.transform").image_transform
     image = noise(width, height)
-    torch.manual_seed(3)
-    expected = image_transform(64, is_train=train)(image)
-    torch.manual_seed(3)
-    pixels = build_transform(train, 64)(image)
+    pixels = build_transform(64)(image)
     assert pixels.dtype == torch.uint8
-    assert ((pixels / 255 - MEAN) / STD - expected).abs().max() < 1e-6
+    assert ((pixels / 255 - MEAN) / STD - image_transform(64, is_train=False)(image)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (240, 300), (97, 333), (64, 64), (40, 30)])
+def test_training_crops_are_those_of_open_clip(width, height):
+    """Noise is the worst case; boxes are smaller and larger than the result."""
+    theirs = pytest.importorskip("open_clip.transform").image_transform(64, is_train=True)
+    image = noise(width, height)
+    for seed in range(5):
+        box = random_box(height, width, random.Random(seed))
+        theirs.transforms[0].get_params = lambda *_, box=box: tuple(box)
+        expected = (theirs(image) * STD + MEAN) * 255
+        pixels = RandomCrop(64)(pixels_of(image), random.Random(seed))
+        assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 64, 64))
+        assert (pixels - expected).abs().max() < 2.01
+
+
+def test_nothing_outside_of_the_box_gets_into_the_crop():
+    pixels = pixels_of(noise(80, 60))
+    changed = torch.full_like(pixels, 255)
+    box = Box(top=10, left=20, height=40, width=30)
+    inside = (slice(None), slice(10, 50), slice(20, 50))
+    changed[inside] = pixels[inside]
+    assert torch.equal(resized(pixels, box, 16), resized(changed, box, 16))
+
+
+@pytest.mark.parametrize(
+    "size", [(375, 500), (500, 375), (256, 256), (300, 450), (450, 300), (30, 900), (900, 30), (1, 1)]
+)
+def test_boxes_follow_torchvision(size):
+    for seed in range(50):
+        torch.manual_seed(seed)
+        expected = RandomResizedCrop.get_params(torch.empty(3, *size), scale=[0.9, 1.0], ratio=[3 / 4, 4 / 3])
+        torch.manual_seed(seed)
+        assert random_box(*size, TorchDraws()) == expected
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_every_mode_becomes_rgb(mode):
-    for train in (False, True):
-        assert build_transform(train, 32)(noise(50, 40, mode)).shape == (3, 32, 32)
+    assert build_transform(32)(noise(50, 40, mode)).shape == (3, 32, 32)
 
 
 def test_an_image_of_the_right_size_is_unchanged():
     image = noise(32, 32)
-    assert torch.equal(build_transform(size=32)(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert torch.equal(build_transform(size=32)(image), pixels_of(image))
+    assert torch.equal(resized(pixels_of(image), Box(0, 0, 32, 32), 32), pixels_of(image))
 
 
 def test_transforms_travel_to_spawned_workers():
-    image, transform = noise(50, 40), build_transform(size=32)
+    image, transform, crop = noise(50, 40), build_transform(size=32), RandomCrop(32)
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image), transform(image))
+    pixels = pixels_of(image)
+    assert torch.equal(pickle.loads(pickle.dumps(crop))(pixels, random.Random(1)), crop(pixels, random.Random(1)))
 
 
-def test_size_must_be_positive():
+@pytest.mark.parametrize("make", [build_transform, RandomCrop])
+def test_size_must_be_positive(make):
     with pytest.raises(ValueError, match="at least 1 pixel"):
-        build_transform(size=0)
+        make(size=0)

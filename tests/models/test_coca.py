@@ -294,6 +294,8 @@ def test_uint8_pixels_equal_normalised_floats(tiny_model: Build) -> None:
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # openai/CLIP
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     assert_close(model.encode_image(images), model.encode_image((images / 255 - mean) / std))
+    channels_last = images.contiguous(memory_format=torch.channels_last)  # as batches come
+    assert torch.equal(model.encode_image(channels_last), model.encode_image(images))
 
 
 def test_bfloat16_model_runs(tiny_model: Build) -> None:

@@ -1,0 +1,201 @@
+"""From img2dataset shards to training batches: our loader and OpenCLIP's webdataset pipeline, part by part.
+
+    OMP_NUM_THREADS=1 python experiments/benchmarks/input_pipeline.py
+    OMP_NUM_THREADS=1 python experiments/benchmarks/input_pipeline.py --photos FOLDER
+
+Both read the same shards in one process and make batches of crops (RandomResizedCrop 0.9-1.0 to 224) and tokens; theirs
+are normalised floats, ours uint8, normalised on the device. The run stops if our pixels differ from those of OpenCLIP's
+transform, given the same crop boxes, by more than 2 of 255.
+"""
+
+import argparse
+import io
+import json
+import random
+import tarfile
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import open_clip_train.data
+import torch
+import webdataset as wds
+from harness import interleaved, ratio
+from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
+from PIL import Image
+from record import record
+
+from coca_lit.data.batch import Example, collate
+from coca_lit.data.laion import LaionData
+from coca_lit.data.pixels import decode_pixels
+from coca_lit.data.shard_set import find_shards
+from coca_lit.data.shards import ShardSample, sample_of
+from coca_lit.data.tar_index import tar_indexes
+from coca_lit.data.transforms import RandomCrop, random_box
+from coca_lit.tokenizer import get_tokenizer
+
+# webdataset 1.0 marks the end of a shard by an empty sample, of which OpenCLIP 3.3 does not know.
+open_clip_train.data.tar_file_expander = partial(wds.tariterators.tar_file_expander, eof_value=None)
+
+CSV = Path(__file__).with_suffix(".csv")
+SIZE, BATCH, SHARDS, TOLERANCE = 224, 64, 4, 2
+ASPECTS = ((4, 3), (3, 4), (3, 2), (1, 1))
+TEXT = "a two brown white dogs children run play on the grass beach near water with red ball while people watch"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of the input pipeline, ours and OpenCLIP's.")
+    parser.add_argument("--photos", type=Path, help="folder with .jpg files; without it synthetic photos are made")
+    parser.add_argument("--count", type=int, default=512, help=f"samples of a repetition, a multiple of {BATCH}")
+    parser.add_argument("--repetitions", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    case = f"photos in {args.photos.name}" if args.photos else "synthetic photos, short side 256-512"
+    with tempfile.TemporaryDirectory() as folder:
+        images = photos(args.photos, args.count) if args.photos else map(synthetic_photo, range(args.count))
+        write_shards(Path(folder), list(images))
+        samples = read_indexed(folder)
+        difference = check_pixels(samples)
+        for row in [*whole(folder, args), *parts(folder, samples, args.repetitions)]:
+            record(CSV, [{"case": case, **row, "largest difference": difference}])
+
+
+def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
+    """Shards to batches; the target is for local shards, which are indexed."""
+
+    def ours(indexed: bool) -> None:
+        tokenizer = get_tokenizer("clip")
+        data = LaionData(f"{folder}/*.tar", args.count, tokenizer, BATCH, SIZE, indexed=indexed, cache_dir=folder)
+        assert sum(len(batch.images) for batch in data.train_dataloader()) == args.count
+
+    def theirs() -> None:
+        options = {"train_data": f"{folder}/{{0..{SHARDS - 1}}}.tar", "train_num_samples": args.count, "seed": 0}
+        sizes = {"batch_size": BATCH, "workers": 0, "world_size": 1, "train_data_upsampling_factors": None}
+        tokenizer = open_clip.get_tokenizer("coca_ViT-B-32")
+        loader = open_clip_train.data.get_wds_dataset(
+            Namespace(**options, **sizes), image_transform(SIZE, True), is_train=True, tokenizer=tokenizer
+        ).dataloader
+        assert sum(len(images) for images, _ in loader) == args.count
+
+    variants = {"theirs": theirs, "indexed": partial(ours, True), "streamed": partial(ours, False)}
+    seconds = interleaved(variants, args.repetitions)
+    yield {"what": "all, indexed shards", **result(seconds, "indexed", args.count), "target": "at least 3"}
+    yield {"what": "all, streamed shards", **result(seconds, "streamed", args.count)}
+
+
+def parts(folder: str, samples: Sequence[ShardSample], repetitions: int) -> Iterator[dict[str, object]]:
+    """The same work in pieces, each on what the piece before it gives."""
+    encode, texts = get_tokenizer("clip").encode, [sample.captions["txt"][0] for sample in samples]
+    their_tokens, their_transform, crop = (
+        open_clip.get_tokenizer("coca_ViT-B-32"),
+        image_transform(SIZE, True),
+        RandomCrop(SIZE),
+    )
+    pictures, rng = [open_with_pillow(sample.image) for sample in samples], random.Random(0)
+    decoded = [decode_pixels(sample.image, sample.key) for sample in samples]
+    floats = [their_transform(picture) for picture in pictures[:BATCH]]
+    examples = [
+        Example(crop(pixels, rng), encode(text), "") for pixels, text in zip(decoded[:BATCH], texts, strict=False)
+    ]
+    ids, batches = their_tokens(texts[:BATCH]), len(samples) // BATCH
+
+    pieces: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "read": (lambda: [*wds.WebDataset(tar_names(folder), shardshuffle=False)], lambda: read_indexed(folder)),
+        "decode": (
+            lambda: [open_with_pillow(sample.image) for sample in samples],
+            lambda: [decode_pixels(sample.image, sample.key) for sample in samples],
+        ),
+        "crop and resize": (
+            lambda: [their_transform(picture) for picture in pictures],
+            lambda: [crop(pixels, rng) for pixels in decoded],
+        ),
+        "tokenise": (lambda: [their_tokens(text)[0] for text in texts], lambda: [encode(text) for text in texts]),
+        "collate": (
+            lambda: [(torch.stack(floats), torch.stack([*ids])) for _ in range(batches)],
+            lambda: [collate(examples, 0) for _ in range(batches)],
+        ),
+    }
+    for name, (theirs, ours) in pieces.items():
+        seconds = interleaved({"theirs": theirs, "ours": ours}, repetitions)
+        yield {"what": name, **result(seconds, "ours", len(samples))}
+
+
+def result(seconds: dict[str, list[float]], ours: str, count: int) -> dict[str, object]:
+    times = {"theirs": min(seconds["theirs"]) / count, "ours": min(seconds[ours]) / count}
+    rates = {f"{name} samples/s": 1 / time for name, time in times.items()}
+    return {"ratio": ratio(seconds["theirs"], seconds[ours]), **{f"{k} µs": 1e6 * t for k, t in times.items()}, **rates}
+
+
+def check_pixels(samples: Sequence[ShardSample]) -> int:
+    """The largest difference to OpenCLIP's transform, in grey levels; ends the run where it is above the tolerance."""
+    theirs, largest = image_transform(SIZE, is_train=True), 0
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    for seed, sample in enumerate(samples):
+        pixels, picture = decode_pixels(sample.image, sample.key), open_with_pillow(sample.image)
+        box = random_box(picture.height, picture.width, random.Random(seed))
+        theirs.transforms[0].get_params = lambda *_, box=box: tuple(box)
+        expected = ((theirs(picture) * std + mean) * 255).round().int()
+        largest = max(largest, int((RandomCrop(SIZE)(pixels, random.Random(seed)).int() - expected).abs().max()))
+    if largest > TOLERANCE:
+        raise SystemExit(f"our pixels differ from OpenCLIP's by {largest} of 255, more than {TOLERANCE}")
+    return largest
+
+
+def read_indexed(folder: str) -> list[ShardSample]:
+    indexes = tar_indexes(find_shards(tar_names(folder)), Path(folder))
+    return [sample_of(index.read(i), ["txt"], index.shard) for index in indexes for i in range(len(index))]
+
+
+def tar_names(folder: str) -> list[str]:
+    return [f"{folder}/{number}.tar" for number in range(SHARDS)]
+
+
+def open_with_pillow(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def photos(folder: Path, count: int) -> list[bytes]:
+    found = sorted(folder.rglob("*.jpg"))
+    if len(found) < count:
+        raise SystemExit(f"{folder} has {len(found)} .jpg files, fewer than {count}: say --count or another folder")
+    return [path.read_bytes() for path in found[:: len(found) // count][:count]]
+
+
+def synthetic_photo(seed: int) -> bytes:
+    """Colour fields at several scales, edges and grain; 4:2:0 at quality 85 to 95."""
+    rng = np.random.default_rng(seed)
+    short, (across, down) = int(rng.integers(256, 513)), ASPECTS[seed % len(ASPECTS)]
+    width, height = (round(short * side / min(across, down)) for side in (across, down))
+    image = np.full((height, width, 3), 128.0)
+    for cells, contrast in ((4, 50), (16, 30), (64, 15)):
+        field = Image.fromarray((rng.random((cells, cells, 3)) * 255).astype(np.uint8))
+        image += (np.asarray(field.resize((width, height), Image.Resampling.BICUBIC)) / 127.5 - 1) * contrast
+    for _ in range(6):
+        top, left = int(rng.integers(height // 2)), int(rng.integers(width // 2))
+        image[top : top + height // 4, left : left + width // 4] += rng.normal(0, 40, 3)
+    image += rng.normal(0, 3, (height, width, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85 + seed % 11)
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, images: Sequence[bytes]) -> None:
+    """As img2dataset does, with captions of 4 to 20 words."""
+    rng = random.Random(0)
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number, image in enumerate(images[shard::SHARDS]):
+                caption = " ".join(rng.choices(TEXT.split(), k=rng.randint(4, 20)))
+                fields = {"jpg": image, "txt": caption.encode(), "json": json.dumps({"caption": caption}).encode()}
+                for suffix, content in fields.items():
+                    member = tarfile.TarInfo(f"{shard:05d}{number:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+if __name__ == "__main__":
+    main()
