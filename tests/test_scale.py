@@ -26,24 +26,19 @@ def on_rank(function: str, engine: str) -> Any:
     return getattr(counted, function)(engine)
 
 
-@pytest.mark.parametrize(("engine", "world"), [("DDP", 2), ("DDP", 3), ("FSDP2", 2), ("FSDP2", 3)])
+@pytest.mark.parametrize(("engine", "world"), [("DDP", 3), ("FSDP2", 2), ("gradient caching", 2)])
 def test_volumes_are_those_of_a_real_step(on_ranks, engine: str, world: int) -> None:
     results = on_ranks(world, on_rank, "count", engine)
     found = counted.Sent(*(sum(column) / world for column in zip(*results, strict=True)))
     expected = counted.formula(engine, counted.measure(counted.network()), world)
     assert found.losses == pytest.approx(expected.losses, abs=16)  # the number of tokens, which the formula leaves out
-    if engine == "DDP":
-        assert found.engine == pytest.approx(expected.engine, abs=32)  # the buffers for normalising images
-    else:
+    if engine == "FSDP2":
         assert found.engine == pytest.approx(expected.engine, rel=0.01)  # parts are padded to one size
+    else:
+        assert found.engine == pytest.approx(expected.engine, abs=32)  # the buffers for normalising images
 
 
-def test_micro_batches_send_no_more(on_ranks) -> None:
-    whole, micro = (on_ranks(2, on_rank, "count", engine) for engine in ("DDP", "gradient caching"))
-    assert [sent[:2] for sent in micro] == [sent[:2] for sent in whole]
-
-
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "gradient caching"])
+@pytest.mark.parametrize("engine", ["FSDP2", "gradient caching"])
 def test_memory_is_what_a_rank_holds(on_ranks, engine: str) -> None:
     assert counted.planned(engine, 2) == pytest.approx(max(on_ranks(2, on_rank, "peak", engine)), rel=0.15)
 
