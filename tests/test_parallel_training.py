@@ -6,27 +6,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
-from running import run
+from running import results, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from coca_lit.checkpoints import load_model
+from coca_lit.cli import CONF
 from coca_lit.config import ConfigError
+from coca_lit.data.records import DataError
+from coca_lit.data.scenes_export import write_shards
 from coca_lit.distributed import rank, world_size
+from coca_lit.export import cli as export
 from coca_lit.models import create_model
 from coca_lit.sharding import check_sharded, shard, unsharded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 MODEL = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": VIT}
-SHORT = (
-    *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "evals=[]", "data.batch_size=8"),
+UNSCORED = (
+    *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "data.batch_size=8"),
     *("model.warmup_steps=2", "trainer.gradient_clip_val=0.5", "model.optimizer.lr=1e-4", "trainer.precision=32-true"),
     "+model.net.image_encoder=vit_base_patch32_clip_224",
     "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:2,num_heads:2}",
 )
+SHORT = (*UNSCORED, "evals=[]")
+SCORED = (*UNSCORED, "evals=[scenes_captions,scenes_retrieval]", "eval_images=8", "data.train_count=16")
 DDP = ("trainer.devices=2", "trainer.strategy=ddp")
 SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
 
@@ -104,6 +111,33 @@ def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None
         torch.testing.assert_close(saved(folder / name)["state_dict"], longer["state_dict"], atol=4e-6, rtol=0)
 
 
+def train_and_score(folder: Path) -> dict[str, float]:
+    with launched():
+        return run(folder, *SCORED, *SHARDED)
+
+
+def test_a_sharded_experiment_is_scored_and_exported(on_ranks, tmp_path: Path) -> None:
+    """From the first step to a file for other programs: scores and captions are those of one process."""
+    one, sharded, exported = tmp_path / "one", tmp_path / "sharded", tmp_path / "exported"
+    scores = run(one, *SCORED)
+    for found in on_ranks(2, train_and_score, sharded):
+        assert found == pytest.approx(scores, abs=1e-6)
+    assert results(sharded) == pytest.approx(results(one), abs=1e-6)
+    captions = [(folder / "predictions" / "scenes.json").read_text() for folder in (one, sharded)]
+    assert captions[0] == captions[1]
+    trained = load_model(sharded / "checkpoints" / "last.ckpt")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = [f"checkpoint={sharded}/checkpoints/last.ckpt", "format=safetensors", f"output={exported}"]
+        export.run(hydra.compose("export", chosen))
+    again = load_model(exported / "model.safetensors")
+    torch.testing.assert_close(again.state_dict(), trained.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(
+        again.state_dict(), load_model(one / "checkpoints/last.ckpt").state_dict(), atol=1e-5, rtol=0
+    )
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(again.generate(images), trained.generate(images))
+
+
 def test_openclips_recipe_for_mscoco_runs_on_two_ranks(on_ranks, tmp_path: Path) -> None:
     """Contrastive weight 0, where OpenCLIP stops with unused parameters in the second step."""
     recipe = ("experiment=finetune_mscoco", "data=scenes", "model.net.name=coca_tiny", "image_size=32")
@@ -155,6 +189,17 @@ def test_each_rank_holds_its_part_and_scores_with_all(sharded) -> None:
 def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, *SHORT, *overrides)
+
+
+def starve(folder: Path) -> None:
+    shards = ("data=laion", f"data.shards={folder}", "data.epoch_samples=8", "image_size=32", "data.num_workers=0")
+    with pytest.raises(DataError, match="1 shard cannot feed 2 processes: each needs at least one of its own"):
+        train(folder / "run", *shards, *DDP)
+
+
+def test_more_processes_than_shards_are_refused(on_ranks, tmp_path: Path) -> None:
+    write_shards(tmp_path, 8, 32)
+    on_ranks(2, starve, tmp_path)
 
 
 def test_a_contrastive_loss_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -1,17 +1,78 @@
-"""The scaling study's simulation against the formula it is drawn beside, and its volumes against hand-worked cases."""
+"""The scaling study: its volumes and memory against what real processes send and hold, its simulation against the
+formula it is drawn beside, its tables against their CSVs.
+"""
 
-import importlib.util
+import csv
+import importlib
+import itertools
 import random
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "scale" / "scale.py"
-spec = importlib.util.spec_from_file_location("scale", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-scale = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scale)
+STUDY = Path(__file__).resolve().parents[1] / "experiments" / "scale"
+sys.path.append(str(STUDY))
+counted, scale, shuffle, tables = map(importlib.import_module, ("counted", "scale", "shuffle", "tables"))
+
+
+# Communication and memory
+
+
+def on_rank(function: str, engine: str) -> Any:
+    return getattr(counted, function)(engine)
+
+
+@pytest.mark.parametrize(("engine", "world"), [("DDP", 3), ("FSDP2", 2), ("gradient caching", 2)])
+def test_volumes_are_those_of_a_real_step(on_ranks, engine: str, world: int) -> None:
+    results = on_ranks(world, on_rank, "count", engine)
+    found = counted.Sent(*(sum(column) / world for column in zip(*results, strict=True)))
+    expected = counted.formula(engine, counted.measure(counted.network()), world)
+    assert found.losses == pytest.approx(expected.losses, abs=16)  # the number of tokens, which the formula leaves out
+    if engine == "FSDP2":
+        assert found.engine == pytest.approx(expected.engine, rel=0.01)  # parts are padded to one size
+    else:
+        assert found.engine == pytest.approx(expected.engine, abs=32)  # the buffers for normalising images
+
+
+@pytest.mark.parametrize("engine", ["FSDP2", "gradient caching"])
+def test_memory_is_what_a_rank_holds(on_ranks, engine: str) -> None:
+    assert counted.planned(engine, 2) == pytest.approx(max(on_ranks(2, on_rank, "peak", engine)), rel=0.15)
+
+
+def test_volumes_by_hand() -> None:
+    assert scale.ddp_bytes(400, 2) == 400
+    assert scale.fsdp_bytes(400, 300, 400, 4) == 825
+    assert scale.feature_bytes(10, 8, 2) == 800
+
+
+# Input
+
+
+def test_shards_by_hand() -> None:
+    (row,) = (row for row in scale.shard_rows() if (row["GPUs"], row["workers per GPU"]) == (384, 8))
+    assert row["shards per worker"] == "13 or 14"
+    assert list(row.values())[-1] == pytest.approx(100 / 13)
+
+
+def test_pairs_of_one_shard_are_counted() -> None:
+    batch = np.random.default_rng(0).integers(0, 5, shuffle.BATCH)
+    same = [a == b for a, b in itertools.combinations(batch, 2)]
+    assert shuffle._same(batch) == pytest.approx(sum(same) / len(same))
+
+
+def test_recorded_shuffling_is_that_of_the_reader() -> None:
+    with (STUDY / "shuffle.csv").open(newline="") as file:
+        recorded = {row.pop("order"): row for row in csv.DictReader(file)}
+    row, samples = shuffle.quality(shuffle.ours(1000))
+    assert len(set(samples)) == len(samples)
+    assert {key: float(value) for key, value in recorded[row.pop("order")].items()} == pytest.approx(row)
+
+
+# Failures
 
 
 def test_simulated_losses_follow_the_formula_and_are_least_at_youngs_interval() -> None:
@@ -24,7 +85,10 @@ def test_simulated_losses_follow_the_formula_and_are_least_at_youngs_interval() 
     assert lost(best) < min(lost(best / 3), lost(best * 3))
 
 
-def test_volumes_by_hand() -> None:
-    assert scale.ddp_bytes(400, 2) == 400
-    assert scale.fsdp_bytes(400, 300, 400, 4) == 825
-    assert scale.feature_bytes(10, 8, 2) == 640
+# Tables
+
+
+def test_tables_are_those_of_the_csvs() -> None:
+    readme = tables.README.read_text()
+    assert tables.with_tables(readme) == readme
+    assert set(re.findall(r"<!-- table:scale/(\w+) -->", readme)) == {path.stem for path in STUDY.glob("*.csv")}

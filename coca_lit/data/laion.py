@@ -189,7 +189,8 @@ class LaionData(CaptionData):
 def usable_workers(source: Source, world: int, num_workers: int) -> int:
     """`num_workers`, or with a warning fewer so that each has a shard; `DataError` if a process would have none."""
     shards = len(source.shards)
-    what = f"shards of {source.name!r}" if source.name else "shards"
+    what = "shard" if shards == 1 else "shards"
+    what = f"{what} of {source.name!r}" if source.name else what
     if shards < world:
         raise DataError(
             f"{shards} {what} cannot feed {world} processes: each needs at least one of its own, so write more and "

@@ -1,13 +1,14 @@
 """How the well-known image-text sets of the web become shards: `coca-data recipe NAME`.
 
-The sets are lists of URLs, and img2dataset is the tool that fetches them; the flags are those of its version 1.47.
-Images keep their shape and have at most 256 pixels on the shorter side, from which 224 are cropped.
+The sets are lists of URLs, and img2dataset is the tool that fetches them; the flags are those of its version 1.47,
+which runs on Python up to 3.12. Images keep their shape and have at most 256 pixels on the shorter side, from which 224
+are cropped. Neighbours in a list stay neighbours in the shards: one that is sorted is best shuffled first.
 """
 
 from typing import NamedTuple
 
 _FETCH = """\
-pip install img2dataset
+pip install img2dataset        # in an environment of its own, with Python 3.12 or older
 img2dataset --url_list {urls} --input_format {format} --url_col {url} --caption_col {caption} \\
     --output_format webdataset --output_folder {name} --number_sample_per_shard 10000 \\
     --image_size 256 --resize_mode keep_ratio --resize_only_if_bigger True \\
@@ -43,9 +44,9 @@ RECIPES = {
     --save_additional_columns '["similarity","hash","punsafe","pwatermark"]' --oom_shard_count 6""",
     ),
     "relaion": Recipe(
-        "Re-LAION-2B-en-research-safe, the cleaned release of 2024 (gated: accept its terms first):\n"
+        "Re-LAION-2B-en-research-safe, 2.1 billion pairs, the cleaned release of 2024 (gated: accept its terms):\n"
         "    hf download laion/relaion2B-en-research-safe --repo-type dataset --local-dir relaion-urls\n"
-        "Look at the columns of a parquet file before a long download: releases spell them url/caption or URL/TEXT.",
+        "Its columns are url and caption; those of LAION's older lists are URL and TEXT.",
         urls="relaion-urls",
         format="parquet",
         url="url",
@@ -55,7 +56,8 @@ RECIPES = {
     "datacomp": Recipe(
         "DataComp-1B, 1.4 billion pairs, faces blurred where the list gives boxes:\n"
         "    hf download mlfoundations/datacomp_1b --repo-type dataset --local-dir datacomp-urls\n"
-        "verify_hash drops what has changed since the list was made.",
+        "verify_hash drops what has changed since the list was made. DataComp's own script keeps 512 pixels on the\n"
+        "longer side and verifies nothing: --image_size 512 --resize_mode keep_ratio_largest, for comparisons with it.",
         urls="datacomp-urls",
         format="parquet",
         url="url",

@@ -20,7 +20,8 @@ class Model(NamedTuple):
     parameters: dict[str, tuple[int, int]]  # by part: numbers in all, and those that are trained
     weights: int
     trained: int
-    unsharded: int  # weights that sharding keeps whole during a step: those of no block, and the largest block
+    in_blocks: int  # weights that sharding gathers block by block, see `coca_lit.sharding`
+    largest_block: int
     width: int  # numbers in a feature
 
 
@@ -51,7 +52,7 @@ def measure(net: CoCa) -> Model:
     groups = [sum(p.nbytes for module in group for p in module.parameters()) for group in blocks(net)]
     weights = sum(p.nbytes for p in net.parameters())
     trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
-    return Model(counts, weights, trained, weights - sum(groups) + max(groups, default=0), net.config["embed_dim"])
+    return Model(counts, weights, trained, sum(groups), max(groups, default=0), net.config["embed_dim"])
 
 
 def memory(model: Model, cost: Cost, recipe: Recipe) -> dict[str, float]:
@@ -64,14 +65,21 @@ def memory(model: Model, cost: Cost, recipe: Recipe) -> dict[str, float]:
         "casts of weights, chunks of the losses": cost.fixed,
     }
     if recipe.sharded:
-        found["weights gathered for a step"] = model.unsharded
+        found["weights gathered for a step"] = model.weights - model.in_blocks + model.largest_block
     elif recipe.devices > 1:
         found["DDP's buckets"] = model.trained
     if recipe.averaged:
         found["averaged weights"] = model.weights
-    if recipe.contrastive:  # gathered texts and their gradient, a tile of logits and of its gradient
-        found["contrastive loss over the global batch"] = 4 * recipe.batch * 2 * (model.width + TILE)
+    if recipe.contrastive:
+        found["contrastive loss over the global batch"] = recipe.batch * _per_text(model)
     return found
+
+
+def _per_text(model: Model) -> int:
+    """Bytes on every device of a pair of the global batch: its text and the gradient, a column of a tile of logits and
+    of its gradient.
+    """
+    return 4 * 2 * (model.width + TILE)
 
 
 def per_sample(model: Model, cost: Cost, recipe: Recipe, pixels: int) -> tuple[float, float]:
@@ -79,13 +87,28 @@ def per_sample(model: Model, cost: Cost, recipe: Recipe, pixels: int) -> tuple[f
     return cost.activations, pixels + (4 * 4 * model.width if recipe.micro_batch else 0)
 
 
-def largest_batch(memory_gb: float, fixed: float, sample: tuple[float, float], micro_batch: int | None) -> int:
-    """Pairs per device that fit; with `micro_batch` only so many are in the network at a time. 0: not even one."""
-    in_network, always = sample
-    free = USABLE * memory_gb * 1e9 - fixed
-    if micro_batch is None:
+def largest_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pixels: int) -> int:
+    """Pairs per device that fit; with micro-batches only so many are in the network at a time, but every device holds
+    the texts of all. 0: not even one, or not even a micro-batch.
+    """
+    in_network, always = per_sample(model, cost, recipe, pixels)
+    if recipe.contrastive:
+        always += recipe.devices * _per_text(model)
+    free = USABLE * memory_gb * 1e9 - sum(memory(model, cost, recipe._replace(batch=0)).values())
+    if recipe.micro_batch is None:
         return max(int(free / (in_network + always)), 0)
-    return max(int((free - micro_batch * in_network) / always), 0)
+    found = int((free - recipe.micro_batch * in_network) / always)
+    return found if found >= recipe.micro_batch else 0
+
+
+def largest_micro_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pixels: int) -> int | None:
+    """Pairs that a device can send through the network at a time so that the recipe's batch fits: a divisor of its
+    part of that batch. None: not even one by one, or sharded weights, which micro-batches do not go with.
+    """
+    own = recipe.batch // recipe.devices
+    sizes = [] if recipe.sharded else [n for n in range(own, 0, -1) if own % n == 0]
+    fits = (n for n in sizes if largest_batch(memory_gb, model, cost, recipe._replace(micro_batch=n), pixels) >= own)
+    return next(fits, None)
 
 
 def flops(model: Model, cost: Cost, recipe: Recipe) -> float:

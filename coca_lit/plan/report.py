@@ -8,6 +8,7 @@ from coca_lit.plan.estimate import (
     Recipe,
     flops,
     largest_batch,
+    largest_micro_batch,
     memory,
     per_sample,
     samples_per_second,
@@ -70,13 +71,15 @@ def memory_table(model: Model, cost: Cost, recipe: Recipe, pixels: int) -> Table
 def device_table(model: Model, cost: Cost, recipe: Recipe, settings: Settings, pixels: int) -> Table:
     own = -(-recipe.batch // recipe.devices)
     table = _table(f"{recipe.devices} devices, {own:,} samples each in a step", "", *settings.gpus)
-    fixed = sum(memory(model, cost, recipe).values())
-    sample, work = per_sample(model, cost, recipe, pixels), flops(model, cost, recipe)
+    work = flops(model, cost, recipe)
     rates = [samples_per_second(work, GPUS[name], settings.utilisation, recipe.half) for name in settings.gpus]
-    fits = [largest_batch(GPUS[name].memory, fixed, sample, recipe.micro_batch) for name in settings.gpus]
+    fits = [largest_batch(GPUS[name].memory, model, cost, recipe, pixels) for name in settings.gpus]
+    smaller = [largest_micro_batch(GPUS[name].memory, model, cost, recipe, pixels) for name in settings.gpus]
     table.add_row("memory", *(f"{GPUS[name].memory:g} GB" for name in settings.gpus))
     table.add_row("samples that fit a device", *(f"{n:,}" for n in fits))
-    table.add_row("the step fits", *("yes" if n >= own else "no: trainer.micro_batch_size=…" for n in fits))
+    table.add_row("the step fits", *("yes" if n >= own else "no" for n in fits))
+    if min(fits) < own:
+        table.add_row("trainer.micro_batch_size that fits", *("none" if n is None else f"{n:,}" for n in smaller))
     table.add_row("samples/s of a device", *(f"{rate:,.0f}" for rate in rates))
     table.add_row("samples/s of all", *(f"{rate * recipe.devices:,.0f}" for rate in rates))
     table.add_row("seconds of a step", *(f"{recipe.batch / rate / recipe.devices:,.3f}" for rate in rates))

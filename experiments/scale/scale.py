@@ -1,28 +1,40 @@
-"""Training on 8 to 384 GPUs, on paper: communication, memory, throughput, failures. Writes tables.csv, the tables of
-the README and failures.png.
+"""Training on 8 to 384 GPUs, on paper: communication, memory, throughput, input, failures. Writes throughput.csv,
+input.csv, shards.csv, failures.csv, the tables of the README and failures.png.
 
 python experiments/scale/scale.py
 """
 
-import csv
 import math
 import random
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 
 from coca_lit.models import create_model
-from coca_lit.plan.estimate import Recipe, flops, largest_batch, measure, memory, per_sample, samples_per_second
+from coca_lit.plan.estimate import (
+    Cost,
+    Model,
+    Recipe,
+    flops,
+    largest_batch,
+    largest_micro_batch,
+    measure,
+    memory,
+    samples_per_second,
+)
 from coca_lit.plan.hardware import GPUS
 from coca_lit.plan.trace import cost
 
-FOLDER = Path(__file__).resolve().parent
 MODELS = {"B/32": ("coca_vit_b32", 224), "L/14": ("coca_vit_l14", 224), "2.1B": ("coca_2b", 288)}
 NETWORK = {"A100": 25e9, "H100": 50e9}  # bytes/s of a GPU to other machines: 200 and 400 Gbit/s
 UTILISATION = {"A100": 0.4, "H100": 0.3}
 PER_DEVICE, TOKENS = 240, 20
 GPU_FAILURES = 0.17  # of a GPU in a year, all causes: an assumption, about what reports of 16,000-GPU runs come to
+SHARDS, RECIPE = 41_455, 29_000  # of LAION-2B, and samples/s of OpenCLIP's CoCa L/14 on 384 A100
+IMAGE = 28_000  # bytes of a stored image: photos of Flickr8k with 256 pixels on the shorter side, JPEG of quality 95
+DECODED = 470  # samples/s of a core: the reader, decoding with Pillow, on such photos, on two busy cores of a Xeon
 
 
 def ddp_bytes(trained: float, devices: int) -> float:
@@ -36,8 +48,10 @@ def fsdp_bytes(weights: float, in_blocks: float, trained: float, devices: int) -
 
 
 def feature_bytes(per_device: int, width: int, devices: int) -> float:
-    """Sent by a device in a step: gathered text features, and their gradients back."""
-    return 2 * (devices - 1) * per_device * width * 4
+    """Sent by a device in a step: gathered text features and their gradients back, and for each text the largest logit
+    and the sum of the contrastive loss, which all devices need.
+    """
+    return 2 * (devices - 1) * per_device * 4 * (width + 2)
 
 
 def young_daly(save: float, between: float) -> float:
@@ -73,25 +87,70 @@ def throughput_rows() -> list[dict[str, Any]]:
         spent = cost(net, {"contrastive": 1, "caption": 2}, TOKENS, torch.bfloat16)
         for devices in (8, 64, 384):
             for engine in ("DDP", "FSDP2", "gradient caching"):
-                recipe = Recipe(
-                    batch=PER_DEVICE * devices,
-                    devices=devices,
-                    sharded=engine == "FSDP2",
-                    micro_batch=30 if engine == "gradient caching" else None,
-                )
-                fixed = sum(memory(model, spent, recipe).values())
-                sample = per_sample(model, spent, recipe, 3 * side**2)
-                own = feature_bytes(PER_DEVICE, model.width, devices)
-                moved = fsdp_bytes(model.weights, model.weights - model.unsharded, model.trained, devices)
-                sent = own + (moved if recipe.sharded else ddp_bytes(model.trained, devices))
-                row = {"model": name, "GPUs": devices, "engine": engine, "GB sent/step": sent / 1e9}
-                row |= {"GB fixed": fixed / 1e9, "fit 80 GB": largest_batch(80, fixed, sample, recipe.micro_batch)}
-                for gpu, speed in NETWORK.items():
-                    rate = samples_per_second(flops(model, spent, recipe), GPUS[gpu], UTILISATION[gpu], True)
-                    compute, network = PER_DEVICE / rate, sent / speed
-                    row[f"{gpu} samples/s"] = PER_DEVICE * devices / max(compute, network)
-                    row[f"{gpu} network/compute"] = network / compute
-                rows.append(row)
+                recipe = Recipe(batch=PER_DEVICE * devices, devices=devices, sharded=engine == "FSDP2")
+                row = {"model": name, "GPUs": devices, "engine": engine}
+                rows.append(row | throughput(model, spent, recipe, engine == "gradient caching", 3 * side**2))
+    return rows
+
+
+def throughput(model: Model, spent: Cost, recipe: Recipe, caching: bool, pixels: int) -> dict[str, Any]:
+    """
+    Args:
+        caching: in the largest micro-batches that fit.
+        pixels: bytes of an image.
+    """
+    if caching:
+        recipe = recipe._replace(micro_batch=largest_micro_batch(80, model, spent, recipe, pixels) or 1)
+    devices = recipe.devices
+    moved = fsdp_bytes(model.weights, model.in_blocks, model.trained, devices)
+    sent = feature_bytes(PER_DEVICE, model.width, devices)
+    sent += moved if recipe.sharded else ddp_bytes(model.trained, devices)
+    row = {
+        "GB sent/step": sent / 1e9,
+        "GB fixed": sum(memory(model, spent, recipe).values()) / 1e9,
+        "at a time": recipe.micro_batch or PER_DEVICE,
+        "fit 80 GB": largest_batch(80, model, spent, recipe, pixels),
+    }
+    for gpu, speed in NETWORK.items():
+        rate = samples_per_second(flops(model, spent, recipe), GPUS[gpu], UTILISATION[gpu], True)
+        compute, network = PER_DEVICE / rate, sent / speed
+        row[f"{gpu} samples/s"] = PER_DEVICE * devices / max(compute, network)
+        row[f"{gpu} network/compute"] = network / compute
+    return row
+
+
+def input_rows(throughputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What 384 GPUs take in: at the pace of the recipe, and as fast as they compute."""
+    paces = {f"OpenCLIP's recipe, {RECIPE:,} samples/s": float(RECIPE)}
+    for row in throughputs:
+        if row["GPUs"] == 384 and row["engine"] == "DDP":
+            paces |= {f"{row['model']} on {gpu}": row[f"{gpu} samples/s"] for gpu in NETWORK}
+    return [
+        {
+            "384 GPUs": name,
+            "samples/s of a GPU": pace / 384,
+            "GB/s in all": pace * IMAGE / 1e9,
+            "Gbit/s of a machine": 8 * 8 * pace / 384 * IMAGE / 1e9,
+            "cores per GPU": pace / 384 / DECODED,
+        }
+        for name, pace in paces.items()
+    ]
+
+
+def shard_rows() -> list[dict[str, Any]]:
+    """A worker goes through its own shards again and again, so those of a worker with few come round more often."""
+    rows = []
+    for gpus, workers in ((8, 8), (64, 8), (384, 2), (384, 4), (384, 8), (384, 16)):
+        readers = gpus * workers
+        few, many = SHARDS // readers, -(-SHARDS // readers)
+        rows.append(
+            {
+                "GPUs": gpus,
+                "workers per GPU": workers,
+                "shards per worker": f"{few:,} or {many:,}",
+                "samples of the former come more often by, %": 100 * (many / few - 1),
+            }
+        )
     return rows
 
 
@@ -114,17 +173,6 @@ def failure_rows(save: float = 30, restart: float = 300) -> list[dict[str, Any]]
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_text(v) for v in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str | int):
-        return f"{value:,}" if isinstance(value, int) else value
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
-
-
 def draw(save: float = 30, restart: float = 300) -> None:
     import matplotlib.pyplot as plt
 
@@ -140,22 +188,15 @@ def draw(save: float = 30, restart: float = 300) -> None:
         axes.plot(minutes[4:], [100 * sum(r) / len(r) for r in runs], "k.", markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="minutes between checkpoints", ylabel="% of the time lost")
     axes.legend(title="lines: formula, dots: simulated")
-    figure.savefig(FOLDER / "failures.png", dpi=110)
+    figure.savefig(Path(__file__).parent / "failures.png", dpi=110)
 
 
 def main() -> None:
-    readme = FOLDER / "README.md"
-    text = readme.read_text()
-    tables = {"throughput": throughput_rows(), "failures": failure_rows()}
-    for name, rows in tables.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n{markdown(rows)}\n{end}{rest.partition(end)[2]}"
-        with (FOLDER / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    readme.write_text(text)
+    throughputs = throughput_rows()
+    tables.write("throughput", throughputs)
+    tables.write("input", input_rows(throughputs))
+    tables.write("shards", shard_rows())
+    tables.write("failures", failure_rows())
     draw()
 
 

@@ -13,8 +13,8 @@ from coca_lit.config import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.plan.cli import build_without_weights, read_recipe, read_settings, show_plan
-from coca_lit.plan.estimate import Recipe, flops, largest_batch, measure, memory
-from coca_lit.plan.trace import cost, trace
+from coca_lit.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
+from coca_lit.plan.trace import Cost, cost, trace
 from tests.running import compose, train_py
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
@@ -105,10 +105,24 @@ def test_memory_of_a_device_by_hand() -> None:
     shared = memory(model, spent, Recipe(64, 8, sharded=True))
     assert shared["weights"] + shared["gradients"] + shared["AdamW states"] == 2 * n
     assert memory(model, spent, Recipe(64, 8))["DDP's buckets"] == 4 * n
-    assert largest_batch(1, 0.42e9, (4e6, 1e6), None) == 100
-    assert largest_batch(1, 0.42e9, (4e6, 1e6), 50) == 300
-    assert largest_batch(1, 2e9, (4e6, 1e6), None) == 0
     assert flops(model, spent, Recipe(64, 8, micro_batch=4)) > flops(model, spent, Recipe(64, 8))
+
+
+def test_the_batch_that_fits_by_hand() -> None:
+    """1 GB, of which 920 MB are usable: 420 MB weights, their gradients and so on, 4 MB per pair in the network."""
+    model = Model(parameters={}, weights=105_000_000, trained=105_000_000, in_blocks=0, largest_block=0, width=244)
+    spent, pixels = Cost(forward={}, total=0, activations=4e6, fixed=0), 996_000
+    alone = Recipe(batch=100, devices=1)  # beside the pixels, 4,000 bytes per text
+    assert largest_batch(1, model, spent, alone, pixels) == 100
+    assert largest_batch(1, model, spent, alone._replace(contrastive=False), pixels + 4000) == 100
+    small = alone._replace(micro_batch=50)  # 3,904 bytes of features, images and texts, and their gradients
+    assert largest_batch(1, model, spent, small, pixels - 3904) == 300
+    assert largest_batch(1, model, spent, small._replace(micro_batch=124), pixels) == 0  # 4 MB left
+    many = small._replace(devices=100)  # and another 99 texts for each pair, on every device, but for DDP's buckets
+    assert largest_batch(1.114130435, model, spent, many, pixels - 3904) == int(300 / 1.396)
+    assert largest_micro_batch(1, model, spent, alone._replace(batch=300), pixels - 3904) == 50
+    assert largest_micro_batch(1, model, spent, alone._replace(batch=600), pixels) is None
+    assert largest_micro_batch(1, model, spent, alone._replace(sharded=True), pixels) is None
 
 
 def test_a_recipe_is_read_from_the_config() -> None:
