@@ -96,7 +96,9 @@ def cross_attention(q: Tensor, context: Tensor, kv: Tensor, heads: int, lengths:
     Returns:
         (N, H·W)
     """
-    return _CrossAttention.apply(q.unflatten(1, (heads, -1)), context, kv.unflatten(0, (2, heads, -1)), lengths).flatten(1)
+    return _CrossAttention.apply(
+        q.unflatten(1, (heads, -1)), context, kv.unflatten(0, (2, heads, -1)), lengths
+    ).flatten(1)
 
 
 class _CrossAttention(torch.autograd.Function):
