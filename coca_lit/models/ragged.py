@@ -52,11 +52,8 @@ class _SelfAttention(torch.autograd.Function):
         kept = []
         for i, (rows, result) in enumerate(zip(qkv.split(lengths), out.split(lengths), strict=True)):
             q, k, v = rows.permute(1, 2, 0, 3)  # each (H, n, W)
-            if masks is None:
-                scores = torch.bmm(q, k.mT).mul_(scale)  # (H, n, n)
-            else:
-                scores = torch.baddbmm(masks[i], q, k.mT, alpha=scale)
-            p = _softmax(scores)
+            scores = torch.bmm(q, k.mT).mul_(scale)  # (H, n, n)
+            p = _softmax(scores if masks is None else scores.add_(masks[i]))
             torch.bmm(p, v, out=result.transpose(0, 1))
             kept.append(p)
         ctx.save_for_backward(qkv, *kept)

@@ -24,15 +24,15 @@ class PatchProjection(nn.Conv2d):
 
 
 class ShortAttention(Attention):
-    """Takes the plain products of `ragged` where the fused kernel's backward pass is slow, in bf16 on a CPU, as long as
-    the probabilities, which those keep, take no more memory than the queries.
+    """Trains with the plain products of `ragged` where the fused kernel's backward pass is slow, in bf16 on a CPU, as
+    long as the probabilities, which those keep, take no more memory than the queries.
     """
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (B, S, D) -> (B, S, D)"""
         batch, length, _ = x.shape
-        plain = attn_mask is None and not is_causal and length <= self.head_dim and _trains_in_bf16(x)
-        if not plain or torch.compiler.is_compiling():
+        plain = attn_mask is None and not is_causal and length <= self.head_dim
+        if not (plain and self.training and _in_bf16_on_cpu(x)) or torch.compiler.is_compiling():
             return super().forward(x, attn_mask, is_causal)
         qkv = self.qkv(x).flatten(0, 1)  # (B·S, 3·D)
         attended = ragged.self_attention(qkv, self.num_heads, [length] * batch, None)
@@ -58,6 +58,6 @@ def _is_plain(attention: Attention) -> bool:
     return all(isinstance(norm, nn.Identity) for norm in norms) and gate is None and attention.attn_drop.p == 0
 
 
-def _trains_in_bf16(x: Tensor) -> bool:
+def _in_bf16_on_cpu(x: Tensor) -> bool:
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return x.is_cpu and torch.is_grad_enabled() and (autocast or x.dtype == torch.bfloat16)
+    return x.is_cpu and (autocast or x.dtype == torch.bfloat16)
