@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coca_lit.models.batch_norm import use_global_batch_norms
 from coca_lit.models.layers import AttentionalPooler
+from coca_lit.models.trunk import use_faster_parts
 
 Pooler = Literal["single", "parallel", "cascade"]
 
@@ -76,6 +77,7 @@ def _timm_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Mod
         arguments = {"final_norm": False, **arguments}
     trunk = timm.create_model(name, num_classes=0, global_pool="", **arguments)
     use_global_batch_norms(trunk)
+    use_faster_parts(trunk)
     return trunk
 
 

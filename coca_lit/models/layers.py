@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.models import ragged
 from coca_lit.models.layout import Layout
 from coca_lit.models.linear import Linear
 
@@ -81,7 +82,11 @@ class SelfAttention(nn.Module):
         """x (B, T, D), or rows packed as `layout` says, -> the same shape. Causal unless a boolean `mask`
         (B, 1, T, T), True where attention is allowed, says otherwise.
         """
-        qkv = self.qkv(x) if layout is None else layout.unpack(self.qkv(x))  # (B, T, 3·D)
+        qkv = self.qkv(x)
+        if (lengths := _lengths(layout)) is not None:  # (N, 3·D)
+            masks = ragged.causal_masks(lengths, mask, qkv.dtype)
+            return self.out(ragged.self_attention(qkv, self.heads, lengths, masks))
+        qkv = qkv if layout is None else layout.unpack(qkv)  # (B, T, 3·D)
         q, k, v = (_split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))  # each (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -92,6 +97,9 @@ class SelfAttention(nn.Module):
         return self.out(x if layout is None else layout.pack(x))
 
 
+KeysValues = tuple[Tensor, Tensor]
+
+
 class CrossAttention(nn.Module):
     """Attention from x to a context of another width; keys and values can be computed once and reused."""
 
@@ -99,32 +107,43 @@ class CrossAttention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"the width ({width}) must be a multiple of the number of heads ({heads})")
-        self.heads = heads
+        self.heads, self.head_width = heads, width // heads
         self.q = Linear(width, width)
         self.kv = Linear(context_width, 2 * width)
         self.out = Linear(width, width)
 
-    def keys_values(self, context: Tensor, norm: nn.LayerNorm | None = None) -> tuple[Tensor, Tensor]:
+    def keys_values(self, context: Tensor, norm: nn.LayerNorm | None = None) -> KeysValues:
         """context (B, S, C) -> keys and values, each (B, H, S, D/H).
 
         Args:
-            norm: what the context would have to pass first, if it passed `normalize_once` instead. Its weight and bias
-                are folded into the projection: W (g x + h) + b = (W g) x + (W h + b).
+            norm: what the context would have to pass first, if it passed `normalize_once` instead.
         """
-        weight: Tensor = self.kv.weight
-        bias: Tensor = self.kv.bias
-        if norm is not None:
-            weight, bias = weight * norm.weight, torch.addmv(bias, weight, norm.bias)
-        k, v = (_split_heads(part, self.heads) for part in F.linear(context, weight, bias).chunk(2, dim=-1))
-        return k, v
+        k, v = F.linear(context, *self._folded(norm)).chunk(2, dim=-1)
+        return _split_heads(k, self.heads), _split_heads(v, self.heads)
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], layout: Layout | None = None) -> Tensor:
+    def forward(self, x: Tensor, keys_values: KeysValues, layout: Layout | None = None) -> Tensor:
         """x (B, T, D), or rows packed as `layout` says, -> the same shape."""
         q = self.q(x) if layout is None else layout.unpack(self.q(x))
         x = _merge_heads(F.scaled_dot_product_attention(_split_heads(q, self.heads), *keys_values))
         return self.out(x if layout is None else layout.pack(x))
 
-    def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+    def absorbed(self, x: Tensor, context: Tensor, norm: nn.LayerNorm, lengths: list[int]) -> Tensor:
+        """`forward` for packed texts x (N, D) of these lengths, without making keys and values."""
+        weight, bias = self._folded(norm)
+        q = self.q(x)
+        attended = ragged.cross_attention(q, context.to(q.dtype), weight.to(q.dtype), self.heads, lengths)
+        return self.out(attended + bias.chunk(2)[1].to(q.dtype))
+
+    def _folded(self, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `kv`, with those of the norm before it: W (g x + h) + b = (W g) x + (W h + b)."""
+        weight: Tensor = self.kv.weight
+        bias: Tensor = self.kv.bias
+        if norm is None:
+            return weight, bias
+        weight = weight * norm.weight
+        return weight, torch.addmv(bias, self.kv.weight, norm.bias)
+
+    def weights(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         """How much each position of x (B, T, D) attends to each of the context: (B, H, T, S), rows add up to 1."""
         q, k = _split_heads(self.q(x), self.heads), keys_values[0]
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
@@ -170,14 +189,27 @@ class CrossBlock(nn.Module):
         self.mlp = MLP(width)
         self.dropout = nn.Dropout(dropout)
 
-    def keys_values(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, normed: Tensor) -> KeysValues:
         return self.attention.keys_values(normed, self.norm_context)
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], layout: Layout | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_1(x), keys_values, layout))
+    def forward(self, x: Tensor, image: Tensor | KeysValues, layout: Layout | None = None) -> Tensor:
+        """x (B, T, D), or rows packed as `layout` says, -> the same shape.
+
+        Args:
+            image: tokens (B, S, C) that passed `normalize_once`, or `keys_values` of them.
+        """
+        x = x + self.dropout(self._attend(self.norm_1(x), image, layout))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
-    def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+    def _attend(self, x: Tensor, image: Tensor | KeysValues, layout: Layout | None) -> Tensor:
+        if not isinstance(image, Tensor):
+            return self.attention(x, image, layout)
+        lengths = _lengths(layout)
+        if lengths is not None and sum(lengths) < len(lengths) * self.attention.head_width:
+            return self.attention.absorbed(x, image, self.norm_context, lengths)
+        return self.attention(x, self.keys_values(image), layout)
+
+    def weights(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         return self.attention.weights(self.norm_1(x), keys_values)
 
 
@@ -210,9 +242,14 @@ class AttentionalPooler(nn.Module):
         """Where each query looks: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
         return self.attention.weights(*self._attended(context, queries)).mean(dim=1)
 
-    def _attended(self, context: Tensor, queries: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _attended(self, context: Tensor, queries: slice) -> tuple[Tensor, KeysValues]:
         query = self.norm_query(self.query[queries]).expand(context.shape[0], -1, -1)  # (B, Q, E)
         return query, self.attention.keys_values(self.norm_context(context))
+
+
+def _lengths(layout: Layout | None) -> list[int] | None:
+    """Of the texts, if attention is to go text by text. A compiled graph would be one for these lengths alone."""
+    return None if layout is None or torch.compiler.is_compiling() else layout.lengths
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

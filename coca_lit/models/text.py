@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
             recompute = self.grad_checkpointing if self.training else "none"
             states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
-            states = run(_cross, cross_block, states, image, layout, recompute=recompute != "none")
+            states = run(cross_block, states, image, layout, recompute=recompute != "none")
         return self.norm(states)
 
     def step(
@@ -186,10 +186,6 @@ class Decoder(nn.Module):
             total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
             states = cross_block(queries, image).view_as(states)
         return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
-
-
-def _cross(block: CrossBlock, states: Tensor, image: Tensor, layout: Layout | None) -> Tensor:
-    return block(states, block.keys_values(image), layout)
 
 
 def _beside(states: Tensor, images: int) -> Tensor:

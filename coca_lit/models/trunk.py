@@ -1,0 +1,63 @@
+"""Two parts of timm's vision transformers that are slow on a CPU, computed in other ways with the same parameters."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, PatchEmbed
+from torch import Tensor, nn
+
+from coca_lit.models import ragged
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose patches do not overlap is a linear layer on their pixels. As a convolution its gradient takes
+    20 times as long in bf16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) -> (B, D, h, w)"""
+        height, width = self.kernel_size
+        if x.shape[2] % height or x.shape[3] % width:
+            return super().forward(x)
+        patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, 3, h, height, w, width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, h, w, 3 · height · width)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class ShortAttention(Attention):
+    """Trains with the plain products of `ragged` where the fused kernel's backward pass is slow, in bf16 on a CPU, as
+    long as the probabilities, which those keep, take no more memory than the queries.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (B, S, D) -> (B, S, D)"""
+        batch, length, _ = x.shape
+        plain = attn_mask is None and not is_causal and length <= self.head_dim
+        if not (plain and self.training and _in_bf16_on_cpu(x)) or torch.compiler.is_compiling():
+            return super().forward(x, attn_mask, is_causal)
+        qkv = self.qkv(x).flatten(0, 1)  # (B·S, 3·D)
+        attended = ragged.self_attention(qkv, self.num_heads, [length] * batch, None)
+        return self.proj_drop(self.proj(attended.unflatten(0, (batch, length))))
+
+
+def use_faster_parts(trunk: nn.Module) -> None:
+    """Replaces what can be inside `trunk`. Classes change, modules and their parameters stay."""
+    for module in trunk.modules():
+        if isinstance(module, PatchEmbed) and _is_patchwise(module.proj):
+            module.proj.__class__ = PatchProjection
+        elif type(module) is Attention and _is_plain(module):
+            module.__class__ = ShortAttention
+
+
+def _is_patchwise(conv: nn.Module) -> bool:
+    return type(conv) is nn.Conv2d and conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _is_plain(attention: Attention) -> bool:
+    norms = (attention.q_norm, attention.k_norm, attention.norm)
+    gate = getattr(attention, "gate", None)
+    return all(isinstance(norm, nn.Identity) for norm in norms) and gate is None and attention.attn_drop.p == 0
+
+
+def _in_bf16_on_cpu(x: Tensor) -> bool:
+    autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.is_cpu and (autocast or x.dtype == torch.bfloat16)
