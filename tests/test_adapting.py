@@ -15,6 +15,10 @@ from coca_lit.cli import CONF, build_module, build_trainer
 from coca_lit.config import ConfigError
 from coca_lit.export.cli import run as export
 from coca_lit.models import create_model
+from coca_lit.models.lora import LowRank
+from coca_lit.plan.cli import build_without_weights
+from coca_lit.plan.estimate import measure
+from coca_lit.plan.trace import cost
 from coca_lit.setup_checks import check_strategy
 from coca_lit.sharding import FullySharded
 
@@ -72,6 +76,15 @@ def test_wrong_lora_is_one_sentence() -> None:
         check_strategy(FullySharded(), "32-true", None, None, lora=True)
     with pytest.raises(ConfigError, match="trainer: lora does not work with sharded"):
         build_trainer(compose("trainer=fsdp", "trainer.accelerator=cpu", "lora.rank=2", "output_dir=x"), [])
+
+
+def test_the_plan_counts_what_trains() -> None:
+    module = build_without_weights(compose(*SHORT, "lora.rank=2"))
+    trained = sum(p.numel() for p in module.net.parameters() if p.requires_grad)
+    updates = sum(p.numel() for m in module.net.modules() if isinstance(m, LowRank) for p in m.parameters())
+    assert trained == updates + 1  # the temperature is in none of the parts
+    assert measure(module.net).trained == 4 * trained
+    assert cost(module.net, module.weights, caption_tokens=12, autocast=None).total > 0
 
 
 def evaluation(folder: Path, *overrides: str) -> dict[str, float]:

@@ -48,7 +48,7 @@ def tables() -> dict[str, str]:
     scenes = with_kept([row for row in rows if not row["run"].startswith(PHOTOS)])
     photos = [row | {"run": row["run"].removeprefix(PHOTOS)} for row in rows if row["run"].startswith(PHOTOS)]
     named = [row | {"run": row["run"].replace(v, NAMES[v], 1)} for v in NAMES for row in variants(scenes).get(v, [])]
-    found = {"forgetting": by_variant(named, SCORES)}
+    found = {"forgetting": by_variant(named, SCORES)} if named else {}
     if between := [row for row in scenes if "_wise" in row["run"]]:
         between.sort(key=lambda row: row["run"])
         found["forgetting/between"] = by_variant(

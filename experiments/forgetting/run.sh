@@ -21,7 +21,7 @@ between() { # NAME SEED BEFORE OVERRIDES…: nine points between BEFORE and the 
 
 for seed in ${SEEDS:-0 1 2}; do
   evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
-  train before "$seed" trainer.max_epochs=4 "$evals" evals.scenes_retrieval.every_n_epochs=0
+  train before "$seed" trainer.max_epochs=3 "$evals" evals.scenes_retrieval.every_n_epochs=0
   before=$runs/before_seed$seed/checkpoints/last.ckpt
   tune() { # NAME OVERRIDES…: caption finetuning in the other style
     local name=$1
