@@ -81,6 +81,7 @@ def draw() -> None:
         if name in places:
             axes.plot(*places[name], "k.")
             axes.annotate(title, places[name], xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.25)
     axes.set(xlabel="CIDEr of the new style", ylabel="recall@5, captions of the old style")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
