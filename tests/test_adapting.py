@@ -10,8 +10,9 @@ import torch
 from running import compose, run
 
 from coca_lit import evaluate
+from coca_lit.assembly import build_module, build_trainer
 from coca_lit.checkpoints import load_model, save_model
-from coca_lit.cli import CONF, build_module, build_trainer
+from coca_lit.command import CONF
 from coca_lit.config import ConfigError
 from coca_lit.export.cli import run as export
 from coca_lit.models import create_model
