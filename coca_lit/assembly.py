@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from coca_lit.callbacks import Evaluation
     from coca_lit.data.datamodule import CaptionData
     from coca_lit.lit_module import CoCaLit
+    from coca_lit.models import CoCa
     from coca_lit.tokenizer import Tokenizer
 
 
@@ -28,15 +29,26 @@ def build_module(cfg: DictConfig) -> "CoCaLit":
     from coca_lit.checkpoints import load_image_weights, load_weights
 
     module = build(cfg.model, "model", micro_batch_size=cfg.trainer.micro_batch_size)
-    with blame("model.optimizer"):
-        module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
     if cfg.image_weights is not None:
         with blame("image_weights"):
             load_image_weights(module.net, cfg.image_weights)
     if cfg.init_from is not None:
         with blame("init_from"):
             load_weights(module.net, cfg.init_from)
+    add_adapters(cfg, module.net)
+    with blame("model.optimizer"):
+        module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
     return module
+
+
+def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
+    """Low-rank adaptation, if it is asked for: after weights have been loaded, because it gives them other names."""
+    from coca_lit.distributed import say
+
+    if cfg.lora.rank:
+        adapted = build(cfg.lora, "lora", net=net)
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        say(f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}; {trained:,} numbers train")
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
@@ -68,7 +80,7 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
     with blame("trainer"):
-        check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size)
+        check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, lora=bool(cfg.lora.rank))
     parts = {
         "callbacks": callbacks,
         "logger": [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node],

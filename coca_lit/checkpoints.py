@@ -16,9 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
-from coca_lit.models import CoCa, DualEncoder
+from coca_lit.distributed import say
+from coca_lit.models import CLIP, CoCa, DualEncoder
+from coca_lit.models.lora import merged
 from coca_lit.models.open_clip import from_open_clip
 from coca_lit.models.open_clip_clip import clip_from_open_clip, is_clip
+from coca_lit.models.warm_start import parts, towers
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,9 @@ def load_model(path: str | Path) -> CoCa:
     state, config = _read(Path(path))
     if config is None:
         if is_clip(state):
-            raise ValueError(f"'{path}' is a CLIP without a captioner; only evaluations take it (coca-evaluate)")
+            raise ValueError(
+                f"'{path}' is a CLIP without a captioner; only evaluations (coca-evaluate) and init_from take it"
+            )
         return from_open_clip(state, _open_clip_config(Path(path))).eval()
     return _own_model(path, state, config)
 
@@ -59,7 +64,7 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None) -> DualE
         return from_open_clip(state, config).eval()
     if quick_gelu is None and config is None:
         log.warning(
-            "taking %s for a CLIP with GELU; if it is OpenAI's or a -quickgelu model, say quick_gelu=true", path
+            "taking %s for a CLIP with GELU; OpenAI's and -quickgelu models need quick_gelu=true of coca-evaluate", path
         )
     given = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
     return clip_from_open_clip(state, config, **given).eval()
@@ -68,7 +73,7 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None) -> DualE
 def _own_model(path: str | Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> CoCa:
     try:
         model = CoCa(**config)
-        model.load_state_dict(state)
+        model.load_state_dict(merged(state))
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
     return model.eval()
@@ -76,26 +81,40 @@ def _own_model(path: str | Path, state: Mapping[str, Tensor], config: dict[str, 
 
 def save_model(model: CoCa, path: str | Path) -> None:
     """Writes weights and architecture into one safetensors file that `load_model` reads."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = merged(model.state_dict())
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(tensors, Path(path), metadata={MODEL_KEY: json.dumps(model.config)})
 
 
 def load_weights(model: CoCa, path: str | Path) -> None:
     """Starts `model` from the weights in a file. Its architecture must be the same; a CLS mask of another kind is fine.
 
+    A file without captioner, such as an OpenCLIP CLIP, starts the towers alone: see `coca_lit.models.warm_start`.
+
     Raises:
         FileNotFoundError, ValueError: as `load_model`; or tensors of the file do not fit, the message names the first.
     """
-    source = load_model(path).state_dict()
+    source = load_dual_encoder(path)
+    warm = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
+    found = towers(source, model) if warm else source.state_dict()
     target = model.state_dict()
-    for name in [*target, *source]:
-        here, there = target.get(name), source.get(name)
+    for name in found if warm else [*target, *found]:
+        here, there = target.get(name), found.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = [tuple(t.shape) if t is not None else "absent" for t in (here, there)]
             raise ValueError(
                 f"{path} is of another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file"
             )
-    model.load_state_dict(source)
+    model.load_state_dict(found, strict=not warm)
+    if warm:
+        _say_what_is_new(model, [name for name in target if name not in found], path)
+
+
+def _say_what_is_new(model: CoCa, new: list[str], path: str | Path) -> None:
+    say(f"the towers start from {path}, which has no captioner; new: {', '.join(parts(new, model))}")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if fixed := [name for name in new if name not in trained and name in dict(model.named_parameters())]:
+        say(f"note: new and frozen, so they stay random: {', '.join(parts(fixed, model))}")
 
 
 def load_image_weights(model: CoCa, source: str | Path) -> None:

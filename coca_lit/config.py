@@ -50,6 +50,7 @@ class TrainConfig:
     ckpt_path: str | None = "auto"
     init_from: str | None = None
     image_weights: str | None = None
+    lora: Any = MISSING
     ema: float | None = None
     eval_split: str = "val"
     eval_images: int | None = None
@@ -74,6 +75,8 @@ class EvaluateConfig:
     """The keys at the root of an evaluation; `conf/evaluate.yaml` explains them."""
 
     checkpoint: str = MISSING
+    interpolate_with: str | None = None
+    weight: float = 0.5
     quick_gelu: bool | None = None
     name: str = MISSING
     output_dir: str = MISSING

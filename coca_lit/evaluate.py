@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from coca_lit.assembly import build_evals
 from coca_lit.command import command
-from coca_lit.config import ConfigError
+from coca_lit.config import blame
 from coca_lit.runtime import configure_libraries
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
     with process_group() as device:
-        model = _load(cfg.checkpoint, cfg.quick_gelu).to(device)
+        model = _load(cfg).to(device)
         cfg.image_size = model.image_size
         start_run_folder(cfg)
         evals, not_run = build_evals(cfg)
@@ -47,13 +47,16 @@ def run(cfg: DictConfig) -> dict[str, float]:
     return results
 
 
-def _load(checkpoint: str, quick_gelu: bool | None) -> "DualEncoder":
+def _load(cfg: DictConfig) -> "DualEncoder":
     from coca_lit.checkpoints import load_dual_encoder
+    from coca_lit.models.interpolation import interpolate
 
-    try:
-        return load_dual_encoder(checkpoint, quick_gelu)
-    except ValueError as error:
-        raise ConfigError(f"checkpoint: {error}") from error
+    with blame("checkpoint"):
+        model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
+    if cfg.interpolate_with is not None:
+        with blame("interpolate_with"):
+            interpolate(model, load_dual_encoder(cfg.interpolate_with, cfg.quick_gelu), cfg.weight)
+    return model
 
 
 if __name__ == "__main__":

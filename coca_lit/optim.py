@@ -1,10 +1,12 @@
-"""AdamW with CLIP's decay groups, and warm-up followed by a half cosine."""
+"""AdamW with CLIP's decay groups and layer-wise learning rates, and warm-up followed by a half cosine."""
 
 import math
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from coca_lit.models.depth import depths
 
 # Learned vectors that stand for a place or a question, not for a transformation: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
@@ -16,10 +18,15 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.98),
     eps: float = 1e-6,
     weight_decay: float = 0.2,
+    layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of a module.
 
     Matrices decay; biases, norms, the temperature, position embeddings and learned queries do not.
+
+    Args:
+        layer_decay: factor of the learning rate from each layer of a tower to the one below it, as for BEiT (Bao et al.
+            2021): the last layer learns with lr · layer_decay, what stands on the towers with lr.
 
     Raises:
         ValueError: a number is out of range, or everything is frozen.
@@ -27,14 +34,21 @@ def adamw(
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    if isinstance(layer_decay, bool) or not isinstance(layer_decay, int | float) or not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be a number above 0 and at most 1, got {layer_decay!r}")
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("nothing is left to train: all parameters are frozen; check model.freeze and the loss weights")
-    decayed = [p for name, p in trainable.items() if decays(name, p)]
-    others = [p for name, p in trainable.items() if not decays(name, p)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    depth = depths(module) if layer_decay != 1 else {}
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for name, p in trainable.items():
+        groups.setdefault((decays(name, p), depth.get(name, 0)), []).append(p)
+    settings = [
+        {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0, "lr": lr * layer_decay ** key[1]}
+        for key in sorted(groups, key=lambda key: (not key[0], key[1]))
+    ]
     # One kernel for all parameters: 4.5 times as fast as PyTorch's default on a CPU, with the same result.
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+    return torch.optim.AdamW(settings, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

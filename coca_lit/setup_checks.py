@@ -5,13 +5,16 @@ from typing import Any
 SUPPORTED = "use trainer=ddp, or trainer=fsdp if the model does not fit one GPU"
 
 
-def check_strategy(strategy: Any, precision: str, ema: float | None, micro_batch_size: int | None) -> None:
+def check_strategy(
+    strategy: Any, precision: str, ema: float | None, micro_batch_size: int | None, lora: bool = False
+) -> None:
     """Raises ValueError.
 
     Args:
         strategy: Lightning's name of a strategy, or the strategy.
         precision: of Lightning's trainer.
         ema: decay of averaged weights.
+        lora: whether low-rank updates are trained.
     """
     from coca_lit.sharding import FullySharded
 
@@ -28,6 +31,8 @@ def check_strategy(strategy: Any, precision: str, ema: float | None, micro_batch
             "micro_batch_size does not work with sharded weights: use trainer=ddp, or save memory with "
             "model.grad_checkpointing=blocks"
         )
+    if sharded and lora:
+        raise ValueError("lora does not work with sharded weights: use trainer=ddp, its gradients need little memory")
     if precision == "16-mixed" and micro_batch_size is not None:
         raise ValueError(
             "micro_batch_size does not work with fp16, whose loss scale comes after its gradients: use "

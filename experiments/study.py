@@ -55,7 +55,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 def read_run(folder: Path) -> Row:
     """What a run was, and its scores. One without results is kept as a failed row."""
     environment = json.loads((folder / "environment.json").read_text())
-    seed = re.search(r"^seed: (\d+)$", (folder / "config.yaml").read_text(), flags=re.MULTILINE)
+    config = (folder / "config.yaml").read_text()
+    seed = re.search(r"^seed: (\d+)$", config, flags=re.MULTILINE) or re.search(r"_seed(\d+)$", folder.name)
     environment["command"] = re.sub(r"=/\S+", "=PATH", environment.get("command", ""))  # folders of one machine
     row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}
     results = folder / "results.json"

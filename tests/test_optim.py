@@ -78,6 +78,53 @@ def test_no_empty_group() -> None:
     assert len(adamw(layer, lr=1e-3).param_groups) == 1
 
 
+def test_learning_rates_fall_from_layer_to_layer(tiny_model: Build) -> None:
+    """Exponents by hand: 1 for the last layer of a tower, one more for each before it, the embeddings last."""
+    deep = VIT | {"image_encoder_args": VIT["image_encoder_args"] | {"depth": 2}}  # type: ignore[operator]
+    model = tiny_model(text_layers=3, **deep)
+    optimizer = adamw(model, lr=8.0, layer_decay=0.5, weight_decay=0.3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(names.values())
+    expected = {
+        "image_encoder.trunk.blocks.1.": 4,
+        "image_encoder.trunk.blocks.0.": 2,
+        "image_encoder.trunk.": 1,  # patches, positions, class token and the norm before the blocks
+        "text.blocks.2.": 4,
+        "text.blocks.1.": 2,
+        "text.blocks.0.": 1,
+        "text.token_embedding.": 0.5,
+        "text.position_embedding": 0.5,
+        "text.cls_embedding": 0.5,
+        "": 8,  # poolers, projections, norm of the CLS state, decoder, temperature
+    }
+    for name, rate in rates.items():
+        assert rate == next(value for prefix, value in expected.items() if name.startswith(prefix)), name
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {name for name, p in model.named_parameters() if decays(name, p)}
+    scheduler = warmup_cosine(optimizer, 0, 2)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [
+        group["initial_lr"] / 2 for group in optimizer.param_groups
+    ]
+
+
+def test_stages_of_a_resnet_are_layers(tiny_model: Build) -> None:
+    model = tiny_model()
+    optimizer = adamw(model, lr=1.0, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trunk = model.image_encoder.trunk
+    assert rates[id(trunk.layer4[0].conv1.weight)] == 0.5
+    assert rates[id(trunk.layer1[0].conv1.weight)] == 1 / 16
+    assert rates[id(trunk.conv1[0].weight)] == 1 / 32
+
+
+def test_no_layer_decay_leaves_two_groups(tiny_model: Build) -> None:
+    assert len(adamw(tiny_model(), lr=1e-3).param_groups) == 2
+    assert len(adamw(nn.Linear(2, 2), lr=1e-3, layer_decay=0.5).param_groups) == 2
+
+
 def test_defaults_are_those_of_clip() -> None:
     defaults = adamw(nn.Linear(2, 2), lr=1e-3).defaults
     assert (defaults["betas"], defaults["eps"]) == ((0.9, 0.98), 1e-6)
@@ -102,6 +149,8 @@ def test_first_step_by_hand() -> None:
         ({"lr": "1e-3"}, "lr must be a number of at least 0, got '1e-3'"),
         ({"lr": True}, "lr must be a number"),
         ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+        ({"lr": 1e-3, "layer_decay": 0}, "layer_decay must be a number above 0 and at most 1, got 0"),
+        ({"lr": 1e-3, "layer_decay": 1.1}, "layer_decay must be a number above 0 and at most 1, got 1.1"),
         ({"lr": 1e-3, "eps": None}, "eps must be a number of at least 0, got None"),
     ],
 )

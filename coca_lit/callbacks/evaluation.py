@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from torch.nn.utils import parametrize
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.data.records import Record
@@ -107,9 +108,9 @@ class Evaluation(L.Callback):
 @contextmanager
 def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     """The network as the scores need it: whole, and not through `torch.compile`, for which a growing cache would be
-    something new at every token.
+    something new at every token. Low-rank updates are added to their weights once, not at every token.
     """
-    with torch.compiler.set_stance("force_eager"), unsharded(_net(module)) as net:
+    with torch.compiler.set_stance("force_eager"), parametrize.cached(), unsharded(_net(module)) as net:
         yield net
 
 

@@ -8,6 +8,7 @@ colours and shapes is seen in training.
 
 import math
 import random
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
@@ -54,7 +55,6 @@ HELD_OUT = frozenset(zip(("purple", "orange", "pink", "cyan", "green", "blue"), 
 
 HELD_OUT_SCENES = 512  # size of val, of test, and by default of compositional
 DEFAULT_COUNTS = {"train": 12_000, "val": HELD_OUT_SCENES, "test": HELD_OUT_SCENES, "compositional": HELD_OUT_SCENES}
-STANDARD_CAPTIONS = 5  # of the ten wordings
 
 
 class Thing(NamedTuple):
@@ -113,6 +113,7 @@ WORDINGS = (
     Wording("go {heading} from {thing}", " to reach {thing}"),
     Wording("at the {end} is {thing}", " preceded by {thing}", backwards=True),
 )
+STYLES = {"standard": WORDINGS[:5], "narrated": WORDINGS[5:]}
 _FRAMES = ((w.first + w.more).format(thing="", **phrases) for w, phrases in product(WORDINGS, AXES.values()))
 _WORDS = {"a", *SIZES, *COLOURS, *SHAPES, *" ".join(_FRAMES).split()}
 VOCABULARY: tuple[str, ...] = tuple(sorted(_WORDS))  # every word of every caption
@@ -137,12 +138,12 @@ def decode(number: int, objects: int = 2) -> Scene:
     return Scene(tuple(AXES)[axis], tuple(things))
 
 
-def captions(scene: Scene, count: int = STANDARD_CAPTIONS) -> tuple[str, ...]:
-    """The scene in the first `count` of the ten wordings: lower-case words with one blank between them."""
+def captions(scene: Scene, wordings: Sequence[Wording] = STYLES["standard"]) -> tuple[str, ...]:
+    """The scene in each of the wordings: lower-case words with one blank between them."""
     phrases = AXES[scene.axis]
     names = [f"a {' '.join(thing)}" for thing in scene.things]
     texts = []
-    for wording in WORDINGS[:count]:
+    for wording in wordings:
         first, *others = reversed(names) if wording.backwards else names
         parts = [wording.first.format(thing=first, **phrases)]
         parts += [wording.more.format(thing=name, **phrases) for name in others]
@@ -195,29 +196,34 @@ def _pools(objects: int) -> dict[str, list[int]]:
     }
 
 
-def scene_records(split: str, size: int = 32, count: int | None = None, objects: int = 2) -> list[Record]:
+def scene_records(
+    split: str, size: int = 32, count: int | None = None, objects: int = 2, style: str = "standard"
+) -> list[Record]:
     """Records of a split: "train", "val", "test" (disjoint scenes) or "compositional" (unseen colour-shape pairs).
 
     Args:
         size: height and width of the images in pixels.
         count: number of scenes; by default 12,000 for train and 512 for the others. A smaller count takes a prefix.
         objects: shapes in a scene, 2 or 3.
+        style: of the captions: "standard", or "narrated", which says the same in five other wordings.
 
     Raises:
-        ValueError: unknown split, or more scenes asked for than the split has.
+        ValueError: unknown split or style, or more scenes asked for than the split has.
     """
     if split not in DEFAULT_COUNTS:
         raise ValueError(f"unknown split {split!r} of scenes; known: {', '.join(DEFAULT_COUNTS)}")
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r} of captions; known: {', '.join(STYLES)}")
     pool = _pools(objects)[split]
     count = DEFAULT_COUNTS[split] if count is None else count
     if not 1 <= count <= len(pool):
         raise ValueError(f"split {split!r} of scenes has {len(pool)} scenes of {objects} objects, got count={count}")
     return [
-        Record(number, partial(render, number, size, objects), captions(decode(number, objects)))
+        Record(number, partial(render, number, size, objects), captions(decode(number, objects), STYLES[style]))
         for number in pool[:count]
     ]
 
 
-def scene_training_captions() -> list[str]:
+def scene_training_captions(style: str = "standard") -> list[str]:
     """All captions of the training scenes."""
-    return [caption for record in scene_records("train") for caption in record.captions]
+    return [caption for record in scene_records("train", style=style) for caption in record.captions]

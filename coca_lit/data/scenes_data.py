@@ -13,6 +13,7 @@ class ScenesData(CaptionData):
     Args:
         train_count: number of training scenes; None takes the default of `scene_records`.
         objects: shapes per scene.
+        style: of the captions, standard or narrated.
     """
 
     def __init__(
@@ -26,14 +27,15 @@ class ScenesData(CaptionData):
         seed: int = 0,
         train_split: str = "train",
         val_split: str | None = "val",
+        style: str = "standard",
     ):
         super().__init__(tokenizer, batch_size, image_size, num_workers, seed, train_split, val_split)
-        self.train_count, self.objects = train_count, objects
+        self.train_count, self.objects, self.style = train_count, objects, style
 
     def records(self, split: str) -> list[Record]:
         count = self.train_count if split == self.train_split else None
         try:
-            return scene_records(split, size=self.image_size, count=count, objects=self.objects)
+            return scene_records(split, size=self.image_size, count=count, objects=self.objects, style=self.style)
         except ValueError as error:
             raise DataError(f"data=scenes: {error}") from error
 

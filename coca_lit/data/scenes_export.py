@@ -155,7 +155,7 @@ def write_nocaps(folder: Path, count: int, size: int) -> None:
     for place, (domain, split, objects) in enumerate(sources):
         share = len(range(place, count, len(sources)))
         for record in scene_records(split, size, share, objects):
-            texts = captions(decode(int(record.id), objects), len(WORDINGS))
+            texts = captions(decode(int(record.id), objects), WORDINGS)
             records.append(Record(len(records), record.image, texts, domain))
             name = f"{records[-1].id:016x}"
             images.append(

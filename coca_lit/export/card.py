@@ -14,7 +14,7 @@ from coca_lit.models import CoCa
 from coca_lit.report.tables import cell, score_name
 from coca_lit.run_folder import commit
 
-TRAINING = ("seed", "image_size", "init_from", "image_weights", "ema", "model", "data", "trainer")
+TRAINING = ("seed", "image_size", "init_from", "image_weights", "lora", "ema", "model", "data", "trainer")
 
 
 class Exported(NamedTuple):

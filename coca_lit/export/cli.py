@@ -28,6 +28,8 @@ class ExportConfig:
     checkpoint: str = MISSING
     format: str = MISSING
     output: str = MISSING
+    interpolate_with: str | None = None
+    weight: float = 0.5
     overwrite: bool = False
     correct_cls_mask: bool = False
     threads: int | None = None
@@ -49,12 +51,16 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.checkpoints import load_model
     from coca_lit.export.card import write_card
     from coca_lit.export.folder import check_output, new_folder
+    from coca_lit.models.interpolation import interpolate
 
     configure_libraries(cfg.threads)
     with blame("output"):
         check_output(output, checkpoint, cfg.overwrite)
     with blame("checkpoint"):
         model = load_model(checkpoint)
+    if cfg.interpolate_with is not None:
+        with blame("interpolate_with"):
+            interpolate(model, load_model(cfg.interpolate_with), cfg.weight)
     with new_folder(output) as folder:
         with blame("format"):
             exported = write(model, folder)
@@ -87,6 +93,8 @@ def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Export
 
 def _command(cfg: DictConfig) -> str:
     options = "".join(f" {key}=true" for key in ("correct_cls_mask",) if cfg[key])
+    if cfg.interpolate_with is not None:
+        options += f" interpolate_with={cfg.interpolate_with} weight={cfg.weight}"
     return f"coca-export checkpoint={cfg.checkpoint} format={cfg.format} output={cfg.output}{options}"
 
 

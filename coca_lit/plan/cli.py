@@ -4,6 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from coca_lit.assembly import add_adapters
 from coca_lit.config import ConfigError, build
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "auto": "bfloat16"}
@@ -48,7 +49,9 @@ def build_without_weights(cfg: DictConfig) -> Any:
         node.compile = False  # the same work, and nothing to compile
     OmegaConf.resolve(node)
     with torch.device("meta"):
-        return build(node, "model", micro_batch_size=cfg.trainer.micro_batch_size)
+        module = build(node, "model", micro_batch_size=cfg.trainer.micro_batch_size)
+        add_adapters(cfg, module.net)
+    return module
 
 
 def read_recipe(cfg: DictConfig, settings: Any, weights: dict[str, float], half: bool) -> Any:

@@ -20,6 +20,7 @@ from coca_lit.data.scenes import (
     HELD_OUT,
     SHAPES,
     VOCABULARY,
+    WORDINGS,
     Scene,
     Thing,
     captions,
@@ -68,6 +69,8 @@ def test_a_count_takes_a_prefix_and_has_a_limit(splits):
         scene_records("train", count=13_089)
     with pytest.raises(ValueError, match=r"unknown split 'dev'.*train, val, test, compositional"):
         scene_records("dev")
+    with pytest.raises(ValueError, match=r"unknown style 'loud' of captions; known: standard, narrated"):
+        scene_records("val", style="loud")
     with pytest.raises(ValueError, match="2 or 3 objects"):
         scene_records("val", objects=4)
 
@@ -82,7 +85,16 @@ def test_captions_tell_a_row_and_a_column():
         "the picture shows a small red circle followed on the right by a large blue square",
     )
     assert captions(Scene("column", things))[1] == "a large blue square below a small red circle"
-    assert len(set(captions(Scene("row", things), 10))) == 10
+    assert len(set(captions(Scene("row", things), WORDINGS))) == 10
+
+
+def test_the_other_style_tells_the_same_scenes_in_other_words():
+    standard, narrated = (scene_records("val", count=20, style=style) for style in ("standard", "narrated"))
+    assert [record.id for record in narrated] == [record.id for record in standard]
+    for one, other in zip(standard, narrated, strict=True):
+        assert len(other.captions) == 5
+        assert not set(one.captions) & set(other.captions)
+        assert one.captions + other.captions == captions(decode(one.id), WORDINGS)
 
 
 @pytest.mark.parametrize("objects", [2, 3])
@@ -92,13 +104,13 @@ def test_every_caption_belongs_to_one_scene_and_names_all_objects(objects):
     assert len(set(texts)) == len(texts) == 5 * len(records)
     for record in records[::50]:
         scene = decode(record.id, objects)
-        for text in captions(scene, 10):
+        for text in captions(scene, WORDINGS):
             assert sorted(NAME.findall(text)) == sorted(scene.things)
 
 
 def test_vocabulary_is_exactly_the_words_of_the_captions():
     numbers = range(0, space_size(2), 3)
-    words = {word for number in numbers for text in captions(decode(number), 10) for word in text.split(" ")}
+    words = {word for number in numbers for text in captions(decode(number), WORDINGS) for word in text.split(" ")}
     assert words == set(VOCABULARY)
     assert list(VOCABULARY) == sorted(VOCABULARY)
     assert all(word.isascii() and word.isalpha() and word.islower() for word in VOCABULARY)

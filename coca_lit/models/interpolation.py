@@ -1,0 +1,28 @@
+"""Weights between two models (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903): finetuning that is half taken back."""
+
+import torch
+
+from coca_lit.models.clip import CLIP
+from coca_lit.models.coca import CoCa
+
+
+@torch.no_grad()
+def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
+    """Moves `model` to weight · model + (1 - weight) · before, running statistics of batch norms included.
+
+    Args:
+        before: the model from which `model` was finetuned.
+        weight: between 0 (before) and 1 (as it is).
+
+    Raises:
+        ValueError: the weight is out of range, or the models do not have the same tensors.
+    """
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= 1:
+        raise ValueError(f"weight must be a number between 0 and 1, got {weight!r}")
+    ours, theirs = model.state_dict(), before.state_dict()
+    for name in [*ours, *theirs]:
+        if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+            raise ValueError(f"weights between two architectures do not exist: '{name}' is not the same in both models")
+    for name, tensor in ours.items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.lerp(theirs[name], tensor, weight))

@@ -1,0 +1,85 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv 2106.09685): W + alpha/r · B A is trained and W is not.
+
+The sum is one of PyTorch's parametrizations: whatever reads `weight` gets it, and the model around it need not know. In
+a training checkpoint W, A and B stand side by side, so that a run goes on exactly; whoever reads the model from it gets
+the sum (`merged`), an ordinary model.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from coca_lit.models.coca import CoCa
+
+_INSIDE = ".parametrizations.weight."
+PARTS = ("image_encoder", "pooling", "image_projection", "text", "decoder")
+
+
+class LowRank(nn.Module):
+    """W -> W + alpha/r · B A, at first W itself. A convolution's kernel (out, in, h, w) counts as (out, in · h · w)."""
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        columns = weight[0].numel()
+        self.a = nn.Parameter(torch.randn(rank, columns) * columns**-0.5)
+        self.b = nn.Parameter(torch.zeros(len(weight), rank))
+        self.register_buffer("scale", torch.tensor(alpha / rank))  # in the checkpoint: the sum needs nothing else
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _sum(weight, self.a, self.b, self.scale)
+
+
+def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return weight + scale * (b @ a).view_as(weight)
+
+
+def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str] = PARTS) -> list[str]:
+    """From now on nothing in `parts` of the network trains but low-rank updates of its matrices and kernels, whose
+    names are returned. Other parts train as before, and what is frozen already stays so.
+
+    Args:
+        rank: r; matrices without so many rows and columns keep their values.
+        alpha: the update counts alpha/r, so that a good learning rate depends little on the rank.
+        parts: names of modules, e.g. text.blocks.
+
+    Raises:
+        ValueError: a number is out of range, or there is no matrix to update.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if not isinstance(alpha, int | float) or not alpha > 0:
+        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
+    inside = {n: m for n, m in net.named_modules() if any(f"{n}.".startswith(f"{part}.") for part in parts)}
+    if unknown := [part for part in parts if part not in inside]:
+        known = ", ".join(name for name, module in net.named_children() if [*module.parameters()])
+        raise ValueError(f"parts: nothing in the model is called {', '.join(unknown)}; its parts: {known}")
+    matrices = {
+        name: module
+        for name, module in inside.items()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and module.weight.requires_grad
+        and rank < min(len(module.weight), module.weight[0].numel())
+    }
+    if not matrices:
+        raise ValueError(f"no matrix in {', '.join(parts)} is trained and has more than {rank} rows and columns")
+    for module in inside.values():
+        module.requires_grad_(False)
+    net.freeze(*(name for name, module in inside.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)))
+    for module in matrices.values():
+        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))
+    return [f"{name}.weight" for name in matrices]
+
+
+def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the sum in place of W, A and B: that of an ordinary model."""
+    found = {name: tensor for name, tensor in state.items() if _INSIDE not in name}
+    for name in state:
+        module, inside, last = name.partition(_INSIDE)
+        if inside and last == "original":
+            a, b, scale = (state[f"{module}{_INSIDE}0.{part}"] for part in ("a", "b", "scale"))
+            found[f"{module}.weight"] = _sum(state[name], a, b, scale)
+    return found

@@ -1,0 +1,97 @@
+"""The towers of a CLIP as the beginning of a CoCa: what fits is taken, what a CLIP has not is new.
+
+From a CLIP of OpenCLIP come the vision transformer up to its last block and the text transformer with its final norm
+and projection. Pooling and decoder read the image tokens and are new, as are the CLS embedding of the texts, the image
+projection (CLIP's belongs to its class token) and the temperature, which would be far too high for new features. From a
+CoCa without decoder comes everything, so the features stay as they are.
+"""
+
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import cast
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from coca_lit.models.clip import CLIP, QuickGELU
+from coca_lit.models.coca import CoCa
+from coca_lit.models.layers import SelfBlock
+
+_IMAGE_POSITIONS = "image_encoder.trunk.pos_embed"
+_QUERY = "pooling.generative.query"
+# (prefix in CLIP, prefix in CoCa)
+_TOWERS = (
+    ("image_encoder.trunk.", "image_encoder.trunk."),
+    ("blocks.", "text.blocks."),
+    ("token_embedding.", "text.token_embedding."),
+    ("position_embedding", "text.position_embedding"),
+    ("norm.", "text.norm."),
+    ("text_projection.", "text.projection."),
+)
+
+
+def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
+    """Tensors of `source`, which has no decoder, under the names that they have in `model`.
+
+    Positions are fitted: those of an image are interpolated to its grid, those of a text are cut to its context. What a
+    longer context has beyond CLIP's positions stays as it is in `model`, and so do further queries of the pooler.
+
+    Raises:
+        ValueError: the towers compute something else than those of the model. Shapes are not compared.
+    """
+    target = model.state_dict()
+    if isinstance(source, CoCa):
+        return {name: _rows(t, target.get(name)) if name == _QUERY else t for name, t in source.state_dict().items()}
+    _check_same_computation(source, model)
+    found: dict[str, Tensor] = {}
+    for name, tensor in source.state_dict().items():
+        for theirs, ours in _TOWERS:
+            if name.startswith(theirs) and not name.startswith("image_encoder.trunk.norm."):
+                found[ours + name.removeprefix(theirs)] = tensor
+    found["text.position_embedding"] = _rows(found["text.position_embedding"], target["text.position_embedding"])
+    positions, wanted = found[_IMAGE_POSITIONS], target.get(_IMAGE_POSITIONS)
+    if wanted is not None and wanted.shape != positions.shape:
+        grid = list(model.image_encoder.trunk.patch_embed.grid_size)
+        found[_IMAGE_POSITIONS] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=1)
+    return found
+
+
+def parts(names: Iterable[str], model: CoCa) -> list[str]:
+    """The shortest list of parts of the model that comes to the given names of its tensors."""
+    chosen, all_names = dict.fromkeys(names), list(model.state_dict())
+
+    def whole(part: str) -> bool:
+        return all(name in chosen for name in all_names if f"{name}.".startswith(f"{part}."))
+
+    found = (next(filter(whole, accumulate(name.split("."), "{}.{}".format))) for name in chosen)
+    return list(dict.fromkeys(found))
+
+
+def _rows(tensor: Tensor, target: Tensor | None) -> Tensor:
+    """(n, D) as the first rows of the target (m, D), or cut to its rows."""
+    if target is None or tensor.shape[1:] != target.shape[1:]:
+        return tensor
+    return torch.cat([tensor[: len(target)], target[len(tensor) :]])
+
+
+def _check_same_computation(clip: CLIP, model: CoCa) -> None:
+    """What shapes do not show."""
+    if any(isinstance(module, QuickGELU) for module in clip.modules()):
+        raise ValueError(
+            "this CLIP computes QuickGELU and CoCa's towers GELU: take one that was trained with GELU, as OpenCLIP's "
+            "models without '-quickgelu'"
+        )
+    trunk, theirs = model.image_encoder.trunk, clip.image_encoder.trunk
+    if not hasattr(trunk, "norm_pre"):
+        name = model.config["image_encoder"]
+        raise ValueError(f"a CLIP starts a vision transformer (vit_*_clip_*), and the image encoder is {name}")
+    heads = [
+        ("image encoder", theirs.blocks[0].attn.num_heads, trunk.blocks[0].attn.num_heads),
+        ("text tower", cast(SelfBlock, clip.blocks[0]).attention.heads, model.config["text_heads"]),
+    ]
+    for tower, there, here in heads:
+        if there != here:
+            raise ValueError(f"the {tower} has {here} heads in the model and {there} in the CLIP")
+    if not torch.equal(clip.image_encoder.mean, model.image_encoder.mean):
+        raise ValueError("the CLIP was trained on images that are normalised in another way than the model's")

@@ -1,0 +1,92 @@
+"""python experiments/forgetting/report.py [RUN_FOLDERS…]"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.study import Row, by_variant, numbers, read_rows, report, variants
+
+RESULTS = Path(__file__).with_name("results.csv")
+NAMES = {
+    "before": "before finetuning",
+    "c0": "contrastive weight 0",
+    "decay": "weight 0, layer-wise decay 0.5",
+    "frozen": "weight 0, towers and pooler frozen",
+    "lora": "weight 0, LoRA in towers and pooler",
+    "c0.1": "weight 0.1",
+    "c0.3": "weight 0.3",
+    "c1": "weight 1",
+    "lora_c0.3": "weight 0.3, LoRA in towers and pooler",
+}
+PHOTOS = "flickr8k_"
+SCORES = {"narrated/CIDEr": "CIDEr", "scenes/kept": "R@5 kept"} | {
+    f"scenes/{way}_recall@{k}": f"{arrow} R@{k}" for k in (5, 1) for way, arrow in (("t2i", "t→i"), ("i2t", "i→t"))
+}
+OF_PHOTOS = {
+    name.replace("narrated", "flickr8k").replace("scenes", "flickr8k"): title for name, title in SCORES.items()
+}
+
+
+def recall_at_5(row: Mapping[str, str], data: str = "scenes") -> float:
+    """Mean of both directions."""
+    return statistics.mean(float(row[f"{data}/{way}_recall@5"]) for way in ("t2i", "i2t"))
+
+
+def with_kept(rows: Sequence[Row], data: str = "scenes") -> list[Row]:
+    """Rows that were scored, with the share of recall@5 that finetuning left, by the run of the same seed before it."""
+    before = {row["seed"]: recall_at_5(row, data) for row in rows if row["run"].startswith("before")}
+    scored = [row for row in rows if row.get(f"{data}/t2i_recall@5")]
+    return [
+        row | {f"{data}/kept": f"{recall_at_5(row, data) / before[row['seed']]:.4f}"}
+        for row in scored
+        if row["seed"] in before
+    ]
+
+
+def tables() -> dict[str, str]:
+    rows = read_rows(RESULTS)
+    scenes = with_kept([row for row in rows if not row["run"].startswith(PHOTOS)])
+    photos = [row | {"run": row["run"].removeprefix(PHOTOS)} for row in rows if row["run"].startswith(PHOTOS)]
+    named = [row | {"run": row["run"].replace(v, NAMES[v], 1)} for v in NAMES for row in variants(scenes).get(v, [])]
+    found = {"forgetting": by_variant(named, SCORES)} if named else {}
+    if between := [row for row in scenes if "_wise" in row["run"]]:
+        between.sort(key=lambda row: row["run"])
+        found["forgetting/between"] = by_variant(
+            [row | {"run": row["run"].replace("_wise", ", share ")} for row in between], SCORES
+        )
+    if photos:
+        found["forgetting/flickr8k"] = by_variant(with_kept(photos, "flickr8k"), OF_PHOTOS)
+    return found
+
+
+def draw() -> None:
+    """Recall@5 of the old captions against CIDEr of the new ones: means over seeds, and the ways between."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in read_rows(RESULTS) if row.get("scenes/t2i_recall@5")]
+    places = {
+        name: (statistics.mean(numbers(runs, "narrated/CIDEr")), statistics.mean(map(recall_at_5, runs)))
+        for name, runs in variants(rows).items()
+        if not name.startswith(PHOTOS)
+    }
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for end in ("c0", "c0.3"):
+        way = ["before", *(f"{end}_wise{i / 10}" for i in range(1, 10)), end]
+        line = [places[name] for name in way if name in places]
+        axes.plot(*zip(*line, strict=True), marker=".", label=f"between before and {NAMES[end]}")
+    for name, title in NAMES.items():
+        if name in places:
+            axes.plot(*places[name], "k.")
+            axes.annotate(title, places[name], xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.25)
+    axes.set(xlabel="CIDEr of the new style", ylabel="recall@5, captions of the old style")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(RESULTS.with_name("forgetting.png"), dpi=110)
+
+
+if __name__ == "__main__":
+    report(RESULTS, tables, draw)

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. With the folder also the runs on photos, from experiments/flickr8k.
+set -euo pipefail
+root=${1:+$(realpath "$1")}
+cd "$(dirname "$0")/../.."
+runs=outputs/forgetting
+
+train() { # NAME SEED OVERRIDES…
+  local name=$1_seed$2 seed=$2
+  shift 2
+  [ -s "$runs/$name/results.json" ] || python train.py name="forgetting/$name" seed="$seed" trainer=cpu threads=1 "$@"
+}
+
+between() { # NAME SEED BEFORE OVERRIDES…: nine points between BEFORE and the run NAME
+  local name=$1 seed=$2 before=$3
+  shift 3
+  [ -s "$runs/${name}_wise0.9_seed$seed/results.json" ] || coca-evaluate -m checkpoint="$runs/${name}_seed$seed/checkpoints/last.ckpt" \
+    interpolate_with="$before" weight=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9 eval_split=val threads=1 \
+    hydra.sweep.dir="$runs" hydra.sweep.subdir="${name}_wise\${weight}_seed$seed" "$@"
+}
+
+for seed in ${SEEDS:-0 1 2}; do
+  evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
+  train before "$seed" trainer.max_epochs=3 "$evals" evals.scenes_retrieval.every_n_epochs=0
+  before=$runs/before_seed$seed/checkpoints/last.ckpt
+  tune() { # NAME OVERRIDES…: caption finetuning in the other style
+    local name=$1
+    shift
+    train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=1e-3 \
+      model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every_n_epochs=0 "$@"
+  }
+  towers='lora.parts=[image_encoder,pooling,image_projection,text]'
+  tune c0 model.contrastive_weight=0
+  tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
+  tune c0.3 model.contrastive_weight=0.3
+  tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
+  between c0 "$seed" "$before" "$evals"
+  tune c0.1 model.contrastive_weight=0.1
+  tune c1 model.contrastive_weight=1
+  between c0.3 "$seed" "$before" "$evals"
+  tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
+  tune decay model.contrastive_weight=0 model.optimizer.layer_decay=0.5
+  python experiments/forgetting/report.py "$runs"/*_seed*
+done
+
+if [ -n "$root" ]; then
+  before=outputs/flickr8k_seed0/checkpoints/last.ckpt
+  tune() {
+    local name=flickr8k_$1
+    shift
+    train "$name" 0 experiment=flickr8k data.root="$root" image_weights=null init_from="$before" trainer.max_epochs=2 \
+      model.optimizer.lr=3e-4 model.warmup_steps=20 model.caption_weight=1 "$@"
+  }
+  tune c0 model.contrastive_weight=0
+  tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
+  tune c0.3 model.contrastive_weight=0.3
+  tune lora model.contrastive_weight=0 lora.rank=8 'lora.parts=[pooling,image_projection,text]'
+  between flickr8k_c0 0 "$before" evals=flickr8k data_dir="$(dirname "$root")"
+fi
+python experiments/forgetting/report.py "$runs"/*_seed*
