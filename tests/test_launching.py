@@ -81,7 +81,9 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
     """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
     sweep = tmp_path / "outputs" / "sweeps" / "demo,+logger.x.api_key=_hidden_,model.freeze=_a_b_,seed=1"
     fixed = ("seed=1", "threads=1", "model.freeze=[a/b]", "+logger.x.api_key=hunter2")
-    assert_complete(run(sys.executable, APP, "-m", RATES, *fixed), sweep)
+    first = run(sys.executable, APP, "-m", RATES, *fixed)
+    assert_complete(first, sweep)
+    assert len(first.stderr.splitlines()) == 1
     objective = "objective=scenes/i2t_median_rank"
     done = run(sys.executable, APP, "-m", "model.optimizer.lr=0.2,0.4", *fixed, objective)
     assert done.returncode == 0, done.stderr
@@ -89,7 +91,7 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
     written = [
         path.read_text() for path in sweep.rglob("*.*") if path.suffix in (".yaml", ".csv", ".html", ".md", ".txt")
     ]
-    assert "hunter2" not in "".join(written)
+    assert "hunter2" not in "".join([*written, first.stdout, first.stderr])
     assert f"best scenes/i2t_median_rank: 0.6000 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
 
 

@@ -1,20 +1,17 @@
 """Whole runs through Lightning on two gloo processes, under DDP and sharded, against one process."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import run
+from running import launched, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from coca_lit.checkpoints import load_model
 from coca_lit.config import ConfigError
-from coca_lit.distributed import rank, world_size
+from coca_lit.distributed import world_size
 from coca_lit.models import create_model
 from coca_lit.sharding import check_sharded, shard, unsharded
 
@@ -29,20 +26,6 @@ SHORT = (
 )
 DDP = ("trainer.devices=2", "trainer.strategy=ddp")
 SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
-
-
-@contextmanager
-def launched() -> Iterator[None]:
-    """What torchrun tells a process of the group that the tests have opened."""
-    told = {"RANK": rank(), "LOCAL_RANK": rank(), "WORLD_SIZE": world_size(), "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "tests"}
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in told.items()})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def train(folder: Path, *overrides: str) -> None:

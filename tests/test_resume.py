@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from running import ROOT, compose, results
+from running import ROOT, compose, results, watched
 
 from coca_lit import checkpoint_io, cli
 from coca_lit.assembly import plain
@@ -54,16 +54,8 @@ def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, e
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("a", buffering=1)
-    if watch is not None:
-        build = cli.build_trainer
-
-        def watched(*args: Any) -> L.Trainer:
-            trainer = build(*args)
-            trainer.callbacks.append(watch)
-            return trainer
-
-        cli.build_trainer = watched
-    cli.run(compose(*TINY, f"output_dir={folder}", *overrides))
+    with watched(*[watch] if watch is not None else []):
+        cli.run(compose(*TINY, f"output_dir={folder}", *overrides))
 
 
 def _requeue_like_submitit(number: int, frame: Any) -> None:
@@ -97,6 +89,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert results(a) == results(b)
     left, right = state(a), state(b)
     assert left[RUN_KEY] == right[RUN_KEY]
+    assert left["loops"] == right["loops"]
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=0)
     assert left.get("current_model_state") is None or not torch.equal(
@@ -138,14 +131,45 @@ def test_killed_twice_in_an_epoch(
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
+class SignalInValidation(L.Callback):
+    """SIGTERM to its own process in the first batch of the validation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            assert batch_idx == 0, "the signal was not answered"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("extra", [(), EMA_AND_ACCUMULATION])
+def test_signal_in_a_validation_is_answered_there(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """And the validation is made anew: twice the one within the epoch, since a kill comes before the next checkpoint,
+    and the one at its end.
+    """
+    often = (f"data.train_count={32 if extra else 16}", f"trainer.val_check_interval={4 if extra else 2}")
+    overrides = (*often, "trainer.limit_val_batches=2", *extra)
+    assert train(tmp_path / "whole", *overrides) == 0
+    for watch, code in (
+        (SignalInValidation(2), 143),
+        (Die(6 if extra else 3), -signal.SIGKILL),
+        (SignalInValidation(4), 143),
+    ):
+        assert train(tmp_path / "stopped", *overrides, watch=watch) == code
+        assert state(tmp_path / "stopped")[RUN_KEY]["validating"]
+    assert train(tmp_path / "stopped", *overrides) == 0
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
 class Signal(L.Callback):
     """Sends signals to its own process during batch 2, on one rank."""
 
-    def __init__(self, *numbers: int) -> None:
-        self.numbers = numbers
+    def __init__(self, *numbers: int, rank: int = 0) -> None:
+        self.numbers, self.rank = numbers, rank
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 2 and trainer.is_global_zero:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 2 and trainer.global_rank == self.rank:
             for number in self.numbers:
                 os.kill(os.getpid(), number)
 
@@ -204,7 +228,9 @@ def test_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(tmp_path: Path) -
     assert run["samples"] == 4 * run["step"]
     epochs = run["step"] // 6 + 1
     assert train(tmp_path / "run", *MAP, f"trainer.max_epochs={epochs}") == 0
-    assert "note: 2 processes became 1: every batch holds the same samples" in (tmp_path / "run.log").read_text()
+    said = (tmp_path / "run.log").read_text()
+    assert "note: 2 processes became 1: every batch holds the same samples" in said
+    assert f"note: max_epochs was 200 and is now {epochs}: " in said
     assert state(tmp_path / "run")[RUN_KEY]["samples"] == 24 * epochs
 
 
@@ -307,6 +333,16 @@ def test_nothing_but_whole_files_under_the_final_name(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         SafeCheckpointIO().save_checkpoint(checkpoint(2), path)
     assert path.read_bytes() == before
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    left = [path.with_name(".step_2.ckpt.99.tmp"), tmp_path / ".metrics.csv.99.tmp"]
+    for file in left:
+        file.write_bytes(b"PK half")
+    start_run_folder(compose(f"output_dir={tmp_path}"), path)
+    assert path.exists()
+    assert not any(file.exists() for file in left)
 
 
 @pytest.mark.parametrize("how", ["foreseen", "while writing"])
