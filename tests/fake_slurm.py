@@ -45,7 +45,12 @@ def sbatch(*arguments: str) -> None:
 
 
 def _job(name: str, script: str, *arguments: str) -> None:
+    """Runs again if it was requeued meanwhile."""
+    requeued = STATE / f"{name}.requeued"
     code = subprocess.run(["bash", script, *arguments]).returncode
+    if requeued.exists():
+        requeued.rename(STATE / f"{name}.ran_again")
+        code = subprocess.run(["bash", script, *arguments]).returncode
     (STATE / f"{name}.state").write_text("FAILED" if code else "COMPLETED")
 
 
@@ -74,7 +79,7 @@ def sacct(*arguments: str) -> None:
 
 
 def scontrol(action: str, *arguments: str) -> None:
-    """`show hostnames` and `requeue`, which is only noted."""
+    """`show hostnames`, and `requeue`, which is noted for `_job`."""
     if action == "show":
         print("localhost")
     else:

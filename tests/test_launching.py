@@ -123,6 +123,23 @@ def test_jobs_on_slurm(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
     assert all(f"#SBATCH {option}\n" in script.read_text() for option in wanted)
 
 
+def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    app = (sys.executable, str(ROOT / "tests" / "preempted_app.py"), "-m", "hydra/launcher=slurm_jobs")
+    small = ("trainer=cpu", "model.net.name=coca_tiny", "image_size=32", "evals=[]", "trainer.limit_val_batches=0")
+    steps = ("data.train_count=16", "data.batch_size=4", "trainer.log_every_n_steps=1", "hydra.sweep.dir=sweep")
+    done = run(*app, *small, *steps, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **slurm)
+    assert done.returncode == 0, done.stderr
+    assert [*Path(slurm["FAKE_SLURM"]).glob("*.ran_again")]
+    said = "".join(path.read_text() for path in sorted(tmp_path.glob("sweep/.submitit/*/*.out")))
+    assert "stopping after step 2 on signal 12: saved" in said
+    assert "going on after step 2 in epoch 0, 8 samples seen" in said
+    (metrics,) = tmp_path.glob("sweep/*/metrics.csv")
+    with metrics.open(newline="") as file:
+        steps_logged = [row["step"] for row in csv.DictReader(file) if row["train/caption_loss"]]
+    assert steps_logged == ["0", "1", "2", "3"]
+
+
 def test_a_missing_plugin_is_one_sentence(run: Run, tmp_path: Path) -> None:
     """As if nothing were installed: a package of the same name hides the plugins."""
     (tmp_path / "hydra_plugins").mkdir()

@@ -19,6 +19,7 @@ from running import ROOT, compose, results, watched
 from coca_lit import checkpoint_io, cli
 from coca_lit.assembly import plain
 from coca_lit.callbacks import StepGuard
+from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.checkpoint_io import CheckpointError, SafeCheckpointIO, inspect, newest_valid
 from coca_lit.data.scenes_export import export_scenes
 from coca_lit.resume import RUN_KEY, check_same_run, decisive, go_on, start_anew
@@ -371,6 +372,15 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
 
 # Configs and folders
+
+
+def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    """The cosine of the learning rate ends elsewhere, so the steps that follow are not those of the shorter run."""
+    trainer: Any = SimpleNamespace(global_step=3, current_epoch=0, max_epochs=4, max_steps=-1)
+    _announce(trainer, {"max_epochs": 2, "max_steps": -1})
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "note: max_epochs was 2 and is now 4: from here on the learning rate follows it"
+    ]
 
 
 @pytest.mark.parametrize(
