@@ -67,7 +67,7 @@ def srun(*arguments: str) -> None:
         path = output
         for code, name in names.items():
             path = path.replace(code, env.get(name, "0"))
-        log = os.open(path, os.O_WRONLY | os.O_CREAT) if path else None
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if path else None
         tasks.append(subprocess.Popen(rest, env=env, stdout=log, stderr=log))
     sys.exit(max(abs(task.wait()) for task in tasks))
 

@@ -127,8 +127,15 @@ def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(run: Run, slurm: di
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     app = (sys.executable, str(ROOT / "tests" / "preempted_app.py"), "-m", "hydra/launcher=slurm_jobs")
     small = ("trainer=cpu", "model.net.name=coca_tiny", "image_size=32", "evals=[]", "trainer.limit_val_batches=0")
-    steps = ("data.train_count=16", "data.batch_size=4", "trainer.log_every_n_steps=1", "hydra.sweep.dir=sweep")
-    done = run(*app, *small, *steps, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **slurm)
+    steps = ("data.train_count=16", "data.batch_size=4", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    done = run(
+        *app,
+        *small,
+        *steps,
+        "hydra.sweep.dir=sweep",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        **slurm,
+    )
     assert done.returncode == 0, done.stderr
     assert [*Path(slurm["FAKE_SLURM"]).glob("*.ran_again")]
     said = "".join(path.read_text() for path in sorted(tmp_path.glob("sweep/.submitit/*/*.out")))

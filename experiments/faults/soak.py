@@ -288,9 +288,11 @@ class Soak:
         run.start()
         run.over_before(run.trains.is_set)
         began = time.monotonic()
+        run.over_before(lambda: not run.trains.is_set())
+        run.training = time.monotonic() - began
         if run.ends() is not None:
             raise RuntimeError(f"the undisturbed run of {case.name} failed:\n{run.said()}")
-        run.seconds, run.training = time.monotonic() - started, time.monotonic() - began
+        run.seconds = time.monotonic() - started
         run.checkpoint_bytes = run.checkpoints()[-1].stat().st_size
         print(f"{case.name}: {run.seconds:.1f} s undisturbed", flush=True)
         self.undisturbed[case] = run

@@ -34,7 +34,7 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     """What `python train.py OVERRIDES` does in a process of its own; what it says goes to FOLDER.log.
 
     Args:
-        training: set when training begins.
+        training: set from the beginning of training to its end.
     """
     os.setsid()  # so that it can be killed with or without its workers
     multiprocessing.set_start_method("fork", force=True)  # of workers, as usual; it was this process's own
@@ -66,6 +66,9 @@ def _tell(training: Event) -> None:
     class Tell(L.Callback):
         def on_train_start(self, *_: Any) -> None:
             training.set()
+
+        def on_train_end(self, *_: Any) -> None:
+            training.clear()
 
     build = cli.build_trainer
 
