@@ -6,7 +6,7 @@ A run that goes on must be the run that it was, so keys on which the result depe
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,11 @@ def rewind(folder: Path, logged_steps: int, step: int, validating: bool = False)
         kept = [row for row in whole if int(row[column]) < logged_steps]
         if validating:
             kept = [*takewhile(lambda row: int(row[column]) < logged_steps - 1 or not _validated(header, row), kept)]
-        _write_lines(metrics, map(csv_line, [header, *kept] if header else []))
+        lines = (f"{csv_line(row)}\n" for row in ([header, *kept] if header else []))
+        write_whole(metrics, "".join(lines).encode())
     if bad_steps.exists():
-        _write_lines(bad_steps, (line for line in whole_lines(bad_steps) if json.loads(line)["step"] < step))
+        kept_lines = (line for line in whole_lines(bad_steps) if json.loads(line)["step"] < step)
+        write_whole(bad_steps, "".join(kept_lines).encode())
 
 
 def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -179,7 +181,3 @@ def _step(path: Path) -> int:
 def _validated(header: list[str], row: list[str]) -> bool:
     """Whether a row of metrics.csv is that of a validation."""
     return any(value for name, value in zip(header, row, strict=True) if name.startswith("val/"))
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    write_whole(path, "".join(f"{line}\n" for line in lines).encode())

@@ -22,7 +22,7 @@ from coca_lit.callbacks import StepGuard
 from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.checkpoint_io import CheckpointError, SafeCheckpointIO, inspect, newest_valid
 from coca_lit.data.scenes_export import export_scenes
-from coca_lit.resume import RUN_KEY, check_same_run, decisive, go_on, start_anew
+from coca_lit.resume import RUN_KEY, check_same_run, decisive, find_checkpoint, go_on, start_anew
 from coca_lit.run_folder import finished_results, start_run_folder, write_results
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
@@ -417,6 +417,11 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     write_results(tmp_path, {"scenes/CIDEr": 1.0}, {})
     (tmp_path / lost).unlink(missing_ok=True)
     assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="it is a folder; name the file"):
+        find_checkpoint(tmp_path, str(tmp_path), first_process=True)
 
 
 def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:

@@ -70,10 +70,10 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, none if it is not there, without a last one that a crash cut off."""
+    """The lines of a file with their line breaks, none if it is not there; without a last one that a crash cut off."""
     if path.exists():
         with path.open("rb") as file:
-            yield from (line[:-1].decode(errors="replace") for line in file if line.endswith(b"\n"))
+            yield from (line.decode(errors="replace") for line in file if line.endswith(b"\n"))
 
 
 def csv_line(row: Iterable[Any]) -> str:

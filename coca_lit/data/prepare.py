@@ -163,7 +163,7 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
         write_whole(journal, f"{digest}\n".encode())
         return {}
     first, *lines = [*whole_lines(journal)] or [""]
-    if first != digest:
+    if first.strip() != digest:
         raise DataError(
             f"{output} was begun from another source or with other options: give a new folder, or remove it first"
         )
