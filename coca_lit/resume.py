@@ -150,17 +150,11 @@ def rewind(folder: Path, logged_steps: int, step: int, validating: bool = False)
     """
     metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
     if metrics.exists():
-        header, *rows = [*csv.reader(whole_lines(metrics))] or [[]]
-        column = header.index("step") if "step" in header else 0
-        whole = [row for row in rows if len(row) == len(header) and row[column].isdigit()]
-        kept = [row for row in whole if int(row[column]) < logged_steps]
-        if validating:
-            kept = [*takewhile(lambda row: int(row[column]) < logged_steps - 1 or not _validated(header, row), kept)]
-        lines = (f"{csv_line(row)}\n" for row in ([header, *kept] if header else []))
-        write_whole(metrics, "".join(lines).encode())
+        rows = _rows_before(logged_steps, validating, [*csv.reader(whole_lines(metrics))])
+        write_whole(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
     if bad_steps.exists():
-        kept_lines = (line for line in whole_lines(bad_steps) if json.loads(line)["step"] < step)
-        write_whole(bad_steps, "".join(kept_lines).encode())
+        lines = (line for line in whole_lines(bad_steps) if json.loads(line)["step"] < step)
+        write_whole(bad_steps, "".join(lines).encode())
 
 
 def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -176,6 +170,19 @@ def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
 
 def _step(path: Path) -> int:
     return int("".join(filter(str.isdigit, path.stem)) or 0)
+
+
+def _rows_before(logged_steps: int, validating: bool, rows: list[list[str]]) -> list[list[str]]:
+    """The header of metrics.csv and the rows that stay, see `rewind`."""
+    if not rows:
+        return []
+    header = rows[0]
+    column = header.index("step") if "step" in header else 0
+    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
+    kept = [row for row in whole if int(row[column]) < logged_steps]
+    if validating:
+        kept = [*takewhile(lambda row: int(row[column]) < logged_steps - 1 or not _validated(header, row), kept)]
+    return [header, *kept]
 
 
 def _validated(header: list[str], row: list[str]) -> bool:
