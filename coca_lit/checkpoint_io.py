@@ -1,12 +1,11 @@
 """Checkpoint files that a kill, a full disk or a bad sector cannot turn into a trap.
 
-A file is written beside its target, synced, read back and only then renamed, so that under the final name there is
+A file is written beside its target, read back, synced and only then renamed, so that under the final name there is
 either nothing, the old file or a proven new one. `inspect` tells later whether it is still what was written: every
 record of the zip archive that PyTorch writes has a CRC, which PyTorch itself never looks at.
 """
 
 import logging
-import os
 import re
 import shutil
 import zipfile
@@ -17,6 +16,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+
+from coca_lit.data.files import replacing
+from coca_lit.data.records import DataError
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +39,17 @@ class SafeCheckpointIO(TorchCheckpointIO):
             CheckpointError: the content could never be loaded again, because something in it is code.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            needed, free = _bytes(checkpoint), shutil.disk_usage(target.parent).free
-            if free < needed + SPARE:
-                raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
-            _write(checkpoint, temporary)
-            inspect(temporary)
-            os.replace(temporary, target)
-            sync_folder(target.parent)
-        except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
-            reason = str(error).splitlines()[0]
+            with replacing(target) as temporary:
+                needed, free = _bytes(checkpoint), shutil.disk_usage(target.parent).free
+                if free < needed + SPARE:
+                    raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                inspect(temporary)
+        except (DataError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
+            reason = str(error.__cause__ or error).splitlines()[0]
             log.warning("could not save %s: %s; training goes on, and older checkpoints stay", target.name, reason)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,
@@ -113,31 +111,6 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts anew and keeps them"
         )
     return None
-
-
-def point_to(link: Path, target: Path) -> None:
-    """Makes `link` a symbolic link to a file beside it, in one step whatever was there before."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, link)
-    sync_folder(link.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _bytes(content: Any) -> int:

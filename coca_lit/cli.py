@@ -63,7 +63,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
     check_trainer(cfg, trainer)
-    choose_products(trainer, module, checkpoint)
+    if checkpoint is None:
+        choose_products(trainer, module)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
     not_run |= {score: reason for evaluation in evals for score, reason in evaluation.not_run.items()}
@@ -92,12 +93,10 @@ def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
         check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
 
 
-def choose_products(trainer: "L.Trainer", module: "L.LightningModule", checkpoint: Path | None) -> None:
-    """On a CPU in fp32: the library for matrix products, that of the earlier processes of the run if there were any."""
+def choose_products(trainer: "L.Trainer", module: "L.LightningModule") -> None:
+    """On a CPU in fp32: the library for matrix products. A run that goes on keeps the one that it had."""
     from coca_lit.distributed import say
     from coca_lit.fp32 import choose_fp32_products
-    from coca_lit.resume import read_run
 
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
-        before = read_run(checkpoint).get("fp32_products") if checkpoint is not None else None
-        say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.parameters()), before)}")
+        say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.parameters()))}")

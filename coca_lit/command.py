@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from coca_lit.arguments import Positional, to_overrides
 from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, check_hydra, explain_override
 from coca_lit.launch import job_folder, launched_devices, launched_nodes, run_id
-from coca_lit.redaction import redact_configs
+from coca_lit.redaction import redact, redact_configs, redact_overrides
 from coca_lit.sweep import print_sweep
 
 PACKAGE = Path(__file__).resolve().parent
@@ -42,12 +42,13 @@ def command(config: str, function: Callable[[DictConfig], Any], positional: Posi
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
     redact_configs()
+    redact_overrides()
     check_what_hydra_builds()
     try:
         sys.argv[1:] = to_overrides(sys.argv[1:], positional)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()
     except user_errors() as error:
-        sys.exit(f"error: {_explain(error, config)}")
+        sys.exit(f"error: {redact(_explain(error, config))}")
     finally:
         print_sweep()
 

@@ -18,19 +18,15 @@ FASTER = 1.3  # less is within what two timings differ by, and the choice must b
 SMALLEST_NETWORK = 20_000_000  # parameters
 
 
-def choose_fp32_products(parameters: int, before: str | None = None) -> str:
+def choose_fp32_products(parameters: int) -> str:
     """Switches the fp32 products of this process to oneDNN if that is as exact and clearly faster; says in words what
     was chosen and why.
 
     Args:
         parameters: number of parameters of the network to train.
-        before: what `fp32_products` gave in the run that goes on, which is kept: the two round differently.
     """
     if not torch.backends.mkldnn.is_available():
         return "MKL: this PyTorch has no oneDNN"
-    if before is not None:
-        _use_onednn(before == "oneDNN")
-        return f"{before}, as in the run that goes on"
     if parameters < SMALLEST_NETWORK:
         return "MKL: the network is small"
     error, seconds = _probe()
@@ -41,6 +37,12 @@ def choose_fp32_products(parameters: int, before: str | None = None) -> str:
         return f"oneDNN ({speed})"
     _use_onednn(False)
     return f"MKL ({speed})"
+
+
+def keep_fp32_products(before: str) -> None:
+    """Takes what `fp32_products` gave in the run that goes on: the two round differently."""
+    if torch.backends.mkldnn.is_available():
+        _use_onednn(before == "oneDNN")
 
 
 def fp32_products() -> str:

@@ -4,7 +4,6 @@ Lightning's own CSV logger keeps rows in memory and deletes the file of an earli
 """
 
 import csv
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+
+from coca_lit.data.files import append_lines, csv_line, whole_lines, write_whole
 
 
 class MetricsLog(Logger):
@@ -46,30 +47,13 @@ class MetricsLog(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {name: v.item() if isinstance(v, Tensor) else v for name, v in metrics.items()} | {"step": step}
         if self._columns is None:
-            self._columns = self._read_columns()
+            self._columns = next(csv.reader(whole_lines(self.path)), [])
         if new := [name for name in row if name not in self._columns]:
-            self._columns = sorted([*self._columns, *new])
-            self._rewrite()
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+            self._widen(sorted([*self._columns, *new]))
+        append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns)])
 
-    def _read_columns(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            return next(csv.reader(file), [])
-
-    def _rewrite(self) -> None:
-        """The same rows under the new header, in one step."""
-        assert self._columns is not None
-        rows: list[dict[str, str]] = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+    def _widen(self, columns: list[str]) -> None:
+        """The same rows under a new header, in one step."""
+        rows = [[row.get(name, "") for name in columns] for row in csv.DictReader(whole_lines(self.path))]
+        write_whole(self.path, "".join(f"{csv_line(row)}\n" for row in [columns, *rows]).encode())
+        self._columns = columns

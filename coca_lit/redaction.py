@@ -3,17 +3,20 @@
 A secret is known by the name of its key or environment variable, such as `api_key` or `HF_TOKEN`.
 """
 
+import logging
 import os
 import re
+import sys
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 HIDDEN = "<hidden>"
 _NAME = r"(?:[\w.@/-]*[_.])?(?:api_?key|access_?key|private_?key|token|secret|password|passwd|credentials?)"
 _KEY = re.compile(_NAME, re.IGNORECASE)
 _ASSIGNMENT = re.compile(rf"""(\b{_NAME}\s*[=:]\s*)(?!['"]?\$\{{|null\b)[^\s,}}\]]+""", re.IGNORECASE)
-_to_yaml = OmegaConf.to_yaml
+_to_yaml, _record = OmegaConf.to_yaml, logging.getLogRecordFactory()
 
 
 def redact_configs() -> None:
@@ -23,13 +26,41 @@ def redact_configs() -> None:
     OmegaConf.to_yaml = staticmethod(_redacted_yaml)  # type: ignore[method-assign]  # see above
 
 
+def redact_overrides() -> None:
+    """From now on Hydra prints no override that holds a secret: launchers log those of every job, and before an error
+    all of them are written to standard error, where no more than the error itself is wanted.
+    """
+    logging.setLogRecordFactory(_redacted_record)
+    JobReturn.return_value = property(_value_or_error, _keep_value)  # type: ignore[method-assign,assignment]
+
+
 def redact(text: str) -> str:
-    """`text` without the values of secret `key=value` and `key: value` pairs and of secret environment variables."""
-    text = _ASSIGNMENT.sub(rf"\1{HIDDEN}", text)
-    for name, value in os.environ.items():
-        if len(value) >= 6 and _KEY.fullmatch(name):  # a shorter one would be found in harmless words
+    """`text` without the values of secret `key=value` and `key: value` pairs, of secret environment variables and of
+    those that were typed with the command.
+    """
+    typed = (word.lstrip("+").partition("=")[::2] for word in sys.argv[1:])
+    for name, value in (*os.environ.items(), *typed):
+        # A shorter one would be found in harmless words.
+        if len(value) >= 6 and _KEY.fullmatch(name) and not value.startswith("${"):
             text = text.replace(value, HIDDEN)
-    return text
+    return _ASSIGNMENT.sub(rf"\1{HIDDEN}", text)
+
+
+def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = _record(*args, **kwargs)
+    if record.name.startswith("hydra"):
+        record.msg, record.args = redact(record.getMessage()), ()
+    return record
+
+
+def _value_or_error(job: JobReturn) -> Any:
+    if job.status is JobStatus.FAILED:
+        raise job._return_value
+    return job._return_value
+
+
+def _keep_value(job: JobReturn, value: Any) -> None:
+    job._return_value = value
 
 
 def _redacted_yaml(cfg: Any, *, resolve: bool = False, sort_keys: bool = False) -> str:

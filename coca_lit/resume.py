@@ -7,11 +7,12 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from coca_lit.checkpoint_io import CheckpointError, inspect, newest_valid, point_to, step_files
+from coca_lit.checkpoint_io import CheckpointError, inspect, newest_valid, step_files
+from coca_lit.data.files import csv_line, point_to, whole_lines, write_whole
 from coca_lit.distributed import say
 
 RUN_KEY = "coca_lit_run"  # where our checkpoints keep what a run needs to go on: see `coca_lit.callbacks.checkpoint`
@@ -54,7 +55,8 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         return None
     if ckpt_path != AUTO:
         if not Path(ckpt_path).is_file():
-            raise FileNotFoundError(f"ckpt_path: there is no checkpoint '{ckpt_path}'")
+            why = ": it is a folder; name the file" if Path(ckpt_path).is_dir() else ""
+            raise FileNotFoundError(f"ckpt_path: there is no checkpoint '{ckpt_path}'{why}")
         return Path(ckpt_path)
     last = folder / CHECKPOINTS / LAST
     if not step_files(last.parent):
@@ -115,7 +117,7 @@ def go_on(folder: Path, checkpoint: Path, roll_back: bool) -> None:
     newer = [path for path in step_files(folder / CHECKPOINTS) if _step(path) > _step(checkpoint)]
     if newer and roll_back:
         say(f"{len(newer)} newer checkpoints were moved to {set_aside(folder, newer)}")
-    rewind(folder, run.get("logged_steps", 0), run.get("step", 0))
+    rewind(folder, run.get("logged_steps", 0), run.get("step", 0), run.get("validating", False))
 
 
 def start_anew(folder: Path) -> None:
@@ -138,22 +140,21 @@ def set_aside(folder: Path, files: list[Path]) -> Path:
     return aside
 
 
-def rewind(folder: Path, logged_steps: int, step: int) -> None:
+def rewind(folder: Path, logged_steps: int, step: int, validating: bool = False) -> None:
     """Drops what the logs say of steps that will be made again, so that nothing is in them twice.
 
     Args:
         logged_steps: value of the column `step` in metrics.csv from which on rows are dropped.
         step: number of the first optimizer step that is made again.
+        validating: the validation after the last step is made again, too.
     """
     metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
     if metrics.exists():
-        with metrics.open(newline="") as file:
-            rows = list(csv.reader(file))
-        column = rows[0].index("step") if rows and "step" in rows[0] else 0
-        whole = [row for row in rows[1:] if len(row) == len(rows[0]) and row[column].isdigit()]
-        _replace(metrics, _csv([rows[0], *(row for row in whole if int(row[column]) < logged_steps)]) if rows else "")
+        rows = _rows_before(logged_steps, validating, [*csv.reader(whole_lines(metrics))])
+        write_whole(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
     if bad_steps.exists():
-        _replace(bad_steps, "".join(line for line in _whole_lines(bad_steps) if json.loads(line)["step"] < step))
+        lines = (line for line in whole_lines(bad_steps) if json.loads(line)["step"] < step)
+        write_whole(bad_steps, "".join(lines).encode())
 
 
 def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -171,18 +172,19 @@ def _step(path: Path) -> int:
     return int("".join(filter(str.isdigit, path.stem)) or 0)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Lines of a text file without a last one that a kill cut."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _rows_before(logged_steps: int, validating: bool, rows: list[list[str]]) -> list[list[str]]:
+    """The header of metrics.csv and the rows that stay, see `rewind`."""
+    if not rows:
+        return []
+    header = rows[0]
+    column = header.index("step") if "step" in header else 0
+    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
+    kept = [row for row in whole if int(row[column]) < logged_steps]
+    if validating:
+        kept = [*takewhile(lambda row: int(row[column]) < logged_steps - 1 or not _validated(header, row), kept)]
+    return [header, *kept]
 
 
-def _csv(rows: list[list[str]]) -> str:
-    text = StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, newline="")
-    os.replace(temporary, path)
+def _validated(header: list[str], row: list[str]) -> bool:
+    """Whether a row of metrics.csv is that of a validation."""
+    return any(value for name, value in zip(header, row, strict=True) if name.startswith("val/"))

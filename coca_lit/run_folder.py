@@ -21,10 +21,12 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     secret lands in a file. What an earlier run left is wound back to `checkpoint`, or moved aside for a new start.
     """
     if is_first_process():
-        from coca_lit.data.files import write_whole
-        from coca_lit.resume import go_on, start_anew
+        from coca_lit.data.files import remove_leftovers, write_whole
+        from coca_lit.resume import CHECKPOINTS, go_on, start_anew
 
         folder = Path(cfg.output_dir)
+        for place in (folder, folder / CHECKPOINTS):
+            remove_leftovers(place)
         if checkpoint is None:
             start_anew(folder)
         else:

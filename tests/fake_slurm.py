@@ -45,7 +45,12 @@ def sbatch(*arguments: str) -> None:
 
 
 def _job(name: str, script: str, *arguments: str) -> None:
+    """Runs again if it was requeued meanwhile."""
+    requeued = STATE / f"{name}.requeued"
     code = subprocess.run(["bash", script, *arguments]).returncode
+    if requeued.exists():
+        requeued.rename(STATE / f"{name}.ran_again")
+        code = subprocess.run(["bash", script, *arguments]).returncode
     (STATE / f"{name}.state").write_text("FAILED" if code else "COMPLETED")
 
 
@@ -62,7 +67,7 @@ def srun(*arguments: str) -> None:
         path = output
         for code, name in names.items():
             path = path.replace(code, env.get(name, "0"))
-        log = os.open(path, os.O_WRONLY | os.O_CREAT) if path else None
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if path else None
         tasks.append(subprocess.Popen(rest, env=env, stdout=log, stderr=log))
     sys.exit(max(abs(task.wait()) for task in tasks))
 
@@ -74,7 +79,7 @@ def sacct(*arguments: str) -> None:
 
 
 def scontrol(action: str, *arguments: str) -> None:
-    """`show hostnames` and `requeue`, which is only noted."""
+    """`show hostnames`, and `requeue`, which is noted for `_job`."""
     if action == "show":
         print("localhost")
     else:

@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+import lightning.pytorch as L
 from omegaconf import DictConfig
 
 from coca_lit import cli
 from coca_lit.command import CONF
+from coca_lit.distributed import rank, world_size
 
 ROOT = Path(__file__).resolve().parents[1]
 # Any experiment as a check of two steps with the smallest network; scenes are what the exported data sets hold.
@@ -27,6 +31,39 @@ def compose(*overrides: str) -> DictConfig:
 def run(folder: Path, *overrides: str) -> dict[str, float]:
     """What `python train.py *overrides` does in the run folder `folder`; returns the final scores."""
     return cli.run(compose(f"output_dir={folder}", "name=test", *overrides))
+
+
+@contextmanager
+def watched(*callbacks: L.Callback) -> Iterator[None]:
+    """Trainers that are built within the block have these callbacks too, as the last ones."""
+    build = cli.build_trainer
+
+    def with_callbacks(*args: Any) -> L.Trainer:
+        trainer = build(*args)
+        trainer.callbacks += callbacks
+        return trainer
+
+    cli.build_trainer = with_callbacks
+    try:
+        yield
+    finally:
+        cli.build_trainer = build
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """What torchrun tells a process of the group that the tests have opened."""
+    told = {"RANK": rank(), "LOCAL_RANK": rank(), "GROUP_RANK": 0} | dict.fromkeys(
+        ("WORLD_SIZE", "LOCAL_WORLD_SIZE"), world_size()
+    )
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "tests"}
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in told.items()})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def train_py(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

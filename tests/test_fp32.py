@@ -43,3 +43,9 @@ def test_whatever_is_chosen_here_is_exact() -> None:
 def test_a_small_network_is_left_alone() -> None:
     assert "small" in fp32.choose_fp32_products(LARGE - 1)
     assert not onednn_is_on()
+
+
+def test_a_run_that_goes_on_keeps_its_products() -> None:
+    for products in ("oneDNN", "MKL"):
+        fp32.keep_fp32_products(products)
+        assert fp32.fp32_products() == products

@@ -81,7 +81,9 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
     """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
     sweep = tmp_path / "outputs" / "sweeps" / "demo,+logger.x.api_key=_hidden_,model.freeze=_a_b_,seed=1"
     fixed = ("seed=1", "threads=1", "model.freeze=[a/b]", "+logger.x.api_key=hunter2")
-    assert_complete(run(sys.executable, APP, "-m", RATES, *fixed), sweep)
+    first = run(sys.executable, APP, "-m", RATES, *fixed)
+    assert_complete(first, sweep)
+    assert len(first.stderr.splitlines()) == 1
     objective = "objective=scenes/i2t_median_rank"
     done = run(sys.executable, APP, "-m", "model.optimizer.lr=0.2,0.4", *fixed, objective)
     assert done.returncode == 0, done.stderr
@@ -89,7 +91,7 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
     written = [
         path.read_text() for path in sweep.rglob("*.*") if path.suffix in (".yaml", ".csv", ".html", ".md", ".txt")
     ]
-    assert "hunter2" not in "".join(written)
+    assert "hunter2" not in "".join([*written, first.stdout, first.stderr])
     assert f"best scenes/i2t_median_rank: 0.6000 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
 
 
@@ -119,6 +121,30 @@ def test_jobs_on_slurm(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
     (script,) = Path(slurm["FAKE_SLURM"]).glob("*.sbatch")
     wanted = ("--array=0-2%3", "--gpus-per-node=2", "--ntasks-per-node=2", "--partition=gpu", "--time=1440")
     assert all(f"#SBATCH {option}\n" in script.read_text() for option in wanted)
+
+
+def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    app = (sys.executable, str(ROOT / "tests" / "preempted_app.py"), "-m", "hydra/launcher=slurm_jobs")
+    small = ("trainer=cpu", "model.net.name=coca_tiny", "image_size=32", "evals=[]", "trainer.limit_val_batches=0")
+    steps = ("data.train_count=16", "data.batch_size=4", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    done = run(
+        *app,
+        *small,
+        *steps,
+        "hydra.sweep.dir=sweep",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        **slurm,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [*Path(slurm["FAKE_SLURM"]).glob("*.ran_again")]
+    said = "".join(path.read_text() for path in sorted(tmp_path.glob("sweep/.submitit/*/*.out")))
+    assert "stopping after step 2 on signal 12: saved" in said
+    assert "going on after step 2 in epoch 0, 8 samples seen" in said
+    (metrics,) = tmp_path.glob("sweep/*/metrics.csv")
+    with metrics.open(newline="") as file:
+        steps_logged = [row["step"] for row in csv.DictReader(file) if row["train/caption_loss"]]
+    assert steps_logged == ["0", "1", "2", "3"]
 
 
 def test_a_missing_plugin_is_one_sentence(run: Run, tmp_path: Path) -> None:

@@ -1,15 +1,12 @@
 """Whole runs through Lightning on two gloo processes, under DDP and sharded, against one process."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytest
 import torch
-from running import results, run
+from running import launched, results, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -18,7 +15,7 @@ from coca_lit.cli import CONF
 from coca_lit.config import ConfigError
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes_export import write_shards
-from coca_lit.distributed import rank, world_size
+from coca_lit.distributed import world_size
 from coca_lit.export import cli as export
 from coca_lit.models import create_model
 from coca_lit.sharding import check_sharded, shard, unsharded
@@ -36,20 +33,6 @@ SHORT = (*UNSCORED, "evals=[]")
 SCORED = (*UNSCORED, "evals=[scenes_captions,scenes_retrieval]", "eval_images=8", "data.train_count=16")
 DDP = ("trainer.devices=2", "trainer.strategy=ddp")
 SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
-
-
-@contextmanager
-def launched() -> Iterator[None]:
-    """What torchrun tells a process of the group that the tests have opened."""
-    told = {"RANK": rank(), "LOCAL_RANK": rank(), "WORLD_SIZE": world_size(), "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "tests"}
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in told.items()})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def train(folder: Path, *overrides: str) -> None:

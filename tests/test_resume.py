@@ -14,14 +14,15 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from running import ROOT, compose, results
+from running import ROOT, compose, results, watched
 
 from coca_lit import checkpoint_io, cli
 from coca_lit.assembly import plain
 from coca_lit.callbacks import StepGuard
+from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.checkpoint_io import CheckpointError, SafeCheckpointIO, inspect, newest_valid
 from coca_lit.data.scenes_export import export_scenes
-from coca_lit.resume import RUN_KEY, check_same_run, decisive, go_on, start_anew
+from coca_lit.resume import RUN_KEY, check_same_run, decisive, find_checkpoint, go_on, start_anew
 from coca_lit.run_folder import finished_results, start_run_folder, write_results
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
@@ -54,16 +55,8 @@ def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, e
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("a", buffering=1)
-    if watch is not None:
-        build = cli.build_trainer
-
-        def watched(*args: Any) -> L.Trainer:
-            trainer = build(*args)
-            trainer.callbacks.append(watch)
-            return trainer
-
-        cli.build_trainer = watched
-    cli.run(compose(*TINY, f"output_dir={folder}", *overrides))
+    with watched(*[watch] if watch is not None else []):
+        cli.run(compose(*TINY, f"output_dir={folder}", *overrides))
 
 
 def _requeue_like_submitit(number: int, frame: Any) -> None:
@@ -97,6 +90,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert results(a) == results(b)
     left, right = state(a), state(b)
     assert left[RUN_KEY] == right[RUN_KEY]
+    assert left["loops"] == right["loops"]
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=0)
     assert left.get("current_model_state") is None or not torch.equal(
@@ -138,14 +132,45 @@ def test_killed_twice_in_an_epoch(
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
+class SignalInValidation(L.Callback):
+    """SIGTERM to its own process in the first batch of the validation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            assert batch_idx == 0, "the signal was not answered"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("extra", [(), EMA_AND_ACCUMULATION])
+def test_signal_in_a_validation_is_answered_there(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """And the validation is made anew: twice the one within the epoch, since a kill comes before the next checkpoint,
+    and the one at its end.
+    """
+    often = (f"data.train_count={32 if extra else 16}", f"trainer.val_check_interval={4 if extra else 2}")
+    overrides = (*often, "trainer.limit_val_batches=2", *extra)
+    assert train(tmp_path / "whole", *overrides) == 0
+    for watch, code in (
+        (SignalInValidation(2), 143),
+        (Die(6 if extra else 3), -signal.SIGKILL),
+        (SignalInValidation(4), 143),
+    ):
+        assert train(tmp_path / "stopped", *overrides, watch=watch) == code
+        assert state(tmp_path / "stopped")[RUN_KEY]["validating"]
+    assert train(tmp_path / "stopped", *overrides) == 0
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
 class Signal(L.Callback):
     """Sends signals to its own process during batch 2, on one rank."""
 
-    def __init__(self, *numbers: int) -> None:
-        self.numbers = numbers
+    def __init__(self, *numbers: int, rank: int = 0) -> None:
+        self.numbers, self.rank = numbers, rank
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 2 and trainer.is_global_zero:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 2 and trainer.global_rank == self.rank:
             for number in self.numbers:
                 os.kill(os.getpid(), number)
 
@@ -204,7 +229,9 @@ def test_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(tmp_path: Path) -
     assert run["samples"] == 4 * run["step"]
     epochs = run["step"] // 6 + 1
     assert train(tmp_path / "run", *MAP, f"trainer.max_epochs={epochs}") == 0
-    assert "note: 2 processes became 1: every batch holds the same samples" in (tmp_path / "run.log").read_text()
+    said = (tmp_path / "run.log").read_text()
+    assert "note: 2 processes became 1: every batch holds the same samples" in said
+    assert f"note: max_epochs was 200 and is now {epochs}: " in said
     assert state(tmp_path / "run")[RUN_KEY]["samples"] == 24 * epochs
 
 
@@ -309,6 +336,16 @@ def test_nothing_but_whole_files_under_the_final_name(tmp_path: Path, monkeypatc
     assert path.read_bytes() == before
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    left = [path.with_name(".step_2.ckpt.99.tmp"), tmp_path / ".metrics.csv.99.tmp"]
+    for file in left:
+        file.write_bytes(b"PK half")
+    start_run_folder(compose(f"output_dir={tmp_path}"), path)
+    assert path.exists()
+    assert not any(file.exists() for file in left)
+
+
 @pytest.mark.parametrize("how", ["foreseen", "while writing"])
 def test_full_disk_costs_a_checkpoint_and_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
@@ -335,6 +372,15 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
 
 # Configs and folders
+
+
+def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    """The cosine of the learning rate ends elsewhere, so the steps that follow are not those of the shorter run."""
+    trainer: Any = SimpleNamespace(global_step=3, current_epoch=0, max_epochs=4, max_steps=-1)
+    _announce(trainer, {"max_epochs": 2, "max_steps": -1})
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "note: max_epochs was 2 and is now 4: from here on the learning rate follows it"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -371,6 +417,11 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     write_results(tmp_path, {"scenes/CIDEr": 1.0}, {})
     (tmp_path / lost).unlink(missing_ok=True)
     assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="it is a folder; name the file"):
+        find_checkpoint(tmp_path, str(tmp_path), first_process=True)
 
 
 def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:

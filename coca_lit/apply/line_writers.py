@@ -3,16 +3,15 @@
 import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from coca_lit.apply.images import Source
 from coca_lit.apply.inputs import Files, Unit
-from coca_lit.apply.journal import append, parts, read_lines, repair
 from coca_lit.apply.writer import SETTINGS, Captions, Writer, all_sources, claim
 from coca_lit.data.annotations import load_json
-from coca_lit.data.files import remove_leftovers, replacing
+from coca_lit.data.files import append_lines, remove_leftovers, whole_lines, write_whole
 from coca_lit.data.records import DataError
 from coca_lit.distributed import gather_objects, rank
 
@@ -21,7 +20,7 @@ class JsonLines(Writer):
     """A line {"path": …, "caption": …} for each image; with several captions also "captions", all of them.
 
     Rank 0 appends to the file, any other rank to a part of its own beside it; at the end rank 0 brings all lines into
-    the order of the inputs. A line that was cut off when a process was killed is removed.
+    the order of the inputs.
     """
 
     key = "path"
@@ -32,7 +31,6 @@ class JsonLines(Writer):
         claim(path.with_name(f"{path.name}.{SETTINGS}"), path.exists(), settings)
         self.path, self.units = path, units
         self.journal = self._journal()
-        repair(self.journal)
         self.done = set(self._rows())
 
     def has(self, source: Source) -> bool:
@@ -40,7 +38,7 @@ class JsonLines(Writer):
 
     def write(self, captions: Mapping[Source, Captions]) -> None:
         rows = [{self.key: self._id(source), **self._texts(found)} for source, found in captions.items()]
-        append(self.journal, rows)
+        append_lines(self.journal, map(json.dumps, rows))
         self.done.update(row[self.key] for row in rows)
 
     def finish(self) -> None:
@@ -58,14 +56,13 @@ class JsonLines(Writer):
 
     def _rows(self) -> dict[Any, dict[str, Any]]:
         """All rows that any process has written, by their key."""
-        lines = [row for file in (self.path, *parts(self.path)) for row in read_lines(file, self.key)]
+        lines = [row for file in (self.path, *parts(self.path)) for row in read_rows(file, self.key)]
         return {row[self.key]: row for row in lines}
 
     def _save(self, rows: list[dict[str, Any]]) -> None:
         content = "".join(f"{json.dumps(row)}\n" for row in rows)
         if not self.path.exists() or self.path.read_text() != content:
-            with replacing(self.path) as temporary:
-                temporary.write_text(content)
+            write_whole(self.path, content.encode())
 
     def _id(self, source: Source) -> Any:
         return source.name
@@ -96,12 +93,11 @@ class CocoResults(JsonLines):
 
     def _rows(self) -> dict[Any, dict[str, Any]]:
         rows = load_json(self.path) if self.path.exists() else []
-        rows += [row for file in parts(self.path) for row in read_lines(file, self.key)]
+        rows += [row for file in parts(self.path) for row in read_rows(file, self.key)]
         return {row[self.key]: row for row in rows}
 
     def _save(self, rows: list[dict[str, Any]]) -> None:
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(rows, indent=0) + "\n")
+        write_whole(self.path, f"{json.dumps(rows, indent=0)}\n".encode())
 
     def _id(self, source: Source) -> int | str:
         stem = Path(source.name).stem
@@ -110,3 +106,24 @@ class CocoResults(JsonLines):
 
     def _texts(self, captions: Captions) -> dict[str, Any]:
         return {"caption": captions[0]}
+
+
+def parts(path: Path) -> list[Path]:
+    """The parts of a file that processes have left beside it."""
+    found = (other for other in path.parent.iterdir() if other.name.startswith(f"{path.name}.rank"))
+    return sorted(other for other in found if other.name.removeprefix(f"{path.name}.rank").isdigit())
+
+
+def read_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of the finished lines of a file, none if it is not there.
+
+    Raises:
+        DataError: a line is no JSON object with `key`.
+    """
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            row[key]
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(f'line {number} of {path} is not an object with a "{key}": repair or remove it') from error
+        yield row

@@ -14,7 +14,7 @@ from coca_lit.apply.images import Source
 from coca_lit.apply.inputs import Files, OpenShard, Unit
 from coca_lit.apply.rows import print_rows
 from coca_lit.data.annotations import load_json
-from coca_lit.data.files import replacing
+from coca_lit.data.files import write_whole
 from coca_lit.data.records import DataError
 from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
 
@@ -94,8 +94,7 @@ def _claim(file: Path, taken: bool, settings: dict[str, Any]) -> None:
     elif taken:
         raise DataError(f"the output exists and coca-caption did not write it ({file} is missing): choose another")
     else:
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        write_whole(file, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def all_sources(units: Sequence[Unit]) -> Iterator[Source]:

@@ -1,7 +1,6 @@
 """The samples that a run left out, by name, in its run folder."""
 
 import csv
-import io
 import logging
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ import lightning.pytorch as L
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
-from coca_lit.data.files import append_lines
+from coca_lit.data.files import append_lines, csv_line, whole_lines
 from coca_lit.distributed import rank
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,7 @@ class BadSampleLog(L.Callback):
         new = [found for found in dict.fromkeys(batch.bad) if found not in self._known]
         if new and len(self._known) < MAX_LINES:
             self._known.update(new)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            append_lines(self.folder / f"rank{rank()}.csv", map(_as_csv, new))
+            append_lines(self.folder / f"rank{rank()}.csv", map(csv_line, new))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if rank() == 0 and (found := read_bad_samples(self.folder)):
@@ -63,16 +61,9 @@ class BadSampleLog(L.Callback):
         )
 
 
-def _as_csv(row: BadSample) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(row)
-    return text.getvalue()
-
-
 def read_bad_samples(folder: Path) -> set[BadSample]:
     """What all processes of all runs in the folder have listed; a line that a crash cut off is passed over."""
     found: set[BadSample] = set()
     for path in folder.glob("rank*.csv"):
-        with path.open(newline="") as file:
-            found.update(BadSample(*row) for row in csv.reader(file) if len(row) == len(BadSample._fields))
+        found.update(BadSample(*row) for row in csv.reader(whole_lines(path)) if len(row) == len(BadSample._fields))
     return found

@@ -2,20 +2,25 @@
 
 Lightning saves inside its hooks: before the metrics of the step are logged, and at the last batch of an epoch before
 validation, which a resumed run then never does. Here a checkpoint is taken when the next batch is about to begin and
-all that belongs to the one before is over; whoever goes on from it begins with that next batch.
+all that belongs to the one before is over; whoever goes on from it begins with that next batch. Only a signal during a
+validation is not kept waiting until its end: whoever goes on begins with that validation.
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.loops.evaluation_loop import RestartStage
 
+from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.preemption import Signals
 from coca_lit.callbacks.progress import samples_seen
-from coca_lit.checkpoint_io import point_to, step_files
+from coca_lit.checkpoint_io import step_files
+from coca_lit.data.files import point_to
 from coca_lit.distributed import max_over_ranks, rank, say, world_size
-from coca_lit.fp32 import fp32_products
+from coca_lit.fp32 import fp32_products, keep_fp32_products
 from coca_lit.resume import LAST, RUN_KEY
 
 
@@ -55,6 +60,7 @@ class Checkpoints(L.Callback):
         self._saved_at = 0.0
         self._epoch = -1
         self._finished = False
+        self._validating = False
         self._loaded: dict[str, Any] = {}
 
     # When
@@ -64,6 +70,9 @@ class Checkpoints(L.Callback):
         self._saved_step, self._saved_at, self._epoch = trainer.global_step, time.monotonic(), trainer.current_epoch
         if self._loaded:
             _announce(trainer, self._loaded)
+        if self._loaded.get("validating"):
+            trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            self._saved_step = -1  # the next checkpoint of this step will know that the validation is over
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -72,9 +81,9 @@ class Checkpoints(L.Callback):
             trainer.fit_loop.epoch_loop._batches_that_stepped = self._loaded["logged_steps"]
             self._loaded = {}
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._between_steps(trainer)
+            self._between_steps(trainer, pl_module)
 
-    def _between_steps(self, trainer: L.Trainer) -> None:
+    def _between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         minutes = (time.monotonic() - self._saved_at) / 60
         late = self.every_minutes is not None and minutes >= self.every_minutes
         stop, someone_late = max_over_ranks([self.signals.received, late])  # one decision for all ranks
@@ -82,16 +91,36 @@ class Checkpoints(L.Callback):
         due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
         if stop or someone_late or due or epoch > self._epoch:
             self._epoch = epoch
-            self._save(trainer)
+            self._save(trainer, pl_module)
         if stop:
-            saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
-            say(f"stopping after step {step} on signal {stop}: {saved}; the same command goes on from there")
-            self.signals.answer(trainer, int(stop))
+            self._stop(trainer, int(stop))
+
+    def _stop(self, trainer: L.Trainer, number: int) -> None:
+        step = trainer.global_step
+        saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
+        say(f"stopping after step {step} on signal {number}: {saved}; the same command goes on from there")
+        self.signals.answer(trainer, number)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = not trainer.sanity_checking
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not self._validating or not _can_validate_later(trainer):
+            return
+        (stop,) = max_over_ranks([self.signals.received])
+        if stop:
+            self._save(trainer, pl_module)
+            self._stop(trainer, int(stop))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validating = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finished = True
         self._saved_step = -1  # also where one was saved before: this one knows that training is over
-        self._save(trainer)
+        self._save(trainer, pl_module)
         self.signals.nothing_to_save = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -106,18 +135,20 @@ class Checkpoints(L.Callback):
             and trainer.global_step
             and _nothing_half_done(trainer)
         ):
-            self._save(trainer)
+            self._save(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.signals.release()
 
     # What
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
         if step == self._saved_step:
             return
-        trainer.save_checkpoint(self._path(step))
+        # Within a validation averaged weights stand in for the trained ones; they change places once more.
+        with scored_weights(trainer, pl_module) if self._validating else nullcontext():
+            trainer.save_checkpoint(self._path(step))
         self._saved_step, self._saved_at = step, time.monotonic()
         if rank() == 0 and self._path(step).exists():  # else the disk was full
             point_to(self.folder / LAST, self._path(step))
@@ -132,14 +163,23 @@ class Checkpoints(L.Callback):
         checkpoint[RUN_KEY] = {
             "config": self.config,
             "step": trainer.global_step,
-            "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped,
+            "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped + self._validating,
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
             "processes": world_size(),
             "workers": _workers(trainer),
             "fp32_products": fp32_products(),
             "finished": self._finished,
+            "validating": self._validating,
             **seen,
         }
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress, validation = (
+            checkpoint["loops"]["fit_loop"][f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop.")
+        )
+        if self._validating:  # it will begin at its first batch
+            for count, batches in validation["current"].items():
+                validation["total"][count] -= batches
+            validation["current"] = dict.fromkeys(validation["current"], 0)
         if self._finished:  # the next epoch, if there is to be one, begins at its first batch
             progress["current"] = dict.fromkeys(progress["current"], 0)
         for counts in (progress["current"], progress["total"]):
@@ -148,6 +188,8 @@ class Checkpoints(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
+        if before := self._loaded.get("fp32_products"):
+            keep_fp32_products(before)
 
 
 def _nothing_half_done(trainer: L.Trainer) -> bool:
@@ -159,9 +201,17 @@ def _nothing_half_done(trainer: L.Trainer) -> bool:
     return batches["processed"] == batches["completed"] and stepped and at_a_step
 
 
+def _can_validate_later(trainer: L.Trainer) -> bool:
+    """Not while gradients wait for more batches, nor after the last step: Lightning would take the run for done."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate() and not 0 <= trainer.max_steps <= trainer.global_step
+
+
 def _announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
     counts = "".join(f", {before[what]:,} {what} seen" for what in ("samples", "tokens") if what in before)
     say(f"going on after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
+    for limit in ("max_epochs", "max_steps"):
+        if limit in before and before[limit] != (length := getattr(trainer, limit)):
+            say(f"note: {limit} was {before[limit]} and is now {length}: from here on the learning rate follows it")
     now = {"processes": world_size(), "workers": _workers(trainer)}
     elastic = getattr(getattr(trainer, "datamodule", None), "elastic", True)
     changed = [f"{before[key]} {key} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]

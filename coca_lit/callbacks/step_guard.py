@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.files import append_lines
 from coca_lit.distributed import gather_objects, max_over_ranks, mean_over_ranks, rank, say
 from coca_lit.resume import BAD_STEPS
 
@@ -113,9 +114,8 @@ class StepGuard(L.Callback):
         parts = gather_objects(self._keys if keys is None else keys)
         if rank() == 0:
             everything = [key for part in parts for key in part]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": self._step, "reason": reason, **numbers, "keys": everything}) + "\n")
+            row = {"step": self._step, "reason": reason, **numbers, "keys": everything}
+            append_lines(self.path, [json.dumps(row)])
 
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "spikes")}

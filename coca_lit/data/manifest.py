@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.files import replacing
+from coca_lit.data.files import write_whole
 from coca_lit.data.records import DataError
 
 NAME = "manifest.json"
@@ -50,8 +50,7 @@ def write_manifest(folder: Path, entries: Manifest) -> Path:
         "bytes": sum(entry.bytes for entry in entries.values()),
     }
     rows = [{"name": name, **entries[name]._asdict()} for name in sorted(entries)]
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({**totals, "shards": rows}, indent=1) + "\n")
+    write_whole(path, (json.dumps({**totals, "shards": rows}, indent=1) + "\n").encode())
     return path
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.files import append_lines, remove_leftovers, replacing
+from coca_lit.data.files import append_lines, remove_leftovers, replacing, whole_lines, write_whole
 from coca_lit.data.manifest import ManifestEntry, sha256_of
 from coca_lit.data.processes import each
 from coca_lit.data.records import DataError, Pair, decode_image
@@ -160,10 +160,10 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
         if output.is_dir() and any(output.iterdir()):
             raise DataError(f"{output} is not empty: give a new folder, or remove what is there first")
         output.mkdir(parents=True, exist_ok=True)
-        journal.write_text(digest + "\n")
+        write_whole(journal, f"{digest}\n".encode())
         return {}
-    first, *lines = journal.read_text().splitlines() or [""]
-    if first != digest:
+    first, *lines = [*whole_lines(journal)] or [""]
+    if first.strip() != digest:
         raise DataError(
             f"{output} was begun from another source or with other options: give a new folder, or remove it first"
         )
@@ -172,7 +172,7 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
         try:
             name, entry, *rest = json.loads(line)
         except ValueError:
-            continue  # cut off when the command was killed
+            continue  # what a crash of the machine may leave
         path = output / name
         known = ManifestEntry(*entry)
         if not known.samples or (path.is_file() and path.stat().st_size == known.bytes):

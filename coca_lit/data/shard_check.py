@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples, quiet
-from coca_lit.data.files import append_lines
+from coca_lit.data.files import append_lines, whole_lines
 from coca_lit.data.manifest import NAME, ManifestEntry, read_manifest, sha256_of
 from coca_lit.data.processes import each
 from coca_lit.data.records import DataError, decode_image
@@ -102,11 +102,11 @@ def count_reasons(reports: Sequence[ShardReport]) -> Counter[str]:
 def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
     reports = {}
     for path in (folder / JOURNAL for folder in folders):
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in whole_lines(path):
             try:
                 key, (shard, changed_at, entry, *rest) = json.loads(line)
             except ValueError:
-                continue  # cut off when the check was killed
+                continue  # what a crash of the machine may leave
             if key == caption_key:
                 reports[shard] = ShardReport(shard, changed_at, ManifestEntry(*entry), *rest)
     return reports

@@ -22,7 +22,13 @@ Fault = Callable[["Run"], str | None]
 def kill(run: "Run") -> str | None:
     """`kill -9` at any moment, start and end of the program included"""
     run.start()
-    return run.kill(run.moment(), with_workers=run.rng.random() < 0.5)
+    return run.ends() if run.over(run.moment()) else run.kill(with_workers=run.rng.random() < 0.5)
+
+
+def kill_in_training(run: "Run") -> str | None:
+    """`kill -9` within training"""
+    run.start()
+    return run.ends() if run.over_in_training() else run.kill(with_workers=run.rng.random() < 0.5)
 
 
 def kill_in_save(run: "Run") -> str | None:
@@ -38,18 +44,21 @@ def kill_at_file(run: "Run") -> str | None:
 
 
 def terminate(run: "Run") -> str | None:
-    """SIGTERM at any moment"""
+    """SIGTERM within training, half of the time a second one"""
     run.start()
-    return run.terminate(run.moment())
+    if run.over_in_training():
+        return run.ends()
+    return run.terminate(again=run.rng.choice((None, run.rng.uniform(0, 0.1))))
 
 
 def terminate_then_kill(run: "Run") -> str | None:
-    """SIGTERM, and `kill -9` before it has answered"""
+    """SIGTERM within training, and `kill -9` before it has answered"""
     run.start()
-    if run.over(run.moment()):
+    if run.over_in_training():
         return run.ends()
     os.kill(run.process.pid or 0, signal.SIGTERM)
-    return run.kill(run.rng.uniform(0, 0.2), allowed=(143, -signal.SIGTERM))
+    answered = (143, -signal.SIGTERM)
+    return run.ends(*answered) if run.over(run.rng.uniform(0, 0.1)) else run.kill(allowed=answered)
 
 
 def full_disk(run: "Run") -> str | None:
@@ -57,37 +66,39 @@ def full_disk(run: "Run") -> str | None:
     size = run.checkpoint_bytes
     in_the_middle = Trouble(largest_file=run.rng.randrange(size // 2, size))
     run.start(in_the_middle if run.rng.random() < 0.7 else Trouble(free=size))
-    problem = run.kill(run.moment())
-    return problem if "could not save step_" in run.said() else problem or None
+    over = run.over_before(lambda: "could not save step_" in run.said()) or run.over(run.rng.uniform(0, run.training))
+    problem = run.ends() if over else run.kill()
+    return problem if "could not save step_" not in run.said() else problem or ""
 
 
 def damaged_checkpoint(run: "Run") -> str | None:
     """newest checkpoint torn, emptied or one bit flipped, after a `kill -9`"""
     run.start()
-    problem = run.kill(run.moment())
+    over = run.over_before(lambda: len(run.checkpoints()) > 1) or run.over(run.rng.uniform(0, run.training / 2))
+    problem = run.ends() if over else run.kill()
     files = run.checkpoints()
     if problem or len(files) < 2:
         return problem or None
     damage(files[-1], run)
     run.start()
-    problem = run.kill(run.moment())
+    problem = run.ends() if run.over_in_training() else run.kill()
     return problem or ("" if "skipped a checkpoint" in run.said() else None)
 
 
 def damaged_shard(run: "Run") -> str | None:
     """a shard of the set torn, emptied or one bit flipped"""
-    return _without(run, lambda shard: damage(shard, run), delay=0.0)
+    return _without(run, lambda shard: damage(shard, run), during_training=False)
 
 
 def lost_shard(run: "Run") -> str | None:
-    """a shard that vanishes before or during the run"""
-    return _without(run, Path.unlink, delay=run.rng.choice((0.0, run.moment())))
+    """a shard that vanishes before or during training"""
+    return _without(run, Path.unlink, during_training=run.rng.random() < 0.5)
 
 
 def slow_storage(run: "Run") -> str | None:
-    """storage that takes up to 0.2 s to open a file, and `kill -9`"""
+    """storage that takes up to 0.2 s to open a file, and `kill -9` within training"""
     run.start(Trouble(slow=0.2, seed=run.rng.randrange(2**32)))
-    return run.kill(2 * run.moment())
+    return run.ends() if run.over_in_training() else run.kill()
 
 
 def damage(path: Path, run: "Run") -> None:
@@ -99,14 +110,14 @@ def damage(path: Path, run: "Run") -> None:
     path.write_bytes(b"" if how == "empty" else content[:at] if how == "torn" else content)
 
 
-def _without(run: "Run", spoil: Callable[[Path], None], delay: float) -> str | None:
+def _without(run: "Run", spoil: Callable[[Path], None], during_training: bool) -> str | None:
     """The run must refuse by name what it cannot read, and go on when it is back."""
     shard = run.rng.choice(sorted(run.data.glob("*.tar")))
     aside = shutil.copy2(shard, run.data / "aside")
     try:
-        if delay:
+        if during_training:
             run.start()
-            if run.over(delay):
+            if run.over_in_training():
                 return run.ends()
             spoil(shard)
         else:
@@ -120,8 +131,13 @@ def _without(run: "Run", spoil: Callable[[Path], None], delay: float) -> str | N
 
 EVERYWHERE: dict[str, Fault] = {
     fault.__name__: fault
-    for fault in (kill, kill_in_save, kill_at_file, terminate, terminate_then_kill, full_disk, damaged_checkpoint)
-} | {"slow_storage": slow_storage}
+    for fault in (
+        *(kill, kill_in_training, kill_in_save, kill_at_file, terminate, terminate_then_kill),
+        *(full_disk, damaged_checkpoint, slow_storage),
+    )
+}
 ON_SHARDS: dict[str, Fault] = {fault.__name__: fault for fault in (damaged_shard, lost_shard)}
-# How often each is drawn: most crashes are plain ones.
-WEIGHTS = {"kill": 4, "kill_in_save": 3, "kill_at_file": 3, "terminate": 2, "damaged_checkpoint": 2}
+# How often each is drawn.
+WEIGHTS = {"kill": 2, "kill_in_training": 4, "terminate": 5, "terminate_then_kill": 2, "damaged_checkpoint": 2} | {
+    name: 3 for name in ("kill_in_save", "kill_at_file", "full_disk", "slow_storage", "damaged_shard", "lost_shard")
+}

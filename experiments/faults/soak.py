@@ -37,6 +37,7 @@ FORKSERVER.set_forkserver_preload(["preload"])
 HANGS = 180  # seconds after which a process is taken for one that hangs
 MOST_FAULTS = 12  # in one run, which then ends undisturbed
 BROKEN = "broken samples and shards in the data all the time"
+KILLED, SAVED = "ended by `kill -9`", "saved, exit code 143"  # columns of the table
 
 # Two epochs of eight batches of the smallest network that has everything; a checkpoint at every fourth batch.
 TINY = (
@@ -80,22 +81,24 @@ class Run:
 
     Attributes:
         rng: decides what happens when.
-        seconds: that a run takes, about.
+        seconds, training: that a run takes, and those of them that it trains, about.
         checkpoint_bytes: size of a checkpoint.
         kills: SIGKILLs that found their process alive.
     """
 
     def __init__(self, folder: Path, data: Path, overrides: tuple[str, ...], rng: random.Random) -> None:
         self.folder, self.data, self.overrides, self.rng = folder, data, overrides, rng
-        self.seconds, self.checkpoint_bytes, self.kills = 1.0, 0, 0
+        self.seconds, self.training, self.checkpoint_bytes, self.kills = 1.0, 1.0, 0, 0
         self.log = folder.parent / f"{folder.name}.log"
         self._log_start = 0
         self._started = 0.0
 
     def start(self, trouble: Trouble | None = None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        arguments = (self.folder, self.overrides, self.data, trouble or Trouble())
+        self.log.touch()
+        self._log_start = self.log.stat().st_size
+        self.trains = FORKSERVER.Event()
+        arguments = (self.folder, self.overrides, self.data, trouble or Trouble(), self.trains)
         self.process = FORKSERVER.Process(target=victim.train, args=arguments)
         self.process.start()
         self._started = time.monotonic()
@@ -104,22 +107,33 @@ class Run:
         """Seconds from the start, anywhere within a run."""
         return self.rng.uniform(0, self.seconds)
 
-    def over(self, seconds: float) -> bool:
+    def over(self, seconds: float = 0.0) -> bool:
         self.process.join(seconds)
         return self.process.exitcode is not None
 
-    def kill(self, after: float, with_workers: bool = True, allowed: tuple[int, ...] = ()) -> str | None:
-        if self.over(after):
-            return self.ends(*allowed)
+    def over_in_training(self) -> bool:
+        """Waits for a moment within training; whether the process was over before it."""
+        return self.over_before(self.trains.is_set) or self.over(self.rng.uniform(0, self.training))
+
+    def over_before(self, condition: Callable[[], bool]) -> bool:
+        """Waits until something is so; whether the process was over before it."""
+        until = time.monotonic() + HANGS
+        while not condition() and time.monotonic() < until:
+            if self.over(0.01):
+                return not condition()
+        return False
+
+    def kill(self, with_workers: bool = True, allowed: tuple[int, ...] = ()) -> str | None:
         with contextlib.suppress(ProcessLookupError):  # over at this very moment
             (os.killpg if with_workers else os.kill)(self._leader(), signal.SIGKILL)
         return self.ends(-signal.SIGKILL, *allowed)
 
-    def terminate(self, after: float) -> str | None:
-        """What was done is saved, unless training had not begun or was over."""
-        if self.over(after):
-            return self.ends()
+    def terminate(self, again: float | None = None) -> str | None:
+        """What was done is saved, unless training was over; a second signal, so many seconds later, does no harm."""
         os.kill(self.process.pid or 0, signal.SIGTERM)
+        if again is not None and not self.over(again):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid or 0, signal.SIGTERM)
         problem = self.ends(143, -signal.SIGTERM)
         lost = "nothing was saved" in self.said() and "stopping after step 0 " not in self.said()
         return "nothing was saved" if problem == "" and lost else problem
@@ -243,7 +257,7 @@ class Soak:
         whole = self.undisturbed.get(case) or self._undisturbed(case)
         rng = random.Random(f"{self.seed}/{number}")
         run = Run(self.work / f"run{number}", whole.data, whole.overrides, rng)
-        run.seconds, run.checkpoint_bytes = whole.seconds, whole.checkpoint_bytes
+        run.seconds, run.training, run.checkpoint_bytes = whole.seconds, whole.training, whole.checkpoint_bytes
         events: list[dict[str, Any]] = []
         menu = faults.EVERYWHERE | (faults.ON_SHARDS if case.data == "shards" else {})
         for _ in range(MOST_FAULTS):
@@ -254,7 +268,7 @@ class Soak:
             event = {"run": number, "case": case.name, "fault": name, "kills": run.kills - kills}
             event |= {"exit": run.process.exitcode, "step": step[0], "seconds": round(time.time() - self.started)}
             if problem is None and event["kills"]:
-                event["fault"] = "kill"  # the kill came before what was to be tried with it
+                event["fault"] = "kill"  # it came before what was to be tried with it
             if problem is not None or event["kills"]:
                 events.append(event | {"problem": problem or ""})
             if run.process.exitcode == 0:
@@ -272,6 +286,10 @@ class Soak:
         run = Run(self.work / case.name, data, case.overrides(data), random.Random(0))
         started = time.monotonic()
         run.start()
+        run.over_before(run.trains.is_set)
+        began = time.monotonic()
+        run.over_before(lambda: not run.trains.is_set())
+        run.training = time.monotonic() - began
         if run.ends() is not None:
             raise RuntimeError(f"the undisturbed run of {case.name} failed:\n{run.said()}")
         run.seconds = time.monotonic() - started
@@ -296,21 +314,22 @@ class Soak:
 
 
 def summary(events: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A row per fault, and one for all kills: tried, survived, lost."""
+    """A row per fault, and one for all of them: tried, survived, lost, kills, signals that were answered by a save."""
     titles = {name: " ".join((fault.__doc__ or "").split()) for name, fault in menu().items()}
-    tried, lost, kills = Counter[str](), Counter[str](), Counter[str]()
+    tried, lost, kills, saves = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for event in events:
         bad = bool(event["problem"]) or event["end"] != "same bits"
         tried[event["fault"]] += 1
         lost[event["fault"]] += bad
         kills[event["fault"]] += int(event["kills"])
+        saves[event["fault"]] += str(event["exit"]) == "143" and event["fault"] != "broken_data"
     rows = [
         {"run": name, "fault": title, "tried": tried[name], "survived": tried[name] - lost[name], "lost": lost[name]}
-        | {"of which `kill -9`": kills[name]}
+        | {KILLED: kills[name], SAVED: saves[name]}
         for name, title in (titles | {"broken_data": BROKEN}).items()
         if tried[name]
     ]
-    total = {key: sum(row[key] for row in rows) for key in ("tried", "survived", "lost", "of which `kill -9`")}
+    total = {key: sum(row[key] for row in rows) for key in ("tried", "survived", "lost", KILLED, SAVED)}
     return [{key: str(value) for key, value in row.items()} for row in [*rows, {"run": "all", "fault": "all", **total}]]
 
 

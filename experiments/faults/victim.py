@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from io import BytesIO
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,8 +30,12 @@ class Trouble(NamedTuple):
     seed: int = 0
 
 
-def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble) -> None:
-    """What `python train.py OVERRIDES` does in a process of its own; what it says goes to FOLDER.log."""
+def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble, training: Event) -> None:
+    """What `python train.py OVERRIDES` does in a process of its own; what it says goes to FOLDER.log.
+
+    Args:
+        training: set from the beginning of training to its end.
+    """
     os.setsid()  # so that it can be killed with or without its workers
     multiprocessing.set_start_method("fork", force=True)  # of workers, as usual; it was this process's own
     descriptor = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -44,12 +49,35 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     from coca_lit.command import CONF, user_errors
 
     torch.set_num_threads(1)
+    _tell(training)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose("train", [f"output_dir={folder}", "name=soak", *overrides])
     try:
         cli.run(cfg)
     except user_errors() as error:
         sys.exit(f"error: {error}")
+
+
+def _tell(training: Event) -> None:
+    import lightning.pytorch as L
+
+    from coca_lit import cli
+
+    class Tell(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            training.set()
+
+        def on_train_end(self, *_: Any) -> None:
+            training.clear()
+
+    build = cli.build_trainer
+
+    def telling(*args: Any) -> L.Trainer:
+        trainer = build(*args)
+        trainer.callbacks.append(Tell())
+        return trainer
+
+    cli.build_trainer = telling
 
 
 def make(trouble: Trouble, folder: Path, data: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from applying import caption, new_model
 
 from coca_lit import save_model
-from coca_lit.apply import journal, line_writers, shards
+from coca_lit.apply import line_writers, shards
+from coca_lit.data.files import append_lines
 from coca_lit.data.scenes import render
 from coca_lit.data.scenes_export import write_shards
 
@@ -75,7 +76,7 @@ def contents(path: Path) -> dict[str, bytes]:
 def half_a_line(path: Path, rows: Any) -> None:
     """What a kill in the middle of a write leaves: the first row and a torn second one."""
     rows = list(rows)
-    journal.append(path, rows[:1])
+    append_lines(path, rows[:1])
     with path.open("a") as file:
         file.write('{"path": "photos/x.png", "capt')
 
@@ -85,10 +86,10 @@ def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     path, kills = tmp_path / output, 0
     for at in (1, 2, 1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(line_writers, "append", dying(journal.append, at, half_a_line))
+            patch.setattr(line_writers, "append_lines", dying(append_lines, at, half_a_line))
             kills += killed(lambda: write(folder, path))
     with monkeypatch.context() as patch:  # and while everything is brought in order
-        patch.setattr(line_writers, "replacing", dying(line_writers.replacing, 1))
+        patch.setattr(line_writers, "write_whole", dying(line_writers.write_whole, 1))
         kills += killed(lambda: write(folder, path))
     assert kills >= 3
     write(folder, path)

@@ -279,7 +279,7 @@ def test_bad_samples_of_a_run_are_listed_once(tmp_path):
     lines = (log.folder / "rank0.csv").read_text().splitlines()
     (log.folder / "rank0.csv").write_text(lines[0] + "\n" + lines[1][:9])  # killed while writing
     fit(laion(shards, max_bad_fraction=0.5), tmp_path / "d", tmp_path / "c" / "step=4.ckpt", log=BadSampleLog(tmp_path))
-    assert (log.folder / "rank0.csv").read_text().splitlines() == [lines[0], lines[1][:9], lines[1]]
+    assert (log.folder / "rank0.csv").read_text().splitlines() == lines
     assert list(csv.reader((log.folder / "shards.csv").open())) == [
         ["shard", "reason", "samples"],
         [str(paths[0]), "missing caption", "1"],
