@@ -129,7 +129,7 @@ def test_a_file_server_that_is_gone_is_no_endless_loop(shards):
 def test_too_few_shards_is_one_sentence_on_every_rank(shards, rank):
     data = laion(shards / "00000.tar", indexed=False)
     data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
-    with pytest.raises(DataError, match="1 shards cannot feed 2 processes: each needs at least one of its own"):
+    with pytest.raises(DataError, match="1 shard cannot feed 2 processes: each needs at least one of its own"):
         data.train_dataloader()
 
 
