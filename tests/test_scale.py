@@ -1,34 +1,22 @@
 """The scaling study: its volumes and memory against what real processes send and hold, its simulation against the
-formula it is drawn beside, its tables against their CSVs.
+formula it is drawn beside.
 """
 
-import csv
-import importlib
 import itertools
 import random
-import re
-import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-STUDY = Path(__file__).resolve().parents[1] / "experiments" / "scale"
-sys.path.append(str(STUDY))
-counted, scale, shuffle, tables = map(importlib.import_module, ("counted", "scale", "shuffle", "tables"))
-
+from experiments.scale import counted, report, scale, shuffle
+from experiments.study import read_rows
 
 # Communication and memory
 
 
-def on_rank(function: str, engine: str) -> Any:
-    return getattr(counted, function)(engine)
-
-
 @pytest.mark.parametrize(("engine", "world"), [("DDP", 3), ("FSDP2", 2), ("gradient caching", 2)])
 def test_volumes_are_those_of_a_real_step(on_ranks, engine: str, world: int) -> None:
-    results = on_ranks(world, on_rank, "count", engine)
+    results = on_ranks(world, counted.count, engine)
     found = counted.Sent(*(sum(column) / world for column in zip(*results, strict=True)))
     expected = counted.formula(engine, counted.measure(counted.network()), world)
     assert found.losses == pytest.approx(expected.losses, abs=16)  # the number of tokens, which the formula leaves out
@@ -40,7 +28,7 @@ def test_volumes_are_those_of_a_real_step(on_ranks, engine: str, world: int) -> 
 
 @pytest.mark.parametrize("engine", ["FSDP2", "gradient caching"])
 def test_memory_is_what_a_rank_holds(on_ranks, engine: str) -> None:
-    assert counted.planned(engine, 2) == pytest.approx(max(on_ranks(2, on_rank, "peak", engine)), rel=0.15)
+    assert counted.planned(engine, 2) == pytest.approx(max(on_ranks(2, counted.peak, engine)), rel=0.15)
 
 
 def test_volumes_by_hand() -> None:
@@ -65,11 +53,10 @@ def test_pairs_of_one_shard_are_counted() -> None:
 
 
 def test_recorded_shuffling_is_that_of_the_reader() -> None:
-    with (STUDY / "shuffle.csv").open(newline="") as file:
-        recorded = {row.pop("order"): row for row in csv.DictReader(file)}
     row, samples = shuffle.quality(shuffle.ours(1000))
     assert len(set(samples)) == len(samples)
-    assert {key: float(value) for key, value in recorded[row.pop("order")].items()} == pytest.approx(row)
+    (recorded,) = (r for r in read_rows(report.FOLDER / "shuffle.csv") if r["order"] == row["order"])
+    assert [float(value) for value in [*recorded.values()][1:]] == pytest.approx([*row.values()][1:])
 
 
 # Failures
@@ -83,12 +70,3 @@ def test_simulated_losses_follow_the_formula_and_are_least_at_youngs_interval() 
     best = scale.young_daly(30, 1e5)
     assert lost(best) == pytest.approx(scale.lost_share(best, 30, 300, 1e5), rel=0.1)
     assert lost(best) < min(lost(best / 3), lost(best * 3))
-
-
-# Tables
-
-
-def test_tables_are_those_of_the_csvs() -> None:
-    readme = tables.README.read_text()
-    assert tables.with_tables(readme) == readme
-    assert set(re.findall(r"<!-- table:scale/(\w+) -->", readme)) == {path.stem for path in STUDY.glob("*.csv")}

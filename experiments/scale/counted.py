@@ -15,10 +15,8 @@ from pathlib import Path
 from traceback import walk_stack
 from typing import Any, NamedTuple
 
-import tables
 import torch
 import torch.distributed as dist
-from scale import ddp_bytes, feature_bytes, fsdp_bytes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +32,8 @@ from coca_lit.optim import adamw
 from coca_lit.plan.estimate import Model, Recipe, measure, memory, per_sample
 from coca_lit.plan.trace import cost
 from coca_lit.sharding import shard
+from experiments.scale.report import record
+from experiments.scale.scale import ddp_bytes, feature_bytes, fsdp_bytes
 
 ENGINES = ("DDP", "FSDP2", "gradient caching")
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
@@ -237,8 +237,8 @@ def planned(engine: str, world: int) -> float:
 def main() -> None:
     cases = [(engine, world) for engine in ENGINES for world in (2, 3)]
     with ProcessPoolExecutor(max(world for _, world in cases), get_context("spawn")) as pool:
-        tables.write("communication", [communication_row(pool, *case) for case in cases])
-        tables.write("memory", [memory_row(pool, *case) for case in cases])
+        record("communication", [communication_row(pool, *case) for case in cases])
+        record("memory", [memory_row(pool, *case) for case in cases])
 
 
 if __name__ == "__main__":

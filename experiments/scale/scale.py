@@ -9,7 +9,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import tables
 import torch
 
 from coca_lit.models import create_model
@@ -26,6 +25,7 @@ from coca_lit.plan.estimate import (
 )
 from coca_lit.plan.hardware import GPUS
 from coca_lit.plan.trace import cost
+from experiments.scale.report import record
 
 MODELS = {"B/32": ("coca_vit_b32", 224), "L/14": ("coca_vit_l14", 224), "2.1B": ("coca_2b", 288)}
 NETWORK = {"A100": 25e9, "H100": 50e9}  # bytes/s of a GPU to other machines: 200 and 400 Gbit/s
@@ -193,10 +193,10 @@ def draw(save: float = 30, restart: float = 300) -> None:
 
 def main() -> None:
     throughputs = throughput_rows()
-    tables.write("throughput", throughputs)
-    tables.write("input", input_rows(throughputs))
-    tables.write("shards", shard_rows())
-    tables.write("failures", failure_rows())
+    record("throughput", throughputs)
+    record("input", input_rows(throughputs))
+    record("shards", shard_rows())
+    record("failures", failure_rows())
     draw()
 
 

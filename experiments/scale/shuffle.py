@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
-import tables
-from scale import IMAGE, SHARDS
 from webdataset.filters import _shuffle  # what webdataset.shuffle and OpenCLIP's own shuffle of shards call
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.mixture import Source
 from coca_lit.data.shard_set import Shard
 from coca_lit.data.shard_stream import ShardOrder
+from experiments.scale.report import record
+from experiments.scale.scale import IMAGE, SHARDS
 
 SAMPLES = 10_000  # of a shard
 RANKS, WORKERS, BATCH = 384, 8, 240
@@ -139,7 +139,7 @@ def draw(orders: Sequence[tuple[str, np.ndarray]]) -> None:
 def main() -> None:
     orders = [*map(ours, (1, 1000, 10_000, 50_000)), open_clip(False), open_clip(True), permuted(), whole_set()]
     found = {order.name: quality(order) for order in orders}
-    tables.write("shuffle", [row for row, _ in found.values()])
+    record("shuffle", [row for row, _ in found.values()])
     shown = (orders[1], orders[3], orders[4], orders[6])
     draw([(order.name, found[order.name][1]) for order in shown])
 
