@@ -58,7 +58,8 @@ class CoCa(nn.Module):
     """Contrastive captioner.
 
     Args:
-        image_encoder: name of a timm model; `image_encoder_args` are handed to it (depth, embed_dim, …).
+        image_encoder: name of a timm model; `image_encoder_args` are handed to it (depth, embed_dim, …; for a vision
+            transformer `patch_drop_rate`, the share of patches that each training step leaves out).
         image_size: side of the square input in pixels.
         embed_dim: width of the common space and of the image tokens.
         pooler: single | parallel | cascade, see `ImagePooling`.
