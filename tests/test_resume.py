@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ class Die(L.Callback):
 
 
 def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as usual; else they would start a fork server
     os.environ.update(environment)
     if "SUBMITIT_EXECUTOR" in environment:
         signal.signal(signal.SIGUSR2, _requeue_like_submitit)
