@@ -33,7 +33,7 @@ def curves_figure(curves: Curves) -> bytes | None:
         colours: dict[str, str] = {}  # of a score on all images and on a part of them
         for name, points in group.items():
             colour = colours.setdefault(_on_all(name), f"C{len(colours)}")
-            marker = "*" if len(points) == 1 else "." if len(points) < 30 else ""
+            marker = "" if len(points) >= 30 else "*" if len(points) == 1 and title != "losses" else "."
             axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker)
         axes.set(title=title, xlabel="step", yscale="log" if title == "losses" else "linear")
         axes.grid(alpha=0.3)

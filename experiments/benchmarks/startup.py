@@ -22,12 +22,14 @@ from record import record
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "train.py")
 POLL = 0.01  # seconds
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT  # for waitid: has it ended, and leave it to wait4
 
 
 class Case(NamedTuple):
     arguments: Sequence[str]  # of python
     target: str = ""  # wall seconds on two cores that do nothing else
     answered: Callable[[Path], bool] | None = None  # looks into the folder where it runs; None: when the process ends
+    code: int = 0  # with which it then ends
 
 
 class Seconds(NamedTuple):
@@ -42,7 +44,7 @@ def has_trained(folder: Path) -> bool:
 
 CASES = {
     "python train.py --help": Case((TRAIN, "--help"), "below 2"),
-    "a misspelt key": Case((TRAIN, "model.optimizer.lrr=1"), "below 2"),
+    "a misspelt key": Case((TRAIN, "model.optimizer.lrr=1"), "below 2", code=1),
     "coca-evaluate --help": Case(("-m", "coca_lit.evaluate", "--help"), "below 2"),
     "python train.py, to the first optimizer step": Case(
         (TRAIN, "trainer=cpu", "trainer.log_every_n_steps=1", "output_dir=run"), "below 8", has_trained
@@ -75,18 +77,17 @@ def measure(case: Case) -> Seconds:
         process = subprocess.Popen(
             [sys.executable, *case.arguments], cwd=folder, env=environment, stdout=said, stderr=said
         )
-        while case.answered is not None and process.poll() is None:
-            if case.answered(Path(folder)):
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(POLL)
-        else:
-            if case.answered is not None:
-                said.seek(0)
-                sys.exit(f"{' '.join(case.arguments)} ended without an answer:\n{said.read().decode()}")
-        _, _, used = os.wait4(process.pid, 0)
-        process.returncode = 0  # it was waited for behind its back
-        return Seconds(time.monotonic() - start, used.ru_utime + used.ru_stime)
+        if case.answered is not None:
+            while not case.answered(Path(folder)) and not os.waitid(os.P_PID, process.pid, ENDED):
+                time.sleep(POLL)
+            os.kill(process.pid, signal.SIGKILL)
+        _, status, used = os.wait4(process.pid, 0)  # as `process.wait` does, but with the seconds
+        wall = time.monotonic() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != (case.code if case.answered is None else -signal.SIGKILL):
+            said.seek(0)
+            sys.exit(f"{' '.join(case.arguments)} ended with {process.returncode}:\n{said.read().decode()}")
+        return Seconds(wall, used.ru_utime + used.ru_stime)
 
 
 def row(name: str, found: Sequence[Seconds]) -> dict[str, object]:
