@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from coca_lit.checkpoints import load_model
-from coca_lit.cli import CONF
+from coca_lit.command import CONF
 from coca_lit.config import ConfigError
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes_export import write_shards
