@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     context = get_context("forkserver")
     context.set_forkserver_preload(["coca_lit.lit_module", "coca_lit.evals.collect"])  # imported once for all of them
 
-    with ProcessPoolExecutor(max_workers=3, mp_context=context) as pool:
+    # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
+    with ProcessPoolExecutor(3, context, initializer=set_start_method, initargs=("fork", True)) as pool:
 
         def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
             store = tmp_path_factory.mktemp("group") / "store"

@@ -11,9 +11,9 @@ from PIL import Image
 
 from coca_lit.data.scenes import scene_records
 from coca_lit.evals.sample_data import caption_samples, retrieval_samples, thumbnail
-from coca_lit.report import write_comparison, write_report
+from coca_lit.report import figures, write_comparison, write_report
 from coca_lit.report.cli import report
-from coca_lit.report.figures import swept_value
+from coca_lit.report.figures import curves_figure, swept_value
 from coca_lit.report.run import differences, find_runs, read_run
 from coca_lit.report.tables import cell, score_name, score_tables
 
@@ -97,6 +97,18 @@ def test_tables(run):
 )
 def test_names_and_units(score, value, name, printed):
     assert (score_name(score), cell(score, value)) == (name, printed)
+
+
+def test_final_score_is_a_star_over_its_curve(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_png", drawn.append)
+    early = {"scenes_256/CIDEr": [(10, 0.2), (20, 0.4)]}
+    curves_figure({**early, "scenes/CIDEr": [(30, 0.9)], "scenes/top1": [(30, 0.5)], "train/caption_loss": [(1, 2.0)]})
+    (figure,) = drawn
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    assert set(lines) == {"train/caption_loss", "scenes_256/CIDEr", "scenes/CIDEr"}  # top1 is a number, and no curve
+    assert lines["scenes/CIDEr"].get_color() == lines["scenes_256/CIDEr"].get_color()
+    assert (lines["scenes/CIDEr"].get_marker(), lines["scenes_256/CIDEr"].get_marker()) == ("*", ".")
 
 
 def test_sweep_is_a_curve_over_the_swept_value(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ class Die(L.Callback):
 
 
 def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as usual; else they would start a fork server
     os.environ.update(environment)
     if "SUBMITIT_EXECUTOR" in environment:
         signal.signal(signal.SIGUSR2, _requeue_like_submitit)
@@ -70,7 +72,7 @@ def train(
     """Exit code of a run in a process of its own; what it says goes to FOLDER.log."""
     process = FORKSERVER.Process(target=_train, args=(folder, overrides, watch, environment or {}))
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode is not None
     return process.exitcode
 

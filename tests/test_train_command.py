@@ -299,6 +299,37 @@ def test_ranges_of_shards_need_no_second_quotes(typed: str, given: str) -> None:
         assert compose("experiment=pretrain_b32", given).data.shards
 
 
+# Sweeps
+
+
+def test_sweep_with_a_failing_job(
+    error_of: Callable[..., str], data_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = error_of(
+        "-m",
+        "experiment=finetune_mscoco",
+        "model.optimizer.lr=1e-5,abc,3e-5",
+        "hydra.sweep.dir=sweep",
+        "hydra.sweep.subdir=lr_${model.optimizer.lr}",
+        "evals=mscoco_retrieval",
+        f"data_dir={data_sets}",
+        "data.num_workers=0",
+        *TINY,
+    )
+    assert said == "error: model.optimizer: lr must be a number of at least 0, got 'abc'"
+    folder = tmp_path / "sweep"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"lr_1e-05", "lr_abc", "lr_3e-05"}
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model.optimizer.lr"] for row in rows] == ["1e-05", "abc", "3e-05"]
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    for row, job in ((rows[0], "lr_1e-05"), (rows[2], "lr_3e-05")):
+        assert row["job"] == job
+        assert float(row["mscoco/t2i_recall@1"]) == results(folder / job)["mscoco/t2i_recall@1"]
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("status", "failed", "lr_3e-05", "mscoco/t2i_recall@1"))
+
+
 # Real processes
 
 
@@ -324,43 +355,9 @@ def test_examples_of_help_compose() -> None:
         compose(*map(quote_range, words))
 
 
-def test_sweep_with_a_failing_job(data_sets: Path, tmp_path: Path) -> None:
-    done = train_py(
-        "-m",
-        "experiment=finetune_mscoco",
-        "model.optimizer.lr=1e-5,abc,3e-5",
-        "hydra.sweep.dir=sweep",
-        "hydra.sweep.subdir=lr_${model.optimizer.lr}",
-        "evals=mscoco_retrieval",
-        f"data_dir={data_sets}",
-        "data.num_workers=0",
-        *TINY,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 1
-    assert "error: model.optimizer: lr must be a number of at least 0, got 'abc'" in done.stderr
-    folder = tmp_path / "sweep"
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"lr_1e-05", "lr_abc", "lr_3e-05"}
-    with (folder / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["model.optimizer.lr"] for row in rows] == ["1e-05", "abc", "3e-05"]
-    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
-    for row, job in ((rows[0], "lr_1e-05"), (rows[2], "lr_3e-05")):
-        assert row["job"] == job
-        assert float(row["mscoco/t2i_recall@1"]) == results(folder / job)["mscoco/t2i_recall@1"]
-    assert all(word in done.stdout for word in ("status", "failed", "lr_3e-05", "mscoco/t2i_recall@1"))
-
-
-@pytest.mark.parametrize(
-    ("weights", "losses"),
-    [
-        ((), {"train/contrastive_loss", "train/caption_loss"}),
-        (("model.contrastive_weight=0",), {"train/caption_loss"}),
-    ],
-)
-def test_two_processes(tmp_path: Path, weights: tuple[str, ...], losses: set[str]) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     ranks = ("trainer.devices=2", "trainer.strategy=ddp", "name=both")
-    done = train_py(*TINY, *ranks, "evals=[scenes_retrieval]", *weights, cwd=tmp_path)
+    done = train_py(*TINY, *ranks, "evals=[scenes_retrieval]", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["both"]
     assert set(results(tmp_path / "outputs" / "both")) == named("scenes", RETRIEVAL)
@@ -368,4 +365,4 @@ def test_two_processes(tmp_path: Path, weights: tuple[str, ...], losses: set[str
     assert done.stdout.count("scoring 8 images of scenes") == 1
     with (tmp_path / "outputs" / "both" / "metrics.csv").open(newline="") as file:
         columns = next(csv.reader(file))
-    assert {name for name in columns if name.startswith("train/") and name.endswith("_loss")} == losses
+    assert {"train/contrastive_loss", "train/caption_loss"} <= set(columns)

@@ -22,6 +22,7 @@ from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.checkpoints import load_model
 from coca_lit.config import build
 from coca_lit.data.batch import Batch
+from coca_lit.data.scenes import scene_records
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
 from coca_lit.models import CoCa, create_model
@@ -192,6 +193,25 @@ def test_averaged_weights_are_scored_during_training_too(tmp_path: Path) -> None
     for now in watch.steps[1:]:
         averages.append(0.75 * averages[-1] + 0.25 * now)
     assert watch.scored == pytest.approx([averages[3], averages[7]], rel=1e-6)
+
+
+class Count(Evaluation):
+    """How many images are scored."""
+
+    def scores(self, model: CoCa, records: Any) -> dict[str, float]:
+        return {"count": float(len(records))}
+
+
+@pytest.mark.parametrize(("quick", "early", "final"), [(5, [5], [12]), (12, [], [12, 12])])
+def test_scores_of_a_part_of_the_images_are_not_those_of_all(
+    tmp_path: Path, quick: int, early: list[int], final: list[int]
+) -> None:
+    count = Count("scenes", scene_records("val", count=12), tmp_path, quick=quick)
+    fit(tmp_path, watch=count)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    logged = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if "count" in name}
+    assert logged == {f"scenes_{quick}/count": early, "scenes/count": final} if early else {"scenes/count": final}
 
 
 @pytest.mark.parametrize("stop", ["trainer.max_steps=4", "trainer.max_epochs=1"])

@@ -23,7 +23,8 @@ from coca_lit.sharding import unsharded
 
 class Evaluation(L.Callback):
     """Scores the network on captioned images: on a few of them after an epoch, on all of them when training ends. With
-    averaged weights it is the average that is scored.
+    averaged weights it is the average that is scored. Scores are named `mscoco/CIDEr`, those of a part of the images
+    `mscoco_256/CIDEr`.
 
     Args:
         name: prefix of the scores, as in `mscoco/CIDEr`.
@@ -69,7 +70,7 @@ class Evaluation(L.Callback):
     def evaluate(self, model: DualEncoder) -> dict[str, float]:
         """Scores on all records, named `name/score`."""
         say(f"scoring {len(self.records)} images of {self.name} ({type(self).__name__})")
-        self.results = self._named(self.all_scores(model))
+        self.results = self._named(self.all_scores(model), len(self.records))
         return self.results
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,7 +79,7 @@ class Evaluation(L.Callback):
         if self.every_n_epochs and epochs % self.every_n_epochs == 0 and not stops:  # else the full scores follow
             few = self.records[: self.quick]
             with scored_weights(trainer, pl_module), _scorable(pl_module) as net:
-                scores = self._named(self.scores(net, few))
+                scores = self._named(self.scores(net, few), len(few))
             pl_module.log_dict(scores, rank_zero_only=False, sync_dist=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,8 +102,10 @@ class Evaluation(L.Callback):
         (self.output_dir / folder).mkdir(parents=True, exist_ok=True)
         (self.output_dir / folder / name).write_text(json.dumps(content, indent=0))
 
-    def _named(self, scores: dict[str, float]) -> dict[str, float]:
-        return {f"{self.name}/{score}": value for score, value in scores.items()}
+    def _named(self, scores: dict[str, float], images: int) -> dict[str, float]:
+        """Scores of a part of the images say how many they are: no curve jumps from one set of images to another."""
+        name = self.name if images == len(self.records) else f"{self.name}_{images}"
+        return {f"{name}/{score}": value for score, value in scores.items()}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from coca_lit.data.batch import Batch
 from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
-from coca_lit.data.records import DataError, Record
+from coca_lit.data.records import DataError, Record, trainable
 from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform
 from coca_lit.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class CaptionData(LightningDataModule):
 
     @cached_property
     def train_records(self) -> list[Record]:
-        return self.records(self.train_split)
+        return trainable(self.records(self.train_split))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,7 +83,7 @@ class CaptionData(LightningDataModule):
         if self.val_split is None:
             return []
         dataset = FirstCaptionDataset(
-            self.records(self.val_split), build_transform(size=self.image_size), self.tokenizer
+            trainable(self.records(self.val_split)), build_transform(size=self.image_size), self.tokenizer
         )
         return validation_loader(dataset, self.batch_size, *self._rank_and_world(), num_workers=self.num_workers)
 

@@ -104,7 +104,8 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     """Records of the listed images whose files lie in `folders` (the first folder that has a name wins).
 
     Missing files are skipped with a warning up to `MAX_MISSING`; `source` (the annotation file) and `how` (to get the
-    images) are for the error beyond that. Images without a caption are left out.
+    images) are for the error beyond that. Images without a caption are left out; an empty one stays, because it counts
+    as a reference.
     """
     listings = list(listings)
     files = _files_in(folders)
@@ -117,9 +118,9 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     if missing:
         log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), len(listings), missing[0])
     records = [
-        Record(item.id, ImageFile(path), captions, item.domain)
+        Record(item.id, ImageFile(path), tuple(map(str.strip, item.captions)), item.domain)
         for item, path in found
-        if (captions := clean_captions(item.captions))
+        if item.captions
     ]
     if len(records) < len(found):
         log.warning("skipped %d of %d images without a caption in %s", len(found) - len(records), len(found), source)
@@ -128,6 +129,12 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     if len({record.id for record in records}) < len(records):
         raise DataError(f"{source} uses the same image id twice")
     return records
+
+
+def trainable(records: Iterable[Record]) -> list[Record]:
+    """The records with their empty captions dropped, and without those that have no other."""
+    cleaned = (r if all(r.captions) else r._replace(captions=clean_captions(r.captions)) for r in records)
+    return [record for record in cleaned if record.captions]
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Figures of a report, as PNG."""
 
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,22 +17,38 @@ MANY = 8  # runs; more bars than that are hard to read
 
 
 def curves_figure(curves: Curves) -> bytes | None:
-    """Losses and headline scores over the steps; None if there is nothing to draw."""
+    """Losses and headline scores over the steps; None if there is nothing to draw.
+
+    A final score stands as a star over the curve of the part of the images that was scored while training.
+    """
     losses = {name: curve for name, curve in curves.items() if name.endswith("_loss")}
-    scores = {name: c for name, c in curves.items() if name.endswith(HEADLINES) and len(c) > 1}
+    scores = {name: curve for name, curve in curves.items() if name.endswith(HEADLINES)}
+    scores = {name: curve for name, curve in scores.items() if len(curve) > 1 or _has_curve(name, scores)}
     cider = {name: scores.pop(name) for name in list(scores) if name.endswith("/CIDEr")}  # on a scale of its own
     groups = {title: g for title, g in {"losses": losses, "scores": scores, "CIDEr": cider}.items() if g}
     if not groups:
         return None
     figure = Figure(figsize=(4.2 * len(groups), 3.6), dpi=160, layout="constrained")
     for axes, (title, group) in zip(_axes(figure, len(groups), columns=3), groups.items(), strict=True):
+        colours: dict[str, str] = {}  # of a score on all images and on a part of them
         for name, points in group.items():
-            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
+            colour = colours.setdefault(_on_all(name), f"C{len(colours)}")
+            marker = "" if len(points) >= 30 else "*" if len(points) == 1 and title != "losses" else "."
+            axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker)
         axes.set(title=title, xlabel="step", yscale="log" if title == "losses" else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, framealpha=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
+
+
+def _on_all(score: str) -> str:
+    """The name of a score on all images: scenes_256/CIDEr -> scenes/CIDEr."""
+    return re.sub(r"_\d+(?=/)", "", score)
+
+
+def _has_curve(score: str, curves: Curves) -> bool:
+    return any(_on_all(name) == score != name and len(curve) > 1 for name, curve in curves.items())
 
 
 def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> bytes | None:

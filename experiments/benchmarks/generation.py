@@ -10,8 +10,6 @@ bf16 changes some of random weights, where the best tokens are nearly tied. Rows
 """
 
 import argparse
-import ctypes
-import gc
 import multiprocessing
 import statistics
 import sys
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from harness import forget_peak, memory
 from record import record
 from torch import Tensor, nn
 
@@ -31,7 +30,6 @@ STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # OpenCLIP's a
     "greedy": ({"generation_type": "top_k"}, {"min_length": 5}),
     "beam": ({}, {"strategy": "beam", "scoring": "openclip_legacy"}),
 }
-PROCESS = Path("/proc/self")  # peak memory is read there, so this runs on Linux only
 ENGINES = ("open_clip", "fp32", "bf16")
 
 
@@ -108,22 +106,15 @@ def measure(strategy: str, batch: int) -> Measurement:
     images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     options = STRATEGIES[strategy][0 if is_theirs else 1]
     model.generate(images[:1], **options | ({"seq_len": 7} if is_theirs else {"max_length": 7}))  # warm up
-    gc.collect()  # the model that the weights came from, and its memory back to the system
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak of building the model
+    forget_peak()  # that of building the model, and the model that the weights came from
     start = time.process_time()
     captions = model.generate(images, **options)
     seconds = time.process_time() - start
-    return Measurement(seconds / batch, peak_memory(), padded(captions))
+    return Measurement(seconds / batch, memory("VmHWM"), padded(captions))
 
 
 def padded(captions: Tensor, length: int = 30) -> list[list[int]]:
     return [row + [0] * (length - len(row)) for row in captions.tolist()]
-
-
-def peak_memory() -> float:
-    status = dict(line.split(":", 1) for line in PROCESS.joinpath("status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
 
 
 if __name__ == "__main__":

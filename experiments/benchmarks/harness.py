@@ -52,15 +52,21 @@ def ratio(slow: list[float], fast: list[float]) -> Ratio:
 
 def peak_memory(function: Callable[[], object]) -> float:
     """MiB that `function` needs at its peak above what the process holds now; run it once before, to warm up."""
+    forget_peak()
+    before = memory("VmRSS")
+    function()
+    return memory("VmHWM") - before
+
+
+def forget_peak() -> None:
+    """Gives unused memory back to the system; the peak of the process counts from here."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak so far
-    before = _status("VmRSS")
-    function()
-    return _status("VmHWM") - before
+    PROCESS.joinpath("clear_refs").write_text("5")
 
 
-def _status(name: str) -> float:
+def memory(name: str) -> float:
+    """MiB of the process: VmRSS now, VmHWM at its peak."""
     status = dict(line.split(":", 1) for line in PROCESS.joinpath("status").read_text().splitlines())
     return int(status[name].split()[0]) / 1024
 

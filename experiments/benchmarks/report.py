@@ -8,7 +8,8 @@ from pathlib import Path
 from experiments.study import Row, markdown, read_rows, write_tables
 
 FOLDER = Path(__file__).resolve().parent
-CASES = ("case", "what", "model", "strategy", "batch", "precision", "engine")  # columns that say what was measured
+# Columns that say what was measured.
+CASES = ("case", "what", "model", "strategy", "batch", "precision", "engine", "workers")
 ABOUT = ("date", "command", "commit", "machine", "OMP_NUM_THREADS", "versions")
 
 

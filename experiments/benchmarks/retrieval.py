@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import torch
+from harness import forget_peak, memory
 from record import record
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from coca_lit.evals.retrieval import retrieval_scores
 
-PROCESS = Path("/proc/self")
 KS = (1, 5, 10)
 
 
@@ -45,7 +45,7 @@ def measure(way: str, images: int, texts: int, width: int) -> tuple[float, float
     """Seconds, peak memory beyond that of the features in MB, and the recalls."""
     image_features, text_features, image_of_text = features(images, texts, width)
     score = {"coca_lit": retrieval_scores, "clip_benchmark": clip_benchmark_scores}[way]
-    PROCESS.joinpath("clear_refs").write_text("5")  # forgets the peak so far
+    forget_peak()
     before = memory("VmRSS")
     start = time.monotonic()
     scores = score(image_features, text_features, image_of_text)
@@ -74,11 +74,6 @@ def clip_benchmark_scores(image_features: Tensor, text_features: Tensor, image_o
             hits = batchify(recall_at_k, similarity, right, 64, "cpu", k=k) > 0
             found[f"{name}_recall@{k}"] = hits.float().mean().item()
     return found
-
-
-def memory(key: str) -> float:
-    status = dict(line.split(":", 1) for line in PROCESS.joinpath("status").read_text().splitlines())
-    return int(status[key].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image
 from coca_lit.data.flickr import flickr_records
 from coca_lit.data.mscoco import mscoco_records
 from coca_lit.data.nocaps import nocaps_records
-from coca_lit.data.records import DataError, DataNotFoundError, open_image
+from coca_lit.data.records import DataError, DataNotFoundError, open_image, trainable
 
 
 def write_images(folder: Path, names: list[str]) -> None:
@@ -192,6 +192,17 @@ def test_images_without_captions_are_left_out(tmp_path, caplog):
     write_json(tmp_path / "annotations/captions_val2017.json", content)
     assert [record.id for record in mscoco_records(tmp_path, "val")] == [2]
     assert "skipped 1 of 2 images without a caption" in caplog.text
+
+
+def test_empty_captions_are_references_but_nothing_to_train_on(tmp_path):
+    """As `coca-score` counts them: CIDEr is a mean over references."""
+    write_images(tmp_path / "val2017", ["1.jpg", "2.jpg"])
+    content = coco_content({1: "1.jpg", 2: "2.jpg"})
+    content["annotations"] = [{"image_id": i, "caption": text} for i, text in ((1, "a dog\n"), (1, " "), (2, ""))]
+    write_json(tmp_path / "annotations/captions_val2017.json", content)
+    records = mscoco_records(tmp_path, "val")
+    assert [record.captions for record in records] == [("a dog", ""), ("",)]
+    assert [(record.id, record.captions) for record in trainable(records)] == [(1, ("a dog",))]
 
 
 @pytest.mark.parametrize("name", ["nocaps_val_4500_captions.json", "nocaps_val_captions.json.gz"])

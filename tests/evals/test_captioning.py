@@ -1,6 +1,7 @@
 """Caption metrics against published scores and hand-worked cases, and the Java programs against what breaks them."""
 
 import ast
+import functools
 import json
 import math
 import os
@@ -37,6 +38,16 @@ def german_java():
         shared_meteor().close()
 
 
+@functools.cache
+def _tokens(texts):
+    return ptb_tokenize(texts)
+
+
+def once(texts):
+    """`ptb_tokenize`, which runs once for all tests of the same captions."""
+    return _tokens(tuple(texts))
+
+
 def split(texts):
     return [" ".join(text.lower().split()) for text in texts]
 
@@ -63,7 +74,7 @@ def test_published_scores(read, capsys):
     measured = published["measured_pycocoevalcap_1.2"]
     expected = {f"Bleu_{n}": score for n, score in enumerate(measured.pop("Bleu"), start=1)} | measured
 
-    scores = caption_scores(references, predictions)
+    scores = caption_scores(references, predictions, tokenize=once)
 
     assert capsys.readouterr().out == ""
     assert list(scores) == list(expected) == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"]
@@ -78,11 +89,7 @@ def test_published_scores(read, capsys):
 @pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
 @pytest.mark.parametrize("read", [fakecap, coco_karpathy_test_generated])
 def test_published_ngram_counts(read, capsys):
-    references, predictions = read()
-    tokens = iter(ptb_tokenize([text for key in references for text in (*references[key], predictions[key])]))
-    split_references = {key: [next(tokens) for _ in group] + [next(tokens)] for key, group in references.items()}
-    hypotheses = {key: [group.pop()] for key, group in split_references.items()}
-    Bleu(4).compute_score(split_references, hypotheses, verbose=1)
+    Bleu(4).compute_score(*tokenize_captions(*read(), once), verbose=1)
     counts = ast.literal_eval(capsys.readouterr().out.splitlines()[0])
     assert counts == json.loads((CAPTIONS / "expected_scores.json").read_text())[read.__name__]["bleu_stats"]
 
