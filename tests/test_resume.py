@@ -146,17 +146,16 @@ class SignalInValidation(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("extra", [(), EMA_AND_ACCUMULATION])
-def test_signal_in_a_validation_is_answered_there(tmp_path: Path, extra: tuple[str, ...]) -> None:
+def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
     """And the validation is made anew: twice the one within the epoch, since a kill comes before the next checkpoint,
     and the one at its end.
     """
-    often = (f"data.train_count={32 if extra else 16}", f"trainer.val_check_interval={4 if extra else 2}")
-    overrides = (*often, "trainer.limit_val_batches=2", *extra)
+    often = ("data.train_count=32", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")
+    overrides = (*often, *EMA_AND_ACCUMULATION)
     assert train(tmp_path / "whole", *overrides) == 0
     for watch, code in (
         (SignalInValidation(2), 143),
-        (Die(6 if extra else 3), -signal.SIGKILL),
+        (Die(6), -signal.SIGKILL),
         (SignalInValidation(4), 143),
     ):
         assert train(tmp_path / "stopped", *overrides, watch=watch) == code
