@@ -116,16 +116,17 @@ EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
     ("data", "workers", "extra"),
     [
         ("map", 0, ()),
-        ("map", 2, EMA_AND_ACCUMULATION),
-        ("shards", 0, EMA_AND_ACCUMULATION),
-        ("shards", 3, ()),
+        ("indexed", 2, EMA_AND_ACCUMULATION),
+        ("stream", 0, EMA_AND_ACCUMULATION),
+        ("stream", 3, ()),
     ],
 )
 def test_killed_twice_in_an_epoch(
     tmp_path: Path, request: pytest.FixtureRequest, data: str, workers: int, extra: tuple[str, ...]
 ) -> None:
     """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last."""
-    source = MAP if data == "map" else request.getfixturevalue("shards")
+    indexed = f"data.indexed={str(data == 'indexed').lower()}"
+    source = MAP if data == "map" else (*request.getfixturevalue("shards"), indexed)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
     for batches in (3, 5, 12):
