@@ -116,16 +116,17 @@ EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
     ("data", "workers", "extra"),
     [
         ("map", 0, ()),
-        ("map", 2, EMA_AND_ACCUMULATION),
-        ("shards", 0, EMA_AND_ACCUMULATION),
-        ("shards", 3, ()),
+        ("indexed", 2, EMA_AND_ACCUMULATION),
+        ("stream", 0, EMA_AND_ACCUMULATION),
+        ("stream", 3, ()),
     ],
 )
 def test_killed_twice_in_an_epoch(
     tmp_path: Path, request: pytest.FixtureRequest, data: str, workers: int, extra: tuple[str, ...]
 ) -> None:
     """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last."""
-    source = MAP if data == "map" else request.getfixturevalue("shards")
+    indexed = f"data.indexed={str(data == 'indexed').lower()}"
+    source = MAP if data == "map" else (*request.getfixturevalue("shards"), indexed)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
     for batches in (3, 5, 12):
@@ -146,17 +147,16 @@ class SignalInValidation(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("extra", [(), EMA_AND_ACCUMULATION])
-def test_signal_in_a_validation_is_answered_there(tmp_path: Path, extra: tuple[str, ...]) -> None:
+def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
     """And the validation is made anew: twice the one within the epoch, since a kill comes before the next checkpoint,
     and the one at its end.
     """
-    often = (f"data.train_count={32 if extra else 16}", f"trainer.val_check_interval={4 if extra else 2}")
-    overrides = (*often, "trainer.limit_val_batches=2", *extra)
+    often = ("data.train_count=32", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")
+    overrides = (*often, *EMA_AND_ACCUMULATION)
     assert train(tmp_path / "whole", *overrides) == 0
     for watch, code in (
         (SignalInValidation(2), 143),
-        (Die(6 if extra else 3), -signal.SIGKILL),
+        (Die(6), -signal.SIGKILL),
         (SignalInValidation(4), 143),
     ):
         assert train(tmp_path / "stopped", *overrides, watch=watch) == code

@@ -54,6 +54,14 @@ def train(folder: Path, overrides: tuple[str, ...], *more: L.Callback) -> tuple[
     return watch.keys, said.getvalue()
 
 
+def shards(folder: Path) -> tuple[str, ...]:
+    """Six shards of four samples."""
+    (folder / "shards").mkdir()
+    write_shards(folder / "shards", count=24, size=32, per_shard=4)
+    source = ("data=laion", f"data.shards={folder}/shards/*.tar", "data.epoch_samples=24", "data.shuffle_buffer=4")
+    return (*source, "data.num_workers=0")
+
+
 def begun(folder: Path, source: Path, step: int) -> Path:
     """A run folder in which the run of another one has come as far as a step."""
     (folder / "checkpoints").mkdir(parents=True)
@@ -75,9 +83,11 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([[float(row[name]) for name in columns] for row in rows], dtype=torch.float64)
 
 
-def test_two_ranks_become_three(on_ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", ["records", "indexed"])
+def test_two_ranks_become_three(on_ranks, tmp_path: Path, data: str) -> None:
     """Same samples in every global batch, and the losses of the run that went on undisturbed."""
-    overrides = (*SIX, "data.train_count=24")
+    source = ("data.train_count=24",) if data == "records" else (*shards(tmp_path), "data.indexed=true")
+    overrides = (*source, *SIX)
     two = on_ranks(2, train, tmp_path / "two", overrides)
     three = on_ranks(3, train, begun(tmp_path / "three", tmp_path / "two", 3), overrides)
     assert "note: 2 processes became 3: every batch holds the same samples as before" in three[0][1]
@@ -90,11 +100,8 @@ def test_two_ranks_become_three(on_ranks, tmp_path: Path) -> None:
 
 def test_shards_on_other_ranks_and_workers(on_ranks, tmp_path: Path) -> None:
     """One sentence says that samples may come twice; the order is the same whenever this happens."""
-    (tmp_path / "shards").mkdir()
-    write_shards(tmp_path / "shards", count=24, size=32, per_shard=4)
-    shards = (f"data.shards={tmp_path}/shards/*.tar", "data.epoch_samples=24", "data.shuffle_buffer=4")
-    overrides = ("data=laion", *shards, *SIX, "trainer.max_epochs=1")
-    on_ranks(2, train, tmp_path / "two", (*overrides, "data.num_workers=0"))
+    overrides = (*shards(tmp_path), "data.indexed=false", *SIX, "trainer.max_epochs=1")
+    on_ranks(2, train, tmp_path / "two", overrides)
     changed = (*overrides, "data.num_workers=1")
     first, second = (on_ranks(3, train, begun(tmp_path / name, tmp_path / "two", 2), changed) for name in ("a", "b"))
     note = "note: 2 processes became 3 and 0 workers became 1: shards are dealt out anew, so this epoch may repeat or"

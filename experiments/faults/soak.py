@@ -54,7 +54,7 @@ MORE = ("ema=0.9", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.ev
 class Case(NamedTuple):
     """One kind of training."""
 
-    data: str  # scenes; shards, with a manifest; broken shards
+    data: str  # scenes; a stream of shards, with a manifest; the same indexed; a stream of broken shards
     workers: int
     ema: bool  # and accumulation of gradients over two batches
 
@@ -65,14 +65,15 @@ class Case(NamedTuple):
     def overrides(self, folder: Path) -> tuple[str, ...]:
         shards = (f"data.shards={folder}/*.tar", "data.epoch_samples=32", "data.shuffle_buffer=4")
         allowed = f"data.max_bad_fraction={0.8 if self.data == 'broken' else 0.0}"
-        source = ("data.train_count=32",) if self.data == "scenes" else ("data=laion", *shards, allowed)
+        indexed = f"data.indexed={str(self.data == 'indexed').lower()}"
+        source = ("data.train_count=32",) if self.data == "scenes" else ("data=laion", *shards, allowed, indexed)
         return (*TINY, *source, f"data.num_workers={self.workers}", *(MORE if self.ema else ()))
 
 
 CASES = [
     *(Case("scenes", 0, False), Case("shards", 2, True), Case("broken", 0, True), Case("scenes", 2, True)),
     *(Case("shards", 0, False), Case("broken", 2, False), Case("shards", 0, True), Case("scenes", 0, True)),
-    *(Case("shards", 2, False), Case("scenes", 2, False)),
+    *(Case("shards", 2, False), Case("indexed", 0, False), Case("scenes", 2, False), Case("indexed", 2, True)),
 ]
 
 
@@ -245,7 +246,7 @@ class Soak:
 
     def __init__(self, work: Path, seed: int, cases: list[Case]) -> None:
         self.work, self.seed, self.cases = work, seed, cases
-        self.data = {"shards": write_data(work / "shards", False), "broken": write_data(work / "broken", True)}
+        self.data = {name: write_data(work / name, name == "broken") for name in ("shards", "indexed", "broken")}
         self.undisturbed: dict[Case, Run] = {}
         warm = FORKSERVER.Process(target=abs, args=(0,))  # the imports, which belong to no run
         warm.start()
