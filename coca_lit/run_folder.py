@@ -108,12 +108,20 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of the checkout, marked if files differ from it; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    """Commit of the checkout, marked if files differ from it; empty outside a checkout.
+
+    Nothing here locks the repository, as `git describe --dirty` does: stopped by the timeout it would leave it locked.
+    """
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
+        changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _git(*arguments: str) -> str:
+    git = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def _processor() -> str:

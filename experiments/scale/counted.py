@@ -90,20 +90,24 @@ class Collectives(TorchDispatchMode):
 
 
 def sent_by_sockets() -> int:
-    """Bytes that this process has sent over TCP through sockets that are open now: `tcpi_bytes_sent` of Linux."""
+    """Bytes that this process has sent over TCP through sockets that are open now."""
     total = 0
     for name in os.listdir("/proc/self/fd"):
         try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as found:
-                if found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM:
-                    total += struct.unpack_from("<Q", found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208), 200)[
-                        0
-                    ]
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(name))) as found:
+                    total += _sent(found)
         except OSError:  # the listing itself was an open file
             continue
     return total
+
+
+def _sent(connection: socket.socket) -> int:
+    if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
+        return 0
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
+    (sent,) = struct.unpack_from("<Q", info, 200)  # tcpi_bytes_sent of Linux's struct tcp_info
+    return sent
 
 
 class Step(nn.Module):

@@ -72,7 +72,7 @@ def permuted() -> Order:
 
 
 def whole_set() -> Order:
-    """A permutation of all samples, of which a worker gets some."""
+    """A permutation of all samples, of which a worker gets some: nothing is read in shards."""
 
     def mixed(shards: Sequence[int]) -> Iterator[int]:
         return iter(np.random.default_rng(0).integers(0, SHARDS * SAMPLES, len(shards) * SAMPLES).tolist())
@@ -86,7 +86,7 @@ def quality(order: Order) -> tuple[dict[str, Any], np.ndarray]:
     own = plan[::READERS] if plan else [*range(SHARDS // READERS)]
     samples = np.fromiter(order.mixed(own), np.int64)
     batches = (samples // SAMPLES)[: len(samples) // BATCH * BATCH].reshape(-1, BATCH)
-    places = np.arange(len(plan)) // READERS  # when, in a pass, a shard is read
+    places = np.arange(len(plan)) // READERS  # of shards in the pass of their worker
     same = float(np.mean([_same(batch) for batch in batches]))
     row = {
         "order": order.name,
@@ -94,7 +94,7 @@ def quality(order: Order) -> tuple[dict[str, Any], np.ndarray]:
         "pairs of one shard, %": 100 * same,
         "in the global batch, %": 100 * (same * (BATCH - 1) / (RANKS * BATCH - 1) if plan else same),
         "batch like the last one": _likeness(batches),
-        "shard spread over, % of a pass": 100 * _spread(samples) if plan else 90.0,
+        "shard spread over, % of a pass": 100 * _spread(samples) if plan else 90.0,  # that of evenly spread places
         "list order kept": np.corrcoef(plan, places)[0, 1] if plan else 0.0,
         "seen in a pass, %": 100 * len(set(plan)) / SHARDS if plan else 100.0,
         "buffers of 8 GPUs, GB": 8 * WORKERS * order.buffer * IMAGE / 1e9,
