@@ -80,7 +80,8 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
     with blame("trainer"):
-        check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, lora=bool(cfg.lora.rank))
+        further = {"lora": bool(cfg.lora.rank), "auxiliary": bool(cfg.model.auxiliary)}
+        check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
     parts = {
         "callbacks": callbacks,
         "logger": [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node],

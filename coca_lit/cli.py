@@ -51,6 +51,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     from coca_lit.callbacks import samples_seen
     from coca_lit.run_folder import finished_results, start_run_folder, write_results
+    from coca_lit.setup_checks import expect_texts
 
     configure_libraries(cfg.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -63,6 +64,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)
     check_trainer(cfg, trainer)
+    if data.texts is not None:
+        with blame("data.text"):
+            expect_texts(module.net.decoder is not None, trainer.strategy)
     if checkpoint is None:
         choose_products(trainer, module)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

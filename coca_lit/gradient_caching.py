@@ -32,29 +32,38 @@ class Pairs(NamedTuple):
     images: Tensor  # (b, 3, H, W)
     tokens: Tensor  # (b, L)
     lengths: Tensor  # (b,)
+    given: Tensor  # (b,), leading tokens that are not predicted
     seed: int  # of dropout: both passes must drop the same
 
 
 def cached_loss(
-    net: CoCa, images: Tensor, tokens: Tensor, lengths: Tensor, size: int, weights: Mapping[str, float]
+    net: CoCa,
+    images: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    size: int,
+    weights: Mapping[str, float],
+    given: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses of a batch, to be differentiated, and the raw terms whose weight is not 0.
 
     Args:
-        images, tokens, lengths: the batch of this rank, as `CoCa.forward` takes it; B must be a multiple of `size`.
+        images, tokens, lengths, given: the batch of this rank, as `CoCa.forward` takes it; B must be a multiple of
+            `size`.
         size: pairs that go through the network at a time.
         weights: of "contrastive" and "caption"; the network is not asked for what has a weight of 0.
     """
     if len(images) % size:
         raise ValueError(f"a batch of {len(images)} cannot be cut into micro-batches of {size}")
-    parts = micro_batches(images, tokens, lengths, size)
+    given = torch.ones_like(lengths) if given is None else given
+    parts = micro_batches(images, tokens, lengths, given, size)
     parameters = [p for p in net.parameters() if p.requires_grad]
     terms: dict[str, Tensor] = {}
     by_features = None
     with _gradients_aside(parameters) as gradients:
         if weights["contrastive"]:
             terms["contrastive"], by_features = _contrastive(net, parts, weights["contrastive"])
-        total_tokens = sum_over_ranks((lengths - 1).sum())  # the first token of a caption is not predicted
+        total_tokens = sum_over_ranks((lengths - given).sum())
         for i, part in enumerate(parts):
             out = _forward(net, part, contrastive=by_features is not None, captioning=weights["caption"] != 0)
             share = []
@@ -69,11 +78,10 @@ def cached_loss(
     return with_gradients(loss, gradients, parameters, once=True), terms
 
 
-def micro_batches(images: Tensor, tokens: Tensor, lengths: Tensor, size: int) -> list[Pairs]:
+def micro_batches(images: Tensor, tokens: Tensor, lengths: Tensor, given: Tensor, size: int) -> list[Pairs]:
     seeds = torch.randint(2**62, (len(images) // size,)).tolist()
-    return [
-        Pairs(*part) for part in zip(images.split(size), tokens.split(size), lengths.split(size), seeds, strict=True)
-    ]
+    tensors = (part.split(size) for part in (images, tokens, lengths, given))
+    return [Pairs(*part) for part in zip(*tensors, seeds, strict=True)]
 
 
 @contextmanager
@@ -87,7 +95,8 @@ def seeded(seed: int) -> Iterator[None]:
 def _forward(net: CoCa, part: Pairs, contrastive: bool, captioning: bool) -> CoCaOutput:
     # Random numbers of the decoder come after those of the towers, so the towers draw the same with and without it.
     with seeded(part.seed):
-        return net(part.images, part.tokens, part.lengths, contrastive=contrastive, captioning=captioning)
+        asked = {"contrastive": contrastive, "captioning": captioning}
+        return net(part.images, part.tokens, part.lengths, given=part.given, **asked)
 
 
 def _features(out: CoCaOutput) -> tuple[Tensor, Tensor]:

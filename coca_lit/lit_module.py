@@ -1,6 +1,6 @@
 """The only LightningModule: batch -> network -> raw losses -> weighted sum, and the optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from coca_lit.auxiliary import AuxiliaryLoss
 from coca_lit.checkpoints import MODEL_KEY
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import say
@@ -32,6 +33,7 @@ class CoCaLit(L.LightningModule):
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
+        text_weight: factor of the caption loss of batches that are texts alone.
         contrastive: which contrastive loss, softmax or siglip: that of the network.
         freeze: further parts of the network that stay as they are, e.g. `image_encoder`.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
@@ -39,6 +41,7 @@ class CoCaLit(L.LightningModule):
         compile: run the transformer blocks through `torch.compile`.
         micro_batch_size: pairs that a process sends through the network at a time, see `gradient_caching`; None for
             the whole batch.
+        auxiliary: further losses by name, each made for the network, e.g. by a partial of `AnswerClassifier`.
     """
 
     def __init__(
@@ -48,20 +51,22 @@ class CoCaLit(L.LightningModule):
         warmup_steps: int = 0,
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
+        text_weight: float = 1.0,
         contrastive: Contrastive = "softmax",
         freeze: Sequence[str] = (),
         grad_checkpointing: GradCheckpointing = "none",
         compile: bool = False,
         micro_batch_size: int | None = None,
+        auxiliary: Mapping[str, Callable[[CoCa], AuxiliaryLoss]] | None = None,
     ) -> None:
         super().__init__()
         weights = {"contrastive": contrastive_weight, "caption": caption_weight}
-        for name, weight in weights.items():
+        for name, weight in {**weights, "text": text_weight}.items():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or weight < 0:
                 raise ValueError(f"{name}_weight must be a number of at least 0, got {weight!r}")
         if net.decoder is None:
             weights["caption"] = 0.0  # a CLIP: there is nothing that could caption
-        if not any(weights.values()):
+        if not any(weights.values()) and not auxiliary:
             raise ValueError(
                 "no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0"
             )
@@ -71,33 +76,52 @@ class CoCaLit(L.LightningModule):
             )
         self.net = net
         self.weights = weights
+        further = {name: make(net) for name, make in (auxiliary or {}).items()}
+        if taken := further.keys() & {*weights, "text"}:
+            raise ValueError(f"auxiliary: '{taken.pop()}' is the name of a loss of the network; choose another one")
+        self.auxiliary = nn.ModuleDict(further)
+        self.factors = {**weights, "text": text_weight, **{name: loss.weight for name, loss in further.items()}}
         self.warmup_steps = warmup_steps
         self.make_optimizer = optimizer
-        self._freeze(freeze)
+        self._freeze(freeze, {part for loss in further.values() for part in loss.trains})
         self.micro_batch_size = micro_batch_size
         if micro_batch_size is not None:
             _check_micro_batches(net, micro_batch_size)
+            if self.auxiliary:
+                raise ValueError("micro_batch_size does not go with auxiliary losses, which take the whole batch")
         if grad_checkpointing != "none":
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
             net.compile_blocks()
 
-    def _freeze(self, parts: Sequence[str]) -> None:
+    def _freeze(self, parts: Sequence[str], trained: Collection[str]) -> None:
+        """Freezes the given parts, and what only losses of weight 0 would train, but for what is `trained` anyway."""
         unused = [
-            part for loss, weight in self.weights.items() if weight == 0 for part in self.net.parameters_of_loss(loss)
+            part
+            for loss, weight in self.weights.items()
+            if weight == 0
+            for whole in self.net.parameters_of_loss(loss)
+            for part in self._parts(whole, trained)
         ]
         for reason, names in (("as configured", parts), ("no loss with a weight above 0 trains them", unused)):
             if names:
                 frozen = self.net.freeze(*names)
                 say(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")
 
+    def _parts(self, part: str, trained: Collection[str]) -> list[str]:
+        """The part, or if some of it is trained all the same, its parts that are not."""
+        if not any(name.startswith(f"{part}.") for name in trained):
+            return [part]
+        inside = (f"{part}.{name}" for name, _ in self.net.get_submodule(part).named_children())
+        return [name for name in inside if name not in trained]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.micro_batch_size is None:
+        if self.micro_batch_size is None or not len(batch.images):
             terms = self._losses(batch)
-            loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+            loss = torch.stack([self.factors[name] * term for name, term in terms.items()]).sum()
         else:
             pairs = (batch.images, batch.tokens, batch.lengths)
-            loss, terms = cached_loss(self.net, *pairs, self.micro_batch_size, self.weights)
+            loss, terms = cached_loss(self.net, *pairs, self.micro_batch_size, self.weights, batch.given)
         self._log("train", terms, batch)
         self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
         return loss
@@ -107,13 +131,15 @@ class CoCaLit(L.LightningModule):
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """The raw terms whose weight is not 0."""
-        contrastive, captioning = self.weights["contrastive"] != 0, self.weights["caption"] != 0
-        out = self.net(batch.images, batch.tokens, batch.lengths, contrastive=contrastive, captioning=captioning)
-        return loss_terms(out)
+        if not len(batch.images):
+            return {"text": loss_terms(self.net(None, batch.tokens, batch.lengths))["caption"]}
+        asked = {"contrastive": self.weights["contrastive"] != 0, "captioning": self.weights["caption"] != 0}
+        out = self.net(batch.images, batch.tokens, batch.lengths, given=batch.given, **asked)
+        return loss_terms(out) | {name: loss(self.net, batch) for name, loss in self.auxiliary.items()}
 
     def _log(self, stage: str, terms: dict[str, Tensor], batch: Batch) -> None:
         named = {f"{stage}/{name}_loss": term.detach() for name, term in terms.items()}
-        self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=len(batch.images))
+        self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=len(batch.tokens))
 
     def configure_gradient_clipping(
         self,
@@ -127,7 +153,7 @@ class CoCaLit(L.LightningModule):
         if self.trainer.precision == "16-mixed":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            norm = nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -140,6 +166,8 @@ class CoCaLit(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.net)
+        for group in self.make_optimizer(self.auxiliary).param_groups if self.auxiliary else ():
+            optimizer.add_param_group(group)
         scheduler = warmup_cosine(optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 
-HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1")
+HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1", "/accuracy")
 
 
 def headline(scores: Collection[str]) -> str | None:

@@ -6,7 +6,12 @@ SUPPORTED = "use trainer=ddp, or trainer=fsdp if the model does not fit one GPU"
 
 
 def check_strategy(
-    strategy: Any, precision: str, ema: float | None, micro_batch_size: int | None, lora: bool = False
+    strategy: Any,
+    precision: str,
+    ema: float | None,
+    micro_batch_size: int | None,
+    lora: bool = False,
+    auxiliary: bool = False,
 ) -> None:
     """Raises ValueError.
 
@@ -15,6 +20,7 @@ def check_strategy(
         precision: of Lightning's trainer.
         ema: decay of averaged weights.
         lora: whether low-rank updates are trained.
+        auxiliary: whether there are losses with parameters of their own.
     """
     from coca_lit.sharding import FullySharded
 
@@ -26,6 +32,8 @@ def check_strategy(
         raise ValueError(f"the strategy {name} does not know how to shard the network: use trainer=fsdp")
     if sharded and ema is not None:
         raise ValueError("averaged weights do not work with sharded ones: set ema=null, or use trainer=ddp")
+    if sharded and auxiliary:
+        raise ValueError("auxiliary losses do not work with sharded weights: set model.auxiliary=null, or trainer=ddp")
     if sharded and micro_batch_size is not None:
         raise ValueError(
             "micro_batch_size does not work with sharded weights: use trainer=ddp, or save memory with "
@@ -38,6 +46,20 @@ def check_strategy(
             "micro_batch_size does not work with fp16, whose loss scale comes after its gradients: use "
             "trainer.precision=bf16-mixed"
         )
+
+
+def expect_texts(decoder: bool, strategy: Any) -> None:
+    """For batches that are texts alone: they need a decoder, and leave the image half of the network out, for which
+    DistributedDataParallel would wait for ever if it did not look. Raises ValueError.
+    """
+    from lightning.pytorch.strategies import DDPStrategy
+
+    if not decoder:
+        raise ValueError(
+            "texts without images train the decoder, which a CLIP (decoder_layers=0) lacks: data.text=null"
+        )
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
 
 def check_batch_size(batch_size: int, world: int, micro_batch_size: int | None) -> None:

@@ -56,6 +56,17 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
+    def encode_answer(self, question: str, answer: str) -> tuple[list[int], int]:
+        """Ids of a question and its answer as one text, and how many of them, start included, are the question's.
+
+        What is too long is cut at the end of the question; an answer gets no more than half of the context.
+        """
+        answered = self.encode(answer)[1:]
+        if len(answered) > self.context_length // 2:
+            answered = [*answered[: self.context_length // 2 - 1], self.eot_id]
+        asked = self.encode(question)[:-1][: self.context_length - len(answered)]
+        return [*asked, *answered], len(asked)
+
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Token ids (B, context_length), int64, padded with `pad_id`."""
         rows = self.encode_batch([texts] if isinstance(texts, str) else list(texts))
@@ -144,7 +155,8 @@ class WordTokenizer(Tokenizer):
 
 
 def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) -> Tokenizer:
-    """The tokenizer called `spec`: "clip", "scenes" (the words of the built-in data) or a list of words.
+    """The tokenizer called `spec`: "clip", "scenes" (the words of the built-in captions), "scenes_vqa" (those and the
+    words of questions about them) or a list of words.
 
     Raises:
         ValueError: the name is unknown.
@@ -157,7 +169,11 @@ def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) 
         from coca_lit.data.scenes import VOCABULARY
 
         return WordTokenizer(VOCABULARY, context_length)
-    raise ValueError(f"unknown tokenizer '{spec}': expected 'clip', 'scenes' or a list of words")
+    if spec == "scenes_vqa":
+        from coca_lit.data.scene_questions import VOCABULARY as QUESTION_VOCABULARY
+
+        return WordTokenizer(QUESTION_VOCABULARY, context_length)
+    raise ValueError(f"unknown tokenizer '{spec}': expected 'clip', 'scenes', 'scenes_vqa' or a list of words")
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Row = dict[str, str]
 
@@ -59,6 +60,8 @@ def read_run(folder: Path) -> Row:
     seed = re.search(r"^seed: (\d+)$", config, flags=re.MULTILINE) or re.search(r"_seed(\d+)$", folder.name)
     environment["command"] = re.sub(r"=/\S+", "=PATH", environment.get("command", ""))  # folders of one machine
     row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}
+    if speeds := numbers(read_rows(folder / "metrics.csv"), "samples/s"):
+        row["samples/s"] = f"{statistics.median(speeds):.1f}"
     results = folder / "results.json"
     scores = json.loads(results.read_text()) if results.exists() else {}
     return row | {name: f"{value:.4f}" for name, value in scores.items()}
@@ -77,9 +80,40 @@ def variants(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def renamed(rows: Sequence[Row], names: Mapping[str, str]) -> list[Row]:
+    """The rows of the variants in `names`, {variant: what readers call it}, in their order."""
+    groups = variants(rows)
+    return [row | {"run": row["run"].replace(v, names[v], 1)} for v in names for row in groups.get(v, [])]
+
+
 def numbers(rows: Sequence[Row], column: str) -> list[float]:
     """The values of a column, without rows that have none."""
     return [float(row[column]) for row in rows if row.get(column)]
+
+
+# Figures
+
+
+def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) -> None:
+    """A panel for each of `scores`, {column: title}: a dot per run and a line at the mean, variant beside variant."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    groups = variants(rows)
+    shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 2.8), **shape)
+    for axis, (score, title) in zip(axes[0], scores.items(), strict=True):
+        for place, runs in enumerate(groups.values()):
+            if values := numbers(runs, score):
+                axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
+                axis.hlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
+        axis.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right", fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 # Tables

@@ -78,7 +78,7 @@ def test_evaluations_can_be_listed(override: str, names: set[str]) -> None:
     assert set(compose("experiment=pretrain_b32", override).evals) == names
 
 
-@pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("scenes", "laion")])
+@pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("scenes", "scenes_vqa", "laion")])
 def test_evaluation_reads_the_folder_of_the_data(data: str) -> None:
     evals = compose(f"data={data}", "data.root=/elsewhere").evals
     assert {node.records.root for node in evals.values()} == {"/elsewhere"}
@@ -134,7 +134,7 @@ def refused(*overrides: str, conf: Path = CONF) -> str:
             "trainer=smok",
             "'trainer' has no option 'smok'; did you mean 'smoke'? The options: auto, cpu, ddp, fsdp, smoke",
         ),
-        ("model=cocoa", "'model' has no option 'cocoa'; did you mean 'coca'? The options: coca"),
+        ("model=cocoa", "'model' has no option 'cocoa'; did you mean 'coca'? The options: coca, coca_answers"),
         ("logger=zzz", "'logger' has no option 'zzz'. The options: csv, tensorboard, wandb"),
     ],
 )

@@ -174,7 +174,7 @@ def test_spec_builds_the_same_tokenizer(spec: str | list[str]) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="unknown tokenizer 'bert': expected 'clip', 'scenes' or a list of words"):
+    with pytest.raises(ValueError, match="unknown tokenizer 'bert': expected 'clip', 'scenes', 'scenes_vqa' or a list"):
         get_tokenizer("bert")
     with pytest.raises(ValueError, match="lists a word twice"):
         WordTokenizer(["a", "b", "a"])

@@ -193,7 +193,13 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_java")
-@pytest.mark.parametrize("experiment", ["pretrain_b32", "pretrain_l14", "clip_b32", "finetune_mscoco", "flickr8k"])
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        *("pretrain_b32", "pretrain_l14", "clip_b32", "finetune_mscoco", "flickr8k"),
+        *("finetune_vqa", "scenes_vqa", "scenes_image_decoder"),
+    ],
+)
 def test_any_experiment_runs_on_scenes(tmp_path: Path, experiment: str) -> None:
     extra = {"clip_b32": CLIP, "flickr8k": ("image_weights=null", "model.freeze=[]")}.get(experiment, ())
     run(tmp_path, *TINY, f"experiment={experiment}", "data=scenes", *extra)
@@ -206,7 +212,10 @@ def test_any_experiment_runs_on_scenes(tmp_path: Path, experiment: str) -> None:
 
 @pytest.mark.parametrize(
     ("experiment", "word"),
-    [("pretrain_b32", "LAION"), ("finetune_mscoco", "cocodataset.org"), ("flickr8k", "Karpathy")],
+    [
+        *(("pretrain_b32", "LAION"), ("finetune_mscoco", "cocodataset.org"), ("flickr8k", "Karpathy")),
+        ("finetune_vqa", "visualqa.org"),
+    ],
 )
 def test_missing_data_are_explained(experiment: str, word: str) -> None:
     with pytest.raises(DataError, match=r"not found \(looked at /nowhere/.*python train\.py data=scenes") as caught:

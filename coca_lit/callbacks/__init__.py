@@ -10,6 +10,7 @@ from coca_lit.callbacks.retrieval import RetrievalScores
 from coca_lit.callbacks.source_counts import SourceCounts
 from coca_lit.callbacks.step_guard import StepGuard
 from coca_lit.callbacks.step_seeds import StepSeeds
+from coca_lit.callbacks.vqa import VQAScores
 from coca_lit.callbacks.zeroshot import ZeroShotScores
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "StepGuard",
     "StepSeeds",
     "Throughput",
+    "VQAScores",
     "ZeroShotScores",
     "progress_bar",
     "samples_seen",

@@ -54,7 +54,7 @@ class CaptionScores(Evaluation):
         super().__init__(name, records, output_dir, batch_size, num_workers, limit, quick, every_n_epochs)
         self.clip_score_model = clip_score_model
         self.training_captions = training_captions
-        self.generate = _checked(generate or {})
+        self.generate = checked_options(generate or {})
         self.attention = attention
 
     def scores(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, float]:
@@ -113,7 +113,7 @@ class CaptionScores(Evaluation):
         return captions
 
 
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, if `CoCa.generate` has them all and gives one caption for each image then."""
     known = [name for name in inspect.signature(CoCa.generate).parameters if name not in ("self", "images")]
     for name in options:

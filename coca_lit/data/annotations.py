@@ -18,7 +18,7 @@ def read_karpathy(path: Path, split: str) -> list[Listing]:
     `imgid`. Raises `DataError` for malformed files and unknown splits.
     """
     content = load_json(path)
-    with _schema(path, "Karpathy's"):
+    with schema(path, "Karpathy's"):
         images = content["images"]
         splits = sorted({image["split"] for image in images})
         wanted = {"train", "restval"} if split == "train" else {split}
@@ -41,7 +41,7 @@ def read_coco(path: Path) -> list[Listing]:
     Raises `DataError` for malformed files, and for image lists without captions, such as those of the test sets.
     """
     content = load_json(path)
-    with _schema(path, "the COCO captions"):
+    with schema(path, "the COCO captions"):
         captions: dict[int, list[str]] = defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
@@ -75,7 +75,7 @@ def read_results(path: Path) -> dict[int | str, str]:
     """
     rows = load_json(path)
     captions: dict[int | str, str] = {}
-    with _schema(path, "the COCO results"):
+    with schema(path, "the COCO results"):
         for row in rows:
             key, caption = row["image_id"], row["caption"]
             if key in captions:
@@ -103,7 +103,7 @@ def first_file(candidates: Sequence[Path]) -> Path | None:
 
 
 @contextmanager
-def _schema(path: Path, name: str) -> Iterator[None]:
+def schema(path: Path, name: str) -> Iterator[None]:
     """Turn what a missing or mistyped field raises into one sentence."""
     try:
         yield

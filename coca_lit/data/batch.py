@@ -10,14 +10,17 @@ from coca_lit.data.bad_samples import BadSample
 
 
 class Batch(NamedTuple):
-    """B captioned images."""
+    """B captioned images, or questions with an answer, or texts alone."""
 
-    images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders give them; normalised on the device
+    images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders give them; normalised on the device. For
+    # texts alone (0, 3, H, W)
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end
     keys: list[str]  # sample ids, for error reports
     bad: tuple[BadSample, ...] = ()  # what was left out while this batch was made
     sources: tuple[str, ...] = ()  # (B) where each sample comes from, for mixtures of several
+    given: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
+    answers: tuple[tuple[str, ...], ...] = ()  # (B) all answers to each question
 
 
 class Example(NamedTuple):
@@ -28,18 +31,30 @@ class Example(NamedTuple):
     key: str
     bad: tuple[BadSample, ...] = ()  # what this one stands in for
     source: str = ""
+    given: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
+    answers: tuple[str, ...] = ()  # all that the question got
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Stack examples, padding the captions only to the longest of them."""
-    lengths = torch.tensor([len(example.tokens) for example in examples])  # (B,)
-    tokens = torch.full((len(examples), int(lengths.max())), pad_id)  # (B, L)
-    for row, example in zip(tokens, examples, strict=True):
-        row[: len(example.tokens)] = torch.tensor(example.tokens)
+    tokens, lengths = padded([example.tokens for example in examples], pad_id)
     shape = (len(examples), *examples[0].image.shape)  # (B, 3, H, W)
     images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     for place, example in zip(images, examples, strict=True):
         place.copy_(example.image)
     bad = tuple(found for example in examples for found in example.bad)
     sources = tuple(example.source for example in examples if example.source)
-    return Batch(images, tokens, lengths, [example.key for example in examples], bad, sources)
+    keys, answers = [example.key for example in examples], tuple(example.answers for example in examples)
+    if not any(answers):
+        return Batch(images, tokens, lengths, keys, bad, sources)
+    given = torch.tensor([example.given for example in examples])  # (B,)
+    return Batch(images, tokens, lengths, keys, bad, sources, given, answers)
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, L), padded to the longest row, and lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), pad_id)
+    for target, row in zip(tokens, rows, strict=True):
+        target[: len(row)] = torch.tensor(row)
+    return tokens, lengths

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
@@ -71,7 +72,7 @@ class CaptionDataset(TrainingExamples):
             pixels = load_pixels(record.image)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
-        return Example(self.transform(pixels, rng), self.tokenizer.encode(caption), str(record.id))
+        return _example(self.transform(pixels, rng), caption, record, self.tokenizer)
 
 
 class FirstCaptionDataset(Dataset[Example]):
@@ -88,4 +89,12 @@ class FirstCaptionDataset(Dataset[Example]):
 
     def __getitem__(self, i: int) -> Example:
         record = self.records[i]
-        return Example(self.transform(record.image()), self.tokenizer.encode(record.captions[0]), str(record.id))
+        return _example(self.transform(record.image()), record.captions[0], record, self.tokenizer)
+
+
+def _example(image: Tensor, caption: str, record: Record, tokenizer: Tokenizer) -> Example:
+    """With the caption; of a question with the question and that answer as one text."""
+    if not record.question:
+        return Example(image, tokenizer.encode(caption), str(record.id))
+    tokens, given = tokenizer.encode_answer(record.question, caption)
+    return Example(image, tokens, str(record.id), given=given, answers=record.captions)

@@ -9,6 +9,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import DataError, Record, trainable
+from coca_lit.data.texts import TextBatches, TextFiles, between
 from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform
 from coca_lit.tokenizer import Tokenizer
 
@@ -19,6 +20,8 @@ class CaptionData(LightningDataModule):
     Args:
         batch_size: of all processes together.
         train_split, val_split: names that `records` understands; no validation if `val_split` is None.
+        text: files of texts without images, see `read_texts`; None for none.
+        text_every: every so many-th batch is one of texts, 1 for all of them.
     """
 
     def __init__(
@@ -30,6 +33,8 @@ class CaptionData(LightningDataModule):
         seed: int = 0,
         train_split: str = "train",
         val_split: str | None = "val",
+        text: TextFiles | None = None,
+        text_every: int = 2,
     ):
         super().__init__()
         per_rank(batch_size, world=1)
@@ -38,6 +43,10 @@ class CaptionData(LightningDataModule):
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
         self.num_workers, self.seed = num_workers, seed
         self.train_split, self.val_split = train_split, val_split
+        if not isinstance(text_every, int) or text_every < 1:
+            raise ValueError(f"text_every must be a whole number of at least 1, got {text_every!r}")
+        self.text_every = text_every
+        self.texts = None if text is None else TextBatches(text, tokenizer, batch_size, image_size, seed)
 
     def records(self, split: str) -> list[Record]:
         """All records of a split; raises `DataError` when the data are missing or malformed."""
@@ -65,6 +74,8 @@ class CaptionData(LightningDataModule):
     def prepare_data(self) -> None:
         """Finds the training data, or raises `DataError`: called before anything slow begins."""
         _ = self.steps_per_epoch
+        if self.texts is not None:
+            _ = self.texts.texts
 
     def train_transform(self) -> TrainTransform:
         return RandomCrop(self.image_size)
@@ -77,7 +88,10 @@ class CaptionData(LightningDataModule):
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
             return open_epoch(dataset, self.batch_size, epoch, start, rank, world, self.num_workers)
 
-        return TrainLoader(self.steps_per_epoch, open_at, self._position)
+        return self._with_texts(TrainLoader(self.steps_per_epoch, open_at, self._position))
+
+    def _with_texts(self, pairs: TrainLoader) -> TrainLoader:
+        return pairs if self.texts is None else between(pairs, self.texts, self.text_every, *self._rank_and_world())
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:

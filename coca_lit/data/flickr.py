@@ -6,6 +6,7 @@ from typing import Literal
 from coca_lit.data.annotations import read_karpathy
 from coca_lit.data.datamodule import CaptionData
 from coca_lit.data.records import Record, not_found, records_on_disk
+from coca_lit.data.texts import TextFiles
 from coca_lit.tokenizer import Tokenizer
 
 # As our own exporters, the original archives and their mirrors name the image folder.
@@ -50,8 +51,11 @@ class FlickrData(CaptionData):
         seed: int = 0,
         train_split: str = "train",
         val_split: str | None = "val",
+        text: TextFiles | None = None,
+        text_every: int = 2,
     ):
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, train_split, val_split)
+        splits = (train_split, val_split)
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *splits, text, text_every)
         self.root, self.dataset = root, name  # `name` is Lightning's
 
     def records(self, split: str) -> list[Record]:

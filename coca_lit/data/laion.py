@@ -23,6 +23,7 @@ from coca_lit.data.shard_example import Preprocess
 from coca_lit.data.shard_set import Shard, find_shards
 from coca_lit.data.shard_stream import ShardBatches, ShardOrder
 from coca_lit.data.tar_index import TarIndex, tar_indexes
+from coca_lit.data.texts import TextFiles
 from coca_lit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,11 @@ class LaionData(CaptionData):
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
+        text: TextFiles | None = None,
+        text_every: int = 2,
     ):
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, val_split=None)
+        arguments = (tokenizer, batch_size, image_size, num_workers, seed)
+        super().__init__(*arguments, val_split=None, text=text, text_every=text_every)
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1 (no shuffling within a shard), not {shuffle_buffer}")
         if indexed not in (True, False, "auto"):
@@ -155,10 +159,11 @@ class LaionData(CaptionData):
         return self.epoch_samples // self.batch_size
 
     def prepare_data(self) -> None:
-        _ = self.sources, self.steps_per_epoch, self.indexed and self.indexes
+        _ = self.sources, self.indexed and self.indexes
+        super().prepare_data()
 
     def train_dataloader(self) -> TrainLoader:
-        return self._indexed_loader() if self.indexed else self._stream_loader()
+        return self._with_texts(self._indexed_loader() if self.indexed else self._stream_loader())
 
     def _indexed_loader(self) -> TrainLoader:
         rank, world = self._rank_and_world()

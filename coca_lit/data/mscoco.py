@@ -5,13 +5,14 @@ from pathlib import Path
 from coca_lit.data.annotations import first_file, read_coco, read_karpathy
 from coca_lit.data.datamodule import CaptionData
 from coca_lit.data.records import DataError, Listing, Record, not_found, records_on_disk
+from coca_lit.data.texts import TextFiles
 from coca_lit.tokenizer import Tokenizer
 
 _HOW = (
     "download train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org, unpack them in one "
     "folder and pass it as data.root"
 )
-_FOLDERS = ("train2014", "val2014", "train2017", "val2017", ".")
+FOLDERS = ("train2014", "val2014", "train2017", "val2017", ".")
 
 
 def mscoco_records(root: str | Path, split: str, karpathy: str | Path | None = None) -> list[Record]:
@@ -23,10 +24,10 @@ def mscoco_records(root: str | Path, split: str, karpathy: str | Path | None = N
             val2017 (5,000 images, not Karpathy's test set) or val2014 (40,504 images).
     """
     root = Path(root)
-    folders = [base / name for base in (root, root / "images") for name in _FOLDERS]
+    folders = [base / name for base in (root, root / "images") for name in FOLDERS]
     if path := _karpathy_file(root, karpathy):
         listings = read_karpathy(path, split)
-        return records_on_disk(_names_on_disk(listings, folders), folders, path, _HOW)
+        return records_on_disk(names_on_disk(listings, folders), folders, path, _HOW)
     path = _official_file(root, split)
     folder = path.stem.removeprefix("captions_")  # e.g. val2017
     return records_on_disk(read_coco(path), [root / folder, root / "images" / folder], path, _HOW)
@@ -62,7 +63,7 @@ def _official_file(root: Path, split: str) -> Path:
     return path
 
 
-def _names_on_disk(listings: list[Listing], folders: list[Path]) -> list[Listing]:
+def names_on_disk(listings: list[Listing], folders: list[Path]) -> list[Listing]:
     """Karpathy's names are those of 2014, COCO_val2014_000000000042.jpg; in 2017 that image is 000000000042.jpg."""
     present = {folder.name for folder in folders if folder.is_dir()}
     if present & {"train2017", "val2017"} and not present & {"train2014", "val2014"}:
@@ -84,8 +85,11 @@ class MSCOCOData(CaptionData):
         seed: int = 0,
         train_split: str = "train",
         val_split: str | None = "val",
+        text: TextFiles | None = None,
+        text_every: int = 2,
     ):
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, train_split, val_split)
+        splits = (train_split, val_split)
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *splits, text, text_every)
         self.root, self.karpathy = root, karpathy
 
     def records(self, split: str) -> list[Record]:

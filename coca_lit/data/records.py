@@ -27,7 +27,8 @@ class Record(NamedTuple):
     id: int | str  # unique within a split
     image: Callable[[], Image.Image]  # decodes to RGB when called; picklable
     captions: tuple[str, ...]  # all references
-    domain: str | None = None  # nocaps: in-domain | near-domain | out-domain
+    domain: str | None = None  # nocaps: in-domain | near-domain | out-domain; of a question: the kind of its answer
+    question: str = ""  # what is asked about the image; the captions are then the answers, the most frequent first
 
 
 class Listing(NamedTuple):
@@ -37,6 +38,7 @@ class Listing(NamedTuple):
     filename: str
     captions: tuple[str, ...]  # as they stand in the file
     domain: str | None = None
+    question: str = ""
 
 
 class Pair(NamedTuple):
@@ -118,9 +120,9 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     if missing:
         log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), len(listings), missing[0])
     records = [
-        Record(item.id, ImageFile(path), tuple(map(str.strip, item.captions)), item.domain)
+        Record(item.id, ImageFile(path), tuple(map(str.strip, item.captions)), item.domain, item.question)
         for item, path in found
-        if item.captions
+        if item.captions or item.question  # those of a test set have no public answers
     ]
     if len(records) < len(found):
         log.warning("skipped %d of %d images without a caption in %s", len(found) - len(records), len(found), source)

@@ -3,6 +3,7 @@
 from coca_lit.data.datamodule import CaptionData
 from coca_lit.data.records import DataError, Record
 from coca_lit.data.scenes import scene_records
+from coca_lit.data.texts import TextFiles
 from coca_lit.data.transforms import TrainTransform, whole
 from coca_lit.tokenizer import Tokenizer
 
@@ -28,8 +29,11 @@ class ScenesData(CaptionData):
         train_split: str = "train",
         val_split: str | None = "val",
         style: str = "standard",
+        text: TextFiles | None = None,
+        text_every: int = 2,
     ):
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, train_split, val_split)
+        splits = (train_split, val_split)
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *splits, text, text_every)
         self.train_count, self.objects, self.style = train_count, objects, style
 
     def records(self, split: str) -> list[Record]:

@@ -3,7 +3,7 @@
     python -m coca_lit.data.scenes_export shards OUT --count 2000 --size 64
 
 The folders have the layout and the JSON schemas of the originals: image-text shards as img2dataset writes them,
-Karpathy's COCO and Flickr8k splits, COCO 2017 captions, and nocaps validation.
+Karpathy's COCO and Flickr8k splits, COCO 2017 captions, nocaps validation, and VQA v2.
 """
 
 import argparse
@@ -165,6 +165,31 @@ def write_nocaps(folder: Path, count: int, size: int) -> None:
     _write_json(folder / "nocaps_val_4500_captions.json", _coco_captions(images, records))
 
 
+def write_vqa(folder: Path, count: int, size: int) -> None:
+    """VQA v2: questions and annotations of train2014 and val2014, and the image folders of these names."""
+    from coca_lit.data.scene_questions import scene_question_records  # with all that a DataModule needs
+
+    for split in ("train", "val"):
+        name, images = f"{split}2014", set()
+        asked: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for record in scene_question_records(split, size, _split_count(split, count)):
+            image, answer = int(record.id) // 1000, record.captions[0]
+            ids = {"image_id": image, "question_id": record.id}
+            kind = "number" if record.domain == "count" else "other"
+            people = [
+                {"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(record.captions, 1)
+            ]
+            asked.append({**ids, "question": f"{record.question.capitalize()}?"})
+            annotations.append({**ids, "answer_type": kind, "multiple_choice_answer": answer, "answers": people})
+            if image not in images:
+                _write_image(folder / name / f"COCO_{name}_{image:012d}.jpg", record)
+                images.add(image)
+        about = {"info": {}, "license": LICENSES[0], "data_type": "mscoco", "data_subtype": name}
+        _write_json(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {**about, "questions": asked})
+        _write_json(folder / f"v2_mscoco_{name}_annotations.json", {**about, "annotations": annotations})
+
+
 def _split_count(split: str, count: int) -> int:
     return count if split == "train" else min(DEFAULT_COUNTS[split], max(1, count // 8))
 
@@ -204,6 +229,7 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "flickr8k": partial(write_karpathy, name="flickr8k"),
     "coco": write_coco,
     "nocaps": write_nocaps,
+    "vqa": write_vqa,
 }
 
 

@@ -4,7 +4,7 @@ Images are dealt out to ranks by stride, never padded, and gathered with their p
 once on any number of ranks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,11 +30,28 @@ def caption_images(
 
     `options` are those of `CoCa.generate`.
     """
+
+    def write(_: Sequence[Record], images: Tensor) -> Iterable[str]:
+        return map(model.tokenizer.decode, model.generate(images, **options))
+
+    return write_texts(model, records, write, batch_size, num_workers)
+
+
+def write_texts(
+    model: CoCa,
+    records: Sequence[Record],
+    write: Callable[[Sequence[Record], Tensor], Iterable[str]],
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[int | str, str]:
+    """What `write` makes of each record and its pixels (B, 3, H, W), a batch at a time: texts by id, in the order of
+    the records. Every rank gets all of them.
+    """
     own: list[tuple[int, str]] = []
     for positions, images in _image_batches(model, records, batch_size, num_workers):
-        own += zip(positions, map(model.tokenizer.decode, model.generate(images, **options)), strict=True)
-    captions = dict(pair for part in gather_objects(own) for pair in part)
-    return {record.id: captions[i] for i, record in enumerate(records)}
+        own += zip(positions, write([records[i] for i in positions], images), strict=True)
+    texts = dict(pair for part in gather_objects(own) for pair in part)
+    return {record.id: texts[i] for i, record in enumerate(records)}
 
 
 def embed_pairs(

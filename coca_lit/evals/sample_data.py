@@ -21,15 +21,16 @@ TOP = 5
 def caption_samples(
     records: Sequence[Record], captions: Mapping[int | str, str], count: int = 12
 ) -> list[dict[str, Any]]:
-    """`count` images spread over the records: {"image", "caption", "exact", "references"}; see `thumbnail` for the
-    image.
+    """`count` images spread over the records: {"image", "caption", "exact", "references"} and "question" where one was
+    asked; see `thumbnail` for the image.
     """
     return [
         {
+            **({"question": record.question} if record.question else {}),
             "image": thumbnail(record.image()),
             "caption": captions[record.id],
             "exact": is_reference(captions[record.id], record.captions),
-            "references": list(record.captions),
+            "references": list(dict.fromkeys(record.captions)),
         }
         for record in spread(records, count)
     ]

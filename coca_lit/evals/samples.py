@@ -32,8 +32,9 @@ def _draw_card(sheet: Image.Image, corner: tuple[int, int], record: Record, capt
     sheet.paste(picture.resize(size, enlarge), corner)
     draw = ImageDraw.Draw(sheet)
     x, y = corner[0], corner[1] + CARD + 4
+    y = _write(draw, x, y, record.question, INK, lines=2)
     y = _write(draw, x, y, caption or "(empty)", GREEN if is_reference(caption, record.captions) else INK, lines=3)
-    for reference in record.captions[:2]:
+    for reference in list(dict.fromkeys(record.captions))[:2]:
         y = _write(draw, x, y, reference, GREY, lines=2)
 
 

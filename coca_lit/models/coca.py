@@ -145,30 +145,37 @@ class CoCa(nn.Module):
 
     def forward(
         self,
-        images: Tensor,
+        images: Tensor | None,
         tokens: Tensor,
         lengths: Tensor | None = None,
         *,
         contrastive: bool = True,
         captioning: bool = True,
+        given: Tensor | None = None,
     ) -> CoCaOutput:
         """Features and caption states of a batch of pairs.
 
         Args:
-            images: (B, 3, H, W), uint8, or float that is normalised already.
+            images: (B, 3, H, W), uint8, or float that is normalised already. None: texts alone, which have no features;
+                the decoder reads them without its cross blocks, that is, as a language model.
             tokens: (B, L) ids, padded at the end to any L.
             lengths: (B,) number of real tokens; found from the trailing pads if not given.
             contrastive, captioning: whether to compute what that loss needs; what is left out is None in the output.
+            given: (B,) number of leading tokens that are not to be predicted, at least 1 for the start; 1 by default.
         """
-        if len(images) != len(tokens):
-            raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
         lengths = self._lengths(tokens, lengths)
         decoder = self.decoder if captioning else None
-        vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
+        vector, image_tokens = None, None
+        if images is None:
+            contrastive = False
+        elif len(images) != len(tokens):
+            raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
+        else:
+            vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
         states, text_vector, layout = self.text(tokens, lengths, contrastive)
         hidden, labels = None, None
         if decoder is not None:
-            hidden, labels = _caption_states(decoder, states, layout, tokens, lengths, image_tokens)
+            hidden, labels = _caption_states(decoder, states, layout, tokens, lengths, image_tokens, given)
         return CoCaOutput(
             image_features=F.normalize(self.image_projection(vector), dim=-1) if contrastive else None,
             text_features=F.normalize(text_vector, dim=-1) if contrastive else None,
@@ -189,6 +196,15 @@ class CoCa(nn.Module):
         """tokens (B, L) -> text features (B, E), of unit length unless `normalize` is off."""
         _, features, _ = self.text(tokens, self._lengths(tokens, lengths))
         return F.normalize(features, dim=-1) if normalize else features
+
+    def read(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
+        if self.decoder is None:
+            raise ValueError("this model was built for retrieval only (decoder_layers=0) and has no decoder")
+        lengths = self._lengths(tokens, lengths)
+        _, image_tokens = self.pooling(self.image_encoder(images), contrastive=False)
+        states, _, layout = self.text(tokens, lengths, contrastive=False)
+        return layout.at(self.decoder(states, image_tokens, layout), lengths - 1)
 
     @overload
     def generate(
@@ -389,11 +405,20 @@ def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
 
 
 def _caption_states(
-    decoder: Decoder, states: Tensor, text: Layout, tokens: Tensor, lengths: Tensor, image_tokens: Tensor
+    decoder: Decoder,
+    states: Tensor,
+    text: Layout,
+    tokens: Tensor,
+    lengths: Tensor,
+    image_tokens: Tensor | None,
+    given: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing."""
+    """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing, and
+    tokens that are given are not predicted.
+    """
     layout = Layout(lengths - 1, text.packed)
     predicts = text.positions < lengths[:, None] - 1  # (B, L)
     states = text.select(states, predicts) if text.packed else states[:, : layout.longest]
     hidden = decoder(states, image_tokens, layout)  # (N, D), or (B, T - 1, D) if padded
-    return layout.select(hidden, layout.real), tokens[:, 1 : layout.longest + 1][layout.real]
+    asked = layout.real if given is None else layout.real & (layout.positions >= given[:, None] - 1)  # (B, T - 1)
+    return layout.select(hidden, asked), tokens[:, 1 : layout.longest + 1][asked]

@@ -144,15 +144,16 @@ class Decoder(nn.Module):
         pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
         return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
 
-    def forward(self, states: Tensor, image_tokens: Tensor, layout: Layout | None = None) -> Tensor:
+    def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
         """Token states (B, T, D), or packed as `layout` says, and image tokens (B, S, E) -> hidden states of the same
-        shape as the token states, ready for `vocabulary`.
+        shape as the token states, ready for `vocabulary`. Without image tokens the cross blocks are skipped.
         """
-        image = normalize_once(image_tokens)
+        image = None if image_tokens is None else normalize_once(image_tokens)
         for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
             recompute = self.grad_checkpointing if self.training else "none"
             states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
-            states = run(cross_block, states, image, layout, recompute=recompute != "none")
+            if image is not None:
+                states = run(cross_block, states, image, layout, recompute=recompute != "none")
         return self.norm(states)
 
     def step(

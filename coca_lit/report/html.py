@@ -122,15 +122,17 @@ def not_run(reasons: Mapping[str, str]) -> str:
 
 def captions(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
     cards = "\n".join(_caption_card(sample) for sample in samples)
-    note = '<p class="note">Bold: the generated caption, green if it equals a reference. Below: references.</p>'
-    return f'<h2>{escape(name)}: captions</h2>{note}<div class="cards">{cards}</div>'
+    what = "answer" if any("question" in sample for sample in samples) else "caption"
+    note = f'<p class="note">Bold: the generated {what}, green if it equals a reference. Below: references.</p>'
+    return f'<h2>{escape(name)}: {what}s</h2>{note}<div class="cards">{cards}</div>'
 
 
 def _caption_card(sample: Mapping[str, Any]) -> str:
     references = "".join(f"<li>{escape(text)}</li>" for text in sample["references"][:3])
     style = ' class="hit"' if sample["exact"] else ""
     caption = escape(sample["caption"] or "(empty)")
-    card = f'{_image(sample["image"])}<p><b{style}>{caption}</b></p><ul class="note">{references}</ul>'
+    question = f"{escape(sample['question'].rstrip('?'))}? " if "question" in sample else ""
+    card = f'{_image(sample["image"])}<p>{question}<b{style}>{caption}</b></p><ul class="note">{references}</ul>'
     return f'<div class="card">{card}</div>'
 
 

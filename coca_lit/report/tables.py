@@ -25,13 +25,14 @@ NAMES = {
     "distinct_1": "distinct-1, %",
     "distinct_2": "distinct-2, %",
     "novel": "novel captions, %",
+    "accuracy": "accuracy, %",
     "top1": "top-1, %",
     "top5": "top-5, %",
     "mean_per_class_recall": "mean per-class recall, %",
 }
 
 
-HEADLINES = ("/CIDEr", "_recall@1", "/top1")  # the scores that a reader looks for first
+HEADLINES = ("/CIDEr", "_recall@1", "/top1", "/accuracy")  # the scores that a reader looks for first
 GROUPS = {"retrieval": ("t2i_", "i2t_"), "zero-shot classification": ("top", "mean_per_class")}  # by how names begin
 
 

@@ -35,6 +35,7 @@ def write_report(folder: Path) -> Path:
     run = read_run(folder)
     tables = score_tables(run)
     curves = curves_figure(run.curves)
+    sheets = sorted((folder / "samples").glob("*.png"))
     if curves is not None:
         (folder / "curves.png").write_bytes(curves)
     sections = [
@@ -43,12 +44,15 @@ def write_report(folder: Path) -> Path:
         html.tables(tables),
         html.not_run(run.not_run),
         html.figure("curves", curves, CURVES_NOTE),
+        *(html.figure(path.stem, path.read_bytes()) for path in sheets if path.stem not in run.captions),
         *(html.captions(name, samples) for name, samples in run.captions.items()),
         *(html.attention(name, samples) for name, samples in run.attention.items()),
         *(html.retrieval(name, samples) for name, samples in run.retrieval.items()),
     ]
-    sheets = sorted(path.relative_to(folder).as_posix() for path in (folder / "samples").glob("*.png"))
-    pictures = [*(["curves.png"] if curves is not None else []), *sheets]
+    pictures = [
+        *(["curves.png"] if curves is not None else []),
+        *(path.relative_to(folder).as_posix() for path in sheets),
+    ]
     return _write(folder, run.name, sections, tables, _facts(run), run.not_run, pictures)
 
 

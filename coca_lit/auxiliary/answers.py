@@ -1,0 +1,79 @@
+"""Visual question answering as classification: a linear layer over the most frequent answers."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coca_lit.auxiliary.base import AuxiliaryLoss
+from coca_lit.data.batch import Batch, padded
+from coca_lit.data.records import Record
+from coca_lit.evals.answers import fitting
+from coca_lit.evals.collect import write_texts
+from coca_lit.evals.vqa import normalize_answer, vqa_accuracy
+from coca_lit.models import CoCa
+
+
+class AnswerClassifier(AuxiliaryLoss):
+    """Chooses an answer by the decoder's state at the end of the question, which has seen the question and the image.
+
+    Each answer is a yes-or-no question whose target is the accuracy that it would score (Teney et al. 2017,
+    arXiv 1708.02711): people disagree, and several answers can be right.
+
+    Args:
+        net: the network.
+        answers: the answers to choose from, normalised.
+        weight: factor of the loss, a sum over answers.
+    """
+
+    trains = ("decoder.self_blocks", "decoder.cross_blocks", "decoder.norm")
+
+    def __init__(self, net: CoCa, answers: Sequence[str], weight: float = 1.0) -> None:
+        super().__init__(weight)
+        if net.decoder is None:
+            raise ValueError("answers need a decoder, which a model with decoder_layers=0 lacks")
+        if len(set(answers)) != len(answers) or len(answers) < 2:
+            raise ValueError(f"expected two or more different answers to choose from, got {len(answers)}")
+        self.answers = list(answers)
+        self._numbers = {answer: i for i, answer in enumerate(answers)}
+        self.head = nn.Linear(net.config["text_width"], len(answers))
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.constant_(self.head.bias, -5.0)  # at first every answer is taken for wrong, as most are
+
+    def forward(self, net: CoCa, batch: Batch) -> Tensor:
+        """Cross-entropy in nats per question, summed over answers; 0 for a batch without questions."""
+        if batch.given is None:
+            return 0 * (self.head.weight.sum() + self.head.bias.sum())
+        logits = self.head(net.read(batch.images, batch.tokens, batch.given))  # (B, N)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), self.targets(batch.answers).to(logits.device))
+        return loss * len(self.answers)
+
+    def targets(self, answers: Sequence[Sequence[str]]) -> Tensor:
+        """(B, N): what each of the N answers would score against those that people gave to each of B questions."""
+        targets = torch.zeros(len(answers), len(self.answers))
+        for row, people in zip(targets, answers, strict=True):
+            for answer in set(people):
+                if (i := self._numbers.get(normalize_answer(answer))) is not None:
+                    row[i] = max(row[i].item(), vqa_accuracy(answer, people))
+        return targets
+
+    @torch.no_grad()
+    def choose(
+        self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
+    ) -> dict[int | str, str]:
+        """The likeliest answer to each question, by question id; every rank gets all of them."""
+
+        def write(part: Sequence[Record], images: Tensor) -> Iterable[str]:
+            questions = [fitting(net.tokenizer, record.question) for record in part]
+            rows = [ids[:-1] for ids in net.tokenizer.encode_batch(questions)]
+            tokens, lengths = padded(rows, net.tokenizer.pad_id)
+            states = net.read(images, tokens.to(net.device), lengths.to(net.device))
+            return [self.answers[i] for i in self.head(states).argmax(dim=1).tolist()]
+
+        was_training = net.training
+        net.eval()
+        try:
+            return write_texts(net, records, write, batch_size, num_workers)
+        finally:
+            net.train(was_training)

@@ -1,0 +1,123 @@
+"""Drawing the image from the caption: the last idea of the CoCa report, in small.
+
+Learned queries, one for each patch of a coarse grid, look at the caption's states in the text tower; what they find
+becomes pixels. The mean squared error teaches the text tower what things look like. A caption leaves much open (of a
+scene the background and the exact places), so the best drawing is the mean of all images that it fits: edges stay soft.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from coca_lit.auxiliary.base import AuxiliaryLoss
+from coca_lit.data.batch import Batch
+from coca_lit.models import CoCa
+
+ENLARGED = 128  # pixels of a drawing on the sheet
+
+
+class ImageDecoder(AuxiliaryLoss):
+    """A small transformer from text states to an image.
+
+    Args:
+        net: the network.
+        weight: factor of the loss.
+        size: side of the drawing in pixels, a multiple of `patch`; images are averaged down to it.
+        patch: side of a patch in pixels.
+        layers, heads: of the transformer, whose width is that of the text tower.
+    """
+
+    def __init__(
+        self, net: CoCa, weight: float = 1.0, size: int = 32, patch: int = 4, layers: int = 2, heads: int = 3
+    ) -> None:
+        super().__init__(weight)
+        width = net.config["text_width"]
+        if size % patch:
+            raise ValueError(f"size ({size}) must be a multiple of patch ({patch})")
+        if width % heads:
+            raise ValueError(f"the text width ({width}) must be a multiple of heads ({heads})")
+        self.size, self.patch = size, patch
+        self.query = nn.Parameter(torch.randn((size // patch) ** 2, width))
+        self.norm_text = nn.LayerNorm(width)
+        shape: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layer = nn.TransformerDecoderLayer(width, heads, 4 * width, **shape)
+        self.blocks = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
+        self.pixels = nn.Linear(width, 3 * patch**2)
+
+    def forward(self, net: CoCa, batch: Batch) -> Tensor:
+        """Mean squared error of the pixels, which lie in [0, 1]."""
+        images = F.adaptive_avg_pool2d(batch.images.to(self.query.dtype) / 255, self.size)
+        return F.mse_loss(self.draw(net, batch.tokens, batch.lengths).float(), images.float())
+
+    def draw(self, net: CoCa, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B, L) -> drawings (B, 3, size, size), about in [0, 1]."""
+        states, _, _ = net.text(tokens, lengths, contrastive=False, packed=False)  # (B, T, D)
+        padding = torch.arange(states.shape[1], device=lengths.device) >= lengths[:, None]  # (B, T)
+        queries = self.query.expand(len(tokens), -1, -1)  # (B, P, D), P patches
+        patches = self.pixels(self.blocks(queries, self.norm_text(states), memory_key_padding_mask=padding))
+        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (self.size // self.patch, -1)), self.patch)
+
+
+class Drawings(L.Callback):
+    """When training ends, a sheet of drawings beside the images, `samples/drawings.png`, of the first captions of the
+    validation set.
+
+    Args:
+        output_dir: the run folder.
+        count: how many.
+    """
+
+    def __init__(self, output_dir: str | Path, count: int = 12) -> None:
+        self.path, self.count = Path(output_dir) / "samples" / "drawings.png", count
+        self._batch: Batch | None = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self._batch = batch
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        decoder = next((m for m in pl_module.modules() if isinstance(m, ImageDecoder)), None)
+        net = pl_module.net
+        if decoder is None or self._batch is None or not trainer.is_global_zero or not isinstance(net, CoCa):
+            return
+        images, tokens, lengths = (part[: self.count] for part in self._batch[:3])
+        drawn = decoder.eval().draw(net.eval(), tokens, lengths)
+        captions = [net.tokenizer.decode(row) for row in tokens]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(captions, images.float() / 255, drawn.float()).save(self.path)
+
+
+def sheet(captions: Sequence[str], images: Tensor, drawings: Tensor) -> Image.Image:
+    """Two columns of captions, each with the image on the left and the drawing on the right. Pixels in [0, 1]."""
+    width, height, line = 2 * ENLARGED + 28, ENLARGED + 48, 15
+    page = Image.new("RGB", (2 * width, -(-len(captions) // 2) * height), "white")
+    draw = ImageDraw.Draw(page)
+    for i, caption in enumerate(captions):
+        x, y = i % 2 * width + 10, i // 2 * height + 4
+        for text in textwrap.wrap(caption, width=48, max_lines=2, placeholder=" …"):
+            draw.text((x, y), text, fill=(25, 25, 30), font=ImageFont.load_default(size=11))
+            y += line
+        for place, pixels in enumerate((images[i], drawings[i])):
+            page.paste(_picture(pixels), (x + place * (ENLARGED + 8), i // 2 * height + 2 * line + 8))
+    return page
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array).resize((ENLARGED, ENLARGED), Image.Resampling.NEAREST)

@@ -1,0 +1,34 @@
+"""python experiments/coca_vs_clip/report.py [RUN_FOLDERS…]"""
+
+from pathlib import Path
+
+from experiments.study import Row, by_variant, draw_variants, read_rows, renamed, report
+
+RESULTS = Path(__file__).with_name("results.csv")
+NAMES = {"clip": "CLIP", "coca": "CoCa"}
+PHOTOS = {f"flickr8k_{name}": title for name, title in NAMES.items()}
+RECALL = {"t2i_recall@1": "text to image R@1", "i2t_recall@1": "image to text R@1"}
+SCORES = {
+    "scenes/top1": "zero-shot top-1",
+    **{f"scenes/{score}": title for score, title in RECALL.items()},
+    **{f"compositional/{score}": f"new pairs: {title}" for score, title in RECALL.items()},
+    "samples/s": "samples/s",
+}
+OF_PHOTOS = {f"flickr8k/{score}": title for score, title in RECALL.items()} | {"samples/s": "samples/s"}
+
+
+def rows(names: dict[str, str]) -> list[Row]:
+    return renamed(read_rows(RESULTS), names)
+
+
+def tables() -> dict[str, str]:
+    found = {"coca_vs_clip": (rows(NAMES), SCORES), "coca_vs_clip/flickr8k": (rows(PHOTOS), OF_PHOTOS)}
+    return {name: by_variant(runs, scores) for name, (runs, scores) in found.items() if runs}
+
+
+def draw() -> None:
+    draw_variants(rows(NAMES), SCORES, RESULTS.with_name("coca_vs_clip.png"))
+
+
+if __name__ == "__main__":
+    report(RESULTS, tables, draw)
