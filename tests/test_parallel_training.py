@@ -175,7 +175,7 @@ def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], m
 
 
 def starve(folder: Path) -> None:
-    shards = ("data=laion", f"data.shards={folder}", "data.epoch_samples=8", "image_size=32", "data.num_workers=0")
+    shards = ("data=laion", f"data.shards={folder}", "data.epoch_samples=8", "image_size=32", "data.indexed=false")
     with pytest.raises(DataError, match="1 shard cannot feed 2 processes: each needs at least one of its own"):
         train(folder / "run", *shards, *DDP)
 
