@@ -51,6 +51,24 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
         say(f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}; {trained:,} numbers train")
 
 
+def with_vocabulary(cfg: DictConfig) -> DictConfig:
+    """The config with the words of the training captions as the network's tokenizer, if it asks for them. Checkpoints
+    hold the list.
+    """
+    from coca_lit.distributed import say
+    from coca_lit.tokenizer import frequent_words
+
+    if cfg.vocabulary is None:
+        return cfg
+    groups = build(cfg.data, "data", tokenizer=None).training_captions().values()
+    words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
+    say(f"vocabulary: {len(words)} words that occur at least {cfg.vocabulary} times in the training captions")
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.model.net.tokenizer = words
+    return cfg
+
+
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
     """The evaluations of a config, and with `skip_missing` the reason for each one whose data cannot be read."""
     from coca_lit.data.records import DataError
@@ -80,7 +98,11 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
     with blame("trainer"):
-        further = {"lora": bool(cfg.lora.rank), "auxiliary": bool(cfg.model.auxiliary)}
+        further = {
+            "lora": bool(cfg.lora.rank),
+            "auxiliary": bool(cfg.model.auxiliary),
+            "self_critical": cfg.model.self_critical is not None,
+        }
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
     parts = {
         "callbacks": callbacks,

@@ -81,9 +81,13 @@ def _own_model(path: str | Path, state: Mapping[str, Tensor], config: dict[str, 
 
 def save_model(model: CoCa, path: str | Path) -> None:
     """Writes weights and architecture into one safetensors file that `load_model` reads."""
-    state = merged(model.state_dict())
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, Path(path), metadata={MODEL_KEY: json.dumps(model.config)})
+    state = apart(merged(model.state_dict()))
+    save_file(state, Path(path), metadata={MODEL_KEY: json.dumps(model.config)})
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors wants them: on the CPU, contiguous, and none of them sharing memory as tied weights do."""
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def load_weights(model: CoCa, path: str | Path) -> None:
@@ -95,6 +99,8 @@ def load_weights(model: CoCa, path: str | Path) -> None:
         FileNotFoundError, ValueError: as `load_model`; or tensors of the file do not fit, the message names the first.
     """
     source = load_dual_encoder(path)
+    if source.tokenizer.spec != model.tokenizer.spec:
+        raise ValueError(f"{path} has another vocabulary: its token ids stand for other words")
     warm = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
     found = towers(source, model) if warm else source.state_dict()
     target = model.state_dict()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from coca_lit.assembly import build_data, build_evals, build_module, build_trainer, plain
+from coca_lit.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
 from coca_lit.command import command
 from coca_lit.config import ConfigError, blame, suggest
 from coca_lit.launch import is_first_process
@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
         return results
     start_run_folder(cfg, checkpoint)
-    module = build_module(cfg)
+    module = build_module(with_vocabulary(cfg))
     data = build_data(cfg, module.net.tokenizer)  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
     trainer = build_trainer(cfg, evals)

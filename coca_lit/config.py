@@ -49,6 +49,7 @@ class TrainConfig:
     image_size: int = 224
     ckpt_path: str | None = "auto"
     init_from: str | None = None
+    vocabulary: int | None = None
     image_weights: str | None = None
     lora: Any = MISSING
     ema: float | None = None

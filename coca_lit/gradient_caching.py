@@ -44,6 +44,7 @@ def cached_loss(
     size: int,
     weights: Mapping[str, float],
     given: Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses of a batch, to be differentiated, and the raw terms whose weight is not 0.
 
@@ -52,6 +53,7 @@ def cached_loss(
             `size`.
         size: pairs that go through the network at a time.
         weights: of "contrastive" and "caption"; the network is not asked for what has a weight of 0.
+        smoothing: of the caption loss.
     """
     if len(images) % size:
         raise ValueError(f"a batch of {len(images)} cannot be cut into micro-batches of {size}")
@@ -63,14 +65,14 @@ def cached_loss(
     with _gradients_aside(parameters) as gradients:
         if weights["contrastive"]:
             terms["contrastive"], by_features = _contrastive(net, parts, weights["contrastive"])
-        total_tokens = sum_over_ranks((lengths - given).sum())
+        total_tokens = sum_over_ranks(net.predicted_tokens(tokens, lengths, given))
         for i, part in enumerate(parts):
             out = _forward(net, part, contrastive=by_features is not None, captioning=weights["caption"] != 0)
             share = []
             if by_features is not None:
                 share += [(f * g[i]).sum() for f, g in zip(_features(out), by_features, strict=True)]
             if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
-                caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens)
+                caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens, smoothing=smoothing)
                 terms["caption"] = terms.get("caption", 0) + caption.detach()
                 share += [weights["caption"] * caption]
             torch.stack(share).sum().backward()

@@ -20,6 +20,7 @@ from coca_lit.models import CoCa
 from coca_lit.models.coca import Contrastive
 from coca_lit.models.text import GradCheckpointing
 from coca_lit.optim import warmup_cosine
+from coca_lit.self_critical import SelfCritical
 from coca_lit.sharding import FullySharded, shard
 
 
@@ -34,6 +35,8 @@ class CoCaLit(L.LightningModule):
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
         text_weight: factor of the caption loss of batches that are texts alone.
+        label_smoothing: share of every target of the caption loss that is spread over the vocabulary; in training only.
+        self_critical: trains captions by their CIDEr-D instead of the caption loss, whose weight it then has.
         contrastive: which contrastive loss, softmax or siglip: that of the network.
         freeze: further parts of the network that stay as they are, e.g. `image_encoder`.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
@@ -52,6 +55,8 @@ class CoCaLit(L.LightningModule):
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
         text_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        self_critical: SelfCritical | None = None,
         contrastive: Contrastive = "softmax",
         freeze: Sequence[str] = (),
         grad_checkpointing: GradCheckpointing = "none",
@@ -70,6 +75,8 @@ class CoCaLit(L.LightningModule):
             raise ValueError(
                 "no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0"
             )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
         if contrastive != net.config["contrastive"]:
             raise ValueError(
                 f"contrastive is '{contrastive}', but the network has that of '{net.config['contrastive']}'"
@@ -84,6 +91,11 @@ class CoCaLit(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.make_optimizer = optimizer
         self._freeze(freeze, {part for loss in further.values() for part in loss.trains})
+        self.label_smoothing = label_smoothing
+        self.self_critical = self_critical
+        if self_critical is not None:
+            self_critical.check(net, weights["caption"], micro_batch_size)
+            self.factors["policy"] = weights["caption"]
         self.micro_batch_size = micro_batch_size
         if micro_batch_size is not None:
             _check_micro_batches(net, micro_batch_size)
@@ -116,12 +128,14 @@ class CoCaLit(L.LightningModule):
         return [name for name in inside if name not in trained]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.micro_batch_size is None or not len(batch.images):
-            terms = self._losses(batch)
-            loss = torch.stack([self.factors[name] * term for name, term in terms.items()]).sum()
-        else:
+        if self.micro_batch_size is not None and len(batch.images):
             pairs = (batch.images, batch.tokens, batch.lengths)
-            loss, terms = cached_loss(self.net, *pairs, self.micro_batch_size, self.weights, batch.given)
+            size, smoothing = self.micro_batch_size, self.label_smoothing
+            loss, terms = cached_loss(self.net, *pairs, size, self.weights, batch.given, smoothing)
+        else:
+            by_reward = self.self_critical is not None and len(batch.images)
+            terms = self._rewarded(batch) if by_reward else self._losses(batch, self.label_smoothing)
+            loss = torch.stack([self.factors[name] * term for name, term in terms.items()]).sum()
         self._log("train", terms, batch)
         self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
         return loss
@@ -129,13 +143,25 @@ class CoCaLit(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log("val", self._losses(batch), batch)
 
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, smoothing: float = 0.0) -> dict[str, Tensor]:
         """The raw terms whose weight is not 0."""
         if not len(batch.images):
-            return {"text": loss_terms(self.net(None, batch.tokens, batch.lengths))["caption"]}
+            return {"text": loss_terms(self.net(None, batch.tokens, batch.lengths), smoothing)["caption"]}
         asked = {"contrastive": self.weights["contrastive"] != 0, "captioning": self.weights["caption"] != 0}
         out = self.net(batch.images, batch.tokens, batch.lengths, given=batch.given, **asked)
-        return loss_terms(out) | {name: loss(self.net, batch) for name, loss in self.auxiliary.items()}
+        return loss_terms(out, smoothing) | {name: loss(self.net, batch) for name, loss in self.auxiliary.items()}
+
+    def _rewarded(self, batch: Batch) -> dict[str, Tensor]:
+        """The raw terms of self-critical training: "policy" in place of "caption"."""
+        assert self.self_critical is not None
+        images = self.net.image_encoder(batch.images)  # once for all that follows
+        policy, measures = self.self_critical(self.net, images, batch.keys)
+        terms = {"policy": policy} | {name: loss(self.net, batch) for name, loss in self.auxiliary.items()}
+        if self.weights["contrastive"]:
+            terms |= loss_terms(self.net(images, batch.tokens, batch.lengths, captioning=False))
+        named = {f"train/{name}": value for name, value in measures.items()}
+        self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=len(batch.images))
+        return terms
 
     def _log(self, stage: str, terms: dict[str, Tensor], batch: Batch) -> None:
         named = {f"{stage}/{name}_loss": term.detach() for name, term in terms.items()}
@@ -158,6 +184,10 @@ class CoCaLit(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.net.clamp_logit_scale()
+
+    def setup(self, stage: str) -> None:
+        if self.self_critical is not None and stage == "fit":
+            self.self_critical.read(self.trainer.datamodule.training_captions())  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FullySharded) and not isinstance(self.net, FSDPModule):

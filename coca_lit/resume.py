@@ -24,7 +24,7 @@ FILES = (
     *(CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
 )
 # Keys that decide what is computed, but for those which only say where and how fast.
-DECISIVE = ("seed", "image_size", "ema", "lora", "model", "data", "trainer")
+DECISIVE = ("seed", "image_size", "vocabulary", "ema", "lora", "model", "data", "trainer")
 DECISIVE_OF_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 FREE = (
     *("data.num_workers", "data.root", "data.max_bad_fraction", "data.cache_dir", "data.cache_gb"),

@@ -12,6 +12,7 @@ def check_strategy(
     micro_batch_size: int | None,
     lora: bool = False,
     auxiliary: bool = False,
+    self_critical: bool = False,
 ) -> None:
     """Raises ValueError.
 
@@ -21,6 +22,7 @@ def check_strategy(
         ema: decay of averaged weights.
         lora: whether low-rank updates are trained.
         auxiliary: whether there are losses with parameters of their own.
+        self_critical: whether captions are written in the training step.
     """
     from coca_lit.sharding import FullySharded
 
@@ -41,6 +43,8 @@ def check_strategy(
         )
     if sharded and lora:
         raise ValueError("lora does not work with sharded weights: use trainer=ddp, its gradients need little memory")
+    if sharded and self_critical:
+        raise ValueError("self-critical training writes captions, which sharded weights cannot: use trainer=ddp")
     if precision == "16-mixed" and micro_batch_size is not None:
         raise ValueError(
             "micro_batch_size does not work with fp16, whose loss scale comes after its gradients: use "

@@ -30,6 +30,7 @@ class Tokenizer(ABC):
     pad_id: int
     sot_id: int
     eot_id: int
+    unk_id: int | None = None  # of words that a closed vocabulary lacks
     vocab_size: int
     token_bytes: list[bytes]  # of each id; those of a text's ids, one after the other, are the text in UTF-8
 
@@ -141,10 +142,7 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_captions(cls, captions: Iterable[str], min_count: int = 5, context_length: int = 76) -> "WordTokenizer":
-        """Vocabulary of all words that occur at least `min_count` times, the most frequent first."""
-        counts = Counter(word for caption in captions for word in split_words(caption))
-        words = sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
-        return cls(words, context_length)
+        return cls(frequent_words(captions, min_count), context_length)
 
     @property
     def spec(self) -> list[str]:
@@ -152,6 +150,12 @@ class WordTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self._ids.get(word, self.unk_id) for word in split_words(text)] for text in texts]
+
+
+def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:
+    """All words that occur at least `min_count` times, the most frequent first: a vocabulary for `WordTokenizer`."""
+    counts = Counter(word for caption in captions for word in split_words(caption))
+    return sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
 
 
 def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) -> Tokenizer:

@@ -18,7 +18,7 @@ ENTRY_POINTS = {
 }
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
-    *("coca_lit.checkpoints", "coca_lit.data.transforms"),
+    *("coca_lit.checkpoints", "coca_lit.data.transforms", "coca_lit.progress", "coca_lit.self_critical"),
     *(
         f"coca_lit.{folder}.{p.stem}"
         for folder in ("models", "evals", "apply")

@@ -119,6 +119,18 @@ def test_tiles_and_chunks_equal_the_plain_losses(tile: int) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
+def test_label_smoothing_equals_pytorch(chunk: int | None) -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(7, 8), torch.randn(50, 8), torch.tensor([3, -100, 0, 49, 7, -100, 1]))
+
+    def plain(hidden: Tensor, vocabulary: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, vocabulary), labels, label_smoothing=0.2)
+
+    found = value_and_gradients(caption_loss, *inputs, smoothing=0.2, chunk=chunk)
+    torch.testing.assert_close(found, value_and_gradients(plain, *inputs), atol=1e-6, rtol=1e-6)
+
+
 def test_siglip_loss_equals_open_clip() -> None:
     torch.manual_seed(0)
     inputs = (unit(6, 8), unit(6, 8), torch.tensor([10.0]), torch.tensor([-10.0]))

@@ -194,14 +194,18 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_java")
 @pytest.mark.parametrize(
-    "experiment",
+    ("experiment", "extra"),
     [
-        *("pretrain_b32", "pretrain_l14", "clip_b32", "finetune_mscoco", "flickr8k"),
-        *("finetune_vqa", "scenes_vqa", "scenes_image_decoder"),
+        *((name, ()) for name in ("pretrain_b32", "pretrain_l14", "finetune_mscoco", "scst_mscoco")),
+        *((name, ()) for name in ("finetune_vqa", "scenes_vqa", "scenes_image_decoder")),
+        ("clip_b32", CLIP),
+        ("flickr8k", ("image_weights=null", "model.freeze=[]")),
+        ("flickr8k_two_hours", ("image_weights=null", "data.train_count=8", "data.batch_size=8")),
+        ("scst_flickr8k", ("image_weights=null", "data.train_count=8", "data.batch_size=8")),
     ],
 )
-def test_any_experiment_runs_on_scenes(tmp_path: Path, experiment: str) -> None:
-    extra = {"clip_b32": CLIP, "flickr8k": ("image_weights=null", "model.freeze=[]")}.get(experiment, ())
+def test_any_experiment_runs_on_scenes(tmp_path: Path, experiment: str, extra: tuple[str, ...]) -> None:
+    extra += (f"data_dir={tmp_path}",)  # for cached views
     run(tmp_path, *TINY, f"experiment={experiment}", "data=scenes", *extra)
     scores = (RETRIEVAL,) if experiment == "clip_b32" else (RETRIEVAL, CAPTION)
     assert set(results(tmp_path)) == named("scenes", *scores, ZERO_SHOT) | named("compositional", *scores)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from coca_lit.apply.images import Source, load_images
 from coca_lit.apply.inputs import OpenShard, Shard, Unit
-from coca_lit.apply.progress import Reporter
 from coca_lit.apply.writer import Captions, Writer
 from coca_lit.data.seeding import stable_seed
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa
+from coca_lit.progress import Reporter
 
 
 class Totals(NamedTuple):

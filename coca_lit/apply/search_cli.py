@@ -81,7 +81,7 @@ def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
 
 
 def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
-    from coca_lit.apply.progress import Reporter
+    from coca_lit.progress import Reporter
 
     with Reporter("embedding") as reporter:
         changes = index.update(cfg.batch_size, decoders(cfg.num_workers), reporter.reach)

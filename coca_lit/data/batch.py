@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     """B captioned images, or questions with an answer, or texts alone."""
 
     images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders give them; normalised on the device. For
-    # texts alone (0, 3, H, W)
+    # texts alone (0, 3, H, W); where they are cached, tokens of the image encoder, (B, S, C) fp16
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end
     keys: list[str]  # sample ids, for error reports
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 class Example(NamedTuple):
     """One training pair, the input of `collate`."""
 
-    image: Tensor  # (3, H, W) uint8
+    image: Tensor  # (3, H, W) uint8, or (S, C) fp16
     tokens: list[int]  # with start and end, not padded
     key: str
     bad: tuple[BadSample, ...] = ()  # what this one stands in for
@@ -38,10 +38,7 @@ class Example(NamedTuple):
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Stack examples, padding the captions only to the longest of them."""
     tokens, lengths = padded([example.tokens for example in examples], pad_id)
-    shape = (len(examples), *examples[0].image.shape)  # (B, 3, H, W)
-    images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for place, example in zip(images, examples, strict=True):
-        place.copy_(example.image)
+    images = _together([example.image for example in examples])
     bad = tuple(found for example in examples for found in example.bad)
     sources = tuple(example.source for example in examples if example.source)
     keys, answers = [example.key for example in examples], tuple(example.answers for example in examples)
@@ -49,6 +46,17 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         return Batch(images, tokens, lengths, keys, bad, sources)
     given = torch.tensor([example.given for example in examples])  # (B,)
     return Batch(images, tokens, lengths, keys, bad, sources, given, answers)
+
+
+def _together(images: Sequence[Tensor]) -> Tensor:
+    """Pixels (B, 3, H, W) channels last, or cached tokens (B, S, C)."""
+    if images[0].ndim == 2:
+        return torch.stack(list(images))
+    shape = (len(images), *images[0].shape)
+    together = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for place, image in zip(together, images, strict=True):
+        place.copy_(image)
+    return together
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -11,7 +13,8 @@ from coca_lit.data.batch import Example
 from coca_lit.data.pixels import load_pixels
 from coca_lit.data.records import MAX_MISSING, DataError, Record
 from coca_lit.data.seeding import stable_seed
-from coca_lit.data.transforms import TrainTransform, Transform
+from coca_lit.data.transforms import TrainTransform, Transform, whole
+from coca_lit.data.views import is_mirrored, mirrored, read_tokens
 from coca_lit.tokenizer import Tokenizer
 
 
@@ -75,6 +78,28 @@ class CaptionDataset(TrainingExamples):
         return _example(self.transform(pixels, rng), caption, record, self.tokenizer)
 
 
+class CachedCaptionDataset(CaptionDataset):
+    """Training examples whose image is one of several views of it, drawn like the caption, as tokens of the encoder.
+
+    Args:
+        views: files of `coca_lit.data.views`.
+    """
+
+    def __init__(self, records: Sequence[Record], views: Sequence[Path], tokenizer: Tokenizer, seed: int = 0):
+        super().__init__(records, whole, tokenizer, seed)
+        self.views = views
+
+    def example(self, epoch: int, i: int) -> Example:
+        record = self.records[i]
+        rng = random.Random(stable_seed(self.seed, epoch, record.id))
+        caption, view = rng.choice(record.captions), rng.randrange(len(self.views))
+        try:
+            tokens = read_tokens(self.views[view], i)
+        except DataError as error:
+            raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
+        return _example(tokens, mirrored(caption) if is_mirrored(view) else caption, record, self.tokenizer)
+
+
 class FirstCaptionDataset(Dataset[Example]):
     """Validation examples: the first caption and a deterministic transform, so that losses compare over time.
 
@@ -89,7 +114,25 @@ class FirstCaptionDataset(Dataset[Example]):
 
     def __getitem__(self, i: int) -> Example:
         record = self.records[i]
-        return _example(self.transform(record.image()), record.captions[0], record, self.tokenizer)
+        return _example(self._image(i), record.captions[0], record, self.tokenizer)
+
+    def _image(self, i: int) -> Tensor:
+        return self.transform(self.records[i].image())
+
+
+class CachedFirstCaptionDataset(FirstCaptionDataset):
+    """Validation examples with the tokens of the encoder in place of pixels; `view` is the file of the plain images."""
+
+    def __init__(self, records: Sequence[Record], view: Path, tokenizer: Tokenizer):
+        super().__init__(records, _no_transform, tokenizer)
+        self.view = view
+
+    def _image(self, i: int) -> Tensor:
+        return read_tokens(self.view, i)
+
+
+def _no_transform(image: Image.Image) -> Tensor:
+    raise NotImplementedError("cached images are not transformed")
 
 
 def _example(image: Tensor, caption: str, record: Record, tokenizer: Tokenizer) -> Example:

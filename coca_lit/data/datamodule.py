@@ -1,16 +1,25 @@
 """What all DataModules share: constructor arguments, loaders over records, and the trainer's position."""
 
 from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
+from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
+from coca_lit.data.captions import (
+    CachedCaptionDataset,
+    CachedFirstCaptionDataset,
+    CaptionDataset,
+    FirstCaptionDataset,
+)
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import DataError, Record, trainable
 from coca_lit.data.texts import TextBatches, TextFiles, between
 from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform
+from coca_lit.data.views import Views
 from coca_lit.tokenizer import Tokenizer
 
 
@@ -22,6 +31,9 @@ class CaptionData(LightningDataModule):
         train_split, val_split: names that `records` understands; no validation if `val_split` is None.
         text: files of texts without images, see `read_texts`; None for none.
         text_every: every so many-th batch is one of texts, 1 for all of them.
+        cache_views: encode so many views of every training image once, with a frozen image encoder, and train on those;
+            see `coca_lit.data.views`. 0 encodes images anew in every step.
+        cache_dir: where they are kept, for all runs.
     """
 
     def __init__(
@@ -35,9 +47,15 @@ class CaptionData(LightningDataModule):
         val_split: str | None = "val",
         text: TextFiles | None = None,
         text_every: int = 2,
+        cache_views: int = 0,
+        cache_dir: str | None = None,
     ):
         super().__init__()
         per_rank(batch_size, world=1)
+        if cache_views < 0:
+            raise ValueError(f"cache_views must be 0 or more, not {cache_views}")
+        if cache_views and cache_dir is None:
+            raise ValueError("cache_views needs a folder to keep them in: set cache_dir")
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, not {num_workers}")
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
@@ -47,6 +65,8 @@ class CaptionData(LightningDataModule):
             raise ValueError(f"text_every must be a whole number of at least 1, got {text_every!r}")
         self.text_every = text_every
         self.texts = None if text is None else TextBatches(text, tokenizer, batch_size, image_size, seed)
+        self.cache_views, self.cache_dir = cache_views, cache_dir
+        self._cached: dict[str, list[Path]] = {}  # split -> files of its views
 
     def records(self, split: str) -> list[Record]:
         """All records of a split; raises `DataError` when the data are missing or malformed."""
@@ -55,6 +75,10 @@ class CaptionData(LightningDataModule):
     @cached_property
     def train_records(self) -> list[Record]:
         return trainable(self.records(self.train_split))
+
+    def training_captions(self) -> dict[str, tuple[str, ...]]:
+        """All captions of every training image, by sample key."""
+        return {str(record.id): record.captions for record in self.train_records}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,11 +101,27 @@ class CaptionData(LightningDataModule):
         if self.texts is not None:
             _ = self.texts.texts
 
+    def setup(self, stage: str) -> None:
+        """Encodes what is to be cached and is not yet: the network is here, and still whole on every process."""
+        if stage != "fit" or not self.cache_views:
+            return
+        assert self.trainer is not None
+        assert self.cache_dir is not None
+        encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder
+        precision, plain = self.trainer.precision_plugin, build_transform(size=self.image_size)
+        context = (precision.forward_context, precision.precision)
+        views = Views(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
+        wanted = {self.train_split: self.cache_views} | ({self.val_split: 1} if self.val_split else {})
+        for split, count in wanted.items():
+            records = self.train_records if split == self.train_split else trainable(self.records(split))
+            device = self.trainer.strategy.root_device
+            self._cached[split] = views.encode(records, count, self.num_workers, device)
+
     def train_transform(self) -> TrainTransform:
         return RandomCrop(self.image_size)
 
     def train_dataloader(self) -> TrainLoader:
-        dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
+        dataset = self._train_dataset()
         rank, world = self._rank_and_world()
         per_rank(self.batch_size, world)
 
@@ -93,12 +133,20 @@ class CaptionData(LightningDataModule):
     def _with_texts(self, pairs: TrainLoader) -> TrainLoader:
         return pairs if self.texts is None else between(pairs, self.texts, self.text_every, *self._rank_and_world())
 
+    def _train_dataset(self) -> CaptionDataset:
+        if views := self._cached.get(self.train_split):
+            return CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
+        return CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
+
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:
             return []
-        dataset = FirstCaptionDataset(
-            trainable(self.records(self.val_split)), build_transform(size=self.image_size), self.tokenizer
-        )
+        records = trainable(self.records(self.val_split))
+        dataset: FirstCaptionDataset
+        if views := self._cached.get(self.val_split):
+            dataset = CachedFirstCaptionDataset(records, views[0], self.tokenizer)
+        else:
+            dataset = FirstCaptionDataset(records, build_transform(size=self.image_size), self.tokenizer)
         return validation_loader(dataset, self.batch_size, *self._rank_and_world(), num_workers=self.num_workers)
 
     def _rank_and_world(self) -> tuple[int, int]:

@@ -53,9 +53,11 @@ class FlickrData(CaptionData):
         val_split: str | None = "val",
         text: TextFiles | None = None,
         text_every: int = 2,
+        cache_views: int = 0,
+        cache_dir: str | None = None,
     ):
-        splits = (train_split, val_split)
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *splits, text, text_every)
+        rest = (train_split, val_split, text, text_every, cache_views, cache_dir)
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *rest)
         self.root, self.dataset = root, name  # `name` is Lightning's
 
     def records(self, split: str) -> list[Record]:

@@ -91,6 +91,12 @@ class LaionData(CaptionData):
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
         self.cache = ShardCache(Path(cache_dir).expanduser(), int(cache_gb * 1e9))
 
+    def training_captions(self) -> dict[str, tuple[str, ...]]:
+        raise DataError(
+            "shards do not list their captions, which a vocabulary of words and rewards need: take data=mscoco, "
+            "flickr30k, flickr8k or scenes"
+        )
+
     def records(self, split: str) -> list[Record]:
         raise DataError(f"shards are for training only and have no split {split!r}: evaluate on another data set")
 

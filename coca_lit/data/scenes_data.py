@@ -31,9 +31,11 @@ class ScenesData(CaptionData):
         style: str = "standard",
         text: TextFiles | None = None,
         text_every: int = 2,
+        cache_views: int = 0,
+        cache_dir: str | None = None,
     ):
-        splits = (train_split, val_split)
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *splits, text, text_every)
+        rest = (train_split, val_split, text, text_every, cache_views, cache_dir)
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *rest)
         self.train_count, self.objects, self.style = train_count, objects, style
 
     def records(self, split: str) -> list[Record]:

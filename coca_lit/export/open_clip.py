@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coca_lit.checkpoints import OPEN_CLIP_CONFIG, load_model
+from coca_lit.checkpoints import OPEN_CLIP_CONFIG, apart, load_model
 from coca_lit.export.card import Exported
 from coca_lit.models import CoCa
 from coca_lit.models.open_clip import to_open_clip
@@ -58,7 +58,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -
     if correct_cls_mask and not corrected:
         raise ValueError("the model has the legacy CLS mask, which is OpenCLIP's own: leave out correct_cls_mask=true")
     (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: t.detach().cpu().contiguous() for name, t in to_open_clip(model).items()}, folder / WEIGHTS)
+    save_file(apart(to_open_clip(model)), folder / WEIGHTS)
     difference = _difference(model, load_model(folder / WEIGHTS))
     if not difference <= TOLERANCE:
         raise ValueError(f"OpenCLIP cannot build this model: what it would build differs by {difference:.1e}")

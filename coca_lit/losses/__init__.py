@@ -8,19 +8,32 @@ from torch import Tensor
 
 from coca_lit.losses.caption import caption_loss
 from coca_lit.losses.contrastive import contrastive_loss
+from coca_lit.losses.policy import leave_one_out, policy_loss
 from coca_lit.losses.siglip import siglip_loss
 from coca_lit.models import CoCaOutput
 
-__all__ = ["caption_loss", "contrastive_loss", "contrastive_term", "loss_terms", "siglip_loss"]
+__all__ = [
+    "caption_loss",
+    "contrastive_loss",
+    "contrastive_term",
+    "leave_one_out",
+    "loss_terms",
+    "policy_loss",
+    "siglip_loss",
+]
 
 
-def loss_terms(out: CoCaOutput) -> dict[str, Tensor]:
-    """{"contrastive": …, "caption": …}, without the one whose inputs the model was not asked for."""
+def loss_terms(out: CoCaOutput, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """{"contrastive": …, "caption": …}, without the one whose inputs the model was not asked for.
+
+    Args:
+        smoothing: of the caption loss.
+    """
     terms = {}
     if out.image_features is not None and out.text_features is not None:
         terms["contrastive"] = contrastive_term(out.image_features, out.text_features, out.logit_scale, out.logit_bias)
     if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
-        terms["caption"] = caption_loss(out.hidden, out.vocabulary, out.labels)
+        terms["caption"] = caption_loss(out.hidden, out.vocabulary, out.labels, smoothing=smoothing)
     return terms
 
 

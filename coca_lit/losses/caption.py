@@ -19,7 +19,13 @@ IGNORED = -100
 
 
 def caption_loss(
-    hidden: Tensor, vocabulary: Tensor, labels: Tensor, tokens: Tensor | None = None, chunk: int | None = None
+    hidden: Tensor,
+    vocabulary: Tensor,
+    labels: Tensor,
+    count: Tensor | None = None,
+    chunk: int | None = None,
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the next token, averaged over all real tokens of the global batch.
 
@@ -30,26 +36,33 @@ def caption_loss(
         hidden: (N, D) decoder states that predict a token; N may differ between ranks.
         vocabulary: (V, D) projection weight.
         labels: (N,) ids of the tokens to predict; -100 is ignored.
-        tokens: the number of tokens to average over, of all ranks, where these are only a part of them.
+        count: what to divide the sum by, of all ranks; the number of their real tokens if not given.
         chunk: tokens that are projected at a time; as many as fit `CHUNK` if not given.
+        smoothing: share of the target that is spread over the whole vocabulary (Szegedy et al. 2016), as in
+            `torch.nn.functional.cross_entropy`.
+        weights: (N,) factor of each token; all 1 if not given.
 
     Returns:
         A scalar in nats per token whose mean over ranks is the global loss.
     """
-    if tokens is None:
-        tokens = sum_over_ranks((labels != IGNORED).sum())
-    if _has_kernel(hidden):
-        total = _kernel(hidden, vocabulary, labels)
+    if count is None:
+        count = sum_over_ranks((labels != IGNORED).sum())
+    if _has_kernel(hidden) and weights is None:
+        total = _kernel(hidden, vocabulary, labels, smoothing)
     elif chunk is None and len(hidden) <= hidden.shape[1]:
         # Fewer logits than the weight has elements: less than the gradient that chunks hold from the forward pass on.
-        total = F.cross_entropy(wide(F.linear(hidden, vocabulary)), labels, reduction="sum", ignore_index=IGNORED)
+        logits = wide(F.linear(hidden, vocabulary))
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED, label_smoothing=smoothing)
+        total = losses.sum() if weights is None else (losses * weights).sum()  # no product, which autocast would round
     else:
-        total = _sum(hidden, vocabulary, labels, chunk)
-    return total * world_size() / tokens.clamp(min=1)
+        total = _sum(hidden, vocabulary, labels, chunk, smoothing, weights)
+    return total * world_size() / count.clamp(min=1)
 
 
-def _sum(hidden: Tensor, vocabulary: Tensor, labels: Tensor, chunk: int | None) -> Tensor:
-    """Σ cross-entropy. Products are in the precision of autocast, softmax and sums of gradients in fp32."""
+def _sum(
+    hidden: Tensor, vocabulary: Tensor, labels: Tensor, chunk: int | None, smoothing: float, weights: Tensor | None
+) -> Tensor:
+    """Σ weight · cross-entropy. Products are in the precision of autocast, softmax and sums of gradients in fp32."""
     inputs = (hidden, vocabulary)
     for_hidden, for_vocabulary = map(wants_gradient, inputs)
     device = hidden.device.type
@@ -65,12 +78,21 @@ def _sum(hidden: Tensor, vocabulary: Tensor, labels: Tensor, chunk: int | None) 
             logits = wide(F.linear(states, weight))  # (chunk, V)
             real = targets != IGNORED
             picked = torch.where(real, targets, 0)[:, None]
+            factor = real.to(logits.dtype) if weights is None else torch.where(real, weights[part].to(logits.dtype), 0)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_sum - logits.gather(1, picked))[:, 0] * real).sum()
+            chosen = logits.gather(1, picked)
+            if smoothing:
+                chosen = (1 - smoothing) * chosen + smoothing * logits.mean(dim=1, keepdim=True)
+            total += ((log_sum - chosen)[:, 0] * factor).sum()
             if not (for_hidden or for_vocabulary):
                 continue
             p = logits.sub_(log_sum.masked_fill_(~real[:, None], torch.inf)).exp_()  # zero where ignored
-            p = p.scatter_add_(1, picked, -real[:, None].to(p.dtype)).to(precision)  # gradient by the logits
+            p = p.scatter_add_(1, picked, (smoothing - 1) * real[:, None].to(p.dtype))
+            if smoothing:
+                p.sub_(smoothing / len(vocabulary))
+            if smoothing or weights is not None:
+                p.mul_(factor[:, None])
+            p = p.to(precision)  # gradient by the logits
             if by_hidden is not None:
                 by_hidden[part] = p @ weight
             if by_vocabulary is not None:
@@ -93,12 +115,18 @@ def _has_kernel(hidden: Tensor) -> bool:
     return hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None
 
 
-def _kernel(hidden: Tensor, vocabulary: Tensor, labels: Tensor) -> Tensor:
+def _kernel(hidden: Tensor, vocabulary: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     device = hidden.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     states, weight = hidden.to(precision), vocabulary.to(precision)
     return liger_fused_linear_cross_entropy(
-        states, weight, labels, ignore_index=IGNORED, reduction="sum", accum_dtype=torch.float32
+        states,
+        weight,
+        labels,
+        ignore_index=IGNORED,
+        label_smoothing=smoothing,
+        reduction="sum",
+        accum_dtype=torch.float32,
     )

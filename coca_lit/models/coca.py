@@ -69,6 +69,7 @@ class CoCa(nn.Module):
         decoder_layers: pairs of self and cross blocks; 0 builds a CLIP with the same towers and no captioner.
         dropout: in the text tower and the decoder, while training.
         contrastive: softmax (CLIP), or siglip, whose loss needs a learned bias beside the temperature.
+        tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class CoCa(nn.Module):
         decoder_layers: int = 12,
         dropout: float = 0.0,
         contrastive: Contrastive = "softmax",
+        tied_embeddings: bool = False,
     ) -> None:
         super().__init__()
         if contrastive not in ("softmax", "siglip"):
@@ -113,6 +115,7 @@ class CoCa(nn.Module):
             "decoder_layers": decoder_layers,
             "dropout": dropout,
             "contrastive": contrastive,
+            "tied_embeddings": tied_embeddings,
         }
         if decoder_layers and pooler == "single" and pooler_queries < 2:
             raise ValueError(
@@ -128,6 +131,8 @@ class CoCa(nn.Module):
         self.decoder = (
             Decoder(vocab_size, text_width, embed_dim, decoder_layers, text_heads, dropout) if decoder_layers else None
         )
+        if tied_embeddings and self.decoder is not None:
+            self.decoder.vocabulary.weight = self.text.token_embedding.weight
         # One dimension, not zero: sharding engines split along the first.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
@@ -156,9 +161,11 @@ class CoCa(nn.Module):
         """Features and caption states of a batch of pairs.
 
         Args:
-            images: (B, 3, H, W), uint8, or float that is normalised already. None: texts alone, which have no features;
-                the decoder reads them without its cross blocks, that is, as a language model.
-            tokens: (B, L) ids, padded at the end to any L.
+            images: (B, 3, H, W), uint8, or float that is normalised already; or tokens (B, S, C) that the image encoder
+                gave before. None: texts alone, which have no features; the decoder reads them without its cross
+                blocks, that is, as a language model.
+            tokens: (B, L) ids, padded at the end to any L. Without the contrastive part there may be several texts of
+                each image, side by side.
             lengths: (B,) number of real tokens; found from the trailing pads if not given.
             contrastive, captioning: whether to compute what that loss needs; what is left out is None in the output.
             given: (B,) number of leading tokens that are not to be predicted, at least 1 for the start; 1 by default.
@@ -168,14 +175,18 @@ class CoCa(nn.Module):
         vector, image_tokens = None, None
         if images is None:
             contrastive = False
-        elif len(images) != len(tokens):
+        elif len(images) != len(tokens) and (contrastive or not len(images) or len(tokens) % len(images)):
             raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
         else:
             vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
         states, text_vector, layout = self.text(tokens, lengths, contrastive)
         hidden, labels = None, None
         if decoder is not None:
+            if image_tokens is not None:
+                image_tokens = image_tokens.repeat_interleave(len(tokens) // max(len(image_tokens), 1), dim=0)
             hidden, labels = _caption_states(decoder, states, layout, tokens, lengths, image_tokens, given)
+            if self.tokenizer.unk_id is not None:  # read, but never learned to be written
+                labels = labels.masked_fill(labels == self.tokenizer.unk_id, IGNORED_LABEL)
         return CoCaOutput(
             image_features=F.normalize(self.image_projection(vector), dim=-1) if contrastive else None,
             text_features=F.normalize(text_vector, dim=-1) if contrastive else None,
@@ -185,6 +196,12 @@ class CoCa(nn.Module):
             vocabulary=decoder.vocabulary.weight if decoder else None,
             logit_bias=self.logit_bias,
         )
+
+    def predicted_tokens(self, tokens: Tensor, lengths: Tensor, given: Tensor) -> Tensor:
+        """Number of tokens over which the caption loss is a mean: those that are not given, without unknown words."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        asked = (places >= given[:, None]) & (places < lengths[:, None])  # (B, L)
+        return (asked if self.tokenizer.unk_id is None else asked & (tokens != self.tokenizer.unk_id)).sum()
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""

@@ -34,7 +34,8 @@ def init_parameters(model: "CoCa") -> None:
         _init_blocks(decoder.self_blocks, depth=2 * len(decoder.self_blocks))
         _init_blocks(decoder.cross_blocks, depth=2 * len(decoder.cross_blocks))
         decoder.norm.reset_parameters()
-        _normal(decoder.vocabulary.weight, decoder.vocabulary.in_features**-0.5)
+        if decoder.vocabulary.weight is not text.token_embedding.weight:
+            _normal(decoder.vocabulary.weight, decoder.vocabulary.in_features**-0.5)
     if model.logit_bias is None:
         nn.init.constant_(model.logit_scale, math.log(1 / 0.07))  # CLIP's initial temperature
     else:  # SigLIP's (Zhai et al. 2023, section 3.2): at first nearly every pair is taken for unrelated, as it is

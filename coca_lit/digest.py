@@ -1,0 +1,16 @@
+"""A digest of weights: what was computed with other weights, or other settings, gets another name."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """32 hexadecimal digits, equal for equal descriptions and tensors that are equal by name and bit for bit."""
+    found = hashlib.sha256(about.encode())
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]

@@ -1,0 +1,21 @@
+"""python experiments/flickr8k_two_hours/report.py [RUN_FOLDERS…]"""
+
+from pathlib import Path
+
+from experiments.study import by_variant, read_rows, report
+
+RESULTS = Path(__file__).with_name("results.csv")
+SCORES = {
+    "seconds": "seconds",
+    **{f"flickr8k/{score}": score for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")},
+    **{f"flickr8k/{side}_recall@{k}": f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)},
+}
+
+
+def tables() -> dict[str, str]:
+    rows = read_rows(RESULTS)
+    return {"flickr8k_two_hours": by_variant(rows, SCORES)} if rows else {}
+
+
+if __name__ == "__main__":
+    report(RESULTS, tables)

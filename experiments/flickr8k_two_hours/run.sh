@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Flickr8k's folder is the first argument (dataset_flickr8k.json and images/). Three rows; finished ones are skipped.
+set -euo pipefail
+root=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
+cd "$(dirname "$0")/../.."
+runs=outputs/flickr8k_two_hours
+rarely="evals.flickr8k_captions.every_n_epochs=20 evals.flickr8k_retrieval.every_n_epochs=20"
+train() { # NAME EXPERIMENT OVERRIDES…
+  [ -s "$runs/$1/results.json" ] ||
+    python train.py experiment="$2" data.root="$root" seed=0 name="flickr8k_two_hours/$1" $rarely "${@:3}"
+}
+train captions_seed0 flickr8k_two_hours
+train rewards_seed0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt
+python experiments/flickr8k_two_hours/report.py $runs/captions_seed0 $runs/rewards_seed0
