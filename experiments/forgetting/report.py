@@ -76,15 +76,17 @@ def draw() -> None:
     for end in ("c0", "c0.3"):
         way = ["before", *(f"{end}_wise{i / 10}" for i in range(1, 10)), end]
         line = [places[name] for name in way if name in places]
-        axes.plot(*zip(*line, strict=True), marker=".", label=f"between before and {NAMES[end]}")
+        if len(line) > 2:  # something between the ends was scored
+            axes.plot(*zip(*line, strict=True), marker=".", label=f"between before and {NAMES[end]}")
     for name, title in NAMES.items():
         if name in places:
             axes.plot(*places[name], "k.")
             axes.annotate(title, places[name], xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.25)
+    axes.margins(x=0.5)
     axes.set(xlabel="CIDEr of the new style", ylabel="recall@5, captions of the old style")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
     figure.savefig(RESULTS.with_name("forgetting.png"), dpi=110)
 
 

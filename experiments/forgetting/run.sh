@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. With the folder also the runs on photos, from experiments/flickr8k.
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. The models before are those of experiments/demo and, with the folder of
+# photos, of experiments/flickr8k.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
@@ -9,6 +10,12 @@ train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2
   shift 2
   [ -s "$runs/$name/results.json" ] || python train.py name="forgetting/$name" seed="$seed" trainer=cpu threads=1 "$@"
+}
+
+score() { # NAME SEED CHECKPOINT OVERRIDES…
+  local name=$1_seed$2 checkpoint=$3
+  shift 3
+  [ -s "$runs/$name/results.json" ] || coca-evaluate name="forgetting/$name" checkpoint="$checkpoint" eval_split=val threads=1 "$@"
 }
 
 between() { # NAME SEED BEFORE OVERRIDES…: nine points between BEFORE and the run NAME
@@ -21,12 +28,13 @@ between() { # NAME SEED BEFORE OVERRIDES…: nine points between BEFORE and the 
 
 for seed in ${SEEDS:-0 1 2}; do
   evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
-  train before "$seed" trainer.max_epochs=3 "$evals" evals.scenes_retrieval.every_n_epochs=0
-  before=$runs/before_seed$seed/checkpoints/last.ckpt
+  before=outputs/demo_seed$seed/checkpoints/last.ckpt
+  [ -s "outputs/demo_seed$seed/results.json" ] || python train.py seed="$seed" name="demo_seed$seed"
+  score before "$seed" "$before" "$evals"
   tune() { # NAME OVERRIDES…: caption finetuning in the other style
     local name=$1
     shift
-    train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=1e-3 \
+    train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=5e-3 \
       model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every_n_epochs=0 "$@"
   }
   towers='lora.parts=[image_encoder,pooling,image_projection,text]'
@@ -51,6 +59,7 @@ if [ -n "$root" ]; then
     train "$name" 0 experiment=flickr8k data.root="$root" image_weights=null init_from="$before" trainer.max_epochs=2 \
       model.optimizer.lr=3e-4 model.warmup_steps=20 model.caption_weight=1 "$@"
   }
+  score flickr8k_before 0 "$before" evals=flickr8k data_dir="$(dirname "$root")"
   tune c0 model.contrastive_weight=0
   tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
   tune c0.3 model.contrastive_weight=0.3
