@@ -59,10 +59,12 @@ def _whole(x: Any) -> Any:
 
 
 def _part(x: Any, like: Tensor) -> Any:
-    """This rank's part of a tensor that belongs to `like` and is split as it is; anything else as it is."""
+    """This rank's part of a tensor that belongs to `like` and is split as it is; anything else as it is. Every rank
+    has read the whole tensor, so nothing is sent.
+    """
     if not (isinstance(like, DTensor) and isinstance(x, Tensor) and x.shape == like.shape and x.ndim):
         return x
-    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def shard(net: CoCa, mesh: DeviceMesh) -> None:

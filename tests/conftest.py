@@ -3,7 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from datetime import timedelta
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -47,7 +47,9 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
             store = tmp_path_factory.mktemp("group") / "store"
             call = pickle.dumps((function, arguments))  # as bytes: tensors would otherwise travel as open files
             futures = [pool.submit(_on_rank, rank, world, store, call) for rank in range(world)]
-            return [pickle.loads(future.result(timeout=120)) for future in futures]
+            wait(futures, timeout=120, return_when=FIRST_EXCEPTION)  # the others then wait for that one in vain
+            failed = [future for future in futures if future.done() and future.exception()]
+            return [pickle.loads(future.result(timeout=120)) for future in [*failed, *futures]][len(failed) :]
 
         yield run
 

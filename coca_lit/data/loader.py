@@ -4,9 +4,12 @@ The position (epoch, batches done) is not kept twice: it is read from the traine
 already holds. Batch sizes are global, so the order of a data set depends on the seed and not on the number of ranks.
 """
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -56,16 +59,33 @@ class TrainLoader:
 
 def outlive_signals(worker: int) -> None:
     """For DataLoader workers: a scheduler signals every process of a job, and training still needs its workers until it
-    has saved. They end with the training process.
+    has saved. They end with the training process, see `_end_workers`.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """A process that ends, perhaps by an error, sends SIGTERM to its workers and waits for them: forever, as they
+    outlive signals.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+@cache
+def _end_workers_with(process_id: int) -> None:
+    Finalize(None, _end_workers, exitpriority=0)  # before multiprocessing's own turn; forked processes forget it
 
 
 def loading(num_workers: int) -> dict[str, Any]:
     """What all our DataLoaders have in common. Each worker prepares two batches ahead (torch's default); where there is
     a GPU they are put into pinned memory, from where the copy to the device goes on beside the computation.
     """
+    if num_workers:
+        _end_workers_with(os.getpid())
     return {
         "num_workers": num_workers,
         "worker_init_fn": outlive_signals,

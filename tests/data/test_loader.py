@@ -1,8 +1,10 @@
 """Order, resume position and randomness of indexed data: independent of workers, ranks and where the run stopped."""
 
+import multiprocessing
 import random
 from functools import partial
 from itertools import chain
+from multiprocessing.synchronize import Event
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
-from coca_lit.data.loader import TrainLoader, epoch_batches, open_epoch, validation_loader
+from coca_lit.data.loader import TrainLoader, epoch_batches, load, open_epoch, validation_loader
 from coca_lit.data.records import DataError, Record
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.tokenizer import WordTokenizer
@@ -128,3 +130,22 @@ def test_validation_needs_an_image_per_process(records):
     dataset = FirstCaptionDataset(records[:1], build_transform(size=16), TOKENIZER)
     with pytest.raises(DataError, match="at least one image per process: there are 1 for 2"):
         validation_loader(dataset, 4, rank=0, world=2)
+
+
+def leave_in_an_epoch(batches: list[list[tuple[int, int]]], began: Event) -> None:
+    examples = CaptionDataset([Record("r", partial(noise, 0), ("a",))], RandomCrop(16), TOKENIZER, seed=5)
+    iterator = iter(load(examples, batches, TOKENIZER.pad_id, num_workers=2))
+    next(iterator)
+    began.set()
+    raise SystemExit(3)  # with the iterator alive, as in the traceback of an error
+
+
+def test_a_process_that_fails_does_not_wait_for_its_workers():
+    context = multiprocessing.get_context("fork")  # as from a command: workers and all end with the process
+    began = context.Event()
+    process = context.Process(target=leave_in_an_epoch, args=([[(0, 0)]] * 50, began))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert began.is_set()
+    assert process.exitcode == 3
