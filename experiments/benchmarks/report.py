@@ -9,7 +9,7 @@ from experiments.study import Row, markdown, read_rows, write_tables
 
 FOLDER = Path(__file__).resolve().parent
 # Columns that say what was measured.
-CASES = ("case", "what", "model", "strategy", "batch", "precision", "engine", "workers")
+CASES = ("case", "what", "way", "score", "model", "strategy", "batch", "precision", "engine", "workers")
 ABOUT = ("date", "command", "commit", "machine", "OMP_NUM_THREADS", "versions")
 
 
