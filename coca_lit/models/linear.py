@@ -25,7 +25,7 @@ class Linear(nn.Linear):
         if type(self.weight) is nn.Parameter and _is_for_few_rows(x):  # not for weights that are split over processes
             rows = x.numel() // x.shape[-1]
             if x.dtype == torch.float32 and rows >= ENOUGH_ROWS:
-                # Behind torch.set_float32_matmul_precision, the public switch, oneDNN may round to bf16; this op does not.
+                # torch.set_float32_matmul_precision, the public way, lets oneDNN round to bf16; this does not.
                 return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             if x.dtype == self.weight.dtype == torch.bfloat16 and 0 < rows <= FEW_ROWS:
                 return self._weights_left(x.reshape(rows, -1)).view(*x.shape[:-1], -1)
