@@ -102,7 +102,20 @@ class TextTower(nn.Module):
 
 def run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
     """`function(*arguments)`, whose activations are kept for the backward pass or computed again there."""
-    return checkpoint(function, *arguments, use_reentrant=False) if recompute else function(*arguments)
+    if not recompute:
+        return function(*arguments)
+    return checkpoint(_without_kept_casts(function), *arguments, use_reentrant=False)
+
+
+def _without_kept_casts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Autocast keeps its copies of all weights until the forward pass ends; here they go with what made them."""
+
+    def call(*arguments: Any) -> Tensor:
+        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            return function(*arguments)
+
+    return call
 
 
 def _fit(tokens: Tensor, length: int) -> Tensor:

@@ -109,9 +109,10 @@ def step(kind: str = "none", bf16: bool = False, packed: bool = True) -> list[Te
     return [everything, *gradients(model, everything)]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", ["cross_attention", "blocks"])
-def test_recomputed_it_is_the_same(kind: str) -> None:
-    assert relative(step(kind), step()) == 0
+def test_recomputed_it_is_the_same(kind: str, bf16: bool) -> None:
+    assert relative(step(kind, bf16), step(bf16=bf16)) == 0
 
 
 def test_in_bf16_it_is_as_exact_as_the_grid() -> None:
