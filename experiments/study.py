@@ -12,7 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, str]
 
@@ -36,6 +36,41 @@ def report(results: Path, tables: Callable[[], Mapping[str, str]], draw: Callabl
         if draw is not None:
             draw()
 
+
+class VariantStudy(NamedTuple):
+    """A study with one table and one figure, both of its variants.
+
+    Attributes:
+        results: its CSV; table and figure are called after the folder.
+        names: {variant: what readers call it}, in their order.
+        scores: {column: title}
+    """
+
+    results: Path
+    names: Mapping[str, str]
+    scores: Mapping[str, str]
+
+    def tables(self) -> dict[str, str]:
+        rows = self._rows()
+        return {self.results.parent.name: by_variant(rows, self.scores)} if rows else {}
+
+    def report(self) -> None:
+        report(self.results, self.tables, self._draw)
+
+    def _draw(self) -> None:
+        draw_variants(self._rows(), self.scores, self.results.with_name(f"{self.results.parent.name}.png"))
+
+    def _rows(self) -> list[Row]:
+        return renamed(read_rows(self.results), self.names)
+
+
+# Captions and retrieval of the built-in scenes.
+SCENE_SCORES = {
+    "scenes/CIDEr": "CIDEr",
+    "scenes/exact_match": "exact match",
+    "scenes/t2i_recall@1": "text to image R@1",
+    "scenes/i2t_recall@1": "image to text R@1",
+}
 
 # Rows
 

@@ -75,3 +75,23 @@ def test_seeds_of_a_variant_are_put_together(tmp_path: Path) -> None:
 def test_only_known_tables_are_written() -> None:
     text = "a\n<!-- table:x/y -->\nold\n<!-- /table -->\n<!-- table:z -->\nkept\n<!-- /table -->\n"
     assert study.with_tables(text, {"x/y": "new\\1"}) == text.replace("old", "new\\1")
+
+
+def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "letters" / "results.csv"
+    results.parent.mkdir()
+    about = dict.fromkeys(study.ABOUT, "x")
+    runs = (("b_seed0", "2"), ("b_seed1", "4"), ("a_seed0", "5"), ("other_seed0", "9"))
+    study.write_rows(results, [about | {"run": run, "score": score} for run, score in runs])
+    variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"score": "Score"})
+    head, _, first, second, *_ = variants.tables()["letters"].splitlines()
+    assert (head, first) == ("| variant | n | Score |", "| first | 1 | 5.0000 |")
+    assert second == "| second | 2 | 3.0000 ± 1.4142 |"
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    monkeypatch.setattr(study, "READMES", ())
+    variants.report()
+    assert (results.parent / "letters.png").stat().st_size > 1000
+
+
+def test_study_that_was_not_run_has_no_table(tmp_path) -> None:
+    assert study.VariantStudy(tmp_path / "results.csv", {"a": "a"}, {"score": "Score"}).tables() == {}
