@@ -59,6 +59,7 @@ class TrainConfig:
     eval_workers: int = 0
     clip_score_model: str | None = None
     generate: Any = None
+    rerank: int = 0
     attention: int = 0
     objective: str | None = None
     skip_missing: bool = False
@@ -90,6 +91,7 @@ class EvaluateConfig:
     eval_workers: int = 0
     clip_score_model: str | None = None
     generate: Any = None
+    rerank: int = 0
     attention: int = 0
     spice_jars: str | None = None
     skip_missing: bool = False

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.files import replacing
@@ -105,14 +106,15 @@ class Views:
                     file.write(tokens.numpy().tobytes())
                     progress.reach(done, len(records))
         finally:
-            self.encoder.to(where, memory_format=torch.contiguous_format)
+            convert_conv2d_weight_memory_format(self.encoder.to(where), torch.contiguous_format)
 
     @torch.no_grad()
     def _tokens(
         self, view: int, records: Sequence[Record], num_workers: int, device: torch.device
     ) -> Iterator[tuple[int, Tensor]]:
         """(images done, their tokens (b, S, C) in fp16); those of an image that cannot be decoded are NaN."""
-        encoder, done = self.encoder.to(device, memory_format=torch.channels_last).eval(), 0  # convolutions: 1.8 times as fast
+        encoder, done = self.encoder.to(device).eval(), 0
+        convert_conv2d_weight_memory_format(encoder, torch.channels_last)  # 1.8 times as fast on a CPU
         pixels = _Pixels(records, functools.partial(self._view, view))
         blank = self.plain(Image.new("RGB", (32, 32)))
         for batch in DataLoader(pixels, BATCH, num_workers=num_workers, collate_fn=list):

@@ -48,7 +48,7 @@ def write_texts(
     the records. Every rank gets all of them.
     """
     own: list[tuple[int, str]] = []
-    for positions, images in _image_batches(model, records, batch_size, num_workers):
+    for positions, images in image_batches(model, records, batch_size, num_workers):
         own += zip(positions, write([records[i] for i in positions], images), strict=True)
     texts = dict(pair for part in gather_objects(own) for pair in part)
     return {record.id: texts[i] for i, record in enumerate(records)}
@@ -92,7 +92,7 @@ def _gather_rows(batches: Batches, count: int) -> Tensor:
 
 
 def _image_features(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
-    for positions, images in _image_batches(model, records, batch_size, num_workers):
+    for positions, images in image_batches(model, records, batch_size, num_workers):
         yield positions, evaluating(model, model.encode_image, images).float().cpu()
 
 
@@ -132,7 +132,7 @@ class _Images(Dataset[tuple[int, Tensor]]):
         return position, self.transform(self.records[position].image())
 
 
-def _image_batches(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
+def image_batches(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
     """This rank's positions in `records` and their pixels (B, 3, H, W), on the model's device."""
     loader = DataLoader(_Images(records, model.image_size), batch_size=batch_size, num_workers=num_workers)
     for positions, images in loader:

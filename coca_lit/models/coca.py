@@ -214,6 +214,19 @@ class CoCa(nn.Module):
         _, features, _ = self.text(tokens, self._lengths(tokens, lengths))
         return F.normalize(features, dim=-1) if normalize else features
 
+    def log_likelihood(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """log p(text | image) (T,) of texts (T, L), in nats: the sum over all their tokens after the start.
+
+        Args:
+            images: (B, 3, H, W) or tokens of the image encoder (B, S, C); T / B texts side by side for each.
+        """
+        lengths = self._lengths(tokens, lengths)
+        out = self(images, tokens, lengths, contrastive=False)
+        assert out.labels is not None
+        losses = F.cross_entropy(out.logits.float(), out.labels, reduction="none", ignore_index=IGNORED_LABEL)  # (N,)
+        text = torch.arange(len(lengths), device=losses.device).repeat_interleave(lengths - 1)  # (N,)
+        return losses.new_zeros(len(lengths)).index_add(0, text, -losses)
+
     def read(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
         if self.decoder is None:
