@@ -69,6 +69,8 @@ def _part(x: Any, like: Tensor) -> Any:
 
 def shard(net: CoCa, mesh: DeviceMesh) -> None:
     """Shards the network over the ranks of a one-dimensional mesh, in place. Parameter names stay as they are."""
+    for parameter in net.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP splits nothing else; convolutions are channels last
     for group in blocks(net):
         fully_shard(group, mesh=mesh)
     fully_shard(net, mesh=mesh)

@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 Row = dict[str, str]
@@ -44,11 +45,13 @@ class VariantStudy(NamedTuple):
         results: its CSV; table and figure are called after the folder.
         names: {variant: what readers call it}, in their order.
         scores: {column: title}
+        borrowed: {variant: (study, its variant)}: what was run for another study already, with the same settings.
     """
 
     results: Path
     names: Mapping[str, str]
     scores: Mapping[str, str]
+    borrowed: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     def tables(self) -> dict[str, str]:
         rows = self._rows()
@@ -61,7 +64,10 @@ class VariantStudy(NamedTuple):
         draw_variants(self._rows(), self.scores, self.results.with_name(f"{self.results.parent.name}.png"))
 
     def _rows(self) -> list[Row]:
-        return renamed(read_rows(self.results), self.names)
+        rows = read_rows(self.results)
+        for variant, (study, there) in self.borrowed.items():
+            rows += renamed(read_rows(EXPERIMENTS / study / "results.csv"), {there: variant})
+        return renamed(rows, self.names)
 
 
 # Captions and retrieval of the built-in scenes.

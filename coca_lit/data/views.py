@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils import convert_conv2d_weight_memory_format
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.files import replacing
@@ -106,7 +105,7 @@ class Views:
                     file.write(tokens.numpy().tobytes())
                     progress.reach(done, len(records))
         finally:
-            convert_conv2d_weight_memory_format(self.encoder.to(where), torch.contiguous_format)
+            self.encoder.to(where)
 
     @torch.no_grad()
     def _tokens(
@@ -114,7 +113,6 @@ class Views:
     ) -> Iterator[tuple[int, Tensor]]:
         """(images done, their tokens (b, S, C) in fp16); those of an image that cannot be decoded are NaN."""
         encoder, done = self.encoder.to(device).eval(), 0
-        convert_conv2d_weight_memory_format(encoder, torch.channels_last)  # 1.8 times as fast on a CPU
         pixels = _Pixels(records, functools.partial(self._view, view))
         blank = self.plain(Image.new("RGB", (32, 32)))
         for batch in DataLoader(pixels, BATCH, num_workers=num_workers, collate_fn=list):

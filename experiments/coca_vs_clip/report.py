@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from experiments.study import Row, by_variant, draw_variants, read_rows, renamed, report
+from experiments.study import EXPERIMENTS, Row, by_variant, draw_variants, read_rows, renamed, report
 
 RESULTS = Path(__file__).with_name("results.csv")
 NAMES = {"clip": "CLIP", "coca": "CoCa"}
-PHOTOS = {f"flickr8k_{name}": title for name, title in NAMES.items()}
+PHOTOS = {"flickr8k_clip": "CLIP", "captions": "CoCa"}  # CoCa's run is that of the study of photos
 RECALL = {"t2i_recall@1": "text to image R@1", "i2t_recall@1": "image to text R@1"}
 SCORES = {
     "scenes/top1": "zero-shot top-1",
@@ -18,7 +18,7 @@ OF_PHOTOS = {f"flickr8k/{score}": title for score, title in RECALL.items()} | {"
 
 
 def rows(names: dict[str, str]) -> list[Row]:
-    return renamed(read_rows(RESULTS), names)
+    return renamed(read_rows(RESULTS) + read_rows(EXPERIMENTS / "flickr8k_two_hours" / "results.csv"), names)
 
 
 def tables() -> dict[str, str]:

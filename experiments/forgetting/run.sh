@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. The models before are those of experiments/demo and, with the folder of
-# photos, of experiments/flickr8k.
+# photos, of experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
 runs=outputs/forgetting
+tenths=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9
 
 train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2
@@ -18,11 +19,11 @@ score() { # NAME SEED CHECKPOINT OVERRIDES…
   [ -s "$runs/$name/results.json" ] || coca-evaluate name="forgetting/$name" checkpoint="$checkpoint" eval_split=val threads=1 "$@"
 }
 
-between() { # NAME SEED BEFORE OVERRIDES…: nine points between BEFORE and the run NAME
-  local name=$1 seed=$2 before=$3
-  shift 3
-  [ -s "$runs/${name}_wise0.9_seed$seed/results.json" ] || coca-evaluate -m checkpoint="$runs/${name}_seed$seed/checkpoints/last.ckpt" \
-    interpolate_with="$before" weight=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9 eval_split=val threads=1 \
+between() { # NAME SEED BEFORE WEIGHTS OVERRIDES…: points between BEFORE and the run NAME
+  local name=$1 seed=$2 before=$3 weights=$4
+  shift 4
+  [ -s "$runs/${name}_wise${weights##*,}_seed$seed/results.json" ] || coca-evaluate -m \
+    checkpoint="$runs/${name}_seed$seed/checkpoints/last.ckpt" interpolate_with="$before" weight="$weights" eval_split=val threads=1 \
     hydra.sweep.dir="$runs" hydra.sweep.subdir="${name}_wise\${weight}_seed$seed" "$@"
 }
 
@@ -42,28 +43,30 @@ for seed in ${SEEDS:-0 1 2}; do
   tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
   tune c0.3 model.contrastive_weight=0.3
   tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
-  between c0 "$seed" "$before" "$evals"
+  between c0 "$seed" "$before" "$tenths" "$evals"
   tune c0.1 model.contrastive_weight=0.1
   tune c1 model.contrastive_weight=1
-  between c0.3 "$seed" "$before" "$evals"
+  between c0.3 "$seed" "$before" "$tenths" "$evals"
   tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
   tune decay model.contrastive_weight=0 model.optimizer.layer_decay=0.5
   python experiments/forgetting/report.py "$runs"/*_seed*
 done
 
 if [ -n "$root" ]; then
-  before=outputs/flickr8k_seed0/checkpoints/last.ckpt
-  tune() {
+  before=outputs/flickr8k_two_hours/captions_seed0/checkpoints/last.ckpt
+  photos=(evals=flickr8k data_dir="$(dirname "$root")")
+  tune() { # NAME OVERRIDES…: four epochs of captions
     local name=flickr8k_$1
     shift
-    train "$name" 0 experiment=flickr8k data.root="$root" image_weights=null init_from="$before" trainer.max_epochs=2 \
-      model.optimizer.lr=3e-4 model.warmup_steps=20 model.caption_weight=1 "$@"
+    train "$name" 0 experiment=flickr8k_two_hours trainer=auto data.root="$root" image_weights=null init_from="$before" ema=null \
+      trainer.max_epochs=4 model.optimizer.lr=3e-4 model.warmup_steps=20 model.caption_weight=1 generate=null \
+      evals.flickr8k_captions.every_n_epochs=0 evals.flickr8k_retrieval.every_n_epochs=0 "$@"
   }
-  score flickr8k_before 0 "$before" evals=flickr8k data_dir="$(dirname "$root")"
+  score flickr8k_before 0 "$before" "${photos[@]}"
   tune c0 model.contrastive_weight=0
   tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
   tune c0.3 model.contrastive_weight=0.3
   tune lora model.contrastive_weight=0 lora.rank=8 'lora.parts=[pooling,image_projection,text]'
-  between flickr8k_c0 0 "$before" evals=flickr8k data_dir="$(dirname "$root")"
+  between flickr8k_c0 0 "$before" 0.25,0.5,0.75 "${photos[@]}"
 fi
 python experiments/forgetting/report.py "$runs"/*_seed*

@@ -9,7 +9,8 @@ NAMES = {
     "weight1": "weight 1",
     "weight10": "weight 10",
 }
-STUDY = VariantStudy(Path(__file__).with_name("results.csv"), NAMES, SCENE_SCORES)
+BORROWED = {"none": ("poolers", "single")}
+STUDY = VariantStudy(Path(__file__).with_name("results.csv"), NAMES, SCENE_SCORES, BORROWED)
 tables = STUDY.tables
 
 if __name__ == "__main__":

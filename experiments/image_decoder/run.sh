@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: run.sh; SEEDS="0 1 2". Finished runs are skipped.
+# usage: run.sh; SEEDS="0 1 2". Finished runs are skipped. Without image decoder: the single pooler of experiments/poolers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs=outputs/image_decoder
@@ -12,7 +12,6 @@ train() { # NAME SEED OVERRIDES…
 }
 
 for seed in ${SEEDS:-0 1 2}; do
-  train none "$seed"
   train weight10 "$seed" experiment=scenes_image_decoder
   train weight1 "$seed" experiment=scenes_image_decoder model.auxiliary.image_decoder.weight=1
 done

@@ -11,7 +11,8 @@ NAMES = {
     "1to4": "1 : 4",
     "0to1": "0 : 1",
 }
-STUDY = VariantStudy(Path(__file__).with_name("results.csv"), NAMES, SCENE_SCORES)
+BORROWED = {"1to2": ("poolers", "single")}
+STUDY = VariantStudy(Path(__file__).with_name("results.csv"), NAMES, SCENE_SCORES, BORROWED)
 tables = STUDY.tables
 
 if __name__ == "__main__":

@@ -84,3 +84,19 @@ def test_patch_dropout_keeps_as_many_patches_as_openclip_and_the_class_token(rat
     images = torch.randn(2, 3, 40, 40)
     assert encoder(images).shape == (2, theirs.shape[1], 32)
     assert encoder.eval()(images).shape == (2, 26, 32)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0", "convnext_atto"])
+def test_convolutions_with_channels_last_are_those_of_timm(name: str) -> None:
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=0, global_pool="").double().eval()
+    encoder = ImageEncoder(name, 64).double().eval()
+    encoder.trunk.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert encoder.trunk(x).is_contiguous(memory_format=torch.channels_last)
+    found, expected = encoder(x), plain(x).flatten(2).transpose(1, 2)
+    assert_close(found, expected)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for ours, theirs in zip(encoder.trunk.parameters(), plain.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad)
