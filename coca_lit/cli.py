@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from coca_lit.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
-from coca_lit.command import command
-from coca_lit.config import ConfigError, blame, suggest
-from coca_lit.launch import is_first_process
-from coca_lit.objective import headline
-from coca_lit.runtime import configure_libraries
-from coca_lit.sweep import check_direction, check_processes
+from coca_lit.compose.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
+from coca_lit.compose.command import command
+from coca_lit.compose.config import ConfigError, blame, suggest
+from coca_lit.compose.launch import is_first_process
+from coca_lit.compose.objective import headline
+from coca_lit.compose.runtime import configure_libraries
+from coca_lit.compose.sweep import check_direction, check_processes
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -50,8 +50,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
-    from coca_lit.run_folder import finished_results, start_run_folder, write_results
-    from coca_lit.setup_checks import expect_texts
+    from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
+    from coca_lit.runs.setup_checks import expect_texts
 
     configure_libraries(cfg.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -80,7 +80,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 def find_start(cfg: DictConfig) -> Path | None:
     """The checkpoint to go on from, or None for a new start. The first process checks that it fits this config."""
-    from coca_lit.resume import AUTO, check_same_run, decisive, find_checkpoint
+    from coca_lit.runs.resume import AUTO, check_same_run, decisive, find_checkpoint
 
     checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
     if checkpoint is not None and is_first_process():
@@ -90,7 +90,7 @@ def find_start(cfg: DictConfig) -> Path | None:
 
 def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
     """Raises `ConfigError` if the run cannot be split over this many processes."""
-    from coca_lit.setup_checks import check_batch_size
+    from coca_lit.runs.setup_checks import check_batch_size
 
     check_processes(trainer.world_size)
     with blame("data.batch_size"):
@@ -100,7 +100,7 @@ def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
 def choose_products(trainer: "L.Trainer", module: "L.LightningModule") -> None:
     """On a CPU in fp32: the library for matrix products. A run that goes on keeps the one that it had."""
     from coca_lit.distributed import say
-    from coca_lit.fp32 import choose_fp32_products
+    from coca_lit.training.fp32 import choose_fp32_products
 
     if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
         say(f"fp32 products: {choose_fp32_products(sum(p.numel() for p in module.parameters()))}")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from coca_lit.assembly import build_evals
-from coca_lit.command import command
-from coca_lit.config import blame
-from coca_lit.runtime import configure_libraries
+from coca_lit.compose.assembly import build_evals
+from coca_lit.compose.command import command
+from coca_lit.compose.config import blame
+from coca_lit.compose.runtime import configure_libraries
 
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
     from coca_lit.distributed import process_group, rank
     from coca_lit.evals.spice import JARS_VARIABLE
-    from coca_lit.run_folder import start_run_folder, write_results
+    from coca_lit.runs.run_folder import start_run_folder, write_results
 
     configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:

@@ -14,14 +14,14 @@ from coca_lit.auxiliary import AuxiliaryLoss
 from coca_lit.checkpoints import MODEL_KEY
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import say
-from coca_lit.gradient_caching import cached_loss
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
 from coca_lit.models.coca import Contrastive
 from coca_lit.models.text import GradCheckpointing
-from coca_lit.optim import warmup_cosine
-from coca_lit.self_critical import SelfCritical
-from coca_lit.sharding import FullySharded, shard
+from coca_lit.training.gradient_caching import cached_loss
+from coca_lit.training.optim import warmup_cosine
+from coca_lit.training.self_critical import SelfCritical
+from coca_lit.training.sharding import FullySharded, shard
 
 
 class CoCaLit(L.LightningModule):
@@ -30,7 +30,7 @@ class CoCaLit(L.LightningModule):
     Args:
         net: the network.
         optimizer: makes an optimizer for the trainable parameters of a module, e.g. a partial of
-            `coca_lit.optim.adamw`.
+            `coca_lit.training.optim.adamw`.
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.

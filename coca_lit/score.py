@@ -65,7 +65,7 @@ def _difference(predicted: Collection[int | str], listings: Collection[int | str
 
 
 def _print(scores: dict[str, float], not_run: dict[str, str]) -> None:
-    from coca_lit.run_folder import print_results
+    from coca_lit.runs.run_folder import print_results
 
     print_results({name if "/" in name else f"overall/{name}": value for name, value in scores.items()})
     for name, reason in not_run.items():

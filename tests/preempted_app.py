@@ -7,7 +7,7 @@ from running import watched
 from test_resume import Signal
 
 from coca_lit.cli import train_job
-from coca_lit.command import command
+from coca_lit.compose.command import command
 
 
 def job(cfg: DictConfig) -> float | None:

@@ -10,18 +10,18 @@ import torch
 from running import compose, run
 
 from coca_lit import evaluate
-from coca_lit.assembly import build_module, build_trainer
 from coca_lit.checkpoints import load_model, save_model
-from coca_lit.command import CONF
-from coca_lit.config import ConfigError
+from coca_lit.compose.assembly import build_module, build_trainer
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import ConfigError
 from coca_lit.export.cli import run as export
 from coca_lit.models import create_model
 from coca_lit.models.lora import LowRank
 from coca_lit.plan.cli import build_without_weights
 from coca_lit.plan.estimate import measure
 from coca_lit.plan.trace import cost
-from coca_lit.setup_checks import check_strategy
-from coca_lit.sharding import FullySharded
+from coca_lit.runs.setup_checks import check_strategy
+from coca_lit.training.sharding import FullySharded
 
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),

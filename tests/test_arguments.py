@@ -9,9 +9,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from coca_lit.arguments import to_overrides
-from coca_lit.command import CONF
-from coca_lit.config import ConfigError
+from coca_lit.compose.arguments import to_overrides
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import ConfigError
 
 HOSTILE = [
     *("a b.jpg", "a,b.jpg", "=", "null", "10", "[x]", "{a,b}", "/data/{0..3}.tar", "x/y=1/2.jpg", "*.tar", "~x", ""),

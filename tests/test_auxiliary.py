@@ -15,14 +15,14 @@ from running import ROOT, run
 from coca_lit.auxiliary.answers import AnswerClassifier
 from coca_lit.auxiliary.image_decoder import ImageDecoder, sheet
 from coca_lit.checkpoints import load_model
-from coca_lit.config import ConfigError
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.batch import Batch
 from coca_lit.data.scene_questions import SceneQuestions, scene_question_records
 from coca_lit.data.scenes_data import ScenesData
 from coca_lit.data.scenes_export import export_scenes
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
-from coca_lit.optim import adamw
+from coca_lit.training.optim import adamw
 
 OPTIMIZER = partial(adamw, lr=1e-3)
 ANSWERS = ["red", "2", "left"]
@@ -229,8 +229,8 @@ def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
 
 
 def test_sharded_weights_and_further_losses_are_refused() -> None:
-    from coca_lit.setup_checks import check_strategy
-    from coca_lit.sharding import FullySharded
+    from coca_lit.runs.setup_checks import check_strategy
+    from coca_lit.training.sharding import FullySharded
 
     with pytest.raises(ValueError, match="auxiliary losses do not work with sharded weights"):
         check_strategy(FullySharded(), "32-true", None, None, auxiliary=True)

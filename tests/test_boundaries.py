@@ -17,8 +17,8 @@ ENTRY_POINTS = {
     *("evaluate.py", "export/cli.py", "demo/cli.py", "apply/caption_cli.py", "apply/search_cli.py", "plan/cli.py"),
 }
 PLAIN = [
-    *("coca_lit", "coca_lit.losses", "coca_lit.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
-    *("coca_lit.checkpoints", "coca_lit.data.transforms", "coca_lit.progress", "coca_lit.self_critical"),
+    *("coca_lit", "coca_lit.losses", "coca_lit.training.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
+    *("coca_lit.checkpoints", "coca_lit.data.transforms", "coca_lit.progress", "coca_lit.training.self_critical"),
     *(
         f"coca_lit.{folder}.{p.stem}"
         for folder in ("models", "evals", "apply")

@@ -14,9 +14,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from running import TINY, compose
 
-from coca_lit.assembly import build_module, build_trainer
-from coca_lit.command import CONF
-from coca_lit.config import ConfigError, TrainConfig, blame, build, check_hydra, explain_override, resolve_target
+from coca_lit.compose.assembly import build_module, build_trainer
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import (
+    ConfigError,
+    TrainConfig,
+    blame,
+    build,
+    check_hydra,
+    explain_override,
+    resolve_target,
+)
 from coca_lit.lit_module import CoCaLit
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
@@ -264,9 +272,9 @@ def test_target_passes(target: str) -> None:
         "torch.optim.lr_scheduler.os.system",
         "torch.optim.lr_scheduler.partial",  # a real name there, whose home is functools
         "torch.optim.lr_scheduler.warnings.warn",
-        "coca_lit.config.importlib.import_module",
-        "coca_lit.config.field",
-        "coca_lit.sweep.OmegaConf",
+        "coca_lit.compose.config.importlib.import_module",
+        "coca_lit.compose.config.field",
+        "coca_lit.compose.sweep.OmegaConf",
         "coca_lit.evals.meteor.subprocess",
         "coca_lit.evals.meteor.subprocess.Popen",
         "coca_lit.checkpoints.load_file",

@@ -13,7 +13,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import broadcast_object, gather, gather_objects, rank, say, sum_over_ranks, world_size
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
-from coca_lit.optim import adamw
+from coca_lit.training.optim import adamw
 
 PAIRS, STEPS = 6, 3
 ENCODER = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from coca_lit.checkpoints import save_model
-from coca_lit.command import CONF
-from coca_lit.config import ConfigError
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.records import DataError, DataNotFoundError
 from coca_lit.data.scenes import scene_records, scene_training_captions
 from coca_lit.evals.caption_table import caption_table

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from coca_lit import fp32
+from coca_lit.training import fp32
 
 LARGE = fp32.SMALLEST_NETWORK
 

@@ -12,15 +12,15 @@ from test_distributed import ENCODER, Step, own_batch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from coca_lit import gradient_caching
-from coca_lit.config import ConfigError
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import world_size
-from coca_lit.gradient_caching import cached_loss, micro_batches, seeded
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss, contrastive_term, loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.optim import adamw
+from coca_lit.training import gradient_caching
+from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
+from coca_lit.training.optim import adamw
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
 

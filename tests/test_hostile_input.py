@@ -19,9 +19,9 @@ from PIL import Image
 from running import TINY, compose, train_py
 
 import coca_lit
-from coca_lit.assembly import build_evals, build_module, build_trainer
 from coca_lit.cli import run, train
-from coca_lit.config import ConfigError, build
+from coca_lit.compose.assembly import build_evals, build_module, build_trainer
+from coca_lit.compose.config import ConfigError, build
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
 from coca_lit.data.laion import LaionData

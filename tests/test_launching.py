@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from running import ROOT, TINY, compose, results
 
-from coca_lit.config import ConfigError
-from coca_lit.launch import job_folder, run_id
-from coca_lit.objective import best_run, headline
-from coca_lit.sweep import check_processes
+from coca_lit.compose.config import ConfigError
+from coca_lit.compose.launch import job_folder, run_id
+from coca_lit.compose.objective import best_run, headline
+from coca_lit.compose.sweep import check_processes
 
 APP = str(ROOT / "tests" / "sweep_app.py")
 RATES = "model.optimizer.lr=0.1,2,0.3"  # the score of a job is its rate, and the second one fails

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coca_lit.models import CoCa
-from coca_lit.optim import adamw, decays, warmup_cosine
+from coca_lit.training.optim import adamw, decays, warmup_cosine
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",

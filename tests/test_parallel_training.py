@@ -11,14 +11,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from coca_lit.checkpoints import load_model
-from coca_lit.command import CONF
-from coca_lit.config import ConfigError
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes_export import write_shards
 from coca_lit.distributed import world_size
 from coca_lit.export import cli as export
 from coca_lit.models import create_model
-from coca_lit.sharding import check_sharded, shard, unsharded
+from coca_lit.training.sharding import check_sharded, shard, unsharded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}

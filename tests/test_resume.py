@@ -17,14 +17,15 @@ import pytest
 import torch
 from running import ROOT, compose, results, watched
 
-from coca_lit import checkpoint_io, cli
-from coca_lit.assembly import plain
+from coca_lit import cli
 from coca_lit.callbacks import StepGuard
 from coca_lit.callbacks.checkpoint import _announce
-from coca_lit.checkpoint_io import CheckpointError, SafeCheckpointIO, inspect, newest_valid
+from coca_lit.compose.assembly import plain
 from coca_lit.data.scenes_export import export_scenes
-from coca_lit.resume import RUN_KEY, check_same_run, decisive, find_checkpoint, go_on, start_anew
-from coca_lit.run_folder import finished_results, start_run_folder, write_results
+from coca_lit.runs import checkpoint_io
+from coca_lit.runs.checkpoint_io import CheckpointError, SafeCheckpointIO, inspect, newest_valid
+from coca_lit.runs.resume import RUN_KEY, check_same_run, decisive, find_checkpoint, go_on, start_anew
+from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
 TINY = (

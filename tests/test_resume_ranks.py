@@ -22,7 +22,7 @@ from test_resume import FORKSERVER, MAP, Signal, _train, state
 from coca_lit.callbacks.step_guard import TrainingError
 from coca_lit.data.scenes_export import write_shards
 from coca_lit.distributed import rank
-from coca_lit.resume import RUN_KEY
+from coca_lit.runs.resume import RUN_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EVERY = ("callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=20", "trainer.log_every_n_steps=1")

@@ -9,9 +9,9 @@ import torch
 from running import compose, run
 from torch import Tensor
 
-from coca_lit import assembly
 from coca_lit.checkpoints import save_model
-from coca_lit.config import ConfigError
+from coca_lit.compose import assembly
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes import scene_records
 from coca_lit.data.transforms import build_transform
@@ -20,8 +20,8 @@ from coca_lit.evals.cider import END, CiderD
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss
 from coca_lit.models import CoCa, create_model
-from coca_lit.optim import adamw
-from coca_lit.self_critical import SelfCritical
+from coca_lit.training.optim import adamw
+from coca_lit.training.self_critical import SelfCritical
 
 RECORDS = scene_records("train", count=8)
 REFERENCES = {str(record.id): record.captions for record in RECORDS}

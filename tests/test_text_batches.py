@@ -19,8 +19,8 @@ from coca_lit.data.texts import TextBatches
 from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
-from coca_lit.optim import adamw
-from coca_lit.setup_checks import expect_texts
+from coca_lit.runs.setup_checks import expect_texts
+from coca_lit.training.optim import adamw
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec", "ignore:Found .* in eval mode")
 SHORT = (

@@ -14,12 +14,12 @@ import yaml
 from PIL import Image
 from running import TINY, compose, results, run, train_py
 
-from coca_lit.arguments import quote_range
 from coca_lit.callbacks import captions
 from coca_lit.checkpoints import load_model, save_model
 from coca_lit.cli import train
-from coca_lit.command import CONF
-from coca_lit.config import build
+from coca_lit.compose.arguments import quote_range
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import build
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes import scene_records
 from coca_lit.data.scenes_export import export_scenes

@@ -16,17 +16,17 @@ from running import compose, run
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from coca_lit.assembly import build_module, build_trainer
 from coca_lit.callbacks import Evaluation, progress_bar
 from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.checkpoints import load_model
-from coca_lit.config import build
+from coca_lit.compose.assembly import build_module, build_trainer
+from coca_lit.compose.config import build
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes import scene_records
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
 from coca_lit.models import CoCa, create_model
-from coca_lit.optim import adamw
+from coca_lit.training.optim import adamw
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

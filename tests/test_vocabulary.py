@@ -7,13 +7,13 @@ import pytest
 import torch
 from running import TINY, compose, run
 
-from coca_lit import assembly
 from coca_lit.checkpoints import load_model, save_model
+from coca_lit.compose import assembly
 from coca_lit.data.records import DataError
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import create_model
-from coca_lit.optim import adamw
 from coca_lit.tokenizer import frequent_words
+from coca_lit.training.optim import adamw
 
 
 def test_words_by_frequency_then_alphabet() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from coca_lit.command import command
-from coca_lit.config import ConfigError, blame
-from coca_lit.runtime import best_precision, configure_libraries
+from coca_lit.compose.command import command
+from coca_lit.compose.config import ConfigError, blame
+from coca_lit.compose.runtime import best_precision, configure_libraries
 
 
 @dataclass

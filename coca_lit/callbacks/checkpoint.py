@@ -17,11 +17,11 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.preemption import Signals
 from coca_lit.callbacks.progress import samples_seen
-from coca_lit.checkpoint_io import step_files
 from coca_lit.data.files import point_to
 from coca_lit.distributed import max_over_ranks, rank, say, world_size
-from coca_lit.fp32 import fp32_products, keep_fp32_products
-from coca_lit.resume import LAST, RUN_KEY
+from coca_lit.runs.checkpoint_io import step_files
+from coca_lit.runs.resume import LAST, RUN_KEY
+from coca_lit.training.fp32 import fp32_products, keep_fp32_products
 
 
 class Checkpoints(L.Callback):
@@ -37,7 +37,7 @@ class Checkpoints(L.Callback):
         keep_last: how many are kept; at least 1.
 
     Attributes:
-        config: what `coca_lit.resume.decisive` gives, stored to be compared with when the run goes on.
+        config: what `coca_lit.runs.resume.decisive` gives, stored to be compared with when the run goes on.
     """
 
     def __init__(

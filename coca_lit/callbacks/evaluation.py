@@ -18,7 +18,7 @@ from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.data.records import Record
 from coca_lit.distributed import say
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.sharding import unsharded
+from coca_lit.training.sharding import unsharded
 
 
 class Evaluation(L.Callback):

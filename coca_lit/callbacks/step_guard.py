@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from coca_lit.data.batch import Batch
 from coca_lit.data.files import append_lines
 from coca_lit.distributed import gather_objects, max_over_ranks, mean_over_ranks, rank, say
-from coca_lit.resume import BAD_STEPS
+from coca_lit.runs.resume import BAD_STEPS
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 WARM_UP = 20  # losses before which a spread says little

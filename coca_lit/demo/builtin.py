@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from coca_lit.config import ConfigError
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.scenes import VOCABULARY, scene_records
 from coca_lit.models import CoCa
 

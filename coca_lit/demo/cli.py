@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from coca_lit.command import command
-from coca_lit.config import ConfigError, blame
-from coca_lit.runtime import configure_libraries
+from coca_lit.compose.command import command
+from coca_lit.compose.config import ConfigError, blame
+from coca_lit.compose.runtime import configure_libraries
 
 if TYPE_CHECKING:
     from coca_lit.apply.search import ImageIndex

@@ -10,7 +10,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coca_lit.config import ConfigError
+from coca_lit.compose.config import ConfigError
 from coca_lit.demo.look import FONTS, STYLE
 
 HOST = "127.0.0.1"

@@ -4,8 +4,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.assembly import add_adapters
-from coca_lit.config import ConfigError, build
+from coca_lit.compose.assembly import add_adapters
+from coca_lit.compose.config import ConfigError, build
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "auto": "bfloat16"}
 

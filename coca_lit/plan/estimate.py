@@ -8,7 +8,7 @@ from torch import Tensor
 from coca_lit.models import CoCa
 from coca_lit.plan.hardware import Gpu
 from coca_lit.plan.trace import Cost
-from coca_lit.sharding import blocks
+from coca_lit.training.sharding import blocks
 
 USABLE = 0.92  # of a GPU's memory; the rest is for the CUDA context, communication buffers and fragmentation
 TILE = 256  # rows of contrastive logits that exist at a time
@@ -20,7 +20,7 @@ class Model(NamedTuple):
     parameters: dict[str, tuple[int, int]]  # by part: numbers in all, and those that are trained
     weights: int
     trained: int
-    in_blocks: int  # weights that sharding gathers block by block, see `coca_lit.sharding`
+    in_blocks: int  # weights that sharding gathers block by block, see `coca_lit.training.sharding`
     largest_block: int
     width: int  # numbers in a feature
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from coca_lit.compose.objective import best_run, headline
 from coca_lit.data.files import write_whole
-from coca_lit.objective import best_run, headline
 from coca_lit.report import html
 from coca_lit.report.figures import comparison_figure, curves_figure
 from coca_lit.report.run import Run, find_runs, read_run

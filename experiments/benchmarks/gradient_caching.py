@@ -14,9 +14,9 @@ import torch
 from harness import caption_batch, peak_memory
 from record import record
 
-from coca_lit.gradient_caching import cached_loss
 from coca_lit.losses import loss_terms
 from coca_lit.models import create_model, text_lengths
+from coca_lit.training.gradient_caching import cached_loss
 
 CSV = Path(__file__).with_suffix(".csv")
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from coca_lit.run_folder import environment
+from coca_lit.runs.run_folder import environment
 
 PACKAGES = (  # those that are installed
     *("torch", "open_clip_torch", "clip_benchmark", "pycocoevalcap", "transformers"),

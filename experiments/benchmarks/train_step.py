@@ -114,7 +114,7 @@ def text_encoding(repetitions: int) -> list[dict]:
 
 def optimizer_step(repetitions: int) -> list[dict]:
     """AdamW on 253 M parameters: OpenCLIP's default (for-loop) and ours (fused)."""
-    from coca_lit.optim import adamw
+    from coca_lit.training.optim import adamw
 
     model = create_model("coca_vit_b32")
     for parameter in model.parameters():

@@ -348,7 +348,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def about(kills: int, seed: int) -> dict[str, str]:
     """The columns that every study has, but for the seconds."""
-    from coca_lit.run_folder import environment
+    from coca_lit.runs.run_folder import environment
 
     found = environment()
     command = f"python experiments/faults/soak.py --kills {kills} --seed {seed}"

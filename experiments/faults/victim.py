@@ -46,7 +46,7 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     import torch
 
     from coca_lit import cli
-    from coca_lit.command import CONF, user_errors
+    from coca_lit.compose.command import CONF, user_errors
 
     torch.set_num_threads(1)
     _tell(training)

@@ -17,7 +17,7 @@ from coca_lit.models import CoCa
 from coca_lit.models import generate as writing
 from coca_lit.models.decoding import Decoding
 from coca_lit.models.static import StaticDecoding
-from coca_lit.run_folder import environment
+from coca_lit.runs.run_folder import environment
 
 WORDS = ["a", "red", "blue", "dog", "cat", "on", "grass"]
 CONTEXT = 16

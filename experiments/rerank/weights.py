@@ -24,7 +24,7 @@ from coca_lit.data.scenes import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.captioning import caption_scores
 from coca_lit.models import CoCa
-from coca_lit.run_folder import environment
+from coca_lit.runs.run_folder import environment
 
 WEIGHTS = [i / 10 for i in range(11)]
 BATCH = 64

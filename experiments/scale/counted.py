@@ -25,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coca_lit import distributed
-from coca_lit.gradient_caching import cached_loss
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.optim import adamw
 from coca_lit.plan.estimate import Model, Recipe, measure, memory, per_sample
 from coca_lit.plan.trace import cost
-from coca_lit.sharding import shard
+from coca_lit.training.gradient_caching import cached_loss
+from coca_lit.training.optim import adamw
+from coca_lit.training.sharding import shard
 from experiments.scale.report import record
 from experiments.scale.scale import ddp_bytes, feature_bytes, fsdp_bytes
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from coca_lit import build_transform
 from coca_lit.apply import caption_cli, search_cli
-from coca_lit.command import CONF
+from coca_lit.compose.command import CONF
 from coca_lit.models import CoCa, create_model
 
 RUN = {"caption": caption_cli.run, "search": search_cli.run}

@@ -17,8 +17,8 @@ from PIL import Image
 
 from coca_lit import save_model
 from coca_lit.apply.caption_cli import GenerateConfig
-from coca_lit.arguments import quote
-from coca_lit.config import ConfigError
+from coca_lit.compose.arguments import quote
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.annotations import read_results
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.records import DataError

@@ -9,7 +9,7 @@ from applying import new_model, run
 from coca_lit import save_model
 from coca_lit.apply import search_cli
 from coca_lit.apply.search import ImageIndex
-from coca_lit.config import ConfigError
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.records import DataError
 from coca_lit.data.scenes import render
 

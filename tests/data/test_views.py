@@ -13,9 +13,9 @@ from PIL import Image
 from running import compose, run
 from torch import Tensor, nn
 
-from coca_lit import assembly
 from coca_lit.callbacks.evaluation import Evaluation
-from coca_lit.config import build
+from coca_lit.compose import assembly
+from coca_lit.compose.config import build
 from coca_lit.data.captions import CachedCaptionDataset, CachedFirstCaptionDataset
 from coca_lit.data.records import DataError, Record
 from coca_lit.data.scenes import VOCABULARY

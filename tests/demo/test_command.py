@@ -9,8 +9,8 @@ import hydra
 import pytest
 
 from coca_lit.checkpoints import save_model
-from coca_lit.command import CONF
-from coca_lit.config import ConfigError
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.scenes import scene_records
 from coca_lit.demo import builtin, cli
 

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 from coca_lit.checkpoints import load_model, save_model
-from coca_lit.command import CONF
-from coca_lit.config import ConfigError
+from coca_lit.compose.command import CONF
+from coca_lit.compose.config import ConfigError
 from coca_lit.data.transforms import build_transform
 from coca_lit.export import cli, open_clip
 from coca_lit.models import create_model

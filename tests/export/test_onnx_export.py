@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from coca_lit.checkpoints import save_model
-from coca_lit.command import CONF
+from coca_lit.compose.command import CONF
 from coca_lit.data.transforms import build_transform
 from coca_lit.export import cli, onnx
 from coca_lit.export.graphs import graphs_of

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.cli import train
-from coca_lit.config import ConfigError
+from coca_lit.compose.config import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.plan.cli import build_without_weights, read_recipe, read_settings, show_plan

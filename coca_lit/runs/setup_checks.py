@@ -24,7 +24,7 @@ def check_strategy(
         auxiliary: whether there are losses with parameters of their own.
         self_critical: whether captions are written in the training step.
     """
-    from coca_lit.sharding import FullySharded
+    from coca_lit.training.sharding import FullySharded
 
     sharded = isinstance(strategy, FullySharded)
     name = strategy if isinstance(strategy, str) else type(strategy).__name__

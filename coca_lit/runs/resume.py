@@ -11,9 +11,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from coca_lit.checkpoint_io import CheckpointError, inspect, newest_valid, step_files
 from coca_lit.data.files import csv_line, point_to, whole_lines, write_whole
 from coca_lit.distributed import say
+from coca_lit.runs.checkpoint_io import CheckpointError, inspect, newest_valid, step_files
 
 RUN_KEY = "coca_lit_run"  # where our checkpoints keep what a run needs to go on: see `coca_lit.callbacks.checkpoint`
 AUTO = "auto"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from coca_lit.config import ConfigError
+from coca_lit.compose.config import ConfigError
 
 Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take a word each, in order
 

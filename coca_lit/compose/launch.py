@@ -7,8 +7,8 @@ import os
 import re
 import time
 
-from coca_lit.config import ConfigError
-from coca_lit.redaction import redact
+from coca_lit.compose.config import ConfigError
+from coca_lit.compose.redaction import redact
 
 LONGEST = 150  # characters; file systems take 255 bytes
 

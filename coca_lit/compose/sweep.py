@@ -23,10 +23,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from coca_lit.config import ConfigError
-from coca_lit.launch import is_first_process, job_folder
-from coca_lit.objective import best_run, headline, lower_is_better
-from coca_lit.redaction import redact
+from coca_lit.compose.config import ConfigError
+from coca_lit.compose.launch import is_first_process, job_folder
+from coca_lit.compose.objective import best_run, headline, lower_is_better
+from coca_lit.compose.redaction import redact
 
 RECORD, ERROR = "job.json", "error.txt"
 IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher", "RayAWSLauncher", "LocalLauncher")

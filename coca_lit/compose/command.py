@@ -16,11 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from coca_lit.arguments import Positional, to_overrides
-from coca_lit.config import ConfigError, EvaluateConfig, TrainConfig, check_hydra, explain_override
-from coca_lit.launch import job_folder, launched_devices, launched_nodes, run_id
-from coca_lit.redaction import redact, redact_configs, redact_overrides
-from coca_lit.sweep import print_sweep
+from coca_lit.compose.arguments import Positional, to_overrides
+from coca_lit.compose.config import ConfigError, EvaluateConfig, TrainConfig, check_hydra, explain_override
+from coca_lit.compose.launch import job_folder, launched_devices, launched_nodes, run_id
+from coca_lit.compose.redaction import redact, redact_configs, redact_overrides
+from coca_lit.compose.sweep import print_sweep
 
 PACKAGE = Path(__file__).resolve().parent
 # In a checkout the configs lie beside the package, in a wheel inside it.
@@ -78,8 +78,8 @@ def user_errors() -> tuple[type[Exception], ...]:
     if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
         return (*errors, FileNotFoundError)
     from coca_lit.callbacks.step_guard import TrainingError
-    from coca_lit.checkpoint_io import CheckpointError
     from coca_lit.data.records import DataError
+    from coca_lit.runs.checkpoint_io import CheckpointError
 
     return (*errors, CheckpointError, DataError, FileNotFoundError, TrainingError)
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.config import blame, build
-from coca_lit.runtime import best_precision
+from coca_lit.compose.config import blame, build
+from coca_lit.compose.runtime import best_precision
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -90,7 +90,7 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     """The trainer with its callbacks, loggers, strategy and precision; `evals` are among its callbacks."""
     from lightning.pytorch.callbacks import Checkpoint
 
-    from coca_lit.setup_checks import check_strategy
+    from coca_lit.runs.setup_checks import check_strategy
 
     callbacks = build_callbacks(cfg, evals)
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
@@ -120,7 +120,7 @@ def build_callbacks(cfg: DictConfig, evals: "list[Evaluation]") -> "list[L.Callb
     last checkpoint, before the final scores.
     """
     from coca_lit.callbacks import Averaging, Checkpoints
-    from coca_lit.resume import decisive
+    from coca_lit.runs.resume import decisive
 
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
@@ -134,7 +134,7 @@ def build_callbacks(cfg: DictConfig, evals: "list[Evaluation]") -> "list[L.Callb
 def build_plugins() -> list[Any]:
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-    from coca_lit.checkpoint_io import SafeCheckpointIO
+    from coca_lit.runs.checkpoint_io import SafeCheckpointIO
 
     # Requeueing is ours: Lightning would save within the signal handler, wherever the step may be.
     under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()

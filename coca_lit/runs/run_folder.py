@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from coca_lit.launch import is_first_process
-from coca_lit.redaction import redact
+from coca_lit.compose.launch import is_first_process
+from coca_lit.compose.redaction import redact
 
 
 def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
@@ -22,7 +22,7 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     """
     if is_first_process():
         from coca_lit.data.files import remove_leftovers, write_whole
-        from coca_lit.resume import CHECKPOINTS, go_on, start_anew
+        from coca_lit.runs.resume import CHECKPOINTS, go_on, start_anew
 
         folder = Path(cfg.output_dir)
         for place in (folder, folder / CHECKPOINTS):
@@ -41,8 +41,8 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
 
     A full disk may have cost the last checkpoint, and a kill the report: then there is.
     """
-    from coca_lit.checkpoint_io import inspect
-    from coca_lit.resume import RUN_KEY
+    from coca_lit.runs.checkpoint_io import inspect
+    from coca_lit.runs.resume import RUN_KEY
 
     folder = Path(cfg.output_dir)
     results, config = folder / "results.json", folder / "config.yaml"
