@@ -13,8 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "coca_lit").rglob("*.py"))
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 ENTRY_POINTS = {
-    *("cli.py", "command.py", "assembly.py", "arguments.py", "config.py", "sweep.py", "redaction.py", "run_folder.py"),
-    *("evaluate.py", "export/cli.py", "demo/cli.py", "apply/caption_cli.py", "apply/search_cli.py", "plan/cli.py"),
+    *(f"compose/{name}.py" for name in ("command", "assembly", "arguments", "config", "sweep", "redaction")),
+    *(
+        "cli.py",
+        "evaluate.py",
+        "runs/run_folder.py",
+        "export/cli.py",
+        "demo/cli.py",
+        "apply/caption_cli.py",
+        "apply/search_cli.py",
+        "plan/cli.py",
+    ),
 }
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.training.optim", "coca_lit.tokenizer", "coca_lit.distributed"),

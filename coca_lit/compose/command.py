@@ -22,7 +22,7 @@ from coca_lit.compose.launch import job_folder, launched_devices, launched_nodes
 from coca_lit.compose.redaction import redact, redact_configs, redact_overrides
 from coca_lit.compose.sweep import print_sweep
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
