@@ -28,7 +28,7 @@ class Meteor:
     instance; ``with Meteor() as meteor`` closes it. ``timeout``: seconds for loading, and slack for each ``score``.
     """
 
-    def __init__(self, timeout: float = 120.0) -> None:
+    def __init__(self, timeout: float = 600.0) -> None:
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
         self.timeout = timeout

@@ -52,25 +52,32 @@ def second_look(
         raise ValueError("only a model with a decoder can read texts beside images (decoder_layers=0)")
     if candidates < 1 or not 0 <= weight <= 1:
         raise ValueError(f"expected 1 or more candidates and a weight from 0 to 1, got {candidates} and {weight}")
-    cosines = image_features @ text_features.T  # (I, T)
-    likely = _likely(cosines, candidates)
-    read = _log_likelihoods(model, records, likely, batch_size, num_workers)  # (I, T), -inf where not read
+    similarity = model.logit_scale.exp().item() * image_features @ text_features.T  # (I, T)
+    read = log_likelihoods(model, records, likely_pairs(similarity, candidates), batch_size, num_workers)
+    return mixed(similarity, read, weight)
+
+
+def mixed(similarity: Tensor, read: Tensor, weight: float) -> Tensor:
+    """What `second_look` gives, of similarities (I, T) and the log-likelihoods (I, T) of the pairs that were read, -inf
+    for the others.
+    """
+    likely = ~read.isneginf()
     informative = read - (read.logsumexp(dim=0) - likely.sum(dim=0).log())
-    similarity = (1 - weight) * model.logit_scale.exp().item() * cosines
+    similarity = (1 - weight) * similarity
     return torch.where(likely, similarity + weight * informative, similarity - NEVER)
 
 
-def _likely(cosines: Tensor, candidates: int) -> Tensor:
-    """Whether the image (I, T) is among the nearest of the text, or the text among those of the image."""
-    images, texts = cosines.shape
-    likely = torch.zeros_like(cosines, dtype=torch.bool)
-    likely.scatter_(0, cosines.topk(min(candidates, images), dim=0).indices, True)
+def likely_pairs(similarity: Tensor, candidates: int) -> Tensor:
+    """Whether (I, T) the image is among the nearest of the text, or the text among those of the image."""
+    images, texts = similarity.shape
+    likely = torch.zeros_like(similarity, dtype=torch.bool)
+    likely.scatter_(0, similarity.topk(min(candidates, images), dim=0).indices, True)
     each = math.ceil(min(candidates, images) * texts / images)
-    return likely.scatter_(1, cosines.topk(each, dim=1).indices, True)
+    return likely.scatter_(1, similarity.topk(each, dim=1).indices, True)
 
 
-def _log_likelihoods(
-    model: CoCa, records: Sequence[Record], likely: Tensor, batch_size: int, num_workers: int
+def log_likelihoods(
+    model: CoCa, records: Sequence[Record], likely: Tensor, batch_size: int = 64, num_workers: int = 0
 ) -> Tensor:
     """log p(text | image) (I, T) where `likely`, -inf elsewhere."""
     tokens = model.tokenizer([caption for record in records for caption in record.captions])  # (T, L)
