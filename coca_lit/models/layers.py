@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import ragged
 from coca_lit.models.layout import Layout
-from coca_lit.models.linear import Linear, linear
+from coca_lit.models.linear import Linear, is_inference, linear
 
 FEW_QUERIES = 16
 
@@ -258,7 +258,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without a mask. For the captions of an image while they are written, plain products on a CPU take from
     a quarter (one, in bf16) of the time of the fused kernel to as much (16, in fp32).
     """
-    if q.shape[2] <= FEW_QUERIES and q.is_cpu and not torch.is_grad_enabled():
+    if is_inference(q) and q.shape[2] <= FEW_QUERIES:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -1,7 +1,6 @@
 """Two parts of timm's vision transformers that are slow on a CPU, computed in other ways with the same parameters."""
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed
 from torch import Tensor, nn
 
