@@ -1,10 +1,10 @@
 """Linear layers at inference on a CPU. Writing captions is reading their weights once per token, for a few rows.
 
-In fp32 PyTorch gives MKL the weights as the right factor. Up to 4 rows MKL is faster with the weights left, unless their
-rows are long. Otherwise oneDNN is faster (error 8e-7 of the largest value), up to 16 rows with the weights left: in
-every call it brings the right factor into the order of its registers, and that had better be the smaller one. In bf16
-PyTorch takes oneDNN. A copy of the weights in oneDNN's order, made while captions are written (`packed_weights`), halves
-the time and takes half of the memory of fp32 weights; a copy in fp32 would take more memory than it is worth.
+In fp32 PyTorch gives MKL the weights as the right factor. Up to 4 rows MKL is faster with the weights left, unless
+their rows are long. Otherwise oneDNN is faster (error 8e-7 of the largest value), up to 16 rows with the weights left:
+in every call it brings the right factor into the order of its registers, and that had better be the smaller one. In
+bf16 PyTorch takes oneDNN. A copy of the weights in oneDNN's order, made while captions are written (`packed_weights`),
+halves the time and takes half of the memory of fp32 weights; a copy in fp32 would take more memory than it is worth.
 
 In ms, for 75 million weights in matrices of the sizes of coca_ViT-B-32; ways that are taken nowhere are in brackets:
 
