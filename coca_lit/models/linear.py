@@ -62,9 +62,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @contextmanager
 def packed_weights(*modules: nn.Module) -> Iterator[None]:
     """Inside, layers of these modules that are in bf16 on a CPU multiply by copies of their weights in oneDNN's order.
-    Nothing may change the weights meanwhile.
+    Nothing may change the weights meanwhile. Blocks can be nested: the inner one takes the copies of the outer.
     """
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Linear)]
+    layers = [layer for layer in layers if layer.packed is None]
     try:
         for layer in layers:
             if layer.weight.is_cpu and layer.weight.dtype == torch.bfloat16 and _onednn_takes(torch.bfloat16):

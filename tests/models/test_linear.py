@@ -79,6 +79,10 @@ def test_only_bf16_is_packed_and_only_while_captions_are_written() -> None:
     model.generate(images, max_length=5)
     model.bfloat16().generate(images, max_length=5)
     assert seen == [False] * (len(seen) // 2) + [True] * (len(seen) // 2)
+    with packed_weights(model):
+        before = vocabulary.packed
+        model.generate(images, max_length=5)
+        assert before is not None and vocabulary.packed is before
     with pytest.raises(KeyError), packed_weights(model):
         raise KeyError
     assert all(layer.packed is None for layer in model.modules() if isinstance(layer, Linear))
