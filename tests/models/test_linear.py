@@ -82,7 +82,8 @@ def test_only_bf16_is_packed_and_only_while_captions_are_written() -> None:
     with packed_weights(model):
         before = vocabulary.packed
         model.generate(images, max_length=5)
-        assert before is not None and vocabulary.packed is before
+        assert before is not None
+        assert vocabulary.packed is before
     with pytest.raises(KeyError), packed_weights(model):
         raise KeyError
     assert all(layer.packed is None for layer in model.modules() if isinstance(layer, Linear))
