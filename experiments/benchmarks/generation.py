@@ -7,8 +7,9 @@ Each engine lives in a process of its own, which imports no other and is where i
 modules, the weights and the writing. The processes take turns, one repetition each, so that a disturbance of the
 machine meets all of them; ratios are taken repetition by repetition.
 As in coca-caption, which writes many batches, bf16 weights are packed before the first and not in each: without that
-add 0.15 to 0.2 s to a batch. Weights are random, so that no caption ends early: all 30 tokens are written. In fp32 the captions must be OpenCLIP's;
-bf16 changes some of random weights, where the best tokens are nearly tied. Rows go to generation.csv.
+add 0.15 to 0.2 s to a batch. Weights are random, so that no caption ends early: all 30 tokens are written. In fp32 the
+captions must be OpenCLIP's; bf16 changes some of random weights, where the best tokens are nearly tied. Rows go to
+generation.csv.
 """
 
 import argparse
