@@ -18,6 +18,7 @@ from coca_lit.apply.writer import Captions, Writer
 from coca_lit.data.seeding import stable_seed
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa
+from coca_lit.models.linear import packed_weights
 from coca_lit.progress import Reporter
 
 
@@ -61,7 +62,7 @@ def caption(
         seed: of sampling.
     """
     captioned, unreadable, inside, start = 0, 0, 0.0, time.perf_counter()
-    with Reporter("captioning") as reporter:
+    with Reporter("captioning") as reporter, packed_weights(model):  # once, not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, reporter, planned)
         for positions, pixels, broken in load_images(plan, model.image_size, num_workers):

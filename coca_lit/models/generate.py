@@ -10,6 +10,7 @@ from torch import Tensor
 from coca_lit.models.beam import BeamSearch
 from coca_lit.models.constraints import Constraints
 from coca_lit.models.decoding import Beginnings, Decoding, Hypotheses, encode_prompts
+from coca_lit.models.linear import packed_weights
 from coca_lit.models.options import Options
 from coca_lit.models.sampling import caption_lengths, greedy, write
 from coca_lit.models.static import StaticDecoding, static_step
@@ -69,15 +70,17 @@ def _write(
     model: "CoCa", image_tokens: Tensor, beginnings: Beginnings, options: Options, min_length: int
 ) -> Hypotheses:
     tokenizer = model.tokenizer
+    assert model.decoder is not None
     decoding = decoding_for(model, image_tokens, beginnings.ids.shape[1])
     constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
     if options.strategy == "beam":
         penalty = 1.0 if options.length_penalty is None else options.length_penalty
-        return BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id).search(
-            decoding, beginnings
-        )
+        search = BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id).search
+        with packed_weights(model.text, model.decoder):
+            return search(decoding, beginnings)
     choose = greedy if options.strategy == "greedy" else options.sampling
-    return write(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
+    with packed_weights(model.text, model.decoder):
+        return write(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
 
 
 def decoding_for(model: "CoCa", image_tokens: Tensor, max_length: int) -> Decoding:

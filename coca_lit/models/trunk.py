@@ -7,11 +7,11 @@ Convolutions keep the channels of a place side by side in memory. Images/s in fp
 """
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, PatchEmbed
 from torch import Tensor, nn
 
 from coca_lit.models import ragged
+from coca_lit.models.linear import Linear, linear
 
 
 class PatchProjection(nn.Conv2d):
@@ -26,7 +26,7 @@ class PatchProjection(nn.Conv2d):
             return super().forward(x)
         patches = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, 3, h, height, w, width)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, h, w, 3 · height · width)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ShortAttention(Attention):
@@ -54,6 +54,8 @@ def use_faster_parts(trunk: nn.Module) -> None:
             module.__class__ = ShortAttention
         elif isinstance(module, nn.Conv2d) and not isinstance(module, PatchProjection):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif type(module) is nn.Linear:
+            module.__class__ = Linear
 
 
 def _is_patchwise(conv: nn.Module) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +72,8 @@ def memory(name: str) -> float:
 
 def open_clip_model(name: str) -> nn.Module:
     """OpenCLIP's model with random weights."""
+    import open_clip  # here, so that a process without it shows how much memory ours takes
+
     torch.manual_seed(0)
     model = open_clip.create_model(name, load_weights=False)
     if hasattr(model, "text_decoder"):

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from torch import nn
 from torch.testing import assert_close
 
-from coca_lit.models import ragged
+from coca_lit.models import linear, ragged
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.trunk import PatchProjection, ShortAttention, use_faster_parts
 
@@ -61,6 +61,17 @@ def test_it_is_used_in_bf16_training_while_probabilities_are_no_larger_than_quer
             assert not spy.called
             encoder.train()(images)
         assert spy.called == short
+
+
+def test_without_gradients_its_linear_layers_choose_their_way_and_give_the_same() -> None:
+    torch.manual_seed(0)
+    encoder = ImageEncoder("vit_base_patch32_clip_224", 40, **VIT).eval()
+    images = torch.randn(2, 3, 40, 40)
+    expected = encoder(images)
+    with torch.no_grad(), mock.patch.object(linear, "_onednn", wraps=linear._onednn) as product:
+        found = encoder(images)
+    assert product.call_count == 1 + 4 * VIT["depth"]  # patches; queries with keys and values, output, MLP
+    assert_close(found, expected)
 
 
 def test_what_it_does_not_know_stays() -> None:
