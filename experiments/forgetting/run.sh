@@ -55,11 +55,11 @@ done
 if [ -n "$root" ]; then
   before=outputs/flickr8k_two_hours/captions_seed0/checkpoints/last.ckpt
   photos=(evals=flickr8k data_dir="$(dirname "$root")")
-  tune() { # NAME OVERRIDES…: four epochs of captions
+  tune() { # NAME OVERRIDES…: two epochs of captions
     local name=flickr8k_$1
     shift
     train "$name" 0 experiment=flickr8k_two_hours trainer=auto data.root="$root" image_weights=null init_from="$before" ema=null \
-      trainer.max_epochs=4 model.optimizer.lr=3e-4 model.warmup_steps=20 model.caption_weight=1 generate=null \
+      trainer.max_epochs=2 model.optimizer.lr=1e-3 model.warmup_steps=10 model.caption_weight=1 generate=null \
       evals.flickr8k_captions.every_n_epochs=0 evals.flickr8k_retrieval.every_n_epochs=0 "$@"
   }
   score flickr8k_before 0 "$before" "${photos[@]}"
