@@ -5,7 +5,7 @@ set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
 runs=outputs/coca_vs_clip
-clip=(+model.net.decoder_layers=0 +model.net.pooler_queries=1)
+clip=(++model.net.decoder_layers=0 ++model.net.pooler_queries=1)
 
 train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2
