@@ -12,9 +12,8 @@ SCORES = {
     "scenes/top1": "zero-shot top-1",
     **{f"scenes/{score}": title for score, title in RECALL.items()},
     **{f"compositional/{score}": f"new pairs: {title}" for score, title in RECALL.items()},
-    "samples/s": "samples/s",
 }
-OF_PHOTOS = {f"flickr8k/{score}": title for score, title in RECALL.items()} | {"samples/s": "samples/s"}
+OF_PHOTOS = {f"flickr8k/{score}": title for score, title in RECALL.items()}
 
 
 def rows(names: dict[str, str]) -> list[Row]:

@@ -9,7 +9,7 @@ NAMES = {
     "parallel": "parallel",
     "cascade": "cascade",
 }
-STUDY = VariantStudy(Path(__file__).with_name("results.csv"), NAMES, SCENE_SCORES | {"samples/s": "samples/s"})
+STUDY = VariantStudy(Path(__file__).with_name("results.csv"), NAMES, SCENE_SCORES)
 tables = STUDY.tables
 
 if __name__ == "__main__":
