@@ -9,7 +9,7 @@ from coca_lit.distributed import rank
 from coca_lit.evals.collect import embed_pairs
 from coca_lit.evals.retrieval import recall_at_k, retrieval_scores
 from coca_lit.evals.sample_data import retrieval_samples
-from coca_lit.evals.second_look import second_look
+from coca_lit.evals.second_look import check_second_look, second_look
 from coca_lit.models import DualEncoder
 
 
@@ -36,6 +36,8 @@ class RetrievalScores(Evaluation):
         rerank_weight: float = 0.5,
     ) -> None:
         super().__init__(name, records, output_dir, batch_size, num_workers, limit, quick, every_n_epochs)
+        if rerank:  # said now, not after the training
+            check_second_look(rerank, rerank_weight)
         self.rerank, self.rerank_weight = rerank, rerank_weight
 
     def scores(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, float]:

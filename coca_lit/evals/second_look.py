@@ -50,11 +50,16 @@ def second_look(
     """
     if model.decoder is None:
         raise ValueError("only a model with a decoder can read texts beside images (decoder_layers=0)")
-    if candidates < 1 or not 0 <= weight <= 1:
-        raise ValueError(f"expected 1 or more candidates and a weight from 0 to 1, got {candidates} and {weight}")
+    check_second_look(candidates, weight)
     similarity = model.logit_scale.exp().item() * image_features @ text_features.T  # (I, T)
     read = log_likelihoods(model, records, likely_pairs(similarity, candidates), batch_size, num_workers)
     return mixed(similarity, read, weight)
+
+
+def check_second_look(candidates: int, weight: float) -> None:
+    """Raises ValueError for no candidates, or a weight that is no share."""
+    if candidates < 1 or not 0 <= weight <= 1:
+        raise ValueError(f"expected 1 or more candidates and a weight from 0 to 1, got {candidates} and {weight}")
 
 
 def mixed(similarity: Tensor, read: Tensor, weight: float) -> Tensor:

@@ -215,11 +215,13 @@ class CoCa(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def log_likelihood(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """log p(text | image) (T,) of texts (T, L), in nats: the sum over all their tokens after the start.
+        """log p(text | image) (T,) of texts (T, L), in nats: the sum over their tokens after the start, but for words
+        that the vocabulary lacks.
 
         Args:
             images: (B, 3, H, W) or tokens of the image encoder (B, S, C); T / B texts side by side for each.
         """
+        self._check_decoder()
         lengths = self._lengths(tokens, lengths)
         out = self(images, tokens, lengths, contrastive=False)
         assert out.labels is not None
@@ -229,12 +231,11 @@ class CoCa(nn.Module):
 
     def read(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
-        if self.decoder is None:
-            raise ValueError("this model was built for retrieval only (decoder_layers=0) and has no decoder")
+        decoder = self._check_decoder()
         lengths = self._lengths(tokens, lengths)
         _, image_tokens = self.pooling(self.image_encoder(images), contrastive=False)
         states, _, layout = self.text(tokens, lengths, contrastive=False)
-        return layout.at(self.decoder(states, image_tokens, layout), lengths - 1)
+        return layout.at(decoder(states, image_tokens, layout), lengths - 1)
 
     @overload
     def generate(
@@ -414,6 +415,11 @@ class CoCa(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keeps the temperature in CLIP's range: a scale between 1 and 100."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def _check_decoder(self) -> Decoder:
+        if self.decoder is None:
+            raise ValueError("this model was built for retrieval only (decoder_layers=0) and has no decoder")
+        return self.decoder
 
     def _lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         if tokens.ndim != 2:

@@ -73,13 +73,12 @@ def _write(
     assert model.decoder is not None
     decoding = decoding_for(model, image_tokens, beginnings.ids.shape[1])
     constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
-    if options.strategy == "beam":
-        penalty = 1.0 if options.length_penalty is None else options.length_penalty
-        search = BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id).search
-        with packed_weights(model.text, model.decoder):
-            return search(decoding, beginnings)
-    choose = greedy if options.strategy == "greedy" else options.sampling
     with packed_weights(model.text, model.decoder):
+        if options.strategy == "beam":
+            penalty = 1.0 if options.length_penalty is None else options.length_penalty
+            search = BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id)
+            return search.search(decoding, beginnings)
+        choose = greedy if options.strategy == "greedy" else options.sampling
         return write(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
 
 

@@ -11,4 +11,8 @@ train() { # NAME EXPERIMENT OVERRIDES…
 }
 train captions_seed0 flickr8k_two_hours
 train rewards_seed0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt
-python experiments/flickr8k_two_hours/report.py $runs/captions_seed0 $runs/rewards_seed0
+reranked=rewards_8beams_reranked_seed0
+[ -s "$runs/$reranked/results.json" ] ||
+  coca-evaluate checkpoint=$runs/rewards_seed0/checkpoints/last.ckpt evals=flickr8k_captions eval_split=val name="flickr8k_two_hours/$reranked" \
+    evals.flickr8k_captions.records.root="$root" 'generate={strategy: beam, num_beams: 8, rerank: contrastive}'
+python experiments/flickr8k_two_hours/report.py $runs/*_seed0

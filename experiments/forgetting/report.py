@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.study import Row, by_variant, numbers, read_rows, report, variants
+from experiments.study import Row, by_variant, numbers, read_rows, renamed, report, variants
 
 RESULTS = Path(__file__).with_name("results.csv")
 NAMES = {
@@ -19,6 +19,7 @@ NAMES = {
     "lora_c0.3": "weight 0.3, LoRA in towers and pooler",
 }
 PHOTOS = "flickr8k_"
+BETWEEN_PHOTOS = {f"c0_wise{share}": f"between before and weight 0, share {share}" for share in (0.25, 0.5, 0.75)}
 SCORES = {"narrated/CIDEr": "CIDEr", "scenes/kept": "R@5 kept"} | {
     f"scenes/{way}_recall@{k}": f"{arrow} R@{k}" for k in (5, 1) for way, arrow in (("t2i", "t→i"), ("i2t", "i→t"))
 }
@@ -47,7 +48,7 @@ def tables() -> dict[str, str]:
     rows = read_rows(RESULTS)
     scenes = with_kept([row for row in rows if not row["run"].startswith(PHOTOS)])
     photos = [row | {"run": row["run"].removeprefix(PHOTOS)} for row in rows if row["run"].startswith(PHOTOS)]
-    named = [row | {"run": row["run"].replace(v, NAMES[v], 1)} for v in NAMES for row in variants(scenes).get(v, [])]
+    named = renamed(scenes, NAMES)
     found = {"forgetting": by_variant(named, SCORES)} if named else {}
     if between := [row for row in scenes if "_wise" in row["run"]]:
         between.sort(key=lambda row: row["run"])
@@ -55,7 +56,9 @@ def tables() -> dict[str, str]:
             [row | {"run": row["run"].replace("_wise", ", share ")} for row in between], SCORES
         )
     if photos:
-        found["forgetting/flickr8k"] = by_variant(with_kept(photos, "flickr8k"), OF_PHOTOS)
+        found["forgetting/flickr8k"] = by_variant(
+            renamed(with_kept(photos, "flickr8k"), NAMES | BETWEEN_PHOTOS), OF_PHOTOS
+        )
     return found
 
 
@@ -72,21 +75,18 @@ def draw() -> None:
         for name, runs in variants(rows).items()
         if not name.startswith(PHOTOS)
     }
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     for end in ("c0", "c0.3"):
         way = ["before", *(f"{end}_wise{i / 10}" for i in range(1, 10)), end]
         line = [places[name] for name in way if name in places]
         if len(line) > 2:  # something between the ends was scored
-            axes.plot(*zip(*line, strict=True), marker=".", label=f"between before and {NAMES[end]}")
-    for name, title in NAMES.items():
+            axes.plot(*zip(*line, strict=True), marker=".", zorder=1, label=f"between before and {NAMES[end]}")
+    for (name, title), marker in zip(NAMES.items(), "oXdsv^<>P", strict=True):
         if name in places:
-            axes.plot(*places[name], "k.")
-            axes.annotate(title, places[name], xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.5)
+            axes.scatter(*places[name], s=50, marker=marker, zorder=2, label=title)
     axes.set(xlabel="CIDEr of the new style", ylabel="recall@5, captions of the old style")
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS.with_name("forgetting.png"), dpi=110)
 
 

@@ -1,4 +1,4 @@
-"""The decoder's second look at retrieval, against a loop over pairs and a hand-worked case."""
+"""The decoder's second look at retrieval, against a loop over pairs and a case worked by hand."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from coca_lit.callbacks import RetrievalScores
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.collect import embed_pairs
 from coca_lit.evals.retrieval import recall_at_k, retrieval_scores
-from coca_lit.evals.second_look import NEVER, second_look
+from coca_lit.evals.second_look import NEVER, mixed, second_look
 
 WEIGHT = 0.4
 
@@ -89,6 +89,22 @@ def test_scores_stand_beside_those_of_the_vectors(tmp_path) -> None:
     assert both == plain | again
 
 
+def test_mixture_by_hand() -> None:
+    similarity = torch.tensor([[3.0, 1.0], [2.0, 4.0]])
+    read = torch.tensor([[0.5, 0.0], [0.25, 0.1]]).log()  # -inf: not read
+    # p(text) is (0.5 + 0.25) / 2 for the first text, 0.1 for the second, which was read with one image only.
+    log = torch.tensor([0.5 / 0.375, 0.25 / 0.375]).log()
+    found = mixed(similarity, read, weight=0.5)
+    expected = torch.tensor([[1.5 + log[0] / 2, 0.5 - NEVER], [1 + log[1] / 2, 2.0]])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("rerank", "weight"), [(-1, 0.5), (16, 2.0)])
+def test_wrong_arguments_are_said_before_training(rerank: int, weight: float) -> None:
+    with pytest.raises(ValueError, match="candidates and a weight"):
+        RetrievalScores("seven", records(), "unused", rerank=rerank, rerank_weight=weight)
+
+
 def test_wrong_arguments() -> None:
     model = make_model()
     images, texts, _ = embed_pairs(model, records())
@@ -98,6 +114,8 @@ def test_wrong_arguments() -> None:
     model.decoder = None
     with pytest.raises(ValueError, match="only a model with a decoder"):
         second_look(model, records(), images, texts, 3, 0.5)
+    with pytest.raises(ValueError, match="built for retrieval only"):
+        model.log_likelihood(torch.zeros(1, 3, 32, 32), model.tokenizer("one"))
     evaluation = RetrievalScores("seven", records(), "unused", rerank=3)
     evaluation.write_json = lambda *_: None
     assert set(evaluation.evaluate(model)) == {
