@@ -59,8 +59,10 @@ def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timeout)
+    os.environ["RANK"] = str(rank)  # as torchrun does: who prepares a run folder asks before there is a group
     try:
         function, arguments = pickle.loads(call)
         return pickle.dumps(function(*arguments))
     finally:
+        del os.environ["RANK"]
         dist.destroy_process_group()
