@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -35,18 +36,23 @@ def tiny_model() -> Callable[..., CoCa]:
 def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
     """`on_ranks(world, function, *arguments)`: what a picklable function returns on each of `world` gloo processes.
 
-    The processes live as long as the test session, each call has a process group of its own.
+    The processes live as long as the test session, each call has a process group of its own. A process has the same
+    rank in all of them: PyTorch remembers how large a rank's parts are by the mesh and not by the rank.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["coca_lit.lit_module", "coca_lit.evals.collect"])  # imported once for all of them
 
-    # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
-    with ProcessPoolExecutor(3, context, initializer=set_start_method, initargs=("fork", True)) as pool:
+    with ExitStack() as stack:
+        # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
+        ranks = [
+            stack.enter_context(ProcessPoolExecutor(1, context, initializer=set_start_method, initargs=("fork", True)))
+            for _ in range(3)
+        ]
 
         def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
             store = tmp_path_factory.mktemp("group") / "store"
             call = pickle.dumps((function, arguments))  # as bytes: tensors would otherwise travel as open files
-            futures = [pool.submit(_on_rank, rank, world, store, call) for rank in range(world)]
+            futures = [ranks[rank].submit(_on_rank, rank, world, store, call) for rank in range(world)]
             wait(futures, timeout=120, return_when=FIRST_EXCEPTION)  # the others then wait for that one in vain
             failed = [future for future in futures if future.done() and future.exception()]
             return [pickle.loads(future.result(timeout=120)) for future in [*failed, *futures]][len(failed) :]
@@ -55,7 +61,6 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 
 
 def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
-    """No process takes two ranks of a group, because each waits here for all others."""
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timeout)
