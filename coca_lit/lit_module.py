@@ -38,7 +38,7 @@ class CoCaLit(L.LightningModule):
         label_smoothing: share of every target of the caption loss that is spread over the vocabulary; in training only.
         self_critical: trains captions by their CIDEr-D instead of the caption loss, whose weight it then has.
         contrastive: which contrastive loss, softmax or siglip: that of the network.
-        freeze: further parts of the network that stay as they are, e.g. `image_encoder`.
+        freeze: further parts of the network that stay as they are, see `CoCa.freeze`.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
         compile: run the transformer blocks through `torch.compile`.

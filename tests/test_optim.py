@@ -78,6 +78,17 @@ def test_no_empty_group() -> None:
     assert len(adamw(layer, lr=1e-3).param_groups) == 1
 
 
+def test_the_image_encoder_learns_more_slowly(tiny_model: Build) -> None:
+    model = tiny_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    for options, top in (({}, 2.0), ({"layer_decay": 0.5}, 1.0)):
+        optimizer = adamw(model, lr=8.0, image_factor=0.25, **options)
+        rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert max(rate for name, rate in rates.items() if name.startswith("image_encoder.")) == top
+        assert rates["decoder.vocabulary.weight"] == 8
+        assert rates["text.blocks.1.attention.qkv.weight"] == (4 if options else 8)
+
+
 def test_learning_rates_fall_from_layer_to_layer(tiny_model: Build) -> None:
     """Exponents by hand: 1 for the last layer of a tower, one more for each before it, the embeddings last."""
     deep = VIT | {"image_encoder_args": VIT["image_encoder_args"] | {"depth": 2}}  # type: ignore[operator]

@@ -31,8 +31,8 @@ class CaptionData(LightningDataModule):
         train_split, val_split: names that `records` understands; no validation if `val_split` is None.
         text: files of texts without images, see `read_texts`; None for none.
         text_every: every so many-th batch is one of texts, 1 for all of them.
-        cache_views: encode so many views of every training image once, with a frozen image encoder, and train on those;
-            see `coca_lit.data.views`. 0 encodes images anew in every step.
+        cache_views: encode so many views of every training image once, as far as the image encoder is frozen, and train
+            on those; see `coca_lit.data.views`. 0 encodes images anew in every step.
         cache_dir: where they are kept, for all runs.
     """
 
@@ -107,7 +107,7 @@ class CaptionData(LightningDataModule):
             return
         assert self.trainer is not None
         assert self.cache_dir is not None
-        encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder
+        encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder.frozen_part()
         precision, plain = self.trainer.precision_plugin, build_transform(size=self.image_size)
         context = (precision.forward_context, precision.precision)
         views = Views(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)

@@ -1,4 +1,5 @@
-"""Image tokens of a frozen encoder, computed once: training then skips the encoder, most of a small captioner's work.
+"""What the frozen stages of an image encoder give, computed once: training then skips them, most of the work of a small
+captioner.
 
 What is lost is fresh augmentation in every epoch, so several views of each image can be encoded: the image itself, its
 mirror image, then random crops. Every view is one memory-mapped file in fp16, whole or not there, so a run that is
@@ -41,7 +42,7 @@ class Views:
 
     Args:
         folder: where the folders of all encoders lie; every process of a run must see the same.
-        encoder: pixels (B, 3, H, W) -> tokens (B, S, C); frozen.
+        encoder: pixels (B, 3, H, W) -> tokens (B, S, C); frozen, and all or the beginning of the network's.
         plain: what an evaluation does to an image.
         crop: what training does to it.
         precision: makes the context in which the encoder runs while training, such as autocast.
@@ -61,7 +62,7 @@ class Views:
         if any(p.requires_grad for p in encoder.parameters()):
             raise DataError(
                 "data.cache_views keeps what the image encoder gives, but this one is trained and will give something "
-                "else: freeze it (model.freeze=[image_encoder]) or set data.cache_views=0"
+                "else: freeze it (model.freeze=[image_encoder]), or its first stages, or set data.cache_views=0"
             )
         tensors = chain(encoder.named_parameters(), encoder.named_buffers())
         about = (repr(encoder), _describe(plain), _describe(crop), seed, name_of_precision)

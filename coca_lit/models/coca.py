@@ -7,6 +7,7 @@ tokens ─ TextTower ───────────────────�
 """
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, Unpack, get_args, overload
 
 import torch
@@ -162,8 +163,8 @@ class CoCa(nn.Module):
 
         Args:
             images: (B, 3, H, W), uint8, or float that is normalised already; or tokens (B, S, C) that the image encoder
-                gave before. None: texts alone, which have no features; the decoder reads them without its cross
-                blocks, that is, as a language model.
+                or its `frozen_part` gave before. None: texts alone, which have no features; the decoder reads them
+                without its cross blocks, that is, as a language model.
             tokens: (B, L) ids, padded at the end to any L. Without the contrastive part there may be several texts of
                 each image, side by side.
             lengths: (B,) number of real tokens; found from the trailing pads if not given.
@@ -349,14 +350,14 @@ class CoCa(nn.Module):
         self.static_step = torch.compile(static_step, fullgraph=True, **options)
 
     def freeze(self, *names: str) -> list[str]:
-        """Stops the training of all parameters that start with one of `names`, for good, and returns their names.
+        """Stops the training of the modules and parameters called `names`, for good, and returns the parameters.
+
+        A name may be a pattern: `image_encoder.trunk.blocks.[0-4]` are five stages.
 
         Whole modules also stay in evaluation mode, so that batch norms keep their statistics and dropout stays off.
         """
-        parameters = [
-            (n, p) for n, p in self.named_parameters() if any(n == name or n.startswith(f"{name}.") for name in names)
-        ]
-        if unknown := [name for name in names if not any(n == name or n.startswith(f"{name}.") for n, _ in parameters)]:
+        parameters = [(n, p) for n, p in self.named_parameters() if any(_is_part(n, name) for name in names)]
+        if unknown := [name for name in names if not any(_is_part(n, name) for n, _ in parameters)]:
             parts = ", ".join(name for name, _ in self.named_children())
             raise ValueError(f"nothing in the model is called {', '.join(unknown)}; parts that can be frozen: {parts}")
         for _, parameter in parameters:
@@ -368,7 +369,7 @@ class CoCa(nn.Module):
     def train(self, mode: bool = True) -> "CoCa":
         super().train(mode)
         for name, module in self.named_modules():
-            if name in self._frozen:
+            if any(fnmatchcase(name, pattern) for pattern in self._frozen):
                 module.eval()
         return self
 
@@ -430,6 +431,10 @@ class CoCa(nn.Module):
                 f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}"
             )
         return lengths
+
+
+def _is_part(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:

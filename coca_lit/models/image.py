@@ -3,6 +3,8 @@ the two tasks.
 """
 
 import difflib
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,20 +14,38 @@ from torch import Tensor, nn
 
 from coca_lit.models.batch_norm import use_global_batch_norms
 from coca_lit.models.layers import AttentionalPooler
-from coca_lit.models.trunk import use_faster_parts
+from coca_lit.models.trunk import stages, use_faster_parts
 
 Pooler = Literal["single", "parallel", "cascade"]
+
+
+class Normalise(nn.Module):
+    """uint8 pixels -> what the encoder was trained on, with its mean and deviation per channel; floats count as
+    normalised already.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) -> (B, 3, H, W)"""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
+        if images.dtype != torch.uint8:
+            return images.to(self.mean.dtype)
+        return (images.to(self.mean.dtype, memory_format=torch.contiguous_format) / 255 - self.mean) / self.std
 
 
 class ImageEncoder(nn.Module):
     """A timm model without its head: pixels -> tokens (B, S, width), S = H·W for the grid of a convolutional net.
 
-    uint8 pixels are normalised here, on the device, with the mean and deviation that timm lists for the model; floats
-    count as normalised already.
+    uint8 pixels are normalised here, on the device, with the mean and deviation that timm lists for the model.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
         super().__init__()
@@ -37,9 +57,7 @@ class ImageEncoder(nn.Module):
         trunk: Any = self._build()  # each family of timm has its own class
         self.trunk = trunk
         self.width: int = trunk.head_hidden_size
-        config = trunk.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise(trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"])
 
     @property
     def prefix_tokens(self) -> int:
@@ -53,22 +71,53 @@ class ImageEncoder(nn.Module):
         self.trunk.load_state_dict(self._build().state_dict())
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> tokens (B, S, width). What came out of here before is taken as it is."""
-        if images.ndim == 3 and images.is_floating_point() and images.shape[2] == self.width:
-            return images.to(self.mean.dtype)
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
-        if images.dtype == torch.uint8:
-            images = images.to(self.mean.dtype, memory_format=torch.contiguous_format)
-            images = (images / 255 - self.mean) / self.std
-        features = self.trunk(
-            images.to(self.mean.dtype)
-        )  # all of it: in some families the head holds the last norm or convolution
-        if features.ndim == 3:
-            return features
-        if getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":
-            return features.flatten(1, 2)
-        return features.flatten(2).transpose(1, 2)
+        """images (B, 3, H, W) -> tokens (B, S, width). What came out of here before is taken as it is; what came out of
+        `frozen_part` goes through the rest.
+        """
+        if images.ndim == 3 and images.is_floating_point():
+            tokens = images.to(self.normalise.mean.dtype)
+            return tokens if tokens.shape[2] == self.width else self._rest(tokens)
+        features = self.trunk(self.normalise(images))  # all of it: in some families the head holds the last norm
+        return _tokens(features, getattr(self.trunk, "output_fmt", "NCHW") == "NHWC")
+
+    def frozen_part(self) -> nn.Module:
+        """What need not be computed anew for an image while the rest is trained: images (B, 3, H, W) -> tokens
+        (B, S, C). It shares its parameters with the encoder, and is the encoder itself if that is frozen or trained as
+        a whole.
+        """
+        count = self._frozen_stages()
+        return FrozenStages(self, count) if 0 < count < len(stages(self.trunk)) else self
+
+    def _rest(self, tokens: Tensor) -> Tensor:
+        """What `frozen_part` gave (B, S, C), through the stages after it."""
+        rest, side = stages(self.trunk)[self._frozen_stages() :], math.isqrt(tokens.shape[1])
+        if not 0 < len(rest) < len(stages(self.trunk)):
+            raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(tokens.shape)}")
+        return _tokens(nn.Sequential(*rest)(tokens.transpose(1, 2).unflatten(2, (side, side))))  # (B, C, h, w) inside
+
+    def _frozen_stages(self) -> int:
+        """Number of stages before the first one that is trained."""
+        trained = [any(p.requires_grad for p in stage.parameters()) for stage in stages(self.trunk)]
+        return [*trained, True].index(True)
+
+
+class FrozenStages(nn.Module):
+    """The first stages of an encoder: pixels (B, 3, H, W) -> what the next one takes, as tokens (B, H'·W', C)."""
+
+    def __init__(self, encoder: ImageEncoder, count: int) -> None:
+        super().__init__()
+        self.normalise = encoder.normalise
+        self.stages = nn.Sequential(*stages(encoder.trunk)[:count])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _tokens(self.stages(self.normalise(images)))
+
+
+def _tokens(features: Tensor, channels_last: bool = False) -> Tensor:
+    """Tokens (B, S, C) as they are, grids (B, C, H, W) or (B, H, W, C) as tokens."""
+    if features.ndim == 3:
+        return features
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
 
 def _timm_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:

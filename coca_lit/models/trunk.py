@@ -1,4 +1,5 @@
-"""Parts of timm's encoders that are slow on a CPU, computed in other ways with the same parameters.
+"""What is to be known of timm's encoders from the inside: which stages they have, and which parts are slow on a CPU and
+are computed in other ways with the same parameters.
 
 Convolutions keep the channels of a place side by side in memory. Images/s in fp32 on one core of an AMD EPYC:
 
@@ -8,6 +9,8 @@ Convolutions keep the channels of a place side by side in memory. Images/s in fp
 
 import torch
 from timm.layers import Attention, PatchEmbed
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from coca_lit.models import ragged
@@ -56,6 +59,15 @@ def use_faster_parts(trunk: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         elif type(module) is nn.Linear:
             module.__class__ = Linear
+
+
+def stages(trunk: nn.Module) -> list[nn.Module]:
+    """The modules that pixels go through one after the other; the trunk alone if its family does more than that."""
+    if isinstance(trunk, EfficientNet):
+        return [trunk.conv_stem, trunk.bn1, *trunk.blocks, trunk.conv_head, trunk.bn2]
+    if isinstance(trunk, ResNet):
+        return [trunk.conv1, trunk.bn1, trunk.act1, trunk.maxpool, *(getattr(trunk, f"layer{i}") for i in range(1, 5))]
+    return [trunk]
 
 
 def _is_patchwise(conv: nn.Module) -> bool:

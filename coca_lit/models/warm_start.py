@@ -93,5 +93,5 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
     for tower, there, here in heads:
         if there != here:
             raise ValueError(f"the {tower} has {here} heads in the model and {there} in the CLIP")
-    if not torch.equal(clip.image_encoder.mean, model.image_encoder.mean):
+    if not torch.equal(clip.image_encoder.normalise.mean, model.image_encoder.normalise.mean):
         raise ValueError("the CLIP was trained on images that are normalised in another way than the model's")

@@ -19,6 +19,7 @@ def adamw(
     eps: float = 1e-6,
     weight_decay: float = 0.2,
     layer_decay: float = 1.0,
+    image_factor: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of a module.
 
@@ -27,6 +28,7 @@ def adamw(
     Args:
         layer_decay: factor of the learning rate from each layer of a tower to the one below it, as for BEiT (Bao et al.
             2021): the last layer learns with lr · layer_decay, what stands on the towers with lr.
+        image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.
 
     Raises:
         ValueError: a number is out of range, or everything is frozen.
@@ -34,18 +36,20 @@ def adamw(
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    if isinstance(layer_decay, bool) or not isinstance(layer_decay, int | float) or not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be a number above 0 and at most 1, got {layer_decay!r}")
+    for name, value in (("layer_decay", layer_decay), ("image_factor", image_factor)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f"{name} must be a number above 0 and at most 1, got {value!r}")
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("nothing is left to train: all parameters are frozen; check model.freeze and the loss weights")
     depth = depths(module) if layer_decay != 1 else {}
-    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, p in trainable.items():
-        groups.setdefault((decays(name, p), depth.get(name, 0)), []).append(p)
+        factor = layer_decay ** depth.get(name, 0) * (image_factor if name.startswith("image_encoder.") else 1)
+        groups.setdefault((decays(name, p), factor), []).append(p)
     settings = [
-        {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0, "lr": lr * layer_decay ** key[1]}
-        for key in sorted(groups, key=lambda key: (not key[0], key[1]))
+        {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0, "lr": lr * key[1]}
+        for key in sorted(groups, reverse=True)
     ]
     # One kernel for all parameters: 4.5 times as fast as PyTorch's default on a CPU, with the same result.
     return torch.optim.AdamW(settings, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)

@@ -102,7 +102,9 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch:
 
 
 def test_an_encoder_that_is_trained_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"freeze it \(model.freeze=\[image_encoder\]\) or set data.cache_views=0"):
+    with pytest.raises(
+        DataError, match=r"freeze it \(model.freeze=\[image_encoder\]\), or its first stages, or set data.cache_views=0"
+    ):
         views(tmp_path, Encoder().requires_grad_(True))
 
 
@@ -170,15 +172,17 @@ def metrics(folder: Path) -> dict[str, list[float]]:
     return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if name.endswith("_loss")}
 
 
-def test_a_cached_run_trains_as_one_that_encodes(tmp_path: Path) -> None:
-    cache = f"data.cache_dir={tmp_path}/views"
+@pytest.mark.parametrize("frozen", ["image_encoder", "image_encoder.trunk.*1,image_encoder.trunk.layer2"])
+def test_a_cached_run_trains_as_one_that_encodes(frozen: str, tmp_path: Path) -> None:
+    """All of the encoder is frozen, or the convolution and norm at its beginning and two of its four layers."""
+    cache = (f"data.cache_dir={tmp_path}/views", f"model.freeze=[{frozen}]")
     for name, views in (("plain", 0), ("cached", 1)):
-        run(tmp_path / name, *SHORT, f"data.cache_views={views}", cache)
+        run(tmp_path / name, *SHORT, f"data.cache_views={views}", *cache)
     plain, cached = metrics(tmp_path / "plain"), metrics(tmp_path / "cached")
     assert len(plain["train/caption_loss"]) == 6
     assert plain.keys() == cached.keys() >= {"val/contrastive_loss", "val/caption_loss"}
     for name, values in plain.items():
-        assert cached[name] == pytest.approx(values, rel=2e-3)
+        assert cached[name] == pytest.approx(values, rel=5e-3)
         assert cached[name] != values
 
 

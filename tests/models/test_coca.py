@@ -371,6 +371,43 @@ def test_frozen_encoder_keeps_its_batch_norm_statistics(tiny_model: Build) -> No
     assert model.decoder.training
 
 
+FIRST_STAGES = {
+    "resnet10t": ("image_encoder.trunk.conv1", "image_encoder.trunk.bn1", "image_encoder.trunk.layer[12]"),
+    "tf_efficientnet_lite0": (
+        "image_encoder.trunk.conv_stem",
+        "image_encoder.trunk.bn1",
+        "image_encoder.trunk.blocks.[0-4]",
+    ),
+}
+
+
+@pytest.mark.parametrize("encoder", FIRST_STAGES)
+def test_frozen_stages_are_computed_once_and_the_others_are_trained(tiny_model: Build, encoder: str) -> None:
+    model = tiny_model(image_encoder=encoder, image_encoder_args={}, image_size=64)
+    frozen = set(model.freeze(*FIRST_STAGES[encoder]))
+    model.train()
+    images, texts = pixels(model, 2), captions(model, [4, 4])
+    model.image_encoder.eval()
+    expected = model.image_encoder(images)
+    beginning = model.image_encoder.frozen_part()
+    assert {f"image_encoder.{name}" for name, _ in model.image_encoder.named_parameters()} > frozen
+    assert len(list(beginning.parameters())) == len(frozen)
+    kept = beginning(images)
+    assert kept.shape[2] < expected.shape[2]
+    torch.testing.assert_close(model.image_encoder(kept), expected)
+    model.train()
+    losses(model(kept, texts)).backward()
+    trained = {name for name, p in model.image_encoder.named_parameters() if p.grad is not None}
+    assert {f"image_encoder.{name}" for name in trained}.isdisjoint(frozen)
+    assert len(trained) + len(frozen) == len(list(model.image_encoder.parameters()))
+
+
+def test_an_encoder_of_one_piece_has_no_frozen_part(tiny_model: Build) -> None:
+    model = tiny_model(image_encoder="vit_tiny_patch16_224", image_encoder_args={"depth": 2})
+    model.freeze("image_encoder.trunk.blocks.0")
+    assert model.image_encoder.frozen_part() is model.image_encoder
+
+
 def test_single_parameters_can_be_frozen(tiny_model: Build) -> None:
     model = tiny_model().train()
     assert model.freeze("text.cls_embedding", "logit_scale") == ["logit_scale", "text.cls_embedding"]
