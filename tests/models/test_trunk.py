@@ -1,5 +1,6 @@
 """The vision transformer computes what timm's and OpenCLIP's compute, in other ways."""
 
+import copy
 from unittest import mock
 
 import open_clip
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 from coca_lit.models import linear, ragged
 from coca_lit.models.image import ImageEncoder
-from coca_lit.models.trunk import PatchProjection, ShortAttention, use_faster_parts
+from coca_lit.models.trunk import DEPTHWISE, PatchProjection, ShortAttention, use_faster_parts
 
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -111,3 +112,33 @@ def test_convolutions_with_channels_last_are_those_of_timm(name: str) -> None:
     expected.square().mean().backward()
     for ours, theirs in zip(encoder.trunk.parameters(), plain.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto"])
+def test_depthwise_convolutions_are_trained_in_fp32(name: str) -> None:
+    """Under autocast to bf16: no farther from fp32 than timm's, and what is not trained stays in bf16."""
+    torch.manual_seed(0)
+    plain = next(
+        module
+        for module in timm.create_model(name).modules()
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.stride == (1, 1)
+    )
+    fast = copy.deepcopy(plain)
+    fast.__class__ = DEPTHWISE[type(plain)]
+    x = torch.randn(2, plain.in_channels, 12, 12)
+    exact = plain(x)
+    exact_gradient = torch.autograd.grad(exact.square().sum(), plain.weight)[0]
+    distances = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        for way, module in (("plain", plain), ("fast", fast)):
+            out = module(x)
+            gradient = torch.autograd.grad(out.float().square().sum(), module.weight)[0]
+            distances[way] = (out - exact).norm(), (gradient - exact_gradient).norm()
+        with torch.no_grad():
+            assert fast(x).dtype == torch.bfloat16
+            assert_close(fast(x), plain(x))
+    assert all(ours <= theirs for ours, theirs in zip(distances["fast"], distances["plain"], strict=True))
+    assert distances["fast"][0] < 1e-6 * exact.norm()
+    for module in (plain, fast):
+        module.bfloat16()
+    torch.testing.assert_close(fast(x.bfloat16()), plain(x.bfloat16()))
