@@ -34,6 +34,8 @@ CAPTION = OVERLAP | STATISTICS | {"CLIPScore", "RefCLIPScore"}
 ZERO_SHOT = {"top1", "top5", "mean_per_class_recall"}
 RETRIEVAL = {f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)} | {"t2i_median_rank", "i2t_median_rank"}
 CLIP = ("+model.net.decoder_layers=0", "+model.net.pooler_queries=1")
+# An untrained encoder of the experiment, in place of the tiny one.
+FEW_PHOTOS = ("image_weights=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8")
 
 
 def named(name: str, *scores: set[str]) -> set[str]:
@@ -200,8 +202,7 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
         *((name, ()) for name in ("finetune_vqa", "scenes_vqa", "scenes_image_decoder")),
         ("clip_b32", CLIP),
         ("flickr8k", ("image_weights=null", "model.freeze=[]")),
-        ("flickr8k_two_hours", ("image_weights=null", "data.train_count=8", "data.batch_size=8")),
-        ("scst_flickr8k", ("image_weights=null", "data.train_count=8", "data.batch_size=8")),
+        *((name, FEW_PHOTOS) for name in ("flickr8k_two_hours", "scst_flickr8k")),
     ],
 )
 def test_any_experiment_runs_on_scenes(tmp_path: Path, experiment: str, extra: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ def configure_libraries(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     # Lightning's notices would drown ours; its warnings stay, but for those that a user need not act on.
@@ -32,7 +32,7 @@ def configure_libraries(threads: int | None) -> None:
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Blocks that are freed stay with the process. glibc hands large ones back to the kernel, which has to clear them
     anew in the next step: up to half of the time of a convolutional encoder on a CPU.
     """
