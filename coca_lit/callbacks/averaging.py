@@ -4,16 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class Averaging(EMAWeightAveraging):
-    """Lightning's exponential average, in place of the trained weights in every score, checkpoint and at the end."""
+class Averaging(WeightAveraging):
+    """An exponential average of the weights after every step, in place of the trained weights in every score, checkpoint and at the end."""
 
     def __init__(self, decay: float) -> None:
         # Buffers follow the trained model. Averaged, constants such as the mean of the pixels would drift by rounding,
         # and those are not in checkpoints: a resumed run would score images that are normalised differently.
-        super().__init__(decay=decay, use_buffers=False)
+        # `average + (1 - decay) · (weight - average)` leaves frozen weights as they are; with Lightning's own function,
+        # `decay · average + (1 - decay) · weight`, they would drift as well.
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     @contextmanager
     def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
