@@ -170,6 +170,14 @@ def test_averaged_weights_are_scored_and_saved(tmp_path: Path) -> None:
     assert not torch.allclose(average["image_projection.weight"], steps[-1]["image_projection.weight"])
 
 
+def test_averages_of_frozen_weights_are_those_weights(tmp_path: Path) -> None:
+    frozen: list[dict[str, Tensor]] = []
+    watch = AfterStep(lambda net, _: frozen.append(tensors(net)))
+    net = fit(tmp_path, "ema=0.9", "model.freeze=[text]", watch=watch).net
+    for name, weight in net.text.named_parameters():
+        assert torch.equal(weight, frozen[0][f"text.{name}"]), name
+
+
 class ScaleScore(Evaluation):
     """The temperature as a score; also its value after every step."""
 

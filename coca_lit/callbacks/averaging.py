@@ -9,7 +9,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Averaging(WeightAveraging):
-    """An exponential average of the weights after every step, in place of the trained weights in every score, checkpoint and at the end."""
+    """An exponential average of the weights, in place of the trained weights in every score, checkpoint and at the
+    end.
+    """
 
     def __init__(self, decay: float) -> None:
         # Buffers follow the trained model. Averaged, constants such as the mean of the pixels would drift by rounding,
