@@ -7,6 +7,6 @@ for data in scenes compositional; do
   python experiments/second_look/weights.py $data outputs/demo_seed0/checkpoints/last.ckpt
 done
 if [ -n "$root" ]; then
-  python experiments/second_look/weights.py flickr8k outputs/flickr8k_two_hours/captions_seed0/checkpoints/last.ckpt --root "$root" --candidates 8
+  python experiments/second_look/weights.py flickr8k outputs/flickr8k_two_hours/frozen_captions_seed0/checkpoints/last.ckpt --root "$root" --candidates 8
 fi
 python experiments/second_look/report.py
