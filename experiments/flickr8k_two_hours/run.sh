@@ -11,9 +11,9 @@ train() { # NAME EXPERIMENT OVERRIDES…
 }
 train captions_seed0 flickr8k_two_hours
 train rewards_seed0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt
-reranked=rewards_8beams_reranked_seed0
+reranked=captions_8beams_reranked_seed0
 [ -s "$runs/$reranked/results.json" ] ||
-  coca-evaluate checkpoint=$runs/rewards_seed0/checkpoints/last.ckpt evals=flickr8k eval_split=val name="flickr8k_two_hours/$reranked" rerank=8 \
+  coca-evaluate checkpoint=$runs/captions_seed0/checkpoints/last.ckpt evals=flickr8k eval_split=val name="flickr8k_two_hours/$reranked" rerank=8 \
     evals.flickr8k_captions.records.root="$root" evals.flickr8k_retrieval.records.root="$root" 'generate={strategy: beam, num_beams: 8, rerank: contrastive}'
 
 # The first attempt, with all of a smaller encoder frozen
