@@ -202,7 +202,7 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
         *((name, ()) for name in ("finetune_vqa", "scenes_vqa", "scenes_image_decoder")),
         ("clip_b32", CLIP),
         ("flickr8k", ("image_weights=null", "model.freeze=[]")),
-        *((name, FEW_PHOTOS) for name in ("flickr8k_two_hours", "scst_flickr8k")),
+        *((name, FEW_PHOTOS) for name in ("flickr8k_two_hours", "flickr8k_frozen", "scst_flickr8k")),
     ],
 )
 def test_any_experiment_runs_on_scenes(tmp_path: Path, experiment: str, extra: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ from experiments.study import EXPERIMENTS, Row, by_variant, draw_variants, read_
 
 RESULTS = Path(__file__).with_name("results.csv")
 NAMES = {"clip": "CLIP", "coca": "CoCa"}
-PHOTOS = {"flickr8k_clip": "CLIP", "captions": "CoCa"}  # CoCa's run is that of the study of photos
+PHOTOS = {"flickr8k_clip": "CLIP", "frozen_captions": "CoCa"}  # CoCa's run is that of the study of photos
 RECALL = {"t2i_recall@1": "text to image R@1", "i2t_recall@1": "image to text R@1"}
 SCORES = {
     "scenes/top1": "zero-shot top-1",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. With the folder also the CLIP of photos, one seed; its
-# CoCa is the first run of experiments/flickr8k_two_hours.
+# CoCa is the frozen run of experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
@@ -20,7 +20,7 @@ for seed in ${SEEDS:-0 1 2}; do
 done
 
 if [ -n "$root" ]; then
-  train flickr8k_clip 0 experiment=flickr8k_two_hours trainer=auto data.root="$root" evals=flickr8k_retrieval "${clip[@]}" \
+  train flickr8k_clip 0 experiment=flickr8k_frozen trainer=auto data.root="$root" evals=flickr8k_retrieval "${clip[@]}" \
     evals.flickr8k_retrieval.records.root="$root" evals.flickr8k_retrieval.every_n_epochs=10
 fi
 python experiments/coca_vs_clip/report.py "$runs"/*_seed*

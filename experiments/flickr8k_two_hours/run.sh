@@ -17,7 +17,7 @@ reranked=captions_8beams_reranked_seed0
     evals.flickr8k_captions.records.root="$root" evals.flickr8k_retrieval.records.root="$root" 'generate={strategy: beam, num_beams: 8, rerank: contrastive}'
 
 # The first attempt, with all of a smaller encoder frozen
-frozen=(image_weights=efficientnet_lite0 model.net.image_encoder=tf_efficientnet_lite0 model.net.pooler=single 'model.freeze=[image_encoder]' data.cache_views=4)
-train frozen_captions_seed0 flickr8k_two_hours "${frozen[@]}" model.net.dropout=0.2 trainer.max_epochs=40
-train frozen_rewards_seed0 scst_flickr8k "${frozen[@]}" trainer.max_epochs=2 init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt
+train frozen_captions_seed0 flickr8k_frozen
+train frozen_rewards_seed0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt data.cache_views=4 \
+  image_weights=efficientnet_lite0 model.net.image_encoder=tf_efficientnet_lite0 model.net.pooler=single 'model.freeze=[image_encoder]'
 python experiments/flickr8k_two_hours/report.py $runs/*_seed0

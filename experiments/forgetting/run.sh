@@ -53,12 +53,12 @@ for seed in ${SEEDS:-0 1 2}; do
 done
 
 if [ -n "$root" ]; then
-  before=outputs/flickr8k_two_hours/captions_seed0/checkpoints/last.ckpt
+  before=outputs/flickr8k_two_hours/frozen_captions_seed0/checkpoints/last.ckpt
   photos=(evals=flickr8k data_dir="$(dirname "$root")")
   tune() { # NAME OVERRIDES…: two epochs of captions
     local name=flickr8k_$1
     shift
-    train "$name" 0 experiment=flickr8k_two_hours trainer=auto data.root="$root" image_weights=null init_from="$before" ema=null \
+    train "$name" 0 experiment=flickr8k_frozen trainer=auto data.root="$root" image_weights=null init_from="$before" ema=null \
       trainer.max_epochs=2 model.optimizer.lr=1e-3 model.warmup_steps=10 model.caption_weight=1 generate=null \
       evals.flickr8k_captions.every_n_epochs=0 evals.flickr8k_retrieval.every_n_epochs=0 "$@"
   }
