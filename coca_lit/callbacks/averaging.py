@@ -14,10 +14,8 @@ class Averaging(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        # Buffers follow the trained model. Averaged, constants such as the mean of the pixels would drift by rounding,
-        # and those are not in checkpoints: a resumed run would score images that are normalised differently.
-        # `average + (1 - decay) · (weight - average)` leaves frozen weights as they are; with Lightning's own function,
-        # `decay · average + (1 - decay) · weight`, they would drift as well.
+        # Buffers follow the trained model. The average is `average + (1 - decay) · (weight - average)`, which leaves
+        # frozen weights as they are; as `decay · average + (1 - decay) · weight`, Lightning's own, they would drift.
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     @contextmanager

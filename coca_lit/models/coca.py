@@ -362,14 +362,14 @@ class CoCa(nn.Module):
             raise ValueError(f"nothing in the model is called {', '.join(unknown)}; parts that can be frozen: {parts}")
         for _, parameter in parameters:
             parameter.requires_grad_(False)
-        self._frozen.update(names)
+        self._frozen.update(n for n, _ in self.named_modules() if any(fnmatchcase(n, name) for name in names))
         self.train(self.training)
         return [name for name, _ in parameters]
 
     def train(self, mode: bool = True) -> "CoCa":
         super().train(mode)
         for name, module in self.named_modules():
-            if any(fnmatchcase(name, pattern) for pattern in self._frozen):
+            if name in self._frozen:
                 module.eval()
         return self
 

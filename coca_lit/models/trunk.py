@@ -1,10 +1,8 @@
 """What is to be known of timm's encoders from the inside: which stages they have, and which parts are slow on a CPU and
 are computed in other ways with the same parameters.
 
-Convolutions keep the channels of a place side by side in memory. Images/s in fp32 on one core of an AMD EPYC:
-
-    resnet10t, 32 px               642 → 771 in training, 2,045 → 3,204 without gradient
-    tf_efficientnet_lite0, 224 px    7 → 11 in training,     37 → 62 without gradient
+Convolutions keep the channels of a place side by side in memory; what that and the rest are worth is measured in
+experiments/benchmarks/convolutional.py.
 """
 
 import torch
@@ -49,7 +47,9 @@ class ShortAttention(Attention):
 
 
 class Depthwise(nn.Conv2d):
-    """A convolution of each channel by itself. Its gradient takes four times as long in bf16 as in fp32 on a CPU."""
+    """A convolution of each channel by itself. In bf16 its gradient is so slow on a CPU that the last stages of an
+    EfficientNet take twice as long as with it in fp32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, h, w)"""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.study import by_variant, read_rows, report
+from experiments.study import by_variant, draw_variants, read_rows, report
 
 RESULTS = Path(__file__).with_name("results.csv")
 SCORES = {
@@ -18,5 +18,11 @@ def tables() -> dict[str, str]:
     return {"flickr8k_two_hours": by_variant(rows, SCORES)} if rows else {}
 
 
+def draw() -> None:
+    shown = ("Bleu_4", "METEOR", "CIDEr", "i2t_recall@1", "t2i_recall@1")
+    scores = {f"flickr8k/{score}": SCORES[f"flickr8k/{score}"] for score in shown}
+    draw_variants(read_rows(RESULTS), scores, RESULTS.with_name("flickr8k_two_hours.png"))
+
+
 if __name__ == "__main__":
-    report(RESULTS, tables)
+    report(RESULTS, tables, draw)
