@@ -8,25 +8,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coca_lit.checkpoints import load_model, save_model
     from coca_lit.data.transforms import build_transform
-    from coca_lit.evals.captioning import caption_scores
-    from coca_lit.evals.retrieval import recall_at_k
+    from coca_lit.metrics.captions import caption_scores
+    from coca_lit.metrics.retrieval import recall_at_k
     from coca_lit.models import CoCa, create_model
-    from coca_lit.models.open_clip import from_open_clip, to_open_clip
     from coca_lit.tokenizer import get_tokenizer
+    from coca_lit.weights.load import load_model, save_model
+    from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 
 _HOMES = {
     "CoCa": "coca_lit.models",
     "create_model": "coca_lit.models",
-    "load_model": "coca_lit.checkpoints",
-    "save_model": "coca_lit.checkpoints",
-    "from_open_clip": "coca_lit.models.open_clip",
-    "to_open_clip": "coca_lit.models.open_clip",
+    "load_model": "coca_lit.weights.load",
+    "save_model": "coca_lit.weights.load",
+    "from_open_clip": "coca_lit.weights.open_clip",
+    "to_open_clip": "coca_lit.weights.open_clip",
     "get_tokenizer": "coca_lit.tokenizer",
     "build_transform": "coca_lit.data.transforms",
-    "caption_scores": "coca_lit.evals.captioning",
-    "recall_at_k": "coca_lit.evals.retrieval",
+    "caption_scores": "coca_lit.metrics.captions",
+    "recall_at_k": "coca_lit.metrics.retrieval",
 }
 
 __all__ = [

@@ -103,7 +103,7 @@ def broadcast_object(x: T) -> T:
     return box[0]
 
 
-def say(message: str) -> None:
+def print_rank_zero(message: str) -> None:
     """Prints a line, once for all ranks."""
     if rank() == 0:
         print(message, flush=True)

@@ -11,9 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from coca_lit.auxiliary import AuxiliaryLoss
-from coca_lit.checkpoints import MODEL_KEY
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import say
+from coca_lit.distributed import print_rank_zero
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
 from coca_lit.models.coca import Contrastive
@@ -22,6 +21,7 @@ from coca_lit.training.gradient_caching import cached_loss
 from coca_lit.training.optim import warmup_cosine
 from coca_lit.training.self_critical import SelfCritical
 from coca_lit.training.sharding import FullySharded, shard
+from coca_lit.weights.load import MODEL_KEY
 
 
 class CoCaLit(L.LightningModule):
@@ -118,7 +118,7 @@ class CoCaLit(L.LightningModule):
         for reason, names in (("as configured", parts), ("no loss with a weight above 0 trains them", unused)):
             if names:
                 frozen = self.net.freeze(*names)
-                say(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")
+                print_rank_zero(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")
 
     def _parts(self, part: str, trained: Collection[str]) -> list[str]:
         """The part, or if some of it is trained all the same, its parts that are not."""
@@ -131,7 +131,7 @@ class CoCaLit(L.LightningModule):
         if self.micro_batch_size is not None and len(batch.images):
             pairs = (batch.images, batch.tokens, batch.lengths)
             size, smoothing = self.micro_batch_size, self.label_smoothing
-            loss, terms = cached_loss(self.net, *pairs, size, self.weights, batch.given, smoothing)
+            loss, terms = cached_loss(self.net, *pairs, size, self.weights, batch.prefix_lengths, smoothing)
         else:
             by_reward = self.self_critical is not None and len(batch.images)
             terms = self._rewarded(batch) if by_reward else self._losses(batch, self.label_smoothing)
@@ -148,7 +148,7 @@ class CoCaLit(L.LightningModule):
         if not len(batch.images):
             return {"text": loss_terms(self.net(None, batch.tokens, batch.lengths), smoothing)["caption"]}
         asked = {"contrastive": self.weights["contrastive"] != 0, "captioning": self.weights["caption"] != 0}
-        out = self.net(batch.images, batch.tokens, batch.lengths, given=batch.given, **asked)
+        out = self.net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths, **asked)
         return loss_terms(out, smoothing) | {name: loss(self.net, batch) for name, loss in self.auxiliary.items()}
 
     def _rewarded(self, batch: Batch) -> dict[str, Tensor]:

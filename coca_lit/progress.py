@@ -51,12 +51,12 @@ class Reporter:
         elif rank() == 0 and time.monotonic() - self._last > PLAIN_EVERY:
             self._last = time.monotonic()
             left = timedelta(seconds=round(seconds * (1 - share) / max(share, 1e-9)))
-            self.say(f"{text} · {share:.0%} · ETA {left}")
+            self.print(f"{text} · {share:.0%} · ETA {left}")
 
     def reach(self, images: int, total: int) -> None:
         """So many `images` of `total` are done."""
         self.advance(images - self.images, images / total)
 
-    def say(self, message: str) -> None:
+    def print(self, message: str) -> None:
         """A line, above the bar if there is one."""
         self._console.print(message)

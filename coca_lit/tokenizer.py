@@ -170,11 +170,11 @@ def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) 
     if spec == "clip":
         return _clip(context_length)
     if spec == "scenes":
-        from coca_lit.data.scenes import VOCABULARY
+        from coca_lit.data.scenes.render import VOCABULARY
 
         return WordTokenizer(VOCABULARY, context_length)
     if spec == "scenes_vqa":
-        from coca_lit.data.scene_questions import VOCABULARY as QUESTION_VOCABULARY
+        from coca_lit.data.scenes.questions import VOCABULARY as QUESTION_VOCABULARY
 
         return WordTokenizer(QUESTION_VOCABULARY, context_length)
     raise ValueError(f"unknown tokenizer '{spec}': expected 'clip', 'scenes', 'scenes_vqa' or a list of words")

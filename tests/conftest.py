@@ -40,7 +40,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     rank in all of them: PyTorch remembers how large a rank's parts are by the mesh and not by the rank.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(["coca_lit.lit_module", "coca_lit.evals.collect"])  # imported once for all of them
+    context.set_forkserver_preload(["coca_lit.lit_module", "coca_lit.evals.inference"])  # imported once for all of them
 
     with ExitStack() as stack:
         # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.

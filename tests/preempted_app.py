@@ -6,8 +6,8 @@ from omegaconf import DictConfig
 from running import watched
 from test_resume import Signal
 
-from coca_lit.cli import train_job
-from coca_lit.compose.command import command
+from coca_lit.cli.command import command
+from coca_lit.cli.train import train_job
 
 
 def job(cfg: DictConfig) -> float | None:

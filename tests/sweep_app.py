@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from coca_lit.compose.command import command
+from coca_lit.cli.command import command
 
 
 def job(cfg: DictConfig) -> float:

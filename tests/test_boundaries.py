@@ -27,7 +27,7 @@ ENTRY_POINTS = {
 }
 PLAIN = [
     *("coca_lit", "coca_lit.losses", "coca_lit.training.optim", "coca_lit.tokenizer", "coca_lit.distributed"),
-    *("coca_lit.checkpoints", "coca_lit.data.transforms", "coca_lit.progress", "coca_lit.training.self_critical"),
+    *("coca_lit.weights.load", "coca_lit.data.transforms", "coca_lit.progress", "coca_lit.training.self_critical"),
     *(
         f"coca_lit.{folder}.{p.stem}"
         for folder in ("models", "evals", "apply")

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import broadcast_object, gather, gather_objects, rank, say, sum_over_ranks, world_size
+from coca_lit.distributed import (
+    broadcast_object,
+    gather,
+    gather_objects,
+    print_rank_zero,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.training.optim import adamw
@@ -60,7 +68,7 @@ def test_collectives_on_two_ranks(on_ranks) -> None:
 
 
 def test_say_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    say("hello")
+    print_rank_zero("hello")
     assert capsys.readouterr().out == "hello\n"
 
 

@@ -19,14 +19,15 @@ from PIL import Image
 from running import TINY, compose, train_py
 
 import coca_lit
-from coca_lit.cli import run, train
-from coca_lit.compose.assembly import build_evals, build_module, build_trainer
-from coca_lit.compose.config import ConfigError, build
+from coca_lit.cli.assembly import build_evals, build_module, build_trainer
+from coca_lit.cli.config import build
+from coca_lit.cli.train import run, train
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
-from coca_lit.data.laion import LaionData
-from coca_lit.data.records import DataError, decode_image
-from coca_lit.data.tar_members import MAX_MEMBER
+from coca_lit.data.records import decode_image
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.tar import MAX_MEMBER
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.tokenizer import get_tokenizer
 
 TOKENIZER = get_tokenizer("clip")
@@ -84,7 +85,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 def train_on(path: Path, batches: int = 4) -> tuple[set[str], list[BadSample], list[Batch]]:
     """Keys and bad samples of some batches that the training loader makes of one shard."""
-    data = LaionData(
+    data = LAIONDataModule(
         str(path), 4 * batches, TOKENIZER, 4, image_size=16, indexed=False, shuffle_buffer=1, max_bad_fraction=0.95
     )
     seen = list(islice(data.train_dataloader(), batches))
@@ -146,7 +147,7 @@ def test_config_that_evaluates(tmp_path, target, monkeypatch, capsys):
 @pytest.mark.parametrize("scheme", ["pipe:touch {0}", "PIPE:touch {0}", "ssh://host/{0}", "file:/x/../{0}"])
 def test_url_that_is_a_command(target, scheme):
     with pytest.raises(DataError, match=r"not from '[A-Za-z]+:'"):
-        LaionData(scheme.format(target), 8, TOKENIZER, 4).prepare_data()
+        LAIONDataModule(scheme.format(target), 8, TOKENIZER, 4).prepare_data()
 
 
 def test_members_that_hold_code(tmp_path, target):
@@ -208,7 +209,7 @@ def test_text_bomb(tmp_path):
 def test_json_bomb(tmp_path):
     bomb = {"bomb.jpg": jpeg(), "bomb.json": b'{"caption": ' + b"[" * 100_000}
     path = write_tar(tmp_path / "x.tar", bomb | good("json", b'{"caption": "a dog"}'))
-    data = LaionData(str(path), 8, TOKENIZER, 4, image_size=16, caption_keys="caption", max_bad_fraction=0.5)
+    data = LAIONDataModule(str(path), 8, TOKENIZER, 4, image_size=16, caption_keys="caption", max_bad_fraction=0.5)
     assert "bomb" not in {key for batch in data.train_dataloader() for key in batch.keys}
 
 

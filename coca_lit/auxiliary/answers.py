@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from coca_lit.auxiliary.base import AuxiliaryLoss
 from coca_lit.data.batch import Batch, padded
 from coca_lit.data.records import Record
-from coca_lit.evals.answers import fitting
-from coca_lit.evals.collect import write_texts
-from coca_lit.evals.vqa import normalize_answer, vqa_accuracy
+from coca_lit.evals.inference import write_texts
+from coca_lit.evals.vqa_answers import fitting
+from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 
 
@@ -43,9 +43,9 @@ class AnswerClassifier(AuxiliaryLoss):
 
     def forward(self, net: CoCa, batch: Batch) -> Tensor:
         """Cross-entropy in nats per question, summed over answers; 0 for a batch without questions."""
-        if batch.given is None:
+        if batch.prefix_lengths is None:
             return 0 * (self.head.weight.sum() + self.head.bias.sum())
-        logits = self.head(net.read(batch.images, batch.tokens, batch.given))  # (B, N)
+        logits = self.head(net.multimodal_state(batch.images, batch.tokens, batch.prefix_lengths))  # (B, N)
         loss = F.binary_cross_entropy_with_logits(logits.float(), self.targets(batch.answers).to(logits.device))
         return loss * len(self.answers)
 
@@ -68,7 +68,7 @@ class AnswerClassifier(AuxiliaryLoss):
             questions = [fitting(net.tokenizer, record.question) for record in part]
             rows = [ids[:-1] for ids in net.tokenizer.encode_batch(questions)]
             tokens, lengths = padded(rows, net.tokenizer.pad_id)
-            states = net.read(images, tokens.to(net.device), lengths.to(net.device))
+            states = net.multimodal_state(images, tokens.to(net.device), lengths.to(net.device))
             return [self.answers[i] for i in self.head(states).argmax(dim=1).tolist()]
 
         was_training = net.training

@@ -2,16 +2,16 @@
 
 from coca_lit.callbacks.averaging import Averaging
 from coca_lit.callbacks.bad_sample_log import BadSampleLog
-from coca_lit.callbacks.captions import CaptionScores
 from coca_lit.callbacks.checkpoint import Checkpoints
-from coca_lit.callbacks.evaluation import Evaluation
+from coca_lit.callbacks.non_finite_guard import NonFiniteGuard
 from coca_lit.callbacks.progress import SamplesSeen, Throughput, progress_bar, samples_seen
-from coca_lit.callbacks.retrieval import RetrievalScores
 from coca_lit.callbacks.source_counts import SourceCounts
-from coca_lit.callbacks.step_guard import StepGuard
 from coca_lit.callbacks.step_seeds import StepSeeds
-from coca_lit.callbacks.vqa import VQAScores
-from coca_lit.callbacks.zeroshot import ZeroShotScores
+from coca_lit.evals.base import Evaluation
+from coca_lit.evals.captions import CaptionScores
+from coca_lit.evals.retrieval import RetrievalScores
+from coca_lit.evals.vqa import VQAScores
+from coca_lit.evals.zeroshot import ZeroShotScores
 
 __all__ = [
     "Averaging",
@@ -19,10 +19,10 @@ __all__ = [
     "CaptionScores",
     "Checkpoints",
     "Evaluation",
+    "NonFiniteGuard",
     "RetrievalScores",
     "SamplesSeen",
     "SourceCounts",
-    "StepGuard",
     "StepSeeds",
     "Throughput",
     "VQAScores",

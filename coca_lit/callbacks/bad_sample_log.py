@@ -10,8 +10,8 @@ import lightning.pytorch as L
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
-from coca_lit.data.files import append_lines, csv_line, whole_lines
 from coca_lit.distributed import rank
+from coca_lit.files import append_lines, csv_line, whole_lines
 
 log = logging.getLogger(__name__)
 

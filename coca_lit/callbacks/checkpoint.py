@@ -17,11 +17,11 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.preemption import Signals
 from coca_lit.callbacks.progress import samples_seen
-from coca_lit.data.files import point_to
-from coca_lit.distributed import max_over_ranks, rank, say, world_size
+from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
+from coca_lit.files import atomic_symlink
+from coca_lit.models.kernels.fp32_matmul import fp32_products, keep_fp32_products
 from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.training.fp32 import fp32_products, keep_fp32_products
 
 
 class Checkpoints(L.Callback):
@@ -98,7 +98,7 @@ class Checkpoints(L.Callback):
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
         saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
-        say(f"stopping after step {step} on signal {number}: {saved}; the same command goes on from there")
+        print_rank_zero(f"stopping after step {step} on signal {number}: {saved}; the same command goes on from there")
         self.signals.answer(trainer, number)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -151,7 +151,7 @@ class Checkpoints(L.Callback):
             trainer.save_checkpoint(self._path(step))
         self._saved_step, self._saved_at = step, time.monotonic()
         if rank() == 0 and self._path(step).exists():  # else the disk was full
-            point_to(self.folder / LAST, self._path(step))
+            atomic_symlink(self.folder / LAST, self._path(step))
             for path in step_files(self.folder)[self.keep_last :]:
                 path.unlink(missing_ok=True)
 
@@ -208,17 +208,21 @@ def _can_validate_later(trainer: L.Trainer) -> bool:
 
 def _announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
     counts = "".join(f", {before[what]:,} {what} seen" for what in ("samples", "tokens") if what in before)
-    say(f"going on after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
+    print_rank_zero(f"going on after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
     for limit in ("max_epochs", "max_steps"):
         if limit in before and before[limit] != (length := getattr(trainer, limit)):
-            say(f"note: {limit} was {before[limit]} and is now {length}: from here on the learning rate follows it")
+            print_rank_zero(
+                f"note: {limit} was {before[limit]} and is now {length}: from here on the learning rate follows it"
+            )
     now = {"processes": world_size(), "workers": _workers(trainer)}
-    elastic = getattr(getattr(trainer, "datamodule", None), "elastic", True)
+    elastic = getattr(getattr(trainer, "datamodule", None), "world_size_invariant", True)
     changed = [f"{before[key]} {key} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed and not elastic:
-        say(f"note: {' and '.join(changed)}: shards are dealt out anew, so this epoch may repeat or miss samples")
+        print_rank_zero(
+            f"note: {' and '.join(changed)}: shards are dealt out anew, so this epoch may repeat or miss samples"
+        )
     elif changed:
-        say(f"note: {' and '.join(changed)}: every batch holds the same samples as before")
+        print_rank_zero(f"note: {' and '.join(changed)}: every batch holds the same samples as before")
 
 
 def _workers(trainer: L.Trainer) -> int:

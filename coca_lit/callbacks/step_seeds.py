@@ -4,7 +4,7 @@ import lightning.pytorch as L
 import torch
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.seeding import stable_seed
+from coca_lit.seeding import stable_seed
 
 
 class StepSeeds(L.Callback):

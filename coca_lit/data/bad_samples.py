@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from coca_lit.data.records import DataError
+from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
 

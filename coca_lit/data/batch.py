@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     keys: list[str]  # sample ids, for error reports
     bad: tuple[BadSample, ...] = ()  # what was left out while this batch was made
     sources: tuple[str, ...] = ()  # (B) where each sample comes from, for mixtures of several
-    given: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
+    prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
     answers: tuple[tuple[str, ...], ...] = ()  # (B) all answers to each question
 
 
@@ -31,7 +31,7 @@ class Example(NamedTuple):
     key: str
     bad: tuple[BadSample, ...] = ()  # what this one stands in for
     source: str = ""
-    given: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
+    prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
     answers: tuple[str, ...] = ()  # all that the question got
 
 
@@ -44,8 +44,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     keys, answers = [example.key for example in examples], tuple(example.answers for example in examples)
     if not any(answers):
         return Batch(images, tokens, lengths, keys, bad, sources)
-    given = torch.tensor([example.given for example in examples])  # (B,)
-    return Batch(images, tokens, lengths, keys, bad, sources, given, answers)
+    prefix_lengths = torch.tensor([example.prefix_length for example in examples])  # (B,)
+    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers)
 
 
 def _together(images: Sequence[Tensor]) -> Tensor:

@@ -9,21 +9,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.captions import (
+from coca_lit.data.examples import (
     CachedCaptionDataset,
     CachedFirstCaptionDataset,
     CaptionDataset,
     FirstCaptionDataset,
 )
+from coca_lit.data.feature_cache import FeatureCache
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
-from coca_lit.data.records import DataError, Record, trainable
-from coca_lit.data.texts import TextBatches, TextFiles, between
+from coca_lit.data.records import Record, trainable
+from coca_lit.data.text_batches import TextBatches, TextFiles, interleave_texts
 from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform
-from coca_lit.data.views import Views
+from coca_lit.errors import DataError
 from coca_lit.tokenizer import Tokenizer
 
 
-class CaptionData(LightningDataModule):
+class CaptionDataModule(LightningDataModule):
     """Base of the data sets that are a list of records per split; a subclass says how to read `records`.
 
     Args:
@@ -31,8 +32,9 @@ class CaptionData(LightningDataModule):
         train_split, val_split: names that `records` understands; no validation if `val_split` is None.
         text: files of texts without images, see `read_texts`; None for none.
         text_every: every so many-th batch is one of texts, 1 for all of them.
-        cache_views: encode so many views of every training image once, as far as the image encoder is frozen, and train
-            on those; see `coca_lit.data.views`. 0 encodes images anew in every step.
+        cached_augmentations: encode this many augmented views of every training image once, as far as the
+            image encoder is frozen, and train
+            on those; see `coca_lit.data.feature_cache`. 0 encodes images anew in every step.
         cache_dir: where they are kept, for all runs.
     """
 
@@ -47,15 +49,15 @@ class CaptionData(LightningDataModule):
         val_split: str | None = "val",
         text: TextFiles | None = None,
         text_every: int = 2,
-        cache_views: int = 0,
+        cached_augmentations: int = 0,
         cache_dir: str | None = None,
     ):
         super().__init__()
         per_rank(batch_size, world=1)
-        if cache_views < 0:
-            raise ValueError(f"cache_views must be 0 or more, not {cache_views}")
-        if cache_views and cache_dir is None:
-            raise ValueError("cache_views needs a folder to keep them in: set cache_dir")
+        if cached_augmentations < 0:
+            raise ValueError(f"cached_augmentations must be 0 or more, not {cached_augmentations}")
+        if cached_augmentations and cache_dir is None:
+            raise ValueError("cached_augmentations needs a folder to keep them in: set cache_dir")
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, not {num_workers}")
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
@@ -65,7 +67,7 @@ class CaptionData(LightningDataModule):
             raise ValueError(f"text_every must be a whole number of at least 1, got {text_every!r}")
         self.text_every = text_every
         self.texts = None if text is None else TextBatches(text, tokenizer, batch_size, image_size, seed)
-        self.cache_views, self.cache_dir = cache_views, cache_dir
+        self.cached_augmentations, self.cache_dir = cached_augmentations, cache_dir
         self._cached: dict[str, list[Path]] = {}  # split -> files of its views
 
     def records(self, split: str) -> list[Record]:
@@ -91,7 +93,7 @@ class CaptionData(LightningDataModule):
         return len(self.train_records) // self.batch_size
 
     @property
-    def elastic(self) -> bool:
+    def world_size_invariant(self) -> bool:
         """Whether every global batch holds the same samples on any number of processes and workers."""
         return True
 
@@ -103,15 +105,15 @@ class CaptionData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Encodes what is to be cached and is not yet: the network is here, and still whole on every process."""
-        if stage != "fit" or not self.cache_views:
+        if stage != "fit" or not self.cached_augmentations:
             return
         assert self.trainer is not None
         assert self.cache_dir is not None
         encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder.frozen_part()
         precision, plain = self.trainer.precision_plugin, build_transform(size=self.image_size)
         context = (precision.forward_context, precision.precision)
-        views = Views(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
-        wanted = {self.train_split: self.cache_views} | ({self.val_split: 1} if self.val_split else {})
+        views = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
+        wanted = {self.train_split: self.cached_augmentations} | ({self.val_split: 1} if self.val_split else {})
         for split, count in wanted.items():
             records = self.train_records if split == self.train_split else trainable(self.records(split))
             device = self.trainer.strategy.root_device
@@ -131,7 +133,11 @@ class CaptionData(LightningDataModule):
         return self._with_texts(TrainLoader(self.steps_per_epoch, open_at, self._position))
 
     def _with_texts(self, pairs: TrainLoader) -> TrainLoader:
-        return pairs if self.texts is None else between(pairs, self.texts, self.text_every, *self._rank_and_world())
+        return (
+            pairs
+            if self.texts is None
+            else interleave_texts(pairs, self.texts, self.text_every, *self._rank_and_world())
+        )
 
     def _train_dataset(self) -> CaptionDataset:
         if views := self._cached.get(self.train_split):

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from coca_lit.data.batch import Batch, collate
-from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset, TrainingExamples
-from coca_lit.data.records import DataError
-from coca_lit.data.seeding import stable_seed
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, TrainingExamples
+from coca_lit.errors import DataError
+from coca_lit.seeding import stable_seed
 
 
 class TrainLoader:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coca_lit.data.records import DataError, ImageFile, check_shape, decode_image
+from coca_lit.data.records import ImageFile, check_shape, decode_image
+from coca_lit.errors import DataError
 
 JPEG = b"\xff\xd8\xff"  # how one begins
 

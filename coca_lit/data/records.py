@@ -13,6 +13,8 @@ from typing import IO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
+from coca_lit.errors import DataError, DataNotFoundError
+
 log = logging.getLogger(__name__)
 
 MAX_PIXELS = 40_000_000  # a photo of a good camera; a 20 KB file can claim far more and fill the memory
@@ -46,14 +48,6 @@ class Pair(NamedTuple):
 
     image: Path
     captions: tuple[str, ...]
-
-
-class DataError(Exception):
-    """The data cannot be used as they are; the message is one complete sentence for the user."""
-
-
-class DataNotFoundError(DataError):
-    """Something that must be on disk is not there."""
 
 
 def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundError:

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from coca_lit.apply.images import open_upright
-from coca_lit.apply.search import check_query
-from coca_lit.data.records import FORMATS, MAX_PIXELS, DataError
+from coca_lit.data.records import FORMATS, MAX_PIXELS
 from coca_lit.data.transforms import build_transform
+from coca_lit.errors import DataError
+from coca_lit.inference.images import open_upright
+from coca_lit.inference.search import check_query
 from coca_lit.models import Captions, CoCa
 
 Strategy = Literal["beam", "sample", "greedy"]

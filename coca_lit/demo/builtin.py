@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from coca_lit.compose.config import ConfigError
-from coca_lit.data.scenes import VOCABULARY, scene_records
+from coca_lit.data.scenes.render import VOCABULARY, scene_records
+from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
 
 RUN = "demo_model"  # name of the run that is started if there is none
@@ -30,7 +30,7 @@ def train_demo_model(outputs: Path) -> Path:
         ConfigError: the training failed; what went wrong is on the terminal.
     """
     folder = outputs / RUN
-    command = [sys.executable, "-c", "from coca_lit.cli import train; train()"]
+    command = [sys.executable, "-c", "from coca_lit.cli.train import train; train()"]
     done = subprocess.run([*command, "experiment=demo", f"name={RUN}", f"hydra.run.dir={folder}"])
     if done.returncode:
         raise ConfigError("the training of the built-in demo model failed, see above; or give a model: checkpoint=PATH")

@@ -6,12 +6,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from coca_lit.apply.search import ImageIndex
-from coca_lit.data.records import DataError
 from coca_lit.demo.answers import read_photo
 from coca_lit.demo.look import banner
 from coca_lit.demo.parts import Trigger, for_people, gallery, told
 from coca_lit.demo.tabs import caption_tab, classification_tab, search_tab
+from coca_lit.errors import DataError
+from coca_lit.inference.search import ImageIndex
 from coca_lit.models import CoCa
 from coca_lit.tokenizer import WordTokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from coca_lit.data.records import DataError
 from coca_lit.demo.answers import read_photo
+from coca_lit.errors import DataError
 
 EDGE = 1024  # pixels of the longer side of an image on the page
 Trigger = Callable[..., Any]  # an event of gradio, to be listened to

@@ -10,8 +10,8 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coca_lit.compose.config import ConfigError
 from coca_lit.demo.look import FONTS, STYLE
+from coca_lit.errors import ConfigError
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = "30mb"

@@ -4,12 +4,12 @@ from typing import Any
 
 import gradio as gr
 
-from coca_lit.apply.search import Hit, ImageIndex
 from coca_lit.demo.answers import Candidate, Strategy, classify, rank, read_photo, write_captions
 from coca_lit.demo.look import EMPTY, caption_table
 from coca_lit.demo.parts import Trigger, chosen, for_people, gallery, told
+from coca_lit.inference.search import Hit, ImageIndex
 from coca_lit.models import CoCa
-from coca_lit.models.generate import DEFAULT_RERANK_WEIGHT
+from coca_lit.models.generation.generate import DEFAULT_RERANK_WEIGHT
 
 SCENE_WORDS = "circle, square, triangle, star, cross, ring"
 PHOTO_WORDS = "dog, cat, person, car, landscape"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
-from coca_lit.evals.collect import evaluating
+from coca_lit.evals.inference import evaluating
 from coca_lit.evals.sample_data import spread, thumbnail
 from coca_lit.models import CoCa
 from coca_lit.tokenizer import Tokenizer

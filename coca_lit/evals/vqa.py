@@ -1,91 +1,100 @@
-"""The accuracy of VQA (Antol et al. 2015, arXiv 1505.00468), number for number that of the official evaluation.
+"""Scores of answers to questions about images."""
 
-An answer is right as far as three of the people asked gave it. Whom to compare with is arbitrary, so the score is the
-mean over the ways to leave one of the (usually ten) people out. Before that both sides are brought into one form,
-unless all people agree to the letter.
-"""
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import functools
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import lightning.pytorch as L
 
+from coca_lit.auxiliary.answers import AnswerClassifier
 from coca_lit.data.records import Record
+from coca_lit.distributed import rank
+from coca_lit.errors import DataError
+from coca_lit.evals.base import Evaluation
+from coca_lit.evals.captions import checked_options
+from coca_lit.evals.sample_data import caption_samples
+from coca_lit.evals.samples import sample_sheet
+from coca_lit.evals.vqa_answers import generate_answers
+from coca_lit.metrics.vqa import blind_answers, vqa_scores
+from coca_lit.models import DualEncoder
 
-ENOUGH = 3  # people of the same opinion
-ARTICLES = ("a", "an", "the")
-_NUMBERS = "zero one two three four five six seven eight nine ten"
-NUMBERS = {word: str(number) for number, word in enumerate(_NUMBERS.split())} | {"none": "0"}
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBER_WITH_COMMA = re.compile(r"\d,\d")
-_FULL_STOP = re.compile(r"\.(?!\d)")
-# People forget one apostrophe: every spelling below without one of its own.
-_APOSTROPHES = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock
-oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's
-they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's
-where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've
-y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-"""
-CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word for word in _APOSTROPHES.split() for i, letter in enumerate(word) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the one entry that the official table has the wrong way round
+Answers = dict[int | str, str]  # by question id
 
 
-@functools.lru_cache(maxsize=100_000)
-def normalize_answer(answer: str) -> str:
-    """Lower case, without articles and punctuation, number words as digits, apostrophes where they belong.
+class VQAScores(Evaluation):
+    """Accuracy of generated answers, and of those of an `AnswerClassifier` if one is trained. At the end also the
+    accuracy for each kind of answer, and that of the best guess of somebody who does not look ("blind").
 
-    "Two, the  dogs." -> "2 dogs". A punctuation mark beside a blank goes, elsewhere it becomes a blank; in an answer
-    with a number like 1,000 all go; a full stop stays before a digit.
+    Predictions are written in the official results format, also for questions whose answers are not public.
+
+    Args:
+        records: questions, see `coca_lit.data.datasets.vqa`.
+        training_records: gives the training questions, from which the blind guesses come; None for no such score.
+        generate: options of `CoCa.generate`; None for greedy answers.
     """
-    text = " ".join(answer.split())
-    closed_up = _NUMBER_WITH_COMMA.search(text) is not None
-    words = text
-    for mark in PUNCTUATION:
-        words = words.replace(mark, "" if closed_up or f"{mark} " in text or f" {mark}" in text else " ")
-    words = _FULL_STOP.sub("", words).lower()
-    numbered = [NUMBERS.get(word, word) for word in words.split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in numbered if word not in ARTICLES)
 
+    def __init__(
+        self,
+        name: str,
+        records: Sequence[Record],
+        output_dir: str | Path,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        limit: int | None = None,
+        quick: int = 256,
+        every_n_epochs: int = 1,
+        training_records: Callable[[], Sequence[Record]] | None = None,
+        generate: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(name, records, output_dir, batch_size, num_workers, limit, quick, every_n_epochs)
+        self.training_records = training_records
+        self.generate = checked_options(generate or {})
+        self._classifier: AnswerClassifier | None = None
 
-def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Of one answer in [0, 1], against those that people gave, ten in VQA.
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        losses = pl_module.modules()
+        self._classifier = next((loss for loss in losses if isinstance(loss, AnswerClassifier)), None)
 
-    Raises ValueError when there are none.
-    """
-    if not answers:
-        raise ValueError("there are no answers to compare with: the test sets have no public ones")
-    given, people = " ".join(answer.split()), [" ".join(text.split()) for text in answers]
-    if len(set(people)) > 1:
-        given, people = normalize_answer(given), [normalize_answer(text) for text in people]
-    same = people.count(given)
-    # Whoever said the same is left out in `same` of the cases.
-    scores = [min((same - (person == given)) / ENOUGH, 1) for person in people]
-    return sum(scores) / len(scores)
+    def scores(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, float]:
+        return self._accuracies(records, self._answers(model, records)) if records[0].captions else {}
 
+    def all_scores(self, model: DualEncoder) -> dict[str, float]:
+        if model.decoder is None:
+            self.not_run[f"{self.name} answers"] = "the model has no decoder, so it writes no answers"
+            return {}
+        written = self._answers(model, self.records)
+        if rank() == 0:
+            for way, answers in written.items():
+                predictions = [{"question_id": id, "answer": answer} for id, answer in answers.items()]
+                self.write_json("predictions", f"{self.name}{way and f'_{way}'}.json", predictions)
+            self.write_json("samples", f"{self.name}_captions.json", caption_samples(self.records, written[""]))
+            sample_sheet(self.records, written[""]).save(self.output_dir / "samples" / f"{self.name}.png")
+        if not all(record.captions for record in self.records):
+            self.not_run[f"{self.name} accuracy"] = "the answers to these questions are not public"
+            return {}
+        return self._accuracies(self.records, written | self._blind())
 
-def vqa_scores(records: Sequence[Record], predictions: Mapping[int | str, str]) -> dict[str, float]:
-    """{"accuracy": …} over all questions, and {"KIND/accuracy": …} over those of each kind of answer."""
-    scores: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        accuracy = vqa_accuracy(predictions[record.id], record.captions)
-        scores["accuracy"].append(accuracy)
-        if record.domain:
-            scores[f"{record.domain}/accuracy"].append(accuracy)
-    return {name: sum(values) / len(values) for name, values in scores.items()}
+    def _answers(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, Answers]:
+        """Answers by the way in which they were found: "" by generation, "classifier"."""
+        if model.decoder is None:
+            return {}
+        written = {"": generate_answers(model, records, self.batch_size, self.num_workers, self.generate)}
+        if self._classifier is not None:
+            written["classifier"] = self._classifier.choose(model, records, self.batch_size, self.num_workers)
+        return written
 
+    def _blind(self) -> dict[str, Answers]:
+        try:
+            training = self.training_records() if self.training_records else None
+        except DataError as error:  # the training split need not lie beside the one that is scored
+            self.not_run[f"{self.name} blind"] = str(error)
+            return {}
+        return {} if training is None else {"blind": blind_answers(self.records, training)}
 
-def blind_answers(asked: Iterable[Record], training: Iterable[Record]) -> dict[int | str, str]:
-    """What somebody would answer who never looks: what training questions of the same words got most often, and to a
-    question that is new what all of them got most often.
-    """
-    usual: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in training:
-        usual[record.question].update(record.captions[:1])
-        usual[""].update(record.captions[:1])
-    return {
-        record.id: usual[record.question if record.question in usual else ""].most_common(1)[0][0] for record in asked
-    }
+    @staticmethod
+    def _accuracies(records: Sequence[Record], written: Mapping[str, Answers]) -> dict[str, float]:
+        """Of generated answers also for each kind."""
+        scores = {
+            f"{way}/accuracy": vqa_scores(records, answers)["accuracy"] for way, answers in written.items() if way
+        }
+        return vqa_scores(records, written[""]) | scores if "" in written else scores

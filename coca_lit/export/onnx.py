@@ -18,7 +18,7 @@ from coca_lit.export import onnx_captioner
 from coca_lit.export.card import Exported
 from coca_lit.export.graphs import Graph, graphs_of
 from coca_lit.models import CoCa
-from coca_lit.models.options import DEFAULT_MAX_LENGTH
+from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 
 OPSET = 18
 TOLERANCE = 1e-3  # of the largest value of an output; ONNX Runtime adds up in another order

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coca_lit.checkpoints import OPEN_CLIP_CONFIG, apart, load_model
 from coca_lit.export.card import Exported
 from coca_lit.models import CoCa
-from coca_lit.models.open_clip import to_open_clip
-from coca_lit.models.open_clip_config import open_clip_config
+from coca_lit.weights.load import OPEN_CLIP_CONFIG, load_model, unshared_copies
+from coca_lit.weights.open_clip import to_open_clip
+from coca_lit.weights.open_clip_config import open_clip_config
 
 WEIGHTS = "open_clip_model.safetensors"
 TOLERANCE = 1e-5
@@ -58,7 +58,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -
     if correct_cls_mask and not corrected:
         raise ValueError("the model has the legacy CLS mask, which is OpenCLIP's own: leave out correct_cls_mask=true")
     (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(apart(to_open_clip(model)), folder / WEIGHTS)
+    save_file(unshared_copies(to_open_clip(model)), folder / WEIGHTS)
     difference = _difference(model, load_model(folder / WEIGHTS))
     if not difference <= TOLERANCE:
         raise ValueError(f"OpenCLIP cannot build this model: what it would build differs by {difference:.1e}")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from coca_lit.checkpoints import save_model
 from coca_lit.export.card import Exported
 from coca_lit.models import CoCa
+from coca_lit.weights.load import save_model
 
 WEIGHTS = "model.safetensors"
 USAGE = """\

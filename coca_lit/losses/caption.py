@@ -68,8 +68,8 @@ def _sum(
     device = hidden.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    by_hidden = torch.empty_like(hidden) if for_hidden else None
-    by_vocabulary = torch.zeros_like(vocabulary, dtype=total.dtype) if for_vocabulary else None
+    grad_hidden = torch.empty_like(hidden) if for_hidden else None
+    grad_vocabulary = torch.zeros_like(vocabulary, dtype=total.dtype) if for_vocabulary else None
     with torch.autocast(device, enabled=False), torch.no_grad():
         weight, step = vocabulary.to(precision), chunk or max(CHUNK // len(vocabulary), 1)
         for begin in range(0, len(hidden), step):
@@ -93,14 +93,14 @@ def _sum(
             if smoothing or weights is not None:
                 p.mul_(factor[:, None])
             p = p.to(precision)  # gradient by the logits
-            if by_hidden is not None:
-                by_hidden[part] = p @ weight
-            if by_vocabulary is not None:
-                _add_product(by_vocabulary, p, states)
+            if grad_hidden is not None:
+                grad_hidden[part] = p @ weight
+            if grad_vocabulary is not None:
+                _add_product(grad_vocabulary, p, states)
     if not (for_hidden or for_vocabulary):
         return total
-    by_vocabulary = None if by_vocabulary is None else by_vocabulary.to(vocabulary.dtype)
-    return with_gradients(total, (by_hidden, by_vocabulary), inputs)
+    grad_vocabulary = None if grad_vocabulary is None else grad_vocabulary.to(vocabulary.dtype)
+    return with_gradients(total, (grad_hidden, grad_vocabulary), inputs)
 
 
 def _add_product(total: Tensor, p: Tensor, states: Tensor) -> None:

@@ -81,14 +81,14 @@ def _gradients(
     With p = softmax over texts + softmax over images, twice B times the share has the gradient p - 2 on the diagonal
     and p elsewhere by each logit.
     """
-    by_images, by_texts = torch.empty_like(images), torch.zeros_like(texts)
+    grad_images, grad_texts = torch.empty_like(images), torch.zeros_like(texts)
     for tile in rows:
         logits = _logits(images[tile], texts, scale)
         p = (logits - over_texts[tile, None]).exp_()
         p += logits.sub_(over_images).exp_()
         p.diagonal(own + tile.start).sub_(2)
-        torch.mm(p, texts, out=by_images[tile])
-        by_texts.addmm_(p.T, images[tile])
+        torch.mm(p, texts, out=grad_images[tile])
+        grad_texts.addmm_(p.T, images[tile])
     share = 1 / (2 * len(images))
-    by_scale = (by_images * images).sum().view(1) * share
-    return by_images.mul_(scale * share), by_texts.mul_(scale * share), by_scale
+    grad_scale = (grad_images * images).sum().view(1) * share
+    return grad_images.mul_(scale * share), grad_texts.mul_(scale * share), grad_scale

@@ -35,7 +35,7 @@ def siglip_loss(
     scale, bias = wide(logit_scale), wide(logit_bias)
     inputs = (images, texts, scale, bias)
     differentiate = any(map(wants_gradient, inputs))
-    by_images, by_texts, by_bias = torch.zeros_like(images), torch.zeros_like(texts), torch.zeros_like(bias)
+    grad_images, grad_texts, grad_bias = torch.zeros_like(images), torch.zeros_like(texts), torch.zeros_like(bias)
     own, share = rank() * len(images), 1 / len(images)
     total = images.new_zeros(())
     with torch.autocast(images.device.type, enabled=False), torch.no_grad():
@@ -45,11 +45,11 @@ def siglip_loss(
             if differentiate:
                 p = logits.sigmoid_()
                 p.diagonal(own + rows.start).sub_(1)
-                torch.mm(p, texts, out=by_images[rows])
-                by_texts.addmm_(p.T, images[rows])
-                by_bias += p.sum()
-        by_scale = (by_images * images).sum().view(1)
-        gradients = [by_images * scale, by_texts * scale, by_scale, by_bias]
+                torch.mm(p, texts, out=grad_images[rows])
+                grad_texts.addmm_(p.T, images[rows])
+                grad_bias += p.sum()
+        grad_scale = (grad_images * images).sum().view(1)
+        gradients = [grad_images * scale, grad_texts * scale, grad_scale, grad_bias]
     if not differentiate:
         return total * share
     return with_gradients(total * share, [g.mul_(share) for g in gradients], inputs)

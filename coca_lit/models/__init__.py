@@ -2,7 +2,7 @@
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa, CoCaOutput, text_lengths
-from coca_lit.models.generate import Captions
+from coca_lit.models.generation.generate import Captions
 from coca_lit.models.presets import PRESETS, create_model
 
 DualEncoder = CoCa | CLIP  # what embeds images and texts in a common space

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from coca_lit.models.beam import Scoring
-from coca_lit.models.generate import Captions, generate
+from coca_lit.models.generation.beam import Scoring
+from coca_lit.models.generation.generate import Captions, generate
+from coca_lit.models.generation.options import GenerateArguments, Options, Rerank, Strategy
+from coca_lit.models.generation.static import Step, static_step
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
 from coca_lit.models.init import init_parameters
 from coca_lit.models.layers import CrossBlock, SelfBlock
-from coca_lit.models.layout import Layout
-from coca_lit.models.options import GenerateArguments, Options, Rerank, Strategy
-from coca_lit.models.static import Step, static_step
+from coca_lit.models.packing import Layout
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, TextTower
 from coca_lit.tokenizer import get_tokenizer
 
@@ -157,7 +157,7 @@ class CoCa(nn.Module):
         *,
         contrastive: bool = True,
         captioning: bool = True,
-        given: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
     ) -> CoCaOutput:
         """Features and caption states of a batch of pairs.
 
@@ -169,7 +169,7 @@ class CoCa(nn.Module):
                 each image, side by side.
             lengths: (B,) number of real tokens; found from the trailing pads if not given.
             contrastive, captioning: whether to compute what that loss needs; what is left out is None in the output.
-            given: (B,) number of leading tokens that are not to be predicted, at least 1 for the start; 1 by default.
+            prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default.
         """
         lengths = self._lengths(tokens, lengths)
         decoder = self.decoder if captioning else None
@@ -185,7 +185,7 @@ class CoCa(nn.Module):
         if decoder is not None:
             if image_tokens is not None:
                 image_tokens = image_tokens.repeat_interleave(len(tokens) // max(len(image_tokens), 1), dim=0)
-            hidden, labels = _caption_states(decoder, states, layout, tokens, lengths, image_tokens, given)
+            hidden, labels = _caption_states(decoder, states, layout, tokens, lengths, image_tokens, prefix_lengths)
             if self.tokenizer.unk_id is not None:  # read, but never learned to be written
                 labels = labels.masked_fill(labels == self.tokenizer.unk_id, IGNORED_LABEL)
         return CoCaOutput(
@@ -198,10 +198,10 @@ class CoCa(nn.Module):
             logit_bias=self.logit_bias,
         )
 
-    def predicted_tokens(self, tokens: Tensor, lengths: Tensor, given: Tensor) -> Tensor:
-        """Number of tokens over which the caption loss is a mean: those that are not given, without unknown words."""
+    def predicted_tokens(self, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor) -> Tensor:
+        """Number of tokens that the caption loss averages over: all after the prefix, without unknown words."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        asked = (places >= given[:, None]) & (places < lengths[:, None])  # (B, L)
+        asked = (places >= prefix_lengths[:, None]) & (places < lengths[:, None])  # (B, L)
         return (asked if self.tokenizer.unk_id is None else asked & (tokens != self.tokenizer.unk_id)).sum()
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
@@ -230,13 +230,13 @@ class CoCa(nn.Module):
         text = torch.arange(len(lengths), device=losses.device).repeat_interleave(lengths - 1)  # (N,)
         return losses.new_zeros(len(lengths)).index_add(0, text, -losses)
 
-    def read(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def multimodal_state(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
         decoder = self._check_decoder()
         lengths = self._lengths(tokens, lengths)
         _, image_tokens = self.pooling(self.image_encoder(images), contrastive=False)
         states, _, layout = self.text(tokens, lengths, contrastive=False)
-        return layout.at(decoder(states, image_tokens, layout), lengths - 1)
+        return layout.gather_at(decoder(states, image_tokens, layout), lengths - 1)
 
     @overload
     def generate(
@@ -452,14 +452,16 @@ def _caption_states(
     tokens: Tensor,
     lengths: Tensor,
     image_tokens: Tensor | None,
-    given: Tensor | None,
+    prefix_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing, and
     tokens that are given are not predicted.
     """
     layout = Layout(lengths - 1, text.packed)
     predicts = text.positions < lengths[:, None] - 1  # (B, L)
-    states = text.select(states, predicts) if text.packed else states[:, : layout.longest]
+    states = text.compact(states, predicts) if text.packed else states[:, : layout.longest]
     hidden = decoder(states, image_tokens, layout)  # (N, D), or (B, T - 1, D) if padded
-    asked = layout.real if given is None else layout.real & (layout.positions >= given[:, None] - 1)  # (B, T - 1)
-    return layout.select(hidden, asked), tokens[:, 1 : layout.longest + 1][asked]
+    asked = (
+        layout.mask if prefix_lengths is None else layout.mask & (layout.positions >= prefix_lengths[:, None] - 1)
+    )  # (B, T - 1)
+    return layout.compact(hidden, asked), tokens[:, 1 : layout.longest + 1][asked]

@@ -12,9 +12,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from coca_lit.models.batch_norm import use_global_batch_norms
+from coca_lit.models.kernels.timm_cpu import stages, use_faster_parts
 from coca_lit.models.layers import AttentionalPooler
-from coca_lit.models.trunk import stages, use_faster_parts
+from coca_lit.models.sync_batch_norm import use_global_batch_norms
 
 Pooler = Literal["single", "parallel", "cascade"]
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.models import ragged
-from coca_lit.models.layout import Layout
-from coca_lit.models.linear import Linear, is_inference, linear
+from coca_lit.models.kernels import packed_attention as ragged
+from coca_lit.models.kernels.linear import Linear, is_inference, linear
+from coca_lit.models.packing import Layout
 
 FEW_QUERIES = 16
 
@@ -129,7 +129,7 @@ class CrossAttention(nn.Module):
         x = _merge_heads(_attend(_split_heads(q, self.heads), *keys_values))
         return self.out(x if layout is None else layout.pack(x))
 
-    def absorbed(self, x: Tensor, context: Tensor, norm: nn.LayerNorm, lengths: list[int]) -> Tensor:
+    def attend_without_kv(self, x: Tensor, context: Tensor, norm: nn.LayerNorm, lengths: list[int]) -> Tensor:
         """`forward` for packed texts x (N, D) of these lengths, without making keys and values."""
         weight, bias = self._folded(norm)
         q = self.q(x)
@@ -208,7 +208,7 @@ class CrossBlock(nn.Module):
             return self.attention(x, image, layout)
         lengths = _lengths(layout)
         if lengths is not None and sum(lengths) < len(lengths) * self.attention.head_width:
-            return self.attention.absorbed(x, image, self.norm_context, lengths)
+            return self.attention.attend_without_kv(x, image, self.norm_context, lengths)
         return self.attention(x, self.keys_values(image), layout)
 
     def weights(self, x: Tensor, keys_values: KeysValues) -> Tensor:

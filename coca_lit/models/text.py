@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from coca_lit.models.kernels.linear import Linear
 from coca_lit.models.layers import Cache, CrossBlock, SelfBlock, normalize_once
-from coca_lit.models.layout import Layout
-from coca_lit.models.linear import Linear
+from coca_lit.models.packing import Layout
 
 ClsMask = Literal["correct", "legacy"]
 GradCheckpointing = Literal["none", "cross_attention", "blocks"]
@@ -83,7 +83,7 @@ class TextTower(nn.Module):
         x = self._embed(layout.pack(tokens), layout.pack(places), None if is_cls is None else layout.pack(is_cls))
         for block in self.blocks:
             x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
-        features = self.projection(self.norm(layout.at(x, kept))) if contrastive else None
+        features = self.projection(self.norm(layout.gather_at(x, kept))) if contrastive else None
         return x, features, layout
 
     def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:

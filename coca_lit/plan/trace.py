@@ -20,7 +20,7 @@ from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_flop_count
 
 from coca_lit.losses import caption_loss, contrastive_term
 from coca_lit.models import CoCa
-from coca_lit.models.layout import Layout
+from coca_lit.models.packing import Layout
 
 BATCHES = (64, 128)  # of the two steps whose difference is the memory per sample; larger than a chunk of the losses
 

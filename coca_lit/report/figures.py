@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from coca_lit.compose.objective import HEADLINES
+from coca_lit.report.objective import HEADLINES
 from coca_lit.report.run import Curves, Run, differences
 from coca_lit.report.tables import score_name, shown
 

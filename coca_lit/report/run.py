@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from coca_lit.data.records import DataError
+from coca_lit.errors import DataError
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.")  # differ between runs without making them different

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from coca_lit.compose.objective import best_run, headline
-from coca_lit.data.files import write_whole
+from coca_lit.files import atomic_write
 from coca_lit.report import html
 from coca_lit.report.figures import comparison_figure, curves_figure
+from coca_lit.report.objective import best_run, headline
 from coca_lit.report.run import Run, find_runs, read_run
 from coca_lit.report.tables import Table, cell, comparison_tables, headlines, score_tables
 
@@ -95,7 +95,7 @@ def _write(
     lines += ["", "## not run", "", *(f"- {name}: {reason}" for name, reason in not_run.items())] if not_run else []
     lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
     (folder / "report.md").write_text("\n".join(lines) + "\n")
-    write_whole(folder / "report.html", html.page(title, sections).encode())
+    atomic_write(folder / "report.html", html.page(title, sections).encode())
     return folder / "report.html"
 
 

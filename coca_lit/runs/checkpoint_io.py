@@ -17,16 +17,12 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from coca_lit.data.files import replacing
-from coca_lit.data.records import DataError
+from coca_lit.errors import CheckpointError, DataError
+from coca_lit.files import replacing
 
 log = logging.getLogger(__name__)
 
 SPARE = 64 * 2**20  # bytes that stay free beside a checkpoint, for logs and samples
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message is one complete sentence for the user."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from coca_lit.data.files import append_lines, csv_line, whole_lines, write_whole
+from coca_lit.files import append_lines, atomic_write, csv_line, whole_lines
 
 
 class MetricsLog(Logger):
@@ -55,5 +55,5 @@ class MetricsLog(Logger):
     def _widen(self, columns: list[str]) -> None:
         """The same rows under a new header, in one step."""
         rows = [[row.get(name, "") for name in columns] for row in csv.DictReader(whole_lines(self.path))]
-        write_whole(self.path, "".join(f"{csv_line(row)}\n" for row in [columns, *rows]).encode())
+        atomic_write(self.path, "".join(f"{csv_line(row)}\n" for row in [columns, *rows]).encode())
         self._columns = columns

@@ -11,9 +11,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from coca_lit.data.files import csv_line, point_to, whole_lines, write_whole
-from coca_lit.distributed import say
-from coca_lit.runs.checkpoint_io import CheckpointError, inspect, newest_valid, step_files
+from coca_lit.distributed import print_rank_zero
+from coca_lit.errors import CheckpointError
+from coca_lit.files import atomic_symlink, atomic_write, csv_line, whole_lines
+from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 
 RUN_KEY = "coca_lit_run"  # where our checkpoints keep what a run needs to go on: see `coca_lit.callbacks.checkpoint`
 AUTO = "auto"
@@ -32,7 +33,7 @@ FREE = (
 )
 
 
-def decisive(config: dict[str, Any]) -> dict[str, Any]:
+def resume_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The part of an unresolved config that may not change within a run."""
     part = {key: config[key] for key in DECISIVE if key in config}
     part["trainer"] = {key: value for key, value in config["trainer"].items() if key in DECISIVE_OF_TRAINER}
@@ -65,7 +66,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         found = newest_valid(last.parent)
         assert found is not None
         if not last.exists() or last.resolve() != found[0].resolve():
-            point_to(last, found[0])
+            atomic_symlink(last, found[0])
     return last
 
 
@@ -83,7 +84,7 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> No
     """Compares the config that a checkpoint was written with and the one that is to go on from it.
 
     Args:
-        config: what `decisive` gives for the run that is about to go on.
+        config: what `resume_keys` gives for the run that is about to go on.
         strict: refuse a changed config; otherwise only say so.
 
     Raises:
@@ -100,10 +101,10 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> No
             f"{said}: that is another run, so give it another name; or say ckpt_path={checkpoint.resolve()} to go on "
             "all the same, ckpt_path=null to start anew, init_from=FILE to take the weights alone"
         )
-    say(f"note: {said}")
+    print_rank_zero(f"note: {said}")
 
 
-def go_on(folder: Path, checkpoint: Path, roll_back: bool) -> None:
+def resume(folder: Path, checkpoint: Path, roll_back: bool) -> None:
     """Prepares the run folder for going on from `checkpoint`: its logs end there.
 
     Args:
@@ -111,25 +112,25 @@ def go_on(folder: Path, checkpoint: Path, roll_back: bool) -> None:
     """
     checkpoint = checkpoint.resolve()
     if checkpoint.parent != (folder / CHECKPOINTS).resolve():
-        start_anew(folder)
+        start_fresh(folder)
         return
     run = read_run(checkpoint)
     newer = [path for path in step_files(folder / CHECKPOINTS) if _step(path) > _step(checkpoint)]
     if newer and roll_back:
-        say(f"{len(newer)} newer checkpoints were moved to {set_aside(folder, newer)}")
+        print_rank_zero(f"{len(newer)} newer checkpoints were moved to {archive(folder, newer)}")
     rewind(folder, run.get("logged_steps", 0), run.get("step", 0), run.get("validating", False))
 
 
-def start_anew(folder: Path) -> None:
+def start_fresh(folder: Path) -> None:
     """Empties a run folder without losing anything: what an earlier run left there is moved aside."""
     left = [folder / name for name in FILES if (folder / name).exists()]
     if step_files(folder / CHECKPOINTS) or (folder / "results.json").exists():
-        say(f"the earlier run in {folder} was moved to {set_aside(folder, left)}")
+        print_rank_zero(f"the earlier run in {folder} was moved to {archive(folder, left)}")
     else:
         rewind(folder, 0, 0)  # it died before its first checkpoint, and the same steps come again
 
 
-def set_aside(folder: Path, files: list[Path]) -> Path:
+def archive(folder: Path, files: list[Path]) -> Path:
     """Moves files of a run into a new folder `earlier_N` within it."""
     number = 1
     while (aside := folder / f"earlier_{number}").exists():
@@ -151,10 +152,10 @@ def rewind(folder: Path, logged_steps: int, step: int, validating: bool = False)
     metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
     if metrics.exists():
         rows = _rows_before(logged_steps, validating, [*csv.reader(whole_lines(metrics))])
-        write_whole(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
+        atomic_write(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
     if bad_steps.exists():
         lines = (line for line in whole_lines(bad_steps) if json.loads(line)["step"] < step)
-        write_whole(bad_steps, "".join(lines).encode())
+        atomic_write(bad_steps, "".join(lines).encode())
 
 
 def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from coca_lit.compose.launch import is_first_process
-from coca_lit.compose.redaction import redact
+from coca_lit.runs.launch import is_first_process
+from coca_lit.runs.redaction import redact
 
 
 def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
@@ -21,19 +21,19 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     secret lands in a file. What an earlier run left is wound back to `checkpoint`, or moved aside for a new start.
     """
     if is_first_process():
-        from coca_lit.data.files import remove_leftovers, write_whole
-        from coca_lit.runs.resume import CHECKPOINTS, go_on, start_anew
+        from coca_lit.files import atomic_write, remove_leftovers
+        from coca_lit.runs.resume import CHECKPOINTS, resume, start_fresh
 
         folder = Path(cfg.output_dir)
         for place in (folder, folder / CHECKPOINTS):
             remove_leftovers(place)
         if checkpoint is None:
-            start_anew(folder)
+            start_fresh(folder)
         else:
-            go_on(folder, checkpoint, roll_back=cfg.ckpt_path != "auto")
+            resume(folder, checkpoint, roll_back=cfg.ckpt_path != "auto")
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
-        write_whole(folder / "environment.json", _json(environment()))
+        atomic_write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+        atomic_write(folder / "environment.json", _json(environment()))
 
 
 def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:
@@ -75,16 +75,16 @@ def write_results(
     Args:
         seen: samples and tokens that the model was trained on, for `environment.json`.
     """
-    from coca_lit.data.files import write_whole
+    from coca_lit.files import atomic_write
     from coca_lit.report import write_report
 
     environment = json.loads((folder / "environment.json").read_text())
     environment["seconds"] = round(time.time() - environment["started"])
     environment |= seen or {}
     (folder / "report.html").unlink(missing_ok=True)  # its presence tells that all of this was done
-    write_whole(folder / "environment.json", _json(environment))
-    write_whole(folder / "results.json", _json(results))
-    write_whole(folder / "not_run.json", _json(not_run))
+    atomic_write(folder / "environment.json", _json(environment))
+    atomic_write(folder / "results.json", _json(results))
+    atomic_write(folder / "not_run.json", _json(not_run))
     print_results(results)
     write_report(folder)
     print(f"{environment['seconds']} seconds; everything is in {folder}, to be seen in report.html")

@@ -32,7 +32,7 @@ class Pairs(NamedTuple):
     images: Tensor  # (b, 3, H, W)
     tokens: Tensor  # (b, L)
     lengths: Tensor  # (b,)
-    given: Tensor  # (b,), leading tokens that are not predicted
+    prefix_lengths: Tensor  # (b,), leading tokens that are not predicted
     seed: int  # of dropout: both passes must drop the same
 
 
@@ -43,29 +43,29 @@ def cached_loss(
     lengths: Tensor,
     size: int,
     weights: Mapping[str, float],
-    given: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses of a batch, to be differentiated, and the raw terms whose weight is not 0.
 
     Args:
-        images, tokens, lengths, given: the batch of this rank, as `CoCa.forward` takes it; B must be a multiple of
-            `size`.
+        images, tokens, lengths, prefix_lengths: the batch of this rank, as `CoCa.forward` takes it; B must be a
+            multiple of `size`.
         size: pairs that go through the network at a time.
         weights: of "contrastive" and "caption"; the network is not asked for what has a weight of 0.
         smoothing: of the caption loss.
     """
     if len(images) % size:
         raise ValueError(f"a batch of {len(images)} cannot be cut into micro-batches of {size}")
-    given = torch.ones_like(lengths) if given is None else given
-    parts = micro_batches(images, tokens, lengths, given, size)
+    prefix_lengths = torch.ones_like(lengths) if prefix_lengths is None else prefix_lengths
+    parts = micro_batches(images, tokens, lengths, prefix_lengths, size)
     parameters = [p for p in net.parameters() if p.requires_grad]
     terms: dict[str, Tensor] = {}
     by_features = None
     with _gradients_aside(parameters) as gradients:
         if weights["contrastive"]:
             terms["contrastive"], by_features = _contrastive(net, parts, weights["contrastive"])
-        total_tokens = sum_over_ranks(net.predicted_tokens(tokens, lengths, given))
+        total_tokens = sum_over_ranks(net.predicted_tokens(tokens, lengths, prefix_lengths))
         for i, part in enumerate(parts):
             out = _forward(net, part, contrastive=by_features is not None, captioning=weights["caption"] != 0)
             share = []
@@ -80,9 +80,9 @@ def cached_loss(
     return with_gradients(loss, gradients, parameters, once=True), terms
 
 
-def micro_batches(images: Tensor, tokens: Tensor, lengths: Tensor, given: Tensor, size: int) -> list[Pairs]:
+def micro_batches(images: Tensor, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor, size: int) -> list[Pairs]:
     seeds = torch.randint(2**62, (len(images) // size,)).tolist()
-    tensors = (part.split(size) for part in (images, tokens, lengths, given))
+    tensors = (part.split(size) for part in (images, tokens, lengths, prefix_lengths))
     return [Pairs(*part) for part in zip(*tensors, seeds, strict=True)]
 
 
@@ -98,7 +98,7 @@ def _forward(net: CoCa, part: Pairs, contrastive: bool, captioning: bool) -> CoC
     # Random numbers of the decoder come after those of the towers, so the towers draw the same with and without it.
     with seeded(part.seed):
         asked = {"contrastive": contrastive, "captioning": captioning}
-        return net(part.images, part.tokens, part.lengths, given=part.given, **asked)
+        return net(part.images, part.tokens, part.lengths, prefix_lengths=part.prefix_lengths, **asked)
 
 
 def _features(out: CoCaOutput) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from coca_lit.evals.cider import END, CiderD, fast_words
 from coca_lit.losses.policy import leave_one_out, policy_loss
+from coca_lit.metrics.cider import END, CiderD, fast_words
 from coca_lit.models import CoCa
-from coca_lit.models.options import DEFAULT_MAX_LENGTH
-from coca_lit.models.sampling import caption_lengths
+from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
+from coca_lit.models.generation.sampling import caption_lengths
 
 
 class SelfCritical:

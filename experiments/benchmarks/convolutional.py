@@ -18,7 +18,7 @@ from harness import interleaved, ratio
 from record import record
 from torch import Tensor, nn
 
-from coca_lit.compose.runtime import keep_freed_memory
+from coca_lit.cli.runtime import keep_freed_memory
 from coca_lit.models.image import ImageEncoder
 
 CSV = Path(__file__).with_suffix(".csv")

@@ -28,8 +28,8 @@ from record import record
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
-from coca_lit.models.linear import packed_weights
-from coca_lit.models.open_clip import from_open_clip
+from coca_lit.models.kernels.linear import packed_weights
+from coca_lit.weights.open_clip import from_open_clip
 
 STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # OpenCLIP's arguments, ours
     "greedy": ({"generation_type": "top_k"}, {"min_length": 5}),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
-from coca_lit.models.open_clip import from_open_clip
+from coca_lit.weights.open_clip import from_open_clip
 
 PROCESS = Path("/proc/self")  # peak memory is read there, so this runs on Linux only
 CONTEXT = 76

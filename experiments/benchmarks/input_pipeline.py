@@ -30,11 +30,11 @@ from PIL import Image
 from record import record
 
 from coca_lit.data.batch import Example, collate
-from coca_lit.data.laion import LaionData
 from coca_lit.data.pixels import decode_pixels
-from coca_lit.data.shard_set import find_shards
-from coca_lit.data.shards import ShardSample, sample_of
-from coca_lit.data.tar_index import tar_indexes
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.index import tar_indexes
+from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.reader import ShardSample, sample_of
 from coca_lit.data.transforms import RandomCrop, random_box
 from coca_lit.tokenizer import get_tokenizer
 
@@ -69,7 +69,7 @@ def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
 
     def ours(indexed: bool) -> None:
         tokenizer = get_tokenizer("clip")
-        data = LaionData(f"{folder}/*.tar", args.count, tokenizer, BATCH, SIZE, indexed=indexed, cache_dir=folder)
+        data = LAIONDataModule(f"{folder}/*.tar", args.count, tokenizer, BATCH, SIZE, indexed=indexed, cache_dir=folder)
         assert sum(len(batch.images) for batch in data.train_dataloader()) == args.count
 
     def theirs() -> None:

@@ -18,7 +18,7 @@ from record import record
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from coca_lit.evals.retrieval import retrieval_scores
+from coca_lit.metrics.retrieval import retrieval_scores
 
 KS = (1, 5, 10)
 

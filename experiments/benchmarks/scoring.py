@@ -17,9 +17,9 @@ from typing import Any
 
 from record import record
 
-from coca_lit.evals.captioning import SCORERS, caption_scores, score_tokens, tokenize_captions
-from coca_lit.evals.meteor import shared_meteor
-from coca_lit.evals.statistics import caption_statistics
+from coca_lit.metrics.captions import SCORERS, caption_scores, score_tokens, tokenize_captions
+from coca_lit.metrics.diversity import caption_statistics
+from coca_lit.metrics.java.meteor import shared_meteor
 
 IMAGES, REFERENCES = 5000, 5
 

@@ -45,7 +45,7 @@ def has_trained(folder: Path) -> bool:
 CASES = {
     "python train.py --help": Case((TRAIN, "--help"), "below 2"),
     "a misspelt key": Case((TRAIN, "model.optimizer.lrr=1"), "below 2", code=1),
-    "coca-evaluate --help": Case(("-m", "coca_lit.evaluate", "--help"), "below 2"),
+    "coca-evaluate --help": Case(("-m", "coca_lit.cli.evaluate", "--help"), "below 2"),
     "python train.py, to the first optimizer step": Case(
         (TRAIN, "trainer=cpu", "trainer.log_every_n_steps=1", "output_dir=run"), "below 8", has_trained
     ),

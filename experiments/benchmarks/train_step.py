@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.open_clip import to_open_clip
+from coca_lit.weights.open_clip import to_open_clip
 
 CSV = Path(__file__).with_suffix(".csv")
 # A narrow L/14: its 24 vision layers and 257 image tokens, at a width that two cores can train.

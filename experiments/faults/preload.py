@@ -4,7 +4,7 @@ import hydra
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from coca_lit.compose.command import CONF
+from coca_lit.cli.command import CONF
 from coca_lit.models import create_model
 
 Image.init()

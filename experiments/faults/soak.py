@@ -216,8 +216,8 @@ def _lines(path: Path) -> set[str]:
 
 def write_data(folder: Path, broken: bool) -> Path:
     """Four shards of six scenes; with a manifest, or with samples and shards that nobody can read."""
-    from coca_lit.data.cli import data
-    from coca_lit.data.scenes_export import write_shards
+    from coca_lit.cli.data import data
+    from coca_lit.data.scenes.export import write_shards
 
     folder.mkdir(parents=True)
     write_shards(folder, count=24, size=32, per_shard=6)

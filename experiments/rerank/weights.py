@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coca_lit.checkpoints import load_model
-from coca_lit.data.flickr import flickr_records
+from coca_lit.data.datasets.flickr import flickr_records
 from coca_lit.data.records import Record
-from coca_lit.data.scenes import scene_records
+from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
-from coca_lit.evals.captioning import caption_scores
+from coca_lit.metrics.captions import caption_scores
 from coca_lit.models import CoCa
 from coca_lit.runs.run_folder import environment
+from coca_lit.weights.load import load_model
 
 WEIGHTS = [i / 10 for i in range(11)]
 BATCH = 64

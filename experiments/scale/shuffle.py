@@ -15,9 +15,9 @@ import numpy as np
 from webdataset.filters import _shuffle  # what webdataset.shuffle and OpenCLIP's own shuffle of shards call
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.mixture import Source
-from coca_lit.data.shard_set import Shard
-from coca_lit.data.shard_stream import ShardOrder
+from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.mixture import Source
+from coca_lit.data.shards.stream import ShardOrder
 from experiments.scale.report import record
 from experiments.scale.scale import IMAGE, SHARDS
 
@@ -44,7 +44,7 @@ def ours(buffer: int) -> Order:
 
     def mixed(shards: Sequence[int]) -> Iterator[int]:
         order = ShardOrder([Source("", [Shard(str(shard)) for shard in shards])], shuffle_buffer=buffer)
-        with patch("coca_lit.data.shard_stream.read_shard", lambda shard, *_, **__: in_order([int(shard.name)])):
+        with patch("coca_lit.data.shards.stream.read_shard", lambda shard, *_, **__: in_order([int(shard.name)])):
             found = order.samples(0, 0, 1, BadSamples(1.0))
             yield from (sample.sample for sample in islice(found, len(shards) * SAMPLES))  # type: ignore[misc]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from coca_lit.checkpoints import load_model
-from coca_lit.data.flickr import flickr_records
-from coca_lit.data.scenes import scene_records
-from coca_lit.evals.collect import embed_pairs
-from coca_lit.evals.retrieval import recall_at_k
-from coca_lit.evals.second_look import likely_pairs, log_likelihoods, mixed
+from coca_lit.data.datasets.flickr import flickr_records
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.evals.inference import embed_pairs
+from coca_lit.evals.reranking import likely_pairs, log_likelihoods, mixed
+from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.runs.run_folder import environment
+from coca_lit.weights.load import load_model
 from experiments.study import read_rows, write_rows
 
 WEIGHTS = [i / 10 for i in range(11)]

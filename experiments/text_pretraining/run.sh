@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../.."
 runs=outputs/text_pretraining
 mkdir -p "$runs"
 texts=$runs/captions.txt # 60,000 captions, none of a scene that is scored
-[ -s "$texts" ] || python -c "from coca_lit.data.scenes import scene_training_captions as all; print('\n'.join(all()))" >"$texts"
+[ -s "$texts" ] || python -c "from coca_lit.data.scenes.render import scene_training_captions as all; print('\n'.join(all()))" >"$texts"
 
 train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2

@@ -14,21 +14,22 @@ from test_datamodules import TOKENIZER, fit
 from test_shards import spoil, write_shards, write_tar
 
 from coca_lit.callbacks.bad_sample_log import BadSampleLog, read_bad_samples
+from coca_lit.cli.data import data as coca_data
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
-from coca_lit.data.cli import data as coca_data
-from coca_lit.data.flickr import FlickrData
-from coca_lit.data.laion import LaionData
+from coca_lit.data.datasets.flickr import FlickrDataModule
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import open_epoch
-from coca_lit.data.manifest import NAME, read_manifest
-from coca_lit.data.mixture import Source
-from coca_lit.data.records import DataError, DataNotFoundError, ImageFile, Record
-from coca_lit.data.scenes_export import export_scenes
-from coca_lit.data.shard_check import JOURNAL
-from coca_lit.data.shard_set import Shard, find_shards
-from coca_lit.data.shard_stream import ShardOrder
-from coca_lit.data.shards import read_shard
+from coca_lit.data.prepare.check import JOURNAL
+from coca_lit.data.records import ImageFile, Record
+from coca_lit.data.scenes.export import export_scenes
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.listing import Shard, find_shards
+from coca_lit.data.shards.manifest import NAME, read_manifest
+from coca_lit.data.shards.mixture import Source
+from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.stream import ShardOrder
 from coca_lit.data.transforms import RandomCrop, build_transform
+from coca_lit.errors import DataError, DataNotFoundError
 
 NONE_OF = "it is none of JPEG, PNG, WEBP, BMP, GIF"
 
@@ -52,8 +53,8 @@ def shards(checked: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checked, tmp_path / "shards"))
 
 
-def laion(folder: Path, **more) -> LaionData:
-    return LaionData(str(folder), 24, TOKENIZER, 4, image_size=16, **more)
+def laion(folder: Path, **more) -> LAIONDataModule:
+    return LAIONDataModule(str(folder), 24, TOKENIZER, 4, image_size=16, **more)
 
 
 def reasons(path: Path) -> dict[str, int]:
@@ -140,14 +141,14 @@ def test_manifest_tells_what_is_there(checked):
     manifest = read_manifest(checked)
     assert {name: entry.samples for name, entry in manifest.items()} == {f"{s:05d}.tar": 6 for s in range(3)}
     assert all(entry.bytes == (checked / name).stat().st_size for name, entry in manifest.items())
-    assert LaionData(str(checked), None, TOKENIZER, 4).steps_per_epoch == 18 // 4
+    assert LAIONDataModule(str(checked), None, TOKENIZER, 4).steps_per_epoch == 18 // 4
     assert not (checked / JOURNAL).exists()
 
 
 def test_epoch_without_samples_needs_a_manifest(tmp_path):
     write_shards(tmp_path, 1, 2)
     with pytest.raises(DataError, match=r"no manifest .* write it with coca-data check, or set data.epoch_samples"):
-        LaionData(str(tmp_path), None, TOKENIZER, 2, indexed=False).prepare_data()
+        LAIONDataModule(str(tmp_path), None, TOKENIZER, 2, indexed=False).prepare_data()
 
 
 def test_training_refuses_what_no_longer_fits(shards):
@@ -294,7 +295,7 @@ def test_nothing_is_written_without_bad_samples(tmp_path, shards):
 
 def test_a_broken_photo_of_a_data_set_is_named(tmp_path):
     export_scenes("flickr8k", tmp_path / "f", 16, 16)
-    split = FlickrData(str(tmp_path / "f"), TOKENIZER, 4, image_size=16, val_split=None)
+    split = FlickrDataModule(str(tmp_path / "f"), TOKENIZER, 4, image_size=16, val_split=None)
     broken = split.train_records[3].image.path
     broken.write_bytes(b"junk")
     fit(split, tmp_path / "c", log=(log := BadSampleLog(tmp_path)))

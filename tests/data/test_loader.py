@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from coca_lit.data.batch import Batch, Example, collate
-from coca_lit.data.captions import CaptionDataset, FirstCaptionDataset
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, epoch_batches, load, open_epoch, validation_loader
-from coca_lit.data.records import DataError, Record
+from coca_lit.data.records import Record
 from coca_lit.data.transforms import RandomCrop, build_transform
+from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])

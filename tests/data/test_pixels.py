@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from coca_lit.data.pixels import decode_pixels, load_pixels
-from coca_lit.data.records import DataError, ImageFile, decode_image
+from coca_lit.data.records import ImageFile, decode_image
+from coca_lit.errors import DataError
 
 
 def picture(mode: str = "RGB") -> Image.Image:

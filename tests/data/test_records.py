@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coca_lit.data.flickr import flickr_records
-from coca_lit.data.mscoco import mscoco_records
-from coca_lit.data.nocaps import nocaps_records
-from coca_lit.data.records import DataError, DataNotFoundError, open_image, trainable
+from coca_lit.data.datasets.coco import mscoco_records
+from coca_lit.data.datasets.flickr import flickr_records
+from coca_lit.data.datasets.nocaps import nocaps_records
+from coca_lit.data.records import open_image, trainable
+from coca_lit.errors import DataError, DataNotFoundError
 
 
 def write_images(folder: Path, names: list[str]) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.data.records import DataError
-from coca_lit.data.scenes import render
+from coca_lit.data.scenes.render import render
 from coca_lit.data.transforms import build_transform
 from coca_lit.demo.answers import classify, rank, read_photo, write_captions
+from coca_lit.errors import DataError
 
 PHOTO = render(7, 64)
 

@@ -8,11 +8,12 @@ import subprocess
 import hydra
 import pytest
 
-from coca_lit.checkpoints import save_model
-from coca_lit.compose.command import CONF
-from coca_lit.compose.config import ConfigError
-from coca_lit.data.scenes import scene_records
-from coca_lit.demo import builtin, cli
+from coca_lit.cli.command import CONF
+from coca_lit.cli.train import demo as cli
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.demo import builtin
+from coca_lit.errors import ConfigError
+from coca_lit.weights.load import save_model
 
 
 def compose(*overrides):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coca_lit.apply.search import ImageIndex
 from coca_lit.demo.builtin import write_scenes
+from coca_lit.inference.search import ImageIndex
 from coca_lit.models import create_model
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

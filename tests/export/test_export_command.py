@@ -14,12 +14,13 @@ import torch
 import yaml
 from PIL import Image
 
-from coca_lit.checkpoints import load_model, save_model
-from coca_lit.compose.command import CONF
-from coca_lit.compose.config import ConfigError
+from coca_lit.cli.command import CONF
+from coca_lit.cli.train import export as cli
 from coca_lit.data.transforms import build_transform
-from coca_lit.export import cli, open_clip
+from coca_lit.errors import ConfigError
+from coca_lit.export import open_clip
 from coca_lit.models import create_model
+from coca_lit.weights.load import load_model, save_model
 
 SMALL = {
     "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2},
@@ -37,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "checkpoints").mkdir()
     (run / "results.json").write_text(json.dumps(RESULTS))
     (run / "environment.json").write_text(json.dumps({"command": "python train.py seed=7", "commit": "abc1234"}))
-    data = {"_target_": "coca_lit.data.laion.LaionData", "shards": "${oc.env:SHARDS}"}
+    data = {"_target_": "coca_lit.data.shards.datamodule.LAIONDataModule", "shards": "${oc.env:SHARDS}"}
     (run / "config.yaml").write_text(yaml.safe_dump({"seed": 7, "eval_split": "val", "data": data}))
     path = run / "checkpoints" / "best.safetensors"
     save_model(create_model("coca_vit_b32", **SMALL), path)
@@ -84,7 +85,7 @@ def test_what_the_card_says(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert "|  | scenes | compositional |\n| --- | --- | --- |\n| CIDEr | 123.45 | 25.00 |" in card
     assert "| text to image recall@1, % | 50.00 |  |" in card
     assert "Of the end of the run, which `best.safetensors` need not be." in card
-    assert "Data: `LaionData`, `${oc.env:SHARDS}`." in card  # as in the run folder, whose secrets stay references
+    assert "Data: `LAIONDataModule`, `${oc.env:SHARDS}`." in card  # as in the run folder, whose secrets stay references
     assert "python train.py seed=7" in card
     assert f"coca-export checkpoint={checkpoint} format=safetensors output={tmp_path}/model\n" in card
     count = sum(p.numel() for p in load_model(checkpoint).parameters())
@@ -177,7 +178,7 @@ def test_mistakes(checkpoint: Path, tmp_path: Path, arguments: list[str], messag
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "coca_lit.export.cli", "checkpoint=a.ckpt", "format=onnx", "outputs=b"]
+    command = [sys.executable, "-m", "coca_lit.cli.export", "checkpoint=a.ckpt", "format=onnx", "outputs=b"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: there is no key 'outputs'; did you mean 'output'?")

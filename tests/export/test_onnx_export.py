@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.checkpoints import save_model
-from coca_lit.compose.command import CONF
+from coca_lit.cli.command import CONF
+from coca_lit.cli.train import export as cli
 from coca_lit.data.transforms import build_transform
-from coca_lit.export import cli, onnx
+from coca_lit.export import onnx
 from coca_lit.export.graphs import graphs_of
 from coca_lit.export.onnx_captioner import Captioner
 from coca_lit.models import CoCa, create_model
+from coca_lit.weights.load import save_model
 
 CONVOLUTIONAL = {"text_layers": 1, "decoder_layers": 1}
 TRANSFORMER = {

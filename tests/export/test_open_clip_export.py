@@ -15,10 +15,10 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from PIL import Image
 from safetensors.torch import save_file
 
-from coca_lit.checkpoints import load_model
 from coca_lit.data.transforms import build_transform
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import CoCa, create_model
+from coca_lit.weights.load import load_model
 
 Build = Callable[..., CoCa]
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]

@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from coca_lit.cli import train
-from coca_lit.compose.config import ConfigError
+from coca_lit.cli.plan import build_without_weights, read_recipe, read_settings, show_plan
+from coca_lit.cli.train import train
+from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.plan.cli import build_without_weights, read_recipe, read_settings, show_plan
 from coca_lit.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
 from coca_lit.plan.trace import Cost, cost, trace
 

@@ -1,0 +1,182 @@
+"""`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` looks at every sample of them, and
+`coca-data recipe NAME` says how to fetch a well-known set.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from coca_lit.data.shards.manifest import ManifestEntry
+
+T = TypeVar("T")
+
+PREPARE = """\
+Writes a .csv, .tsv or .parquet file of local images and captions, a COCO or Flickr folder, a folder of NAME.jpg and
+NAME.txt, or the .tar files of img2dataset as shards with a manifest. Images are decoded once and copied as they are;
+broken ones are left out. An interrupted command goes on where it was."""
+CHECK = """\
+Decodes every image and caption of a set of shards, names what is broken, and writes manifest.json beside the shards:
+samples, bytes and sha256 of each. Training then refuses a shard that has changed. With a manifest from before, it
+compares. An interrupted check goes on where it was."""
+
+
+def data(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-data`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    parser = argparse.ArgumentParser("coca-data", description="Prepares and checks image-text shards.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_prepare(commands)
+    _add_check(commands)
+    _add_recipe(commands)
+    options = parser.parse_args(arguments)
+
+    from coca_lit.errors import DataError
+
+    try:
+        options.run(options)
+    except (DataError, FileNotFoundError, PermissionError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("check", help="look at every sample and write a manifest", description=CHECK)
+    parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
+    parser.add_argument(
+        "--caption-key", default="txt", help="field of the samples' JSON that holds the caption (default: the .txt)"
+    )
+    parser.add_argument("--update", action="store_true", help="accept shards that changed since the manifest")
+    _add_common(parser)
+    parser.set_defaults(run=_check)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from coca_lit.data.prepare import check as shard_check
+    from coca_lit.data.shards.listing import local_shards
+    from coca_lit.data.shards.manifest import read_manifest, write_manifest
+    from coca_lit.errors import DataError
+
+    paths = local_shards(options.shards)
+    reports = _with_progress(
+        "checking", shard_check.check_shards(paths, options.caption_key, options.workers), len(paths)
+    )
+    for report in sorted(reports):
+        _print_faults(report.path, report.bad, report.examples)
+    if broken := [report for report in reports if report.broken]:
+        raise DataError(
+            f"{len(broken)} of {len(reports)} shards cannot be used, e.g. {broken[0].path} ({broken[0].broken}): "
+            "write them again or remove them, then repeat the command; no manifest was written"
+        )
+    good, bad = sum(report.entry.samples for report in reports), sum(report.bad_samples for report in reports)
+    _judge(good, bad, options.max_bad_fraction)
+    changes = list(shard_check.compare(reports))
+    if changes and not options.update:
+        raise DataError(
+            f"{changes[0]}{f', and {len(changes) - 1} more like it' if len(changes) > 1 else ''}: "
+            "restore what was there, or accept what is there now with --update"
+        )
+    folders = shard_check.by_folder(reports)
+    for folder, entries in folders.items():
+        others = {name: entry for name, entry in read_manifest(folder).items() if (folder / name).is_file()}
+        print(f"wrote {write_manifest(folder, others | entries)}")
+    shard_check.forget_journals(set(folders))
+    _print_total([report.entry for report in reports], bad)
+
+
+def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("prepare", help="write captioned images as shards", description=PREPARE)
+    parser.add_argument(
+        "source", type=Path, help="table, COCO or Flickr folder, folder of images and texts, or of tars"
+    )
+    parser.add_argument("output", type=Path, help="folder for the shards")
+    parser.add_argument("--image-column", help="of a table (default: image, image_path, filename, ...)")
+    parser.add_argument("--caption-column", help="of a table (default: caption, text, title, ...)")
+    parser.add_argument("--split", default="train", help="of a COCO or Flickr folder (default: %(default)s)")
+    parser.add_argument(
+        "--samples-per-shard", type=_positive, help="default: 10,000, or fewer so that there are 16 shards"
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from coca_lit.data.prepare import write as prepare
+    from coca_lit.data.prepare.pairs import read_pairs
+    from coca_lit.data.shards.listing import local_shards
+    from coca_lit.data.shards.manifest import write_manifest
+
+    if options.source.is_dir() and [*options.source.glob("*.tar")]:
+        tasks = prepare.plan_shards(local_shards(str(options.source)))
+    else:
+        pairs = read_pairs(options.source, options.image_column, options.caption_column, options.split)
+        tasks = prepare.plan_pairs(pairs, options.samples_per_shard)
+    shards = _with_progress("writing", prepare.prepare(tasks, options.output, options.workers), len(tasks))
+    for shard in sorted(shards):
+        _print_faults(str(options.output / shard.name), shard.bad, shard.examples)
+    good, bad = sum(shard.entry.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
+    _judge(good, bad, options.max_bad_fraction)
+    entries = {shard.name: shard.entry for shard in shards if shard.entry.samples}
+    print(f"wrote {write_manifest(options.output, entries)}")
+    _print_total(list(entries.values()), bad)
+    print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
+
+
+def _add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from coca_lit.data.prepare.recipes import RECIPES
+
+    text = "Prints the commands that fetch a well-known set of the web as shards, with img2dataset."
+    parser = commands.add_parser("recipe", help="how LAION, DataComp and others become shards", description=text)
+    parser.add_argument("name", choices=RECIPES)
+    parser.set_defaults(run=lambda options: print(RECIPES[options.name].commands(options.name)))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.05,
+        metavar="FRACTION",
+        help="of bad samples above which no manifest is written (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes (default: one per core)")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _judge(good: int, bad: int, limit: float) -> None:
+    from coca_lit.errors import DataError
+
+    if bad > limit * (good + bad):
+        raise DataError(
+            f"{bad} of {good + bad} samples are bad, more than --max-bad-fraction {limit}; no manifest was written"
+        )
+
+
+def _with_progress(verb: str, items: Iterable[T], total: int) -> list[T]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return list(track(items, verb, total, console=Console(stderr=True)))
+
+
+def _print_faults(name: str, bad: Mapping[str, int], examples: Sequence[str]) -> None:
+    if bad:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.items())
+        print(f"{name}: {reasons} ({'; '.join(examples)})")
+
+
+def _print_total(entries: "Sequence[ManifestEntry]", bad: int) -> None:
+    good, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
+    print(f"{len(entries):,} shards, {good:,} samples, {size / 1e9:.3g} GB; {bad:,} bad samples are left out")
+
+
+if __name__ == "__main__":
+    data()

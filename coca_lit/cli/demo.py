@@ -1,0 +1,108 @@
+"""`coca-demo checkpoint=PATH`: a web page on this machine to caption, classify and search images with a model."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from coca_lit.cli.command import command
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.errors import ConfigError, error_context
+
+if TYPE_CHECKING:
+    from coca_lit.inference.search import ImageIndex
+    from coca_lit.models import CoCa
+
+OUTPUTS = Path("outputs")
+
+
+@dataclass
+class DemoConfig:
+    """The keys of `coca-demo`; `conf/demo.yaml` explains them."""
+
+    checkpoint: str | None = None
+    images: str | None = None
+    port: int = 7860
+    open_browser: bool = False
+    threads: int | None = None
+
+
+ConfigStore.instance().store("demo_schema", DemoConfig)
+
+
+def demo() -> None:
+    """Entry point of `coca-demo` and `python -m coca_lit.cli.demo`."""
+    command("demo", run)
+
+
+def run(cfg: DictConfig) -> None:
+    """Serves the page until the process is stopped.
+
+    Raises:
+        ConfigError: gradio is not installed, the checkpoint cannot be used, or the port is taken.
+        DataError: there is no image in the folder.
+    """
+    if find_spec("gradio") is None:
+        raise ConfigError("the web page needs gradio: pip install 'coca_lit[demo]'")
+    import torch
+
+    from coca_lit.weights.load import load_model
+
+    configure_libraries(cfg.threads)
+    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint is not None else _builtin()
+    with error_context("checkpoint"):
+        model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    from coca_lit.demo.builtin import speaks_of_scenes, write_scenes
+    from coca_lit.demo.page import build_page
+    from coca_lit.demo.serve import serve
+
+    folder = Path(cfg.images) if cfg.images is not None else None
+    if folder is None and speaks_of_scenes(model):
+        folder = write_scenes(OUTPUTS / "demo_scenes")
+    index = _index(model, folder) if folder is not None else None
+    page = build_page(model, str(checkpoint), index, builtin=cfg.checkpoint is None)
+    serve(page, cfg.port, cfg.open_browser)
+
+
+def _builtin() -> Path:
+    """The checkpoint of the built-in demo model, trained now if no run has left one."""
+    from coca_lit.demo.builtin import find_demo_model, train_demo_model
+
+    if found := find_demo_model(OUTPUTS):
+        print(f"no checkpoint given: the page shows the built-in demo model in {found}")
+        return found
+    print(f"no checkpoint given and no finished demo run in {OUTPUTS}: training the built-in demo model, a few minutes")
+    return train_demo_model(OUTPUTS)
+
+
+def _index(model: "CoCa", folder: Path) -> "ImageIndex":
+    """The features of the folder, from the file that `coca-search` keeps too, brought up to date."""
+    from rich.progress import Progress
+
+    from coca_lit.errors import DataError
+    from coca_lit.inference.search import ImageIndex
+
+    file = folder.absolute().parent / f"{folder.absolute().name}.index.safetensors"
+    try:
+        index = ImageIndex.load(file, model)
+        index.folder = folder  # as the user wrote it
+    except DataError:  # none yet, or that of another model
+        index = ImageIndex(model, folder)
+    with Progress() as bar:
+        task = bar.add_task(f"images of {folder}", total=None)
+        changes = index.update(progress=lambda done, total: bar.update(task, completed=done, total=total))
+    for reason in changes.unreadable.values():
+        print(f"not searched: {reason}")
+    try:
+        index.save(file)
+    except DataError as error:
+        print(f"the index will be made again next time: {error}")
+    return index
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,63 @@
+"""Scores of a checkpoint: `coca-evaluate checkpoint=PATH evals=[mscoco_captions,mscoco_retrieval]`.
+
+The evaluations are those of training (`conf/evals`). Under torchrun the images are dealt out to the processes; the
+scores are the same.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from coca_lit.cli.assembly import build_evals
+from coca_lit.cli.command import command
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.errors import error_context
+
+if TYPE_CHECKING:
+    from coca_lit.models import DualEncoder
+
+
+def evaluate() -> None:
+    """Entry point of `coca-evaluate` and `python -m coca_lit.cli.evaluate`."""
+    command("evaluate", run)
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
+    from coca_lit.distributed import process_group, rank
+    from coca_lit.metrics.java.spice import JARS_VARIABLE
+    from coca_lit.runs.run_folder import start_run_folder, write_results
+
+    configure_libraries(cfg.threads)
+    if cfg.spice_jars is not None:
+        os.environ[JARS_VARIABLE] = cfg.spice_jars
+    with process_group() as device:
+        model = _load(cfg).to(device)
+        cfg.image_size = model.image_size
+        start_run_folder(cfg)
+        evals, not_run = build_evals(cfg)
+        results: dict[str, float] = {}
+        for evaluation in evals:
+            results |= evaluation.evaluate(model)
+            not_run |= evaluation.not_run
+        if rank() == 0:
+            write_results(Path(cfg.output_dir), results, not_run)
+    return results
+
+
+def _load(cfg: DictConfig) -> "DualEncoder":
+    from coca_lit.weights.interpolation import interpolate
+    from coca_lit.weights.load import load_dual_encoder
+
+    with error_context("checkpoint"):
+        model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
+    if cfg.interpolate_with is not None:
+        with error_context("interpolate_with"):
+            interpolate(model, load_dual_encoder(cfg.interpolate_with, cfg.quick_gelu), cfg.weight)
+    return model
+
+
+if __name__ == "__main__":
+    evaluate()

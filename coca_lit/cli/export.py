@@ -1,0 +1,103 @@
+"""A checkpoint for other programs: `coca-export checkpoint=PATH format=open_clip output=FOLDER`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from coca_lit.cli.command import command
+from coca_lit.cli.config import suggest
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.errors import ConfigError, error_context
+
+if TYPE_CHECKING:
+    from coca_lit.export.card import Exported
+    from coca_lit.models import CoCa
+
+FORMATS = ("open_clip", "safetensors", "onnx")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclass
+class ExportConfig:
+    """The keys of an export; `conf/export.yaml` explains them."""
+
+    checkpoint: str = MISSING
+    format: str = MISSING
+    output: str = MISSING
+    interpolate_with: str | None = None
+    weight: float = 0.5
+    overwrite: bool = False
+    correct_cls_mask: bool = False
+    threads: int | None = None
+
+
+ConfigStore.instance().store("export_schema", ExportConfig)
+
+
+def export() -> None:
+    """Entry point of `coca-export` and `python -m coca_lit.cli.export`."""
+    command("export", run)
+
+
+def run(cfg: DictConfig) -> None:
+    """Writes the checkpoint into the folder `cfg.output`, in the format asked for, with a model card."""
+    checkpoint, output = Path(cfg.checkpoint), Path(cfg.output)
+    with error_context("format"):
+        write = _writer(cfg.format, cfg.correct_cls_mask)
+    from coca_lit.export.card import write_card
+    from coca_lit.export.folder import check_output, new_folder
+    from coca_lit.weights.interpolation import interpolate
+    from coca_lit.weights.load import load_model
+
+    configure_libraries(cfg.threads)
+    with error_context("output"):
+        check_output(output, checkpoint, cfg.overwrite)
+    with error_context("checkpoint"):
+        model = load_model(checkpoint)
+    if cfg.interpolate_with is not None:
+        with error_context("interpolate_with"):
+            interpolate(model, load_model(cfg.interpolate_with), cfg.weight)
+    with new_folder(output) as folder:
+        with error_context("format"):
+            exported = write(model, folder)
+        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg))
+    print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
+
+
+def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Exported]":
+    """The function that writes a format; formats are imported when they are used."""
+    if name == "open_clip":
+        from coca_lit.export.open_clip import write_open_clip
+
+        return lambda model, folder: write_open_clip(model, folder, correct_cls_mask)
+    if correct_cls_mask:
+        raise ConfigError(f"correct_cls_mask is about format=open_clip, but the format is {name}; leave it out")
+    if name == "safetensors":
+        from coca_lit.export.safetensors import write_safetensors
+
+        return write_safetensors
+    if name == "onnx":
+        if missing := [package for package in ONNX_PACKAGES if find_spec(package) is None]:
+            raise ValueError(
+                f"onnx needs packages that are not here ({', '.join(missing)}): pip install 'coca_lit[onnx]'"
+            )
+        from coca_lit.export.onnx import write_onnx
+
+        return write_onnx
+    raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
+
+
+def _command(cfg: DictConfig) -> str:
+    options = "".join(f" {key}=true" for key in ("correct_cls_mask",) if cfg[key])
+    if cfg.interpolate_with is not None:
+        options += f" interpolate_with={cfg.interpolate_with} weight={cfg.weight}"
+    return f"coca-export checkpoint={cfg.checkpoint} format={cfg.format} output={cfg.output}{options}"
+
+
+if __name__ == "__main__":
+    export()

@@ -1,0 +1,78 @@
+"""`python train.py plan=true`: from the config of a run to its plan."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from coca_lit.cli.assembly import add_adapters
+from coca_lit.cli.config import build
+from coca_lit.errors import ConfigError
+
+AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "auto": "bfloat16"}
+
+
+def show_plan(cfg: DictConfig) -> None:
+    """Prints the plan of a run. No weights are allocated, no data are read.
+
+    Raises:
+        ConfigError: `plan` is neither true nor settings, or one of these is wrong.
+    """
+    import torch
+
+    from coca_lit.plan.estimate import measure
+    from coca_lit.plan.report import print_plan
+    from coca_lit.plan.trace import cost
+
+    settings = read_settings(cfg.plan)
+    module = build_without_weights(cfg)
+    precision = str(cfg.trainer.precision)
+    autocast = AUTOCAST.get(precision)
+    if precision.endswith("-true") and precision.startswith(("bf16", "16")):
+        module.net.to(torch.bfloat16)
+    weights, model = module.weights, measure(module.net)
+    recipe = read_recipe(cfg, settings, weights, half=not precision.startswith("32"))
+    spent = cost(module.net, weights, settings.caption_tokens, getattr(torch, autocast) if autocast else None)
+    print_plan(f"{cfg.model.net.name}, {precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
+
+
+def read_settings(plan: Any) -> Any:
+    if plan is not True and not isinstance(plan, DictConfig):
+        raise ConfigError(f"plan must be true or settings such as {{gpus: [H100], devices: 64}}, got {plan!r}")
+    values: Any = {} if plan is True else OmegaConf.to_container(plan)
+    return build(OmegaConf.create({"_target_": "coca_lit.plan.settings.Settings", **values}), "plan")
+
+
+def build_without_weights(cfg: DictConfig) -> Any:
+    import torch
+
+    node = cfg.model.copy()
+    with open_dict(node):
+        node.compile = False  # the same work, and nothing to compile
+    OmegaConf.resolve(node)
+    with torch.device("meta"):
+        module = build(node, "model", micro_batch_size=cfg.trainer.micro_batch_size)
+        add_adapters(cfg, module.net)
+    return module
+
+
+def read_recipe(cfg: DictConfig, settings: Any, weights: dict[str, float], half: bool) -> Any:
+    from coca_lit.plan.estimate import Recipe
+
+    trainer = cfg.trainer
+    devices = settings.devices or trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else 8)
+    samples, epoch = settings.samples, cfg.data.get("epoch_samples")
+    if samples is None and trainer.max_steps > 0:
+        samples = trainer.max_steps * cfg.data.batch_size * trainer.accumulate_grad_batches
+    elif samples is None and epoch is not None and trainer.max_epochs is not None:
+        samples = trainer.max_epochs * epoch
+    strategy = trainer.strategy
+    return Recipe(
+        batch=cfg.data.batch_size,
+        devices=devices,
+        contrastive=bool(weights["contrastive"]),
+        sharded=isinstance(strategy, DictConfig) and str(strategy.get("_target_", "")).endswith("FullySharded"),
+        averaged=cfg.ema is not None,
+        micro_batch=trainer.micro_batch_size,
+        half=half,
+        samples=samples,
+    )

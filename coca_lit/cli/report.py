@@ -1,0 +1,31 @@
+"""`coca-report outputs/A` writes the report of a run again; with several folders, or a sweep's, it compares them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def report(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-report`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    parser = argparse.ArgumentParser("coca-report", description=__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of finished runs, or of a sweep")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the comparison (default: that of the sweep, else outputs/comparison)"
+    )
+    parser.add_argument("--objective", help="score by which a run is the best (default: the first headline score)")
+    options = parser.parse_args(arguments)
+
+    from coca_lit.errors import DataError
+    from coca_lit.report.write import write_comparison, write_report
+
+    try:
+        first = options.folders[0]
+        if len(options.folders) > 1:
+            print(write_comparison(options.folders, options.output or Path("outputs/comparison"), options.objective))
+        elif (first / "results.json").is_file():
+            print(write_report(first))
+        else:
+            print(write_comparison([first], options.output or first, options.objective))
+    except DataError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,76 @@
+"""Scores a file of captions, without a model: `coca-score PREDICTIONS REFERENCES`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
+captions; nocaps also by domain. The numbers are those of the official COCO caption evaluation."""
+
+
+def score(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-score`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    parser = argparse.ArgumentParser("coca-score", description=DESCRIPTION)
+    parser.add_argument("predictions", type=Path, help='COCO results: [{"image_id": 42, "caption": "a dog"}, ...]')
+    parser.add_argument(
+        "references", type=Path, help="COCO or nocaps captions, or Karpathy's dataset_*.json; may be .gz"
+    )
+    parser.add_argument("--split", default="test", help="split of a Karpathy file (default: test)")
+    parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
+    options = parser.parse_args(arguments)
+
+    from coca_lit.errors import DataError
+
+    try:
+        scores, not_run = score_files(options.predictions, options.references, options.split)
+    except (DataError, ValueError, RuntimeError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    _print(scores, not_run)
+    if options.output:
+        options.output.write_text(json.dumps(scores, indent=2) + "\n")
+
+
+def score_files(predictions: Path, references: Path, split: str = "test") -> tuple[dict[str, float], dict[str, str]]:
+    """Scores and the reasons for missing ones, see `caption_table`.
+
+    Raises:
+        DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
+    """
+    from coca_lit.data.datasets.annotations import read_references, read_results
+    from coca_lit.errors import DataError
+    from coca_lit.metrics.caption_table import caption_table
+
+    captions = read_results(predictions)
+    listings = {item.id: item for item in read_references(references, split) if item.captions}
+    if problem := _difference(captions, listings):
+        raise DataError(f"{predictions} does not fit {references}: {problem}")
+    domains = {key: item.domain for key, item in listings.items()}
+    return caption_table({key: item.captions for key, item in listings.items()}, captions, domains)
+
+
+def _difference(predicted: Collection[int | str], listings: Collection[int | str]) -> str:
+    missing = [key for key in listings if key not in predicted]
+    unknown = [key for key in predicted if key not in listings]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(listings)} images have no caption, e.g. {missing[:3]}")
+    if unknown:
+        problems.append(f"{len(unknown)} captions are of images that it does not hold, e.g. {unknown[:3]}")
+    if set(map(str, missing)) & set(map(str, unknown)):
+        problems.append("the ids are numbers in one file and texts in the other")
+    return "; ".join(problems)
+
+
+def _print(scores: dict[str, float], not_run: dict[str, str]) -> None:
+    from coca_lit.runs.run_folder import print_results
+
+    print_results({name if "/" in name else f"overall/{name}": value for name, value in scores.items()})
+    for name, reason in not_run.items():
+        print(f"{name} not run: {reason}")
+
+
+if __name__ == "__main__":
+    score()

@@ -1,0 +1,107 @@
+"""Search from the command line: `coca-search FOLDER "a dog on a beach" checkpoint=PATH`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from coca_lit.cli.caption import decoders
+from coca_lit.cli.command import command
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.errors import ConfigError, error_context
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from coca_lit.inference.search import Hit, ImageIndex
+
+
+@dataclass
+class SearchConfig:
+    """The keys of `coca-search`; `conf/search.yaml` explains them."""
+
+    index: str = MISSING
+    query: str | None = None
+    checkpoint: str = MISSING
+    quick_gelu: bool | None = None
+    images: str | None = None
+    k: int = 10
+    batch_size: int = 64
+    num_workers: int | None = None
+    threads: int | None = None
+
+
+ConfigStore.instance().store("search_schema", SearchConfig)
+
+
+def search() -> None:
+    """Entry point of `coca-search` and `python -m coca_lit.cli.search`."""
+    command("search", run, positional=("index", "query"))
+
+
+def run(cfg: DictConfig) -> "list[Hit]":
+    """Brings the index up to date if it is that of a folder, prints what was found and returns it."""
+    import torch
+
+    from coca_lit.inference.rows import print_rows
+    from coca_lit.inference.search import ImageIndex
+    from coca_lit.weights.load import load_dual_encoder
+
+    configure_libraries(cfg.threads)
+    file, folder = _places(cfg)
+    with error_context("checkpoint"):
+        model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
+    if folder is not None:
+        index.folder = folder
+    if folder is not None or cfg.query is None:
+        _update(index, file, cfg)
+    if cfg.query is None:
+        return []
+    with error_context("query"):
+        hits = index.query(_query(cfg.query), cfg.k)
+    print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
+    return hits
+
+
+def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
+    """The file of the index, and the folder that it is to be brought up to date with, if any."""
+    path = Path(cfg.index)
+    if cfg.images is not None:
+        if path.is_dir():
+            raise ConfigError(f"index: '{path}' is a folder; with images=FOLDER it is the file of the index")
+        return path, Path(cfg.images)
+    if path.is_dir():
+        return path.absolute().parent / f"{path.absolute().name}.index.safetensors", path
+    return path, None
+
+
+def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
+    from coca_lit.progress import Reporter
+
+    with Reporter("embedding") as reporter:
+        changes = index.update(cfg.batch_size, decoders(cfg.num_workers), reporter.reach)
+    for reason in changes.unreadable.values():
+        print(f"skipped: {reason}", file=sys.stderr)
+    if not file.exists() or changes.added or changes.changed or changes.removed:
+        index.save(file)
+        counts = f"{len(changes.added)} added, {len(changes.changed)} changed, {len(changes.removed)} removed"
+        print(f"{file}: {len(index)} images ({counts})", file=sys.stderr)
+
+
+def _query(query: str) -> "str | Image":
+    from coca_lit.inference.images import SUFFIXES, open_upright
+
+    if Path(query).is_file():
+        return open_upright(query)
+    if query.lower().endswith(SUFFIXES):
+        raise ConfigError(f"query: there is no image '{query}'")
+    return query
+
+
+if __name__ == "__main__":
+    search()

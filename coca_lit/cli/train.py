@@ -1,0 +1,107 @@
+"""Training from the command line: `python train.py` and `coca-train`.
+
+Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from coca_lit.cli.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
+from coca_lit.cli.command import command
+from coca_lit.cli.config import suggest
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.sweep import check_direction, check_processes
+from coca_lit.errors import ConfigError, error_context
+from coca_lit.report.objective import headline
+from coca_lit.runs.launch import is_first_process
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
+
+
+def train() -> None:
+    """Entry point of `python train.py` and `coca-train`."""
+    if any(word.startswith("plan=") and word not in ("plan=false", "plan=null") for word in sys.argv):
+        sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=."]  # a plan is no run: no folder
+    command("train", train_job)
+
+
+def train_job(cfg: DictConfig) -> float | None:
+    """`run` for Hydra, whose sweepers ask for one number: the score called `cfg.objective`."""
+    if cfg.plan:
+        from coca_lit.cli.plan import show_plan
+
+        show_plan(cfg)
+        return None
+    check_direction(cfg.objective)
+    results = run(cfg)
+    score = cfg.objective or headline(results)
+    if results and score is not None and score not in results:
+        raise ConfigError(
+            f"objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
+        )
+    return results[score] if results and score is not None else None
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
+    import lightning.pytorch as L
+
+    from coca_lit.callbacks import samples_seen
+    from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
+    from coca_lit.runs.setup_checks import expect_texts
+
+    configure_libraries(cfg.threads)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    checkpoint = find_start(cfg)
+    if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
+        return results
+    start_run_folder(cfg, checkpoint)
+    module = build_module(with_vocabulary(cfg))
+    data = build_data(cfg, module.net.tokenizer)  # missing training data are said first, before those of an evaluation
+    evals, not_run = build_evals(cfg)
+    trainer = build_trainer(cfg, evals)
+    check_trainer(cfg, trainer)
+    if data.texts is not None:
+        with error_context("data.text"):
+            expect_texts(module.net.decoder is not None, trainer.strategy)
+    if checkpoint is None:
+        choose_products(trainer, module)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
+    not_run |= {score: reason for evaluation in evals for score, reason in evaluation.not_run.items()}
+    seen = samples_seen(trainer)
+    if trainer.is_global_zero:
+        write_results(Path(cfg.output_dir), results, not_run, seen)
+    return results
+
+
+def find_start(cfg: DictConfig) -> Path | None:
+    """The checkpoint to go on from, or None for a new start. The first process checks that it fits this config."""
+    from coca_lit.runs.resume import AUTO, check_same_run, find_checkpoint, resume_keys
+
+    checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
+    if checkpoint is not None and is_first_process():
+        check_same_run(checkpoint, resume_keys(plain(cfg)), strict=cfg.ckpt_path == AUTO)
+    return checkpoint
+
+
+def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
+    """Raises `ConfigError` if the run cannot be split over this many processes."""
+    from coca_lit.runs.setup_checks import check_batch_size
+
+    check_processes(trainer.world_size)
+    with error_context("data.batch_size"):
+        check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
+
+
+def choose_products(trainer: "L.Trainer", module: "L.LightningModule") -> None:
+    """On a CPU in fp32: the library for matrix products. A run that goes on keeps the one that it had."""
+    from coca_lit.distributed import print_rank_zero
+    from coca_lit.models.kernels.fp32_matmul import choose_fp32_matmul
+
+    if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
+        print_rank_zero(f"fp32 products: {choose_fp32_matmul(sum(p.numel() for p in module.parameters()))}")

@@ -1,0 +1,103 @@
+"""Images with a class, for zero-shot classification: a folder per class, or the built-in scenes.
+
+Class names and prompt templates are data: a JSON file {"classes": {folder: name}, "templates": ["a photo of a {}."]}.
+"""
+
+import functools
+import os
+import random
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from coca_lit.data.datasets.annotations import load_json
+from coca_lit.data.records import Record, not_found, open_image
+from coca_lit.data.scenes.render import (
+    AXES,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    captions,
+    decode,
+    render,
+    scene_records,
+    space_size,
+)
+from coca_lit.errors import DataError
+
+ASSETS = Path(__file__).parents[2] / "assets"
+TEMPLATES = ("a photo of a {}.",)
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+class Classification(NamedTuple):
+    """A classification data set. The records come in random order, so that the first few are a fair sample."""
+
+    records: list[Record]
+    labels: Mapping[Hashable, int]  # record id -> class number
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]  # prompts with {} for the name
+
+
+def image_folder(root: str | Path, classes: str | Path | None = None) -> Classification:
+    """Images of root/FOLDER/*.jpg, a folder per class.
+
+    Args:
+        root: folder of the folders.
+        classes: JSON file of names and templates, see above, or "imagenet" for that of ImageNet-1k. It may name more
+            classes than there are folders: all are candidates. By default a folder's name is its class's, with blanks
+            for underscores, and the template is "a photo of a {}."
+
+    Raises:
+        DataNotFoundError: there are no such folders, or no images in them.
+        DataError: the JSON file cannot be used, or does not name a folder.
+    """
+    root = Path(root)
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    how = "one folder of images per class is expected there"
+    if not folders:
+        raise not_found("classified images", [root], how)
+    names, templates = _read_classes(classes) if classes else ({f: f.replace("_", " ") for f in folders}, TEMPLATES)
+    if unknown := [folder for folder in folders if folder not in names]:
+        raise DataError(
+            f"{classes} names no class for {len(unknown)} of {len(folders)} folders of {root}, e.g. {unknown[0]}"
+        )
+    files = [(name, f"{name}/{file}") for name in folders for file in sorted(os.listdir(root / name))]
+    images = [(folder, file) for folder, file in files if file.lower().endswith(IMAGES)]
+    if not images:
+        raise not_found("classified images", [root / folders[0]], how)
+    random.Random(0).shuffle(images)
+    number = {folder: i for i, folder in enumerate(names)}
+    records = [Record(file, functools.partial(open_image, root / file), ()) for _, file in images]
+    return Classification(records, {file: number[folder] for folder, file in images}, tuple(names.values()), templates)
+
+
+def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    path = ASSETS / "imagenet.json" if path == "imagenet" else Path(path)
+    content = load_json(path)
+    classes = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(classes, dict) or not classes:
+        raise DataError(f'{path} must hold {{"classes": {{folder: name}}, "templates": [...]}}, "classes" is missing')
+    templates = tuple(content.get("templates", TEMPLATES))
+    if wrong := [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]:
+        raise DataError(f"{path}: each template must hold one {{}} for the name of the class, got {wrong[0]!r}")
+    return classes, templates
+
+
+def scene_classes(size: int = 32) -> Classification:
+    """Built-in scenes with twice the same colour and shape, which is the class; none that training shows.
+
+    The prompts of a class are the captions of such scenes.
+    """
+    trained = {record.id for record in scene_records("train")}
+    classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+    kinds = {number: {thing[1:] for thing in decode(number).things} for number in range(space_size(2))}
+    label = {number: classes.index(" ".join(kind.pop())) for number, kind in kinds.items() if len(kind) == 1}
+    numbers = [number for number in label if number not in trained]
+    random.Random(0).shuffle(numbers)
+    records = [Record(number, functools.partial(render, number, size), ()) for number in numbers]
+    pairs = [Scene(axis, (Thing(a, "C", "S"), Thing(b, "C", "S"))) for axis in AXES for a in SIZES for b in SIZES]
+    templates = tuple(text.replace("C S", "{}") for pair in pairs for text in captions(pair))
+    return Classification(records, {number: label[number] for number in numbers}, classes, templates)

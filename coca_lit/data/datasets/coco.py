@@ -1,0 +1,99 @@
+"""MS-COCO captions in the Karpathy split (`dataset_coco.json`) or in COCO's own 2017 or 2014 split."""
+
+from pathlib import Path
+
+from coca_lit.data.datamodule import CaptionDataModule
+from coca_lit.data.datasets.annotations import first_file, read_coco, read_karpathy
+from coca_lit.data.records import Listing, Record, not_found, records_on_disk
+from coca_lit.data.text_batches import TextFiles
+from coca_lit.errors import DataError
+from coca_lit.tokenizer import Tokenizer
+
+_HOW = (
+    "download train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org, unpack them in one "
+    "folder and pass it as data.root"
+)
+FOLDERS = ("train2014", "val2014", "train2017", "val2017", ".")
+
+
+def mscoco_records(root: str | Path, split: str, karpathy: str | Path | None = None) -> list[Record]:
+    """Records of "train", "val" or, in the Karpathy split only, "test".
+
+    Args:
+        root: folder with train2017/ val2017/ or train2014/ val2014/ (or images/ with those inside) and annotations/.
+        karpathy: `dataset_coco.json`; by default used if it lies in `root` or its annotations/. Without it "val" is
+            val2017 (5,000 images, not Karpathy's test set) or val2014 (40,504 images).
+    """
+    root = Path(root)
+    folders = [base / name for base in (root, root / "images") for name in FOLDERS]
+    if path := _karpathy_file(root, karpathy):
+        listings = read_karpathy(path, split)
+        return records_on_disk(names_on_disk(listings, folders), folders, path, _HOW)
+    path = _official_file(root, split)
+    folder = path.stem.removeprefix("captions_")  # e.g. val2017
+    return records_on_disk(read_coco(path), [root / folder, root / "images" / folder], path, _HOW)
+
+
+def mscoco_training_captions(root: str | Path, karpathy: str | Path | None = None) -> list[str]:
+    """All captions of the training split, see `mscoco_records`; its images need not be there."""
+    path = _karpathy_file(Path(root), karpathy)
+    listings = read_karpathy(path, "train") if path else read_coco(_official_file(Path(root), "train"))
+    return [caption for item in listings for caption in item.captions]
+
+
+def _karpathy_file(root: Path, karpathy: str | Path | None) -> Path | None:
+    candidates = [Path(karpathy)] if karpathy else [root / "dataset_coco.json", root / "annotations/dataset_coco.json"]
+    path = first_file(candidates)
+    if karpathy and not path:
+        raise not_found("the Karpathy split of MS-COCO", candidates, "pass your dataset_coco.json as data.karpathy")
+    return path
+
+
+def _official_file(root: Path, split: str) -> Path:
+    if split == "test":
+        how = "put Karpathy's dataset_coco.json into that folder; the validation set needs none: eval_split=val"
+        raise not_found(
+            "the Karpathy split of MS-COCO, which alone has a public test set,", [root, root / "annotations"], how
+        )
+    if split not in ("train", "val"):
+        raise DataError(f"MS-COCO without dataset_coco.json has the splits train and val, not {split!r}")
+    candidates = [root / f"annotations/captions_{split}{year}.json" for year in (2017, 2014)]
+    path = first_file(candidates)
+    if path is None:
+        raise not_found("MS-COCO captions", [root / "dataset_coco.json", *candidates], _HOW)
+    return path
+
+
+def names_on_disk(listings: list[Listing], folders: list[Path]) -> list[Listing]:
+    """Karpathy's names are those of 2014, COCO_val2014_000000000042.jpg; in 2017 that image is 000000000042.jpg."""
+    present = {folder.name for folder in folders if folder.is_dir()}
+    if present & {"train2017", "val2017"} and not present & {"train2014", "val2014"}:
+        return [item._replace(filename=item.filename.rsplit("_", 1)[-1]) for item in listings]
+    return listings
+
+
+class MSCOCODataModule(CaptionDataModule):
+    """Fine-tuning on MS-COCO, see `mscoco_records`."""
+
+    def __init__(
+        self,
+        root: str,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        karpathy: str | None = None,
+        image_size: int = 224,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_split: str | None = "val",
+        text: TextFiles | None = None,
+        text_every: int = 2,
+        cached_augmentations: int = 0,
+        cache_dir: str | None = None,
+    ):
+        rest = (train_split, val_split, text, text_every, cached_augmentations, cache_dir)
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *rest)
+        self.root, self.karpathy = root, karpathy
+
+    def records(self, split: str) -> list[Record]:
+        return mscoco_records(self.root, split, self.karpathy)

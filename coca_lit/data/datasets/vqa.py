@@ -1,0 +1,113 @@
+"""VQAv2 (Goyal et al. 2017, arXiv 1612.00837): questions about COCO images, ten answers to each, in the official files.
+
+ROOT/v2_OpenEnded_mscoco_train2014_questions.json    ROOT/v2_mscoco_train2014_annotations.json    ROOT/train2014/
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from coca_lit.data.datamodule import CaptionDataModule
+from coca_lit.data.datasets.annotations import first_file, load_json, schema
+from coca_lit.data.datasets.coco import FOLDERS, names_on_disk
+from coca_lit.data.records import Listing, Record, not_found, records_on_disk
+from coca_lit.data.scenes.questions import scene_question_records
+from coca_lit.data.text_batches import TextFiles
+from coca_lit.errors import DataError
+from coca_lit.metrics.vqa import normalize_answer
+from coca_lit.tokenizer import Tokenizer
+
+SPLITS = {"train": "train2014", "val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
+_HOW = (
+    "download questions and annotations of VQA v2 from visualqa.org and COCO's images of 2014 (test: 2015) from "
+    "cocodataset.org, unpack them in one folder and pass it as data.root"
+)
+
+
+def vqa_records(root: str | Path, split: str) -> list[Record]:
+    """A record for each question of "train", "val", "test-dev" or "test"; the last two have no answers.
+
+    Answers come the most frequent first, "the" answer of VQA; the kind of the answer (yes-no, number, other) is the
+    domain.
+    """
+    root = Path(root)
+    path = _file(root, "questions", split)
+    answers = _answers(_file(root, "annotations", split)) if split in ("train", "val") else {}
+    content = load_json(path)
+    with schema(path, "the VQA questions"):
+        folder = str(content["data_subtype"]).replace("test-dev", "test")  # the same images
+        listings = [_listing(question, folder, answers) for question in content["questions"]]
+    folders = [base / name for base in (root, root / "images") for name in (folder, *FOLDERS)]
+    return records_on_disk(names_on_disk(listings, folders), folders, path, _HOW)
+
+
+def frequent_answers(root: str | Path | None = None, count: int = 3129) -> list[str]:
+    """The most frequent answers to the training questions, normalised; those of the built-in scenes without a `root`.
+
+    The default is the usual number: answers that come more than eight times in training (Teney et al. 2017).
+    """
+    if root is None:
+        answers = [record.captions[0] for record in scene_question_records("train")]
+    else:
+        answers = [people[0] for people, _ in _answers(_file(Path(root), "annotations", "train")).values()]
+    counts = Counter(map(normalize_answer, answers))
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))[:count]
+
+
+class VQADataModule(CaptionDataModule):
+    """Training on questions, see `vqa_records`: the model reads the question and learns to write the answer."""
+
+    def __init__(
+        self,
+        root: str,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        image_size: int = 224,
+        num_workers: int = 0,
+        seed: int = 0,
+        train_split: str = "train",
+        val_split: str | None = "val",
+        text: TextFiles | None = None,
+        text_every: int = 2,
+    ):
+        splits = (train_split, val_split)
+        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *splits, text, text_every)
+        self.root = root
+
+    def records(self, split: str) -> list[Record]:
+        return vqa_records(self.root, split)
+
+
+def _file(root: Path, kind: str, split: str) -> Path:
+    if split not in SPLITS:
+        raise DataError(f"VQA v2 has the splits {', '.join(SPLITS)}, not {split!r}")
+    task = "OpenEnded_mscoco" if kind == "questions" else "mscoco"
+    name = f"v2_{task}_{SPLITS[split]}_{kind}.json"
+    candidates = [root / name, root / "annotations" / name]
+    path = first_file(candidates)
+    if path is None:
+        raise not_found(f"the {kind} of VQA v2", candidates, _HOW)
+    return path
+
+
+def _answers(path: Path) -> dict[int, tuple[tuple[str, ...], str]]:
+    """The answers of each question, most frequent first, and the kind of them."""
+    content = load_json(path)
+    with schema(path, "the VQA annotations"):
+        return {item["question_id"]: (_by_frequency(item), _kind(item)) for item in content["annotations"]}
+
+
+def _by_frequency(annotation: dict) -> tuple[str, ...]:
+    people = [sys.intern(answer["answer"]) for answer in annotation["answers"]]  # few words make millions of answers
+    first = annotation["multiple_choice_answer"]
+    return tuple(sorted(people, key=lambda answer: (answer != first, -people.count(answer), answer)))
+
+
+def _kind(annotation: dict) -> str:
+    return sys.intern(annotation["answer_type"].replace("/", "-"))  # a slash separates the parts of a score's name
+
+
+def _listing(question: dict, folder: str, answers: dict[int, tuple[tuple[str, ...], str]]) -> Listing:
+    filename = f"COCO_{folder}_{question['image_id']:012d}.jpg"
+    people, kind = answers.get(question["question_id"], ((), None))
+    return Listing(question["question_id"], filename, people, kind, question["question"])

@@ -1,0 +1,113 @@
+"""Looks at every sample of a set of shards, as training will: `coca-data check`."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+from coca_lit.data.bad_samples import BadSamples, quiet
+from coca_lit.data.prepare.parallel import parallel_map
+from coca_lit.data.records import decode_image
+from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.manifest import NAME, ManifestEntry, read_manifest, sha256_of
+from coca_lit.data.shards.reader import read_shard
+from coca_lit.errors import DataError
+from coca_lit.files import append_lines, whole_lines
+
+JOURNAL = f".{NAME}.journal"  # what an interrupted check has already found
+
+
+class ShardReport(NamedTuple):
+    """What a check found in one shard."""
+
+    path: str
+    changed_at: int  # modification time in ns, by which a later check knows that it need not look again
+    entry: ManifestEntry
+    bad: dict[str, int]  # number of samples per reason
+    examples: list[str]  # the first few, with what is wrong
+    broken: str = ""  # why the shard as a whole cannot be used
+
+    @property
+    def bad_samples(self) -> int:
+        return sum(self.bad.values())
+
+
+def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
+    """Decodes every image and caption of a shard."""
+    bad = BadSamples(1.0)
+    good = 0
+    with quiet():
+        for sample in read_shard(Shard(str(path)), [caption_key], bad):
+            try:
+                decode_image(BytesIO(sample.image), "it")
+                good += 1
+            except DataError as error:
+                bad.add("unreadable image", str(path), sample.key, str(error))
+    entry = ManifestEntry(good, os.path.getsize(path), sha256_of(path))
+    broken = next((reason for reason in bad.reasons if reason in ("broken or truncated shard", "empty shard")), "")
+    examples = [f"{sample.key} {sample.detail or sample.reason}".strip() for sample in bad.found[:3]]
+    return ShardReport(str(path), os.stat(path).st_mtime_ns, entry, dict(bad.reasons), examples, broken)
+
+
+def check_shards(paths: Sequence[Path], caption_key: str, workers: int) -> Iterator[ShardReport]:
+    """Reports in the order in which they are ready. Each is noted beside its shard, so that a check which was
+    interrupted goes on where it was; `forget_journals` when all is done.
+    """
+    known = _journals({path.parent for path in paths}, caption_key)
+    todo = []
+    for path in paths:
+        report = known.get(str(path))
+        if report and (report.changed_at, report.entry.bytes) == (path.stat().st_mtime_ns, path.stat().st_size):
+            yield report
+        else:
+            todo.append(path)
+    for report in parallel_map(check_shard, todo, caption_key, workers):
+        append_lines(Path(report.path).parent / JOURNAL, [json.dumps([caption_key, report])])
+        yield report
+
+
+def forget_journals(folders: set[Path]) -> None:
+    for folder in folders:
+        (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def compare(reports: Sequence[ShardReport]) -> Iterator[str]:
+    """One sentence for each shard that does not fit the manifest of its folder, or is in it and gone."""
+    found = by_folder(reports)
+    for folder, entries in found.items():
+        manifest = read_manifest(folder)
+        for name, entry in entries.items() if manifest else ():
+            if name not in manifest:
+                yield f"{folder / name} is not in the manifest"
+            elif entry != manifest[name]:
+                yield f"{folder / name} has changed since the manifest was written"
+        yield from (f"{folder / name} is in the manifest but gone" for name in manifest if not (folder / name).exists())
+
+
+def by_folder(reports: Sequence[ShardReport]) -> dict[Path, dict[str, ManifestEntry]]:
+    """The entries of a manifest for each folder."""
+    found: dict[Path, dict[str, ManifestEntry]] = {}
+    for report in reports:
+        path = Path(report.path)
+        found.setdefault(path.parent, {})[path.name] = report.entry
+    return found
+
+
+def count_reasons(reports: Sequence[ShardReport]) -> Counter[str]:
+    return sum((Counter(report.bad) for report in reports), Counter())
+
+
+def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
+    reports = {}
+    for path in (folder / JOURNAL for folder in folders):
+        for line in whole_lines(path):
+            try:
+                key, (shard, changed_at, entry, *rest) = json.loads(line)
+            except ValueError:
+                continue  # what a crash of the machine may leave
+            if key == caption_key:
+                reports[shard] = ShardReport(shard, changed_at, ManifestEntry(*entry), *rest)
+    return reports

@@ -1,0 +1,181 @@
+"""Writes any source of captioned images as shards with a manifest: `coca-data prepare`.
+
+Equal sources give equal bytes: order, keys and time stamps depend on the content alone. Each shard appears under its
+name when it is complete, and an interrupted command goes on where it was.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.prepare.parallel import parallel_map
+from coca_lit.data.records import Pair, decode_image
+from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.manifest import ManifestEntry, sha256_of
+from coca_lit.data.shards.reader import image_of, read_fields
+from coca_lit.errors import DataError
+from coca_lit.files import append_lines, atomic_write, remove_leftovers, replacing, whole_lines
+
+JOURNAL = ".prepare.journal"  # the plan's digest, then a line per shard; kept, so that a repetition finds all done
+DIGITS = 5  # of a shard's number, as img2dataset writes them
+_KNOWN = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
+
+
+class Task(NamedTuple):
+    """What goes into one shard: some pairs, or the samples of a shard of img2dataset."""
+
+    number: int
+    content: tuple[Pair, ...] | Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:0{DIGITS}d}.tar"
+
+
+class Written(NamedTuple):
+    """What became of a task; a shard without samples is not kept."""
+
+    name: str
+    entry: ManifestEntry
+    bad: dict[str, int]  # samples left out, by reason
+    examples: list[str]
+
+
+class Sample(NamedTuple):
+    image: bytes
+    captions: tuple[str, ...]
+    meta: dict[str, Any]
+
+
+def plan_pairs(pairs: Sequence[Pair], per_shard: int | None) -> list[Task]:
+    """Shards of `per_shard` pairs; by default 10,000, or fewer so that there are 16 for as many readers."""
+    size = per_shard or max(1, min(10_000, -(-len(pairs) // 16)))
+    return [Task(n, tuple(pairs[i : i + size])) for n, i in enumerate(range(0, len(pairs), size))]
+
+
+def plan_shards(paths: Sequence[Path]) -> list[Task]:
+    return [Task(number, path) for number, path in enumerate(paths)]
+
+
+def prepare(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Written]:
+    """Writes all shards that are not there yet; yields them as they are ready, old ones first.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    done = _open_journal(output, _digest(tasks))
+    remove_leftovers(output)
+    yield from done.values()
+    todo = [task for task in tasks if task.name not in done]
+    for written in parallel_map(write_shard, todo, output, workers):
+        append_lines(output / JOURNAL, [json.dumps(written)])
+        yield written
+
+
+def write_shard(task: Task, output: Path) -> Written:
+    """Keys are those of img2dataset: the number of the shard, then that of the sample, with leading zeros."""
+    bad = BadSamples(1.0)
+    path = output / task.name
+    count = 0
+    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for count, sample in enumerate(_samples(task, bad), start=1):
+            _add_sample(tar, f"{task.number:0{DIGITS}d}{count - 1:05d}", sample)
+    entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
+    if not count:
+        path.unlink()
+    examples = [f"{found.key} {found.detail or found.reason}".strip() for found in bad.found[:3]]
+    return Written(task.name, entry, dict(bad.reasons), examples)
+
+
+def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
+    """Those that can be used: each image is decoded once."""
+    content = task.content
+    source = _from_shard(content, bad) if isinstance(content, Path) else _from_pairs(content)
+    for name, image, captions, meta in source:
+        bad.seen += 1
+        if not captions:
+            bad.add("missing caption", "", name)
+            continue
+        try:
+            picture = decode_image(io.BytesIO(image), "it")
+        except DataError as error:
+            bad.add("unreadable image" if image else "missing image", "", name, str(error) if image else "")
+            continue
+        size = {"width": picture.width, "height": picture.height}
+        if not image.startswith(tuple(start for start, _ in _KNOWN)):  # GIF and BMP
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=95)
+            image = buffer.getvalue()
+        yield Sample(image, captions, {**meta, **size})
+
+
+def _from_pairs(pairs: Iterable[Pair]) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
+    for pair in pairs:
+        content = pair.image.read_bytes() if pair.image.is_file() else b""
+        yield str(pair.image), content, pair.captions, {"source": pair.image.name}
+
+
+def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
+    counted = BadSamples(1.0)
+    for fields in read_fields(Shard(str(path)), counted):
+        try:
+            meta = json.loads(fields.get("json", b"{}"))
+        except ValueError:
+            meta = {}
+        caption = fields.get("txt", b"").decode("utf-8", errors="replace").strip()
+        meta = {**meta, "source_key": fields["__key__"]} if isinstance(meta, dict) else {}
+        yield fields["__key__"], image_of(fields), (caption,) if caption else (), meta
+    for reason, count in counted.reasons.items():
+        bad.seen += count
+        bad.add(reason, "", str(path), counted.found[0].detail, count)
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
+    suffix = next(suffix for start, suffix in _KNOWN if sample.image.startswith(start))
+    meta = {**sample.meta, "key": key, "caption": sample.captions[0], "captions": sample.captions}
+    text = json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False)
+    files = {suffix: sample.image, "txt": sample.captions[0].encode(), "json": text.encode()}
+    for end, content in files.items():
+        member = tarfile.TarInfo(f"{key}.{end}")  # time, owner and mode keep their defaults
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def _digest(tasks: Sequence[Task]) -> str:
+    """Of everything that the shards depend on, but for the content of the images."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(repr((task.number, task.content)).encode())
+    return digest.hexdigest()
+
+
+def _open_journal(output: Path, digest: str) -> dict[str, Written]:
+    """The shards that are already there."""
+    journal = output / JOURNAL
+    if not journal.is_file():
+        if output.is_dir() and any(output.iterdir()):
+            raise DataError(f"{output} is not empty: give a new folder, or remove what is there first")
+        output.mkdir(parents=True, exist_ok=True)
+        atomic_write(journal, f"{digest}\n".encode())
+        return {}
+    first, *lines = [*whole_lines(journal)] or [""]
+    if first.strip() != digest:
+        raise DataError(
+            f"{output} was begun from another source or with other options: give a new folder, or remove it first"
+        )
+    done = {}
+    for line in lines:
+        try:
+            name, entry, *rest = json.loads(line)
+        except ValueError:
+            continue  # what a crash of the machine may leave
+        path = output / name
+        known = ManifestEntry(*entry)
+        if not known.samples or (path.is_file() and path.stat().st_size == known.bytes):
+            done[name] = Written(name, known, *rest)
+    return done

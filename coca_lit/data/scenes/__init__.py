@@ -1,0 +1,1 @@
+"""The built-in data set: rendered scenes of coloured shapes."""

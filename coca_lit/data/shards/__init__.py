@@ -1,0 +1,1 @@
+"""Image-text shards in webdataset's tar format: listing, indexing, streaming, caching."""

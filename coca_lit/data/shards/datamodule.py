@@ -1,0 +1,214 @@
+"""Pre-training on LAION or any other image-text shards in the format of img2dataset: indexed where they are local and
+small enough for random access, else as a stream.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from torch.utils.data import DataLoader
+
+from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.batch import Batch
+from coca_lit.data.datamodule import CaptionDataModule
+from coca_lit.data.loader import TrainLoader, load, loading, per_rank
+from coca_lit.data.records import Record
+from coca_lit.data.shards.cache import ShardCache
+from coca_lit.data.shards.example import Preprocess
+from coca_lit.data.shards.index import TarIndex, tar_indexes
+from coca_lit.data.shards.indexed import IndexedBatches, IndexedShards, IndexedSource
+from coca_lit.data.shards.listing import Shard, find_shards
+from coca_lit.data.shards.mixture import Source, check_weights
+from coca_lit.data.shards.stream import ShardBatches, ShardOrder
+from coca_lit.data.text_batches import TextFiles
+from coca_lit.errors import DataError
+from coca_lit.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Shards = str | Sequence[str]
+AUTO_BYTES = 100 * 10**9  # of shards: what page caches and SSDs still serve in any order
+
+
+class LAIONDataModule(CaptionDataModule):
+    """Endless passes over the shards, cut into epochs of `epoch_samples`; there is no validation set.
+
+    Args:
+        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of such; for a mixture
+            {name: such}. A stream needs a shard of each source for every process.
+        epoch_samples: of all processes together; one epoch need not be one pass over the shards. None takes the number
+            in the index or, for a stream, in the manifests of the shards.
+        batch_size: of all processes together.
+        weights: {name: share} of a mixture, kept in every stretch. None takes the sources in proportion
+            to their samples, as with `epoch_samples`.
+        caption_keys: where the caption stands: "txt", or a field of each sample's JSON; for several {key: probability},
+            of which each sample draws one anew in every pass.
+        indexed: True looks once where every sample lies, see `coca_lit.data.shards.indexed`; False reads shards from
+            end to end, see `coca_lit.data.shards.stream`; "auto" indexes up to `AUTO_BYTES` of local .tar files.
+        shuffle_buffer: samples of a stream that each worker mixes, kept encoded in memory.
+        max_bad_fraction: of broken samples, above which the training stops.
+        cache_dir, cache_gb: local copies of shards on an object store, shared by the processes of a machine.
+    """
+
+    def __init__(
+        self,
+        shards: Shards | Mapping[str, Shards],
+        epoch_samples: int | None,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        image_size: int = 224,
+        num_workers: int = 0,
+        seed: int = 0,
+        weights: Mapping[str, float] | None = None,
+        caption_keys: str | Mapping[str, float] = "txt",
+        indexed: bool | Literal["auto"] = "auto",
+        shuffle_buffer: int = 1000,
+        max_bad_fraction: float = 0.05,
+        cache_dir: str = "~/.cache/coca_lit/shards",
+        cache_gb: float = 100,
+        text: TextFiles | None = None,
+        text_every: int = 2,
+    ):
+        arguments = (tokenizer, batch_size, image_size, num_workers, seed)
+        super().__init__(*arguments, val_split=None, text=text, text_every=text_every)
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer must be at least 1 (no shuffling within a shard), not {shuffle_buffer}")
+        if indexed not in (True, False, "auto"):
+            raise ValueError(f"indexed must be true, false or auto, not {indexed!r}")
+        if cache_gb <= 0:
+            raise ValueError(f"cache_gb must be above 0, not {cache_gb}")
+        BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
+        keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
+        self.caption_keys = check_weights("caption_keys", keys)
+        self.shards = dict(shards) if isinstance(shards, Mapping) else {"": shards}
+        self.weights = None if weights is None else check_weights("weights", weights)
+        if self.weights is not None and self.weights.keys() != self.shards.keys():
+            names = " and ".join(", ".join(map(repr, names)) for names in (self.shards, self.weights))
+            raise ValueError(f"shards and weights must have the same names, not {names}")
+        self._epoch_samples, self._indexed = epoch_samples, indexed
+        self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
+        self.cache = ShardCache(Path(cache_dir).expanduser(), int(cache_gb * 1e9))
+
+    def training_captions(self) -> dict[str, tuple[str, ...]]:
+        raise DataError(
+            "shards do not list their captions, which a vocabulary of words and rewards need: take data=mscoco, "
+            "flickr30k, flickr8k or scenes"
+        )
+
+    def records(self, split: str) -> list[Record]:
+        raise DataError(f"shards are for training only and have no split {split!r}: evaluate on another data set")
+
+    @cached_property
+    def found(self) -> dict[str, list[Shard]]:
+        """The shards of each source."""
+        return {name: find_shards(shards, self.cache) for name, shards in self.shards.items()}
+
+    @cached_property
+    def indexed(self) -> bool:
+        """Whether the shards are indexed, rather than streamed."""
+        shards = [shard for of_source in self.found.values() for shard in of_source]
+        unfit = next((shard.name for shard in shards if shard.cache or not shard.name.endswith(".tar")), None)
+        if self._indexed is True and unfit:
+            raise DataError(f"data.indexed=true needs local .tar files, and {unfit} is none: copy it, or use a stream")
+        if self._indexed == "auto":
+            return not unfit and sum(os.path.getsize(shard.name) for shard in shards) <= AUTO_BYTES
+        return self._indexed
+
+    @property
+    def world_size_invariant(self) -> bool:
+        return self.indexed
+
+    @cached_property
+    def indexes(self) -> dict[str, list[TarIndex]]:
+        """Of each source; raises `DataError` when too much is missing in the shards."""
+        spare = self.cache.folder / "indexes"
+        indexes = {name: tar_indexes(shards, spare) for name, shards in self.found.items()}
+        bad = BadSamples(self.max_bad_fraction)
+        for index in (index for of_source in indexes.values() for index in of_source):
+            bad.seen += len(index) + sum(count for _, count in index.faults)
+            for (shard, key, reason, detail), count in index.faults:
+                bad.add(reason, shard, key, detail, count)
+        bad.end_of_pass()
+        return indexes
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        one = len(self.found) == 1
+        weights = self.weights or {name: 1.0 if one else self._samples(name, "data.weights") for name in self.found}
+        return [Source(name, shards, weights[name]) for name, shards in self.found.items()]
+
+    @property
+    def epoch_samples(self) -> int:
+        if self._epoch_samples is not None:
+            return self._epoch_samples
+        return sum(self._samples(name, "data.epoch_samples") for name in self.found)
+
+    def _samples(self, source: str, otherwise: str) -> int:
+        """How many there are by the index or, for a stream, the manifests; `otherwise` is the key that may say it."""
+        if self.indexed:
+            return sum(map(len, self.indexes[source]))
+        shards = self.found[source]
+        if not all(shard.entry for shard in shards):
+            what = f"of {source!r} " if source else ""
+            raise DataError(
+                f"the shards {what}have no manifest that says how many samples they hold: write it with coca-data "
+                f"check, or set {otherwise}"
+            )
+        return sum(shard.entry.samples for shard in shards if shard.entry)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.epoch_samples < self.batch_size:
+            raise DataError(f"epoch_samples {self.epoch_samples} is less than one batch of {self.batch_size}")
+        return self.epoch_samples // self.batch_size
+
+    def prepare_data(self) -> None:
+        _ = self.sources, self.indexed and self.indexes
+        super().prepare_data()
+
+    def train_dataloader(self) -> TrainLoader:
+        return self._with_texts(self._indexed_loader() if self.indexed else self._stream_loader())
+
+    def _indexed_loader(self) -> TrainLoader:
+        rank, world = self._rank_and_world()
+        sources = [IndexedSource(source.name, self.indexes[source.name], source.weight) for source in self.sources]
+        preprocess = Preprocess(self.train_transform(), self.tokenizer, self.caption_keys, self.seed)
+        examples, steps = IndexedShards(sources, preprocess, self.max_bad_fraction), self.steps_per_epoch
+
+        def open_at(epoch: int, start: int) -> DataLoader[Batch]:
+            first, stop = epoch * steps + start, (epoch + 1) * steps
+            batches = IndexedBatches(sources, self.batch_size, self.seed, first, stop, rank, world)
+            return load(examples, batches, self.tokenizer.pad_id, self.num_workers)
+
+        return TrainLoader(steps, open_at, self._position)
+
+    def _stream_loader(self) -> TrainLoader:
+        rank, world = self._rank_and_world()
+        workers = min(usable_workers(source, world, self.num_workers) for source in self.sources)
+        order = ShardOrder(self.sources, self.seed, rank, world, self.shuffle_buffer, self.caption_keys)
+        transform, batch_size = self.train_transform(), per_rank(self.batch_size, world)
+
+        def open_at(epoch: int, start: int) -> DataLoader[Batch]:
+            batches = ShardBatches(order, transform, self.tokenizer, batch_size, epoch, start, self.max_bad_fraction)
+            return DataLoader(batches, batch_size=None, **loading(workers))
+
+        return TrainLoader(self.steps_per_epoch, open_at, self._position)
+
+
+def usable_workers(source: Source, world: int, num_workers: int) -> int:
+    """`num_workers`, or with a warning fewer so that each has a shard; `DataError` if a process would have none."""
+    shards = len(source.shards)
+    what = "shard" if shards == 1 else "shards"
+    what = f"{what} of {source.name!r}" if source.name else what
+    if shards < world:
+        raise DataError(
+            f"{shards} {what} cannot feed {world} processes: each needs at least one of its own, so write more and "
+            "smaller shards (img2dataset --number_sample_per_shard) or use fewer processes"
+        )
+    if num_workers > shards // world:
+        counts = (shards, what, world, shards // world, num_workers)
+        log.warning("%d %s for %d processes: using %d workers each, not %d", *counts)
+    return min(num_workers, shards // world)

@@ -1,0 +1,132 @@
+"""An endless, seeded, resumable stream of batches from shards, spread over ranks and DataLoader workers.
+
+Batch b of a rank always comes from its logical worker b % workers, whichever process plays that part. A stream that
+starts at batch b therefore reads what each logical worker has already delivered and drops it undecoded. The order is
+fixed for a given (seed, ranks, workers); unlike that of indexed data it changes with their number. The proportions of
+a mixture do not.
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count, islice
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from coca_lit.data.bad_samples import BadSampleError, BadSamples
+from coca_lit.data.batch import Batch, Example, collate
+from coca_lit.data.shards.example import Preprocess
+from coca_lit.data.shards.mixture import Source, interleave
+from coca_lit.data.shards.reader import ShardSample, read_shard
+from coca_lit.data.transforms import TrainTransform
+from coca_lit.seeding import stable_seed
+from coca_lit.tokenizer import Tokenizer
+
+
+class StreamSample(NamedTuple):
+    """A sample with what its random crop and caption depend on."""
+
+    source: str
+    turn: int  # the how many-eth time its source is gone through
+    sample: ShardSample
+
+
+class ShardOrder(NamedTuple):
+    """Which samples a logical worker reads, in which order.
+
+    A worker goes through its shards of each source again and again, each time in another order; samples are mixed
+    within a buffer. Sources are interleaved by their weights. `rank` and `world` count training processes.
+    """
+
+    sources: Sequence[Source]
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    shuffle_buffer: int = 1000  # samples of all sources, still encoded
+    caption_keys: Mapping[str, float] = MappingProxyType({"txt": 1.0})  # with the probability of each
+
+    def samples(self, epoch: int, worker: int, workers: int, bad: BadSamples) -> Iterator[StreamSample]:
+        """Endless; needs at least one shard of each source per worker of every rank."""
+        streams = [self.of_source(source, epoch, worker, workers, bad) for source in self.sources]
+        return interleave(streams, [source.weight for source in self.sources])
+
+    def of_source(
+        self, source: Source, epoch: int, worker: int, workers: int, bad: BadSamples
+    ) -> Iterator[StreamSample]:
+        """The part of one source."""
+        seed = (self.seed, epoch, source.name)
+        plan = list(source.shards)
+        random.Random(stable_seed("shards", *seed)).shuffle(plan)
+        mine = plan[self.rank * workers + worker :: self.world * workers]
+        share = source.weight / sum(other.weight for other in self.sources)
+        buffer = max(1, round(self.shuffle_buffer * share))
+        for turn in count():
+            rng = random.Random(stable_seed("samples", *seed, turn, self.rank, worker))
+            rng.shuffle(mine)
+            one_pass = (s for shard in mine for s in read_shard(shard, self.caption_keys, bad, verify=turn == 0))
+            yield from (StreamSample(source.name, turn, s) for s in _shuffled(one_pass, buffer, rng))
+            bad.end_of_pass()
+
+
+class ShardBatches(IterableDataset[Batch]):
+    """This rank's batches of `batch_size` (per rank) samples from batch `start` of an epoch on; it never ends.
+
+    A batch is the next `batch_size` samples of its worker. One that cannot be decoded is replaced by a sample of the
+    batch after it, which shows that one again: the position then depends on no decoding, and every batch is full.
+    """
+
+    def __init__(
+        self,
+        order: ShardOrder,
+        transform: TrainTransform,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        epoch: int = 0,
+        start: int = 0,
+        max_bad_fraction: float = 0.05,
+    ):
+        self.preprocess = Preprocess(transform, tokenizer, order.caption_keys, order.seed)
+        self.order, self.batch_size, self.max_bad_fraction = order, batch_size, max_bad_fraction
+        self.epoch, self.start = epoch, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        process, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker = (process + self.start) % workers
+        delivered = self.start // workers + (worker < self.start % workers)  # batches of this logical worker
+        bad = BadSamples(self.max_bad_fraction)
+        samples = self.order.samples(self.epoch, worker, workers, bad)
+        rest = islice(samples, delivered * self.batch_size, None)
+        return self._batches(rest, bad)
+
+    def _batches(self, samples: Iterator[StreamSample], bad: BadSamples) -> Iterator[Batch]:
+        window: deque[StreamSample] = deque()  # the current batch, and what replaces its bad samples
+        while True:
+            examples: list[Example] = []
+            i = 0
+            while len(examples) < self.batch_size:
+                if i == len(window):
+                    window.append(next(samples))
+                try:
+                    source, turn, sample = window[i]
+                    examples.append(self.preprocess(sample, source, self.epoch, turn))
+                except BadSampleError as error:
+                    if i < self.batch_size:  # a bad replacement is counted in its own batch
+                        bad.catch(error)
+                i += 1
+            yield collate(examples, self.preprocess.tokenizer.pad_id)._replace(bad=bad.take())
+            for _ in range(self.batch_size):
+                window.popleft()
+
+
+def _shuffled(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:
+    """Each sample once, in an order mixed by a buffer of `size`."""
+    buffer = list(islice(samples, size))
+    for sample in samples:
+        i = rng.randrange(size)
+        yield buffer[i]
+        buffer[i] = sample
+    rng.shuffle(buffer)
+    yield from buffer

@@ -1,0 +1,127 @@
+"""Texts without images, for the language half of a model: batches of them between those of captioned images.
+
+A batch is a function of its number alone, so that a run that goes on needs nothing but the trainer's position.
+"""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coca_lit.data.batch import Batch, padded
+from coca_lit.data.datasets.annotations import read_references
+from coca_lit.data.loader import TrainLoader, epoch_batches
+from coca_lit.data.records import clean_captions, not_found
+from coca_lit.errors import DataError
+from coca_lit.tokenizer import Tokenizer
+
+TextFiles = str | Sequence[str]
+
+
+def read_texts(files: TextFiles) -> list[str]:
+    """All texts of files, in the order of the files.
+
+    Args:
+        files: paths or patterns. NAME.txt holds a text per line, NAME.jsonl a JSON text or an object with "text" or
+            "caption" per line; NAME.json or NAME.json.gz are captions of COCO or Karpathy, of which those of the
+            training split are taken.
+
+    Raises:
+        DataError: a pattern matches nothing, a file is none of these, or there are no texts at all.
+    """
+    patterns = [files] if isinstance(files, str) else list(files)
+    texts: list[str] = []
+    for pattern in patterns:
+        paths = sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise not_found("texts", [pattern], "data.text takes .txt, .jsonl and caption files, or patterns of them")
+        for path in map(Path, paths):
+            texts += _read(path)
+    if not texts:
+        raise DataError(f"{', '.join(patterns)} hold no text")
+    return texts
+
+
+def _read(path: Path) -> Sequence[str]:
+    if path.suffix == ".json" or path.name.endswith(".json.gz"):
+        return [caption for item in read_references(path, "train") for caption in clean_captions(item.captions)]
+    if path.suffix not in (".txt", ".jsonl"):
+        raise DataError(f"{path} is neither a .txt, a .jsonl nor a caption file (.json, .json.gz)")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = [line for line in (line.strip() for line in file) if line]
+    return clean_captions(lines if path.suffix == ".txt" else (_text(path, *row) for row in enumerate(lines, start=1)))
+
+
+def _text(path: Path, number: int, line: str) -> str:
+    try:
+        content: Any = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, text {number} is not JSON: {error}") from error
+    text = content.get("text", content.get("caption")) if isinstance(content, dict) else content
+    if not isinstance(text, str):
+        raise DataError(
+            f'{path}, text {number}: expected a text, or an object with "text" or "caption", got {line[:80]}'
+        )
+    return text
+
+
+class TextBatches:
+    """Batches of texts alone, in another order in every pass over them.
+
+    Args:
+        files: see `read_texts`; the texts are held in memory.
+        batch_size: of all processes together.
+        image_size: of the model, for the shape of the images that are not there.
+    """
+
+    def __init__(self, files: TextFiles, tokenizer: Tokenizer, batch_size: int, image_size: int, seed: int = 0) -> None:
+        self.files, self.tokenizer, self.batch_size = files, tokenizer, batch_size
+        self.image_size, self.seed = image_size, seed
+        self._pass: tuple[tuple[int, int, int], list[list[tuple[int, int]]]] | None = None
+
+    @cached_property
+    def texts(self) -> list[str]:
+        texts = read_texts(self.files)
+        if len(texts) < self.batch_size:
+            raise DataError(f"data.text holds {len(texts)} texts, less than one batch of {self.batch_size}")
+        return texts
+
+    def __len__(self) -> int:
+        """Batches of one pass."""
+        return len(self.texts) // self.batch_size
+
+    def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's part of global batch `number`, counted over all passes."""
+        turn, place = divmod(number, len(self))
+        indices = [i for _, i in self._order(turn, rank, world)[place]]
+        rows = self.tokenizer.encode_batch([self.texts[i] for i in indices])
+        tokens, lengths = padded(rows, self.tokenizer.pad_id)
+        images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return Batch(images, tokens, lengths, [f"text {i}" for i in indices])
+
+    def _order(self, turn: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
+        """The batches of one pass, remembered until the next one."""
+        if self._pass is None or self._pass[0] != (turn, rank, world):
+            order = epoch_batches(len(self.texts), self.batch_size, self.seed, turn, rank=rank, world=world)
+            self._pass = (turn, rank, world), order
+        return self._pass[1]
+
+
+def interleave_texts(pairs: TrainLoader, texts: TextBatches, every: int, rank: int, world: int) -> TrainLoader:
+    """The batches of `pairs` with one of texts at every `every`-th step; with 1 they are all of texts, and an epoch is
+    one pass over those.
+    """
+    steps = len(texts) if every == 1 else pairs.steps + pairs.steps // (every - 1)
+
+    def open_at(epoch: int, start: int) -> Iterator[Batch]:
+        others = iter(pairs.open_at(epoch, start - start // every)) if every > 1 else iter(())
+        for step in count(start):
+            is_text = (step + 1) % every == 0
+            yield texts.batch(epoch * (steps // every) + step // every, rank, world) if is_text else next(others)
+
+    return TrainLoader(steps, open_at, pairs.position)

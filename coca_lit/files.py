@@ -1,0 +1,126 @@
+"""Files on which a process may be killed at any moment: they are whole or not there, and lists end with a whole line.
+
+Whatever the project writes in order to go on from it later is written by these functions.
+"""
+
+import csv
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import IO, Any
+
+from coca_lit.errors import DataError
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes temporary files that killed processes left in a folder; `name` is the pattern of what they were for."""
+    for file in folder.glob(f".{name}.*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what the block wrote there takes the place of `path` when the block ends well.
+
+    It is synced first, so that a crash of the machine leaves the old content or the new one.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    temporary = _beside(path)
+    with _blame(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            _rename(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process of a machine at a time runs the block; the lock is given up when its process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """A file that is there with all its content or not at all, also after a crash; raises as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def atomic_symlink(link: Path, target: Path) -> None:
+    """Makes `link` a symbolic link to a file beside it, in one step whatever was there before."""
+    temporary = _beside(link)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    _rename(temporary, link)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Adds lines, which are with the operating system when this returns. One that an earlier crash cut off is removed.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    with _blame(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            _remove_cut_line(file)
+            file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def whole_lines(path: Path) -> Iterator[str]:
+    """The lines of a file with their line breaks, none if it is not there; without a last one that a crash cut off."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (line.decode(errors="replace") for line in file if line.endswith(b"\n"))
+
+
+def csv_line(row: Iterable[Any]) -> str:
+    """A row for `append_lines`."""
+    text = StringIO()
+    csv.writer(text, lineterminator="").writerow(row)
+    return text.getvalue()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """In one step, and for good: until its folder is synced, a crash could undo it."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove_cut_line(file: IO[bytes]) -> None:
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 4096)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            file.truncate(start + found + 1)
+            return
+        end = start
+    file.truncate(0)
+
+
+@contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,238 @@
+"""Finding images by text or by image: the features of a folder, computed once and kept in one file.
+
+The file holds, for each image, its path in the folder, size, time of change and feature, so that an update computes
+only what is new or changed; and the fingerprint of the model, because features of two models cannot be compared.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coca_lit.data.transforms import build_transform
+from coca_lit.errors import DataError
+from coca_lit.evals.inference import evaluating
+from coca_lit.files import replacing
+from coca_lit.inference.fingerprint import fingerprint
+from coca_lit.inference.images import SUFFIXES, Source, find_images, load_images
+from coca_lit.models import DualEncoder
+from coca_lit.tokenizer import Tokenizer, WordTokenizer, split_words
+
+FORMAT = "coca_lit image index 1"
+Progress = Callable[[int, int], None]  # images done so far, images to do
+
+
+class Hit(NamedTuple):
+    """A found image."""
+
+    score: float  # cosine of query and image
+    path: Path
+
+
+Stamp = tuple[int, int]  # size in bytes and time of change in nanoseconds, by which a changed file is known
+
+
+class Changes(NamedTuple):
+    """What an update found in the folder, by path."""
+
+    added: list[Path]
+    changed: list[Path]
+    removed: list[Path]
+    unreadable: dict[Path, str]  # and why; such an image is not in the index and is tried again next time
+
+
+class ImageIndex:
+    """An index of the images in `folder` for `model`, empty until `update`.
+
+        index = ImageIndex(model, "photos")
+        index.update()
+        index.save("photos.safetensors")
+
+        index = ImageIndex.load("photos.safetensors", model)
+        for score, path in index.query("a dog on a beach", k=10): ...
+
+    Args:
+        model: computes the features of images and queries, on its device. It must not be trained meanwhile.
+        folder: its images, also those in subfolders.
+    """
+
+    def __init__(self, model: DualEncoder, folder: str | Path) -> None:
+        self.model = model
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint(model)
+        self.features = torch.empty(0, 0)  # (I, E), of unit length, on the CPU
+        self._stamps: dict[str, Stamp] = {}  # path in the folder -> stamp, in the order of the features
+
+    @classmethod
+    def load(cls, path: str | Path, model: DualEncoder) -> "ImageIndex":
+        """The index in a file that `save` wrote.
+
+        Raises:
+            DataError: there is no such file, it is not an index, or another model made it.
+        """
+        path = Path(path)
+        made_by, tensors = _read(path)
+        index = cls(model, path.parent / _text(tensors["folder"]))
+        if made_by != index.fingerprint:
+            raise DataError(f"{path} was made with another model: build it again, or search with that model")
+        names = _text(tensors["names"]).split("\0")[:-1]
+        index._stamps = {
+            name: (size, time) for name, (size, time) in zip(names, tensors["stamps"].tolist(), strict=True)
+        }
+        index.features = tensors["features"]
+        return index
+
+    def save(self, path: str | Path) -> None:
+        """Writes the index; the file at `path` is the old or the new one, never half of one. An index and its folder
+        can be moved together.
+
+        Raises:
+            DataError: nothing can be written there.
+        """
+        path = Path(path)
+        tensors = {
+            "folder": _bytes(_seen_from(path, self.folder)),
+            "names": _bytes("".join(f"{name}\0" for name in self._stamps)),
+            "stamps": torch.tensor([*self._stamps.values()], dtype=torch.long).reshape(-1, 2),
+            "features": self.features,
+        }
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"format": FORMAT, "model": self.fingerprint})
+
+    def update(self, batch_size: int = 64, num_workers: int = 0, progress: Progress | None = None) -> Changes:
+        """Brings the index up to date with the folder: computes features of new and changed images, forgets removed
+        ones. A file counts as changed if its size or its time of change differ.
+
+        Args:
+            num_workers: processes that decode images ahead of the model.
+            progress: called after every batch.
+
+        Raises:
+            DataError: there is no such folder, or no readable image in it.
+        """
+        paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder)}
+        stamps = {name: _stamp(path) for name, path in paths.items()}
+        rows = dict(zip(self._stamps, self.features, strict=True))
+        added = [name for name in paths if name not in rows]
+        changed = [name for name, stamp in self._stamps.items() if name in stamps and stamps[name] != stamp]
+        removed = [self.folder / name for name in rows if name not in paths]
+
+        todo = [*added, *changed]
+        new, unreadable = self._embed([paths[name] for name in todo], batch_size, num_workers, progress)
+        rows |= {todo[i]: row for i, row in new.items()}
+        failed = {todo[i]: reason for i, reason in unreadable.items()}
+        names = [name for name in paths if name not in failed]
+        if not names:
+            found = f"no readable image in '{self.folder}', e.g. {next(iter(failed.values()))}" if failed else ""
+            raise DataError(found or f"no image in '{self.folder}' (looked for {', '.join(SUFFIXES)})")
+        self.features = torch.stack([rows[name] for name in names])
+        self._stamps = {name: stamps[name] for name in names}
+        return Changes(
+            [paths[name] for name in added if name not in failed],
+            [paths[name] for name in changed if name not in failed],
+            removed,
+            {paths[name]: reason for name, reason in failed.items()},
+        )
+
+    def query(self, query: str | Image.Image, k: int = 10) -> list[Hit]:
+        """The `k` images that are most like a text or an image, best first.
+
+        Raises:
+            ValueError: `k` is less than 1, the text is empty, or has words that the model's vocabulary lacks.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        features = self._image_feature(query) if isinstance(query, Image.Image) else self._text_feature(query)
+        scores = self.features @ features  # (I,)
+        best = scores.argsort(descending=True, stable=True)[:k].tolist()
+        paths = self.paths
+        return [Hit(float(scores[i]), paths[i]) for i in best]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The images in the index, in the order of `features`."""
+        return [self.folder / name for name in self._stamps]
+
+    def __len__(self) -> int:
+        return len(self._stamps)
+
+    def _embed(
+        self, paths: list[Path], batch_size: int, num_workers: int, progress: Progress | None
+    ) -> tuple[dict[int, Tensor], dict[int, str]]:
+        """Features (E,) of images by their position in `paths`, and why others have none."""
+        features: dict[int, Tensor] = {}
+        unreadable: dict[int, str] = {}
+        starts = range(0, len(paths), batch_size)
+        batches = [[Source(str(path), path) for path in paths[start : start + batch_size]] for start in starts]
+        loaded = load_images(batches, self.model.image_size, num_workers)
+        for start, (positions, pixels, broken) in zip(starts, loaded, strict=True):
+            if positions:
+                rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
+                features |= {start + i: row for i, row in zip(positions, rows, strict=True)}
+            unreadable |= {start + i: reason for i, reason in broken.items()}
+            if progress:
+                progress(len(features) + len(unreadable), len(paths))
+        return features, unreadable
+
+    def _text_feature(self, text: str) -> Tensor:
+        check_query(self.model.tokenizer, text)
+        tokens = self.model.tokenizer(text).to(self.model.device)
+        return evaluating(self.model, self.model.encode_text, tokens)[0].float().cpu()
+
+    def _image_feature(self, image: Image.Image) -> Tensor:
+        pixels = build_transform(size=self.model.image_size)(image)[None]
+        return evaluating(self.model, self.model.encode_image, pixels.to(self.model.device))[0].float().cpu()
+
+
+def check_query(tokenizer: Tokenizer, text: str) -> None:
+    """Raises `ValueError` for a text that says nothing to the model."""
+    if not text.strip():
+        raise ValueError("the query is empty: describe the image to look for")
+    if isinstance(tokenizer, WordTokenizer):
+        unknown = [word for word in split_words(text) if tokenizer.unk_id in tokenizer.encode(word)]
+        if unknown:
+            known = ", ".join(tokenizer.spec[:12])
+            raise ValueError(f"the model's vocabulary has no '{unknown[0]}'; its words are {known}, …")
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Fingerprint of the model and the tensors of an index."""
+    if not path.is_file():
+        raise DataError(f"there is no index '{path}'")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise DataError(f"'{path}' is not an image index, or one of another version: build it again")
+        return metadata["model"], load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"'{path}' is not a readable image index: {error}") from error
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere, or just removed: reading it will say so
+        return (-1, -1)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _seen_from(file: Path, folder: Path) -> str:
+    """How `file` refers to `folder`: relatively to its own place if the folder lies there, else absolutely."""
+    file, folder = file.absolute(), folder.absolute()
+    return str(folder.relative_to(file.parent) if folder.is_relative_to(file.parent) else folder)
+
+
+def _bytes(text: str) -> Tensor:
+    """File names as a tensor: they need not be Unicode, and many do not fit the header of the file."""
+    return torch.frombuffer(bytearray(os.fsencode(text)), dtype=torch.uint8) if text else torch.empty(0).byte()
+
+
+def _text(tensor: Tensor) -> str:
+    return os.fsdecode(tensor.numpy().tobytes())

@@ -1,0 +1,1 @@
+"""Scores as pure functions: captions, features or ids in, numbers out. Nothing else of coca_lit is imported here."""

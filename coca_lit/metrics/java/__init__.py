@@ -1,0 +1,1 @@
+"""Scores whose reference implementation is written in Java."""

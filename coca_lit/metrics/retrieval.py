@@ -1,0 +1,100 @@
+"""Image-text retrieval by rank counting: how many of the others does the model place before the right one?
+
+The ground truth is an index, ``image_of_text[t]``, so images may have any number of captions.
+Shapes: I images, T texts, D features, Q queries, C candidates.
+"""
+
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+
+
+def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Shares in [0, 1] of queries with a right answer among their k most similar candidates.
+
+    ``similarity`` is (I, T), and text t describes image ``image_of_text[t]``. ``t2i_recall@k`` is the share of texts
+    with their image in the top k, ``i2t_recall@k`` the share of images with at least one of their texts in the top k.
+
+    Example: two images; texts 0, 1, 2 describe image 0 and text 3 describes image 1, ``image_of_text = [0, 0, 0, 1]``::
+
+        similarity = [[.9, .4, .1, .2],    image 0 has its text 0 in first place
+                      [.3, .5, .6, .4]]    image 1 has its text 3 in third place, after texts 2 and 1
+
+    Down the columns, texts 0 and 3 have their image in first place, texts 1 and 2 in second. So ``ks=(1, 2)`` gives
+    t2i_recall@1 = 0.5, t2i_recall@2 = 1.0, i2t_recall@1 = 0.5 and i2t_recall@2 = 0.5.
+
+    A wrong candidate that ties with the right one is placed before it: a model that finds everything equally similar
+    scores 0 instead of 1. Without ties this is the top-k recall of CLIP_benchmark. Any k from the number of candidates
+    on gives 1. Raises ValueError for NaN, for a k below 1, for shapes that disagree and for an image without a text.
+    """
+    images, image_of_text = _labels(len(similarity), image_of_text.to(similarity.device))  # (I,), (T,)
+    if similarity.ndim != 2 or similarity.shape[1] != len(image_of_text):
+        raise ValueError(
+            f"similarity must be (images, texts) with a column for each of the {len(image_of_text)} entries of "
+            f"image_of_text, got {tuple(similarity.shape)}"
+        )
+    return _recalls(_ranks(similarity.T, image_of_text, images), _ranks(similarity, images, image_of_text), ks)
+
+
+def retrieval_scores(
+    image_features: Tensor,
+    text_features: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    chunk: int = 1000,
+) -> dict[str, float]:
+    """``recall_at_k`` of the dot products of (I, D) and (T, D) features, and median ranks (1 is best).
+
+    Adds ``t2i_median_rank`` and ``i2t_median_rank``. Normalise the features first for cosine similarity. Only ``chunk``
+    queries are compared with the candidates at a time, in float32: lower precision would create ties.
+    """
+    image_features, text_features = image_features.detach().float(), text_features.detach().float()
+    images, image_of_text = _labels(len(image_features), image_of_text.to(image_features.device))  # (I,), (T,)
+    if image_features.ndim != 2 or text_features.shape != (len(image_of_text), image_features.shape[-1]):
+        raise ValueError(
+            f"expected image features (I, D) and text features ({len(image_of_text)}, D), one row for each entry of "
+            f"image_of_text; got {tuple(image_features.shape)} and {tuple(text_features.shape)}"
+        )
+    t2i = _chunked_ranks(text_features, image_features, image_of_text, images, chunk)
+    i2t = _chunked_ranks(image_features, text_features, images, image_of_text, chunk)
+    medians = {"t2i_median_rank": _median_rank(t2i), "i2t_median_rank": _median_rank(i2t)}
+    return _recalls(t2i, i2t, ks) | medians
+
+
+def _ranks(similarity_QC: Tensor, query_labels: Tensor, candidate_labels: Tensor) -> Tensor:
+    """(Q,): how many candidates of another label come no later than the best one of the query's own; 0 is best."""
+    if similarity_QC.isnan().any():
+        raise ValueError("the similarities hold NaN, so nothing can be ranked; look for NaN in the model's features")
+    own_QC = query_labels[:, None] == candidate_labels
+    best_Q1 = similarity_QC.masked_fill(~own_QC, -torch.inf).amax(dim=1, keepdim=True)
+    return ((similarity_QC >= best_Q1) & ~own_QC).sum(dim=1)
+
+
+def _chunked_ranks(queries: Tensor, candidates: Tensor, query_labels: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    parts = zip(torch.split(queries, chunk), torch.split(query_labels, chunk), strict=True)
+    with torch.autocast(queries.device.type, enabled=False):  # a caller's mixed precision must not undo float32
+        return torch.cat([_ranks(part_QD @ candidates.T, part_labels, labels) for part_QD, part_labels in parts])
+
+
+def _recalls(t2i_ranks: Tensor, i2t_ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks must be one or more numbers from 1 on, got {list(ks)}")
+    both = {"t2i": t2i_ranks, "i2t": i2t_ranks}
+    return {f"{name}_recall@{k}": (ranks < k).sum().item() / len(ranks) for name, ranks in both.items() for k in ks}
+
+
+def _median_rank(ranks: Tensor) -> float:
+    return 1.0 + float(median(ranks.tolist()))
+
+
+def _labels(images: int, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
+    """The image numbers 0..I-1 that label images (I,) and texts (T,), checked: each image has a text and vice versa."""
+    numbers = torch.arange(images, device=image_of_text.device)
+    if image_of_text.ndim != 1 or image_of_text.is_floating_point() or not torch.isin(image_of_text, numbers).all():
+        raise ValueError(f"image_of_text must hold one image number from 0 to {images - 1} for each text")
+    textless = numbers[~torch.isin(numbers, image_of_text)].tolist()
+    if textless or not images:
+        raise ValueError(f"each image needs a text, but {len(textless)} of {images} have none, e.g. {textless[:5]}")
+    return numbers, image_of_text

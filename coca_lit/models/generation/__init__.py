@@ -1,0 +1,1 @@
+"""Captions from a model: greedy, beam search, sampling."""

@@ -1,0 +1,173 @@
+"""Beam search, all images at once, with log-probabilities or with OpenCLIP's rule.
+
+OpenCLIP 3's beams add raw logits, which rank captions differently unless the log-normaliser happens to be constant; its
+"6 beams in 3 groups" write the same captions as 2 beams, because nothing makes the groups differ.
+`scoring="openclip_legacy"` reproduces it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coca_lit.models.generation.constraints import NEVER, Constraints, force_token
+from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts
+
+Scoring = Literal["log_prob", "openclip_legacy"]
+
+
+class Candidates(NamedTuple):
+    """The 2K likeliest ways to go on from the K open captions of each image, best first; every part is (B, 2K)."""
+
+    source: Tensor  # the open caption that goes on
+    tokens: Tensor  # with this token
+    scores: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Finds the `num_beams` best captions of every image.
+
+    A closed caption scores sum / length ** length_penalty. With log-probabilities the length counts tokens that were
+    chosen, the end included, and a caption that fills its room is closed by the end id; by OpenCLIP's rule sums are of
+    logits, the length counts the start too, and such a caption stays without end.
+
+    An image is done, and leaves the batch, when it has `num_beams` closed captions and the worst of them is at least as
+    good as the best candidate if that ended now.
+    """
+
+    num_beams: int
+    length_penalty: float
+    scoring: Scoring
+    constraints: Constraints
+    pad_id: int
+
+    def search(self, decoding: Decoding, beginnings: Prompts) -> Hypotheses:
+        """Captions (B, K, L), best first; scores are -inf where there are fewer than K possible ones."""
+        start, (count, length) = beginnings.shortest, beginnings.ids.shape
+        result = self._nothing(beginnings, count)
+        opened, closed = self._first(beginnings), self._nothing(beginnings, count)
+        active = torch.arange(count, device=beginnings.ids.device)  # images that are not done
+        logits = decoding.begin(beginnings.ids[:, :start], self.num_beams)
+        for position in range(start, length):
+            begun = Prompts(beginnings.ids[active], beginnings.lengths[active], start)
+            candidates = self._candidates(opened, logits, begun, position)
+            closed, done = self._close(opened, closed, candidates, begun, position)
+            opened, source = self._go_on(opened, candidates, position)
+            if position == length - 1:
+                break
+            if done.any():
+                _put(result, active[done], closed, done)
+                active, opened, closed = active[~done], _rows(opened, ~done), _rows(closed, ~done)
+                if len(active) == 0:
+                    return result
+            self._reorder(decoding, source, done)
+            logits = decoding.step(opened.ids[:, :, position].reshape(-1, 1))
+        if self.scoring == "openclip_legacy":
+            still = (opened.scores / length**self.length_penalty).masked_fill(done[:, None], NEVER)
+            closed = _best(closed, opened._replace(scores=still))
+        _put(result, active, closed)
+        return result
+
+    def _nothing(self, beginnings: Prompts, count: int) -> Hypotheses:
+        """No captions yet: scores of -inf."""
+        ids = torch.full_like(beginnings.ids, self.pad_id)[:, None].repeat(1, self.num_beams, 1)  # (B, K, L)
+        nothing = torch.full((count, self.num_beams), NEVER, device=ids.device)
+        return Hypotheses(ids, nothing, nothing.clone())
+
+    def _first(self, beginnings: Prompts) -> Hypotheses:
+        """The beginning as the only open caption of each image."""
+        opened = self._nothing(beginnings, len(beginnings.ids))
+        opened.ids[:, :, : beginnings.shortest] = beginnings.ids[:, None, : beginnings.shortest]
+        opened.scores[:, 0] = opened.log_probs[:, 0] = 0
+        return opened
+
+    def _candidates(self, opened: Hypotheses, logits: Tensor, beginnings: Prompts, position: int) -> Candidates:
+        log_probs = logits.log_softmax(dim=-1)  # (B · K, V)
+        legacy = self.scoring == "openclip_legacy"
+        scores = self.constraints(logits if legacy else log_probs, opened.ids.flatten(0, 1)[:, :position])
+        if position == opened.ids.shape[2] - 1 and not legacy:
+            scores = force_token(scores, self.constraints.end_id)
+        # The best 2K of each caption first, then the best 2K of those of an image: no sort over K · V.
+        best, tokens = scores.topk(min(2 * self.num_beams, scores.shape[1]))  # (B · K, C)
+        chosen = log_probs.gather(1, tokens)
+        of_image, choices = (len(opened.ids), self.num_beams * tokens.shape[1]), tokens.shape[1]
+        tokens = tokens.view(of_image)  # (B, K · C)
+        sums = (opened.scores.view(-1, 1) + best).view(of_image)
+        likelihoods = (opened.log_probs.view(-1, 1) + chosen).view(of_image)
+        sums, which = sums.topk(2 * self.num_beams)  # (B, 2K)
+        candidates = Candidates(which // choices, tokens.gather(1, which), sums, likelihoods.gather(1, which))
+        return self._obey_prompts(candidates, opened, beginnings.ids[:, position, None])
+
+    def _obey_prompts(self, candidates: Candidates, opened: Hypotheses, given: Tensor) -> Candidates:
+        """Where a prompt goes on with the token given (B, 1), all open captions take it, in order and at no cost."""
+        free = given == UNFORCED
+        order = torch.arange(2 * self.num_beams, device=given.device) % self.num_beams
+        source, tokens, scores, log_probs = candidates
+        return Candidates(
+            source.where(free, order),
+            tokens.where(free, given),
+            scores.where(free, opened.scores[:, order]),
+            log_probs.where(free, opened.log_probs[:, order]),
+        )
+
+    def _close(
+        self, opened: Hypotheses, closed: Hypotheses, candidates: Candidates, beginnings: Prompts, position: int
+    ) -> tuple[Hypotheses, Tensor]:
+        """Adds the candidates that end to the closed captions, and says which images (B,) are done.
+
+        Only an end among the best K candidates counts: with fewer words to come, worse ones would win by being short.
+        """
+        counted = torch.full_like(beginnings.lengths, position + 1)  # (B,)
+        if self.scoring == "log_prob":
+            counted = (counted - beginnings.lengths).clamp(min=1)  # inside a prompt nothing ends, whatever the divisor
+        scores = candidates.scores / counted[:, None] ** self.length_penalty  # (B, 2K)
+        best = Candidates(*(part[:, : self.num_beams] for part in candidates))
+        ids = _at(opened.ids, best.source)
+        ids[:, :, position] = best.tokens
+        ends = best.tokens == self.constraints.end_id
+        ended = Hypotheses(ids, scores[:, : self.num_beams].where(ends, NEVER), best.log_probs)
+        closed = _best(closed, ended)
+        worst = closed.scores[:, -1]
+        return closed, (worst > NEVER) & (worst >= scores[:, 0])
+
+    def _go_on(self, opened: Hypotheses, candidates: Candidates, position: int) -> tuple[Hypotheses, Tensor]:
+        """The best K candidates that do not end, and which open captions (B, K) they continue."""
+        ends = candidates.tokens == self.constraints.end_id
+        first = ends.int().argsort(dim=1, stable=True)[:, : self.num_beams]
+        source, tokens, scores, log_probs = (part.gather(1, first) for part in candidates)
+        ids = _at(opened.ids, source)
+        ids[:, :, position] = tokens
+        return Hypotheses(ids, scores, log_probs), source
+
+    def _reorder(self, decoding: Decoding, source: Tensor, done: Tensor) -> None:
+        """Makes the rows of the caches those of the captions that go on; images that are done leave."""
+        rows = source + torch.arange(len(source), device=source.device)[:, None] * self.num_beams  # (B, K)
+        if done.any():
+            decoding.select(rows[~done].flatten(), (~done).nonzero()[:, 0])
+        elif not torch.equal(rows.flatten(), torch.arange(rows.numel(), device=rows.device)):
+            decoding.select(rows.flatten())
+
+
+def _best(some: Hypotheses, others: Hypotheses) -> Hypotheses:
+    """The K best of two sets of K captions for each image."""
+    ids, scores, log_probs = (torch.cat(pair, dim=1) for pair in zip(some, others, strict=True))
+    scores, which = scores.topk(some.scores.shape[1])
+    return Hypotheses(_at(ids, which), scores, log_probs.gather(1, which))
+
+
+def _at(ids: Tensor, which: Tensor) -> Tensor:
+    """Rows `which` (B, K) of ids (B, N, L), image by image -> (B, K, L)."""
+    return ids.gather(1, which[:, :, None].expand(-1, -1, ids.shape[2]))
+
+
+def _rows(captions: Hypotheses, images: Tensor) -> Hypotheses:
+    return Hypotheses(*(part[images] for part in captions))
+
+
+def _put(result: Hypotheses, images: Tensor, captions: Hypotheses, which: Tensor | slice = slice(None)) -> None:
+    """Writes the captions of some images where they belong."""
+    for target, part in zip(result, captions, strict=True):
+        target[images] = part[which]

@@ -1,0 +1,85 @@
+"""Captions written from left to right, one choice per token: the likeliest (greedy) or a drawn one (sampling)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coca_lit.models.generation.constraints import Constraints, keep_top_k, keep_top_p
+from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts
+
+Choice = Callable[[Tensor], Tensor]  # scores (R, V) -> ids (R,)
+
+
+def greedy(scores: Tensor) -> Tensor:
+    return scores.argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draws from softmax(scores / temperature), cut to the `top_k` likeliest tokens, then to the `top_p` nucleus."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return torch.multinomial(self.filter(scores).softmax(dim=-1), 1, generator=self.generator)[:, 0]
+
+    def filter(self, scores: Tensor) -> Tensor:
+        scores = scores / self.temperature
+        if self.top_k is not None:
+            scores = keep_top_k(scores, self.top_k)
+        if self.top_p is not None:
+            scores = keep_top_p(scores, self.top_p)
+        return scores
+
+
+def decode(
+    decoding: Decoding, beginnings: Prompts, constraints: Constraints, choose: Choice, count: int, pad_id: int
+) -> Hypotheses:
+    """`count` captions for each image, as drawn; their score is the mean log-probability of the chosen tokens.
+
+    An image leaves the batch when all of its captions have ended. A caption that fills its room still gets its end id.
+    """
+    start, end_id = beginnings.shortest, constraints.end_id
+    forced = beginnings.ids.repeat_interleave(count, dim=0)  # (R, L)
+    rows, length = forced.shape
+    ids = torch.full_like(forced, pad_id)
+    ids[:, :start] = forced[:, :start]
+    log_probs = torch.zeros(rows, device=ids.device)
+    active = torch.arange(rows, device=ids.device)  # rows whose image is in the batch
+    going_on = torch.ones_like(active, dtype=torch.bool)  # which of those have not ended
+
+    logits = decoding.begin(ids[::count, :start], count)
+    for position in range(start, length):
+        model_scores = logits.log_softmax(dim=-1)  # (R, V)
+        scores = constraints(model_scores, ids[active, :position])
+        chosen = choose(scores) if position < length - 1 else torch.full_like(active, end_id)
+        given = forced[active, position]
+        free = (given == UNFORCED) & going_on
+        chosen = torch.where(given == UNFORCED, chosen, given).where(going_on, pad_id)
+        ids[active, position] = chosen
+        log_probs[active] += model_scores.gather(1, chosen[:, None])[:, 0].where(free, 0)
+
+        going_on = going_on & (chosen != end_id)
+        images = going_on.view(len(going_on) // count, count).any(dim=1)
+        if position == length - 1 or not images.any():
+            break
+        if not images.all():
+            kept = images.repeat_interleave(count)
+            decoding.select(kept.nonzero()[:, 0], images.nonzero()[:, 0])
+            active, going_on, chosen = active[kept], going_on[kept], chosen[kept]
+        logits = decoding.step(chosen[:, None])
+
+    written = caption_lengths(ids, end_id) - beginnings.lengths.repeat_interleave(count)
+    shape = (len(beginnings.ids), count)
+    return Hypotheses(ids.view(*shape, length), (log_probs / written).view(shape), log_probs.view(shape))
+
+
+def caption_lengths(ids: Tensor, end_id: int) -> Tensor:
+    """Tokens of captions (…, L) up to the end id, start and end included; L if there is no end."""
+    ends = ids == end_id
+    return torch.where(ends.any(dim=-1), ends.int().argmax(dim=-1) + 1, ids.shape[-1])

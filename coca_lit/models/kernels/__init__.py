@@ -1,0 +1,1 @@
+"""What is faster than PyTorch's default on some processor."""

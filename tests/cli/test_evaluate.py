@@ -1,0 +1,205 @@
+"""`coca-evaluate` from its configuration to its files, on one and on two processes."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import hydra
+import open_clip
+import pytest
+import torch
+
+from coca_lit.cli.command import CONF
+from coca_lit.cli.evaluate import evaluate, run
+from coca_lit.data.scenes.render import scene_records, scene_training_captions
+from coca_lit.errors import ConfigError, DataError, DataNotFoundError
+from coca_lit.metrics.caption_table import caption_table
+from coca_lit.models import CoCa, create_model
+from coca_lit.weights.load import save_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small CoCa with random weights, exported."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(create_model("coca_tiny"), path)
+    return path
+
+
+def compose(folder, *overrides):
+    folder.mkdir(exist_ok=True, parents=True)
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("evaluate", [f"output_dir={folder}", "name=test", f"data_dir={folder}", *overrides])
+
+
+def test_captions_and_retrieval(checkpoint, tmp_path, monkeypatch):
+    without_java(monkeypatch)
+    cfg = compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=8", "evals=[scenes_captions,scenes_retrieval]")
+    results = run(cfg)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert {"scenes/CIDEr", "scenes/Bleu_4", "scenes/t2i_recall@1"} <= results.keys()
+    predictions = json.loads((tmp_path / "predictions" / "scenes.json").read_text())
+    assert len({row["image_id"] for row in predictions}) == len(predictions) == 8
+    assert (tmp_path / "samples" / "scenes.png").exists()
+    assert cfg.image_size == 32  # the model's
+
+
+def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path, capsys):
+    absent = ["mscoco_captions", "mscoco_retrieval", "flickr30k_retrieval", "flickr8k_captions", "nocaps_captions"]
+    off = [f"evals.{name}=null" for name in ("scenes_captions", "compositional_captions")]
+    results = run(compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=8", "evals=all", *off))
+    not_run = json.loads((tmp_path / "not_run.json").read_text())
+    assert set(absent) <= not_run.keys()
+    assert str(tmp_path / "nocaps") in not_run["nocaps_captions"]
+    assert {name.split("/")[0] for name in results} >= {"scenes", "compositional"}
+    assert "skipped mscoco_captions: the Karpathy split" in capsys.readouterr().out
+
+
+def test_missing_data_that_were_asked_for_are_an_error(checkpoint, tmp_path):
+    with pytest.raises(DataNotFoundError, match="captions of nocaps"):
+        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[nocaps_captions]"))
+
+
+def test_a_clip_has_no_captions_to_score(tmp_path):
+    save_model(create_model("coca_tiny", decoder_layers=0), tmp_path / "clip.safetensors")
+    evals = "evals=[scenes_captions,scenes_retrieval]"
+    results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.safetensors", "eval_images=4", evals))
+    assert "scenes/t2i_recall@1" in results
+    assert "scenes/CIDEr" not in results
+    assert "no decoder" in json.loads((tmp_path / "not_run.json").read_text())["scenes captions"]
+
+
+def test_an_open_clip_clip(tmp_path):
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    torch.save(open_clip.CLIP(16, vision_cfg=vision, text_cfg=text).state_dict(), tmp_path / "clip.pt")
+    evals = "evals=[scenes_captions,scenes_retrieval,scenes_zeroshot]"
+    results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.pt", "quick_gelu=false", "eval_images=6", evals))
+    assert {"scenes/t2i_recall@1", "scenes/top1"} <= results.keys()
+    assert "scenes captions" in json.loads((tmp_path / "not_run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("some.weight", "this is not an OpenCLIP CoCa checkpoint"),
+        ("visual.layer1.0.weight", "its image tower is a ResNet"),
+    ],
+)
+def test_checkpoint_of_another_architecture(tmp_path, name, message):
+    state = {name: torch.zeros(2)} | ({"logit_scale": torch.zeros(())} if "visual" in name else {})
+    torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match=f"checkpoint: .*{message}"):
+        run(compose(tmp_path, f"checkpoint={tmp_path / 'other.pt'}", "evals=[scenes_retrieval]"))
+
+
+def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # is set by the command, and reset after the test
+    monkeypatch.setattr("sys.argv", ["coca-evaluate", "checkpoint=absent.ckpt", f"hydra.run.dir={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"^error: there is no checkpoint 'absent\.ckpt'$"):
+        evaluate()
+
+
+def without_java(patch):
+    """Scores that need no Java, so that each run takes no longer than the model."""
+    quick = functools.partial(caption_table, metrics=("Bleu", "ROUGE_L", "CIDEr"), tokenize=list)
+    patch.setattr("coca_lit.evals.captions.caption_table", quick)
+    patch.setattr("coca_lit.evals.captions.warm_up", lambda: None)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images with captions of their own."""
+    root = tmp_path / "mine"
+    root.mkdir()
+    (root / "pictures").mkdir()
+    for i, record in enumerate(scene_records("test", count=3)):
+        record.image().save(root / "pictures" / f"{i}.png")
+    images = [{"id": f"picture {i}", "file_name": f"{i}.png"} for i in range(3)]
+    captions = [{"image_id": f"picture {i}", "caption": text} for i, text in enumerate(["a dog", "a cat", "red"])]
+    (root / "val.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    return root
+
+
+def folder_evals(root, *kinds):
+    parts = {"root": root, "annotations": "val.json", "images": "pictures"}
+    chosen = f"evals=[{','.join(f'folder_{kind}' for kind in kinds)}]"
+    return [chosen, *(f"evals.folder_{kind}.records.{key}={value}" for kind in kinds for key, value in parts.items())]
+
+
+def test_any_folder_in_the_coco_format(checkpoint, folder, tmp_path, monkeypatch):
+    without_java(monkeypatch)
+    evals = folder_evals(folder, "captions", "retrieval")
+    results = run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals))
+    assert {"folder/CIDEr", "folder/i2t_recall@1"} <= results.keys()
+    predictions = json.loads((tmp_path / "run" / "predictions" / "folder.json").read_text())
+    assert [row["image_id"] for row in predictions] == ["picture 0", "picture 1", "picture 2"]
+    with pytest.raises(DataNotFoundError, match=r"captions\.json.*records\.annotations"):
+        run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals[:2], "evals.folder_retrieval=null"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, workers):
+    (folder / "pictures" / "1.png").write_bytes(b"no picture")
+    evals = [*folder_evals(folder, "retrieval"), f"evals.folder_retrieval.num_workers={workers}"]
+    with pytest.raises(DataError, match=r"pictures/1\.png is not a readable image"):
+        run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals))
+
+
+def test_novel_captions_generation_options_and_attention(checkpoint, tmp_path, monkeypatch):
+    without_java(monkeypatch)
+    options = ["generate={strategy: beam, num_beams: 2, max_length: 8}", "attention=2", "eval_images=5"]
+    results = run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", *options))
+    captions = [row["caption"] for row in json.loads((tmp_path / "predictions" / "scenes.json").read_text())]
+    assert max(len(caption.split()) for caption in captions) <= 6  # 8 tokens with start and end
+    known = set(scene_training_captions())
+    assert results["scenes/novel"] == sum(caption not in known for caption in captions) / 5
+    first, _ = json.loads((tmp_path / "samples" / "scenes_attention.json").read_text())
+    assert [part["word"] for part in first["words"]] == captions[0].split()
+    assert "where it looked" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ConfigError, match="no option 'num_beam' for an evaluation; did you mean 'num_beams'"):
+        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", "generate={num_beam: 2}"))
+
+
+def test_meteor_loads_while_the_model_writes_and_only_then(checkpoint, tmp_path, monkeypatch):
+    without_java(monkeypatch)
+    events = []
+    monkeypatch.setattr("coca_lit.evals.captions.warm_up", lambda: events.append("warm up"))
+    monkeypatch.setattr(
+        CoCa, "generate", lambda model, images: events.append("write") or torch.zeros(len(images), 3).long()
+    )
+    run(compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=2", "evals=[scenes_retrieval,scenes_zeroshot]"))
+    assert events == []
+    run(compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=2", "evals=[scenes_captions]"))
+    assert events == ["warm up", "write"]
+
+
+def all_kinds(folder, checkpoint):
+    """Everything that an evaluation leaves behind, from one rank of any number."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_java(patch)
+        evals = "evals=[scenes_captions,scenes_retrieval,scenes_zeroshot]"
+        results = run(compose(folder, f"checkpoint={checkpoint}", "eval_images=13", evals, "threads=1"))
+    return results
+
+
+def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
+    expected = all_kinds(tmp_path / "1", checkpoint)
+    assert {"scenes/CIDEr", "scenes/novel", "scenes/CLIPScore", "scenes/i2t_recall@1", "scenes/top1"} <= expected.keys()
+    for world in (2, 3):
+        for results in on_ranks(world, all_kinds, tmp_path / str(world), checkpoint):
+            assert results == expected
+        for file in ("predictions/scenes.json", "results.json", "not_run.json", "samples/scenes_retrieval.json"):
+            assert (tmp_path / str(world) / file).read_text() == (tmp_path / "1" / file).read_text()
+
+
+def test_two_processes_give_the_scores_of_one(checkpoint, tmp_path):
+    choice = [f"checkpoint={checkpoint}", "eval_images=13", "evals=[scenes_retrieval]", "threads=1"]
+    expected = run(compose(tmp_path / "one", *choice))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "coca_lit.cli.evaluate", *choice, f"hydra.run.dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two" / "results.json").read_text()) == expected

@@ -1,0 +1,328 @@
+"""Sweeps with every launcher and with Optuna, on jobs that take no time; and real training under torchrun and srun."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from running import ROOT, TINY, compose, results
+
+from coca_lit.cli.sweep import check_processes
+from coca_lit.errors import ConfigError
+from coca_lit.report.objective import best_run, headline
+from coca_lit.runs.launch import job_folder, run_id
+
+APP = str(ROOT / "tests" / "sweep_app.py")
+RATES = "model.optimizer.lr=0.1,2,0.3"  # the score of a job is its rate, and the second one fails
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """`run(*command, **environment)` in an empty folder."""
+
+    def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        drop = ("PL_", "COV_", "SLURM_", "TORCHELASTIC_")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
+        own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        own |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        env = inherited | own | environment
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+
+    return call
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment in which `sbatch` and its companions are the fake ones."""
+    programs, state = tmp_path / "slurm" / "bin", tmp_path / "slurm" / "state"
+    state.mkdir(parents=True)
+    programs.mkdir()
+    for name in ("sbatch", "srun", "sacct", "scontrol"):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests" / "fake_slurm.py"} {name} "$@"\n')
+        program.chmod(0o755)
+    return {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "FAKE_SLURM": str(state)}
+
+
+def rows_of(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def jobs_of(sweep: Path) -> set[str]:
+    return {path.name for path in sweep.iterdir() if path.is_dir() and not path.name.startswith(".")}
+
+
+def assert_complete(done: subprocess.CompletedProcess[str], sweep: Path) -> None:
+    """What every launcher must leave behind of `RATES`."""
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.rstrip().endswith("error: no model survives 2.0")
+    assert jobs_of(sweep) == {f"model.optimizer.lr={rate}" for rate in ("0.1", "2", "0.3")}
+    rows = {row["model.optimizer.lr"]: row for row in rows_of(sweep)}
+    assert {rate: row["status"] for rate, row in rows.items()} == {"0.1": "ok", "2": "failed", "0.3": "ok"}
+    assert rows["2"]["error"] == "no model survives 2.0"
+    assert float(rows["0.3"]["scenes/CIDEr"]) == 0.3
+    assert f"best scenes/CIDEr: 0.3000 in {sweep.relative_to(sweep.parents[2])}/model.optimizer.lr=0.3" in done.stdout
+    assert "Traceback" in (sweep / "model.optimizer.lr=2" / "error.txt").read_text()
+    assert (sweep / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "model.optimizer.lr=0.3" in (sweep / "report.html").read_text()
+
+
+# Launchers
+
+
+def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> None:
+    """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
+    sweep = tmp_path / "outputs" / "sweeps" / "demo,+logger.x.api_key=_hidden_,model.freeze=_a_b_,seed=1"
+    fixed = ("seed=1", "threads=1", "model.freeze=[a/b]", "+logger.x.api_key=hunter2")
+    first = run(sys.executable, APP, "-m", RATES, *fixed)
+    assert_complete(first, sweep)
+    assert len(first.stderr.splitlines()) == 1
+    objective = "objective=scenes/i2t_median_rank"
+    done = run(sys.executable, APP, "-m", "model.optimizer.lr=0.2,0.4", *fixed, objective)
+    assert done.returncode == 0, done.stderr
+    assert [row["model.optimizer.lr"] for row in rows_of(sweep)] == ["0.1", "2", "0.3", "0.2", "0.4"]
+    written = [
+        path.read_text() for path in sweep.rglob("*.*") if path.suffix in (".yaml", ".csv", ".html", ".md", ".txt")
+    ]
+    assert "hunter2" not in "".join([*written, first.stdout, first.stderr])
+    assert f"best scenes/i2t_median_rank: 0.6000 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
+
+
+def test_joblib(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = run(sys.executable, APP, "-m", "hydra/launcher=joblib_jobs", RATES)
+    assert_complete(done, tmp_path / "outputs" / "sweeps" / "demo")
+    processes = [path.read_text() for path in tmp_path.rglob("rank.txt")]
+    assert len(processes) == 2
+
+
+def test_ray(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    small = "hydra.launcher.ray.init.num_cpus=1"  # one worker process for all jobs
+    done = run(sys.executable, APP, "-m", "hydra/launcher=ray_jobs", small, RATES)
+    assert_complete(done, tmp_path / "outputs" / "sweeps" / "demo")
+
+
+def test_jobs_on_slurm(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    sizes = ("hydra.launcher.tasks_per_node=2", "hydra.launcher.partition=gpu")
+    done = run(sys.executable, APP, "-m", "hydra/launcher=slurm_jobs", *sizes, RATES, **slurm)
+    sweep = tmp_path / "outputs" / "sweeps" / "demo"
+    assert_complete(done, sweep)
+    for rate in ("0.1", "0.3"):  # each job is one folder for all of its tasks
+        assert len([*(sweep / f"model.optimizer.lr={rate}").glob("rank[01].txt")]) == 2
+    (script,) = Path(slurm["FAKE_SLURM"]).glob("*.sbatch")
+    wanted = ("--array=0-2%3", "--gpus-per-node=2", "--ntasks-per-node=2", "--partition=gpu", "--time=1440")
+    assert all(f"#SBATCH {option}\n" in script.read_text() for option in wanted)
+
+
+def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    app = (sys.executable, str(ROOT / "tests" / "preempted_app.py"), "-m", "hydra/launcher=slurm_jobs")
+    small = ("trainer=cpu", "model.net.name=coca_tiny", "image_size=32", "evals=[]", "trainer.limit_val_batches=0")
+    steps = ("data.train_count=16", "data.batch_size=4", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
+    done = run(
+        *app,
+        *small,
+        *steps,
+        "hydra.sweep.dir=sweep",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        **slurm,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [*Path(slurm["FAKE_SLURM"]).glob("*.ran_again")]
+    said = "".join(path.read_text() for path in sorted(tmp_path.glob("sweep/.submitit/*/*.out")))
+    assert "stopping after step 2 on signal 12: saved" in said
+    assert "going on after step 2 in epoch 0, 8 samples seen" in said
+    (metrics,) = tmp_path.glob("sweep/*/metrics.csv")
+    with metrics.open(newline="") as file:
+        steps_logged = [row["step"] for row in csv.DictReader(file) if row["train/caption_loss"]]
+    assert steps_logged == ["0", "1", "2", "3"]
+
+
+def test_a_missing_plugin_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    """As if nothing were installed: a package of the same name hides the plugins."""
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "__init__.py").touch()
+    for choice, extra in (
+        ("launcher=slurm_jobs", "slurm"),
+        ("launcher=ray", "ray"),
+        ("sweeper=optuna_study", "optuna"),
+    ):
+        done = run(sys.executable, APP, "-m", f"hydra/{choice}", RATES, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+        assert done.returncode == 1
+        assert f"plugin is not installed: pip install -e '.[{extra}]'" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_one_process_launchers_refuse_large_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    launcher = {"launcher": {"_target_": "x.JoblibLauncher"}}
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(launcher))
+    check_processes(1)
+    with pytest.raises(ConfigError, match=r"this job wants 8: say trainer\.devices=1"):
+        check_processes(8)
+
+
+# Optuna
+
+
+def optuna_stores_studies() -> bool:
+    if find_spec("hydra_plugins.hydra_optuna_sweeper") is None or find_spec("sqlalchemy") is None:
+        return False
+    import sqlalchemy
+
+    return sqlalchemy.__version__ < "2"  # as the extra [optuna] demands
+
+
+@pytest.mark.skipif(not optuna_stores_studies(), reason="needs the extra [optuna]")
+def test_optuna_study_survives_failures_and_goes_on(run: Run, tmp_path: Path) -> None:
+    study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=0.5,0.6,7", "hydra.sweeper.n_trials=5")
+    grid = ("hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=1")  # tries all three
+    sweep = tmp_path / "outputs" / "sweeps" / "demo"
+    done = run(sys.executable, APP, "-m", *study, *grid)
+    assert done.returncode == 0, done.stderr
+    assert {row["model.optimizer.lr"]: row["status"] for row in rows_of(sweep)} == {
+        "0.5": "ok",
+        "0.6": "ok",
+        "7": "failed",
+    }
+    assert "best scenes/CIDEr: 0.6000 in outputs/sweeps/demo/model.optimizer.lr=0.6" in done.stdout
+
+    done = run(sys.executable, APP, "-m", *study, "hydra.sweeper.n_trials=1")
+    assert done.returncode == 0, done.stderr
+    assert "Best value: 0.6" in done.stdout  # Optuna's, from trials of both commands
+    assert len(rows_of(sweep)) == 3
+    import optuna
+
+    loaded = optuna.load_study(study_name="demo None", storage=f"sqlite:///{sweep}/optuna.db")
+    states = [trial.state.name for trial in loaded.trials]
+    assert len(states) == 6
+    assert {"COMPLETE", "FAIL"} == set(states)
+
+
+@pytest.mark.skipif(not optuna_stores_studies(), reason="needs the extra [optuna]")
+def test_optuna_study_without_a_survivor(run: Run) -> None:
+    study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=interval(2,3)", "hydra.sweeper.n_trials=2")
+    done = run(sys.executable, APP, "-m", *study)
+    assert done.returncode == 1
+    assert "error: none of the 2 jobs succeeded; the first said: no model survives 2." in done.stderr
+
+
+# Real training, two processes
+
+
+def test_torchrun_sweep(run: Run, tmp_path: Path) -> None:
+    """All ranks use the same folders, a job that fails does not stop the next, and one process tells the outcome."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    rates = "model.optimizer.lr=abc,2e-3"
+    sweep = tmp_path / "sweep"
+    train = (str(ROOT / "train.py"), "-m", *TINY, "evals=[scenes_retrieval]", rates, "hydra.sweep.dir=sweep")
+    done = run(*torchrun, *train, "trainer.devices=2", "trainer.strategy=ddp")
+    assert done.returncode == 1
+    assert "error: model.optimizer: lr must be a number of at least 0, got 'abc'" in done.stderr
+    assert [row["status"] for row in rows_of(sweep)] == ["failed", "ok"]
+    assert jobs_of(sweep) == {f"model.optimizer.lr={rate}" for rate in ("abc", "0.002")}
+    assert done.stdout.count("best scenes/t2i_recall@1") == 1
+    assert results(sweep / "model.optimizer.lr=0.002").keys() >= {"scenes/t2i_recall@1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+
+
+def test_sbatch_and_srun(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
+    """Sizes come from the job, and its number names the folder for both tasks."""
+    script = (ROOT / "experiments" / "slurm" / "train.sbatch").read_text()
+    assert "srun python train.py" in script
+    here = script.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'}")
+    (tmp_path / "train.sbatch").write_text(here)
+    cpu = ("trainer=auto", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.precision=32-true")
+    small = ("model.net.name=coca_tiny", "eval_images=8", "evals=[scenes_retrieval]", "data.batch_size=8")
+    limits = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
+    done = run("sbatch", "--ntasks-per-node=2", "train.sbatch", *cpu, *small, *limits, **slurm)
+    assert done.stdout == "Submitted batch job 100\n"
+    log = Path(slurm["FAKE_SLURM"]) / "100.log"
+    assert finished(Path(slurm["FAKE_SLURM"]) / "100.state"), log.read_text()
+    assert [path.name for path in (tmp_path / "outputs" / "demo").iterdir()] == ["slurm_100"]
+    assert "scenes/t2i_recall@1" in results(tmp_path / "outputs" / "demo" / "slurm_100")
+    assert log.read_text().count("step 2/2 · ") == 1
+
+
+def finished(state: Path, seconds: float = 120.0) -> bool:
+    import time
+
+    until = time.monotonic() + seconds
+    while state.read_text() == "RUNNING" and time.monotonic() < until:
+        time.sleep(0.2)
+    return state.read_text() == "COMPLETED"
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, "slurm_7"),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "TORCHELASTIC_RUN_ID": "x"}, "slurm_7_2"),
+        ({"TORCHELASTIC_RUN_ID": "abc", "WORLD_SIZE": "4"}, "torchrun_abc"),
+    ],
+)
+def test_run_id(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert run_id() == name
+
+
+def test_run_id_is_the_time_of_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # in an allocation, but not under srun: several runs may share it
+    assert run_id().startswith("20")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="cannot agree on a name for the run folder: give one, name=my_run"):
+        run_id()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sizes"),
+    [
+        ({}, ("auto", 1)),
+        ({"SLURM_NTASKS": "18", "SLURM_NNODES": "3"}, ("auto", 1)),  # an allocation without srun
+        ({"SLURM_NTASKS": "18", "SLURM_NNODES": "3", "SLURM_STEP_ID": "0"}, (6, 3)),
+        ({"SLURM_NTASKS": "3", "SLURM_STEP_ID": "0", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "3"}, (8, 3)),
+    ],
+)
+def test_sizes_come_from_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], sizes: tuple[int | str, int]
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    for name in ("auto", "ddp", "fsdp"):
+        trainer = compose(f"trainer={name}").trainer
+        assert (trainer.devices, trainer.num_nodes) == sizes
+
+
+def test_job_folders() -> None:
+    assert job_folder("data.root=/x/y,model.optimizer.lr=1e-05") == "data.root=_x_y,model.optimizer.lr=1e-05"
+    assert job_folder("") == "job"
+    assert job_folder("logger.x.api_key=hunter2,seed=1") == "logger.x.api_key=_hidden_,seed=1"
+    long = [job_folder("a=" + "1" * 300 + end) for end in "xy"]
+    assert long[0] != long[1]
+    assert all(len(name) < 200 for name in long)
+
+
+def test_best_run() -> None:
+    results = {"a": {"x/CIDEr": 0.5, "x/i2t_median_rank": 9.0}, "b": {"x/CIDEr": float("nan")}, "c": {"x/CIDEr": 0.4}}
+    assert best_run(results, "x/CIDEr") == "a"
+    assert best_run(results | {"d": {"x/i2t_median_rank": 3.0}}, "x/i2t_median_rank") == "d"
+    assert best_run(results, "y/CIDEr") is None
+    assert headline(["x/i2t_recall@1", "x/CIDEr", "y/CIDEr"]) == "x/CIDEr"
+    assert headline(["x/Bleu_4"]) is None

@@ -1,0 +1,124 @@
+"""`coca-score`: three reference formats, the official numbers, and one sentence for each mistake."""
+
+import functools
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from coca_lit.cli.score import score, score_files
+from coca_lit.metrics.caption_table import caption_table
+from coca_lit.metrics.captions import caption_scores
+
+SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "captions"
+REFERENCES = {1: "a red dog runs", 2: "two green birds sit", 3: "a blue cat"}
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def coco(path, **domains):
+    images = [
+        {"id": i, "file_name": f"{i}.jpg"} | ({"domain": domains[f"d{i}"]} if domains else {}) for i in REFERENCES
+    ]
+    annotations = [{"image_id": i, "id": i, "caption": text} for i, text in REFERENCES.items()]
+    return write(path, {"images": images, "annotations": annotations})
+
+
+def results(path, captions):
+    return write(path, [{"image_id": i, "caption": text} for i, text in captions])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared caption data not present")
+def test_published_scores(tmp_path, capsys):
+    files = [str(SHARED / name) for name in ("fakecap_results.json", "fakecap_refs.json")]
+    score([*files, "--output", str(tmp_path / "scores.json")])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    published = json.loads((SHARED / "expected_scores.json").read_text())["fakecap"]
+    for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"):
+        assert round(scores[name], 3) == published[name]
+    assert "SPICE" in capsys.readouterr().out
+
+
+def test_formats(tmp_path, monkeypatch):
+    without_java = functools.partial(caption_table, metrics=("Bleu", "CIDEr"), tokenize=list)
+    monkeypatch.setattr("coca_lit.metrics.caption_table.caption_table", without_java)
+    captions = results(tmp_path / "p.json", REFERENCES.items())
+    rows = [
+        {"imgid": i, "filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": t}]} for i, t in REFERENCES.items()
+    ]
+    karpathy = write(tmp_path / "dataset_x.json", {"images": rows})
+    plain, _ = score_files(captions, coco(tmp_path / "coco.json"))
+    assert plain["Bleu_4"] > 0.9
+    assert score_files(captions, karpathy, "val")[0] == plain
+    nocaps = coco(tmp_path / "nocaps.json", d1="in-domain", d2="in-domain", d3="out-domain")
+    packed = tmp_path / "nocaps.json.gz"
+    packed.write_bytes(gzip.compress(nocaps.read_bytes()))
+    assert {"in-domain/CIDEr", "out-domain/Bleu_1", "CIDEr"} <= score_files(captions, packed)[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ([(1, "a"), (2, "b")], r"1 of 3 images have no caption, e\.g\. \[3\]"),
+        ([(1, "a"), (2, "b"), (3, "c"), (9, "d")], r"1 captions are of images that it does not hold, e\.g\. \[9\]"),
+        ([(1, "a"), (2, "b"), (3, "c"), (2, "d")], "more than one caption for image 2"),
+        ([(1, "a"), (2, None), (3, "c")], "None as the caption of image 2"),
+        ([("1", "a"), ("2", "b"), ("3", "c")], "numbers in one file and texts in the other"),
+        ([], "holds no captions"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, captions, message):
+    files = [str(results(tmp_path / "p.json", captions)), str(coco(tmp_path / "coco.json"))]
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        score(files)
+
+
+def test_mistakes_in_references(tmp_path):
+    captions = results(tmp_path / "p.json", REFERENCES.items())
+    content = json.loads(coco(tmp_path / "coco.json").read_text())
+    content["images"].append(content["images"][1])
+    for broken, message in (
+        (content, "lists image 2 twice"),
+        ({"images": [{"id": 1, "file_name": "x"}], "annotations": [{"caption": "a"}]}, "'image_id' is missing"),
+        ({"annotations": []}, "'images' is missing"),
+        ([1], "does not follow"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            score([str(captions), str(write(tmp_path / "broken.json", broken))])
+    silent = [{"image_id": i, "caption": " "} for i in REFERENCES]
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in REFERENCES]
+    with pytest.raises(SystemExit, match="error: no reference holds a word"):
+        score([str(captions), str(write(tmp_path / "silent.json", {"images": images, "annotations": silent}))])
+
+
+def test_an_empty_reference_counts_as_one(tmp_path, monkeypatch):
+    """CIDEr is a mean over references, so the official tool notices an empty one."""
+    monkeypatch.setattr(
+        "coca_lit.metrics.caption_table.caption_table",
+        lambda references, captions, domains: (caption_scores(references, captions, ["CIDEr"], list), {}),
+    )
+    captions = results(tmp_path / "p.json", REFERENCES.items())
+    references = coco(tmp_path / "coco.json")
+    full, _ = score_files(captions, references)
+    content = json.loads(references.read_text())
+    content["annotations"] += [{"image_id": i, "id": 10 + i, "caption": " "} for i in REFERENCES]
+    halved, _ = score_files(captions, write(tmp_path / "more.json", content))
+    assert halved["CIDEr"] == pytest.approx(full["CIDEr"] / 2)
+
+
+def test_unreadable_files(tmp_path):
+    broken, missing = tmp_path / "broken.json", tmp_path / "absent.json"
+    broken.write_text('[{"image_id": 1,')
+    references = str(coco(tmp_path / "coco.json"))
+    for path, message in (
+        (broken, "not a readable JSON"),
+        (missing, "absent.json"),
+        (Path(references), "COCO results"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            score([str(path), references])

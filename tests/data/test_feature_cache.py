@@ -1,0 +1,215 @@
+"""Cached image tokens against the encoder itself, file by file and in whole runs."""
+
+import csv
+import shutil
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import compose, run
+from torch import Tensor, nn
+
+from coca_lit.cli.config import build
+from coca_lit.cli.train import assembly
+from coca_lit.data.examples import CachedCaptionDataset, CachedFirstCaptionDataset
+from coca_lit.data.feature_cache import FeatureCache, mirrored, read_tokens
+from coca_lit.data.records import Record
+from coca_lit.data.scenes.datamodule import ScenesDataModule
+from coca_lit.data.scenes.render import VOCABULARY
+from coca_lit.data.transforms import RandomCrop, build_transform
+from coca_lit.distributed import rank
+from coca_lit.errors import DataError
+from coca_lit.evals.base import Evaluation
+from coca_lit.tokenizer import WordTokenizer
+
+SIZE, COUNT = 16, 5
+TOKENIZER = WordTokenizer(VOCABULARY)
+CPU = torch.device("cpu")
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, 16, 16) -> tokens (B, 4, 6), and how often it was asked."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.convolution = nn.Conv2d(3, 6, 8, 8).requires_grad_(False)
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.convolution(images.float() / 255).flatten(2).transpose(1, 2)
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+
+
+def broken() -> Image.Image:
+    raise DataError("it is torn")
+
+
+def records(count: int = COUNT) -> list[Record]:
+    return [Record(i, partial(noise, i), ("a red circle left of a blue square",)) for i in range(count)]
+
+
+def views(folder: Path, encoder: Encoder, size: int = SIZE) -> FeatureCache:
+    return FeatureCache(folder, encoder, build_transform(size=size), RandomCrop(size), seed=3)
+
+
+def test_views_are_what_the_encoder_gives_for_image_mirror_image_and_crops(tmp_path: Path) -> None:
+    encoder = Encoder()
+    paths = views(tmp_path, encoder).encode(records(), 4, 0, CPU)
+    for i, record in enumerate(records()):
+        pixels = build_transform(size=SIZE)(record.image())
+        for path, image in zip(paths, (pixels, pixels.flip(-1)), strict=False):
+            expected = encoder(image[None])[0]
+            torch.testing.assert_close(read_tokens(path, i).float(), expected, atol=2e-3, rtol=0)
+    assert len({path.read_bytes() for path in paths}) == 4
+
+
+def test_views_are_encoded_once_for_the_same_encoder_images_and_settings(tmp_path: Path) -> None:
+    first = views(tmp_path, Encoder()).encode(records(), 1, 0, CPU)
+    again = Encoder()
+    assert views(tmp_path, again).encode(records(), 1, 0, CPU) == first
+    assert again.calls == 0
+    assert views(tmp_path, again).encode(records(), 2, 0, CPU)[0] == first[0]
+    assert again.calls == 1  # one more view
+    others = [
+        views(tmp_path, Encoder(seed=1)).encode(records(), 1, 0, CPU),
+        views(tmp_path, Encoder(), size=32).encode(records(), 1, 0, CPU),
+        views(tmp_path, Encoder()).encode(records(4), 1, 0, CPU),
+    ]
+    assert len({path for paths in (first, *others) for path in paths}) == 4
+
+
+def test_encoding_that_dies_leaves_no_file(tmp_path: Path) -> None:
+    encoder = Encoder()
+    encoder.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        views(tmp_path, encoder).encode(records(), 2, 0, CPU)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(10))
+    with pytest.raises(DataError, match=r"a view takes 0.0 GB and .* has 0.0 GB left: .*data.cache_dir"):
+        views(tmp_path, Encoder()).encode(records(), 1, 0, CPU)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_encoder_that_is_trained_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"freeze it \(model.freeze=\[image_encoder\]\), or its first stages, or set data.cached_augmentations=0",
+    ):
+        views(tmp_path, Encoder().requires_grad_(True))
+
+
+def test_another_image_stands_in_for_one_that_cannot_be_decoded(tmp_path: Path) -> None:
+    images = [*records(200), Record(200, broken, ("a green square",))]
+    paths = views(tmp_path, Encoder()).encode(images, 2, 0, CPU)
+    example = CachedCaptionDataset(images, paths, TOKENIZER)[0, 200]
+    assert example.key != "200"
+    assert [bad.reason for bad in example.bad] == ["unreadable image"]
+    with pytest.raises(DataError, match="could not be decoded"):
+        CachedFirstCaptionDataset(images, paths[0], TOKENIZER)[200]
+
+
+def test_mirror_images_have_mirrored_captions(tmp_path: Path) -> None:
+    assert mirrored("Left of the right one, not leftover") == "right of the left one, not leftover"
+    paths = views(tmp_path, Encoder()).encode(records(), 2, 0, CPU)
+    data = CachedCaptionDataset(records(), paths, TOKENIZER)
+    seen = set()
+    for epoch in range(8):
+        for i in range(COUNT):
+            example = data[epoch, i]
+            view = next(v for v, path in enumerate(paths) if torch.equal(example.image, read_tokens(path, i)))
+            side = TOKENIZER.decode(example.tokens).split()[3]
+            seen.add((view, side))
+    assert seen == {(0, "left"), (1, "right")}
+
+
+def written_by(folder: Path) -> tuple[list[Path], int]:
+    encoder = Encoder()
+    return views(folder, encoder).encode(records(), 3, 0, CPU), encoder.calls
+
+
+def fails_on_one(folder: Path) -> str:
+    target = folder if rank() == 0 else folder / "file" / "folder"
+    if rank() == 1:
+        (folder / "file").write_text("in the way")
+    try:
+        views(target, Encoder()).encode(records(), 2, 0, CPU)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_views_are_dealt_out_to_ranks(on_ranks, tmp_path: Path) -> None:
+    paths, _ = written_by(tmp_path / "one")
+    results = on_ranks(2, written_by, tmp_path / "two")
+    assert [calls for _, calls in results] == [2, 1]
+    for path, own in zip(paths, results[1][0], strict=True):
+        assert path.read_bytes() == own.read_bytes()
+    assert all("cannot write" in said for said in on_ranks(2, fails_on_one, tmp_path))
+
+
+# Runs: scenes are never cropped, so one view is exactly what is trained on without a cache
+
+SHORT = (
+    *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "data.train_count=24", "data.batch_size=8"),
+    *("model.warmup_steps=2", "evals=[]", "model.freeze=[image_encoder]", "trainer.limit_val_batches=1"),
+    *("+model.net.text_layers=1", "+model.net.decoder_layers=1"),
+)
+
+
+def metrics(folder: Path) -> dict[str, list[float]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if name.endswith("_loss")}
+
+
+@pytest.mark.parametrize("frozen", ["image_encoder", "image_encoder.trunk.*1,image_encoder.trunk.layer2"])
+def test_a_cached_run_trains_as_one_that_encodes(frozen: str, tmp_path: Path) -> None:
+    """All of the encoder is frozen, or the convolution and norm at its beginning and two of its four layers."""
+    cache = (f"data.cache_dir={tmp_path}/views", f"model.freeze=[{frozen}]")
+    for name, views in (("plain", 0), ("cached", 1)):
+        run(tmp_path / name, *SHORT, f"data.cached_augmentations={views}", *cache)
+    plain, cached = metrics(tmp_path / "plain"), metrics(tmp_path / "cached")
+    assert len(plain["train/caption_loss"]) == 6
+    assert plain.keys() == cached.keys() >= {"val/contrastive_loss", "val/caption_loss"}
+    for name, values in plain.items():
+        assert cached[name] == pytest.approx(values, rel=5e-3)
+        assert cached[name] != values
+
+
+def test_the_network_is_as_before_and_scored_on_pixels(tmp_path: Path) -> None:
+    class Look(Evaluation):
+        def scores(self, model, records):
+            return {"width": model.image_encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[2]}
+
+    cfg = compose(*SHORT, f"output_dir={tmp_path}", "data.cached_augmentations=1", f"data.cache_dir={tmp_path}/views")
+    module = assembly.build_module(cfg)
+    before = {name: tensor.clone() for name, tensor in module.net.image_encoder.state_dict().items()}
+    look = Look("look", [], tmp_path)
+    data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
+    assembly.build_trainer(cfg, [look]).fit(module, datamodule=data)
+    assert look.results == {"look/width": module.net.image_encoder.width}
+    torch.testing.assert_close(module.net.image_encoder.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cached_augmentations": -1}, "cached_augmentations must be 0 or more, not -1"),
+        ({"cached_augmentations": 2}, "cached_augmentations needs a folder to keep them in: set cache_dir"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScenesDataModule(TOKENIZER, 4, **options)

@@ -1,0 +1,117 @@
+"""Texts without images: their files, their order, and their place between batches of pairs."""
+
+import json
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from coca_lit.data.scenes.datamodule import ScenesDataModule
+from coca_lit.data.scenes.export import export_scenes
+from coca_lit.data.scenes.render import VOCABULARY
+from coca_lit.data.text_batches import TextBatches, read_texts
+from coca_lit.errors import DataError
+from coca_lit.tokenizer import WordTokenizer
+
+TOKENIZER = WordTokenizer(VOCABULARY)
+LINES = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("ring", "star", "cross")]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(LINES) + "\n")
+    return path
+
+
+def test_files_of_every_kind(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('"a text"\n\n{"text": " a star "}\n{"caption": "a ring"}\n')
+    export_scenes("karpathy", tmp_path / "karpathy", count=8, size=8)
+    export_scenes("coco", tmp_path / "coco", count=8, size=8)
+    assert read_texts(str(file)) == LINES
+    assert read_texts([str(tmp_path / "more.jsonl"), str(file)])[:4] == ["a text", "a star", "a ring", LINES[0]]
+    assert read_texts(f"{tmp_path}/*.txt") == LINES
+    assert len(read_texts(f"{tmp_path}/karpathy/dataset_coco.json")) == 8 * 5  # of the training split alone
+    assert len(read_texts(f"{tmp_path}/coco/annotations/captions_train2017.json")) == 8 * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", "\n", "hold no text"),
+        ("a.jsonl", "{", r"a\.jsonl, text 1 is not JSON"),
+        ("a.jsonl", '"x"\n{"words": 1}', r'a\.jsonl, text 2: expected a text, or an object with "text" or "caption"'),
+        ("a.csv", "x", "neither a .txt, a .jsonl nor a caption file"),
+        ("a.json", "[]", "does not follow"),
+    ],
+)
+def test_wrong_files_are_one_sentence(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        read_texts(f"{tmp_path}/{name}")
+
+
+def test_a_pattern_without_files_is_explained() -> None:
+    with pytest.raises(DataError, match=r"texts not found \(looked at /nowhere/\*\.txt\)"):
+        read_texts("/nowhere/*.txt")
+
+
+def texts_of(batches: list) -> list[str]:
+    return [TOKENIZER.decode(row) for batch in batches for row in batch.tokens]
+
+
+def test_a_pass_holds_every_text_once_in_a_new_order(file: Path) -> None:
+    texts = TextBatches(str(file), TOKENIZER, batch_size=3, image_size=16, seed=1)
+    assert len(texts) == 3
+    first, second = (texts_of([texts.batch(n) for n in range(start, start + 3)]) for start in (0, 3))
+    assert sorted(first) == sorted(second) == sorted(LINES)
+    assert first != second
+    batch = texts.batch(0)
+    assert batch.images.shape == (0, 3, 16, 16)
+    assert batch.lengths.tolist() == [5, 5, 5]
+
+
+def test_global_batches_do_not_depend_on_the_number_of_ranks(file: Path) -> None:
+    alone = TextBatches(str(file), TOKENIZER, batch_size=4, image_size=16)
+    ranks = [TextBatches(str(file), TOKENIZER, batch_size=4, image_size=16) for _ in range(2)]
+    for n in range(5):
+        parts = [texts.batch(n, rank, 2) for rank, texts in enumerate(ranks)]
+        assert Counter(chain(*(part.keys for part in parts))) == Counter(alone.batch(n).keys)
+
+
+@pytest.mark.parametrize(("every", "kinds"), [(1, "tt"), (2, "ptptptpt"), (3, "pptppt"), (9, "pppp")])
+def test_texts_come_at_every_so_many_th_step(file: Path, every: int, kinds: str) -> None:
+    data = ScenesDataModule(TOKENIZER, 4, image_size=16, train_count=16, text=str(file), text_every=every)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert "".join("p" if len(batch.images) else "t" for batch in batches) == kinds
+    assert len(loader) == len(batches)
+    alone = [batch.keys for batch in ScenesDataModule(TOKENIZER, 4, image_size=16, train_count=16).train_dataloader()]
+    assert [batch.keys for batch in batches if len(batch.images)] == (alone if every > 1 else [])
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_run_that_goes_on_sees_the_same_batches(file: Path, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ScenesDataModule(TOKENIZER, 4, image_size=16, train_count=16, text=str(file), text_every=every)
+    for epoch in (0, 1):
+        monkeypatch.setattr(data, "_position", lambda epoch=epoch: (epoch, 0))
+        whole = list(data.train_dataloader())
+        for done in range(len(whole)):
+            monkeypatch.setattr(data, "_position", lambda at=(epoch, done): at)
+            rest = list(data.train_dataloader())
+            assert [batch.keys for batch in rest] == [batch.keys for batch in whole[done:]]
+            assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(rest, whole[done:], strict=True))
+
+
+def test_numbers_that_cannot_work_are_refused(file: Path) -> None:
+    with pytest.raises(ValueError, match="text_every must be a whole number of at least 1, got 0"):
+        ScenesDataModule(TOKENIZER, 4, text=str(file), text_every=0)
+    with pytest.raises(DataError, match=r"data\.text holds 9 texts, less than one batch of 10"):
+        ScenesDataModule(TOKENIZER, 10, train_count=16, text=str(file)).prepare_data()
+
+
+def test_texts_of_a_json_lines_file_may_be_objects_with_more_fields(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a ring", "url": "…"}))
+    assert read_texts(str(tmp_path / "x.jsonl")) == ["a ring"]

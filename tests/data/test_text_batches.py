@@ -1,0 +1,117 @@
+"""Training on texts between pairs: what it trains, that it goes on exactly, and that ranks do not matter."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from running import run
+from test_distributed import ENCODER, PAIRS, Step, own_batch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from coca_lit.data.batch import Batch
+from coca_lit.data.scenes.render import scene_training_captions
+from coca_lit.data.text_batches import TextBatches
+from coca_lit.distributed import rank, world_size
+from coca_lit.lit_module import CoCaLit
+from coca_lit.models import create_model
+from coca_lit.runs.setup_checks import expect_texts
+from coca_lit.training.optim import adamw
+from coca_lit.weights.load import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec", "ignore:Found .* in eval mode")
+SHORT = (
+    *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "data.train_count=32", "data.batch_size=8"),
+    *("trainer.log_every_n_steps=1", "model.warmup_steps=2", "evals=[]", "model.net.dropout=0.1"),
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("texts") / "captions.txt"
+    path.write_text("\n".join(scene_training_captions()[:40]))
+    return f"data.text={path}"
+
+
+def weights(folder: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
+    return load_model(folder / "checkpoints" / name).state_dict()
+
+
+def test_a_run_with_texts_goes_on_with_the_same_bits(tmp_path: Path, texts: str) -> None:
+    """4 batches of pairs and 2 of texts in an epoch; stopped within the first and the second."""
+    mixture = (*SHORT, texts, "data.text_every=3", "callbacks.checkpoint.every_n_steps=1")
+    mixture = (*mixture, "callbacks.checkpoint.keep_last=20")
+    run(tmp_path / "whole", *mixture)
+    log = (tmp_path / "whole" / "metrics.csv").read_text()
+    assert "train/text_loss" in log
+    assert (tmp_path / "whole" / "checkpoints" / "step_12.ckpt").is_file()
+    for step in (2, 9):
+        start = f"ckpt_path={tmp_path}/whole/checkpoints/step_{step}.ckpt"
+        run(tmp_path / f"from_{step}", *mixture, start)
+        torch.testing.assert_close(weights(tmp_path / f"from_{step}"), weights(tmp_path / "whole"), atol=0, rtol=0)
+
+
+def test_a_run_on_texts_alone_and_one_that_starts_from_it(tmp_path: Path, texts: str) -> None:
+    alone = ("data.text_every=1", "model.contrastive_weight=0", "trainer.max_epochs=1")
+    parts = "model.freeze=[image_encoder,pooling,decoder.cross_blocks]"
+    run(tmp_path / "texts", *SHORT, texts, *alone, parts)
+    log = (tmp_path / "texts" / "metrics.csv").read_text()
+    assert "train/text_loss" in log
+    assert "train/caption_loss" not in log
+    pretrained = tmp_path / "texts" / "checkpoints" / "last.ckpt"
+    run(tmp_path / "pairs", *SHORT, f"init_from={pretrained}", "trainer.max_epochs=1", "model.optimizer.lr=0")
+    torch.testing.assert_close(
+        weights(tmp_path / "pairs")["decoder.norm.weight"], weights(tmp_path / "texts")["decoder.norm.weight"]
+    )
+
+
+# Several processes
+
+
+def train(kinds: str, file: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights after a step on each of the given kinds of batches, p for pairs and t for texts."""
+    torch.manual_seed(0)
+    net = create_model("coca_tiny", **ENCODER).train()
+    module = CoCaLit(net, partial(adamw, lr=0.0), **options)
+    step: Any = Step(module)
+    if world_size() > 1:
+        strategy = DDPStrategy()
+        expect_texts(True, strategy)
+        step = DistributedDataParallel(step, **strategy._ddp_kwargs)
+    batches = TextBatches(file, net.tokenizer, PAIRS, net.image_size)
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.1, momentum=0.9, weight_decay=0.01)  # moves what has a gradient of 0
+    for number, kind in enumerate(kinds):
+        batch: Batch = own_batch(net, number) if kind == "p" else batches.batch(number, rank(), world_size())
+        optimizer.zero_grad()
+        step(batch).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log", "ignore:.*find_unused_parameters")
+def test_texts_between_pairs_on_two_ranks_are_those_of_one_process(on_ranks: Any, texts: str) -> None:
+    file = texts.removeprefix("data.text=")
+    alone = train("ptpt", file, {})
+    for found in on_ranks(2, train, "ptpt", file, {}):
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+
+
+def test_a_step_of_texts_leaves_the_image_half_alone(texts: str) -> None:
+    torch.manual_seed(0)
+    before = dict(create_model("coca_tiny", **ENCODER).named_parameters())
+    after = train("t", texts.removeprefix("data.text="), {})
+    kept = ("image_encoder.", "pooling.", "image_projection.", "decoder.cross_blocks.", "logit_scale")
+    for name, tensor in after.items():
+        if name.startswith(kept):
+            assert torch.equal(tensor, before[name]), name
+    assert not torch.equal(after["decoder.vocabulary.weight"], before["decoder.vocabulary.weight"])
+
+
+def test_micro_batches_are_for_pairs(texts: str) -> None:
+    """Batches of texts go through whole, with the same result."""
+    file = texts.removeprefix("data.text=")
+    torch.testing.assert_close(train("ptp", file, {"micro_batch_size": 2}), train("ptp", file, {}), atol=1e-5, rtol=0)

@@ -1,0 +1,72 @@
+"""Evaluation inputs are the same on any number of ranks, with images that do not divide evenly."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coca_lit.data.records import Record
+from coca_lit.evals.inference import caption_images, embed_pairs
+from coca_lit.metrics.retrieval import recall_at_k
+from coca_lit.models import CoCa, create_model
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven"]
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def records() -> list[Record]:
+    """Seven images with one to three captions each."""
+    captions = [tuple(" ".join(WORDS[i:] + WORDS[:j]) for j in range(i % 3 + 1)) for i in range(7)]
+    return [Record(f"image {i}", partial(noise, i), captions[i]) for i in range(7)]
+
+
+def make_model() -> CoCa:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", tokenizer=WORDS)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)  # so that images and texts differ clearly
+    return model.train()
+
+
+def evaluate() -> dict[str, Any]:
+    model = make_model()
+    images, texts, image_of_text = embed_pairs(model, records(), batch_size=2)
+    return {
+        "captions": caption_images(model, records(), batch_size=2),
+        "images": images,
+        "texts": texts,
+        "image_of_text": image_of_text,
+        "recall": recall_at_k(images @ texts.T, image_of_text, ks=(1, 5)),
+        "training": model.training,
+    }
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return evaluate()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_gives_the_same(on_ranks, alone: dict[str, Any], world: int) -> None:
+    for result in on_ranks(world, evaluate):
+        for name in ("captions", "recall", "training"):
+            assert result[name] == alone[name], name
+        for name in ("images", "texts", "image_of_text"):
+            torch.testing.assert_close(result[name], alone[name], atol=1e-6, rtol=0)
+
+
+def test_one_by_one_gives_the_same(alone: dict[str, Any]) -> None:
+    model = make_model().eval()
+    texts = [caption for record in records() for caption in record.captions]
+    assert list(alone["captions"]) == [record.id for record in records()]
+    assert len(set(alone["captions"].values())) > 1
+    torch.testing.assert_close(alone["texts"], torch.cat([model.encode_text(model.tokenizer(t)) for t in texts]))
+    assert alone["image_of_text"].tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5, 6]
+    assert alone["training"]

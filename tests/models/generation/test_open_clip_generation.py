@@ -1,0 +1,49 @@
+"""The captions of OpenCLIP 3.3.0, id for id, as its own `generate` wrote them (see `make_beam_oracle.py`)."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from make_beam_oracle import CASES, END, RECORDED, tiny_images, tiny_open_clip
+
+from coca_lit.models import CoCa
+from coca_lit.weights.open_clip import from_open_clip
+
+EXPECTED: dict[str, list[list[int]]] = json.loads(RECORDED.read_text())
+
+
+def converted(end_logit: float) -> CoCa:
+    heads = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 1}
+    return from_open_clip(tiny_open_clip(end_logit).state_dict(), image_encoder_args=heads, text_heads=4)
+
+
+def our_options(theirs: dict[str, Any]) -> dict[str, Any]:
+    """OpenCLIP's arguments in our words; defaults are the same, except that our greedy has no least length."""
+    options = {"max_length": theirs.get("seq_len", 30), "repetition_penalty": theirs.get("repetition_penalty", 1.0)}
+    if theirs.get("generation_type") == "top_k":
+        return options | {"min_length": 5}
+    beams = {"num_beams": theirs["num_beams"]} if "num_beams" in theirs else {}
+    least = {"min_length": theirs["min_seq_len"]} if "min_seq_len" in theirs else {}
+    return options | beams | least | {"strategy": "beam", "scoring": "openclip_legacy"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captions_are_those_of_open_clip(name: str) -> None:
+    options = our_options(CASES[name]["arguments"])
+    captions = converted(CASES[name]["end_logit"]).generate(tiny_images(), **options)
+    expected = [row + [0] * (options["max_length"] - len(row)) for row in EXPECTED[name]]
+    assert captions.tolist() == expected
+
+
+def test_the_recorded_captions_tell_the_rules_apart() -> None:
+    """They end at many places, some not at all, and beams that add log-probabilities write others."""
+    rows = [row for name, rows in EXPECTED.items() if name.startswith("beams") for row in rows]
+    assert len({row.index(END) for row in rows if END in row}) > 8
+    assert any(END not in row for row in rows)
+    captions = converted(22).generate(tiny_images(), strategy="beam", min_length=5)
+    assert all(
+        row != legacy + [0] * (30 - len(legacy))
+        for row, legacy in zip(captions.tolist(), EXPECTED["beams, end 22"], strict=True)
+    )
+    assert captions.dtype == torch.long

@@ -1,0 +1,146 @@
+"""Packed rows give what the padded grid gives: the same features, hidden states, losses and gradients."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from coca_lit.losses import caption_loss, contrastive_loss
+from coca_lit.models import CoCa, CoCaOutput, create_model
+from coca_lit.models.layers import SelfBlock
+from coca_lit.models.packing import Layout
+
+LENGTHS = {
+    "ragged": [5, 24, 2, 9],
+    "one fills the context": [3, 24],
+    "equal": [7, 7, 7],
+    "a single caption": [6],
+    "one has no word": [1, 12],
+    "none has a word": [1, 1],
+}
+
+
+def test_layout_by_hand() -> None:
+    layout = Layout(torch.tensor([2, 3, 1]), packed=True)
+    grid = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0]])
+    assert layout.pack(grid).tolist() == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(layout.unpack(layout.pack(grid)), grid)
+    assert layout.compact(layout.pack(grid), grid % 2 == 0).tolist() == [2, 4, 6]
+    assert layout.gather_at(layout.pack(grid), torch.tensor([1, 2, 0])).tolist() == [2, 5, 6]
+    assert Layout(torch.tensor([2, 3, 1]), packed=False).gather_at(grid, torch.tensor([1, 2, 0])).tolist() == [2, 5, 6]
+
+
+def test_packs_where_more_than_a_tenth_is_padding() -> None:
+    assert Layout(torch.tensor([10, 7])).packed
+    assert not Layout(torch.tensor([10, 9])).packed
+    assert not Layout(torch.tensor([4, 4])).packed
+
+
+def losses(out: CoCaOutput) -> torch.Tensor:
+    terms = (
+        [contrastive_loss(out.image_features, out.text_features, out.logit_scale)]
+        if out.image_features is not None
+        else []
+    )
+    terms += [caption_loss(out.hidden, out.vocabulary, out.labels)] if out.hidden is not None else []
+    return torch.stack(terms).sum()
+
+
+@pytest.fixture
+def batch(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One of the cases above."""
+    return make_batch(LENGTHS[request.param])
+
+
+def make_batch(caption_lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, tokens and lengths."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(caption_lengths)
+    tokens = torch.randint(4, 40, (len(lengths), int(lengths.max())), generator=generator)
+    tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = 0
+    return torch.randint(0, 256, (len(lengths), 3, 32, 32), generator=generator, dtype=torch.uint8), tokens, lengths
+
+
+def step(
+    model: CoCa, batch: tuple, monkeypatch: pytest.MonkeyPatch, threshold: float, **parts: bool
+) -> list[torch.Tensor]:
+    """Everything that a training step computes, with packing forced (threshold below 0) or forbidden (1)."""
+    monkeypatch.setattr("coca_lit.models.packing.WORTHWHILE_PADDING", threshold)
+    model.zero_grad()
+    out = model(*batch, **parts)
+    loss = losses(out)
+    loss.backward()
+    tensors = [
+        loss,
+        out.image_features,
+        out.text_features,
+        out.hidden,
+        out.labels,
+        *(p.grad for p in model.parameters()),
+    ]
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+@pytest.mark.parametrize("batch", LENGTHS, indirect=True)
+@pytest.mark.parametrize("cls_mask", ["correct", "legacy"])
+@pytest.mark.parametrize(
+    "parts", [{}, {"contrastive": False}, {"captioning": False}], ids=["both", "caption", "contrastive"]
+)
+def test_packed_equals_padded(batch: tuple, cls_mask: str, parts: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", cls_mask=cls_mask).double().train()
+    padded = step(model, batch, monkeypatch, 1.0, **parts)
+    packed = step(model, batch, monkeypatch, -1.0, **parts)
+    assert_close(packed, padded, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", ["ragged"], indirect=True)
+def test_packed_equals_padded_with_recomputed_activations(batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny").double().train()
+    plain = step(model, batch, monkeypatch, -1.0)
+    model.set_grad_checkpointing("blocks")
+    assert_close(step(model, batch, monkeypatch, -1.0), plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", ["ragged"], indirect=True)
+def test_packed_equals_padded_under_bf16(batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        packed, padded = (step(model, batch, monkeypatch, threshold)[0] for threshold in (-1.0, 1.0))
+    assert_close(packed, padded, rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_blocks_give_the_same_and_stop_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths that were not seen before compile nothing."""
+    torch.manual_seed(0)
+    small = {"text_layers": 1, "decoder_layers": 1, "image_encoder": "vit_base_patch32_clip_224"}
+    vit = {"image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}}
+    plain = create_model("coca_tiny", **small, **vit).train()
+    model = create_model("coca_tiny", **small, **vit).train()
+    model.load_state_dict(plain.state_dict())
+    model.compile_blocks("eager")
+    graphs = []
+    for lengths in ([3, 9, 4], [5, 5, 5], [12, 3, 8], [2, 7, 20], [6, 6, 6], [11, 4, 4]):
+        batch = make_batch(lengths)
+        assert_close(step(model, batch, monkeypatch, 0.1), step(plain, batch, monkeypatch, 0.1), rtol=1e-4, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[2:] == [graphs[2]] * 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of the CPU needs g++")
+def test_block_compiled_for_the_cpu_gives_the_same() -> None:
+    torch.manual_seed(0)
+    layout = Layout(torch.tensor([2, 5]))
+    plain, compiled = SelfBlock(16, 2), SelfBlock(16, 2)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile()
+    x = torch.randn(7, 16)
+    for block in (plain, compiled):
+        block(x, layout=layout).square().sum().backward()
+    assert_close(compiled(x, layout=layout), plain(x, layout=layout), rtol=1e-4, atol=1e-5)
+    assert_close([p.grad for p in compiled.parameters()], [p.grad for p in plain.parameters()], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,159 @@
+"""Reports from run folders: complete, self-contained, safe against what captions hold."""
+
+import base64
+import io
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from coca_lit.cli.report import report
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.evals.sample_data import caption_samples, retrieval_samples, thumbnail
+from coca_lit.report import figures, write_comparison, write_report
+from coca_lit.report.figures import curves_figure, swept_value
+from coca_lit.report.run import differences, find_runs, read_run
+from coca_lit.report.tables import cell, score_name, score_tables
+
+PNG = b"\x89PNG"
+
+
+def make_run(folder, results, config="", **files):
+    (folder / "samples").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.yaml").write_text(config or "name: x\n")
+    for name, content in files.items():
+        (folder / "samples" / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    records = scene_records("val", count=12)
+    captions = {record.id: record.captions[0] for record in records} | {records[0].id: "<script>alert(1)</script> | x"}
+    torch.manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(12, 4), dim=1)
+    owner = torch.arange(12).repeat_interleave(5)
+    results = {"mscoco/CIDEr": 1.2345, "mscoco/t2i_recall@1": 0.4, "nocaps/CIDEr": 0.9, "nocaps/in-domain/CIDEr": 1.0}
+    folder = make_run(
+        tmp_path / "run",
+        results,
+        "checkpoint: a.ckpt\nname: run\n",
+        scenes_captions=caption_samples(records, captions),
+        scenes_retrieval=retrieval_samples(records, images, images[owner], owner),
+    )
+    (folder / "not_run.json").write_text(json.dumps({"SPICE": "no jars"}))
+    (folder / "metrics.csv").write_text(
+        "step,epoch,train/caption_loss,mscoco/CIDEr\n1,0,2.5,\n2,0,1.5,0.3\n3,1,1.2,0.4\n"
+    )
+    return folder
+
+
+def test_page_needs_nothing_else(run):
+    page = write_report(run).read_text()
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(sources) > 20
+    assert all(source.startswith("data:image/") for source in sources)
+    assert "http" not in re.sub(r'src="[^"]+"', "", page)
+    assert "<script>" not in page  # a caption is text, whatever it holds
+    assert "&lt;script&gt;" in page
+    for text in ("123.45", "SPICE", "no jars", "a.ckpt", "OpenCLIP CoCa B/32, LAION-2B", "36.18", "scenes: retrieval"):
+        assert text in page
+    assert (run / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_markdown(run):
+    write_report(run)
+    text = (run / "report.md").read_text()
+    assert "| CIDEr | 123.45 |" in text
+    assert "- SPICE: no jars" in text
+    assert "![curves.png](curves.png)" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.count("|") == rows[0].count("|") for line in rows[: rows.index("| --- | --- | --- |") - 1])
+
+
+def test_tables(run):
+    mscoco, nocaps = score_tables(read_run(run))
+    assert mscoco.header[:2] == ["", "this run"]
+    assert "CoCa 2B, fine-tuned (paper)" in mscoco.header
+    cider = dict(zip(mscoco.header, next(row for row in mscoco.rows if row[0] == "CIDEr"), strict=True))
+    assert cider["this run"] == "123.45"
+    assert cider["CoCa 2B, fine-tuned (paper)"] == "143.60"
+    assert nocaps.header == ["", "this run", "in-domain"]
+    assert nocaps.rows == [["CIDEr", "90.00", "100.00"]]
+
+
+@pytest.mark.parametrize(
+    ("score", "value", "name", "printed"),
+    [
+        ("mscoco/t2i_recall@5", 0.5, "text to image recall@5, %", "50.00"),
+        ("mscoco/i2t_median_rank", 3.0, "image to text median rank", "3.0"),
+        ("mscoco/Bleu_4", 0.409, "BLEU-4", "40.90"),
+        ("mscoco/mean_length", 9.876, "words per caption", "9.9"),
+        ("mscoco/CIDEr", None, "CIDEr", ""),
+    ],
+)
+def test_names_and_units(score, value, name, printed):
+    assert (score_name(score), cell(score, value)) == (name, printed)
+
+
+def test_final_score_is_a_star_over_its_curve(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_png", drawn.append)
+    early = {"scenes_256/CIDEr": [(10, 0.2), (20, 0.4)]}
+    curves_figure({**early, "scenes/CIDEr": [(30, 0.9)], "scenes/top1": [(30, 0.5)], "train/caption_loss": [(1, 2.0)]})
+    (figure,) = drawn
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    assert set(lines) == {"train/caption_loss", "scenes_256/CIDEr", "scenes/CIDEr"}  # top1 is a number, and no curve
+    assert lines["scenes/CIDEr"].get_color() == lines["scenes_256/CIDEr"].get_color()
+    assert (lines["scenes/CIDEr"].get_marker(), lines["scenes_256/CIDEr"].get_marker()) == ("*", ".")
+
+
+def test_sweep_is_a_curve_over_the_swept_value(tmp_path):
+    for i, rate in enumerate(("1e-4", "1e-3", "1e-2")):
+        make_run(tmp_path / f"job{i}", {"scenes/CIDEr": i / 10}, f"name: {i}\nmodel: {{lr: {rate}, depth: 2}}\n")
+    runs = find_runs([tmp_path])
+    assert differences(runs) == {"model.lr": ["1e-4", "1e-3", "1e-2"]}
+    assert swept_value(runs) == ("model.lr", [1e-4, 1e-3, 1e-2])
+    page = write_comparison([tmp_path], tmp_path).read_text()
+    assert "model.lr" in page
+    assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
+
+
+def test_runs_that_differ_in_more_are_bars(tmp_path, capsys):
+    folders = [make_run(tmp_path / n, {"scenes/CIDEr": 0.1}, f"seed: {n}\nx: {n}\n") for n in ("1", "2")]
+    assert swept_value(find_runs(folders)) is None
+    report([*map(str, folders), "--output", str(tmp_path / "both")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "both" / "report.html")
+    report([str(folders[0])])
+    assert (folders[0] / "report.html").exists()
+
+
+def test_folder_without_results(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*holds no results\.json"):
+        report([str(tmp_path), str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error: .*not the folder of a finished run"):
+        report([str(tmp_path)])
+
+
+def test_retrieval_samples_by_hand():
+    records = scene_records("val", count=3)
+    images = torch.eye(3)
+    owner = torch.tensor([0] * 5 + [1] * 5 + [2] * 5)
+    texts = torch.tensor([[0.9, 0.5, 0.1]] * 5 + [[0.8, 0.2, 0.1]] * 5 + [[0.0, 0.1, 0.7]] * 5)
+    samples = retrieval_samples(records, images, texts, owner, count=3)
+    hits = [[answer["hit"] for answer in query["answers"]] for query in samples["text_to_image"]]
+    assert hits == [[True, False, False], [False, True, False], [True, False, False]]
+    second = samples["image_to_text"][1]["answers"]
+    assert [answer["hit"] for answer in second] == [False] * 5  # the texts of image 0 lie nearer to image 1
+    assert samples["text_to_image"][0]["text"] == records[0].captions[0]
+
+
+def test_thumbnails():
+    small = Image.new("RGB", (32, 20), (1, 2, 3))
+    for image, kind, size in ((small, "png", (32, 20)), (small.resize((960, 600)), "jpeg", (240, 150))):
+        head, data = thumbnail(image).split(",")
+        assert head == f"data:image/{kind};base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == size

@@ -1,0 +1,450 @@
+"""Real processes, really killed: what goes on from a checkpoint ends with the same bits as what was never disturbed."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from running import ROOT, compose, results, watched
+
+from coca_lit.callbacks import NonFiniteGuard
+from coca_lit.callbacks.checkpoint import _announce
+from coca_lit.cli.assembly import plain
+from coca_lit.cli.train import train as cli
+from coca_lit.data.scenes.export import export_scenes
+from coca_lit.errors import CheckpointError
+from coca_lit.runs import checkpoint_io
+from coca_lit.runs.checkpoint_io import SafeCheckpointIO, inspect, newest_valid
+from coca_lit.runs.resume import RUN_KEY, check_same_run, find_checkpoint, resume, resume_keys, start_fresh
+from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
+
+# Two epochs of six batches of the smallest network that has everything, validation and scores between.
+TINY = (
+    *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1"),
+    *("trainer.val_check_interval=4", "data.batch_size=4", "model.warmup_steps=2", "name=test"),
+    *("evals=[scenes_retrieval]", "eval_images=4", "++evals.scenes_retrieval.every_n_epochs=1"),
+    *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.2"),
+)
+MAP = ("data.train_count=24",)
+FORKSERVER = get_context("forkserver")  # imports once for all processes
+FORKSERVER.set_forkserver_preload(
+    ["coca_lit.lit_module", "coca_lit.cli.train", "coca_lit.callbacks", "coca_lit.report"]
+)
+
+
+class Die(L.Callback):
+    """SIGKILL to its own process at the end of the batch that makes `batches` in all."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as usual; else they would start a fork server
+    os.environ.update(environment)
+    if "SUBMITIT_EXECUTOR" in environment:
+        signal.signal(signal.SIGUSR2, _requeue_like_submitit)
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("a", buffering=1)
+    with watched(*[watch] if watch is not None else []):
+        cli.run(compose(*TINY, f"output_dir={folder}", *overrides))
+
+
+def _requeue_like_submitit(number: int, frame: Any) -> None:
+    print("submitit was here")
+    sys.exit(7)
+
+
+def train(
+    folder: Path, *overrides: str, watch: L.Callback | None = None, environment: dict[str, str] | None = None
+) -> int:
+    """Exit code of a run in a process of its own; what it says goes to FOLDER.log."""
+    process = FORKSERVER.Process(target=_train, args=(folder, overrides, watch, environment or {}))
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if name != "samples/s"} for row in csv.DictReader(file)]
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Logs row by row, scores, and everything in the last checkpoint, bit by bit."""
+    assert rows(a) == rows(b)
+    assert results(a) == results(b)
+    left, right = state(a), state(b)
+    assert left[RUN_KEY] == right[RUN_KEY]
+    assert left["loops"] == right["loops"]
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=0)
+    assert left.get("current_model_state") is None or not torch.equal(
+        left["current_model_state"]["net.logit_scale"], left["state_dict"]["net.logit_scale"]
+    )
+    torch.testing.assert_close(left.get("current_model_state"), right.get("current_model_state"), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("shards")
+    for i in range(3):
+        export_scenes("shards", folder / str(i), count=10, size=32)
+    return ("data=laion", f"data.shards={folder}/*/*.tar", "data.epoch_samples=24", "data.shuffle_buffer=4")
+
+
+EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
+
+
+@pytest.mark.parametrize(
+    ("data", "workers", "extra"),
+    [
+        ("map", 0, ()),
+        ("indexed", 2, EMA_AND_ACCUMULATION),
+        ("stream", 0, EMA_AND_ACCUMULATION),
+        ("stream", 3, ()),
+    ],
+)
+def test_killed_twice_in_an_epoch(
+    tmp_path: Path, request: pytest.FixtureRequest, data: str, workers: int, extra: tuple[str, ...]
+) -> None:
+    """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last."""
+    indexed = f"data.indexed={str(data == 'indexed').lower()}"
+    source = MAP if data == "map" else (*request.getfixturevalue("shards"), indexed)
+    overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
+    assert train(tmp_path / "whole", *overrides) == 0
+    for batches in (3, 5, 12):
+        assert train(tmp_path / "killed", *overrides, watch=Die(batches)) == -signal.SIGKILL
+    assert train(tmp_path / "killed", *overrides) == 0
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+class SignalInValidation(L.Callback):
+    """SIGTERM to its own process in the first batch of the validation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            assert batch_idx == 0, "the signal was not answered"
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
+    """And the validation is made anew: twice the one within the epoch, since a kill comes before the next checkpoint,
+    and the one at its end.
+    """
+    often = ("data.train_count=32", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")
+    overrides = (*often, *EMA_AND_ACCUMULATION)
+    assert train(tmp_path / "whole", *overrides) == 0
+    for watch, code in (
+        (SignalInValidation(2), 143),
+        (Die(6), -signal.SIGKILL),
+        (SignalInValidation(4), 143),
+    ):
+        assert train(tmp_path / "stopped", *overrides, watch=watch) == code
+        assert state(tmp_path / "stopped")[RUN_KEY]["validating"]
+    assert train(tmp_path / "stopped", *overrides) == 0
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+class Signal(L.Callback):
+    """Sends signals to its own process during batch 2, on one rank."""
+
+    def __init__(self, *numbers: int, rank: int = 0) -> None:
+        self.numbers, self.rank = numbers, rank
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == 2 and trainer.global_rank == self.rank:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [((signal.SIGTERM, signal.SIGTERM), 143), ((signal.SIGINT,), 130), ((signal.SIGUSR1,), 143)],
+)
+def test_signal_saves_and_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], code: int
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/requeued\n")
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
+    environment = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"} | (slurm if signal.SIGUSR1 in numbers else {})
+    assert train(tmp_path / "run", *MAP, watch=Signal(*numbers), environment=environment) == code
+    assert state(tmp_path / "run")["global_step"] == 2
+    assert state(tmp_path / "run")[RUN_KEY]["samples"] == 8
+    assert not (tmp_path / "run" / "results.json").exists()
+    if signal.SIGUSR1 in numbers:
+        assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
+def test_under_submitit_its_own_handler_comes_after_saving(tmp_path: Path) -> None:
+    submitit = {"SUBMITIT_EXECUTOR": "slurm"}
+    assert train(tmp_path / "run", *MAP, watch=Signal(signal.SIGUSR2), environment=submitit) == 7
+    assert state(tmp_path / "run")["global_step"] == 2
+    said = (tmp_path / "run.log").read_text()
+    assert said.index("stopping after step 2") < said.index("submitit was here")
+
+
+def test_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(tmp_path: Path) -> None:
+    """Real processes of Lightning's own launcher; the signal reaches rank 0 alone."""
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *MAP, f"output_dir={tmp_path}/run", "trainer.devices=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "trainer.strategy=ddp", "trainer.max_epochs=200"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = ""
+    while "step 2/" not in said and (line := process.stdout.readline()):
+        said += line
+    process.send_signal(signal.SIGTERM)
+    said += process.communicate(timeout=120)[0]
+    assert process.returncode == 143, said
+    assert said.count("stopping after step") == 1
+    run = state(tmp_path / "run")[RUN_KEY]
+    assert run["processes"] == 2
+    assert run["samples"] == 4 * run["step"]
+    epochs = run["step"] // 6 + 1
+    assert train(tmp_path / "run", *MAP, f"trainer.max_epochs={epochs}") == 0
+    said = (tmp_path / "run.log").read_text()
+    assert "note: 2 processes became 1: every batch holds the same samples" in said
+    assert f"note: max_epochs was 200 and is now {epochs}: " in said
+    assert state(tmp_path / "run")[RUN_KEY]["samples"] == 24 * epochs
+
+
+class Poison(L.Callback):
+    """Makes one gradient of the steps infinite."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step in self.steps:
+            gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
+            gradient.view(-1)[0] = float("nan")
+
+
+def test_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    every = ("callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=20", "trainer.max_epochs=1")
+    assert train(tmp_path / "run", *MAP, *every, watch=Poison(2)) == 0
+    before, after = (
+        torch.load(tmp_path / "run" / "checkpoints" / f"step_{step}.ckpt", weights_only=True) for step in (2, 3)
+    )
+    torch.testing.assert_close(after["state_dict"], before["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        after["optimizer_states"][0]["state"], before["optimizer_states"][0]["state"], rtol=0, atol=0
+    )
+    (line,) = (tmp_path / "run" / "bad_steps.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    assert (entry["step"], entry["reason"], len(entry["keys"])) == (2, "gradient not finite", 4)
+    assert not torch.equal(
+        state(tmp_path / "run")["state_dict"]["net.logit_scale"], after["state_dict"]["net.logit_scale"]
+    )
+
+
+def test_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    assert train(tmp_path / "run", *MAP, "callbacks.non_finite_guard.max_in_a_row=3", watch=Poison(0, 2, 3, 4, 5)) == 1
+    assert "the gradients of 3 steps in a row, 2 to 4, were not finite" in (tmp_path / "run.log").read_text()
+
+
+def test_spike_is_noted_with_its_samples(tmp_path: Path) -> None:
+    guard = NonFiniteGuard(tmp_path)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
+    module: Any = SimpleNamespace(log=lambda *_: None, modules=list)
+    for step, loss in enumerate([*(4 - 0.02 * i for i in range(30)), 9.0, 3.4]):
+        trainer.global_step = step
+        batch: Any = SimpleNamespace(keys=[f"sample {step}"])
+        guard.on_train_batch_start(trainer, module, batch, step)
+        guard.on_train_batch_end(trainer, module, {"loss": torch.tensor(loss)}, batch, step)
+    (line,) = (tmp_path / "bad_steps.jsonl").read_text().splitlines()
+    entry = json.loads(line)
+    assert (entry["step"], entry["loss"], entry["keys"]) == (30, 9.0, ["sample 30"])
+
+
+# Files
+
+
+def checkpoint(step: int = 1, **run: Any) -> dict[str, Any]:
+    return {
+        "state_dict": {"w": torch.full((50_000,), float(step))},
+        "global_step": step,
+        RUN_KEY: {"step": step, **run},
+    }
+
+
+def save(folder: Path, step: int, **run: Any) -> Path:
+    path = folder / "checkpoints" / f"step_{step}.ckpt"
+    SafeCheckpointIO().save_checkpoint(checkpoint(step, **run), path)
+    return path
+
+
+def test_torn_and_corrupt_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (9, 10, 11):
+        save(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    torn, flipped = (folder / "step_11.ckpt"), (folder / "step_10.ckpt")
+    torn.write_bytes(torn.read_bytes()[:60_000])
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    torch.load(flipped, weights_only=True)  # PyTorch notices nothing
+    found = newest_valid(folder)
+    assert found is not None
+    assert found[0].name == "step_9.ckpt"
+    assert "step_11.ckpt is not a whole checkpoint" in caplog.text
+    assert "step_10.ckpt is corrupt" in caplog.text
+    found[0].write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
+        newest_valid(folder)
+
+
+def test_nothing_but_whole_files_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of writing, by an exception that nobody catches; the file before stays as it was."""
+    path = save(tmp_path, 1)
+    before = path.read_bytes()
+
+    def half(content: Any, file: Any) -> None:
+        file.write(b"PK half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_io.torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        SafeCheckpointIO().save_checkpoint(checkpoint(2), path)
+    assert path.read_bytes() == before
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    left = [path.with_name(".step_2.ckpt.99.tmp"), tmp_path / ".metrics.csv.99.tmp"]
+    for file in left:
+        file.write_bytes(b"PK half")
+    start_run_folder(compose(f"output_dir={tmp_path}"), path)
+    assert path.exists()
+    assert not any(file.exists() for file in left)
+
+
+@pytest.mark.parametrize("how", ["foreseen", "while writing"])
+def test_full_disk_costs_a_checkpoint_and_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    path = save(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if how == "foreseen":
+        monkeypatch.setattr(checkpoint_io.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000_000 - 2**25))
+    else:
+        monkeypatch.setattr(checkpoint_io.torch, "save", full)
+    save(tmp_path, 2)
+    assert "could not save step_2.ckpt" in caplog.text
+    assert [p.name for p in path.parent.iterdir()] == ["step_1.ckpt"]
+    assert inspect(path)["global_step"] == 1
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+        SafeCheckpointIO().save_checkpoint({"code": Die(1)}, tmp_path / "step_1.ckpt")
+    assert not [*tmp_path.iterdir()]
+
+
+# Configs and folders
+
+
+def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    """The cosine of the learning rate ends elsewhere, so the steps that follow are not those of the shorter run."""
+    trainer: Any = SimpleNamespace(global_step=3, current_epoch=0, max_epochs=4, max_steps=-1)
+    _announce(trainer, {"max_epochs": 2, "max_steps": -1})
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "note: max_epochs was 2 and is now 4: from here on the learning rate follows it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=7", "seed"),
+        ("data.batch_size=16", "data.batch_size"),
+        ("model.net.name=coca_vit_b32", "model.net.name"),
+        ("model.optimizer.lr=1", "model.optimizer.lr"),
+        ("experiment=finetune_mscoco", "image_size"),
+        ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches"),
+        ("data.num_workers=5", None),
+        ("trainer.max_epochs=9", None),
+    ],
+)
+def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key: str | None) -> None:
+    before, now = (resume_keys(plain(compose(f"output_dir={tmp_path}", *o))) for o in ((), (override,)))
+    path = save(tmp_path, 1, config=before)
+    if key is None:
+        check_same_run(path, now, strict=True)
+        return
+    with pytest.raises(CheckpointError, match=rf"^{key} was ") as caught:
+        check_same_run(path, now, strict=True)
+    assert "\n" not in str(caught.value)
+    check_same_run(path, now, strict=False)
+
+
+@pytest.mark.parametrize("lost", ["nothing", "report.html", "results.json", "checkpoint"])
+def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> None:
+    """A full disk may have cost the last checkpoint although the scores were written, and a kill the report."""
+    cfg = compose(f"output_dir={tmp_path}")
+    path = save(tmp_path, 3, finished=lost != "checkpoint")
+    start_run_folder(cfg, path)
+    write_results(tmp_path, {"scenes/CIDEr": 1.0}, {})
+    (tmp_path / lost).unlink(missing_ok=True)
+    assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="it is a folder; name the file"):
+        find_checkpoint(tmp_path, str(tmp_path), first_process=True)
+
+
+def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    (tmp_path / "metrics.csv").write_text("step,loss\n0,1.0\n")
+    start_fresh(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    assert inspect(tmp_path / "earlier_1" / "checkpoints" / "step_3.ckpt")["global_step"] == 3
+    assert (tmp_path / "earlier_1" / "metrics.csv").exists()
+
+
+def test_going_back_to_an_older_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, logged_steps=step)
+    (tmp_path / "metrics.csv").write_text("step,loss\n0,1.0\n1,0.9\n1,0.")
+    (tmp_path / "bad_steps.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    resume(tmp_path, tmp_path / "checkpoints" / "step_1.ckpt", roll_back=True)
+    assert (tmp_path / "earlier_1" / "checkpoints" / "step_2.ckpt").exists()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "0,1.0"]
+    assert (tmp_path / "bad_steps.jsonl").read_text() == '{"step": 0}\n'

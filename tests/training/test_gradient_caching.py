@@ -1,0 +1,212 @@
+"""Micro-batches against the whole batch: losses, gradients, whole runs."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import run
+from test_distributed import ENCODER, Step, own_batch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from coca_lit.data.batch import Batch
+from coca_lit.distributed import world_size
+from coca_lit.errors import ConfigError
+from coca_lit.lit_module import CoCaLit
+from coca_lit.losses import caption_loss, contrastive_term, loss_terms
+from coca_lit.models import CoCa, create_model
+from coca_lit.training import gradient_caching
+from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
+from coca_lit.training.optim import adamw
+
+WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
+
+
+def build(**model: Any) -> CoCa:
+    torch.manual_seed(0)
+    return create_model("coca_tiny", **ENCODER, **model).train()
+
+
+def whole_loss(net: CoCa, batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    asked = {"contrastive": weights["contrastive"] != 0, "captioning": weights["caption"] != 0}
+    terms = loss_terms(net(batch.images, batch.tokens, batch.lengths, **asked))
+    return sum(weights[name] * term for name, term in terms.items()), terms
+
+
+def gradients(net: CoCa) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ({}, WEIGHTS),
+        ({"pooler": "cascade", "cls_mask": "legacy"}, WEIGHTS),
+        ({"contrastive": "siglip"}, WEIGHTS),
+        ({"decoder_layers": 0, "pooler_queries": 1}, {"contrastive": 1.0, "caption": 0.0}),
+        ({}, {"contrastive": 0.0, "caption": 1.0}),
+    ],
+    ids=["coca", "cascade", "siglip", "clip", "captioner"],
+)
+def test_micro_batches_equal_the_whole_batch(size: int, model: dict[str, Any], weights: dict[str, float]) -> None:
+    net = build(**model).double()  # so that a gradient that is missing or counted twice cannot hide in rounding
+    batch = own_batch(net, 0)
+    loss, terms = whole_loss(net, batch, weights)
+    (3 * loss).backward()  # as with a loss that is scaled, or divided for accumulation
+    expected = gradients(net)
+    net.zero_grad()
+    found, found_terms = cached_loss(net, *batch[:3], size, weights)
+    (3 * found).backward()
+    torch.testing.assert_close((found, found_terms), (loss, terms), atol=1e-10, rtol=0)
+    torch.testing.assert_close(gradients(net), expected, atol=1e-10, rtol=0)
+
+
+def test_smoothing_and_unknown_words_count_as_in_the_whole_batch() -> None:
+    net = build().double()
+    batch = own_batch(net, 0)
+    batch.tokens[:, 2] = net.tokenizer.unk_id
+    terms = loss_terms(net(*batch[:3]), smoothing=0.1)
+    _, found = cached_loss(net, *batch[:3], 2, WEIGHTS, smoothing=0.1)
+    torch.testing.assert_close(found, terms, atol=1e-10, rtol=0)
+
+
+def one_graph(net: CoCa, batch: Batch) -> Tensor:
+    """The loss of a batch by one graph through all micro-batches of 2, with the dropout that caching draws for each."""
+    outs = []
+    for part in micro_batches(*batch[:3], torch.ones_like(batch.lengths), 2):
+        with seeded(part.seed):
+            outs.append(net(*part[:3]))
+    features = (torch.cat([out.image_features for out in outs]), torch.cat([out.text_features for out in outs]))
+    hidden, labels = torch.cat([out.hidden for out in outs]), torch.cat([out.labels for out in outs])
+    contrastive = contrastive_term(*features, outs[0].logit_scale, None)
+    return contrastive + 2 * caption_loss(hidden, outs[0].vocabulary, labels)
+
+
+def test_dropout_is_the_same_in_both_passes() -> None:
+    net = build(dropout=0.3).double()
+    batch = own_batch(net, 0)
+    torch.manual_seed(7)
+    one_graph(net, batch).backward()
+    expected = gradients(net)
+    net.zero_grad()
+    torch.manual_seed(7)
+    cached_loss(net, *batch[:3], 2, WEIGHTS)[0].backward()
+    torch.testing.assert_close(gradients(net), expected, atol=1e-10, rtol=0)
+
+
+def test_bf16_is_no_less_exact_than_the_whole_batch() -> None:
+    """The value equals that of the same micro-batches in one graph. Gradients are added up in fp32, those of a whole
+    batch within a product in bf16.
+    """
+    net = build()
+    batch = own_batch(net, 0)
+    whole_loss(net, batch, WEIGHTS)[0].backward()
+    exact = gradients(net)
+    found = {}
+    for name, loss in (("whole", whole_loss), ("cached", cached)):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            value, _ = loss(net, batch, WEIGHTS)
+        value.backward()
+        found[name] = gradients(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert value.item() == pytest.approx(one_graph(net, batch).item(), rel=1e-6)
+    for name, gradient in exact.items():
+        error, usual = ((found[way][name] - gradient).norm() for way in ("cached", "whole"))
+        assert error <= 1.5 * usual + 1e-3, name
+
+
+def cached(net: CoCa, batch: Batch, weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    return cached_loss(net, *batch[:3], 2, weights)
+
+
+def train(micro_batch_size: int | None) -> dict[str, Tensor]:
+    """Weights after three steps in which two batches are accumulated."""
+    net = build()
+    step = Step(CoCaLit(net, partial(adamw, lr=0.0), micro_batch_size=micro_batch_size))
+    if world_size() > 1:
+        step = DistributedDataParallel(step)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for i in range(3):
+        optimizer.zero_grad()
+        for k in range(2):
+            (step(own_batch(net, 2 * i + k)) / 2).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_micro_batches_on_two_ranks_equal_the_whole_batch_on_one(on_ranks) -> None:
+    expected = train(None)
+    for result in on_ranks(2, train, 1):
+        torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_only_a_micro_batch_goes_through_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = gradient_caching._forward
+
+    def watched(net: CoCa, part: gradient_caching.Pairs, **asked: bool) -> Any:
+        calls.append((len(part.images), asked["captioning"], torch.is_grad_enabled()))
+        return forward(net, part, **asked)
+
+    monkeypatch.setattr(gradient_caching, "_forward", watched)
+    net = build()
+    cached_loss(net, *own_batch(net, 0)[:3], 2, WEIGHTS)
+    assert calls == [(2, False, False)] * 3 + [(2, True, True)] * 3
+
+
+VIT = (
+    "+model.net.image_encoder=vit_base_patch32_clip_224",
+    "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:1,num_heads:2}",
+)
+SHORT = (
+    *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "evals=[]", "ema=0.5"),
+    *("data.train_count=32", "data.batch_size=8", "model.warmup_steps=2", "trainer.gradient_clip_val=0.5"),
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, precision: str) -> None:
+    saved = {}
+    for size in ("null", "2"):
+        folder = tmp_path / size
+        overrides = (f"trainer.precision={precision}", f"trainer.micro_batch_size={size}", "model.optimizer.lr=1e-4")
+        run(folder, *SHORT, *VIT, *overrides)
+        saved[size] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    if precision == "32-true":
+        torch.testing.assert_close(saved["2"], saved["null"], atol=2e-6, rtol=0)
+    else:  # four steps of 1e-4: where a gradient is next to nothing, rounding decides on its sign, and Adam on a step
+        for name, expected in saved["null"].items():
+            difference = (saved["2"][name] - expected).abs()
+            # Softmax does not notice a bias of keys, so it has no gradient at all.
+            if name.endswith("qkv.bias"):
+                queries, _, values = difference.chunk(3)
+                difference = torch.cat([queries, values])
+            elif name.endswith(".kv.bias"):
+                _, difference = difference.chunk(2)
+            assert difference.mean() < 3e-5, name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("trainer.micro_batch_size=3", *VIT), r"data.batch_size: a process gets 8 .* no multiple of .*size=3"),
+        (("trainer.micro_batch_size=2",), r"batch norms of resnet10t.*model.freeze=\[image_encoder\]"),
+        (("trainer.micro_batch_size=0", *VIT), r"micro_batch_size must be a whole number of at least 1"),
+        (("trainer.micro_batch_size=2", "trainer.precision=16-mixed", *VIT), r"does not work with fp16"),
+    ],
+)
+def test_wrong_micro_batches_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, *SHORT, *overrides)
+
+
+def test_frozen_batch_norms_are_allowed() -> None:
+    net = create_model("coca_tiny")
+    CoCaLit(net, partial(adamw, lr=0.1), freeze=["image_encoder"], micro_batch_size=2)

@@ -1,0 +1,189 @@
+"""Whole runs through Lightning on two gloo processes, under DDP and sharded, against one process."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from running import launched, results, run
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from coca_lit.cli.command import CONF
+from coca_lit.cli.train import export as export
+from coca_lit.data.scenes.export import write_shards
+from coca_lit.distributed import world_size
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.models import create_model
+from coca_lit.training.sharding import check_sharded, shard, unsharded
+from coca_lit.weights.load import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+MODEL = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": VIT}
+UNSCORED = (
+    *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "data.batch_size=8"),
+    *("model.warmup_steps=2", "trainer.gradient_clip_val=0.5", "model.optimizer.lr=1e-4", "trainer.precision=32-true"),
+    "+model.net.image_encoder=vit_base_patch32_clip_224",
+    "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:2,num_heads:2}",
+)
+SHORT = (*UNSCORED, "evals=[]")
+SCORED = (*UNSCORED, "evals=[scenes_captions,scenes_retrieval]", "eval_images=8", "data.train_count=16")
+DDP = ("trainer.devices=2", "trainer.strategy=ddp")
+SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def train(folder: Path, *overrides: str) -> None:
+    with launched():
+        run(folder, *SHORT, *overrides)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, and the run that goes on from it for two more, in `on`."""
+    folder = tmp_path_factory.mktemp("one")
+    run(folder, *SHORT, "data.train_count=16")
+    last = f"ckpt_path={folder}/checkpoints/last.ckpt"
+    run(folder / "on", *SHORT, "data.train_count=16", "trainer.max_epochs=2", last)
+    return folder
+
+
+@pytest.mark.parametrize("micro_batch_size", ["null", "2"])
+def test_ddp_equals_one_process(on_ranks, tmp_path: Path, one_process: Path, micro_batch_size: str) -> None:
+    micro = f"trainer.micro_batch_size={micro_batch_size}"
+    on_ranks(2, train, tmp_path, "data.train_count=16", micro, *DDP)
+    expected, found = saved(one_process), saved(tmp_path)
+    torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
+
+
+def train_sharded(folder: Path, one: Path) -> dict[str, Any]:
+    """All that is tested of sharding, in one process group: torch remembers parts of tensors by rank."""
+    options = ("data.train_count=16", *SHARDED)
+    train(folder, *options)
+    train(folder / "checkpointing", *options, "model.grad_checkpointing=blocks")
+    for name, start in (("on", folder), ("on_from_one", one)):
+        train(folder / name, *options, "trainer.max_epochs=2", f"ckpt_path={start}/checkpoints/last.ckpt")
+    return sharded_model()
+
+
+@pytest.fixture(scope="module")
+def sharded(on_ranks, tmp_path_factory: pytest.TempPathFactory, one_process: Path) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, on_ranks(2, train_sharded, folder, one_process)
+
+
+def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None:
+    """With clipping; and over a checkpoint, a file like any other, of a sharded run and of one process."""
+    folder, _ = sharded
+    expected, found = saved(one_process), saved(folder)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
+    moments = found["optimizer_states"][0]["state"], expected["optimizer_states"][0]["state"]
+    torch.testing.assert_close(*moments, atol=1e-5, rtol=1e-4)
+    checkpointing = saved(folder / "checkpointing")
+    torch.testing.assert_close(checkpointing["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
+    load_model(folder / "checkpoints" / "last.ckpt")
+    longer = saved(one_process / "on")
+    for name in ("on", "on_from_one"):
+        torch.testing.assert_close(saved(folder / name)["state_dict"], longer["state_dict"], atol=4e-6, rtol=0)
+
+
+def train_and_score(folder: Path) -> dict[str, float]:
+    with launched():
+        return run(folder, *SCORED, *SHARDED)
+
+
+def test_a_sharded_experiment_is_scored_and_exported(on_ranks, tmp_path: Path) -> None:
+    """From the first step to a file for other programs: scores and captions are those of one process."""
+    one, sharded, exported = tmp_path / "one", tmp_path / "sharded", tmp_path / "exported"
+    scores = run(one, *SCORED)
+    for found in on_ranks(2, train_and_score, sharded):
+        assert found == pytest.approx(scores, abs=1e-6)
+    assert results(sharded) == pytest.approx(results(one), abs=1e-6)
+    captions = [(folder / "predictions" / "scenes.json").read_text() for folder in (one, sharded)]
+    assert captions[0] == captions[1]
+    trained = load_model(sharded / "checkpoints" / "last.ckpt")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = [f"checkpoint={sharded}/checkpoints/last.ckpt", "format=safetensors", f"output={exported}"]
+        export.run(hydra.compose("export", chosen))
+    again = load_model(exported / "model.safetensors")
+    torch.testing.assert_close(again.state_dict(), trained.state_dict(), atol=0, rtol=0)
+    torch.testing.assert_close(
+        again.state_dict(), load_model(one / "checkpoints/last.ckpt").state_dict(), atol=1e-5, rtol=0
+    )
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(again.generate(images), trained.generate(images))
+
+
+def test_openclips_recipe_for_mscoco_runs_on_two_ranks(on_ranks, tmp_path: Path) -> None:
+    """Contrastive weight 0, where OpenCLIP stops with unused parameters in the second step."""
+    recipe = ("experiment=finetune_mscoco", "data=scenes", "model.net.name=coca_tiny", "image_size=32")
+    on_ranks(2, train, tmp_path, *recipe, "data.train_count=24", *DDP)
+    assert saved(tmp_path)["global_step"] == 3
+
+
+def sharded_model() -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = create_model("coca_tiny", **MODEL).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        whole = (net.encode_image(images), net.generate(images))
+    shard(net, init_device_mesh("cpu", (world_size(),)))
+    own = sum(p.to_local().numel() for p in net.parameters())
+    with torch.no_grad():
+        net(images, net.tokenizer(["a red circle", "a blue square"]))
+    with unsharded(net), torch.no_grad():
+        parts = (net.encode_image(images), net.generate(images))
+    again = sum(p.to_local().numel() for p in net.parameters())
+    net.forgotten = nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"not sharded.* forgotten$"):
+        check_sharded(net)
+    return {"whole": whole, "parts": parts, "own": own, "again": again}
+
+
+def test_each_rank_holds_its_part_and_scores_with_all(sharded) -> None:
+    count = sum(p.numel() for p in create_model("coca_tiny", **MODEL).parameters())
+    _, results = sharded
+    assert sum(result["own"] for result in results) == count
+    for result in results:
+        assert result["own"] == result["again"] < 0.6 * count
+        torch.testing.assert_close(result["parts"], result["whole"], atol=1e-6, rtol=0)
+
+
+# Set-ups that are refused
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((*SHARDED, "ema=0.99"), "trainer: averaged weights do not work with sharded ones: set ema=null"),
+        ((*SHARDED, "trainer.micro_batch_size=2"), "trainer: micro_batch_size does not work with sharded weights"),
+        (("trainer.strategy=deepspeed_stage_2",), "trainer: DeepSpeed is not supported: use trainer=ddp"),
+        (("trainer.strategy=fsdp",), "trainer: the strategy fsdp does not know .* use trainer=fsdp"),
+        (("data.batch_size=9", *DDP), "data.batch_size: the global batch of 9 cannot be split evenly over 2"),
+    ],
+)
+def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, *SHORT, *overrides)
+
+
+def starve(folder: Path) -> None:
+    shards = ("data=laion", f"data.shards={folder}", "data.epoch_samples=8", "image_size=32", "data.indexed=false")
+    with pytest.raises(DataError, match="1 shard cannot feed 2 processes: each needs at least one of its own"):
+        train(folder / "run", *shards, *DDP)
+
+
+def test_more_processes_than_shards_are_refused(on_ranks, tmp_path: Path) -> None:
+    write_shards(tmp_path, 8, 32)
+    on_ranks(2, starve, tmp_path)
+
+
+def test_a_contrastive_loss_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="contrastive must be 'softmax' or 'siglip', got 'sigmoid'"):
+        run(tmp_path, *SHORT, "model.contrastive=sigmoid")

@@ -1,0 +1,208 @@
+"""Self-critical training: what is drawn, rewarded and differentiated, on one rank and on two, killed and resumed."""
+
+import csv
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from running import compose, run
+from torch import Tensor
+
+from coca_lit.cli.train import assembly
+from coca_lit.data.batch import Batch
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
+from coca_lit.distributed import rank, world_size
+from coca_lit.errors import ConfigError
+from coca_lit.lit_module import CoCaLit
+from coca_lit.losses import caption_loss
+from coca_lit.metrics.cider import END, CiderD
+from coca_lit.models import CoCa, create_model
+from coca_lit.training.optim import adamw
+from coca_lit.training.self_critical import SelfCritical
+from coca_lit.weights.load import save_model
+
+RECORDS = scene_records("train", count=8)
+REFERENCES = {str(record.id): record.captions for record in RECORDS}
+KEYS = list(REFERENCES)[:4]
+PIXELS = [build_transform(size=32)(record.image()) for record in RECORDS]
+
+
+def network() -> CoCa:
+    torch.manual_seed(0)
+    return create_model("coca_tiny", image_encoder_args={"channels": [8, 8, 8, 8], "output_stride": 8}).eval()
+
+
+def pixels() -> Tensor:
+    return torch.stack(PIXELS[:4])
+
+
+class Scripted(SelfCritical):
+    """Two captions of each image that are known: a reference and a wrong one; those of the fourth image do not end."""
+
+    def _draw(self, net: CoCa, images: Tensor) -> Tensor:
+        rows = []
+        for i in range(rank() * 4 // world_size(), (rank() + 1) * 4 // world_size()):
+            texts = (REFERENCES[KEYS[i]][0], "a small green circle")
+            rows.append(net.tokenizer(list(texts))[:, : self._most(net)])
+        ids = torch.stack(rows)
+        if rank() == world_size() - 1:
+            ids[-1] = torch.where(ids[-1] == net.tokenizer.pad_id, 5, ids[-1]).where(ids[-1] != 2, 5)
+            ids[-1, :, -1] = net.tokenizer.eot_id
+        return ids
+
+
+def ready(kind: type[SelfCritical] = SelfCritical, samples: int = 2) -> SelfCritical:
+    made = kind(samples, max_length=16)
+    made.read(REFERENCES)
+    return made
+
+
+def scripted_gradient() -> tuple[dict[str, Tensor], dict[str, float]]:
+    net = network().double()
+    own = slice(rank() * 4 // world_size(), (rank() + 1) * 4 // world_size())
+    images = net.image_encoder(pixels()[own])
+    loss, measures = ready(Scripted)(net, images, KEYS[own])
+    loss.backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}, measures
+
+
+def test_gradient_equals_captions_one_by_one() -> None:
+    """The packed pass over all samples, against a pass for each with its own copy of the image."""
+    found, measures = scripted_gradient()
+    net, total, rewards = network().double(), torch.zeros(()), []
+    scorer = CiderD({key: [[*text.split(), END] for text in texts] for key, texts in REFERENCES.items()})
+    ids = Scripted(2, max_length=16)._draw(net, pixels())
+    for i, key in enumerate(KEYS):
+        texts = [net.tokenizer.decode(row).split() for row in ids[i]]
+        own = scorer(key, [words + ([] if i == 3 else [END]) for words in texts])
+        rewards += own
+        for k in range(2):
+            row = ids[i, k]
+            length = int((row == net.tokenizer.eot_id).int().argmax()) + (i != 3)  # a forced end is not differentiated
+            out = net(pixels()[i : i + 1], row[None], torch.tensor([length]), contrastive=False)
+            log_p = out.logits.log_softmax(-1).gather(1, out.labels[:, None]).sum()
+            total = total - (own[k] - own[1 - k]) * log_p / 8
+    total.backward()
+    expected = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert measures["reward"] == pytest.approx(sum(rewards) / 8, rel=1e-5)
+    assert rewards[0] > rewards[1]
+
+
+def test_two_ranks_give_the_gradient_of_one_process(on_ranks) -> None:
+    expected, measures = scripted_gradient()
+    results = on_ranks(2, scripted_gradient)
+    mean = {name: (results[0][0][name] + results[1][0][name]) / 2 for name in expected}
+    torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-5)
+    assert sum(own["reward"] for _, own in results) / 2 == pytest.approx(measures["reward"], rel=1e-5)
+
+
+def test_captions_are_drawn_from_the_model_and_images_encoded_once() -> None:
+    net = network()
+    calls = []
+    net.image_encoder.trunk.register_forward_hook(lambda *_: calls.append(1))
+    module = CoCaLit(net, partial(adamw, lr=0.1), self_critical=ready(samples=3))
+    module.log_dict = lambda *_, **__: None
+    module.log = lambda *_, **__: None
+    tokens = net.tokenizer([REFERENCES[key][0] for key in KEYS])
+    batch = Batch(pixels(), tokens, (tokens > 0).sum(1), KEYS)
+    torch.manual_seed(5)
+    loss = module.training_step(batch, 0)
+    torch.manual_seed(5)
+    again = net.generate(pixels(), strategy="sample", num_captions=3, max_length=16)
+    calls.clear()
+    torch.manual_seed(5)
+    assert torch.equal(module.self_critical._draw(net, net.image_encoder(pixels())), again)
+    assert calls == [1]
+    loss.backward()
+    assert net.image_encoder.trunk.conv1[0].weight.grad is not None  # trained, if it is not frozen
+
+
+def test_rewards_grow() -> None:
+    """A network that has begun to learn the captions of eight images finds better ones by its own attempts."""
+    net, images, self_critical = network().train(), torch.stack(PIXELS), ready(samples=8)
+    net.freeze("image_encoder")
+    features, tokens = net.image_encoder(images), net.tokenizer([record.captions[0] for record in RECORDS])
+    trained = [p for p in net.parameters() if p.requires_grad]
+    rewards = []
+    for lr, steps in ((2e-3, 15), (5e-4, 30)):
+        optimizer = torch.optim.Adam(trained, lr=lr)
+        for step in range(steps):
+            torch.manual_seed(step)
+            if steps == 15:
+                out = net(features, tokens, contrastive=False)
+                loss = caption_loss(out.hidden, out.vocabulary, out.labels)
+            else:
+                loss, measures = self_critical(net, features, list(REFERENCES))
+                rewards.append(measures["reward"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert sum(rewards[-5:]) > 1.2 * sum(rewards[:5]) > 0
+
+
+# The smallest run: four steps, all parts trained and the contrastive loss beside
+RUN = (
+    *("experiment=scst_mscoco", "data=scenes", "trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1"),
+    *("data.train_count=8", "data.batch_size=4", "trainer.limit_val_batches=1", "evals=[]", "image_size=32"),
+    *("model.net.name=coca_tiny", "+model.net.text_layers=1", "+model.net.decoder_layers=1"),
+    *("model.contrastive_weight=0.5", "model.self_critical.samples=2", "model.self_critical.max_length=8"),
+)
+
+
+def test_a_run_logs_its_rewards_and_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    run(tmp_path / "whole", *RUN, "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=9")
+    run(tmp_path / "again", *RUN, f"ckpt_path={tmp_path}/whole/checkpoints/step_1.ckpt")
+    whole, again = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "again")
+    )
+    torch.testing.assert_close(again["state_dict"], whole["state_dict"], rtol=0, atol=0)
+    with (tmp_path / "whole" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    values = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+    for name in ("reward", "advantage", "policy_loss", "contrastive_loss"):
+        assert len(values[f"train/{name}"]) == 4, name
+    assert len(values["train/scoring_share"]) == 3
+    assert all(0 < share < 1 for share in values["train/scoring_share"])
+    assert "train/caption_loss" not in values
+    assert len(values["val/caption_loss"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": 1}, "samples must be at least 2"),
+        ({"max_length": 2}, "max_length must be at least 3"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfCritical(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ({"dropout": 0.1}, {}, "set net.dropout=0"),
+        ({}, {"caption_weight": 0}, "needs a decoder and a caption_weight above 0"),
+        ({"decoder_layers": 0}, {}, "needs a decoder and a caption_weight above 0"),
+        ({}, {"micro_batch_size": 2, "freeze": ["image_encoder"]}, "take a smaller batch"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(model: dict, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CoCaLit(create_model("coca_tiny", **model), partial(adamw, lr=0.1), self_critical=SelfCritical(), **options)
+
+
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="self-critical training writes captions"):
+        assembly.build_trainer(compose("experiment=scst_mscoco", "trainer=fsdp", f"output_dir={tmp_path}"), [])
+
+
+def test_weights_of_other_words_are_refused(tmp_path: Path) -> None:
+    save_model(create_model("coca_tiny", tokenizer=["a", "b"]), tmp_path / "start.safetensors")
+    cfg = compose("+model.net.tokenizer=[b,a]", f"init_from={tmp_path}/start.safetensors", "image_size=32")
+    with pytest.raises(ConfigError, match="has another vocabulary"):
+        assembly.build_module(cfg)

@@ -1,0 +1,288 @@
+"""Training itself: it learns, repeats, resumes, freezes, averages, clips, and says how it goes."""
+
+import csv
+import re
+from collections.abc import Callable
+from functools import partial, partialmethod
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from omegaconf import DictConfig
+from running import compose, run
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from coca_lit.callbacks import Evaluation, progress_bar
+from coca_lit.callbacks.progress import PlainProgress
+from coca_lit.cli.assembly import build_module, build_trainer
+from coca_lit.cli.config import build
+from coca_lit.data.batch import Batch
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.lit_module import CoCaLit
+from coca_lit.losses import contrastive_loss
+from coca_lit.models import CoCa, create_model
+from coca_lit.training.optim import adamw
+from coca_lit.weights.load import load_model
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (".*treespec, LeafSpec", "Found .* in eval mode", "The dirpath has changed")
+]
+# Two epochs of four steps on the CPU and nothing else.
+SHORT = (
+    *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),
+    *("data.train_count=32", "data.batch_size=8", "model.warmup_steps=2", "evals=[]"),
+)
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    """Logged values of the losses, step by step."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if name.endswith("_loss")}
+
+
+def new_module(cfg: DictConfig) -> CoCaLit:
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    return build_module(cfg)
+
+
+def fit(folder: Path, *overrides: str, watch: L.Callback | None = None) -> CoCaLit:
+    """`run` with one more callback; returns the trained module."""
+    cfg = compose(*SHORT, f"output_dir={folder}", *overrides)
+    module = new_module(cfg)
+    data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
+    trainer = build_trainer(cfg, [watch] if watch else [])
+    trainer.fit(module, datamodule=data, ckpt_path=None if cfg.ckpt_path == "auto" else cfg.ckpt_path)
+    return module
+
+
+class AfterStep(L.Callback):
+    """Calls `look(net, step)` after every step; `final` are the weights when an evaluation would score them."""
+
+    def __init__(self, look: Callable[[CoCa, int], None]) -> None:
+        self.look = look
+        self.final: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.look(pl_module.net, trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.final = tensors(pl_module.net)
+
+
+def tensors(net: CoCa) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def test_overfits_eight_scenes(tmp_path: Path) -> None:
+    one_batch = ("data.train_count=8", "trainer.max_epochs=40", "model.optimizer.lr=4e-3", "callbacks.checkpoint=null")
+    run(tmp_path, *SHORT, *one_batch)
+    assert not [*tmp_path.rglob("*.ckpt")]
+    curves = losses(tmp_path)
+    for name, start, end in (("train/contrastive_loss", 1.5, 0.3), ("train/caption_loss", 3.5, 0.9)):
+        assert len(curves[name]) == 40
+        assert curves[name][0] > start
+        assert max(curves[name][-5:]) < end
+
+
+def test_seed_decides(tmp_path: Path) -> None:
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / folder, *SHORT, f"seed={seed}", "trainer.max_epochs=1")
+    a, b, c = (losses(tmp_path / folder) for folder in "abc")
+    assert a == b
+    assert all(x != y for name in a for x, y in zip(a[name], c[name], strict=True))
+
+
+# Weights of the losses
+
+
+def test_raw_losses_are_logged_and_their_weighted_sum_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = create_model("coca_tiny").eval()
+    tokens = net.tokenizer(["a red circle", "a blue square left of a green circle"])
+    batch = Batch(torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), tokens, (tokens > 0).sum(1), ["", ""])
+    out = net(batch.images, batch.tokens, batch.lengths)
+    raw = {
+        "train/contrastive_loss": contrastive_loss(out.image_features, out.text_features, out.logit_scale).detach(),
+        "train/caption_loss": torch.nn.functional.cross_entropy(out.logits, out.labels).detach(),
+    }
+    module, logged = CoCaLit(net, partial(adamw, lr=0.1), contrastive_weight=0.25, caption_weight=3.0), {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(module, "log", lambda *_: None)
+    loss = module.training_step(batch, 0)
+    torch.testing.assert_close(logged, raw)
+    assert loss.item() == pytest.approx(0.25 * raw["train/contrastive_loss"] + 3 * raw["train/caption_loss"])
+
+
+@pytest.mark.parametrize(
+    ("weight", "said", "frozen", "loss"),
+    [
+        (
+            "model.contrastive_weight=0",
+            "image_projection, text.cls_embedding, text.norm, text.projection, logit_scale (",
+            ("image_projection.", "text.cls_embedding", "text.norm.", "text.projection.", "logit_scale"),
+            "train/caption_loss",
+        ),
+        ("model.caption_weight=0", "decoder (", ("decoder.",), "train/contrastive_loss"),
+        ("model.freeze=[image_encoder,decoder]", "image_encoder, decoder (", ("image_encoder.", "decoder."), None),
+    ],
+)
+def test_frozen_parts_are_named_and_stay(
+    tmp_path: Path,
+    weight: str,
+    said: str,
+    frozen: tuple[str, ...],
+    loss: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = tensors(new_module(compose(*SHORT, weight)).net)
+    net = fit(tmp_path, weight).net
+    assert said in capsys.readouterr().out
+    for name, tensor in tensors(net).items():
+        assert torch.equal(tensor, before[name]) == name.startswith(frozen), name
+    assert loss is None or set(losses(tmp_path)) == {loss}
+
+
+@pytest.mark.parametrize("weights", [{"contrastive_weight": 0, "caption_weight": 0}, {"caption_weight": -1}])
+def test_weights_that_leave_nothing_are_refused(weights: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        CoCaLit(create_model("coca_tiny"), partial(adamw, lr=0.1), **weights)
+
+
+# Averages, precision, compilation
+
+
+def test_averaged_weights_are_scored_and_saved(tmp_path: Path) -> None:
+    steps: list[dict[str, Tensor]] = []
+    watch = AfterStep(lambda net, _: steps.append(tensors(net)))
+    net = fit(tmp_path, "ema=0.75", "trainer.max_epochs=1", watch=watch).net
+    average = steps[0]
+    for now in steps[1:]:
+        average = {name: 0.75 * average[name] + 0.25 * now[name] for name in average}
+    assert len(steps) == 4
+    torch.testing.assert_close(tensors(net), average)
+    torch.testing.assert_close(watch.final, average)
+    torch.testing.assert_close(tensors(load_model(tmp_path / "checkpoints" / "last.ckpt")), average)
+    assert not torch.allclose(average["image_projection.weight"], steps[-1]["image_projection.weight"])
+
+
+def test_averages_of_frozen_weights_are_those_weights(tmp_path: Path) -> None:
+    frozen: list[dict[str, Tensor]] = []
+    watch = AfterStep(lambda net, _: frozen.append(tensors(net)))
+    net = fit(tmp_path, "ema=0.9", "model.freeze=[text]", watch=watch).net
+    for name, weight in net.text.named_parameters():
+        assert torch.equal(weight, frozen[0][f"text.{name}"]), name
+
+
+class ScaleScore(Evaluation):
+    """The temperature as a score; also its value after every step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("scale", [], folder)
+        self.scored: list[float] = []
+        self.steps: list[float] = []
+
+    def scores(self, model: CoCa, records: Any) -> dict[str, float]:
+        self.scored.append(model.logit_scale.item())
+        return {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.steps.append(pl_module.net.logit_scale.item())
+
+
+def test_averaged_weights_are_scored_during_training_too(tmp_path: Path) -> None:
+    watch = ScaleScore(tmp_path)
+    fit(tmp_path, "ema=0.75", watch=watch)
+    averages = [watch.steps[0]]
+    for now in watch.steps[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * now)
+    assert watch.scored == pytest.approx([averages[3], averages[7]], rel=1e-6)
+
+
+class Count(Evaluation):
+    """How many images are scored."""
+
+    def scores(self, model: CoCa, records: Any) -> dict[str, float]:
+        return {"count": float(len(records))}
+
+
+@pytest.mark.parametrize(("quick", "early", "final"), [(5, [5], [12]), (12, [], [12, 12])])
+def test_scores_of_a_part_of_the_images_are_not_those_of_all(
+    tmp_path: Path, quick: int, early: list[int], final: list[int]
+) -> None:
+    count = Count("scenes", scene_records("val", count=12), tmp_path, quick=quick)
+    fit(tmp_path, watch=count)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    logged = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if "count" in name}
+    assert logged == {f"scenes_{quick}/count": early, "scenes/count": final} if early else {"scenes/count": final}
+
+
+@pytest.mark.parametrize("stop", ["trainer.max_steps=4", "trainer.max_epochs=1"])
+def test_end_of_training_is_scored_once(tmp_path: Path, stop: str) -> None:
+    watch = ScaleScore(tmp_path)
+    fit(tmp_path, stop, watch=watch)
+    assert len(watch.scored) == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_gradients_are_clipped(tmp_path: Path, precision: str) -> None:
+    norms: list[float] = []
+
+    def look(net: CoCa, _: int) -> None:
+        norms.append(nn.utils.get_total_norm([p.grad.float() for p in net.parameters() if p.grad is not None]).item())
+
+    overrides = (f"trainer.precision={precision}", "trainer.gradient_clip_val=0.01", "trainer.max_epochs=1")
+    fit(tmp_path, *overrides, watch=AfterStep(look))
+    assert norms == pytest.approx([0.01] * 4, rel=0.02)
+    assert 2 < losses(tmp_path)["train/caption_loss"][-1] < 6
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert all(float(row["train/grad_norm"]) > 0.1 for row in csv.DictReader(file) if row["train/grad_norm"])
+
+
+def test_compiled_network_trains_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_blocks = partialmethod(CoCa.compile_blocks, backend="eager")
+    monkeypatch.setattr(CoCa, "compile_blocks", compile_blocks)
+    small = ("trainer.max_steps=2", "+model.net.text_layers=1", "+model.net.decoder_layers=1")
+    graphs = counters["stats"]["unique_graphs"]
+    for folder in ("false", "true"):
+        assert counters["stats"]["unique_graphs"] == graphs
+        fit(tmp_path / folder, f"model.compile={folder}", *small)
+    assert counters["stats"]["unique_graphs"] > graphs
+    for name, values in losses(tmp_path / "true").items():
+        assert values == pytest.approx(losses(tmp_path / "false")[name], rel=1e-4)
+    load_model(tmp_path / "true" / "checkpoints" / "last.ckpt")  # the names are those of a plain network
+
+
+# What one sees
+
+
+def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, *SHORT, "logger=tensorboard", "trainer.max_epochs=1")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    logged = [event.value for event in events.Scalars("train/caption_loss")]
+    assert logged == pytest.approx(losses(tmp_path)["train/caption_loss"])
+
+
+def test_plain_lines_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, *SHORT, "trainer.log_every_n_steps=2")
+    number = r"\d+(\.\d+)?"
+    values = rf"train/contrastive_loss {number} · train/caption_loss {number} · samples/s {number}"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split(" ", 2)[1] for line in lines] == ["2/8", "4/8", "6/8", "8/8"]
+    for line, epoch in zip(lines, (0, 0, 1, 1), strict=True):
+        assert re.fullmatch(rf"step \d/8 · epoch {epoch} · ETA \d:\d\d:\d\d · {values}", line), line
+    assert "ETA 0:00:00" in lines[-1]
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, RichProgressBar), (False, PlainProgress)])
+def test_bar_suits_the_output(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert type(progress_bar(7)) is kind

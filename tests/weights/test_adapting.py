@@ -1,0 +1,131 @@
+"""Finetuning that keeps what was learned, as commands: LoRA, weights between two checkpoints, CLIP's towers."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import open_clip
+import pytest
+import torch
+from running import compose, run
+
+from coca_lit.cli.assembly import build_module, build_trainer
+from coca_lit.cli.command import CONF
+from coca_lit.cli.export import run as export
+from coca_lit.cli.plan import build_without_weights
+from coca_lit.cli.train import evaluate
+from coca_lit.errors import ConfigError
+from coca_lit.models import create_model
+from coca_lit.plan.estimate import measure
+from coca_lit.plan.trace import cost
+from coca_lit.runs.setup_checks import check_strategy
+from coca_lit.training.sharding import FullySharded
+from coca_lit.weights.load import load_model, save_model
+from coca_lit.weights.lora import LowRank
+
+SHORT = (
+    *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),
+    *("data.train_count=24", "data.batch_size=8", "model.warmup_steps=2", "evals=[]", "model.net.dropout=0.2"),
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("start") / "before.safetensors"
+    save_model(create_model("coca_tiny"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapted(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of a LoRA finetuning with averaged weights, with a checkpoint in the middle."""
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    every = ("callbacks.checkpoint.every_n_steps=2", "callbacks.checkpoint.keep_last=9")
+    run(folder, *SHORT, "lora.rank=2", "lora.parts=[image_encoder,text]", "ema=0.5", f"init_from={start}", *every)
+    return folder
+
+
+def test_a_lora_run_changes_what_it_may(adapted: Path, start: Path) -> None:
+    before, after = load_model(start).state_dict(), load_model(adapted / "checkpoints" / "last.ckpt").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = {name for name in changed if name.startswith(("image_encoder.", "text."))}
+    assert {"text.blocks.0.attention.qkv.weight", "image_encoder.trunk.conv1.0.weight"} <= inside
+    assert all(before[name].ndim > 1 for name in inside)  # no bias, norm or running statistic
+    assert "text.token_embedding.weight" not in changed
+    assert {"decoder.norm.weight", "decoder.vocabulary.weight", "logit_scale"} <= changed
+
+
+def test_a_lora_run_goes_on_exactly(adapted: Path, start: Path, tmp_path: Path) -> None:
+    same = ("lora.rank=2", "lora.parts=[image_encoder,text]", "ema=0.5", f"init_from={start}")
+    run(tmp_path, *SHORT, *same, f"ckpt_path={adapted}/checkpoints/step_2.ckpt")
+    one, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (adapted, tmp_path))
+    for key in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(one[key], other[key], atol=0, rtol=0)
+    assert any(".parametrizations.weight.0.a" in name for name in one["state_dict"])
+
+
+def test_wrong_lora_is_one_sentence() -> None:
+    for override, said in (
+        ("+lora.rnk=2", "lora has no key 'rnk'; did you mean 'rank'"),
+        ("lora.rank=two", "lora: rank must be a whole number of at least 1, got 'two'"),
+        ("lora.parts=[txt]", "lora: parts: nothing in the model is called txt"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            build_module(compose(*SHORT, "lora.rank=2", override) if "rank=" not in override else compose(override))
+    with pytest.raises(ValueError, match="lora does not work with sharded weights: use trainer=ddp"):
+        check_strategy(FullySharded(), "32-true", None, None, lora=True)
+    with pytest.raises(ConfigError, match="trainer: lora does not work with sharded"):
+        build_trainer(compose("trainer=fsdp", "trainer.accelerator=cpu", "lora.rank=2", "output_dir=x"), [])
+
+
+def test_the_plan_counts_what_trains() -> None:
+    module = build_without_weights(compose(*SHORT, "lora.rank=2"))
+    trained = sum(p.numel() for p in module.net.parameters() if p.requires_grad)
+    updates = sum(p.numel() for m in module.net.modules() if isinstance(m, LowRank) for p in m.parameters())
+    assert trained == updates + 1  # the temperature is in none of the parts
+    assert measure(module.net).trained == 4 * trained
+    assert cost(module.net, module.weights, caption_tokens=12, autocast=None).total > 0
+
+
+def evaluation(folder: Path, *overrides: str) -> dict[str, float]:
+    folder.mkdir()
+    settings = (f"output_dir={folder}", "name=test", "evals=[scenes_retrieval]", "eval_images=16")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return evaluate.run(hydra.compose("evaluate", [*settings, *overrides]))
+
+
+def test_weights_between_two_checkpoints_are_scored_and_exported(adapted: Path, start: Path, tmp_path: Path) -> None:
+    last = adapted / "checkpoints" / "last.ckpt"
+    both = (f"checkpoint={last}", f"interpolate_with={start}")
+    assert evaluation(tmp_path / "0", *both, "weight=0") == evaluation(tmp_path / "before", f"checkpoint={start}")
+    assert evaluation(tmp_path / "1", *both, "weight=1") == evaluation(tmp_path / "after", f"checkpoint={last}")
+    with pytest.raises(ConfigError, match="interpolate_with: weight must be a number between 0 and 1, got 2"):
+        evaluation(tmp_path / "2", *both, "weight=2")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        mixed = [*both, "weight=0.25", "format=safetensors", f"output={tmp_path / 'mixed'}"]
+        export(hydra.compose("export", mixed))
+    mixed_model = load_model(tmp_path / "mixed" / "model.safetensors").state_dict()
+    before, after = load_model(start).state_dict(), load_model(last).state_dict()
+    name = "decoder.vocabulary.weight"
+    torch.testing.assert_close(mixed_model[name], 0.75 * before[name] + 0.25 * after[name])
+    assert "weight=0.25" in (tmp_path / "mixed" / "README.md").read_text()
+
+
+def test_locked_image_tower_of_a_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LiT (Zhai et al. 2022): a CLIP's image tower, frozen, and everything else trains."""
+    vision: dict[str, Any] = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+    text: dict[str, Any] = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    clip = open_clip.CLIP(32, vision_cfg=vision, text_cfg=text)
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    sizes = {"embed_dim": 32, "pooler_heads": 1, "context_length": 76, "text_width": 64, "text_heads": 1}
+    sizes |= {"text_layers": 1, "decoder_layers": 1}
+    net = [f"+model.net.{key}={value}" for key, value in sizes.items()]
+    encoder = "+model.net.image_encoder_args={patch_size: 16, embed_dim: 64, depth: 1, num_heads: 1}"
+    kinds = ("+model.net.image_encoder=vit_base_patch32_clip_224", "+model.net.tokenizer=clip", encoder)
+    locked = ("model.freeze=[image_encoder]", f"init_from={tmp_path / 'clip.pt'}")
+    run(tmp_path / "run", *SHORT, "trainer.max_epochs=1", *net, *kinds, *locked)
+    after = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert torch.equal(after.image_encoder.trunk.pos_embed[0], clip.visual.positional_embedding)
+    assert not torch.equal(after.text.token_embedding.weight, clip.token_embedding.weight)
+    assert "which has no captioner; new: logit_scale, pooling, " in capsys.readouterr().out

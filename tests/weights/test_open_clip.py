@@ -1,0 +1,169 @@
+"""Parity with OpenCLIP: the same weights give the same features, logits, losses and gradients, and travel both ways."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from open_clip.coca_model import CoCa as OpenClipCoCa
+from open_clip.loss import CoCaLoss
+from torch import Tensor
+
+from coca_lit.losses import caption_loss, contrastive_loss
+from coca_lit.models import CoCa, create_model
+from coca_lit.weights.open_clip import from_open_clip, to_open_clip
+
+TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat", "word " * 90]
+HEADS = {"image_encoder_args": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 1}}
+VISION = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 96,
+    "layers": 2,
+    "head_width": 96,
+    "attentional_pool": True,
+    "output_tokens": True,
+    "attn_pooler_heads": 8,
+    "attn_pooler_queries": 9,
+}
+TEXT = {
+    "context_length": 76,
+    "vocab_size": 49408,
+    "width": 64,
+    "heads": 4,
+    "layers": 2,
+    "embed_cls": True,
+    "output_tokens": True,
+}
+DECODER = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
+
+
+def make_pair(embed_dim: int = 64, width: int = 96) -> tuple[OpenClipCoCa, CoCa]:
+    """OpenCLIP's CoCa with every parameter random (it leaves some at zero), and ours with the same weights."""
+    torch.manual_seed(0)
+    theirs = OpenClipCoCa(
+        embed_dim, vision_cfg=VISION | {"width": width, "head_width": width}, text_cfg=TEXT, multimodal_cfg=DECODER
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch.nn.init.constant_(theirs.logit_scale, 2.0)
+    arguments = {"image_encoder_args": HEADS["image_encoder_args"] | {"embed_dim": width}, "text_heads": 4}
+    return theirs, from_open_clip(theirs.state_dict(), **arguments).eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(len(TEXTS), 3, 32, 32), open_clip.get_tokenizer("coca_ViT-B-32")(TEXTS)
+
+
+def test_features_and_logits_are_equal(batch: tuple[Tensor, Tensor]) -> None:
+    theirs, ours = make_pair()
+    images, tokens = batch
+    expected = theirs(images, tokens)
+    out = ours(images, tokens)
+    torch.testing.assert_close(out.image_features, expected["image_features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.text_features, expected["text_features"], atol=1e-5, rtol=0)
+    real = expected["labels"] != 0
+    torch.testing.assert_close(out.logits, expected["logits"][real], atol=1e-5, rtol=0)
+    assert torch.equal(out.labels, expected["labels"][real])
+    torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), atol=1e-5, rtol=0)
+
+
+def test_losses_and_gradients_are_equal(batch: tuple[Tensor, Tensor]) -> None:
+    """In fp64: with random weights all features are nearly alike, and their gradients small differences."""
+    theirs, ours = (model.double() for model in make_pair())
+    images, tokens = batch[0].double(), batch[1]
+    expected = CoCaLoss(caption_loss_weight=1.0, clip_loss_weight=1.0)(**theirs(images, tokens), output_dict=True)
+    out = ours(images, tokens)
+    contrastive = contrastive_loss(out.image_features, out.text_features, out.logit_scale)
+    caption = caption_loss(out.hidden, out.vocabulary, out.labels)
+    torch.testing.assert_close(contrastive, expected["contrastive_loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(caption, expected["caption_loss"], rtol=1e-6, atol=0)
+
+    (expected["contrastive_loss"] + 2 * expected["caption_loss"]).backward()
+    (contrastive + 2 * caption).backward()
+    as_if_weights = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    ours.load_state_dict(as_if_weights)  # so that the converter maps gradients
+    for name, gradient in to_open_clip(ours).items():
+        reference = dict(theirs.named_parameters())[name].grad
+        assert (gradient - reference).norm() <= 1e-6 * reference.norm() + 1e-12, name
+
+
+def test_the_bias_of_a_sigmoid_loss_goes_both_ways() -> None:
+    theirs, plain = make_pair()
+    assert plain.logit_bias is None
+    state = theirs.state_dict() | {"logit_bias": torch.tensor(-7.5)}
+    ours = from_open_clip(state, image_encoder_args=HEADS["image_encoder_args"], text_heads=4)
+    assert ours.config["contrastive"] == "siglip"
+    assert ours.logit_bias.tolist() == [-7.5]
+    assert to_open_clip(ours)["logit_bias"].item() == -7.5
+
+
+@pytest.mark.parametrize("width", [64, 96], ids=["packed-pooler", "separate-pooler"])
+def test_round_trip_is_exact(width: int) -> None:
+    theirs, ours = make_pair(width=width)
+    state = to_open_clip(ours)
+    theirs.load_state_dict(state, strict=True)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_greedy_captions_are_equal(batch: tuple[Tensor, Tensor]) -> None:
+    """OpenCLIP's `generate` depends on the release of transformers; its greedy choice is the argmax of its last
+    logits.
+    """
+    theirs, ours = make_pair()
+    images, _ = batch
+    ids = torch.full((len(images), 1), 49406)
+    with torch.no_grad():
+        for _ in range(10):
+            logits = theirs(images, ids, output_labels=False)["logits"]
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    captions = ours.generate(images, max_length=12)
+    assert torch.equal(captions[:, :11], ids)
+    assert (captions[:, 11] == 49407).all()  # OpenCLIP 3 too ends a caption that fills its room
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "parts"),
+    [
+        ("coca_ViT-B-32", "coca_vit_b32", (89_164_032, 63_428_608, 100_967_424, 253_560_065)),
+        ("coca_ViT-L-14", "coca_vit_l14", (306_724_864, 123_651_072, 208_074_240, 638_450_177)),
+    ],
+)
+def test_released_sizes_have_the_same_tensors(name: str, preset: str, parts: tuple[int, ...]) -> None:
+    config = json.loads((Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").read_text())
+    with torch.device("meta"):
+        theirs = OpenClipCoCa(config["embed_dim"], config["multimodal_cfg"], config["text_cfg"], config["vision_cfg"])
+        ours = create_model(preset)
+    image = count(ours.image_encoder, ours.pooling, ours.image_projection)
+    assert (image, count(ours.text), count(ours.decoder), count(ours)) == parts
+    shapes = {n: t.shape for n, t in to_open_clip(ours).items()}
+    assert shapes == {n: t.shape for n, t in theirs.state_dict().items()}
+
+
+def count(*modules: torch.nn.Module) -> int:
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+def test_checkpoints_of_training_runs_load() -> None:
+    theirs, _ = make_pair()
+    state = {f"module.{k}": v for k, v in theirs.state_dict().items()}
+    state["module.text.attn_mask"] = torch.zeros(76, 76)  # stored by some old versions
+    ours = from_open_clip(
+        {"epoch": 3, "state_dict": state}, image_encoder_args=HEADS["image_encoder_args"], text_heads=4
+    )
+    assert torch.equal(to_open_clip(ours)["visual.proj"], theirs.visual.proj)
+
+
+def test_other_checkpoints_are_refused() -> None:
+    with pytest.raises(ValueError, match="not an OpenCLIP CoCa"):
+        from_open_clip({"visual.proj": torch.zeros(2, 2)})
+    theirs, _ = make_pair()
+    with pytest.raises(ValueError, match="no place in CoCa, the first is 'extra'"):
+        from_open_clip(theirs.state_dict() | {"extra": torch.zeros(1)}, text_heads=4)
+    with pytest.raises(ValueError, match="has an OpenCLIP counterpart"):
+        to_open_clip(create_model("coca_tiny", pooler="parallel"))
