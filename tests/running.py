@@ -13,8 +13,8 @@ import hydra
 import lightning.pytorch as L
 from omegaconf import DictConfig
 
+from coca_lit.cli import train as cli
 from coca_lit.cli.command import CONF
-from coca_lit.cli.train import train as cli
 from coca_lit.distributed import rank, world_size
 
 ROOT = Path(__file__).resolve().parents[1]

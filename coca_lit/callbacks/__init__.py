@@ -7,26 +7,16 @@ from coca_lit.callbacks.non_finite_guard import NonFiniteGuard
 from coca_lit.callbacks.progress import SamplesSeen, Throughput, progress_bar, samples_seen
 from coca_lit.callbacks.source_counts import SourceCounts
 from coca_lit.callbacks.step_seeds import StepSeeds
-from coca_lit.evals.base import Evaluation
-from coca_lit.evals.captions import CaptionScores
-from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.evals.vqa import VQAScores
-from coca_lit.evals.zeroshot import ZeroShotScores
 
 __all__ = [
     "Averaging",
     "BadSampleLog",
-    "CaptionScores",
     "Checkpoints",
-    "Evaluation",
     "NonFiniteGuard",
-    "RetrievalScores",
     "SamplesSeen",
     "SourceCounts",
     "StepSeeds",
     "Throughput",
-    "VQAScores",
-    "ZeroShotScores",
     "progress_bar",
     "samples_seen",
 ]

@@ -11,8 +11,8 @@ from coca_lit.errors import error_context
 if TYPE_CHECKING:
     import lightning.pytorch as L
 
-    from coca_lit.callbacks import Evaluation
     from coca_lit.data.datamodule import CaptionDataModule
+    from coca_lit.evals.base import Evaluation
     from coca_lit.lit_module import CoCaLit
     from coca_lit.models import CoCa
     from coca_lit.tokenizer import Tokenizer

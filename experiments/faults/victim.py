@@ -45,8 +45,8 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     import hydra
     import torch
 
+    from coca_lit.cli import train as cli
     from coca_lit.cli.command import CONF, user_errors
-    from coca_lit.cli.train import train as cli
 
     torch.set_num_threads(1)
     _tell(training)
@@ -61,7 +61,7 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
 def _tell(training: Event) -> None:
     import lightning.pytorch as L
 
-    from coca_lit.cli.train import train as cli
+    from coca_lit.cli import train as cli
 
     class Tell(L.Callback):
         def on_train_start(self, *_: Any) -> None:

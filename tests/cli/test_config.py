@@ -229,7 +229,7 @@ def test_errors_that_are_no_mistake_of_the_user_pass() -> None:
     [
         "coca_lit.lit_module.CoCaLit",
         "coca_lit.models.create_model",
-        "coca_lit.callbacks.CaptionScores",
+        "coca_lit.evals.captions.CaptionScores",
         "lightning.pytorch.trainer.Trainer",
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "lightning.pytorch.callbacks.EarlyStopping",

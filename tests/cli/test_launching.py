@@ -133,7 +133,7 @@ def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(run: Run, slurm: di
         *small,
         *steps,
         "hydra.sweep.dir=sweep",
-        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "runs")]),
         **slurm,
     )
     assert done.returncode == 0, done.stderr

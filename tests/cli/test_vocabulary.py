@@ -7,7 +7,7 @@ import pytest
 import torch
 from running import TINY, compose, run
 
-from coca_lit.cli.train import assembly
+from coca_lit.cli import assembly
 from coca_lit.errors import DataError
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import create_model

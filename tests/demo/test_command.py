@@ -8,8 +8,8 @@ import subprocess
 import hydra
 import pytest
 
+from coca_lit.cli import demo as cli
 from coca_lit.cli.command import CONF
-from coca_lit.cli.train import demo as cli
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.demo import builtin
 from coca_lit.errors import ConfigError

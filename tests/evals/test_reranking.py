@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_collect import make_model, records
+from test_inference import make_model, records
 
-from coca_lit.callbacks import RetrievalScores
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.reranking import NEVER, decoder_rerank, mixed
+from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
 
 WEIGHT = 0.4

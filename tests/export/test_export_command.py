@@ -14,8 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
+from coca_lit.cli import export as cli
 from coca_lit.cli.command import CONF
-from coca_lit.cli.train import export as cli
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError
 from coca_lit.export import open_clip

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from coca_lit.cli import export as cli
 from coca_lit.cli.command import CONF
-from coca_lit.cli.train import export as cli
 from coca_lit.data.transforms import build_transform
 from coca_lit.export import onnx
 from coca_lit.export.graphs import graphs_of

@@ -8,9 +8,9 @@ import torch
 from PIL import Image, ImageOps
 
 from coca_lit import build_transform
+from coca_lit.cli import caption as caption_cli
+from coca_lit.cli import search as search_cli
 from coca_lit.cli.command import CONF
-from coca_lit.cli.train import caption as caption_cli
-from coca_lit.cli.train import search as search_cli
 from coca_lit.models import CoCa, create_model
 
 RUN = {"caption": caption_cli.run, "search": search_cli.run}

@@ -7,7 +7,7 @@ import pytest
 from applying import new_model, run
 
 from coca_lit import save_model
-from coca_lit.cli.train import search as search_cli
+from coca_lit.cli import search as search_cli
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.inference.search import ImageIndex

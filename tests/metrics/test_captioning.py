@@ -265,7 +265,7 @@ def test_slow_or_failing_tokenizer_is_an_error_not_a_hang(monkeypatch, tmp_path)
 
 def test_meteor_does_not_outlive_python():
     program = (
-        "from coca_lit.evals import meteor; meteor.warm_up(); print(meteor.shared_meteor()._process._java.pid)\n"
+        "from coca_lit.metrics.java import meteor; meteor.warm_up(); print(meteor.shared_meteor()._process._java.pid)\n"
         "raise SystemExit('stop')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.callbacks import VQAScores
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.questions import scene_question_records
 from coca_lit.data.transforms import build_transform
+from coca_lit.evals.vqa import VQAScores
 from coca_lit.evals.vqa_answers import fitting, generate_answers
 from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy, vqa_scores
 from coca_lit.models import create_model

@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
-from coca_lit.callbacks import ZeroShotScores
 from coca_lit.data.datasets.classification import image_folder, scene_classes
 from coca_lit.data.scenes.render import VOCABULARY, decode, scene_records
 from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.evals.zeroshot import ZeroShotScores
 from coca_lit.metrics.zeroshot import class_features, classification_scores
 from coca_lit.models import create_model
 

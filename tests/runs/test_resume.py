@@ -19,8 +19,8 @@ from running import ROOT, compose, results, watched
 
 from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
+from coca_lit.cli import train as cli
 from coca_lit.cli.assembly import plain
-from coca_lit.cli.train import train as cli
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io

@@ -10,8 +10,8 @@ from running import launched, results, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from coca_lit.cli import export as export
 from coca_lit.cli.command import CONF
-from coca_lit.cli.train import export as export
 from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ import torch
 from running import compose, run
 from torch import Tensor
 
-from coca_lit.cli.train import assembly
+from coca_lit.cli import assembly
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform

@@ -9,11 +9,11 @@ import pytest
 import torch
 from running import compose, run
 
+from coca_lit.cli import evaluate
 from coca_lit.cli.assembly import build_module, build_trainer
 from coca_lit.cli.command import CONF
 from coca_lit.cli.export import run as export
 from coca_lit.cli.plan import build_without_weights
-from coca_lit.cli.train import evaluate
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.plan.estimate import measure

@@ -16,9 +16,9 @@ from pyarrow import parquet
 from test_shards import TOKENIZER, members, write_tar
 
 from coca_lit.cli.data import data as coca_data
+from coca_lit.data.prepare import write as prepare
 from coca_lit.data.prepare.check import check_shard
 from coca_lit.data.prepare.recipes import RECIPES
-from coca_lit.data.prepare.write import write as prepare
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.manifest import NAME, read_manifest

@@ -11,10 +11,10 @@ from test_datamodules import TOKENIZER
 from test_shards import contents, write_shards
 
 from coca_lit.cli.data import data as coca_data
+from coca_lit.data.shards import cache as remote
 from coca_lit.data.shards.cache import ShardCache
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.reader import cache as remote
 from coca_lit.errors import DataError, DataNotFoundError
 
 

@@ -17,11 +17,11 @@ from coca_lit.cli.data import data as coca_data
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import epoch_batches, loading
+from coca_lit.data.shards import index as tar_index
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.index import TarIndex, load_index, make_index, tar_indexes
 from coca_lit.data.shards.listing import Shard, find_shards
 from coca_lit.data.shards.mixture import counts_after, weighted_round_robin
-from coca_lit.data.shards.reader import index as tar_index
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.errors import DataError
 

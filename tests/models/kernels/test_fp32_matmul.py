@@ -28,20 +28,20 @@ def onednn_is_on() -> bool:
 )
 def test_choice(error: float, speed: float, chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp32, "_probe", lambda: (error, 1 / speed) if onednn_is_on() else (3e-7, 1.0))
-    reason = fp32.choose_fp32_products(LARGE)
+    reason = fp32.choose_fp32_matmul(LARGE)
     assert onednn_is_on() == chosen
     assert reason.startswith("oneDNN" if chosen else "MKL")
 
 
 def test_whatever_is_chosen_here_is_exact() -> None:
-    fp32.choose_fp32_products(LARGE)
+    fp32.choose_fp32_matmul(LARGE)
     x, y = torch.randn(300, 500), torch.randn(500, 700)
     exact = x.double() @ y.double()
     assert ((x @ y).double() - exact).norm() / exact.norm() < fp32.LARGEST_ERROR
 
 
 def test_a_small_network_is_left_alone() -> None:
-    assert "small" in fp32.choose_fp32_products(LARGE - 1)
+    assert "small" in fp32.choose_fp32_matmul(LARGE - 1)
     assert not onednn_is_on()
 
 
