@@ -164,7 +164,7 @@ def _row(sweep: Sweep, record: dict[str, Any], overrides: dict[str, str], job: P
 
 
 def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
-    from coca_lit.report import write_comparison
+    from coca_lit.report.write import write_comparison
 
     ok = [row for row in rows if row["status"] == "ok"]
     scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}

@@ -89,7 +89,7 @@ def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
             patch.setattr(line_writers, "append_lines", dying(append_lines, at, half_a_line))
             kills += killed(lambda: write(folder, path))
     with monkeypatch.context() as patch:  # and while everything is brought in order
-        patch.setattr(line_writers, "write_whole", dying(line_writers.write_whole, 1))
+        patch.setattr(line_writers, "atomic_write", dying(line_writers.atomic_write, 1))
         kills += killed(lambda: write(folder, path))
     assert kills >= 3
     write(folder, path)
