@@ -52,7 +52,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     from coca_lit.callbacks import samples_seen
     from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
-    from coca_lit.runs.setup_checks import expect_texts
 
     configure_libraries(cfg.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -63,11 +62,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
     module = build_module(with_vocabulary(cfg))
     data = build_data(cfg, module.net.tokenizer)  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
-    trainer = build_trainer(cfg, evals)
+    if data.texts is not None and module.net.decoder is None:
+        raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
+    trainer = build_trainer(cfg, evals, texts=data.texts is not None)
     check_trainer(cfg, trainer)
-    if data.texts is not None:
-        with error_context("data.text"):
-            expect_texts(module.net.decoder is not None, trainer.strategy)
     if checkpoint is None:
         choose_products(trainer, module)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -91,7 +89,7 @@ def find_start(cfg: DictConfig) -> Path | None:
 
 def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
     """Raises `ConfigError` if the run cannot be split over this many processes."""
-    from coca_lit.runs.setup_checks import check_batch_size
+    from coca_lit.training.sharding import check_batch_size
 
     check_processes(trainer.world_size)
     with error_context("data.batch_size"):

@@ -139,3 +139,16 @@ def _gradients_aside(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor
     finally:
         for p, gradient in zip(parameters, before, strict=True):
             p.grad = gradient
+
+
+def check_micro_batches(net: CoCa, size: int) -> None:
+    """Raises ValueError for a network whose batch norms would see micro-batches instead of batches."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"micro_batch_size must be a whole number of at least 1, got {size!r}")
+    net.train()
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in net.modules()):
+        raise ValueError(
+            f"micro_batch_size does not work with the batch norms of {net.config['image_encoder']}, whose statistics "
+            "would be those of a micro-batch: freeze the image encoder (model.freeze=[image_encoder]) or choose one "
+            "without batch norms"
+        )

@@ -1,0 +1,39 @@
+"""Which parts of the network are not trained: those that the config names, and those that no loss would train."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from coca_lit.distributed import print_rank_zero
+from coca_lit.models import CoCa
+
+
+def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], trained: Collection[str] = ()) -> None:
+    """Freezes parts of the network and prints which.
+
+    A parameter that never gets a gradient must be frozen: DistributedDataParallel would wait for it, and weight decay
+    would shrink it.
+
+    Args:
+        parts: names or patterns, see `CoCa.freeze`.
+        weights: of the "contrastive" and the "caption" loss. What only a loss of weight 0 trains is frozen too,
+        trained: but for these parts, which further objectives train.
+    """
+    unused = [
+        part
+        for loss, weight in weights.items()
+        if weight == 0
+        for whole in net.parameters_of_loss(loss)
+        for part in _without(net, whole, trained)
+    ]
+    for reason, names in (("as configured", parts), ("no loss with a weight above 0 trains them", unused)):
+        if names:
+            frozen = net.freeze(*names)
+            print_rank_zero(f"frozen, {reason}: {', '.join(names)} ({len(frozen)} tensors)")
+
+
+def _without(net: CoCa, part: str, trained: Collection[str]) -> Iterator[str]:
+    """The part, or if some of its children are trained all the same, its other children."""
+    if not any(name.startswith(f"{part}.") for name in trained):
+        yield part
+        return
+    children = (f"{part}.{name}" for name, _ in net.get_submodule(part).named_children())
+    yield from (child for child in children if child not in trained)
