@@ -38,8 +38,8 @@ def watched(*callbacks: L.Callback) -> Iterator[None]:
     """Trainers that are built within the block have these callbacks too, as the last ones."""
     build = cli.build_trainer
 
-    def with_callbacks(*args: Any, **options: Any) -> L.Trainer:
-        trainer = build(*args, **options)
+    def with_callbacks(*args: Any) -> L.Trainer:
+        trainer = build(*args)
         trainer.callbacks += callbacks
         return trainer
 

@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     evals, not_run = build_evals(cfg)
     if data.texts is not None and module.net.decoder is None:
         raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
-    trainer = build_trainer(cfg, evals, texts=data.texts is not None)
+    trainer = build_trainer(cfg, evals, data.texts is not None)
     check_trainer(cfg, trainer)
     if checkpoint is None:
         choose_products(trainer, module)

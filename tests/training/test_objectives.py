@@ -19,7 +19,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.training.answers import AnswerClassifier
 from coca_lit.training.objectives import Objective
 from coca_lit.training.optim import AdamW
-from coca_lit.training.sharding import FullySharded
+from coca_lit.training.sharding import FullySharded, check_strategy
 from coca_lit.weights.load import load_model
 
 OPTIMIZER = AdamW(lr=1e-3)
@@ -208,10 +208,8 @@ def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
 
 
 def test_sharded_weights_and_further_losses_are_refused() -> None:
-    from coca_lit.runs.setup_checks import check_strategy
-
-    with pytest.raises(ValueError, match="auxiliary losses do not work with sharded weights"):
-        check_strategy(FullySharded(), "32-true", None, None, auxiliary=True)
+    with pytest.raises(ValueError, match="objectives do not work with sharded weights"):
+        check_strategy(FullySharded(), "32-true", None, None, objectives=True)
 
 
 def test_texts_without_a_decoder_are_refused(tmp_path: Path) -> None:
