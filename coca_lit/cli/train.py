@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from coca_lit.cli.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
 from coca_lit.cli.command import command
 from coca_lit.cli.config import suggest
-from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.cli.sweep import check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.report.objective import headline
@@ -51,7 +51,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
-    from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
+    from coca_lit.runs.run_folder import finished_results, start_run_folder
 
     configure_libraries(cfg.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     not_run |= {score: reason for evaluation in evals for score, reason in evaluation.not_run.items()}
     seen = samples_seen(trainer)
     if trainer.is_global_zero:
-        write_results(Path(cfg.output_dir), results, not_run, seen)
+        finish_run(Path(cfg.output_dir), results, not_run, seen)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Real processes, really killed: what goes on from a checkpoint ends with the same bits as what was never disturbed."""
+"""Real processes, really killed: a run resumed from a checkpoint ends with the same bits as an undisturbed one."""
 
 import csv
 import json
@@ -21,12 +21,13 @@ from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.cli import train as cli
 from coca_lit.cli.assembly import plain
+from coca_lit.cli.runtime import finish_run
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import SafeCheckpointIO, inspect, newest_valid
-from coca_lit.runs.resume import RUN_KEY, check_same_run, find_checkpoint, resume, resume_keys, start_fresh
-from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
+from coca_lit.runs.resume import FORMAT, RUN_KEY, check_same_run, find_checkpoint, resume, resume_keys, start_fresh
+from coca_lit.runs.run_folder import finished_results, start_run_folder
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
 TINY = (
@@ -297,7 +298,7 @@ def checkpoint(step: int = 1, **run: Any) -> dict[str, Any]:
     return {
         "state_dict": {"w": torch.full((50_000,), float(step))},
         "global_step": step,
-        RUN_KEY: {"step": step, **run},
+        RUN_KEY: {"format": FORMAT, "step": step, **run},
     }
 
 
@@ -420,7 +421,7 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     cfg = compose(f"output_dir={tmp_path}")
     path = save(tmp_path, 3, finished=lost != "checkpoint")
     start_run_folder(cfg, path)
-    write_results(tmp_path, {"scenes/CIDEr": 1.0}, {})
+    finish_run(tmp_path, {"scenes/CIDEr": 1.0}, {})
     (tmp_path / lost).unlink(missing_ok=True)
     assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
 
