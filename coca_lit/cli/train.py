@@ -62,9 +62,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
     module = build_module(with_vocabulary(cfg))
     data = build_data(cfg, module.net.tokenizer)  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
-    if data.texts is not None and module.net.decoder is None:
+    has_texts = getattr(data, "texts", None) is not None  # a DataModule of one's own need not know of texts
+    if has_texts and module.net.decoder is None:
         raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
-    trainer = build_trainer(cfg, evals, data.texts is not None)
+    trainer = build_trainer(cfg, evals, has_texts)
     check_trainer(cfg, trainer)
     if checkpoint is None:
         choose_products(trainer, module)

@@ -80,7 +80,7 @@ class VQAScores(Evaluation):
             return {}
         written = {"": generate_answers(model, records, self.batch_size, self.num_workers, self.generate)}
         if self._classifier is not None:
-            written["classifier"] = self._classifier.choose(model, records, self.batch_size, self.num_workers)
+            written["classifier"] = self._classifier.answer(model, records, self.batch_size, self.num_workers)
         return written
 
     def _blind(self) -> dict[str, Answers]:

@@ -60,10 +60,10 @@ class AnswerClassifier(Objective):
         return targets
 
     @torch.no_grad()
-    def choose(
+    def answer(
         self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
     ) -> dict[int | str, str]:
-        """The likeliest answer to each question, by question id; every rank gets all of them."""
+        """The most likely answer to each question, by question id, on every rank."""
 
         def write(part: Sequence[Record], images: Tensor) -> Iterable[str]:
             questions = [fitting(net.tokenizer, record.question) for record in part]

@@ -73,7 +73,7 @@ def test_the_answer_chosen_is_the_likeliest(net: CoCa) -> None:
     classifier = built(net)
     torch.nn.init.normal_(classifier.head.weight)
     records = scene_question_records("val", count=2)
-    chosen = classifier.choose(net.train(), records, batch_size=3)
+    chosen = classifier.answer(net.train(), records, batch_size=3)
     assert net.training
     net.eval()
     for record in records:
