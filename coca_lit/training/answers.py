@@ -16,13 +16,13 @@ from coca_lit.training.objectives import Objective
 
 
 class AnswerClassifier(Objective):
-    """Chooses an answer by the decoder's state at the end of the question, which has seen the question and the image.
+    """Classifies the decoder's state at the end of the question, which depends on the question and the image.
 
-    Each answer is a yes-or-no question whose target is the accuracy that it would score (Teney et al. 2017,
+    Every answer is a binary classification whose target is the accuracy that the answer would score (Teney et al. 2017,
     arXiv 1708.02711): people disagree, and several answers can be right.
 
     Args:
-        answers: the answers to choose from, normalised.
+        answers: the classes, normalised.
         weight: factor of the loss, a sum over answers.
     """
 
@@ -40,7 +40,7 @@ class AnswerClassifier(Objective):
             raise ValueError("answers need a decoder, which a model with decoder_layers=0 lacks")
         self.head = nn.Linear(net.config["text_width"], len(self.answers))
         nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.constant_(self.head.bias, -5.0)  # at first every answer is taken for wrong, as most are
+        nn.init.constant_(self.head.bias, -5.0)  # at first every answer counts as wrong, as most are
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy in nats per question, summed over answers; 0 for a batch without questions."""
@@ -51,7 +51,7 @@ class AnswerClassifier(Objective):
         return {"answers": loss * len(self.answers)}
 
     def targets(self, answers: Sequence[Sequence[str]]) -> Tensor:
-        """(B, N): what each of the N answers would score against those that people gave to each of B questions."""
+        """(B, N): the score of each of the N answers against the people's answers to each of B questions."""
         targets = torch.zeros(len(answers), len(self.answers))
         for row, people in zip(targets, answers, strict=True):
             for answer in set(people):

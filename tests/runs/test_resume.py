@@ -415,6 +415,26 @@ def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key
     check_same_run(path, now, strict=False)
 
 
+def test_checkpoints_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their config keys had other names, so nothing can be compared; when named, they load."""
+    path = save(tmp_path, 1, format=1, config={"model": {"auxiliary": {}}})
+    with pytest.raises(CheckpointError, match=r"another version of coca_lit.*set ckpt_path=\S+ to resume") as caught:
+        check_same_run(path, {"model": {"objectives": {}}}, strict=True)
+    assert "\n" not in str(caught.value)
+    check_same_run(path, {"model": {"objectives": {}}}, strict=False)
+    assert "note: " in capsys.readouterr().out
+    weight = torch.zeros(1)
+    before = {
+        "callbacks": {"StepGuard": {"skipped": 2}, "SamplesSeen": {}},
+        "state_dict": {"net.logit_scale": weight, "auxiliary.answers.head.bias": weight},
+    }
+    torch.save(before, tmp_path / "before.ckpt")
+    assert SafeCheckpointIO().load_checkpoint(tmp_path / "before.ckpt") == {
+        "callbacks": {"NonFiniteGuard": {"skipped": 2}, "SamplesSeen": {}},
+        "state_dict": {"net.logit_scale": weight, "objectives.answers.head.bias": weight},
+    }
+
+
 @pytest.mark.parametrize("lost", ["nothing", "report.html", "results.json", "checkpoint"])
 def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> None:
     """A full disk may have cost the last checkpoint although the scores were written, and a kill the report."""

@@ -149,7 +149,7 @@ def test_only_a_micro_batch_goes_through_the_network(monkeypatch: pytest.MonkeyP
     calls = []
     forward = gradient_caching._forward
 
-    def watched(net: CoCa, part: gradient_caching.Pairs, **asked: bool) -> Any:
+    def watched(net: CoCa, part: gradient_caching.MicroBatch, **asked: bool) -> Any:
         calls.append((len(part.images), asked["captioning"], torch.is_grad_enabled()))
         return forward(net, part, **asked)
 
