@@ -32,7 +32,7 @@ class CoCaLit(L.LightningModule):
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
         text_weight: factor of the caption loss of batches that are texts alone.
-        label_smoothing: share of every target of the caption loss that is spread over the vocabulary, in training.
+        label_smoothing: of the caption loss, see `Pairs`.
         self_critical: trains captions by their CIDEr-D instead of the caption loss, whose weight it then has.
         contrastive: which contrastive loss, softmax or siglip: that of the network.
         freeze: further parts of the network that are not trained, see `CoCa.freeze`.

@@ -68,8 +68,8 @@ class Pairs(Objective):
 
     def __init__(
         self,
-        contrastive_weight: float = 1.0,
-        caption_weight: float = 2.0,
+        contrastive_weight: float,
+        caption_weight: float,
         label_smoothing: float = 0.0,
         micro_batch_size: int | None = None,
     ) -> None:
@@ -95,9 +95,9 @@ class Pairs(Objective):
 
 
 class Texts(Objective):
-    """The caption loss of texts without images, which the decoder reads as a language model does."""
+    """The caption loss of texts without images, for which the decoder is a language model."""
 
-    def __init__(self, text_weight: float = 1.0, label_smoothing: float = 0.0) -> None:
+    def __init__(self, text_weight: float, label_smoothing: float = 0.0) -> None:
         super().__init__(text=text_weight)
         self.label_smoothing = label_smoothing
 
