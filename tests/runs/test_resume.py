@@ -153,7 +153,7 @@ class SignalInValidation(L.Callback):
 
 
 def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
-    """And the validation is made anew: twice the one within the epoch, since a kill comes before the next checkpoint,
+    """And the validation is repeated: twice the one within the epoch, since a kill comes before the next checkpoint,
     and the one at its end.
     """
     often = ("data.train_count=32", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")

@@ -1,4 +1,4 @@
-"""Runs of several processes that stop, go on with another number of them, or meet trouble on one of them alone."""
+"""Runs of several processes that stop, resume with another number of them, or fail on one of them alone."""
 
 import csv
 import json
