@@ -9,13 +9,12 @@ from coca_lit.models import CoCa
 def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], trained: Collection[str] = ()) -> None:
     """Freezes parts of the network and prints which.
 
-    A parameter that never gets a gradient must be frozen: DistributedDataParallel would wait for it, and weight decay
-    would shrink it.
+    A parameter that never gets a gradient must be frozen: DistributedDataParallel would wait for that gradient.
 
     Args:
         parts: names or patterns, see `CoCa.freeze`.
-        weights: of the "contrastive" and the "caption" loss. What only a loss of weight 0 trains is frozen too,
-        trained: but for these parts, which further objectives train.
+        weights: of the "contrastive" and the "caption" loss; what only a loss of weight 0 trains is frozen too.
+        trained: parts that further objectives train, which stay trainable unless `parts` names them.
     """
     unused = [
         part
@@ -31,7 +30,7 @@ def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], traine
 
 
 def _without(net: CoCa, part: str, trained: Collection[str]) -> Iterator[str]:
-    """The part, or if some of its children are trained all the same, its other children."""
+    """The part itself, or its untrained children if some of its children are trained."""
     if not any(name.startswith(f"{part}.") for name in trained):
         yield part
         return
