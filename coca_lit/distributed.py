@@ -1,8 +1,8 @@
 """Every collective operation of the project. Without a process group all of them act as on a single process.
 
-Gradients: DDP averages gradients over ranks, `gather` and `sum_over_ranks` sum them on the way back. With losses whose
-mean over ranks is the loss of the global batch the two factors cancel, and the result is the gradient of one process
-with the whole batch:
+Gradients: DDP averages gradients over ranks, `gather` and `sum_over_ranks` sum them in the backward pass. For losses
+whose mean over ranks is the loss of the global batch the two factors cancel, and the result is the gradient of one
+process with the whole batch:
 
     rank 0:  x0 ─┐          ┌─ [x0 x1] ─ loss        backward of gather: the gradients of both ranks for x0 are added
     on rank 0, rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss        DDP then divides by 2
@@ -31,7 +31,7 @@ def rank() -> int:
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
-    """The device of this process, and inside the block the process group that torchrun asks for, if it started us.
+    """Yields the device of this process. Inside the block there is a process group if torchrun started the process.
     Training leaves this to Lightning.
 
     Args:
@@ -76,7 +76,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def max_over_ranks(numbers: Sequence[float]) -> list[float]:
-    """The largest of each number over ranks, the same on all of them: one decision for all."""
+    """The maximum of each number over ranks, the same on every rank."""
     if world_size() == 1:
         return list(numbers)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
@@ -104,7 +104,7 @@ def broadcast_object(x: T) -> T:
 
 
 def print_rank_zero(message: str) -> None:
-    """Prints a line, once for all ranks."""
+    """Prints a line on rank 0."""
     if rank() == 0:
         print(message, flush=True)
 

@@ -1,7 +1,6 @@
 """Collectives, and a whole CoCa under DistributedDataParallel, on real gloo processes."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from coca_lit.distributed import (
 )
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
-from coca_lit.training.optim import adamw
+from coca_lit.training.optim import AdamW
 
 PAIRS, STEPS = 6, 3
 ENCODER = {
@@ -99,7 +98,7 @@ def train(model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Ten
     """Trainable weights and statistics after a few steps with plain gradient descent."""
     torch.manual_seed(0)
     net = create_model("coca_tiny", **model).train()
-    module = CoCaLit(net, partial(adamw, lr=0.0), **options)
+    module = CoCaLit(net, AdamW(lr=0.0), **options)
     step_module = DistributedDataParallel(Step(module)) if world_size() > 1 else Step(module)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""Averaged weights, which are also what is scored during training."""
+"""Averaged weights, which are scored during training in place of the trained ones."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ class Averaging(WeightAveraging):
 
     @contextmanager
     def swapped(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """The module holds the average within the block, and its own weights again, bit by bit, after it."""
+        """The module holds the average within the block, and its own weights again, bit for bit, after it."""
         self._swap_models(pl_module)
         try:
             yield
@@ -28,13 +28,13 @@ class Averaging(WeightAveraging):
             self._swap_models(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A finished run was loaded and had nothing to train, so `on_train_end` did not come."""
+        """A finished run was loaded: with nothing to train, `on_train_end` was not called."""
         self._copy_average_to_current(pl_module)
 
 
 @contextmanager
 def scored_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """The weights that are to be scored in the middle of training: the average if there is one."""
+    """Within the block the module holds the weights to be scored during training: the average if there is one."""
     averaging = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, Averaging)), None)
     if averaging is None:
         yield

@@ -1,4 +1,4 @@
-"""The samples that a run left out, by name, in its run folder."""
+"""The samples that a run skipped, by name, in its run folder."""
 
 import csv
 import logging
@@ -20,8 +20,8 @@ MAX_LINES = 100_000  # per process: a file to read, not a second data set
 
 
 class BadSampleLog(L.Callback):
-    """Appends each bad sample to `bad_samples/rank0.csv` (a file per process) when it is first met, and sums them up in
-    `bad_samples/shards.csv` when training ends, in whatever way.
+    """Appends each bad sample to `bad_samples/rank0.csv` (a file per process) when it is first seen, and counts them by
+    shard in `bad_samples/shards.csv` when training ends or fails.
 
     A sample is listed once, however often it comes up, also by a run that resumes in the same folder.
     """
@@ -43,12 +43,12 @@ class BadSampleLog(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if rank() == 0 and (found := read_bad_samples(self.folder)):
-            self._sum_up(found)
+            self._count_by_shard(found)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
-    def _sum_up(self, found: set[BadSample]) -> None:
+    def _count_by_shard(self, found: set[BadSample]) -> None:
         counts = Counter((sample.shard, sample.reason) for sample in found)
         rows = [(shard, reason, count) for (shard, reason), count in sorted(counts.items())]
         with (self.folder / "shards.csv").open("w", newline="") as file:
@@ -62,7 +62,7 @@ class BadSampleLog(L.Callback):
 
 
 def read_bad_samples(folder: Path) -> set[BadSample]:
-    """What all processes of all runs in the folder have listed; a line that a crash cut off is passed over."""
+    """What all processes have listed in the folder; a line that a crash cut off is ignored."""
     found: set[BadSample] = set()
     for path in folder.glob("rank*.csv"):
         found.update(BadSample(*row) for row in csv.reader(whole_lines(path)) if len(row) == len(BadSample._fields))

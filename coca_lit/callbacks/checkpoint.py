@@ -2,8 +2,8 @@
 
 Lightning saves inside its hooks: before the metrics of the step are logged, and at the last batch of an epoch before
 validation, which a resumed run then never does. Here a checkpoint is taken when the next batch is about to begin and
-all that belongs to the one before is over; whoever goes on from it begins with that next batch. Only a signal during a
-validation is not kept waiting until its end: whoever goes on begins with that validation.
+the one before is completely done; a resumed run begins with that next batch. Only a signal during a validation does not
+wait for its end: the resumed run begins with that validation.
 """
 
 import time
@@ -12,23 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.loops.evaluation_loop import RestartStage
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.preemption import Signals
 from coca_lit.callbacks.progress import samples_seen
+from coca_lit.callbacks.resuming import (
+    can_repeat_validation,
+    is_between_steps,
+    logged_steps,
+    repeat_validation,
+    set_logged_steps,
+    set_position,
+)
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
 from coca_lit.files import atomic_symlink
 from coca_lit.models.kernels.fp32_matmul import fp32_products, keep_fp32_products
 from coca_lit.runs.checkpoint_io import step_files
-from coca_lit.runs.resume import LAST, RUN_KEY
+from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
 
 
 class Checkpoints(L.Callback):
     """Saves `step_N.ckpt` by steps, by time, after every epoch, at the end and when a signal asks the run to stop.
 
-    `last.ckpt` is a link to the newest. Must be the first of all callbacks: what the others log for a step then comes
-    after the checkpoint before it.
+    `last.ckpt` is a link to the newest. Must be the first of all callbacks, so that what the others log for a step
+    follows the checkpoint before it.
 
     Args:
         dirpath: folder of the checkpoints.
@@ -37,7 +44,7 @@ class Checkpoints(L.Callback):
         keep_last: how many are kept; at least 1.
 
     Attributes:
-        config: what `coca_lit.runs.resume.decisive` gives, stored to be compared with when the run goes on.
+        config: the `coca_lit.runs.resume.resume_keys` of the run, stored for comparison when it resumes.
     """
 
     def __init__(
@@ -71,14 +78,14 @@ class Checkpoints(L.Callback):
         if self._loaded:
             _announce(trainer, self._loaded)
         if self._loaded.get("validating"):
-            trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            repeat_validation(trainer)
             self._saved_step = -1  # the next checkpoint of this step will know that the validation is over
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._loaded:  # Lightning counts one step too many when it goes on between two batches
-            trainer.fit_loop.epoch_loop._batches_that_stepped = self._loaded["logged_steps"]
+        if self._loaded:
+            set_logged_steps(trainer, self._loaded["logged_steps"])
             self._loaded = {}
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._between_steps(trainer, pl_module)
@@ -98,7 +105,7 @@ class Checkpoints(L.Callback):
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
         saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
-        print_rank_zero(f"stopping after step {step} on signal {number}: {saved}; the same command goes on from there")
+        print_rank_zero(f"stopping after step {step} on signal {number}: {saved}; the same command resumes from there")
         self.signals.answer(trainer, number)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -107,7 +114,7 @@ class Checkpoints(L.Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not self._validating or not _can_validate_later(trainer):
+        if not self._validating or not can_repeat_validation(trainer):
             return
         (stop,) = max_over_ranks([self.signals.received])
         if stop:
@@ -124,17 +131,12 @@ class Checkpoints(L.Callback):
         self.signals.nothing_to_save = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Broken data or a lack of memory need not cost the steps since the last checkpoint. A single process only: the
-        others would wait for each other.
+        """Saves, so that broken data or a lack of memory do not cost the steps since the last checkpoint. On a single
+        process only: several would wait for each other.
         """
         if not isinstance(exception, SystemExit):
             self.signals.release()
-        if (
-            isinstance(exception, Exception)
-            and world_size() == 1
-            and trainer.global_step
-            and _nothing_half_done(trainer)
-        ):
+        if isinstance(exception, Exception) and world_size() == 1 and trainer.global_step and is_between_steps(trainer):
             self._save(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -146,7 +148,7 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if step == self._saved_step:
             return
-        # Within a validation averaged weights stand in for the trained ones; they change places once more.
+        # Within a validation the module holds the averaged weights; they change places with the trained ones.
         with scored_weights(trainer, pl_module) if self._validating else nullcontext():
             trainer.save_checkpoint(self._path(step))
         self._saved_step, self._saved_at = step, time.monotonic()
@@ -161,9 +163,10 @@ class Checkpoints(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         seen = samples_seen(trainer)
         checkpoint[RUN_KEY] = {
+            "format": FORMAT,
             "config": self.config,
             "step": trainer.global_step,
-            "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped + self._validating,
+            "logged_steps": logged_steps(trainer) + self._validating,
             "max_epochs": trainer.max_epochs,
             "max_steps": trainer.max_steps,
             "processes": world_size(),
@@ -173,18 +176,7 @@ class Checkpoints(L.Callback):
             "validating": self._validating,
             **seen,
         }
-        progress, validation = (
-            checkpoint["loops"]["fit_loop"][f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop.")
-        )
-        if self._validating:  # it will begin at its first batch
-            for count, batches in validation["current"].items():
-                validation["total"][count] -= batches
-            validation["current"] = dict.fromkeys(validation["current"], 0)
-        if self._finished:  # the next epoch, if there is to be one, begins at its first batch
-            progress["current"] = dict.fromkeys(progress["current"], 0)
-        for counts in (progress["current"], progress["total"]):
-            counts.update(dict.fromkeys(counts, counts["completed"]))  # the batch at hand has not begun
-        progress["is_last_batch"] = False
+        set_position(checkpoint, self._validating, self._finished)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
@@ -192,34 +184,20 @@ class Checkpoints(L.Callback):
             keep_fp32_products(before)
 
 
-def _nothing_half_done(trainer: L.Trainer) -> bool:
-    """Whether the weights are those after the last whole batch, and no gradient waits for more batches."""
-    loop = trainer.fit_loop.epoch_loop
-    batches, steps = loop.batch_progress.state_dict()["current"], loop.automatic_optimization.optim_progress
-    stepped = steps.optimizer.step.total.ready == steps.optimizer.step.total.completed
-    at_a_step = batches["completed"] % trainer.accumulate_grad_batches == 0
-    return batches["processed"] == batches["completed"] and stepped and at_a_step
-
-
-def _can_validate_later(trainer: L.Trainer) -> bool:
-    """Not while gradients wait for more batches, nor after the last step: Lightning would take the run for done."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate() and not 0 <= trainer.max_steps <= trainer.global_step
-
-
 def _announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
     counts = "".join(f", {before[what]:,} {what} seen" for what in ("samples", "tokens") if what in before)
-    print_rank_zero(f"going on after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
+    print_rank_zero(f"resuming after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
     for limit in ("max_epochs", "max_steps"):
         if limit in before and before[limit] != (length := getattr(trainer, limit)):
             print_rank_zero(
                 f"note: {limit} was {before[limit]} and is now {length}: from here on the learning rate follows it"
             )
     now = {"processes": world_size(), "workers": _workers(trainer)}
-    elastic = getattr(getattr(trainer, "datamodule", None), "world_size_invariant", True)
+    invariant = getattr(getattr(trainer, "datamodule", None), "world_size_invariant", True)
     changed = [f"{before[key]} {key} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
-    if changed and not elastic:
+    if changed and not invariant:
         print_rank_zero(
-            f"note: {' and '.join(changed)}: shards are dealt out anew, so this epoch may repeat or miss samples"
+            f"note: {' and '.join(changed)}: shards are distributed afresh, so this epoch may repeat or miss samples"
         )
     elif changed:
         print_rank_zero(f"note: {' and '.join(changed)}: every batch holds the same samples as before")

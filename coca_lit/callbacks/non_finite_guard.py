@@ -1,7 +1,7 @@
-"""Steps with bad numbers: a gradient that is not finite is not applied, a jump of the loss is noted, with the samples.
+"""Bad steps: a gradient that is not finite is not applied, and a spike of the loss is recorded.
 
-Both go to `bad_steps.jsonl` in the run folder: one line per step with its number, the reason, and the sample keys of
-all ranks.
+Both are written to `bad_steps.jsonl` in the run folder: one line per step with its number, the reason, and the sample
+keys of all ranks.
 """
 
 import json
@@ -18,21 +18,21 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import gather_objects, max_over_ranks, mean_over_ranks, print_rank_zero, rank
 from coca_lit.errors import TrainingError
 from coca_lit.files import append_lines
-from coca_lit.runs.resume import BAD_STEPS
+from coca_lit.runs.logs import BAD_STEPS
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
-WARM_UP = 20  # losses before which a spread says little
+WARM_UP = 20  # losses; the spread of fewer is unreliable
 
 
 class NonFiniteGuard(L.Callback):
-    """Skips and counts steps whose gradient is not finite on any rank: weights and moments stay as they are on all.
+    """Skips and counts steps whose gradient is not finite on some rank: weights and moments stay as they are on all.
 
     Args:
         output_dir: the run folder.
-        max_in_a_row: so many skipped steps in a row end the run.
-        spike: a loss is a spike if it is so many robust standard deviations above the median of the last ones; 0 for
+        max_in_a_row: the run ends after this many skipped steps in a row.
+        spike: a loss is a spike if it is this many robust standard deviations above the median of the last ones; 0 for
             no detection.
-        window: number of the last losses.
+        window: how many of the last losses count.
     """
 
     def __init__(self, output_dir: str | Path, max_in_a_row: int = 10, spike: float = 10.0, window: int = 100) -> None:
@@ -63,7 +63,7 @@ class NonFiniteGuard(L.Callback):
     ) -> None:
         """Between backward and the step; without gradients the optimizer touches nothing."""
         if trainer.precision == "16-mixed":
-            return  # its loss scaler finds its scale by such steps, and skips them itself
+            return  # the loss scaler adapts its scale by such steps, and skips them itself
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not any(max_over_ranks([not _finite(gradients)])):
             self.in_a_row = 0
@@ -72,7 +72,7 @@ class NonFiniteGuard(L.Callback):
             for parameter in group["params"]:
                 parameter.grad = None
         for buffer, before in self._statistics:
-            buffer.copy_(before)  # the forward pass has put its numbers in already
+            buffer.copy_(before)  # the forward pass has updated it already
         self.skipped += 1
         self.in_a_row += 1
         self._write("gradient not finite", {})
@@ -109,7 +109,7 @@ class NonFiniteGuard(L.Callback):
             return False
         median = statistics.median(self._losses)
         sigma = MAD_TO_SIGMA * statistics.median(abs(x - median) for x in self._losses)
-        return loss > median + self.spike * max(sigma, 0.01 * abs(median))  # a loss that stands still has no spread
+        return loss > median + self.spike * max(sigma, 0.01 * abs(median))  # a constant loss has no spread
 
     def _write(self, reason: str, numbers: dict[str, float], keys: list[str] | None = None) -> None:
         parts = gather_objects(self._keys if keys is None else keys)
@@ -128,7 +128,7 @@ class NonFiniteGuard(L.Callback):
 
 
 def _finite(gradients: list[torch.Tensor]) -> bool:
-    """Whether all numbers are finite, of sharded gradients those of this rank; one synchronisation with the device."""
+    """Whether all numbers (of this rank's part) are finite, with one synchronisation with the device."""
     own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     if not (own := [gradient for gradient in own if gradient.numel()]):
         return True

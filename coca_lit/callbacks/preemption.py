@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: noted at once, answered between two steps, by all ranks together.
+"""Signals that ask a run to stop: recorded at once, handled between two steps, by all ranks together.
 
-A handler that acted at once could find the weights half updated or a collective half done. So it only notes the
+A handler that acted at once could find the weights half updated or a collective half done. So it only records the
 signal, and a second one changes nothing.
 
 SIGTERM            save, exit with 143 (what a shell reports for a process that SIGTERM ended)
@@ -28,29 +28,29 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class Signals:
-    """Takes over the signals above from whoever has them; `received` is the first that came, 0 for none."""
+    """Takes over the signals above from their handlers; `received` is the first that came, 0 for none."""
 
     def __init__(self) -> None:
         self.received = 0
-        self.nothing_to_save = False  # then a signal is answered at once
+        self.nothing_to_save = False  # then a signal is handled at once
         self._others: dict[int, Any] = {number: signal.getsignal(number) for number in _wanted()}
 
     def listen(self) -> None:
         """Called when training starts, after Lightning has set handlers of its own."""
         if threading.current_thread() is not threading.main_thread():
-            return  # Python gives signals to the main thread alone
+            return  # Python delivers signals to the main thread alone
         for number in self._others:
             signal.signal(number, self._note)
 
     def release(self) -> None:
-        """Gives the signals back."""
+        """Restores the handlers."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number, handler in self._others.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def answer(self, trainer: L.Trainer, number: int) -> None:
-        """What follows once everything is saved; all ranks come here at the same step. Returns if the run may go on."""
+        """Requeues or exits once all is saved, on all ranks at the same step. Returns if the run may continue."""
         self.received = 0
         if callable(other := self._others[number]) and number != signal.SIGINT:
             other(number, None)  # submitit: its preemption signal requeues and exits, it ignores others
@@ -99,7 +99,7 @@ def _requeue() -> None:
     except OSError as error:
         problem = str(error)
     if problem:
-        log.warning("could not requeue job %s (%s): submit it again by hand, it goes on where it was", job, problem)
+        log.warning("could not requeue job %s (%s): submit it again by hand, it will resume", job, problem)
     else:
         print(f"requeued job {job}", flush=True)
 

@@ -1,7 +1,10 @@
-"""Progress of a run: a rich bar on a terminal, one plain line every so many steps in a pipe or a log file."""
+"""Progress of a run: a rich bar on a terminal, a plain line every N steps in a pipe or a log file; its speed and the
+samples it has seen.
+"""
 
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -61,7 +64,7 @@ class Throughput(L.Callback):
         self._samples = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since, self._samples = time.monotonic(), 0  # a run that goes on within an epoch has no start of it
+        self._since, self._samples = time.monotonic(), 0  # a run that resumes within an epoch has no start of it
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since, self._samples = time.monotonic(), 0
@@ -103,7 +106,33 @@ class SamplesSeen(L.Callback):
         self._before = dict(state_dict)
 
 
+class SourceCounts(L.Callback):
+    """Logs how many samples of each source of a mixture have been trained on, as `samples/NAME`, earlier processes of
+    the run included.
+
+    Every rank interleaves its sources in the same order, so the counts of one rank hold for all.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self.counts: Counter[str] = Counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        for name, count in Counter(batch.sources).items():
+            self.counts[name] += count * world_size()
+        if self.counts and trainer.global_step % self.every_n_steps == 0:
+            pl_module.log_dict({f"samples/{name}": float(count) for name, count in self.counts.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.counts)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.counts = Counter(state_dict)
+
+
 def samples_seen(trainer: L.Trainer) -> dict[str, int]:
-    """What the trainer's `SamplesSeen` has counted, empty if it has none. All ranks must call it."""
+    """The counts of the trainer's `SamplesSeen`; empty if it has none. All ranks must call it."""
     callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
     return next((callback.total() for callback in callbacks if isinstance(callback, SamplesSeen)), {})

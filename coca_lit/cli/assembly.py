@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from coca_lit.cli.config import build
 from coca_lit.cli.runtime import best_precision
-from coca_lit.errors import error_context
+from coca_lit.errors import ConfigError, error_context
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -29,7 +29,8 @@ def build_module(cfg: DictConfig) -> "CoCaLit":
     """The LightningModule with its network, started from given weights if there are any."""
     from coca_lit.weights.load import load_image_weights, load_weights
 
-    module = build(cfg.model, "model", micro_batch_size=cfg.trainer.micro_batch_size)
+    optimizer = build(cfg.model.optimizer, "model.optimizer")
+    module = build(cfg.model, "model", optimizer=optimizer, micro_batch_size=cfg.trainer.micro_batch_size)
     if cfg.image_weights is not None:
         with error_context("image_weights"):
             load_image_weights(module.net, cfg.image_weights)
@@ -37,8 +38,8 @@ def build_module(cfg: DictConfig) -> "CoCaLit":
         with error_context("init_from"):
             load_weights(module.net, cfg.init_from)
     add_adapters(cfg, module.net)
-    with error_context("model.optimizer"):
-        module.make_optimizer(module.net)  # a wrong learning rate should fail now, not after the data are read
+    if not any(p.requires_grad for p in module.net.parameters()):
+        raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
     return module
 
 
@@ -91,11 +92,15 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
     return evals, missing
 
 
-def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
-    """The trainer with its callbacks, loggers, strategy and precision; `evals` are among its callbacks."""
+def build_trainer(cfg: DictConfig, evals: "list[Evaluation]", texts: bool = False) -> "L.Trainer":
+    """The trainer with its callbacks, loggers, strategy and precision; `evals` are among its callbacks.
+
+    Args:
+        texts: whether some batches are texts alone.
+    """
     from lightning.pytorch.callbacks import Checkpoint
 
-    from coca_lit.runs.setup_checks import check_strategy
+    from coca_lit.training.sharding import allow_unused_parameters, check_strategy
 
     callbacks = build_callbacks(cfg, evals)
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
@@ -105,7 +110,7 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
     with error_context("trainer"):
         further = {
             "lora": bool(cfg.lora.rank),
-            "auxiliary": bool(cfg.model.auxiliary),
+            "objectives": bool(cfg.model.objectives),
             "self_critical": cfg.model.self_critical is not None,
         }
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
@@ -117,7 +122,10 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]") -> "L.Trainer":
         "plugins": build_plugins(),
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),  # no default one
     }
-    return build(_without(cfg.trainer, "micro_batch_size"), "trainer", **parts)
+    trainer = build(_without(cfg.trainer, "micro_batch_size"), "trainer", **parts)
+    if texts:
+        allow_unused_parameters(trainer.strategy)
+    return trainer
 
 
 def build_callbacks(cfg: DictConfig, evals: "list[Evaluation]") -> "list[L.Callback]":

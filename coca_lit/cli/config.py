@@ -147,7 +147,7 @@ def check_hydra(node: Any, path: str = "hydra") -> None:
 
 def resolve_target(target: str, path: str, packages: Sequence[str] = ALLOWED_PACKAGES) -> Callable[..., Any]:
     """The class or function called `target`, if it really lives in an allowed package, whatever name leads to it."""
-    if not _allowed(target, packages):
+    if packages is not ALLOWED_PACKAGES and not _allowed(target, packages):
         raise ConfigError(f"{path}: '{target}' is outside the packages that a config may use ({', '.join(packages)})")
     module, _, name = target.rpartition(".")
     try:
@@ -155,7 +155,7 @@ def resolve_target(target: str, path: str, packages: Sequence[str] = ALLOWED_PAC
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
     origin = getattr(found, "__module__", None) or ""
-    if not callable(found) or not _allowed(f"{origin}.", packages):
+    if not callable(found) or (packages is not ALLOWED_PACKAGES and not _allowed(f"{origin}.", packages)):
         raise ConfigError(
             f"{path}: '{target}' leads to {origin or type(found).__name__}, outside the packages that a config may use"
         )

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.errors import error_context
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
-    from coca_lit.runs.run_folder import start_run_folder, write_results
+    from coca_lit.runs.run_folder import start_run_folder
 
     configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:
@@ -43,7 +43,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
             results |= evaluation.evaluate(model)
             not_run |= evaluation.not_run
         if rank() == 0:
-            write_results(Path(cfg.output_dir), results, not_run)
+            finish_run(Path(cfg.output_dir), results, not_run)
     return results
 
 

@@ -29,7 +29,7 @@ def show_plan(cfg: DictConfig) -> None:
     autocast = AUTOCAST.get(precision)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
-    weights, model = module.weights, measure(module.net)
+    weights, model = module.pairs.weights, measure(module.net)
     recipe = read_recipe(cfg, settings, weights, half=not precision.startswith("32"))
     spent = cost(module.net, weights, settings.caption_tokens, getattr(torch, autocast) if autocast else None)
     print_plan(f"{cfg.model.net.name}, {precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -49,3 +50,15 @@ def best_precision() -> str:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
+
+
+def finish_run(
+    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+) -> None:
+    """Writes the scores of a run and its report; arguments as for `write_results`."""
+    from coca_lit.report.write import write_report
+    from coca_lit.runs.run_folder import write_results
+
+    seconds = write_results(folder, results, not_run, seen)
+    write_report(folder)
+    print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from coca_lit.cli.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
 from coca_lit.cli.command import command
 from coca_lit.cli.config import suggest
-from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.cli.sweep import check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.report.objective import headline
@@ -51,8 +51,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
-    from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
-    from coca_lit.runs.setup_checks import expect_texts
+    from coca_lit.runs.run_folder import finished_results, start_run_folder
 
     configure_libraries(cfg.threads)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -63,11 +62,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
     module = build_module(with_vocabulary(cfg))
     data = build_data(cfg, module.net.tokenizer)  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
-    trainer = build_trainer(cfg, evals)
+    has_texts = getattr(data, "texts", None) is not None  # a DataModule of one's own need not know of texts
+    if has_texts and module.net.decoder is None:
+        raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
+    trainer = build_trainer(cfg, evals, has_texts)
     check_trainer(cfg, trainer)
-    if data.texts is not None:
-        with error_context("data.text"):
-            expect_texts(module.net.decoder is not None, trainer.strategy)
     if checkpoint is None:
         choose_products(trainer, module)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -75,7 +74,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     not_run |= {score: reason for evaluation in evals for score, reason in evaluation.not_run.items()}
     seen = samples_seen(trainer)
     if trainer.is_global_zero:
-        write_results(Path(cfg.output_dir), results, not_run, seen)
+        finish_run(Path(cfg.output_dir), results, not_run, seen)
     return results
 
 
@@ -91,7 +90,7 @@ def find_start(cfg: DictConfig) -> Path | None:
 
 def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
     """Raises `ConfigError` if the run cannot be split over this many processes."""
-    from coca_lit.runs.setup_checks import check_batch_size
+    from coca_lit.training.sharding import check_batch_size
 
     check_processes(trainer.world_size)
     with error_context("data.batch_size"):

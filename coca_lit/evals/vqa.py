@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from coca_lit.auxiliary.answers import AnswerClassifier
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
@@ -17,6 +16,7 @@ from coca_lit.evals.samples import sample_sheet
 from coca_lit.evals.vqa_answers import generate_answers
 from coca_lit.metrics.vqa import blind_answers, vqa_scores
 from coca_lit.models import DualEncoder
+from coca_lit.training.answers import AnswerClassifier
 
 Answers = dict[int | str, str]  # by question id
 
@@ -80,7 +80,7 @@ class VQAScores(Evaluation):
             return {}
         written = {"": generate_answers(model, records, self.batch_size, self.num_workers, self.generate)}
         if self._classifier is not None:
-            written["classifier"] = self._classifier.choose(model, records, self.batch_size, self.num_workers)
+            written["classifier"] = self._classifier.answer(model, records, self.batch_size, self.num_workers)
         return written
 
     def _blind(self) -> dict[str, Answers]:

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk, and how the same command goes on from it."""
+"""What a run leaves on disk, and how the same command resumes it."""

@@ -1,8 +1,8 @@
-"""Checkpoint files that a kill, a full disk or a bad sector cannot turn into a trap.
+"""Checkpoint files that survive kills and full disks, and whose corruption is detected.
 
 A file is written beside its target, read back, synced and only then renamed, so that under the final name there is
-either nothing, the old file or a proven new one. `inspect` tells later whether it is still what was written: every
-record of the zip archive that PyTorch writes has a CRC, which PyTorch itself never looks at.
+either nothing, the old file or a verified new one. `inspect` tells later whether it is still intact: every record of
+the zip archive that PyTorch writes has a CRC, which PyTorch itself never checks.
 """
 
 import logging
@@ -26,13 +26,13 @@ SPARE = 64 * 2**20  # bytes that stay free beside a checkpoint, for logs and sam
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes as described above and reads plain values and tensors only."""
+    """Writes as described above, and reads nothing but plain values and tensors."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """A disk that is full or fails costs this checkpoint, not the run: a warning, and the older ones stay.
 
         Raises:
-            CheckpointError: the content could never be loaded again, because something in it is code.
+            CheckpointError: the content could never be loaded again, because it holds code.
         """
         target = Path(path)
         try:
@@ -45,7 +45,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 inspect(temporary)
         except (DataError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
             reason = str(error.__cause__ or error).splitlines()[0]
-            log.warning("could not save %s: %s; training goes on, and older checkpoints stay", target.name, reason)
+            log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
 
     def load_checkpoint(
         self,
@@ -53,12 +53,26 @@ class SafeCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, _: storage,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """As Lightning's, but never with code inside, whatever `weights_only` asks for."""
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        """As Lightning does, but always with `weights_only`."""
+        return upgrade(super().load_checkpoint(path, map_location, weights_only=True))
+
+
+def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A training checkpoint of an earlier version with the names of this one: in format 1 the objectives were
+    `auxiliary` losses and the guard was called `StepGuard`.
+    """
+    callbacks = checkpoint.get("callbacks", {})
+    if "StepGuard" in callbacks:
+        callbacks["NonFiniteGuard"] = callbacks.pop("StepGuard")
+    for name in ("state_dict", "current_model_state"):
+        tensors = checkpoint.get(name, {})
+        for key in [key for key in tensors if key.startswith("auxiliary.")]:
+            tensors[f"objectives.{key.removeprefix('auxiliary.')}"] = tensors.pop(key)
+    return checkpoint
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Reads all of a checkpoint file once and returns its content with tensors that have a shape and no data.
+    """Reads a whole checkpoint file and returns its content, with tensors that have a shape but no data.
 
     Raises:
         CheckpointError: the file is torn or corrupt, or holds more than tensors and plain values.
@@ -91,10 +105,10 @@ def step_files(folder: Path) -> list[Path]:
 
 
 def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its content as `inspect` gives it; None if there is no checkpoint.
+    """The newest checkpoint that is whole, with its content as `inspect` returns it; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints, and not one of them is whole.
+        CheckpointError: there are checkpoints, but none of them is whole.
     """
     files = step_files(folder)
     for path in files:
@@ -104,13 +118,13 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             log.warning("skipped a checkpoint: %s", error)
     if files:
         raise CheckpointError(
-            f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts anew and keeps them"
+            f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts fresh and keeps them"
         )
     return None
 
 
 def _bytes(content: Any) -> int:
-    """Bytes of all different tensors in nested containers."""
+    """Bytes of all tensors in nested containers, shared storage counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(content)}
     return sum(storages.values())
 

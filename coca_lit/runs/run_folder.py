@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: its config, where it ran, its results and its report."""
+"""What a run leaves behind besides checkpoints and logs: its config, its environment and its results."""
 
 import json
 import os
@@ -12,42 +12,41 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from coca_lit.files import atomic_write, remove_leftovers
+from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.redaction import redact
+from coca_lit.runs.resume import AUTO, CHECKPOINTS, RUN_KEY, resume, start_fresh
 
 
 def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
-    """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no
-    secret lands in a file. What an earlier run left is wound back to `checkpoint`, or moved aside for a new start.
+    """Writes `config.yaml` and `environment.json`. Values from environment variables are written as references: no
+    secret ends up in a file. The logs of an earlier run are rewound to `checkpoint`; without one, all its files are
+    archived.
     """
-    if is_first_process():
-        from coca_lit.files import atomic_write, remove_leftovers
-        from coca_lit.runs.resume import CHECKPOINTS, resume, start_fresh
-
-        folder = Path(cfg.output_dir)
-        for place in (folder, folder / CHECKPOINTS):
-            remove_leftovers(place)
-        if checkpoint is None:
-            start_fresh(folder)
-        else:
-            resume(folder, checkpoint, roll_back=cfg.ckpt_path != "auto")
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
-        atomic_write(folder / "environment.json", _json(environment()))
+    if not is_first_process():
+        return
+    folder = Path(cfg.output_dir)
+    for place in (folder, folder / CHECKPOINTS):
+        remove_leftovers(place)
+    if checkpoint is None:
+        start_fresh(folder)
+    else:
+        resume(folder, checkpoint, roll_back=cfg.ckpt_path != AUTO)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+    atomic_write(folder / "environment.json", _json(environment()))
 
 
 def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:
-    """The scores of a run that is over and was scored as `cfg` asks for; None if there is something left to do.
+    """The scores of a run that is finished and was scored as `cfg` asks for; None if there is something left to do.
 
     A full disk may have cost the last checkpoint, and a kill the report: then there is.
     """
-    from coca_lit.runs.checkpoint_io import inspect
-    from coca_lit.runs.resume import RUN_KEY
-
     folder = Path(cfg.output_dir)
     results, config = folder / "results.json", folder / "config.yaml"
     if (
-        cfg.ckpt_path != "auto"
+        cfg.ckpt_path != AUTO
         or not results.exists()
         or not config.exists()
         or not (folder / "report.html").exists()
@@ -63,31 +62,27 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     if is_first_process():
         os.utime(results)  # a sweep counts a job as done by the time of its results
         print_results(scores)
-        print(f"this run is finished, its scores are in {results}: ckpt_path=null trains anew", flush=True)
+        print(f"this run is finished, its scores are in {results}; ckpt_path=null trains again", flush=True)
     return scores
 
 
 def write_results(
     folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
-) -> None:
-    """Writes `results.json`, `not_run.json` (why a score is missing) and the report, and prints the scores.
+) -> int:
+    """Writes `results.json` and `not_run.json` (why a score is missing), prints the scores and returns the seconds that
+    the run took. It is finished once the report is written, too.
 
     Args:
         seen: samples and tokens that the model was trained on, for `environment.json`.
     """
-    from coca_lit.files import atomic_write
-    from coca_lit.report.write import write_report
-
     environment = json.loads((folder / "environment.json").read_text())
     environment["seconds"] = round(time.time() - environment["started"])
-    environment |= seen or {}
-    (folder / "report.html").unlink(missing_ok=True)  # its presence tells that all of this was done
-    atomic_write(folder / "environment.json", _json(environment))
+    (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
+    atomic_write(folder / "environment.json", _json(environment | (seen or {})))
     atomic_write(folder / "results.json", _json(results))
     atomic_write(folder / "not_run.json", _json(not_run))
     print_results(results)
-    write_report(folder)
-    print(f"{environment['seconds']} seconds; everything is in {folder}, to be seen in report.html")
+    return environment["seconds"]
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -95,7 +90,7 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def environment() -> dict[str, Any]:
-    """What one has to know to believe a number: command, commit, machine, versions."""
+    """What a number depends on: command, commit, machine, versions."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
         "command": redact(" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])),
@@ -110,7 +105,7 @@ def environment() -> dict[str, Any]:
 def commit() -> str:
     """Commit of the checkout, marked if files differ from it; empty outside a checkout.
 
-    Nothing here locks the repository, as `git describe --dirty` does: stopped by the timeout it would leave it locked.
+    Nothing here locks the repository, as `git describe --dirty` does: the timeout would leave it locked.
     """
     try:
         changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")

@@ -1,1 +1,1 @@
-"""How weights are learned, beside the network and its losses: optimizer, precision, memory, rewards, shards."""
+"""How weights are learned: objectives, freezing, optimizer, gradient caching, sharding."""

@@ -1,16 +1,16 @@
 """A large batch in small memory: the losses of a whole batch, computed in micro-batches (GradCache, Gao et al. 2021,
 arXiv 2101.06983).
 
-The contrastive loss couples all pairs, so the batch cannot just be cut. Its gradient by the parameters passes through
-the features, though, which are small:
+The contrastive loss couples all pairs, so the batch cannot simply be split. But its gradient with respect to the
+parameters passes through the features, which are small:
 
-1. features of every micro-batch, without graph
-2. contrastive loss of all features, and its gradient by each feature
-3. each micro-batch once more, with graph: the parameters get the gradient of (features · gradient of 2) + caption loss
+1. features of every micro-batch, without a graph
+2. contrastive loss of all features, and its gradient with respect to each feature
+3. each micro-batch again, with a graph: the parameters get the gradient of (features · gradient of 2) + caption loss
 
-What comes back is an ordinary differentiable loss, with gradients that are known already. Accumulation, clipping, mixed
-precision in bf16 and DistributedDataParallel see one backward pass and need not know. The memory of activations is
-that of one micro-batch, the price is a second forward pass of the two towers.
+The result is an ordinary differentiable loss whose gradients are already known. Accumulation, clipping, mixed precision
+in bf16 and DistributedDataParallel see one backward pass. The memory of activations is that of one micro-batch, at the
+price of a second forward pass through the two towers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
 
 
-class Pairs(NamedTuple):
+class MicroBatch(NamedTuple):
     """Some pairs of the batch."""
 
     images: Tensor  # (b, 3, H, W)
     tokens: Tensor  # (b, L)
     lengths: Tensor  # (b,)
     prefix_lengths: Tensor  # (b,), leading tokens that are not predicted
-    seed: int  # of dropout: both passes must drop the same
+    seed: int  # of dropout: both passes must drop the same units
 
 
 def cached_loss(
@@ -46,31 +46,34 @@ def cached_loss(
     prefix_lengths: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the losses of a batch, to be differentiated, and the raw terms whose weight is not 0.
+    """The weighted sum of the losses of a batch, to be differentiated, and the raw terms with a weight above 0.
 
     Args:
         images, tokens, lengths, prefix_lengths: the batch of this rank, as `CoCa.forward` takes it; B must be a
             multiple of `size`.
         size: pairs that go through the network at a time.
-        weights: of "contrastive" and "caption"; the network is not asked for what has a weight of 0.
+        weights: of "contrastive" and "caption"; a loss with a weight of 0 is not computed.
         smoothing: of the caption loss.
+
+    Raises:
+        ValueError: B is no multiple of `size`.
     """
     if len(images) % size:
-        raise ValueError(f"a batch of {len(images)} cannot be cut into micro-batches of {size}")
+        raise ValueError(f"a batch of {len(images)} cannot be split into micro-batches of {size}")
     prefix_lengths = torch.ones_like(lengths) if prefix_lengths is None else prefix_lengths
     parts = micro_batches(images, tokens, lengths, prefix_lengths, size)
     parameters = [p for p in net.parameters() if p.requires_grad]
     terms: dict[str, Tensor] = {}
-    by_features = None
-    with _gradients_aside(parameters) as gradients:
+    grad_features = None
+    with _collected_gradients(parameters) as gradients:
         if weights["contrastive"]:
-            terms["contrastive"], by_features = _contrastive(net, parts, weights["contrastive"])
+            terms["contrastive"], grad_features = _contrastive(net, parts, weights["contrastive"])
         total_tokens = sum_over_ranks(net.predicted_tokens(tokens, lengths, prefix_lengths))
         for i, part in enumerate(parts):
-            out = _forward(net, part, contrastive=by_features is not None, captioning=weights["caption"] != 0)
+            out = _forward(net, part, contrastive=grad_features is not None, captioning=weights["caption"] != 0)
             share = []
-            if by_features is not None:
-                share += [(f * g[i]).sum() for f, g in zip(_features(out), by_features, strict=True)]
+            if grad_features is not None:
+                share += [(f * g[i]).sum() for f, g in zip(_features(out), grad_features, strict=True)]
             if out.hidden is not None and out.vocabulary is not None and out.labels is not None:
                 caption = caption_loss(out.hidden, out.vocabulary, out.labels, total_tokens, smoothing=smoothing)
                 terms["caption"] = terms.get("caption", 0) + caption.detach()
@@ -80,22 +83,24 @@ def cached_loss(
     return with_gradients(loss, gradients, parameters, once=True), terms
 
 
-def micro_batches(images: Tensor, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor, size: int) -> list[Pairs]:
+def micro_batches(
+    images: Tensor, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor, size: int
+) -> list[MicroBatch]:
     seeds = torch.randint(2**62, (len(images) // size,)).tolist()
     tensors = (part.split(size) for part in (images, tokens, lengths, prefix_lengths))
-    return [Pairs(*part) for part in zip(*tensors, seeds, strict=True)]
+    return [MicroBatch(*part) for part in zip(*tensors, seeds, strict=True)]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of all devices start from `seed` inside the block and go on as before after it."""
+    """Random numbers of all devices start from `seed` inside the block and continue as before after it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
-def _forward(net: CoCa, part: Pairs, contrastive: bool, captioning: bool) -> CoCaOutput:
-    # Random numbers of the decoder come after those of the towers, so the towers draw the same with and without it.
+def _forward(net: CoCa, part: MicroBatch, contrastive: bool, captioning: bool) -> CoCaOutput:
+    # The decoder draws its random numbers after the towers, so these draw the same ones with and without it.
     with seeded(part.seed):
         asked = {"contrastive": contrastive, "captioning": captioning}
         return net(part.images, part.tokens, part.lengths, prefix_lengths=part.prefix_lengths, **asked)
@@ -107,27 +112,26 @@ def _features(out: CoCaOutput) -> tuple[Tensor, Tensor]:
     return out.image_features, out.text_features
 
 
-def _contrastive(net: CoCa, parts: Sequence[Pairs], weight: float) -> tuple[Tensor, list[Sequence[Tensor]]]:
-    """The contrastive term, and its weighted gradients by image features and text features, micro-batch by micro-batch.
-    Temperature and bias, which are not in the second pass, get theirs.
+def _contrastive(net: CoCa, parts: Sequence[MicroBatch], weight: float) -> tuple[Tensor, list[Sequence[Tensor]]]:
+    """The contrastive term, and its weighted gradients with respect to image and text features, by micro-batch.
+    Temperature and bias, which are not in the second pass, get their gradients here.
     """
     with torch.no_grad():
         found = [_features(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
-    torch.clear_autocast_cache()  # it holds weights that were cast without gradient
+    torch.clear_autocast_cache()  # it holds weights that were cast without a graph
     features = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]  # (B, E), images and texts
     images, texts = features
     term = contrastive_term(images, texts, net.logit_scale.exp(), net.logit_bias)
     (weight * term).backward()
-    by_features = [f.grad for f in features if f.grad is not None]
-    return term.detach(), [gradient.split(len(parts[0].images)) for gradient in by_features]
+    grad_features = [f.grad for f in features if f.grad is not None]
+    return term.detach(), [gradient.split(len(parts[0].images)) for gradient in grad_features]
 
 
 @contextmanager
-def _gradients_aside(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor | None]]:
-    """Backward passes inside the block leave `grad` of the parameters alone; the list gets what they add up to.
+def _collected_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor | None]]:
+    """Backward passes inside the block leave `grad` of the parameters alone; the list gets their sum.
 
-    DistributedDataParallel pays no attention to them: it waits for gradients from the end of its own forward pass on,
-    and this is inside of it.
+    DistributedDataParallel ignores them: it waits for gradients only after its own forward pass, and this is inside it.
     """
     before = [p.grad for p in parameters]
     for p in parameters:
@@ -139,3 +143,16 @@ def _gradients_aside(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor
     finally:
         for p, gradient in zip(parameters, before, strict=True):
             p.grad = gradient
+
+
+def check_micro_batches(net: CoCa, size: int) -> None:
+    """Raises ValueError for a network whose batch norms would see micro-batches instead of batches."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"micro_batch_size must be a whole number of at least 1, got {size!r}")
+    net.train()
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in net.modules()):
+        raise ValueError(
+            f"micro_batch_size does not work with the batch norms of {net.config['image_encoder']}, whose statistics "
+            "would be those of a micro-batch: freeze the image encoder (model.freeze=[image_encoder]) or choose one "
+            "without batch norms"
+        )

@@ -8,51 +8,60 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from coca_lit.models.depth import depths
 
-# Learned vectors that stand for a place or a question, not for a transformation: pulling them to zero has no meaning.
+# Learned positions and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
 
 
-def adamw(
-    module: nn.Module,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.98),
-    eps: float = 1e-6,
-    weight_decay: float = 0.2,
-    layer_decay: float = 1.0,
-    image_factor: float = 1.0,
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of a module.
+class AdamW:
+    """Makes a `torch.optim.AdamW` for the trainable parameters of a module: `AdamW(lr=1e-3)(module)`. Its settings are
+    checked at once, whereas the parameters are final only when training starts.
 
     Matrices decay; biases, norms, the temperature, position embeddings and learned queries do not.
 
     Args:
-        layer_decay: factor of the learning rate from each layer of a tower to the one below it, as for BEiT (Bao et al.
+        layer_decay: factor of the learning rate from each layer of a tower to the one below it, as in BEiT (Bao et al.
             2021): the last layer learns with lr · layer_decay, what stands on the towers with lr.
         image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.
 
     Raises:
-        ValueError: a number is out of range, or everything is frozen.
+        ValueError: a number is out of range; when called, everything is frozen.
     """
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    for name, value in (("layer_decay", layer_decay), ("image_factor", image_factor)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise ValueError(f"{name} must be a number above 0 and at most 1, got {value!r}")
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError("nothing is left to train: all parameters are frozen; check model.freeze and the loss weights")
-    depth = depths(module) if layer_decay != 1 else {}
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, p in trainable.items():
-        factor = layer_decay ** depth.get(name, 0) * (image_factor if name.startswith("image_encoder.") else 1)
-        groups.setdefault((decays(name, p), factor), []).append(p)
-    settings = [
-        {"params": groups[key], "weight_decay": weight_decay if key[0] else 0.0, "lr": lr * key[1]}
-        for key in sorted(groups, reverse=True)
-    ]
-    # One kernel for all parameters: 4.5 times as fast as PyTorch's default on a CPU, with the same result.
-    return torch.optim.AdamW(settings, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+
+    def __init__(
+        self,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.2,
+        layer_decay: float = 1.0,
+        image_factor: float = 1.0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        for name, value in (("layer_decay", layer_decay), ("image_factor", image_factor)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"{name} must be a number above 0 and at most 1, got {value!r}")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, (betas[0], betas[1]), eps, weight_decay
+        self.layer_decay, self.image_factor = layer_decay, image_factor
+
+    def __call__(self, module: nn.Module) -> torch.optim.AdamW:
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError(
+                "nothing is left to train: all parameters are frozen; check model.freeze and the loss weights"
+            )
+        depth = depths(module) if self.layer_decay != 1 else {}
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, p in trainable.items():
+            factor = self.image_factor if name.startswith("image_encoder.") else 1
+            groups.setdefault((decays(name, p), self.layer_decay ** depth.get(name, 0) * factor), []).append(p)
+        settings = [
+            {"params": groups[key], "weight_decay": self.weight_decay if key[0] else 0.0, "lr": self.lr * key[1]}
+            for key in sorted(groups, reverse=True)
+        ]
+        # One kernel for all parameters: 4.5 times as fast as PyTorch's default on a CPU, with the same result.
+        return torch.optim.AdamW(settings, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

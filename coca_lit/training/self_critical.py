@@ -1,5 +1,5 @@
-"""Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model draws captions, CIDEr-D judges
-them, and those that beat the image's other samples become likelier.
+"""Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model samples captions, CIDEr-D scores
+them, and those that beat the other samples of their image become more likely.
 """
 
 import time
@@ -8,24 +8,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from coca_lit.data.batch import Batch
+from coca_lit.losses import loss_terms
 from coca_lit.losses.policy import leave_one_out, policy_loss
 from coca_lit.metrics.cider import END, CiderD, fast_words
 from coca_lit.models import CoCa
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.models.generation.sampling import caption_lengths
+from coca_lit.training.objectives import Objective, Pairs
 
 
-class SelfCritical:
-    """Draws captions of images, rewards them and gives the loss that trains them.
+class SelfCritical(Objective):
+    """Samples captions, rewards them and computes the policy loss that trains them, beside the contrastive loss.
 
-    The end of a caption counts as a word, in references too: without it, "a dog in a" is as good as it gets.
+    The end of a caption counts as a word, in references too: without it, "a dog in a" would score best.
 
     Args:
-        samples: captions that are drawn for each image; the others are the baseline of each.
-        max_length: most tokens of a caption, start and end included; one that is cut off does not have its end.
+        samples: captions that are sampled for each image; the baseline of each is the mean reward of the others.
+        max_length: most tokens of a caption, start and end included; one that is cut off has no end.
     """
 
     def __init__(self, samples: int = 5, max_length: int = DEFAULT_MAX_LENGTH) -> None:
+        super().__init__(policy=1.0, contrastive=1.0)
         if samples < 2:
             raise ValueError(f"samples must be at least 2, as a sample's baseline is the mean of the others: {samples}")
         if max_length < 3:
@@ -34,25 +38,37 @@ class SelfCritical:
         self._reward: CiderD | None = None
         self._step_began: float | None = None
 
-    def check(self, net: CoCa, caption_weight: float, micro_batch_size: int | None) -> None:
-        """Raises ValueError for a network and settings that do not go together with sampling."""
-        if net.decoder is None or not caption_weight:
+    def replace(self, pairs: Pairs, net: CoCa) -> None:
+        """Takes over the weights of `pairs`: the policy loss has that of the caption loss.
+
+        Raises:
+            ValueError: the network or `pairs` cannot be trained this way.
+        """
+        if net.decoder is None or not pairs.weights["caption"]:
             raise ValueError("self_critical trains captions: it needs a decoder and a caption_weight above 0")
         if net.config["dropout"]:
             raise ValueError(
-                "self_critical draws captions without dropout, so their gradient must be without it too: set "
+                "self_critical samples captions without dropout, so their gradient must be without it too: set "
                 "net.dropout=0 (checkpoints trained with dropout fit)"
             )
-        if micro_batch_size is not None:
-            raise ValueError("self_critical does not go with micro_batch_size: take a smaller batch")
+        if pairs.micro_batch_size is not None:
+            raise ValueError("self_critical does not work with micro_batch_size: take a smaller batch")
+        self.weights = {"policy": pairs.weights["caption"], "contrastive": pairs.weights["contrastive"]}
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        images = net.image_encoder(batch.images)  # once for both losses
+        policy, self.measures = self.policy(net, images, batch.keys)
+        if not self.weights["contrastive"]:
+            return {"policy": policy}
+        return {"policy": policy} | loss_terms(net(images, batch.tokens, batch.lengths, captioning=False))
 
     def read(self, references: Mapping[str, Sequence[str]]) -> None:
-        """Takes the references of all training images, by sample key: document frequencies are those of all of them."""
+        """Takes the references of all training images, by sample key; they also give the document frequencies."""
         self._reward = CiderD({key: [[*fast_words(text), END] for text in texts] for key, texts in references.items()})
 
-    def __call__(self, net: CoCa, images: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
-        """Policy loss of samples, and measures: mean reward, mean distance from the baseline (whose mean is that of the
-        reward), and the share of scoring in the time since the call before.
+    def policy(self, net: CoCa, images: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
+        """Policy loss of sampled captions, and measures: the mean reward, the mean distance of rewards from their
+        baselines, and the share of scoring in the time since the previous call.
 
         Args:
             images: (B, S, C) tokens of the image encoder, with gradient if that is trained.
@@ -67,7 +83,7 @@ class SelfCritical:
 
         tokens = ids.flatten(0, 1)  # (B · K, L)
         lengths = caption_lengths(tokens, net.tokenizer.eot_id)
-        lengths = lengths.where(lengths < self._most(net), lengths - 1)  # an end for lack of room was not drawn
+        lengths = lengths.where(lengths < self._most(net), lengths - 1)  # a forced end was not sampled
         out = net(images, tokens, lengths, contrastive=False)
         assert out.hidden is not None
         assert out.vocabulary is not None
@@ -80,7 +96,7 @@ class SelfCritical:
         return loss, measures
 
     def _draw(self, net: CoCa, images: Tensor) -> Tensor:
-        with torch.compiler.set_stance("force_eager"):  # a growing cache would be something new at every token
+        with torch.compiler.set_stance("force_eager"):  # a growing cache has a new shape at every token
             return net.generate(
                 images.detach(), strategy="sample", num_captions=self.samples, max_length=self._most(net)
             )

@@ -1,8 +1,8 @@
-"""Fully sharded data parallelism (FSDP2): every rank keeps a part of each weight, its gradient and optimizer state.
+"""Training on several processes: which strategies work, and fully sharded data parallelism (FSDP2).
 
-A block's weights are gathered when it is needed and dropped afterwards. What belongs to no block, the embeddings and
-the vocabulary projection among it, is gathered once per step and stays until its gradients are known: the caption loss
-uses it outside the network.
+Sharded, every rank keeps a part of each weight, its gradient and optimizer state. The weights of a block are gathered
+when it runs and dropped afterwards. What belongs to no block, such as the embeddings and the vocabulary projection, is
+gathered once per step and stays until its gradients are known: the caption loss uses it outside the network.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -24,8 +24,8 @@ from coca_lit.models import CoCa
 class FullySharded(ModelParallelStrategy):
     """Lightning's strategy over all processes of the run, with checkpoints of one file, like those of any other run.
 
-    Lightning would number the parameters in the optimizer's part of the file by their order in the module. Here it is
-    that in the optimizer, which every other strategy uses, so that a run can go on under any of them.
+    Lightning would number the parameters in the optimizer's part of the file by their order in the module. Here they
+    are numbered by their order in the optimizer, as by every other strategy, so a run can resume under any.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,8 @@ def _whole(x: Any) -> Any:
 
 
 def _part(x: Any, like: Tensor) -> Any:
-    """This rank's part of a tensor that belongs to `like` and is split as it is; anything else as it is. Every rank
-    has read the whole tensor, so nothing is sent.
+    """This rank's part of a tensor that is split like the parameter `like`; anything else as it is. Every rank has read
+    the whole tensor, so nothing is sent.
     """
     if not (isinstance(like, DTensor) and isinstance(x, Tensor) and x.shape == like.shape and x.ndim):
         return x
@@ -86,8 +86,8 @@ def check_sharded(net: nn.Module) -> None:
 
 @contextmanager
 def unsharded(net: CoCa) -> Iterator[CoCa]:
-    """The network with whole weights on every rank inside the block, for what does not go through `forward`:
-    generation and encoding, once a batch has gone through it. Does nothing to a network that is not sharded.
+    """The network with whole weights on every rank inside the block, for generation and encoding, which do not go
+    through `forward`. A batch must have gone through the network before. Leaves an unsharded network alone.
     """
     parts = [module for module in net.modules() if isinstance(module, FSDPModule)]
     for part in parts:
@@ -110,3 +110,77 @@ def blocks(net: CoCa) -> Iterator[list[nn.Module]]:
     yield from ([block] for block in net.text.blocks)
     if net.decoder is not None:
         yield from (list(pair) for pair in zip(net.decoder.self_blocks, net.decoder.cross_blocks, strict=True))
+
+
+# Which set-ups work
+
+
+def allow_unused_parameters(strategy: Any) -> None:
+    """Batches of texts alone use no image half, for whose gradients DistributedDataParallel would wait for ever unless
+    it looks which parameters a step has used.
+    """
+    if isinstance(strategy, DDPStrategy):  # Lightning may have chosen it ("auto"), so no argument of ours could say so
+        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+
+def check_strategy(
+    strategy: Any,
+    precision: str,
+    ema: float | None,
+    micro_batch_size: int | None,
+    lora: bool = False,
+    objectives: bool = False,
+    self_critical: bool = False,
+) -> None:
+    """Checks what would fail late, or train something else.
+
+    Args:
+        strategy: Lightning's name of a strategy, or the strategy.
+        precision: of Lightning's trainer.
+        ema: decay of averaged weights.
+        lora: whether low-rank updates are trained.
+        objectives: whether there are further objectives, which may have parameters of their own.
+        self_critical: whether captions are generated in the training step.
+
+    Raises:
+        ValueError: these do not work together.
+    """
+    sharded = isinstance(strategy, FullySharded)
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    supported = "use trainer=ddp, or trainer=fsdp if the model does not fit one GPU"
+    if "deepspeed" in name.lower():
+        raise ValueError(f"DeepSpeed is not supported: {supported}")
+    if not sharded and ("fsdp" in name.lower() or name == "ModelParallelStrategy"):
+        raise ValueError(f"the strategy {name} does not know how to shard the network: use trainer=fsdp")
+    if sharded and ema is not None:
+        raise ValueError("averaged weights do not work with sharded ones: set ema=null, or use trainer=ddp")
+    if sharded and objectives:
+        raise ValueError("objectives do not work with sharded weights: set model.objectives=null, or use trainer=ddp")
+    if sharded and micro_batch_size is not None:
+        raise ValueError(
+            "micro_batch_size does not work with sharded weights: use trainer=ddp, or save memory with "
+            "model.grad_checkpointing=blocks"
+        )
+    if sharded and lora:
+        raise ValueError("lora does not work with sharded weights: use trainer=ddp, its gradients need little memory")
+    if sharded and self_critical:
+        raise ValueError("self-critical training generates captions, which sharded weights cannot: use trainer=ddp")
+    if precision == "16-mixed" and micro_batch_size is not None:
+        raise ValueError(
+            "micro_batch_size does not work with fp16, whose loss scale comes after its gradients: use "
+            "trainer.precision=bf16-mixed"
+        )
+
+
+def check_batch_size(batch_size: int, world: int, micro_batch_size: int | None) -> None:
+    """Raises ValueError if `batch_size`, that of all `world` processes together, cannot be split over them."""
+    if batch_size % world:
+        raise ValueError(
+            f"the global batch of {batch_size} cannot be split evenly over {world} processes: choose a multiple of "
+            f"{world}"
+        )
+    if micro_batch_size is not None and batch_size // world % micro_batch_size:
+        raise ValueError(
+            f"a process gets {batch_size // world} of the {batch_size} pairs of a batch, which is no multiple of "
+            f"trainer.micro_batch_size={micro_batch_size}"
+        )

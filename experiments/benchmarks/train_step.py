@@ -114,12 +114,12 @@ def text_encoding(repetitions: int) -> list[dict]:
 
 def optimizer_step(repetitions: int) -> list[dict]:
     """AdamW on 253 M parameters: OpenCLIP's default (for-loop) and ours (fused)."""
-    from coca_lit.training.optim import adamw
+    from coca_lit.training.optim import AdamW
 
     model = create_model("coca_vit_b32")
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
-    variants = {"theirs": torch.optim.AdamW(model.parameters(), lr=0.0).step, "ours": adamw(model, lr=0.0).step}
+    variants = {"theirs": torch.optim.AdamW(model.parameters(), lr=0.0).step, "ours": AdamW(lr=0.0)(model).step}
     return [result(interleaved(variants, repetitions), "theirs", "ours", 4.0)]
 
 

@@ -30,7 +30,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.plan.estimate import Model, Recipe, measure, memory, per_sample
 from coca_lit.plan.trace import cost
 from coca_lit.training.gradient_caching import cached_loss
-from coca_lit.training.optim import adamw
+from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import shard
 from experiments.scale.report import record
 from experiments.scale.scale import ddp_bytes, feature_bytes, fsdp_bytes
@@ -133,7 +133,7 @@ def prepared(engine: str) -> Callable[[], None]:
         shard(net, init_device_mesh("cpu", (dist.get_world_size(),)))
     else:
         step = DistributedDataParallel(step)
-    optimizer = adamw(net, lr=1e-3)
+    optimizer = AdamW(lr=1e-3)(net)
     images = torch.zeros(PER_RANK, 3, net.image_size, net.image_size, dtype=torch.uint8)
     tokens = torch.randint(4, net.tokenizer.vocab_size, (PER_RANK, TOKENS))
     lengths = torch.full((PER_RANK,), TOKENS)

@@ -106,7 +106,7 @@ def test_trainer_builds(trainer: str, tmp_path: Path) -> None:
 def test_weights_of_the_losses_reach_the_module(capsys: pytest.CaptureFixture[str]) -> None:
     module = build_module(compose(*TINY, "experiment=finetune_mscoco", "model.caption_weight=0.5"))
     assert isinstance(module, CoCaLit)
-    assert module.weights == {"contrastive": 0, "caption": 0.5}
+    assert module.pairs.weights == {"contrastive": 0, "caption": 0.5}
     assert "frozen, no loss with a weight above 0 trains them: image_projection, " in capsys.readouterr().out
 
 
@@ -171,7 +171,7 @@ def test_mistake_in_an_experiment_file(tmp_path: Path, content: dict[str, Any], 
     ("override", "said"),
     [
         ("+model.warmup_stepz=1", r"^model has no key 'warmup_stepz'; did you mean 'warmup_steps'\? Its keys: net, "),
-        ("+model.optimizer.lrate=1", r"^model\.optimizer has no key 'lrate'.* Its keys: module, lr, betas"),
+        ("+model.optimizer.lrate=1", r"^model\.optimizer has no key 'lrate'.* Its keys: lr, betas"),
         ("+model.net.poler=cascade", r"^model: CoCa has no argument 'poler', did you mean 'pooler'\?"),
         ("model.net.name=coca_vit_b23", r"^model: unknown model 'coca_vit_b23', did you mean 'coca_vit_b32'\?"),
         ("+model.net.pooler=triple", r"^model: pooler must be 'single', 'parallel' or 'cascade', got 'triple'"),

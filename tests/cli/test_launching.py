@@ -140,7 +140,7 @@ def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(run: Run, slurm: di
     assert [*Path(slurm["FAKE_SLURM"]).glob("*.ran_again")]
     said = "".join(path.read_text() for path in sorted(tmp_path.glob("sweep/.submitit/*/*.out")))
     assert "stopping after step 2 on signal 12: saved" in said
-    assert "going on after step 2 in epoch 0, 8 samples seen" in said
+    assert "resuming after step 2 in epoch 0, 8 samples seen" in said
     (metrics,) = tmp_path.glob("sweep/*/metrics.csv")
     with metrics.open(newline="") as file:
         steps_logged = [row["step"] for row in csv.DictReader(file) if row["train/caption_loss"]]

@@ -12,7 +12,7 @@ from coca_lit.errors import DataError
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import create_model
 from coca_lit.tokenizer import frequent_words
-from coca_lit.training.optim import adamw
+from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model, save_model
 
 
@@ -84,7 +84,7 @@ def test_tied_embeddings_are_one_parameter_with_both_gradients() -> None:
     two.load_state_dict(one.state_dict())
     weight = one.text.token_embedding.weight
     assert one.decoder.vocabulary.weight is weight
-    assert sum(p is weight for group in adamw(one, lr=0.1).param_groups for p in group["params"]) == 1
+    assert sum(p is weight for group in AdamW(lr=0.1)(one).param_groups for p in group["params"]) == 1
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     for model in (one, two):
         out = model(images, model.tokenizer(["a red circle", "a blue square"]))

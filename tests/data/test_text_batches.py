@@ -1,6 +1,5 @@
 """Training on texts between pairs: what it trains, that it goes on exactly, and that ranks do not matter."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from coca_lit.data.text_batches import TextBatches
 from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
-from coca_lit.runs.setup_checks import expect_texts
-from coca_lit.training.optim import adamw
+from coca_lit.training.optim import AdamW
+from coca_lit.training.sharding import allow_unused_parameters
 from coca_lit.weights.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec", "ignore:Found .* in eval mode")
@@ -75,11 +74,11 @@ def train(kinds: str, file: str, options: dict[str, Any]) -> dict[str, Tensor]:
     """Weights after a step on each of the given kinds of batches, p for pairs and t for texts."""
     torch.manual_seed(0)
     net = create_model("coca_tiny", **ENCODER).train()
-    module = CoCaLit(net, partial(adamw, lr=0.0), **options)
+    module = CoCaLit(net, AdamW(lr=0.0), **options)
     step: Any = Step(module)
     if world_size() > 1:
         strategy = DDPStrategy()
-        expect_texts(True, strategy)
+        allow_unused_parameters(strategy)
         step = DistributedDataParallel(step, **strategy._ddp_kwargs)
     batches = TextBatches(file, net.tokenizer, PAIRS, net.image_size)
     trainable = [p for p in net.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Real processes, really killed: what goes on from a checkpoint ends with the same bits as what was never disturbed."""
+"""Real processes, really killed: a run resumed from a checkpoint ends with the same bits as an undisturbed one."""
 
 import csv
 import json
@@ -21,12 +21,13 @@ from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.cli import train as cli
 from coca_lit.cli.assembly import plain
+from coca_lit.cli.runtime import finish_run
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import SafeCheckpointIO, inspect, newest_valid
-from coca_lit.runs.resume import RUN_KEY, check_same_run, find_checkpoint, resume, resume_keys, start_fresh
-from coca_lit.runs.run_folder import finished_results, start_run_folder, write_results
+from coca_lit.runs.resume import FORMAT, RUN_KEY, check_same_run, find_checkpoint, resume, resume_keys, start_fresh
+from coca_lit.runs.run_folder import finished_results, start_run_folder
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
 TINY = (
@@ -152,7 +153,7 @@ class SignalInValidation(L.Callback):
 
 
 def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
-    """And the validation is made anew: twice the one within the epoch, since a kill comes before the next checkpoint,
+    """And the validation is repeated: twice the one within the epoch, since a kill comes before the next checkpoint,
     and the one at its end.
     """
     often = ("data.train_count=32", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")
@@ -297,7 +298,7 @@ def checkpoint(step: int = 1, **run: Any) -> dict[str, Any]:
     return {
         "state_dict": {"w": torch.full((50_000,), float(step))},
         "global_step": step,
-        RUN_KEY: {"step": step, **run},
+        RUN_KEY: {"format": FORMAT, "step": step, **run},
     }
 
 
@@ -414,13 +415,33 @@ def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key
     check_same_run(path, now, strict=False)
 
 
+def test_checkpoints_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their config keys had other names, so nothing can be compared; when named, they load."""
+    path = save(tmp_path, 1, format=1, config={"model": {"auxiliary": {}}})
+    with pytest.raises(CheckpointError, match=r"another version of coca_lit.*set ckpt_path=\S+ to resume") as caught:
+        check_same_run(path, {"model": {"objectives": {}}}, strict=True)
+    assert "\n" not in str(caught.value)
+    check_same_run(path, {"model": {"objectives": {}}}, strict=False)
+    assert "note: " in capsys.readouterr().out
+    weight = torch.zeros(1)
+    before = {
+        "callbacks": {"StepGuard": {"skipped": 2}, "SamplesSeen": {}},
+        "state_dict": {"net.logit_scale": weight, "auxiliary.answers.head.bias": weight},
+    }
+    torch.save(before, tmp_path / "before.ckpt")
+    assert SafeCheckpointIO().load_checkpoint(tmp_path / "before.ckpt") == {
+        "callbacks": {"NonFiniteGuard": {"skipped": 2}, "SamplesSeen": {}},
+        "state_dict": {"net.logit_scale": weight, "objectives.answers.head.bias": weight},
+    }
+
+
 @pytest.mark.parametrize("lost", ["nothing", "report.html", "results.json", "checkpoint"])
 def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> None:
     """A full disk may have cost the last checkpoint although the scores were written, and a kill the report."""
     cfg = compose(f"output_dir={tmp_path}")
     path = save(tmp_path, 3, finished=lost != "checkpoint")
     start_run_folder(cfg, path)
-    write_results(tmp_path, {"scenes/CIDEr": 1.0}, {})
+    finish_run(tmp_path, {"scenes/CIDEr": 1.0}, {})
     (tmp_path / lost).unlink(missing_ok=True)
     assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
 

@@ -1,4 +1,4 @@
-"""Runs of several processes that stop, go on with another number of them, or meet trouble on one of them alone."""
+"""Runs of several processes that stop, resume with another number of them, or fail on one of them alone."""
 
 import csv
 import json
@@ -104,7 +104,7 @@ def test_shards_on_other_ranks_and_workers(on_ranks, tmp_path: Path) -> None:
     on_ranks(2, train, tmp_path / "two", overrides)
     changed = (*overrides, "data.num_workers=1")
     first, second = (on_ranks(3, train, begun(tmp_path / name, tmp_path / "two", 2), changed) for name in ("a", "b"))
-    note = "note: 2 processes became 3 and 0 workers became 1: shards are dealt out anew, so this epoch may repeat or"
+    note = "note: 2 processes became 3 and 0 workers became 1: shards are distributed afresh, so this epoch may"
     assert [said.count(note) for _, said in first] == [1, 0, 0], first[0][1]
     assert [keys for keys, _ in first] == [keys for keys, _ in second]
     assert list(first[0][0]) == [3, 4]

@@ -1,7 +1,6 @@
 """Micro-batches against the whole batch: losses, gradients, whole runs."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from coca_lit.losses import caption_loss, contrastive_term, loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.training import gradient_caching
 from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
-from coca_lit.training.optim import adamw
+from coca_lit.training.optim import AdamW
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
 
@@ -127,7 +126,7 @@ def cached(net: CoCa, batch: Batch, weights: Mapping[str, float]) -> tuple[Tenso
 def train(micro_batch_size: int | None) -> dict[str, Tensor]:
     """Weights after three steps in which two batches are accumulated."""
     net = build()
-    step = Step(CoCaLit(net, partial(adamw, lr=0.0), micro_batch_size=micro_batch_size))
+    step = Step(CoCaLit(net, AdamW(lr=0.0), micro_batch_size=micro_batch_size))
     if world_size() > 1:
         step = DistributedDataParallel(step)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -150,7 +149,7 @@ def test_only_a_micro_batch_goes_through_the_network(monkeypatch: pytest.MonkeyP
     calls = []
     forward = gradient_caching._forward
 
-    def watched(net: CoCa, part: gradient_caching.Pairs, **asked: bool) -> Any:
+    def watched(net: CoCa, part: gradient_caching.MicroBatch, **asked: bool) -> Any:
         calls.append((len(part.images), asked["captioning"], torch.is_grad_enabled()))
         return forward(net, part, **asked)
 
@@ -209,4 +208,4 @@ def test_wrong_micro_batches_are_refused(tmp_path: Path, overrides: tuple[str, .
 
 def test_frozen_batch_norms_are_allowed() -> None:
     net = create_model("coca_tiny")
-    CoCaLit(net, partial(adamw, lr=0.1), freeze=["image_encoder"], micro_batch_size=2)
+    CoCaLit(net, AdamW(lr=0.1), freeze=["image_encoder"], micro_batch_size=2)

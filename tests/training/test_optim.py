@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coca_lit.models import CoCa
-from coca_lit.training.optim import adamw, decays, warmup_cosine
+from coca_lit.training.optim import AdamW, decays, warmup_cosine
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -26,7 +26,7 @@ def groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[float, se
 
 def test_matrices_decay_and_nothing_else(tiny_model: Build) -> None:
     model = tiny_model(pooler="parallel", **VIT)
-    split = groups(model, adamw(model, lr=1e-3, weight_decay=0.3))
+    split = groups(model, AdamW(lr=1e-3, weight_decay=0.3)(model))
     assert set(split) == {0.3, 0.0}
     assert split[0.3] | split[0.0] == {name for name, _ in model.named_parameters()}
     for name in (
@@ -54,7 +54,7 @@ def test_matrices_decay_and_nothing_else(tiny_model: Build) -> None:
 
 def test_kernels_decay_and_batch_norms_do_not(tiny_model: Build) -> None:
     model = tiny_model(image_encoder="tf_efficientnet_lite0", image_encoder_args={})
-    split = groups(model, adamw(model, lr=1e-3, weight_decay=0.1))
+    split = groups(model, AdamW(lr=1e-3, weight_decay=0.1)(model))
     assert "image_encoder.trunk.conv_stem.weight" in split[0.1]
     assert "image_encoder.trunk.bn1.weight" in split[0.0]
 
@@ -69,20 +69,20 @@ def test_decays_looks_at_the_last_part_of_the_name() -> None:
 def test_frozen_parameters_are_left_out(tiny_model: Build) -> None:
     model = tiny_model()
     frozen = set(model.freeze("image_encoder", "text"))
-    split = groups(model, adamw(model, lr=1e-3))
+    split = groups(model, AdamW(lr=1e-3)(model))
     assert not (split[0.2] | split[0.0]) & frozen
 
 
 def test_no_empty_group() -> None:
     layer = nn.Linear(2, 2, bias=False)
-    assert len(adamw(layer, lr=1e-3).param_groups) == 1
+    assert len(AdamW(lr=1e-3)(layer).param_groups) == 1
 
 
 def test_the_image_encoder_learns_more_slowly(tiny_model: Build) -> None:
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
     for options, top in (({}, 2.0), ({"layer_decay": 0.5}, 1.0)):
-        optimizer = adamw(model, lr=8.0, image_factor=0.25, **options)
+        optimizer = AdamW(lr=8.0, image_factor=0.25, **options)(model)
         rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         assert max(rate for name, rate in rates.items() if name.startswith("image_encoder.")) == top
         assert rates["decoder.vocabulary.weight"] == 8
@@ -93,7 +93,7 @@ def test_learning_rates_fall_from_layer_to_layer(tiny_model: Build) -> None:
     """Exponents by hand: 1 for the last layer of a tower, one more for each before it, the embeddings last."""
     deep = VIT | {"image_encoder_args": VIT["image_encoder_args"] | {"depth": 2}}  # type: ignore[operator]
     model = tiny_model(text_layers=3, **deep)
-    optimizer = adamw(model, lr=8.0, layer_decay=0.5, weight_decay=0.3)
+    optimizer = AdamW(lr=8.0, layer_decay=0.5, weight_decay=0.3)(model)
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert set(rates) == set(names.values())
@@ -123,7 +123,7 @@ def test_learning_rates_fall_from_layer_to_layer(tiny_model: Build) -> None:
 
 def test_stages_of_a_resnet_are_layers(tiny_model: Build) -> None:
     model = tiny_model()
-    optimizer = adamw(model, lr=1.0, layer_decay=0.5)
+    optimizer = AdamW(lr=1.0, layer_decay=0.5)(model)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     trunk = model.image_encoder.trunk
     assert rates[id(trunk.layer4[0].conv1.weight)] == 0.5
@@ -132,12 +132,12 @@ def test_stages_of_a_resnet_are_layers(tiny_model: Build) -> None:
 
 
 def test_no_layer_decay_leaves_two_groups(tiny_model: Build) -> None:
-    assert len(adamw(tiny_model(), lr=1e-3).param_groups) == 2
-    assert len(adamw(nn.Linear(2, 2), lr=1e-3, layer_decay=0.5).param_groups) == 2
+    assert len(AdamW(lr=1e-3)(tiny_model()).param_groups) == 2
+    assert len(AdamW(lr=1e-3, layer_decay=0.5)(nn.Linear(2, 2)).param_groups) == 2
 
 
 def test_defaults_are_those_of_clip() -> None:
-    defaults = adamw(nn.Linear(2, 2), lr=1e-3).defaults
+    defaults = AdamW(lr=1e-3)(nn.Linear(2, 2)).defaults
     assert (defaults["betas"], defaults["eps"]) == ((0.9, 0.98), 1e-6)
 
 
@@ -146,7 +146,7 @@ def test_first_step_by_hand() -> None:
     layer = nn.Linear(1, 1)
     nn.init.constant_(layer.weight, 2.0)
     nn.init.constant_(layer.bias, 2.0)
-    optimizer = adamw(layer, lr=0.1, weight_decay=0.5)
+    optimizer = AdamW(lr=0.1, weight_decay=0.5)(layer)
     (3 * layer(torch.ones(1))).sum().backward()
     optimizer.step()
     assert layer.weight.item() == pytest.approx(2 - 0.1 * 0.5 * 2 - 0.1, abs=1e-5)
@@ -168,12 +168,12 @@ def test_first_step_by_hand() -> None:
 )
 def test_wrong_numbers(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        adamw(nn.Linear(2, 2), **arguments)
+        AdamW(**arguments)(nn.Linear(2, 2))
 
 
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="nothing is left to train"):
-        adamw(nn.Linear(2, 2).requires_grad_(False), lr=1e-3)
+        AdamW(lr=1e-3)(nn.Linear(2, 2).requires_grad_(False))
 
 
 def learning_rates(warmup_steps: int, total_steps: int, steps: int) -> list[float]:

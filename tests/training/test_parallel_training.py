@@ -45,7 +45,7 @@ def saved(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, and the run that goes on from it for two more, in `on`."""
+    """A run of two steps, and one that resumes from it for two more, in `on`."""
     folder = tmp_path_factory.mktemp("one")
     run(folder, *SHORT, "data.train_count=16")
     last = f"ckpt_path={folder}/checkpoints/last.ckpt"

@@ -1,7 +1,6 @@
 """Self-critical training: what is drawn, rewarded and differentiated, on one rank and on two, killed and resumed."""
 
 import csv
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.optim import adamw
+from coca_lit.training.optim import AdamW
 from coca_lit.training.self_critical import SelfCritical
 from coca_lit.weights.load import save_model
 
@@ -63,7 +62,7 @@ def scripted_gradient() -> tuple[dict[str, Tensor], dict[str, float]]:
     net = network().double()
     own = slice(rank() * 4 // world_size(), (rank() + 1) * 4 // world_size())
     images = net.image_encoder(pixels()[own])
-    loss, measures = ready(Scripted)(net, images, KEYS[own])
+    loss, measures = ready(Scripted).policy(net, images, KEYS[own])
     loss.backward()
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}, measures
 
@@ -103,7 +102,7 @@ def test_captions_are_drawn_from_the_model_and_images_encoded_once() -> None:
     net = network()
     calls = []
     net.image_encoder.trunk.register_forward_hook(lambda *_: calls.append(1))
-    module = CoCaLit(net, partial(adamw, lr=0.1), self_critical=ready(samples=3))
+    module = CoCaLit(net, AdamW(lr=0.1), self_critical=ready(samples=3))
     module.log_dict = lambda *_, **__: None
     module.log = lambda *_, **__: None
     tokens = net.tokenizer([REFERENCES[key][0] for key in KEYS])
@@ -135,7 +134,7 @@ def test_rewards_grow() -> None:
                 out = net(features, tokens, contrastive=False)
                 loss = caption_loss(out.hidden, out.vocabulary, out.labels)
             else:
-                loss, measures = self_critical(net, features, list(REFERENCES))
+                loss, measures = self_critical.policy(net, features, list(REFERENCES))
                 rewards.append(measures["reward"])
             optimizer.zero_grad()
             loss.backward()
@@ -193,11 +192,11 @@ def test_settings_that_make_no_sense_are_refused(arguments: dict, message: str) 
 )
 def test_what_does_not_go_together_is_refused(model: dict, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CoCaLit(create_model("coca_tiny", **model), partial(adamw, lr=0.1), self_critical=SelfCritical(), **options)
+        CoCaLit(create_model("coca_tiny", **model), AdamW(lr=0.1), self_critical=SelfCritical(), **options)
 
 
 def test_sharded_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="self-critical training writes captions"):
+    with pytest.raises(ConfigError, match="self-critical training generates captions"):
         assembly.build_trainer(compose("experiment=scst_mscoco", "trainer=fsdp", f"output_dir={tmp_path}"), [])
 
 

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Callable
-from functools import partial, partialmethod
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from coca_lit.evals.base import Evaluation
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.optim import adamw
+from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model
 
 pytestmark = [
@@ -111,7 +111,7 @@ def test_raw_losses_are_logged_and_their_weighted_sum_is_trained(monkeypatch: py
         "train/contrastive_loss": contrastive_loss(out.image_features, out.text_features, out.logit_scale).detach(),
         "train/caption_loss": torch.nn.functional.cross_entropy(out.logits, out.labels).detach(),
     }
-    module, logged = CoCaLit(net, partial(adamw, lr=0.1), contrastive_weight=0.25, caption_weight=3.0), {}
+    module, logged = CoCaLit(net, AdamW(lr=0.1), contrastive_weight=0.25, caption_weight=3.0), {}
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
     loss = module.training_step(batch, 0)
@@ -151,7 +151,7 @@ def test_frozen_parts_are_named_and_stay(
 @pytest.mark.parametrize("weights", [{"contrastive_weight": 0, "caption_weight": 0}, {"caption_weight": -1}])
 def test_weights_that_leave_nothing_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="at least"):
-        CoCaLit(create_model("coca_tiny"), partial(adamw, lr=0.1), **weights)
+        CoCaLit(create_model("coca_tiny"), AdamW(lr=0.1), **weights)
 
 
 # Averages, precision, compilation

@@ -18,8 +18,7 @@ from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.plan.estimate import measure
 from coca_lit.plan.trace import cost
-from coca_lit.runs.setup_checks import check_strategy
-from coca_lit.training.sharding import FullySharded
+from coca_lit.training.sharding import FullySharded, check_strategy
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.lora import LowRank
 
@@ -85,7 +84,7 @@ def test_the_plan_counts_what_trains() -> None:
     updates = sum(p.numel() for m in module.net.modules() if isinstance(m, LowRank) for p in m.parameters())
     assert trained == updates + 1  # the temperature is in none of the parts
     assert measure(module.net).trained == 4 * trained
-    assert cost(module.net, module.weights, caption_tokens=12, autocast=None).total > 0
+    assert cost(module.net, module.pairs.weights, caption_tokens=12, autocast=None).total > 0
 
 
 def evaluation(folder: Path, *overrides: str) -> dict[str, float]:

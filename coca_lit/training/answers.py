@@ -6,51 +6,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.auxiliary.base import AuxiliaryLoss
 from coca_lit.data.batch import Batch, padded
 from coca_lit.data.records import Record
 from coca_lit.evals.inference import write_texts
 from coca_lit.evals.vqa_answers import fitting
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
+from coca_lit.training.objectives import Objective
 
 
-class AnswerClassifier(AuxiliaryLoss):
-    """Chooses an answer by the decoder's state at the end of the question, which has seen the question and the image.
+class AnswerClassifier(Objective):
+    """Classifies the decoder's state at the end of the question, which depends on the question and the image.
 
-    Each answer is a yes-or-no question whose target is the accuracy that it would score (Teney et al. 2017,
+    Every answer is a binary classification whose target is the accuracy that the answer would score (Teney et al. 2017,
     arXiv 1708.02711): people disagree, and several answers can be right.
 
     Args:
-        net: the network.
-        answers: the answers to choose from, normalised.
+        answers: the classes, normalised.
         weight: factor of the loss, a sum over answers.
     """
 
     trains = ("decoder.self_blocks", "decoder.cross_blocks", "decoder.norm")
 
-    def __init__(self, net: CoCa, answers: Sequence[str], weight: float = 1.0) -> None:
-        super().__init__(weight)
-        if net.decoder is None:
-            raise ValueError("answers need a decoder, which a model with decoder_layers=0 lacks")
+    def __init__(self, answers: Sequence[str], weight: float = 1.0) -> None:
+        super().__init__(answers=weight)
         if len(set(answers)) != len(answers) or len(answers) < 2:
             raise ValueError(f"expected two or more different answers to choose from, got {len(answers)}")
         self.answers = list(answers)
         self._numbers = {answer: i for i, answer in enumerate(answers)}
-        self.head = nn.Linear(net.config["text_width"], len(answers))
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.constant_(self.head.bias, -5.0)  # at first every answer is taken for wrong, as most are
 
-    def forward(self, net: CoCa, batch: Batch) -> Tensor:
+    def build(self, net: CoCa) -> None:
+        if net.decoder is None:
+            raise ValueError("answers need a decoder, which a model with decoder_layers=0 lacks")
+        self.head = nn.Linear(net.config["text_width"], len(self.answers))
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.constant_(self.head.bias, -5.0)  # at first every answer counts as wrong, as most are
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy in nats per question, summed over answers; 0 for a batch without questions."""
         if batch.prefix_lengths is None:
-            return 0 * (self.head.weight.sum() + self.head.bias.sum())
+            return {"answers": 0 * (self.head.weight.sum() + self.head.bias.sum())}
         logits = self.head(net.multimodal_state(batch.images, batch.tokens, batch.prefix_lengths))  # (B, N)
         loss = F.binary_cross_entropy_with_logits(logits.float(), self.targets(batch.answers).to(logits.device))
-        return loss * len(self.answers)
+        return {"answers": loss * len(self.answers)}
 
     def targets(self, answers: Sequence[Sequence[str]]) -> Tensor:
-        """(B, N): what each of the N answers would score against those that people gave to each of B questions."""
+        """(B, N): the score of each of the N answers against the people's answers to each of B questions."""
         targets = torch.zeros(len(answers), len(self.answers))
         for row, people in zip(targets, answers, strict=True):
             for answer in set(people):
@@ -59,10 +60,10 @@ class AnswerClassifier(AuxiliaryLoss):
         return targets
 
     @torch.no_grad()
-    def choose(
+    def answer(
         self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
     ) -> dict[int | str, str]:
-        """The likeliest answer to each question, by question id; every rank gets all of them."""
+        """The most likely answer to each question, by question id, on every rank."""
 
         def write(part: Sequence[Record], images: Tensor) -> Iterable[str]:
             questions = [fitting(net.tokenizer, record.question) for record in part]

@@ -1,8 +1,9 @@
-"""Drawing the image from the caption: the last idea of the CoCa report, in small.
+"""An extension of coca_lit from outside: an image decoder as an objective, with a callback and an experiment YAML.
 
-Learned queries, one for each patch of a coarse grid, look at the caption's states in the text tower; what they find
-becomes pixels. The mean squared error teaches the text tower what things look like. A caption leaves much open (of a
-scene the background and the exact places), so the best drawing is the mean of all images that it fits: edges stay soft.
+The last idea of the CoCa report, in small: draw the image from its caption. Learned queries, one for each patch of a
+coarse grid, attend to the states of the caption in the text tower; the output becomes pixels. The mean squared error
+teaches the text tower what things look like. A caption leaves much open (of a scene the background and the exact
+positions), so the best drawing is the mean of all images that the caption fits: edges stay soft.
 """
 
 import textwrap
@@ -16,45 +17,45 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from coca_lit.auxiliary.base import AuxiliaryLoss
 from coca_lit.data.batch import Batch
 from coca_lit.models import CoCa
+from coca_lit.training.objectives import Objective
 
 ENLARGED = 128  # pixels of a drawing on the sheet
 
 
-class ImageDecoder(AuxiliaryLoss):
+class ImageDecoder(Objective):
     """A small transformer from text states to an image.
 
     Args:
-        net: the network.
         weight: factor of the loss.
         size: side of the drawing in pixels, a multiple of `patch`; images are averaged down to it.
         patch: side of a patch in pixels.
         layers, heads: of the transformer, whose width is that of the text tower.
     """
 
-    def __init__(
-        self, net: CoCa, weight: float = 1.0, size: int = 32, patch: int = 4, layers: int = 2, heads: int = 3
-    ) -> None:
-        super().__init__(weight)
-        width = net.config["text_width"]
+    def __init__(self, weight: float = 1.0, size: int = 32, patch: int = 4, layers: int = 2, heads: int = 3) -> None:
+        super().__init__(image_decoder=weight)
         if size % patch:
             raise ValueError(f"size ({size}) must be a multiple of patch ({patch})")
-        if width % heads:
-            raise ValueError(f"the text width ({width}) must be a multiple of heads ({heads})")
-        self.size, self.patch = size, patch
-        self.query = nn.Parameter(torch.randn((size // patch) ** 2, width))
+        self.size, self.patch, self.layers, self.heads = size, patch, layers, heads
+
+    def build(self, net: CoCa) -> None:
+        width = net.config["text_width"]
+        if width % self.heads:
+            raise ValueError(f"the text width ({width}) must be a multiple of heads ({self.heads})")
+        self.query = nn.Parameter(torch.randn((self.size // self.patch) ** 2, width))
         self.norm_text = nn.LayerNorm(width)
         shape: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        layer = nn.TransformerDecoderLayer(width, heads, 4 * width, **shape)
-        self.blocks = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
-        self.pixels = nn.Linear(width, 3 * patch**2)
+        layer = nn.TransformerDecoderLayer(width, self.heads, 4 * width, **shape)
+        self.blocks = nn.TransformerDecoder(layer, self.layers, norm=nn.LayerNorm(width))
+        self.pixels = nn.Linear(width, 3 * self.patch**2)
 
-    def forward(self, net: CoCa, batch: Batch) -> Tensor:
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Mean squared error of the pixels, which lie in [0, 1]."""
         images = F.adaptive_avg_pool2d(batch.images.to(self.query.dtype) / 255, self.size)
-        return F.mse_loss(self.draw(net, batch.tokens, batch.lengths).float(), images.float())
+        drawn = self.draw(net, batch.tokens, batch.lengths)
+        return {"image_decoder": F.mse_loss(drawn.float(), images.float())}
 
     def draw(self, net: CoCa, tokens: Tensor, lengths: Tensor) -> Tensor:
         """tokens (B, L) -> drawings (B, 3, size, size), about in [0, 1]."""
@@ -66,12 +67,12 @@ class ImageDecoder(AuxiliaryLoss):
 
 
 class Drawings(L.Callback):
-    """When training ends, a sheet of drawings beside the images, `samples/drawings.png`, of the first captions of the
-    validation set.
+    """Writes `samples/drawings.png` when training ends: the first images of the validation set and, beside each, what
+    is drawn from its caption. The report shows every sheet in `samples/`.
 
     Args:
         output_dir: the run folder.
-        count: how many.
+        count: number of captions.
     """
 
     def __init__(self, output_dir: str | Path, count: int = 12) -> None:

@@ -1,0 +1,80 @@
+"""What exact resuming needs besides a checkpoint: random numbers by step, and the state of Lightning's loops.
+
+The functions below are the only place that touches private state of Lightning's loops, for which there is no public
+interface. They are written for Lightning 2.6, to which pyproject.toml pins it; tests/runs compares killed and resumed
+runs with undisturbed ones bit by bit.
+"""
+
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+
+from coca_lit.data.batch import Batch
+from coca_lit.seeding import stable_seed
+
+
+class StepSeeds(L.Callback):
+    """Seeds PyTorch's generators of the CPU and the GPUs before every batch by (seed, epoch, batch, rank), so that
+    dropout depends on the step and not on what the process did before.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        torch.manual_seed(stable_seed("step", self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+
+
+def logged_steps(trainer: L.Trainer) -> int:
+    """The `step` that the next logged metrics get."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def set_logged_steps(trainer: L.Trainer, steps: int) -> None:
+    """Corrects that number: Lightning counts one step too many when it resumes between two batches."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps
+
+
+def repeat_validation(trainer: L.Trainer) -> None:
+    """The resumed run begins with the validation in which it was stopped."""
+    trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+
+
+def is_between_steps(trainer: L.Trainer) -> bool:
+    """Whether the weights are those after the last whole batch, and no gradient waits for more batches."""
+    loop = trainer.fit_loop.epoch_loop
+    batches, steps = loop.batch_progress.state_dict()["current"], loop.automatic_optimization.optim_progress
+    stepped = steps.optimizer.step.total.ready == steps.optimizer.step.total.completed
+    at_a_step = batches["completed"] % trainer.accumulate_grad_batches == 0
+    return batches["processed"] == batches["completed"] and stepped and at_a_step
+
+
+def can_repeat_validation(trainer: L.Trainer) -> bool:
+    """Not while gradients wait for more batches, nor after the last step: Lightning would consider the run finished."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate() and not 0 <= trainer.max_steps <= trainer.global_step
+
+
+def set_position(checkpoint: dict[str, Any], validating: bool, finished: bool) -> None:
+    """Corrects the loops' counters in a checkpoint that is taken in `on_train_batch_start`: the current batch has not
+    begun yet.
+
+    Args:
+        validating: it is taken within a validation, which will be repeated from its first batch.
+        finished: training is over; a further epoch, if one is asked for later, begins at its first batch.
+    """
+    progress, validation = (
+        checkpoint["loops"]["fit_loop"][f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop.")
+    )
+    if validating:
+        for count, batches in validation["current"].items():
+            validation["total"][count] -= batches
+        validation["current"] = dict.fromkeys(validation["current"], 0)
+    if finished:
+        progress["current"] = dict.fromkeys(progress["current"], 0)
+    for counts in (progress["current"], progress["total"]):
+        counts.update(dict.fromkeys(counts, counts["completed"]))
+    progress["is_last_batch"] = False

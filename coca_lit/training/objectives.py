@@ -1,0 +1,145 @@
+"""Objectives: what a batch is trained for. Each maps the network and a batch to named loss terms.
+
+`Pairs` is CoCa's own pair of losses, `Texts` the caption loss of batches that are texts alone,
+`coca_lit.training.self_critical.SelfCritical` takes the place of `Pairs` in training, and further objectives join by
+name: `+model.objectives.NAME._target_=my_package.MyObjective`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coca_lit.data.batch import Batch
+from coca_lit.losses import loss_terms
+from coca_lit.models import CoCa
+from coca_lit.training.gradient_caching import cached_loss, check_micro_batches
+
+
+class Objective(nn.Module, ABC):
+    """Loss terms of a batch. Its parameters, if it has any, are trained with those of the network, which it does not
+    hold; they are saved in training checkpoints, and `load_model` ignores them.
+
+    Args:
+        weights: the factor of each term in the training loss, by the name of the term.
+
+    Attributes:
+        trains: the parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen for
+            want of another loss that trains them.
+        measures: numbers to log besides the terms of the last batch, by name.
+    """
+
+    trains: Sequence[str] = ()
+
+    def __init__(self, **weights: float) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or weight < 0:
+                raise ValueError(f"{name}_weight must be a number of at least 0, got {weight!r}")
+        self.weights = weights
+        self.measures: dict[str, float] = {}
+
+    def build(self, net: CoCa) -> None:
+        """Creates the parameters, which may depend on the sizes of the network. Called once, before training.
+
+        Raises:
+            ValueError: the network lacks what the objective needs.
+        """
+
+    @abstractmethod
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        """Raw terms, scalars of this rank whose mean over ranks is that of the global batch."""
+
+    def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the terms, to be differentiated, and the terms themselves."""
+        terms = self(net, batch)
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(), terms
+
+
+class Pairs(Objective):
+    """The contrastive and the caption loss of pairs of an image and a text. A weight of 0 skips its loss.
+
+    Args:
+        label_smoothing: the share of every target of the caption loss that is spread over the vocabulary, in training.
+        micro_batch_size: pairs that go through the network at a time in training, see `gradient_caching`; None for the
+            whole batch.
+    """
+
+    def __init__(
+        self,
+        contrastive_weight: float,
+        caption_weight: float,
+        label_smoothing: float = 0.0,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(contrastive=contrastive_weight, caption=caption_weight)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
+        self.label_smoothing, self.micro_batch_size = label_smoothing, micro_batch_size
+
+    def build(self, net: CoCa) -> None:
+        if net.decoder is None:  # a CLIP does not caption
+            self.weights["caption"] = 0.0
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        asked = {"contrastive": self.weights["contrastive"] != 0, "captioning": self.weights["caption"] != 0}
+        out = net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths, **asked)
+        return loss_terms(out, self.label_smoothing if self.training else 0.0)
+
+    def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.micro_batch_size is None:
+            return super().loss(net, batch)
+        pairs, size = (batch.images, batch.tokens, batch.lengths), self.micro_batch_size
+        return cached_loss(net, *pairs, size, self.weights, batch.prefix_lengths, self.label_smoothing)
+
+
+class Texts(Objective):
+    """The caption loss of texts without images, for which the decoder is a language model."""
+
+    def __init__(self, text_weight: float, label_smoothing: float = 0.0) -> None:
+        super().__init__(text=text_weight)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        out = net(None, batch.tokens, batch.lengths)
+        return {"text": loss_terms(out, self.label_smoothing if self.training else 0.0)["caption"]}
+
+
+def named_objectives(objectives: Mapping[str, Objective | None]) -> dict[str, Objective]:
+    """The objectives that join those of the network, without the names that are None.
+
+    Raises:
+        ValueError: one is no objective, has a weight of 0, or has a term of the same name as another.
+    """
+    further = {name: made for name, made in objectives.items() if made is not None}
+    terms = ["contrastive", "caption", "text", "policy"]
+    for name, made in further.items():
+        if not isinstance(made, Objective):
+            raise ValueError(f"objectives.{name}: expected a coca_lit.training.objectives.Objective, got {made!r}")
+        for term, weight in made.weights.items():
+            if weight == 0:
+                raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")
+            if term in terms:
+                raise ValueError(f"objectives.{name}: '{term}' is the name of another loss; choose another one")
+            terms.append(term)
+    return further
+
+
+def check_pairs(pairs: Pairs, net: CoCa, further: bool) -> None:
+    """Checks `pairs` once it is known what of the network is frozen.
+
+    Args:
+        further: whether other objectives join.
+
+    Raises:
+        ValueError: no loss is left, or micro-batches are impossible.
+    """
+    if not any(pairs.weights.values()) and not further:
+        raise ValueError(
+            "no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0"
+        )
+    if pairs.micro_batch_size is not None:
+        check_micro_batches(net, pairs.micro_batch_size)
+        if further:
+            raise ValueError("micro_batch_size does not work with further objectives, which need the whole batch")

@@ -1,0 +1,219 @@
+"""Objectives that join those of the network: the answer classifier, and one of one's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from running import run
+from torch import Tensor
+
+from coca_lit.data.batch import Batch
+from coca_lit.data.scenes.export import export_scenes
+from coca_lit.data.scenes.questions import SceneQuestionsDataModule, scene_question_records
+from coca_lit.errors import ConfigError
+from coca_lit.lit_module import CoCaLit
+from coca_lit.models import CoCa, create_model
+from coca_lit.training.answers import AnswerClassifier
+from coca_lit.training.objectives import Objective
+from coca_lit.training.optim import AdamW
+from coca_lit.training.sharding import FullySharded, check_strategy
+from coca_lit.weights.load import load_model
+
+OPTIMIZER = AdamW(lr=1e-3)
+ANSWERS = ["red", "2", "left"]
+
+
+@pytest.fixture(scope="module")
+def net() -> CoCa:
+    torch.manual_seed(0)
+    return create_model("coca_tiny", tokenizer="scenes_vqa").eval()
+
+
+@pytest.fixture(scope="module")
+def questions(net: CoCa) -> Batch:
+    return next(iter(SceneQuestionsDataModule(net.tokenizer, 8, train_count=8).train_dataloader()))
+
+
+# The answer classifier
+
+
+def built(net: CoCa) -> AnswerClassifier:
+    classifier = AnswerClassifier(ANSWERS)
+    classifier.build(net)
+    return classifier
+
+
+def test_targets_are_the_accuracies_of_answers(net: CoCa) -> None:
+    classifier = built(net)
+    people = [("red",) * 10, ("two",) * 2 + ("The left",) * 3 + ("up",) * 5, ("?",) * 10]
+    expected = torch.tensor([[1, 0, 0], [0, 0.6, 0.9], [0, 0, 0]])
+    torch.testing.assert_close(classifier.targets(people), expected)
+
+
+def test_the_loss_is_that_of_yes_or_no_questions(net: CoCa, questions: Batch) -> None:
+    torch.manual_seed(1)
+    classifier = built(net)
+    torch.nn.init.normal_(classifier.head.weight)
+    with torch.no_grad():
+        p = (
+            classifier.head(net.multimodal_state(questions.images, questions.tokens, questions.prefix_lengths))
+            .double()
+            .sigmoid()
+        )
+        target = classifier.targets(questions.answers)
+        expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(dim=1).mean()
+    torch.testing.assert_close(classifier(net, questions)["answers"], expected.float(), atol=1e-3, rtol=0)
+    assert classifier(net, questions._replace(prefix_lengths=None, answers=()))["answers"].item() == 0
+
+
+def test_the_answer_chosen_is_the_likeliest(net: CoCa) -> None:
+    classifier = built(net)
+    torch.nn.init.normal_(classifier.head.weight)
+    records = scene_question_records("val", count=2)
+    chosen = classifier.answer(net.train(), records, batch_size=3)
+    assert net.training
+    net.eval()
+    for record in records:
+        image = torch.from_numpy(_pixels(record.image()))[None]
+        ids = torch.tensor([net.tokenizer.encode(record.question)[:-1]])
+        with torch.no_grad():
+            assert chosen[record.id] == ANSWERS[int(classifier.head(net.multimodal_state(image, ids)).argmax())]
+
+
+def _pixels(image: Image.Image) -> Any:
+    import numpy as np
+
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+def test_a_classifier_keeps_the_decoder_from_freezing() -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_vqa")
+    CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"answers": AnswerClassifier(ANSWERS)})
+    frozen = {name for name, p in net.decoder.named_parameters() if not p.requires_grad}
+    assert frozen == {"vocabulary.weight"}
+    assert not net.logit_scale.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"answers": ["a"]}, "two or more different answers"),
+        ({"answers": ["a", "a"]}, "two or more different answers"),
+        ({"answers": ANSWERS, "weight": -1}, "answers_weight must be a number of at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AnswerClassifier(**options)
+
+
+def test_answers_need_a_decoder() -> None:
+    with pytest.raises(ValueError, match=r"answers need a decoder, which .* lacks"):
+        AnswerClassifier(ANSWERS).build(create_model("coca_tiny", decoder_layers=0))
+
+
+# Objectives of one's own
+
+
+class Brightness(Objective):
+    """Two terms and a parameter; the network should guess how bright an image is."""
+
+    def __init__(self, weight: float = 1.0, name: str = "brightness") -> None:
+        super().__init__(**{name: weight, "shift": 0.5})
+        self.name = name
+
+    def build(self, net: CoCa) -> None:
+        self.head = torch.nn.Linear(net.config["embed_dim"], 1)
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        guess = self.head(net.encode_image(batch.images))[:, 0]
+        self.measures = {"guess": guess.mean().item()}
+        truth = batch.images.float().flatten(1).mean(dim=1) / 255
+        return {self.name: (guess - truth).square().mean(), "shift": self.head.bias.square().sum()}
+
+
+def test_weighted_terms_are_added_and_logged_raw(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_vqa").eval()
+    objective = Brightness(weight=3.0)
+    module, logged = CoCaLit(net, OPTIMIZER, 0, 0.25, 2.0, objectives={"bright": objective, "none": None}), {}
+    torch.nn.init.ones_(objective.head.bias)
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(module, "log", lambda *_: None)
+    loss = module.training_step(questions, 0)
+    own = {f"train/{name}_loss": term.detach() for name, term in objective(net, questions).items()}
+    assert own["train/shift_loss"] == 1
+    assert logged["train/guess"] == pytest.approx(objective.measures["guess"])
+    torch.testing.assert_close({name: logged[name] for name in own}, own)
+    weights = {"contrastive": 0.25, "caption": 2, "brightness": 3, "shift": 0.5}
+    assert loss.item() == pytest.approx(sum(weight * logged[f"train/{name}_loss"] for name, weight in weights.items()))
+
+
+def test_an_objective_alone_is_trained(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"bright": Brightness()})
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    module.validation_step(questions, 0)
+    assert set(logged) == {"val/brightness_loss", "val/shift_loss"}
+
+
+@pytest.mark.parametrize(
+    ("objectives", "options", "said"),
+    [
+        ({"a": Brightness(name="caption")}, {}, "objectives.a: 'caption' is the name of another loss"),
+        ({"a": Brightness(), "b": Brightness()}, {}, "objectives.b: 'brightness' is the name of another loss"),
+        ({"a": Brightness(weight=0)}, {}, "a brightness_weight of 0 trains nothing; set objectives.a=null"),
+        ({"a": print}, {}, "objectives.a: expected a coca_lit.training.objectives.Objective, got <built-in"),
+        (
+            {"a": Brightness()},
+            {"micro_batch_size": 2, "freeze": ["image_encoder"]},
+            "micro_batch_size does not work with further objectives",
+        ),
+    ],
+)
+def test_objectives_that_cannot_join_are_refused(
+    objectives: dict[str, Any], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        CoCaLit(create_model("coca_tiny"), OPTIMIZER, objectives=objectives, **options)
+
+
+# Whole runs
+
+SMALL = ("trainer=smoke", "eval_images=8", "data.train_count=16")
+
+
+def test_a_run_that_answers(tmp_path: Path) -> None:
+    results = run(tmp_path, "experiment=scenes_vqa", *SMALL)
+    kinds = {"colour", "shape", "count", "place", "classifier", "blind"}
+    assert set(results) <= {"scenes_vqa/accuracy", *(f"scenes_vqa/{kind}/accuracy" for kind in kinds)}
+    assert {"scenes_vqa/accuracy", "scenes_vqa/classifier/accuracy", "scenes_vqa/blind/accuracy"} <= set(results)
+    assert (tmp_path / "predictions" / "scenes_vqa_classifier.json").is_file()
+    assert "scenes_vqa: answers" in (tmp_path / "report.html").read_text()
+    assert load_model(tmp_path / "checkpoints" / "last.ckpt").tokenizer.decode([4]) != ""
+
+
+def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
+    export_scenes("vqa", tmp_path / "vqa", count=8, size=32)
+    tiny = ("model.net.name=coca_tiny", "+model.net.tokenizer=scenes_vqa", "image_size=32", "data.num_workers=0")
+    overrides = ("experiment=finetune_vqa", "model=coca_answers", f"data.root={tmp_path}/vqa", *tiny)
+    results = run(tmp_path / "run", "trainer=smoke", *overrides)
+    kinds = {"number", "other", "classifier", "blind"}
+    assert {"vqa/accuracy", "vqa/classifier/accuracy"} <= set(results)
+    assert set(results) <= {"vqa/accuracy", *(f"vqa/{kind}/accuracy" for kind in kinds)}
+    rows = json.loads((tmp_path / "run" / "predictions" / "vqa.json").read_text())
+    assert {*rows[0]} == {"question_id", "answer"}
+
+
+def test_sharded_weights_and_further_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match="objectives do not work with sharded weights"):
+        check_strategy(FullySharded(), "32-true", None, None, objectives=True)
+
+
+def test_texts_without_a_decoder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a ring\n" * 16)
+    clip = ("+model.net.decoder_layers=0", f"data.text={tmp_path}/texts.txt", "evals=[]")
+    with pytest.raises(ConfigError, match=r"data\.text: texts without images train the decoder, which a CLIP"):
+        run(tmp_path, *SMALL, *clip)
