@@ -1,10 +1,11 @@
-"""A digest of weights: what was computed with other weights, or other settings, gets another name."""
+"""Digests of weights: results computed with other weights or other settings get another name and are never mixed."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -14,3 +15,10 @@ def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The digest of a model: equal for the same architecture with the same weights, whatever file they came from."""
+    # A CLIP has no `config`; the classes of its modules tell one with QuickGELU from one with GELU.
+    about = getattr(model, "config", None) or sorted({type(part).__name__ for part in model.modules()})
+    return digest(json.dumps(about, sort_keys=True), model.state_dict().items())

@@ -11,7 +11,7 @@ from PIL import Image
 from coca_lit.data.records import FORMATS, MAX_PIXELS
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
-from coca_lit.inference.images import open_upright
+from coca_lit.inference.inputs import open_upright
 from coca_lit.inference.search import check_query
 from coca_lit.models import Captions, CoCa
 

@@ -153,7 +153,7 @@ def test_a_wrong_plan_is_refused(plan: str, message: str) -> None:
 def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     show_plan(compose("experiment=demo", "plan={gpus: [A100, H100], devices: 2, samples: 1e6}"))
     shown = capsys.readouterr().out
-    for words in ("image encoder", "AdamW states", "samples that fit a device", "H100", "device-hours"):
+    for words in ("image encoder", "AdamW states", "samples that fit on a device", "H100", "device-hours"):
         assert words in shown
 
 
@@ -164,5 +164,5 @@ def test_a_plan_leaves_nothing_behind(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # is set by the command, and reset after the test
     monkeypatch.setattr("sys.argv", ["train.py", "plan=true"])
     train()
-    assert "samples/s of a device" in capsys.readouterr().out
+    assert "samples/s per device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
