@@ -11,7 +11,7 @@ import yaml
 
 from coca_lit.export.folder import CARD, TAG
 from coca_lit.models import CoCa
-from coca_lit.report.tables import cell, score_name
+from coca_lit.report.scores import cell, score_name
 from coca_lit.runs.run_folder import commit
 
 TRAINING = ("seed", "image_size", "init_from", "image_weights", "lora", "ema", "model", "data", "trainer")

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
 
-BATCHES = (64, 128)  # the difference of two steps is the cost per sample; both exceed a chunk of the losses
+BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
 PARTS = {  # part of the plan -> modules of the network
     "image encoder": ("image_encoder",),
     "pooling": ("pooling", "image_projection"),
@@ -29,13 +29,11 @@ PARTS = {  # part of the plan -> modules of the network
 }
 
 
-class Step(NamedTuple):
-    """The cost of a training step."""
+class Flops(NamedTuple):
+    """FLOPs of a training step; a multiply-add counts as 2."""
 
-    samples: int
-    forward: dict[str, int]  # FLOPs by part; a multiply-add counts as 2
-    total: int  # FLOPs of forward and backward pass, recomputation included
-    peak: int  # bytes of activations and temporary tensors, without weights, gradients and inputs
+    forward: dict[str, int]  # by part
+    total: int  # of forward and backward pass, recomputation included
 
 
 class Cost(NamedTuple):
@@ -56,47 +54,77 @@ def cost(net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast:
         caption_tokens: mean length of the captions, start and end included.
         autocast: type of mixed precision; None computes in the type of the weights.
     """
-    few, many = (trace(net, weights, caption_tokens, autocast, batch) for batch in BATCHES)
-    slope = (many.peak - few.peak) / (many.samples - few.samples)
-    forward = {part: flops / many.samples for part, flops in many.forward.items()}
-    return Cost(forward, many.total / many.samples, slope, max(few.peak - few.samples * slope, 0.0))
+    few, many = BATCHES
+    low, high = (peak_memory(net, weights, caption_tokens, autocast, batch) for batch in BATCHES)
+    slope = (high - low) / (many - few)
+    step = count_flops(net, weights, caption_tokens, autocast, few)
+    forward = {part: flops / few for part, flops in step.forward.items()}
+    return Cost(forward, step.total / few, slope, max(low - few * slope, 0.0))
 
 
-def trace(
+def count_flops(
     net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None, batch: int
-) -> Step:
-    """A step with `batch` samples; arguments as for `cost`."""
+) -> Flops:
+    """FLOPs of a step with `batch` samples, without the contrastive logits, which grow with the global batch; other
+    arguments as for `cost`.
+    """
+    totals: dict[str, int] = {}
+    modules: dict[str, int] = {}
+
+    def mark(end_of: str) -> None:
+        totals[end_of] = counter.get_total_flops()
+        if end_of == "network":
+            modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
+
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        _step(net, weights, _inputs(net, caption_tokens, batch), autocast, mark)
+    vocabulary = totals["caption"] - totals["network"]
+    parts = [part for part in PARTS if part != "decoder" or vocabulary]
+    root = type(net).__name__
+    forward = {part: sum(modules.get(f"{root}.{name}", 0) for name in PARTS[part]) for part in parts}
+    forward |= {"vocabulary, with its gradients": vocabulary} if vocabulary else {}
+    return Flops(forward, counter.get_total_flops() - (totals["contrastive"] - totals["caption"]))
+
+
+def peak_memory(
+    net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None, batch: int
+) -> int:
+    """Bytes of activations and temporary tensors that a step with `batch` samples holds at its peak, without weights,
+    gradients and inputs; other arguments as for `cost`.
+    """
+    inputs = _inputs(net, caption_tokens, batch)
+    given = [*inputs, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters() if p.grad is not None)]
+    with _PeakMemory(given) as memory:
+        _step(net, weights, inputs, autocast)
+    return memory.peak
+
+
+def _step(
+    net: CoCa,
+    weights: Mapping[str, float],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    autocast: torch.dtype | None,
+    mark: Callable[[str], None] = lambda end_of: None,
+) -> None:
+    """A training step; `mark` is called at the end of the network and of each loss, computed or not."""
+    with _RealMasks(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = net(*inputs, contrastive=bool(weights["contrastive"]), captioning=bool(weights["caption"]))
+        mark("network")
+        terms = loss_terms(out._replace(image_features=None))
+        mark("caption")
+        terms |= loss_terms(out._replace(hidden=None))
+        mark("contrastive")
+        loss = torch.stack([*terms.values()]).sum()
+        del out, terms
+    loss.backward()
+
+
+def _inputs(net: CoCa, caption_tokens: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake images, real tokens and lengths for a network that is made fake, too."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(net.train())
         images = torch.empty(batch, 3, net.image_size, net.image_size, dtype=torch.uint8)
-    tokens = torch.zeros(batch, caption_tokens, dtype=torch.long)
-    lengths = torch.full((batch,), caption_tokens)
-    asked = {"contrastive": bool(weights["contrastive"]), "captioning": bool(weights["caption"])}
-    given = [images, tokens, lengths, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
-    memory = _PeakMemory(t for t in given if t is not None)
-    with memory, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            out = net(images, tokens, lengths, **asked)
-            by_module = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
-            terms, before = [], counter.get_total_flops()
-            if out.hidden is not None:
-                terms.append(loss_terms(out._replace(image_features=None))["caption"])
-            vocabulary, before = counter.get_total_flops() - before, counter.get_total_flops()
-            if out.image_features is not None:
-                terms.append(loss_terms(out._replace(hidden=None))["contrastive"])
-            logits = counter.get_total_flops() - before  # they grow with the global batch: see `estimate.flops`
-            loss = torch.stack(terms).sum()
-            del out, terms
-        loss.backward()
-        del loss
-    root = type(net).__name__
-    forward = {
-        part: sum(by_module.get(f"{root}.{name}", 0) for name in names)
-        for part, names in PARTS.items()
-        if part != "decoder" or vocabulary
-    }
-    forward |= {"vocabulary, with its gradients": vocabulary} if vocabulary else {}
-    return Step(batch, forward, counter.get_total_flops() - logits, memory.peak)
+    return images, torch.zeros(batch, caption_tokens, dtype=torch.long), torch.full((batch,), caption_tokens)
 
 
 def _to_fake(net: nn.Module) -> None:
@@ -111,6 +139,17 @@ def _to_fake(net: nn.Module) -> None:
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
+class _RealMasks(TorchDispatchMode):
+    """Turns real boolean masks that index fake tensors into positions: a fake copy of them would have no values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            is_mask = [index is not None and index.dtype is torch.bool for index in args[1]]
+            parts = [x.nonzero().unbind(1) if mask else [x] for x, mask in zip(args[1], is_mask, strict=True)]
+            args = (args[0], [index for part in parts for index in part])
+        return func(*args, **(kwargs or {}))
+
+
 class _PeakMemory(TorchDispatchMode):
     """The most bytes that tensors made inside the block occupied at once."""
 
@@ -121,9 +160,6 @@ class _PeakMemory(TorchDispatchMode):
         self._known = {storage._cdata for storage in self._given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor:  # a mask is real here; a fake copy of it would have no values to count
-            real = [i.nonzero().unbind(1) if i is not None and i.dtype is torch.bool else [i] for i in args[1]]
-            args = (args[0], [index for part in real for index in part])
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

@@ -76,7 +76,7 @@ def write_results(
         seen: samples and tokens that the model was trained on, for `environment.json`.
     """
     from coca_lit.files import atomic_write
-    from coca_lit.report.write import write_report
+    from coca_lit.report.page import write_report
 
     environment = json.loads((folder / "environment.json").read_text())
     environment["seconds"] = round(time.time() - environment["started"])
