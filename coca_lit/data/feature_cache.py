@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.pixels import load_pixels
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import TrainTransform, Transform
-from coca_lit.digest import digest
 from coca_lit.distributed import gather_objects, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
+from coca_lit.weights.digest import digest
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coca_lit.data.transforms import build_transform
-from coca_lit.digest import fingerprint
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import replacing
 from coca_lit.inference.inputs import SUFFIXES, Source, find_images, load_images
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import Tokenizer, WordTokenizer, split_words
+from coca_lit.weights.digest import fingerprint
 
 FORMAT = "coca_lit image index 1"
 Progress = Callable[[int, int], None]  # images done so far, images to do

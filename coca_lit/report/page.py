@@ -20,7 +20,9 @@ FACTS = {  # key of the config or the environment -> name for readers
     "data.batch_size": "batch size",
     "trainer.max_epochs": "epochs",
     "seed": "seed",
-    "eval_split": "evaluation split",
+    "scoring.split": "evaluation split",
+    "scoring.images": "evaluated images, at most",
+    "eval_split": "evaluation split",  # the keys of earlier versions
     "eval_images": "evaluated images, at most",
     "seconds": "seconds in total",
     "commit": "commit",

@@ -12,7 +12,7 @@ from coca_lit.errors import DataError
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.")  # keys that differ between equal runs
-JOB_RECORD = Path(".hydra", "job.json")  # of a job of a sweep, see `coca_lit.cli.sweep`
+JOB_RECORDS = ("job.json", ".hydra/job.json")  # of a job of a sweep, see `coca_lit.cli.sweep`; now, and earlier
 
 
 class Run(NamedTuple):
@@ -66,13 +66,11 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
     runs: list[Run] = []
     failed: dict[str, str] = {}
     for folder in folders:
-        inside = sorted(
-            {path.parent for path in folder.glob("*/results.json")}
-            | {path.parent.parent for path in folder.glob(f"*/{JOB_RECORD}")}
-        )
-        alone = (folder / "results.json").is_file() or (folder / JOB_RECORD).is_file() or not inside
+        endings = ("results.json", *JOB_RECORDS)
+        inside = sorted({path for path in folder.glob("*") if any((path / ending).is_file() for ending in endings)})
+        alone = any((folder / ending).is_file() for ending in endings) or not inside
         for place in [folder] if alone else inside:
-            record = _json(place / JOB_RECORD)
+            record = next((_json(place / name) for name in JOB_RECORDS if (place / name).is_file()), {})
             if record.get("status", "ok") == "ok":
                 runs.append(read_run(place))
             else:
