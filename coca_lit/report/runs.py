@@ -70,7 +70,8 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
         inside = sorted({path for path in folder.glob("*") if any((path / ending).is_file() for ending in endings)})
         alone = any((folder / ending).is_file() for ending in endings) or not inside
         for place in [folder] if alone else inside:
-            record = next((_json(place / name) for name in JOB_RECORDS if (place / name).is_file()), {})
+            records = (_json(place / name) for name in JOB_RECORDS if (place / name).is_file())
+            record: dict[str, Any] = next(records, {})
             if record.get("status", "ok") == "ok":
                 runs.append(read_run(place))
             else:
