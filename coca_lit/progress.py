@@ -1,4 +1,4 @@
-"""How far the work is, on standard error, because standard output is for results."""
+"""Progress of a command, on standard error because standard output is for results."""
 
 import sys
 import time
@@ -10,14 +10,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from coca_lit.distributed import rank
 
-PLAIN_EVERY = 10  # seconds
+LINE_INTERVAL = 10  # seconds
 
 
-class Reporter:
-    """A bar on a terminal, else a line every few seconds; only of rank 0. Messages come from every rank.
+class ProgressBar:
+    """A bar in a terminal, else a line every few seconds; on rank 0 only. Messages are printed by every rank.
 
     Args:
-        what: is being done, as in "captioning".
+        what: the activity, such as "captioning".
     """
 
     def __init__(self, what: str) -> None:
@@ -30,7 +30,7 @@ class Reporter:
         self._bar = Progress(*columns, console=self._console) if shown else None
         self._task = self._bar.add_task(what, total=1.0) if self._bar else None
 
-    def __enter__(self) -> "Reporter":
+    def __enter__(self) -> "ProgressBar":
         if self._bar:
             self._bar.start()
         return self
@@ -42,19 +42,19 @@ class Reporter:
             self._bar.stop()
 
     def advance(self, images: int, share: float) -> None:
-        """More `images` are done, and now this `share` of all work."""
+        """Counts further `images`; `share` of all work is done now."""
         self.images += images
         seconds = time.monotonic() - self._start
         text = f"{self.what} · {self.images} images · {self.images / max(seconds, 1e-9):.1f}/s"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=share, description=text)
-        elif rank() == 0 and time.monotonic() - self._last > PLAIN_EVERY:
+        elif rank() == 0 and time.monotonic() - self._last > LINE_INTERVAL:
             self._last = time.monotonic()
             left = timedelta(seconds=round(seconds * (1 - share) / max(share, 1e-9)))
             self.print(f"{text} · {share:.0%} · ETA {left}")
 
     def reach(self, images: int, total: int) -> None:
-        """So many `images` of `total` are done."""
+        """Sets the count to `images` of `total`."""
         self.advance(images - self.images, images / total)
 
     def print(self, message: str) -> None:

@@ -1,11 +1,9 @@
-"""What the studies share: rows of finished runs, tables made of rows, and the places of tables in the READMEs.
+"""Building blocks of the studies: rows of finished runs, tables and figures made of rows, places of tables in READMEs.
 
-A study's `report.py` says which tables it has, as a function `tables() -> {name: Markdown}`, and hands it to `report`.
-A table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->` of any README of the repository. Runs are
-called VARIANT_seedN, so that the seeds of a variant can be put together.
+`experiments/report.py` puts them together. A table stands between the lines `<!-- table:NAME -->` and `<!-- /table -->`
+of any README of the repository. Runs are named VARIANT_seedN, which groups the seeds of a variant.
 """
 
-import argparse
 import csv
 import json
 import re
@@ -15,37 +13,36 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from coca_lit.report.tables import Table, markdown
+
 Row = dict[str, str]
 
 EXPERIMENTS = Path(__file__).resolve().parent
 READMES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md")))
 MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
-HEADLINE = re.compile(r"/(Bleu_4|METEOR|CIDEr|exact_match|\w+_recall@[15]|top1)$")  # the CSV has the other scores too
+SHOWN = re.compile(r"/(Bleu_4|METEOR|CIDEr|exact_match|\w+_recall@[15]|top1)$")  # the CSV has all scores
 
 
-def report(results: Path, tables: Callable[[], Mapping[str, str]], draw: Callable[[], None] | None = None) -> None:
-    """The command line of a study's `report.py`: takes run folders into the CSV `results`, writes the tables into the
-    READMEs and draws the figure.
-    """
-    parser = argparse.ArgumentParser(description=f"Tables and figure of {results.parent.name}, from {results.name}.")
-    parser.add_argument("runs", nargs="*", type=Path, help="run folders whose rows are added or replaced first")
-    if folders := parser.parse_args().runs:
-        write_rows(results, add_runs(read_rows(results), folders))
-    if results.exists():
-        write_tables(tables())
-        if draw is not None:
-            draw()
+class TableStudy(NamedTuple):
+    """A study with one table, which `table` makes of its rows."""
+
+    results: Path
+    table: Callable[[Sequence[Row]], str]
+
+    def tables(self) -> dict[str, str]:
+        rows = read_rows(self.results)
+        return {self.results.parent.name: self.table(rows)} if rows else {}
 
 
 class VariantStudy(NamedTuple):
-    """A study with one table and one figure, both of its variants.
+    """A study with one table and one figure that compare variants.
 
     Attributes:
-        results: its CSV; table and figure are called after the folder.
-        names: {variant: what readers call it}, in their order.
+        results: its CSV; table and figure are named after the folder.
+        names: {variant: name for readers}, in their order.
         scores: {column: title}
-        borrowed: {variant: (study, its variant)}: what was run for another study already, with the same settings.
+        borrowed: {variant: (study, its variant)}: runs of another study with the same settings.
     """
 
     results: Path
@@ -57,10 +54,7 @@ class VariantStudy(NamedTuple):
         rows = self._rows()
         return {self.results.parent.name: by_variant(rows, self.scores)} if rows else {}
 
-    def report(self) -> None:
-        report(self.results, self.tables, self._draw)
-
-    def _draw(self) -> None:
+    def draw(self) -> None:
         draw_variants(self._rows(), self.scores, self.results.with_name(f"{self.results.parent.name}.png"))
 
     def _rows(self) -> list[Row]:
@@ -70,24 +64,16 @@ class VariantStudy(NamedTuple):
         return renamed(rows, self.names)
 
 
-# Captions and retrieval of the built-in scenes.
-SCENE_SCORES = {
-    "scenes/CIDEr": "CIDEr",
-    "scenes/exact_match": "exact match",
-    "scenes/t2i_recall@1": "text to image R@1",
-    "scenes/i2t_recall@1": "image to text R@1",
-}
-
 # Rows
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a CSV; none if it is not there yet."""
+    """Rows of a CSV; none if it does not exist yet."""
     return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """A CSV with the columns of all rows; what a row lacks stays empty."""
+    """Writes a CSV with the columns of all rows; missing values stay empty."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -95,11 +81,11 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def read_run(folder: Path) -> Row:
-    """What a run was, and its scores. One without results is kept as a failed row."""
+    """The facts and scores of a run. A run without results is kept as a failed row."""
     environment = json.loads((folder / "environment.json").read_text())
     config = (folder / "config.yaml").read_text()
     seed = re.search(r"^seed: (\d+)$", config, flags=re.MULTILINE) or re.search(r"_seed(\d+)$", folder.name)
-    environment["command"] = re.sub(r"=/\S+", "=PATH", environment.get("command", ""))  # folders of one machine
+    environment["command"] = re.sub(r"=/\S+", "=PATH", environment.get("command", ""))  # paths of one machine
     row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}
     if speeds := numbers(read_rows(folder / "metrics.csv"), "samples/s"):
         row["samples/s"] = f"{statistics.median(speeds):.1f}"
@@ -109,7 +95,7 @@ def read_run(folder: Path) -> Row:
 
 
 def add_runs(rows: Sequence[Row], folders: Sequence[Path]) -> list[Row]:
-    """The rows with those of finished runs added, in place of earlier ones of the same name."""
+    """Adds the rows of runs, in place of earlier rows of the same name."""
     return list(({row["run"]: row for row in rows} | {folder.name: read_run(folder) for folder in folders}).values())
 
 
@@ -122,7 +108,7 @@ def variants(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def renamed(rows: Sequence[Row], names: Mapping[str, str]) -> list[Row]:
-    """The rows of the variants in `names`, {variant: what readers call it}, in their order."""
+    """The rows of the variants in `names`, {variant: name for readers}, in their order."""
     groups = variants(rows)
     return [row | {"run": row["run"].replace(v, names[v], 1)} for v in names for row in groups.get(v, [])]
 
@@ -136,7 +122,7 @@ def numbers(rows: Sequence[Row], column: str) -> list[float]:
 
 
 def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) -> None:
-    """A panel for each of `scores`, {column: title}: a dot per run and a line at the mean, variant beside variant."""
+    """Draws a panel for each of `scores`, {column: title}: a dot per run and a line at the mean of each variant."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -157,6 +143,25 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
     plt.close(figure)
 
 
+def draw_lines(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], x: str, y: str, path: Path) -> None:
+    """Draws {panel: {line: its points}}."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), **shape)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker=".", label=label)
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 # Tables
 
 
@@ -165,25 +170,25 @@ def by_seed(rows: Sequence[Row]) -> str:
     several = len(rows) > 1
     names = [f"seed {row['seed']}" if several else row["run"] for row in rows]
     end = ["mean ± std"] if several else []
-    lines = [["score", *names, *end], ["seconds, all included", *(row["seconds"] for row in rows), *[""] * several]]
-    for score in filter(HEADLINE.search, rows[0]):
+    header = ["score", *names, *end]
+    lines = [["seconds, all included", *(row["seconds"] for row in rows), *[""] * several]]
+    for score in filter(SHOWN.search, rows[0]):
         spread = [mean_std(numbers(rows, score))] if several and len(numbers(rows, score)) > 1 else [""] * several
         lines.append([f"`{score}`", *(row.get(score) or "" for row in rows), *spread])
-    return f"{markdown(lines)}\n\n{about(rows)}"
+    return with_about(header, lines, rows)
 
 
 def by_variant(rows: Sequence[Row], scores: Mapping[str, str]) -> str:
     """Markdown for a study that compares variants: a line for each, with n, mean ± std of `scores`, {column: title}."""
-    lines = [["variant", "n", *scores.values()]]
-    for name, runs in variants(rows).items():
-        lines.append([name, str(len(runs)), *(mean_std(numbers(runs, score)) for score in scores)])
-    return f"{markdown(lines)}\n\n{about(rows)}"
+    groups = variants(rows).items()
+    lines = [[name, str(len(runs)), *(mean_std(numbers(runs, score)) for score in scores)] for name, runs in groups]
+    return with_about(["variant", "n", *scores.values()], lines, rows)
 
 
 def as_they_are(rows: Sequence[Row]) -> str:
-    """Markdown of the CSV's own columns: a line per row."""
+    """Markdown of the columns of the CSV: a line per row."""
     columns = [key for key in rows[0] if key not in ABOUT]
-    return f"{markdown([columns, *([row[key] for key in columns] for row in rows)])}\n\n{about(rows)}"
+    return with_about(columns, [[row[key] for key in columns] for row in rows], rows)
 
 
 def mean_std(values: Sequence[float], digits: int = 4) -> str:
@@ -194,21 +199,16 @@ def mean_std(values: Sequence[float], digits: int = 4) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def about(rows: Sequence[Row], command: str | None = None) -> str:
-    """The sentence below a table: the command (of the first row unless it is given), and where all rows were made."""
+def with_about(
+    header: Sequence[str], lines: Sequence[Sequence[str]], rows: Sequence[Row], command: str | None = None
+) -> str:
+    """A table, and below it the command (default: of the first row) and where all rows were measured."""
 
     def all_of(column: str) -> str:
         return ", ".join(dict.fromkeys(row[column] for row in rows))
 
-    return (
-        f"`{command or rows[0]['command']}` at commit {all_of('commit')}, torch {all_of('torch')}, {all_of('machine')}."
-    )
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table, of which the first line is the head."""
-    head, *body = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
+    about = f"at commit {all_of('commit')}, torch {all_of('torch')}, {all_of('machine')}."
+    return f"{markdown(Table('', header, lines))}\n\n`{command or rows[0]['command']}` {about}"
 
 
 def write_tables(tables: Mapping[str, str]) -> None:

@@ -67,9 +67,9 @@ def run(cfg: DictConfig) -> None:
 
     from coca_lit.distributed import process_group, rank
     from coca_lit.inference.caption import caption
-    from coca_lit.inference.fingerprint import fingerprint
     from coca_lit.inference.inputs import find_inputs
-    from coca_lit.inference.writers import open_writer
+    from coca_lit.inference.outputs import open_writer
+    from coca_lit.weights.digest import fingerprint
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)

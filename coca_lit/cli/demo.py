@@ -56,12 +56,12 @@ def run(cfg: DictConfig) -> None:
     with error_context("checkpoint"):
         model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
-    from coca_lit.demo.builtin import speaks_of_scenes, write_scenes
+    from coca_lit.demo.builtin import knows_only_scenes, write_scenes
     from coca_lit.demo.page import build_page
     from coca_lit.demo.serve import serve
 
     folder = Path(cfg.images) if cfg.images is not None else None
-    if folder is None and speaks_of_scenes(model):
+    if folder is None and knows_only_scenes(model):
         folder = write_scenes(OUTPUTS / "demo_scenes")
     index = _index(model, folder) if folder is not None else None
     page = build_page(model, str(checkpoint), index, builtin=cfg.checkpoint is None)

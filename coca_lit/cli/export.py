@@ -1,5 +1,6 @@
 """A checkpoint for other programs: `coca-export checkpoint=PATH format=open_clip output=FOLDER`."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -93,10 +94,12 @@ def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Export
 
 
 def _command(cfg: DictConfig) -> str:
-    options = "".join(f" {key}=true" for key in ("correct_cls_mask",) if cfg[key])
+    words = {key: cfg[key] for key in ("checkpoint", "format", "output")}
+    if cfg.correct_cls_mask:
+        words["correct_cls_mask"] = "true"
     if cfg.interpolate_with is not None:
-        options += f" interpolate_with={cfg.interpolate_with} weight={cfg.weight}"
-    return f"coca-export checkpoint={cfg.checkpoint} format={cfg.format} output={cfg.output}{options}"
+        words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
+    return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def report(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     from coca_lit.errors import DataError
-    from coca_lit.report.write import write_comparison, write_report
+    from coca_lit.report.page import write_comparison, write_report
 
     try:
         first = options.folders[0]

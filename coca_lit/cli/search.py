@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
     """Brings the index up to date if it is that of a folder, prints what was found and returns it."""
     import torch
 
-    from coca_lit.inference.rows import print_rows
+    from coca_lit.inference.outputs import print_rows
     from coca_lit.inference.search import ImageIndex
     from coca_lit.weights.load import load_dual_encoder
 
@@ -81,10 +81,10 @@ def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
 
 
 def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
-    from coca_lit.progress import Reporter
+    from coca_lit.progress import ProgressBar
 
-    with Reporter("embedding") as reporter:
-        changes = index.update(cfg.batch_size, decoders(cfg.num_workers), reporter.reach)
+    with ProgressBar("embedding") as progress:
+        changes = index.update(cfg.batch_size, decoders(cfg.num_workers), progress.reach)
     for reason in changes.unreadable.values():
         print(f"skipped: {reason}", file=sys.stderr)
     if not file.exists() or changes.added or changes.changed or changes.removed:
@@ -94,7 +94,7 @@ def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
 
 
 def _query(query: str) -> "str | Image":
-    from coca_lit.inference.images import SUFFIXES, open_upright
+    from coca_lit.inference.inputs import SUFFIXES, open_upright
 
     if Path(query).is_file():
         return open_upright(query)

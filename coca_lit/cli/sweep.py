@@ -7,7 +7,6 @@ an Optuna study, shows also what it did before.
 
 import csv
 import json
-import re
 import sys
 import time
 import traceback
@@ -24,7 +23,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError
-from coca_lit.report.objective import best_run, headline, lower_is_better
+from coca_lit.report.scores import best_run, headline, lower_is_better
 from coca_lit.runs.launch import is_first_process, job_folder
 from coca_lit.runs.redaction import redact
 
@@ -164,18 +163,20 @@ def _row(sweep: Sweep, record: dict[str, Any], overrides: dict[str, str], job: P
 
 
 def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
-    from coca_lit.report.write import write_comparison
+    from coca_lit.report.page import write_comparison
+    from coca_lit.report.tables import print_jobs
 
     ok = [row for row in rows if row["status"] == "ok"]
     scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}
     score = sweep.objective or headline(list(dict.fromkeys(name for job in scores.values() for name in job)))
     best = best_run(scores, score) if score else None
-    _print_table(rows, str(sweep.folder), score, best)
+    print_jobs(rows, str(sweep.folder), score, best)
     if not ok:
         sys.exit(f"error: none of the {len(rows)} jobs succeeded; the first said: {rows[0]['error'] or 'nothing'}")
     if best is not None:
         print(f"best {score}: {scores[best][score or '']:.4f} in {sweep.folder / best}")
     if compared := [sweep.folder / job for job in scores if (sweep.folder / job / "results.json").exists()]:
+        compared += [sweep.folder / row["job"] for row in rows if row["status"] != "ok"]
         print(f"compared in {write_comparison(compared, sweep.folder, score)}")
 
 
@@ -201,32 +202,3 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, _columns(rows))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _print_table(rows: Sequence[dict[str, Any]], title: str, score: str | None, best: str | None) -> None:
-    """Leaves out what is the same for all jobs, and their names if the values that they stand for are there."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    constant = {c for c in _columns(rows) if len(rows) > 1 and len({str(row.get(c)) for row in rows}) == 1}
-    minor = ("@5", "@10", "Bleu_1", "Bleu_2", "Bleu_3", "median_rank")
-    shown = [
-        c for c in _columns(rows) if (c not in constant and not c.endswith(minor)) or c in ("status", score, "error")
-    ]
-    if shown.index("status") > 1:
-        shown.remove("job")
-    table = Table(*shown)
-    for row in rows:
-        style = "bold" if row["job"] == best else None
-        table.add_row(*(escape(_cell(row.get(column, ""))) for column in shown), style=style)
-    print(title)
-    Console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return (
-        f"{float(value):.4g}" if re.fullmatch(r"\d+\.\d{5,}(e-?\d+)?", str(value)) else str(value)
-    )  # Optuna's numbers

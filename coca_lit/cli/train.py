@@ -15,7 +15,7 @@ from coca_lit.cli.config import suggest
 from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.cli.sweep import check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context
-from coca_lit.report.objective import headline
+from coca_lit.report.scores import headline
 from coca_lit.runs.launch import is_first_process
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.pixels import load_pixels
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import TrainTransform, Transform
-from coca_lit.digest import digest
 from coca_lit.distributed import gather_objects, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
-from coca_lit.progress import Reporter
+from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
+from coca_lit.weights.digest import digest
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16
@@ -103,7 +103,7 @@ class FeatureCache:
     def _write(self, path: Path, view: int, records: Sequence[Record], num_workers: int, device: torch.device) -> None:
         where = next(self.encoder.parameters()).device
         try:
-            with replacing(path) as temporary, temporary.open("wb") as file, Reporter(f"view {view}") as progress:
+            with replacing(path) as temporary, temporary.open("wb") as file, ProgressBar(f"view {view}") as progress:
                 for done, tokens in self._tokens(view, records, num_workers, device):
                     if file.tell() == 0:
                         _begin(file, path.parent, (len(records), *tokens.shape[1:]))

@@ -1,5 +1,5 @@
-"""A web page to try a model by hand: what it does is in `answers.py`, how it looks in the other files."""
+"""A web page to try a model by hand: `answers` asks the model, `page` shows the answers, `serve` serves the page."""
 
 import os
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: nothing is reported to anybody
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported

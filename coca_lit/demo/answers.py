@@ -1,4 +1,4 @@
-"""What the page asks of a model, without the page: reading a photo, captions with both scores, classification."""
+"""The answers on the page, without the page: reading a photo, captions with both scores, classification."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from PIL import Image
 from coca_lit.data.records import FORMATS, MAX_PIXELS
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
-from coca_lit.inference.images import open_upright
+from coca_lit.inference.inputs import open_upright
 from coca_lit.inference.search import check_query
 from coca_lit.models import Captions, CoCa
 
 Strategy = Literal["beam", "sample", "greedy"]
-TOP_P = 0.9  # draws leave out the unlikely tail, where captions fall apart
+TOP_P = 0.9  # samples without the unlikely tail, which spoils captions
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A caption with the two opinions that a CoCa has of it."""
+    """A caption with its two scores."""
 
     caption: str
-    log_prob: float  # the captioner's: mean over the tokens, in nats
-    similarity: float  # the contrastive towers': cosine of image and caption
+    log_prob: float  # of the captioner: mean over the tokens, in nats
+    similarity: float  # of the contrastive towers: cosine of image and caption
 
     def score(self, weight: float, logit_scale: float) -> float:
-        """Both opinions mixed as `CoCa.generate` does for `rerank="contrastive"`."""
+        """The score by which `CoCa.generate` orders captions in contrastive re-ranking."""
         return weight * logit_scale * self.similarity + (1 - weight) * self.log_prob
 
 
@@ -36,7 +36,7 @@ def read_photo(path: str | Path) -> Image.Image:
     """The photo in an uploaded file, upright, as RGB.
 
     Raises:
-        DataError: the file is no photo, whatever its name says, or has too many pixels; one sentence.
+        DataError: the file is not an intact photo, or has too many pixels.
     """
     try:
         return open_upright(path)
@@ -49,7 +49,7 @@ def read_photo(path: str | Path) -> Image.Image:
 
 @torch.no_grad()
 def write_captions(model: CoCa, photo: Image.Image, strategy: Strategy, count: int, seed: int = 0) -> list[Candidate]:
-    """At most `count` different captions of a photo, as the strategy orders them; greedy writes a single one.
+    """At most `count` different captions of a photo, in the order of the strategy; one if it is greedy.
 
     Raises:
         ValueError: the model has no decoder, or `count` is below 1.
@@ -68,13 +68,13 @@ def write_captions(model: CoCa, photo: Image.Image, strategy: Strategy, count: i
 
 
 def rank(candidates: Iterable[Candidate], weight: float, logit_scale: float) -> list[Candidate]:
-    """The best first: by log-probability alone for weight 0, by similarity alone for weight 1."""
+    """Sorts candidates, best first: by log-probability for weight 0, by similarity for weight 1."""
     return sorted(candidates, key=lambda candidate: candidate.score(weight, logit_scale), reverse=True)
 
 
 @torch.no_grad()
 def classify(model: CoCa, photo: Image.Image, labels: Sequence[str], template: str = "{}") -> dict[str, float]:
-    """Probability of each label by the model's own temperature, in the order of the labels.
+    """Probability of each label at the model's own temperature, in the order of the labels.
 
     Raises:
         ValueError: there are fewer than two labels, the template has no {} for them, or the model lacks a word.
@@ -83,8 +83,8 @@ def classify(model: CoCa, photo: Image.Image, labels: Sequence[str], template: s
     if len(labels) < 2:
         raise ValueError("classification needs at least two different labels, separated by commas")
     if "{}" not in template:
-        raise ValueError(f"the template '{template}' has no {{}}, which stands for the label: a photo of a {{}}")
-    texts = [template.replace("{}", label) for label in labels]  # not str.format, which would look inside objects
+        raise ValueError(f"the template '{template}' has no {{}} to replace by the label, as in: a photo of a {{}}")
+    texts = [template.replace("{}", label) for label in labels]  # not str.format, which would access attributes
     for text in texts:
         check_query(model.tokenizer, text)
     similarity = model.encode_image(_batch(model, photo)) @ _encode(model, texts).T  # (1, labels)
@@ -93,7 +93,7 @@ def classify(model: CoCa, photo: Image.Image, labels: Sequence[str], template: s
 
 
 def _candidates(model: CoCa, images: torch.Tensor, captions: Captions) -> list[Candidate]:
-    """images (1, 3, H, W) and their captions (1, N, L); draws that repeat another one and unused beams are left out."""
+    """images (1, 3, H, W) and their captions (1, N, L); repeated samples and unused beams are left out."""
     assert captions.scores is not None
     assert captions.log_probs is not None
     ids = captions.ids[0]  # (N, L)

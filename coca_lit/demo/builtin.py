@@ -1,4 +1,4 @@
-"""The model that is there without any checkpoint: trained on the built-in scenes, by an earlier run or now."""
+"""The model that is shown without a checkpoint, trained on the built-in scenes by an earlier run or now."""
 
 import json
 import subprocess
@@ -10,15 +10,15 @@ from coca_lit.data.scenes.render import VOCABULARY, scene_records
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
 
-RUN = "demo_model"  # name of the run that is started if there is none
+RUN = "demo_model"  # name of the run if one must be started
 SCORE = "scenes/exact_match"
-GOOD = 0.8  # of that score: a finished demo has 0.92 or more, a check of two steps has 0
-SCENES = 200  # images to click on and to search through
-EDGE = 256  # pixels, for people; the model makes them as small as it needs
+GOOD = 0.8  # least score: a finished demo has 0.92 or more, a smoke test 0
+SCENES = 200  # images on the page
+EDGE = 256  # pixels, for people; the model resizes them
 
 
 def find_demo_model(outputs: Path) -> Path | None:
-    """The checkpoint of the run under `outputs` that writes the most captions of unseen scenes correctly."""
+    """The checkpoint of the run in `outputs` with the best captions of unseen scenes; None if none is good."""
     good = [(score, path) for score, path in _scene_runs(outputs) if score >= GOOD]
     return max(good)[1] if good else None
 
@@ -27,23 +27,25 @@ def train_demo_model(outputs: Path) -> Path:
     """Trains the demo as `python train.py` does, with its progress on the terminal, and returns the checkpoint.
 
     Raises:
-        ConfigError: the training failed; what went wrong is on the terminal.
+        ConfigError: the training failed; its error is in the terminal.
     """
     folder = outputs / RUN
     command = [sys.executable, "-c", "from coca_lit.cli.train import train; train()"]
     done = subprocess.run([*command, "experiment=demo", f"name={RUN}", f"hydra.run.dir={folder}"])
     if done.returncode:
-        raise ConfigError("the training of the built-in demo model failed, see above; or give a model: checkpoint=PATH")
+        raise ConfigError(
+            "the training of the built-in demo model failed, see above; to show another, set checkpoint=PATH"
+        )
     return folder / "checkpoints" / "last.ckpt"
 
 
-def speaks_of_scenes(model: CoCa) -> bool:
-    """Whether a model's words are those of the built-in scenes, so that photos are beyond it."""
+def knows_only_scenes(model: CoCa) -> bool:
+    """Whether the vocabulary of a model is that of the built-in scenes, so that it cannot describe photos."""
     return model.tokenizer.spec == list(VOCABULARY)
 
 
 def write_scenes(folder: Path, count: int = SCENES) -> Path:
-    """Scenes that no training saw, as PNG files named after their first caption; files that are there stay."""
+    """Writes unseen scenes as PNG files named after their first caption; existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     for record in scene_records("test", EDGE, count):
         path = folder / f"{record.captions[0]}.png"

@@ -1,4 +1,4 @@
-"""Serving a page to this machine alone. Neither gradio nor the browser asks another machine for anything."""
+"""Serves the page to this machine only, with its style. Neither gradio nor the browser contacts another machine."""
 
 import logging
 from collections.abc import Callable
@@ -10,23 +10,46 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coca_lit.demo.look import FONTS, STYLE
 from coca_lit.errors import ConfigError
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = "30mb"
-# The browser refuses whatever a library might want from another machine.
+# The browser refuses requests of any library to another machine.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+FONTS = ["system-ui", "sans-serif"]
+STYLE = """
+.gradio-container { max-width: 1240px !important; margin: auto; }
+#banner h1 { font-size: 1.5rem; margin: 0 0 .2rem; }
+#banner p { margin: .1rem 0; opacity: .8; }
+#banner code { font-size: .9em; }
+#banner .note { border-left: 4px solid var(--primary-500); padding: .35rem .8rem; margin-top: .6rem; opacity: 1;
+  background: var(--background-fill-secondary); border-radius: 4px; }
+.best { font-size: 1.35rem; font-weight: 600; line-height: 1.35; padding: .4rem 0 .9rem; }
+.captions { width: 100%; border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.captions tr { border: 0 !important; }
+.captions th, .captions td { border: 0 !important; text-align: right !important; padding: .45rem .7rem !important; }
+.captions th { font-size: .85rem; opacity: .75; white-space: nowrap; }
+.captions td { border-top: 1px solid var(--border-color-primary) !important; }
+.captions th:first-child, .captions td:first-child { text-align: left !important; width: 70%; }
+.captions tr.first td { font-weight: 600; background: var(--background-fill-primary); }
+.hint { opacity: .7; }
+#found .caption-label { font-size: .75rem; padding: 0 .4rem; max-width: 94%; left: 3%; right: auto; bottom: 3%; }
+"""
 
 
 def serve(page: gr.Blocks, port: int | None, open_browser: bool = False, wait: bool = True) -> str:
-    """Serves the page at 127.0.0.1, until the process is stopped or, without `wait`, in the background; its address.
-    Without a port, a free one is found.
+    """Serves the page on 127.0.0.1 until the process is stopped, or in the background without `wait`.
+
+    Args:
+        port: None takes a free one.
+
+    Returns:
+        The address of the page.
 
     Raises:
         ConfigError: the port is taken.
     """
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every look at our own page
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # logs each of our own requests
     try:
         _, address, _ = page.launch(
             server_name=HOST,

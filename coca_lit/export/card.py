@@ -1,5 +1,5 @@
-"""The model card: what the model is, where it comes from, what it scores, how to load it. The front matter is the one
-that Hugging Face's Hub reads.
+"""The model card: what the model is, where it comes from, its scores, how to load it. The front matter is for the
+Hugging Face Hub.
 """
 
 import json
@@ -11,25 +11,26 @@ import yaml
 
 from coca_lit.export.folder import CARD, TAG
 from coca_lit.models import CoCa
-from coca_lit.report.tables import cell, score_name
+from coca_lit.report.scores import cell, score_name
+from coca_lit.report.tables import Table, markdown
 from coca_lit.runs.run_folder import commit
 
 TRAINING = ("seed", "image_size", "init_from", "image_weights", "lora", "ema", "model", "data", "trainer")
 
 
 class Exported(NamedTuple):
-    """What a format tells the card."""
+    """The facts of a format for the card."""
 
-    library: str  # that loads it, in the Hub's words
-    files: dict[str, str]  # name -> what it is
-    needs: str  # what must be installed for `usage`
-    usage: str  # Python, with {folder} for the name of the folder
-    check: str  # what was compared, and the result
+    library: str  # that loads it, by the Hub's name
+    files: dict[str, str]  # name -> description
+    needs: str  # packages that `usage` needs
+    usage: str  # Python code, with {folder} in place of the name of the folder
+    check: str  # the comparison that was made, and its result
     limits: list[str]  # sentences, with {folder} too
 
 
 def write_card(folder: Path, name: str, model: CoCa, exported: Exported, checkpoint: Path, command: str) -> None:
-    """Writes `README.md`. The run that made the checkpoint is told from the folder that the checkpoint lies in."""
+    """Writes `README.md`. Scores and training are read from the run folder in which the checkpoint lies."""
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     environment = json.loads(_text(run / "environment.json") or "{}")
     config = yaml.safe_load(_text(run / "config.yaml") or "{}")
@@ -61,10 +62,10 @@ def _front_matter(model: CoCa, exported: Exported) -> str:
 
 def _summary(model: CoCa) -> str:
     if model.decoder is None:
-        return "A CLIP: it puts images and texts into one space, for retrieval and zero-shot classification."
+        return "A CLIP: it embeds images and texts in a common space, for retrieval and zero-shot classification."
     return (
-        "A Contrastive Captioner ([CoCa](https://arxiv.org/abs/2205.01917)): it puts images and texts into one space,"
-        " for retrieval and zero-shot classification, and writes captions."
+        "A Contrastive Captioner ([CoCa](https://arxiv.org/abs/2205.01917)): it embeds images and texts in a common"
+        " space, for retrieval and zero-shot classification, and writes captions."
     )
 
 
@@ -93,18 +94,18 @@ def _architecture(model: CoCa) -> dict[str, Any]:
 def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
     results = json.loads(_text(run / "results.json") or "{}")
     if not results:
-        return "## Scores\n\nNone known: there was no `results.json` of a run beside the checkpoint."
+        return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
     data = list(dict.fromkeys(key.rpartition("/")[0] for key in results))
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
     rows = [[score_name(s), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
-    note = [f"Of the end of the run, which `{checkpoint}` need not be."] if checkpoint != "last.ckpt" else []
-    note += [f"Of data that have several splits, `{config['eval_split']}`."] if config.get("eval_split") else []
+    note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
+    note += [f"On the split `{config['eval_split']}` of data with several splits."] if config.get("eval_split") else []
     return _table("Scores", ("", *data), rows, " ".join(note))
 
 
 def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     if not config:
-        return "## Training\n\nNot known: there was no `config.yaml` of a run beside the checkpoint."
+        return "## Training\n\nUnknown: there was no `config.yaml` of a run next to the checkpoint."
     source = str(config.get("data", {}).get("_target_", "unknown")).rpartition(".")[2]
     where = next((config["data"][key] for key in ("shards", "root", "name") if key in config.get("data", {})), None)
     settings = yaml.safe_dump({key: config[key] for key in TRAINING if key in config}, sort_keys=False)
@@ -119,19 +120,18 @@ def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
 
 def _limits(exported: Exported, name: str) -> str:
     limits = [
-        "The licence of the weights is not stated: it depends on the data, and on the weights that training began with."
+        "The licence of the weights is not stated: it depends on the training data, and on the initial weights."
         " Add `license:` to the front matter once it is known.",
-        "The model repeats what its training data say, errors and prejudices included; the scores above are all that"
-        " is known of its quality.",
+        "The model reproduces errors and biases of its training data; the scores above are all that is known of its"
+        " quality.",
         *(limit.replace("{folder}", name) for limit in exported.limits),
     ]
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
 def _table(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]], note: str = "") -> str:
-    header = list(header)
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join([f"## {title}", "", *lines, *(["", note] if note else [])])
+    table = markdown(Table(title, [*header], [[str(cell) for cell in row] for row in rows]))
+    return "\n\n".join([f"## {title}", table, *([note] if note else [])])
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The folder of an export: complete or not there, and never in place of something else."""
+"""The folder of an export: it appears whole or not at all, and replaces nothing but an earlier export."""
 
 import os
 import shutil
@@ -7,38 +7,39 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CARD = "README.md"
-TAG = "coca_lit"  # in the card's front matter, says that a folder is an export
+TAG = "coca_lit"  # in the card's front matter, marks a folder as an export
 
 
 def check_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
-    """Raises `ValueError` if the folder must not be written: it holds something, and nobody said that it may go.
+    """Raises `ValueError` if the folder must not be written.
 
-    With `overwrite` an earlier export is replaced, and nothing else is.
+    Args:
+        overwrite: replace an earlier export; nothing else is ever replaced.
     """
     if output.exists() and not output.is_dir():
-        raise ValueError(f"'{output}' is a file, and an export is a folder; name another")
+        raise ValueError(f"'{output}' is a file, but an export is a folder; choose another name")
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"'{output}' is not empty; name another folder, or replace the export in it by overwrite=true")
+        raise ValueError(f"'{output}' is not empty; choose another folder, or set overwrite=true to replace an export")
     if foreign := _foreign(output):
         raise ValueError(
-            f"'{output}' holds '{foreign}', which is not of an export, so it is not replaced; name another"
+            f"'{output}' has '{foreign}', which is not part of an export, so it is not replaced; choose another"
         )
     if checkpoint.resolve().is_relative_to(output.resolve()):
-        raise ValueError(f"'{output}' holds the checkpoint itself, so it is not replaced; name another folder")
+        raise ValueError(f"'{output}' has the checkpoint itself, so it is not replaced; choose another folder")
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into, which takes its place when all is written and vanishes on an error."""
+    """A folder to write into, which takes the place of `output` at the end of the block and is removed on an error."""
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
     try:
         yield unfinished
-        for path in unfinished.iterdir():  # safetensors makes files that only their owner can read
+        for path in unfinished.iterdir():  # safetensors creates files that only their owner can read
             path.chmod(unfinished.stat().st_mode & 0o666)
         _replace(output, unfinished)
     finally:
@@ -46,7 +47,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _foreign(folder: Path) -> str | None:
-    """The first file that an earlier export, going by its card, did not write."""
+    """The first file that an earlier export did not write, according to its card."""
     card = (folder / CARD).read_text(errors="replace") if (folder / CARD).is_file() else ""
     known = {CARD, "__pycache__"} if f"\n- {TAG}\n" in card else set()
     names = sorted(path.name for path in folder.iterdir())

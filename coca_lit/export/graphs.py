@@ -1,7 +1,7 @@
-"""The parts of a CoCa as modules of tensors alone, which is what a graph can hold: image encoder, text encoder, and a
-decoder whose cache goes in and comes out.
+"""The parts of a CoCa as modules whose inputs and outputs are tensors only: image encoder, text encoder, and a decoder
+with its cache as input and output.
 
-Beside the letters of the model files: L layers of the decoder, N layers with a cache (text tower and decoder), P
+Letters, besides those of the model files: L layers of the decoder, N layers with a cache (text tower and decoder), P
 positions in the cache, t new positions, C the context length.
 """
 
@@ -17,12 +17,12 @@ from coca_lit.models.layers import CrossBlock, KVCache
 
 
 class Graph(NamedTuple):
-    """A module in evaluation mode with what an exporter has to know: example inputs and names."""
+    """A module in evaluation mode, with example inputs and names for the exporter."""
 
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: Sequence[str]
-    dynamic: dict[str, dict[int, str]]  # input -> axis that may have any length -> its name
+    dynamic: dict[str, dict[int, str]]  # input -> axis of any length -> its name
     what: str  # for people
 
 
@@ -49,7 +49,7 @@ def _text_graph(model: CoCa) -> Graph:
 
 @torch.no_grad()
 def _decoder_graph(model: CoCa) -> Graph:
-    """The example goes on with two tokens after a past of five; the past is noise."""
+    """The example adds two tokens to a cache of five; the cache is noise."""
     module = DecoderGraph(model).eval()
     _, image_keys, image_values = ImageGraph(model)(_noise_images(model))
     _, batch, heads, _, width = image_keys.shape
@@ -112,7 +112,7 @@ class TextGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """One graph reads the beginning of a caption (P = 0) and writes on (t = 1)."""
+    """One graph reads the beginning of a caption (P = 0) and continues it (t = 1)."""
 
     def __init__(self, model: CoCa) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class DecoderGraph(nn.Module):
 
 
 class _Cache(KVCache):
-    """Grows by concatenation, because a graph does not write into what it is given."""
+    """Grows by concatenation, because a graph does not write into its inputs."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values

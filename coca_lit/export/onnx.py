@@ -54,7 +54,11 @@ print(image_features @ text_features.T)
 
 
 def write_onnx(model: CoCa, folder: Path) -> Exported:
-    """Raises `ValueError` if a graph computes something else than the model."""
+    """Writes and checks the graphs.
+
+    Raises:
+        ValueError: a graph computes something else than the model.
+    """
     graphs = graphs_of(model)
     differences = {}
     for name, graph in graphs.items():
@@ -105,7 +109,7 @@ def _export(graph: Graph, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes to its developers; its errors come as exceptions."""
+    """Silences the exporter's log messages; errors are raised as exceptions."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

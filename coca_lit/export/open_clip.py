@@ -38,11 +38,11 @@ print(image_features @ text_features.T)
 
 
 def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -> Exported:
-    """Writes config and weights, reads them back and compares.
+    """Writes config and weights, reads them back and compares the models.
 
     Args:
-        correct_cls_mask: export a model of that mask too, though OpenCLIP computes it only when it is told after
-            loading. The card says how.
+        correct_cls_mask: export a model with that mask although OpenCLIP uses it only if set after loading, as the
+            card explains.
 
     Raises:
         ValueError: OpenCLIP cannot build this model, or would compute something else with it.
@@ -51,12 +51,12 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -
     corrected = model.config["cls_mask"] == "correct"
     if corrected and not correct_cls_mask:
         raise ValueError(
-            "the model was trained with cls_mask=correct, and OpenCLIP gives every model the legacy mask, with other"
-            " text features; correct_cls_mask=true exports it for use with one more line, which the card shows (image"
-            " features and captions need no such line)"
+            "the model was trained with cls_mask=correct, but OpenCLIP gives every model the legacy mask, which"
+            " yields other text features; correct_cls_mask=true exports it for use with one more line of code, which"
+            " the card shows (image features and captions need no such line)"
         )
     if correct_cls_mask and not corrected:
-        raise ValueError("the model has the legacy CLS mask, which is OpenCLIP's own: leave out correct_cls_mask=true")
+        raise ValueError("the model has the legacy CLS mask, as OpenCLIP: leave out correct_cls_mask=true")
     (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(unshared_copies(to_open_clip(model)), folder / WEIGHTS)
     difference = _difference(model, load_model(folder / WEIGHTS))

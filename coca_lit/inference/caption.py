@@ -1,29 +1,44 @@
-"""Captions for files and shards: images are decoded ahead of the model, captions written as soon as they are there.
+"""Captions for files and shards: images are decoded ahead of the model, captions are written as soon as they exist.
 
-Batches are the same however many processes share the work and wherever it goes on after a stop, and sampling is seeded
-by batch: so are the captions.
+Batches do not depend on the number of processes nor on where the work resumes, and sampling is seeded by batch; so the
+captions do not depend on them either.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coca_lit.distributed import gather_objects, rank, world_size
-from coca_lit.inference.images import Source, load_images
-from coca_lit.inference.inputs import OpenShard, Shard, Unit
-from coca_lit.inference.writer import Captions, Writer
-from coca_lit.models import CoCa
+from coca_lit.inference.inputs import OpenShard, Shard, Source, Unit, load_images
+from coca_lit.inference.outputs import Captions, Writer
 from coca_lit.models.kernels.linear import packed_weights
-from coca_lit.progress import Reporter
+from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
+from coca_lit.tokenizer import Tokenizer
+
+
+class Captioner(Protocol):
+    """What captioning needs of a network, such as a `CoCa` with a decoder."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """images (B, 3, S, S) uint8 and options -> ids (B, L), or (B, N, L) with num_captions."""
 
 
 class Totals(NamedTuple):
-    """What was done, over all processes."""
+    """The work of all processes."""
 
     images: int
     unreadable: int
@@ -39,12 +54,12 @@ class Totals(NamedTuple):
 
 class _Batch(NamedTuple):
     sources: Sequence[Source]
-    ends: OpenShard | None  # the shard that this batch is the last of
-    share: float  # of this process's work that is done with this batch
+    ends: OpenShard | None  # the shard of which this is the last batch
+    share: float  # of this process's work that is done after this batch
 
 
 def caption(
-    model: CoCa,
+    model: Captioner,
     units: Sequence[Unit],
     writer: Writer,
     options: Mapping[str, Any],
@@ -52,42 +67,42 @@ def caption(
     num_workers: int = 0,
     seed: int = 0,
 ) -> Totals:
-    """Captions this process's part of the units that are not written yet; the last process to finish completes the
-    result.
+    """Captions this process's share of the units that are not written yet, and returns when all processes are done.
 
     Args:
         options: of `CoCa.generate`.
         batch_size: images of a shard that are captioned together; files come in batches already.
         num_workers: processes that decode images.
-        seed: of sampling.
+        seed: for sampling.
     """
     captioned, unreadable, inside, start = 0, 0, 0.0, time.perf_counter()
-    with Reporter("captioning") as reporter, packed_weights(model):  # once, not in every batch
+    assert isinstance(model, nn.Module)
+    with ProgressBar("captioning") as progress, packed_weights(model):  # once, not in every batch
         planned: deque[_Batch] = deque()
-        plan = _plan(units, writer, batch_size, reporter, planned)
+        plan = _plan(units, writer, batch_size, progress, planned)
         for positions, pixels, broken in load_images(plan, model.image_size, num_workers):
             batch = planned.popleft()
             new = {i for i in positions if not writer.has(batch.sources[i])}
             if new:
                 began = time.perf_counter()
-                texts = _write(model, pixels, options, stable_seed(seed, batch.sources[0].name))
+                texts = _generate(model, pixels, options, stable_seed(seed, batch.sources[0].name))
                 inside += time.perf_counter() - began
                 found = dict(zip(positions, texts, strict=True))
                 writer.write({batch.sources[i]: found[i] for i in positions if i in new})
             for reason in broken.values():
-                reporter.print(f"skipped: {reason}")
+                progress.print(f"skipped: {reason}")
             if batch.ends is not None:
                 writer.end_shard(batch.ends)
             captioned, unreadable = captioned + len(new), unreadable + len(broken)
-            reporter.advance(len(new), batch.share)
+            progress.advance(len(new), batch.share)
         writer.finish()
     return _total(captioned, unreadable, time.perf_counter() - start, inside)
 
 
 def _plan(
-    units: Sequence[Unit], writer: Writer, batch_size: int, reporter: Reporter, planned: deque[_Batch]
+    units: Sequence[Unit], writer: Writer, batch_size: int, progress: ProgressBar, planned: deque[_Batch]
 ) -> Iterator[Sequence[Source]]:
-    """The sources of this process's batches, which are noted in `planned` as well."""
+    """The sources of this process's batches; each batch is also appended to `planned`."""
     own = units[rank() :: world_size()]
     for done, unit in enumerate(own):
         if writer.has_unit(unit):
@@ -95,7 +110,7 @@ def _plan(
         opened = unit.open() if isinstance(unit, Shard) else unit
         shard = opened if isinstance(opened, OpenShard) else None
         if shard and shard.problem:
-            reporter.print(f"{shard.path} is broken or truncated ({shard.problem}): captioning what can be read")
+            progress.print(f"{shard.path} is broken or truncated ({shard.problem}): captioning what can be read")
         sources = opened.sources
         starts = range(0, max(len(sources), 1), batch_size)  # a shard without samples is one empty batch
         for start in starts:
@@ -106,15 +121,15 @@ def _plan(
                 yield batch
 
 
-def _write(model: CoCa, pixels: Tensor, options: Mapping[str, Any], seed: int) -> list[Captions]:
-    """Captions of images (B, 3, S, S), without blanks at their ends and line breaks; at least one for each."""
+def _generate(model: Captioner, pixels: Tensor, options: Mapping[str, Any], seed: int) -> list[Captions]:
+    """Captions of images (B, 3, S, S), at least one for each, with white space normalised to single blanks."""
     options = dict(options)
     if options.get("strategy") == "sample":
         options["generator"] = torch.Generator(model.device).manual_seed(seed)
     ids = model.generate(pixels.to(model.device), **options)  # (B, L), or (B, N, L) with num_captions
     rows = ids if ids.ndim == 3 else ids[:, None]
     texts = [[" ".join(model.tokenizer.decode(row).split()) for row in captions] for captions in rows.cpu()]
-    return [[first, *filter(None, others)] for first, *others in texts]  # beams that never were are empty
+    return [[first, *filter(None, others)] for first, *others in texts]  # unused beams are empty
 
 
 def _total(images: int, unreadable: int, seconds: float, inside: float) -> Totals:

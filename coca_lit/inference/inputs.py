@@ -1,37 +1,56 @@
-"""What a user named to be captioned, as units of work: a batch of files, or a shard.
+"""From the words of a user to pixels: which images are to be captioned or searched, and decoding them in batches.
 
-A unit is captioned by one process, in batches that depend on nothing else: the captions are the same on any number of
-processes, and when the work goes on after it was killed.
+Work is divided into units: a batch of files, or a shard. A unit is captioned by one process, in batches that depend on
+nothing else, so the captions are the same on any number of processes and after a resume. What cannot be read is
+reported and skipped.
 """
 
 import glob
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from braceexpand import braceexpand
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from coca_lit.data.records import decode_image, open_image
 from coca_lit.data.shards.listing import local_shards
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
-from coca_lit.inference.images import SUFFIXES, Source, find_files, find_images
 from coca_lit.inference.shards import Sample, scan_shard
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SHARD = ".tar"
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), folders, or shards ({SHARD})"
 
 
+class Source(NamedTuple):
+    """An encoded image: a file, or a part of one."""
+
+    name: str  # for people, and in results
+    path: Path
+    offset: int = 0
+    size: int = -1  # bytes from `offset` on; -1 for all
+
+
 class Files(NamedTuple):
-    """Some image files."""
+    """A batch of image files."""
 
     sources: list[Source]
 
 
 class Shard(NamedTuple):
-    """A tar of samples. What is in it is not known before it is opened."""
+    """A tar of samples. Its content is unknown until it is opened."""
 
     path: Path
 
     def open(self) -> "OpenShard":
+        """Reads the positions of its samples."""
         samples, problem = scan_shard(self.path)
         return OpenShard(self.path, samples, problem)
 
@@ -52,30 +71,56 @@ class OpenShard(NamedTuple):
 Unit = Files | Shard
 
 
+class ImageBatch(NamedTuple):
+    """The decoded images of a list of sources."""
+
+    positions: list[int]  # of the decoded images in the list
+    pixels: Tensor  # (B, 3, S, S) uint8, one for each position
+    broken: dict[int, str]  # position of an image that cannot be read -> reason
+
+
+# Finding
+
+
 def find_inputs(words: Sequence[str], batch_size: int) -> list[Unit]:
-    """Units of the files, folders and shards that `words` name, each file once, in the order given.
+    """Units of the files, folders and shards that `words` name, each file once, in the given order.
 
     Args:
-        words: paths, globs, and ranges like {00000..00099}.tar. A folder stands for the images in it and its
-            subfolders, or if it has none for its shards.
+        words: paths, globs, and ranges like {00000..00099}.tar. A folder means the images in it and its subfolders, or
+            its shards if it has no images.
 
     Raises:
-        DataError: a word names nothing, or something else.
+        DataError: a word matches nothing, or something else than images and shards.
     """
     if batch_size < 1:
-        raise DataError(f"batch_size must be at least 1, not {batch_size}")
+        raise DataError(f"batch_size must be at least 1, got {batch_size}")
     paths = dict.fromkeys(path for word in words for path in _paths(word))
     if not paths:
         raise DataError(f"nothing to caption: {EXPECTED}")
-    files = [Source(str(path), path) for path in paths if not _is_shard(path)]
-    batches = [Files(files[start : start + batch_size]) for start in range(0, len(files), batch_size)]
-    return [*batches, *(Shard(path) for path in paths if _is_shard(path))]
+    shards = [Shard(path) for path in paths if path.suffix.lower() == SHARD]
+    files = [Source(str(path), path) for path in paths if path.suffix.lower() != SHARD]
+    return [*(Files(files[start : start + batch_size]) for start in range(0, len(files), batch_size)), *shards]
+
+
+def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The images in a folder and its subfolders, sorted by path; hidden files and folders are left out.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder '{folder}'")
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+    return sorted(found)
 
 
 def _paths(word: str) -> Iterator[Path]:
     path = Path(word)
     if path.is_dir():
-        found = find_images(path) or find_files(path, (SHARD,))
+        found = find_images(path) or find_images(path, (SHARD,))
         if not found:
             raise DataError(f"no image and no shard in '{word}' (looked for {', '.join(SUFFIXES)}, {SHARD})")
         yield from found
@@ -84,7 +129,10 @@ def _paths(word: str) -> Iterator[Path]:
             raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
         yield path
     elif word.endswith(SHARD):
-        yield from _find_shards(word)
+        try:
+            yield from local_shards(word)
+        except ValueError as error:  # an unmatched brace
+            raise DataError(f"'{word}' is not a range of shards like {{00000..00099}}.tar: {error}") from error
     else:
         matches = _matches(word)
         if not matches:
@@ -93,19 +141,64 @@ def _paths(word: str) -> Iterator[Path]:
             yield from _paths(match)
 
 
-def _find_shards(pattern: str) -> list[Path]:
-    try:
-        return local_shards(pattern)
-    except ValueError as error:  # a brace without its partner
-        raise DataError(f"'{pattern}' is not a range of shards like {{00000..00099}}.tar: {error}") from error
-
-
 def _matches(pattern: str) -> list[str]:
     try:
         return [name for part in braceexpand(pattern) for name in sorted(glob.glob(part))]
-    except ValueError:  # a brace without its partner
+    except ValueError:  # an unmatched brace
         return []
 
 
-def _is_shard(path: Path) -> bool:
-    return path.suffix.lower() == SHARD
+# Decoding
+
+
+def open_upright(path: str | Path) -> Image.Image:
+    """Decodes the image file at `path` to RGB and applies its EXIF orientation; `DataError` if it cannot be read."""
+    return ImageOps.exif_transpose(open_image(path))
+
+
+def load_images(batches: Iterable[Sequence[Source]], image_size: int, num_workers: int = 0) -> Iterator[ImageBatch]:
+    """Each batch of sources, in order, transformed as for evaluation.
+
+    Args:
+        batches: consumed in the calling process, a few batches ahead of the result.
+        num_workers: processes that decode ahead; 0 decodes on demand.
+    """
+    yield from DataLoader(
+        _Decoded(image_size),
+        batch_sampler=batches,  # type: ignore[arg-type]  # its "indices" are sources
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Decoded(Dataset[Tensor | str]):
+    """source -> pixels (3, S, S), or the reason why it cannot be read."""
+
+    def __init__(self, image_size: int) -> None:
+        self.transform = build_transform(size=image_size)
+
+    def __getitem__(self, source: Source) -> Tensor | str:
+        try:
+            return self.transform(_decode(source))
+        except DataError as error:
+            return str(error)
+
+
+def _decode(source: Source) -> Image.Image:
+    if source.size < 0:
+        return open_upright(source.path)
+    try:
+        with source.path.open("rb") as file:
+            file.seek(source.offset)
+            content = file.read(source.size)
+    except OSError as error:
+        raise DataError(f"{source.name} cannot be read: {error}") from error
+    return ImageOps.exif_transpose(decode_image(BytesIO(content), source.name))
+
+
+def _collate(items: list[Tensor | str]) -> ImageBatch:
+    good = {i: item for i, item in enumerate(items) if isinstance(item, Tensor)}
+    broken = {i: item for i, item in enumerate(items) if isinstance(item, str)}
+    pixels = torch.stack([*good.values()]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return ImageBatch([*good], pixels, broken)

@@ -1,7 +1,7 @@
-"""Finding images by text or by image: the features of a folder, computed once and kept in one file.
+"""Searching images by text or by image: the embeddings of a folder, computed once and kept in one file.
 
-The file holds, for each image, its path in the folder, size, time of change and feature, so that an update computes
-only what is new or changed; and the fingerprint of the model, because features of two models cannot be compared.
+The file holds the path in the folder, size, modification time and embedding of each image, so that an update embeds
+only new and changed images; and the fingerprint of the model, because embeddings of two models cannot be compared.
 """
 
 import os
@@ -19,10 +19,10 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import replacing
-from coca_lit.inference.fingerprint import fingerprint
-from coca_lit.inference.images import SUFFIXES, Source, find_images, load_images
+from coca_lit.inference.inputs import SUFFIXES, Source, find_images, load_images
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import Tokenizer, WordTokenizer, split_words
+from coca_lit.weights.digest import fingerprint
 
 FORMAT = "coca_lit image index 1"
 Progress = Callable[[int, int], None]  # images done so far, images to do
@@ -35,16 +35,16 @@ class Hit(NamedTuple):
     path: Path
 
 
-Stamp = tuple[int, int]  # size in bytes and time of change in nanoseconds, by which a changed file is known
+Stamp = tuple[int, int]  # size in bytes and modification time in nanoseconds, which reveal a changed file
 
 
 class Changes(NamedTuple):
-    """What an update found in the folder, by path."""
+    """What an update found in the folder."""
 
     added: list[Path]
     changed: list[Path]
     removed: list[Path]
-    unreadable: dict[Path, str]  # and why; such an image is not in the index and is tried again next time
+    unreadable: dict[Path, str]  # with the reason; not in the index, tried again next time
 
 
 class ImageIndex:
@@ -58,8 +58,8 @@ class ImageIndex:
         for score, path in index.query("a dog on a beach", k=10): ...
 
     Args:
-        model: computes the features of images and queries, on its device. It must not be trained meanwhile.
-        folder: its images, also those in subfolders.
+        model: embeds images and queries, on its device. It must not be trained meanwhile.
+        folder: searched with its subfolders.
     """
 
     def __init__(self, model: DualEncoder, folder: str | Path) -> None:
@@ -71,7 +71,7 @@ class ImageIndex:
 
     @classmethod
     def load(cls, path: str | Path, model: DualEncoder) -> "ImageIndex":
-        """The index in a file that `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
             DataError: there is no such file, it is not an index, or another model made it.
@@ -89,15 +89,14 @@ class ImageIndex:
         return index
 
     def save(self, path: str | Path) -> None:
-        """Writes the index; the file at `path` is the old or the new one, never half of one. An index and its folder
-        can be moved together.
+        """Writes the index atomically. An index and its folder can be moved together.
 
         Raises:
             DataError: nothing can be written there.
         """
         path = Path(path)
         tensors = {
-            "folder": _bytes(_seen_from(path, self.folder)),
+            "folder": _bytes(_reference(path, self.folder)),
             "names": _bytes("".join(f"{name}\0" for name in self._stamps)),
             "stamps": torch.tensor([*self._stamps.values()], dtype=torch.long).reshape(-1, 2),
             "features": self.features,
@@ -106,8 +105,8 @@ class ImageIndex:
             save_file(tensors, temporary, {"format": FORMAT, "model": self.fingerprint})
 
     def update(self, batch_size: int = 64, num_workers: int = 0, progress: Progress | None = None) -> Changes:
-        """Brings the index up to date with the folder: computes features of new and changed images, forgets removed
-        ones. A file counts as changed if its size or its time of change differ.
+        """Brings the index up to date with the folder: embeds new and changed images, forgets removed ones. A file
+        counts as changed if its size or modification time differs.
 
         Args:
             num_workers: processes that decode images ahead of the model.
@@ -141,7 +140,7 @@ class ImageIndex:
         )
 
     def query(self, query: str | Image.Image, k: int = 10) -> list[Hit]:
-        """The `k` images that are most like a text or an image, best first.
+        """The `k` images most similar to a text or an image, best first.
 
         Raises:
             ValueError: `k` is less than 1, the text is empty, or has words that the model's vocabulary lacks.
@@ -165,7 +164,7 @@ class ImageIndex:
     def _embed(
         self, paths: list[Path], batch_size: int, num_workers: int, progress: Progress | None
     ) -> tuple[dict[int, Tensor], dict[int, str]]:
-        """Features (E,) of images by their position in `paths`, and why others have none."""
+        """Embeddings (E,) by position in `paths`, and the reasons why images have none."""
         features: dict[int, Tensor] = {}
         unreadable: dict[int, str] = {}
         starts = range(0, len(paths), batch_size)
@@ -191,7 +190,7 @@ class ImageIndex:
 
 
 def check_query(tokenizer: Tokenizer, text: str) -> None:
-    """Raises `ValueError` for a text that says nothing to the model."""
+    """Raises `ValueError` for a text that is empty or has words that the model does not know."""
     if not text.strip():
         raise ValueError("the query is empty: describe the image to look for")
     if isinstance(tokenizer, WordTokenizer):
@@ -218,19 +217,19 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
 def _stamp(path: Path) -> Stamp:
     try:
         stat = path.stat()
-    except OSError:  # a link to nowhere, or just removed: reading it will say so
+    except OSError:  # a dangling link, or just removed: reading it reports that
         return (-1, -1)
     return stat.st_size, stat.st_mtime_ns
 
 
-def _seen_from(file: Path, folder: Path) -> str:
-    """How `file` refers to `folder`: relatively to its own place if the folder lies there, else absolutely."""
+def _reference(file: Path, folder: Path) -> str:
+    """The path by which `file` refers to `folder`: relative if the folder lies beside the file, else absolute."""
     file, folder = file.absolute(), folder.absolute()
     return str(folder.relative_to(file.parent) if folder.is_relative_to(file.parent) else folder)
 
 
 def _bytes(text: str) -> Tensor:
-    """File names as a tensor: they need not be Unicode, and many do not fit the header of the file."""
+    """File names as a tensor, because they need not be Unicode, and too many would not fit the file's header."""
     return torch.frombuffer(bytearray(os.fsencode(text)), dtype=torch.uint8) if text else torch.empty(0).byte()
 
 

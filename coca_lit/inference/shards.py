@@ -1,7 +1,7 @@
-"""Shards to be captioned anew: where each sample lies in a tar, and the same tar with another caption.
+"""Recaptioning shards: where each sample lies in a tar, and a copy of the tar with new captions.
 
 Nothing is unpacked: images are read at their offsets, so that many processes decode one shard and none holds it in
-memory. Every member of a sample is copied byte for byte but for .txt and .json. The time and the owner of members are
+memory. All members of a sample except .txt and .json are copied byte for byte. Time and owner of the members are
 fixed, so that the same captions make the same file.
 """
 
@@ -16,12 +16,12 @@ from coca_lit.data.shards.reader import IMAGE_SUFFIXES
 from coca_lit.data.shards.tar import split_name
 from coca_lit.files import replacing
 
-ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
-ALL = "generated_captions"  # key of KEY.json with all new captions, where several were asked for
+ORIGINAL = "original_caption"  # key of KEY.json for the first content of KEY.txt
+ALL = "generated_captions"  # key of KEY.json for all new captions, if there are several
 
 
 class Sample(NamedTuple):
-    """Where the members KEY.EXTENSION of a sample lie: {extension: (offset, size)}."""
+    """The positions of the members KEY.EXTENSION of a sample: {extension: (offset, size)}."""
 
     key: str
     members: dict[str, tuple[int, int]]
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 
 def scan_shard(path: Path) -> tuple[list[Sample], str]:
-    """The complete samples of a tar with an image, in order, and what is wrong with the rest of it, or ""."""
+    """The complete samples of a tar that have an image, in order, and what is wrong with the rest of it, or ""."""
     samples: list[Sample] = []
     end = 0
     try:
@@ -79,7 +79,7 @@ def _read(file: IO[bytes], sample: Sample) -> dict[str, bytes]:
 
 
 def _recaptioned(members: dict[str, bytes], captions: Sequence[str]) -> dict[str, bytes]:
-    """The members with the new caption as .txt and the old one in .json, unless that keeps an older one already."""
+    """The members with the new caption as .txt and the old one in .json, unless that has an older one already."""
     fields = _fields(members.get("json", b"{}"))
     if "txt" in members:
         fields.setdefault(ORIGINAL, members["txt"].decode("utf-8", errors="replace").strip())

@@ -1,4 +1,4 @@
-"""From the cost of a sample to the memory of a device, samples per second and device-hours."""
+"""From the cost of a sample to memory per device, samples per second and device-hours."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -6,37 +6,40 @@ from typing import NamedTuple
 from torch import Tensor
 
 from coca_lit.models import CoCa
-from coca_lit.plan.hardware import Gpu
+from coca_lit.plan.settings import Gpu
 from coca_lit.plan.trace import Cost
 from coca_lit.training.sharding import blocks
 
-USABLE = 0.92  # of a GPU's memory; the rest is for the CUDA context, communication buffers and fragmentation
+USABLE = 0.92  # share of a GPU's memory; the rest goes to the CUDA context, communication buffers and fragmentation
 TILE = 256  # rows of contrastive logits that exist at a time
 
 
 class Model(NamedTuple):
-    """Sizes of a network, in bytes where nothing else is said."""
+    """Sizes of a network, in bytes unless stated otherwise."""
 
-    parameters: dict[str, tuple[int, int]]  # by part: numbers in all, and those that are trained
+    parameters: dict[str, tuple[int, int]]  # by part: total and trained numbers
     weights: int
     trained: int
     in_blocks: int  # weights that sharding gathers block by block, see `coca_lit.training.sharding`
     largest_block: int
-    width: int  # numbers in a feature
+    width: int  # of the common space
 
 
 class Recipe(NamedTuple):
-    batch: int  # pairs in a step, of all devices
+    """How a network is trained."""
+
+    batch: int  # pairs per step, on all devices
     devices: int
     contrastive: bool = True
     sharded: bool = False
-    averaged: bool = False  # EMA weights are kept
-    micro_batch: int | None = None  # pairs at a time on a device
-    half: bool = True  # products in bf16
-    samples: float | None = None  # of the whole training
+    averaged: bool = False  # keeps EMA weights
+    micro_batch: int | None = None  # pairs that a device sends through the network at a time
+    half: bool = True  # matrix products in bf16
+    samples: float | None = None  # in the whole training
 
 
 def measure(net: CoCa) -> Model:
+    """The sizes of a network, which may be on the meta device."""
     named: dict[str, Iterable[Tensor]] = {
         "image encoder": net.image_encoder.parameters(),
         "pooling": [*net.pooling.parameters(), *net.image_projection.parameters()],
@@ -56,7 +59,7 @@ def measure(net: CoCa) -> Model:
 
 
 def memory(model: Model, cost: Cost, recipe: Recipe) -> dict[str, float]:
-    """Bytes on a device by what they are for, all but the activations of its samples."""
+    """Bytes on a device by purpose, without the activations of its samples."""
     share = recipe.devices if recipe.sharded else 1
     found = {
         "weights": model.weights / share,
@@ -76,20 +79,20 @@ def memory(model: Model, cost: Cost, recipe: Recipe) -> dict[str, float]:
 
 
 def _per_text(model: Model) -> int:
-    """Bytes on every device of a pair of the global batch: its text and the gradient, a column of a tile of logits and
-    of its gradient.
+    """Bytes that a pair of the global batch takes on every device: its text feature, a column of a tile of logits, and
+    the gradients of both.
     """
     return 4 * 2 * (model.width + TILE)
 
 
 def per_sample(model: Model, cost: Cost, recipe: Recipe, pixels: int) -> tuple[float, float]:
-    """Bytes of a sample on its device: while it is in the network, and the whole step long (images and features)."""
+    """Bytes of a sample on its device: while it is in the network, and during the whole step (image and features)."""
     return cost.activations, pixels + (4 * 4 * model.width if recipe.micro_batch else 0)
 
 
 def largest_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pixels: int) -> int:
-    """Pairs per device that fit; with micro-batches only so many are in the network at a time, but every device holds
-    the texts of all. 0: not even one, or not even a micro-batch.
+    """Pairs that fit on a device; 0 if not even one, or not even one micro-batch, does. With micro-batches, only one of
+    them is in the network at a time, but every device holds the text features of the global batch.
     """
     in_network, always = per_sample(model, cost, recipe, pixels)
     if recipe.contrastive:
@@ -102,8 +105,8 @@ def largest_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pi
 
 
 def largest_micro_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pixels: int) -> int | None:
-    """Pairs that a device can send through the network at a time so that the recipe's batch fits: a divisor of its
-    part of that batch. None: not even one by one, or sharded weights, which micro-batches do not go with.
+    """The largest micro-batch with which the recipe's batch fits: a divisor of a device's share of that batch. None if
+    not even single pairs fit, or if weights are sharded, which micro-batches do not support.
     """
     own = recipe.batch // recipe.devices
     sizes = [] if recipe.sharded else [n for n in range(own, 0, -1) if own % n == 0]
@@ -112,7 +115,7 @@ def largest_micro_batch(memory_gb: float, model: Model, cost: Cost, recipe: Reci
 
 
 def flops(model: Model, cost: Cost, recipe: Recipe) -> float:
-    """Of a sample in training: the step, the contrastive logits of the global batch (4 products), and with
+    """FLOPs per sample in training: the step, the contrastive logits of the global batch (4 products), and with
     micro-batches a second forward pass of the two towers.
     """
     logits = 4 * 2 * model.width * recipe.batch if recipe.contrastive else 0
@@ -122,9 +125,10 @@ def flops(model: Model, cost: Cost, recipe: Recipe) -> float:
 
 
 def samples_per_second(sample_flops: float, gpu: Gpu, utilisation: float, half: bool) -> float:
-    """Of one device, as arithmetic has it: the input pipeline and the network between machines may be slower."""
+    """Throughput of one device, if the input pipeline and the network between machines keep up."""
     return utilisation * (gpu.bf16 if half else gpu.tf32) * 1e12 / sample_flops
 
 
 def total_parameters(parameters: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Total and trained numbers of all parts."""
     return sum(n for n, _ in parameters.values()), sum(n for _, n in parameters.values())

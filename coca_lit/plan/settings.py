@@ -1,20 +1,37 @@
-"""What a plan assumes: the values of `plan={…}`."""
+"""What a plan assumes: the GPUs, and how well they are used."""
 
 import difflib
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from coca_lit.plan.hardware import GPUS
+
+class Gpu(NamedTuple):
+    """Peaks from the makers' data sheets: dense products, accumulated in fp32."""
+
+    bf16: float  # TFLOP/s
+    tf32: float  # TFLOP/s, for products in fp32
+    memory: float  # GB
+
+
+GPUS = {
+    "A100-40GB": Gpu(312, 156, 40),
+    "A100": Gpu(312, 156, 80),
+    "H100": Gpu(989, 494, 80),
+    "H200": Gpu(989, 494, 141),
+    "L40S": Gpu(362, 183, 48),
+    "RTX-4090": Gpu(165, 83, 24),
+}
 
 
 class Settings:
     """
     Args:
-        gpus: names from `coca_lit.plan.hardware`.
+        gpus: keys of `GPUS`.
         utilisation: share of the peak that a training step reaches. Published runs of CLIP and CoCa: 0.15 to 0.4 on an
             A100, 0.2 to 0.3 on an H100.
         caption_tokens: mean length of the captions, start and end included.
-        devices: GPUs of the run; None for those of the trainer if it says a number, else 8.
-        samples: of the whole training; None for what the config says.
+        devices: number of GPUs in the run; None takes it from the trainer if that has a number, else 8.
+        samples: samples in the whole training; None takes them from the config.
     """
 
     def __init__(

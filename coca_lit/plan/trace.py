@@ -1,9 +1,9 @@
-"""One training step on tensors without storage: every operator runs, none computes.
+"""One training step of the real network and losses on tensors without storage: every operator runs, none computes.
 
-The real network and the real losses run under PyTorch's `FakeTensorMode`, so frozen parts, loss weights, precision,
-recomputation and any image encoder count as they would in training. FLOPs come from the formulas of PyTorch's counter,
-memory is what the step holds at its peak. Captions have one length, the mean: packed captions cost what their tokens
-cost.
+Weights, images and everything computed from them are fake (`FakeTensorMode`). Token ids, lengths and masks are real,
+so that code which reads their values runs as in training. Frozen parts, loss weights, precision, recomputation and any
+image encoder therefore count as they do in training. PyTorch's `FlopCounterMode` counts the FLOPs; memory is the most
+that the step holds at once. All captions have the same, mean length: packed captions cost what their tokens cost.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,135 +11,156 @@ from typing import Any, NamedTuple
 from weakref import finalize
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from coca_lit.losses import caption_loss, contrastive_term
+from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
-from coca_lit.models.packing import Layout
 
-BATCHES = (64, 128)  # of the two steps whose difference is the memory per sample; larger than a chunk of the losses
+BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
+PARTS = {  # part of the plan -> modules of the network
+    "image encoder": ("image_encoder",),
+    "pooling": ("pooling", "image_projection"),
+    "text tower": ("text",),
+    "decoder": ("decoder",),
+}
 
 
-class Step(NamedTuple):
-    """A training step of some samples."""
+class Flops(NamedTuple):
+    """FLOPs of a training step; a multiply-add counts as 2."""
 
-    samples: int
-    forward: dict[str, int]  # FLOPs by part, 2 for a multiplication with addition
-    total: int  # FLOPs with the backward pass and what that computes again
-    peak: int  # bytes of activations and temporary tensors, beside weights, gradients and inputs
+    forward: dict[str, int]  # by part
+    total: int  # of forward and backward pass, recomputation included
 
 
 class Cost(NamedTuple):
-    """A training step, per sample."""
+    """The cost of a training step, per sample."""
 
     forward: dict[str, float]  # FLOPs by part
-    total: float  # FLOPs with the backward pass
+    total: float  # FLOPs of forward and backward pass
     activations: float  # bytes
-    fixed: float  # bytes whatever the batch: casts of weights, chunks of the losses
+    fixed: float  # bytes at any batch size: casts of weights, chunks of the losses
 
 
 def cost(net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None) -> Cost:
-    """What a sample costs in a large batch.
+    """The cost of a sample in a large batch.
 
     Args:
         net: on the meta device; its parameters are replaced.
-        weights: of "contrastive" and "caption", 0 for a loss that is skipped.
+        weights: of the losses "contrastive" and "caption"; a loss of weight 0 is skipped.
         caption_tokens: mean length of the captions, start and end included.
-        autocast: the type of mixed precision, None for that of the weights.
+        autocast: type of mixed precision; None computes in the type of the weights.
     """
-    few, many = (trace(net, weights, caption_tokens, autocast, batch) for batch in BATCHES)
-    slope = (many.peak - few.peak) / (many.samples - few.samples)
-    forward = {part: flops / many.samples for part, flops in many.forward.items()}
-    return Cost(forward, many.total / many.samples, slope, max(few.peak - few.samples * slope, 0.0))
+    few, many = BATCHES
+    low, high = (peak_memory(net, weights, caption_tokens, autocast, batch) for batch in BATCHES)
+    slope = (high - low) / (many - few)
+    step = count_flops(net, weights, caption_tokens, autocast, few)
+    forward = {part: flops / few for part, flops in step.forward.items()}
+    return Cost(forward, step.total / few, slope, max(low - few * slope, 0.0))
 
 
-def trace(
+def count_flops(
     net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None, batch: int
-) -> Step:
-    """One step of `batch` samples; arguments as for `cost`."""
+) -> Flops:
+    """FLOPs of a step with `batch` samples, without the contrastive logits, which grow with the global batch; other
+    arguments as for `cost`.
+    """
+    totals: dict[str, int] = {}
+    modules: dict[str, int] = {}
+
+    def mark(end_of: str) -> None:
+        totals[end_of] = counter.get_total_flops()
+        if end_of == "network":
+            modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
+
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        _step(net, weights, _inputs(net, caption_tokens, batch), autocast, mark)
+    vocabulary = totals["caption"] - totals["network"]
+    parts = [part for part in PARTS if part != "decoder" or vocabulary]
+    root = type(net).__name__
+    forward = {part: sum(modules.get(f"{root}.{name}", 0) for name in PARTS[part]) for part in parts}
+    forward |= {"vocabulary, with its gradients": vocabulary} if vocabulary else {}
+    return Flops(forward, counter.get_total_flops() - (totals["contrastive"] - totals["caption"]))
+
+
+def peak_memory(
+    net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None, batch: int
+) -> int:
+    """Bytes of activations and temporary tensors that a step with `batch` samples holds at its peak, without weights,
+    gradients and inputs; other arguments as for `cost`.
+    """
+    inputs = _inputs(net, caption_tokens, batch)
+    given = [*inputs, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters() if p.grad is not None)]
+    with _PeakMemory(given) as memory:
+        _step(net, weights, inputs, autocast)
+    return memory.peak
+
+
+def _step(
+    net: CoCa,
+    weights: Mapping[str, float],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    autocast: torch.dtype | None,
+    mark: Callable[[str], None] = lambda end_of: None,
+) -> None:
+    """A training step; `mark` is called at the end of the network and of each loss, computed or not."""
+    with _RealMasks(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = net(*inputs, contrastive=bool(weights["contrastive"]), captioning=bool(weights["caption"]))
+        mark("network")
+        terms = loss_terms(out._replace(image_features=None))
+        mark("caption")
+        terms |= loss_terms(out._replace(hidden=None))
+        mark("contrastive")
+        loss = torch.stack([*terms.values()]).sum()
+        del out, terms
+    loss.backward()
+
+
+def _inputs(net: CoCa, caption_tokens: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake images, real tokens and lengths for a network that is made fake, too."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _without_storage(net)
-        net.train()
-        for p in net.parameters():
-            p.grad = torch.empty_like(p) if p.requires_grad else None
-        size = (batch, 3, net.image_size, net.image_size)
-        images = torch.empty(size, dtype=torch.uint8)
-        tokens = torch.zeros(batch, caption_tokens, dtype=torch.long)
-        given = [images, tokens, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters())]
-        with _Meter(t for t in given if t is not None) as meter:
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                loss, forward = _loss(net, weights, images, tokens, meter)
-            loss.backward()
-            del loss
-        return Step(batch, forward, meter.flops, meter.peak)
+        _to_fake(net.train())
+        images = torch.empty(batch, 3, net.image_size, net.image_size, dtype=torch.uint8)
+    return images, torch.zeros(batch, caption_tokens, dtype=torch.long), torch.full((batch,), caption_tokens)
 
 
-def _loss(
-    net: CoCa, weights: Mapping[str, float], images: Tensor, tokens: Tensor, meter: "_Meter"
-) -> tuple[Tensor, dict[str, int]]:
-    """As `CoCa.forward` and the losses, for captions (B, T) of one length: no shape may depend on a value here."""
-    contrastive, decoder = bool(weights["contrastive"]), net.decoder if weights["caption"] else None
-    batch, length = tokens.shape
-    lengths = torch.full((batch,), length)
-    marks = {"": 0}
-    encoded = net.image_encoder(images)
-    marks["image encoder"] = meter.flops
-    vector, image_tokens = net.pooling(encoded, contrastive, decoder is not None)
-    image_features = net.image_projection(vector) if contrastive else None
-    marks["pooling"] = meter.flops
-    pad = net.text.cls_mask == "legacy" and length < net.text.context_length
-    states, text_features, _ = net.text(tokens, lengths, contrastive, packed=False, longest=length + pad + contrastive)
-    marks["text tower"] = meter.flops
-    terms = []
-    if decoder is not None:
-        layout = Layout(lengths - 1, packed=False, longest=length - 1)
-        hidden = decoder(states[:, : length - 1], image_tokens, layout).flatten(0, 1)  # (B·(T - 1), D)
-        marks["decoder"] = meter.flops
-        terms.append(caption_loss(hidden, decoder.vocabulary.weight, tokens[:, 1:].flatten()))
-        marks["vocabulary, with its gradients"] = meter.flops
-    if image_features is not None and text_features is not None:
-        features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-        apart = meter.flops  # they grow with the global batch, see `estimate`
-        terms.append(contrastive_term(*features, net.logit_scale.exp(), net.logit_bias))
-        meter.flops = apart
-    ends = list(marks.values())
-    return torch.stack(terms).sum(), {
-        part: end - begin for part, begin, end in zip(list(marks)[1:], ends, ends[1:], strict=False)
-    }
-
-
-def _without_storage(net: nn.Module) -> None:
-    """Moves parameters and buffers from the meta device to fake tensors of the CPU, which has the real operators."""
+def _to_fake(net: nn.Module) -> None:
+    """Replaces parameters and buffers by fake tensors on the CPU, which has all operators, and allocates gradients."""
     for module in net.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                fake = torch.empty(p.shape, dtype=p.dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+                fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                fake.grad = torch.empty_like(fake) if p.requires_grad else None
+                module._parameters[name] = fake
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-class _Meter(TorchDispatchMode):
-    """Counts FLOPs, and the most bytes that tensors made inside the block occupied at once."""
+class _RealMasks(TorchDispatchMode):
+    """Turns real boolean masks that index fake tensors into positions: a fake copy of them would have no values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            is_mask = [index is not None and index.dtype is torch.bool for index in args[1]]
+            parts = [x.nonzero().unbind(1) if mask else [x] for x, mask in zip(args[1], is_mask, strict=True)]
+            args = (args[0], [index for part in parts for index in part])
+        return func(*args, **(kwargs or {}))
+
+
+class _PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside the block occupied at once."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
-        self.flops = self.now = self.peak = 0
-        self._given = [t.untyped_storage() for t in given]  # kept: their addresses must not be used again
+        self.now = self.peak = 0
+        self._given = [t.untyped_storage() for t in given]  # kept alive: their addresses must not be reused
         self._known = {storage._cdata for storage in self._given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
-        if (formula := _FORMULAS.get(packet)) is not None:
-            self.flops += formula(*args)
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._hold(tensor.untyped_storage())
@@ -151,31 +172,35 @@ class _Meter(TorchDispatchMode):
         self._known.add(storage._cdata)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        finalize(storage, self._drop, storage._cdata, storage.nbytes())
+        finalize(storage, self._release, storage._cdata, storage.nbytes())
 
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _release(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self.now -= size
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
-def _attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *__: Any) -> int:
-    """Four products. A fused kernel computes the scores once more, which is no work of the model."""
-    return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
+def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+    """Four products. A fused kernel also recomputes the scores, which is not counted as work of the model."""
+    return 2 * sdpa_flop_count(query, key, value)
 
 
-def _convolution_backward(gradient: Tensor, _: Tensor, weight: Tensor, *others: Any) -> int:
-    """PyTorch's formula takes no notice of groups."""
-    return sum(others[-1][:2]) * 2 * gradient.numel() * (weight.numel() // len(weight))
+def _convolution_backward(gradient: torch.Size, _: Any, weight: torch.Size, *others: Any, **__: Any) -> int:
+    """PyTorch's formula ignores groups. The last argument says which gradients are needed: input, weight, bias."""
+    return sum(others[-1][:2]) * 2 * gradient.numel() * weight[1:].numel()
 
 
-# What PyTorch's counter lacks or gets wrong.
+def _addmm(_: Any, left: torch.Size, right: torch.Size, **__: Any) -> int:
+    return 2 * left.numel() * right[1]
+
+
+# FLOPs, from shapes, of operators that PyTorch's counter lacks or gets wrong.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     torch.ops.aten.convolution_backward: _convolution_backward,
-    torch.ops.aten.addmm_: lambda _, a, b: addmm_flop(None, a.shape, b.shape),
+    torch.ops.aten.addmm_: _addmm,
 }

@@ -1,3 +1,1 @@
-"""Reports of finished runs, made from their folders alone: `report.html`, which needs nothing else, and `report.md`."""
-
-
+"""Reports of finished runs, made from their folders alone, by `page.write_report` and `page.write_comparison`."""

@@ -9,17 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from coca_lit.report.objective import HEADLINES
-from coca_lit.report.run import Curves, Run, differences
-from coca_lit.report.tables import score_name, shown
+from coca_lit.report.runs import Curves, Run, differences
+from coca_lit.report.scores import HEADLINES, headlines, in_print_units, score_name
 
-MANY = 8  # runs; more bars than that are hard to read
+MANY = 8  # runs; more bars are hard to read
 
 
 def curves_figure(curves: Curves) -> bytes | None:
     """Losses and headline scores over the steps; None if there is nothing to draw.
 
-    A final score stands as a star over the curve of the part of the images that was scored while training.
+    The score on all images at the end is a star above the curve of the subset that was scored while training.
     """
     losses = {name: curve for name, curve in curves.items() if name.endswith("_loss")}
     scores = {name: curve for name, curve in curves.items() if name.endswith(HEADLINES)}
@@ -30,7 +29,7 @@ def curves_figure(curves: Curves) -> bytes | None:
         return None
     figure = Figure(figsize=(4.2 * len(groups), 3.6), dpi=160, layout="constrained")
     for axes, (title, group) in zip(_axes(figure, len(groups), columns=3), groups.items(), strict=True):
-        colours: dict[str, str] = {}  # of a score on all images and on a part of them
+        colours: dict[str, str] = {}  # shared by a score on all images and on a subset
         for name, points in group.items():
             colour = colours.setdefault(_on_all(name), f"C{len(colours)}")
             marker = "" if len(points) >= 30 else "*" if len(points) == 1 and title != "losses" else "."
@@ -58,14 +57,14 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
     several = swept_numbers(runs)
     if objective is not None and len(runs) >= MANY and len(several) > 1:
         return _scatter_figure(runs, objective, several)
-    scores = [s for s in dict.fromkeys(k for run in runs for k in run.results) if s.endswith(HEADLINES)]
+    scores = headlines(dict.fromkeys(score for run in runs for score in run.results))
     if not scores:
         return None
     swept = swept_value(runs)
     rows = -(-len(scores) // 3)
     figure = Figure(figsize=(11, 3.2 * rows), dpi=160, layout="constrained")
     for axes, score in zip(_axes(figure, len(scores), columns=3), scores, strict=True):
-        values = [shown(score, run.results.get(score, float("nan"))) for run in runs]
+        values = [in_print_units(score, run.results.get(score, float("nan"))) for run in runs]
         if swept:
             key, numbers = swept
             points = sorted(zip(numbers, values, strict=True))
@@ -80,7 +79,7 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
 
 
 def _scatter_figure(runs: Sequence[Run], objective: str, swept: dict[str, list[float]]) -> bytes:
-    values = [shown(objective, run.results.get(objective, float("nan"))) for run in runs]
+    values = [in_print_units(objective, run.results.get(objective, float("nan"))) for run in runs]
     rows = -(-len(swept) // 3)
     figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
     for axes, (key, numbers) in zip(_axes(figure, len(swept), columns=3), swept.items(), strict=True):
@@ -95,7 +94,7 @@ def _scale(numbers: Sequence[float]) -> str:
 
 
 def swept_numbers(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """The config keys in which the runs differ, if every run has a number in each of them; else nothing."""
+    """The config keys in which the runs differ, if every run has a number for each of them; else nothing."""
     numbers = {key: [_number(value) for value in values] for key, values in differences(runs).items()}
     whole = {key: [n for n in row if n is not None] for key, row in numbers.items()}
     return whole if all(len(row) == len(runs) for row in whole.values()) else {}
@@ -109,7 +108,7 @@ def swept_value(runs: Sequence[Run]) -> tuple[str, list[float]] | None:
 
 def _number(value: Any) -> float | None:
     try:
-        return None if isinstance(value, bool) else float(value)  # YAML reads 1e-3 as a text
+        return None if isinstance(value, bool) else float(value)  # YAML reads 1e-3 as a string
     except (TypeError, ValueError):
         return None
 

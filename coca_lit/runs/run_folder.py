@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -93,13 +94,20 @@ def environment() -> dict[str, Any]:
     """What a number depends on: command, commit, machine, versions."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
-        "command": redact(" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "command": redact(shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]])),
         "commit": commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "started": time.time(),
     }
+
+
+def _program(path: Path) -> list[str]:
+    """The words that start this program in a shell: coca-train, or python train.py."""
+    if path.parent.name == "cli":  # python -m coca_lit.cli.train
+        return [f"coca-{path.stem}"]
+    return ["python", path.name] if path.suffix == ".py" else [path.name]
 
 
 def commit() -> str:

@@ -14,9 +14,8 @@ import torch
 from record import record
 
 from coca_lit.inference.caption import caption
-from coca_lit.inference.images import find_images
-from coca_lit.inference.inputs import find_inputs
-from coca_lit.inference.writers import open_writer
+from coca_lit.inference.inputs import find_images, find_inputs
+from coca_lit.inference.outputs import open_writer
 from coca_lit.models import CoCa, create_model
 
 

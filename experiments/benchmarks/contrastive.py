@@ -6,13 +6,12 @@ OMP_NUM_THREADS=1 python experiments/benchmarks/contrastive.py
 """
 
 import argparse
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import interleaved, peak_memory, ratio
+from harness import in_own_process, interleaved, peak_memory, ratio
 from open_clip.loss import ClipLoss, SigLipLoss
 from record import record
 from torch import Tensor
@@ -49,17 +48,12 @@ def main() -> None:
     for batch in args.batches:
         for kind, losses in LOSSES.items():
             seconds = interleaved({name: step(kind, name, batch) for name in losses}, args.repetitions)
-            ours = in_own_process(kind, "tiled", batch)
+            ours = in_own_process(memory_of, kind, "tiled", batch)
             for other in [name for name in losses if name != "tiled"]:
                 row = {"case": f"{kind}, tiled against {other}", "batch": batch, "tiled s": min(seconds["tiled"])}
                 row |= {"speed": str(ratio(seconds[other], seconds["tiled"])), "tiled MiB": ours}
-                memory = ours / in_own_process(kind, other, batch)
+                memory = ours / in_own_process(memory_of, kind, other, batch)
                 record(CSV, [row | {"memory": memory, "target": TARGETS.get(kind, "")}])
-
-
-def in_own_process(*arguments: object) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(memory_of, arguments)
 
 
 def memory_of(kind: str, name: str, batch: int) -> float:

@@ -8,13 +8,12 @@ OMP_NUM_THREADS=1 python experiments/benchmarks/convolutional.py
 
 import argparse
 import itertools
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from harness import interleaved, ratio
+from harness import in_own_process, interleaved, ratio
 from record import record
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     repetitions = parser.parse_args().repetitions
     for name, precision, way in itertools.product(ENCODERS, ("fp32", "bf16"), ("training", "encoding")):
-        seconds = {engine: in_own_process(engine, name, precision, way, repetitions) for engine in ENGINES}
+        seconds = {engine: in_own_process(measure, engine, name, precision, way, repetitions) for engine in ENGINES}
         rows = [
             {
                 "case": f"{name}, {way}, {precision}",
@@ -43,12 +42,6 @@ def main() -> None:
             for engine in ENGINES
         ]
         record(CSV, rows)
-
-
-def in_own_process(*arguments: object) -> list[float]:
-    """What a process does with freed memory cannot be taken back, so that each has its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, arguments)
 
 
 def measure(engine: str, name: str, precision: str, way: str, repetitions: int) -> list[float]:

@@ -1,16 +1,17 @@
-"""What the side-by-side benchmarks share: interleaved timing, peak memory, and OpenCLIP's models with the same weights.
+"""Shared by the side-by-side benchmarks: interleaved timing, peak memory, OpenCLIP's models with the same weights.
 
-Times are CPU seconds of the process with one thread, so that neighbours on the machine disturb them little. Variants
+Times are CPU seconds of the process with one thread, so that other load on the machine disturbs them little. Variants
 take turns (A B C A B C …) and ratios are taken turn by turn, so that a slow minute hits both sides.
 """
 
 import ctypes
 import gc
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from coca_lit.weights.open_clip import from_open_clip
 
 PROCESS = Path("/proc/self")  # peak memory is read there, so this runs on Linux only
 CONTEXT = 76
+
+T = TypeVar("T")
 
 
 class Ratio(NamedTuple):
@@ -32,7 +35,7 @@ class Ratio(NamedTuple):
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """CPU seconds of each variant, turn by turn, after one turn that does not count."""
+    """CPU seconds of each variant, turn by turn, after one turn to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repetitions + 1):
         for name, function in variants.items():
@@ -49,8 +52,14 @@ def ratio(slow: list[float], fast: list[float]) -> Ratio:
     return Ratio(statistics.median(pairs), min(pairs), max(pairs))
 
 
+def in_own_process(function: Callable[..., T], *arguments: object) -> T:
+    """The result of a call in a fresh process, whose peak memory and allocator are not those of earlier calls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def peak_memory(function: Callable[[], object]) -> float:
-    """MiB that `function` needs at its peak above what the process holds now; run it once before, to warm up."""
+    """MiB that `function` needs at its peak above what the process holds now; call it once before, to warm up."""
     forget_peak()
     before = memory("VmRSS")
     function()
@@ -58,7 +67,7 @@ def peak_memory(function: Callable[[], object]) -> float:
 
 
 def forget_peak() -> None:
-    """Gives unused memory back to the system; the peak of the process counts from here."""
+    """Returns unused memory to the system and resets the peak of the process."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     PROCESS.joinpath("clear_refs").write_text("5")
@@ -72,7 +81,7 @@ def memory(name: str) -> float:
 
 def open_clip_model(name: str) -> nn.Module:
     """OpenCLIP's model with random weights."""
-    import open_clip  # here, so that a process without it shows how much memory ours takes
+    import open_clip  # here, so that it takes no memory of processes that do not use it
 
     torch.manual_seed(0)
     model = open_clip.create_model(name, load_weights=False)

@@ -88,7 +88,7 @@ def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
 
 
 def parts(folder: str, samples: Sequence[ShardSample], repetitions: int) -> Iterator[dict[str, object]]:
-    """The same work in pieces, each on what the piece before it gives."""
+    """The same work in stages, each on the output of the stage before."""
     encode, texts = get_tokenizer("clip").encode, [sample.captions["txt"][0] for sample in samples]
     their_tokens, their_transform, crop = (
         open_clip.get_tokenizer("coca_ViT-B-32"),
@@ -161,7 +161,7 @@ def open_with_pillow(content: bytes) -> Image.Image:
 def photos(folder: Path, count: int) -> list[bytes]:
     found = sorted(folder.rglob("*.jpg"))
     if len(found) < count:
-        raise SystemExit(f"{folder} has {len(found)} .jpg files, fewer than {count}: say --count or another folder")
+        raise SystemExit(f"{folder} has {len(found)} .jpg files, fewer than {count}: set --count")
     return [path.read_bytes() for path in found[:: len(found) // count][:count]]
 
 

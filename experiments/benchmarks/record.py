@@ -1,4 +1,4 @@
-"""The record of a benchmark: rows that are printed and appended to a CSV, with what one must know to believe them.
+"""Records a benchmark: rows are printed and appended to a CSV, with the facts that their numbers depend on.
 
 record(Path(__file__).with_suffix(".csv"), [{"case": "beam", "seconds": 1.2}])
 """

@@ -1,14 +1,12 @@
-"""Writes the tables of the benchmarks' README, and of the project's, from their CSVs: the newest row of every case.
-
-python experiments/benchmarks/report.py
-"""
+"""Tables of the benchmarks: the newest row of every case of their CSVs."""
 
 from pathlib import Path
 
-from experiments.study import Row, markdown, read_rows, write_tables
+from coca_lit.report.tables import Table, markdown
+from experiments.study import Row, read_rows
 
 FOLDER = Path(__file__).resolve().parent
-# Columns that say what was measured.
+# Columns that name what was measured.
 CASES = ("case", "what", "way", "score", "model", "strategy", "batch", "precision", "engine", "workers")
 ABOUT = ("date", "command", "commit", "machine", "OMP_NUM_THREADS", "versions")
 
@@ -26,12 +24,8 @@ def table(path: Path) -> str:
         newest[case] = row
     rows = list(newest.values())
     columns = [c for c in rows[0] if c not in ABOUT and any(row.get(c) for row in rows)]
-    lines = [columns, *([row.get(column) or "" for column in columns] for row in rows)]
+    lines = [[row.get(column) or "" for column in columns] for row in rows]
     last = rows[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     about = f"`{last['command'].split(' --')[0]}` at commit {commits}, {last['machine']}, {last['versions']}."
-    return f"{markdown(lines)}\n\n{about}"
-
-
-if __name__ == "__main__":
-    write_tables(tables())
+    return f"{markdown(Table(path.stem, columns, lines))}\n\n{about}"

@@ -1,19 +1,18 @@
-"""Time and memory to rank 5,000 images × 25,010 texts in both directions: aims are 10 s on 2 cores and 2 GiB.
+"""Time and memory to rank 5,000 images × 25,010 texts in both directions; targets: 10 s on 2 cores, 2 GiB.
 
     python experiments/benchmarks/retrieval.py --width 512
 
-Beside it the way of CLIP_benchmark, with its own functions: all similarities at once, a top-k, a matrix of what is
-right. Features are random and of unit length, each text near its image; recalls of both ways must agree. Each way has a
-process of its own, because peak memory is that of a process. Linux only, for the peak.
+Compared with CLIP_benchmark's own functions: all similarities at once, a top-k, a matrix of correct pairs. Embeddings
+are random and of unit length, each text near its image; the recalls of both must agree. Each runs in its own process,
+because peak memory is that of a process; it is read on Linux only.
 """
 
 import argparse
-import multiprocessing
 import time
 from pathlib import Path
 
 import torch
-from harness import forget_peak, memory
+from harness import in_own_process, peak_memory
 from record import record
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -33,8 +32,7 @@ def main() -> None:
     case = f"{arguments.images} x {arguments.texts}, width {arguments.width}, {torch.get_num_threads()} threads"
     rows, found = [], {}
     for way in ("coca_lit", "clip_benchmark"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            seconds, megabytes, found[way] = pool.apply(measure, (way, *size))
+        seconds, megabytes, found[way] = in_own_process(measure, way, *size)
         rows.append({"case": case, "way": way, "seconds": seconds, "extra peak MB": megabytes} | found[way])
     for name, value in found["clip_benchmark"].items():
         assert abs(found["coca_lit"][name] - value) < 1e-6, name
@@ -45,12 +43,11 @@ def measure(way: str, images: int, texts: int, width: int) -> tuple[float, float
     """Seconds, peak memory beyond that of the features in MB, and the recalls."""
     image_features, text_features, image_of_text = features(images, texts, width)
     score = {"coca_lit": retrieval_scores, "clip_benchmark": clip_benchmark_scores}[way]
-    forget_peak()
-    before = memory("VmRSS")
+    scores: dict[str, float] = {}
     start = time.monotonic()
-    scores = score(image_features, text_features, image_of_text)
+    megabytes = peak_memory(lambda: scores.update(score(image_features, text_features, image_of_text)))
     seconds = time.monotonic() - start
-    return seconds, memory("VmHWM") - before, {name: value for name, value in scores.items() if "recall" in name}
+    return seconds, megabytes, {name: value for name, value in scores.items() if "recall" in name}
 
 
 def features(images: int, texts: int, width: int) -> tuple[Tensor, Tensor, Tensor]:

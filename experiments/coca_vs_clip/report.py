@@ -1,8 +1,8 @@
-"""python experiments/coca_vs_clip/report.py [RUN_FOLDERS…]"""
+"""Tables and figure of CoCa against CLIP."""
 
 from pathlib import Path
 
-from experiments.study import EXPERIMENTS, Row, by_variant, draw_variants, read_rows, renamed, report
+from experiments.study import EXPERIMENTS, Row, by_variant, draw_variants, read_rows, renamed
 
 RESULTS = Path(__file__).with_name("results.csv")
 NAMES = {"clip": "CLIP", "coca": "CoCa"}
@@ -27,7 +27,3 @@ def tables() -> dict[str, str]:
 
 def draw() -> None:
     draw_variants(rows(NAMES), SCORES, RESULTS.with_name("coca_vs_clip.png"))
-
-
-if __name__ == "__main__":
-    report(RESULTS, tables, draw)

@@ -6,4 +6,4 @@ for seed in 0 1 2; do
   run=demo_seed$seed
   [ -s "outputs/$run/results.json" ] || python train.py seed=$seed name=$run
 done
-python experiments/demo/report.py outputs/demo_seed0 outputs/demo_seed1 outputs/demo_seed2
+python experiments/report.py demo outputs/demo_seed0 outputs/demo_seed1 outputs/demo_seed2

@@ -111,7 +111,7 @@ def damage(path: Path, run: "Run") -> None:
 
 
 def _without(run: "Run", spoil: Callable[[Path], None], during_training: bool) -> str | None:
-    """The run must refuse by name what it cannot read, and go on when it is back."""
+    """The run must name what it cannot read, and resume when it is back."""
     shard = run.rng.choice(sorted(run.data.glob("*.tar")))
     aside = shutil.copy2(shard, run.data / "aside")
     try:

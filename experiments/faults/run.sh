@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OMP_NUM_THREADS=1 python experiments/faults/soak.py --kills 110 --seed 0
-python experiments/faults/report.py
+python experiments/report.py faults

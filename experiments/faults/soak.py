@@ -130,7 +130,7 @@ class Run:
         return self.ends(-signal.SIGKILL, *allowed)
 
     def terminate(self, again: float | None = None) -> str | None:
-        """What was done is saved, unless training was over; a second signal, so many seconds later, does no harm."""
+        """Progress is saved, unless training is over; a second signal, `again` seconds later, does no harm."""
         os.kill(self.process.pid or 0, signal.SIGTERM)
         if again is not None and not self.over(again):
             with contextlib.suppress(ProcessLookupError):

@@ -21,7 +21,7 @@ WRITES = {"os.rename", "os.remove", "os.symlink", "os.truncate"}  # audit events
 class Trouble(NamedTuple):
     """What happens within a training process; nothing by default."""
 
-    die_at_file: int | None = None  # SIGKILL at so many file operations in the run folder
+    die_at_file: int | None = None  # SIGKILL at this file operation in the run folder
     emptied: bool = False  # and a file that was about to be written is empty by then
     die_in_save: tuple[int, float] | None = None  # SIGKILL in the n-th checkpoint, after this part of its bytes
     largest_file: int | None = None  # bytes after which writing a file fails

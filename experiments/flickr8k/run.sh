@@ -5,4 +5,4 @@ root=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
 cd "$(dirname "$0")/../.."
 run=flickr8k_seed0
 [ -s "outputs/$run/results.json" ] || python train.py experiment=flickr8k data.root="$root" seed=0 name=$run
-python experiments/flickr8k/report.py "outputs/$run"
+python experiments/report.py flickr8k "outputs/$run"

@@ -1,8 +1,8 @@
-"""python experiments/flickr8k_two_hours/report.py [RUN_FOLDERS…]"""
+"""Table and figure of two hours on Flickr8k."""
 
 from pathlib import Path
 
-from experiments.study import by_variant, draw_variants, read_rows, report
+from experiments.study import by_variant, draw_variants, read_rows
 
 RESULTS = Path(__file__).with_name("results.csv")
 SCORES = {
@@ -22,7 +22,3 @@ def draw() -> None:
     shown = ("Bleu_4", "METEOR", "CIDEr", "i2t_recall@1", "t2i_recall@1")
     scores = {f"flickr8k/{score}": SCORES[f"flickr8k/{score}"] for score in shown}
     draw_variants(read_rows(RESULTS), scores, RESULTS.with_name("flickr8k_two_hours.png"))
-
-
-if __name__ == "__main__":
-    report(RESULTS, tables, draw)

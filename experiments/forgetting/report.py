@@ -1,10 +1,10 @@
-"""python experiments/forgetting/report.py [RUN_FOLDERS…]"""
+"""Tables and figure of forgetting: what caption finetuning leaves of retrieval."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments.study import Row, by_variant, numbers, read_rows, renamed, report, variants
+from experiments.study import Row, by_variant, numbers, read_rows, renamed, variants
 
 RESULTS = Path(__file__).with_name("results.csv")
 NAMES = {
@@ -29,12 +29,12 @@ OF_PHOTOS = {
 
 
 def recall_at_5(row: Mapping[str, str], data: str = "scenes") -> float:
-    """Mean of both directions."""
+    """Mean over both directions."""
     return statistics.mean(float(row[f"{data}/{way}_recall@5"]) for way in ("t2i", "i2t"))
 
 
 def with_kept(rows: Sequence[Row], data: str = "scenes") -> list[Row]:
-    """Rows that were scored, with the share of recall@5 that finetuning left, by the run of the same seed before it."""
+    """The scored rows, with the share of recall@5 that is left of that of the same seed before finetuning."""
     before = {row["seed"]: recall_at_5(row, data) for row in rows if row["run"].startswith("before")}
     scored = [row for row in rows if row.get(f"{data}/t2i_recall@5")]
     return [
@@ -63,7 +63,7 @@ def tables() -> dict[str, str]:
 
 
 def draw() -> None:
-    """Recall@5 of the old captions against CIDEr of the new ones: means over seeds, and the ways between."""
+    """Recall@5 of the old captions against CIDEr of the new ones: means over seeds, and interpolated weights."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -79,7 +79,7 @@ def draw() -> None:
     for end in ("c0", "c0.3"):
         way = ["before", *(f"{end}_wise{i / 10}" for i in range(1, 10)), end]
         line = [places[name] for name in way if name in places]
-        if len(line) > 2:  # something between the ends was scored
+        if len(line) > 2:  # interpolated weights were scored
             axes.plot(*zip(*line, strict=True), marker=".", zorder=1, label=f"between before and {NAMES[end]}")
     for (name, title), marker in zip(NAMES.items(), "oXdsv^<>P", strict=True):
         if name in places:
@@ -88,7 +88,3 @@ def draw() -> None:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS.with_name("forgetting.png"), dpi=110)
-
-
-if __name__ == "__main__":
-    report(RESULTS, tables, draw)

@@ -49,7 +49,7 @@ for seed in ${SEEDS:-0 1 2}; do
   between c0.3 "$seed" "$before" "$tenths" "$evals"
   tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
   tune decay model.contrastive_weight=0 model.optimizer.layer_decay=0.5
-  python experiments/forgetting/report.py "$runs"/*_seed*
+  python experiments/report.py forgetting "$runs"/*_seed*
 done
 
 if [ -n "$root" ]; then
@@ -69,4 +69,4 @@ if [ -n "$root" ]; then
   tune lora model.contrastive_weight=0 lora.rank=8 'lora.parts=[pooling,image_projection,text]'
   between flickr8k_c0 0 "$before" 0.25,0.5,0.75 "${photos[@]}"
 fi
-python experiments/forgetting/report.py "$runs"/*_seed*
+python experiments/report.py forgetting "$runs"/*_seed*

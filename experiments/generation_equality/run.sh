@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 run=outputs/generation_equality
 [ -s "$run/results.json" ] || python experiments/generation_equality/compare.py "$run" --cases 10000
-python experiments/generation_equality/report.py "$run"
+python experiments/report.py generation_equality "$run"

@@ -15,4 +15,4 @@ for seed in ${SEEDS:-0 1 2}; do
   train weight10 "$seed"
   train weight1 "$seed" model.objectives.image_decoder.weight=1
 done
-python experiments/image_decoder/report.py "$runs"/*_seed*
+python experiments/report.py image_decoder "$runs"/*_seed*

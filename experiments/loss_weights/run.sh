@@ -13,4 +13,4 @@ for seed in ${SEEDS:-0 1 2}; do
       data.train_count=8000 trainer.max_epochs=2 'evals=[scenes_captions,scenes_retrieval]' $weights
   done
 done
-python experiments/loss_weights/report.py "$runs"/*_seed*
+python experiments/report.py loss_weights "$runs"/*_seed*

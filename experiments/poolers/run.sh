@@ -13,4 +13,4 @@ for seed in ${SEEDS:-0 1 2}; do
       trainer.max_epochs=2 'evals=[scenes_captions,scenes_retrieval]' +model.net.pooler=$pooler +model.net.pooler_queries="$queries"
   done
 done
-python experiments/poolers/report.py "$runs"/*_seed*
+python experiments/report.py poolers "$runs"/*_seed*

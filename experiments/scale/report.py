@@ -1,10 +1,11 @@
-"""A CSV for every question of the study, and a table of each: python experiments/scale/report.py"""
+"""A CSV and a table for every question of the study of scale."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.study import markdown, read_rows, write_rows, write_tables
+from coca_lit.report.tables import Table, markdown
+from experiments.study import read_rows, write_rows, write_tables
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -21,17 +22,13 @@ def record(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _table(path: Path) -> str:
     rows = read_rows(path)
-    return markdown([list(rows[0]), *([_shown(cell) for cell in row.values()] for row in rows)])
+    return markdown(Table(path.stem, list(rows[0]), [[_shown(cell) for cell in row.values()] for row in rows]))
 
 
 def _shown(cell: str) -> str:
-    """Whole numbers in full, others with two digits that count."""
+    """Whole numbers in full, others with two significant digits."""
     try:
         number = float(cell)
     except ValueError:
         return cell
     return f"{number:,.0f}" if "." not in cell or abs(number) >= 100 else f"{number:.2g}"
-
-
-if __name__ == "__main__":
-    write_tables(tables())

@@ -6,4 +6,4 @@ export OMP_NUM_THREADS=1
 python experiments/scale/scale.py
 python experiments/scale/counted.py
 python experiments/scale/shuffle.py
-python experiments/scale/report.py
+python experiments/report.py scale

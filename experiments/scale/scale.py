@@ -23,7 +23,7 @@ from coca_lit.plan.estimate import (
     memory,
     samples_per_second,
 )
-from coca_lit.plan.hardware import GPUS
+from coca_lit.plan.settings import GPUS
 from coca_lit.plan.trace import cost
 from experiments.scale.report import record
 

@@ -24,4 +24,4 @@ for seed in ${SEEDS:-0 1 2}; do
   train alternating "$seed" "${pairs[@]}" data.text="$texts" data.text_every=2
   train both "$seed" "${pairs[@]}" "$start" data.text="$texts" data.text_every=2
 done
-python experiments/text_pretraining/report.py "$runs"/*_seed*
+python experiments/report.py text_pretraining "$runs"/*_seed*

@@ -13,7 +13,7 @@ from running import ROOT, TINY, compose, results
 
 from coca_lit.cli.sweep import check_processes
 from coca_lit.errors import ConfigError
-from coca_lit.report.objective import best_run, headline
+from coca_lit.report.scores import best_run, headline
 from coca_lit.runs.launch import job_folder, run_id
 
 APP = str(ROOT / "tests" / "sweep_app.py")

@@ -84,7 +84,7 @@ def test_what_the_card_says(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert "license" not in front  # nobody told
     assert "|  | scenes | compositional |\n| --- | --- | --- |\n| CIDEr | 123.45 | 25.00 |" in card
     assert "| text to image recall@1, % | 50.00 |  |" in card
-    assert "Of the end of the run, which `best.safetensors` need not be." in card
+    assert "At the end of the run; `best.safetensors` may be from another step." in card
     assert "Data: `LAIONDataModule`, `${oc.env:SHARDS}`." in card  # as in the run folder, whose secrets stay references
     assert "python train.py seed=7" in card
     assert f"coca-export checkpoint={checkpoint} format=safetensors output={tmp_path}/model\n" in card
@@ -96,8 +96,8 @@ def test_a_checkpoint_without_a_run_folder(tmp_path: Path) -> None:
     save_model(create_model("coca_tiny", decoder_layers=0), tmp_path / "clip.safetensors")
     export(f"checkpoint={tmp_path}/clip.safetensors", f"output={tmp_path}/model", "format=safetensors")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "None known" in card
-    assert "Not known: there was no `config.yaml`" in card
+    assert "Unknown: there was no `results.json`" in card
+    assert "Unknown: there was no `config.yaml`" in card
     assert "| decoder | none |" in card
     assert "generate" not in card
 
@@ -111,13 +111,13 @@ def test_only_an_earlier_export_is_replaced_and_only_on_request(checkpoint: Path
     choice = [f"checkpoint={checkpoint}", f"output={output}"]
     export(*choice, "format=safetensors")
     before = tree(tmp_path)
-    with pytest.raises(ConfigError, match=r"is not empty; name another folder, or replace .* by overwrite=true"):
+    with pytest.raises(ConfigError, match=r"is not empty; .*or set overwrite=true to replace an export"):
         export(*choice, "format=safetensors")
     export(*choice, "format=open_clip", "correct_cls_mask=true", "overwrite=true")
     assert "model/open_clip_config.json" in tree(tmp_path)
     assert "model/model.safetensors" not in tree(tmp_path)
     (output / "mine.txt").write_text("precious")
-    with pytest.raises(ConfigError, match=r"holds 'mine.txt', which is not of an export"):
+    with pytest.raises(ConfigError, match=r"has 'mine.txt', which is not part of an export"):
         export(*choice, "format=safetensors", "overwrite=true")
     assert (output / "mine.txt").read_text() == "precious"
     (output / "mine.txt").unlink()
@@ -130,7 +130,7 @@ def test_only_an_earlier_export_is_replaced_and_only_on_request(checkpoint: Path
 
 def test_other_folders_are_never_replaced(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("my notes")
-    with pytest.raises(ConfigError, match=r"holds 'README.md', which is not of an export"):
+    with pytest.raises(ConfigError, match=r"has 'README.md', which is not part of an export"):
         export(f"checkpoint={checkpoint}", f"output={tmp_path}", "format=safetensors", "overwrite=true")
     with pytest.raises(ConfigError, match="is a file, and an export is a folder"):
         export(f"checkpoint={checkpoint}", f"output={tmp_path}/README.md", "format=safetensors", "overwrite=true")

@@ -99,7 +99,7 @@ def test_json_lines(model: CoCa, checkpoint: str, photos: Path, tmp_path: Path, 
 
 
 def test_exif_rotation_is_applied(model: CoCa, photos: Path, tmp_path: Path) -> None:
-    from coca_lit.inference.images import Source, load_images
+    from coca_lit.inference.inputs import Source, load_images
 
     render(10, size=48).save(tmp_path / "upright.jpg", quality=95)
     paths = [photos / "turned.jpg", tmp_path / "upright.jpg"]
@@ -291,11 +291,11 @@ def test_output_is_continued_with_the_same_model_and_options_only(
             "images=[a.png] output=c.csv",
             r"^unknown suffix '\.csv' of output=c\.csv: expected \.jsonl, \.json, or a",
         ),
-        ("images=[a.png] output=new/", r"^new would hold shards, which are made from shards: for files give output=N"),
+        ("images=[a.png] output=new/", r"^new is a folder for shards, but the inputs are files: write output=N"),
         ("images=[a.tar] output=.", r"^a\.tar would replace itself"),
         ("images=[a.tar,b/a.tar] output=new", r"^a\.tar and b/a\.tar would both become new/a\.tar"),
         ("images=[a.png] output=notes.txt/c.jsonl", r"^cannot write notes\.txt/c\.jsonl\.settings\.json: "),
-        ("images=[a.png] batch_size=0", r"^batch_size must be at least 1, not 0"),
+        ("images=[a.png] batch_size=0", r"^batch_size must be at least 1, got 0"),
         ("images=[a.png] precision=half", r"^precision must be auto, fp32 or bf16, not 'half'"),
         ("images=[a.png] generate.top_k=3", r"^generate: top_k is an option of strategy='sample', but the strategy is"),
         ("images=[a.png] generate.max_length=99", r"^generate: max_length must lie between 2 and the context length"),

@@ -16,7 +16,7 @@ from coca_lit import save_model
 from coca_lit.data.scenes.export import write_shards
 from coca_lit.data.scenes.render import render
 from coca_lit.files import append_lines
-from coca_lit.inference import line_writers, shards
+from coca_lit.inference import outputs, shards
 
 PHOTOS = 10  # in batches of 3
 
@@ -86,10 +86,10 @@ def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     path, kills = tmp_path / output, 0
     for at in (1, 2, 1, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(line_writers, "append_lines", dying(append_lines, at, half_a_line))
+            patch.setattr(outputs, "append_lines", dying(append_lines, at, half_a_line))
             kills += killed(lambda: write(folder, path))
     with monkeypatch.context() as patch:  # and while everything is brought in order
-        patch.setattr(line_writers, "atomic_write", dying(line_writers.atomic_write, 1))
+        patch.setattr(outputs, "atomic_write", dying(outputs.atomic_write, 1))
         kills += killed(lambda: write(folder, path))
     assert kills >= 3
     write(folder, path)

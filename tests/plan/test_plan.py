@@ -16,7 +16,7 @@ from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
-from coca_lit.plan.trace import Cost, cost, trace
+from coca_lit.plan.trace import Cost, cost, count_flops, peak_memory
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
 BATCH, TOKENS = 8, 12
@@ -51,7 +51,7 @@ def test_flops_are_those_of_a_real_step(overrides: dict[str, Any], freeze: bool)
         real.freeze("image_encoder"), planned.freeze("image_encoder")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         real_step(real).backward()
-    step = trace(planned, WEIGHTS, TOKENS, None, BATCH)
+    step = count_flops(planned, WEIGHTS, TOKENS, None, BATCH)
     # The counter has no in-place addmm, which makes the vocabulary's gradient, and the plan leaves out the contrastive
     # logits, which depend on the global batch.
     vocabulary = 2 * BATCH * (TOKENS - 1) * real.decoder.vocabulary.weight.numel() if real.decoder else 0
@@ -82,19 +82,18 @@ def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None) -> None
     for change in changes:
         now += change
         peak = max(peak, now)
-    assert trace(without_weights(), WEIGHTS, TOKENS, precision, BATCH).peak == pytest.approx(peak, rel=0.15)
+    assert peak_memory(without_weights(), WEIGHTS, TOKENS, precision, BATCH) == pytest.approx(peak, rel=0.15)
 
 
 def test_less_work_costs_less() -> None:
-    plain = trace(without_weights(), WEIGHTS, TOKENS, None, 64)
-    saving = without_weights()
+    arguments = WEIGHTS, TOKENS, None, 64
+    plain, saving = without_weights(), without_weights()
     saving.set_grad_checkpointing("blocks")
-    again = trace(saving, WEIGHTS, TOKENS, None, 64)
-    assert again.peak < plain.peak
-    assert again.total > plain.total
-    no_caption = trace(without_weights(), {"contrastive": 1.0, "caption": 0.0}, TOKENS, None, 64)
+    assert peak_memory(saving, *arguments) < 0.6 * peak_memory(plain, *arguments)
+    assert count_flops(saving, *arguments).total > count_flops(plain, *arguments).total
+    no_caption = count_flops(without_weights(), {"contrastive": 1.0, "caption": 0.0}, TOKENS, None, 64)
     assert "decoder" not in no_caption.forward
-    assert no_caption.total < plain.total
+    assert no_caption.total < count_flops(plain, *arguments).total
 
 
 def test_memory_of_a_device_by_hand() -> None:
@@ -153,7 +152,7 @@ def test_a_wrong_plan_is_refused(plan: str, message: str) -> None:
 def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     show_plan(compose("experiment=demo", "plan={gpus: [A100, H100], devices: 2, samples: 1e6}"))
     shown = capsys.readouterr().out
-    for words in ("image encoder", "AdamW states", "samples that fit a device", "H100", "device-hours"):
+    for words in ("image encoder", "AdamW states", "samples that fit on a device", "H100", "device-hours"):
         assert words in shown
 
 
@@ -164,5 +163,5 @@ def test_a_plan_leaves_nothing_behind(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # is set by the command, and reset after the test
     monkeypatch.setattr("sys.argv", ["train.py", "plan=true"])
     train()
-    assert "samples/s of a device" in capsys.readouterr().out
+    assert "samples/s per device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

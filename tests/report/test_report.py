@@ -11,12 +11,14 @@ from PIL import Image
 
 from coca_lit.cli.report import report
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.errors import DataError
 from coca_lit.evals.sample_data import caption_samples, retrieval_samples, thumbnail
 from coca_lit.report import figures
 from coca_lit.report.figures import curves_figure, swept_value
-from coca_lit.report.run import differences, find_runs, read_run
-from coca_lit.report.tables import cell, score_name, score_tables
-from coca_lit.report.write import write_comparison, write_report
+from coca_lit.report.page import write_comparison, write_report
+from coca_lit.report.runs import differences, find_runs, read_run
+from coca_lit.report.scores import cell, headline, score_name
+from coca_lit.report.tables import print_jobs, score_tables
 
 PNG = b"\x89PNG"
 
@@ -91,6 +93,7 @@ def test_tables(run):
     [
         ("mscoco/t2i_recall@5", 0.5, "text to image recall@5, %", "50.00"),
         ("mscoco/i2t_median_rank", 3.0, "image to text median rank", "3.0"),
+        ("scenes/reranked_i2t_recall@1", 0.5, "image to text recall@1 after re-ranking, %", "50.00"),
         ("mscoco/Bleu_4", 0.409, "BLEU-4", "40.90"),
         ("mscoco/mean_length", 9.876, "words per caption", "9.9"),
         ("mscoco/CIDEr", None, "CIDEr", ""),
@@ -115,7 +118,8 @@ def test_final_score_is_a_star_over_its_curve(monkeypatch):
 def test_sweep_is_a_curve_over_the_swept_value(tmp_path):
     for i, rate in enumerate(("1e-4", "1e-3", "1e-2")):
         make_run(tmp_path / f"job{i}", {"scenes/CIDEr": i / 10}, f"name: {i}\nmodel: {{lr: {rate}, depth: 2}}\n")
-    runs = find_runs([tmp_path])
+    runs, failed = find_runs([tmp_path])
+    assert failed == {}
     assert differences(runs) == {"model.lr": ["1e-4", "1e-3", "1e-2"]}
     assert swept_value(runs) == ("model.lr", [1e-4, 1e-3, 1e-2])
     page = write_comparison([tmp_path], tmp_path).read_text()
@@ -123,9 +127,58 @@ def test_sweep_is_a_curve_over_the_swept_value(tmp_path):
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
 
 
+def test_failed_jobs_are_on_the_comparison_page(tmp_path):
+    make_run(tmp_path / "lr=1", {"scenes/CIDEr": 0.5})
+    for name, record in (("lr=1", {"status": "ok"}), ("lr=9", {"status": "failed", "error": "loss is not finite"})):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "job.json").write_text(json.dumps(record))
+    page = write_comparison([tmp_path], tmp_path).read_text()
+    assert "<b>lr=9</b>: loss is not finite" in page
+    assert "## failed\n\n- lr=9: loss is not finite" in (tmp_path / "report.md").read_text()
+    (tmp_path / "lr=1" / ".hydra" / "job.json").write_text('{"status": "failed", "error": "disk is full"}')
+    with pytest.raises(DataError, match="no run is finished; lr=1: disk is full"):
+        write_comparison([tmp_path], tmp_path)
+
+
+LONG = "the loss is not finite in step 7, " * 10
+JOBS = [
+    {"job": f"model.optimizer.lr={rate}", "model.optimizer.lr": rate, "seed": "1", "model.net.pooler_queries": queries}
+    | ({"status": "failed", "error": LONG} if rate == "9" else {"status": "ok", **scores})
+    for rate, queries in (("0.1234567890123", "8"), ("9", "8"), ("0.3", "16"))
+    for scores in [{f"{data}/{s}": 0.5 for data in ("scenes", "new_pairs") for s in ("t2i_recall@1", "CIDEr", "SPICE")}]
+]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_table_of_a_sweep_fits_a_terminal_and_is_never_folded(terminal, monkeypatch, capsys):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    print_jobs(JOBS, "outputs/sweep", "new_pairs/CIDEr", JOBS[0]["job"])
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    table = [line for line in shown[1:] if not line.startswith(("failed: ", "results.csv "))]
+    assert max(map(len, table)) <= 80 or not terminal
+    head = next(line for line in table if "status" in line).split()
+    assert head[:5] == ["lr", "pooler_queries", "status", "new_pairs/CIDEr", "scenes/CIDEr"]  # seed does not vary
+    assert ("scenes/t2i_recall@1" in head) is not terminal
+    rows = [line.split() for line in table if "ok" in line or "failed" in line]
+    assert rows == [
+        ["0.1235", "8", "ok", *["0.5000"] * (len(head) - 3)],
+        ["9", "8", "failed"],
+        ["0.3", "16", "ok", *["0.5000"] * (len(head) - 3)],
+    ]
+    assert f"failed: lr=9, pooler_queries=8: {LONG.strip()}" in shown
+
+
+def test_headline_is_the_first_of_its_kind():
+    assert headline(["x/SPICE", "x/t2i_recall@1", "x/CIDEr"]) == "x/CIDEr"
+    assert headline(["x/SPICE", "x/exact_match", "x/t2i_recall@1"]) == "x/t2i_recall@1"
+    assert headline(["x/SPICE"]) is None
+
+
 def test_runs_that_differ_in_more_are_bars(tmp_path, capsys):
     folders = [make_run(tmp_path / n, {"scenes/CIDEr": 0.1}, f"seed: {n}\nx: {n}\n") for n in ("1", "2")]
-    assert swept_value(find_runs(folders)) is None
+    assert swept_value(find_runs(folders)[0]) is None
     report([*map(str, folders), "--output", str(tmp_path / "both")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "both" / "report.html")
     report([str(folders[0])])

@@ -18,7 +18,7 @@ from coca_lit.models.kernels.linear import packed_weights
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
 
-DEFAULT_RERANK_WEIGHT = 0.2  # near the best of scenes and of photos, experiments/rerank
+DEFAULT_RERANK_WEIGHT = 0.2  # near the best of scenes and of photos, experiments/contrastive_reranking
 
 
 class Captions(NamedTuple):

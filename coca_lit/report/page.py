@@ -1,12 +1,37 @@
-"""The report as one HTML page that opens from disk: no script, no outside file."""
+"""The report as `report.html`, one page that opens from disk without scripts or other files, and as `report.md`."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from coca_lit.report.tables import Table
+from coca_lit.files import atomic_write
+from coca_lit.report.figures import comparison_figure, curves_figure
+from coca_lit.report.runs import Run, find_runs, read_run
+from coca_lit.report.scores import best_run, cell, headline
+from coca_lit.report.tables import Table, comparison_tables, headline_cells, markdown, score_tables
 
+FACTS = {  # key of the config or the environment -> name for readers
+    "command": "command",
+    "checkpoint": "checkpoint",
+    "model.net.name": "model",
+    "data._target_": "data",
+    "data.batch_size": "batch size",
+    "trainer.max_epochs": "epochs",
+    "seed": "seed",
+    "scoring.split": "evaluation split",
+    "scoring.images": "evaluated images, at most",
+    "eval_split": "evaluation split",  # the keys of earlier versions
+    "eval_images": "evaluated images, at most",
+    "seconds": "seconds in total",
+    "commit": "commit",
+    "machine": "machine",
+    "torch": "torch",
+}
+
+# Retrieval among fewer images is easier, so recall often falls from the last but one point to the last.
+CURVES_NOTE = "Scores during training are of the first few images only; the last point is of all images."
 STYLE = """
 :root { color-scheme: light dark; --line: #8883; --soft: #8881; --good: #2a9d5c; --bad: #8885; --accent: #3b6ea8; }
 * { box-sizing: border-box; }
@@ -21,7 +46,7 @@ code { font-size: .85rem; background: var(--soft); padding: .15rem .4rem; border
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: .7rem; }
 .tile { background: var(--soft); border-radius: 8px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tile span { font-size: .82rem; opacity: .75; display: block; line-height: 1.3; }
+.tile span { overflow-wrap: anywhere; font-size: .82rem; opacity: .75; display: block; line-height: 1.3; }
 .tables { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
 .tables > div { max-width: 100%; }
 .wide { overflow-x: auto; }
@@ -54,7 +79,98 @@ li.miss { opacity: .75; }
 """
 
 
-def page(title: str, sections: Iterable[str]) -> str:
+def write_report(folder: Path) -> Path:
+    """Writes report.html, report.md and curves.png (if there are curves) into a run folder; returns the page's path.
+
+    Raises:
+        DataError: the run has no results.
+    """
+    run = read_run(folder)
+    tables = score_tables(run)
+    curves = curves_figure(run.curves)
+    sheets = sorted((folder / "samples").glob("*.png"))
+    if curves is not None:
+        (folder / "curves.png").write_bytes(curves)
+    sections = [
+        _facts_html(_facts(run)),
+        _tiles(headline_cells(run)),
+        _tables(tables),
+        _reasons("not run", run.not_run),
+        _figure("curves", curves, CURVES_NOTE),
+        *(_figure(path.stem, path.read_bytes()) for path in sheets if path.stem not in run.captions),
+        *(_captions(name, samples) for name, samples in run.captions.items()),
+        *(_attention(name, samples) for name, samples in run.attention.items()),
+        *(_retrieval(name, samples) for name, samples in run.retrieval.items()),
+    ]
+    pictures = [
+        *(["curves.png"] if curves is not None else []),
+        *(path.relative_to(folder).as_posix() for path in sheets),
+    ]
+    return _write(folder, run.name, sections, tables, _facts(run), {"not run": run.not_run}, pictures)
+
+
+def write_comparison(folders: Sequence[Path], output: Path, objective: str | None = None) -> Path:
+    """Writes a report that compares runs, or the jobs in the folder of a sweep, failed ones included; returns the
+    page's path.
+
+    Args:
+        objective: the score that decides which run is the best; None takes the first headline score.
+
+    Raises:
+        DataError: no run is finished.
+    """
+    runs, failed = find_runs(folders)
+    score = objective or headline(dict.fromkeys(name for run in runs for name in run.results))
+    facts = _best(runs, score) if score else {}
+    tables = [table for table in comparison_tables(runs) if table.rows]
+    figure = comparison_figure(runs, score)
+    output.mkdir(parents=True, exist_ok=True)
+    if figure is not None:
+        (output / "comparison.png").write_bytes(figure)
+    sections = [_facts_html(facts), _tables(tables), _reasons("failed", failed), _figure("comparison", figure)]
+    pictures = ["comparison.png"] if figure is not None else []
+    return _write(output, f"{len(runs)} runs", sections, tables, facts, {"failed": failed}, pictures)
+
+
+def _write(
+    folder: Path,
+    title: str,
+    sections: Sequence[str],
+    tables: Sequence[Table],
+    facts: Mapping[str, str],
+    reasons: Mapping[str, Mapping[str, str]],
+    pictures: Sequence[str],
+) -> Path:
+    """Writes page and Markdown; `reasons` are lists of names with reasons, by heading."""
+    lines = [f"# {title}", ""]
+    lines += [f"- {key}: `{value}`" if key == "command" else f"- {key}: {value}" for key, value in facts.items()]
+    for table in tables:
+        lines += ["", f"## {table.title}", "", markdown(table), *(["", table.note] if table.note else [])]
+    for heading, items in reasons.items():
+        lines += ["", f"## {heading}", "", *(f"- {name}: {why}" for name, why in items.items())] if items else []
+    lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    atomic_write(folder / "report.html", _page(title, sections).encode())
+    return folder / "report.html"
+
+
+def _best(runs: Sequence[Run], score: str) -> dict[str, str]:
+    results = {run.name: run.results for run in runs}
+    best = best_run(results, score)
+    return {f"best {score}": f"{cell(score, results[best][score])} ({best})"} if best is not None else {}
+
+
+def _facts(run: Run) -> dict[str, str]:
+    known = {**run.environment, **run.config}
+    if target := known.get("data._target_"):
+        known["data._target_"] = str(target).rpartition(".")[2]
+    return {name: str(known[key]) for key, name in FACTS.items() if known.get(key) is not None}
+
+
+# HTML
+
+
+def _page(title: str, sections: Iterable[str]) -> str:
     body = "\n".join([f"<h1>{escape(title)}</h1>", *(section for section in sections if section)])
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return (
@@ -62,8 +178,8 @@ def page(title: str, sections: Iterable[str]) -> str:
     )
 
 
-def facts(pairs: Mapping[str, Any]) -> str:
-    """What the run was, in a line or two, and its command."""
+def _facts_html(pairs: Mapping[str, Any]) -> str:
+    """A line or two about the run, below its command."""
     items = "".join(
         f"<div><span>{escape(key)}</span> {escape(str(value))}</div>"
         for key, value in pairs.items()
@@ -73,8 +189,8 @@ def facts(pairs: Mapping[str, Any]) -> str:
     return f'{command}<div class="facts">{items}</div>'
 
 
-def tiles(contents: Iterable[tuple[str, str, str]]) -> str:
-    """The scores that a reader looks for first: (value, score, data set) of each."""
+def _tiles(contents: Iterable[tuple[str, str, str]]) -> str:
+    """The headline scores, as (value, score, data set)."""
     items = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(score)}</span><span>{escape(data)}</span></div>'
         for value, score, data in contents
@@ -82,7 +198,7 @@ def tiles(contents: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="tiles">{items}</div>'
 
 
-def tables(contents: Iterable[Table]) -> str:
+def _tables(contents: Iterable[Table]) -> str:
     """Tables side by side, as many as fit."""
     return '<div class="tables">' + "".join(_table(content) for content in contents if content.rows) + "</div>"
 
@@ -96,12 +212,12 @@ def _table(content: Table) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    if len(cells) == 1:  # the name of a group
+    if len(cells) == 1:  # a heading
         return f'<tr class="group"><td colspan="99">{escape(cells[0])}</td></tr>'
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def figure(title: str, png: bytes | None, note: str = "") -> str:
+def _figure(title: str, png: bytes | None, note: str = "") -> str:
     if png is None:
         return ""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -110,20 +226,21 @@ def figure(title: str, png: bytes | None, note: str = "") -> str:
     return f'<h2>{escape(title)}</h2><figure class="plot">{image}{caption}</figure>'
 
 
-def not_run(reasons: Mapping[str, str]) -> str:
+def _reasons(title: str, reasons: Mapping[str, str]) -> str:
+    """A list of names with the reasons why they are missing."""
     if not reasons:
         return ""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)  # the same reason often holds for several data sets
+        names.setdefault(reason, []).append(name)  # the same reason often applies to several
     items = "".join(f"<li><b>{escape(', '.join(group))}</b>: {escape(reason)}</li>" for reason, group in names.items())
-    return f'<h2>not run</h2><ul class="note">{items}</ul>'
+    return f'<h2>{escape(title)}</h2><ul class="note">{items}</ul>'
 
 
-def captions(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
+def _captions(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
     cards = "\n".join(_caption_card(sample) for sample in samples)
     what = "answer" if any("question" in sample for sample in samples) else "caption"
-    note = f'<p class="note">Bold: the generated {what}, green if it equals a reference. Below: references.</p>'
+    note = f'<p class="note">Bold: the generated {what}, green if it equals a reference. Below it: references.</p>'
     return f'<h2>{escape(name)}: {what}s</h2>{note}<div class="cards">{cards}</div>'
 
 
@@ -136,9 +253,9 @@ def _caption_card(sample: Mapping[str, Any]) -> str:
     return f'<div class="card">{card}</div>'
 
 
-def attention(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
+def _attention(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
     rows = "\n".join(
-        f'<div class="words"><figure>{_image(sample["image"])}<figcaption>seen</figcaption></figure>'
+        f'<div class="words"><figure>{_image(sample["image"])}<figcaption>input</figcaption></figure>'
         + "".join(
             f'<figure><img src="{part["map"]}" alt=""><figcaption>{escape(part["word"])}</figcaption></figure>'
             for part in sample["words"]
@@ -146,11 +263,11 @@ def attention(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
         + "</div>"
         for sample in samples
     )
-    note = '<p class="note">Bright: where it looked when it wrote the word below, on average over layers and heads.</p>'
+    note = '<p class="note">Bright: the patches attended to for the word below, averaged over layers and heads.</p>'
     return f"<h2>{escape(name)}: attention</h2>{note}{rows}"
 
 
-def retrieval(name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _retrieval(name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     to_images = "".join(
         f'<p>{escape(query["text"])}</p><div class="answers">'
         + "".join(f'<div class="{_mark(a)}">{_image(a["image"])}</div>' for a in query["answers"])
@@ -163,7 +280,7 @@ def retrieval(name: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
         + "</ol></div>"
         for query in samples["image_to_text"]
     )
-    note = '<p class="note">The five best answers, best first; green: right.</p>'
+    note = '<p class="note">The five best answers, best first; correct ones are green.</p>'
     title = f"<h2>{escape(name)}: retrieval</h2>{note}"
     return f"{title}<h3>text to image</h3>{to_images}<h3>image to text</h3>{to_texts}"
 
@@ -173,5 +290,5 @@ def _mark(answer: Mapping[str, Any]) -> str:
 
 
 def _image(source: str) -> str:
-    pixels = ' class="pixels"' if source.startswith("data:image/png") else ""  # small images, enlarged as they are
+    pixels = ' class="pixels"' if source.startswith("data:image/png") else ""  # small: not smoothed
     return f'<img src="{source}"{pixels} alt="">'

@@ -1,7 +1,7 @@
 """Scores of captions chosen among candidates by likelihood, by similarity to the image, or by a mixture.
 
-    python experiments/rerank/weights.py scenes CHECKPOINT --candidates 8
-    python experiments/rerank/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
+    python experiments/contrastive_reranking/weights.py scenes CHECKPOINT --candidates 8
+    python experiments/contrastive_reranking/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
 The candidates of an image are written once; each weight then chooses among them as `generate(rerank="contrastive")`
 does. Rows are added to results.csv in this folder; rows of the same data, model and candidates are replaced.

@@ -1,4 +1,4 @@
-"""What a run folder holds, read for a report."""
+"""Reads run folders for a report."""
 
 import csv
 import json
@@ -11,7 +11,8 @@ import yaml
 from coca_lit.errors import DataError
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
-BOOKKEEPING = ("name", "output_dir", "evals.")  # differ between runs without making them different
+BOOKKEEPING = ("name", "output_dir", "evals.")  # keys that differ between equal runs
+JOB_RECORDS = ("job.json", ".hydra/job.json")  # of a job of a sweep, see `coca_lit.cli.sweep`; now, and earlier
 
 
 class Run(NamedTuple):
@@ -30,7 +31,11 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Raises `DataError` when there are no results in the folder."""
+    """Reads a finished run.
+
+    Raises:
+        DataError: the folder has no results.
+    """
     if not (folder / "results.json").is_file():
         raise DataError(
             f"{folder} holds no results.json: it is not the folder of a finished run, or of a sweep with one"
@@ -51,17 +56,34 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in the given folders; in place of a folder without results, such as a sweep's, the runs inside it."""
-    found: list[Path] = []
+def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
+    """The finished runs in the given folders, and the failed jobs, {name: reason}. A folder without results, such as
+    that of a sweep, is replaced by the runs and jobs inside it.
+
+    Raises:
+        DataError: a folder has neither, or no run is finished.
+    """
+    runs: list[Run] = []
+    failed: dict[str, str] = {}
     for folder in folders:
-        inside = sorted(path.parent for path in folder.glob("*/results.json"))
-        found += [folder] if (folder / "results.json").is_file() or not inside else inside
-    return [read_run(folder) for folder in found]
+        endings = ("results.json", *JOB_RECORDS)
+        inside = sorted({path for path in folder.glob("*") if any((path / ending).is_file() for ending in endings)})
+        alone = any((folder / ending).is_file() for ending in endings) or not inside
+        for place in [folder] if alone else inside:
+            records = (_json(place / name) for name in JOB_RECORDS if (place / name).is_file())
+            record: dict[str, Any] = next(records, {})
+            if record.get("status", "ok") == "ok":
+                runs.append(read_run(place))
+            else:
+                failed[place.name] = record.get("error") or record["status"]
+    if failed and not runs:
+        name, reason = next(iter(failed.items()))
+        raise DataError(f"no run is finished; {name}: {reason}")
+    return runs, failed
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Config keys in which the runs differ, with the value of each run; values that stand for others are left out."""
+    """Config keys in which the runs differ, with the value of each run."""
     keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(BOOKKEEPING))
     values = {key: [run.config.get(key) for run in runs] for key in keys}
     return {key: row for key, row in values.items() if len({repr(value) for value in row}) > 1}
@@ -76,7 +98,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_curves(metrics: Path) -> Curves:
-    """The columns of the CSV logger's file over its column `step`; nothing if there is no such file."""
+    """The columns of the CSV logger's file over its column `step`; empty if there is no such file."""
     curves: Curves = {}
     if metrics.is_file():
         with metrics.open(newline="") as file:
@@ -88,7 +110,7 @@ def read_curves(metrics: Path) -> Curves:
 
 
 def _samples(folder: Path, ending: str) -> dict[str, Any]:
-    """What the files of one kind hold, by data set, in the order in which they were scored."""
+    """The content of the files with one ending, by data set, in the order of evaluation."""
     paths = sorted((folder / "samples").glob(f"*{ending}"), key=lambda path: path.stat().st_mtime)
     return {path.name.removesuffix(ending): _json(path) for path in paths}
 

@@ -1,7 +1,7 @@
 """Recall after the decoder's second look, for weights from 0 (vectors alone) to 1 (the decoder alone).
 
-    python experiments/second_look/weights.py scenes CHECKPOINT
-    python experiments/second_look/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
+    python experiments/decoder_reranking/weights.py scenes CHECKPOINT
+    python experiments/decoder_reranking/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
 The likely pairs are read once; each weight then mixes what was found, as `coca-evaluate rerank=16` does. Rows are added
 to results.csv in this folder; rows of the same data and model are replaced.

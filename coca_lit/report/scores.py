@@ -1,0 +1,75 @@
+"""The scores of a run: which ones lead, which direction is better, and how they are printed."""
+
+import math
+from collections.abc import Collection, Mapping
+
+HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1", "/accuracy")  # in this order
+NAMES = {
+    "Bleu_1": "BLEU-1",
+    "Bleu_2": "BLEU-2",
+    "Bleu_3": "BLEU-3",
+    "Bleu_4": "BLEU-4",
+    "ROUGE_L": "ROUGE-L",
+    "exact_match": "exact matches, %",
+    "mean_length": "words per caption",
+    "vocabulary": "different words",
+    "distinct_1": "distinct-1, %",
+    "distinct_2": "distinct-2, %",
+    "novel": "novel captions, %",
+    "accuracy": "accuracy, %",
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "mean_per_class_recall": "mean per-class recall, %",
+}
+DIRECTIONS = {"t2i_": "text to image", "i2t_": "image to text"}
+RERANKED = "reranked_"  # prefix of retrieval scores after decoder re-ranking
+COUNTS = ("mean_length", "vocabulary", "median_rank")  # papers print all other scores times 100
+
+
+def headlines(scores: Collection[str]) -> list[str]:
+    """The headline scores among `scores`, the most important kind first."""
+    return [score for kind in HEADLINES for score in scores if score.endswith(kind)]
+
+
+def headline(scores: Collection[str]) -> str | None:
+    """The score that ranks runs if none was named: the first headline score."""
+    return next(iter(headlines(scores)), None)
+
+
+def lower_is_better(score: str) -> bool:
+    return score.endswith(("median_rank", "_loss"))
+
+
+def best_run(results: Mapping[str, Mapping[str, float]], score: str) -> str | None:
+    """The run with the best `score`; None if no run has it.
+
+    Args:
+        results: run -> score -> value.
+    """
+    values = {run: scores[score] for run, scores in results.items() if score in scores}
+    values = {run: value for run, value in values.items() if not math.isnan(value)}
+    return (min if lower_is_better(score) else max)(values, key=lambda run: values[run], default=None)
+
+
+def score_name(score: str) -> str:
+    """A score for readers: "mscoco/t2i_recall@1" -> "text to image recall@1, %"."""
+    short = score.rpartition("/")[2]
+    plain = short.removeprefix(RERANKED)
+    for prefix, direction in DIRECTIONS.items():
+        if plain.startswith(prefix):
+            rest = plain.removeprefix(prefix)
+            name = f"{direction} {rest.replace('_', ' ')}" + (" after re-ranking" if plain != short else "")
+            return f"{name}, %" if rest.startswith("recall") else name
+    return NAMES.get(short, short)
+
+
+def in_print_units(score: str, value: float) -> float:
+    """The value in the unit that `cell` prints."""
+    return value if score.endswith(COUNTS) else 100 * value
+
+
+def cell(score: str, value: float | None) -> str:
+    """The value as papers print it, with one or two decimals; nothing for None."""
+    if value is None:
+        return ""
+    return f"{in_print_units(score, value):.{1 if score.endswith(COUNTS) else 2}f}"
