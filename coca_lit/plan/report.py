@@ -39,7 +39,7 @@ def print_plan(
     console.print(
         f"Arithmetic, not a measurement: {settings.caption_tokens} tokens per caption, {settings.utilisation:.0%} of "
         "the peak, input and network that keep up. Other values: "
-        "plan='{utilisation: 0.3, caption_tokens: 30, devices: 64}'"
+        "utilisation=0.3 caption_tokens=30 devices=64"
     )
 
 
@@ -84,7 +84,7 @@ def device_table(model: Model, cost: Cost, recipe: Recipe, settings: Settings, p
     table.add_row("samples/s of all", *(f"{rate * recipe.devices:,.0f}" for rate in rates))
     table.add_row("seconds of a step", *(f"{recipe.batch / rate / recipe.devices:,.3f}" for rate in rates))
     if recipe.samples is None:
-        table.caption = "For times, say how many samples the training has: plan='{samples: 1e6}'"
+        table.caption = "For times, set how many samples the training has: samples=1e6"
         return table
     hours = [recipe.samples / rate / 3600 for rate in rates]
     table.add_row(f"{recipe.samples:,.0f} samples", *(f"{h / recipe.devices:,.1f} hours" for h in hours))

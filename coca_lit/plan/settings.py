@@ -1,8 +1,8 @@
-"""What a plan assumes: the values of `plan={…}`."""
+"""What a plan assumes; `conf/plan.yaml` holds the defaults."""
 
-import difflib
 from collections.abc import Sequence
 
+from coca_lit.errors import suggest
 from coca_lit.plan.hardware import GPUS
 
 
@@ -13,23 +13,21 @@ class Settings:
         utilisation: share of the peak that a training step reaches. Published runs of CLIP and CoCa: 0.15 to 0.4 on an
             A100, 0.2 to 0.3 on an H100.
         caption_tokens: mean length of the captions, start and end included.
-        devices: GPUs of the run; None for those of the trainer if it says a number, else 8.
-        samples: of the whole training; None for what the config says.
+        devices: GPUs of the run; None for the number that the trainer has, else 8.
+        samples: of the whole training; None for what the config implies.
     """
 
     def __init__(
         self,
-        gpus: Sequence[str] = ("A100", "H100"),
-        utilisation: float = 0.4,
-        caption_tokens: int = 20,
-        devices: int | None = None,
-        samples: float | None = None,
+        gpus: Sequence[str],
+        utilisation: float,
+        caption_tokens: int,
+        devices: int | None,
+        samples: float | None,
     ) -> None:
         for name in gpus:
             if name not in GPUS:
-                close = difflib.get_close_matches(name, GPUS, n=1)
-                hint = f", did you mean '{close[0]}'?" if close else "."
-                raise ValueError(f"gpus: there is no '{name}'{hint} Known: {', '.join(GPUS)}")
+                raise ValueError(f"gpus: there is no '{name}'{suggest(name, GPUS)} Known: {', '.join(GPUS)}")
         if not isinstance(utilisation, int | float) or not 0 < utilisation <= 1:
             raise ValueError(f"utilisation must be a share between 0 and 1, got {utilisation!r}")
         if not isinstance(caption_tokens, int) or caption_tokens < 2:

@@ -13,12 +13,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.runs.launch import is_first_process
-from coca_lit.runs.redaction import redact
+from coca_lit.runs.redaction import masked_yaml, redact
 
 
 def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
-    """Writes `config.yaml` and `environment.json`. Values that come from environment variables stay references: no
-    secret lands in a file. What an earlier run left is wound back to `checkpoint`, or moved aside for a new start.
+    """Writes `config.yaml` and `environment.json`, without secrets; interpolations are written as they stand. What an
+    earlier run left is wound back to `checkpoint`, or moved aside for a new start.
     """
     if is_first_process():
         from coca_lit.files import atomic_write, remove_leftovers
@@ -32,7 +32,7 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
         else:
             resume(folder, checkpoint, roll_back=cfg.ckpt_path != "auto")
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+        atomic_write(folder / "config.yaml", masked_yaml(cfg).encode())
         atomic_write(folder / "environment.json", _json(environment()))
 
 
