@@ -41,14 +41,12 @@ def error_context(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
     """The end of a sentence about an unknown name: "; did you mean 'NAME'?", or "." if nothing is similar.
 
     Args:
-        known: names, or a mapping from what a user may write to the name that is meant.
+        aliases: what a user may also write -> the known name that is meant.
     """
-    written = list(known)
-    close = [word] if word in written else difflib.get_close_matches(word, written, n=1)
-    if not close:
-        return "."
-    return f"; did you mean '{known[close[0]] if isinstance(known, Mapping) else close[0]}'?"
+    meant = {**(aliases or {}), **{name: name for name in known}}
+    close = [word] if word in meant else difflib.get_close_matches(word, meant, n=1)
+    return f"; did you mean '{meant[close[0]]}'?" if close else "."

@@ -35,7 +35,9 @@ class Checkpoints(L.Callback):
         every_n_steps: optimizer steps between two checkpoints; None for none.
         every_minutes: minutes between two checkpoints; None for none.
         keep_last: how many are kept; at least 1.
-        config: the output of `coca_lit.runs.resume.resume_keys`, saved to be compared with when the run resumes.
+
+    Attributes:
+        config: what `coca_lit.runs.resume.decisive` gives, stored to be compared with when the run goes on.
     """
 
     def __init__(
@@ -44,7 +46,6 @@ class Checkpoints(L.Callback):
         every_n_steps: int | None = None,
         every_minutes: float | None = 15.0,
         keep_last: int = 2,
-        config: dict[str, Any] | None = None,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
             if value is not None and not value > 0:
@@ -53,7 +54,7 @@ class Checkpoints(L.Callback):
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         self.folder = Path(dirpath)
         self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last
-        self.config = config or {}
+        self.config: dict[str, Any] = {}
         self.signals = Signals()
         self._saved_step = 0  # nothing to save before the first step
         self._saved_at = 0.0

@@ -45,8 +45,8 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True)
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    arguments = _arguments(resolve_target(values["_target_"], path)) or ()
-    objects |= {key: value for key, value in (offered or {}).items() if key in arguments and key not in values}
+    target = resolve_target(values["_target_"], path)
+    objects |= {key: value for key, value in (offered or {}).items() if key not in values and _takes(target, key)}
     _check(values, path, objects)
     try:
         return instantiate(node, _convert_="all", **objects)
@@ -101,6 +101,12 @@ def _arguments(target: Callable[..., Any]) -> list[str] | None:
     return names
 
 
+def _takes(target: Callable[..., Any], key: str) -> bool:
+    """Whether a class or function has an argument `key`, or may hand it on to a base class that has."""
+    classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
+    return any(key in (_arguments(part) or ()) for part in classes if part is not object)
+
+
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
     data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
@@ -133,7 +139,7 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
         adapted = build(cfg.lora, "lora", net=net)
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print_rank_zero(
-            f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}, {trained:,} parameters trained"
+            f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}, {trained:,} parameters train"
         )
 
 
@@ -218,9 +224,10 @@ def build_callbacks(cfg: DictConfig, evals: "list[Evaluation]") -> "list[L.Callb
     from coca_lit.callbacks import Averaging, Checkpoints
     from coca_lit.runs.resume import resume_keys
 
-    offered = {"config": resume_keys(plain(cfg))}
-    callbacks = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
+    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
+    for callback in checkpoints:  # no argument: Hydra would build the targets within
+        callback.config = resume_keys(plain(cfg))
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
     return [*checkpoints, *averaging, *evals, *(callback for callback in callbacks if callback not in checkpoints)]

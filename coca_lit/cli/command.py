@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ _FLAGS_WITH_VALUE = {
     *("--config-dir", "-cd", "--experimental-rerun"),
 }
 _RANGE = r"\{\d+\.\.\d+\}"
-_PRIMITIVE = re.compile(rf"(?:{_RANGE}|[^\[\]{{}}(),\"'])+")
+_PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -253,7 +253,7 @@ def to_override(word: str) -> str:
 def _quote_primitive(found: re.Match[str]) -> str:
     """Quotes one value within a list, a dictionary or a sweep; `name: ` before it is the key in a dictionary."""
     text = found[0]
-    if text.isascii() and not re.search(_RANGE, text):
+    if found["quoted"] or (text.isascii() and not re.search(_RANGE, text)):
         return text
     key = re.match(r"\s*[A-Za-z_][\w-]*\s*:\s+|\s*", text, re.ASCII)
     start = key.end() if key is not None else 0
@@ -339,13 +339,12 @@ def _explain_composition(error: HydraException, config: str, overrides: Sequence
         for override in known.overrides:
             key = override.key_or_group
             if not (override.is_add() or override.is_force_add() or known.has(key)):
-                return f"there is no key '{key}'{suggest(key, known.names())}"
+                return f"there is no key '{key}'{suggest(key, known.names, known.leaves)}"
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}: {str(error.__cause__).splitlines()[0]}".removeprefix("Error merging override ")
-    names = known.names()
-    unknown = (name for name in re.findall(r"'([\w.@]+)'", text) if name not in names)
-    hints = (suggest(name, names) for name in unknown)
+    unknown = (name for name in re.findall(r"'([\w.@]+)'", text) if name not in known.names)
+    hints = (suggest(name, known.names) for name in unknown)
     return text.rstrip(".") + next((hint for hint in hints if hint != "."), ".")
 
 
@@ -361,7 +360,11 @@ class _Known:
             cfg = compose(config, [*self.search, *(str(o.input_line) for o in groups)], with_hydra=True)
         except HydraException:  # something is wrong with the groups, too
             cfg = compose(config, self.search, with_hydra=True)
-        self.keys = list(_keys(OmegaConf.to_container(cfg, resolve=False)))
+        keys = list(_keys(OmegaConf.to_container(cfg, resolve=False)))
+        self.names = [*keys, *self.options("", ObjectType.GROUP)]
+        own = (key for key in keys if not key.startswith("hydra"))
+        # lr: model.optimizer.lr; of several keys the one that is nearest to the root
+        self.leaves = {key.rpartition(".")[2]: key for key in sorted(own, key=lambda key: -key.count("."))}
 
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -369,13 +372,7 @@ class _Known:
             return loader.get_group_options(group, kind, self.config, self.search)
 
     def has(self, key: str) -> bool:
-        return key in self.keys or bool(self.options(key)) or key in self.options("", ObjectType.GROUP)
-
-    def names(self) -> Mapping[str, str]:
-        """What a user may write -> what he means: keys, groups, and the last names of keys (lr: model.optimizer.lr)."""
-        own = [key for key in self.keys if not key.startswith("hydra")]
-        leaves = {key.rpartition(".")[2]: key for key in sorted(own, key=lambda key: -key.count("."))}
-        return leaves | {key: key for key in (*self.keys, *self.options("", ObjectType.GROUP))}
+        return key in self.names or bool(self.options(key))
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

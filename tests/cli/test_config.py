@@ -288,7 +288,7 @@ def test_other_keyword_arguments_are_not_checked() -> None:
 def test_objects_are_offered_to_those_who_take_them() -> None:
     assert build(node(Strict, batch=1), "data", {"tokenizer": 1, "size": 2}).arguments == {"batch": 1, "size": 2}
     assert build(node(Strict, batch=1, size=3), "data", {"size": 2}).arguments == {"batch": 1, "size": 3}
-    with pytest.raises(ConfigError, match="^data has no key 'tokenizer'"):
+    with pytest.raises(ConfigError, match=r"^data has no key 'tokenizer'"):
         build(node(Strict, batch=1), "data", tokenizer=1)
 
 
@@ -328,7 +328,7 @@ class MyCallback(L.Callback):
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:
-    """A module, an experiment and a config group that are in no package, from the folder that a command is called in."""
+    """A module, an experiment and a config group outside any package, in the folder that a command is started from."""
     (tmp_path / "my_module.py").write_text(GUEST)
     (tmp_path / "my_names.py").write_text("print('imported')\n")
     for folder, name, content in (
