@@ -16,4 +16,4 @@ def job(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    command("train", job)
+    command("train", job, multirun=True)

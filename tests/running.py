@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning.pytorch as L
 from omegaconf import DictConfig
 
+from coca_lit.cli import command
 from coca_lit.cli import train as cli
-from coca_lit.cli.command import CONF
 from coca_lit.distributed import rank, world_size
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +23,7 @@ TINY = ("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "eval_imag
 
 def compose(*overrides: str) -> DictConfig:
     """The config of `python train.py *overrides`."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", list(overrides))
+    return command.compose("train", overrides)
 
 
 def run(folder: Path, *overrides: str) -> dict[str, float]:

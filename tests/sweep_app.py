@@ -7,12 +7,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
+from coca_lit.errors import ConfigError
 
 
 def job(cfg: DictConfig) -> float:
     rate = float(cfg.model.optimizer.lr)
     if rate > 1:
-        raise FileNotFoundError(f"no model survives {rate}")
+        raise ConfigError(f"no model survives {rate}")
     folder = Path(cfg.output_dir)
     with (folder / f"rank{os.environ.get('SLURM_PROCID', '')}.txt").open("a") as file:
         file.write(f"{os.getpid()}\n")
@@ -22,4 +23,4 @@ def job(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    command("train", job)
+    command("train", job, multirun=True)

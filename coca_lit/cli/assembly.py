@@ -1,12 +1,18 @@
-"""The parts of a run, each built from its part of the config."""
+"""From a composed config to the objects of a run, each built from its part of the config.
 
-from typing import TYPE_CHECKING, Any, cast
+The constructor is the schema: `build` refuses a key that a constructor does not take and suggests the right one.
+"""
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.config import build
 from coca_lit.cli.runtime import best_precision
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import ConfigError, error_context, suggest
+from coca_lit.runs.redaction import mask
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -18,9 +24,92 @@ if TYPE_CHECKING:
     from coca_lit.tokenizer import Tokenizer
 
 
+# Keys that `hydra.utils.instantiate` reads itself.
+HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
+
+
+def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None, **objects: Any) -> Any:
+    """Instantiates a config node with Hydra, after checking its keys against the signatures of all its targets.
+
+    Args:
+        path: key of the node, for errors.
+        offered: objects that the constructor gets where it has an argument of that name.
+        objects: objects that the constructor gets in any case.
+
+    Raises:
+        ConfigError: a target that does not exist, a key that its constructor lacks, or a value that it refuses.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    values = OmegaConf.to_container(node, resolve=True)
+    if not isinstance(values, dict) or "_target_" not in values:
+        raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
+    target = resolve_target(values["_target_"], path)
+    objects |= {key: value for key, value in (offered or {}).items() if key not in values and _takes(target, key)}
+    _check(values, path, objects)
+    try:
+        return instantiate(node, _convert_="all", **objects)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if not isinstance(cause, TypeError | ValueError | ModuleNotFoundError):
+            raise cause or error from error
+        raise ConfigError(f"{path}: {cause}") from error
+
+
+def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        _check(child, f"{path}.{key}")
+    if isinstance(node, dict) and "_target_" in node:
+        arguments = _arguments(resolve_target(node["_target_"], path))
+        for key in [*node, *objects]:
+            if arguments is not None and key not in (*arguments, *HYDRA_KEYS):
+                hint = f"{suggest(key, arguments)} Its keys: {', '.join(arguments)}"
+                raise ConfigError(f"{path} has no key '{key}'{hint}")
+
+
+def resolve_target(target: Any, path: str) -> Callable[..., Any]:
+    """The class or function with the full name `target`."""
+    try:
+        found: Any = pkgutil.resolve_name(str(target))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
+    if not callable(found) or "." not in target:
+        raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")
+    return found
+
+
+def _arguments(target: Callable[..., Any]) -> list[str] | None:
+    """Names of the arguments of a class or function, those of `**kwargs: Unpack[SomeTypedDict]` included; None if it
+    takes any name.
+    """
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except ValueError:  # it is not written in Python
+        return None
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            hint = parameter.annotation
+            if isinstance(hint, str):
+                function = target.__init__ if inspect.isclass(target) else target
+                hint = get_type_hints(function, include_extras=True)[parameter.name]
+            if get_origin(hint) is not Unpack:
+                return None
+            names += get_args(hint)[0].__annotations__
+    return names
+
+
+def _takes(target: Callable[..., Any], key: str) -> bool:
+    """Whether a class or function has an argument `key`, or may hand it on to a base class that has."""
+    classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
+    return any(key in (_arguments(part) or ()) for part in classes if part is not object)
+
+
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
-    data = build(cfg.data, "data", tokenizer=tokenizer)
+    data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
     data.prepare_data()
     return data
 
@@ -44,28 +133,29 @@ def build_module(cfg: DictConfig) -> "CoCaLit":
 
 
 def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
-    """Low-rank adaptation, if it is asked for: after weights have been loaded, because it gives them other names."""
+    """Low-rank adaptation, if `lora.rank` is set: after weights have been loaded, because it renames them."""
     from coca_lit.distributed import print_rank_zero
 
     if cfg.lora.rank:
         adapted = build(cfg.lora, "lora", net=net)
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print_rank_zero(
-            f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}; {trained:,} numbers train"
+            f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}, {trained:,} parameters train"
         )
 
 
 def with_vocabulary(cfg: DictConfig) -> DictConfig:
-    """The config with the words of the training captions as the network's tokenizer, if it asks for them. Checkpoints
-    hold the list.
+    """The config with the words of the training captions as the network's tokenizer, if `vocabulary` is set.
+    Checkpoints hold the list.
     """
     from coca_lit.distributed import print_rank_zero
     from coca_lit.tokenizer import frequent_words
 
     if cfg.vocabulary is None:
         return cfg
-    groups = build(cfg.data, "data", tokenizer=None).training_captions().values()
-    words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
+    groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
+    with error_context("vocabulary"):
+        words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
     print_rank_zero(
         f"vocabulary: {len(words)} words that occur at least {cfg.vocabulary} times in the training captions"
     )
@@ -99,6 +189,7 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]", texts: bool = Fals
         texts: whether some batches are texts alone.
     """
     from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from coca_lit.training.sharding import allow_unused_parameters, check_strategy
 
@@ -122,7 +213,13 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]", texts: bool = Fals
         "plugins": build_plugins(),
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),  # no default one
     }
-    trainer = build(_without(cfg.trainer, "micro_batch_size"), "trainer", **parts)
+    node = cfg.trainer.copy()
+    with open_dict(node):
+        del node.micro_batch_size  # an argument of the module
+    try:
+        trainer: L.Trainer = build(node, "trainer", **parts)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
     if texts:
         allow_unused_parameters(trainer.strategy)
     return trainer
@@ -137,7 +234,7 @@ def build_callbacks(cfg: DictConfig, evals: "list[Evaluation]") -> "list[L.Callb
 
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
     checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
-    for callback in checkpoints:
+    for callback in checkpoints:  # no argument: Hydra would build the targets within
         callback.config = resume_keys(plain(cfg))
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
@@ -149,19 +246,11 @@ def build_plugins() -> list[Any]:
 
     from coca_lit.runs.checkpoint_io import SafeCheckpointIO
 
-    # Requeueing is ours: Lightning would save within the signal handler, wherever the step may be.
+    # Requeueing is ours: Lightning would save within the signal handler, in the middle of a step.
     under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SafeCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if under_srun else [])]
 
 
-def _without(node: DictConfig, key: str) -> DictConfig:
-    """The node without a key that is not for its target."""
-    node = node.copy()
-    with open_dict(node):
-        node.pop(key)
-    return node
-
-
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """A config as plain values, with interpolations left as they are: they may stand for secrets."""
-    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    """A config as plain values without its secrets, with interpolations as they stand."""
+    return cast(dict[str, Any], mask(OmegaConf.to_container(cfg, resolve=False)))

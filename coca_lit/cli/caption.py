@@ -1,59 +1,18 @@
 """Captions from the command line: `coca-caption IMAGE_OR_FOLDER_OR_SHARDS… checkpoint=PATH`.
 
-Under torchrun the work is dealt out to the processes; the result is the same.
+Under torchrun the work is split over the processes; the result is the same.
 """
 
 import os
 import sys
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import best_precision, configure_libraries
 from coca_lit.errors import ConfigError, error_context
-
-
-@dataclass
-class GenerateConfig:
-    """The options of `CoCa.generate` that a user can give; None for its default."""
-
-    strategy: str | None = None
-    prompt: str | None = None
-    num_beams: int | None = None
-    num_captions: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_length: int | None = None
-    max_length: int | None = None
-    length_penalty: float | None = None
-    repetition_penalty: float | None = None
-    no_repeat_ngram: int | None = None
-    scoring: str | None = None
-    rerank: str | None = None
-    rerank_weight: float | None = None
-
-
-@dataclass
-class CaptionConfig:
-    """The keys of `coca-caption`; `conf/caption.yaml` explains them."""
-
-    images: list[str] = field(default_factory=list)
-    checkpoint: str = MISSING
-    output: str | None = None
-    batch_size: int = 32
-    num_workers: int | None = None
-    precision: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
-
-
-ConfigStore.instance().store("caption_schema", CaptionConfig)
 
 
 def caption() -> None:
@@ -73,18 +32,18 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
-    units = find_inputs(cfg.images, cfg.batch_size)
+    units = find_inputs([str(word) for word in cfg.images], cfg.batch_size)
     options = {str(key): value for key, value in cfg.generate.items() if value is not None}
     bf16 = _bf16(cfg.precision)
-    with process_group(timeout=timedelta(days=7)) as device:  # shards take their time, some longer than others
+    with process_group(timeout=timedelta(days=7)) as device:  # processes wait for each other only at the very end
         with error_context("checkpoint"):
-            model = load_model(cfg.checkpoint)
+            model = load_model(str(cfg.checkpoint))
         if model.decoder is None:
             raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
         settings = {"model": fingerprint(model), "seed": cfg.seed}
         settings |= {f"generate.{key}": value for key, value in options.items()}
         model = model.to(device, torch.bfloat16 if bf16 else None)
-        with error_context("generate"):  # options that do not go together are said now, and not after the first photos
+        with error_context("generate"):  # options that exclude each other fail now, and not after the first images
             model.generate(torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8), **options)
         writer = open_writer(cfg.output, units, settings)
         totals = caption(model, units, writer, options, cfg.batch_size, decoders(cfg.num_workers), cfg.seed)
@@ -93,8 +52,12 @@ def run(cfg: DictConfig) -> None:
 
 
 def decoders(num_workers: int | None) -> int:
-    """How many processes decode images: as asked, else up to 4."""
-    return min(4, os.cpu_count() or 1) if num_workers is None else num_workers
+    """Processes that decode images; up to 4 for None."""
+    if num_workers is None:
+        return min(4, os.cpu_count() or 1)
+    if not isinstance(num_workers, int) or num_workers < 0:
+        raise ConfigError(f"num_workers must be a whole number of at least 0, got {num_workers!r}")
+    return num_workers
 
 
 def _bf16(precision: str) -> bool:

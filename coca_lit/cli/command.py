@@ -1,99 +1,402 @@
-"""What every command shares: it composes a config, checks what Hydra would build from it, and explains mistakes."""
+"""From the words on a command line to a composed config, and one sentence about whatever is wrong with them.
 
+Read from the top: `command` is what every entry point calls. Words become overrides in Hydra's grammar
+(`split_arguments`), Hydra composes them with `conf/` (`compose`, or `hydra.main` where there are sweeps), `check` finds
+keys that nobody reads, and the command's function gets the config. `coca_lit.cli.assembly` builds objects from it.
+"""
+
+import argparse
 import functools
+import importlib
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from coca_lit.cli.arguments import Positional, to_overrides
-from coca_lit.cli.config import EvaluateConfig, TrainConfig, check_hydra, explain_override
-from coca_lit.cli.sweep import print_sweep
-from coca_lit.errors import ConfigError
+from coca_lit.cli.sweep import job_record, print_sweep
+from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.runs.launch import job_folder, launched_devices, launched_nodes, run_id
-from coca_lit.runs.redaction import redact, redact_configs, redact_overrides
+from coca_lit.runs.redaction import masked_yaml, redact
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # In a checkout the configs lie beside the package, in a wheel inside it.
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
-ConfigStore.instance().store("train_schema", TrainConfig)
-ConfigStore.instance().store("evaluate_schema", EvaluateConfig)
+Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
+PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "joblib", "ray": "ray", "optuna": "optuna"}
+
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 for resolver in (job_folder, launched_devices, launched_nodes):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
-def command(config: str, function: Callable[[DictConfig], Any], positional: Positional = ()) -> None:
-    """Runs `function` on the composed `conf/{config}.yaml`. Mistakes of the user are one sentence on standard
-    error and exit code 1.
+def command(
+    config: str, function: Callable[[DictConfig], Any], positional: Positional = (), multirun: bool = False
+) -> None:
+    """Runs `function` on the composed `conf/{config}.yaml`. Mistakes of the user are one sentence on standard error
+    and exit code 1.
 
     Args:
-        positional: the keys of arguments that are given without one, see `to_overrides`.
+        positional: the keys of arguments that are given without one, see `split_arguments`.
+        multirun: whether the command has sweeps, launchers and a run folder; `hydra.main` makes them.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed by Hydra
-    redact_configs()
-    redact_overrides()
-    check_what_hydra_builds()
+    overrides: list[str] = []
+    use_current_folder()
     try:
-        sys.argv[1:] = to_overrides(sys.argv[1:], positional)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(function)()
-    except user_errors() as error:
-        sys.exit(f"error: {redact(_explain(error, config))}")
-    finally:
-        print_sweep()
+        flags, overrides = split_arguments(sys.argv[1:], positional)
+        options, further = _parser().parse_known_args(flags)
+        if options.config_dir is not None:
+            overrides = [*overrides, _search_path(options.config_dir)]
+        if options.cfg is not None:
+            print(_shown(compose(config, overrides, with_hydra=True), options), end="")
+        elif multirun:
+            _run_with_hydra(config, function, [*further, *(["--help"] if options.help else []), *overrides])
+        elif further:
+            raise ConfigError(f"there is no option {further[0]}: see coca-{config} --help")
+        elif options.help:
+            print(compose(config, with_hydra=True).hydra.help.template)
+        else:
+            _start(function, compose(config, overrides), _defaults(config))
+    except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        sys.exit(f"error: {redact(explain(error, config, overrides))}")
 
 
-def check_what_hydra_builds() -> None:
-    """Puts our check between Hydra's composing of a config and its building of callbacks, launchers and log handlers.
-    There is no public place for it.
+def use_current_folder() -> None:
+    """Lets configs name code in the folder that the command was started from, as `python -m` does. Configs are code:
+    whoever runs a config runs what it names.
     """
-    load = ConfigLoaderImpl.load_configuration
-    if getattr(load, "checked", False):
-        return
-
-    @functools.wraps(load)
-    def checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        cfg = load(self, *args, **kwargs)
-        if "hydra" in cfg:
-            check_hydra(OmegaConf.to_container(cfg.hydra, resolve=False))
-        return cfg
-
-    checked.checked = True  # type: ignore[attr-defined]  # a mark on a function
-    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]  # see above
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
-def user_errors() -> tuple[type[Exception], ...]:
-    """Exceptions whose message is all that a user needs; anything else is a bug and keeps its traceback."""
-    errors: tuple[type[Exception], ...] = (ConfigError, HydraException, OmegaConfBaseException, yaml.YAMLError)
-    if "coca_lit.data.records" not in sys.modules:  # no data were touched, so the class need not be imported
-        return (*errors, FileNotFoundError)
-    from coca_lit.errors import CheckpointError, DataError, TrainingError
-
-    return (*errors, CheckpointError, DataError, FileNotFoundError, TrainingError)
+def compose(config: str, overrides: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:
+    """The config that a command gets from `conf/{config}.yaml` and these overrides."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose(config, list(overrides), return_hydra_config=with_hydra)
 
 
-def _explain(error: Exception, config: str) -> str:
+def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: Any) -> Any:
+    check(OmegaConf.to_container(cfg, resolve=False), defaults)
+    use_current_folder()  # in a process that a launcher started
+    for module in cfg.imports:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"imports: there is no module '{module}' ({error})") from error
+    return function(cfg)
+
+
+def _defaults(config: str) -> Any:
+    return OmegaConf.to_container(compose(config), resolve=False)
+
+
+def check(node: Any, defaults: Any, path: str = "") -> None:
+    """Compares the part of a config that is read directly, and not built by a constructor, with its defaults.
+
+    Args:
+        node, defaults: plain values with interpolations as they stand.
+
+    Raises:
+        ConfigError: a key that the defaults lack, a value of another type than the default, or a missing value.
+    """
+    for key, value in node.items():
+        name = f"{path}{key}"
+        if key not in defaults:
+            raise ConfigError(f"there is no key '{name}'{suggest(key, defaults)}")
+        default = defaults[key]
+        if value == "???":
+            raise ConfigError(f"{name} is missing: set {name}=VALUE")
+        if isinstance(value, str) and "${" in value:
+            continue
+        if isinstance(default, dict) and isinstance(value, dict):
+            if default and not _builds_objects(default):
+                check(value, default, f"{name}.")
+        elif not _fits(value, default):
+            kind = _kind(default)
+            raise ConfigError(f"{name} must be {kind}, the default is {_written(default)}; got {_written(value)}")
+
+
+def _builds_objects(node: Any) -> bool:
+    return isinstance(node, dict) and ("_target_" in node or any(map(_builds_objects, node.values())))
+
+
+# Sweeps, launchers and run folders
+
+
+def _run_with_hydra(config: str, function: Callable[[DictConfig], Any], words: Sequence[str]) -> None:
+    failures: list[Exception] = []
+    defaults = {} if "--help" in words else _defaults(config)
+
+    @functools.wraps(function)
+    def job(cfg: DictConfig) -> Any:
+        try:
+            with job_record():
+                return _start(function, cfg, defaults)
+        except Exception as error:  # Hydra would print all overrides before it, secrets included
+            failures.append(error)
+            with suppress(OSError):
+                os.rmdir(HydraConfig.get().runtime.output_dir)  # where nothing was written
+            return None
+
+    swept = False
+    try:
+        with _hydra_arguments(words):
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)(job)()
+    except HydraException:  # some of them are an OSError, too
+        raise
+    except OSError as error:
+        raise ConfigError(f"the run cannot be started: {error}") from error
+    finally:
+        swept = print_sweep()
+    if failures and not swept:
+        raise failures[0]
+
+
+@contextmanager
+def _hydra_arguments(words: Sequence[str]) -> Iterator[None]:
+    """Gives words to `hydra.main`, which takes them from `sys.argv` alone (facebookresearch/hydra#2459), and prints
+    errors itself unless `HYDRA_FULL_ERROR` is set.
+    """
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *words], "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+# Arguments
+
+_OVERRIDE = re.compile(r"[+~]*(?:hydra/)?[A-Za-z_][\w.@:-]*=", re.ASCII)
+_FLAGS_WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun"),
+}
+_RANGE = r"\{\d+\.\.\d+\}"
+_PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    return parser
+
+
+def split_arguments(arguments: Sequence[str], positional: Positional = ()) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides in Hydra's grammar; words without a key go to the keys of `positional`.
+
+    A word is an override if it looks like `key=value` and no file has that name. Whatever follows `--` is a word.
+
+    Raises:
+        ConfigError: more words than keys.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    words: list[str] = []
+    for i, argument in enumerate(arguments):
+        if argument == "--" and positional:
+            words += arguments[i + 1 :]
+            break
+        if argument.startswith("-") or (i > 0 and arguments[i - 1] in _FLAGS_WITH_VALUE):
+            flags.append(argument)
+        elif not positional or (_OVERRIDE.match(argument) and not os.path.lexists(argument)):
+            overrides.append(to_override(argument))
+        else:
+            words.append(argument)
+    return flags, [*overrides, *_name(words, positional)]
+
+
+def _name(words: Sequence[str], positional: Positional) -> list[str]:
+    if isinstance(positional, str):
+        return [f"{positional}=[{','.join(map(quote, words))}]"] if words else []
+    if len(words) > len(positional):
+        surplus = " ".join(words[len(positional) :])
+        keys = " and ".join(key.upper() for key in positional)
+        raise ConfigError(f"expected {keys} and key=value, found also '{surplus}': quote a text of several words")
+    return [f"{key}={quote(word)}" for key, word in zip(positional, words, strict=False)]
+
+
+def to_override(word: str) -> str:
+    """`key=value` with quotes where Hydra's grammar needs them: it knows no letters beyond ASCII and takes the brace of
+    /data/{00000..00099}.tar for the start of a dictionary.
+    """
+    key, equals, value = word.partition("=")
+    if not equals:
+        return word
+    quoted = [f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
+    if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted: text as a whole
+        quoted.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+    return next((override for override in (word, *quoted) if _parsed(override) is not None), word)
+
+
+def _quote_primitive(found: re.Match[str]) -> str:
+    """Quotes one value within a list, a dictionary or a sweep; `name: ` before it is the key in a dictionary."""
+    text = found[0]
+    if found["quoted"] or (text.isascii() and not re.search(_RANGE, text)):
+        return text
+    key = re.match(r"\s*[A-Za-z_][\w-]*\s*:\s+|\s*", text, re.ASCII)
+    start = key.end() if key is not None else 0
+    return f"{text[:start]}{QuotedString(text[start:].rstrip(), Quote.double).with_quotes()}"
+
+
+def quote(word: str) -> str:
+    """A string of Hydra's grammar that means `word`, whatever characters it holds."""
+    literal = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", word)  # no interpolation
+    return QuotedString(literal, Quote.double).with_quotes()
+
+
+def _search_path(folder: Path) -> str:
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir: there is no folder '{folder}'")
+    return f"hydra.searchpath=[{quote(f'file://{folder.absolute()}')}]"
+
+
+def _parsed(override: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None
+
+
+def _shown(cfg: DictConfig, options: argparse.Namespace) -> str:
+    """What `--cfg job` prints: the config without its secrets."""
+    HydraConfig.instance().set_config(cfg)
+    keys = [str(key) for key in cfg if options.cfg == "all" or (key == "hydra") == (options.cfg == "hydra")]
+    shown = OmegaConf.masked_copy(cfg, keys)
+    if options.package is not None:
+        shown = OmegaConf.select(shown, options.package)
+        if not OmegaConf.is_config(shown):
+            raise ConfigError(f"--package: there is no part '{options.package}' in the config")
+    return masked_yaml(shown, options.resolve)
+
+
+# Mistakes
+
+
+def explain(error: Exception, config: str, overrides: Sequence[str]) -> str:
+    """One sentence about what a user did wrong, and what was probably meant."""
+    if isinstance(error, OverrideParseException):
+        return _explain_grammar(error.override)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        return _explain_option(error, config, overrides)
     if isinstance(error, HydraException):
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            options = GlobalHydra.instance().config_loader().get_group_options
-            chosen = [arg for arg in sys.argv[1:] if arg.rpartition("=")[2] in options(arg.partition("=")[0])]
-            return explain_override(error, lambda: hydra.compose(config, chosen), options)
+        return _explain_composition(error, config, overrides)
     if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
         return f"'{mark.name}', line {mark.line + 1}: {error.problem}"
-    if isinstance(error.__cause__, ConfigError):  # raised while a value was resolved
+    if isinstance(error.__cause__, UserError) and not isinstance(error, UserError):  # raised by a resolver
         return str(error.__cause__)
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     message = str(error).strip().splitlines()[-1]  # from a worker process it comes after a traceback and a name
     return message.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+def _explain_grammar(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"expected key=value, found '{override}'"
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        return f"'{override}' is not in Hydra's grammar ({error}); put the value in quotes: {key}='\"{value}\"'"
+    return override
+
+
+def _explain_option(error: MissingConfigException, config: str, overrides: Sequence[str]) -> str:
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGINS:
+        extra = PLUGINS[option]
+        return f"Hydra's {option} plugin is not installed: pip install -e '.[{extra}]' (or coca_lit[{extra}])"
+    options = error.options or _Known(config, overrides).options(group)
+    where = f"'{group}' has no option" if group else "there is no config"
+    return f"{where} '{option}'{suggest(option, options)} The options: {', '.join(options)}"
+
+
+def _explain_composition(error: HydraException, config: str, overrides: Sequence[str]) -> str:
+    known = _Known(config, overrides)
+    if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
+        for override in known.overrides:
+            key = override.key_or_group
+            if not (override.is_add() or override.is_force_add() or known.has(key)):
+                return f"there is no key '{key}'{suggest(key, known.names, known.leaves)}"
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text = f"{text}: {str(error.__cause__).splitlines()[0]}".removeprefix("Error merging override ")
+    unknown = (name for name in re.findall(r"'([\w.@]+)'", text) if name not in known.names)
+    hints = (suggest(name, known.names) for name in unknown)
+    return text.rstrip(".") + next((hint for hint in hints if hint != "."), ".")
+
+
+class _Known:
+    """Keys, config groups and options that a command line could have named, on the user's own search path too."""
+
+    def __init__(self, config: str, overrides: Sequence[str]) -> None:
+        self.config = config
+        self.overrides = [parsed for override in overrides if (parsed := _parsed(override)) is not None]
+        self.search = [str(o.input_line) for o in self.overrides if o.key_or_group == "hydra.searchpath"]
+        groups = [o for o in self.overrides if not o.is_sweep_override() and self.options(o.key_or_group)]
+        try:
+            cfg = compose(config, [*self.search, *(str(o.input_line) for o in groups)], with_hydra=True)
+        except HydraException:  # something is wrong with the groups, too
+            cfg = compose(config, self.search, with_hydra=True)
+        keys = list(_keys(OmegaConf.to_container(cfg, resolve=False)))
+        self.names = [*keys, *self.options("", ObjectType.GROUP)]
+        own = (key for key in keys if not key.startswith("hydra"))
+        # lr: model.optimizer.lr; of several keys the one that is nearest to the root
+        self.leaves = {key.rpartition(".")[2]: key for key in sorted(own, key=lambda key: -key.count("."))}
+
+    def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            return loader.get_group_options(group, kind, self.config, self.search)
+
+    def has(self, key: str) -> bool:
+        return key in self.names or bool(self.options(key))
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, child in node.items():
+            yield f"{prefix}{key}"
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+def _kind(value: Any) -> str | None:
+    """The type of a default in words; None where any value may stand."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "a whole number"
+    if isinstance(value, float):
+        return "a number"
+    return "a list" if isinstance(value, list) else None
+
+
+def _fits(value: Any, default: Any) -> bool:
+    kinds = (_kind(default), _kind(value))
+    return kinds[0] is None or kinds[0] == kinds[1] or kinds == ("a number", "a whole number")
+
+
+def _written(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("...\n").strip()

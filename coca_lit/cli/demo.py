@@ -1,11 +1,9 @@
 """`coca-demo checkpoint=PATH`: a web page on this machine to caption, classify and search images with a model."""
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
@@ -17,20 +15,6 @@ if TYPE_CHECKING:
     from coca_lit.models import CoCa
 
 OUTPUTS = Path("outputs")
-
-
-@dataclass
-class DemoConfig:
-    """The keys of `coca-demo`; `conf/demo.yaml` explains them."""
-
-    checkpoint: str | None = None
-    images: str | None = None
-    port: int = 7860
-    open_browser: bool = False
-    threads: int | None = None
-
-
-ConfigStore.instance().store("demo_schema", DemoConfig)
 
 
 def demo() -> None:
@@ -80,7 +64,7 @@ def _builtin() -> Path:
 
 
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":
-    """The features of the folder, from the file that `coca-search` keeps too, brought up to date."""
+    """The features of the images in the folder, up to date, in the index file that `coca-search` uses."""
     from rich.progress import Progress
 
     from coca_lit.errors import DataError
@@ -90,7 +74,7 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     try:
         index = ImageIndex.load(file, model)
         index.folder = folder  # as the user wrote it
-    except DataError:  # none yet, or that of another model
+    except DataError:  # there is none, or it belongs to another model
         index = ImageIndex(model, folder)
     with Progress() as bar:
         task = bar.add_task(f"images of {folder}", total=None)
@@ -100,7 +84,7 @@ def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     try:
         index.save(file)
     except DataError as error:
-        print(f"the index will be made again next time: {error}")
+        print(f"the index could not be saved and will be built again next time: {error}")
     return index
 
 

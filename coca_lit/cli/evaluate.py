@@ -1,7 +1,7 @@
 """Scores of a checkpoint: `coca-evaluate checkpoint=PATH evals=[mscoco_captions,mscoco_retrieval]`.
 
-The evaluations are those of training (`conf/evals`). Under torchrun the images are dealt out to the processes; the
-scores are the same.
+Training shares the evaluations (`conf/evals`). Under torchrun the images are split over the processes; the scores are
+the same.
 """
 
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def evaluate() -> None:
     """Entry point of `coca-evaluate` and `python -m coca_lit.cli.evaluate`."""
-    command("evaluate", run)
+    command("evaluate", run, multirun=True)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:

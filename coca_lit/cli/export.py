@@ -2,18 +2,15 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
-from coca_lit.cli.config import suggest
 from coca_lit.cli.runtime import configure_libraries
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import ConfigError, error_context, suggest
 
 if TYPE_CHECKING:
     from coca_lit.export.card import Exported
@@ -23,31 +20,14 @@ FORMATS = ("open_clip", "safetensors", "onnx")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-@dataclass
-class ExportConfig:
-    """The keys of an export; `conf/export.yaml` explains them."""
-
-    checkpoint: str = MISSING
-    format: str = MISSING
-    output: str = MISSING
-    interpolate_with: str | None = None
-    weight: float = 0.5
-    overwrite: bool = False
-    correct_cls_mask: bool = False
-    threads: int | None = None
-
-
-ConfigStore.instance().store("export_schema", ExportConfig)
-
-
 def export() -> None:
     """Entry point of `coca-export` and `python -m coca_lit.cli.export`."""
     command("export", run)
 
 
 def run(cfg: DictConfig) -> None:
-    """Writes the checkpoint into the folder `cfg.output`, in the format asked for, with a model card."""
-    checkpoint, output = Path(cfg.checkpoint), Path(cfg.output)
+    """Writes the checkpoint to the folder `cfg.output`, in the format `cfg.format`, with a model card."""
+    checkpoint, output = Path(str(cfg.checkpoint)), Path(str(cfg.output))
     with error_context("format"):
         write = _writer(cfg.format, cfg.correct_cls_mask)
     from coca_lit.export.card import write_card
@@ -71,13 +51,13 @@ def run(cfg: DictConfig) -> None:
 
 
 def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Exported]":
-    """The function that writes a format; formats are imported when they are used."""
+    """The function that writes a format."""
     if name == "open_clip":
         from coca_lit.export.open_clip import write_open_clip
 
         return lambda model, folder: write_open_clip(model, folder, correct_cls_mask)
     if correct_cls_mask:
-        raise ConfigError(f"correct_cls_mask is about format=open_clip, but the format is {name}; leave it out")
+        raise ConfigError(f"correct_cls_mask belongs to format=open_clip, but the format is {name}: leave it out")
     if name == "safetensors":
         from coca_lit.export.safetensors import write_safetensors
 
@@ -85,7 +65,7 @@ def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Export
     if name == "onnx":
         if missing := [package for package in ONNX_PACKAGES if find_spec(package) is None]:
             raise ValueError(
-                f"onnx needs packages that are not here ({', '.join(missing)}): pip install 'coca_lit[onnx]'"
+                f"onnx needs packages that are not installed ({', '.join(missing)}): pip install 'coca_lit[onnx]'"
             )
         from coca_lit.export.onnx import write_onnx
 

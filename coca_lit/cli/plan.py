@@ -1,21 +1,27 @@
-"""`python train.py plan=true`: from the config of a run to its plan."""
+"""What a training run needs, before it is started: `coca-plan experiment=pretrain_b32 gpus=[H100] devices=64`."""
 
+import inspect
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.assembly import add_adapters
-from coca_lit.cli.config import build
+from coca_lit.cli.assembly import add_adapters, build
+from coca_lit.cli.command import command
 from coca_lit.errors import ConfigError
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "auto": "bfloat16"}
 
 
-def show_plan(cfg: DictConfig) -> None:
-    """Prints the plan of a run. No weights are allocated, no data are read.
+def plan() -> None:
+    """Entry point of `coca-plan` and `python -m coca_lit.cli.plan`."""
+    command("plan", run)
+
+
+def run(cfg: DictConfig) -> None:
+    """Prints the plan of a run. No weights are allocated, no data are read, no folder is made.
 
     Raises:
-        ConfigError: `plan` is neither true nor settings, or one of these is wrong.
+        ConfigError: a setting of the plan, or the model, cannot be used.
     """
     import torch
 
@@ -23,7 +29,7 @@ def show_plan(cfg: DictConfig) -> None:
     from coca_lit.plan.report import print_plan
     from coca_lit.plan.trace import cost
 
-    settings = read_settings(cfg.plan)
+    settings = read_settings(cfg)
     module = build_without_weights(cfg)
     precision = str(cfg.trainer.precision)
     autocast = AUTOCAST.get(precision)
@@ -35,11 +41,13 @@ def show_plan(cfg: DictConfig) -> None:
     print_plan(f"{cfg.model.net.name}, {precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
 
 
-def read_settings(plan: Any) -> Any:
-    if plan is not True and not isinstance(plan, DictConfig):
-        raise ConfigError(f"plan must be true or settings such as {{gpus: [H100], devices: 64}}, got {plan!r}")
-    values: Any = {} if plan is True else OmegaConf.to_container(plan)
-    return build(OmegaConf.create({"_target_": "coca_lit.plan.settings.Settings", **values}), "plan")
+def read_settings(cfg: DictConfig) -> Any:
+    from coca_lit.plan.settings import Settings
+
+    try:
+        return Settings(**{key: OmegaConf.select(cfg, key) for key in inspect.signature(Settings).parameters})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def build_without_weights(cfg: DictConfig) -> Any:
@@ -76,3 +84,7 @@ def read_recipe(cfg: DictConfig, settings: Any, weights: dict[str, float], half:
         half=half,
         samples=samples,
     )
+
+
+if __name__ == "__main__":
+    plan()

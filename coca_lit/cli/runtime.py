@@ -1,10 +1,12 @@
-"""How PyTorch and Lightning behave in this process: threads, memory, precision, and which notices are shown."""
+"""Process-wide settings of PyTorch and Lightning: threads, memory, precision, and which notices are shown."""
 
 import ctypes
 import logging
 import sys
 import warnings
 from pathlib import Path
+
+from coca_lit.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -17,11 +19,13 @@ def configure_libraries(threads: int | None) -> None:
     import torch
 
     if threads is not None:
+        if not isinstance(threads, int) or threads < 1:
+            raise ConfigError(f"threads must be a whole number of at least 1, got {threads!r}")
         torch.set_num_threads(threads)
     keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    # Lightning's notices would drown ours; its warnings stay, but for those that a user need not act on.
+    # Lightning's notices would drown ours. Its warnings stay, except those that call for no action.
     for name in ("lightning.pytorch", "lightning.fabric"):
         lightning_log = logging.getLogger(name)
         lightning_log.setLevel(logging.WARNING)
@@ -34,12 +38,12 @@ def configure_libraries(threads: int | None) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Blocks that are freed stay with the process. glibc hands large ones back to the kernel, which has to clear them
-    anew in the next step: up to half of the time of a convolutional encoder on a CPU.
+    """Keeps freed memory in the process. glibc returns large blocks to the kernel, which clears them again for the next
+    step: up to half of the time of a convolutional encoder on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # musl has none
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):  # no block of its own, nothing given back
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):  # no mmap per block, no trimming
             mallopt(option, value)
 
 
@@ -56,7 +60,7 @@ def finish_run(
     folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
 ) -> None:
     """Writes the scores of a run and its report; arguments as for `write_results`."""
-    from coca_lit.report.write import write_report
+    from coca_lit.report.page import write_report
     from coca_lit.runs.run_folder import write_results
 
     seconds = write_results(folder, results, not_run, seen)

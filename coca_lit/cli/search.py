@@ -1,12 +1,10 @@
 """Search from the command line: `coca-search FOLDER "a dog on a beach" checkpoint=PATH`."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import DictConfig
 
 from coca_lit.cli.caption import decoders
 from coca_lit.cli.command import command
@@ -19,31 +17,13 @@ if TYPE_CHECKING:
     from coca_lit.inference.search import Hit, ImageIndex
 
 
-@dataclass
-class SearchConfig:
-    """The keys of `coca-search`; `conf/search.yaml` explains them."""
-
-    index: str = MISSING
-    query: str | None = None
-    checkpoint: str = MISSING
-    quick_gelu: bool | None = None
-    images: str | None = None
-    k: int = 10
-    batch_size: int = 64
-    num_workers: int | None = None
-    threads: int | None = None
-
-
-ConfigStore.instance().store("search_schema", SearchConfig)
-
-
 def search() -> None:
     """Entry point of `coca-search` and `python -m coca_lit.cli.search`."""
     command("search", run, positional=("index", "query"))
 
 
 def run(cfg: DictConfig) -> "list[Hit]":
-    """Brings the index up to date if it is that of a folder, prints what was found and returns it."""
+    """Updates the index if it belongs to a folder, prints the hits and returns them."""
     import torch
 
     from coca_lit.inference.outputs import print_rows
@@ -53,7 +33,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
     configure_libraries(cfg.threads)
     file, folder = _places(cfg)
     with error_context("checkpoint"):
-        model = load_dual_encoder(cfg.checkpoint, cfg.quick_gelu)
+        model = load_dual_encoder(str(cfg.checkpoint), cfg.quick_gelu)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
     if folder is not None:
@@ -63,18 +43,18 @@ def run(cfg: DictConfig) -> "list[Hit]":
     if cfg.query is None:
         return []
     with error_context("query"):
-        hits = index.query(_query(cfg.query), cfg.k)
+        hits = index.query(_query(str(cfg.query)), cfg.k)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits
 
 
 def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
-    """The file of the index, and the folder that it is to be brought up to date with, if any."""
-    path = Path(cfg.index)
+    """The file of the index, and the folder of images that it is updated from, if any."""
+    path = Path(str(cfg.index))
     if cfg.images is not None:
         if path.is_dir():
             raise ConfigError(f"index: '{path}' is a folder; with images=FOLDER it is the file of the index")
-        return path, Path(cfg.images)
+        return path, Path(str(cfg.images))
     if path.is_dir():
         return path.absolute().parent / f"{path.absolute().name}.index.safetensors", path
     return path, None

@@ -1,16 +1,18 @@
 """Sweeps, with any launcher and sweeper: records of their jobs, and at the end a table, a page and the best run.
 
-Each job keeps a record in its own folder, written by the process that runs it, on whatever machine. To a sweep belong
-all jobs in its folder with the same fixed values and the same varied keys: one that is started again, or goes on with
-an Optuna study, shows also what it did before.
+The process that runs a job, on whatever machine, keeps a record in the job's folder. A sweep consists of all jobs in
+its folder with the same fixed values and the same varied keys: a sweep that is started again, or that continues an
+Optuna study, also shows its earlier jobs.
 """
 
 import csv
 import json
+import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -18,16 +20,15 @@ from uuid import uuid4
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError
 from coca_lit.report.scores import best_run, headline, lower_is_better
 from coca_lit.runs.launch import is_first_process, job_folder
-from coca_lit.runs.redaction import redact
+from coca_lit.runs.redaction import masked_yaml, redact
 
-RECORD, ERROR = "job.json", "error.txt"
+RECORD, ERROR, SWEEP_VARIABLE = "job.json", "error.txt", "COCA_LIT_SWEEP"
 IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher", "RayAWSLauncher", "LocalLauncher")
 
 
@@ -38,18 +39,16 @@ class Sweep(NamedTuple):
     folder: Path
     fixed: dict[str, str]  # overrides that are the same for all jobs
     keys: set[str]  # of all overrides
-    left_out: set[str]  # overrides that may differ within a sweep: they say where and how fast
+    left_out: set[str]  # overrides that may differ within a sweep: where and how fast it runs
     objective: str | None
+    may_fail: bool  # whether the sweeper takes a failed job for a result
 
 
 _started: list[Sweep] = []  # those whose table is still to be printed
 
 
-class SweepRecords(Callback):
-    """Notes each job's beginning and end in its folder. Hydra takes it along to wherever a job runs."""
-
-    def __init__(self) -> None:
-        self.sweep = ""  # id of the sweep; empty outside one
+class SweepCallback(Callback):
+    """Names the folders of a sweep, and masks the secrets in Hydra's record of it, `multirun.yaml`."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
@@ -58,36 +57,62 @@ class SweepRecords(Callback):
         left_out = set(config.hydra.job.config.override_dirname.exclude_keys) - {
             o.key_or_group for o in overrides if o.is_sweep_override()
         }
-        name_folders(config, fixed, left_out)
+        sweep = uuid4().hex
+        prepare_jobs(config, sweep, fixed, left_out)
         folder = Path(config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)  # before an Optuna study wants to lie in it
-        self.sweep = uuid4().hex
-        keys, objective = {o.get_key_element() for o in overrides}, OmegaConf.select(config, "objective")
-        _started.append(Sweep(self.sweep, folder, _values(map(_text, fixed)), keys, left_out, objective))
+        folder.mkdir(parents=True, exist_ok=True)  # an Optuna study is created in it first
+        _started.append(
+            Sweep(
+                id=sweep,
+                folder=folder,
+                fixed=_values(map(_text, fixed)),
+                keys={o.get_key_element() for o in overrides},
+                left_out=left_out,
+                objective=OmegaConf.select(config, "objective"),
+                may_fail="max_failure_rate" in config.hydra.sweeper,
+            )
+        )
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if self.sweep and is_first_process():
-            job = Path(config.hydra.runtime.output_dir)
-            (job / ERROR).unlink(missing_ok=True)
-            _write_record(job, {"sweep": self.sweep, "begun": time.time(), "status": "unfinished"})
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if self.sweep and is_first_process():
-            job = Path(config.hydra.runtime.output_dir)
-            record = json.loads((job / ".hydra" / RECORD).read_text())
-            if job_return.status is JobStatus.COMPLETED:
-                _write_record(job, {**record, "status": "ok"})
-                return
-            error = job_return._return_value  # the public property raises it
-            (job / ERROR).write_text(redact("".join(traceback.format_exception(error))))
-            said = [line for line in redact(str(error)).splitlines() if line.strip()]
-            _write_record(job, {**record, "status": "failed", "error": said[-1] if said else type(error).__name__})
+        mask_multirun(Path(config.hydra.sweep.dir))
 
 
-def name_folders(config: DictConfig, fixed: Sequence[Override], left_out: set[str]) -> None:
-    """Names the folder of a sweep after its fixed values, unless it was named, and those of its jobs after the rest.
+def mask_multirun(folder: Path) -> None:
+    """Hydra's basic sweeper saves the whole config just before the first job, typed secrets included."""
+    path = folder / "multirun.yaml"
+    if is_first_process() and path.is_file() and (masked := masked_yaml(OmegaConf.load(path))) != path.read_text():
+        path.write_text(masked)
 
-    Hydra composes each job from the overrides of the command line, on whatever machine, so the names go there.
+
+@contextmanager
+def job_record() -> Iterator[None]:
+    """Records the start and the end of a job in its folder, if it belongs to a sweep; in the process that runs it, on
+    whatever machine.
+    """
+    sweep = os.environ.get(SWEEP_VARIABLE)
+    if not sweep or not is_first_process():
+        yield
+        return
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    record = {"sweep": sweep, "begun": time.time(), "overrides": _values(hydra.overrides.task)}
+    (folder / ERROR).unlink(missing_ok=True)
+    _write_record(folder, {**record, "status": "unfinished"})
+    try:
+        yield
+    except Exception as error:
+        (folder / ERROR).write_text(redact("".join(traceback.format_exception(error))))
+        message = [line for line in redact(str(error)).splitlines() if line.strip()]
+        _write_record(folder, {**record, "status": "failed", "error": message[-1] if message else type(error).__name__})
+        raise
+    _write_record(folder, {**record, "status": "ok"})
+
+
+def prepare_jobs(config: DictConfig, sweep: str, fixed: Sequence[Override], left_out: set[str]) -> None:
+    """Names the folder of a sweep after its fixed values, unless it was named, and the folders of its jobs after the
+    rest; and tells every job which sweep it belongs to.
+
+    Hydra composes each job from the overrides of the command line, on whatever machine, so both become overrides.
     """
     named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
     parts = sorted(_text(o) for o in fixed if o.key_or_group not in left_out)
@@ -98,6 +123,7 @@ def name_folders(config: DictConfig, fixed: Sequence[Override], left_out: set[st
         config.hydra.overrides.hydra += [
             f"hydra.sweep.dir='{config.hydra.sweep.dir}'",
             f"hydra.job.config.override_dirname.exclude_keys={[o.key_or_group for o in fixed]}",
+            f"+hydra.job.env_set.{SWEEP_VARIABLE}='{sweep}'",
         ]
 
 
@@ -116,36 +142,41 @@ def check_processes(count: int) -> None:
     launcher = HydraConfig.get().launcher.get("_target_", "").rpartition(".")[2]
     if launcher in IN_ONE_PROCESS:
         raise ConfigError(
-            f"{launcher} runs each job in one process, and this job wants {count}: say trainer.devices=1 to train "
+            f"{launcher} runs each job in one process, and this job wants {count}: set trainer.devices=1 to train "
             "models side by side, hydra/launcher=slurm_jobs for large jobs, or no launcher for one job after another"
         )
 
 
-def print_sweep() -> None:
-    """Prints the table of the sweep that ran in this process, if one did, and writes it down with a page that compares
-    its jobs. Exits with an error if none of them succeeded.
+def print_sweep() -> bool:
+    """Whether a sweep was started in this process. If so, prints its table, and writes it to a file and to a page that
+    compares the jobs. Exits with an error if a job failed that should not have, or if none succeeded.
     """
-    while _started:
-        sweep = _started.pop()
-        if not is_first_process():
-            sys.exit()  # without an error, at which torchrun would end the first process before it has told
-        rows = read_sweep(sweep)
-        new = [row.pop("new") for row in rows]
-        if any(new):
-            _write_csv(sweep.folder / "results.csv", rows)
-            _print_end(sweep, rows)
+    if not _started:
+        return False
+    sweep = _started.pop()
+    if not is_first_process():
+        sys.exit()  # without an error, at which torchrun would end the first process before it has printed the table
+    mask_multirun(sweep.folder)
+    rows = read_sweep(sweep)
+    new = [row for row in rows if row.pop("new")]
+    if new:
+        _write_csv(sweep.folder / "results.csv", rows)
+        _print_end(sweep, rows)
+    failed = [row for row in new if row["status"] == "failed"]
+    if failed and not sweep.may_fail:
+        sys.exit(f"error: {failed[0]['error']}")
+    return bool(new)
 
 
 def read_sweep(sweep: Sweep) -> list[dict[str, Any]]:
-    """One row per job of the sweep, in order of their beginning: folder, overrides, status, scores or what went wrong;
+    """One row per job of the sweep, in the order in which they began: folder, overrides, status, scores or the error;
     and whether it is `new`, that is, run by this process.
     """
     found = []
-    for path in sweep.folder.glob(f"*/.hydra/{RECORD}"):
+    for path in sweep.folder.glob(f"*/{RECORD}"):
         record = json.loads(path.read_text())
-        overrides = _values(str(override) for override in OmegaConf.load(path.with_name("overrides.yaml")))
-        if _belongs(overrides, sweep):
-            found.append((record, overrides, path.parent.parent))
+        if _belongs(record["overrides"], sweep):
+            found.append((record, path.parent))
     return [_row(sweep, *job) for job in sorted(found, key=lambda job: job[0]["begun"])]
 
 
@@ -154,12 +185,12 @@ def _belongs(overrides: dict[str, str], sweep: Sweep) -> bool:
     return overrides.keys() - sweep.left_out == sweep.keys - sweep.left_out and fixed.items() <= overrides.items()
 
 
-def _row(sweep: Sweep, record: dict[str, Any], overrides: dict[str, str], job: Path) -> dict[str, Any]:
+def _row(sweep: Sweep, record: dict[str, Any], job: Path) -> dict[str, Any]:
     status, results = record["status"], job / "results.json"
     scores = json.loads(results.read_text()) if status == "ok" and results.exists() else {}
     outcome = scores if status == "ok" else {"error": record.get("error", "")}
-    said = {key: value for key, value in overrides.items() if key not in sweep.left_out}
-    return {"job": job.name, **said, "status": status, **outcome, "new": record["sweep"] == sweep.id}
+    varied = {key: value for key, value in record["overrides"].items() if key not in sweep.left_out}
+    return {"job": job.name, **varied, "status": status, **outcome, "new": record["sweep"] == sweep.id}
 
 
 def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
@@ -172,7 +203,7 @@ def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
     best = best_run(scores, score) if score else None
     print_jobs(rows, str(sweep.folder), score, best)
     if not ok:
-        sys.exit(f"error: none of the {len(rows)} jobs succeeded; the first said: {rows[0]['error'] or 'nothing'}")
+        sys.exit(f"error: none of the {len(rows)} jobs succeeded; the first error: {rows[0]['error'] or 'none'}")
     if best is not None:
         print(f"best {score}: {scores[best][score or '']:.4f} in {sweep.folder / best}")
     if compared := [sweep.folder / job for job in scores if (sweep.folder / job / "results.json").exists()]:
@@ -189,7 +220,7 @@ def _values(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def _write_record(job: Path, record: dict[str, Any]) -> None:
-    (job / ".hydra" / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (job / RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:

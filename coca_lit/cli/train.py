@@ -3,7 +3,6 @@
 Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +10,9 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
 from coca_lit.cli.command import command
-from coca_lit.cli.config import suggest
 from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.cli.sweep import check_direction, check_processes
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import ConfigError, error_context, suggest
 from coca_lit.report.scores import headline
 from coca_lit.runs.launch import is_first_process
 
@@ -24,18 +22,11 @@ if TYPE_CHECKING:
 
 def train() -> None:
     """Entry point of `python train.py` and `coca-train`."""
-    if any(word.startswith("plan=") and word not in ("plan=false", "plan=null") for word in sys.argv):
-        sys.argv += ["hydra.output_subdir=null", "hydra.run.dir=."]  # a plan is no run: no folder
-    command("train", train_job)
+    command("train", train_job, multirun=True)
 
 
 def train_job(cfg: DictConfig) -> float | None:
     """`run` for Hydra, whose sweepers ask for one number: the score called `cfg.objective`."""
-    if cfg.plan:
-        from coca_lit.cli.plan import show_plan
-
-        show_plan(cfg)
-        return None
     check_direction(cfg.objective)
     results = run(cfg)
     score = cfg.objective or headline(results)
@@ -54,13 +45,14 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.runs.run_folder import finished_results, start_run_folder
 
     configure_libraries(cfg.threads)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    with error_context("seed"):
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_start(cfg)
     if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
         return results
     start_run_folder(cfg, checkpoint)
     module = build_module(with_vocabulary(cfg))
-    data = build_data(cfg, module.net.tokenizer)  # missing training data are said first, before those of an evaluation
+    data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first
     evals, not_run = build_evals(cfg)
     has_texts = getattr(data, "texts", None) is not None  # a DataModule of one's own need not know of texts
     if has_texts and module.net.decoder is None:
@@ -79,7 +71,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def find_start(cfg: DictConfig) -> Path | None:
-    """The checkpoint to go on from, or None for a new start. The first process checks that it fits this config."""
+    """The checkpoint to resume from, or None for a new start. The first process checks that it fits this config."""
     from coca_lit.runs.resume import AUTO, check_same_run, find_checkpoint, resume_keys
 
     checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
@@ -93,12 +85,13 @@ def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
     from coca_lit.training.sharding import check_batch_size
 
     check_processes(trainer.world_size)
-    with error_context("data.batch_size"):
-        check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
+    if "batch_size" in cfg.data:
+        with error_context("data.batch_size"):
+            check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
 
 
 def choose_products(trainer: "L.Trainer", module: "L.LightningModule") -> None:
-    """On a CPU in fp32: the library for matrix products. A run that goes on keeps the one that it had."""
+    """On a CPU in fp32: the library for matrix products. A resumed run keeps the one that it had."""
     from coca_lit.distributed import print_rank_zero
     from coca_lit.models.kernels.fp32_matmul import choose_fp32_matmul
 

@@ -1,8 +1,9 @@
 """What a plan assumes: the GPUs, and how well they are used."""
 
-import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from coca_lit.errors import suggest
 
 
 class Gpu(NamedTuple):
@@ -36,17 +37,15 @@ class Settings:
 
     def __init__(
         self,
-        gpus: Sequence[str] = ("A100", "H100"),
-        utilisation: float = 0.4,
-        caption_tokens: int = 20,
-        devices: int | None = None,
-        samples: float | None = None,
+        gpus: Sequence[str],
+        utilisation: float,
+        caption_tokens: int,
+        devices: int | None,
+        samples: float | None,
     ) -> None:
         for name in gpus:
             if name not in GPUS:
-                close = difflib.get_close_matches(name, GPUS, n=1)
-                hint = f", did you mean '{close[0]}'?" if close else "."
-                raise ValueError(f"gpus: there is no '{name}'{hint} Known: {', '.join(GPUS)}")
+                raise ValueError(f"gpus: there is no '{name}'{suggest(name, GPUS)} Known: {', '.join(GPUS)}")
         if not isinstance(utilisation, int | float) or not 0 < utilisation <= 1:
             raise ValueError(f"utilisation must be a share between 0 and 1, got {utilisation!r}")
         if not isinstance(caption_tokens, int) or caption_tokens < 2:

@@ -49,14 +49,14 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         ckpt_path: "auto" for the newest whole one in the run folder, a path, or None.
 
     Raises:
-        FileNotFoundError, CheckpointError: the path names no usable checkpoint, or the folder has none that is whole.
+        CheckpointError: the path names no usable checkpoint, or the folder has none that is whole.
     """
     if ckpt_path is None:
         return None
     if ckpt_path != AUTO:
         if not Path(ckpt_path).is_file():
             why = ": it is a folder; name the file" if Path(ckpt_path).is_dir() else ""
-            raise FileNotFoundError(f"ckpt_path: there is no checkpoint '{ckpt_path}'{why}")
+            raise CheckpointError(f"ckpt_path: there is no checkpoint '{ckpt_path}'{why}")
         return Path(ckpt_path)
     last = folder / CHECKPOINTS / LAST
     if not step_files(last.parent):

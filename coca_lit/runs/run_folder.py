@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.files import atomic_write, remove_leftovers
 from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.launch import is_first_process
-from coca_lit.runs.redaction import redact
+from coca_lit.runs.redaction import masked_yaml, redact
 from coca_lit.runs.resume import AUTO, CHECKPOINTS, RUN_KEY, resume, start_fresh
 
 
@@ -35,7 +35,7 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     else:
         resume(folder, checkpoint, roll_back=cfg.ckpt_path != AUTO)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=False).encode())
+    atomic_write(folder / "config.yaml", masked_yaml(cfg).encode())
     atomic_write(folder / "environment.json", _json(environment()))
 
 

@@ -42,19 +42,18 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     make(trouble, folder, data)
-    import hydra
     import torch
 
     from coca_lit.cli import train as cli
-    from coca_lit.cli.command import CONF, user_errors
+    from coca_lit.cli.command import compose
+    from coca_lit.errors import UserError
 
     torch.set_num_threads(1)
     _tell(training)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("train", [f"output_dir={folder}", "name=soak", *overrides])
+    cfg = compose("train", [f"output_dir={folder}", "name=soak", *overrides])
     try:
         cli.run(cfg)
-    except user_errors() as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -5,12 +5,11 @@ import json
 import subprocess
 import sys
 
-import hydra
 import open_clip
 import pytest
 import torch
 
-from coca_lit.cli.command import CONF
+from coca_lit.cli.command import compose as compose_config
 from coca_lit.cli.evaluate import evaluate, run
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError
@@ -30,8 +29,7 @@ def checkpoint(tmp_path_factory):
 
 def compose(folder, *overrides):
     folder.mkdir(exist_ok=True, parents=True)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("evaluate", [f"output_dir={folder}", "name=test", f"data_dir={folder}", *overrides])
+    return compose_config("evaluate", [f"output_dir={folder}", "name=test", f"data_dir={folder}", *overrides])
 
 
 def test_captions_and_retrieval(checkpoint, tmp_path, monkeypatch):
@@ -96,10 +94,14 @@ def test_checkpoint_of_another_architecture(tmp_path, name, message):
 
 
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # is set by the command, and reset after the test
-    monkeypatch.setattr("sys.argv", ["coca-evaluate", "checkpoint=absent.ckpt", f"hydra.run.dir={tmp_path}"])
-    with pytest.raises(SystemExit, match=r"^error: there is no checkpoint 'absent\.ckpt'$"):
+    folder = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["coca-evaluate", "checkpoint=absent.ckpt", f"hydra.run.dir={folder}"])
+    with pytest.raises(SystemExit, match=r"^error: checkpoint: there is no checkpoint 'absent\.ckpt'$"):
         evaluate()
+    monkeypatch.setattr("sys.argv", ["coca-evaluate", f"hydra.run.dir={folder}"])
+    with pytest.raises(SystemExit, match=r"^error: checkpoint is missing: set checkpoint=VALUE$"):
+        evaluate()
+    assert not folder.exists()
 
 
 def without_java(patch):

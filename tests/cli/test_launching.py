@@ -170,7 +170,7 @@ def test_one_process_launchers_refuse_large_jobs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(launcher))
     check_processes(1)
-    with pytest.raises(ConfigError, match=r"this job wants 8: say trainer\.devices=1"):
+    with pytest.raises(ConfigError, match=r"this job wants 8: set trainer\.devices=1"):
         check_processes(8)
 
 
@@ -216,7 +216,7 @@ def test_optuna_study_without_a_survivor(run: Run) -> None:
     study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=interval(2,3)", "hydra.sweeper.n_trials=2")
     done = run(sys.executable, APP, "-m", *study)
     assert done.returncode == 1
-    assert "error: none of the 2 jobs succeeded; the first said: no model survives 2." in done.stderr
+    assert "error: none of the 2 jobs succeeded; the first error: no model survives 2." in done.stderr
 
 
 # Real training, two processes

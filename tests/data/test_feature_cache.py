@@ -14,7 +14,7 @@ from running import compose, run
 from torch import Tensor, nn
 
 from coca_lit.cli import assembly
-from coca_lit.cli.config import build
+from coca_lit.cli.assembly import build
 from coca_lit.data.examples import CachedCaptionDataset, CachedFirstCaptionDataset
 from coca_lit.data.feature_cache import FeatureCache, mirrored, read_tokens
 from coca_lit.data.records import Record

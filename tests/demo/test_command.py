@@ -5,11 +5,10 @@ import json
 import socket
 import subprocess
 
-import hydra
 import pytest
 
+from coca_lit.cli import command
 from coca_lit.cli import demo as cli
-from coca_lit.cli.command import CONF
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.demo import builtin
 from coca_lit.errors import ConfigError
@@ -17,8 +16,7 @@ from coca_lit.weights.load import save_model
 
 
 def compose(*overrides):
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("demo", list(overrides))
+    return command.compose("demo", overrides)
 
 
 @pytest.fixture
@@ -125,8 +123,7 @@ def test_port_in_use_is_one_sentence():
 def test_mistakes_of_the_command_are_one_sentence(tmp_path, monkeypatch):
     pytest.importorskip("gradio")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # is set by the command, and reset after the test
     monkeypatch.setattr("sys.argv", ["coca-demo", "checkpoint=absent.ckpt"])
-    with pytest.raises(SystemExit, match=r"^error: there is no checkpoint 'absent\.ckpt'$"):
+    with pytest.raises(SystemExit, match=r"^error: checkpoint: there is no checkpoint 'absent\.ckpt'$"):
         cli.demo()
     assert list(tmp_path.iterdir()) == []  # nothing is left behind

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import onnxruntime
 import pytest
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 
 from coca_lit.cli import export as cli
-from coca_lit.cli.command import CONF
+from coca_lit.cli.command import compose
 from coca_lit.data.transforms import build_transform
 from coca_lit.export import onnx
 from coca_lit.export.graphs import graphs_of
@@ -46,10 +45,10 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= end
     folder = tmp_path_factory.mktemp("exports")
     save_model(model, folder / "checkpoint.safetensors")
-    with pytest.MonkeyPatch.context() as patch, hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx, "ONE_FILE", 0 if "pooler" in arguments else onnx.ONE_FILE)
         choice = [f"checkpoint={folder}/checkpoint.safetensors", f"output={folder}/graphs", "format=onnx"]
-        cli.run(hydra.compose("export", choice))
+        cli.run(compose("export", choice))
     return model, folder / "graphs"
 
 

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from PIL import Image, ImageOps
 
 from coca_lit import build_transform
 from coca_lit.cli import caption as caption_cli
 from coca_lit.cli import search as search_cli
-from coca_lit.cli.command import CONF
+from coca_lit.cli.command import compose
 from coca_lit.models import CoCa, create_model
 
 RUN = {"caption": caption_cli.run, "search": search_cli.run}
@@ -24,9 +23,7 @@ def new_model(seed: int = 0, **overrides: Any) -> CoCa:
 
 def run(command: str, *overrides: str) -> Any:
     """What the command does with these overrides."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose(command, list(overrides))
-    return RUN[command](cfg)
+    return RUN[command](compose(command, overrides))
 
 
 def caption(*overrides: str) -> None:

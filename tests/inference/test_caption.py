@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from applying import caption, naive_captions, new_model
 from PIL import Image
 
 from coca_lit import save_model
-from coca_lit.cli.arguments import quote
-from coca_lit.cli.caption import GenerateConfig
+from coca_lit.cli.command import compose, quote
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import read_results
 from coca_lit.data.scenes.export import write_shards
@@ -81,7 +79,7 @@ def members(path: Path) -> dict[str, bytes]:
 
 
 def test_every_option_of_generate_can_be_given() -> None:
-    given = {field.name for field in fields(GenerateConfig)}
+    given = set(compose("caption").generate)
     known = set(inspect.signature(CoCa.generate).parameters)
     assert given == known - {"self", "images", "generator", "return_scores", "return_attention"}
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from running import compose
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from coca_lit.cli.plan import build_without_weights, read_recipe, read_settings, show_plan
-from coca_lit.cli.train import train
-from coca_lit.errors import ConfigError
+from coca_lit.cli import plan as cli
+from coca_lit.cli.command import compose
+from coca_lit.cli.plan import build_without_weights, read_recipe, read_settings
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
@@ -126,31 +125,35 @@ def test_the_batch_that_fits_by_hand() -> None:
 
 
 def test_a_recipe_is_read_from_the_config() -> None:
-    cfg = compose("experiment=pretrain_l14", "trainer=fsdp", "trainer.num_nodes=48", "plan=true")
-    recipe = read_recipe(cfg, read_settings(cfg.plan), WEIGHTS, half=True)
+    cfg = compose("plan", ["experiment=pretrain_l14", "trainer=fsdp", "trainer.num_nodes=48"])
+    recipe = read_recipe(cfg, read_settings(cfg), WEIGHTS, half=True)
     assert (recipe.batch, recipe.devices, recipe.sharded, recipe.samples) == (92160, 384, True, 13e9)
-    cfg = compose("model.freeze=[image_encoder]", "model.contrastive_weight=0", "plan={devices: 2, samples: 1e6}")
-    recipe = read_recipe(cfg, read_settings(cfg.plan), {"contrastive": 0.0, "caption": 1.0}, half=False)
+    cfg = compose("plan", ["model.freeze=[image_encoder]", "model.contrastive_weight=0", "devices=2", "samples=1e6"])
+    recipe = read_recipe(cfg, read_settings(cfg), {"contrastive": 0.0, "caption": 1.0}, half=False)
     assert (recipe.devices, recipe.samples, recipe.contrastive) == (2, 1e6, False)
     assert not any(p.requires_grad for p in build_without_weights(cfg).net.image_encoder.parameters())
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("setting", "message"),
     [
-        ("{utilization: 0.4}", "plan has no key 'utilization'; did you mean 'utilisation'"),
-        ("{gpus: [H10]}", "did you mean 'H100'"),
-        ("{utilisation: 40}", "between 0 and 1, got 40"),
-        ("fast", "plan must be true or settings"),
+        ("utilization=0.4", "there is no key 'utilization'; did you mean 'utilisation'?"),
+        ("gpus=[H10]", "gpus: there is no 'H10'; did you mean 'H100'?"),
+        ("gpus=H100", "gpus must be a list, the default is [A100, H100]; got H100"),
+        ("utilisation=40", "utilisation must be a share between 0 and 1, got 40"),
+        ("utilisation=high", "utilisation must be a number, the default is 0.4; got high"),
+        ("experiment=demoo", "'experiment' has no option 'demoo'; did you mean 'demo'?"),
     ],
 )
-def test_a_wrong_plan_is_refused(plan: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
-        read_settings(compose(f"plan={plan}").plan)
+def test_a_wrong_plan_is_refused(setting: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["coca-plan", setting])
+    with pytest.raises(SystemExit) as exit:
+        cli.plan()
+    assert str(exit.value.code).startswith(f"error: {message}")
 
 
 def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    show_plan(compose("experiment=demo", "plan={gpus: [A100, H100], devices: 2, samples: 1e6}"))
+    cli.run(compose("plan", ["experiment=demo", "gpus=[A100,H100]", "devices=2", "samples=1e6"]))
     shown = capsys.readouterr().out
     for words in ("image encoder", "AdamW states", "samples that fit on a device", "H100", "device-hours"):
         assert words in shown
@@ -160,8 +163,7 @@ def test_a_plan_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # is set by the command, and reset after the test
-    monkeypatch.setattr("sys.argv", ["train.py", "plan=true"])
-    train()
+    monkeypatch.setattr("sys.argv", ["coca-plan"])
+    cli.plan()
     assert "samples/s per device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

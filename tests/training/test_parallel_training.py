@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 from running import launched, results, run
@@ -11,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from coca_lit.cli import export as export
-from coca_lit.cli.command import CONF
+from coca_lit.cli.command import compose as compose_config
 from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError, DataError
@@ -108,9 +107,8 @@ def test_a_sharded_experiment_is_scored_and_exported(on_ranks, tmp_path: Path) -
     captions = [(folder / "predictions" / "scenes.json").read_text() for folder in (one, sharded)]
     assert captions[0] == captions[1]
     trained = load_model(sharded / "checkpoints" / "last.ckpt")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        chosen = [f"checkpoint={sharded}/checkpoints/last.ckpt", "format=safetensors", f"output={exported}"]
-        export.run(hydra.compose("export", chosen))
+    chosen = [f"checkpoint={sharded}/checkpoints/last.ckpt", "format=safetensors", f"output={exported}"]
+    export.run(compose_config("export", chosen))
     again = load_model(exported / "model.safetensors")
     torch.testing.assert_close(again.state_dict(), trained.state_dict(), atol=0, rtol=0)
     torch.testing.assert_close(

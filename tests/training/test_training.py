@@ -18,8 +18,7 @@ from torch._dynamo.utils import counters
 
 from coca_lit.callbacks import progress_bar
 from coca_lit.callbacks.progress import PlainProgress
-from coca_lit.cli.assembly import build_module, build_trainer
-from coca_lit.cli.config import build
+from coca_lit.cli.assembly import build, build_module, build_trainer
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.evals.base import Evaluation

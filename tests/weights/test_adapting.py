@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import hydra
 import open_clip
 import pytest
 import torch
@@ -11,7 +10,7 @@ from running import compose, run
 
 from coca_lit.cli import evaluate
 from coca_lit.cli.assembly import build_module, build_trainer
-from coca_lit.cli.command import CONF
+from coca_lit.cli.command import compose as compose_config
 from coca_lit.cli.export import run as export
 from coca_lit.cli.plan import build_without_weights
 from coca_lit.errors import ConfigError
@@ -90,8 +89,7 @@ def test_the_plan_counts_what_trains() -> None:
 def evaluation(folder: Path, *overrides: str) -> dict[str, float]:
     folder.mkdir()
     settings = (f"output_dir={folder}", "name=test", "evals=[scenes_retrieval]", "eval_images=16")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return evaluate.run(hydra.compose("evaluate", [*settings, *overrides]))
+    return evaluate.run(compose_config("evaluate", [*settings, *overrides]))
 
 
 def test_weights_between_two_checkpoints_are_scored_and_exported(adapted: Path, start: Path, tmp_path: Path) -> None:
@@ -101,9 +99,8 @@ def test_weights_between_two_checkpoints_are_scored_and_exported(adapted: Path, 
     assert evaluation(tmp_path / "1", *both, "weight=1") == evaluation(tmp_path / "after", f"checkpoint={last}")
     with pytest.raises(ConfigError, match="interpolate_with: weight must be a number between 0 and 1, got 2"):
         evaluation(tmp_path / "2", *both, "weight=2")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        mixed = [*both, "weight=0.25", "format=safetensors", f"output={tmp_path / 'mixed'}"]
-        export(hydra.compose("export", mixed))
+    mixed = [*both, "weight=0.25", "format=safetensors", f"output={tmp_path / 'mixed'}"]
+    export(compose_config("export", mixed))
     mixed_model = load_model(tmp_path / "mixed" / "model.safetensors").state_dict()
     before, after = load_model(start).state_dict(), load_model(last).state_dict()
     name = "decoder.vocabulary.weight"
