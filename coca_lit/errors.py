@@ -1,9 +1,10 @@
-"""Errors that a user can mend. Their message is one complete sentence: what was expected, what was found, what to do.
+"""Errors that a user can fix. Their message is one complete sentence: what was expected, what was found, what to do.
 
 The commands print it and exit with code 1; every other exception is a bug and keeps its traceback.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -28,13 +29,26 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 @contextmanager
 def error_context(key: str) -> Iterator[None]:
-    """Turns a `TypeError` or `ValueError` raised inside into a `ConfigError` that names `key`."""
+    """Turns a `TypeError`, `ValueError` or `OSError` raised inside into a `ConfigError` that names `key`."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: "; did you mean 'NAME'?", or "." if nothing is similar.
+
+    Args:
+        known: names, or a mapping from what a user may write to the name that is meant.
+    """
+    written = list(known)
+    close = [word] if word in written else difflib.get_close_matches(word, written, n=1)
+    if not close:
+        return "."
+    return f"; did you mean '{known[close[0]] if isinstance(known, Mapping) else close[0]}'?"

@@ -5,37 +5,23 @@ Under torchrun the work is dealt out to the processes; the result is the same.
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from datetime import timedelta
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import best_precision, configure_libraries
 from coca_lit.errors import ConfigError, error_context
+from coca_lit.models.generation.options import OPTIONS, describe, value_type
 
-
-@dataclass
-class GenerateConfig:
-    """The options of `CoCa.generate` that a user can give; None for its default."""
-
-    strategy: str | None = None
-    prompt: str | None = None
-    num_beams: int | None = None
-    num_captions: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_length: int | None = None
-    max_length: int | None = None
-    length_penalty: float | None = None
-    repetition_penalty: float | None = None
-    no_repeat_ngram: int | None = None
-    scoring: str | None = None
-    rerank: str | None = None
-    rerank_weight: float | None = None
+# The options of `CoCa.generate` that a user can set; None stands for the default.
+GenerateConfig = make_dataclass(
+    "GenerateConfig",
+    [(name, value_type(name) | None, None) for name, option in OPTIONS.items() if option.key],
+)
 
 
 @dataclass
@@ -50,10 +36,16 @@ class CaptionConfig:
     precision: str = "auto"
     threads: int | None = None
     seed: int = 0
-    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)  # type: ignore[valid-type]
+
+
+def generate_help() -> str:
+    """A line for each option of `generate`, for `coca-caption --help`."""
+    return "\n".join(f"    {name:20}{describe(name)}" for name, option in OPTIONS.items() if option.key)
 
 
 ConfigStore.instance().store("caption_schema", CaptionConfig)
+OmegaConf.register_new_resolver("generate_help", generate_help, replace=True)
 
 
 def caption() -> None:
@@ -76,7 +68,7 @@ def run(cfg: DictConfig) -> None:
     units = find_inputs(cfg.images, cfg.batch_size)
     options = {str(key): value for key, value in cfg.generate.items() if value is not None}
     bf16 = _bf16(cfg.precision)
-    with process_group(timeout=timedelta(days=7)) as device:  # shards take their time, some longer than others
+    with process_group(timeout=timedelta(days=7)) as device:  # shards take long, some longer than others
         with error_context("checkpoint"):
             model = load_model(cfg.checkpoint)
         if model.decoder is None:
@@ -84,7 +76,7 @@ def run(cfg: DictConfig) -> None:
         settings = {"model": fingerprint(model), "seed": cfg.seed}
         settings |= {f"generate.{key}": value for key, value in options.items()}
         model = model.to(device, torch.bfloat16 if bf16 else None)
-        with error_context("generate"):  # options that do not go together are said now, and not after the first photos
+        with error_context("generate"):  # refuses options that do not go together before the first photo is read
             model.generate(torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8), **options)
         writer = open_writer(cfg.output, units, settings)
         totals = caption(model, units, writer, options, cfg.batch_size, decoders(cfg.num_workers), cfg.seed)

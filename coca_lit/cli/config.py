@@ -35,6 +35,14 @@ LOG_CLASSES = (
 
 
 @dataclass
+class KernelsConfig:
+    """Faster ways to compute on a CPU, see `coca_lit.models.kernels`."""
+
+    enabled: bool = MISSING
+    fp32_matmul: str = MISSING
+
+
+@dataclass
 class TrainConfig:
     """The keys at the root of a run; `conf/train.yaml` explains them."""
 
@@ -42,6 +50,7 @@ class TrainConfig:
     output_dir: str | None = MISSING  # None under --cfg, where nothing runs
     seed: int = 0
     threads: int | None = None
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data_dir: str = "data"
     image_size: int = 224
     ckpt_path: str | None = "auto"

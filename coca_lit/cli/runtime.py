@@ -1,23 +1,23 @@
 """How PyTorch and Lightning behave in this process: threads, memory, precision, and which notices are shown."""
 
-import ctypes
 import logging
-import sys
 import warnings
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
-
-def configure_libraries(threads: int | None) -> None:
+def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
     """
     Args:
         threads: of PyTorch on the CPU; None for its own choice.
+        fast_kernels: see `coca_lit.models.kernels`.
     """
     import torch
 
+    from coca_lit.models import kernels
+
     if threads is not None:
         torch.set_num_threads(threads)
-    keep_freed_memory()
+    kernels.enable(fast_kernels)
+    kernels.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     # Lightning's notices would drown ours; its warnings stay, but for those that a user need not act on.
@@ -30,16 +30,6 @@ def configure_libraries(threads: int | None) -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
-
-
-def keep_freed_memory() -> None:
-    """Blocks that are freed stay with the process. glibc hands large ones back to the kernel, which has to clear them
-    anew in the next step: up to half of the time of a convolutional encoder on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):  # no block of its own, nothing given back
-            mallopt(option, value)
 
 
 def best_precision() -> str:

@@ -9,7 +9,7 @@ from coca_lit.demo.look import EMPTY, caption_table
 from coca_lit.demo.parts import Trigger, chosen, for_people, gallery, told
 from coca_lit.inference.search import Hit, ImageIndex
 from coca_lit.models import CoCa
-from coca_lit.models.generation.generate import DEFAULT_RERANK_WEIGHT
+from coca_lit.models.generation.options import OPTIONS
 
 SCENE_WORDS = "circle, square, triangle, star, cross, ring"
 PHOTO_WORDS = "dog, cat, person, car, landscape"
@@ -29,7 +29,7 @@ def caption_tab(model: CoCa, photo: gr.Image, news: list[Trigger]) -> None:
     weight = gr.Slider(
         0,
         1,
-        value=DEFAULT_RERANK_WEIGHT,
+        value=OPTIONS["rerank_weight"].default,
         step=0.05,
         label="order by",
         info="0: the captioner's log-probability, 1: the image-text similarity, and what lies between",

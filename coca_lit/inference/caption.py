@@ -16,8 +16,7 @@ from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.inference.images import Source, load_images
 from coca_lit.inference.inputs import OpenShard, Shard, Unit
 from coca_lit.inference.writer import Captions, Writer
-from coca_lit.models import CoCa
-from coca_lit.models.kernels.linear import packed_weights
+from coca_lit.models import CoCa, kernels
 from coca_lit.progress import Reporter
 from coca_lit.seeding import stable_seed
 
@@ -62,7 +61,7 @@ def caption(
         seed: of sampling.
     """
     captioned, unreadable, inside, start = 0, 0, 0.0, time.perf_counter()
-    with Reporter("captioning") as reporter, packed_weights(model):  # once, not in every batch
+    with Reporter("captioning") as reporter, kernels.packed_weights(model):  # once, not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, reporter, planned)
         for positions, pixels, broken in load_images(plan, model.image_size, num_workers):

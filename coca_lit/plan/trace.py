@@ -93,11 +93,13 @@ def _loss(
     image_features = net.image_projection(vector) if contrastive else None
     marks["pooling"] = meter.flops
     pad = net.text.cls_mask == "legacy" and length < net.text.context_length
-    states, text_features, _ = net.text(tokens, lengths, contrastive, packed=False, longest=length + pad + contrastive)
+    states, text_features, _ = net.text(
+        tokens, lengths, contrastive, packed=False, max_length=length + pad + contrastive
+    )
     marks["text tower"] = meter.flops
     terms = []
     if decoder is not None:
-        layout = Layout(lengths - 1, packed=False, longest=length - 1)
+        layout = Layout(lengths - 1, packed=False, max_length=length - 1)
         hidden = decoder(states[:, : length - 1], image_tokens, layout).flatten(0, 1)  # (B·(T - 1), D)
         marks["decoder"] = meter.flops
         terms.append(caption_loss(hidden, decoder.vocabulary.weight, tokens[:, 1:].flatten()))

@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from coca_lit.models.depth import depths
-
 # Learned vectors that stand for a place or a question, not for a transformation: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
 
@@ -42,7 +40,10 @@ def adamw(
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("nothing is left to train: all parameters are frozen; check model.freeze and the loss weights")
-    depth = depths(module) if layer_decay != 1 else {}
+    depth: dict[str, int] = {}  # what stands on the towers has none
+    for part, tower in module.named_children() if layer_decay != 1 else ():
+        if depths := getattr(tower, "depths", None):
+            depth |= {f"{part}.{name}": layer for name, layer in depths().items()}
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, p in trainable.items():
         factor = layer_decay ** depth.get(name, 0) * (image_factor if name.startswith("image_encoder.") else 1)
