@@ -10,8 +10,8 @@ in experiments/benchmarks/README.md.
 - `keep_freed_memory`, `use_fp32_matmul`: settings of the whole process, for commands and not for a library.
 """
 
-from coca_lit.models.kernels.attention import attention, cross_attention, self_attention
-from coca_lit.models.kernels.linear import Linear, linear, packed_weights
+from coca_lit.models.kernels.cpu_attention import attention, cross_attention, self_attention
+from coca_lit.models.kernels.cpu_linear import Linear, linear, packed_weights
 from coca_lit.models.kernels.process import enable, enabled, fp32_matmul, keep_freed_memory, use_fp32_matmul
 from coca_lit.models.kernels.timm_layers import replace_timm_layers
 

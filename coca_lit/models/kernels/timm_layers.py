@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.layers import Attention, Conv2dSame, PatchEmbed
 from torch import Tensor, nn
 
-from coca_lit.models.kernels.attention import attend_text_by_text
-from coca_lit.models.kernels.linear import Linear, linear
+from coca_lit.models.kernels.cpu_attention import attend_text_by_text
+from coca_lit.models.kernels.cpu_linear import Linear, linear
 from coca_lit.models.kernels.process import enabled
 
 

@@ -173,7 +173,7 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"temperature": 0.5}, "temperature is an option of strategy='sample', but the strategy is 'greedy'"),
         ({"strategy": "beam", "top_k": 5}, "top_k is an option of strategy='sample'"),
         ({"strategy": "beam", "generator": torch.Generator()}, "generator is an option of strategy='sample'"),
-        ({"scoring": "openclip_legacy"}, "is about beams"),
+        ({"scoring": "openclip_legacy"}, "scoring='openclip_legacy' is an option of strategy='beam'"),
         ({"strategy": "beam", "scoring": "logits"}, "scoring must be"),
         ({"num_captions": 2}, r"greedy.* writes one caption"),
         ({"rerank": "contrastive"}, r"greedy.* writes one caption"),
@@ -183,7 +183,7 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"strategy": "beam", "rerank_weight": 0.5}, "rerank_weight needs rerank"),
         (
             {"strategy": "beam", "rerank": "contrastive", "rerank_weight": 2.0},
-            "rerank_weight must be between 0 and 1, got 2",
+            "rerank_weight must be at least 0 and at most 1, got 2",
         ),
         ({"strategy": "beam", "num_beams": 0}, "num_beams must be at least 1, got 0"),
         ({"strategy": "sample", "num_captions": 0}, "num_captions must be at least 1, got 0"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 
-from coca_lit.models.kernels.linear import is_inference, linear
+from coca_lit.models.kernels.cpu_linear import is_inference, linear
 from coca_lit.models.kernels.process import enabled
 from coca_lit.models.packing import Layout
 
