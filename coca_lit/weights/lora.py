@@ -18,8 +18,7 @@ PARTS = ("image_encoder", "pooling", "image_projection", "text", "decoder")
 
 
 class LowRank(nn.Module):
-    """W -> W + alpha/r · B A, initially W. A convolution kernel (out, in, h, w) counts as a matrix (out, in · h · w).
-    """
+    """W -> W + alpha/r · B A, initially W. A convolution kernel (out, in, h, w) is a matrix (out, in · h · w) here."""
 
     scale: Tensor
 
