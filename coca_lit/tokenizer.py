@@ -1,7 +1,7 @@
 """Texts to token ids and back: CLIP's byte-pair encoding, or one id per word of a closed vocabulary.
 
 The tokenizer is the one place that knows vocabulary size, context length and special ids; the model reads them from
-here. Text is never parsed for special tokens: a caption that contains "<end_of_text>" is encoded as those characters.
+here. Text is never parsed for special tokens: a caption that contains "<end_of_text>" is encoded as these characters.
 """
 
 import gzip
@@ -32,7 +32,7 @@ class Tokenizer(ABC):
     eot_id: int
     unk_id: int | None = None  # of words that a closed vocabulary lacks
     vocab_size: int
-    token_bytes: list[bytes]  # of each id; those of a text's ids, one after the other, are the text in UTF-8
+    token_bytes: list[bytes]  # of each id; joined for the ids of a text, they are the text in UTF-8
 
     def __init__(self, context_length: int = 76) -> None:
         if context_length < 3:
@@ -48,9 +48,7 @@ class Tokenizer(ABC):
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text with start and end; a text that is too long keeps its first tokens and still ends with the
-        end id.
-        """
+        """Ids of each text with start and end; a text that is too long is cut and still ends with the end id."""
         room = self.context_length - 2
         return [[self.sot_id, *ids[:room], self.eot_id] for ids in self._encode_batch(texts)]
 
@@ -60,7 +58,7 @@ class Tokenizer(ABC):
     def encode_answer(self, question: str, answer: str) -> tuple[list[int], int]:
         """Ids of a question and its answer as one text, and how many of them, start included, are the question's.
 
-        What is too long is cut at the end of the question; an answer gets no more than half of the context.
+        A pair that is too long loses the end of the question; an answer gets at most half of the context.
         """
         answered = self.encode(answer)[1:]
         if len(answered) > self.context_length // 2:
@@ -81,7 +79,7 @@ class Tokenizer(ABC):
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if self.eot_id in ids:
             ids = ids[: ids.index(self.eot_id)]
-        else:  # no end: what trails is padding
+        else:  # no end: trailing pads are padding
             while ids and ids[-1] == self.pad_id:
                 ids.pop()
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace").strip()
@@ -123,7 +121,7 @@ class CLIPTokenizer(Tokenizer):
 
 
 class WordTokenizer(Tokenizer):
-    """One id per word of a given vocabulary, for captions that are short and closed, as those of the built-in scenes.
+    """One id per word of a given vocabulary, for short captions in a closed vocabulary, such as the built-in scenes.
 
     Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the unknown
     id, which decodes to nothing.
@@ -159,25 +157,16 @@ def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:
 
 
 def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) -> Tokenizer:
-    """The tokenizer called `spec`: "clip", "scenes" (the words of the built-in captions), "scenes_vqa" (those and the
-    words of questions about them) or a list of words.
+    """CLIP's tokenizer for "clip", a `WordTokenizer` for a list of words.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: another name.
     """
     if not isinstance(spec, str):
         return WordTokenizer(spec, context_length)
-    if spec == "clip":
-        return _clip(context_length)
-    if spec == "scenes":
-        from coca_lit.data.scenes.render import VOCABULARY
-
-        return WordTokenizer(VOCABULARY, context_length)
-    if spec == "scenes_vqa":
-        from coca_lit.data.scenes.questions import VOCABULARY as QUESTION_VOCABULARY
-
-        return WordTokenizer(QUESTION_VOCABULARY, context_length)
-    raise ValueError(f"unknown tokenizer '{spec}': expected 'clip', 'scenes', 'scenes_vqa' or a list of words")
+    if spec != "clip":
+        raise ValueError(f"unknown tokenizer '{spec}': expected 'clip' or a list of words")
+    return _clip(context_length)
 
 
 @lru_cache(maxsize=4)
@@ -189,9 +178,7 @@ def clean_text(text: str) -> str:
     """OpenCLIP's cleaning: repaired Unicode, no control characters, HTML entities resolved twice, single blanks,
     lower case.
     """
-    if (
-        not (text.isascii() and text.isprintable()) or "&" in text
-    ):  # nothing of the first three can be in any other text
+    if not (text.isascii() and text.isprintable()) or "&" in text:  # other texts need none of the first three
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()  # here, not in the tokenizer library, which gets a final Greek sigma wrong
 
@@ -211,7 +198,7 @@ def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
 
 
 def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable stand-in for each of the 256 bytes, in the order of CLIP's vocabulary."""
+    """GPT-2's printable character for each of the 256 bytes, in the order of CLIP's vocabulary."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

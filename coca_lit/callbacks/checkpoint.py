@@ -26,7 +26,7 @@ from coca_lit.callbacks.resuming import (
 )
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
 from coca_lit.files import atomic_symlink
-from coca_lit.models.kernels.fp32_matmul import fp32_products, keep_fp32_products
+from coca_lit.models import kernels
 from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
 
@@ -171,7 +171,7 @@ class Checkpoints(L.Callback):
             "max_steps": trainer.max_steps,
             "processes": world_size(),
             "workers": _workers(trainer),
-            "fp32_products": fp32_products(),
+            "fp32_matmul": kernels.fp32_matmul(),
             "finished": self._finished,
             "validating": self._validating,
             **seen,
@@ -180,8 +180,12 @@ class Checkpoints(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
-        if before := self._loaded.get("fp32_products"):
-            keep_fp32_products(before)
+        before = self._loaded.get("fp32_matmul") or self._loaded.get("fp32_products", "").lower()  # the older name
+        if before and before != kernels.fp32_matmul():  # the two libraries round differently
+            try:
+                kernels.use_fp32_matmul(before)
+            except ValueError as error:
+                print_rank_zero(f"note: the run multiplied by {before}, which this process does not: {error}")
 
 
 def _announce(trainer: L.Trainer, before: dict[str, Any]) -> None:

@@ -8,11 +8,25 @@ import sys
 from datetime import timedelta
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import best_precision, configure_libraries
 from coca_lit.errors import ConfigError, error_context
+from coca_lit.models.generation.options import OPTIONS, describe
+
+
+def generate_help() -> str:
+    """A line for each option of `generate`, for `coca-caption --help`."""
+    return "\n".join(f"    {name:20}{describe(name)}" for name, option in OPTIONS.items() if option.key)
+
+
+# The keys of `generate`, for Hydra; None stands for the default of `CoCa.generate`.
+ConfigStore.instance().store(
+    "generate_schema", {"generate": {name: None for name, option in OPTIONS.items() if option.key}}
+)
+OmegaConf.register_new_resolver("generate_help", generate_help, replace=True)
 
 
 def caption() -> None:

@@ -1,28 +1,28 @@
 """Process-wide settings of PyTorch and Lightning: threads, memory, precision, and which notices are shown."""
 
-import ctypes
 import logging
-import sys
 import warnings
 from pathlib import Path
 
 from coca_lit.errors import ConfigError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
-
-def configure_libraries(threads: int | None) -> None:
+def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
     """
     Args:
         threads: of PyTorch on the CPU; None for its own choice.
+        fast_kernels: see `coca_lit.models.kernels`.
     """
     import torch
+
+    from coca_lit.models import kernels
 
     if threads is not None:
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"threads must be a whole number of at least 1, got {threads!r}")
         torch.set_num_threads(threads)
-    keep_freed_memory()
+    kernels.enable(fast_kernels)
+    kernels.keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     # Lightning's notices would drown ours. Its warnings stay, except those that call for no action.
@@ -35,16 +35,6 @@ def configure_libraries(threads: int | None) -> None:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
-
-
-def keep_freed_memory() -> None:
-    """Keeps freed memory in the process. glibc returns large blocks to the kernel, which clears them again for the next
-    step: up to half of the time of a convolutional encoder on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):  # no mmap per block, no trimming
-            mallopt(option, value)
 
 
 def best_precision() -> str:

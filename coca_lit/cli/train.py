@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.callbacks import samples_seen
     from coca_lit.runs.run_folder import finished_results, start_run_folder
 
-    configure_libraries(cfg.threads)
+    configure_libraries(cfg.threads, cfg.kernels.enabled)
     with error_context("seed"):
         L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_start(cfg)
@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     trainer = build_trainer(cfg, evals, has_texts)
     check_trainer(cfg, trainer)
     if checkpoint is None:
-        choose_products(trainer, module)
+        choose_fp32_matmul(cfg, trainer, module)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
     not_run |= {score: reason for evaluation in evals for score, reason in evaluation.not_run.items()}
@@ -90,10 +90,13 @@ def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
             check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
 
 
-def choose_products(trainer: "L.Trainer", module: "L.LightningModule") -> None:
-    """On a CPU in fp32: the library for matrix products. A resumed run keeps the one that it had."""
+def choose_fp32_matmul(cfg: DictConfig, trainer: "L.Trainer", module: "L.LightningModule") -> None:
+    """Sets the library for fp32 matrix products on a CPU. A resumed run keeps the library that it had."""
     from coca_lit.distributed import print_rank_zero
-    from coca_lit.models.kernels.fp32_matmul import choose_fp32_matmul
+    from coca_lit.models import kernels
 
-    if trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true":
-        print_rank_zero(f"fp32 products: {choose_fp32_matmul(sum(p.numel() for p in module.parameters()))}")
+    fp32_on_cpu = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
+    if fp32_on_cpu or cfg.kernels.fp32_matmul != "auto":
+        with error_context("kernels"):
+            chosen = kernels.use_fp32_matmul(cfg.kernels.fp32_matmul, sum(p.numel() for p in module.parameters()))
+        print_rank_zero(f"fp32_matmul: {chosen}")

@@ -56,7 +56,7 @@ def write_captions(model: CoCa, photo: Image.Image, strategy: Strategy, count: i
     """
     images = _batch(model, photo)
     if strategy == "greedy":
-        captions = model.generate(images, return_scores=True).each(lambda part: part[:, None])
+        captions = model.generate(images, return_scores=True).map(lambda part: part[:, None])
     elif strategy == "beam":
         captions = model.generate(images, strategy="beam", num_beams=count, num_captions=count, return_scores=True)
     else:

@@ -13,7 +13,7 @@ from coca_lit.demo.answers import Candidate, Strategy, classify, rank, read_phot
 from coca_lit.errors import DataError
 from coca_lit.inference.search import Hit, ImageIndex
 from coca_lit.models import CoCa
-from coca_lit.models.generation.generate import DEFAULT_RERANK_WEIGHT
+from coca_lit.models.generation.options import OPTIONS
 from coca_lit.tokenizer import WordTokenizer
 
 EDGE = 1024  # pixels of the longer side of an image on the page
@@ -98,7 +98,7 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
     weight = gr.Slider(
         0,
         1,
-        value=DEFAULT_RERANK_WEIGHT,
+        value=OPTIONS["rerank_weight"].default,
         step=0.05,
         label="order by",
         info="0: the captioner's log-probability, 1: the image-text similarity; between: a mixture of both",

@@ -1,14 +1,12 @@
 """Scores of generated captions, which are written to files before they are scored."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import broadcast_object, rank
-from coca_lit.errors import DataError
+from coca_lit.errors import DataError, suggest
 from coca_lit.evals.attention import attention_samples
 from coca_lit.evals.base import Evaluation
 from coca_lit.evals.inference import caption_images, embed_pairs, embed_texts
@@ -20,6 +18,7 @@ from coca_lit.metrics.clipscore import PROMPT, clip_scores
 from coca_lit.metrics.diversity import novel_share
 from coca_lit.metrics.java.meteor import warm_up
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.generation.options import OPTIONS
 from coca_lit.weights.load import load_dual_encoder
 
 
@@ -115,11 +114,9 @@ class CaptionScores(Evaluation):
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, if `CoCa.generate` has them all and gives one caption for each image then."""
-    known = [name for name in inspect.signature(CoCa.generate).parameters if name not in ("self", "images")]
+    """The options, if `CoCa.generate` has them all and writes one caption for each image with them."""
+    known = [name for name, option in OPTIONS.items() if option.key and name != "num_captions"]
     for name in options:
-        if name not in known or name in ("num_captions", "return_scores", "return_attention"):
-            close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close and close[0] != name else ""
-            raise ValueError(f"generate has no option '{name}' for an evaluation{hint}")
+        if name not in known:
+            raise ValueError(f"generate has no option '{name}' for an evaluation{suggest(name, known)}")
     return dict(options)

@@ -107,7 +107,7 @@ class TextGraph(nn.Module):
         """tokens (B, C), padded to the context length -> features (B, E) of unit length."""
         lengths = text_lengths(tokens, self.model.tokenizer.pad_id)
         rows = self.model.text.context_length + 1
-        _, features, _ = self.model.text(tokens, lengths, packed=False, longest=rows)
+        _, features, _ = self.model.text(tokens, lengths, packed=False, max_length=rows)
         return F.normalize(cast(Tensor, features), dim=-1)
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from coca_lit.export.card import Exported
 from coca_lit.models import CoCa
 from coca_lit.weights.load import OPEN_CLIP_CONFIG, load_model, unshared_copies
-from coca_lit.weights.open_clip import to_open_clip
-from coca_lit.weights.open_clip_config import open_clip_config
+from coca_lit.weights.open_clip import open_clip_config, to_open_clip
 
 WEIGHTS = "open_clip_model.safetensors"
 TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.inference.inputs import OpenShard, Shard, Source, Unit, load_images
 from coca_lit.inference.outputs import Captions, Writer
-from coca_lit.models.kernels.linear import packed_weights
+from coca_lit.models import kernels
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def caption(
     """
     captioned, unreadable, inside, start = 0, 0, 0.0, time.perf_counter()
     assert isinstance(model, nn.Module)
-    with ProgressBar("captioning") as progress, packed_weights(model):  # once, not in every batch
+    with ProgressBar("captioning") as progress, kernels.packed_weights(model):  # once, not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, progress, planned)
         for positions, pixels, broken in load_images(plan, model.image_size, num_workers):

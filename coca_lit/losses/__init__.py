@@ -1,8 +1,10 @@
-"""The losses of CoCa, as functions that return raw, unweighted terms. All are exact on any number of ranks.
+"""The losses of CoCa, as functions that return unweighted terms. All are exact on any number of ranks.
 
 Letters: B pairs of this rank, W ranks, E embedding width, N predicted tokens of this rank, D decoder width, V
 vocabulary.
 """
+
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,7 +12,6 @@ from coca_lit.losses.caption import caption_loss
 from coca_lit.losses.contrastive import contrastive_loss
 from coca_lit.losses.policy import leave_one_out, policy_loss
 from coca_lit.losses.siglip import siglip_loss
-from coca_lit.models import CoCaOutput
 
 __all__ = [
     "caption_loss",
@@ -23,11 +24,43 @@ __all__ = [
 ]
 
 
-def loss_terms(out: CoCaOutput, smoothing: float = 0.0) -> dict[str, Tensor]:
-    """{"contrastive": …, "caption": …}, without the one whose inputs the model was not asked for.
+class Outputs(Protocol):
+    """What the losses need of a network; None where it was not asked for. `coca_lit.models.CoCaOutput` is one."""
+
+    @property
+    def image_features(self) -> Tensor | None:
+        """(B, E), unit length"""
+
+    @property
+    def text_features(self) -> Tensor | None:
+        """(B, E), unit length"""
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """(1,), inverse temperature"""
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """(1,), for the sigmoid loss"""
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """(N, D)"""
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """(V, D)"""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(N,)"""
+
+
+def loss_terms(out: Outputs, smoothing: float = 0.0) -> dict[str, Tensor]:
+    """{"contrastive": …, "caption": …}, without the one whose inputs are None.
 
     Args:
-        smoothing: of the caption loss.
+        smoothing: label smoothing of the caption loss.
     """
     terms = {}
     if out.image_features is not None and out.text_features is not None:
@@ -38,7 +71,7 @@ def loss_terms(out: CoCaOutput, smoothing: float = 0.0) -> dict[str, Tensor]:
 
 
 def contrastive_term(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
-    """`siglip_loss` of a model that has a bias, else `contrastive_loss`."""
+    """`siglip_loss` if there is a bias, else `contrastive_loss`."""
     if logit_bias is None:
         return contrastive_loss(images, texts, logit_scale)
     return siglip_loss(images, texts, logit_scale, logit_bias)

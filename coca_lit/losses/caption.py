@@ -1,7 +1,7 @@
-"""The caption loss, in chunks: at no time do the logits of more than some tokens exist.
+"""The caption loss in chunks, so that the logits of all tokens never exist at once.
 
-A chunk is projected to the vocabulary, its cross-entropy and gradients are formed, and its logits are dropped. On a
-GPU with the extra `kernels` installed, a fused kernel of liger-kernel does the same; that path has not been run on a
+Each chunk is projected to the vocabulary, its cross-entropy and gradients are computed, and its logits are dropped. On
+a GPU with the extra `kernels` installed, a fused kernel of liger-kernel does the same; that path has not been run on a
 GPU yet.
 """
 
@@ -29,47 +29,47 @@ def caption_loss(
 ) -> Tensor:
     """Cross-entropy of the next token, averaged over all real tokens of the global batch.
 
-    A mean per rank, averaged over ranks, would weigh tokens of ranks with short captions more; here every token
-    counts the same.
+    A mean per rank, averaged over ranks, would give more weight to tokens of ranks with short captions; here every
+    token has the same weight.
 
     Args:
         hidden: (N, D) decoder states that predict a token; N may differ between ranks.
         vocabulary: (V, D) projection weight.
         labels: (N,) ids of the tokens to predict; -100 is ignored.
-        count: what to divide the sum by, of all ranks; the number of their real tokens if not given.
-        chunk: tokens that are projected at a time; as many as fit `CHUNK` if not given.
+        count: divisor of the sum over all ranks; None for the number of their real tokens.
+        chunk: tokens that are projected at a time; None for as many as fit `CHUNK`.
         smoothing: share of the target that is spread over the whole vocabulary (Szegedy et al. 2016), as in
             `torch.nn.functional.cross_entropy`.
-        weights: (N,) factor of each token; all 1 if not given.
+        weights: (N,) factor of each token; None for 1.
 
     Returns:
         A scalar in nats per token whose mean over ranks is the global loss.
     """
     if count is None:
         count = sum_over_ranks((labels != IGNORED).sum())
-    if _has_kernel(hidden) and weights is None:
-        total = _kernel(hidden, vocabulary, labels, smoothing)
+    if _has_fused_kernel(hidden) and weights is None:
+        total = _fused_kernel(hidden, vocabulary, labels, smoothing)
     elif chunk is None and len(hidden) <= hidden.shape[1]:
-        # Fewer logits than the weight has elements: less than the gradient that chunks hold from the forward pass on.
+        # Fewer logits than the weight has elements: less memory than the weight gradient that chunks would keep.
         logits = wide(F.linear(hidden, vocabulary))
         losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED, label_smoothing=smoothing)
-        total = losses.sum() if weights is None else (losses * weights).sum()  # no product, which autocast would round
+        total = losses.sum() if weights is None else (losses * weights).sum()  # no dot product: autocast would round
     else:
-        total = _sum(hidden, vocabulary, labels, chunk, smoothing, weights)
+        total = _chunked_sum(hidden, vocabulary, labels, chunk, smoothing, weights)
     return total * world_size() / count.clamp(min=1)
 
 
-def _sum(
+def _chunked_sum(
     hidden: Tensor, vocabulary: Tensor, labels: Tensor, chunk: int | None, smoothing: float, weights: Tensor | None
 ) -> Tensor:
     """Σ weight · cross-entropy. Products are in the precision of autocast, softmax and sums of gradients in fp32."""
     inputs = (hidden, vocabulary)
-    for_hidden, for_vocabulary = map(wants_gradient, inputs)
+    needs_hidden, needs_vocabulary = map(wants_gradient, inputs)
     device = hidden.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    grad_hidden = torch.empty_like(hidden) if for_hidden else None
-    grad_vocabulary = torch.zeros_like(vocabulary, dtype=total.dtype) if for_vocabulary else None
+    grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+    grad_vocabulary = torch.zeros_like(vocabulary, dtype=total.dtype) if needs_vocabulary else None
     with torch.autocast(device, enabled=False), torch.no_grad():
         weight, step = vocabulary.to(precision), chunk or max(CHUNK // len(vocabulary), 1)
         for begin in range(0, len(hidden), step):
@@ -84,7 +84,7 @@ def _sum(
             if smoothing:
                 chosen = (1 - smoothing) * chosen + smoothing * logits.mean(dim=1, keepdim=True)
             total += ((log_sum - chosen)[:, 0] * factor).sum()
-            if not (for_hidden or for_vocabulary):
+            if not (needs_hidden or needs_vocabulary):
                 continue
             p = logits.sub_(log_sum.masked_fill_(~real[:, None], torch.inf)).exp_()  # zero where ignored
             p = p.scatter_add_(1, picked, (smoothing - 1) * real[:, None].to(p.dtype))
@@ -92,12 +92,12 @@ def _sum(
                 p.sub_(smoothing / len(vocabulary))
             if smoothing or weights is not None:
                 p.mul_(factor[:, None])
-            p = p.to(precision)  # gradient by the logits
+            p = p.to(precision)  # gradient of the logits
             if grad_hidden is not None:
                 grad_hidden[part] = p @ weight
             if grad_vocabulary is not None:
                 _add_product(grad_vocabulary, p, states)
-    if not (for_hidden or for_vocabulary):
+    if not (needs_hidden or needs_vocabulary):
         return total
     grad_vocabulary = None if grad_vocabulary is None else grad_vocabulary.to(vocabulary.dtype)
     return with_gradients(total, (grad_hidden, grad_vocabulary), inputs)
@@ -111,11 +111,11 @@ def _add_product(total: Tensor, p: Tensor, states: Tensor) -> None:
         total += p.T @ states
 
 
-def _has_kernel(hidden: Tensor) -> bool:
+def _has_fused_kernel(hidden: Tensor) -> bool:
     return hidden.is_cuda and importlib.util.find_spec("liger_kernel") is not None
 
 
-def _kernel(hidden: Tensor, vocabulary: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _fused_kernel(hidden: Tensor, vocabulary: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     device = hidden.device.type

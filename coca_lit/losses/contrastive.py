@@ -1,9 +1,9 @@
-"""Symmetric InfoNCE over the global batch, in tiles: no rank holds more than some rows of its logits.
+"""Symmetric InfoNCE over the global batch, in tiles: no rank holds more than a few rows of its logits.
 
-Each rank scores its own B images against the W·B texts of all ranks and nothing else. The softmax over the texts of an
-image is then complete on the rank; that over the images of a text needs only the log-sum-exps of the other ranks, W·B
-numbers. So the texts alone are gathered, every logit is computed on one rank, and its gradient in the second of two
-passes over the tiles: 4 matrix products where scoring images and texts separately takes 6.
+Each rank scores its own B images against the W·B texts of all ranks. The softmax over the texts of an image is then
+complete on the rank; the softmax over the images of a text only needs the log-sum-exps of the other ranks, W·B numbers.
+So only the texts are gathered, every logit is computed on one rank, and its gradient in the second of two passes over
+the tiles: 4 matrix products where scoring images and texts separately takes 6.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from coca_lit.distributed import gather, logsumexp_over_ranks, rank
 from coca_lit.losses.gradients import wants_gradient, wide, with_gradients
 
-TILE = 256  # rows: fewer make the products slower, more leave the processor's cache
+TILE = 256  # rows: fewer slow the products down, more do not fit the cache of a processor
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, tile: int = TILE) -> Tensor:
@@ -24,7 +24,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
         tile: images that are scored at a time.
 
     Returns:
-        This rank's share, a scalar in nats whose mean over ranks is the global loss.
+        This rank's part, a scalar in nats whose mean over ranks is the global loss.
     """
     images, texts, scale = wide(image_features), wide(gather(text_features)), wide(logit_scale)  # texts: (W·B, E)
     with torch.autocast(images.device.type, enabled=False), torch.no_grad():
@@ -45,8 +45,8 @@ def tiles(rows: int, tile: int) -> list[slice]:
 
 
 def _logits(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """(tile, E), (W·B, E) -> (tile, W·B). Less the scale, which changes no softmax: what belongs together is then near
-    0, where floating-point numbers lie densest.
+    """(tile, E), (W·B, E) -> (tile, W·B), minus the scale, which changes no softmax: matching pairs are then near 0,
+    where floating-point numbers are densest.
     """
     return torch.addmm(-scale, images * scale, texts.T)
 
@@ -55,7 +55,7 @@ def _log_sums(
     images: Tensor, texts: Tensor, scale: Tensor, own: int, rows: list[slice]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log Σ exp(logit) over all texts for each own image (B,), and over the images of all ranks for each text (W·B,);
-    the logits of what belongs together (B,).
+    the logits of matching pairs (B,).
     """
     over_texts, pairs = images.new_empty(len(images)), images.new_empty(len(images))
     over_images = images.new_full((len(texts),), -torch.inf)
@@ -76,10 +76,10 @@ def _gradients(
     own: int,
     rows: list[slice],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the shares of all ranks, in their mean, by images (B, E), texts (W·B, E) and scale (1,).
+    """Gradients of the mean over all ranks' losses with respect to images (B, E), texts (W·B, E) and scale (1,).
 
-    With p = softmax over texts + softmax over images, twice B times the share has the gradient p - 2 on the diagonal
-    and p elsewhere by each logit.
+    With p = softmax over texts + softmax over images, the gradient of 2 B times the loss with respect to a logit is p -
+    2 on the diagonal and p elsewhere.
     """
     grad_images, grad_texts = torch.empty_like(images), torch.zeros_like(texts)
     for tile in rows:

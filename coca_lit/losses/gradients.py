@@ -1,7 +1,7 @@
-"""A value whose gradients were computed along with it.
+"""Scalars whose gradients are computed in the forward pass.
 
-A loss that works in chunks has every logit at hand once, in the forward pass. Forming the gradients right there means
-that no logit is kept, or computed again, for the backward pass.
+A loss that works in chunks has every logit at hand once, in the forward pass. Computing the gradients there means that
+no logit is kept or recomputed for the backward pass.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,17 @@ from torch import Tensor
 def with_gradients(
     value: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor], once: bool = False
 ) -> Tensor:
-    """`value` (a scalar) as a differentiable function of `inputs`, with the given gradients; None is none.
+    """`value` (a scalar) as a differentiable function of `inputs`, with the given gradients; None for an input without
+    one.
 
     Args:
         once: allow one backward pass only, which works in the memory of `gradients`.
     """
-    return _Known.apply(value, once, len(inputs), *gradients, *inputs)
+    return _WithGradients.apply(value, once, len(inputs), *gradients, *inputs)
 
 
 def wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 if it is that: logits reach 100, where bf16 has steps of a half."""
+    """In fp32, or unchanged in fp64: logits reach 100, where bf16 has steps of a half."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -31,7 +32,7 @@ def wants_gradient(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-class _Known(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, once: bool, count: int, *tensors: Tensor | None) -> Tensor:
         ctx.gradients, ctx.once = tensors[:count], once

@@ -1,8 +1,9 @@
-"""The policy gradient of self-critical training: captions that score above their siblings become likelier.
+"""The policy gradient of self-critical training: samples that score above the other samples of an image become
+likelier.
 
 For a caption y drawn from the model, ∇ E[r(y)] = E[(r(y) - b) ∇ log p(y)] for any b that does not depend on y
-(REINFORCE, Williams 1992). b is the mean reward of the image's other samples: no greedy caption has to be written for
-it, and its variance is smaller (Luo 2020, arXiv 2003.09971).
+(REINFORCE, Williams 1992). b is the mean reward of the image's other samples: it needs no
+greedy caption, and its variance is smaller (Luo 2020, arXiv 2003.09971).
 """
 
 import torch
@@ -13,7 +14,7 @@ from coca_lit.losses.caption import caption_loss
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Rewards (B, K) less the mean of the other K - 1 samples of the same image: (B, K), rows add up to 0."""
+    """Rewards (B, K) minus the mean of the other K - 1 samples of the same image: (B, K), rows add up to 0."""
     samples = rewards.shape[1]
     return (rewards - rewards.mean(dim=1, keepdim=True)) * (samples / (samples - 1))
 
@@ -24,10 +25,11 @@ def policy_loss(hidden: Tensor, vocabulary: Tensor, labels: Tensor, lengths: Ten
     Args:
         hidden, vocabulary, labels: of the sampled captions, one after the other, as `caption_loss` takes them.
         lengths: (R,) rows of `hidden` that belong to each caption.
-        advantages: (R,) reward less baseline.
+        advantages: (R,) reward minus baseline.
 
     Returns:
-        A scalar whose mean over ranks is that of the global batch; its gradient is -∇ E[reward], its value no measure.
+        A scalar whose mean over ranks is that of the global batch. Its gradient is -∇ E[reward]; its value means
+        nothing.
     """
     count = sum_over_ranks(torch.full((), len(advantages), device=advantages.device))
     weights = advantages.repeat_interleave(lengths)  # (N,)

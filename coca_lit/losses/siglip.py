@@ -1,6 +1,6 @@
-"""The pairwise sigmoid loss of SigLIP, in tiles: every image-text pair of the global batch is a yes-or-no question.
+"""The pairwise sigmoid loss of SigLIP, in tiles: every image-text pair of the global batch is a binary classification.
 
-No normalisation couples the pairs, so one pass gives value and gradients.
+No normalisation couples the pairs, so one pass computes value and gradients.
 """
 
 import torch
@@ -19,16 +19,16 @@ def siglip_loss(
     logit_bias: Tensor,
     tile: int = TILE,
 ) -> Tensor:
-    """-Σ log sigmoid(±(scale · image · text + bias)) over all pairs, + for what belongs together, for each image
-    (Zhai et al. 2023, arXiv 2303.15343, algorithm 1).
+    """-Σ log sigmoid(±(scale · image · text + bias)) summed over all pairs, + for matching ones, divided by the number
+    of images (Zhai et al. 2023, arXiv 2303.15343, algorithm 1).
 
     Args:
         image_features, text_features: (B, E), unit length; the same B on every rank.
-        logit_scale, logit_bias: (1,); the bias answers that most pairs do not belong together.
+        logit_scale, logit_bias: (1,); the bias accounts for most pairs not matching.
         tile: images that are scored at a time.
 
     Returns:
-        This rank's share, its own images against the texts of all ranks, a scalar in nats whose mean over ranks is the
+        This rank's part, its own images against the texts of all ranks, a scalar in nats whose mean over ranks is the
         global loss.
     """
     images, texts = wide(image_features), wide(gather(text_features))  # (B, E), (W·B, E)

@@ -1,10 +1,47 @@
-"""The networks, in plain PyTorch and timm."""
+"""The networks, in plain PyTorch and timm.
 
-from coca_lit.models.clip import CLIP
-from coca_lit.models.coca import CoCa, CoCaOutput, text_lengths
-from coca_lit.models.generation.generate import Captions
-from coca_lit.models.presets import PRESETS, create_model
+The names below are imported on first use, so that a module which needs no network, such as the options of generation,
+does not load PyTorch.
+"""
 
-DualEncoder = CoCa | CLIP  # what embeds images and texts in a common space
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CLIP", "PRESETS", "Captions", "CoCa", "CoCaOutput", "DualEncoder", "create_model", "text_lengths"]
+if TYPE_CHECKING:
+    from coca_lit.models.clip import CLIP, DualEncoder
+    from coca_lit.models.coca import CoCa, CoCaOutput, text_lengths
+    from coca_lit.models.generation.generate import Captions
+    from coca_lit.models.presets import PRESETS, create_model
+    from coca_lit.models.registry import register_image_encoder, register_text_tower
+
+_MODULES = {
+    "CLIP": "clip",
+    "DualEncoder": "clip",
+    "CoCa": "coca",
+    "CoCaOutput": "coca",
+    "text_lengths": "coca",
+    "Captions": "generation.generate",
+    "PRESETS": "presets",
+    "create_model": "presets",
+    "register_image_encoder": "registry",
+    "register_text_tower": "registry",
+}
+
+__all__ = [
+    "CLIP",
+    "PRESETS",
+    "Captions",
+    "CoCa",
+    "CoCaOutput",
+    "DualEncoder",
+    "create_model",
+    "register_image_encoder",
+    "register_text_tower",
+    "text_lengths",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'coca_lit.models' has no attribute '{name}'")
+    return getattr(import_module(f"coca_lit.models.{_MODULES[name]}"), name)

@@ -1,7 +1,7 @@
 """CLIP as OpenAI and OpenCLIP build it (arXiv 2103.00020): the two encoders of their released files, for evaluation.
 
-CoCa pools images with learned queries and texts with a CLS token. CLIP takes the vision transformer's own class token
-and the state of the end token, so its weights do not fit a CoCa. A CLIP with our towers is `CoCa(decoder_layers=0)`.
+CoCa pools images with learned queries and texts with a CLS token. CLIP uses the vision transformer's class token and
+the state of the end token, so its weights do not fit a CoCa. A CLIP with CoCa's towers is `CoCa(decoder_layers=0)`.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.models.coca import CoCa
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.layers import SelfBlock
 from coca_lit.tokenizer import get_tokenizer
@@ -76,10 +77,13 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """tokens (B, L) -> text features (B, E), of unit length unless `normalize` is off."""
         ends = tokens.argmax(dim=1)  # (B,), the end token has the largest id
-        tokens = tokens[:, : int(ends.max()) + 1]  # attention is causal: nothing sees what stands behind the end
+        tokens = tokens[:, : int(ends.max()) + 1]  # attention is causal: nothing before the end sees what follows it
         x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]  # (B, T, D)
         for block in self.blocks:
             x = block(x)
         last = x[torch.arange(len(x), device=x.device), ends]  # (B, D)
         features = self.text_projection(self.norm(last))
         return F.normalize(features, dim=-1) if normalize else features
+
+
+DualEncoder = CoCa | CLIP  # what embeds images and texts in a common space

@@ -6,24 +6,23 @@ tokens ─ TextTower ───────────────────�
                                       └─ token states ─ Decoder ────┴─ next-token logits ──── caption loss
 """
 
+import math
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, Unpack, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from coca_lit.models.generation.beam import Scoring
-from coca_lit.models.generation.generate import Captions, generate
-from coca_lit.models.generation.options import GenerateArguments, Options, Rerank, Strategy
-from coca_lit.models.generation.static import Step, static_step
+from coca_lit.models.freezing import Freezable
+from coca_lit.models.generation.generate import write_captions
+from coca_lit.models.generation.state import DecodingStep, static_step
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
-from coca_lit.models.init import init_parameters
+from coca_lit.models.init import init_projection
 from coca_lit.models.layers import CrossBlock, SelfBlock
-from coca_lit.models.packing import Layout
-from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, TextTower
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
+from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
 from coca_lit.tokenizer import get_tokenizer
 
 Contrastive = Literal["softmax", "siglip"]
@@ -55,22 +54,25 @@ class CoCaOutput(NamedTuple):
         return F.linear(self.hidden, self.vocabulary)
 
 
-class CoCa(nn.Module):
+class CoCa(Freezable):
     """Contrastive captioner.
 
     Args:
-        image_encoder: name of a timm model; `image_encoder_args` are handed to it (depth, embed_dim, …; for a vision
-            transformer `patch_drop_rate`, the share of patches that each training step leaves out).
+        image_encoder: name of a timm model or of an encoder registered with `register_image_encoder`.
+        image_encoder_args: its arguments (depth, embed_dim, …; for a vision transformer `patch_drop_rate`, the share of
+            patches that each training step leaves out).
         image_size: side of the square input in pixels.
         embed_dim: width of the common space and of the image tokens.
         pooler: single | parallel | cascade, see `ImagePooling`.
         pooler_queries: learned queries of the (generative) pooler.
-        tokenizer: name or word list for `get_tokenizer`; vocabulary, context length and special ids come from it.
+        tokenizer: "clip" or a word list, for `get_tokenizer`; it defines vocabulary, context length and special ids.
         cls_mask: correct | legacy, see `TextTower`.
         decoder_layers: pairs of self and cross blocks; 0 builds a CLIP with the same towers and no captioner.
         dropout: in the text tower and the decoder, while training.
         contrastive: softmax (CLIP), or siglip, whose loss needs a learned bias beside the temperature.
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
+        text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`.
+        text_tower_args: arguments of a registered tower beside those of `TextTower`.
     """
 
     def __init__(
@@ -93,42 +95,24 @@ class CoCa(nn.Module):
         dropout: float = 0.0,
         contrastive: Contrastive = "softmax",
         tied_embeddings: bool = False,
+        text_tower: str | None = None,
+        text_tower_args: dict[str, Any] | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if contrastive not in ("softmax", "siglip"):
             raise ValueError(f"contrastive must be 'softmax' or 'siglip', got '{contrastive}'")
-        self.tokenizer = get_tokenizer(tokenizer, context_length)
-        # Plain values that build this model again; they travel in every checkpoint.
-        self.config: dict[str, Any] = {
-            "image_encoder": image_encoder,
-            "image_encoder_args": dict(image_encoder_args or {}),
-            "image_size": image_size,
-            "embed_dim": embed_dim,
-            "pooler": pooler,
-            "pooler_queries": pooler_queries,
-            "pooler_heads": pooler_heads,
-            "tokenizer": self.tokenizer.spec,
-            "context_length": context_length,
-            "cls_mask": cls_mask,
-            "text_width": text_width,
-            "text_layers": text_layers,
-            "text_heads": text_heads,
-            "decoder_layers": decoder_layers,
-            "dropout": dropout,
-            "contrastive": contrastive,
-            "tied_embeddings": tied_embeddings,
-        }
         if decoder_layers and pooler == "single" and pooler_queries < 2:
             raise ValueError(
                 "the single pooler needs at least 2 queries: one for the contrastive vector, the rest for the decoder"
             )
-        vocab_size = self.tokenizer.vocab_size
+        self.tokenizer = get_tokenizer(tokenizer, context_length)
         self.image_encoder = ImageEncoder(image_encoder, image_size, **(image_encoder_args or {}))
         self.pooling = ImagePooling(pooler, self.image_encoder.width, embed_dim, pooler_queries, pooler_heads)
         self.image_projection = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.text = TextTower(
-            vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout
-        )
+        vocab_size = self.tokenizer.vocab_size
+        sizes = (vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout)
+        self.text = build_text_tower(text_tower, *sizes, **(text_tower_args or {}))
         self.decoder = (
             Decoder(vocab_size, text_width, embed_dim, decoder_layers, text_heads, dropout) if decoder_layers else None
         )
@@ -137,9 +121,32 @@ class CoCa(nn.Module):
         # One dimension, not zero: sharding engines split along the first.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
-        self._frozen: set[str] = set()
-        self.static_step: Step | None = None  # see `compile_generation`
-        init_parameters(self)
+        # Plain values that build this model again; they are stored in every checkpoint.
+        self.config: dict[str, Any] = arguments | {
+            "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
+            "image_encoder_args": dict(image_encoder_args or {}),
+            "tokenizer": self.tokenizer.spec,
+            "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
+        }
+        for name in ("text_tower", "text_tower_args"):
+            if self.config[name] is None:  # as in files of earlier versions; a fingerprint of the model covers them
+                del self.config[name]
+        self.static_step: DecodingStep | None = None  # see `compile_generation`
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        """Overwrites all parameters with initial values."""
+        self.image_encoder.init_parameters()
+        self.pooling.init_parameters()
+        init_projection(self.image_projection)
+        self.text.init_parameters()
+        if self.decoder is not None:
+            self.decoder.init_parameters(tied=self.config["tied_embeddings"])
+        if self.logit_bias is None:
+            nn.init.constant_(self.logit_scale, math.log(1 / 0.07))  # CLIP's initial temperature
+        else:  # SigLIP's (Zhai et al. 2023, section 3.2): at first nearly every pair counts as unrelated, as it is
+            nn.init.constant_(self.logit_scale, math.log(10))
+            nn.init.constant_(self.logit_bias, -10)
 
     @property
     def image_size(self) -> int:
@@ -162,13 +169,13 @@ class CoCa(nn.Module):
         """Features and caption states of a batch of pairs.
 
         Args:
-            images: (B, 3, H, W), uint8, or float that is normalised already; or tokens (B, S, C) that the image encoder
-                or its `frozen_part` gave before. None: texts alone, which have no features; the decoder reads them
-                without its cross blocks, that is, as a language model.
+            images: (B, 3, H, W), uint8, or normalised floats; or tokens (B, S, C) from the image encoder or its
+                `frozen_part`. None: texts alone, which have no features and pass the decoder without its
+                cross blocks, as in a language model.
             tokens: (B, L) ids, padded at the end to any L. Without the contrastive part there may be several texts of
                 each image, side by side.
-            lengths: (B,) number of real tokens; found from the trailing pads if not given.
-            contrastive, captioning: whether to compute what that loss needs; what is left out is None in the output.
+            lengths: (B,) number of real tokens; None finds them from the trailing pads.
+            contrastive, captioning: whether to compute what that loss needs; the output is None where it is off.
             prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default.
         """
         lengths = self._lengths(tokens, lengths)
@@ -185,8 +192,8 @@ class CoCa(nn.Module):
         if decoder is not None:
             if image_tokens is not None:
                 image_tokens = image_tokens.repeat_interleave(len(tokens) // max(len(image_tokens), 1), dim=0)
-            hidden, labels = _caption_states(decoder, states, layout, tokens, lengths, image_tokens, prefix_lengths)
-            if self.tokenizer.unk_id is not None:  # read, but never learned to be written
+            hidden, labels = decoder.caption_states(states, layout, tokens, lengths, image_tokens, prefix_lengths)
+            if self.tokenizer.unk_id is not None:  # unknown words are read but never predicted
                 labels = labels.masked_fill(labels == self.tokenizer.unk_id, IGNORED_LABEL)
         return CoCaOutput(
             image_features=F.normalize(self.image_projection(vector), dim=-1) if contrastive else None,
@@ -200,9 +207,9 @@ class CoCa(nn.Module):
 
     def predicted_tokens(self, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor) -> Tensor:
         """Number of tokens that the caption loss averages over: all after the prefix, without unknown words."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        asked = (places >= prefix_lengths[:, None]) & (places < lengths[:, None])  # (B, L)
-        return (asked if self.tokenizer.unk_id is None else asked & (tokens != self.tokenizer.unk_id)).sum()
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        predicted = (positions >= prefix_lengths[:, None]) & (positions < lengths[:, None])  # (B, L)
+        return (predicted if self.tokenizer.unk_id is None else predicted & (tokens != self.tokenizer.unk_id)).sum()
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""
@@ -216,7 +223,7 @@ class CoCa(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def log_likelihood(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """log p(text | image) (T,) of texts (T, L), in nats: the sum over their tokens after the start, but for words
+        """log p(text | image) (T,) of texts (T, L), in nats: the sum over their tokens after the start, without words
         that the vocabulary lacks.
 
         Args:
@@ -238,140 +245,13 @@ class CoCa(nn.Module):
         states, _, layout = self.text(tokens, lengths, contrastive=False)
         return layout.gather_at(decoder(states, image_tokens, layout), lengths - 1)
 
-    @overload
-    def generate(
-        self,
-        images: Tensor,
-        *,
-        return_scores: Literal[False] = False,
-        return_attention: Literal[False] = False,
-        **others: Unpack[GenerateArguments],
-    ) -> Tensor: ...
-
-    @overload
-    def generate(
-        self,
-        images: Tensor,
-        *,
-        return_scores: Literal[True],
-        return_attention: bool = False,
-        **others: Unpack[GenerateArguments],
-    ) -> Captions: ...
-
-    @overload
-    def generate(
-        self,
-        images: Tensor,
-        *,
-        return_scores: bool = False,
-        return_attention: Literal[True],
-        **others: Unpack[GenerateArguments],
-    ) -> Captions: ...
-
-    def generate(
-        self,
-        images: Tensor,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        strategy: Strategy = "greedy",
-        num_beams: int | None = None,
-        num_captions: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_length: int | None = None,
-        max_length: int | None = None,
-        length_penalty: float | None = None,
-        repetition_penalty: float = 1.0,
-        no_repeat_ngram: int = 0,
-        generator: torch.Generator | None = None,
-        scoring: Scoring = "log_prob",
-        rerank: Rerank | None = None,
-        rerank_weight: float | None = None,
-        return_scores: bool = False,
-        return_attention: bool = False,
-    ) -> Tensor | Captions:
-        """Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id.
-
-        `model.tokenizer.decode(row)` gives the text.
-
-        Args:
-            prompt: how every caption, or each one, begins.
-            strategy: greedy, the likeliest token each time; beam, the likeliest of several captions; sample, drawn at
-                random.
-            num_beams: captions that beam search follows for each image, default 2.
-            num_captions: makes the result (B, N, L): the best of the beams, best first, or N draws, in their order
-                unless reranked.
-            temperature, top_k, top_p: of sampling, applied in this order; the default draws from the model's own
-                distribution.
-            min_length: no end before so many tokens, start included (OpenCLIP's min_seq_len); default none, 5 in
-                legacy scoring.
-            max_length: most tokens, start and end included; default 30, or the context length if that is shorter.
-            length_penalty: beams compare sum / length ** length_penalty, default 1; larger favours longer captions.
-            repetition_penalty: above 1 makes tokens less likely that the caption contains already.
-            no_repeat_ngram: no run of so many tokens occurs twice; 0 allows all.
-            generator: source of random numbers for sampling, on the device of the model.
-            scoring: log_prob, or openclip_legacy for the captions of OpenCLIP 3's beam search, which adds logits.
-            rerank: contrastive puts the beams (all `num_beams`) or draws in the order of
-                weight · exp(logit_scale) · cosine(image, caption) + (1 - weight) · mean log-probability.
-            rerank_weight: that weight, between 0 and 1, default 0.2.
-            return_scores, return_attention: return `Captions` instead of the ids alone. Attention (B, [N,] L, S) says
-                where the decoder looked among the image tokens when it chose each token, on average over layers and
-                heads: rows add up to 1, those of start and padding are 0.
-
-        Raises:
-            ValueError: options that do not go together or are out of range, prompts that are empty or too long, or a
-            model without decoder.
-        """
-        options = Options(
-            strategy=strategy,
-            num_beams=num_beams,
-            num_captions=num_captions,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_length=min_length,
-            max_length=max_length,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            no_repeat_ngram=no_repeat_ngram,
-            generator=generator,
-            scoring=scoring,
-            rerank=rerank,
-            rerank_weight=rerank_weight,
-        )
-        captions = generate(self, images, prompt, options, attention=return_attention)
-        return captions if return_scores or return_attention else captions.ids
+    generate = write_captions  # its options: coca_lit/models/generation/options.py
 
     def compile_generation(self, **options: Any) -> None:
-        """From now on `generate` writes with static shapes and a step compiled by `torch.compile(**options)`, once for
-        each number of captions in a batch and each `max_length`: worth it for many batches of one size.
+        """Makes `generate` work with static shapes and a step compiled by `torch.compile(**options)`, once for each
+        number of captions in a batch and each `max_length`: worth it for many batches of one size.
         """
         self.static_step = torch.compile(static_step, fullgraph=True, **options)
-
-    def freeze(self, *names: str) -> list[str]:
-        """Stops the training of the modules and parameters called `names`, for good, and returns the parameters.
-
-        A name may be a pattern: `image_encoder.trunk.blocks.[0-4]` are five stages.
-
-        Whole modules also stay in evaluation mode, so that batch norms keep their statistics and dropout stays off.
-        """
-        parameters = [(n, p) for n, p in self.named_parameters() if any(_is_part(n, name) for name in names)]
-        if unknown := [name for name in names if not any(_is_part(n, name) for n, _ in parameters)]:
-            parts = ", ".join(name for name, _ in self.named_children())
-            raise ValueError(f"nothing in the model is called {', '.join(unknown)}; parts that can be frozen: {parts}")
-        for _, parameter in parameters:
-            parameter.requires_grad_(False)
-        self._frozen.update(n for n, _ in self.named_modules() if any(fnmatchcase(n, name) for name in names))
-        self.train(self.training)
-        return [name for name, _ in parameters]
-
-    def train(self, mode: bool = True) -> "CoCa":
-        super().train(mode)
-        for name, module in self.named_modules():
-            if name in self._frozen:
-                module.eval()
-        return self
 
     def parameters_of_loss(self, loss: str) -> list[str]:
         """Names of the parts that only the "contrastive" or only the "caption" loss trains; without that loss they
@@ -388,7 +268,7 @@ class CoCa(nn.Module):
         raise ValueError(f"loss must be 'contrastive' or 'caption', got '{loss}'")
 
     def set_grad_checkpointing(self, kind: GradCheckpointing = "blocks") -> None:
-        """What the backward pass computes again instead of keeping it.
+        """Sets what the backward pass recomputes instead of keeping it.
 
         blocks: every transformer block, for about a third more time. cross_attention: the decoder's cross blocks, whose
         keys and values of the image tokens are the largest tensors that short captions leave, for about 6 % more.
@@ -397,13 +277,13 @@ class CoCa(nn.Module):
             raise ValueError(
                 f"grad_checkpointing must be one of {', '.join(get_args(GradCheckpointing))}, got {kind!r}"
             )
-        self.image_encoder.trunk.set_grad_checkpointing(kind == "blocks")
-        self.text.grad_checkpointing = kind
-        if self.decoder is not None:
-            self.decoder.grad_checkpointing = kind
+        self.image_encoder.set_grad_checkpointing(kind == "blocks")
+        for part in (self.text, self.decoder):
+            if part is not None:
+                part.grad_checkpointing = kind
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Runs every transformer block through `torch.compile`, in place: names in checkpoints stay as they are.
+        """Runs every transformer block through `torch.compile`, in place: names in checkpoints stay the same.
 
         Equal blocks share their code, and what depends on the lengths of the captions stays outside, so there are a
         few compilations in the first steps (the second length makes it a variable) and none after.
@@ -433,35 +313,9 @@ class CoCa(nn.Module):
         return lengths
 
 
-def _is_part(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
 def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
     """Number of tokens (B,) up to the last one that is not padding, at least 1. Ids equal to `pad_id` inside a text
     count as text.
     """
     positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     return (positions * (tokens != pad_id)).amax(dim=1).clamp(min=1)
-
-
-def _caption_states(
-    decoder: Decoder,
-    states: Tensor,
-    text: Layout,
-    tokens: Tensor,
-    lengths: Tensor,
-    image_tokens: Tensor | None,
-    prefix_lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Decoder states that predict a real token, and that token: the last token of each caption predicts nothing, and
-    tokens that are given are not predicted.
-    """
-    layout = Layout(lengths - 1, text.packed)
-    predicts = text.positions < lengths[:, None] - 1  # (B, L)
-    states = text.compact(states, predicts) if text.packed else states[:, : layout.longest]
-    hidden = decoder(states, image_tokens, layout)  # (N, D), or (B, T - 1, D) if padded
-    asked = (
-        layout.mask if prefix_lengths is None else layout.mask & (layout.positions >= prefix_lengths[:, None] - 1)
-    )  # (B, T - 1)
-    return layout.compact(hidden, asked), tokens[:, 1 : layout.longest + 1][asked]

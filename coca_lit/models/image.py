@@ -1,8 +1,7 @@
-"""The image side of CoCa: any timm encoder that gives patch or grid tokens, and the three ways of pooling them for
-the two tasks.
+"""The image side of CoCa: a timm encoder, or a registered one, that gives patch or grid tokens, and the three ways of
+pooling them for the two tasks.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -10,13 +9,22 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.models import group_parameters
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from coca_lit.models.kernels.timm_cpu import stages, use_faster_parts
+from coca_lit.models import kernels
+from coca_lit.models.init import init_pooler
 from coca_lit.models.layers import AttentionalPooler
+from coca_lit.models.registry import IMAGE_ENCODERS
 from coca_lit.models.sync_batch_norm import use_global_batch_norms
 
 Pooler = Literal["single", "parallel", "cascade"]
+CLIP_NORMALISATION = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+}
 
 
 class Normalise(nn.Module):
@@ -45,82 +53,104 @@ class ImageEncoder(nn.Module):
     """A timm model without its head: pixels -> tokens (B, S, width), S = H·W for the grid of a convolutional net.
 
     uint8 pixels are normalised here, on the device, with the mean and deviation that timm lists for the model.
+
+    A registered encoder, see `register_image_encoder`, is a factory that takes `image_size` and the arguments and
+    returns a module from normalised pixels (B, 3, H, W) to tokens (B, S, width) or a grid (B, width, H, W). The module
+    has an integer `width`, and may have `mean` and `std`, three numbers each (default: CLIP's), `num_prefix_tokens`,
+    and `set_grad_checkpointing(on)`. Its batch norms are synchronised over ranks like those of timm.
+
+    Args:
+        name: of a timm model or a registered encoder.
+        image_size: side of the square input in pixels.
+        arguments: for timm or the factory.
     """
 
     def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("vit_base*clip*")[:5]
-            raise ValueError(f"timm has no model '{name}'; similar names: {', '.join(close)}")
-        self._build = partial(_timm_trunk, name, image_size, arguments)
+        self._build = partial(_build_trunk, name, image_size, arguments)
         self.image_size = image_size
         trunk: Any = self._build()  # each family of timm has its own class
         self.trunk = trunk
-        self.width: int = trunk.head_hidden_size
-        self.normalise = Normalise(trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"])
+        self.width: int = trunk.width if name in IMAGE_ENCODERS else trunk.head_hidden_size
+        normalisation = getattr(trunk, "pretrained_cfg", CLIP_NORMALISATION)
+        self.normalise = Normalise(*(getattr(trunk, key, normalisation[key]) for key in ("mean", "std")))
 
     @property
     def prefix_tokens(self) -> int:
-        """How many tokens that stand for no place, such as a class token, come before those of the grid."""
+        """How many tokens without a place, such as a class token, come before those of the grid."""
         return int(getattr(self.trunk, "num_prefix_tokens", 0))
 
     def init_parameters(self) -> None:
-        """Every encoder family of timm has its own initialisation, applied when it is built: build one more and copy
-        it.
-        """
+        """Copies the values of a second trunk, because every encoder family initialises itself when it is built."""
         self.trunk.load_state_dict(self._build().state_dict())
 
+    def depths(self) -> dict[str, int]:
+        """{parameter: layers from the top}: 1 in the last layer, one more in each before it. The layers are those that
+        timm groups the parameters into: blocks of a transformer, stages of a ResNet. Empty if timm does not know them.
+        """
+        if not hasattr(self.trunk, "group_matcher"):
+            return {}
+        groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))
+        return {f"trunk.{name}": len(groups) - i for i, names in groups.items() for name in names}
+
+    def set_grad_checkpointing(self, on: bool) -> None:
+        if hasattr(self.trunk, "set_grad_checkpointing"):
+            self.trunk.set_grad_checkpointing(on)
+        elif on:
+            raise ValueError(
+                "the image encoder has no method set_grad_checkpointing, so it cannot recompute activations"
+            )
+
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> tokens (B, S, width). What came out of here before is taken as it is; what came out of
-        `frozen_part` goes through the rest.
+        """images (B, 3, H, W) -> tokens (B, S, width). An output of this method is returned as it is; an output of
+        `frozen_part` passes the remaining stages.
         """
         if images.ndim == 3 and images.is_floating_point():
             tokens = images.to(self.normalise.mean.dtype)
-            return tokens if tokens.shape[2] == self.width else self._rest(tokens)
+            return tokens if tokens.shape[2] == self.width else self._run_remaining_stages(tokens)
         features = self.trunk(self.normalise(images))  # all of it: in some families the head holds the last norm
         return _tokens(features, getattr(self.trunk, "output_fmt", "NCHW") == "NHWC")
 
     def frozen_part(self) -> nn.Module:
-        """What need not be computed anew for an image while the rest is trained: images (B, 3, H, W) -> tokens
-        (B, S, C). It shares its parameters with the encoder, and is the encoder itself if that is frozen or trained as
-        a whole.
-        """
-        count = self._frozen_stages()
-        return FrozenStages(self, count) if 0 < count < len(stages(self.trunk)) else self
+        """What always gives the same output for an image while the rest is trained: images (B, 3, H, W) -> tokens
+        (B, S, C).
 
-    def _rest(self, tokens: Tensor) -> Tensor:
-        """What `frozen_part` gave (B, S, C), through the stages after it."""
-        rest, side = stages(self.trunk)[self._frozen_stages() :], math.isqrt(tokens.shape[1])
-        if not 0 < len(rest) < len(stages(self.trunk)):
+        It shares its parameters with the encoder, and is the encoder itself if that is frozen or trained as a whole.
+        """
+        stages, count = _stages(self.trunk), self._frozen_stages()
+        return FrozenStages(self.normalise, stages[:count]) if 0 < count < len(stages) else self
+
+    def _run_remaining_stages(self, tokens: Tensor) -> Tensor:
+        stages, side = _stages(self.trunk), math.isqrt(tokens.shape[1])
+        count = self._frozen_stages()
+        if not 0 < count < len(stages):
             raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(tokens.shape)}")
-        return _tokens(nn.Sequential(*rest)(tokens.transpose(1, 2).unflatten(2, (side, side))))  # (B, C, h, w) inside
+        grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w)
+        return _tokens(nn.Sequential(*stages[count:])(grid))
 
     def _frozen_stages(self) -> int:
         """Number of stages before the first one that is trained."""
-        trained = [any(p.requires_grad for p in stage.parameters()) for stage in stages(self.trunk)]
+        trained = [any(p.requires_grad for p in stage.parameters()) for stage in _stages(self.trunk)]
         return [*trained, True].index(True)
 
 
 class FrozenStages(nn.Module):
-    """The first stages of an encoder: pixels (B, 3, H, W) -> what the next one takes, as tokens (B, H'·W', C)."""
+    """The first stages of an encoder: pixels (B, 3, H, W) -> the input of the next one, as tokens (B, H'·W', C)."""
 
-    def __init__(self, encoder: ImageEncoder, count: int) -> None:
+    def __init__(self, normalise: Normalise, stages: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.normalise = encoder.normalise
-        self.stages = nn.Sequential(*stages(encoder.trunk)[:count])
+        self.normalise = normalise
+        self.stages = nn.Sequential(*stages)
 
     def forward(self, images: Tensor) -> Tensor:
         return _tokens(self.stages(self.normalise(images)))
 
 
-def _tokens(features: Tensor, channels_last: bool = False) -> Tensor:
-    """Tokens (B, S, C) as they are, grids (B, C, H, W) or (B, H, W, C) as tokens."""
-    if features.ndim == 3:
-        return features
-    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
-
-
-def _timm_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
+def _build_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
+    if name in IMAGE_ENCODERS or not timm.is_model(name):
+        trunk = IMAGE_ENCODERS.build(name, timm.list_models(), image_size=image_size, **arguments)
+        use_global_batch_norms(trunk)
+        return trunk
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:  # transformers are built for one size, convolutions take any
         arguments = {"img_size": image_size, **arguments}
@@ -128,8 +158,24 @@ def _timm_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Mod
         arguments = {"final_norm": False, **arguments}
     trunk = timm.create_model(name, num_classes=0, global_pool="", **arguments)
     use_global_batch_norms(trunk)
-    use_faster_parts(trunk)
+    kernels.replace_timm_layers(trunk)
     return trunk
+
+
+def _stages(trunk: nn.Module) -> list[nn.Module]:
+    """The modules that pixels pass one after the other; the trunk alone if its family does more than that."""
+    if isinstance(trunk, EfficientNet):
+        return [trunk.conv_stem, trunk.bn1, *trunk.blocks, trunk.conv_head, trunk.bn2]
+    if isinstance(trunk, ResNet):
+        return [trunk.conv1, trunk.bn1, trunk.act1, trunk.maxpool, *(getattr(trunk, f"layer{i}") for i in range(1, 5))]
+    return [trunk]
+
+
+def _tokens(features: Tensor, channels_last: bool = False) -> Tensor:
+    """Tokens (B, S, C) unchanged, grids (B, C, H, W) or (B, H, W, C) as tokens."""
+    if features.ndim == 3:
+        return features
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
 
 class ImagePooling(nn.Module):
@@ -149,15 +195,18 @@ class ImagePooling(nn.Module):
         if variant != "single":
             self.contrastive = AttentionalPooler(context_width if variant == "parallel" else width, width, 1, heads)
 
+    def init_parameters(self) -> None:
+        init_pooler(self.generative)
+        if self.variant != "single":
+            init_pooler(self.contrastive)
+
     def forward(
         self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """tokens (B, S, C) -> contrastive vector (B, E) and decoder tokens (B, Q, E), each None if it is not asked
-        for.
-        """
+        """tokens (B, S, C) -> contrastive vector (B, E) and decoder tokens (B, Q, E), None where switched off."""
         if self.variant == "single":
-            asked = slice(0 if contrastive else 1, None if captioning else 1)
-            pooled = self.generative(tokens, asked)
+            queries = slice(0 if contrastive else 1, None if captioning else 1)
+            pooled = self.generative(tokens, queries)
             first = 1 if contrastive else 0
             return (pooled[:, 0] if contrastive else None), (pooled[:, first:] if captioning else None)
         image_tokens = self.generative(tokens) if captioning or self.variant == "cascade" else None

@@ -1,12 +1,24 @@
-"""Named sizes of CoCa. `create_model("coca_vit_b32", cls_mask="legacy")` builds one, with any argument of `CoCa`
-overridden.
+"""Named sizes and vocabularies of CoCa. `create_model("coca_vit_b32", cls_mask="legacy")` builds a preset, with any
+argument of `CoCa` overridden.
 """
 
-import difflib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+from coca_lit.errors import suggest
 from coca_lit.models.coca import CoCa
+from coca_lit.models.registry import import_modules
+
+# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, and in questions and answers as well. The order
+# is that of the token ids.
+_SCENES = (
+    "a above and at before below blue bottom by can circle column cross cyan down followed from go goes green "
+    "has is it large left of on orange picture pink preceded purple reach read red right ring row see shows "
+    "small square star starts that the then there to top triangle underneath we with yellow"
+)
+_QUESTIONS = "0 1 2 are circles colour crosses how many rings shape squares stars thing things triangles what where"
+VOCABULARIES = {"scenes": _SCENES.split(), "scenes_vqa": f"{_SCENES} {_QUESTIONS}".split()}
 
 # OpenCLIP's two released models. 12 text layers and 12 decoder layers are the defaults of `CoCa`.
 _B32: dict[str, Any] = {
@@ -80,21 +92,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def create_model(name: str, **overrides: Any) -> CoCa:
+def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) -> CoCa:
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
+
+    Args:
+        imports: modules that register image encoders or text towers.
+        overrides: arguments of `CoCa`; `tokenizer` may also name one of `VOCABULARIES`.
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown model '{name}'{_nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}")
-    arguments = inspect.signature(CoCa).parameters
+        raise ValueError(f"unknown model '{name}'{suggest(name, PRESETS)} The presets: {', '.join(PRESETS)}")
+    known = inspect.signature(CoCa).parameters
     for key in overrides:
-        if key not in arguments:
-            raise ValueError(f"CoCa has no argument '{key}'{_nearest(key, arguments)}")
-    return CoCa(**PRESETS[name] | overrides)
-
-
-def _nearest(word: str, words: Any) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""
+        if key not in known:
+            raise ValueError(f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}")
+    import_modules(imports)
+    arguments = PRESETS[name] | overrides
+    tokenizer = arguments.get("tokenizer", "clip")
+    if isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
+        arguments["tokenizer"] = VOCABULARIES[tokenizer]
+    elif isinstance(tokenizer, str) and tokenizer != "clip":
+        names = ["clip", *VOCABULARIES]
+        raise ValueError(
+            f"unknown tokenizer '{tokenizer}'{suggest(tokenizer, names)} Expected {', '.join(names)} or a list of words"
+        )
+    return CoCa(**arguments)

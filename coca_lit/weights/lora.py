@@ -1,8 +1,8 @@
 """Low-rank adaptation (LoRA, Hu et al. 2021, arXiv 2106.09685): W + alpha/r · B A is trained and W is not.
 
-The sum is one of PyTorch's parametrizations: whatever reads `weight` gets it, and the model around it need not know. In
-a training checkpoint W, A and B stand side by side, so that a run goes on exactly; whoever reads the model from it gets
-the sum (`merged`), an ordinary model.
+The sum is one of PyTorch's parametrizations: reading `weight` returns it, and the rest of the model need not know. A
+training checkpoint stores W, A and B, so that a run resumes exactly; reading the model from it returns the sum
+(`merged`), an ordinary model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ PARTS = ("image_encoder", "pooling", "image_projection", "text", "decoder")
 
 
 class LowRank(nn.Module):
-    """W -> W + alpha/r · B A, at first W itself. A convolution's kernel (out, in, h, w) counts as (out, in · h · w)."""
+    """W -> W + alpha/r · B A, initially W. A convolution kernel (out, in, h, w) is a matrix (out, in · h · w) here."""
 
     scale: Tensor
 
@@ -38,12 +38,12 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str] = PARTS) -> list[str]:
-    """From now on nothing in `parts` of the network trains but low-rank updates of its matrices and kernels, whose
-    names are returned. Other parts train as before, and what is frozen already stays so.
+    """Freezes `parts` of the network but for low-rank updates of their matrices and convolution kernels, whose names it
+    returns. Other parts train as before, and frozen ones stay frozen.
 
     Args:
-        rank: r; matrices without so many rows and columns keep their values.
-        alpha: the update counts alpha/r, so that a good learning rate depends little on the rank.
+        rank: r; matrices with at most this many rows or columns keep their values.
+        alpha: the update is multiplied by alpha/r, so that a good learning rate depends little on the rank.
         parts: names of modules, e.g. text.blocks.
 
     Raises:
@@ -75,7 +75,7 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the sum in place of W, A and B: that of an ordinary model."""
+    """The state dict of an ordinary model: with the sum in the place of W, A and B."""
     found = {name: tensor for name, tensor in state.items() if _INSIDE not in name}
     for name in state:
         module, inside, last = name.partition(_INSIDE)

@@ -1,8 +1,12 @@
-"""Weights from and to OpenCLIP's CoCa, tensor for tensor (key names of open_clip 2.11 to 3.3).
+"""OpenCLIP's files: weights of its CoCa from and to ours, weights of its CLIP, and `open_clip_config.json`.
 
-Names differ by the table below. Values differ in three ways: projections are stored transposed there, the packed
-query/key/value projection of a cross-attention is two matrices here, and temperature and bias of the contrastive
-logits are scalars there and vectors of one here. Without a decoder the counterpart is OpenCLIP's `CustomTextCLIP`.
+Key names are those of open_clip 2.11 to 3.3, by the tables below. Values differ in three ways: projections are stored
+transposed there, the packed query/key/value projection of a cross-attention is two matrices here, and temperature and
+bias of the contrastive logits are scalars there and vectors of one here. Without a decoder the counterpart of CoCa is
+OpenCLIP's `CustomTextCLIP`.
+
+CLIP comes in two layouts: the text tower at the root (`CLIP`), or under `text.` (`CustomTextCLIP`). Both hold the same
+tensors. Files with other towers are refused.
 """
 
 import math
@@ -11,12 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
+from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
-from coca_lit.weights.open_clip_config import arguments_of
+from coca_lit.models.image import CLIP_NORMALISATION
 
-BLOCK = [
+_BLOCK = [
     ("norm_1", "ln_1"),
     ("norm_2", "ln_2"),
     ("norm_context", "ln_1_kv"),
@@ -33,53 +39,80 @@ _TRUNK_BLOCK = [
     ("mlp.fc1", "mlp.c_fc"),
     ("mlp.fc2", "mlp.c_proj"),
 ]
-# (prefix here, prefix there, names inside); the first prefix that fits is taken.
-Parts = list[tuple[str, str, list[tuple[str, str]]]]
-TRUNK: Parts = [
+# (prefix in CoCa, prefix in OpenCLIP, names inside); the first prefix that fits is taken.
+_Parts = list[tuple[str, str, list[tuple[str, str]]]]
+_TRUNK: _Parts = [
     ("image_encoder.trunk.blocks.", "visual.transformer.resblocks.", _TRUNK_BLOCK),
     ("image_encoder.trunk.patch_embed.proj.", "visual.conv1.", []),
     ("image_encoder.trunk.norm_pre.", "visual.ln_pre.", []),
     ("image_encoder.trunk.cls_token", "visual.class_embedding", []),
     ("image_encoder.trunk.pos_embed", "visual.positional_embedding", []),
 ]
-_PARTS: Parts = [
-    *TRUNK,
+_COCA_PARTS: _Parts = [
+    *_TRUNK,
     ("pooling.generative.norm_out.", "visual.ln_post.", []),
     ("pooling.generative.norm_query.", "visual.attn_pool.ln_q.", []),
     ("pooling.generative.norm_context.", "visual.attn_pool.ln_k.", []),
     ("pooling.generative.", "visual.attn_pool.", [("attention.out", "attn.out_proj")]),
     ("image_projection.weight", "visual.proj", []),
-    ("text.blocks.", "text.transformer.resblocks.", BLOCK),
+    ("text.blocks.", "text.transformer.resblocks.", _BLOCK),
     ("text.position_embedding", "text.positional_embedding", []),
     ("text.cls_embedding", "text.cls_emb", []),
     ("text.norm.", "text.ln_final.", []),
     ("text.projection.weight", "text.text_projection", []),
     ("text.token_embedding.", "text.token_embedding.", []),
-    ("decoder.self_blocks.", "text_decoder.resblocks.", BLOCK),
-    ("decoder.cross_blocks.", "text_decoder.cross_attn.", BLOCK),
+    ("decoder.self_blocks.", "text_decoder.resblocks.", _BLOCK),
+    ("decoder.cross_blocks.", "text_decoder.cross_attn.", _BLOCK),
     ("decoder.norm.", "text_decoder.ln_final.", []),
     ("decoder.vocabulary.weight", "text_decoder.text_projection", []),
     ("logit_scale", "logit_scale", []),
     ("logit_bias", "logit_bias", []),  # of a sigmoid loss only
 ]
-_TRANSPOSED = {"visual.proj", "text.text_projection", "text_decoder.text_projection"}
+_COCA_TRANSPOSED = {"visual.proj", "text.text_projection", "text_decoder.text_projection"}
 _CROSS_ATTENTION = re.compile(r"(decoder\.cross_blocks\.\d+|pooling\.generative)\.attention\.(q|kv)\.(weight|bias)")
+_CLIP_PARTS: _Parts = [
+    *_TRUNK,
+    ("image_encoder.trunk.norm.", "visual.ln_post.", []),
+    ("image_projection.weight", "visual.proj", []),
+    ("blocks.", "transformer.resblocks.", _BLOCK),
+    ("position_embedding", "positional_embedding", []),
+    ("norm.", "ln_final.", []),
+    ("text_projection.weight", "text_projection", []),
+    ("token_embedding.", "token_embedding.", []),
+    ("logit_scale", "logit_scale", []),
+]
+_CLIP_TRANSPOSED = ("visual.proj", "text_projection")
+# OpenCLIP's sizes from ViT-H on have wider heads than 64; the tensors do not show it.
+_HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
+_CLIP_KIND = "with CLIP's own text transformer (ViT-B-32, ViT-L-14, ViT-H-14, …)"
+_OTHER_TOWERS = {
+    "visual.layer1.": "its image tower is a ResNet",
+    "visual.trunk.": "its image tower is one of timm's",
+    "visual.head.": "its image tower is not a CLIP vision transformer",
+    "visual.attn_pool.": "its image tower pools by attention, and its text tower does not end in a CLS token",
+    "text.transformer.embeddings.": "its text tower is a Hugging Face model",
+    "text.transformer.encoder.": "its text tower is a Hugging Face model",
+    "text.transformer.shared.": "its text tower is a Hugging Face model",
+}
+_BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def to_open_clip(model: CoCa) -> dict[str, Tensor]:
-    """State dict that OpenCLIP's model of the same sizes takes strictly.
+    """State dict that OpenCLIP's model of the same sizes loads strictly.
 
     Raises:
-        ValueError: the model has parts that OpenCLIP's CoCa has not.
+        ValueError: the model has parts that OpenCLIP's CoCa lacks.
     """
     config = model.config
     if config["pooler"] != "single" or not hasattr(model.image_encoder.trunk, "norm_pre"):
         raise ValueError("only a CoCa with a CLIP vision transformer and the single pooler has an OpenCLIP counterpart")
     state = model.state_dict()
-    converted = {_their_name(name): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)}
+    converted = {
+        _rename(name, _COCA_PARTS): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)
+    }
     for ours in {match[1] for name in state if (match := _CROSS_ATTENTION.fullmatch(name))}:
         converted |= _join_cross_attention(state, ours)
-    for name in converted.keys() & _TRANSPOSED:
+    for name in converted.keys() & _COCA_TRANSPOSED:
         converted[name] = converted[name].T.contiguous()
     converted["visual.class_embedding"] = converted["visual.class_embedding"].flatten()
     converted["visual.positional_embedding"] = converted["visual.positional_embedding"][0]
@@ -94,17 +127,17 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
 
     Widths and depths are read from the tensors. Numbers of heads are not in them: they come from `config`, the content
     of the `open_clip_config.json` beside the weights, or follow OpenCLIP's rule of 64 per head (8 heads in the pooler);
-    `overrides`, arguments of `CoCa`, have the last word. The CLS mask is the legacy one that OpenCLIP trains with.
+    `overrides`, arguments of `CoCa`, take precedence. The CLS mask is the legacy one that OpenCLIP trains with.
 
     Raises:
         ValueError: this is not an OpenCLIP CoCa, tensors are missing, left over or of the wrong shape, or `config` asks
-        for what CoCa has not.
+            for something that CoCa lacks.
     """
-    theirs = plain_state(state)
+    theirs = _plain_state(state)
     if missing := [key for key in ("visual.attn_pool.query", "text.cls_emb") if key not in theirs]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
-    sizes = _sizes_of(theirs)
-    model = CoCa(**sizes | arguments_of(config, sizes) | overrides)
+    sizes = _coca_sizes(theirs)
+    model = CoCa(**sizes | _coca_arguments(config, sizes) | overrides)
     ours: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
         ours[name] = _their_tensor(theirs, name).reshape(target.shape).to(target.dtype)
@@ -115,26 +148,26 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     return model
 
 
-def plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict or a training checkpoint, without what wrappers put before their names."""
+def _plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict or a training checkpoint, without the prefixes that wrappers add to their names."""
     state = state.get("state_dict", state)
     names = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
     masks = ("text.attn_mask", "text_decoder.attn_mask")  # constants that some versions stored
     return {name: tensor for name, tensor in names.items() if name not in masks}
 
 
-def _sizes_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+def _coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     image_width, _, patch, _ = theirs["visual.conv1.weight"].shape
     grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["text.token_embedding.weight"].shape
-    check_vocabulary(vocab_size)
+    _check_vocabulary(vocab_size)
     mlp_width = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.weight"])
     return {
         "image_encoder": "vit_base_patch32_clip_224",
         "image_encoder_args": {
             "patch_size": patch,
             "embed_dim": image_width,
-            "depth": depth(theirs, "visual.transformer.resblocks"),
+            "depth": _depth(theirs, "visual.transformer.resblocks"),
             "num_heads": max(image_width // 64, 1),
             **({"mlp_ratio": mlp_width / image_width} if mlp_width != 4 * image_width else {}),
         },
@@ -144,50 +177,46 @@ def _sizes_of(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
         "context_length": len(theirs["text.positional_embedding"]) - 1,
         "cls_mask": "legacy",
         "text_width": text_width,
-        "text_layers": depth(theirs, "text.transformer.resblocks"),
+        "text_layers": _depth(theirs, "text.transformer.resblocks"),
         "text_heads": max(text_width // 64, 1),
-        "decoder_layers": depth(theirs, "text_decoder.resblocks"),
+        "decoder_layers": _depth(theirs, "text_decoder.resblocks"),
         "contrastive": "siglip" if "logit_bias" in theirs else "softmax",
     }
 
 
-def check_vocabulary(size: int) -> None:
+def _check_vocabulary(size: int) -> None:
     if size != 49408:
         raise ValueError(f"the checkpoint has a vocabulary of {size} tokens; only CLIP's 49408 can be read")
 
 
-def depth(theirs: Mapping[str, Tensor], prefix: str) -> int:
+def _depth(theirs: Mapping[str, Tensor], prefix: str) -> int:
     """Number of blocks whose names start with `prefix`."""
     return len({name.removeprefix(f"{prefix}.").split(".")[0] for name in theirs if name.startswith(f"{prefix}.")})
 
 
-def _their_name(ours: str) -> str:
-    return rename(ours, _PARTS)
-
-
-def rename(ours: str, parts: Parts) -> str:
-    """OpenCLIP's name of a tensor."""
-    for here, there, inside in parts:
-        if ours.startswith(here):
-            rest = ours.removeprefix(here)
+def _rename(ours: str, parts: _Parts) -> str:
+    """OpenCLIP's name of one of our tensors."""
+    for our_prefix, their_prefix, inside in parts:
+        if ours.startswith(our_prefix):
+            rest = ours.removeprefix(our_prefix)
             for a, b in inside:
                 rest = rest.replace(a, b)
-            return there + rest
+            return their_prefix + rest
     raise ValueError(f"'{ours}' has no counterpart in OpenCLIP")
 
 
 def _their_tensor(theirs: Mapping[str, Tensor], ours: str) -> Tensor:
     if match := _CROSS_ATTENTION.fullmatch(ours):
         return _split_cross_attention(theirs, *match.groups())
-    name = _their_name(ours)
+    name = _rename(ours, _COCA_PARTS)
     if name not in theirs:
         raise ValueError(f"the checkpoint has no tensor '{name}'")
-    return theirs[name].T if name in _TRANSPOSED else theirs[name]
+    return theirs[name].T if name in _COCA_TRANSPOSED else theirs[name]
 
 
 def _split_cross_attention(theirs: Mapping[str, Tensor], module: str, part: str, kind: str) -> Tensor:
     """Weight or bias of the query or the key/value projection, from one packed tensor or three."""
-    prefix = f"{_their_name(module + '.')}attn."
+    prefix = f"{_rename(module + '.', _COCA_PARTS)}attn."
     if (
         kind == "weight" and f"{prefix}q_proj_weight" in theirs
     ):  # nn.MultiheadAttention keeps three if context and query widths differ
@@ -198,10 +227,219 @@ def _split_cross_attention(theirs: Mapping[str, Tensor], module: str, part: str,
 
 
 def _join_cross_attention(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
-    prefix = f"{_their_name(module + '.')}attn."
+    prefix = f"{_rename(module + '.', _COCA_PARTS)}attn."
     q, kv = (state[f"{module}.attention.{part}.weight"] for part in ("q", "kv"))
     biases = {f"{prefix}in_proj_bias": torch.cat([state[f"{module}.attention.{part}.bias"] for part in ("q", "kv")])}
     if q.shape[1] == kv.shape[1]:
         return {f"{prefix}in_proj_weight": torch.cat([q, kv]), **biases}
     k, v = kv.chunk(2)
     return {f"{prefix}q_proj_weight": q, f"{prefix}k_proj_weight": k, f"{prefix}v_proj_weight": v, **biases}
+
+
+def is_clip(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict, or a training checkpoint that holds one, is a CLIP's and not a CoCa's, with or without a
+    decoder.
+    """
+    names = _plain_state(state)
+    return "logit_scale" in names and not any(name.startswith(("text_decoder.", "text.cls_emb")) for name in names)
+
+
+def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any) -> CLIP:
+    """Builds the CLIP that an OpenCLIP state dict, or a training checkpoint that holds one, belongs to, and loads it.
+
+    Sizes are read from the tensors, which become fp32 whatever they are stored in. The tensors show neither the numbers
+    of heads nor the activation: they come from `config`, the content of the `open_clip_config.json` beside the weights,
+    or default to those of OpenCLIP's sizes and GELU; `overrides`, arguments of `CLIP`, take precedence. With the wrong
+    activation everything runs and all scores are slightly wrong.
+
+    Raises:
+        ValueError: an architecture that is not supported, or tensors are missing, left over or of the wrong shape.
+    """
+    names = _plain_state(state)
+    for prefix, reason in _OTHER_TOWERS.items():
+        if any(name.startswith(prefix) for name in names):
+            raise ValueError(
+                f"this OpenCLIP CLIP cannot be read: {reason}; supported are vision transformers {_CLIP_KIND}"
+            )
+    theirs = {name.removeprefix("text."): tensor for name, tensor in names.items() if name != "attn_mask"}
+    for needed in ("visual.conv1.weight", "visual.proj", "visual.ln_pre.weight", "token_embedding.weight"):
+        if needed not in theirs:
+            raise ValueError(
+                f"this is not an OpenCLIP CLIP with a vision transformer {_CLIP_KIND}: no tensor '{needed}'"
+            )
+    sizes = _clip_sizes(theirs)
+    model = CLIP(**sizes | _clip_arguments(config, sizes) | overrides)
+    ours: dict[str, Tensor] = {}
+    for name, target in model.state_dict().items():
+        there = _rename(name, _CLIP_PARTS)
+        if there not in theirs:
+            raise ValueError(f"the checkpoint has no tensor '{there}'")
+        tensor = theirs.pop(there)
+        tensor = tensor.T if there in _CLIP_TRANSPOSED else tensor
+        if tensor.numel() != target.numel():
+            raise ValueError(f"tensor '{there}' of the checkpoint has the shape {tuple(tensor.shape)}, unlike a CLIP")
+        ours[name] = tensor.reshape(target.shape).to(target.dtype)
+    if theirs:
+        raise ValueError(f"{len(theirs)} tensors of the checkpoint have no place in CLIP, the first is '{min(theirs)}'")
+    model.load_state_dict(ours)
+    return model
+
+
+def _clip_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    width, _, patch, _ = theirs["visual.conv1.weight"].shape
+    grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
+    vocab_size, text_width = theirs["token_embedding.weight"].shape
+    _check_vocabulary(vocab_size)
+    hidden = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.bias"])
+    return {
+        "image_encoder_args": {
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": _depth(theirs, "visual.transformer.resblocks"),
+            "num_heads": max(width // _HEAD_WIDTH.get(width, 64), 1),
+            "mlp_ratio": hidden / width,
+        },
+        "image_size": grid * patch,
+        "embed_dim": theirs["visual.proj"].shape[1],
+        "context_length": len(theirs["positional_embedding"]),
+        "text_width": text_width,
+        "text_layers": _depth(theirs, "transformer.resblocks"),
+        "text_heads": max(text_width // 64, 1),
+    }
+
+
+def _clip_arguments(config: Mapping[str, Any] | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `CLIP` that only OpenCLIP's config shows; its defaults are OpenCLIP's."""
+    if config is None:
+        return {}
+    model = config.get("model_cfg", {})
+    image = dict(sizes["image_encoder_args"])
+    image["num_heads"] = image["embed_dim"] // model.get("vision_cfg", {}).get("head_width", 64)
+    given = config.get("preprocess_cfg", {})
+    normalisation = {key: list(given.get(key, value)) for key, value in CLIP_NORMALISATION.items()}
+    if normalisation != CLIP_NORMALISATION:
+        image["pretrained_cfg_overlay"] = normalisation
+    heads = model.get("text_cfg", {}).get("heads", 8)
+    return {"image_encoder_args": image, "text_heads": heads, "quick_gelu": bool(model.get("quick_gelu", False))}
+
+
+def open_clip_config(model: CoCa) -> dict[str, Any]:
+    """What `open_clip.create_model("local-dir:…")` needs beside the weights (open_clip 3.3).
+
+    OpenCLIP has no key for the CLS mask: it always computes the legacy one. The section `coca_lit`, which it ignores,
+    stores the mask that the model was trained with.
+
+    Raises:
+        ValueError: OpenCLIP cannot build such a model; the message says why.
+    """
+    if reason := obstacle_to_open_clip(model):
+        raise ValueError(f"OpenCLIP cannot build this model: {reason}")
+    ours, trunk = model.config, model.image_encoder.trunk
+    width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
+    vision = {
+        "image_size": ours["image_size"],
+        "layers": len(trunk.blocks),
+        "width": width,
+        "head_width": width // heads,
+        "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
+        "patch_size": trunk.patch_embed.patch_size[0],
+        "attentional_pool": True,
+        "attn_pooler_queries": ours["pooler_queries"],
+        "attn_pooler_heads": ours["pooler_heads"],
+        "output_tokens": model.decoder is not None,
+    }
+    text = {
+        "context_length": ours["context_length"],
+        "vocab_size": model.tokenizer.vocab_size,
+        "width": ours["text_width"],
+        "heads": ours["text_heads"],
+    }
+    tower = {"layers": ours["text_layers"], "embed_cls": True, "output_tokens": model.decoder is not None}
+    decoder = {"multimodal_cfg": {**text, "layers": ours["decoder_layers"]}} if model.decoder is not None else {}
+    normalisation = {key: list(trunk.pretrained_cfg[key]) for key in CLIP_NORMALISATION}
+    return {
+        "model_cfg": {
+            "embed_dim": ours["embed_dim"],
+            "vision_cfg": vision,
+            "text_cfg": {**text, **tower},
+            **decoder,
+            "custom_text": True,
+        },
+        "preprocess_cfg": {**normalisation, "interpolation": "bicubic", "resize_mode": "shortest"},
+        "coca_lit": {"cls_mask": ours["cls_mask"]},
+    }
+
+
+def obstacle_to_open_clip(model: CoCa) -> str | None:
+    """Why OpenCLIP's CoCa cannot be this model, whatever its CLS mask; None if it can."""
+    ours = model.config
+    if ours["tokenizer"] != "clip":
+        return "it has a word tokenizer, and OpenCLIP's CoCa only reads CLIP's byte pairs"
+    if ours["pooler"] != "single":
+        return f"it has the {ours['pooler']} pooler, and OpenCLIP's CoCa only has the single one"
+    if not _is_clip_transformer(model.image_encoder.trunk):
+        return (
+            f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
+            " (vit_*_clip_*, without QuickGELU)"
+        )
+    if model.decoder is not None and ours["embed_dim"] != ours["text_width"]:
+        return (
+            f"OpenCLIP's decoder reads image tokens of its own width, and this one reads tokens of {ours['embed_dim']}"
+            f" with a width of {ours['text_width']}"
+        )
+    return None
+
+
+def _is_clip_transformer(trunk: nn.Module) -> bool:
+    """Whether it computes what OpenCLIP's own VisionTransformer does, up to the pooler."""
+    if not isinstance(trunk, VisionTransformer) or trunk.pos_embed is None or len(trunk.blocks) == 0:
+        return False
+    expected = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm_pre.weight", "norm_pre.bias"}
+    for i in range(len(trunk.blocks)):
+        expected |= {f"blocks.{i}.{part}.{kind}" for part in _BLOCK_PARTS for kind in ("weight", "bias")}
+    block: Any = trunk.blocks[0]
+    positions = trunk.pos_embed.shape[1]
+    return (
+        trunk.state_dict().keys() == expected
+        and type(block.mlp.act).__name__ == "GELU"
+        and block.norm1.eps == 1e-5
+        and positions == math.isqrt(positions - 1) ** 2 + 1
+    )
+
+
+def _coca_arguments(config: Mapping[str, Any] | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `CoCa` that only the config shows: numbers of heads, normalisation, and the CLS mask in our files.
+
+    Args:
+        config: content of `open_clip_config.json`; None yields no arguments.
+        sizes: the arguments that follow from the tensors.
+
+    Raises:
+        ValueError: the config asks for something that CoCa lacks.
+    """
+    if config is None:
+        return {}
+    model = config.get("model_cfg", {})
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    text_heads = text.get("heads", 8)  # these defaults are OpenCLIP's
+    decoder_heads = model.get("multimodal_cfg", {}).get("heads", 8 if sizes["decoder_layers"] else text_heads)
+    if text_heads != decoder_heads:
+        raise ValueError(
+            f"the config asks for {text_heads} heads in the text tower and {decoder_heads} in the decoder, but CoCa has"
+            " the same number in both"
+        )
+    if model.get("quick_gelu"):
+        raise ValueError("the config asks for QuickGELU, but CoCa is built with GELU")
+    image = dict(sizes["image_encoder_args"])
+    image["num_heads"] = image["embed_dim"] // vision.get("head_width", 64)
+    normalisation = CLIP_NORMALISATION | {
+        key: list(value) for key, value in config.get("preprocess_cfg", {}).items() if key in CLIP_NORMALISATION
+    }
+    if normalisation != CLIP_NORMALISATION:
+        image["pretrained_cfg_overlay"] = normalisation
+    return {
+        "image_encoder_args": image,
+        "pooler_heads": vision.get("attn_pooler_heads", 8),
+        "text_heads": text_heads,
+        "cls_mask": config.get("coca_lit", {}).get("cls_mask", "legacy"),
+    }

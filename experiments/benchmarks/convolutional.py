@@ -17,8 +17,8 @@ from harness import in_own_process, interleaved, ratio
 from record import record
 from torch import Tensor, nn
 
-from coca_lit.cli.runtime import keep_freed_memory
 from coca_lit.models.image import ImageEncoder
+from coca_lit.models.kernels import keep_freed_memory
 
 CSV = Path(__file__).with_suffix(".csv")
 ENGINES = ("timm", "ours, memory given back", "ours")

@@ -28,7 +28,7 @@ from record import record
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
-from coca_lit.models.kernels.linear import packed_weights
+from coca_lit.models.kernels import packed_weights
 from coca_lit.weights.open_clip import from_open_clip
 
 STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # OpenCLIP's arguments, ours

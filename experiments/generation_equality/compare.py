@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import CoCa
 from coca_lit.models.generation import generate as writing
-from coca_lit.models.generation.state import Decoding
-from coca_lit.models.generation.static import StaticDecoding
+from coca_lit.models.generation.state import Decoding, StaticDecoding
 from coca_lit.runs.run_folder import environment
 
 WORDS = ["a", "red", "blue", "dog", "cat", "on", "grass"]

@@ -175,7 +175,7 @@ def test_caption_loss_uses_the_kernel_where_it_is_installed(monkeypatch: pytest.
     package = ModuleType("liger_kernel.transformers.functional")
     package.liger_fused_linear_cross_entropy = fused
     monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setattr("coca_lit.losses.caption._has_kernel", lambda _: True)
+    monkeypatch.setattr("coca_lit.losses.caption._has_fused_kernel", lambda _: True)
     inputs = (torch.randn(5, 8), torch.randn(9, 8), torch.tensor([1, -100, 3, 4, 0]))
     found = value_and_gradients(caption_loss, *inputs)
     torch.testing.assert_close(found, value_and_gradients(plain_caption, *inputs), atol=1e-6, rtol=1e-6)

@@ -12,7 +12,6 @@ from torch import Tensor
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model, text_lengths
 from coca_lit.models.image import Pooler
-from coca_lit.models.init import init_parameters
 from coca_lit.models.text import ClsMask, GradCheckpointing, legacy_attention_mask
 
 POOLERS: tuple[Pooler, ...] = get_args(Pooler)
@@ -282,7 +281,7 @@ def test_init_leaves_nothing_as_it_was(tiny_model: Build, encoder: str, pooler: 
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.fill_(torch.nan)
-    init_parameters(model)
+    model.init_parameters()
     for name, tensor in model.state_dict().items():
         assert tensor.isfinite().all(), name
     assert model.decoder.vocabulary.weight.std() > 0
@@ -443,7 +442,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
     [
         (
             {"image_encoder": "vit_base_patch32_clip_225"},
-            "timm has no model .*similar names:.* vit_base_patch32_clip_224",
+            "no image encoder 'vit_base_patch32_clip_225'; similar names:.* vit_base_patch32_clip_224",
         ),
         ({"pooler": "double"}, "'single', 'parallel' or 'cascade', got 'double'"),
         ({"cls_mask": "right"}, "'correct' or 'legacy', got 'right'"),
@@ -452,7 +451,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ({"pooler_heads": 5}, "must be a multiple of the number of heads"),
         ({"tokenizer": "klip"}, "unknown tokenizer 'klip'"),
         ({"context_length": 2}, "context_length must be at least 3"),
-        ({"poler": "single"}, "CoCa has no argument 'poler', did you mean 'pooler'?"),
+        ({"poler": "single"}, "CoCa has no argument 'poler'; did you mean 'pooler'?"),
     ],
 )
 def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: str) -> None:
@@ -462,7 +461,7 @@ def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: 
 
 def test_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown model 'coca_vit_b33', did you mean 'coca_vit_b32'\?.*are coca_vit_b32"
+        ValueError, match=r"unknown model 'coca_vit_b33'; did you mean 'coca_vit_b32'\?.*presets: coca_vit_b32"
     ):
         create_model("coca_vit_b33")
 

@@ -101,7 +101,7 @@ def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, name: st
     content = training_checkpoint(tiny_model()) | {"callbacks": Attack(tmp_path / "ran")}
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
     for load in (load_model, lambda path: load_image_weights(tiny_model(), path)):
-        with pytest.raises(ValueError, match=f"{name}' is not a checkpoint that holds tensors and plain values only"):
+        with pytest.raises(ValueError, match=f"{name}' is not a checkpoint of tensors and plain values alone"):
             load(tmp_path / name)
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / name, weights_only=False)
@@ -172,7 +172,7 @@ def test_load_weights_names_what_does_not_fit(tiny_model: Build, tmp_path: Path,
     save_model(tiny_model(text_width=96, text_heads=3, text_layers=2), tmp_path / "model.safetensors")
     model = tiny_model(**{"text_width": 96, "text_heads": 3} | arguments)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"model.safetensors is of another architecture: {message}"):
+    with pytest.raises(ValueError, match=rf"model.safetensors has another architecture: {message}"):
         load_weights(model, tmp_path / "model.safetensors")
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 

@@ -36,8 +36,8 @@ def test_both_ends_are_exact(tiny_model: Callable[..., CoCa], weight: float) -> 
     ("weight", "other", "message"),
     [
         (1.5, {}, "weight must be a number between 0 and 1, got 1.5"),
-        (0.5, {"text_layers": 3}, "weights between two architectures do not exist: 'text.blocks.2.norm_1.weight'"),
-        (0.5, {"decoder_layers": 0}, "weights between two architectures do not exist: 'decoder"),
+        (0.5, {"text_layers": 3}, "the models have different architectures: 'text.blocks.2.norm_1.weight'"),
+        (0.5, {"decoder_layers": 0}, "the models have different architectures: 'decoder"),
     ],
 )
 def test_what_cannot_be_interpolated(

@@ -6,22 +6,21 @@ OpenCLIP 3's beams add raw logits, which rank captions differently unless the lo
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from coca_lit.models.generation.constraints import NEVER, Constraints, force_token
+from coca_lit.models.generation.options import Scoring
 from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts
-
-Scoring = Literal["log_prob", "openclip_legacy"]
 
 
 class Candidates(NamedTuple):
-    """The 2K likeliest ways to go on from the K open captions of each image, best first; every part is (B, 2K)."""
+    """The 2K best extensions of the K open captions of each image, best first; every part is (B, 2K)."""
 
-    source: Tensor  # the open caption that goes on
-    tokens: Tensor  # with this token
+    source: Tensor  # the open caption that is extended
+    tokens: Tensor  # by this token
     scores: Tensor
     log_probs: Tensor
 
@@ -30,12 +29,12 @@ class Candidates(NamedTuple):
 class BeamSearch:
     """Finds the `num_beams` best captions of every image.
 
-    A closed caption scores sum / length ** length_penalty. With log-probabilities the length counts tokens that were
-    chosen, the end included, and a caption that fills its room is closed by the end id; by OpenCLIP's rule sums are of
-    logits, the length counts the start too, and such a caption stays without end.
+    A closed caption scores sum / length ** length_penalty. With log-probabilities the length counts chosen tokens, the
+    end included, and a caption of the maximal length is closed by the end id. OpenCLIP's rule sums logits, its length
+    counts the start too, and a caption of the maximal length has no end.
 
-    An image is done, and leaves the batch, when it has `num_beams` closed captions and the worst of them is at least as
-    good as the best candidate if that ended now.
+    An image is done, and leaves the batch, when it has `num_beams` closed captions, the worst of which scores at least
+    as high as the best candidate would if it ended now.
     """
 
     num_beams: int
@@ -44,18 +43,18 @@ class BeamSearch:
     constraints: Constraints
     pad_id: int
 
-    def search(self, decoding: Decoding, beginnings: Prompts) -> Hypotheses:
+    def search(self, decoding: Decoding, prompts: Prompts) -> Hypotheses:
         """Captions (B, K, L), best first; scores are -inf where there are fewer than K possible ones."""
-        start, (count, length) = beginnings.shortest, beginnings.ids.shape
-        result = self._nothing(beginnings, count)
-        opened, closed = self._first(beginnings), self._nothing(beginnings, count)
-        active = torch.arange(count, device=beginnings.ids.device)  # images that are not done
-        logits = decoding.begin(beginnings.ids[:, :start], self.num_beams)
+        start, (count, length) = prompts.shortest, prompts.ids.shape
+        result = self._nothing(prompts, count)
+        opened, closed = self._first(prompts), self._nothing(prompts, count)
+        active = torch.arange(count, device=prompts.ids.device)  # images that are not done
+        logits = decoding.begin(prompts.ids[:, :start], self.num_beams)
         for position in range(start, length):
-            begun = Prompts(beginnings.ids[active], beginnings.lengths[active], start)
-            candidates = self._candidates(opened, logits, begun, position)
-            closed, done = self._close(opened, closed, candidates, begun, position)
-            opened, source = self._go_on(opened, candidates, position)
+            active_prompts = Prompts(prompts.ids[active], prompts.lengths[active], start)
+            candidates = self._candidates(opened, logits, active_prompts, position)
+            closed, done = self._close(opened, closed, candidates, active_prompts, position)
+            opened, source = self._extend(opened, candidates, position)
             if position == length - 1:
                 break
             if done.any():
@@ -71,20 +70,20 @@ class BeamSearch:
         _put(result, active, closed)
         return result
 
-    def _nothing(self, beginnings: Prompts, count: int) -> Hypotheses:
+    def _nothing(self, prompts: Prompts, count: int) -> Hypotheses:
         """No captions yet: scores of -inf."""
-        ids = torch.full_like(beginnings.ids, self.pad_id)[:, None].repeat(1, self.num_beams, 1)  # (B, K, L)
+        ids = torch.full_like(prompts.ids, self.pad_id)[:, None].repeat(1, self.num_beams, 1)  # (B, K, L)
         nothing = torch.full((count, self.num_beams), NEVER, device=ids.device)
         return Hypotheses(ids, nothing, nothing.clone())
 
-    def _first(self, beginnings: Prompts) -> Hypotheses:
-        """The beginning as the only open caption of each image."""
-        opened = self._nothing(beginnings, len(beginnings.ids))
-        opened.ids[:, :, : beginnings.shortest] = beginnings.ids[:, None, : beginnings.shortest]
+    def _first(self, prompts: Prompts) -> Hypotheses:
+        """The prompt as the only open caption of each image."""
+        opened = self._nothing(prompts, len(prompts.ids))
+        opened.ids[:, :, : prompts.shortest] = prompts.ids[:, None, : prompts.shortest]
         opened.scores[:, 0] = opened.log_probs[:, 0] = 0
         return opened
 
-    def _candidates(self, opened: Hypotheses, logits: Tensor, beginnings: Prompts, position: int) -> Candidates:
+    def _candidates(self, opened: Hypotheses, logits: Tensor, prompts: Prompts, position: int) -> Candidates:
         log_probs = logits.log_softmax(dim=-1)  # (B · K, V)
         legacy = self.scoring == "openclip_legacy"
         scores = self.constraints(logits if legacy else log_probs, opened.ids.flatten(0, 1)[:, :position])
@@ -99,30 +98,30 @@ class BeamSearch:
         likelihoods = (opened.log_probs.view(-1, 1) + chosen).view(of_image)
         sums, which = sums.topk(2 * self.num_beams)  # (B, 2K)
         candidates = Candidates(which // choices, tokens.gather(1, which), sums, likelihoods.gather(1, which))
-        return self._obey_prompts(candidates, opened, beginnings.ids[:, position, None])
+        return self._obey_prompts(candidates, opened, prompts.ids[:, position, None])
 
-    def _obey_prompts(self, candidates: Candidates, opened: Hypotheses, given: Tensor) -> Candidates:
-        """Where a prompt goes on with the token given (B, 1), all open captions take it, in order and at no cost."""
-        free = given == UNFORCED
-        order = torch.arange(2 * self.num_beams, device=given.device) % self.num_beams
+    def _obey_prompts(self, candidates: Candidates, opened: Hypotheses, forced: Tensor) -> Candidates:
+        """Where a prompt forces a token (B, 1), all open captions take it, in order and at no cost."""
+        free = forced == UNFORCED
+        order = torch.arange(2 * self.num_beams, device=forced.device) % self.num_beams
         source, tokens, scores, log_probs = candidates
         return Candidates(
             source.where(free, order),
-            tokens.where(free, given),
+            tokens.where(free, forced),
             scores.where(free, opened.scores[:, order]),
             log_probs.where(free, opened.log_probs[:, order]),
         )
 
     def _close(
-        self, opened: Hypotheses, closed: Hypotheses, candidates: Candidates, beginnings: Prompts, position: int
+        self, opened: Hypotheses, closed: Hypotheses, candidates: Candidates, prompts: Prompts, position: int
     ) -> tuple[Hypotheses, Tensor]:
-        """Adds the candidates that end to the closed captions, and says which images (B,) are done.
+        """Adds the candidates that end to the closed captions, and returns which images (B,) are done.
 
-        Only an end among the best K candidates counts: with fewer words to come, worse ones would win by being short.
+        Only an end among the best K candidates counts: worse ones would win just by being short.
         """
-        counted = torch.full_like(beginnings.lengths, position + 1)  # (B,)
+        counted = torch.full_like(prompts.lengths, position + 1)  # (B,)
         if self.scoring == "log_prob":
-            counted = (counted - beginnings.lengths).clamp(min=1)  # inside a prompt nothing ends, whatever the divisor
+            counted = (counted - prompts.lengths).clamp(min=1)  # inside a prompt nothing ends, whatever the divisor
         scores = candidates.scores / counted[:, None] ** self.length_penalty  # (B, 2K)
         best = Candidates(*(part[:, : self.num_beams] for part in candidates))
         ids = _at(opened.ids, best.source)
@@ -133,7 +132,7 @@ class BeamSearch:
         worst = closed.scores[:, -1]
         return closed, (worst > NEVER) & (worst >= scores[:, 0])
 
-    def _go_on(self, opened: Hypotheses, candidates: Candidates, position: int) -> tuple[Hypotheses, Tensor]:
+    def _extend(self, opened: Hypotheses, candidates: Candidates, position: int) -> tuple[Hypotheses, Tensor]:
         """The best K candidates that do not end, and which open captions (B, K) they continue."""
         ends = candidates.tokens == self.constraints.end_id
         first = ends.int().argsort(dim=1, stable=True)[:, : self.num_beams]
@@ -143,7 +142,7 @@ class BeamSearch:
         return Hypotheses(ids, scores, log_probs), source
 
     def _reorder(self, decoding: Decoding, source: Tensor, done: Tensor) -> None:
-        """Makes the rows of the caches those of the captions that go on; images that are done leave."""
+        """Reorders the rows of the caches as the extended captions need them, without the images that are done."""
         rows = source + torch.arange(len(source), device=source.device)[:, None] * self.num_beams  # (B, K)
         if done.any():
             decoding.select(rows[~done].flatten(), (~done).nonzero()[:, 0])

@@ -1,6 +1,6 @@
-"""What may be written next: rules that lower or forbid scores of tokens, for every strategy, and filters of sampling.
+"""Constraints on the next token for every strategy, and the filters of sampling.
 
-All functions take and give scores (R, V), logits or log-probabilities, and change nothing in place.
+All functions take and return scores (R, V), logits or log-probabilities, and change nothing in place.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def penalize_repetition(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 
 def forbid_repeated_ngrams(scores: Tensor, ids: Tensor, n: int) -> Tensor:
-    """Forbids tokens that would complete a run of n tokens that ids (R, t) contain already."""
+    """Forbids tokens that would complete a run of n tokens that ids (R, t) already contain."""
     if ids.shape[1] < n:
         return scores
     runs = ids.unfold(1, n, 1)  # (R, t - n + 1, n)
@@ -69,10 +69,10 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """Forbids all but the fewest likeliest tokens that have the probability p together (nucleus, arXiv 1904.09751)."""
+    """Forbids all but the fewest likeliest tokens whose probabilities sum to p (nucleus, arXiv 1904.09751)."""
     ordered, order = scores.sort(descending=True)
     probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # what the likelier tokens have together
+    before = probabilities.cumsum(dim=-1) - probabilities  # sum over the likelier tokens
     drop = before >= p
     drop[:, 0] = False
     return scores.masked_fill(drop.scatter(1, order, drop), NEVER)

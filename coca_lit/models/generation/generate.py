@@ -1,28 +1,30 @@
-"""Writing captions: encode images once, let a strategy write, order what it wrote, add scores and attention."""
+"""Writing captions: encode images once, let a strategy write, order its captions, add scores and attention."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coca_lit.models import kernels
 from coca_lit.models.generation.beam import BeamSearch
 from coca_lit.models.generation.constraints import Constraints
-from coca_lit.models.generation.options import Options
-from coca_lit.models.generation.sampling import caption_lengths, decode, greedy
-from coca_lit.models.generation.state import Decoding, Hypotheses, Prompts, encode_prompts
-from coca_lit.models.generation.static import StaticDecoding, static_step
-from coca_lit.models.kernels.linear import packed_weights
-
-if TYPE_CHECKING:
-    from coca_lit.models.coca import CoCa
-
-DEFAULT_RERANK_WEIGHT = 0.2  # near the best of scenes and of photos, experiments/contrastive_reranking
+from coca_lit.models.generation.options import OPTIONS, GenerateOptions, Options, complete, describe
+from coca_lit.models.generation.sampling import Sampling, caption_lengths, decode, greedy
+from coca_lit.models.generation.state import (
+    Captioner,
+    Decoding,
+    Hypotheses,
+    Prompts,
+    StaticDecoding,
+    encode_prompts,
+    static_step,
+)
 
 
 class Captions(NamedTuple):
-    """Captions with what was asked for beside them. N is there if `num_captions` was given."""
+    """Captions with their scores. N is there if `num_captions` was given."""
 
     ids: Tensor  # (B, [N,] L), padded
     scores: Tensor | None = None  # (B, [N]), what the captions are ordered by
@@ -30,90 +32,139 @@ class Captions(NamedTuple):
     similarities: Tensor | None = None  # (B, [N]), cosine of image and caption features; with rerank only
     attention: Tensor | None = None  # (B, [N,] L, S), where the decoder looked when it chose each token
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Captions":
-        return Captions(change(self.ids), *(None if part is None else change(part) for part in self[1:]))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Captions":
+        return Captions(function(self.ids), *(None if part is None else function(part) for part in self[1:]))
+
+
+@overload
+def write_captions(
+    model: Captioner,
+    images: Tensor,
+    *,
+    return_scores: Literal[False] = False,
+    return_attention: Literal[False] = False,
+    **options: Unpack[GenerateOptions],
+) -> Tensor: ...
+
+
+@overload
+def write_captions(
+    model: Captioner,
+    images: Tensor,
+    *,
+    return_scores: Literal[True],
+    return_attention: bool = False,
+    **options: Unpack[GenerateOptions],
+) -> Captions: ...
+
+
+@overload
+def write_captions(
+    model: Captioner,
+    images: Tensor,
+    *,
+    return_scores: bool = False,
+    return_attention: Literal[True],
+    **options: Unpack[GenerateOptions],
+) -> Captions: ...
 
 
 @torch.no_grad()
-def generate(
-    model: "CoCa",
+def write_captions(
+    model: Captioner,
     images: Tensor,
-    prompt: str | Sequence[str] | None,
-    options: Options,
-    attention: bool = False,
-) -> Captions:
-    """Captions of images (B, 3, H, W) with their scores, see `CoCa.generate`."""
+    *,
+    return_scores: bool = False,
+    return_attention: bool = False,
+    **options: Unpack[GenerateOptions],
+) -> Tensor | Captions:
+    complete_options = complete(options)
     if model.decoder is None:
         raise ValueError(
             "this model cannot caption: it was built for retrieval only (decoder_layers=0) and has no decoder"
         )
-    least, most = options.lengths(model.tokenizer.context_length)
-    beginnings = encode_prompts(model, prompt, len(images), most)
+    least, most = complete_options.lengths(model.tokenizer.context_length)
+    prompts = encode_prompts(model, complete_options.prompt, len(images), most)
     was_training = model.training
     model.eval()
     try:
         vector, image_tokens = model.pooling(
-            model.image_encoder(images.to(model.device)), contrastive=options.rerank is not None
+            model.image_encoder(images.to(model.device)), contrastive=complete_options.rerank is not None
         )
-        hypotheses = _write(model, image_tokens, beginnings, options, least)
-        captions = _order(model, hypotheses, beginnings, vector, options)
-        maps = _attention(model, captions.ids, image_tokens) if attention else None
+        hypotheses = _write(model, image_tokens, prompts, complete_options, least)
+        captions = _order(model, hypotheses, prompts, vector, complete_options)
+        if return_attention:
+            captions = captions._replace(attention=_attention(model, captions.ids, image_tokens))
     finally:
         model.train(was_training)
-    captions = captions._replace(attention=maps)
-    if options.num_captions is None:
-        captions = captions.each(lambda part: part[:, 0])
-    return captions
+    if complete_options.num_captions is None:
+        captions = captions.map(lambda part: part[:, 0])
+    return captions if return_scores or return_attention else captions.ids
 
 
-def _write(model: "CoCa", image_tokens: Tensor, beginnings: Prompts, options: Options, min_length: int) -> Hypotheses:
+_OPTION_LINES = "\n    ".join(f"{name}: {describe(name)}" for name in OPTIONS)
+write_captions.__doc__ = f"""Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id.
+
+`model.tokenizer.decode(row)` gives the text.
+
+Args:
+    {_OPTION_LINES}
+    return_scores, return_attention: return `Captions` instead of the ids alone. Attention (B, [N,] L, S) is where the
+        decoder looked among the image tokens when it chose each token, the mean over layers and heads: rows add up to
+        1, those of start and padding are 0.
+
+Raises:
+    TypeError: an unknown option; the message suggests the right one.
+    ValueError: options that do not go together or are out of range, prompts that are empty or too long, or a model
+        without decoder.
+"""
+
+
+def _write(model: Captioner, image_tokens: Tensor, prompts: Prompts, options: Options, min_length: int) -> Hypotheses:
     tokenizer = model.tokenizer
     assert model.decoder is not None
-    decoding = decoding_for(model, image_tokens, beginnings.ids.shape[1])
+    decoding = decoding_for(model, image_tokens, prompts.ids.shape[1])
     constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
-    with packed_weights(model.text, model.decoder):
+    with kernels.packed_weights(model.text, model.decoder):
         if options.strategy == "beam":
-            penalty = 1.0 if options.length_penalty is None else options.length_penalty
-            search = BeamSearch(options.beams, penalty, options.scoring, constraints, tokenizer.pad_id)
-            return search.search(decoding, beginnings)
-        choose = greedy if options.strategy == "greedy" else options.sampling
-        return decode(decoding, beginnings, constraints, choose, options.captions, tokenizer.pad_id)
+            search = BeamSearch(
+                options.num_beams, options.length_penalty, options.scoring, constraints, tokenizer.pad_id
+            )
+            return search.search(decoding, prompts)
+        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.generator)
+        choose = greedy if options.strategy == "greedy" else sampling
+        return decode(decoding, prompts, constraints, choose, options.captions, tokenizer.pad_id)
 
 
-def decoding_for(model: "CoCa", image_tokens: Tensor, max_length: int) -> Decoding:
+def decoding_for(model: Captioner, image_tokens: Tensor, max_length: int) -> Decoding:
     if model.static_step is None and not image_tokens.is_cuda:
         return Decoding(model, image_tokens, max_length)
     return StaticDecoding(model, image_tokens, max_length, model.static_step or static_step)
 
 
 def _order(
-    model: "CoCa", hypotheses: Hypotheses, beginnings: Prompts, vector: Tensor | None, options: Options
+    model: Captioner, hypotheses: Hypotheses, prompts: Prompts, vector: Tensor | None, options: Options
 ) -> Captions:
-    """The captions to return, in their order: the strategy's, or the best by similarity and log-probability first."""
+    """The captions to return: in the order of the strategy, or by similarity and log-probability, the best first."""
     ids, scores, sums = hypotheses
     lengths = caption_lengths(ids, model.tokenizer.eot_id)
-    log_probs = sums / (lengths - beginnings.lengths[:, None])  # (B, N)
+    log_probs = sums / (lengths - prompts.lengths[:, None])  # (B, N)
     captions = Captions(ids, scores, log_probs)
     if vector is not None:
-        cosines = _similarities(model, ids, lengths, vector)
-        weight = DEFAULT_RERANK_WEIGHT if options.rerank_weight is None else options.rerank_weight
+        texts = model.encode_text(ids.flatten(0, 1), lengths.flatten()).unflatten(0, ids.shape[:2])  # (B, N, E)
+        images = F.normalize(model.image_projection(vector), dim=-1)  # (B, E)
+        cosines = (texts * images[:, None]).sum(dim=-1).float()  # (B, N)
+        weight = options.rerank_weight
         mixed = weight * model.logit_scale.exp().float() * cosines + (1 - weight) * log_probs
         mixed = mixed.masked_fill(scores.isneginf(), float("-inf"))  # there are fewer captions than beams
         order = mixed.argsort(dim=1, descending=True, stable=True)
         ids = ids.gather(1, order[:, :, None].expand_as(ids))
         captions = Captions(ids, *(part.gather(1, order) for part in (mixed, log_probs, cosines)))
-    return captions.each(lambda part: part[:, : options.captions])
+    return captions.map(lambda part: part[:, : options.captions])
 
 
-def _similarities(model: "CoCa", ids: Tensor, lengths: Tensor, vector: Tensor) -> Tensor:
-    """Cosines (B, N) of images, given as contrastive vectors (B, E), and their captions (B, N, L)."""
-    texts = model.encode_text(ids.flatten(0, 1), lengths.flatten()).unflatten(0, ids.shape[:2])  # (B, N, E)
-    images = F.normalize(model.image_projection(vector), dim=-1)  # (B, E)
-    return (texts * images[:, None]).sum(dim=-1).float()
-
-
-def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:
-    """Where the decoder looked when it chose each token of captions (B, N, L): (B, N, L, S), see `CoCa.generate`."""
+def _attention(model: Captioner, ids: Tensor, image_tokens: Tensor) -> Tensor:
+    """Where the decoder looked when it chose each token of captions (B, N, L): (B, N, L, S)."""
     assert model.decoder is not None
     tokens = ids.flatten(0, 1)  # (B · N, L)
     lengths = caption_lengths(tokens, model.tokenizer.eot_id)

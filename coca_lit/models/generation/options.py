@@ -1,135 +1,158 @@
-"""What can be asked of `CoCa.generate`, and the checks that say clearly what does not go together."""
+"""The options of `CoCa.generate`, in one place: each is one line of `GenerateOptions`.
 
-from collections.abc import Sequence
+Type checkers read its annotations. The defaults, the checks and the documentation of `CoCa.generate`, the keys of
+`coca-caption` and their help are made from the same lines when the program runs. Nothing here imports torch, so that
+`coca-caption --help` answers at once.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args, get_origin
 
-import torch
+from coca_lit.errors import suggest
 
-from coca_lit.models.generation.beam import Scoring
-from coca_lit.models.generation.sampling import Sampling
+if TYPE_CHECKING:
+    import torch
 
 Strategy = Literal["greedy", "beam", "sample"]
+Scoring = Literal["log_prob", "openclip_legacy"]
 Rerank = Literal["contrastive"]
+
 DEFAULT_MAX_LENGTH = 30  # start and end included, as in OpenCLIP
-DEFAULT_BEAMS = 2  # what OpenCLIP's default of 6 beams in 3 groups amounts to
 LEGACY_MIN_LENGTH = 5  # OpenCLIP's default
 
-# Options that only one strategy has.
-_STRATEGY_OF: dict[str, Strategy] = {
-    "num_beams": "beam",
-    "length_penalty": "beam",
-    "temperature": "sample",
-    "top_k": "sample",
-    "top_p": "sample",
-    "generator": "sample",
-}
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option beside its type.
+
+    Args:
+        help: one sentence.
+        default: None for none.
+        strategy: the only one that has the option.
+        at_least, above, at_most: bounds of a number.
+        key: whether commands have it as a key.
+    """
+
+    help: str
+    default: Any = None
+    strategy: Strategy | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    key: bool = True
 
 
-class GenerateArguments(TypedDict, total=False):
-    """Types of the arguments of `CoCa.generate` that do not change what it returns, for type checkers and editors."""
+class GenerateOptions(TypedDict, total=False):
+    """Options of `CoCa.generate`. None stands for the default."""
 
-    prompt: str | Sequence[str] | None
-    strategy: Strategy
-    num_beams: int | None
-    num_captions: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_length: int | None
-    max_length: int | None
-    length_penalty: float | None
-    repetition_penalty: float
-    no_repeat_ngram: int
-    generator: torch.Generator | None
-    scoring: Scoring
-    rerank: Rerank | None
-    rerank_weight: float | None
+    strategy: Annotated[
+        Strategy,
+        Option(
+            "greedy: the likeliest token each time; beam: the likeliest of several captions; sample: draws", "greedy"
+        ),
+    ]
+    prompt: Annotated[str | Sequence[str] | None, Option("how every caption begins, or in Python how each one begins")]
+    num_beams: Annotated[int | None, Option("captions that beam search keeps for each image", 2, "beam", at_least=1)]
+    num_captions: Annotated[
+        int | None,
+        Option(
+            "captions for each image: the best beams first, or draws in order unless reranked; makes ids (B, N, L)",
+            at_least=1,
+        ),
+    ]
+    temperature: Annotated[
+        float | None, Option("divides the scores of tokens, before top_k and top_p", 1.0, "sample", above=0)
+    ]
+    top_k: Annotated[int | None, Option("draws from this many likeliest tokens", None, "sample", at_least=1)]
+    top_p: Annotated[
+        float | None,
+        Option("draws from the likeliest tokens with this probability together", None, "sample", above=0, at_most=1),
+    ]
+    min_length: Annotated[
+        int | None,
+        Option(
+            "no end before this many tokens, start included (OpenCLIP's min_seq_len); default 0, 5 in legacy scoring",
+            at_least=0,
+        ),
+    ]
+    max_length: Annotated[
+        int | None, Option("most tokens, start and end included; default 30, or the context length if that is shorter")
+    ]
+    length_penalty: Annotated[
+        float | None,
+        Option("beams compare sum / length ** length_penalty; larger favours longer captions", 1.0, "beam"),
+    ]
+    repetition_penalty: Annotated[
+        float | None, Option("above 1 makes tokens less likely that the caption already contains", 1.0, above=0)
+    ]
+    no_repeat_ngram: Annotated[
+        int | None, Option("no run of this many tokens occurs twice; 0 allows all", 0, at_least=0)
+    ]
+    generator: Annotated[
+        "torch.Generator | None", Option("source of random numbers, on the model's device", None, "sample", key=False)
+    ]
+    scoring: Annotated[
+        Scoring | None,
+        Option("log_prob, or openclip_legacy: captions of OpenCLIP 3's beam search, which adds logits", "log_prob"),
+    ]
+    rerank: Annotated[
+        Rerank | None,
+        Option(
+            "contrastive: orders all beams or draws by w · exp(logit_scale) · cosine(image, caption)"
+            " + (1 - w) · mean log-probability"
+        ),
+    ]
+    # The default is near the best for scenes and for photos, see experiments/rerank.
+    rerank_weight: Annotated[float | None, Option("the weight w of rerank", 0.2, at_least=0, at_most=1)]
+
+
+OPTIONS: dict[str, Option] = {name: get_args(hint)[1] for name, hint in GenerateOptions.__annotations__.items()}
+
+
+def value_type(name: str) -> type:
+    """The type of an option's value in a config: int, float or str."""
+    hint = get_args(GenerateOptions.__annotations__[name])[0]
+    kinds = (hint, *get_args(hint))
+    return next((kind for kind in (int, float) if kind in kinds), str)
+
+
+def describe(name: str) -> str:
+    """The help of an option, with its strategy and default."""
+    option = OPTIONS[name]
+    only = f"{option.strategy}: " if option.strategy else ""
+    default = "" if option.default is None else f" (default {option.default})"
+    return f"{only}{option.help}{default}"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to write captions; `CoCa.generate` says what each option means. None stands for "not given"."""
+    """Complete options: what was given, checked, and the defaults. `options.num_beams` reads one."""
 
-    strategy: Strategy = "greedy"
-    num_beams: int | None = None
-    num_captions: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_length: int | None = None
-    max_length: int | None = None
-    length_penalty: float | None = None
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    generator: torch.Generator | None = None
-    scoring: Scoring = "log_prob"
-    rerank: Rerank | None = None
-    rerank_weight: float | None = None
+    values: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        self._check_names()
-        self._check_numbers()
-        self._check_combinations()
-
-    def _check_names(self) -> None:
-        if self.strategy not in ("greedy", "beam", "sample"):
-            raise ValueError(f"strategy must be 'greedy', 'beam' or 'sample', got '{self.strategy}'")
-        if self.scoring not in ("log_prob", "openclip_legacy"):
-            raise ValueError(f"scoring must be 'log_prob' or 'openclip_legacy', got '{self.scoring}'")
-        if self.rerank not in (None, "contrastive"):
-            raise ValueError(f"rerank must be 'contrastive' or None, got '{self.rerank}'")
-
-    def _check_combinations(self) -> None:
-        for name, strategy in _STRATEGY_OF.items():
-            if getattr(self, name) is not None and self.strategy != strategy:
-                raise ValueError(f"{name} is an option of strategy='{strategy}', but the strategy is '{self.strategy}'")
-        if self.scoring != "log_prob" and self.strategy != "beam":
-            raise ValueError(f"scoring='{self.scoring}' is about beams, but the strategy is '{self.strategy}'")
-        if self.strategy == "greedy" and (self.rerank or (self.num_captions or 1) > 1):
-            raise ValueError(
-                "strategy='greedy' writes one caption; for several captions and for rerank use 'beam' or 'sample'"
-            )
-        if self.strategy == "beam" and self.captions > self.beams:
-            raise ValueError(f"{self.beams} beams cannot give {self.captions} captions; raise num_beams")
-        if self.strategy == "sample" and self.rerank and self.captions == 1:
-            raise ValueError("rerank needs several captions to order: give num_captions, or use strategy='beam'")
-        if self.rerank_weight is not None and self.rerank is None:
-            raise ValueError("rerank_weight needs rerank='contrastive'")
-
-    def _check_numbers(self) -> None:
-        for name, number, fits, expected in (
-            ("num_beams", self.num_beams, lambda n: n >= 1, "at least 1"),
-            ("num_captions", self.num_captions, lambda n: n >= 1, "at least 1"),
-            ("temperature", self.temperature, lambda n: n > 0, "greater than 0"),
-            ("top_k", self.top_k, lambda n: n >= 1, "at least 1"),
-            ("top_p", self.top_p, lambda n: 0 < n <= 1, "greater than 0 and at most 1"),
-            ("min_length", self.min_length, lambda n: n >= 0, "at least 0"),
-            ("repetition_penalty", self.repetition_penalty, lambda n: n > 0, "greater than 0"),
-            ("no_repeat_ngram", self.no_repeat_ngram, lambda n: n >= 0, "at least 0"),
-            ("rerank_weight", self.rerank_weight, lambda n: 0 <= n <= 1, "between 0 and 1"),
-        ):
-            if number is not None and not fits(number):
-                raise ValueError(f"{name} must be {expected}, got {number}")
-
-    @property
-    def beams(self) -> int:
-        return DEFAULT_BEAMS if self.num_beams is None else self.num_beams
+    def __getattr__(self, name: str) -> Any:
+        if name not in OPTIONS:
+            raise AttributeError(name)
+        return self.values[name]
 
     @property
     def captions(self) -> int:
-        return 1 if self.num_captions is None else self.num_captions
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(1.0 if self.temperature is None else self.temperature, self.top_k, self.top_p, self.generator)
+        """Number of captions for each image."""
+        return self.num_captions or 1
 
     def lengths(self, context_length: int) -> tuple[int, int]:
-        """Least and largest length of a caption, in a model with the given context."""
-        least = self.min_length
+        """Least and largest length of a caption in a model with the given context.
+
+        Raises:
+            ValueError: they do not fit the context or each other.
+        """
+        least, most = self.min_length, self.max_length
         if least is None:
             least = LEGACY_MIN_LENGTH if self.scoring == "openclip_legacy" else 0
-        most = min(DEFAULT_MAX_LENGTH, context_length) if self.max_length is None else self.max_length
+        if most is None:
+            most = min(DEFAULT_MAX_LENGTH, context_length)
         if not 2 <= most <= context_length:
             raise ValueError(f"max_length must lie between 2 and the context length of {context_length}, got {most}")
         if least >= most:
@@ -137,3 +160,62 @@ class Options:
                 f"min_length ({least}) must be smaller than max_length ({most}): the end needs room after it"
             )
         return least, most
+
+
+def complete(options: Mapping[str, Any]) -> Options:
+    """The options with defaults in the place of what is missing or None.
+
+    Raises:
+        TypeError: an unknown option; the message suggests the right one.
+        ValueError: a wrong value, or options that do not go together.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(
+                f"generate has no option '{name}'{suggest(name, OPTIONS)} Its options: {', '.join(OPTIONS)}"
+            )
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        _check_value(name, value)
+    found = Options({name: given.get(name, option.default) for name, option in OPTIONS.items()})
+    _check_combination(found, given)
+    return found
+
+
+def _check_value(name: str, value: Any) -> None:
+    option, hint = OPTIONS[name], get_args(GenerateOptions.__annotations__[name])[0]
+    choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    kind = value_type(name)
+    if kind is not str and (isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real)):
+        raise ValueError(f"{name} must be a{' whole' if kind is int else ''} number, got {value!r}")
+    bounds = (
+        (option.at_least, "at least", lambda bound: value >= bound),
+        (option.above, "greater than", lambda bound: value > bound),
+        (option.at_most, "at most", lambda bound: value <= bound),
+    )
+    if any(bound is not None and not fits(bound) for bound, _, fits in bounds):
+        expected = " and ".join(f"{words} {bound}" for bound, words, _ in bounds if bound is not None)
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _check_combination(options: Options, given: Mapping[str, Any]) -> None:
+    strategy = options.strategy
+    for name in given:
+        if (only := OPTIONS[name].strategy) is not None and only != strategy:
+            raise ValueError(f"{name} is an option of strategy='{only}', but the strategy is '{strategy}'")
+    if options.scoring != "log_prob" and strategy != "beam":
+        raise ValueError(
+            f"scoring='{options.scoring}' is an option of strategy='beam', but the strategy is '{strategy}'"
+        )
+    if strategy == "greedy" and (options.rerank or options.captions > 1):
+        raise ValueError(
+            "strategy='greedy' writes one caption; for several captions and for rerank use 'beam' or 'sample'"
+        )
+    if strategy == "beam" and options.captions > options.num_beams:
+        raise ValueError(f"{options.num_beams} beams cannot give {options.captions} captions; raise num_beams")
+    if strategy == "sample" and options.rerank and options.captions == 1:
+        raise ValueError("rerank needs several captions to order: set num_captions, or use strategy='beam'")
+    if "rerank_weight" in given and options.rerank is None:
+        raise ValueError("rerank_weight needs rerank='contrastive'")

@@ -38,44 +38,46 @@ class Sampling:
 
 
 def decode(
-    decoding: Decoding, beginnings: Prompts, constraints: Constraints, choose: Choice, count: int, pad_id: int
+    decoding: Decoding, prompts: Prompts, constraints: Constraints, choose: Choice, count: int, pad_id: int
 ) -> Hypotheses:
-    """`count` captions for each image, as drawn; their score is the mean log-probability of the chosen tokens.
+    """`count` captions for each image in the order of drawing; their score is the mean log-probability of the chosen
+    tokens.
 
-    An image leaves the batch when all of its captions have ended. A caption that fills its room still gets its end id.
+    An image leaves the batch when all of its captions have ended. A caption of the maximal length still ends with the
+    end id.
     """
-    start, end_id = beginnings.shortest, constraints.end_id
-    forced = beginnings.ids.repeat_interleave(count, dim=0)  # (R, L)
+    start, end_id = prompts.shortest, constraints.end_id
+    forced = prompts.ids.repeat_interleave(count, dim=0)  # (R, L)
     rows, length = forced.shape
     ids = torch.full_like(forced, pad_id)
     ids[:, :start] = forced[:, :start]
     log_probs = torch.zeros(rows, device=ids.device)
-    active = torch.arange(rows, device=ids.device)  # rows whose image is in the batch
-    going_on = torch.ones_like(active, dtype=torch.bool)  # which of those have not ended
+    active = torch.arange(rows, device=ids.device)  # rows whose image is still in the batch
+    unfinished = torch.ones_like(active, dtype=torch.bool)  # which of those have not ended
 
     logits = decoding.begin(ids[::count, :start], count)
     for position in range(start, length):
         model_scores = logits.log_softmax(dim=-1)  # (R, V)
         scores = constraints(model_scores, ids[active, :position])
         chosen = choose(scores) if position < length - 1 else torch.full_like(active, end_id)
-        given = forced[active, position]
-        free = (given == UNFORCED) & going_on
-        chosen = torch.where(given == UNFORCED, chosen, given).where(going_on, pad_id)
+        forced_here = forced[active, position]
+        free = (forced_here == UNFORCED) & unfinished
+        chosen = torch.where(forced_here == UNFORCED, chosen, forced_here).where(unfinished, pad_id)
         ids[active, position] = chosen
         log_probs[active] += model_scores.gather(1, chosen[:, None])[:, 0].where(free, 0)
 
-        going_on = going_on & (chosen != end_id)
-        images = going_on.view(len(going_on) // count, count).any(dim=1)
+        unfinished = unfinished & (chosen != end_id)
+        images = unfinished.view(len(unfinished) // count, count).any(dim=1)
         if position == length - 1 or not images.any():
             break
         if not images.all():
             kept = images.repeat_interleave(count)
             decoding.select(kept.nonzero()[:, 0], images.nonzero()[:, 0])
-            active, going_on, chosen = active[kept], going_on[kept], chosen[kept]
+            active, unfinished, chosen = active[kept], unfinished[kept], chosen[kept]
         logits = decoding.step(chosen[:, None])
 
-    written = caption_lengths(ids, end_id) - beginnings.lengths.repeat_interleave(count)
-    shape = (len(beginnings.ids), count)
+    written = caption_lengths(ids, end_id) - prompts.lengths.repeat_interleave(count)
+    shape = (len(prompts.ids), count)
     return Hypotheses(ids.view(*shape, length), (log_probs / written).view(shape), log_probs.view(shape))
 
 

@@ -3,26 +3,54 @@
 An image's keys and values for the decoder's cross-attention are computed once, however many captions are written for
 it: the captions of an image are the queries of one attention. Each step runs one new token per caption through the text
 tower and the decoder.
+
+`StaticDecoding` does this with shapes that never change, for `torch.compile` and CUDA graphs: the step of a GPU. The
+tests compile it on a CPU and compare its captions with those of `Decoding`; it has not been run on a GPU.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coca_lit.models.layers import KVCache
+from coca_lit.models.image import ImageEncoder, ImagePooling
+from coca_lit.models.layers import KeysValues, KVCache, StaticKVCache
+from coca_lit.models.text import Decoder, TextTower
+from coca_lit.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from coca_lit.models.coca import CoCa
+UNFORCED = -1  # in the place of a token that is chosen freely
 
-UNFORCED = -1  # stands for a token that is chosen, not given
+DecodingStep = Callable[..., Tensor]  # with the signature of `static_step`
+
+
+class Captioner(Protocol):
+    """What generation needs of a model."""
+
+    tokenizer: Tokenizer
+    image_encoder: ImageEncoder
+    pooling: ImagePooling
+    image_projection: nn.Linear
+    text: TextTower
+    decoder: Decoder | None
+    logit_scale: nn.Parameter
+    static_step: DecodingStep | None
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode_text(self, tokens: Tensor, lengths: Tensor | None = None, normalize: bool = True) -> Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
 
 
 class Prompts(NamedTuple):
-    """Start ids, perhaps with a prompt after them. Long prompts are forced while other captions are already written."""
+    """Start ids, perhaps with words after them. Long prompts are forced while other captions are already written."""
 
-    ids: Tensor  # (B, L), FREE where a prompt has ended
+    ids: Tensor  # (B, L), UNFORCED where a prompt has ended
     lengths: Tensor  # (B,)
     shortest: int
 
@@ -31,14 +59,14 @@ class Hypotheses(NamedTuple):
     """What a strategy writes, N captions for each image."""
 
     ids: Tensor  # (B, N, L), padded
-    scores: Tensor  # (B, N), what the strategy prefers them by
-    log_probs: Tensor  # (B, N), of the chosen tokens, summed, as the model has them before any constraint
+    scores: Tensor  # (B, N), what the strategy orders them by
+    log_probs: Tensor  # (B, N), of the chosen tokens, summed, before any constraint
 
 
 class Decoding:
-    """Captions in the making: one row per caption, as many rows for each image, rows of an image side by side."""
+    """Captions in the making: one row per caption, the same number of rows for each image, side by side."""
 
-    def __init__(self, model: "CoCa", image_tokens: Tensor, max_length: int) -> None:
+    def __init__(self, model: Captioner, image_tokens: Tensor, max_length: int) -> None:
         """image_tokens (B, S, E) -> a state with one caption for each image."""
         assert model.decoder is not None
         self._text, self._decoder = model.text, model.decoder
@@ -47,7 +75,7 @@ class Decoding:
         self._decoder_caches = [KVCache(max_length) for _ in self._decoder.self_blocks]
 
     def begin(self, tokens: Tensor, captions: int) -> Tensor:
-        """Reads beginnings (B, t), makes `captions` rows of each image and returns their logits (B · captions, V)."""
+        """Reads prompts (B, t), makes `captions` rows for each image and returns their logits (B · captions, V)."""
         logits = self.step(tokens)
         if captions == 1:
             return logits
@@ -56,43 +84,107 @@ class Decoding:
         return logits[rows]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Adds the tokens (R, t) and returns logits (R, V), in float32, of what follows the last of them."""
+        """Appends tokens (R, t) and returns logits (R, V), in float32, of the token after the last of them."""
         states = self._text.step(tokens, self._text_caches)
         hidden = self._decoder.step(states, self._image_keys_values, self._decoder_caches)
         return self._decoder.vocabulary(hidden[:, -1]).float()
 
     def select(self, rows: Tensor, images: Tensor | None = None) -> None:
-        """Keeps the given rows, in that order, and the given images if some are to leave."""
+        """Keeps the given rows, in that order, and the given images; None keeps all images."""
         for cache in (*self._text_caches, *self._decoder_caches):
             cache.select(rows)
         if images is not None:
             self._image_keys_values = [(k[images], v[images]) for k, v in self._image_keys_values]
 
 
-def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int, max_length: int) -> Prompts:
-    """Beginnings of `count` captions.
+def static_step(
+    text: TextTower,
+    decoder: Decoder,
+    tokens: Tensor,
+    position: Tensor,
+    image_keys_values: list[KeysValues],
+    storage: list[Tensor],
+) -> Tensor:
+    """Logits (R, V), in float32, of what follows the tokens (R, 1) at the position (1,).
+
+    Args:
+        storage: keys and values (2, R, H, L, D/H) of the self-attention layers, text tower first; the step writes those
+            of the tokens in place. A mask hides the positions to come.
+    """
+    mask = (torch.arange(storage[0].shape[3], device=position.device) <= position)[None, None, None]  # (1, 1, 1, L)
+    caches = [StaticKVCache(keys_values, position) for keys_values in storage]
+    states = text.step(tokens, caches[: len(text.blocks)], mask)
+    hidden = decoder.step(states, image_keys_values, caches[len(text.blocks) :], mask)
+    return decoder.vocabulary(hidden[:, -1]).float()
+
+
+class StaticDecoding(Decoding):
+    """A `Decoding` whose arrays keep their shapes, so one compiled graph serves every step and every batch of a size.
+
+    The caches hold `max_length` positions from the start. The prompts are still read with their own shape. Nothing in
+    the step waits for the device. Captions that end stay in the batch until all have ended; strategies do not notice,
+    because their rows are mapped to fixed slots.
+    """
+
+    def __init__(
+        self, model: Captioner, image_tokens: Tensor, max_length: int, step: DecodingStep = static_step
+    ) -> None:
+        super().__init__(model, image_tokens, max_length)
+        self._step = step
+        self._slots: Tensor | None = None  # of the rows that are still written (r,)
+
+    def begin(self, tokens: Tensor, captions: int) -> Tensor:
+        logits = super().begin(tokens, captions)
+        self._storage = [cache.storage() for cache in (*self._text_caches, *self._decoder_caches)]
+        self._position = torch.tensor([tokens.shape[1]], device=tokens.device)
+        self._captions = captions
+        self._rows = len(tokens) * captions
+        self._slots = torch.arange(self._rows, device=tokens.device)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        if self._slots is None:
+            return super().step(tokens)
+        spread = tokens.new_zeros(self._rows, 1)
+        spread[self._slots] = tokens
+        logits = self._step(self._text, self._decoder, spread, self._position, self._image_keys_values, self._storage)
+        self._position += 1
+        return logits[self._slots]
+
+    def select(self, rows: Tensor, images: Tensor | None = None) -> None:
+        """Moves rows among the slots of their image; a row that leaves is forgotten but still computed."""
+        if self._slots is None:
+            return super().select(rows, images)
+        source = self._slots[rows]
+        if images is not None:
+            self._slots = self._slots.view(-1, self._captions)[images].flatten()
+        order = torch.arange(self._rows, device=rows.device)
+        order[self._slots] = source
+        for keys_values in self._storage:
+            keys_values.copy_(keys_values[:, order])
+
+
+def encode_prompts(model: Captioner, prompt: str | Sequence[str] | None, count: int, max_length: int) -> Prompts:
+    """The beginnings of `count` captions.
 
     Raises:
         ValueError: an empty prompt, another number of prompts than of images, or one that leaves no room for a caption.
     """
-    rows = [[model.tokenizer.sot_id]] * count if prompt is None else _encode(model, prompt, count)
+    rows = [[model.tokenizer.sot_id]] * count
+    if prompt is not None:
+        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != count:
+            raise ValueError(f"got {len(prompts)} prompts for {count} images: give one for all, or one for each image")
+        rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
+        if empty := [i for i, ids in enumerate(rows) if len(ids) == 1]:
+            raise ValueError(f"prompt {empty[0]} has no words: give words, or no prompt at all (None)")
     longest = max(map(len, rows), default=1)
     if longest > max(max_length - 2, 1):  # the end and, after words, one more token
         raise ValueError(
             f"the prompt takes {longest} of {max_length} tokens and leaves no room for a caption; shorten it"
         )
     ids = torch.full((count, max_length), UNFORCED)
-    for row, beginning in zip(ids, rows, strict=True):
-        row[: len(beginning)] = torch.tensor(beginning)
-    lengths = torch.tensor([len(beginning) for beginning in rows])
+    for row, start in zip(ids, rows, strict=True):
+        row[: len(start)] = torch.tensor(start)
+    lengths = torch.tensor([len(start) for start in rows])
     return Prompts(ids.to(model.device), lengths.to(model.device), min(map(len, rows), default=1))
-
-
-def _encode(model: "CoCa", prompt: str | Sequence[str], count: int) -> list[list[int]]:
-    prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
-    if len(prompts) != count:
-        raise ValueError(f"got {len(prompts)} prompts for {count} images: give one for all, or one for each image")
-    rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]
-    if empty := [i for i, ids in enumerate(rows) if len(ids) == 1]:
-        raise ValueError(f"prompt {empty[0]} has no words: give words, or no prompt at all (None)")
-    return rows

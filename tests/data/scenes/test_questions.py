@@ -19,9 +19,9 @@ from coca_lit.data.scenes.render import AXES, decode, scene_records
 from coca_lit.data.scenes.render import VOCABULARY as CAPTION_VOCABULARY
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.metrics.vqa import blind_answers, vqa_scores
-from coca_lit.tokenizer import WordTokenizer, get_tokenizer
+from coca_lit.tokenizer import WordTokenizer
 
-TOKENIZER = get_tokenizer("scenes_vqa", 24)
+TOKENIZER = WordTokenizer(VOCABULARY, 24)
 
 
 def write_vqa(root: Path, split: str = "train2014", hidden: bool = False) -> None:

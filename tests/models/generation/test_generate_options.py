@@ -1,16 +1,21 @@
 """Filters of sampling against naive ones, reproducible draws, reranking, scores, attention, and errors that help."""
 
 import math
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import mypy.api
 import naive
 import pytest
 import torch
 from test_strategies import LENGTH, make_images, make_model, starts
 from torch import Tensor
 
+from coca_lit.cli.caption import GenerateConfig, generate_help
 from coca_lit.models import CoCa
 from coca_lit.models.generation.constraints import keep_top_k, keep_top_p
+from coca_lit.models.generation.options import OPTIONS, describe
 from coca_lit.models.generation.sampling import Sampling, caption_lengths
 
 
@@ -173,7 +178,7 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"temperature": 0.5}, "temperature is an option of strategy='sample', but the strategy is 'greedy'"),
         ({"strategy": "beam", "top_k": 5}, "top_k is an option of strategy='sample'"),
         ({"strategy": "beam", "generator": torch.Generator()}, "generator is an option of strategy='sample'"),
-        ({"scoring": "openclip_legacy"}, "is about beams"),
+        ({"scoring": "openclip_legacy"}, "scoring='openclip_legacy' is an option of strategy='beam'"),
         ({"strategy": "beam", "scoring": "logits"}, "scoring must be"),
         ({"num_captions": 2}, r"greedy.* writes one caption"),
         ({"rerank": "contrastive"}, r"greedy.* writes one caption"),
@@ -183,7 +188,7 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"strategy": "beam", "rerank_weight": 0.5}, "rerank_weight needs rerank"),
         (
             {"strategy": "beam", "rerank": "contrastive", "rerank_weight": 2.0},
-            "rerank_weight must be between 0 and 1, got 2",
+            "rerank_weight must be at least 0 and at most 1, got 2",
         ),
         ({"strategy": "beam", "num_beams": 0}, "num_beams must be at least 1, got 0"),
         ({"strategy": "sample", "num_captions": 0}, "num_captions must be at least 1, got 0"),
@@ -204,6 +209,59 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
 def test_wrong_options_are_explained(model: CoCa, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(make_images(2), **options)
+
+
+def test_a_misspelt_option_suggests_the_right_one(model: CoCa) -> None:
+    with pytest.raises(TypeError, match=r"generate has no option 'num_beems'; did you mean 'num_beams'\?"):
+        model.generate(make_images(1), strategy="beam", num_beems=4)
+
+
+@pytest.mark.parametrize("options", [{"top_k": "5"}, {"top_k": 2.5}, {"num_captions": True}, {"temperature": "hot"}])
+def test_wrong_types_are_explained(model: CoCa, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"{name} must be a( whole)? number, got "):
+        model.generate(make_images(1), strategy="sample", **options)
+
+
+def test_none_stands_for_the_default(model: CoCa) -> None:
+    images = make_images(3)
+    assert torch.equal(model.generate(images, **dict.fromkeys(OPTIONS)), model.generate(images))
+    beam = {"strategy": "beam", "num_beams": 2, "length_penalty": 1.0, "scoring": "log_prob", "min_length": 0}
+    assert torch.equal(model.generate(images, **beam), model.generate(images, strategy="beam"))
+
+
+def test_every_option_is_documented_and_a_key_of_the_command() -> None:
+    keys = {name: option for name, option in OPTIONS.items() if option.key}
+    assert OPTIONS.keys() - keys.keys() == {"generator"}
+    assert [field.name for field in fields(GenerateConfig)] == list(keys)
+    for name, option in OPTIONS.items():
+        assert f"{name}: {describe(name)}" in CoCa.generate.__doc__
+        assert option.help
+    assert all(describe(name) in generate_help() for name in keys)
+
+
+TYPED = """
+import torch
+from coca_lit.models import Captions, CoCa
+
+model, images = CoCa(), torch.zeros(1, 3, 224, 224)
+ids: torch.Tensor = model.generate(images, strategy="beam", num_beams=4)
+captions: Captions = model.generate(images, return_scores=True)
+model.generate(images, num_beems=4)  # E
+model.generate(images, strategy="beams")  # E
+model.generate(images, num_beams="4")  # E
+wrong: Captions = model.generate(images)  # E
+"""
+
+
+def test_the_call_is_typed(tmp_path: Path) -> None:
+    file = tmp_path / "typed.py"
+    file.write_text(TYPED)
+    out, _, _ = mypy.api.run(
+        [str(file), "--follow-imports=silent", "--cache-dir", str(tmp_path), "--ignore-missing-imports"]
+    )
+    found = {int(line.split(":")[1]) for line in out.splitlines() if ": error:" in line}
+    assert found == {i for i, line in enumerate(TYPED.splitlines(), start=1) if line.endswith("# E")}, out
 
 
 def test_generation_leaves_the_model_as_it_was(model: CoCa) -> None:

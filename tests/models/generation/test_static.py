@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from coca_lit.models import CoCa
-from coca_lit.models.generation.static import static_step
+from coca_lit.models.generation.state import static_step
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},

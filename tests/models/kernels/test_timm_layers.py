@@ -12,18 +12,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from coca_lit.models.image import ImageEncoder
-from coca_lit.models.kernels import linear
-from coca_lit.models.kernels import packed_attention as ragged
-from coca_lit.models.kernels.timm_cpu import DEPTHWISE, PatchProjection, ShortAttention, use_faster_parts
+from coca_lit.models.kernels import cpu_linear, replace_timm_layers, timm_layers
+from coca_lit.models.kernels.timm_layers import Depthwise, PatchProjection, ShortAttention
 
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def test_patches_times_weights_are_a_convolution() -> None:
     torch.manual_seed(0)
-    plain, fast = nn.Conv2d(3, 16, 8, 8).double(), nn.Conv2d(3, 16, 8, 8).double()
+    plain, fast = nn.Conv2d(3, 16, 8, 8).double(), PatchProjection(3, 16, 8, 8).double()
     fast.load_state_dict(plain.state_dict())
-    fast.__class__ = PatchProjection
     for size in ((32, 24), (35, 20)):  # what is left over at the edges is dropped
         x = torch.randn(2, 3, *size, dtype=torch.float64)
         assert_close(fast(x), plain(x))
@@ -35,9 +33,9 @@ def test_patches_times_weights_are_a_convolution() -> None:
 
 def test_short_attention_in_bf16_is_that_of_timm() -> None:
     torch.manual_seed(0)
-    plain, fast = Attention(32, 2, qkv_bias=True), Attention(32, 2, qkv_bias=True)
-    fast.load_state_dict(plain.state_dict())
-    fast.__class__ = ShortAttention
+    plain = Attention(32, 2, qkv_bias=True)
+    fast = ShortAttention(copy.deepcopy(plain))
+    assert fast.state_dict().keys() == plain.state_dict().keys()
     x = torch.randn(3, 10, 32)
     exact = plain(x)
     assert torch.equal(fast(x), exact)
@@ -56,7 +54,7 @@ def test_short_attention_in_bf16_is_that_of_timm() -> None:
 def test_it_is_used_in_bf16_training_while_probabilities_are_no_larger_than_queries(size: int, short: bool) -> None:
     encoder = ImageEncoder("vit_base_patch32_clip_224", size, **VIT | {"embed_dim": 64})  # heads of width 32
     images = torch.randn(1, 3, size, size)
-    with mock.patch.object(ragged, "self_attention", wraps=ragged.self_attention) as spy:
+    with mock.patch.object(timm_layers, "attend_text_by_text", wraps=timm_layers.attend_text_by_text) as spy:
         encoder(images)
         with torch.autocast("cpu", torch.bfloat16):
             encoder.eval()(images)
@@ -70,7 +68,7 @@ def test_without_gradients_its_linear_layers_choose_their_way_and_give_the_same(
     encoder = ImageEncoder("vit_base_patch32_clip_224", 40, **VIT).eval()
     images = torch.randn(2, 3, 40, 40)
     expected = encoder(images)
-    with torch.no_grad(), mock.patch.object(linear, "_onednn", wraps=linear._onednn) as product:
+    with torch.no_grad(), mock.patch.object(cpu_linear, "_onednn", wraps=cpu_linear._onednn) as product:
         found = encoder(images)
     assert product.call_count == 1 + 4 * VIT["depth"]  # patches; queries with keys and values, output, MLP
     assert_close(found, expected)
@@ -78,7 +76,7 @@ def test_without_gradients_its_linear_layers_choose_their_way_and_give_the_same(
 
 def test_what_it_does_not_know_stays() -> None:
     trunk = timm.create_model("vit_base_patch32_clip_224", qk_norm=True, img_size=32, **VIT)
-    use_faster_parts(trunk)
+    replace_timm_layers(trunk)
     assert type(trunk.blocks[0].attn) is Attention
     assert type(trunk.patch_embed.proj) is PatchProjection
 
@@ -119,13 +117,17 @@ def test_convolutions_with_channels_last_are_those_of_timm(name: str) -> None:
 def test_depthwise_convolutions_are_trained_in_fp32(name: str) -> None:
     """Under autocast to bf16: no farther from fp32 than timm's, and what is not trained stays in bf16."""
     torch.manual_seed(0)
-    plain = next(
-        module
-        for module in timm.create_model(name).modules()
+    trunk = timm.create_model(name)
+    path, plain = next(
+        (path, module)
+        for path, module in trunk.named_modules()
         if isinstance(module, nn.Conv2d) and module.groups > 1 and module.stride == (1, 1)
     )
-    fast = copy.deepcopy(plain)
-    fast.__class__ = DEPTHWISE[type(plain)]
+    plain = copy.deepcopy(plain)
+    replace_timm_layers(trunk)
+    fast = trunk.get_submodule(path)
+    assert isinstance(fast, Depthwise)
+    assert isinstance(fast, type(plain))
     x = torch.randn(2, plain.in_channels, 12, 12)
     exact = plain(x)
     exact_gradient = torch.autograd.grad(exact.square().sum(), plain.weight)[0]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from coca_lit.models import create_model
-from coca_lit.models.kernels import packed_attention as ragged
+from coca_lit.models.kernels import cpu_attention
 from coca_lit.models.layers import CrossBlock, SelfBlock, normalize_once
 from coca_lit.models.packing import Layout
 from coca_lit.models.text import legacy_attention_mask
@@ -31,7 +31,7 @@ def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 def rows(layout: Layout, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(sum(layout.lengths or []), width, generator=generator, dtype=dtype).requires_grad_()
+    return torch.randn(sum(layout.cpu_lengths or []), width, generator=generator, dtype=dtype).requires_grad_()
 
 
 def randomised(block: SelfBlock | CrossBlock) -> SelfBlock | CrossBlock:
@@ -63,14 +63,18 @@ def test_self_attention_is_that_of_the_grid(lengths: list[int], legacy: bool) ->
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_cross_attention_needs_no_keys_and_values(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
+def test_cross_attention_needs_no_keys_and_values(
+    lengths: list[int], dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block = randomised(CrossBlock(64, 48, 4)).to(dtype)
     layout = Layout(torch.tensor(lengths), packed=True)
     image = torch.randn(len(lengths), 7, 48, dtype=dtype).requires_grad_()
     x, normed = rows(layout, 64, dtype), normalize_once(image)
-    attend_without_kv, plain = block(x, normed, layout), block(x, block.keys_values(normed), layout)
-    assert relative([attend_without_kv], [plain]) < tolerance
-    assert relative(gradients(block, attend_without_kv, x, image), gradients(block, plain, x, image)) < tolerance
+    fast = block(x, normed, layout)
+    monkeypatch.setattr("coca_lit.models.kernels.process._on", False)
+    plain = block(x, normed, layout)
+    assert relative([fast], [plain]) < tolerance
+    assert relative(gradients(block, fast, x, image), gradients(block, plain, x, image)) < tolerance
 
 
 def test_the_bias_of_the_keys_gets_a_gradient_and_it_is_zero() -> None:
@@ -88,7 +92,7 @@ def test_texts_as_long_as_a_head_is_wide_get_keys_and_values(
     lengths: list[int], absorbs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(ragged, "cross_attention", lambda q, *_: calls.append(1) or q)
+    monkeypatch.setattr(cpu_attention, "attend_without_kv", lambda q, *_: calls.append(1) or q)
     block, layout = CrossBlock(64, 48, 4), Layout(torch.tensor(lengths), packed=True)
     block(rows(layout, 64), torch.randn(2, 7, 48), layout)
     assert bool(calls) == absorbs

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.models import create_model
-from coca_lit.models.kernels import linear
-from coca_lit.models.kernels.linear import Linear, packed_weights
+from coca_lit.models.kernels import cpu_linear
+from coca_lit.models.kernels.cpu_linear import Linear, packed_weights
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN multiplies no bf16 on this processor"
@@ -41,8 +41,8 @@ def test_in_fp32_rows_and_width_choose_the_way(
     layer, x = Linear(width, 96, bias=bias), torch.randn(*rows, width)
     with (
         torch.no_grad(),
-        mock.patch.object(linear, "_weights_left", wraps=linear._weights_left) as weights_left,
-        mock.patch.object(linear, "_onednn", wraps=linear._onednn) as by_onednn,
+        mock.patch.object(cpu_linear, "_weights_left", wraps=cpu_linear._weights_left) as weights_left,
+        mock.patch.object(cpu_linear, "_onednn", wraps=cpu_linear._onednn) as by_onednn,
     ):
         found = layer(x)
     assert (weights_left.called, by_onednn.called) == (left, onednn)

@@ -1,0 +1,98 @@
+"""Image encoders and text towers from outside the package, registered by name.
+
+A checkpoint stores the name of a registered part together with the module that registered it ("module:name"), as data:
+reading a checkpoint never imports that module. Import it first, or pass `imports=["module"]` to what reads or builds
+the model.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+Factory = Callable[..., nn.Module]
+
+
+class Registry:
+    """Factories by name.
+
+    Args:
+        kind: what the factories make, for messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._factories: dict[str, Factory] = {}
+
+    def register(self, name: str) -> Callable[[Factory], Factory]:
+        """A decorator that registers a factory, a function or a class.
+
+        Raises:
+            ValueError: the name is taken by another factory, or contains a colon.
+        """
+        if ":" in name:
+            raise ValueError(f"the name of a {self.kind} must not contain a colon, got '{name}'")
+
+        def decorate(factory: Factory) -> Factory:
+            known = self._factories.get(name)
+            if known is not None and (known.__module__, known.__qualname__) != (
+                factory.__module__,
+                factory.__qualname__,
+            ):
+                raise ValueError(f"a {self.kind} '{name}' is already registered by the module '{known.__module__}'")
+            self._factories[name] = factory
+            return factory
+
+        return decorate
+
+    def __contains__(self, spec: str) -> bool:
+        return spec.rpartition(":")[2] in self._factories
+
+    def spec(self, spec: str) -> str:
+        """A registered name in the form that checkpoints store, "module:name"; other names unchanged."""
+        name = spec.rpartition(":")[2]
+        return f"{self._factories[name].__module__}:{name}" if name in self._factories else spec
+
+    def build(self, spec: str, known: Iterable[str] = (), **arguments: Any) -> nn.Module:
+        """What the factory called `spec` ("name" or "module:name") makes of the arguments.
+
+        Args:
+            known: further names to suggest.
+
+        Raises:
+            ValueError: there is no such factory; the message says which module registered it, or suggests a name.
+        """
+        module, _, name = spec.rpartition(":")
+        if name in self._factories:
+            return self._factories[name](**arguments)
+        if module:
+            raise ValueError(
+                f"the {self.kind} '{name}' is not registered: the module '{module}' registers it, so import that first "
+                f"or pass imports=['{module}']"
+            )
+        names = [*self._factories, *known]
+        close = difflib.get_close_matches(name, names, n=5) or names[:5]
+        raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
+
+
+def import_modules(modules: Iterable[str]) -> None:
+    """Imports modules that register parts of models.
+
+    Raises:
+        ValueError: a module cannot be found.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            raise ValueError(f"imports: there is no module '{module}'; is its package installed?") from error
+
+
+IMAGE_ENCODERS = Registry("image encoder")
+TEXT_TOWERS = Registry("text tower")
+register_image_encoder = IMAGE_ENCODERS.register
+register_text_tower = TEXT_TOWERS.register

@@ -1,0 +1,124 @@
+"""Settings of the process: which library multiplies fp32 matrices, by what PyTorch tells of the processor."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from coca_lit.models import kernels
+from coca_lit.models.kernels import process
+from coca_lit.models.kernels.process import LARGEST_ERROR, SMALLEST_NETWORK
+
+AMD = {"architecture": "x86_64", "cpu_name": "AMD EPYC 9B14"}
+INTEL = {"architecture": "x86_64", "cpu_name": "Intel(R) Xeon(R) Platinum 8481C"}
+
+
+@pytest.fixture(autouse=True)
+def switch_back() -> Iterator[None]:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+    process._on = True
+
+
+def machine(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, str], amx: bool = False, exact: bool = True
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: capabilities["architecture"] == "x86_64")
+    monkeypatch.setattr(process, "_is_exact", lambda: exact)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "amx", "exact", "parameters", "chosen"),
+    [
+        (AMD, False, True, SMALLEST_NETWORK, "onednn: MKL is slow on this processor"),
+        (AMD, False, True, None, "onednn: MKL is slow on this processor"),
+        (AMD, False, True, SMALLEST_NETWORK - 1, "mkl: the network is small"),
+        (AMD, True, True, None, "mkl: oneDNN would round fp32 to bf16 on this processor"),
+        (AMD, False, False, None, "mkl: oneDNN would round fp32 to bf16 on this processor"),
+        (INTEL, False, True, None, "mkl: MKL is fast on this processor"),
+        ({"architecture": "aarch64"}, False, True, None, "mkl: the processor is unknown"),
+    ],
+    ids=["AMD", "AMD, any network", "small", "AMX", "rounds", "Intel", "ARM"],
+)
+def test_auto(
+    monkeypatch: pytest.MonkeyPatch,
+    capabilities: dict[str, str],
+    amx: bool,
+    exact: bool,
+    parameters: int | None,
+    chosen: str,
+) -> None:
+    machine(monkeypatch, capabilities, amx, exact)
+    assert kernels.use_fp32_matmul("auto", parameters) == chosen
+    assert kernels.fp32_matmul() == chosen.partition(":")[0]
+
+
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_a_library_can_be_demanded(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    machine(monkeypatch, INTEL)
+    assert kernels.use_fp32_matmul(library) == f"{library}, as configured"
+    assert kernels.fp32_matmul() == library
+
+
+def test_onednn_is_refused_where_it_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, AMD, amx=True)
+    with pytest.raises(ValueError, match="fp32_matmul=onednn cannot be used: oneDNN would round fp32 to bf16"):
+        kernels.use_fp32_matmul("onednn")
+    assert kernels.fp32_matmul() == "mkl"
+
+
+def test_unknown_library() -> None:
+    with pytest.raises(ValueError, match="fp32_matmul must be one of auto, mkl, onednn, got 'openblas'"):
+        kernels.use_fp32_matmul("openblas")
+
+
+def test_switched_off_there_is_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, AMD)
+    kernels.use_fp32_matmul("onednn")
+    kernels.enable(False)
+    assert kernels.fp32_matmul() == "mkl"
+    assert kernels.use_fp32_matmul("auto") == "mkl: kernels are switched off"
+
+
+def test_whatever_is_chosen_here_is_exact() -> None:
+    kernels.use_fp32_matmul("auto")
+    x, y = torch.randn(300, 500), torch.randn(500, 700)
+    exact = x.double() @ y.double()
+    assert ((x @ y).double() - exact).norm() / exact.norm() < LARGEST_ERROR
+
+
+def test_the_check_of_exactness_sees_rounding() -> None:
+    """And leaves the library as it was. Under autocast products round to bf16."""
+    assert process._is_exact() or torch.cpu._is_amx_tile_supported()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not process._is_exact()
+    assert kernels.fp32_matmul() == "mkl"
+
+
+FREED_AND_TAKEN = """
+import resource, torch
+from coca_lit.models import kernels
+torch.zeros(1)
+kernels.enable({on})
+kernels.keep_freed_memory()
+torch.ones(2**24)  # 64 MiB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_freed_memory_stays_with_the_process() -> None:
+    """Counted in pages that the system had to provide: 5 times 64 MiB, or next to none."""
+    pages = {}
+    for on in (False, True):
+        command = [sys.executable, "-c", FREED_AND_TAKEN.format(on=on)]
+        pages[on] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert pages[True] < 100 < pages[False]

@@ -1,0 +1,155 @@
+"""Image encoders and text towers from a package that is not ours."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import coca_lit
+from coca_lit.losses import loss_terms
+from coca_lit.models import CoCa, create_model, register_image_encoder
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
+
+PACKAGE = '''
+import torch
+from torch import nn
+
+from coca_lit.models import register_image_encoder, register_text_tower
+from coca_lit.models.text import TextTower
+
+
+@register_image_encoder("patches")
+class Patches(nn.Module):
+    """Pixels in patches, each through a linear layer and a batch norm."""
+
+    mean = std = (0.5, 0.5, 0.5)
+
+    def __init__(self, image_size, size=8, width=48):
+        super().__init__()
+        self.width = width
+        self.project = nn.Conv2d(3, width, size, size)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, images):
+        return self.norm(self.project(images))
+
+
+@register_text_tower("shifted")
+def shifted(shift=1.0, **sizes):
+    class Shifted(TextTower):
+        def _embed(self, *arguments):
+            return super()._embed(*arguments) + shift
+
+    return Shifted(**sizes)
+'''
+GUESTS = {
+    "image_encoder": "patches",
+    "image_encoder_args": {"size": 4},
+    "text_tower": "shifted",
+    "text_tower_args": {"shift": 0.5},
+}
+Import = Callable[[], ModuleType]
+
+
+@pytest.fixture(autouse=True)
+def forget_guests() -> Iterator[None]:
+    yield
+    sys.modules.pop("their_package", None)
+    IMAGE_ENCODERS._factories.clear()
+    TEXT_TOWERS._factories.clear()
+
+
+@pytest.fixture(autouse=True)
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package outside of ours that can be imported and is not imported yet."""
+    (tmp_path / "their_package.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def guest() -> CoCa:
+    torch.manual_seed(0)
+    return create_model("coca_tiny", imports=["their_package"], **GUESTS)
+
+
+def inputs(model: CoCa) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, model.tokenizer(["a red circle", "a blue square left of a star"])
+
+
+def test_guests_train_and_write() -> None:
+    model = guest().train()
+    images, tokens = inputs(model)
+    sum(loss_terms(model(images, tokens)).values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.image_encoder(images).shape == (2, 64, 48)
+    assert model.image_encoder.normalise.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert model.generate(images, max_length=6).shape == (2, 6)
+    with pytest.raises(ValueError, match="no method set_grad_checkpointing"):
+        model.set_grad_checkpointing("blocks")
+    model.set_grad_checkpointing("cross_attention")
+
+
+def test_the_shift_of_the_tower_matters() -> None:
+    model, plain = guest().eval(), create_model("coca_tiny").eval()
+    plain.text.load_state_dict(model.text.state_dict())
+    _, tokens = inputs(model)
+    assert not torch.allclose(model.encode_text(tokens), plain.encode_text(tokens))
+
+
+def test_a_file_stores_names_and_plain_arguments(tmp_path: Path) -> None:
+    model = guest().eval()
+    stored = {key: model.config[key] for key in GUESTS}
+    assert stored == GUESTS | {"image_encoder": "their_package:patches", "text_tower": "their_package:shifted"}
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    again = coca_lit.load_model(tmp_path / "model.safetensors")
+    images, tokens = inputs(model)
+    assert torch.equal(again.encode_image(images), model.encode_image(images))
+    assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
+    assert again.config == model.config
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_reading_a_file_imports_nothing_by_itself(tmp_path: Path, kind: str) -> None:
+    model, path = guest().eval(), tmp_path / f"model.{kind}"
+    if kind == "ckpt":
+        state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({"state_dict": state, "coca_lit_model": model.config}, path)
+    else:
+        coca_lit.save_model(model, path)
+    del sys.modules["their_package"]
+    IMAGE_ENCODERS._factories.clear()
+    TEXT_TOWERS._factories.clear()
+    message = (
+        "the image encoder 'patches' is not registered: the module 'their_package' registers it, so import that first "
+        r"or pass imports=\['their_package'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        coca_lit.load_model(path)
+    assert "their_package" not in sys.modules
+    images, _ = inputs(model)
+    again = coca_lit.load_model(path, imports=["their_package"])
+    assert torch.equal(again.encode_image(images), model.encode_image(images))
+
+
+def test_models_without_guests_have_the_config_of_earlier_versions() -> None:
+    assert not {"text_tower", "text_tower_args"} & create_model("coca_tiny").config.keys()
+
+
+def test_errors() -> None:
+    register_image_encoder("other")(nn.Identity)
+    register_image_encoder("other")(nn.Identity)  # the same once more, as after a reload
+    with pytest.raises(ValueError, match=r"image encoder 'other' is already registered by the module 'torch\.nn"):
+        register_image_encoder("other")(nn.Linear)
+    with pytest.raises(ValueError, match="must not contain a colon, got 'a:b'"):
+        register_image_encoder("a:b")
+    with pytest.raises(ValueError, match="there is no image encoder 'othr'; similar names: other"):
+        create_model("coca_tiny", image_encoder="othr")
+    with pytest.raises(ValueError, match="there is no text tower 'lstm'"):
+        create_model("coca_tiny", text_tower="lstm")
+    with pytest.raises(ValueError, match="imports: there is no module 'not_there'; is its package installed"):
+        create_model("coca_tiny", imports=["not_there"])
