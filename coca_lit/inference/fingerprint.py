@@ -2,8 +2,8 @@
 
 import json
 
-from coca_lit.digest import digest
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.weights.digest import digest
 
 
 def fingerprint(model: DualEncoder) -> str:

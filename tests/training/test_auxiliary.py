@@ -15,9 +15,9 @@ from running import ROOT, run
 from coca_lit.auxiliary.answers import AnswerClassifier
 from coca_lit.auxiliary.image_decoder import ImageDecoder, sheet
 from coca_lit.data.batch import Batch
-from coca_lit.data.scenes.datamodule import ScenesDataModule
+from coca_lit.data.datamodule import SceneQuestionsDataModule, ScenesDataModule
 from coca_lit.data.scenes.export import export_scenes
-from coca_lit.data.scenes.questions import SceneQuestionsDataModule, scene_question_records
+from coca_lit.data.scenes.questions import scene_question_records
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
@@ -36,7 +36,7 @@ def net() -> CoCa:
 
 @pytest.fixture(scope="module")
 def questions(net: CoCa) -> Batch:
-    return next(iter(SceneQuestionsDataModule(net.tokenizer, 8, train_count=8).train_dataloader()))
+    return next(iter(SceneQuestionsDataModule(tokenizer=net.tokenizer, batch_size=8, train_count=8).train_dataloader()))
 
 
 # The answer classifier
@@ -150,7 +150,7 @@ def test_it_learns_to_draw_what_a_caption_says() -> None:
     """Four scenes are drawn nearer to the truth than by the mean of them, which knows no caption."""
     torch.manual_seed(0)
     net = create_model("coca_tiny")
-    batch = next(iter(ScenesDataModule(net.tokenizer, 4, train_count=4).train_dataloader()))
+    batch = next(iter(ScenesDataModule(tokenizer=net.tokenizer, batch_size=4, train_count=4).train_dataloader()))
     module = CoCaLit(net, OPTIMIZER, auxiliary={"image_decoder": partial(ImageDecoder, layers=1)})
     decoder = module.auxiliary["image_decoder"]
     optimizer = torch.optim.Adam([*net.text.parameters(), *decoder.parameters()], lr=3e-3)

@@ -1,4 +1,4 @@
-"""A digest of weights: what was computed with other weights, or other settings, gets another name."""
+"""A digest of weights, to name what was computed with them."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """32 hexadecimal digits, equal for equal descriptions and tensors that are equal by name and bit for bit."""
+    """32 hexadecimal digits, equal for equal descriptions and tensors of equal names, types, shapes and bits."""
     found = hashlib.sha256(about.encode())
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
