@@ -1,10 +1,9 @@
-"""Files on which a process may be killed at any moment: they are whole or not there, and lists end with a whole line.
+"""Files that survive a kill at any moment: they are complete or absent, and appended files end with a complete line.
 
-Whatever the project writes in order to go on from it later is written by these functions.
+Everything that the project writes in order to resume from it later is written by these functions.
 """
 
 import csv
-import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,22 +15,22 @@ from coca_lit.errors import DataError
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes temporary files that killed processes left in a folder; `name` is the pattern of what they were for."""
+    """Removes temporary files that killed processes left in a folder; `name` is a pattern of the final names."""
     for file in folder.glob(f".{name}.*.tmp"):
         file.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block wrote there takes the place of `path` when the block ends well.
+    """A temporary path beside `path`, which replaces `path` when the block ends without an error.
 
-    It is synced first, so that a crash of the machine leaves the old content or the new one.
+    It is synced first, so that a crash of the machine leaves either the old content or the new one.
 
     Raises:
         DataError: nothing can be written there.
     """
     temporary = _beside(path)
-    with _blame(path):
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         try:
@@ -43,22 +42,14 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process of a machine at a time runs the block; the lock is given up when its process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def atomic_write(path: Path, content: bytes) -> None:
-    """A file that is there with all its content or not at all, also after a crash; raises as `replacing`."""
+    """Writes a file that is complete or absent, also after a crash; raises as `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def atomic_symlink(link: Path, target: Path) -> None:
-    """Makes `link` a symbolic link to a file beside it, in one step whatever was there before."""
+    """Makes `link` a symbolic link to a file beside it, replacing in one step whatever was there."""
     temporary = _beside(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
@@ -66,20 +57,20 @@ def atomic_symlink(link: Path, target: Path) -> None:
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Adds lines, which are with the operating system when this returns. One that an earlier crash cut off is removed.
+    """Appends lines and hands them to the operating system; an incomplete last line of an earlier crash is removed.
 
     Raises:
         DataError: nothing can be written there.
     """
-    with _blame(path):
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            _remove_cut_line(file)
+            _remove_incomplete_line(file)
             file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    """The lines of a file with their line breaks, none if it is not there; without a last one that a crash cut off."""
+    """The lines of a file with their line breaks, none if it does not exist; without an incomplete last line."""
     if path.exists():
         with path.open("rb") as file:
             yield from (line.decode(errors="replace") for line in file if line.endswith(b"\n"))
@@ -97,8 +88,10 @@ def _beside(path: Path) -> Path:
 
 
 def _rename(temporary: Path, path: Path) -> None:
-    """In one step, and for good: until its folder is synced, a crash could undo it."""
+    """In one step and durably: until the folder is synced, a crash could undo it."""
     os.replace(temporary, path)
+    if os.name == "nt":  # where folders cannot be opened
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -106,7 +99,7 @@ def _rename(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def _remove_cut_line(file: IO[bytes]) -> None:
+def _remove_incomplete_line(file: IO[bytes]) -> None:
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 4096)
@@ -119,7 +112,7 @@ def _remove_cut_line(file: IO[bytes]) -> None:
 
 
 @contextmanager
-def _blame(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Randomness keyed by what it is for, so that it depends neither on workers nor on where a run was resumed."""
+"""Seeds derived from their purpose, so that randomness depends neither on workers nor on where a run was resumed."""
 
 import hashlib
 

@@ -1,6 +1,4 @@
-"""`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` looks at every sample of them, and
-`coca-data recipe NAME` says how to fetch a well-known set.
-"""
+"""`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them."""
 
 import argparse
 import os
@@ -10,41 +8,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from coca_lit.data.shards.manifest import ManifestEntry
+    from coca_lit.data.shards.listing import ManifestEntry
 
 T = TypeVar("T")
 
 PREPARE = """\
 Writes a .csv, .tsv or .parquet file of local images and captions, a COCO or Flickr folder, a folder of NAME.jpg and
 NAME.txt, or the .tar files of img2dataset as shards with a manifest. Images are decoded once and copied as they are;
-broken ones are left out. An interrupted command goes on where it was."""
+broken ones are left out. An interrupted command resumes where it stopped."""
 CHECK = """\
 Decodes every image and caption of a set of shards, names what is broken, and writes manifest.json beside the shards:
-samples, bytes and sha256 of each. Training then refuses a shard that has changed. With a manifest from before, it
-compares. An interrupted check goes on where it was."""
+samples, bytes and sha256 of each. Training then refuses a shard that has changed. An existing manifest is compared
+first. An interrupted check resumes where it stopped."""
 
 
 def data(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `coca-data`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    """Entry point of `coca-data`. A `UserError` is one sentence on standard error and exit code 1."""
     parser = argparse.ArgumentParser("coca-data", description="Prepares and checks image-text shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_check(commands)
-    _add_recipe(commands)
     options = parser.parse_args(arguments)
 
-    from coca_lit.errors import DataError
+    from coca_lit.errors import UserError
 
     try:
         options.run(options)
-    except (DataError, FileNotFoundError, PermissionError) as error:
+    except (UserError, FileNotFoundError, PermissionError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
+        sys.exit("interrupted: the same command resumes from here")
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("check", help="look at every sample and write a manifest", description=CHECK)
+    parser = commands.add_parser("check", help="decode every sample and write a manifest", description=CHECK)
     parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
     parser.add_argument(
         "--caption-key", default="txt", help="field of the samples' JSON that holds the caption (default: the .txt)"
@@ -56,8 +53,7 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _check(options: argparse.Namespace) -> None:
     from coca_lit.data.prepare import check as shard_check
-    from coca_lit.data.shards.listing import local_shards
-    from coca_lit.data.shards.manifest import read_manifest, write_manifest
+    from coca_lit.data.shards.listing import local_shards, read_manifest, write_manifest
     from coca_lit.errors import DataError
 
     paths = local_shards(options.shards)
@@ -77,7 +73,7 @@ def _check(options: argparse.Namespace) -> None:
     if changes and not options.update:
         raise DataError(
             f"{changes[0]}{f', and {len(changes) - 1} more like it' if len(changes) > 1 else ''}: "
-            "restore what was there, or accept what is there now with --update"
+            "restore the shards, or accept the present ones with --update"
         )
     folders = shard_check.by_folder(reports)
     for folder, entries in folders.items():
@@ -106,8 +102,7 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _prepare(options: argparse.Namespace) -> None:
     from coca_lit.data.prepare import write as prepare
     from coca_lit.data.prepare.pairs import read_pairs
-    from coca_lit.data.shards.listing import local_shards
-    from coca_lit.data.shards.manifest import write_manifest
+    from coca_lit.data.shards.listing import local_shards, write_manifest
 
     if options.source.is_dir() and [*options.source.glob("*.tar")]:
         tasks = prepare.plan_shards(local_shards(str(options.source)))
@@ -125,22 +120,13 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
 
 
-def _add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    from coca_lit.data.prepare.recipes import RECIPES
-
-    text = "Prints the commands that fetch a well-known set of the web as shards, with img2dataset."
-    parser = commands.add_parser("recipe", help="how LAION, DataComp and others become shards", description=text)
-    parser.add_argument("name", choices=RECIPES)
-    parser.set_defaults(run=lambda options: print(RECIPES[options.name].commands(options.name)))
-
-
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad-fraction",
         type=float,
         default=0.05,
         metavar="FRACTION",
-        help="of bad samples above which no manifest is written (default: %(default)s)",
+        help="fraction of bad samples above which no manifest is written (default: %(default)s)",
     )
     parser.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes (default: one per core)")
 

@@ -1,4 +1,4 @@
-"""Counting broken samples: a few are normal on the web, many mean that something else is wrong and stop the run."""
+"""Counting broken samples: a few are normal on the web, many stop the run, as something else must be wrong."""
 
 import logging
 from collections import Counter
@@ -10,20 +10,20 @@ from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
 
-MIN_SEEN = 200  # before that many samples a fraction says little
+MIN_SEEN = 200  # samples before the fraction is judged
 
 
 class BadSample(NamedTuple):
-    """One sample that was left out, or a shard that broke off there."""
+    """A sample that was skipped, or a shard that is truncated."""
 
-    shard: str  # empty where the data are no shards
-    key: str  # empty where the shard breaks off
+    shard: str  # empty if the data are no shards
+    key: str  # empty if it is the shard that is broken
     reason: str
     detail: str = ""
 
 
 class BadSampleError(Exception):
-    """There is no example to be made of a sample; another one stands in."""
+    """A sample cannot be used and is to be replaced."""
 
     def __init__(self, sample: BadSample) -> None:
         super().__init__(sample)
@@ -33,9 +33,9 @@ class BadSampleError(Exception):
 class BadSamples:
     """One worker's count per reason and per shard; `seen` counts good samples too.
 
-    Raises `DataError` as soon as more than `max_fraction` of at least `MIN_SEEN` samples were bad, or at the end of a
-    pass over the worker's shards; if none may be bad at the first one, before anything is trained in its place. In a
-    DataLoader worker the error ends the training with the same message.
+    Raises `DataError` when more than `max_fraction` of the samples are bad: as soon as `MIN_SEEN` have been seen, at
+    the end of a pass over the worker's shards, and with `max_fraction=0` at the first one, before a replacement is
+    trained on. In a DataLoader worker the error ends the training with the same message.
     """
 
     def __init__(self, max_fraction: float):
@@ -67,14 +67,14 @@ class BadSamples:
         self._whole_shards.append(samples)
 
     def lose(self, reason: str, shard: str, samples: int | None, detail: str = "") -> None:
-        """The rest of a shard is lost: `samples` of them, or if that is unknown, as many as shards had on average."""
+        """Counts the rest of a shard as bad: `samples`, or if that is unknown the average size of a shard."""
         if samples is None:
             samples = sum(self._whole_shards) // len(self._whole_shards) if self._whole_shards else 1
         self.seen += max(samples, 1)
         self.add(reason, shard, detail=detail, count=max(samples, 1))
 
     def end_of_pass(self) -> None:
-        """Judge whatever was seen; also raises when not one sample was good, which would go on for ever."""
+        """Judges the count; also raises when no sample of the pass was good, as the next pass would be no better."""
         good = self.seen - self.reasons.total()
         if good == self._good:
             raise DataError(f"the shards hold no usable sample: {self.summary()}")
@@ -82,7 +82,7 @@ class BadSamples:
         self._judge()
 
     def take(self) -> tuple[BadSample, ...]:
-        """What was found since the last call."""
+        """The bad samples found since the last call."""
         found, self.found = self.found, []
         return tuple(found)
 
@@ -101,7 +101,7 @@ class BadSamples:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of single samples within the block, for whoever reports them all afterwards."""
+    """Silences warnings of single samples within the block, for commands that report them all afterwards."""
     logging.disable(logging.WARNING)
     try:
         yield

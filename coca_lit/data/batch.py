@@ -1,4 +1,4 @@
-"""`Batch` is the one contract between data, LightningModule and evaluations."""
+"""`Batch` is the contract between data, LightningModule and evaluations."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from coca_lit.data.bad_samples import BadSample
 class Batch(NamedTuple):
     """B captioned images, or questions with an answer, or texts alone."""
 
-    images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders give them; normalised on the device. For
-    # texts alone (0, 3, H, W); where they are cached, tokens of the image encoder, (B, S, C) fp16
+    images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
+    # (0, 3, H, W) for texts alone; cached features of the image encoder are (B, S, C) fp16
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end
     keys: list[str]  # sample ids, for error reports
-    bad: tuple[BadSample, ...] = ()  # what was left out while this batch was made
-    sources: tuple[str, ...] = ()  # (B) where each sample comes from, for mixtures of several
+    bad: tuple[BadSample, ...] = ()  # skipped while this batch was made
+    sources: tuple[str, ...] = ()  # (B) the source of each sample in a mixture
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
     answers: tuple[tuple[str, ...], ...] = ()  # (B) all answers to each question
 
@@ -29,16 +29,16 @@ class Example(NamedTuple):
     image: Tensor  # (3, H, W) uint8, or (S, C) fp16
     tokens: list[int]  # with start and end, not padded
     key: str
-    bad: tuple[BadSample, ...] = ()  # what this one stands in for
+    bad: tuple[BadSample, ...] = ()  # samples that this one replaces
     source: str = ""
     prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
-    answers: tuple[str, ...] = ()  # all that the question got
+    answers: tuple[str, ...] = ()  # all answers to the question
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Stack examples, padding the captions only to the longest of them."""
     tokens, lengths = padded([example.tokens for example in examples], pad_id)
-    images = _together([example.image for example in examples])
+    images = _stack([example.image for example in examples])
     bad = tuple(found for example in examples for found in example.bad)
     sources = tuple(example.source for example in examples if example.source)
     keys, answers = [example.key for example in examples], tuple(example.answers for example in examples)
@@ -48,15 +48,15 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers)
 
 
-def _together(images: Sequence[Tensor]) -> Tensor:
-    """Pixels (B, 3, H, W) channels last, or cached tokens (B, S, C)."""
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """Pixels (B, 3, H, W) channels last, or cached features (B, S, C)."""
     if images[0].ndim == 2:
         return torch.stack(list(images))
     shape = (len(images), *images[0].shape)
-    together = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for place, image in zip(together, images, strict=True):
-        place.copy_(image)
-    return together
+    stacked = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for target, image in zip(stacked, images, strict=True):
+        target.copy_(image)
+    return stacked
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Map-style data sets: what one training or validation example is."""
+"""Map-style data sets: how a training or validation example is made of a record."""
 
 import random
 from collections.abc import Sequence
@@ -10,10 +10,9 @@ from torch.utils.data import Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
-from coca_lit.data.feature_cache import is_mirrored, mirrored, read_tokens
-from coca_lit.data.pixels import load_pixels
+from coca_lit.data.feature_cache import is_mirrored, mirrored, read_features
 from coca_lit.data.records import MAX_MISSING, Record
-from coca_lit.data.transforms import TrainTransform, Transform, whole
+from coca_lit.data.transforms import TrainTransform, Transform, load_pixels, whole
 from coca_lit.errors import DataError
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -22,8 +21,8 @@ from coca_lit.tokenizer import Tokenizer
 class TrainingExamples(Dataset[Example]):
     """Examples indexed by (epoch, i), the same on any worker of any rank, before and after a resume.
 
-    For a sample that cannot be used another one stands in, drawn with a key of its own; more than `max_bad_fraction` of
-    them stop the training.
+    A sample that cannot be used is replaced by a random one, drawn with a seed of its own; more than `max_bad_fraction`
+    of them stop the training.
     """
 
     max_tries = 10  # one bad image is an accident, ten in a row are a broken disk
@@ -35,11 +34,11 @@ class TrainingExamples(Dataset[Example]):
         raise NotImplementedError
 
     def example(self, epoch: int, i: int) -> Example:
-        """Raises `BadSampleError` if there is none."""
+        """Raises `BadSampleError` if the sample cannot be used."""
         raise NotImplementedError
 
     def replacement(self, i: int, rng: random.Random) -> int:
-        """A sample to take instead of `i`."""
+        """The index of a sample to use instead of `i`."""
         return rng.randrange(len(self))
 
     def __getitem__(self, index: tuple[int, int]) -> Example:
@@ -56,9 +55,9 @@ class TrainingExamples(Dataset[Example]):
 
 
 class CaptionDataset(TrainingExamples):
-    """Training examples of records: one caption drawn at random, a random crop, both keyed by (seed, epoch, record id).
+    """Training examples of records: a random caption and a random crop, both seeded by (seed, epoch, record id).
 
-    Images that are not there at all count as bad.
+    Missing images count as bad.
     """
 
     def __init__(self, records: Sequence[Record], transform: TrainTransform, tokenizer: Tokenizer, seed: int = 0):
@@ -71,16 +70,20 @@ class CaptionDataset(TrainingExamples):
     def example(self, epoch: int, i: int) -> Example:
         record = self.records[i]
         rng = random.Random(stable_seed(self.seed, epoch, record.id))
-        caption = rng.choice(record.captions)
+        choice = rng.randrange(len(record.captions))
         try:
-            pixels = load_pixels(record.image)
+            image, record = self.image(i, record, rng)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
-        return _example(self.transform(pixels, rng), caption, record, self.tokenizer)
+        return _example(image, record.captions[choice], record, self.tokenizer)
+
+    def image(self, i: int, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
+        """The image, and the record with the texts that go with it."""
+        return self.transform(load_pixels(record.image), rng), record
 
 
 class CachedCaptionDataset(CaptionDataset):
-    """Training examples whose image is one of several views of it, drawn like the caption, as tokens of the encoder.
+    """Training examples with cached features of a random view of each image, drawn with the seed of the caption.
 
     Args:
         views: files of `coca_lit.data.feature_cache`.
@@ -90,19 +93,13 @@ class CachedCaptionDataset(CaptionDataset):
         super().__init__(records, whole, tokenizer, seed)
         self.views = views
 
-    def example(self, epoch: int, i: int) -> Example:
-        record = self.records[i]
-        rng = random.Random(stable_seed(self.seed, epoch, record.id))
-        caption, view = rng.choice(record.captions), rng.randrange(len(self.views))
-        try:
-            tokens = read_tokens(self.views[view], i)
-        except DataError as error:
-            raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
-        return _example(tokens, mirrored(caption) if is_mirrored(view) else caption, record, self.tokenizer)
+    def image(self, i: int, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
+        view = rng.randrange(len(self.views))
+        return read_features(self.views[view], i), mirrored(record) if is_mirrored(view) else record
 
 
 class FirstCaptionDataset(Dataset[Example]):
-    """Validation examples: the first caption and a deterministic transform, so that losses compare over time.
+    """Validation examples: the first caption and a deterministic transform, so that losses can be compared over time.
 
     For the same reason an image that cannot be decoded is an error.
     """
@@ -122,14 +119,14 @@ class FirstCaptionDataset(Dataset[Example]):
 
 
 class CachedFirstCaptionDataset(FirstCaptionDataset):
-    """Validation examples with the tokens of the encoder in place of pixels; `view` is the file of the plain images."""
+    """Validation examples with cached features in place of pixels; `view` is the file of the unaugmented images."""
 
     def __init__(self, records: Sequence[Record], view: Path, tokenizer: Tokenizer):
         super().__init__(records, _no_transform, tokenizer)
         self.view = view
 
     def _image(self, i: int) -> Tensor:
-        return read_tokens(self.view, i)
+        return read_features(self.view, i)
 
 
 def _no_transform(image: Image.Image) -> Tensor:
@@ -137,7 +134,7 @@ def _no_transform(image: Image.Image) -> Tensor:
 
 
 def _example(image: Tensor, caption: str, record: Record, tokenizer: Tokenizer) -> Example:
-    """With the caption; of a question with the question and that answer as one text."""
+    """With the caption as text; for a question with the question and this answer."""
     if not record.question:
         return Example(image, tokenizer.encode(caption), str(record.id))
     tokens, prefix_length = tokenizer.encode_answer(record.question, caption)

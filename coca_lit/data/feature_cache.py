@@ -1,9 +1,9 @@
-"""What the frozen stages of an image encoder give, computed once: training then skips them, most of the work of a small
+"""Caches the output of the frozen stages of an image encoder, so that training skips them: most of the work of a small
 captioner.
 
-What is lost is fresh augmentation in every epoch, so several views of each image can be encoded: the image itself, its
-mirror image, then random crops. Every view is one memory-mapped file in fp16, whole or not there, so a run that is
-killed while it encodes loses one view at most.
+The price is augmentation that no longer differs between epochs, so several views of each image can be encoded: the
+image itself, its mirror image, then random crops. Each view of all images is one memory-mapped file in fp16, complete
+or absent, so a run that is killed while encoding loses one view at most.
 """
 
 import functools
@@ -23,9 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.pixels import load_pixels
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import TrainTransform, Transform
+from coca_lit.data.transforms import TrainTransform, Transform, load_pixels
 from coca_lit.distributed import gather_objects, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
@@ -39,15 +38,15 @@ SIDES = {"left": "right", "right": "left"}
 
 
 class FeatureCache:
-    """Image tokens (S, C) of every record, view by view, in files of one folder per encoder and way of making views.
+    """Features (S, C) of every record, one file per view, in one folder per encoder and augmentation.
 
     Args:
-        folder: where the folders of all encoders lie; every process of a run must see the same.
-        encoder: pixels (B, 3, H, W) -> tokens (B, S, C); frozen, and all or the beginning of the network's.
-        plain: what an evaluation does to an image.
-        crop: what training does to it.
-        precision: makes the context in which the encoder runs while training, such as autocast.
-        name_of_precision: tells one such context from another.
+        folder: of the caches of all encoders; every process of a run must see the same.
+        encoder: pixels (B, 3, H, W) -> features (B, S, C); the network's image encoder or its first stages, frozen.
+        plain: transform of evaluations.
+        crop: transform of training.
+        precision: makes the context in which the encoder runs during training, such as autocast.
+        precision_name: tells such contexts apart.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class FeatureCache:
         crop: TrainTransform,
         seed: int,
         precision: Callable[[], AbstractContextManager] = nullcontext,
-        name_of_precision: str = "",
+        precision_name: str = "",
     ) -> None:
         if any(p.requires_grad for p in encoder.parameters()):
             raise DataError(
@@ -67,18 +66,18 @@ class FeatureCache:
                 "data.cached_augmentations=0"
             )
         tensors = chain(encoder.named_parameters(), encoder.named_buffers())
-        about = (repr(encoder), _describe(plain), _describe(crop), seed, name_of_precision)
+        about = (repr(encoder), _describe(plain), _describe(crop), seed, precision_name)
         self.folder = Path(folder) / digest(repr(about), tensors)
         self.encoder, self.plain, self.crop, self.seed, self.precision = encoder, plain, crop, seed, precision
 
     def encode(self, records: Sequence[Record], count: int, num_workers: int, device: torch.device) -> list[Path]:
-        """The files of `count` views of the records, those that are missing encoded now, dealt out to the processes.
+        """The files of `count` views of the records; missing ones are encoded now, split over the processes.
 
-        Files are found again by the ids and sources of the records: delete the folder if images change under the same
+        Files are named after the ids and sources of the records: delete the folder if images change under the same
         names.
 
         Raises:
-            DataError: nothing can be written, or there is no room; on all processes.
+            DataError: nothing can be written, or the disk has no room; on all processes.
         """
         name = stable_seed("records", *(pickle.dumps((record.id, record.image)).hex() for record in records))
         paths = [self.folder / f"{name:016x}_{view}.npy" for view in range(count)]
@@ -86,7 +85,7 @@ class FeatureCache:
         reason = None
         if missing:
             print_rank_zero(
-                f"encoding {len(missing)} views of {len(records)} images, once and for all runs, into {self.folder}"
+                f"encoding {len(missing)} views of {len(records)} images into {self.folder}, once for all runs"
             )
             try:
                 for view, path in missing:
@@ -101,22 +100,22 @@ class FeatureCache:
         return paths
 
     def _write(self, path: Path, view: int, records: Sequence[Record], num_workers: int, device: torch.device) -> None:
-        where = next(self.encoder.parameters()).device
+        before = next(self.encoder.parameters()).device
         try:
             with replacing(path) as temporary, temporary.open("wb") as file, ProgressBar(f"view {view}") as progress:
-                for done, tokens in self._tokens(view, records, num_workers, device):
+                for done, features in self._features(view, records, num_workers, device):
                     if file.tell() == 0:
-                        _begin(file, path.parent, (len(records), *tokens.shape[1:]))
-                    file.write(tokens.numpy().tobytes())
+                        _write_header(file, path.parent, (len(records), *features.shape[1:]))
+                    file.write(features.numpy().tobytes())
                     progress.reach(done, len(records))
         finally:
-            self.encoder.to(where)
+            self.encoder.to(before)
 
     @torch.no_grad()
-    def _tokens(
+    def _features(
         self, view: int, records: Sequence[Record], num_workers: int, device: torch.device
     ) -> Iterator[tuple[int, Tensor]]:
-        """(images done, their tokens (b, S, C) in fp16); those of an image that cannot be decoded are NaN."""
+        """(images done so far, features (b, S, C) of the last batch in fp16); NaN for an image that is broken."""
         encoder, done = self.encoder.to(device).eval(), 0
         pixels = _Pixels(records, functools.partial(self._view, view))
         blank = self.plain(Image.new("RGB", (32, 32)))
@@ -124,10 +123,10 @@ class FeatureCache:
             broken = [i for i, image in enumerate(batch) if image is None]
             images = torch.stack([blank if image is None else image for image in batch])  # (b, 3, H, W)
             with self.precision():
-                tokens = encoder(images.to(device, memory_format=torch.channels_last)).half().cpu()  # (b, S, C)
-            tokens[broken] = torch.nan
+                features = encoder(images.to(device, memory_format=torch.channels_last)).half().cpu()  # (b, S, C)
+            features[broken] = torch.nan
             done += len(batch)
-            yield done, tokens
+            yield done, features
 
     def _view(self, view: int, record: Record) -> Tensor:
         if view < 2:
@@ -142,38 +141,43 @@ def is_mirrored(view: int) -> bool:
     return view % 2 == 1
 
 
-def mirrored(caption: str) -> str:
-    """The caption of the mirror image: left is right."""
-    return re.sub(r"\b(left|right)\b", lambda word: SIDES[word[0].lower()], caption, flags=re.IGNORECASE)
+def mirrored(record: Record) -> Record:
+    """With the texts of the mirror image: left and right swapped."""
+    captions = tuple(map(_swap_sides, record.captions))
+    return record._replace(captions=captions, question=_swap_sides(record.question))
 
 
-def read_tokens(path: Path, i: int) -> Tensor:
-    """Tokens (S, C) of record i, fp16; raises `DataError` if its image could not be decoded."""
-    tokens = torch.from_numpy(np.array(_map(path)[i]))
-    if tokens[0, 0].isnan():
+def _swap_sides(text: str) -> str:
+    return re.sub(r"\b(left|right)\b", lambda word: SIDES[word[0].lower()], text, flags=re.IGNORECASE)
+
+
+def read_features(path: Path, i: int) -> Tensor:
+    """Features (S, C) of record i, fp16; raises `DataError` if its image could not be decoded."""
+    features = torch.from_numpy(np.array(_map(path)[i]))
+    if features[0, 0].isnan():
         raise DataError(f"image {i} could not be decoded when {path} was written")
-    return tokens
+    return features
 
 
 @functools.lru_cache(maxsize=64)
 def _map(path: Path) -> np.ndarray:
-    """Opened where it is read: what is mapped would travel to another process as a copy of all of it."""
+    """Opened in the process that reads it: sending a map to another process would copy all of its content."""
     return np.load(path, mmap_mode="r")
 
 
-def _begin(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None:
-    """NumPy's header, if what follows has room."""
+def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None:
+    """NumPy's header; raises `DataError` if the disk has no room for the array."""
     needed, free = BYTES * int(np.prod(shape)), shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"a view takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB left: name another disk with "
-            "data.cache_dir, or set data.cached_augmentations=0"
+            f"a view takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB left: set data.cache_dir to a "
+            "folder on another disk, or set data.cached_augmentations=0"
         )
     np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
 
 
 def _describe(transform: Transform | TrainTransform) -> str:
-    """Its steps without the addresses of functions."""
+    """Its `repr` without memory addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
 
 

@@ -1,7 +1,7 @@
 """Training loaders that resume at the exact batch.
 
-The position (epoch, batches done) is not kept twice: it is read from the trainer's own counters, which every checkpoint
-already holds. Batch sizes are global, so the order of a data set depends on the seed and not on the number of ranks.
+The position (epoch, batches done) is not stored twice: it is read from the trainer's counters, which every checkpoint
+holds. Batch sizes are global, so the order of a data set depends on the seed and not on the number of ranks.
 """
 
 import multiprocessing
@@ -23,10 +23,10 @@ from coca_lit.seeding import stable_seed
 
 
 class TrainLoader:
-    """`steps` batches per epoch, starting wherever `position` says the trainer is.
+    """`steps` batches per epoch, starting at the trainer's `position`.
 
     Args:
-        steps: batches of a whole epoch.
+        steps: batches of a complete epoch.
         open_at: (epoch, batches done) -> the batches from there on, at least to the end of the epoch.
         position: () -> (epoch, batches done).
     """
@@ -43,13 +43,13 @@ class TrainLoader:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: this runs at the first next(), when the trainer has restored its counters; at iter() it has not.
+        # A generator, so that this runs at the first next(): at iter() the trainer has not restored its counters yet.
         epoch, done = self.position()
         batches = iter(self.open_at(epoch, done))
         for _ in range(done, self.steps):
             yield next(batches)
 
-    # The trainer takes a loader with these two for a resumable one. There is nothing to store, see above.
+    # Their presence tells Lightning that the loader is resumable. There is nothing to store, see above.
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -57,19 +57,21 @@ class TrainLoader:
         pass
 
 
-def outlive_signals(worker: int) -> None:
-    """For DataLoader workers: a scheduler signals every process of a job, and training still needs its workers until it
-    has saved. They end with the training process, see `_end_workers`.
+def ignore_signals(worker: int) -> None:
+    """For DataLoader workers: a scheduler signals every process of a job, but training needs its workers until it has
+    saved. They end with the training process, see `_end_workers`.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        if number := getattr(signal, name, None):  # Windows lacks some
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers() -> None:
-    """A process that ends, perhaps by an error, sends SIGTERM to its workers and waits for them: forever, as they
-    outlive signals.
+    """When a process exits, perhaps by an error, multiprocessing sends SIGTERM to its workers and waits for them:
+    forever, as they ignore signals.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for a failure
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as a failure
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -77,24 +79,24 @@ def _end_workers() -> None:
 
 @cache
 def _end_workers_with(process_id: int) -> None:
-    Finalize(None, _end_workers, exitpriority=0)  # before multiprocessing's own turn; forked processes forget it
+    Finalize(None, _end_workers, exitpriority=0)  # before multiprocessing's own; forked processes do not inherit it
 
 
 def loading(num_workers: int) -> dict[str, Any]:
-    """What all our DataLoaders have in common. Each worker prepares two batches ahead (torch's default); where there is
-    a GPU they are put into pinned memory, from where the copy to the device goes on beside the computation.
+    """The arguments that all DataLoaders share. Each worker prepares two batches ahead (torch's default); with a GPU
+    they are put into pinned memory, so that the copy to the device overlaps with the computation.
     """
     if num_workers:
         _end_workers_with(os.getpid())
     return {
         "num_workers": num_workers,
-        "worker_init_fn": outlive_signals,
+        "worker_init_fn": ignore_signals,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
 def per_rank(batch_size: int, world: int) -> int:
-    """A rank's part of the global batch; raises `DataError` when it does not divide."""
+    """A rank's part of the global batch; raises `DataError` if it cannot be split evenly."""
     if batch_size < 1 or batch_size % world:
         raise DataError(
             f"the global batch_size {batch_size} cannot be split evenly over {world} processes: "
@@ -108,8 +110,8 @@ def epoch_batches(
 ) -> list[list[tuple[int, int]]]:
     """A rank's batches of (epoch, index) from batch `start` on.
 
-    One seeded permutation is cut into global batches and each of those is dealt out to the ranks, so global batch k
-    holds the same samples for every world size. An incomplete last batch is dropped.
+    One seeded permutation is cut into global batches, each of which is split over the ranks, so global batch k holds
+    the same samples for every world size. An incomplete last batch is dropped.
     """
     per_rank(batch_size, world)
     order = epoch_order(count, seed, epoch).tolist()
@@ -154,17 +156,17 @@ def open_epoch(
 def validation_loader(
     dataset: FirstCaptionDataset, batch_size: int, rank: int = 0, world: int = 1, num_workers: int = 0
 ) -> DataLoader:
-    """This rank's fixed batches, dealt out by stride; `batch_size` is global.
+    """This rank's fixed batches, every `world`-th sample; `batch_size` is global.
 
-    Batches are all full, because a contrastive loss depends on the number of candidates, and every rank has equally
-    many: the remainder is dropped, nothing repeats. A set smaller than one batch becomes one smaller batch.
+    All batches are full, because a contrastive loss depends on the number of candidates, and every rank has the same
+    number of them: the remainder is dropped, nothing repeats. A set smaller than one batch becomes one smaller batch.
     """
     if len(dataset) < world:
         raise DataError(f"validation needs at least one image per process: there are {len(dataset)} for {world}")
     return DataLoader(
         dataset,
         batch_size=min(per_rank(batch_size, world), len(dataset) // world),
-        # This class, because Lightning would replace any other sampler with one that repeats samples.
+        # Lightning would replace any other sampler with one that repeats samples.
         sampler=DistributedSampler(dataset, world, rank, shuffle=False, drop_last=True),
         drop_last=True,
         collate_fn=partial(collate, pad_id=dataset.tokenizer.pad_id),

@@ -1,7 +1,7 @@
-"""A `Record` is an image that can be loaded plus all its reference captions.
+"""A `Record` is an image that can be loaded, with all its reference captions.
 
-Every data set reader returns a plain list of records; the DataModules train on them and the evaluations score on them.
-This module holds what the readers share: opening images safely and telling a user what is missing.
+Every data set is a function that returns a list of records; the DataModules train on them, the evaluations score on
+them. This module holds what these functions share: opening images safely and telling a user what is missing.
 """
 
 import logging
@@ -17,41 +17,68 @@ from coca_lit.errors import DataError, DataNotFoundError
 
 log = logging.getLogger(__name__)
 
-MAX_PIXELS = 40_000_000  # a photo of a good camera; a 20 KB file can claim far more and fill the memory
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # plain pixels only: Pillow would run Ghostscript on an EPS named .jpg
-MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would blow up the other
-MAX_MISSING = 0.01  # known copies lack single files (Flickr8k lists one that never existed); more means a wrong folder
+MAX_PIXELS = 40_000_000  # a photo of a good camera; a file of 20 KB can claim far more and exhaust the memory
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # pixels only: Pillow would run Ghostscript on an EPS named .jpg
+MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would enlarge the other beyond bounds
+MAX_MISSING = 0.01  # known copies lack a few files (Flickr8k lists one that never existed); more means a wrong folder
 
 
-class Record(NamedTuple):
-    """One captioned image."""
+class _Record(NamedTuple):
+    id: int | str
+    image: Callable[[], Image.Image]
+    captions: tuple[str, ...]
+    domain: str | None
+    question: str
 
-    id: int | str  # unique within a split
-    image: Callable[[], Image.Image]  # decodes to RGB when called; picklable
-    captions: tuple[str, ...]  # all references
-    domain: str | None = None  # nocaps: in-domain | near-domain | out-domain; of a question: the kind of its answer
-    question: str = ""  # what is asked about the image; the captions are then the answers, the most frequent first
+
+class Record(_Record):
+    """One captioned image, or a question about one.
+
+    Args:
+        id: unique within a split.
+        image: a path, or a picklable function that returns an RGB image.
+        captions: all references, or the only one; none for a test set without public answers.
+        domain: by which scores are reported separately, such as nocaps' "near-domain", or the kind of a question.
+        question: about the image. The captions are then the answers, the most frequent first.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        id: int | str,
+        image: str | Path | Callable[[], Image.Image],
+        captions: str | Iterable[str] = (),
+        domain: str | None = None,
+        question: str = "",
+    ) -> "Record":
+        image = ImageFile(Path(image)) if isinstance(image, str | Path) else image
+        captions = (captions,) if isinstance(captions, str) else tuple(captions)
+        return super().__new__(cls, id, image, captions, domain, question)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image on disk: called, it decodes the file as `open_image` does."""
+
+    path: Path
+
+    def __call__(self) -> Image.Image:
+        return open_image(self.path)
 
 
 class Listing(NamedTuple):
-    """What an annotation file says about one image, before anyone looked whether its file exists."""
+    """An entry of an annotation file, whose image may or may not exist."""
 
     id: int | str
     filename: str
-    captions: tuple[str, ...]  # as they stand in the file
+    captions: tuple[str, ...]  # as in the file
     domain: str | None = None
     question: str = ""
 
 
-class Pair(NamedTuple):
-    """An image file and its captions, none where it lacks them: what is to be written as shards."""
-
-    image: Path
-    captions: tuple[str, ...]
-
-
 def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundError:
-    """The error for missing data: what, where it was looked for, how to get it, and what runs without it."""
+    """The error for missing data: what is missing, where it was expected, how to get it, and what runs without."""
     places = ", ".join(str(place) for place in where)
     return DataNotFoundError(
         f"{what} not found (looked at {places}): {how}; "
@@ -69,16 +96,16 @@ def decode_image(source: str | Path | IO[bytes], name: str | Path) -> Image.Imag
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is not a readable image: it is none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # decoders raise a zoo of types on broken bytes
+    except Exception as error:  # decoders raise many types on broken bytes
         raise DataError(f"{name} is not a readable image: {error}") from error
 
 
 def check_shape(width: int, height: int, name: str | Path) -> None:
-    """Raises `DataError` for what would fill the memory when it is decoded or resized."""
+    """Raises `DataError` for an image that would exhaust the memory when it is decoded or resized."""
     if width * height > MAX_PIXELS:
         raise DataError(f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded")
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise DataError(f"{name} has {width} x {height} pixels, no shape that a picture has")
+        raise DataError(f"{name} has {width} x {height} pixels, an aspect ratio above {MAX_RATIO}")
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -86,22 +113,18 @@ def open_image(path: str | Path) -> Image.Image:
     return decode_image(path, path)
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image on disk, for a `Record`; called, it decodes as `open_image` does."""
-
-    path: Path
-
-    def __call__(self) -> Image.Image:
-        return open_image(self.path)
-
-
 def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source: Path, how: str) -> list[Record]:
-    """Records of the listed images whose files lie in `folders` (the first folder that has a name wins).
+    """Records of the listed images whose files are in `folders`; the first folder with a file of that name wins.
 
-    Missing files are skipped with a warning up to `MAX_MISSING`; `source` (the annotation file) and `how` (to get the
-    images) are for the error beyond that. Images without a caption are left out; an empty one stays, because it counts
-    as a reference.
+    Images without a caption are left out; an empty caption stays, because it counts as a reference.
+
+    Args:
+        source: the annotation file, for errors.
+        how: to get the images, for errors.
+
+    Raises:
+        DataError: more than `MAX_MISSING` of the files are missing (fewer are skipped with a warning), no image has a
+            caption, or an id occurs twice.
     """
     listings = list(listings)
     files = _files_in(folders)
@@ -116,7 +139,7 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     records = [
         Record(item.id, ImageFile(path), tuple(map(str.strip, item.captions)), item.domain, item.question)
         for item, path in found
-        if item.captions or item.question  # those of a test set have no public answers
+        if item.captions or item.question  # a test set has no public answers
     ]
     if len(records) < len(found):
         log.warning("skipped %d of %d images without a caption in %s", len(found) - len(records), len(found), source)
@@ -128,18 +151,18 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
 
 
 def trainable(records: Iterable[Record]) -> list[Record]:
-    """The records with their empty captions dropped, and without those that have no other."""
+    """The records without empty captions, and without those that then have none."""
     cleaned = (r if all(r.captions) else r._replace(captions=clean_captions(r.captions)) for r in records)
     return [record for record in cleaned if record.captions]
 
 
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
-    """Captions without outer blanks and newlines (common in COCO and nocaps), empty ones dropped."""
+    """The captions stripped (COCO and nocaps have blanks and newlines around some), without empty ones."""
     return tuple(stripped for caption in captions if (stripped := caption.strip()))
 
 
 def _files_in(folders: Sequence[Path]) -> dict[str, Path]:
-    """{file name: path}; one listing per folder is far quicker than one look per image on a network disk."""
+    """{file name: path}; on a network disk one listing per folder is far faster than one stat per image."""
     files: dict[str, Path] = {}
     for folder in reversed(folders):
         if folder.is_dir():

@@ -1,6 +1,6 @@
-"""Texts without images, for the language half of a model: batches of them between those of captioned images.
+"""Texts without images, to train the decoder alone: batches of texts between those of captioned images.
 
-A batch is a function of its number alone, so that a run that goes on needs nothing but the trainer's position.
+A batch is a function of its number alone, so that a resumed run needs nothing but the trainer's position.
 """
 
 import glob
@@ -24,12 +24,12 @@ TextFiles = str | Sequence[str]
 
 
 def read_texts(files: TextFiles) -> list[str]:
-    """All texts of files, in the order of the files.
+    """All texts of some files, in the order of the files.
 
     Args:
-        files: paths or patterns. NAME.txt holds a text per line, NAME.jsonl a JSON text or an object with "text" or
-            "caption" per line; NAME.json or NAME.json.gz are captions of COCO or Karpathy, of which those of the
-            training split are taken.
+        files: paths or patterns. NAME.txt holds one text per line; NAME.jsonl a JSON text, or an object with "text" or
+            "caption", per line; NAME.json and NAME.json.gz hold captions in the schema of COCO or Karpathy, of which
+            the training split is taken.
 
     Raises:
         DataError: a pattern matches nothing, a file is none of these, or there are no texts at all.
@@ -71,12 +71,12 @@ def _text(path: Path, number: int, line: str) -> str:
 
 
 class TextBatches:
-    """Batches of texts alone, in another order in every pass over them.
+    """Batches of texts alone, in a different order in every pass.
 
     Args:
-        files: see `read_texts`; the texts are held in memory.
+        files: see `read_texts`; the texts are kept in memory.
         batch_size: of all processes together.
-        image_size: of the model, for the shape of the images that are not there.
+        image_size: of the model, for the shape of the empty tensor of images.
     """
 
     def __init__(self, files: TextFiles, tokenizer: Tokenizer, batch_size: int, image_size: int, seed: int = 0) -> None:
@@ -97,24 +97,24 @@ class TextBatches:
 
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of global batch `number`, counted over all passes."""
-        turn, place = divmod(number, len(self))
-        indices = [i for _, i in self._order(turn, rank, world)[place]]
+        number_of_pass, place = divmod(number, len(self))
+        indices = [i for _, i in self._order(number_of_pass, rank, world)[place]]
         rows = self.tokenizer.encode_batch([self.texts[i] for i in indices])
         tokens, lengths = padded(rows, self.tokenizer.pad_id)
         images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return Batch(images, tokens, lengths, [f"text {i}" for i in indices])
 
-    def _order(self, turn: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
-        """The batches of one pass, remembered until the next one."""
-        if self._pass is None or self._pass[0] != (turn, rank, world):
-            order = epoch_batches(len(self.texts), self.batch_size, self.seed, turn, rank=rank, world=world)
-            self._pass = (turn, rank, world), order
+    def _order(self, number: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
+        """The batches of one pass, kept until the next one."""
+        if self._pass is None or self._pass[0] != (number, rank, world):
+            order = epoch_batches(len(self.texts), self.batch_size, self.seed, number, rank=rank, world=world)
+            self._pass = (number, rank, world), order
         return self._pass[1]
 
 
 def interleave_texts(pairs: TrainLoader, texts: TextBatches, every: int, rank: int, world: int) -> TrainLoader:
-    """The batches of `pairs` with one of texts at every `every`-th step; with 1 they are all of texts, and an epoch is
-    one pass over those.
+    """The batches of `pairs`, with a batch of texts at every `every`-th step. With 1 all batches are texts, and an
+    epoch is one pass over them.
     """
     steps = len(texts) if every == 1 else pairs.steps + pairs.steps // (every - 1)
 

@@ -1,21 +1,29 @@
 """OpenCLIP's image preprocessing without the normalisation: uint8 out, the model normalises on the device.
 
 Evaluation goes through Pillow, so that pixels, and with them scores, equal those of `open_clip.transform` to the last
-bit. Training crops are cut from decoded pixels and resized by torch, which takes a third of the time and differs by 2
-of 255 at most. There is no horizontal flip, and the crop is mild (90 to 100 % of the area), because captions speak of
-left and right and of things near the border.
+bit. For training, ordinary JPEGs are decoded by libjpeg-turbo straight into an array, anything else by Pillow; both
+give the same pixels, as Pillow decodes JPEGs with that library too and then copies them twice. Training crops are
+resized by torch, which takes a third of the time and differs by 2 of 255 at most. There is no horizontal flip, and the
+crop is mild (90 to 100 % of the area), because captions mention left and right and things near the border.
 """
 
 import math
 import random
 from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+
+from coca_lit.data.records import ImageFile, check_shape, decode_image
+from coca_lit.errors import DataError
 
 Transform = Callable[[Image.Image], Tensor]  # any PIL image -> (3, size, size) uint8
 TrainTransform = Callable[[Tensor, random.Random], Tensor]  # (3, H, W) -> (3, size, size), both uint8
@@ -23,10 +31,11 @@ TrainTransform = Callable[[Tensor, random.Random], Tensor]  # (3, H, W) -> (3, s
 SCALE = (0.9, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
 TRIES = 10
+JPEG = b"\xff\xd8\xff"  # the first bytes of one
 
 
 def build_transform(size: int = 224) -> Transform:
-    """For evaluation: shortest side to `size`, and the centre."""
+    """For evaluation: resizes the shorter side to `size` and crops the centre."""
     _check(size)
     bicubic = InterpolationMode.BICUBIC
     return Compose([_to_rgb, Resize(size, interpolation=bicubic), CenterCrop(size), PILToTensor()])
@@ -55,13 +64,13 @@ class RandomCrop:
 
 
 def whole(pixels: Tensor, rng: random.Random) -> Tensor:
-    """For images that are made in the right size, of which nothing may be cut away."""
+    """No crop, for images that are made at the right size and must stay complete."""
     return pixels
 
 
 def random_box(height: int, width: int, rng: random.Random) -> Box:
-    """torchvision's `RandomResizedCrop.get_params`, step by step, without a tensor for every number: most photos take
-    several tries, as a mild crop of their own shape is the only one that fits.
+    """torchvision's `RandomResizedCrop.get_params` without a tensor for every number: most photos take several tries,
+    as only a mild crop of about their own shape fits.
     """
     area, (low, high) = height * width, map(math.log, RATIO)
     for _ in range(TRIES):
@@ -69,7 +78,7 @@ def random_box(height: int, width: int, rng: random.Random) -> Box:
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
-    w, h = width, height  # none fits: the centre, as much of it as the ratio allows
+    w, h = width, height  # none fits: as much of the centre as the ratio allows
     if width < min(RATIO) * height:
         h = round(width / min(RATIO))
     elif width > max(RATIO) * height:
@@ -80,13 +89,49 @@ def random_box(height: int, width: int, rng: random.Random) -> Box:
 def resized(pixels: Tensor, box: Box, size: int) -> Tensor:
     """The box of pixels (3, H, W) as (3, size, size), bicubic with antialiasing as Pillow does it.
 
-    Cut first and resized then, so that nothing from outside of the box gets into it. Scaling while the JPEG is decoded
-    would be quicker for large photos but is another filter: differences of 40 and more.
+    Cropping comes first, so that no pixel from outside the box contributes. Scaling while a JPEG is decoded would be
+    faster for large photos but is another filter, with differences of 40 of 255 and more.
     """
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]  # (1, 3, height, width)
-    part = part.contiguous(memory_format=torch.channels_last)  # torch has a path of its own for it
+    part = part.contiguous(memory_format=torch.channels_last)  # torch has a fast path for it
     return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+
+
+def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
+    """(3, H, W) uint8 of the image of a record, see `decode_pixels`."""
+    if not isinstance(image, ImageFile):
+        return _as_tensor(np.array(image()))
+    try:
+        content = image.path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{image.path} is not a readable image: {error}") from error
+    return decode_pixels(content, image.path)
+
+
+def decode_pixels(content: bytes, name: str | Path) -> Tensor:
+    """(3, H, W) uint8 of an encoded image, a view of (H, W, 3).
+
+    As in OpenCLIP's training the orientation in EXIF data is ignored. Raises `DataError` as `decode_image` does.
+    """
+    pixels = _ordinary_jpeg(content, name) if content.startswith(JPEG) else None
+    return _as_tensor(pixels if pixels is not None else np.array(decode_image(BytesIO(content), name)))
+
+
+def _ordinary_jpeg(content: bytes, name: str | Path) -> np.ndarray | None:
+    """(H, W, 3) of a complete JPEG in the usual colour space; None for others, which Pillow decodes or refuses."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        if colours != "YCbCr":
+            return None
+        check_shape(width, height, name)
+        return simplejpeg.decode_jpeg(content, "RGB")
+    except ValueError:
+        return None
+
+
+def _as_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _check(size: int) -> None:

@@ -1,54 +1,45 @@
-"""Recaptioning shards: where each sample lies in a tar, and a copy of the tar with new captions.
+"""Shards to be recaptioned: where each sample lies in a tar, and a copy of the tar with other captions.
 
 Nothing is unpacked: images are read at their offsets, so that many processes decode one shard and none holds it in
-memory. All members of a sample except .txt and .json are copied byte for byte. Time and owner of the members are
-fixed, so that the same captions make the same file.
+memory. All members of a sample are copied byte for byte, except .txt and .json, and members that could hold code, which
+are left out. The same captions make the same file.
 """
 
-import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from coca_lit.data.shards.reader import IMAGE_SUFFIXES
-from coca_lit.data.shards.tar import split_name
-from coca_lit.files import replacing
+from coca_lit.data.shards.reader import holds_code, image_of
+from coca_lit.data.shards.tar import UnsafeTarError, group_members, tar_members, tar_writer
 
-ORIGINAL = "original_caption"  # key of KEY.json for the first content of KEY.txt
-ALL = "generated_captions"  # key of KEY.json for all new captions, if there are several
+ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
+ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
 
 
 class Sample(NamedTuple):
-    """The positions of the members KEY.EXTENSION of a sample: {extension: (offset, size)}."""
+    """Where the members KEY.EXTENSION of a sample lie: {extension in lower case: (offset, size)}."""
 
     key: str
     members: dict[str, tuple[int, int]]
 
     @property
     def image(self) -> tuple[int, int] | None:
-        return next((place for name, place in self.members.items() if name.lower() in IMAGE_SUFFIXES), None)
+        return image_of(self.members) or None
 
 
 def scan_shard(path: Path) -> tuple[list[Sample], str]:
     """The complete samples of a tar that have an image, in order, and what is wrong with the rest of it, or ""."""
     samples: list[Sample] = []
-    end = 0
+    problem = ""
+    members = (member for member in tar_members(path) if not holds_code(member.name))
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                key, extension = split_name(member.name)
-                plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-                if not key or not plain or _leads_out(key):
-                    continue
-                if not samples or samples[-1].key != key:
-                    samples.append(Sample(key, {}))
-                samples[-1].members[extension] = (member.offset_data, member.size)
-        problem = "" if path.stat().st_size >= end + 2 * tarfile.BLOCKSIZE else "its end is missing"
-    except (tarfile.TarError, OSError, ValueError) as error:
-        samples, problem = samples[:-1], str(error)  # the last one may lack members
+        for fields in group_members(members, content=False):
+            places = {name: place for name, place in fields.items() if name and not name.startswith("_")}
+            samples.append(Sample(fields["__key__"], places))
+    except (tarfile.TarError, UnsafeTarError, EOFError, OSError, ValueError) as error:
+        problem = str(error)  # the sample in which it occurs is not among the samples
     return [sample for sample in samples if sample.image], problem
 
 
@@ -61,13 +52,10 @@ def write_shard(source: Path, target: Path, samples: Sequence[Sample], captions:
     Raises:
         DataError: nothing can be written there.
     """
-    with replacing(target) as temporary, source.open("rb") as file, tarfile.open(temporary, "w") as tar:
+    with tar_writer(target) as tar, source.open("rb") as file:
         for sample in samples:
             if sample.key in captions:
-                for extension, content in _recaptioned(_read(file, sample), captions[sample.key]).items():
-                    member = tarfile.TarInfo(f"{sample.key}.{extension}")  # with time 0 and no owner
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                tar.write({"__key__": sample.key, **_recaptioned(_read(file, sample), captions[sample.key])})
 
 
 def _read(file: IO[bytes], sample: Sample) -> dict[str, bytes]:
@@ -94,8 +82,3 @@ def _fields(content: bytes) -> dict[str, Any]:
     except ValueError:
         fields = None
     return fields if isinstance(fields, dict) else {"broken_json": content.decode("utf-8", errors="replace")}
-
-
-def _leads_out(key: str) -> bool:
-    path = PurePosixPath(key)
-    return path.is_absolute() or ".." in path.parts

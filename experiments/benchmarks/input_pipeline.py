@@ -30,12 +30,11 @@ from PIL import Image
 from record import record
 
 from coca_lit.data.batch import Example, collate
-from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.index import tar_indexes
+from coca_lit.data.shards.indexed import tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.reader import ShardSample, sample_of
-from coca_lit.data.transforms import RandomCrop, random_box
+from coca_lit.data.transforms import RandomCrop, decode_pixels, random_box
 from coca_lit.tokenizer import get_tokenizer
 
 # webdataset 1.0 marks the end of a shard by an empty sample, of which OpenCLIP 3.3 does not know.
@@ -68,8 +67,8 @@ def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
     """Shards to batches; the target is for local shards, which are indexed."""
 
     def ours(indexed: bool) -> None:
-        tokenizer = get_tokenizer("clip")
-        data = LAIONDataModule(f"{folder}/*.tar", args.count, tokenizer, BATCH, SIZE, indexed=indexed, cache_dir=folder)
+        shared = {"tokenizer": get_tokenizer("clip"), "batch_size": BATCH, "image_size": SIZE}
+        data = LAIONDataModule(f"{folder}/*.tar", args.count, indexed=indexed, cache_dir=folder, **shared)
         assert sum(len(batch.images) for batch in data.train_dataloader()) == args.count
 
     def theirs() -> None:

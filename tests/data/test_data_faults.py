@@ -16,15 +16,14 @@ from test_shards import spoil, write_shards, write_tar
 from coca_lit.callbacks.bad_sample_log import BadSampleLog, read_bad_samples
 from coca_lit.cli.data import data as coca_data
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.datasets.flickr import FlickrDataModule
+from coca_lit.data.datamodule import FlickrDataModule
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import open_epoch
 from coca_lit.data.prepare.check import JOURNAL
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.listing import Shard, find_shards
-from coca_lit.data.shards.manifest import NAME, read_manifest
+from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards, read_manifest
 from coca_lit.data.shards.mixture import Source
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.stream import ShardOrder
@@ -54,7 +53,7 @@ def shards(checked: Path, tmp_path: Path) -> Path:
 
 
 def laion(folder: Path, **more) -> LAIONDataModule:
-    return LAIONDataModule(str(folder), 24, TOKENIZER, 4, image_size=16, **more)
+    return LAIONDataModule(str(folder), 24, tokenizer=TOKENIZER, batch_size=4, image_size=16, **more)
 
 
 def reasons(path: Path) -> dict[str, int]:
@@ -88,7 +87,7 @@ def test_shards_without_samples(tmp_path):
 @pytest.mark.parametrize("known", [True, False])
 def test_a_lost_shard_counts_as_all_its_samples(shards, known):
     if not known:
-        (shards / NAME).unlink()
+        (shards / MANIFEST).unlink()
     found = find_shards(str(shards))
     bad = BadSamples(0.4)
     stream = ShardOrder([Source("", found)], shuffle_buffer=1).samples(0, 0, 1, bad)
@@ -141,14 +140,14 @@ def test_manifest_tells_what_is_there(checked):
     manifest = read_manifest(checked)
     assert {name: entry.samples for name, entry in manifest.items()} == {f"{s:05d}.tar": 6 for s in range(3)}
     assert all(entry.bytes == (checked / name).stat().st_size for name, entry in manifest.items())
-    assert LAIONDataModule(str(checked), None, TOKENIZER, 4).steps_per_epoch == 18 // 4
+    assert LAIONDataModule(str(checked), None, tokenizer=TOKENIZER, batch_size=4).steps_per_epoch == 18 // 4
     assert not (checked / JOURNAL).exists()
 
 
 def test_epoch_without_samples_needs_a_manifest(tmp_path):
     write_shards(tmp_path, 1, 2)
     with pytest.raises(DataError, match=r"no manifest .* write it with coca-data check, or set data.epoch_samples"):
-        LAIONDataModule(str(tmp_path), None, TOKENIZER, 2, indexed=False).prepare_data()
+        LAIONDataModule(str(tmp_path), None, tokenizer=TOKENIZER, batch_size=2, indexed=False).prepare_data()
 
 
 def test_training_refuses_what_no_longer_fits(shards):
@@ -177,17 +176,17 @@ def test_training_refuses_new_and_lost_shards(shards):
     with pytest.raises(DataNotFoundError, match=r"1 of 3 shards not found .*00002\.tar"):
         laion(shards).prepare_data()
     laion(shards / "{00000..00001}.tar").prepare_data()
-    (shards / NAME).write_text("[]")
+    (shards / MANIFEST).write_text("[]")
     with pytest.raises(DataError, match=r"manifest\.json is not a manifest of shards"):
         laion(shards).prepare_data()
 
 
 def test_check_compares_with_the_manifest(shards, capsys):
-    before = (shards / NAME).read_text()
+    before = (shards / MANIFEST).read_text()
     spoil(shards / "00001.tar", {"10002.jpg": b"junk", "10003.txt": None})
     with pytest.raises(SystemExit, match=r"00001\.tar has changed .*--update"):
         check(str(shards), "--max-bad-fraction", "0.2")
-    assert (shards / NAME).read_text() == before
+    assert (shards / MANIFEST).read_text() == before
     check(str(shards), "--max-bad-fraction", "0.2", "--update")
     assert read_manifest(shards)["00001.tar"].samples == 4
     said = capsys.readouterr().out
@@ -199,7 +198,7 @@ def test_check_compares_with_the_manifest(shards, capsys):
 
 
 def test_check_goes_on_after_a_fault(shards, capsys):
-    (shards / NAME).unlink()
+    (shards / MANIFEST).unlink()
     path = shards / "00002.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:3000])
@@ -207,7 +206,7 @@ def test_check_goes_on_after_a_fault(shards, capsys):
         SystemExit, match=r"1 of 3 shards cannot be used, e\.g\. .*00002\.tar .*no manifest was written"
     ):
         check(str(shards))
-    assert not (shards / NAME).exists()
+    assert not (shards / MANIFEST).exists()
     with (shards / JOURNAL).open("a") as file:
         file.write("[null, [")  # killed while writing
     path.write_bytes(whole)
@@ -295,7 +294,7 @@ def test_nothing_is_written_without_bad_samples(tmp_path, shards):
 
 def test_a_broken_photo_of_a_data_set_is_named(tmp_path):
     export_scenes("flickr8k", tmp_path / "f", 16, 16)
-    split = FlickrDataModule(str(tmp_path / "f"), TOKENIZER, 4, image_size=16, val_split=None)
+    split = FlickrDataModule(str(tmp_path / "f"), tokenizer=TOKENIZER, batch_size=4, image_size=16, val_split=None)
     broken = split.train_records[3].image.path
     broken.write_bytes(b"junk")
     fit(split, tmp_path / "c", log=(log := BadSampleLog(tmp_path)))

@@ -11,11 +11,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.datamodule import CaptionDataModule
-from coca_lit.data.datasets.coco import MSCOCODataModule
-from coca_lit.data.datasets.flickr import FlickrDataModule, flickr_records
-from coca_lit.data.datasets.nocaps import NoCapsDataModule, nocaps_records
-from coca_lit.data.scenes.datamodule import ScenesDataModule
+from coca_lit.data.datamodule import (
+    CaptionDataModule,
+    FlickrDataModule,
+    MSCOCODataModule,
+    NoCapsDataModule,
+    ScenesDataModule,
+)
+from coca_lit.data.datasets.flickr import flickr_records
+from coca_lit.data.datasets.nocaps import nocaps_records
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.shards.datamodule import LAIONDataModule
@@ -65,7 +69,15 @@ def laion(folder: Path, num_workers: int, indexed: bool = True) -> LAIONDataModu
     shards = folder / "shards"
     if not shards.exists():
         export_scenes("shards", shards, count=600, size=16)
-    return LAIONDataModule(f"{shards}/*.tar", 24, TOKENIZER, 6, image_size=16, num_workers=num_workers, indexed=indexed)
+    return LAIONDataModule(
+        f"{shards}/*.tar",
+        24,
+        tokenizer=TOKENIZER,
+        batch_size=6,
+        image_size=16,
+        num_workers=num_workers,
+        indexed=indexed,
+    )
 
 
 def streamed(folder: Path, num_workers: int) -> LAIONDataModule:
@@ -73,7 +85,9 @@ def streamed(folder: Path, num_workers: int) -> LAIONDataModule:
 
 
 def scenes(folder: Path, num_workers: int) -> ScenesDataModule:
-    return ScenesDataModule(TOKENIZER, 6, image_size=16, train_count=27, num_workers=num_workers, val_split=None)
+    return ScenesDataModule(
+        tokenizer=TOKENIZER, batch_size=6, image_size=16, train_count=27, num_workers=num_workers, val_split=None
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -100,8 +114,8 @@ def test_exported_data_sets_are_read(tmp_path):
     for form in ("karpathy", "coco", "nocaps"):
         export_scenes(form, tmp_path / form, count=40, size=16)
     modules: list[CaptionDataModule] = [
-        MSCOCODataModule(str(tmp_path / "karpathy"), TOKENIZER, 8, image_size=16),
-        MSCOCODataModule(str(tmp_path / "coco"), TOKENIZER, 8, image_size=16),
+        MSCOCODataModule(str(tmp_path / "karpathy"), tokenizer=TOKENIZER, batch_size=8, image_size=16),
+        MSCOCODataModule(str(tmp_path / "coco"), tokenizer=TOKENIZER, batch_size=8, image_size=16),
     ]
     for data in modules:
         assert data.steps_per_epoch == len(data.train_records) // 8 == len(data.train_dataloader())
@@ -115,14 +129,14 @@ def test_exported_data_sets_are_read(tmp_path):
 
 def test_nocaps_is_for_evaluation_only(tmp_path):
     export_scenes("nocaps", tmp_path / "nocaps", count=40, size=16)
-    data = NoCapsDataModule(str(tmp_path / "nocaps"), TOKENIZER, 8, image_size=16)
+    data = NoCapsDataModule(str(tmp_path / "nocaps"), tokenizer=TOKENIZER, batch_size=8, image_size=16)
     assert next(iter(data.val_dataloader())).images.shape == (8, 3, 16, 16)
     with pytest.raises(DataError, match="nocaps is for evaluation only"):
         data.train_dataloader()
 
 
 def test_scenes_are_never_cropped():
-    data = ScenesDataModule(TOKENIZER, 4, image_size=32, train_count=8)
+    data = ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, image_size=32, train_count=8)
     pixels = {str(r.id): torch.from_numpy(np.array(r.image())).permute(2, 0, 1) for r in data.train_records}
     for batch in data.train_dataloader():
         for key, image in zip(batch.keys, batch.images, strict=True):
@@ -131,13 +145,13 @@ def test_scenes_are_never_cropped():
 
 def test_numbers_that_cannot_work_are_refused():
     with pytest.raises(DataError, match="has 8 images, less than one batch of 9"):
-        ScenesDataModule(TOKENIZER, 9, train_count=8).train_dataloader()
-    with pytest.raises(DataError, match=r"data=scenes: .*1000000"):
-        ScenesDataModule(TOKENIZER, 9, train_count=1_000_000).train_dataloader()
+        ScenesDataModule(tokenizer=TOKENIZER, batch_size=9, train_count=8).train_dataloader()
+    with pytest.raises(DataError, match=r"built-in scenes: .*1000000"):
+        ScenesDataModule(tokenizer=TOKENIZER, batch_size=9, train_count=1_000_000).train_dataloader()
     with pytest.raises(DataError, match="batch_size 0"):
-        ScenesDataModule(TOKENIZER, 0)
+        ScenesDataModule(tokenizer=TOKENIZER, batch_size=0)
     with pytest.raises(ValueError, match="num_workers must be 0 or more, not -1"):
-        ScenesDataModule(TOKENIZER, 4, num_workers=-1)
+        ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, num_workers=-1)
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="the shared Flickr8k is absent")
@@ -146,5 +160,7 @@ def test_shared_flickr8k():
     val = flickr_records(FLICKR8K, "val")
     assert len(val) == 1000
     assert {len(record.captions) for record in val} == {5}
-    batch = next(iter(FlickrDataModule(str(FLICKR8K), TOKENIZER, 4, image_size=32).train_dataloader()))
+    batch = next(
+        iter(FlickrDataModule(str(FLICKR8K), tokenizer=TOKENIZER, batch_size=4, image_size=32).train_dataloader())
+    )
     assert batch.images.shape == (4, 3, 32, 32)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from coca_lit.cli import assembly
 from coca_lit.cli.assembly import build
+from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.data.examples import CachedCaptionDataset, CachedFirstCaptionDataset
-from coca_lit.data.feature_cache import FeatureCache, mirrored, read_tokens
+from coca_lit.data.feature_cache import FeatureCache, mirrored, read_features
 from coca_lit.data.records import Record
-from coca_lit.data.scenes.datamodule import ScenesDataModule
 from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.distributed import rank
@@ -68,7 +68,7 @@ def test_views_are_what_the_encoder_gives_for_image_mirror_image_and_crops(tmp_p
         pixels = build_transform(size=SIZE)(record.image())
         for path, image in zip(paths, (pixels, pixels.flip(-1)), strict=False):
             expected = encoder(image[None])[0]
-            torch.testing.assert_close(read_tokens(path, i).float(), expected, atol=2e-3, rtol=0)
+            torch.testing.assert_close(read_features(path, i).float(), expected, atol=2e-3, rtol=0)
     assert len({path.read_bytes() for path in paths}) == 4
 
 
@@ -121,14 +121,15 @@ def test_another_image_stands_in_for_one_that_cannot_be_decoded(tmp_path: Path) 
 
 
 def test_mirror_images_have_mirrored_captions(tmp_path: Path) -> None:
-    assert mirrored("Left of the right one, not leftover") == "right of the left one, not leftover"
+    record = Record(0, partial(noise, 0), "Left of the right one, not leftover", question="what is on the left")
+    assert mirrored(record)[2:] == (("right of the left one, not leftover",), None, "what is on the right")
     paths = views(tmp_path, Encoder()).encode(records(), 2, 0, CPU)
     data = CachedCaptionDataset(records(), paths, TOKENIZER)
     seen = set()
     for epoch in range(8):
         for i in range(COUNT):
             example = data[epoch, i]
-            view = next(v for v, path in enumerate(paths) if torch.equal(example.image, read_tokens(path, i)))
+            view = next(v for v, path in enumerate(paths) if torch.equal(example.image, read_features(path, i)))
             side = TOKENIZER.decode(example.tokens).split()[3]
             seen.add((view, side))
     assert seen == {(0, "left"), (1, "right")}
@@ -207,9 +208,9 @@ def test_the_network_is_as_before_and_scored_on_pixels(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"cached_augmentations": -1}, "cached_augmentations must be 0 or more, not -1"),
-        ({"cached_augmentations": 2}, "cached_augmentations needs a folder to keep them in: set cache_dir"),
+        ({"cached_augmentations": 2}, "cached_augmentations needs a folder to store features in: set cache_dir"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ScenesDataModule(TOKENIZER, 4, **options)
+        ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, **options)

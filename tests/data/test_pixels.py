@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coca_lit.data.pixels import decode_pixels, load_pixels
 from coca_lit.data.records import ImageFile, decode_image
+from coca_lit.data.transforms import decode_pixels, load_pixels
 from coca_lit.errors import DataError
 
 

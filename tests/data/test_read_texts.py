@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coca_lit.data.scenes.datamodule import ScenesDataModule
+from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.text_batches import TextBatches, read_texts
@@ -16,6 +16,7 @@ from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
 
 TOKENIZER = WordTokenizer(VOCABULARY)
+SMALL = {"tokenizer": TOKENIZER, "batch_size": 4, "image_size": 16}
 LINES = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("ring", "star", "cross")]
 
 
@@ -82,24 +83,24 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(file: Path) -> None
 
 
 @pytest.mark.parametrize(("every", "kinds"), [(1, "tt"), (2, "ptptptpt"), (3, "pptppt"), (9, "pppp")])
-def test_texts_come_at_every_so_many_th_step(file: Path, every: int, kinds: str) -> None:
-    data = ScenesDataModule(TOKENIZER, 4, image_size=16, train_count=16, text=str(file), text_every=every)
+def test_texts_come_at_every_nth_step(file: Path, every: int, kinds: str) -> None:
+    data = ScenesDataModule(**SMALL, train_count=16, text=str(file), text_every=every)
     loader = data.train_dataloader()
     batches = list(loader)
     assert "".join("p" if len(batch.images) else "t" for batch in batches) == kinds
     assert len(loader) == len(batches)
-    alone = [batch.keys for batch in ScenesDataModule(TOKENIZER, 4, image_size=16, train_count=16).train_dataloader()]
+    alone = [batch.keys for batch in ScenesDataModule(**SMALL, train_count=16).train_dataloader()]
     assert [batch.keys for batch in batches if len(batch.images)] == (alone if every > 1 else [])
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_a_run_that_goes_on_sees_the_same_batches(file: Path, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ScenesDataModule(TOKENIZER, 4, image_size=16, train_count=16, text=str(file), text_every=every)
+def test_a_resumed_run_sees_the_same_batches(file: Path, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ScenesDataModule(**SMALL, train_count=16, text=str(file), text_every=every)
     for epoch in (0, 1):
-        monkeypatch.setattr(data, "_position", lambda epoch=epoch: (epoch, 0))
+        monkeypatch.setattr(data, "position", lambda epoch=epoch: (epoch, 0))
         whole = list(data.train_dataloader())
         for done in range(len(whole)):
-            monkeypatch.setattr(data, "_position", lambda at=(epoch, done): at)
+            monkeypatch.setattr(data, "position", lambda at=(epoch, done): at)
             rest = list(data.train_dataloader())
             assert [batch.keys for batch in rest] == [batch.keys for batch in whole[done:]]
             assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(rest, whole[done:], strict=True))
@@ -107,9 +108,9 @@ def test_a_run_that_goes_on_sees_the_same_batches(file: Path, every: int, monkey
 
 def test_numbers_that_cannot_work_are_refused(file: Path) -> None:
     with pytest.raises(ValueError, match="text_every must be a whole number of at least 1, got 0"):
-        ScenesDataModule(TOKENIZER, 4, text=str(file), text_every=0)
+        ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, text=str(file), text_every=0)
     with pytest.raises(DataError, match=r"data\.text holds 9 texts, less than one batch of 10"):
-        ScenesDataModule(TOKENIZER, 10, train_count=16, text=str(file)).prepare_data()
+        ScenesDataModule(tokenizer=TOKENIZER, batch_size=10, train_count=16, text=str(file)).prepare_data()
 
 
 def test_texts_of_a_json_lines_file_may_be_objects_with_more_fields(tmp_path: Path) -> None:

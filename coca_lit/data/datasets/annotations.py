@@ -1,4 +1,4 @@
-"""Readers of caption files: Karpathy's `dataset_*.json`, the COCO captions schema (also nocaps) and COCO results."""
+"""Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps) and COCO results."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ def read_karpathy(path: Path, split: str) -> list[Listing]:
 def read_coco(path: Path) -> list[Listing]:
     """All images of `{"images": [{id, file_name, domain?}], "annotations": [{image_id, caption}]}`.
 
-    Raises `DataError` for malformed files, and for image lists without captions, such as those of the test sets.
+    Raises `DataError` for malformed files, and for lists of images without captions, such as the test sets.
     """
     content = load_json(path)
     with schema(path, "the COCO captions"):
@@ -71,9 +71,7 @@ def read_references(path: Path, split: str) -> list[Listing]:
 
 
 def read_results(path: Path) -> dict[int | str, str]:
-    """Captions by image id of COCO results, `[{image_id, caption}]`. Raises `DataError`, also for an id that comes
-    twice.
-    """
+    """Captions by image id of COCO results, `[{image_id, caption}]`. Raises `DataError`, also for a repeated id."""
     rows = load_json(path)
     captions: dict[int | str, str] = {}
     with schema(path, "the COCO results"):
@@ -105,7 +103,7 @@ def first_file(candidates: Sequence[Path]) -> Path | None:
 
 @contextmanager
 def schema(path: Path, name: str) -> Iterator[None]:
-    """Turn what a missing or mistyped field raises into one sentence."""
+    """Turns the error of a missing or mistyped field into a `DataError`."""
     try:
         yield
     except KeyError as error:

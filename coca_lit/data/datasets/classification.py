@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.datasets.annotations import load_json
-from coca_lit.data.records import Record, not_found, open_image
+from coca_lit.data.records import Record, not_found
 from coca_lit.data.scenes.render import (
     AXES,
     COLOURS,
@@ -70,7 +70,7 @@ def image_folder(root: str | Path, classes: str | Path | None = None) -> Classif
         raise not_found("classified images", [root / folders[0]], how)
     random.Random(0).shuffle(images)
     number = {folder: i for i, folder in enumerate(names)}
-    records = [Record(file, functools.partial(open_image, root / file), ()) for _, file in images]
+    records = [Record(file, root / file) for _, file in images]
     return Classification(records, {file: number[folder] for folder, file in images}, tuple(names.values()), templates)
 
 
@@ -87,7 +87,7 @@ def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def scene_classes(size: int = 32) -> Classification:
-    """Built-in scenes with twice the same colour and shape, which is the class; none that training shows.
+    """Built-in scenes of two objects with the same colour and shape, which is the class; none is in the training split.
 
     The prompts of a class are the captions of such scenes.
     """
@@ -97,7 +97,7 @@ def scene_classes(size: int = 32) -> Classification:
     label = {number: classes.index(" ".join(kind.pop())) for number, kind in kinds.items() if len(kind) == 1}
     numbers = [number for number in label if number not in trained]
     random.Random(0).shuffle(numbers)
-    records = [Record(number, functools.partial(render, number, size), ()) for number in numbers]
+    records = [Record(number, functools.partial(render, number, size)) for number in numbers]
     pairs = [Scene(axis, (Thing(a, "C", "S"), Thing(b, "C", "S"))) for axis in AXES for a in SIZES for b in SIZES]
     templates = tuple(text.replace("C S", "{}") for pair in pairs for text in captions(pair))
     return Classification(records, {number: label[number] for number in numbers}, classes, templates)

@@ -1,13 +1,12 @@
-"""MS-COCO captions in the Karpathy split (`dataset_coco.json`) or in COCO's own 2017 or 2014 split."""
+"""MS-COCO captions in the Karpathy split (`dataset_coco.json`) or in COCO's own 2017 or 2014 split, and folders in
+the same schema.
+"""
 
 from pathlib import Path
 
-from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.data.datasets.annotations import first_file, read_coco, read_karpathy
 from coca_lit.data.records import Listing, Record, not_found, records_on_disk
-from coca_lit.data.text_batches import TextFiles
 from coca_lit.errors import DataError
-from coca_lit.tokenizer import Tokenizer
 
 _HOW = (
     "download train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org, unpack them in one "
@@ -35,7 +34,7 @@ def mscoco_records(root: str | Path, split: str, karpathy: str | Path | None = N
 
 
 def mscoco_training_captions(root: str | Path, karpathy: str | Path | None = None) -> list[str]:
-    """All captions of the training split, see `mscoco_records`; its images need not be there."""
+    """All captions of the training split, see `mscoco_records`; the images need not exist."""
     path = _karpathy_file(Path(root), karpathy)
     listings = read_karpathy(path, "train") if path else read_coco(_official_file(Path(root), "train"))
     return [caption for item in listings for caption in item.captions]
@@ -65,35 +64,23 @@ def _official_file(root: Path, split: str) -> Path:
 
 
 def names_on_disk(listings: list[Listing], folders: list[Path]) -> list[Listing]:
-    """Karpathy's names are those of 2014, COCO_val2014_000000000042.jpg; in 2017 that image is 000000000042.jpg."""
+    """Karpathy uses the names of 2014, COCO_val2014_000000000042.jpg; in 2017 that image is 000000000042.jpg."""
     present = {folder.name for folder in folders if folder.is_dir()}
     if present & {"train2017", "val2017"} and not present & {"train2014", "val2014"}:
         return [item._replace(filename=item.filename.rsplit("_", 1)[-1]) for item in listings]
     return listings
 
 
-class MSCOCODataModule(CaptionDataModule):
-    """Fine-tuning on MS-COCO, see `mscoco_records`."""
+def coco_folder_records(root: str | Path, annotations: str = "captions.json", images: str = "images") -> list[Record]:
+    """Records of any folder of images with captions in the schema of COCO, for evaluation on data of one's own.
 
-    def __init__(
-        self,
-        root: str,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        karpathy: str | None = None,
-        image_size: int = 224,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_split: str = "train",
-        val_split: str | None = "val",
-        text: TextFiles | None = None,
-        text_every: int = 2,
-        cached_augmentations: int = 0,
-        cache_dir: str | None = None,
-    ):
-        rest = (train_split, val_split, text, text_every, cached_augmentations, cache_dir)
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *rest)
-        self.root, self.karpathy = root, karpathy
-
-    def records(self, split: str) -> list[Record]:
-        return mscoco_records(self.root, split, self.karpathy)
+    Args:
+        annotations: file in `root`, {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; may be
+            .json.gz. An image may have any number of captions, and a "domain", by which it is scored separately.
+        images: folder in `root`.
+    """
+    path, folder = Path(root) / annotations, Path(root) / images
+    how = "pass the folder as records.root, and the names inside it as records.annotations and records.images"
+    if not path.is_file():
+        raise not_found("the file of captions", [path], how)
+    return records_on_disk(read_coco(path), [folder], path, how)

@@ -3,13 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.data.datasets.annotations import read_karpathy
 from coca_lit.data.records import Record, not_found, records_on_disk
-from coca_lit.data.text_batches import TextFiles
-from coca_lit.tokenizer import Tokenizer
 
-# As our own exporters, the original archives and their mirrors name the image folder.
+# Names of the image folder in the Karpathy layout, in the original archives and in their mirrors.
 _FOLDERS = ("images", "Images", "Flicker8k_Dataset", "flickr30k-images", ".")
 
 FlickrName = Literal["flickr8k", "flickr30k"]
@@ -23,7 +20,7 @@ def flickr_records(root: str | Path, split: str, name: FlickrName = "flickr8k") 
 
 
 def flickr_training_captions(root: str | Path, name: FlickrName = "flickr8k") -> list[str]:
-    """All captions of the training split; its images need not be there."""
+    """All captions of the training split; the images need not exist."""
     path, _ = _annotations(Path(root), name)
     return [caption for item in read_karpathy(path, "train") for caption in item.captions]
 
@@ -35,30 +32,3 @@ def _annotations(root: Path, name: FlickrName) -> tuple[Path, str]:
     if not path.is_file():
         raise not_found(f"the captions of {name}", [path], how)
     return path, how
-
-
-class FlickrDataModule(CaptionDataModule):
-    """Training on Flickr8k or Flickr30k, see `flickr_records`."""
-
-    def __init__(
-        self,
-        root: str,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        name: FlickrName = "flickr8k",
-        image_size: int = 224,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_split: str = "train",
-        val_split: str | None = "val",
-        text: TextFiles | None = None,
-        text_every: int = 2,
-        cached_augmentations: int = 0,
-        cache_dir: str | None = None,
-    ):
-        rest = (train_split, val_split, text, text_every, cached_augmentations, cache_dir)
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *rest)
-        self.root, self.dataset = root, name  # `name` is Lightning's
-
-    def records(self, split: str) -> list[Record]:
-        return flickr_records(self.root, split, self.dataset)

@@ -7,15 +7,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from coca_lit.data.datamodule import CaptionDataModule
 from coca_lit.data.datasets.annotations import first_file, load_json, schema
 from coca_lit.data.datasets.coco import FOLDERS, names_on_disk
 from coca_lit.data.records import Listing, Record, not_found, records_on_disk
 from coca_lit.data.scenes.questions import scene_question_records
-from coca_lit.data.text_batches import TextFiles
 from coca_lit.errors import DataError
 from coca_lit.metrics.vqa import normalize_answer
-from coca_lit.tokenizer import Tokenizer
 
 SPLITS = {"train": "train2014", "val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 _HOW = (
@@ -27,7 +24,7 @@ _HOW = (
 def vqa_records(root: str | Path, split: str) -> list[Record]:
     """A record for each question of "train", "val", "test-dev" or "test"; the last two have no answers.
 
-    Answers come the most frequent first, "the" answer of VQA; the kind of the answer (yes-no, number, other) is the
+    The most frequent answer comes first, "the" answer of VQA; the type of the answer (yes-no, number, other) is the
     domain.
     """
     root = Path(root)
@@ -42,9 +39,9 @@ def vqa_records(root: str | Path, split: str) -> list[Record]:
 
 
 def frequent_answers(root: str | Path | None = None, count: int = 3129) -> list[str]:
-    """The most frequent answers to the training questions, normalised; those of the built-in scenes without a `root`.
+    """The most frequent answers to the training questions, normalised; without a `root` of the built-in scenes.
 
-    The default is the usual number: answers that come more than eight times in training (Teney et al. 2017).
+    The default is the usual number: answers that occur more than eight times in training (Teney et al. 2017).
     """
     if root is None:
         answers = [record.captions[0] for record in scene_question_records("train")]
@@ -52,30 +49,6 @@ def frequent_answers(root: str | Path | None = None, count: int = 3129) -> list[
         answers = [people[0] for people, _ in _answers(_file(Path(root), "annotations", "train")).values()]
     counts = Counter(map(normalize_answer, answers))
     return sorted(counts, key=lambda answer: (-counts[answer], answer))[:count]
-
-
-class VQADataModule(CaptionDataModule):
-    """Training on questions, see `vqa_records`: the model reads the question and learns to write the answer."""
-
-    def __init__(
-        self,
-        root: str,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        image_size: int = 224,
-        num_workers: int = 0,
-        seed: int = 0,
-        train_split: str = "train",
-        val_split: str | None = "val",
-        text: TextFiles | None = None,
-        text_every: int = 2,
-    ):
-        splits = (train_split, val_split)
-        super().__init__(tokenizer, batch_size, image_size, num_workers, seed, *splits, text, text_every)
-        self.root = root
-
-    def records(self, split: str) -> list[Record]:
-        return vqa_records(self.root, split)
 
 
 def _file(root: Path, kind: str, split: str) -> Path:
@@ -91,14 +64,16 @@ def _file(root: Path, kind: str, split: str) -> Path:
 
 
 def _answers(path: Path) -> dict[int, tuple[tuple[str, ...], str]]:
-    """The answers of each question, most frequent first, and the kind of them."""
+    """By question: the answers, most frequent first, and their type."""
     content = load_json(path)
     with schema(path, "the VQA annotations"):
         return {item["question_id"]: (_by_frequency(item), _kind(item)) for item in content["annotations"]}
 
 
 def _by_frequency(annotation: dict) -> tuple[str, ...]:
-    people = [sys.intern(answer["answer"]) for answer in annotation["answers"]]  # few words make millions of answers
+    people = [
+        sys.intern(answer["answer"]) for answer in annotation["answers"]
+    ]  # a few strings make up millions of answers
     first = annotation["multiple_choice_answer"]
     return tuple(sorted(people, key=lambda answer: (answer != first, -people.count(answer), answer)))
 

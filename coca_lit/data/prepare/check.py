@@ -1,30 +1,27 @@
-"""Looks at every sample of a set of shards, as training will: `coca-data check`."""
+"""Reads and decodes every sample of a set of shards, as training will: `coca-data check`."""
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples, quiet
-from coca_lit.data.prepare.parallel import parallel_map
 from coca_lit.data.records import decode_image
-from coca_lit.data.shards.listing import Shard
-from coca_lit.data.shards.manifest import NAME, ManifestEntry, read_manifest, sha256_of
+from coca_lit.data.shards.listing import MANIFEST, ManifestEntry, Shard, parallel_map, read_manifest, sha256_of
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, whole_lines
 
-JOURNAL = f".{NAME}.journal"  # what an interrupted check has already found
+JOURNAL = f".{MANIFEST}.journal"  # the reports of an interrupted check
 
 
 class ShardReport(NamedTuple):
-    """What a check found in one shard."""
+    """The result of checking one shard."""
 
     path: str
-    changed_at: int  # modification time in ns, by which a later check knows that it need not look again
+    changed_at: int  # modification time in ns, by which a later check skips an unchanged shard
     entry: ManifestEntry
     bad: dict[str, int]  # number of samples per reason
     examples: list[str]  # the first few, with what is wrong
@@ -53,8 +50,8 @@ def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
 
 
 def check_shards(paths: Sequence[Path], caption_key: str, workers: int) -> Iterator[ShardReport]:
-    """Reports in the order in which they are ready. Each is noted beside its shard, so that a check which was
-    interrupted goes on where it was; `forget_journals` when all is done.
+    """Reports in the order in which they are ready. Each is recorded in a journal beside its shard, so that an
+    interrupted check resumes where it stopped; call `forget_journals` when all is done.
     """
     known = _journals({path.parent for path in paths}, caption_key)
     todo = []
@@ -75,7 +72,7 @@ def forget_journals(folders: set[Path]) -> None:
 
 
 def compare(reports: Sequence[ShardReport]) -> Iterator[str]:
-    """One sentence for each shard that does not fit the manifest of its folder, or is in it and gone."""
+    """One sentence for each shard that does not match the manifest of its folder, or is listed there but missing."""
     found = by_folder(reports)
     for folder, entries in found.items():
         manifest = read_manifest(folder)
@@ -88,16 +85,12 @@ def compare(reports: Sequence[ShardReport]) -> Iterator[str]:
 
 
 def by_folder(reports: Sequence[ShardReport]) -> dict[Path, dict[str, ManifestEntry]]:
-    """The entries of a manifest for each folder."""
+    """The entries for the manifest of each folder."""
     found: dict[Path, dict[str, ManifestEntry]] = {}
     for report in reports:
         path = Path(report.path)
         found.setdefault(path.parent, {})[path.name] = report.entry
     return found
-
-
-def count_reasons(reports: Sequence[ShardReport]) -> Counter[str]:
-    return sum((Counter(report.bad) for report in reports), Counter())
 
 
 def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
@@ -107,7 +100,7 @@ def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
             try:
                 key, (shard, changed_at, entry, *rest) = json.loads(line)
             except ValueError:
-                continue  # what a crash of the machine may leave
+                continue  # damaged by a crash of the machine
             if key == caption_key:
                 reports[shard] = ShardReport(shard, changed_at, ManifestEntry(*entry), *rest)
     return reports

@@ -1,20 +1,27 @@
-"""Where captioned images lie on a disk: tables, COCO and Flickr folders, and folders of image and text files."""
+"""Finds captioned images on a disk: tables, COCO and Flickr folders, and folders of image and text files."""
 
 import csv
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from coca_lit.data.datasets.classification import IMAGES
 from coca_lit.data.datasets.coco import mscoco_records
 from coca_lit.data.datasets.flickr import flickr_records
-from coca_lit.data.records import ImageFile, Pair, Record
+from coca_lit.data.records import ImageFile, Record
 from coca_lit.errors import DataError, DataNotFoundError
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "file")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
+
+
+class Pair(NamedTuple):
+    """An image file and its captions, of which there may be none: to be written as shards."""
+
+    image: Path
+    captions: tuple[str, ...]
 
 
 def read_pairs(
@@ -62,7 +69,7 @@ def _flickr(root: Path, name: Any, split: str) -> list[Record]:
 
 
 def _path_of(record: Record) -> Path:
-    assert isinstance(record.image, ImageFile)  # the sets that are read here lie on disk
+    assert isinstance(record.image, ImageFile)  # these data sets are on disk
     return record.image.path
 
 

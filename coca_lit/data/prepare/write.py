@@ -1,33 +1,32 @@
 """Writes any source of captioned images as shards with a manifest: `coca-data prepare`.
 
 Equal sources give equal bytes: order, keys and time stamps depend on the content alone. Each shard appears under its
-name when it is complete, and an interrupted command goes on where it was.
+name when it is complete, and an interrupted command resumes where it stopped.
 """
 
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.prepare.parallel import parallel_map
-from coca_lit.data.records import Pair, decode_image
-from coca_lit.data.shards.listing import Shard
-from coca_lit.data.shards.manifest import ManifestEntry, sha256_of
+from coca_lit.data.prepare.pairs import Pair
+from coca_lit.data.records import decode_image
+from coca_lit.data.shards.listing import ManifestEntry, Shard, parallel_map, sha256_of
 from coca_lit.data.shards.reader import image_of, read_fields
+from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError
-from coca_lit.files import append_lines, atomic_write, remove_leftovers, replacing, whole_lines
+from coca_lit.files import append_lines, atomic_write, remove_leftovers, whole_lines
 
-JOURNAL = ".prepare.journal"  # the plan's digest, then a line per shard; kept, so that a repetition finds all done
+JOURNAL = ".prepare.journal"  # digest of the plan, then a line per shard; kept, so that a repetition finds all done
 DIGITS = 5  # of a shard's number, as img2dataset writes them
 _KNOWN = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
 
 
 class Task(NamedTuple):
-    """What goes into one shard: some pairs, or the samples of a shard of img2dataset."""
+    """The content of one shard: some pairs, or the samples of a shard of img2dataset."""
 
     number: int
     content: tuple[Pair, ...] | Path
@@ -38,11 +37,11 @@ class Task(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What became of a task; a shard without samples is not kept."""
+    """The result of a task; a shard without samples is not kept."""
 
     name: str
     entry: ManifestEntry
-    bad: dict[str, int]  # samples left out, by reason
+    bad: dict[str, int]  # skipped samples by reason
     examples: list[str]
 
 
@@ -53,7 +52,7 @@ class Sample(NamedTuple):
 
 
 def plan_pairs(pairs: Sequence[Pair], per_shard: int | None) -> list[Task]:
-    """Shards of `per_shard` pairs; by default 10,000, or fewer so that there are 16 for as many readers."""
+    """Shards of `per_shard` pairs; by default 10,000, or fewer so that there are 16 shards for 16 readers."""
     size = per_shard or max(1, min(10_000, -(-len(pairs) // 16)))
     return [Task(n, tuple(pairs[i : i + size])) for n, i in enumerate(range(0, len(pairs), size))]
 
@@ -63,7 +62,7 @@ def plan_shards(paths: Sequence[Path]) -> list[Task]:
 
 
 def prepare(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Written]:
-    """Writes all shards that are not there yet; yields them as they are ready, old ones first.
+    """Writes all shards that do not exist yet; yields them as they are ready, existing ones first.
 
     Raises:
         DataError: the folder holds something else.
@@ -82,9 +81,9 @@ def write_shard(task: Task, output: Path) -> Written:
     bad = BadSamples(1.0)
     path = output / task.name
     count = 0
-    with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with tar_writer(path) as tar:
         for count, sample in enumerate(_samples(task, bad), start=1):
-            _add_sample(tar, f"{task.number:0{DIGITS}d}{count - 1:05d}", sample)
+            tar.write(_members(f"{task.number:0{DIGITS}d}{count - 1:05d}", sample))
     entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
     if not count:
         path.unlink()
@@ -93,7 +92,7 @@ def write_shard(task: Task, output: Path) -> Written:
 
 
 def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
-    """Those that can be used: each image is decoded once."""
+    """The usable samples: each image is decoded once."""
     content = task.content
     source = _from_shard(content, bad) if isinstance(content, Path) else _from_pairs(content)
     for name, image, captions, meta in source:
@@ -135,19 +134,15 @@ def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple
         bad.add(reason, "", str(path), counted.found[0].detail, count)
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
+def _members(key: str, sample: Sample) -> dict[str, Any]:
     suffix = next(suffix for start, suffix in _KNOWN if sample.image.startswith(start))
     meta = {**sample.meta, "key": key, "caption": sample.captions[0], "captions": sample.captions}
     text = json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False)
-    files = {suffix: sample.image, "txt": sample.captions[0].encode(), "json": text.encode()}
-    for end, content in files.items():
-        member = tarfile.TarInfo(f"{key}.{end}")  # time, owner and mode keep their defaults
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+    return {"__key__": key, suffix: sample.image, "txt": sample.captions[0].encode(), "json": text.encode()}
 
 
 def _digest(tasks: Sequence[Task]) -> str:
-    """Of everything that the shards depend on, but for the content of the images."""
+    """Of everything that the shards depend on, except the content of the images."""
     digest = hashlib.sha256()
     for task in tasks:
         digest.update(repr((task.number, task.content)).encode())
@@ -155,7 +150,7 @@ def _digest(tasks: Sequence[Task]) -> str:
 
 
 def _open_journal(output: Path, digest: str) -> dict[str, Written]:
-    """The shards that are already there."""
+    """The shards that exist already."""
     journal = output / JOURNAL
     if not journal.is_file():
         if output.is_dir() and any(output.iterdir()):
@@ -173,7 +168,7 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
         try:
             name, entry, *rest = json.loads(line)
         except ValueError:
-            continue  # what a crash of the machine may leave
+            continue  # damaged by a crash of the machine
         path = output / name
         known = ManifestEntry(*entry)
         if not known.samples or (path.is_file() and path.stat().st_size == known.bytes):

@@ -1,4 +1,4 @@
-"""Writes the built-in scenes in the file formats of well-known data sets, so that every reader can be tried offline.
+"""Writes the built-in scenes in the file formats of well-known data sets, to try every reader offline.
 
     python -m coca_lit.data.scenes.export shards OUT --count 2000 --size 64
 
@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from coca_lit.data.records import Record
+from coca_lit.data.scenes.questions import scene_question_records
 from coca_lit.data.scenes.render import DEFAULT_COUNTS, HELD_OUT_SCENES, WORDINGS, captions, decode, scene_records
+from coca_lit.data.shards.tar import tar_writer
 
 LICENSES = [{"id": 0, "name": "synthetic", "url": ""}]
 
@@ -63,7 +64,8 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
 def write_shards(folder: Path, count: int, size: int, per_shard: int = 250) -> None:
     """Train scenes as img2dataset shards: 00000.tar with KEY.jpg, KEY.txt, KEY.json, beside it 00000_stats.json, ...
 
-    KEY is shard * 10^ceil(log10(per_shard)) + row with leading zeros. One caption per image, the wordings taking turns.
+    KEY is shard * 10^ceil(log10(per_shard)) + row with leading zeros. Each image has one
+    caption, in alternating wording.
     """
     digits = math.ceil(math.log10(per_shard))
     records = scene_records("train", size, count)
@@ -75,12 +77,9 @@ def write_shards(folder: Path, count: int, size: int, per_shard: int = 250) -> N
 
 def _write_shard(stem: Path, keys: list[str], rows: list[Record], size: int) -> None:
     started = time.time()
-    with tarfile.open(f"{stem}.tar", "w") as tar:
+    with tar_writer(Path(f"{stem}.tar")) as tar:
         for row, (key, record) in enumerate(zip(keys, rows, strict=True)):
-            for suffix, content in _shard_sample(key, record, size, row).items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            tar.write({"__key__": key, **_shard_sample(key, record, size, row)})
     ended = time.time()
     stats = {
         "count": len(rows),
@@ -167,8 +166,6 @@ def write_nocaps(folder: Path, count: int, size: int) -> None:
 
 def write_vqa(folder: Path, count: int, size: int) -> None:
     """VQA v2: questions and annotations of train2014 and val2014, and the image folders of these names."""
-    from coca_lit.data.scenes.questions import scene_question_records  # with all that a DataModule needs
-
     for split in ("train", "val"):
         name, images = f"{split}2014", set()
         asked: list[dict[str, Any]] = []

@@ -1,9 +1,9 @@
-"""A built-in image-text dataset made from numbers: coloured shapes in a row or a column, nothing to download.
+"""The built-in data set: images of coloured shapes in a row or a column with captions, made from numbers.
 
-A scene number fixes the shapes, their order, the captions and every pixel, so no file is needed and any machine gets
-the same data. Every caption names all objects and their arrangement, which makes retrieval well posed: no two scenes
-share a caption. The split "compositional" shows colour-shape pairs that no other split contains, although each of its
-colours and shapes is seen in training.
+A scene number determines the shapes, their order, the captions and every pixel, so no file is needed and any machine
+gets the same data. Every caption names all objects and their arrangement, which makes retrieval well posed: no two
+scenes share a caption. The split "compositional" shows colour-shape pairs that no other split contains, although each
+of its colours and shapes occurs in training.
 """
 
 import math
@@ -73,7 +73,7 @@ class Scene(NamedTuple):
 
 
 class Wording(NamedTuple):
-    """One way to tell a scene: `first` takes one object, `more` each further one; `backwards` starts at the far end."""
+    """One way to describe a scene: `first` takes one object, `more` each further one; `backwards` starts at the end."""
 
     first: str
     more: str
@@ -181,7 +181,7 @@ def render(number: int, size: int = 32, objects: int = 2) -> Image.Image:
 def _pools(objects: int) -> dict[str, list[int]]:
     """Shuffled scene numbers of every split; val and test come first, so the size of train does not change them."""
     total = space_size(objects)
-    # All scenes of two objects; of the 1.8 million with three, more than anybody needs.
+    # All scenes of two objects, and a sample of the 1.8 million with three.
     numbers = random.Random(2205).sample(range(total), min(total, 40_000))
     ordinary: list[int] = []
     novel: list[int] = []
@@ -205,10 +205,10 @@ def scene_records(
         size: height and width of the images in pixels.
         count: number of scenes; by default 12,000 for train and 512 for the others. A smaller count takes a prefix.
         objects: shapes in a scene, 2 or 3.
-        style: of the captions: "standard", or "narrated", which says the same in five other wordings.
+        style: of the captions: "standard", or "narrated", the same content in five other wordings.
 
     Raises:
-        ValueError: unknown split or style, or more scenes asked for than the split has.
+        ValueError: unknown split or style, or more scenes than the split has.
     """
     if split not in DEFAULT_COUNTS:
         raise ValueError(f"unknown split {split!r} of scenes; known: {', '.join(DEFAULT_COUNTS)}")

@@ -1,1 +1,1 @@
-"""Image-text shards in webdataset's tar format: listing, indexing, streaming, caching."""
+"""Image-text shards in webdataset's tar format: finding, caching, reading and writing them."""

@@ -1,24 +1,27 @@
-"""Shards on object stores (s3, gs, hf) through fsspec, read by way of a local cache that has a limit.
+"""Shards on object stores (s3, gs, hf) through fsspec, read through a local cache of limited size.
 
-Only these schemes are accepted, without fsspec's chains of protocols: a URL may come from a stranger.
+Only these schemes are accepted, and no chained protocols of fsspec: a URL may come from a stranger.
 """
 
-import fcntl
 import fnmatch
+import glob
 import hashlib
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from coca_lit.errors import DataError
-from coca_lit.files import locked
 
 SCHEMES = ("s3", "gs", "hf", "memory")  # memory: for tests
 TRIES = 3  # of a download
-LOCK, ROOM, PARTIAL = ".lock", ".room", ".partial"  # suffixes in the cache; held, reserved, and fetched so far
+LOCK, READER = ".lock", ".reader"  # of the process that downloads a file, and of each that reads it
+ROOM, PARTIAL = ".room", ".partial"  # reserved for a download, and fetched so far
 
 
 def is_remote(name: str) -> bool:
@@ -26,7 +29,7 @@ def is_remote(name: str) -> bool:
 
 
 class RemoteFolder(NamedTuple):
-    """What one listing says about a folder on an object store."""
+    """The listing of a folder on an object store."""
 
     url: str
     sizes: Mapping[str, int]  # by file name
@@ -35,13 +38,13 @@ class RemoteFolder(NamedTuple):
         return sorted(name for name in self.sizes if fnmatch.fnmatchcase(name, pattern))
 
     def text(self, name: str) -> str:
-        with _blame(self.url):
+        with _store_errors(self.url):
             return _filesystem(self.url).cat_file(f"{self.url}/{name}").decode()
 
 
 def list_folder(url: str) -> RemoteFolder:
     """One request; raises `DataError` when the store cannot be reached. A folder that does not exist is empty."""
-    with _blame(url):
+    with _store_errors(url):
         try:
             rows = _filesystem(url).ls(url, detail=True)
         except FileNotFoundError:
@@ -52,8 +55,8 @@ def list_folder(url: str) -> RemoteFolder:
 class ShardCache(NamedTuple):
     """Copies of remote files in a local folder, shared by all processes of a machine.
 
-    A file appears under its name when it is complete. The longest unused ones make room for new ones, but none that a
-    process has open: a reader holds a shared lock on its file, and only a file that can be locked alone is removed.
+    A file appears under its name when it is complete. The least recently used ones make room for new ones, but none
+    that a process has open: each reader holds a lock of its own beside the file until it is done, or dies.
     """
 
     folder: Path
@@ -64,27 +67,43 @@ class ShardCache(NamedTuple):
         """A local copy of `url` that stays there within the block. Raises `DataError` if the cache is too small."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
-        while (file := _open_shared(path)) is None:
-            with locked(_of(path, LOCK)):  # one process downloads, the others wait
-                if not path.exists():
-                    self._download(url, path)
-        with file:
-            os.utime(path)
+        reader = FileLock(_beside(path, f".{uuid.uuid4().hex}{READER}"))
+        try:
+            while not self._hold(path, reader):
+                with FileLock(_beside(path, LOCK)):  # one process downloads, the others wait
+                    if not path.exists():
+                        self._download(url, path)
             yield path
+        finally:
+            reader.release()
+            Path(reader.lock_file).unlink(missing_ok=True)
+
+    def accounts(self) -> AbstractContextManager[Any]:
+        """Held by the one process of a machine that adds up or changes what takes room."""
+        return FileLock(self.folder / ".accounts.lock")
+
+    def _hold(self, path: Path, reader: FileLock) -> bool:
+        """Keeps a file in the cache while `reader` is locked; False if it is not there."""
+        with self.accounts():
+            if not path.exists():
+                return False
+            reader.acquire()
+            os.utime(path)
+            return True
 
     def _download(self, url: str, path: Path) -> None:
-        """By the process that holds the lock of `path`."""
-        partial, room = _of(path, PARTIAL), _of(path, ROOM)
+        """By the process that holds the download lock of `path`."""
+        partial, room = _beside(path, PARTIAL), _beside(path, ROOM)
         for attempt in range(1, TRIES + 1):
             try:
-                with _blame(url):
+                with _store_errors(url):
                     filesystem = _filesystem(url)
                     size = filesystem.size(url)
                     self._reserve(url, room, size)
                     filesystem.get_file(url, str(partial))
                 if partial.stat().st_size != size:
                     raise OSError(f"{url} came with {partial.stat().st_size} of {size} bytes")
-                with self.accounts():  # who adds up sees the reservation or the file
+                with self.accounts():  # others count either the reservation or the file
                     partial.replace(path)
                     room.unlink()
                 return
@@ -97,14 +116,15 @@ class ShardCache(NamedTuple):
                 room.unlink(missing_ok=True)
 
     def _reserve(self, url: str, room: Path, size: int) -> None:
-        """Takes room with a file of that size, which other processes count; removes files until there is some."""
+        """Reserves room by a file of that size, which other processes count; removes files until there is enough."""
         with self.accounts():
             files = sorted(self._files(), key=lambda file: file[1].st_mtime)
             used = sum(status.st_size for _, status in files)
             for path, status in files:
                 if used + size <= self.max_bytes:
                     break
-                if _remove_unless_used(path):
+                if not _in_use(path):
+                    path.unlink(missing_ok=True)
                     used -= status.st_size
             if used + size > self.max_bytes:
                 limit, wanted = (f"{number / 1e9:.3g} GB" for number in (self.max_bytes, size))
@@ -115,46 +135,35 @@ class ShardCache(NamedTuple):
             with room.open("wb") as file:
                 file.truncate(size)  # takes no blocks on the disk
 
-    def accounts(self) -> AbstractContextManager[None]:
-        """One process at a time adds up and changes what takes room."""
-        return locked(self.folder / ".accounts.lock")
-
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """What takes room: whole files, and the reservations of those that are being fetched."""
+        """What takes room: complete files, and the reservations of downloads."""
         for path in self.folder.iterdir():
-            if path.suffix not in (LOCK, PARTIAL) and not path.is_dir():
+            if path.suffix not in (LOCK, PARTIAL, READER) and not path.is_dir():
                 with suppress(FileNotFoundError):
                     yield path, path.stat()
 
 
-def _open_shared(path: Path) -> IO[bytes] | None:
-    """The file with a shared lock; None if it is not there, or no longer."""
+def _in_use(path: Path) -> bool:
+    """Whether a process reads a file, or is about to fill a reservation; locks of dead processes are removed."""
+    if path.suffix == ROOM:
+        return _is_locked(path.with_suffix(LOCK))
+    readers = [*path.parent.glob(f"{glob.escape(path.name)}.*{READER}")]
+    held = [reader for reader in readers if _is_locked(reader)]
+    for reader in {*readers} - {*held}:
+        reader.unlink(missing_ok=True)
+    return bool(held)
+
+
+def _is_locked(path: Path) -> bool:
     try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return None
-    fcntl.flock(file, fcntl.LOCK_SH)
-    if os.fstat(file.fileno()).st_nlink:
-        return file
-    file.close()  # removed between opening and locking
-    return None
-
-
-def _remove_unless_used(path: Path) -> bool:
-    """Removes a file that no process reads, or a reservation whose process is gone."""
-    with suppress(FileNotFoundError), (_of(path, LOCK) if path.suffix == ROOM else path).open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        with FileLock(path, timeout=0):
             return False
-        path.unlink(missing_ok=True)
-    return True
+    except Timeout:
+        return True
 
 
-def _of(path: Path, suffix: str) -> Path:
-    """The lock, the reservation or the part of a file in the cache; `path` may be one of them."""
-    name = path.name.removesuffix(ROOM) if path.suffix == ROOM else path.name
-    return path.with_name(name + suffix)
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def _filesystem(url: str) -> Any:
@@ -164,7 +173,7 @@ def _filesystem(url: str) -> Any:
 
 
 @contextmanager
-def _blame(url: str) -> Iterator[None]:
+def _store_errors(url: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:

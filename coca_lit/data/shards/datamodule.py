@@ -1,5 +1,6 @@
-"""Pre-training on LAION or any other image-text shards in the format of img2dataset: indexed where they are local and
-small enough for random access, else as a stream.
+"""Pre-training on LAION or any other image-text shards in the format of img2dataset.
+
+Local shards up to `AUTO_BYTES` are indexed and read in any order; others are streamed.
 """
 
 import logging
@@ -7,29 +8,25 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch.utils.data import DataLoader
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
-from coca_lit.data.datamodule import CaptionDataModule
+from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
 from coca_lit.data.loader import TrainLoader, load, loading, per_rank
-from coca_lit.data.records import Record
 from coca_lit.data.shards.cache import ShardCache
-from coca_lit.data.shards.example import Preprocess
-from coca_lit.data.shards.index import TarIndex, tar_indexes
-from coca_lit.data.shards.indexed import IndexedBatches, IndexedShards, IndexedSource
+from coca_lit.data.shards.indexed import IndexedBatches, IndexedShards, TarIndex, tar_indexes
 from coca_lit.data.shards.listing import Shard, find_shards
 from coca_lit.data.shards.mixture import Source, check_weights
+from coca_lit.data.shards.reader import Preprocess
 from coca_lit.data.shards.stream import ShardBatches, ShardOrder
-from coca_lit.data.text_batches import TextFiles
 from coca_lit.errors import DataError
-from coca_lit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Shards = str | Sequence[str]
+Patterns = str | Sequence[str]
 AUTO_BYTES = 100 * 10**9  # of shards: what page caches and SSDs still serve in any order
 
 
@@ -37,31 +34,26 @@ class LAIONDataModule(CaptionDataModule):
     """Endless passes over the shards, cut into epochs of `epoch_samples`; there is no validation set.
 
     Args:
-        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of such; for a mixture
-            {name: such}. A stream needs a shard of each source for every process.
-        epoch_samples: of all processes together; one epoch need not be one pass over the shards. None takes the number
-            in the index or, for a stream, in the manifests of the shards.
-        batch_size: of all processes together.
-        weights: {name: share} of a mixture, kept in every stretch. None takes the sources in proportion
-            to their samples, as with `epoch_samples`.
-        caption_keys: where the caption stands: "txt", or a field of each sample's JSON; for several {key: probability},
-            of which each sample draws one anew in every pass.
-        indexed: True looks once where every sample lies, see `coca_lit.data.shards.indexed`; False reads shards from
-            end to end, see `coca_lit.data.shards.stream`; "auto" indexes up to `AUTO_BYTES` of local .tar files.
-        shuffle_buffer: samples of a stream that each worker mixes, kept encoded in memory.
+        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of these; for a mixture
+            {name: the same}. A stream needs a shard of each source for every process.
+        epoch_samples: of all processes together; need not be one pass over the shards. None takes the number of
+            samples in the indexes or, for a stream, in the manifests of the shards.
+        weights: {name: share} of a mixture, kept in every stretch of the training. None makes them proportional to the
+            number of samples, which is found as for `epoch_samples`.
+        caption_keys: "txt", or a field of each sample's JSON; for several {key: probability}, one of which is drawn
+            for each sample in every pass.
+        indexed: True uses `coca_lit.data.shards.indexed`, False `coca_lit.data.shards.stream`; "auto" indexes local
+            .tar files of up to `AUTO_BYTES`.
+        shuffle_buffer: samples of a stream that each worker shuffles, kept encoded in memory.
         max_bad_fraction: of broken samples, above which the training stops.
         cache_dir, cache_gb: local copies of shards on an object store, shared by the processes of a machine.
+        shared: see `CaptionDataModule`.
     """
 
     def __init__(
         self,
-        shards: Shards | Mapping[str, Shards],
+        shards: Patterns | Mapping[str, Patterns],
         epoch_samples: int | None,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        image_size: int = 224,
-        num_workers: int = 0,
-        seed: int = 0,
         weights: Mapping[str, float] | None = None,
         caption_keys: str | Mapping[str, float] = "txt",
         indexed: bool | Literal["auto"] = "auto",
@@ -69,11 +61,9 @@ class LAIONDataModule(CaptionDataModule):
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
-        text: TextFiles | None = None,
-        text_every: int = 2,
-    ):
-        arguments = (tokenizer, batch_size, image_size, num_workers, seed)
-        super().__init__(*arguments, val_split=None, text=text, text_every=text_every)
+        **shared: Unpack[LoaderArguments],
+    ) -> None:
+        super().__init__(**shared)
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1 (no shuffling within a shard), not {shuffle_buffer}")
         if indexed not in (True, False, "auto"):
@@ -83,10 +73,10 @@ class LAIONDataModule(CaptionDataModule):
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
         self.caption_keys = check_weights("caption_keys", keys)
-        self.shards = dict(shards) if isinstance(shards, Mapping) else {"": shards}
+        self.patterns = dict(shards) if isinstance(shards, Mapping) else {"": shards}
         self.weights = None if weights is None else check_weights("weights", weights)
-        if self.weights is not None and self.weights.keys() != self.shards.keys():
-            names = " and ".join(", ".join(map(repr, names)) for names in (self.shards, self.weights))
+        if self.weights is not None and self.weights.keys() != self.patterns.keys():
+            names = " and ".join(", ".join(map(repr, names)) for names in (self.patterns, self.weights))
             raise ValueError(f"shards and weights must have the same names, not {names}")
         self._epoch_samples, self._indexed = epoch_samples, indexed
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
@@ -98,21 +88,20 @@ class LAIONDataModule(CaptionDataModule):
             "flickr30k, flickr8k or scenes"
         )
 
-    def records(self, split: str) -> list[Record]:
-        raise DataError(f"shards are for training only and have no split {split!r}: evaluate on another data set")
-
     @cached_property
-    def found(self) -> dict[str, list[Shard]]:
-        """The shards of each source."""
-        return {name: find_shards(shards, self.cache) for name, shards in self.shards.items()}
+    def shards(self) -> dict[str, list[Shard]]:
+        """By the name of their source."""
+        return {name: find_shards(patterns, self.cache) for name, patterns in self.patterns.items()}
 
     @cached_property
     def indexed(self) -> bool:
         """Whether the shards are indexed, rather than streamed."""
-        shards = [shard for of_source in self.found.values() for shard in of_source]
+        shards = [shard for of_source in self.shards.values() for shard in of_source]
         unfit = next((shard.name for shard in shards if shard.cache or not shard.name.endswith(".tar")), None)
         if self._indexed is True and unfit:
-            raise DataError(f"data.indexed=true needs local .tar files, and {unfit} is none: copy it, or use a stream")
+            raise DataError(
+                f"data.indexed=true needs local, uncompressed .tar files, unlike {unfit}: copy it, or use a stream"
+            )
         if self._indexed == "auto":
             return not unfit and sum(os.path.getsize(shard.name) for shard in shards) <= AUTO_BYTES
         return self._indexed
@@ -123,9 +112,9 @@ class LAIONDataModule(CaptionDataModule):
 
     @cached_property
     def indexes(self) -> dict[str, list[TarIndex]]:
-        """Of each source; raises `DataError` when too much is missing in the shards."""
-        spare = self.cache.folder / "indexes"
-        indexes = {name: tar_indexes(shards, spare) for name, shards in self.found.items()}
+        """By the name of their source; raises `DataError` when too much is missing in the shards."""
+        fallback_dir = self.cache.folder / "indexes"
+        indexes = {name: tar_indexes(shards, fallback_dir) for name, shards in self.shards.items()}
         bad = BadSamples(self.max_bad_fraction)
         for index in (index for of_source in indexes.values() for index in of_source):
             bad.seen += len(index) + sum(count for _, count in index.faults)
@@ -135,22 +124,22 @@ class LAIONDataModule(CaptionDataModule):
         return indexes
 
     @cached_property
-    def sources(self) -> list[Source]:
-        one = len(self.found) == 1
-        weights = self.weights or {name: 1.0 if one else self._samples(name, "data.weights") for name in self.found}
-        return [Source(name, shards, weights[name]) for name, shards in self.found.items()]
+    def sources(self) -> list[Source[Shard]]:
+        one = len(self.shards) == 1
+        weights = self.weights or {name: 1.0 if one else self._samples(name, "data.weights") for name in self.shards}
+        return [Source(name, shards, weights[name]) for name, shards in self.shards.items()]
 
     @property
     def epoch_samples(self) -> int:
         if self._epoch_samples is not None:
             return self._epoch_samples
-        return sum(self._samples(name, "data.epoch_samples") for name in self.found)
+        return sum(self._samples(name, "data.epoch_samples") for name in self.shards)
 
     def _samples(self, source: str, otherwise: str) -> int:
-        """How many there are by the index or, for a stream, the manifests; `otherwise` is the key that may say it."""
+        """Number of samples by the indexes or, for a stream, the manifests; `otherwise` is a key that can set it."""
         if self.indexed:
             return sum(map(len, self.indexes[source]))
-        shards = self.found[source]
+        shards = self.shards[source]
         if not all(shard.entry for shard in shards):
             what = f"of {source!r} " if source else ""
             raise DataError(
@@ -169,12 +158,11 @@ class LAIONDataModule(CaptionDataModule):
         _ = self.sources, self.indexed and self.indexes
         super().prepare_data()
 
-    def train_dataloader(self) -> TrainLoader:
-        return self._with_texts(self._indexed_loader() if self.indexed else self._stream_loader())
+    def pair_loader(self, rank: int, world: int) -> TrainLoader:
+        return self._indexed_loader(rank, world) if self.indexed else self._stream_loader(rank, world)
 
-    def _indexed_loader(self) -> TrainLoader:
-        rank, world = self._rank_and_world()
-        sources = [IndexedSource(source.name, self.indexes[source.name], source.weight) for source in self.sources]
+    def _indexed_loader(self, rank: int, world: int) -> TrainLoader:
+        sources = [Source(source.name, self.indexes[source.name], source.weight) for source in self.sources]
         preprocess = Preprocess(self.train_transform(), self.tokenizer, self.caption_keys, self.seed)
         examples, steps = IndexedShards(sources, preprocess, self.max_bad_fraction), self.steps_per_epoch
 
@@ -183,10 +171,9 @@ class LAIONDataModule(CaptionDataModule):
             batches = IndexedBatches(sources, self.batch_size, self.seed, first, stop, rank, world)
             return load(examples, batches, self.tokenizer.pad_id, self.num_workers)
 
-        return TrainLoader(steps, open_at, self._position)
+        return TrainLoader(steps, open_at, self.position)
 
-    def _stream_loader(self) -> TrainLoader:
-        rank, world = self._rank_and_world()
+    def _stream_loader(self, rank: int, world: int) -> TrainLoader:
         workers = min(usable_workers(source, world, self.num_workers) for source in self.sources)
         order = ShardOrder(self.sources, self.seed, rank, world, self.shuffle_buffer, self.caption_keys)
         transform, batch_size = self.train_transform(), per_rank(self.batch_size, world)
@@ -195,10 +182,10 @@ class LAIONDataModule(CaptionDataModule):
             batches = ShardBatches(order, transform, self.tokenizer, batch_size, epoch, start, self.max_bad_fraction)
             return DataLoader(batches, batch_size=None, **loading(workers))
 
-        return TrainLoader(self.steps_per_epoch, open_at, self._position)
+        return TrainLoader(self.steps_per_epoch, open_at, self.position)
 
 
-def usable_workers(source: Source, world: int, num_workers: int) -> int:
+def usable_workers(source: Source[Shard], world: int, num_workers: int) -> int:
     """`num_workers`, or with a warning fewer so that each has a shard; `DataError` if a process would have none."""
     shards = len(source.shards)
     what = "shard" if shards == 1 else "shards"

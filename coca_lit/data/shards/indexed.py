@@ -1,51 +1,127 @@
-"""Local shards as map-style data: exact shuffling over all of them, and any batch at once.
+"""Local shards as a map-style data set: shuffling over all samples at once, and access to any batch.
 
-The order depends on the seed alone, not on the number of ranks and workers. A set of shards is gone through in passes,
-each in an order of its own; epochs are cut from the passes one after the other, whatever their length.
+An index holds where the samples of a shard lie. It is made in one pass over the headers and kept beside its shard as
+`.00000.tar.index`, or in the cache where that folder cannot be written, and is valid as long as size, modification
+time and manifest entry of the shard stay the same.
+
+The order depends on the seed alone, not on the number of ranks and workers. The samples are read in passes, each in
+its own order; epochs are cut from the passes one after the other, whatever their length.
 """
 
+import hashlib
+import json
+import os
 import random
+import zipfile
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import TrainingExamples
 from coca_lit.data.loader import epoch_order, per_rank
-from coca_lit.data.shards.example import Preprocess
-from coca_lit.data.shards.index import TarIndex
-from coca_lit.data.shards.mixture import counts_after, weighted_round_robin
-from coca_lit.data.shards.reader import sample_of
+from coca_lit.data.shards.listing import Shard, parallel_map
+from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
+from coca_lit.data.shards.reader import IMAGE_SUFFIXES, Preprocess, read_fields, sample_of
+from coca_lit.data.shards.tar import MAX_MEMBER
+from coca_lit.errors import DataError
+from coca_lit.files import replacing
+
+SUFFIX, LOCK = ".index", ".lock"
+VERSION = 1
+PER_PROCESS = 2 * 10**9  # bytes of shards for which a further process pays
+FILES = (IMAGE_SUFFIXES, ("txt",), ("json",))  # of a sample; the first of each that is there
 
 
-class IndexedSource(NamedTuple):
-    """One set of a mixture; a name of its own only where there are several."""
+class Stamp(NamedTuple):
+    """The state of a shard when it was indexed."""
 
-    name: str
-    indexes: Sequence[TarIndex]
-    weight: float = 1.0
+    version: int
+    bytes: int
+    changed_at: int  # modification time in ns
+    sha256: str  # from its manifest, "" if it has none
 
-    @property
-    def samples(self) -> int:
-        return sum(map(len, self.indexes))
+
+@dataclass(frozen=True, eq=False)
+class TarIndex:
+    """The N samples of a shard in tar order, complete or not."""
+
+    shard: str
+    stamp: Stamp
+    keys: NDArray[np.bytes_]  # (N) in UTF-8
+    places: NDArray[np.int64]  # (N, 3, 2) offset and size of image, .txt and .json, 0 where there is none
+    faults: Sequence[tuple[BadSample, int]]  # of the shard as a whole, and how many samples each counts for
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, i: int) -> dict[str, Any]:
+        """The members of sample `i` as in `read_fields`; `BadSampleError` if the shard is gone or has changed."""
+        key = self.keys[i].decode()
+        fields: dict[str, Any] = {"__key__": key}
+        try:
+            with open(self.shard, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.stamp.bytes, self.stamp.changed_at):
+                    raise BadSampleError(BadSample(self.shard, key, "shard changed after it was indexed"))
+                for names, (offset, size) in zip(FILES, self.places[i].tolist(), strict=True):
+                    if size:
+                        file.seek(offset)
+                        fields[names[0]] = file.read(size)
+        except OSError as error:
+            raise BadSampleError(BadSample(self.shard, key, "unreadable shard", str(error))) from error
+        return fields
+
+
+def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
+    """The index of each shard; missing ones are made, by one process of a machine.
+
+    Args:
+        shards: local, not compressed.
+        fallback_dir: folder of this machine, for the indexes of shards whose own folder cannot be written.
+
+    Raises:
+        DataError: a shard does not match its manifest, or an index cannot be written.
+    """
+    found = {shard: load_index(shard, fallback_dir) for shard in shards}
+    made: dict[str, TarIndex] = {}
+    if missing := [shard for shard, index in found.items() if index is None]:
+        try:
+            fallback_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"cannot make {fallback_dir}: {error.strerror}; set data.cache_dir to a folder that can be written"
+            ) from error
+        with FileLock(fallback_dir / LOCK):
+            found |= {shard: load_index(shard, fallback_dir) for shard in missing}
+            todo = [shard for shard in missing if found[shard] is None]
+            made = {index.shard: index for index in _make_all(todo, fallback_dir)}
+    return [made[shard.name] if (index := found[shard]) is None else index for shard in shards]
 
 
 class IndexedShards(TrainingExamples):
     """The samples of all sources, one after the other, indexed by (pass, i)."""
 
-    max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row come up
+    max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
 
-    def __init__(self, sources: Sequence[IndexedSource], preprocess: Preprocess, max_bad_fraction: float) -> None:
+    def __init__(self, sources: Sequence[Source[TarIndex]], preprocess: Preprocess, max_bad_fraction: float) -> None:
         super().__init__(preprocess.seed, max_bad_fraction)
         self.preprocess = preprocess
-        self.indexes = [index for source in sources for index in source.indexes]
+        self.indexes = [index for source in sources for index in source.shards]
         self.names = [source.name for source in sources]
         self.shard_ends = [*accumulate(map(len, self.indexes))]
-        self.source_ends = [*accumulate(source.samples for source in sources)]
+        self.source_ends = [*accumulate(map(count_samples, sources))]
         self.bad.found += [sample for index in self.indexes for sample, _ in index.faults]  # for the first example
 
     def __len__(self) -> int:
@@ -59,7 +135,7 @@ class IndexedShards(TrainingExamples):
         return self.preprocess(sample, self.names[bisect_right(self.source_ends, i)], epoch)
 
     def replacement(self, i: int, rng: random.Random) -> int:
-        """One of the same source."""
+        """A sample of the same source."""
         source = bisect_right(self.source_ends, i)
         return rng.randrange(self.source_ends[source - 1] if source else 0, self.source_ends[source])
 
@@ -69,7 +145,7 @@ class IndexedBatches(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        sources: Sequence[IndexedSource],
+        sources: Sequence[Source[TarIndex]],
         batch_size: int,
         seed: int,
         start: int,
@@ -81,8 +157,8 @@ class IndexedBatches(Sampler[list[tuple[int, int]]]):
         self.sources, self.batch_size, self.seed = sources, batch_size, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
         self.weights = [source.weight for source in sources]
-        self.starts = [0, *accumulate(source.samples for source in sources)]
-        self._orders: dict[int, tuple[int, Tensor]] = {}  # of each source, for the pass that it is in
+        self.starts = [0, *accumulate(map(count_samples, sources))]
+        self._orders: dict[int, tuple[int, Tensor]] = {}  # of each source: its current pass and the order of that
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -92,24 +168,90 @@ class IndexedBatches(Sampler[list[tuple[int, int]]]):
             yield self.global_batch(number)[self.rank :: self.world]
 
     def global_batch(self, number: int) -> list[tuple[int, int]]:
-        """The same for any number of ranks; found without those before it."""
-        given = counts_after(number * self.batch_size, self.weights)
-        return [
-            self._sample(source, k) for source, k in islice(weighted_round_robin(self.weights, given), self.batch_size)
-        ]
+        """The same for any number of ranks; computed without the batches before it."""
+        order = weighted_round_robin(self.weights, counts_after(number * self.batch_size, self.weights))
+        return [self._sample(source, k) for source, k in islice(order, self.batch_size)]
 
     def _sample(self, source: int, k: int) -> tuple[int, int]:
-        """(pass, i) of the `k`-th sample that a source gives, from 0."""
+        """(pass, i) of the `k`-th sample of a source, from 0."""
         epoch, place = divmod(k, self._per_pass(source))
         return epoch, self.starts[source] + int(self._order(source, epoch)[place])
 
     def _per_pass(self, source: int) -> int:
-        """All samples; if there is one source, those of whole batches, as with other indexed data."""
-        count = self.sources[source].samples
+        """All samples; with a single source only those of whole batches, as with records."""
+        count = count_samples(self.sources[source])
         return count - count % self.batch_size if len(self.sources) == 1 and count >= self.batch_size else count
 
     def _order(self, source: int, epoch: int) -> Tensor:
         if self._orders.get(source, (None,))[0] != epoch:
             name = [self.sources[source].name] if self.sources[source].name else []
-            self._orders[source] = epoch, epoch_order(self.sources[source].samples, self.seed, epoch, *name)
+            self._orders[source] = epoch, epoch_order(count_samples(self.sources[source]), self.seed, epoch, *name)
         return self._orders[source][1]
+
+
+def load_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
+    """None if there is none that matches the shard as it is now."""
+    try:
+        with _path(shard, fallback_dir).open("rb") as file, np.load(file, allow_pickle=False) as content:
+            stamp, faults = json.loads(str(content["about"]))
+            keys, places = content["keys"], content["places"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # there is none yet, or it is damaged
+    known = tuple((BadSample(*sample), count) for sample, count in faults)
+    index = TarIndex(shard.name, Stamp(*stamp), keys, places, known)
+    return index if index.stamp == _stamp(shard) and _sound(index) else None
+
+
+def make_index(shard: Shard, fallback_dir: Path) -> TarIndex:
+    """Makes and stores the index of a shard, which is compared with its manifest if it has one."""
+    bad, stamp = BadSamples(1.0), _stamp(shard)
+    with quiet():
+        rows = [
+            (fields["__key__"].encode(errors="replace"), _places(fields))
+            for fields in read_fields(shard, bad, verify=True, content=False)
+        ]
+    keys = np.array([key for key, _ in rows], dtype=np.bytes_)
+    places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(FILES), 2)
+    found = Counter(sample.reason for sample in bad.found)
+    faults = [(sample, bad.reasons[sample.reason] // found[sample.reason]) for sample in bad.found]
+    with replacing(_path(shard, fallback_dir)) as temporary, temporary.open("wb") as file:
+        np.savez(file, about=np.array(json.dumps([stamp, faults])), keys=keys, places=places)
+    return TarIndex(shard.name, stamp, keys, places, faults)
+
+
+def _make_all(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
+    from rich.console import Console
+    from rich.progress import track
+
+    workers = min(os.cpu_count() or 1, 1 + sum(_stamp(shard).bytes for shard in shards) // PER_PROCESS)
+    made = parallel_map(make_index, shards, fallback_dir, workers)
+    yield from track(made, "indexing shards", len(shards), console=Console(stderr=True), disable=workers == 1)
+
+
+def count_samples(source: Source[TarIndex]) -> int:
+    return sum(map(len, source.shards))
+
+
+def _places(fields: Mapping[str, Any]) -> list[tuple[int, int]]:
+    return [next((fields[name] for name in names if name in fields), (0, 0)) for names in FILES]
+
+
+def _stamp(shard: Shard) -> Stamp:
+    status = os.stat(shard.name)
+    return Stamp(VERSION, status.st_size, status.st_mtime_ns, shard.entry.sha256 if shard.entry else "")
+
+
+def _sound(index: TarIndex) -> bool:
+    """Whether all places lie within the shard: an index from a stranger may hold anything."""
+    if index.places.shape != (len(index.keys), len(FILES), 2) or index.places.dtype != np.int64:
+        return False
+    offsets, sizes = index.places[..., 0], index.places[..., 1]
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= MAX_MEMBER) & (offsets <= index.stamp.bytes - sizes)
+    return index.keys.dtype.kind == "S" and bool(inside.all())
+
+
+def _path(shard: Shard, fallback_dir: Path) -> Path:
+    path = Path(shard.name).absolute()
+    if os.access(path.parent, os.W_OK):
+        return path.with_name(f".{path.name}{SUFFIX}")
+    return fallback_dir / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}-{path.name}{SUFFIX}"

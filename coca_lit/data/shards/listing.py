@@ -1,39 +1,67 @@
 """Which shards a training reads: brace ranges, globs and lists, joined with the manifests beside the files.
 
-Paths and the URLs of a few object stores are accepted: a shard set may come from a stranger, and in webdataset's terms
-`pipe:COMMAND` is a shard too.
+`manifest.json`, written by `coca-data`, records what each shard holds, so that damage and silent changes are noticed:
+sizes are compared when a training starts, the digest just before a shard is read, once per epoch, which costs less
+than a hundredth of decoding its images.
+
+Only paths and the URLs of a few object stores are accepted: a list of shards may come from a stranger, and to
+webdataset `pipe:COMMAND` is a shard too.
 """
 
 import functools
 import glob
+import hashlib
+import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 
 from coca_lit.data.records import not_found
 from coca_lit.data.shards.cache import SCHEMES, ShardCache, is_remote, list_folder
-from coca_lit.data.shards.manifest import NAME, Manifest, ManifestEntry, check_size, parse_manifest, read_manifest
 from coca_lit.errors import DataError
+from coca_lit.files import atomic_write
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Shared = TypeVar("Shared")
+
+MANIFEST = "manifest.json"
 _HOW = (
     "write LAION or other image-text pairs with img2dataset --output_format webdataset "
     'and pass "FOLDER/*.tar" as data.shards'
 )
+_REFUSED = (
+    f"according to its {MANIFEST}: it was changed or damaged; copy it again, or accept it as it is with "
+    "coca-data check --update"
+)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
+class ManifestEntry(NamedTuple):
+    """What a manifest records about one shard."""
+
+    samples: int  # usable ones
+    bytes: int
+    sha256: str
+
+
+Manifest = Mapping[str, ManifestEntry]  # by file name
+
+
 class Shard(NamedTuple):
-    """A tar file, and what its manifest says about it if it has one."""
+    """A tar file, and its entry in the manifest if it has one."""
 
     name: str  # a path, or a URL
     entry: ManifestEntry | None = None
-    cache: ShardCache | None = None  # of one that is far away
+    cache: ShardCache | None = None  # for a remote one
 
     def local(self) -> AbstractContextManager[Path]:
         """A local file that stays there within the block."""
@@ -41,37 +69,76 @@ class Shard(NamedTuple):
 
 
 def find_shards(shards: str | Sequence[str], cache: ShardCache | None = None) -> list[Shard]:
-    """The shards of "data/{00000..00099}.tar", "data/*.tar", a folder or a list of such, in order and each once, with
-    their entries in the manifests of their folders, if there are any.
+    """The shards of "data/{00000..00099}.tar", "data/*.tar", a folder or a list of these, in order and each once, with
+    their entries in the manifests of their folders.
 
     Args:
         cache: for shards on an object store, such as "s3://bucket/laion/*.tar".
 
     Raises:
         DataNotFoundError: a shard that is named, or that matches and is in the manifest, does not exist.
-        DataError: a scheme that is not accepted, or a shard that does not fit the manifest of its folder.
+        DataError: a scheme that is not accepted, or a shard that does not match its manifest.
     """
     folders = functools.cache(_look_into)
     return [_join(name, folders, cache) for name in _names(shards, folders)]
 
 
 def local_shards(shards: str | Sequence[str]) -> list[Path]:
-    """The same on local disks, whatever a manifest says."""
+    """As `find_shards`, on local disks only and without comparing with a manifest."""
     names = _names(shards, functools.cache(lambda folder: _look_into(folder)._replace(manifest={})))
-    if far := [name for name in names if is_remote(name)]:
-        raise DataError(f"{far[0]} is not on a local disk: copy the shards first")
+    if remote := [name for name in names if is_remote(name)]:
+        raise DataError(f"{remote[0]} is not on a local disk: copy the shards first")
     return [Path(name) for name in names]
 
 
-def _names(shards: str | Sequence[str], folders: "Callable[[str], _Folder]") -> list[str]:
-    patterns = [shards] if isinstance(shards, str) else list(shards)
-    spelt_out = [name for pattern in patterns for name in braceexpand(_accepted(pattern))]
-    names = list(dict.fromkeys(match for name in spelt_out for match in _matches(name, folders)))
-    missing = [name for name in names if not _exists(name, folders)]
-    if missing or not names:
-        what = f"{len(missing)} of {len(names)} shards" if missing else "shards"
-        raise not_found(what, missing[:1] or patterns, _HOW)
-    return names
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Raises `DataError` naming `where` if the text is not a manifest."""
+    try:
+        rows = json.loads(text)["shards"]
+        return {row["name"]: ManifestEntry(int(row["samples"]), int(row["bytes"]), row["sha256"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where} is not a manifest of shards: write it again with coca-data check") from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder, empty if it has none."""
+    path = folder / MANIFEST
+    return parse_manifest(path.read_text(), str(path)) if path.is_file() else {}
+
+
+def write_manifest(folder: Path, entries: Manifest) -> Path:
+    """Replaces the manifest of a folder in one step."""
+    path = folder / MANIFEST
+    totals = {
+        "samples": sum(entry.samples for entry in entries.values()),
+        "bytes": sum(entry.bytes for entry in entries.values()),
+    }
+    rows = [{"name": name, **entries[name]._asdict()} for name in sorted(entries)]
+    atomic_write(path, (json.dumps({**totals, "shards": rows}, indent=1) + "\n").encode())
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digest(shard: str, path: Path, entry: ManifestEntry) -> None:
+    """Raises `DataError` if the content is not what the manifest records."""
+    if sha256_of(path) != entry.sha256:
+        raise DataError(f"{shard} has another sha256 than {_REFUSED}")
+
+
+def parallel_map(
+    function: Callable[[Item, Shared], Result], items: Sequence[Item], shared: Shared, workers: int
+) -> Iterator[Result]:
+    """`function(item, shared)` of each item as it is done, in `workers` processes; in this one if they are one."""
+    if min(workers, len(items)) < 2:
+        yield from (function(item, shared) for item in items)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(function, item, shared) for item in items]):
+            yield done.result()
 
 
 class _Folder(NamedTuple):
@@ -83,15 +150,33 @@ class _Folder(NamedTuple):
 def _look_into(folder: str) -> _Folder:
     if is_remote(folder):
         listing = list_folder(folder)
-        text = listing.text(NAME) if NAME in listing.sizes else None
-        manifest = parse_manifest(text, f"{folder}/{NAME}") if text is not None else {}
+        text = listing.text(MANIFEST) if MANIFEST in listing.sizes else None
+        manifest = parse_manifest(text, f"{folder}/{MANIFEST}") if text is not None else {}
         return _Folder(listing.sizes.get, listing.matches, manifest)
     path = Path(folder)
-    return _Folder(lambda name: _size(path / name), lambda pattern: _glob(path, pattern), read_manifest(path))
+
+    def size(name: str) -> int | None:
+        return (path / name).stat().st_size if (path / name).is_file() else None
+
+    def names(pattern: str) -> list[str]:
+        return [file.name for file in path.glob(pattern) if file.is_file()]
+
+    return _Folder(size, names, read_manifest(path))
+
+
+def _names(shards: str | Sequence[str], folders: Callable[[str], _Folder]) -> list[str]:
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    expanded = [name for pattern in patterns for name in braceexpand(_accepted(pattern))]
+    names = list(dict.fromkeys(match for name in expanded for match in _matches(name, folders)))
+    missing = [name for name in names if (split := _split(name)) and folders(split[0]).sizes(split[1]) is None]
+    if missing or not names:
+        what = f"{len(missing)} of {len(names)} shards" if missing else "shards"
+        raise not_found(what, missing[:1] or patterns, _HOW)
+    return names
 
 
 def _matches(name: str, folders: Callable[[str], _Folder]) -> list[str]:
-    """A pattern also covers what the manifest lists: a glob alone never notices that a shard is gone."""
+    """A pattern also covers the files that the manifest lists: a glob alone never notices that a shard is gone."""
     if not is_remote(name) and os.path.isdir(name):
         name = f"{name}/*.tar"
     elif is_remote(name) and not name.endswith((".tar", "]", "*")):
@@ -108,36 +193,26 @@ def _matches(name: str, folders: Callable[[str], _Folder]) -> list[str]:
     return [f"{folder}/{match}" for match in sorted({*found.names(last), *listed})]
 
 
-def _exists(name: str, folders: Callable[[str], _Folder]) -> bool:
-    folder, last = _split(name)
-    return folders(folder).sizes(last) is not None
-
-
 def _join(name: str, folders: Callable[[str], _Folder], cache: ShardCache | None) -> Shard:
+    """A shard with its entry in the manifest, whose size it must have."""
     folder, last = _split(name)
     found = folders(folder)
-    far = cache if is_remote(name) else None
+    cache = cache if is_remote(name) else None
     if not found.manifest:
-        return Shard(name, None, far)
+        return Shard(name, None, cache)
     if last not in found.manifest:
         raise DataError(
-            f"{name} is not in the {NAME} of its folder: remove it, or accept it with coca-data check --update"
+            f"{name} is not in the {MANIFEST} of its folder: remove it, or accept it with coca-data check --update"
         )
-    check_size(name, found.sizes(last) or 0, found.manifest[last])
-    return Shard(name, found.manifest[last], far)
+    entry, size = found.manifest[last], found.sizes(last) or 0
+    if size != entry.bytes:
+        raise DataError(f"{name} has {size:,} bytes, but {entry.bytes:,} {_REFUSED}")
+    return Shard(name, entry, cache)
 
 
 def _split(name: str) -> tuple[str, str]:
     folder, _, last = name.rpartition("/")
     return folder or ("/" if name.startswith("/") else "."), last
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def _glob(folder: Path, pattern: str) -> list[str]:
-    return [path.name for path in folder.glob(pattern) if path.is_file()]
 
 
 def _accepted(pattern: str) -> str:

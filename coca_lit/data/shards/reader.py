@@ -1,24 +1,27 @@
-"""Reading webdataset shards as img2dataset writes them: tars of KEY.jpg, KEY.txt and KEY.json.
+"""From a shard to training examples: tars of KEY.jpg, KEY.txt and KEY.json, as img2dataset writes them.
 
-Shards come from strangers: nothing is unpickled or unpacked, members other than images, texts and JSON are not even
+Shards may come from strangers: nothing is unpickled or unpacked, members other than images, texts and JSON are not
 read, and those that could hold code count as bad samples.
 """
 
 import json
 import logging
+import random
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from webdataset.tariterators import group_by_keys
-
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
+from coca_lit.data.batch import Example
 from coca_lit.data.records import clean_captions
-from coca_lit.data.shards.listing import Shard
-from coca_lit.data.shards.manifest import check_digest
-from coca_lit.data.shards.tar import tar_members
+from coca_lit.data.shards.listing import Shard, check_digest
+from coca_lit.data.shards.mixture import draw
+from coca_lit.data.shards.tar import Member, group_members, tar_members
+from coca_lit.data.transforms import TrainTransform, decode_pixels
 from coca_lit.errors import DataError
+from coca_lit.seeding import stable_seed
+from coca_lit.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +36,39 @@ class ShardSample(NamedTuple):
 
     key: str
     image: bytes
-    captions: dict[str, tuple[str, ...]]  # by where they stand, "txt" or a field of the JSON; none is empty
+    captions: dict[str, tuple[str, ...]]  # by caption key: "txt" or a field of the JSON; none is empty
     shard: str  # for error reports
+
+
+class Preprocess(NamedTuple):
+    """Decodes and crops the image, draws one of the captions and tokenises it."""
+
+    transform: TrainTransform
+    tokenizer: Tokenizer
+    caption_keys: Mapping[str, float]  # with the probability of each
+    seed: int
+
+    def __call__(self, sample: ShardSample, source: str, *turn: int) -> Example:
+        """Crop and caption depend on seed, turn and key alone. Raises `BadSampleError` for an unreadable image."""
+        try:
+            pixels = decode_pixels(sample.image, f"{sample.key} in {sample.shard}")
+        except DataError as error:
+            raise BadSampleError(BadSample(sample.shard, sample.key, "unreadable image", str(error))) from error
+        seed: tuple[int | str, ...] = (self.seed, *turn, sample.key)
+        crop = self.transform(pixels, random.Random(stable_seed("image", *seed)))
+        caption = draw(sample.captions, self.caption_keys, random.Random(stable_seed("caption", *seed)))
+        return Example(crop, self.tokenizer.encode(caption), f"{sample.shard}/{sample.key}", source=source)
 
 
 def read_shard(
     shard: Shard, caption_keys: Collection[str], bad: BadSamples, verify: bool = False
 ) -> Iterator[ShardSample]:
-    """The shard's complete samples in tar order; what is broken is counted in `bad` and skipped.
+    """The complete samples of a shard in tar order; broken ones are counted in `bad` and skipped.
 
     Args:
-        caption_keys: where captions may stand: "txt" for KEY.txt, else a field of KEY.json with a text or a list of
-            them. A sample needs one of these places.
-        verify: first compare its digest with the manifest; raises `DataError` when it differs.
+        caption_keys: where captions may be: "txt" for KEY.txt, else a field of KEY.json that holds a text or a list
+            of texts. A sample needs at least one of them.
+        verify: first compare the digest with the manifest; raises `DataError` if it differs.
     """
     for fields in read_fields(shard, bad, verify):
         try:
@@ -57,30 +80,33 @@ def read_shard(
 
 
 def sample_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -> ShardSample:
-    """The sample that a shard's files of one key make; raises `BadSampleError` if it is not complete."""
+    """The sample made of the members with one key; raises `BadSampleError` if it is not complete."""
     image, captions = image_of(fields), _captions(fields, caption_keys)
-    if not image or not captions:
-        raise BadSampleError(BadSample(shard, fields["__key__"], _what_is_missing(image, caption_keys)))
-    return ShardSample(fields["__key__"], image, captions, shard)
+    if image and captions:
+        return ShardSample(fields["__key__"], image, captions, shard)
+    missing = f"no caption in the JSON under {', '.join(caption_keys)}"
+    if not image or "txt" in caption_keys:
+        missing = "missing caption" if image else "missing image"
+    raise BadSampleError(BadSample(shard, fields["__key__"], missing))
 
 
 def read_fields(shard: Shard, bad: BadSamples, verify: bool = False, content: bool = True) -> Iterator[dict[str, Any]]:
-    """The files of each sample by suffix, and its "__key__"; counts samples, and what the shard as a whole lacks.
+    """The members of each sample by suffix, and its "__key__"; counts samples, and faults of the shard as a whole.
 
     Args:
-        content: of the files; otherwise the (offset, size) in bytes of each.
+        content: False gives the (offset, size) in bytes of each member in place of its content.
     """
     seen, error = bad.seen, None
     try:
         with shard.local() as path:
             if verify and shard.entry:
                 check_digest(shard.name, path, shard.entry)
-            for fields in group_by_keys(_members(path, shard.name, bad, content)):
+            for fields in group_members(_members(path, shard.name, bad, content), content):
                 bad.seen += 1
                 yield fields
     except DataError:
         raise
-    except Exception as broken:  # tarfile, zlib, gzip, webdataset and fsspec raise a zoo of types
+    except Exception as broken:  # tarfile, zlib, gzip, webdataset and fsspec raise many types
         error = str(broken) or type(broken).__name__
     if error:
         log.warning("%s is broken or truncated: %s", shard.name, error)
@@ -92,23 +118,27 @@ def read_fields(shard: Shard, bad: BadSamples, verify: bool = False, content: bo
         bad.end_of_shard(bad.seen - seen)
 
 
-def _members(path: Path, shard: str, bad: BadSamples, content: bool) -> Iterator[dict[str, Any]]:
-    """What `group_by_keys` takes."""
+def holds_code(member: str) -> bool:
+    """Whether the name of a member is that of a pickle, a script or a binary."""
+    return _CODE.fullmatch(member) is not None
+
+
+def image_of(fields: Mapping[str, Any]) -> Any:
+    """The image among the members of a sample, empty bytes if there is none."""
+    return next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), b"")
+
+
+def _members(path: Path, shard: str, bad: BadSamples, content: bool) -> Iterator[Member]:
     for member in tar_members(path, lambda name: content and _WANTED.fullmatch(name) is not None):
         if _WANTED.fullmatch(member.name):
-            data = member.content if content else (member.offset, member.size)
-            yield {"fname": member.name, "data": data, "__url__": shard}
-        elif _CODE.fullmatch(member.name):
+            yield member
+        elif holds_code(member.name):
             bad.seen += 1
             bad.add("code in a shard", shard, member.name)
 
 
-def image_of(fields: dict[str, Any]) -> bytes:
-    return next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), b"")
-
-
 def _captions(fields: dict[str, Any], keys: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Captions without outer blanks, by key; texts far too long for one are passed over."""
+    """Captions by key, stripped; texts that are far too long for one are left out."""
     found: dict[str, tuple[str, ...]] = {}
     content = _json(fields) if any(key != "txt" for key in keys) else {}
     for key in keys:
@@ -129,9 +159,3 @@ def _json(fields: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _what_is_missing(image: bytes, keys: Collection[str]) -> str:
-    if not image:
-        return "missing image"
-    return "missing caption" if "txt" in keys else f"no caption in the JSON under {', '.join(keys)}"

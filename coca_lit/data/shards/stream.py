@@ -1,9 +1,9 @@
 """An endless, seeded, resumable stream of batches from shards, spread over ranks and DataLoader workers.
 
-Batch b of a rank always comes from its logical worker b % workers, whichever process plays that part. A stream that
+Batch b of a rank always comes from its logical worker b % workers, whichever process takes that role. A stream that
 starts at batch b therefore reads what each logical worker has already delivered and drops it undecoded. The order is
-fixed for a given (seed, ranks, workers); unlike that of indexed data it changes with their number. The proportions of
-a mixture do not.
+fixed for a given (seed, ranks, workers) and, unlike that of indexed shards, changes with their number. The proportions
+of a mixture do not.
 """
 
 import random
@@ -17,9 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.batch import Batch, Example, collate
-from coca_lit.data.shards.example import Preprocess
+from coca_lit.data.shards.listing import Shard
 from coca_lit.data.shards.mixture import Source, interleave
-from coca_lit.data.shards.reader import ShardSample, read_shard
+from coca_lit.data.shards.reader import Preprocess, ShardSample, read_shard
 from coca_lit.data.transforms import TrainTransform
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -29,18 +29,18 @@ class StreamSample(NamedTuple):
     """A sample with what its random crop and caption depend on."""
 
     source: str
-    turn: int  # the how many-eth time its source is gone through
+    turn: int  # number of the pass over its source, from 0
     sample: ShardSample
 
 
 class ShardOrder(NamedTuple):
     """Which samples a logical worker reads, in which order.
 
-    A worker goes through its shards of each source again and again, each time in another order; samples are mixed
+    A worker makes endless passes over its shards of each source, each in a different order, and shuffles the samples
     within a buffer. Sources are interleaved by their weights. `rank` and `world` count training processes.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[Source[Shard]]
     seed: int = 0
     rank: int = 0
     world: int = 1
@@ -53,9 +53,9 @@ class ShardOrder(NamedTuple):
         return interleave(streams, [source.weight for source in self.sources])
 
     def of_source(
-        self, source: Source, epoch: int, worker: int, workers: int, bad: BadSamples
+        self, source: Source[Shard], epoch: int, worker: int, workers: int, bad: BadSamples
     ) -> Iterator[StreamSample]:
-        """The part of one source."""
+        """The samples of one source."""
         seed = (self.seed, epoch, source.name)
         plan = list(source.shards)
         random.Random(stable_seed("shards", *seed)).shuffle(plan)
@@ -71,10 +71,10 @@ class ShardOrder(NamedTuple):
 
 
 class ShardBatches(IterableDataset[Batch]):
-    """This rank's batches of `batch_size` (per rank) samples from batch `start` of an epoch on; it never ends.
+    """This rank's batches of `batch_size` (per rank) samples, from batch `start` of an epoch on; endless.
 
-    A batch is the next `batch_size` samples of its worker. One that cannot be decoded is replaced by a sample of the
-    batch after it, which shows that one again: the position then depends on no decoding, and every batch is full.
+    A batch is the next `batch_size` samples of its worker. A sample that cannot be decoded is replaced by one of the
+    following batch, which shows it again: every batch is full, and the position does not depend on what can be decoded.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ShardBatches(IterableDataset[Batch]):
         return self._batches(rest, bad)
 
     def _batches(self, samples: Iterator[StreamSample], bad: BadSamples) -> Iterator[Batch]:
-        window: deque[StreamSample] = deque()  # the current batch, and what replaces its bad samples
+        window: deque[StreamSample] = deque()  # the current batch, and replacements for its bad samples
         while True:
             examples: list[Example] = []
             i = 0
@@ -122,7 +122,7 @@ class ShardBatches(IterableDataset[Batch]):
 
 
 def _shuffled(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:
-    """Each sample once, in an order mixed by a buffer of `size`."""
+    """Each sample once, shuffled by a buffer of `size`."""
     buffer = list(islice(samples, size))
     for sample in samples:
         i = rng.randrange(size)

@@ -1,24 +1,30 @@
-"""Members of a tar that nobody vouches for, one after the other, without unpacking anything.
+"""Tar files: a bounded reader for shards from strangers, and a writer whose output depends on the content alone.
 
-Python's own reader believes sizes that a file claims and asks for that much memory; here every read is bounded.
+Nothing is unpacked. Python's own reader believes the sizes that a file claims and allocates that much memory; here
+every read is bounded.
 """
 
 import bz2
 import gzip
 import lzma
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-MAX_MEMBER = 128 * 2**20  # bytes; 40 million pixels of an image that was not compressed at all
+from webdataset.tariterators import group_by_keys
+from webdataset.writer import TarWriter
+
+from coca_lit.files import replacing
+
+MAX_MEMBER = 128 * 2**20  # bytes; an uncompressed image of 40 million pixels
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 class UnsafeTarError(Exception):
-    """The tar claims what an honest one does not; it is read no further."""
+    """The tar holds what an honest one does not; reading stops there."""
 
 
 class Member(NamedTuple):
@@ -27,16 +33,17 @@ class Member(NamedTuple):
     name: str
     offset: int  # of its content, in bytes from the start of the tar
     size: int
-    content: bytes
+    content: bytes  # empty unless it was asked for
 
 
-def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[Member]:
-    """The regular files, in tar order; unless its name is `wanted`, a file comes without its content.
+def tar_members(path: Path, wanted: Callable[[str], bool] = lambda name: False) -> Iterator[Member]:
+    """The regular files in tar order; the content is read only if the name is `wanted`.
 
     Raises:
-        UnsafeTarError: a member or header of more than `MAX_MEMBER` bytes, or a name that leads out of the tar.
-        tarfile.ReadError: it has no proper end.
-        OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError: the file cannot be read, or breaks off.
+        UnsafeTarError: a member or header of more than `MAX_MEMBER` bytes, a sparse member, or a path that leaves the
+            tar.
+        tarfile.ReadError: the end-of-archive marker is missing.
+        OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError: the file cannot be read, or is truncated.
     """
     with closing(_OPENERS.get(path.suffix, open)(path, "rb")) as file:
         reads = _BoundedReads(file)
@@ -47,6 +54,8 @@ def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[Member]:
                 continue
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
                 raise UnsafeTarError(f"the member {name!r} leads out of the shard")
+            if member.issparse():
+                raise UnsafeTarError(f"the member {name!r} is sparse: a few bytes that claim to be many")
             if member.size > MAX_MEMBER:
                 raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
             content = tar.extractfile(member).read() if wanted(name) else b""
@@ -57,15 +66,43 @@ def tar_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[Member]:
             raise tarfile.ReadError("it ends within, or something in it is damaged")
 
 
-def split_name(member: str) -> tuple[str, str]:
-    """Key of the sample and suffix, at the first dot of the file name as webdataset has it; no key if there is none."""
-    folder, slash, file = member.rpartition("/")
-    stem, dot, suffix = file.partition(".")
-    return (f"{folder}{slash}{stem}", suffix) if stem and dot else ("", "")
+def group_members(members: Iterable[Member], content: bool = True) -> Iterator[dict[str, Any]]:
+    """{"__key__": key, suffix in lower case: content} of each run of members KEY.SUFFIX.
+
+    Args:
+        content: False gives (offset, size) in bytes in place of the content.
+
+    Raises:
+        ValueError: two members of a sample have the same suffix.
+    """
+    files = (
+        {"fname": member.name, "data": member.content if content else (member.offset, member.size), "__url__": ""}
+        for member in members
+    )
+    for sample in group_by_keys(files, handler=_reraise):
+        sample.pop("__url__")
+        yield sample
+
+
+@contextmanager
+def tar_writer(path: Path) -> Iterator[TarWriter]:
+    """A writer of samples {"__key__": key, suffix: bytes}; the tar appears at `path` when the block ends well.
+
+    Equal samples give equal bytes: members have no owner and the time 0, and are sorted within a sample.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar,
+    ):
+        yield tar
 
 
 class _BoundedReads(BufferedIOBase):
-    """A file that refuses to be read in one piece larger than a member may be: headers can be long, too."""
+    """A file that refuses a single read of more than `MAX_MEMBER` bytes: headers can be long, too."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -82,3 +119,8 @@ class _BoundedReads(BufferedIOBase):
 
     def tell(self) -> int:
         return self._file.tell()
+
+
+def _reraise(error: Exception) -> NoReturn:
+    error.args = error.args[:1]  # webdataset appends what it knows of the stream
+    raise error

@@ -18,10 +18,9 @@ from test_shards import TOKENIZER, members, write_tar
 from coca_lit.cli.data import data as coca_data
 from coca_lit.data.prepare import write as prepare
 from coca_lit.data.prepare.check import check_shard
-from coca_lit.data.prepare.recipes import RECIPES
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.manifest import NAME, read_manifest
+from coca_lit.data.shards.listing import MANIFEST, read_manifest
 
 
 def run(source: Path, output: Path, *more: str) -> None:
@@ -96,7 +95,9 @@ def test_csv(photos, tmp_path, capsys):
 
 def test_training_reads_what_was_prepared(photos, tmp_path):
     run(table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)]), tmp_path / "out")
-    data = LAIONDataModule(str(tmp_path / "out"), None, TOKENIZER, 7, image_size=16, caption_keys="captions")
+    data = LAIONDataModule(
+        str(tmp_path / "out"), None, tokenizer=TOKENIZER, batch_size=7, image_size=16, caption_keys="captions"
+    )
     (batch,) = data.train_dataloader()
     assert sorted(int(key[-10:]) for key in batch.keys) == [100_000 * i for i in range(7)]  # a shard each
 
@@ -190,7 +191,7 @@ def test_it_goes_on_after_a_kill(photos, tmp_path, monkeypatch):
     process.join()
     (output / "here").unlink()
     assert {path.name for path in output.glob("*.tar")} == {"00000.tar", "00001.tar"}
-    assert not (output / NAME).exists()
+    assert not (output / MANIFEST).exists()
     with (output / prepare.JOURNAL).open("a") as file:
         file.write('["00002.tar", [2')
     written = []
@@ -218,7 +219,7 @@ def test_mistakes_are_one_sentence(photos, tmp_path):
     (photos / "3.jpg").write_bytes(b"junk")
     with pytest.raises(SystemExit, match=r"1 of 7 samples are bad, more than --max-bad-fraction 0\.05"):
         run(source, tmp_path / "bad")
-    assert not (tmp_path / "bad" / NAME).exists()
+    assert not (tmp_path / "bad" / MANIFEST).exists()
     assert len([*(tmp_path / "bad").glob("*.tar")]) == 6
     (tmp_path / "t.txt").touch()
     with pytest.raises(SystemExit, match=r"t\.txt is not a \.csv, \.tsv or \.parquet file"):
@@ -226,27 +227,3 @@ def test_mistakes_are_one_sentence(photos, tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"junk")
     with pytest.raises(SystemExit, match=r"t\.parquet is not a readable parquet file"):
         run(tmp_path / "t.parquet", tmp_path / "out2")
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_commands_of_img2dataset(name, capsys):
-    coca_data(["recipe", name])
-    said = capsys.readouterr().out
-    commands = [line for line in said.replace("\\\n", " ").splitlines() if line.startswith("img2dataset ")]
-    (command,) = commands
-    flags = {word for word in command.split() if word.startswith("--")}
-    assert flags <= KNOWN_FLAGS
-    assert f"--output_folder {name} " in command
-    assert f"coca-data check {name}\n" in said
-
-
-# The arguments of img2dataset 1.47's `download` that the recipes use.
-KNOWN_FLAGS = {
-    f"--{flag}"
-    for flag in (
-        *("url_list", "input_format", "url_col", "caption_col", "output_format", "output_folder"),
-        *("number_sample_per_shard", "image_size", "resize_mode", "resize_only_if_bigger", "processes_count"),
-        *("thread_count", "compute_hash", "incremental_mode", "save_additional_columns", "oom_shard_count"),
-        *("bbox_col", "verify_hash"),
-    )
-}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coca_lit.data.datasets.vqa import VQADataModule, frequent_answers, vqa_records
+from coca_lit.data.datamodule import SceneQuestionsDataModule, VQADataModule
+from coca_lit.data.datasets.vqa import frequent_answers, vqa_records
 from coca_lit.data.scenes.questions import (
     KINDS,
     VOCABULARY,
-    SceneQuestionsDataModule,
     questions,
     scene_question_records,
 )
@@ -56,7 +56,7 @@ def test_official_files(tmp_path: Path) -> None:
     assert [record.domain for record in records[:2]] == ["number", "yes-no"]
     assert records[0].image().size == (40, 30)
     assert frequent_answers(tmp_path) == ["2"]
-    data = VQADataModule(str(tmp_path), TOKENIZER, 6, image_size=16, val_split=None)
+    data = VQADataModule(str(tmp_path), tokenizer=TOKENIZER, batch_size=6, image_size=16, val_split=None)
     assert next(iter(data.train_dataloader())).images.shape == (6, 3, 16, 16)
 
 
@@ -129,7 +129,7 @@ def test_who_does_not_look_is_seldom_right() -> None:
 
 
 def test_an_example_is_the_question_and_an_answer_to_predict() -> None:
-    data = SceneQuestionsDataModule(TOKENIZER, 6, image_size=16, train_count=4)
+    data = SceneQuestionsDataModule(tokenizer=TOKENIZER, batch_size=6, image_size=16, train_count=4)
     assert frequent_answers()[:2] == ["top", "left"]
     for batch in data.train_dataloader():
         assert batch.prefix_lengths is not None
@@ -152,5 +152,5 @@ def test_a_text_that_is_too_long_keeps_its_answer() -> None:
 
 
 def test_too_many_scenes_are_refused() -> None:
-    with pytest.raises(DataError, match=r"data=scenes_vqa: .*1000000"):
-        SceneQuestionsDataModule(TOKENIZER, 9, train_count=1_000_000).prepare_data()
+    with pytest.raises(DataError, match=r"built-in scenes: .*1000000"):
+        SceneQuestionsDataModule(tokenizer=TOKENIZER, batch_size=9, train_count=1_000_000).prepare_data()

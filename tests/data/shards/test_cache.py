@@ -46,7 +46,9 @@ def copies(cache: ShardCache) -> list[str]:
 
 
 def laion(shards: str, tmp_path: Path, **more) -> LAIONDataModule:
-    return LAIONDataModule(shards, None, TOKENIZER, 4, image_size=16, cache_dir=str(tmp_path / "cache"), **more)
+    return LAIONDataModule(
+        shards, None, tokenizer=TOKENIZER, batch_size=4, image_size=16, cache_dir=str(tmp_path / "cache"), **more
+    )
 
 
 @pytest.mark.parametrize("pattern", ["memory://set", "memory://set/*.tar", "memory://set/{00000..00003}.tar"])

@@ -17,9 +17,9 @@ from coca_lit.cli.data import data as coca_data
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import epoch_batches, loading
-from coca_lit.data.shards import index as tar_index
+from coca_lit.data.shards import indexed as indexed_shards
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.index import TarIndex, load_index, make_index, tar_indexes
+from coca_lit.data.shards.indexed import TarIndex, load_index, make_index, tar_indexes
 from coca_lit.data.shards.listing import Shard, find_shards
 from coca_lit.data.shards.mixture import counts_after, weighted_round_robin
 from coca_lit.data.shards.reader import read_shard
@@ -39,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def laion(shards: Path | str | dict[str, str], tmp_path: Path, samples: int | None = None, **more) -> LAIONDataModule:
     more = {"image_size": 16, "seed": 3, "indexed": True, "cache_dir": str(tmp_path / "cache")} | more
-    return LAIONDataModule(shards if isinstance(shards, dict) else str(shards), samples, TOKENIZER, 4, **more)
+    return LAIONDataModule(
+        shards if isinstance(shards, dict) else str(shards), samples, tokenizer=TOKENIZER, batch_size=4, **more
+    )
 
 
 def batches(data: LAIONDataModule, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -213,7 +215,7 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
         made.append(shard)
         return make_index(shard, spare)
 
-    monkeypatch.setattr(tar_index, "make_index", noted)
+    monkeypatch.setattr(indexed_shards, "make_index", noted)
     again = tar_indexes(shards, tmp_path / "cache")
     assert not made
     assert [(index.keys.tolist(), index.places.tolist()) for index in again] == [

@@ -28,7 +28,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def mixture(folders: dict[str, str], workers: int = 0, **more) -> LAIONDataModule:
-    return LAIONDataModule(folders, 80, TOKENIZER, 10, image_size=16, num_workers=workers, shuffle_buffer=6, **more)
+    return LAIONDataModule(
+        folders, 80, tokenizer=TOKENIZER, batch_size=10, image_size=16, num_workers=workers, shuffle_buffer=6, **more
+    )
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3], [1, 2, 4], [0.9, 0.05, 0.03, 0.02], [1 / 3] * 3])
@@ -68,7 +70,9 @@ def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_without_weights_every_sample_comes_as_often(folders, indexed):
-    data = LAIONDataModule(folders, None, TOKENIZER, 12, image_size=16, shuffle_buffer=100, indexed=indexed)
+    data = LAIONDataModule(
+        folders, None, tokenizer=TOKENIZER, batch_size=12, image_size=16, shuffle_buffer=100, indexed=indexed
+    )
     (source_a, source_b) = data.sources
     assert (source_a.weight, source_b.weight, data.steps_per_epoch) == (36, 12, 4)
     counts = Counter(key for batch in data.train_dataloader() for key in zip(batch.sources, batch.keys, strict=True))
@@ -100,7 +104,7 @@ def test_several_captions_of_a_field(tmp_path):
     members = {f"{i}.{end}": x for i in range(4) for end, x in (("jpg", jpeg(i)), ("json", json.dumps(texts).encode()))}
     path = write_tar(tmp_path / "x.tar", members)
     tokenizer = WordTokenizer(["a", "dog", "number"])
-    data = LAIONDataModule(str(path), 80, tokenizer, 4, image_size=16, caption_keys="captions")
+    data = LAIONDataModule(str(path), 80, tokenizer=tokenizer, batch_size=4, image_size=16, caption_keys="captions")
     rows = [row for batch in data.train_dataloader() for row in batch.tokens.tolist()]
     said = Counter(tokenizer.decode(row) for row in rows)
     assert set(said) == {"a dog", "number"}

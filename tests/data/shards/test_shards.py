@@ -242,7 +242,9 @@ def test_each_process_needs_a_shard(caplog):
 
 def test_laion_data(tmp_path):
     write_shards(tmp_path, 2, 10)
-    data = LAIONDataModule(f"{tmp_path}/*.tar", 12, TOKENIZER, 4, image_size=16, caption_keys="recaption")
+    data = LAIONDataModule(
+        f"{tmp_path}/*.tar", 12, tokenizer=TOKENIZER, batch_size=4, image_size=16, caption_keys="recaption"
+    )
     loader = data.train_dataloader()
     assert len(loader) == data.steps_per_epoch == len(list(loader)) == 3
     batch = next(iter(loader))
@@ -252,4 +254,4 @@ def test_laion_data(tmp_path):
     with pytest.raises(DataError, match="no split 'val'"):
         data.records("val")
     with pytest.raises(DataError, match="epoch_samples 3 is less than one batch of 4"):
-        LAIONDataModule(f"{tmp_path}/*.tar", 3, TOKENIZER, 4).train_dataloader()
+        LAIONDataModule(f"{tmp_path}/*.tar", 3, tokenizer=TOKENIZER, batch_size=4).train_dataloader()
