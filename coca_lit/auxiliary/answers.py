@@ -10,7 +10,7 @@ from coca_lit.auxiliary.base import AuxiliaryLoss
 from coca_lit.data.batch import Batch, padded
 from coca_lit.data.records import Record
 from coca_lit.evals.inference import write_texts
-from coca_lit.evals.vqa_answers import fitting
+from coca_lit.evals.vqa import fitting
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 
@@ -59,7 +59,7 @@ class AnswerClassifier(AuxiliaryLoss):
         return targets
 
     @torch.no_grad()
-    def choose(
+    def answer(
         self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
     ) -> dict[int | str, str]:
         """The likeliest answer to each question, by question id; every rank gets all of them."""

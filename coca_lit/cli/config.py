@@ -50,14 +50,7 @@ class TrainConfig:
     image_weights: str | None = None
     lora: Any = MISSING
     ema: float | None = None
-    eval_split: str = "val"
-    eval_images: int | None = None
-    eval_batch_size: int = 64
-    eval_workers: int = 0
-    clip_score_model: str | None = None
-    generate: Any = None
-    rerank: int = 0
-    attention: int = 0
+    scoring: Any = MISSING
     objective: str | None = None
     skip_missing: bool = False
     plan: Any = False
@@ -82,14 +75,7 @@ class EvaluateConfig:
     threads: int | None = None
     data_dir: str = "data"
     image_size: int | None = None
-    eval_split: str = "test"
-    eval_images: int | None = None
-    eval_batch_size: int = 64
-    eval_workers: int = 0
-    clip_score_model: str | None = None
-    generate: Any = None
-    rerank: int = 0
-    attention: int = 0
+    scoring: Any = MISSING
     spice_jars: str | None = None
     skip_missing: bool = False
     evals: dict[str, Any] = field(default_factory=dict)

@@ -24,7 +24,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError
-from coca_lit.report.objective import best_run, headline, lower_is_better
+from coca_lit.metrics import lower_is_better
+from coca_lit.report.objective import best_run, headline
 from coca_lit.runs.launch import is_first_process, job_folder
 from coca_lit.runs.redaction import redact
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from coca_lit.cli.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
+from coca_lit.cli.assembly import (
+    build_data,
+    build_evals,
+    build_module,
+    build_scoring,
+    build_trainer,
+    plain,
+    with_vocabulary,
+)
 from coca_lit.cli.command import command
 from coca_lit.cli.config import suggest
 from coca_lit.cli.runtime import configure_libraries
@@ -63,7 +71,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     module = build_module(with_vocabulary(cfg))
     data = build_data(cfg, module.net.tokenizer)  # missing training data are said first, before those of an evaluation
     evals, not_run = build_evals(cfg)
-    trainer = build_trainer(cfg, evals)
+    scoring = build_scoring(cfg, evals)
+    trainer = build_trainer(cfg, scoring)
     check_trainer(cfg, trainer)
     if data.texts is not None:
         with error_context("data.text"):
@@ -71,12 +80,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if checkpoint is None:
         choose_products(trainer, module)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
-    not_run |= {score: reason for evaluation in evals for score, reason in evaluation.not_run.items()}
     seen = samples_seen(trainer)
     if trainer.is_global_zero:
-        write_results(Path(cfg.output_dir), results, not_run, seen)
-    return results
+        write_results(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, seen)
+    return scoring.results
 
 
 def find_start(cfg: DictConfig) -> Path | None:

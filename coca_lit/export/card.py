@@ -98,7 +98,8 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
     rows = [[score_name(s), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
     note = [f"Of the end of the run, which `{checkpoint}` need not be."] if checkpoint != "last.ckpt" else []
-    note += [f"Of data that have several splits, `{config['eval_split']}`."] if config.get("eval_split") else []
+    if split := config.get("scoring", {}).get("split"):
+        note.append(f"Of data that have several splits, `{split}`.")
     return _table("Scores", ("", *data), rows, " ".join(note))
 
 

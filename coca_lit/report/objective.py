@@ -3,16 +3,14 @@
 import math
 from collections.abc import Collection, Mapping
 
+from coca_lit.metrics import lower_is_better
+
 HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1", "/accuracy")
 
 
 def headline(scores: Collection[str]) -> str | None:
     """The score that ranks runs when none was named: the first of the kinds in `HEADLINES`, in their order."""
     return next((score for kind in HEADLINES for score in scores if score.endswith(kind)), None)
-
-
-def lower_is_better(score: str) -> bool:
-    return score.endswith(("median_rank", "_loss"))
 
 
 def best_run(results: Mapping[str, Mapping[str, float]], score: str) -> str | None:

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
+from coca_lit.evals.reranking import likely_pairs, log_likelihoods, mixed
 
 from coca_lit.data.datasets.flickr import flickr_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.reranking import likely_pairs, log_likelihoods, mixed
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model

@@ -69,7 +69,7 @@ def test_the_answer_chosen_is_the_likeliest(net: CoCa) -> None:
     classifier = AnswerClassifier(net, ANSWERS)
     torch.nn.init.normal_(classifier.head.weight)
     records = scene_question_records("val", count=2)
-    chosen = classifier.choose(net.train(), records, batch_size=3)
+    chosen = classifier.answer(net.train(), records, batch_size=3)
     assert net.training
     net.eval()
     for record in records:
@@ -191,7 +191,7 @@ def _names(tree: ast.AST) -> list[str]:
 
 # Whole runs
 
-SMALL = ("trainer=smoke", "eval_images=8", "data.train_count=16")
+SMALL = ("trainer=smoke", "scoring.images=8", "data.train_count=16")
 
 
 def test_a_run_that_draws(tmp_path: Path) -> None:

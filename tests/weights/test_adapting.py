@@ -90,7 +90,7 @@ def test_the_plan_counts_what_trains() -> None:
 
 def evaluation(folder: Path, *overrides: str) -> dict[str, float]:
     folder.mkdir()
-    settings = (f"output_dir={folder}", "name=test", "evals=[scenes_retrieval]", "eval_images=16")
+    settings = (f"output_dir={folder}", "name=test", "evals=[scenes_retrieval]", "scoring.images=16")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return evaluate.run(hydra.compose("evaluate", [*settings, *overrides]))
 
