@@ -1,6 +1,6 @@
 """When evaluations run: during training on a few images, and at its end on all of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from difflib import get_close_matches
@@ -184,9 +184,10 @@ def _checkpoints(trainer: L.Trainer) -> list[Checkpoints]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
 
 
-def _hint(name: str, known: Any) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+def _hint(name: str, known: Iterable[str]) -> str:
+    folded = {other.lower(): other for other in known}
+    close = get_close_matches(name.lower(), folded, n=1)
+    return f"; did you mean '{folded[close[0]]}'?" if close else ""
 
 
 @contextmanager
