@@ -199,6 +199,20 @@ def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
             assert (tmp_path / str(world) / file).read_text() == (tmp_path / "1" / file).read_text()
 
 
+def test_lightning_is_never_loaded(checkpoint, tmp_path):
+    choice = [f"checkpoint={checkpoint}", "scoring.images=4", "evals=[scenes_retrieval,scenes_zeroshot]"]
+    code = (
+        "import sys; from coca_lit.cli.evaluate import evaluate; evaluate(); "
+        "import coca_lit.evals.captions, coca_lit.evals.vqa; "
+        "print('loaded:', sorted({m.split('.')[0] for m in sys.modules} & {'lightning', 'pytorch_lightning'}))"
+    )
+    command = [sys.executable, "-c", code, *choice, f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+    assert "scenes/t2i_recall@1" in json.loads((tmp_path / "results.json").read_text())
+
+
 def test_two_processes_give_the_scores_of_one(checkpoint, tmp_path):
     choice = [f"checkpoint={checkpoint}", "scoring.images=13", "evals=[scenes_retrieval]", "threads=1"]
     expected = run(compose(tmp_path / "one", *choice))
