@@ -18,7 +18,7 @@ from coca_lit.distributed import rank, world_size
 
 ROOT = Path(__file__).resolve().parents[1]
 # Any experiment as a check of two steps with the smallest network; scenes are what the exported data sets hold.
-TINY = ("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "eval_images=8")
+TINY = ("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "scoring.images=8")
 
 
 def compose(*overrides: str) -> DictConfig:

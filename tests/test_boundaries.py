@@ -18,7 +18,7 @@ PLAIN = [
     *("coca_lit.data.transforms", "coca_lit.progress", "coca_lit.training.self_critical"),
     *(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for folder in ("models", "weights", "metrics", "inference")
+        for folder in ("models", "weights", "metrics", "evals", "inference")
         for path in ROOT.glob(f"coca_lit/{folder}/**/[a-z]*.py")
     ),
 ]

@@ -6,6 +6,7 @@ from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.non_finite_guard import NonFiniteGuard
 from coca_lit.callbacks.progress import SamplesSeen, SourceCounts, Throughput, progress_bar, samples_seen
 from coca_lit.callbacks.resuming import StepSeeds
+from coca_lit.callbacks.scoring import ScoreDuringTraining
 
 __all__ = [
     "Averaging",
@@ -13,6 +14,7 @@ __all__ = [
     "Checkpoints",
     "NonFiniteGuard",
     "SamplesSeen",
+    "ScoreDuringTraining",
     "SourceCounts",
     "StepSeeds",
     "Throughput",

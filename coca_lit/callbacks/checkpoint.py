@@ -6,6 +6,8 @@ the one before is completely done; a resumed run begins with that next batch. On
 wait for its end: the resumed run begins with that validation.
 """
 
+import json
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,23 +27,29 @@ from coca_lit.callbacks.resuming import (
     set_position,
 )
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
-from coca_lit.files import atomic_symlink
+from coca_lit.files import atomic_symlink, atomic_write
+from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
+
+BEST, BEST_SCORE = "best.ckpt", "best.json"
 
 
 class Checkpoints(L.Callback):
     """Saves `step_N.ckpt` by steps, by time, after every epoch, at the end and when a signal asks the run to stop.
 
-    `last.ckpt` is a link to the newest. Must be the first of all callbacks, so that what the others log for a step
-    follows the checkpoint before it.
+    `last.ckpt` is a link to the newest, `best.ckpt` to the one with the best score. Must be the first of all callbacks:
+    what the others log for a step then comes after the checkpoint before it.
 
     Args:
         dirpath: folder of the checkpoints.
         every_n_steps: optimizer steps between two checkpoints; None for none.
         every_minutes: minutes between two checkpoints; None for none.
-        keep_last: how many are kept; at least 1.
+        keep_last: how many are kept; at least 1. The best one is kept besides.
+        best: score by which the best checkpoint is kept, e.g. `mscoco/CIDEr`; None for no such checkpoint. Compared are
+            the scores of training, which `ScoreDuringTraining` offers: those of its first few images
+            (`mscoco_256/CIDEr` in the logs), at the end of training too.
 
     Attributes:
         config: the `coca_lit.runs.resume.resume_keys` of the run, stored for comparison when it resumes.
@@ -53,6 +61,7 @@ class Checkpoints(L.Callback):
         every_n_steps: int | None = None,
         every_minutes: float | None = 15.0,
         keep_last: int = 2,
+        best: str | None = None,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
             if value is not None and not value > 0:
@@ -61,6 +70,7 @@ class Checkpoints(L.Callback):
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
         self.folder = Path(dirpath)
         self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last
+        self.best = best
         self.config: dict[str, Any] = {}
         self.signals = Signals()
         self._saved_step = 0  # nothing to save before the first step
@@ -69,12 +79,16 @@ class Checkpoints(L.Callback):
         self._finished = False
         self._validating = False
         self._loaded: dict[str, Any] = {}
+        self._offered: float | None = None  # the score of the weights at hand, if it is the best so far
 
     # When
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.listen()
         self._saved_step, self._saved_at, self._epoch = trainer.global_step, time.monotonic(), trainer.current_epoch
+        if rank() == 0 and self._best_so_far().get("step", 0) > trainer.global_step:  # of steps that are made again
+            for name in (BEST, BEST_SCORE):
+                (self.folder / name).unlink(missing_ok=True)
         if self._loaded:
             _announce(trainer, self._loaded)
         if self._loaded.get("validating"):
@@ -93,10 +107,13 @@ class Checkpoints(L.Callback):
     def _between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         minutes = (time.monotonic() - self._saved_at) / 60
         late = self.every_minutes is not None and minutes >= self.every_minutes
-        stop, someone_late = max_over_ranks([self.signals.received, late])  # one decision for all ranks
+        offered = self._offered is not None
+        stop, someone_late, better = max_over_ranks(
+            [self.signals.received, late, offered]
+        )  # one decision for all ranks
         step, epoch = trainer.global_step, trainer.current_epoch
         due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
-        if stop or someone_late or due or epoch > self._epoch:
+        if stop or someone_late or due or better or epoch > self._epoch:
             self._epoch = epoch
             self._save(trainer, pl_module)
         if stop:
@@ -154,11 +171,54 @@ class Checkpoints(L.Callback):
         self._saved_step, self._saved_at = step, time.monotonic()
         if rank() == 0 and self._path(step).exists():  # else the disk was full
             atomic_symlink(self.folder / LAST, self._path(step))
-            for path in step_files(self.folder)[self.keep_last :]:
+            self._link_best(step)
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Removes all but the newest checkpoints and the best one."""
+        kept = self._best_so_far().get("step")
+        for path in step_files(self.folder)[self.keep_last :]:
+            if kept is None or path != self._path(kept):
                 path.unlink(missing_ok=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}.ckpt"
+
+    # The best
+
+    def offer(self, trainer: L.Trainer, value: float, final: bool = False) -> None:
+        """The score `best` of the weights at hand. If it is better than any before, their checkpoint is the best one.
+
+        Args:
+            final: training is over, and the checkpoint of these weights is written.
+        """
+        assert self.best is not None
+        before = self._best_so_far().get("value", math.nan)
+        better = value < before if lower_is_better(self.best) else value > before
+        if rank() == 0 and not math.isnan(value) and (better or math.isnan(before)):
+            self._offered = value  # rank 0 decides; the next `_between_steps` tells all others
+            if final:
+                self._link_best(trainer.global_step)
+                self._remove_old()
+
+    def _link_best(self, step: int) -> None:
+        if self._offered is not None and self._path(step).exists():  # else the disk was full
+            content = {"score": self.best, "value": self._offered, "step": step}
+            atomic_symlink(self.folder / BEST, self._path(step))
+            atomic_write(self.folder / BEST_SCORE, f"{json.dumps(content)}\n".encode())
+        self._offered = None
+
+    def _best_so_far(self) -> dict[str, Any]:
+        """{"score", "value", "step"} of the best checkpoint by this score; nothing if there is none."""
+        if self.best is None or not (self.folder / BEST).exists():
+            return {}
+        try:
+            content = json.loads((self.folder / BEST_SCORE).read_text())
+            score, value, step = str(content["score"]), float(content["value"]), int(content["step"])
+        except (OSError, ValueError, KeyError, TypeError):  # whatever a crash has left there
+            return {}
+        known = score == self.best and self._path(step).exists()
+        return {"score": score, "value": value, "step": step} if known else {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         seen = samples_seen(trainer)

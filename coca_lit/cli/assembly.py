@@ -17,11 +17,14 @@ from coca_lit.runs.redaction import mask
 if TYPE_CHECKING:
     import lightning.pytorch as L
 
+    from coca_lit.callbacks import ScoreDuringTraining
     from coca_lit.data.datamodule import CaptionDataModule
-    from coca_lit.evals.base import Evaluation
+    from coca_lit.evals import Evaluation, Settings
     from coca_lit.lit_module import CoCaLit
     from coca_lit.models import CoCa
     from coca_lit.tokenizer import Tokenizer
+
+WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that concern training alone
 
 
 # Keys that `hydra.utils.instantiate` reads itself.
@@ -182,8 +185,25 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
     return evals, missing
 
 
-def build_trainer(cfg: DictConfig, evals: "list[Evaluation]", texts: bool = False) -> "L.Trainer":
-    """The trainer with its callbacks, loggers, strategy and precision; `evals` are among its callbacks.
+def build_settings(cfg: DictConfig) -> "Settings":
+    """What the evaluations share."""
+    from coca_lit.evals import Settings
+
+    node = _without(cfg.scoring, *WHEN)
+    node._target_ = f"{Settings.__module__}.{Settings.__qualname__}"
+    return build(node, "scoring", output_dir=cfg.output_dir)
+
+
+def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTraining":
+    """The callback that runs the evaluations during training and at its end."""
+    from coca_lit.callbacks import ScoreDuringTraining
+
+    with error_context("scoring"):
+        return ScoreDuringTraining(evals, build_settings(cfg), **{key: cfg.scoring[key] for key in WHEN})
+
+
+def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", texts: bool = False) -> "L.Trainer":
+    """The trainer with its callbacks, `scoring` among them, loggers, strategy and precision.
 
     Args:
         texts: whether some batches are texts alone.
@@ -193,7 +213,7 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]", texts: bool = Fals
 
     from coca_lit.training.sharding import allow_unused_parameters, check_strategy
 
-    callbacks = build_callbacks(cfg, evals)
+    callbacks = build_callbacks(cfg, scoring)
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
@@ -225,7 +245,7 @@ def build_trainer(cfg: DictConfig, evals: "list[Evaluation]", texts: bool = Fals
     return trainer
 
 
-def build_callbacks(cfg: DictConfig, evals: "list[Evaluation]") -> "list[L.Callback]":
+def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.Callback]":
     """In the order in which they must act. Averaged weights replace the trained ones when training ends: after the
     last checkpoint, before the final scores.
     """
@@ -238,7 +258,7 @@ def build_callbacks(cfg: DictConfig, evals: "list[Evaluation]") -> "list[L.Callb
         callback.config = resume_keys(plain(cfg))
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
-    return [*checkpoints, *averaging, *evals, *(callback for callback in callbacks if callback not in checkpoints)]
+    return [*checkpoints, *averaging, scoring, *(callback for callback in callbacks if callback not in checkpoints)]
 
 
 def build_plugins() -> list[Any]:
@@ -249,6 +269,15 @@ def build_plugins() -> list[Any]:
     # Requeueing is ours: Lightning would save within the signal handler, in the middle of a step.
     under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SafeCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if under_srun else [])]
+
+
+def _without(node: DictConfig, *keys: str) -> DictConfig:
+    """A copy of the node, open for further keys, without those that are not for its target."""
+    copy = node.copy()
+    OmegaConf.set_struct(copy, False)
+    for key in keys:
+        copy.pop(key, None)
+    return copy
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

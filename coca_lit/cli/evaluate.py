@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from coca_lit.cli.assembly import build_evals
+from coca_lit.cli.assembly import build_evals, build_settings
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.errors import error_context
@@ -37,10 +37,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
         model = _load(cfg).to(device)
         cfg.image_size = model.image_size
         start_run_folder(cfg)
+        settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
         results: dict[str, float] = {}
         for evaluation in evals:
-            results |= evaluation.evaluate(model)
+            results |= evaluation.evaluate(model, settings)
             not_run |= evaluation.not_run
         if rank() == 0:
             finish_run(Path(cfg.output_dir), results, not_run)

@@ -41,7 +41,7 @@ def score_files(predictions: Path, references: Path, split: str = "test") -> tup
     """
     from coca_lit.data.datasets.annotations import read_references, read_results
     from coca_lit.errors import DataError
-    from coca_lit.metrics.caption_table import caption_table
+    from coca_lit.metrics.captions import caption_table
 
     captions = read_results(predictions)
     listings = {item.id: item for item in read_references(references, split) if item.captions}

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from coca_lit.cli.assembly import build_data, build_evals, build_module, build_trainer, plain, with_vocabulary
+from coca_lit.cli.assembly import (
+    build_data,
+    build_evals,
+    build_module,
+    build_scoring,
+    build_trainer,
+    plain,
+    with_vocabulary,
+)
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.cli.sweep import check_direction, check_processes
@@ -57,17 +65,16 @@ def run(cfg: DictConfig) -> dict[str, float]:
     has_texts = getattr(data, "texts", None) is not None  # a DataModule of one's own need not know of texts
     if has_texts and module.net.decoder is None:
         raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
-    trainer = build_trainer(cfg, evals, has_texts)
+    scoring = build_scoring(cfg, evals)
+    trainer = build_trainer(cfg, scoring, has_texts)
     check_trainer(cfg, trainer)
     if checkpoint is None:
         choose_fp32_matmul(cfg, trainer, module)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    results = {name: value for evaluation in evals for name, value in evaluation.results.items()}
-    not_run |= {score: reason for evaluation in evals for score, reason in evaluation.not_run.items()}
     seen = samples_seen(trainer)
     if trainer.is_global_zero:
-        finish_run(Path(cfg.output_dir), results, not_run, seen)
-    return results
+        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, seen)
+    return scoring.results
 
 
 def find_start(cfg: DictConfig) -> Path | None:

@@ -1,1 +1,8 @@
-"""Metrics as plain functions: captions or features in, a dictionary of numbers out. No model, no trainer, no files."""
+"""What to score on which data: an `Evaluation` runs a model over records and returns scores by name.
+
+Nothing here needs Lightning. `coca_lit.callbacks.ScoreDuringTraining` decides when an evaluation runs in training.
+"""
+
+from coca_lit.evals.base import Answerer, Evaluation, FunctionEvaluation, Settings
+
+__all__ = ["Answerer", "Evaluation", "FunctionEvaluation", "Settings"]

@@ -1,123 +1,148 @@
-"""Scores during training and at its end, and those of `coca-evaluate`: what all kinds of evaluation share.
+"""What all evaluations share.
 
-Each callback owns its data set; the scores themselves are pure functions in `coca_lit.evals`.
+An evaluation with a metric of one's own is a class with one method, or a function with the same arguments:
+
+    class CaptionLength(Evaluation):
+        def scores(self, model, records, settings):
+            captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate)
+            return {"words": fmean(len(caption.split()) for caption in captions.values())}
 """
 
 import json
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import lightning.pytorch as L
-import torch
-from torch.nn.utils import parametrize
-
-from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero
+from coca_lit.errors import suggest
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.training.sharding import unsharded
+from coca_lit.models.generation.options import OPTIONS
 
 
-class Evaluation(L.Callback):
-    """Scores the network on captioned images: on a few of them after an epoch, on all of them when training ends. With
-    averaged weights it is the average that is scored. Scores are named `mscoco/CIDEr`, those of a part of the images
-    `mscoco_256/CIDEr`.
+class Answerer(Protocol):
+    """Another way to answer questions than writing the answer: a classifier that was trained beside the network."""
+
+    def __call__(
+        self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
+    ) -> dict[int | str, str]:
+        """An answer to each question, by question id; every rank gets all of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the evaluations of a run share: the config node `scoring`.
 
     Args:
-        name: prefix of the scores, as in `mscoco/CIDEr`.
-        records: the images and all their captions.
         output_dir: the run folder.
-        limit: score at most so many images, even at the end.
-        quick: how many images are scored during training.
-        every_n_epochs: epochs between two scores during training; 0 for the end only.
+        split: the split that is scored, of data sets that have several. For the readers of the records.
+        images: score at most this many images per evaluation; None for all.
+        batch_size: of all passes through the model.
+        workers: processes that load images.
+        clip_score_model: checkpoint that judges CLIPScore; None for the scored model, which is then its own judge.
+        generate: options of `CoCa.generate`, e.g. {"strategy": "beam", "num_beams": 4}; None for greedy captions.
+        rerank: decoder re-ranking in retrieval: how many images are scored by the decoder for each text; 0 for none.
+        attention: for how many images the report shows where the model looked as it wrote each word.
+        answerer: of the model that is scored, if it has one; during training the callback knows.
+
+    Raises:
+        ValueError: a number out of range, or an option that `CoCa.generate` does not have.
+    """
+
+    output_dir: str | Path
+    split: str = "val"
+    images: int | None = None
+    batch_size: int = 64
+    workers: int = 0
+    clip_score_model: str | None = None
+    generate: Mapping[str, Any] | None = None
+    rerank: int = 0
+    attention: int = 0
+    answerer: Answerer | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("batch_size", 1), ("workers", 0), ("rerank", 0), ("attention", 0), ("images", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < lowest):
+                raise ValueError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+        known = [name for name, option in OPTIONS.items() if option.key and name != "num_captions"]
+        for name in self.generate or {}:
+            if name not in known:
+                raise ValueError(f"generate has no option '{name}' for an evaluation{suggest(name, known)}")
+
+    def write_json(self, folder: str, name: str, content: Any) -> None:
+        """Writes a file into a folder of the run folder."""
+        path = Path(self.output_dir, folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=0))
+
+
+class Evaluation:
+    """Something to score a model on.
+
+    Args:
+        name: first part of the names of its scores, as in `mscoco/CIDEr`.
+        records: the images with all their captions.
+        every: during training it takes part in every N-th scoring; 0 for the end only.
+
+    Attributes:
+        score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
+        not_run: score -> why the last `evaluate` could not compute it.
+    """
+
+    score_names: Sequence[str] = ()
+
+    def __init__(self, name: str, records: Sequence[Record], every: int = 1) -> None:
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(f"every must be a whole number of at least 0, got {every!r}")
+        self.name, self.records, self.every = name, records, every
+        self.not_run: dict[str, str] = {}
+
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        """Scores of the model on the records, the same on every rank."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method scores(model, records, settings)")
+
+    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        """As `scores`, with everything that takes too long during training. May note in `not_run` what is missing."""
+        return self.scores(model, records, settings)
+
+    def evaluate(self, model: DualEncoder, settings: Settings) -> dict[str, float]:
+        """All scores, on all records (at most `settings.images`), named `name/score`."""
+        records = self.records[: settings.images]
+        print_rank_zero(f"scoring {len(records)} images of {self.name} ({type(self).__name__})")
+        self.not_run = {}
+        return {f"{self.name}/{score}": v for score, v in self.all_scores(model, records, settings).items()}
+
+    def quick_name(self, settings: Settings, quick: int) -> str:
+        """`name` if all records are scored during training, else with their number: `mscoco_256`. So no curve jumps
+        from one set of images to another.
+        """
+        count = len(self.records[: settings.images])
+        return self.name if quick >= count else f"{self.name}_{quick}"
+
+    def evaluate_quickly(self, model: DualEncoder, settings: Settings, quick: int) -> dict[str, float]:
+        """The scores of training on the first `quick` records, named `quick_name/score`."""
+        name, records = self.quick_name(settings, quick), self.records[: settings.images][:quick]
+        return {f"{name}/{score}": value for score, value in self.scores(model, records, settings).items()}
+
+
+class FunctionEvaluation(Evaluation):
+    """An evaluation whose scores are those of a function.
+
+    Args:
+        function: called as `function(model, records, settings)`, returns scores by name, the same on every rank.
     """
 
     def __init__(
         self,
         name: str,
         records: Sequence[Record],
-        output_dir: str | Path,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        limit: int | None = None,
-        quick: int = 256,
-        every_n_epochs: int = 1,
+        function: Callable[[DualEncoder, Sequence[Record], Settings], dict[str, float]],
+        every: int = 1,
     ) -> None:
-        self.name = name
-        self.records = records[:limit]
-        self.output_dir = Path(output_dir)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.quick = quick
-        self.every_n_epochs = every_n_epochs
-        self.results: dict[str, float] = {}  # of the whole data set, after training
-        self.not_run: dict[str, str] = {}  # score -> why it could not be computed
-        self._scored = False
+        super().__init__(name, records, every)
+        self.function = function
 
-    @abstractmethod
-    def scores(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, float]:
-        """Scores of the model on the records, the same on every rank."""
-
-    def all_scores(self, model: DualEncoder) -> dict[str, float]:
-        """Scores on all records, also those that are too slow for the time of training. May note in `not_run` what is
-        missing.
-        """
-        return self.scores(model, self.records)
-
-    def evaluate(self, model: DualEncoder) -> dict[str, float]:
-        """Scores on all records, named `name/score`."""
-        print_rank_zero(f"scoring {len(self.records)} images of {self.name} ({type(self).__name__})")
-        self.results = self._named(self.all_scores(model), len(self.records))
-        return self.results
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        epochs = trainer.current_epoch + 1
-        stops = trainer.should_stop or epochs == trainer.max_epochs or 0 <= trainer.max_steps <= trainer.global_step
-        if self.every_n_epochs and epochs % self.every_n_epochs == 0 and not stops:  # else the full scores follow
-            few = self.records[: self.quick]
-            with scored_weights(trainer, pl_module), _scorable(pl_module) as net:
-                scores = self._named(self.scores(net, few), len(few))
-            pl_module.log_dict(scores, rank_zero_only=False, sync_dist=False)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._final(trainer, pl_module)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._scored:  # a finished run was loaded: there was nothing to train, and so no end of training
-            pl_module.to(trainer.strategy.root_device)
-            self._final(trainer, pl_module)
-
-    def _final(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._scored = True
-        with _scorable(pl_module) as net:
-            results = self.evaluate(net)
-        for logger in trainer.loggers:
-            logger.log_metrics(results, step=trainer.global_step)
-
-    def write_json(self, folder: str, name: str, content: Any) -> None:
-        """Writes into a folder inside the run folder."""
-        (self.output_dir / folder).mkdir(parents=True, exist_ok=True)
-        (self.output_dir / folder / name).write_text(json.dumps(content, indent=0))
-
-    def _named(self, scores: dict[str, float], images: int) -> dict[str, float]:
-        """Scores of a part of the images say how many they are: no curve jumps from one set of images to another."""
-        name = self.name if images == len(self.records) else f"{self.name}_{images}"
-        return {f"{name}/{score}": value for score, value in scores.items()}
-
-
-@contextmanager
-def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
-    """The network as the scores need it: whole, and not through `torch.compile`, for which a growing cache would be
-    something new at every token. Low-rank updates are added to their weights once, not at every token.
-    """
-    with torch.compiler.set_stance("force_eager"), parametrize.cached(), unsharded(_net(module)) as net:
-        yield net
-
-
-def _net(module: L.LightningModule) -> CoCa:
-    net = module.net
-    assert isinstance(net, CoCa)
-    return net
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        return self.function(model, records, settings)

@@ -1,59 +1,151 @@
-"""Retrieval scores, with samples for the report."""
+"""Retrieval scores, with samples for the report, and decoder re-ranking.
 
+A dual encoder compares two embeddings. The decoder of the same model scores a text token by token while it attends to
+all tokens of an image, log p(text | image): it sees more and costs a pass for every pair. So only pairs among each
+other's nearest are re-ranked by it, as ALBEF does with a matching head (Li et al. 2021, arXiv 2107.07651).
+
+A text that is likely beside any image says little about this one. So its likelihood is divided by its mean over the
+images that it was scored with.
+
+Shapes: I images, T texts, E embedding width.
+"""
+
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.distributed import rank
-from coca_lit.evals.base import Evaluation
-from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.reranking import check_second_look, decoder_rerank
-from coca_lit.evals.sample_data import retrieval_samples
-from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
-from coca_lit.models import DualEncoder
+from coca_lit.distributed import gather_objects, rank
+from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
+from coca_lit.evals.samples import retrieval_samples
+from coca_lit.metrics.retrieval import RecallAtK, recall_at_k
+from coca_lit.models import CoCa, DualEncoder
+
+BEHIND = 1e4  # further than any two scores are apart
 
 
 class RetrievalScores(Evaluation):
-    """Recall@1/5/10 in both directions, with all captions of every image. At the end also samples for the report, and
-    if asked for, recall after the decoder's second look: `mscoco/reranked_t2i_recall@1`.
+    """Recall@1/5/10 in both directions, with all captions of every image. At the end also samples for the report and,
+    with `settings.rerank`, recall after decoder re-ranking: `mscoco/reranked_t2i_recall@1`.
 
     Args:
-        rerank: so many images are read with each text again, see `coca_lit.evals.reranking`; 0 for none.
-        rerank_weight: of what the decoder says, between 0 and 1.
+        rerank_weight: share of the decoder's score in re-ranking, between 0 and 1.
     """
 
-    def __init__(
-        self,
-        name: str,
-        records: Sequence[Record],
-        output_dir: str | Path,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        limit: int | None = None,
-        quick: int = 256,
-        every_n_epochs: int = 1,
-        rerank: int = 0,
-        rerank_weight: float = 0.5,
-    ) -> None:
-        super().__init__(name, records, output_dir, batch_size, num_workers, limit, quick, every_n_epochs)
-        if rerank:  # said now, not after the training
-            check_second_look(rerank, rerank_weight)
-        self.rerank, self.rerank_weight = rerank, rerank_weight
+    score_names = (
+        *(f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)),
+        *("t2i_median_rank", "i2t_median_rank"),
+    )
 
-    def scores(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, float]:
-        return retrieval_scores(*embed_pairs(model, records, self.batch_size, self.num_workers))
+    def __init__(self, name: str, records: Sequence[Record], rerank_weight: float = 0.5, every: int = 1) -> None:
+        super().__init__(name, records, every)
+        check_weight(rerank_weight)
+        self.rerank_weight = rerank_weight
 
-    def all_scores(self, model: DualEncoder) -> dict[str, float]:
-        images, texts, image_of_text = embed_pairs(model, self.records, self.batch_size, self.num_workers)
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        return _recall(records, *embed_pairs(model, records, settings.batch_size, settings.workers))
+
+    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
         if rank() == 0:
-            samples = retrieval_samples(self.records, images, texts, image_of_text)
-            self.write_json("samples", f"{self.name}_retrieval.json", samples)
-        scores = retrieval_scores(images, texts, image_of_text)
-        if not self.rerank:
+            samples = retrieval_samples(records, images, texts, image_of_text)
+            settings.write_json("samples", f"{self.name}_retrieval.json", samples)
+        scores = _recall(records, images, texts, image_of_text)
+        if not settings.rerank:
             return scores
         if model.decoder is None:
-            self.not_run[f"{self.name} reranked recall"] = "the model has no decoder to read texts beside images with"
+            self.not_run[f"{self.name} reranked recall"] = "the model has no decoder to re-rank with"
             return scores
-        options = (self.rerank, self.rerank_weight, self.batch_size, self.num_workers)
-        recalls = recall_at_k(decoder_rerank(model, self.records, images, texts, *options), image_of_text)
+        options = (settings.rerank, self.rerank_weight, settings.batch_size, settings.workers)
+        recalls = recall_at_k(decoder_rerank(model, records, images, texts, *options), image_of_text)
         return scores | {f"reranked_{name}": value for name, value in recalls.items()}
+
+
+def _recall(records: Sequence[Record], images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    recall = RecallAtK(sync_on_compute=False)  # every rank has all features already
+    ids = torch.arange(len(records))
+    recall.update(images, texts, ids, ids[image_of_text])
+    return recall.compute()
+
+
+def decoder_rerank(
+    model: CoCa,
+    records: Sequence[Record],
+    image_features: Tensor,
+    text_features: Tensor,
+    candidates: int,
+    weight: float,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> Tensor:
+    """Similarities (I, T) of images and all their captions, on the CPU of every rank.
+
+    A candidate pair has (1 - weight) · exp(logit_scale) · cosine + weight · log (p(text | image) / p(text)); all other
+    pairs follow behind, in the order of their cosines.
+
+    Args:
+        image_features, text_features: (I, E) and (T, E) of `embed_pairs`.
+        candidates: nearest images of each text that the decoder scores; of each image so many nearest texts that both
+            directions have equally many pairs.
+        weight: share of the log-likelihood, between 0 and 1.
+
+    Raises:
+        ValueError: no candidates, a weight outside [0, 1], or a model without decoder.
+    """
+    if model.decoder is None:
+        raise ValueError("decoder re-ranking needs a model with a decoder, which decoder_layers=0 lacks")
+    if candidates < 1:
+        raise ValueError(f"decoder re-ranking needs at least 1 candidate, got {candidates}")
+    check_weight(weight)
+    similarity = model.logit_scale.exp().item() * image_features @ text_features.T  # (I, T)
+    found = log_likelihoods(model, records, candidate_pairs(similarity, candidates), batch_size, num_workers)
+    return reranked(similarity, found, weight)
+
+
+def check_weight(weight: float) -> None:
+    """Raises ValueError for a weight outside [0, 1]."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"rerank_weight must be a number from 0 to 1, got {weight!r}")
+
+
+def reranked(similarity: Tensor, log_likelihood: Tensor, weight: float) -> Tensor:
+    """Scores of `decoder_rerank`, from similarities (I, T) and log-likelihoods (I, T) of the candidates; -inf marks all
+    other pairs.
+    """
+    candidate = ~log_likelihood.isneginf()
+    informative = log_likelihood - (log_likelihood.logsumexp(dim=0) - candidate.sum(dim=0).log())
+    similarity = (1 - weight) * similarity
+    return torch.where(candidate, similarity + weight * informative, similarity - BEHIND)
+
+
+def candidate_pairs(similarity: Tensor, candidates: int) -> Tensor:
+    """Whether (I, T) the image is among the nearest of the text, or the text among the nearest of the image."""
+    images, texts = similarity.shape
+    pairs = torch.zeros_like(similarity, dtype=torch.bool)
+    pairs.scatter_(0, similarity.topk(min(candidates, images), dim=0).indices, True)
+    each = math.ceil(min(candidates, images) * texts / images)
+    return pairs.scatter_(1, similarity.topk(each, dim=1).indices, True)
+
+
+def log_likelihoods(
+    model: CoCa, records: Sequence[Record], pairs: Tensor, batch_size: int = 64, num_workers: int = 0
+) -> Tensor:
+    """log p(text | image) (I, T) of the `pairs`, -inf elsewhere."""
+    tokens = model.tokenizer([caption for record in records for caption in record.captions])  # (T, L)
+    own: list[tuple[int, Tensor]] = []
+    for positions, images in image_batches(model, records, batch_size, num_workers):
+        encoded = evaluating(model, model.image_encoder, images)  # (B, S, C)
+        for position, image in zip(positions, encoded, strict=True):
+            texts = tokens[pairs[position]].to(model.device)
+            score = partial(model.log_likelihood, image[None])
+            parts = [evaluating(model, score, part).cpu() for part in texts.split(batch_size)]
+            own.append((position, torch.cat(parts)))
+    found = torch.full(pairs.shape, -torch.inf)
+    for part in gather_objects(own):
+        for position, values in part:
+            found[position, pairs[position]] = values
+    return found

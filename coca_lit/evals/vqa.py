@@ -1,100 +1,122 @@
-"""Scores of answers to questions about images."""
+"""Answers to questions about images: how the decoder writes them, and their scores."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import lightning.pytorch as L
+from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
-from coca_lit.evals.base import Evaluation
-from coca_lit.evals.captions import checked_options
-from coca_lit.evals.sample_data import caption_samples
-from coca_lit.evals.samples import sample_sheet
-from coca_lit.evals.vqa_answers import generate_answers
+from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.inference import write_texts
+from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.vqa import blind_answers, vqa_scores
-from coca_lit.models import DualEncoder
-from coca_lit.training.answers import AnswerClassifier
+from coca_lit.models import CoCa, DualEncoder
+from coca_lit.tokenizer import Tokenizer
 
+MAX_ANSWER = 10  # tokens, the end included
 Answers = dict[int | str, str]  # by question id
 
 
 class VQAScores(Evaluation):
-    """Accuracy of generated answers, and of those of an `AnswerClassifier` if one is trained. At the end also the
-    accuracy for each kind of answer, and that of the best guess of somebody who does not look ("blind").
+    """Accuracy of written answers, and of the answers of `settings.answerer`, a classifier, if there is one. At the end
+    also the accuracy for each kind of answer, and of the best guess of somebody who does not look ("blind").
 
     Predictions are written in the official results format, also for questions whose answers are not public.
 
     Args:
         records: questions, see `coca_lit.data.datasets.vqa`.
-        training_records: gives the training questions, from which the blind guesses come; None for no such score.
-        generate: options of `CoCa.generate`; None for greedy answers.
+        training_records: returns the training questions, from which the blind guesses come; None for no such score.
     """
+
+    score_names = ("accuracy",)
 
     def __init__(
         self,
         name: str,
         records: Sequence[Record],
-        output_dir: str | Path,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        limit: int | None = None,
-        quick: int = 256,
-        every_n_epochs: int = 1,
         training_records: Callable[[], Sequence[Record]] | None = None,
-        generate: Mapping[str, Any] | None = None,
+        every: int = 1,
     ) -> None:
-        super().__init__(name, records, output_dir, batch_size, num_workers, limit, quick, every_n_epochs)
+        super().__init__(name, records, every)
         self.training_records = training_records
-        self.generate = checked_options(generate or {})
-        self._classifier: AnswerClassifier | None = None
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        losses = pl_module.modules()
-        self._classifier = next((loss for loss in losses if isinstance(loss, AnswerClassifier)), None)
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        if model.decoder is None or not records[0].captions:
+            return {}
+        return _accuracies(records, _answers(model, records, settings))
 
-    def scores(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, float]:
-        return self._accuracies(records, self._answers(model, records)) if records[0].captions else {}
-
-    def all_scores(self, model: DualEncoder) -> dict[str, float]:
+    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if model.decoder is None:
             self.not_run[f"{self.name} answers"] = "the model has no decoder, so it writes no answers"
             return {}
-        written = self._answers(model, self.records)
+        answers = _answers(model, records, settings)
         if rank() == 0:
-            for way, answers in written.items():
-                predictions = [{"question_id": id, "answer": answer} for id, answer in answers.items()]
-                self.write_json("predictions", f"{self.name}{way and f'_{way}'}.json", predictions)
-            self.write_json("samples", f"{self.name}_captions.json", caption_samples(self.records, written[""]))
-            sample_sheet(self.records, written[""]).save(self.output_dir / "samples" / f"{self.name}.png")
-        if not all(record.captions for record in self.records):
+            for way, found in answers.items():
+                predictions = [{"question_id": id, "answer": answer} for id, answer in found.items()]
+                settings.write_json("predictions", f"{self.name}{way and f'_{way}'}.json", predictions)
+            settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, answers[""]))
+            sample_sheet(records, answers[""]).save(Path(settings.output_dir, "samples", f"{self.name}.png"))
+        if not all(record.captions for record in records):
             self.not_run[f"{self.name} accuracy"] = "the answers to these questions are not public"
             return {}
-        return self._accuracies(self.records, written | self._blind())
+        if self.training_records is not None:
+            try:
+                training = self.training_records()
+                pairs = [(record.question, record.captions[0]) for record in training if record.captions]
+                answers["blind"] = blind_answers({record.id: record.question for record in records}, pairs)
+            except DataError as error:  # the training split need not lie beside the one that is scored
+                self.not_run[f"{self.name} blind"] = str(error)
+        return _accuracies(records, answers)
 
-    def _answers(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, Answers]:
-        """Answers by the way in which they were found: "" by generation, "classifier"."""
-        if model.decoder is None:
-            return {}
-        written = {"": generate_answers(model, records, self.batch_size, self.num_workers, self.generate)}
-        if self._classifier is not None:
-            written["classifier"] = self._classifier.answer(model, records, self.batch_size, self.num_workers)
-        return written
 
-    def _blind(self) -> dict[str, Answers]:
-        try:
-            training = self.training_records() if self.training_records else None
-        except DataError as error:  # the training split need not lie beside the one that is scored
-            self.not_run[f"{self.name} blind"] = str(error)
-            return {}
-        return {} if training is None else {"blind": blind_answers(self.records, training)}
+def _answers(model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, Answers]:
+    """Answers by the way in which they were found: "" by generation, "classifier"."""
+    size, workers = settings.batch_size, settings.workers
+    found = {"": generate_answers(model, records, size, workers, settings.generate or {})}
+    if settings.answerer is not None:
+        found["classifier"] = settings.answerer(model, records, size, workers)
+    return found
 
-    @staticmethod
-    def _accuracies(records: Sequence[Record], written: Mapping[str, Answers]) -> dict[str, float]:
-        """Of generated answers also for each kind."""
-        scores = {
-            f"{way}/accuracy": vqa_scores(records, answers)["accuracy"] for way, answers in written.items() if way
-        }
-        return vqa_scores(records, written[""]) | scores if "" in written else scores
+
+def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, float]:
+    """Of written answers also for each kind."""
+    people = {record.id: record.captions for record in records}
+    kinds = {record.id: record.domain for record in records}
+    others = {f"{way}/accuracy": vqa_scores(people, found)["accuracy"] for way, found in answers.items() if way}
+    return vqa_scores(people, answers[""], kinds) | others
+
+
+def generate_answers(
+    model: CoCa,
+    records: Sequence[Record],
+    batch_size: int = 64,
+    num_workers: int = 0,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[int | str, str]:
+    """One answer per question, by question id: what the model writes when its caption begins with the question.
+
+    `options` are those of `CoCa.generate`; answers have `MAX_ANSWER` tokens at most, if they do not say otherwise.
+    """
+    tokenizer = model.tokenizer
+
+    def write(part: Sequence[Record], images: Tensor) -> Iterable[str]:
+        questions = [fitting(tokenizer, record.question) for record in part]
+        begun = [len(ids) - 1 for ids in tokenizer.encode_batch(questions)]
+        room = {"max_length": min(max(begun) + MAX_ANSWER, tokenizer.context_length)}
+        texts = model.generate(images, prompt=questions, **room | dict(options))
+        return [tokenizer.decode(ids[start:]) for ids, start in zip(texts, begun, strict=True)]
+
+    return write_texts(model, records, write, batch_size, num_workers)
+
+
+def fitting(tokenizer: Tokenizer, question: str) -> str:
+    """The question without the last words that would leave no room for an answer."""
+    most = max(tokenizer.context_length - MAX_ANSWER, 3)
+    words = question.split()
+    while len(words) > 1 and len(tokenizer.encode_batch([" ".join(words)])[0]) - 1 > most:
+        words.pop()
+    return " ".join(words)

@@ -1,1 +1,10 @@
-"""Scores as pure functions: captions, features or ids in, numbers out. Nothing else of coca_lit is imported here."""
+"""Scores of captions, retrieval, classification and answers: pure functions, and torchmetrics classes over them.
+
+Nothing else of coca_lit is imported here. The classes (`CaptionMetric`, `RecallAtK`, `ZeroShotAccuracy`) go into any
+LightningModule or training loop; several processes may hold any part of the samples, and each sample counts once.
+"""
+
+
+def lower_is_better(score: str) -> bool:
+    """Whether a smaller value of the score of this name is the better one."""
+    return score.endswith(("median_rank", "_loss"))

@@ -2,7 +2,7 @@
 
 The formula is that of Vedantam et al. 2015 (arXiv 1411.5726) as pycocoevalcap computes it, to 1e-6 on the same tokens:
 cosine of tf-idf vectors of n-grams, n = 1 … 4, with counts clipped to those of the reference and a Gaussian penalty of
-the difference in length, averaged over n and references, times 10. `captioning` scores results with the official code;
+the difference in length, averaged over n and references, times 10. `captions` scores results with the official code;
 this is for training.
 """
 

@@ -8,9 +8,10 @@ unless all people agree to the letter.
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
-from coca_lit.data.records import Record
+Id = TypeVar("Id", bound=Hashable)
 
 ENOUGH = 3  # people of the same opinion
 ARTICLES = ("a", "an", "the")
@@ -67,25 +68,36 @@ def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def vqa_scores(records: Sequence[Record], predictions: Mapping[int | str, str]) -> dict[str, float]:
-    """{"accuracy": …} over all questions, and {"KIND/accuracy": …} over those of each kind of answer."""
+def vqa_scores(
+    answers: Mapping[Id, Sequence[str]],
+    predictions: Mapping[Id, str],
+    kinds: Mapping[Id, str | None] | None = None,
+) -> dict[str, float]:
+    """{"accuracy": …} over all questions, and {"KIND/accuracy": …} over the questions of each kind.
+
+    Args:
+        answers: what people answered to each question.
+        predictions: one answer to each question.
+        kinds: the kind of each question, such as "yes-no"; None for one without.
+    """
     scores: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        accuracy = vqa_accuracy(predictions[record.id], record.captions)
+    for id, people in answers.items():
+        accuracy = vqa_accuracy(predictions[id], people)
         scores["accuracy"].append(accuracy)
-        if record.domain:
-            scores[f"{record.domain}/accuracy"].append(accuracy)
+        if kind := (kinds or {}).get(id):
+            scores[f"{kind}/accuracy"].append(accuracy)
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-def blind_answers(asked: Iterable[Record], training: Iterable[Record]) -> dict[int | str, str]:
-    """What somebody would answer who never looks: what training questions of the same words got most often, and to a
-    question that is new what all of them got most often.
+def blind_answers(questions: Mapping[Id, str], training: Iterable[tuple[str, str]]) -> dict[Id, str]:
+    """What somebody would answer who never looks: the most frequent answer to training questions of the same words,
+    and to a question that is new the most frequent answer to all of them.
+
+    Args:
+        training: (question, answer) pairs.
     """
     usual: dict[str, Counter[str]] = defaultdict(Counter)
-    for record in training:
-        usual[record.question].update(record.captions[:1])
-        usual[""].update(record.captions[:1])
-    return {
-        record.id: usual[record.question if record.question in usual else ""].most_common(1)[0][0] for record in asked
-    }
+    for question, answer in training:
+        usual[question][answer] += 1
+        usual[""][answer] += 1
+    return {id: usual[question if question in usual else ""].most_common(1)[0][0] for id, question in questions.items()}

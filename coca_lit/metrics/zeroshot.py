@@ -3,9 +3,14 @@
 Shapes: I images, C classes, P prompts per class, D features.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from coca_lit.metrics.rows import Id, RowMetric, in_order, plain_ids
 
 
 def class_features(prompt_features: Tensor) -> Tensor:
@@ -18,10 +23,47 @@ def class_features(prompt_features: Tensor) -> Tensor:
 def classification_scores(similarity: Tensor, labels: Tensor) -> dict[str, float]:
     """Shares in [0, 1]: "top1", "top5" (from five classes on) and "mean_per_class_recall", for (I, C) and labels (I,).
 
-    The latter is the mean over the classes that occur of the share of their images that are found, also known as
+    The latter is the mean, over the classes that occur, of the share of their images that are found, also known as
     balanced accuracy. A wrong class that ties with the right one is placed before it, so a model that finds everything
-    equally similar scores 0. Raises ValueError for NaN, for shapes that disagree and for labels beyond the classes.
+    equally similar scores 0. torchmetrics' MulticlassAccuracy and MulticlassRecall are equal to these scores if there
+    are no ties and every class occurs; they count a tie by the order of the classes, and a class without images as 0.
+
+    Raises ValueError for NaN, for shapes that disagree and for labels beyond the classes.
     """
+    return _scores(_ranks(similarity, labels), labels, similarity.shape[1])
+
+
+class ZeroShotAccuracy(RowMetric):
+    """Accuracy of images that are classified batch by batch, on any number of processes.
+
+    accuracy = ZeroShotAccuracy()
+    for ids, images, labels in loader:
+        similarity = encode_image(images) @ class_features(prompts).T  # (B, C)
+        accuracy.update(similarity, labels, ids)
+    accuracy.compute()  # {"top1": ..., "top5": ..., "mean_per_class_recall": ...}
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_rows("images")
+
+    def update(self, similarity: Tensor, labels: Tensor, ids: Sequence[Id] | Tensor) -> None:
+        """Similarities (B, C) of images and classes, class numbers (B,) and ids of the images."""
+        ranks, classes = _ranks(similarity, labels).tolist(), similarity.shape[1]
+        plain = plain_ids(ids, len(ranks))
+        self.append("images", zip(plain, ranks, labels.tolist(), [classes] * len(ranks), strict=True))
+
+    def compute(self) -> dict[str, float]:
+        """`classification_scores` of all images, each counted once; ValueError if there are none."""
+        by_id = {id: row for id, *row in self.rows("images")}
+        if not by_id:
+            raise ValueError("there are no images to score: call update first")
+        rows = torch.tensor([by_id[id] for id in sorted(by_id, key=in_order)])  # (I, 3)
+        return _scores(rows[:, 0], rows[:, 1], int(rows[:, 2].max()))
+
+
+def _ranks(similarity: Tensor, labels: Tensor) -> Tensor:
+    """(I,): how many wrong classes come no later than the right one; 0 is best. Raises as `classification_scores`."""
     if similarity.ndim != 2 or labels.shape != similarity.shape[:1] or not len(labels):
         raise ValueError(
             f"expected similarities (images, classes) and a label for each of one or more images, got "
@@ -33,7 +75,10 @@ def classification_scores(similarity: Tensor, labels: Tensor) -> dict[str, float
     if similarity.isnan().any():
         raise ValueError("the similarities hold NaN, so nothing can be ranked; look for NaN in the model's features")
     right = similarity.gather(1, labels[:, None])  # (I, 1)
-    ranks = (similarity >= right).sum(dim=1) - 1  # (I,), 0 is best; the right class itself is not counted
+    return (similarity >= right).sum(dim=1) - 1  # the right class itself is not counted
+
+
+def _scores(ranks: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     found = (ranks == 0).double()
     totals = torch.bincount(labels, minlength=classes)
     per_class = torch.bincount(labels, weights=found, minlength=classes)[totals > 0] / totals[totals > 0]

@@ -56,7 +56,7 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     ):
         return None
     before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
-    keys = ("evals", "eval_split", "eval_images", "clip_score_model", "trainer.max_epochs", "trainer.max_steps")
+    keys = ("evals", "scoring", "trainer.max_epochs", "trainer.max_steps")
     if any(OmegaConf.select(before, key) != OmegaConf.select(now, key) for key in keys):
         return None
     scores = json.loads(results.read_text())

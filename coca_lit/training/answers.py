@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from coca_lit.data.batch import Batch, padded
 from coca_lit.data.records import Record
 from coca_lit.evals.inference import write_texts
-from coca_lit.evals.vqa_answers import fitting
+from coca_lit.evals.vqa import fitting
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 from coca_lit.training.objectives import Objective

@@ -21,6 +21,6 @@ done
 
 if [ -n "$root" ]; then
   train flickr8k_clip 0 experiment=flickr8k_frozen trainer=auto data.root="$root" evals=flickr8k_retrieval "${clip[@]}" \
-    evals.flickr8k_retrieval.records.root="$root" evals.flickr8k_retrieval.every_n_epochs=10
+    evals.flickr8k_retrieval.records.root="$root" evals.flickr8k_retrieval.every=10
 fi
 python experiments/report.py coca_vs_clip "$runs"/*_seed*

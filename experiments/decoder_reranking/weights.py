@@ -3,8 +3,8 @@
     python experiments/decoder_reranking/weights.py scenes CHECKPOINT
     python experiments/decoder_reranking/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
-The likely pairs are read once; each weight then mixes what was found, as `coca-evaluate rerank=16` does. Rows are added
-to results.csv in this folder; rows of the same data and model are replaced.
+The likely pairs are scored once; each weight then mixes the results, as `coca-evaluate scoring.rerank=16` does. Rows are
+added to results.csv in this folder; rows of the same data and model are replaced.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from coca_lit.data.datasets.flickr import flickr_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.reranking import likely_pairs, log_likelihoods, mixed
+from coca_lit.evals.retrieval import candidate_pairs, log_likelihoods, reranked
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
@@ -44,12 +44,12 @@ def main() -> None:
     rows = {"data": args.data, "model": args.checkpoint.resolve().parents[1].name, "candidates": str(args.candidates)}
     images, texts, image_of_text = embed_pairs(model, records)
     similarity = model.logit_scale.exp().item() * images @ texts.T
-    start, likely = time.process_time(), likely_pairs(similarity, args.candidates)
+    start, likely = time.process_time(), candidate_pairs(similarity, args.candidates)
     read = log_likelihoods(model, records, likely)
     cost = {"pairs": str(int(likely.sum())), "CPU seconds": f"{time.process_time() - start:.0f}"}
     found = []
     for weight in WEIGHTS:
-        recalls = recall_at_k(mixed(similarity, read, weight), image_of_text)
+        recalls = recall_at_k(reranked(similarity, read, weight), image_of_text)
         found.append(
             rows
             | {"weight": str(weight), **{name: f"{value:.4f}" for name, value in recalls.items()}, **cost}

@@ -16,14 +16,14 @@ train() { # NAME SEED OVERRIDES…
 score() { # NAME SEED CHECKPOINT OVERRIDES…
   local name=$1_seed$2 checkpoint=$3
   shift 3
-  [ -s "$runs/$name/results.json" ] || coca-evaluate name="forgetting/$name" checkpoint="$checkpoint" eval_split=val threads=1 "$@"
+  [ -s "$runs/$name/results.json" ] || coca-evaluate name="forgetting/$name" checkpoint="$checkpoint" scoring.split=val threads=1 "$@"
 }
 
 between() { # NAME SEED BEFORE WEIGHTS OVERRIDES…: points between BEFORE and the run NAME
   local name=$1 seed=$2 before=$3 weights=$4
   shift 4
   [ -s "$runs/${name}_wise${weights##*,}_seed$seed/results.json" ] || coca-evaluate -m \
-    checkpoint="$runs/${name}_seed$seed/checkpoints/last.ckpt" interpolate_with="$before" weight="$weights" eval_split=val threads=1 \
+    checkpoint="$runs/${name}_seed$seed/checkpoints/last.ckpt" interpolate_with="$before" weight="$weights" scoring.split=val threads=1 \
     hydra.sweep.dir="$runs" hydra.sweep.subdir="${name}_wise\${weight}_seed$seed" "$@"
 }
 
@@ -36,7 +36,7 @@ for seed in ${SEEDS:-0 1 2}; do
     local name=$1
     shift
     train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=5e-3 \
-      model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every_n_epochs=0 "$@"
+      model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every=0 "$@"
   }
   towers='lora.parts=[image_encoder,pooling,image_projection,text]'
   tune c0 model.contrastive_weight=0
@@ -59,8 +59,8 @@ if [ -n "$root" ]; then
     local name=flickr8k_$1
     shift
     train "$name" 0 experiment=flickr8k_frozen trainer=auto data.root="$root" image_weights=null init_from="$before" ema=null \
-      trainer.max_epochs=2 model.optimizer.lr=1e-3 model.warmup_steps=10 model.caption_weight=1 generate=null \
-      evals.flickr8k_captions.every_n_epochs=0 evals.flickr8k_retrieval.every_n_epochs=0 "$@"
+      trainer.max_epochs=2 model.optimizer.lr=1e-3 model.warmup_steps=10 model.caption_weight=1 scoring.generate=null \
+      evals.flickr8k_captions.every=0 evals.flickr8k_retrieval.every=0 "$@"
   }
   score flickr8k_before 0 "$before" "${photos[@]}"
   tune c0 model.contrastive_weight=0

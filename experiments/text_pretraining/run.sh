@@ -15,7 +15,7 @@ train() { # NAME SEED OVERRIDES…
 }
 
 for seed in ${SEEDS:-0 1 2}; do
-  pairs=(trainer.max_epochs=16 evals.scenes_captions.every_n_epochs=0 evals.scenes_retrieval.every_n_epochs=0)
+  pairs=(trainer.max_epochs=16 evals.scenes_captions.every=0 evals.scenes_retrieval.every=0)
   train texts "$seed" data.text="$texts" data.text_every=1 trainer.max_epochs=1 trainer.max_steps=400 model.contrastive_weight=0 \
     'model.freeze=[image_encoder,pooling,decoder.cross_blocks]' 'evals=[]'
   start=init_from=$runs/texts_seed$seed/checkpoints/last.ckpt

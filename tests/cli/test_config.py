@@ -49,7 +49,11 @@ def evaluates_all() -> DictConfig:
 def test_every_file_is_an_option_or_known() -> None:
     others = {str(path) for path in FILES if path.parent.as_posix() not in GROUPS}
     commands = {"train", "evaluate", "caption", "search", "export", "demo", "plan"}
-    brought = {"small": compose("trainer=smoke").data.batch_size == 8, "skip_missing": evaluates_all().skip_missing}
+    brought = {
+        "small": compose("trainer=smoke").data.batch_size == 8,
+        "skip_missing": evaluates_all().skip_missing,
+        "scoring": compose().scoring.quick == 256 and evaluates_all().scoring.split == "test",
+    }
     assert {name for name in others if not name.startswith("hydra/")} == {*commands, *brought}
     assert all(brought.values())
 

@@ -13,7 +13,7 @@ from coca_lit.cli.command import compose as compose_config
 from coca_lit.cli.evaluate import evaluate, run
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError
-from coca_lit.metrics.caption_table import caption_table
+from coca_lit.metrics.captions import CaptionMetric
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import save_model
 
@@ -34,7 +34,7 @@ def compose(folder, *overrides):
 
 def test_captions_and_retrieval(checkpoint, tmp_path, monkeypatch):
     without_java(monkeypatch)
-    cfg = compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=8", "evals=[scenes_captions,scenes_retrieval]")
+    cfg = compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=8", "evals=[scenes_captions,scenes_retrieval]")
     results = run(cfg)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert {"scenes/CIDEr", "scenes/Bleu_4", "scenes/t2i_recall@1"} <= results.keys()
@@ -47,7 +47,7 @@ def test_captions_and_retrieval(checkpoint, tmp_path, monkeypatch):
 def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path, capsys):
     absent = ["mscoco_captions", "mscoco_retrieval", "flickr30k_retrieval", "flickr8k_captions", "nocaps_captions"]
     off = [f"evals.{name}=null" for name in ("scenes_captions", "compositional_captions")]
-    results = run(compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=8", "evals=all", *off))
+    results = run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=8", "evals=all", *off))
     not_run = json.loads((tmp_path / "not_run.json").read_text())
     assert set(absent) <= not_run.keys()
     assert str(tmp_path / "nocaps") in not_run["nocaps_captions"]
@@ -63,7 +63,7 @@ def test_missing_data_that_were_asked_for_are_an_error(checkpoint, tmp_path):
 def test_a_clip_has_no_captions_to_score(tmp_path):
     save_model(create_model("coca_tiny", decoder_layers=0), tmp_path / "clip.safetensors")
     evals = "evals=[scenes_captions,scenes_retrieval]"
-    results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.safetensors", "eval_images=4", evals))
+    results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.safetensors", "scoring.images=4", evals))
     assert "scenes/t2i_recall@1" in results
     assert "scenes/CIDEr" not in results
     assert "no decoder" in json.loads((tmp_path / "not_run.json").read_text())["scenes captions"]
@@ -74,7 +74,7 @@ def test_an_open_clip_clip(tmp_path):
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
     torch.save(open_clip.CLIP(16, vision_cfg=vision, text_cfg=text).state_dict(), tmp_path / "clip.pt")
     evals = "evals=[scenes_captions,scenes_retrieval,scenes_zeroshot]"
-    results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.pt", "quick_gelu=false", "eval_images=6", evals))
+    results = run(compose(tmp_path, f"checkpoint={tmp_path}/clip.pt", "quick_gelu=false", "scoring.images=6", evals))
     assert {"scenes/t2i_recall@1", "scenes/top1"} <= results.keys()
     assert "scenes captions" in json.loads((tmp_path / "not_run.json").read_text())
 
@@ -106,8 +106,8 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
 
 def without_java(patch):
     """Scores that need no Java, so that each run takes no longer than the model."""
-    quick = functools.partial(caption_table, metrics=("Bleu", "ROUGE_L", "CIDEr"), tokenize=list)
-    patch.setattr("coca_lit.evals.captions.caption_table", quick)
+    quick = functools.partial(CaptionMetric, metrics=("Bleu", "ROUGE_L", "CIDEr"), tokenize=list)
+    patch.setattr("coca_lit.evals.captions.CaptionMetric", quick)
     patch.setattr("coca_lit.evals.captions.warm_up", lambda: None)
 
 
@@ -145,14 +145,18 @@ def test_any_folder_in_the_coco_format(checkpoint, folder, tmp_path, monkeypatch
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, workers):
     (folder / "pictures" / "1.png").write_bytes(b"no picture")
-    evals = [*folder_evals(folder, "retrieval"), f"evals.folder_retrieval.num_workers={workers}"]
+    evals = [*folder_evals(folder, "retrieval"), f"scoring.workers={workers}"]
     with pytest.raises(DataError, match=r"pictures/1\.png is not a readable image"):
         run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals))
 
 
 def test_novel_captions_generation_options_and_attention(checkpoint, tmp_path, monkeypatch):
     without_java(monkeypatch)
-    options = ["generate={strategy: beam, num_beams: 2, max_length: 8}", "attention=2", "eval_images=5"]
+    options = [
+        "scoring.generate={strategy: beam, num_beams: 2, max_length: 8}",
+        "scoring.attention=2",
+        "scoring.images=5",
+    ]
     results = run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", *options))
     captions = [row["caption"] for row in json.loads((tmp_path / "predictions" / "scenes.json").read_text())]
     assert max(len(caption.split()) for caption in captions) <= 6  # 8 tokens with start and end
@@ -162,7 +166,7 @@ def test_novel_captions_generation_options_and_attention(checkpoint, tmp_path, m
     assert [part["word"] for part in first["words"]] == captions[0].split()
     assert "where it looked" in (tmp_path / "report.html").read_text()
     with pytest.raises(ConfigError, match="no option 'num_beam' for an evaluation; did you mean 'num_beams'"):
-        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", "generate={num_beam: 2}"))
+        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", "scoring.generate={num_beam: 2}"))
 
 
 def test_meteor_loads_while_the_model_writes_and_only_then(checkpoint, tmp_path, monkeypatch):
@@ -172,9 +176,9 @@ def test_meteor_loads_while_the_model_writes_and_only_then(checkpoint, tmp_path,
     monkeypatch.setattr(
         CoCa, "generate", lambda model, images: events.append("write") or torch.zeros(len(images), 3).long()
     )
-    run(compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=2", "evals=[scenes_retrieval,scenes_zeroshot]"))
+    run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=2", "evals=[scenes_retrieval,scenes_zeroshot]"))
     assert events == []
-    run(compose(tmp_path, f"checkpoint={checkpoint}", "eval_images=2", "evals=[scenes_captions]"))
+    run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=2", "evals=[scenes_captions]"))
     assert events == ["warm up", "write"]
 
 
@@ -183,7 +187,7 @@ def all_kinds(folder, checkpoint):
     with pytest.MonkeyPatch.context() as patch:
         without_java(patch)
         evals = "evals=[scenes_captions,scenes_retrieval,scenes_zeroshot]"
-        results = run(compose(folder, f"checkpoint={checkpoint}", "eval_images=13", evals, "threads=1"))
+        results = run(compose(folder, f"checkpoint={checkpoint}", "scoring.images=13", evals, "threads=1"))
     return results
 
 
@@ -197,8 +201,22 @@ def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
             assert (tmp_path / str(world) / file).read_text() == (tmp_path / "1" / file).read_text()
 
 
+def test_lightning_is_never_loaded(checkpoint, tmp_path):
+    choice = [f"checkpoint={checkpoint}", "scoring.images=4", "evals=[scenes_retrieval,scenes_zeroshot]"]
+    code = (
+        "import sys; from coca_lit.cli.evaluate import evaluate; evaluate(); "
+        "import coca_lit.evals.captions, coca_lit.evals.vqa; "
+        "print('loaded:', sorted({m.split('.')[0] for m in sys.modules} & {'lightning', 'pytorch_lightning'}))"
+    )
+    command = [sys.executable, "-c", code, *choice, f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+    assert "scenes/t2i_recall@1" in json.loads((tmp_path / "results.json").read_text())
+
+
 def test_two_processes_give_the_scores_of_one(checkpoint, tmp_path):
-    choice = [f"checkpoint={checkpoint}", "eval_images=13", "evals=[scenes_retrieval]", "threads=1"]
+    choice = [f"checkpoint={checkpoint}", "scoring.images=13", "evals=[scenes_retrieval]", "threads=1"]
     expected = run(compose(tmp_path / "one", *choice))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "coca_lit.cli.evaluate", *choice, f"hydra.run.dir={tmp_path / 'two'}"]

@@ -245,7 +245,7 @@ def test_sbatch_and_srun(run: Run, slurm: dict[str, str], tmp_path: Path) -> Non
     here = script.replace("python train.py", f"{sys.executable} {ROOT / 'train.py'}")
     (tmp_path / "train.sbatch").write_text(here)
     cpu = ("trainer=auto", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.precision=32-true")
-    small = ("model.net.name=coca_tiny", "eval_images=8", "evals=[scenes_retrieval]", "data.batch_size=8")
+    small = ("model.net.name=coca_tiny", "scoring.images=8", "evals=[scenes_retrieval]", "data.batch_size=8")
     limits = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "trainer.log_every_n_steps=1")
     done = run("sbatch", "--ntasks-per-node=2", "train.sbatch", *cpu, *small, *limits, **slurm)
     assert done.stdout == "Submitted batch job 100\n"

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from coca_lit.cli.score import score, score_files
-from coca_lit.metrics.caption_table import caption_table
-from coca_lit.metrics.captions import caption_scores
+from coca_lit.metrics.captions import caption_scores, caption_table
 
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "captions"
 REFERENCES = {1: "a red dog runs", 2: "two green birds sit", 3: "a blue cat"}
@@ -46,7 +45,7 @@ def test_published_scores(tmp_path, capsys):
 
 def test_formats(tmp_path, monkeypatch):
     without_java = functools.partial(caption_table, metrics=("Bleu", "CIDEr"), tokenize=list)
-    monkeypatch.setattr("coca_lit.metrics.caption_table.caption_table", without_java)
+    monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
     captions = results(tmp_path / "p.json", REFERENCES.items())
     rows = [
         {"imgid": i, "filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": t}]} for i, t in REFERENCES.items()
@@ -99,7 +98,7 @@ def test_mistakes_in_references(tmp_path):
 def test_an_empty_reference_counts_as_one(tmp_path, monkeypatch):
     """CIDEr is a mean over references, so the official tool notices an empty one."""
     monkeypatch.setattr(
-        "coca_lit.metrics.caption_table.caption_table",
+        "coca_lit.metrics.captions.caption_table",
         lambda references, captions, domains: (caption_scores(references, captions, ["CIDEr"], list), {}),
     )
     captions = results(tmp_path / "p.json", REFERENCES.items())

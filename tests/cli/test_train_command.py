@@ -22,8 +22,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
 from coca_lit.evals import captions
 from coca_lit.evals.inference import caption_images
-from coca_lit.metrics.caption_table import caption_table
-from coca_lit.metrics.captions import caption_scores
+from coca_lit.metrics.captions import CaptionMetric
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model, save_model
 
@@ -56,8 +55,7 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores without METEOR, SPICE and the PTB tokenizer, all of which are Java."""
 
     fast = {"metrics": ("Bleu", "ROUGE_L", "CIDEr"), "tokenize": lambda texts: [text.lower() for text in texts]}
-    monkeypatch.setattr(captions, "caption_scores", partial(caption_scores, **fast))
-    monkeypatch.setattr(captions, "caption_table", partial(caption_table, **fast))
+    monkeypatch.setattr(captions, "CaptionMetric", partial(CaptionMetric, **fast))
     monkeypatch.setattr(captions, "warm_up", lambda: None)
     monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
 
@@ -187,7 +185,7 @@ def test_flickr8k_with_the_pretrained_encoder(data_sets: Path, tmp_path: Path) -
 
 @pytest.mark.usefixtures("no_java")
 def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
-    what = ("evals=[mscoco_retrieval,nocaps_captions]", "eval_images=null", f"data_dir={data_sets}")
+    what = ("evals=[mscoco_retrieval,nocaps_captions]", "scoring.images=null", f"data_dir={data_sets}")
     run(tmp_path, *TINY, "experiment=finetune_mscoco", *what, "data.num_workers=0")
     domains = [named(f"nocaps/{domain}", OVERLAP) for domain in ("in-domain", "near-domain", "out-domain")]
     assert set(results(tmp_path)) == named("nocaps", CAPTION - {"novel"}).union(*domains) | named("mscoco", RETRIEVAL)

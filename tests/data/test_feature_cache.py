@@ -13,6 +13,7 @@ from PIL import Image
 from running import compose, run
 from torch import Tensor, nn
 
+from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli import assembly
 from coca_lit.cli.assembly import build
 from coca_lit.data.datamodule import ScenesDataModule
@@ -23,7 +24,7 @@ from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
-from coca_lit.evals.base import Evaluation
+from coca_lit.evals import Evaluation, Settings
 from coca_lit.tokenizer import WordTokenizer
 
 SIZE, COUNT = 16, 5
@@ -191,16 +192,16 @@ def test_a_cached_run_trains_as_one_that_encodes(frozen: str, tmp_path: Path) ->
 
 def test_the_network_is_as_before_and_scored_on_pixels(tmp_path: Path) -> None:
     class Look(Evaluation):
-        def scores(self, model, records):
+        def scores(self, model, records, settings):
             return {"width": model.image_encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[2]}
 
     cfg = compose(*SHORT, f"output_dir={tmp_path}", "data.cached_augmentations=1", f"data.cache_dir={tmp_path}/views")
     module = assembly.build_module(cfg)
     before = {name: tensor.clone() for name, tensor in module.net.image_encoder.state_dict().items()}
-    look = Look("look", [], tmp_path)
+    scoring = ScoreDuringTraining([Look("look", [])], Settings(tmp_path))
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
-    assembly.build_trainer(cfg, [look]).fit(module, datamodule=data)
-    assert look.results == {"look/width": module.net.image_encoder.width}
+    assembly.build_trainer(cfg, scoring).fit(module, datamodule=data)
+    assert scoring.results == {"look/width": module.net.image_encoder.width}
     torch.testing.assert_close(module.net.image_encoder.state_dict(), before, rtol=0, atol=0)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.evals.attention import overlay, word_maps, words_of
+from coca_lit.evals.samples import overlay, word_maps, words_of
 from coca_lit.models import create_model
 from coca_lit.tokenizer import get_tokenizer
 

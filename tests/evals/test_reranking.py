@@ -1,4 +1,4 @@
-"""The decoder's second look at retrieval, against a loop over pairs and a case worked by hand."""
+"""Decoder re-ranking of retrieval, against a loop over pairs and a case worked by hand."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import torch
 from test_inference import make_model, records
 
 from coca_lit.data.transforms import build_transform
+from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.reranking import NEVER, decoder_rerank, mixed
-from coca_lit.evals.retrieval import RetrievalScores
+from coca_lit.evals.retrieval import BEHIND, RetrievalScores, decoder_rerank, reranked
 from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
 
 WEIGHT = 0.4
@@ -58,7 +58,7 @@ def test_what_was_not_read_follows_by_cosine() -> None:
     model = make_model()
     images, texts, _ = embed_pairs(model, records())
     cosines, found = images @ texts.T, look(candidates=2)
-    unread = found < -NEVER / 2
+    unread = found < -BEHIND / 2
     likely = torch.zeros_like(unread)
     for t in range(cosines.shape[1]):
         likely[cosines[:, t].argsort(descending=True)[:2], t] = True
@@ -82,8 +82,9 @@ def test_any_number_of_ranks_gives_the_same(on_ranks, world: int) -> None:
 
 def test_scores_stand_beside_those_of_the_vectors(tmp_path) -> None:
     model = make_model()
-    plain = RetrievalScores("seven", records(), tmp_path, batch_size=4).evaluate(model)
-    both = RetrievalScores("seven", records(), tmp_path, batch_size=4, rerank=7, rerank_weight=WEIGHT).evaluate(model)
+    evaluation = RetrievalScores("seven", records(), rerank_weight=WEIGHT)
+    plain = evaluation.evaluate(model, Settings(tmp_path, batch_size=4))
+    both = evaluation.evaluate(model, Settings(tmp_path, batch_size=4, rerank=7))
     image_of_text = embed_pairs(model, records())[2]
     again = {f"seven/reranked_{name}": value for name, value in recall_at_k(look(7), image_of_text).items()}
     assert both == plain | again
@@ -94,31 +95,31 @@ def test_mixture_by_hand() -> None:
     read = torch.tensor([[0.5, 0.0], [0.25, 0.1]]).log()  # -inf: not read
     # p(text) is (0.5 + 0.25) / 2 for the first text, 0.1 for the second, which was read with one image only.
     log = torch.tensor([0.5 / 0.375, 0.25 / 0.375]).log()
-    found = mixed(similarity, read, weight=0.5)
-    expected = torch.tensor([[1.5 + log[0] / 2, 0.5 - NEVER], [1 + log[1] / 2, 2.0]])
+    found = reranked(similarity, read, weight=0.5)
+    expected = torch.tensor([[1.5 + log[0] / 2, 0.5 - BEHIND], [1 + log[1] / 2, 2.0]])
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(("rerank", "weight"), [(-1, 0.5), (16, 2.0)])
-def test_wrong_arguments_are_said_before_training(rerank: int, weight: float) -> None:
-    with pytest.raises(ValueError, match="candidates and a weight"):
-        RetrievalScores("seven", records(), "unused", rerank=rerank, rerank_weight=weight)
+def test_wrong_arguments_are_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"rerank_weight must be a number from 0 to 1, got 2\.0"):
+        RetrievalScores("seven", records(), rerank_weight=2.0)
+    with pytest.raises(ValueError, match="rerank must be a whole number of at least 0, got -1"):
+        Settings("unused", rerank=-1)
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments(tmp_path) -> None:
     model = make_model()
     images, texts, _ = embed_pairs(model, records())
     for candidates, weight in ((0, 0.5), (3, 1.5), (3, -0.1)):
-        with pytest.raises(ValueError, match="candidates and a weight"):
+        with pytest.raises(ValueError, match=r"at least 1 candidate|from 0 to 1"):
             decoder_rerank(model, records(), images, texts, candidates, weight)
     model.decoder = None
-    with pytest.raises(ValueError, match="only a model with a decoder"):
+    with pytest.raises(ValueError, match="needs a model with a decoder"):
         decoder_rerank(model, records(), images, texts, 3, 0.5)
     with pytest.raises(ValueError, match="built for retrieval only"):
         model.log_likelihood(torch.zeros(1, 3, 32, 32), model.tokenizer("one"))
-    evaluation = RetrievalScores("seven", records(), "unused", rerank=3)
-    evaluation.write_json = lambda *_: None
-    assert set(evaluation.evaluate(model)) == {
+    evaluation = RetrievalScores("seven", records())
+    assert set(evaluation.evaluate(model, Settings(tmp_path, rerank=3))) == {
         f"seven/{name}" for name in retrieval_scores(*embed_pairs(model, records()))
     }
     assert "no decoder" in evaluation.not_run["seven reranked recall"]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from coca_lit.data.scenes.datamodule import ScenesDataModule
 from PIL import Image
 from running import ROOT, train_py
 
-from coca_lit.data.scenes.datamodule import ScenesDataModule
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model
 from experiments.image_decoder.image_decoder import ImageDecoder, sheet
@@ -83,7 +83,7 @@ def test_the_sheet_shows_images_beside_drawings() -> None:
 def test_a_run_from_the_command_line_draws(tmp_path: Path) -> None:
     done = train_py(
         *("--config-dir", str(ROOT / "experiments" / "image_decoder"), "experiment=image_decoder", "trainer=smoke"),
-        *(f"output_dir={tmp_path}", "eval_images=8", "data.train_count=16", "evals=[scenes_retrieval]"),
+        *(f"output_dir={tmp_path}", "scoring.images=8", "data.train_count=16", "evals=[scenes_retrieval]"),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

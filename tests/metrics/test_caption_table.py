@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from coca_lit.metrics.caption_table import caption_table
-from coca_lit.metrics.captions import caption_scores
+from coca_lit.metrics.captions import caption_scores, caption_table
 from coca_lit.metrics.clipscore import clip_scores
 from coca_lit.metrics.diversity import caption_statistics, novel_share
 

@@ -6,8 +6,7 @@ import textwrap
 
 import pytest
 
-from coca_lit.metrics.caption_table import caption_table
-from coca_lit.metrics.captions import caption_scores
+from coca_lit.metrics.captions import caption_scores, caption_table
 from coca_lit.metrics.java import spice as module
 from coca_lit.metrics.java.spice import JARS, SpiceError, spice
 

@@ -4,13 +4,12 @@ import itertools
 
 import pytest
 import torch
-from PIL import Image
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.questions import scene_question_records
 from coca_lit.data.transforms import build_transform
-from coca_lit.evals.vqa import VQAScores
-from coca_lit.evals.vqa_answers import fitting, generate_answers
+from coca_lit.evals import Settings
+from coca_lit.evals.vqa import VQAScores, fitting, generate_answers
 from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy, vqa_scores
 from coca_lit.models import create_model
 
@@ -76,20 +75,15 @@ def test_where_all_agree_nothing_is_normalised() -> None:
 
 
 def test_scores_of_all_and_of_each_kind() -> None:
-    records = [_record(1, "q", "red", "other"), _record(2, "q", "red", "other"), _record(3, "r", "1", "number")]
-    scores = vqa_scores(records, {1: "red", 2: "blue", 3: "1"})
+    people = {1: ["red"] * 10, 2: ["red"] * 10, 3: ["1"] * 10}
+    scores = vqa_scores(people, {1: "red", 2: "blue", 3: "1"}, {1: "other", 2: "other", 3: "number"})
     assert scores == {"accuracy": pytest.approx(2 / 3), "other/accuracy": 0.5, "number/accuracy": 1}
 
 
 def test_blind_guesses_are_the_usual_answers() -> None:
-    training = [_record(i, "what colour", colour) for i, colour in enumerate(["red", "red", "blue"])]
-    training += [_record(i, "how many", "2") for i in range(5)]
-    asked = [_record(1, "what colour", "blue"), _record(2, "how many", "1"), _record(3, "where", "left")]
+    training = [("what colour", colour) for colour in ("red", "red", "blue")] + [("how many", "2")] * 5
+    asked = {1: "what colour", 2: "how many", 3: "where"}
     assert blind_answers(asked, training) == {1: "red", 2: "2", 3: "2"}
-
-
-def _record(id: int, question: str, answer: str, kind: str = "other") -> Record:
-    return Record(id, lambda: Image.new("RGB", (8, 8)), (answer,) * 10, kind, question)
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +123,12 @@ def test_a_question_that_is_too_long_loses_its_last_words(model) -> None:
 
 def test_predictions_are_in_the_official_format_and_hidden_answers_are_no_error(model, tmp_path) -> None:
     records = scene_question_records("val", count=3)
-    scores = VQAScores("vqa", records, tmp_path, training_records=lambda: records)
-    results = scores.evaluate(model)
+    results = VQAScores("vqa", records, training_records=lambda: records).evaluate(model, Settings(tmp_path))
     assert results["vqa/blind/accuracy"] == 1  # it has seen these very questions
     assert {"vqa/accuracy", "vqa/colour/accuracy", "vqa/place/accuracy"} <= results.keys()
     text = (tmp_path / "predictions" / "vqa.json").read_text()
     assert text.count('"question_id"') == text.count('"answer"') == len(records)
-    hidden = VQAScores("hidden", [record._replace(captions=()) for record in records], tmp_path)
-    assert hidden.evaluate(model) == {}
+    hidden = VQAScores("hidden", [record._replace(captions=()) for record in records])
+    assert hidden.evaluate(model, Settings(tmp_path)) == {}
     assert hidden.not_run == {"hidden accuracy": "the answers to these questions are not public"}
     assert (tmp_path / "predictions" / "hidden.json").is_file()

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from coca_lit.data.datasets.classification import image_folder, scene_classes
 from coca_lit.data.scenes.render import VOCABULARY, decode, scene_records
 from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.evals import Settings
 from coca_lit.evals.zeroshot import ZeroShotScores
 from coca_lit.metrics.zeroshot import class_features, classification_scores
 from coca_lit.models import create_model
@@ -57,7 +58,7 @@ def test_real_digits_against_scikit_learn(digits, tmp_path):
     pixels = torch.from_numpy((data.images * 15).astype(np.uint8)).flatten(1).float()
     means = torch.stack([pixels[data.target == label].mean(dim=0) for label in range(10)])
     images = image_folder(digits, digits / "classes.json")
-    scores = ZeroShotScores("digits", images, tmp_path).evaluate(Prototypes(means))
+    scores = ZeroShotScores("digits", images).evaluate(Prototypes(means), Settings(tmp_path))
     similarity = (normalize(pixels, dim=-1) @ normalize(means, dim=-1).T).numpy()
     assert scores["digits/top1"] == pytest.approx(top_k_accuracy_score(data.target, similarity, k=1))
     assert scores["digits/top5"] == pytest.approx(top_k_accuracy_score(data.target, similarity, k=5))
@@ -136,5 +137,5 @@ def test_scene_classes(tmp_path):
     words = {word for template in scenes.templates for word in template.replace("{}", "red star").split()}
     assert words <= set(VOCABULARY)
     torch.manual_seed(0)
-    scores = ZeroShotScores("scenes", scenes, tmp_path, limit=30).evaluate(create_model("coca_tiny"))
+    scores = ZeroShotScores("scenes", scenes).evaluate(create_model("coca_tiny"), Settings(tmp_path, images=30))
     assert scores.keys() == {"scenes/top1", "scenes/top5", "scenes/mean_per_class_recall"}

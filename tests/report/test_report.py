@@ -12,7 +12,7 @@ from PIL import Image
 from coca_lit.cli.report import report
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
-from coca_lit.evals.sample_data import caption_samples, retrieval_samples, thumbnail
+from coca_lit.evals.samples import caption_samples, retrieval_samples, thumbnail
 from coca_lit.report import figures
 from coca_lit.report.figures import curves_figure, swept_value
 from coca_lit.report.page import write_comparison, write_report

@@ -182,7 +182,7 @@ def test_objectives_that_cannot_join_are_refused(
 
 # Whole runs
 
-SMALL = ("trainer=smoke", "eval_images=8", "data.train_count=16")
+SMALL = ("trainer=smoke", "scoring.images=8", "data.train_count=16")
 
 
 def test_a_run_that_answers(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ UNSCORED = (
     "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:2,num_heads:2}",
 )
 SHORT = (*UNSCORED, "evals=[]")
-SCORED = (*UNSCORED, "evals=[scenes_captions,scenes_retrieval]", "eval_images=8", "data.train_count=16")
+SCORED = (*UNSCORED, "evals=[scenes_captions,scenes_retrieval]", "scoring.images=8", "data.train_count=16")
 DDP = ("trainer.devices=2", "trainer.strategy=ddp")
 SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
 

@@ -16,12 +16,11 @@ from running import compose, run
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from coca_lit.callbacks import progress_bar
+from coca_lit.callbacks import ScoreDuringTraining, progress_bar
 from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.cli.assembly import build, build_module, build_trainer
 from coca_lit.data.batch import Batch
-from coca_lit.data.scenes.render import scene_records
-from coca_lit.evals.base import Evaluation
+from coca_lit.evals import Settings
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
 from coca_lit.models import CoCa, create_model
@@ -56,7 +55,8 @@ def fit(folder: Path, *overrides: str, watch: L.Callback | None = None) -> CoCaL
     cfg = compose(*SHORT, f"output_dir={folder}", *overrides)
     module = new_module(cfg)
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
-    trainer = build_trainer(cfg, [watch] if watch else [])
+    trainer = build_trainer(cfg, ScoreDuringTraining([], Settings(folder)))
+    trainer.callbacks += [watch] if watch else []
     trainer.fit(module, datamodule=data, ckpt_path=None if cfg.ckpt_path == "auto" else cfg.ckpt_path)
     return module
 
@@ -176,57 +176,6 @@ def test_averages_of_frozen_weights_are_those_weights(tmp_path: Path) -> None:
     net = fit(tmp_path, "ema=0.9", "model.freeze=[text]", watch=watch).net
     for name, weight in net.text.named_parameters():
         assert torch.equal(weight, frozen[0][f"text.{name}"]), name
-
-
-class ScaleScore(Evaluation):
-    """The temperature as a score; also its value after every step."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__("scale", [], folder)
-        self.scored: list[float] = []
-        self.steps: list[float] = []
-
-    def scores(self, model: CoCa, records: Any) -> dict[str, float]:
-        self.scored.append(model.logit_scale.item())
-        return {}
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.steps.append(pl_module.net.logit_scale.item())
-
-
-def test_averaged_weights_are_scored_during_training_too(tmp_path: Path) -> None:
-    watch = ScaleScore(tmp_path)
-    fit(tmp_path, "ema=0.75", watch=watch)
-    averages = [watch.steps[0]]
-    for now in watch.steps[1:]:
-        averages.append(0.75 * averages[-1] + 0.25 * now)
-    assert watch.scored == pytest.approx([averages[3], averages[7]], rel=1e-6)
-
-
-class Count(Evaluation):
-    """How many images are scored."""
-
-    def scores(self, model: CoCa, records: Any) -> dict[str, float]:
-        return {"count": float(len(records))}
-
-
-@pytest.mark.parametrize(("quick", "early", "final"), [(5, [5], [12]), (12, [], [12, 12])])
-def test_scores_of_a_part_of_the_images_are_not_those_of_all(
-    tmp_path: Path, quick: int, early: list[int], final: list[int]
-) -> None:
-    count = Count("scenes", scene_records("val", count=12), tmp_path, quick=quick)
-    fit(tmp_path, watch=count)
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    logged = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if "count" in name}
-    assert logged == {f"scenes_{quick}/count": early, "scenes/count": final} if early else {"scenes/count": final}
-
-
-@pytest.mark.parametrize("stop", ["trainer.max_steps=4", "trainer.max_epochs=1"])
-def test_end_of_training_is_scored_once(tmp_path: Path, stop: str) -> None:
-    watch = ScaleScore(tmp_path)
-    fit(tmp_path, stop, watch=watch)
-    assert len(watch.scored) == 1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

@@ -88,7 +88,7 @@ def test_the_plan_counts_what_trains() -> None:
 
 def evaluation(folder: Path, *overrides: str) -> dict[str, float]:
     folder.mkdir()
-    settings = (f"output_dir={folder}", "name=test", "evals=[scenes_retrieval]", "eval_images=16")
+    settings = (f"output_dir={folder}", "name=test", "evals=[scenes_retrieval]", "scoring.images=16")
     return evaluate.run(compose_config("evaluate", [*settings, *overrides]))
 
 

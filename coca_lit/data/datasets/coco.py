@@ -50,7 +50,7 @@ def _karpathy_file(root: Path, karpathy: str | Path | None) -> Path | None:
 
 def _official_file(root: Path, split: str) -> Path:
     if split == "test":
-        how = "put Karpathy's dataset_coco.json into that folder; the validation set needs none: eval_split=val"
+        how = "put Karpathy's dataset_coco.json into that folder; the validation set needs none: scoring.split=val"
         raise not_found(
             "the Karpathy split of MS-COCO, which alone has a public test set,", [root, root / "annotations"], how
         )

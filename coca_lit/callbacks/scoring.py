@@ -1,0 +1,206 @@
+"""When evaluations run: during training on a few images, and at its end on all of them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.nn.utils import parametrize
+
+from coca_lit.callbacks.averaging import scored_weights
+from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.errors import ConfigError
+from coca_lit.evals import Evaluation, Settings
+from coca_lit.models import CoCa
+from coca_lit.training.sharding import unsharded
+
+
+class ScoreDuringTraining(L.Callback):
+    """Scores the network on the first few images of each evaluation every N epochs or steps, and on all of them when
+    training ends. With averaged weights it is the average that is scored.
+
+    Scores are named `mscoco/CIDEr`, scores of the first 256 images `mscoco_256/CIDEr`. They are logged, and offered to
+    `Checkpoints`, which keeps the best checkpoint. Place this callback after `Averaging`.
+
+    Args:
+        evals: what to score. An evaluation with `every=2` takes part in every second scoring, with 0 only at the end.
+        settings: what the evaluations share.
+        every_n_epochs: epochs between two scorings during training; None for none.
+        every_n_steps: optimizer steps between two scorings during training; None for none.
+        quick: how many images of each evaluation are scored during training.
+
+    Attributes:
+        results: the final scores, of all images.
+        not_run: score -> why it could not be computed.
+    """
+
+    def __init__(
+        self,
+        evals: Sequence[Evaluation],
+        settings: Settings,
+        every_n_epochs: int | None = 1,
+        every_n_steps: int | None = None,
+        quick: int = 256,
+    ) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps), ("quick", quick)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                null = "" if name == "quick" else ", or null for never"
+                raise ValueError(f"{name} must be a whole number of at least 1{null}, got {value!r}")
+        self.evals, self.settings = list(evals), settings
+        self.every_n_epochs, self.every_n_steps, self.quick = every_n_epochs, every_n_steps, quick
+        self.results: dict[str, float] = {}
+        self.not_run: dict[str, str] = {}
+        self._step = 0  # the last one that `on_train_batch_end` has seen
+        self._finished = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for checkpoints in _checkpoints(trainer):
+            self._check_score(checkpoints.best)
+
+    def _check_score(self, score: str | None) -> None:
+        """Raises `ConfigError` for a score that no evaluation computes during training."""
+        if score is None:
+            return
+        key, (name, _, measure) = "callbacks.checkpoint.best", score.partition("/")
+        if self.every_n_epochs is None and self.every_n_steps is None:
+            raise ConfigError(f"{key}: nothing is scored during training: set scoring.every_n_epochs or every_n_steps")
+        scored = [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]
+        if not scored:
+            names = dict.fromkeys(e.name for e in self.evals)
+            raise ConfigError(
+                f"{key}: there is no evaluation '{name}'{_hint(name, names)}; the evaluations of this run: "
+                f"{', '.join(names) or 'none'}"
+            )
+        if not any(e.every for e in scored):
+            raise ConfigError(f"{key}: '{name}' is scored at the end only, so there is nothing to choose from")
+        known = [known for e in scored if e.every for known in e.score_names]
+        open_ended = any(not e.score_names or "/" in measure for e in scored)  # own metrics; kinds of answers
+        if measure not in known and not open_ended:
+            raise ConfigError(
+                f"{key}: '{name}' has no score '{measure}'{_hint(measure, known)}; its scores: {', '.join(known)}"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        self._step = trainer.global_step
+        last_batch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+        if not _ends(trainer, last_batch) and (due := self._due(self._step, self.every_n_steps)):
+            scores = self._score(trainer, pl_module, due)
+            pl_module.log_dict(scores, logger=False, rank_zero_only=False, sync_dist=False, batch_size=1)
+            for logger in trainer.loggers:  # now, whatever log_every_n_steps is; rows count steps from 0
+                logger.log_metrics(scores, step=self._step - 1)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        scored = self._due(trainer.global_step, self.every_n_steps)
+        due = [e for e in self._due(trainer.current_epoch + 1, self.every_n_epochs) if e not in scored]
+        if due and not _ends(trainer, last_batch=True):
+            pl_module.log_dict(self._score(trainer, pl_module, due), rank_zero_only=False, sync_dist=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._score_all(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._finished:  # a finished run was loaded: there was nothing to train, and so no end of training
+            pl_module.to(trainer.strategy.root_device)
+            self._score_all(trainer, pl_module)
+
+    def _due(self, count: int, every: int | None) -> list[Evaluation]:
+        """The evaluations that take part after so many epochs or steps."""
+        return [e for e in self.evals if every and e.every and count % (every * e.every) == 0]
+
+    def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, due: Sequence[Evaluation]) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        with scored_weights(trainer, pl_module), _scorable(pl_module) as net:
+            settings = self._settings(pl_module)
+            for evaluation in due:
+                scores |= evaluation.evaluate_quickly(net, settings, self.quick)
+        self._offer(trainer, scores, due)
+        return scores
+
+    def _score_all(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finished = True
+        with _scorable(pl_module) as net:
+            settings = self._settings(pl_module)
+            for evaluation in self.evals:
+                scores = evaluation.evaluate(net, settings)
+                self.results |= scores
+                self.not_run |= evaluation.not_run
+                for logger in trainer.loggers:
+                    logger.log_metrics(scores, step=trainer.global_step)
+            # The last weights are compared by the same few images as all weights before.
+            wanted = {checkpoints.best.partition("/")[0] for checkpoints in _checkpoints(trainer) if checkpoints.best}
+            rivals = [e for e in self.evals if e.every and wanted & {e.name, e.quick_name(settings, self.quick)}]
+            few: dict[str, float] = {}
+            for evaluation in rivals:
+                whole = evaluation.quick_name(settings, self.quick) == evaluation.name
+                few |= {} if whole else evaluation.evaluate_quickly(net, settings, self.quick)
+        self._offer(trainer, self.results | few, rivals, final=True)
+
+    def _settings(self, pl_module: L.LightningModule) -> Settings:
+        """With the way to answer questions that the module trains beside the network, if it has one."""
+        answerers: Iterator[Any] = (module.answer for module in pl_module.modules() if hasattr(module, "answer"))
+        return replace(self.settings, answerer=next(answerers, None))
+
+    def _offer(
+        self, trainer: L.Trainer, scores: dict[str, float], scored: Sequence[Evaluation], final: bool = False
+    ) -> None:
+        """Tells `Checkpoints` the score that it compares, of the weights at hand.
+
+        Raises:
+            ConfigError: there is no such score, though all evaluations of that name were run.
+        """
+        for checkpoints in _checkpoints(trainer):
+            if checkpoints.best is None:
+                continue
+            name, _, measure = checkpoints.best.partition("/")
+            named = [e for e in self.evals if e.every and name in (e.name, e.quick_name(self.settings, self.quick))]
+            keys = [f"{e.quick_name(self.settings, self.quick)}/{measure}" for e in named]
+            if found := [scores[key] for key in keys if key in scores]:
+                checkpoints.offer(trainer, found[0], final)
+            elif all(e in scored for e in named):
+                raise ConfigError(
+                    f"callbacks.checkpoint.best: there is no score '{checkpoints.best}'"
+                    f"{_hint(checkpoints.best, scores)}; the scores: {', '.join(scores)}"
+                )
+
+
+def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
+    """Whether training ends here, so that the scores of all images follow."""
+    last_epoch = last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.should_stop or last_epoch or 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _checkpoints(trainer: L.Trainer) -> list[Checkpoints]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    folded = {other.lower(): other for other in known}
+    close = get_close_matches(name.lower(), folded, n=1)
+    return f"; did you mean '{folded[close[0]]}'?" if close else ""
+
+
+@contextmanager
+def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
+    """The network as evaluations need it, whose random numbers do not change those of training.
+
+    It is whole on every rank, and not compiled: a cache that grows with every token would be compiled anew each time.
+    Low-rank updates are added to their weights once, not at every token.
+    """
+    net = module.net
+    assert isinstance(net, CoCa)
+    device = next(net.parameters()).device
+    cuda = torch.random.fork_rng([device]) if device.type == "cuda" else nullcontext()
+    eager = torch.compiler.set_stance("force_eager")
+    with isolate_rng(include_cuda=False), cuda, eager, parametrize.cached(), unsharded(net) as whole:
+        yield whole

@@ -1,0 +1,334 @@
+"""When evaluations run, on which weights, under which names, and which checkpoint is kept as the best."""
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from coca_lit.cli.config import build
+from running import compose, run
+
+from coca_lit.callbacks import ScoreDuringTraining
+from coca_lit.cli.assembly import build_module, build_trainer
+from coca_lit.data.records import Record
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.errors import ConfigError
+from coca_lit.evals import Evaluation, FunctionEvaluation, Settings
+from coca_lit.evals.captions import CaptionScores
+from coca_lit.evals.retrieval import RetrievalScores
+from coca_lit.models import CoCa
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec", "ignore:Found .* in eval mode")
+
+# Two epochs of four steps.
+SHORT = (
+    *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "trainer.log_every_n_steps=1"),
+    *("data.train_count=32", "data.batch_size=8", "model.warmup_steps=2", "evals=[]", "name=test"),
+    *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.1"),
+)
+RECORDS = scene_records("val", count=12)
+
+
+class Probe(Evaluation):
+    """A score of one's own: the value that `value` returns for each call. Remembers when it was asked, and for what."""
+
+    def __init__(self, value: Callable[[CoCa], float], name: str = "probe", measure: str = "value", every: int = 1):
+        super().__init__(name, RECORDS, every)
+        self.value, self.measure = value, measure
+        self.counts: list[int] = []
+        self.values: list[float] = []
+
+    def scores(self, model: Any, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        torch.rand(3)  # what an evaluation draws does not change the training
+        self.counts.append(len(records))
+        self.values.append(self.value(model))
+        return {self.measure: self.values[-1]}
+
+
+def scale(model: CoCa) -> float:
+    return model.logit_scale.item()
+
+
+def train(
+    folder: Path, *overrides: str, evals: Sequence[Evaluation] = (), watch: L.Callback | None = None, **when: Any
+) -> L.Trainer:
+    cfg = compose(*SHORT, f"output_dir={folder}", *overrides)
+    L.seed_everything(0, workers=True, verbose=False)
+    module = build_module(cfg)
+    data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
+    trainer = build_trainer(cfg, ScoreDuringTraining(evals, Settings(folder), **when))
+    trainer.callbacks += [watch] if watch else []
+    trainer.fit(module, datamodule=data, ckpt_path=None if cfg.ckpt_path == "auto" else cfg.ckpt_path)
+    return trainer
+
+
+def logged(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of the columns of metrics.csv whose names contain `part`."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in rows[0] if part in name
+    }
+
+
+# When
+
+
+@pytest.mark.parametrize(
+    ("when", "every", "steps"),
+    [
+        ({}, 1, [3]),
+        ({}, 2, []),
+        ({}, 0, []),
+        ({"every_n_epochs": None, "every_n_steps": 2}, 1, [1, 3, 5]),
+        ({"every_n_epochs": None, "every_n_steps": 2}, 2, [3]),
+        ({"every_n_steps": 4}, 1, [3]),  # the end of the epoch: once, not twice
+        ({"every_n_steps": 3}, 1, [2, 3, 5]),
+        ({"every_n_epochs": None}, 1, []),
+    ],
+)
+def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
+    tmp_path: Path, when: dict[str, Any], every: int, steps: list[int]
+) -> None:
+    probe = Probe(scale, every=every)
+    trainer = train(tmp_path, evals=[probe], quick=5, **when)
+    assert probe.counts == [*[5] * len(steps), 12]
+    columns = logged(tmp_path, "probe")
+    assert [step for step, _ in columns.get("probe_5/value", [])] == steps
+    assert [value for _, value in columns.get("probe_5/value", [])] == pytest.approx(probe.values[:-1])
+    assert columns["probe/value"] == [(8, pytest.approx(probe.values[-1]))]
+    assert next(c for c in trainer.callbacks if isinstance(c, ScoreDuringTraining)).results == {
+        "probe/value": probe.values[-1]
+    }
+
+
+def test_scores_of_all_images_need_no_number(tmp_path: Path) -> None:
+    train(tmp_path, evals=[Probe(scale)], quick=12)
+    assert [step for step, _ in logged(tmp_path, "probe")["probe/value"]] == [3, 8]
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    probe = Probe(scale)
+    train(tmp_path, "trainer.accumulate_grad_batches=2", evals=[probe], quick=5, every_n_epochs=None, every_n_steps=1)
+    assert probe.counts == [5, 5, 5, 12]
+
+
+@pytest.mark.parametrize("stop", ["trainer.max_steps=4", "trainer.max_epochs=1"])
+def test_end_of_training_is_scored_once(tmp_path: Path, stop: str) -> None:
+    probe = Probe(scale)
+    train(tmp_path, stop, evals=[probe], every_n_steps=4)
+    assert probe.counts == [12]
+
+
+def test_scoring_does_not_change_the_training(tmp_path: Path) -> None:
+    without = train(tmp_path / "without", "callbacks.step_seeds=null").lightning_module
+    evals = [RetrievalScores("scenes", RECORDS), Probe(scale)]
+    scored = train(tmp_path / "with", "callbacks.step_seeds=null", evals=evals, every_n_steps=1).lightning_module
+    torch.testing.assert_close(scored.state_dict(), without.state_dict(), rtol=0, atol=0)
+    assert logged(tmp_path / "with", "train/") == logged(tmp_path / "without", "train/")
+
+
+class Scales(L.Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.values.append(scale(pl_module.net))
+
+
+def test_averaged_weights_are_scored(tmp_path: Path) -> None:
+    probe, scales = Probe(scale), Scales()
+    train(tmp_path, "ema=0.75", evals=[probe], watch=scales, every_n_epochs=None, every_n_steps=2)
+    averages = [scales.values[0]]
+    for now in scales.values[1:]:
+        averages.append(0.75 * averages[-1] + 0.25 * now)
+    assert probe.values == pytest.approx([averages[1], averages[3], averages[5], averages[7]], rel=1e-6)
+
+
+# The best checkpoint
+
+
+def best(folder: Path) -> tuple[int, float]:
+    """Step and score of the best checkpoint, which is the file that best.ckpt leads to."""
+    content = json.loads((folder / "checkpoints" / "best.json").read_text())
+    path = folder / "checkpoints" / "best.ckpt"
+    assert path.is_symlink()
+    assert path.resolve().name == f"step_{content['step']}.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == content["step"]
+    return content["step"], content["value"]
+
+
+class Planned(Probe):
+    """Scores in a given order: those during training, the last one also for the few images at the end."""
+
+    def __init__(self, *values: float, measure: str = "value", name: str = "probe") -> None:
+        rest = iter(values)
+        super().__init__(lambda _: next(rest), name, measure)
+
+
+STEPS = {"every_n_epochs": None, "every_n_steps": 2, "quick": 5}  # 2, 4, 6, and 8 after the score of all images
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "expected"),
+    [
+        ("value", (1, 3, 2, 9, 2), (4, 3)),
+        ("value", (1, 3, 2, 0, 4), (8, 4)),
+        ("value", (3, 2, 1, 9, 3), (2, 3)),  # the first of equals
+        ("value", (float("nan"), 2, 1, 9, 0), (4, 2)),
+        ("t2i_median_rank", (3, 2, 1, 9, 5), (6, 1)),  # lower is better
+    ],
+)
+@pytest.mark.parametrize("name", ["probe", "probe_5"])
+def test_the_best_checkpoint_is_kept(
+    tmp_path: Path, name: str, measure: str, values: tuple[float, ...], expected: tuple[int, float]
+) -> None:
+    keep = (f"callbacks.checkpoint.best={name}/{measure}", "callbacks.checkpoint.keep_last=1")
+    train(tmp_path, *keep, evals=[Planned(*values, measure=measure)], **STEPS)
+    assert best(tmp_path) == expected
+    files = {path.name for path in (tmp_path / "checkpoints").glob("step_*.ckpt")}
+    assert files == {"step_8.ckpt", f"step_{expected[0]}.ckpt"}
+    assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "step_8.ckpt"
+
+
+def test_no_best_checkpoint_without_being_asked(tmp_path: Path) -> None:
+    train(tmp_path, evals=[Probe(scale)], **STEPS)
+    assert not list((tmp_path / "checkpoints").glob("best*"))
+
+
+def test_the_best_so_far_survives_a_resumed_run(tmp_path: Path) -> None:
+    keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=1")
+    train(tmp_path, *keep, "trainer.max_epochs=1", evals=[Planned(5, 0, 1)], **STEPS)
+    assert best(tmp_path) == (2, 5)
+    last = f"ckpt_path={tmp_path}/checkpoints/step_4.ckpt"
+    train(tmp_path, *keep, last, evals=[Planned(4, 0, 3)], **STEPS)
+    assert best(tmp_path) == (2, 5)
+    train(tmp_path, *keep, last.replace("step_4", "step_8"), "trainer.max_epochs=3", evals=[Planned(6, 0, 3)], **STEPS)
+    assert best(tmp_path) == (10, 6)
+
+
+def test_steps_that_are_made_again_do_not_hold_the_best(tmp_path: Path) -> None:
+    keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=9")
+    train(tmp_path, *keep, evals=[Planned(1, 2, 7, 0, 3)], **STEPS)
+    assert best(tmp_path) == (6, 7)
+    train(tmp_path, *keep, f"ckpt_path={tmp_path}/checkpoints/step_4.ckpt", evals=[Planned(2, 0, 1)], **STEPS)
+    assert best(tmp_path) == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("score", "when", "message"),
+    [
+        ("scene/CIDEr", {}, "there is no evaluation 'scene'; did you mean 'scenes'"),
+        ("scenes/Cider", {}, "'scenes' has no score 'Cider'; did you mean 'CIDEr'"),
+        ("scenes_256/CIDEr", {}, "there is no evaluation 'scenes_256'"),  # 12 images are scored, all of them
+        ("late/t2i_recall@1", {}, "'late' is scored at the end only"),
+        ("scenes/CIDEr", {"every_n_epochs": None}, "nothing is scored during training"),
+    ],
+)
+def test_a_wrong_score_is_refused_before_training(
+    tmp_path: Path, score: str, when: Mapping[str, Any], message: str
+) -> None:
+    evals = [CaptionScores("scenes", RECORDS), RetrievalScores("late", RECORDS, every=0)]
+    with pytest.raises(ConfigError, match=f"callbacks.checkpoint.best: {message}"):
+        train(tmp_path, f"callbacks.checkpoint.best={score}", evals=evals, **when)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_wrong_score_of_an_own_metric_is_refused_when_it_is_known(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no score 'probe/valu'; did you mean 'probe/value'"):
+        train(tmp_path, "callbacks.checkpoint.best=probe/valu", evals=[Probe(scale)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number of at least 1, or null for never, got 0"),
+        ({"quick": 0}, "quick must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScoreDuringTraining([], Settings("unused"), **options)
+
+
+# From the command line
+
+
+def test_scores_during_training_and_the_best_of_a_whole_run(tmp_path: Path) -> None:
+    results = run(
+        tmp_path,
+        *(
+            "trainer=cpu",
+            "trainer.max_epochs=1",
+            "data.train_count=32",
+            "data.batch_size=8",
+            "evals=[scenes_retrieval]",
+        ),
+        *("scoring.images=12", "scoring.quick=6", "scoring.every_n_steps=2", "evals.scenes_retrieval.every=1"),
+        *("callbacks.checkpoint.best=scenes/t2i_median_rank", "trainer.limit_val_batches=0"),
+    )
+    assert "scenes/t2i_recall@1" in results
+    assert [step for step, _ in logged(tmp_path, "scenes_6/")["scenes_6/t2i_median_rank"]] == [1]
+    assert best(tmp_path)[0] in (2, 4)
+
+
+GUEST = '''
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.evals import Evaluation
+from coca_lit.evals.inference import caption_images
+
+
+class CaptionLength(Evaluation):
+    """How long captions are, in words."""
+
+    def __init__(self):
+        super().__init__("mine", scene_records("val", count=4))
+
+    def scores(self, model, records, settings):
+        captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
+        return {"words": sum(len(caption.split()) for caption in captions.values()) / len(captions)}
+
+
+def unread(model, records, settings):
+    return {"images": float(len(records))}
+'''
+
+
+def test_an_evaluation_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class by its name alone, and a function with records; both during training and at its end."""
+    (tmp_path / "guest_scores.py").write_text(GUEST)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("coca_lit.cli.config._allowed", lambda *_: True, raising=False)
+    function = {
+        "_target_": "coca_lit.evals.FunctionEvaluation",
+        "name": "ours",
+        "records._target_": "coca_lit.data.scenes.render.scene_records",
+        "records.split": "val",
+        "records.count": "3",
+        "function._target_": "guest_scores.unread",
+        "function._partial_": "true",
+    }
+    results = run(
+        tmp_path / "run",
+        *("trainer=smoke", "evals=[]", "data.train_count=16", "+evals.mine._target_=guest_scores.CaptionLength"),
+        *(f"+evals.ours.{key}={value}" for key, value in function.items()),
+        *("scoring.every_n_steps=1", "scoring.quick=2", "callbacks.checkpoint.best=mine/words"),
+    )
+    assert set(results) == {"mine/words", "ours/images"}
+    assert results["ours/images"] == 3
+    assert set(logged(tmp_path / "run", "_2/")) == {"mine_2/words", "ours_2/images"}
+    assert best(tmp_path / "run")
+
+
+def test_a_function_gets_what_an_evaluation_gets(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, images=3)
+    evaluation = FunctionEvaluation(
+        "f", RECORDS, lambda model, records, given: {"n": len(records), "ok": given is settings}
+    )
+    assert evaluation.evaluate(None, settings) == {"f/n": 3, "f/ok": True}
+    with pytest.raises(NotImplementedError, match=r"needs a method scores\(model, records, settings\)"):
+        Evaluation("e", RECORDS).evaluate(None, settings)

@@ -1,0 +1,210 @@
+"""The torchmetrics classes: equal to the pure functions on any number of processes, each sample counted once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
+
+from coca_lit.distributed import rank, world_size
+from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, exact_match
+from coca_lit.metrics.retrieval import RecallAtK, retrieval_scores
+from coca_lit.metrics.zeroshot import ZeroShotAccuracy, classification_scores
+
+FAST = {"metrics": ("Bleu", "ROUGE_L", "CIDEr"), "tokenize": list}
+WORDS = ["red", "blue", "dog", "cat", "runs", "sits", "on", "the", "green", "grass"]
+COUNT = 11  # samples, so that they do not divide evenly; ids are numbers and strings
+IDS = [i if i % 3 else f"image {i}" for i in range(COUNT)]
+
+
+def shares() -> list[list[int]]:
+    """This process's batches of positions. The samples are padded by repeated ones, as a DistributedSampler does."""
+    padded = [*range(COUNT), *range(-COUNT % (world_size() * 4))]
+    own = padded[rank() :: world_size()]
+    return [own[:2], own[2:]]
+
+
+def texts() -> tuple[list[str], list[list[str]]]:
+    """A prediction and references for each sample; with a line break and letters that JSON escapes."""
+    predictions = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 5)) for i in range(COUNT)]
+    references = [
+        [" ".join(WORDS[(i * k + j) % len(WORDS)] for k in range(1, 6)) for j in range(i % 3 + 1)] for i in range(COUNT)
+    ]
+    references[3] = [predictions[3], "größe\nund\u2028😀 \ud800"]
+    return predictions, references
+
+
+def features() -> tuple[Tensor, Tensor, Tensor]:
+    """Images (I, D), texts (T, D) with one to three for each image, and the image of each text."""
+    generator = torch.Generator().manual_seed(0)
+    image_of_text = torch.tensor([i for i in range(COUNT) for _ in range(i % 3 + 1)])
+    images = torch.randn(COUNT, 4, generator=generator)
+    noise = torch.randn(len(image_of_text), 4, generator=generator)
+    return images, images[image_of_text] + 0.8 * noise, image_of_text
+
+
+def caption_metric(table: bool) -> tuple[dict[str, float], dict[str, str]]:
+    metric = CaptionMetric(table=table, **FAST)
+    predictions, references = texts()
+    for part in shares():
+        domains = ["near" if i % 2 else "far" for i in part] if table else None
+        metric.update([IDS[i] for i in part], [predictions[i] for i in part], [references[i] for i in part], domains)
+    return metric.compute(), metric.not_run
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("table", [False, True])
+def test_captions(on_ranks, monkeypatch: pytest.MonkeyPatch, world: int, table: bool) -> None:
+    monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
+    predictions, references = (dict(zip(IDS, part, strict=True)) for part in texts())
+    if table:
+        domains = {id: "near" if i % 2 else "far" for i, id in enumerate(IDS)}
+        expected, not_run = caption_table(references, predictions, domains, **FAST)
+    else:
+        scores = caption_scores(references, predictions, **FAST)
+        expected, not_run = scores | {"exact_match": exact_match(references, predictions)}, {}
+    assert expected["exact_match"] == pytest.approx(1 / COUNT)
+    for found, missing in [caption_metric(table)] if world == 1 else on_ranks(world, caption_metric, table):
+        assert list(found) == list(expected)
+        assert found == pytest.approx(expected, rel=1e-12)  # the order of the images may differ
+        assert missing == not_run
+
+
+def only_first_rank() -> dict[str, float]:
+    """All samples on one process: the other has seen none."""
+    predictions, references = texts()
+    captions, recall = CaptionMetric(**FAST), RecallAtK()
+    if rank() == 0:
+        captions.update(IDS, predictions, references)
+        images, text_features, image_of_text = features()
+        recall.update(images, text_features, IDS, [IDS[i] for i in image_of_text])
+    return captions.compute() | recall.compute()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_a_process_without_samples(on_ranks) -> None:
+    alone = only_first_rank()
+    assert on_ranks(2, only_first_rank) == [alone, alone]
+
+
+def fails() -> str:
+    metric = CaptionMetric(metrics=["CIDEr"], tokenize=broken)
+    metric.update([rank()], ["a"], [["b"]])
+    with pytest.raises(RuntimeError) as error:
+        metric.compute()
+    return str(error.value)
+
+
+def broken(texts: Sequence[str]) -> list[str]:
+    raise RuntimeError("no Java")
+
+
+def test_an_error_reaches_every_process(on_ranks) -> None:
+    assert on_ranks(2, fails) == ["no Java"] * 2
+
+
+def recall_metric(split_texts: bool) -> dict[str, float]:
+    """With `split_texts` the texts of an image come in several batches, each time with the image itself."""
+    images, text_features, image_of_text = features()
+    metric = RecallAtK(ks=(1, 3))
+    for part in shares():
+        if split_texts:
+            for t in [t for t, i in enumerate(image_of_text.tolist()) if i in part]:
+                i = int(image_of_text[t])
+                metric.update(images[i : i + 1], text_features[t : t + 1], [IDS[i]], text_ids=[t])
+        else:
+            owned = [t for i in part for t in (image_of_text == i).nonzero()[:, 0].tolist()]
+            owners = [IDS[int(image_of_text[t])] for t in owned]
+            metric.update(
+                images[part].bfloat16().float(), text_features[owned].bfloat16().float(), [IDS[i] for i in part], owners
+            )
+    return metric.compute()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("split_texts", [False, True])
+def test_recall(on_ranks, world: int, split_texts: bool) -> None:
+    images, text_features, image_of_text = features()
+    if not split_texts:
+        images, text_features = images.bfloat16(), text_features.bfloat16()
+    expected = retrieval_scores(images, text_features, image_of_text, ks=(1, 3))
+    assert 0.2 < expected["t2i_recall@1"] < expected["t2i_recall@3"] < 1
+    for found in [recall_metric(split_texts)] if world == 1 else on_ranks(world, recall_metric, split_texts):
+        assert found == expected
+
+
+def similarities() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(COUNT) % 7
+    return torch.randn(COUNT, 7, generator=generator) + torch.nn.functional.one_hot(labels, 7), labels
+
+
+def accuracy_metric() -> dict[str, float]:
+    similarity, labels = similarities()
+    metric = ZeroShotAccuracy()
+    for part in shares():
+        metric.update(similarity[part], labels[part], [IDS[i] for i in part])
+    return metric.compute()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_accuracy(on_ranks, world: int) -> None:
+    expected = classification_scores(*similarities())
+    assert 0.2 < expected["top1"] < expected["top5"] < 1
+    for found in [accuracy_metric()] if world == 1 else on_ranks(world, accuracy_metric):
+        assert found == expected
+
+
+def test_accuracy_equals_that_of_torchmetrics_but_for_ties_and_absent_classes() -> None:
+    similarity, labels = similarities()
+    ours = classification_scores(similarity, labels)
+
+    def theirs(similarity: Tensor, labels: Tensor) -> dict[str, float]:
+        micro: dict[str, Any] = {"num_classes": 7, "average": "micro"}
+        return {
+            "top1": multiclass_accuracy(similarity, labels, **micro).item(),
+            "top5": multiclass_accuracy(similarity, labels, top_k=5, **micro).item(),
+            "mean_per_class_recall": multiclass_recall(similarity, labels, num_classes=7, average="macro").item(),
+        }
+
+    assert ours == pytest.approx(theirs(similarity, labels), abs=1e-6)
+    # A model that finds all classes alike gets the first class right in theirs, and nothing in ours.
+    collapsed = torch.zeros(3, 7), torch.tensor([0, 0, 6])
+    assert classification_scores(*collapsed)["top1"] == 0
+    assert theirs(*collapsed)["top1"] == pytest.approx(2 / 3)
+    # A class without images that is predicted by mistake lowers their mean over classes.
+    absent = torch.eye(7)[[0, 1, 2]], torch.tensor([0, 1, 1])
+    assert classification_scores(*absent)["mean_per_class_recall"] == pytest.approx((1 + 1 / 2) / 2)
+    assert theirs(*absent)["mean_per_class_recall"] == pytest.approx((1 + 1 / 2) / 3)
+
+
+def test_metrics_start_anew_after_reset() -> None:
+    metric = ZeroShotAccuracy()
+    similarity, labels = similarities()
+    metric.update(similarity[:4], labels[:4], IDS[:4])
+    metric.reset()
+    metric.update(similarity[4:], labels[4:], torch.arange(7))  # ids may be a tensor
+    assert metric.compute() == classification_scores(similarity[4:], labels[4:])
+
+
+def test_wrong_arguments() -> None:
+    images, text_features, _ = features()
+    recall = RecallAtK()
+    with pytest.raises(ValueError, match="call update first"):
+        RecallAtK().compute()
+    with pytest.raises(ValueError, match=r"expected an id \(int or str\) for each of 2 samples, got 1"):
+        recall.update(images[:2], text_features[:2], [1])
+    with pytest.raises(ValueError, match=r"expected image features \(B, D\) and text features \(T, D\)"):
+        recall.update(images[:2], text_features[:2, :3], [1, 2])
+    recall.update(images[:1], text_features[:1], [1])
+    recall.update(images[:1], text_features[4:5], [1])
+    with pytest.raises(ValueError, match=r"the text id \(1, 0\) has different features: give different texts"):
+        recall.compute()
+    recall.reset()
+    recall.update(images[:1], text_features[:1], [1], [2])
+    with pytest.raises(ValueError, match="a text of the image 2, but the image itself was never given"):
+        recall.compute()
+    with pytest.raises(ValueError, match="unknown caption metric 'Cider'"):
+        CaptionMetric(metrics=["Cider"])
