@@ -3,8 +3,8 @@
     python experiments/decoder_reranking/weights.py scenes CHECKPOINT
     python experiments/decoder_reranking/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
-The likely pairs are scored once; each weight then mixes the results, as `coca-evaluate scoring.rerank=16` does. Rows are
-added to results.csv in this folder; rows of the same data and model are replaced.
+The likely pairs are scored once; each weight then mixes the results, as `coca-evaluate scoring.rerank=16` does. Rows
+are added to results.csv in this folder; rows of the same data and model are replaced.
 """
 
 import argparse

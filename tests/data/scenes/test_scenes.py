@@ -231,7 +231,7 @@ def test_shards_are_those_of_img2dataset(tmp_path):
     assert load(tmp_path / "00002_stats.json")["successes"] == 2
     with tarfile.open(tmp_path / "00002.tar") as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
-    assert list(members) == [f"00002{row}.{suffix}" for row in range(2) for suffix in ("jpg", "txt", "json")]
+    assert list(members) == [f"00002{row}.{suffix}" for row in range(2) for suffix in ("jpg", "json", "txt")]
     record, meta = scene_records("train")[9], json.loads(members["000021.json"])
     assert similar(members["000021.jpg"], record.image())
     assert members["000021.txt"].decode() == meta["caption"] == record.captions[1]

@@ -1,0 +1,97 @@
+"""Tars: what one reader refuses for training and recaptioning alike, and what the writer writes."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from test_shards import members, read, write_shards, write_tar
+
+from coca_lit.data.shards.tar import group_members, tar_members, tar_writer
+from coca_lit.inference.shards import scan_shard, write_shard
+
+
+def sparse(name: str, stored: bytes, claimed: int) -> bytes:
+    """An old GNU sparse member: `stored` at the start of `claimed` bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(stored), tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"%011o\0%011o\0" % (0, len(stored))
+    header[483:495] = b"%011o\0" % claimed
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + stored + bytes(-len(stored) % 512)
+
+
+def good_and(path: Path, bad: bytes) -> Path:
+    """Three good samples, of which the last is not known to be complete, then what `bad` holds."""
+    write_tar(path, {name: data for i in range(3) for name, data in members(str(i)).items()})
+    content = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(content + bytes(-len(content) % 512) + bad + bytes(10240))
+    return path
+
+
+def header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (sparse("9.jpg", bytes(512), 100 * 2**20), "is sparse"),
+        (header("9.jpg", 2**40), "claims 1,099,511,627,776 bytes"),
+        (header("../9.jpg", 0), "leads out of the shard"),
+        (header("/9.jpg", 0), "leads out of the shard"),
+        (header("9.jpg", 0) + header("9.jpg", 0), "duplicate file name"),
+    ],
+    ids=["sparse", "huge", "parent", "absolute", "twice"],
+)
+def test_training_and_recaptioning_refuse_the_same(tmp_path, bad, reason):
+    path = good_and(tmp_path / "x.tar", bad)
+    keys, reasons = read(path)
+    samples, problem = scan_shard(path)
+    assert reason in problem
+    assert [sample.key for sample in samples] == keys
+    assert keys[:2] == ["0", "1"]
+    assert reasons == {"broken or truncated shard": 1}
+
+
+def test_a_truncated_tar_is_recaptioned_up_to_its_last_complete_sample(tmp_path):
+    (path,) = write_shards(tmp_path, 1, 4)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"00002.txt")])
+    samples, problem = scan_shard(path)
+    assert [sample.key for sample in samples] == ["00000", "00001"]
+    assert problem
+
+
+def test_a_recaptioned_shard_holds_no_code(tmp_path):
+    path = write_tar(tmp_path / "x.tar", members("0") | {"0.pickle": b"code", "0.cls": b"7"})
+    samples, problem = scan_shard(path)
+    assert problem == ""
+    write_shard(path, tmp_path / "y.tar", samples, {"0": ["a cat"]})
+    with tarfile.open(tmp_path / "y.tar") as tar:
+        written = {member.name: tar.extractfile(member).read() for member in tar}
+    assert sorted(written) == ["0.cls", "0.jpg", "0.json", "0.txt"]
+    assert written["0.txt"] == b"a cat"
+    assert written["0.jpg"] == members("0")["0.jpg"]
+
+
+def test_equal_samples_give_equal_bytes(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        with tar_writer(tmp_path / name) as tar:
+            for key in ("x", "y" * 150):
+                tar.write({"__key__": key, "txt": b"a dog", "jpg": b"pixels"})
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert {(m.mtime, m.uid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, "", "", 0o644)}
+    assert list(group_members(tar_members(tmp_path / "a.tar", lambda name: True))) == [
+        {"__key__": key, "jpg": b"pixels", "txt": b"a dog"} for key in ("x", "y" * 150)
+    ]
+
+
+def test_a_tar_that_is_not_finished_does_not_appear(tmp_path):
+    with pytest.raises(ValueError, match="doesn't map to a bytes"), tar_writer(tmp_path / "a.tar") as tar:
+        tar.write({"__key__": "x", "txt": 7})
+    assert not [*tmp_path.iterdir()]
