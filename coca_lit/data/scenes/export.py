@@ -64,12 +64,8 @@ def _complete_or_absent(out: Path) -> Iterator[Path]:
 def write_shards(folder: Path, count: int, size: int, per_shard: int = 250) -> None:
     """Train scenes as img2dataset shards: 00000.tar with KEY.jpg, KEY.txt, KEY.json, beside it 00000_stats.json, ...
 
-<<<<<<< HEAD
     KEY is shard * 10^ceil(log10(per_shard)) + row with leading zeros. Each image has one
     caption, in alternating wording.
-=======
-    KEY is shard * 10^ceil(log10(per_shard)) + row with leading zeros. Each image has one caption; wordings alternate.
->>>>>>> data
     """
     digits = math.ceil(math.log10(per_shard))
     records = scene_records("train", size, count)
