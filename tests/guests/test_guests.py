@@ -1,21 +1,72 @@
-"""A package outside coca_lit extends every part of a run, by its own configs and without a change to coca_lit."""
+"""A package outside coca_lit extends every part of a run, by its own configs and without a change to coca_lit.
+
+`COCA_LIT_BIN=FOLDER` takes the commands from another environment, for example one with an installed wheel.
+"""
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-from running import ROOT, results, train_py
+import pytest
+from PIL import Image
 
 GUESTS = Path(__file__).resolve().parent
+BIN = Path(os.environ.get("COCA_LIT_BIN", Path(sys.executable).parent))
 
 
-def test_an_outside_package_trains(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(ROOT), str(GUESTS)])
-    command = ("--config-dir", str(GUESTS / "conf"), "experiment=guest", "trainer=smoke", f"output_dir={tmp_path}")
-    done = train_py(*command, cwd=tmp_path, PYTHONPATH=path)
+def command(name: str, *arguments: str) -> str:
+    """Runs an installed command in the folder of the guest package, which is on nobody's path; its standard output."""
+    done = subprocess.run([str(BIN / name), *arguments], cwd=GUESTS, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "steps.txt").read_text() == "2"
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guest")
+    command("coca-train", "--config-dir", "conf", "experiment=guest", "trainer=smoke", f"hydra.run.dir={folder}")
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def test_everything_takes_part_in_training(checkpoint: Path) -> None:
+    run = checkpoint.parents[1]
+    assert (run / "steps.txt").read_text() == "2"
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert len([line for line in lines if "train/brightness_loss" in line]) == 2
     assert any("val/brightness_loss" in line for line in lines)
-    assert 0 <= results(tmp_path)["patches/t2i_recall@1"] <= 1
+    results = json.loads((run / "results.json").read_text())
+    assert 0 <= results["patches/t2i_recall@1"] <= 1
+    assert results["patches/words"] > 0
+
+
+def test_a_whole_data_module(tmp_path: Path) -> None:
+    options = ("experiment=guest", "data=patches_module", "trainer=smoke", f"hydra.run.dir={tmp_path}", "evals=[]")
+    command("coca-train", "--config-dir", "conf", *options)
+    assert (tmp_path / "steps.txt").read_text() == "2"
+
+
+def test_the_checkpoint_is_evaluated_and_captions(checkpoint: Path, tmp_path: Path) -> None:
+    options = ("imports=[my_coca_parts]", f"checkpoint={checkpoint}")
+    command(
+        "coca-evaluate",
+        "--config-dir",
+        "conf",
+        *options,
+        "evals=patches",
+        f"hydra.run.dir={tmp_path}",
+        "scoring.images=4",
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["patches/words"] > 0
+    Image.new("RGB", (40, 40), (255, 0, 0)).save(tmp_path / "red.png")
+    written = command("coca-caption", str(tmp_path / "red.png"), *options, "generate.strategy=greedy")
+    assert written.startswith(f"{tmp_path / 'red.png'}\t")
+
+
+def test_without_its_package_the_checkpoint_is_refused_in_one_sentence(checkpoint: Path) -> None:
+    arguments = [str(BIN / "coca-caption"), "x.png", f"checkpoint={checkpoint}"]
+    done = subprocess.run(arguments, cwd=GUESTS, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert "imports=['my_coca_parts.encoder']" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,16 +1,16 @@
-"""A package that extends coca_lit and is no part of it: data, an objective, an image encoder, a callback, a logger."""
+"""A package that extends coca_lit and is no part of it: a part of each kind, in a file each."""
 
-from coca_lit.models import create_model
 from my_coca_parts.data import PatchesDataModule, patch_records
-from my_coca_parts.encoder import my_tiny_vit
+from my_coca_parts.encoder import PatchMixer
+from my_coca_parts.evaluation import CaptionLength
 from my_coca_parts.training import Brightness, CountSteps, JsonLogger
 
 __all__ = [
     "Brightness",
+    "CaptionLength",
     "CountSteps",
     "JsonLogger",
+    "PatchMixer",
     "PatchesDataModule",
-    "create_model",
-    "my_tiny_vit",
     "patch_records",
 ]

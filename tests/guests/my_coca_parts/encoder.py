@@ -1,17 +1,20 @@
-"""An image encoder in timm's registry: any model that is registered there can be named in `model.net.image_encoder`."""
+"""An image encoder of one's own. `imports: [my_coca_parts]` in a config registers it before the model is built."""
 
-from typing import Any
+from torch import Tensor, nn
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
-
-default_cfgs = generate_default_cfgs(  # where timm looks for them
-    {"my_tiny_vit": {"fixed_input_size": True, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}}
-)
+from coca_lit.models import register_image_encoder
 
 
-@register_model
-def my_tiny_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Two blocks on patches of 8 × 8 pixels."""
-    sizes = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    return build_model_with_cfg(VisionTransformer, "my_tiny_vit", pretrained, **sizes, **options)
+@register_image_encoder("my_patch_mixer")
+class PatchMixer(nn.Module):
+    """Square patches through two layers: images (B, 3, H, W), normalised -> tokens (B, S, C)."""
+
+    def __init__(self, image_size: int, patch_size: int = 8, width: int = 48) -> None:
+        super().__init__()
+        self.width = width
+        self.patches = nn.Conv2d(3, width, patch_size, patch_size)
+        self.mix = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)  # (B, S, C)
+        return tokens + self.mix(tokens)

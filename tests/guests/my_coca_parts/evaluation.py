@@ -1,0 +1,17 @@
+"""An evaluation with a metric of one's own."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from coca_lit.data.records import Record
+from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.inference import caption_images
+from coca_lit.models import CoCa
+
+
+class CaptionLength(Evaluation):
+    """Words per generated caption."""
+
+    def scores(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
+        return {"words": fmean(len(caption.split()) for caption in captions.values())}
