@@ -103,11 +103,13 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown model '{name}'{suggest(name, PRESETS)} The presets: {', '.join(PRESETS)}")
-    known = inspect.signature(CoCa).parameters
+        raise ValueError(f"unknown model '{name}'{suggest(name, list(PRESETS))} The presets: {', '.join(PRESETS)}")
+    known = list(inspect.signature(CoCa).parameters)
     for key in overrides:
         if key not in known:
-            raise ValueError(f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}")
+            raise ValueError(
+                f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}"
+            )
     import_modules(imports)
     arguments = PRESETS[name] | overrides
     tokenizer = arguments.get("tokenizer", "clip")

@@ -124,4 +124,4 @@ def test_locked_image_tower_of_a_clip(tmp_path: Path, capsys: pytest.CaptureFixt
     after = load_model(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert torch.equal(after.image_encoder.trunk.pos_embed[0], clip.visual.positional_embedding)
     assert not torch.equal(after.text.token_embedding.weight, clip.token_embedding.weight)
-    assert "which has no captioner; new: logit_scale, pooling, " in capsys.readouterr().out
+    assert "which has no captioner; random: logit_scale, pooling, " in capsys.readouterr().out

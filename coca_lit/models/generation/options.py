@@ -172,7 +172,7 @@ def complete(options: Mapping[str, Any]) -> Options:
     for name in options:
         if name not in OPTIONS:
             raise TypeError(
-                f"generate has no option '{name}'{suggest(name, OPTIONS)} Its options: {', '.join(OPTIONS)}"
+                f"generate has no option '{name}'{suggest(name, list(OPTIONS))} Its options: {', '.join(OPTIONS)}"
             )
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
