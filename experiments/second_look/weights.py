@@ -3,8 +3,8 @@
     python experiments/second_look/weights.py scenes CHECKPOINT
     python experiments/second_look/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
-The likely pairs are read once; each weight then mixes what was found, as `coca-evaluate scoring.rerank=16` does. Rows are added
-to results.csv in this folder; rows of the same data and model are replaced.
+The candidate pairs are scored once; each weight then combines the same scores, as `coca-evaluate scoring.rerank=16`
+does. Rows are added to results.csv in this folder; rows of the same data and model are replaced.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-from coca_lit.evals.retrieval import candidate_pairs, log_likelihoods, reranked
 
 from coca_lit.data.datasets.flickr import flickr_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.evals.inference import embed_pairs
+from coca_lit.evals.retrieval import candidate_pairs, log_likelihoods, reranked
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
