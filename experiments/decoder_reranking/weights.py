@@ -1,10 +1,10 @@
-"""Recall after the decoder's second look, for weights from 0 (vectors alone) to 1 (the decoder alone).
+"""Recall after decoder re-ranking, for weights from 0 (embeddings alone) to 1 (the decoder alone).
 
     python experiments/decoder_reranking/weights.py scenes CHECKPOINT
     python experiments/decoder_reranking/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
-The likely pairs are scored once; each weight then mixes the results, as `coca-evaluate scoring.rerank=16` does. Rows
-are added to results.csv in this folder; rows of the same data and model are replaced.
+The candidate pairs are scored once; each weight then combines the same scores, as `coca-evaluate scoring.rerank=16`
+does. Rows are added to results.csv in this folder; rows of the same data and model are replaced.
 """
 
 import argparse

@@ -96,6 +96,8 @@ def assert_same(a: Path, b: Path) -> None:
     assert rows(a) == rows(b)
     assert results(a) == results(b)
     left, right = state(a), state(b)
+    found = [{path.name: path.read_text() for path in folder.glob("checkpoints/best.json")} for folder in (a, b)]
+    assert found[0] == found[1]
     assert left[RUN_KEY] == right[RUN_KEY]
     assert left["loops"] == right["loops"]
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
@@ -114,13 +116,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return ("data=laion", f"data.shards={folder}/*/*.tar", "data.epoch_samples=24", "data.shuffle_buffer=4")
 
 
+BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_median_rank", "scoring.quick=3")
 EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
 
 
 @pytest.mark.parametrize(
     ("data", "workers", "extra"),
     [
-        ("map", 0, ()),
+        ("map", 0, BY_STEPS),
         ("indexed", 2, EMA_AND_ACCUMULATION),
         ("stream", 0, EMA_AND_ACCUMULATION),
         ("stream", 3, ()),
