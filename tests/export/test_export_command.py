@@ -129,11 +129,11 @@ def test_other_folders_are_never_replaced(checkpoint: Path, tmp_path: Path) -> N
     (tmp_path / "README.md").write_text("my notes")
     with pytest.raises(ConfigError, match=r"has 'README.md', which is not part of an export"):
         export(f"checkpoint={checkpoint}", f"output={tmp_path}", "format=safetensors", "overwrite=true")
-    with pytest.raises(ConfigError, match="is a file, and an export is a folder"):
+    with pytest.raises(ConfigError, match="is a file, but an export is a folder"):
         export(f"checkpoint={checkpoint}", f"output={tmp_path}/README.md", "format=safetensors", "overwrite=true")
     export(f"checkpoint={checkpoint}", f"output={tmp_path}/model", "format=safetensors")
     again = [f"checkpoint={tmp_path}/model/model.safetensors", f"output={tmp_path}/model", "overwrite=true"]
-    with pytest.raises(ConfigError, match="holds the checkpoint itself"):
+    with pytest.raises(ConfigError, match="has the checkpoint itself"):
         export(*again, "format=open_clip", "correct_cls_mask=true")
     assert (tmp_path / "README.md").read_text() == "my notes"
 
