@@ -1,5 +1,5 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` looks at every sample of them, and
-`coca-data recipe NAME` says how to fetch a well-known set.
+`coca-data recipe NAME` prints how to fetch a well-known data set.
 """
 
 import argparse
@@ -17,11 +17,11 @@ T = TypeVar("T")
 PREPARE = """\
 Writes a .csv, .tsv or .parquet file of local images and captions, a COCO or Flickr folder, a folder of NAME.jpg and
 NAME.txt, or the .tar files of img2dataset as shards with a manifest. Images are decoded once and copied as they are;
-broken ones are left out. An interrupted command goes on where it was."""
+broken ones are left out. An interrupted command resumes where it stopped."""
 CHECK = """\
 Decodes every image and caption of a set of shards, names what is broken, and writes manifest.json beside the shards:
 samples, bytes and sha256 of each. Training then refuses a shard that has changed. With a manifest from before, it
-compares. An interrupted check goes on where it was."""
+compares. An interrupted check resumes where it stopped."""
 
 
 def data(arguments: Sequence[str] | None = None) -> None:
@@ -33,14 +33,14 @@ def data(arguments: Sequence[str] | None = None) -> None:
     _add_recipe(commands)
     options = parser.parse_args(arguments)
 
-    from coca_lit.errors import DataError
+    from coca_lit.errors import UserError
 
     try:
         options.run(options)
-    except (DataError, FileNotFoundError, PermissionError) as error:
+    except (UserError, FileNotFoundError, PermissionError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
+        sys.exit("interrupted: the same command resumes from here")
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -128,7 +128,7 @@ def _prepare(options: argparse.Namespace) -> None:
 def _add_recipe(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     from coca_lit.data.prepare.recipes import RECIPES
 
-    text = "Prints the commands that fetch a well-known set of the web as shards, with img2dataset."
+    text = "Prints the img2dataset commands that fetch a well-known data set from the web as shards."
     parser = commands.add_parser("recipe", help="how LAION, DataComp and others become shards", description=text)
     parser.add_argument("name", choices=RECIPES)
     parser.set_defaults(run=lambda options: print(RECIPES[options.name].commands(options.name)))

@@ -2,10 +2,10 @@
 overridden.
 """
 
-import difflib
 import inspect
 from typing import Any
 
+from coca_lit.errors import suggest
 from coca_lit.models.coca import CoCa
 
 # OpenCLIP's two released models. 12 text layers and 12 decoder layers are the defaults of `CoCa`.
@@ -87,14 +87,9 @@ def create_model(name: str, **overrides: Any) -> CoCa:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown model '{name}'{_nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown model '{name}'{suggest(name, PRESETS)} The presets: {', '.join(PRESETS)}")
     arguments = inspect.signature(CoCa).parameters
     for key in overrides:
         if key not in arguments:
-            raise ValueError(f"CoCa has no argument '{key}'{_nearest(key, arguments)}")
+            raise ValueError(f"CoCa has no argument '{key}'{suggest(key, arguments)}")
     return CoCa(**PRESETS[name] | overrides)
-
-
-def _nearest(word: str, words: Any) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""

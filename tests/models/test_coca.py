@@ -452,7 +452,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ({"pooler_heads": 5}, "must be a multiple of the number of heads"),
         ({"tokenizer": "klip"}, "unknown tokenizer 'klip'"),
         ({"context_length": 2}, "context_length must be at least 3"),
-        ({"poler": "single"}, "CoCa has no argument 'poler', did you mean 'pooler'?"),
+        ({"poler": "single"}, "CoCa has no argument 'poler'; did you mean 'pooler'?"),
     ],
 )
 def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: str) -> None:
@@ -462,7 +462,7 @@ def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: 
 
 def test_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown model 'coca_vit_b33', did you mean 'coca_vit_b32'\?.*are coca_vit_b32"
+        ValueError, match=r"unknown model 'coca_vit_b33'; did you mean 'coca_vit_b32'\?.*presets: coca_vit_b32"
     ):
         create_model("coca_vit_b33")
 
