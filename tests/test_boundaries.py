@@ -47,7 +47,7 @@ def test_plain_parts_load_no_framework() -> None:
     assert not loaded & FRAMEWORKS
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "demo", "export", "caption", "search"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "plan", "demo", "export", "caption", "search"])
 def test_command_line_loads_no_torch(command: str) -> None:
     loaded = loaded_by(f"coca_lit.cli.{command}")
     assert "hydra" in loaded

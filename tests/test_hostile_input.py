@@ -265,7 +265,7 @@ def test_no_secret_of_a_sweep(tmp_path):
     words = ("-m", "seed=1,2", "++logger.csv.token=typed-1", "model.net.name=nothing", "hydra.sweep.subdir=${seed}")
     done = train_py(*words, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: model: unknown model 'nothing'")
+    assert "the first error: model: unknown model 'nothing'" in done.stderr
     assert "#1 : seed=2 ++logger.csv.token=<hidden>" in done.stdout
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".png"]
     assert {"multirun.yaml", "job.json", "error.txt", "results.csv"} <= {path.name for path in files}

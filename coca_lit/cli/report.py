@@ -1,4 +1,4 @@
-"""`coca-report outputs/A` writes the report of a run again; with several folders, or a sweep's, it compares them."""
+"""`coca-report outputs/A` rewrites the report of a run; given several runs, or a sweep, it compares them."""
 
 import argparse
 import sys
@@ -11,12 +11,12 @@ def report(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("coca-report", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="folders of finished runs, or of a sweep")
     parser.add_argument(
-        "--output", type=Path, help="folder for the comparison (default: that of the sweep, else outputs/comparison)"
+        "--output", type=Path, help="folder for the comparison (default: the sweep's folder, else outputs/comparison)"
     )
-    parser.add_argument("--objective", help="score by which a run is the best (default: the first headline score)")
+    parser.add_argument("--objective", help="score that ranks the runs (default: the first headline score)")
     options = parser.parse_args(arguments)
 
-    from coca_lit.errors import DataError
+    from coca_lit.errors import UserError
     from coca_lit.report.page import write_comparison, write_report
 
     try:
@@ -27,5 +27,5 @@ def report(arguments: Sequence[str] | None = None) -> None:
             print(write_report(first))
         else:
             print(write_comparison([first], options.output or first, options.objective))
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -22,11 +22,11 @@ def score(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     options = parser.parse_args(arguments)
 
-    from coca_lit.errors import DataError
+    from coca_lit.errors import UserError
 
     try:
         scores, not_run = score_files(options.predictions, options.references, options.split)
-    except (DataError, ValueError, RuntimeError, FileNotFoundError) as error:
+    except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     _print(scores, not_run)
     if options.output:

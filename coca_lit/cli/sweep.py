@@ -74,7 +74,8 @@ class SweepCallback(Callback):
         )
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        mask_multirun(Path(config.hydra.sweep.dir))
+        if os.environ.get(SWEEP_VARIABLE):
+            mask_multirun(Path(config.hydra.sweep.dir))
 
 
 def mask_multirun(folder: Path) -> None:

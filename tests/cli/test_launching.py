@@ -287,7 +287,7 @@ def test_run_id_is_the_time_of_a_single_process(monkeypatch: pytest.MonkeyPatch)
     assert run_id().startswith("20")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="cannot agree on a name for the run folder: give one, name=my_run"):
+    with pytest.raises(ConfigError, match="cannot agree on a name for the run folder: set name=my_run"):
         run_id()
 
 
@@ -317,6 +317,7 @@ def test_job_folders() -> None:
     long = [job_folder("a=" + "1" * 300 + end) for end in "xy"]
     assert long[0] != long[1]
     assert all(len(name) < 200 for name in long)
+    assert len(job_folder("name=" + "ж" * 200).encode()) < 200
 
 
 def test_best_run() -> None:
