@@ -85,7 +85,14 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 def train_on(path: Path, batches: int = 4) -> tuple[set[str], list[BadSample], list[Batch]]:
     """Keys and bad samples of some batches that the training loader makes of one shard."""
     data = LAIONDataModule(
-        str(path), 4 * batches, TOKENIZER, 4, image_size=16, indexed=False, shuffle_buffer=1, max_bad_fraction=0.95
+        str(path),
+        4 * batches,
+        tokenizer=TOKENIZER,
+        batch_size=4,
+        image_size=16,
+        indexed=False,
+        shuffle_buffer=1,
+        max_bad_fraction=0.95,
     )
     seen = list(islice(data.train_dataloader(), batches))
     return (

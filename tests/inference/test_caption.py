@@ -218,7 +218,6 @@ def odd_shard(path: Path) -> None:
         add("bare.PNG", good)
         add("broken.jpg", b"nothing")
         add("broken.txt", b"old")
-        add("../out.png", good)
         add("text.txt", b"no image")
         add("odd.json", b"{not json")
         add("odd.png", good)
@@ -231,8 +230,8 @@ def test_odd_samples(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixt
     odd_shard(tmp_path / "odd.tar")
     caption(checkpoint, f"images=[{tmp_path}/odd.tar]", f"output={tmp_path}/new/")
     after = members(tmp_path / "new" / "odd.tar")
-    names = ["bare.PNG", "bare.txt", "bare.json", "odd.json", "odd.png", "odd.seg.npy", "odd.txt"]
-    assert list(after) == [*names, "last.png", "last.txt", "last.json"]
+    names = ["bare.json", "bare.png", "bare.txt", "odd.json", "odd.png", "odd.seg.npy", "odd.txt"]
+    assert list(after) == [*names, "last.json", "last.png", "last.txt"]
     assert json.loads(after["bare.json"]) == {}
     assert json.loads(after["odd.json"]) == {"broken_json": "{not json"}
     assert after["odd.seg.npy"] == b"\x93NUMPY"
