@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import CoCa
@@ -129,21 +130,27 @@ class ScoreDuringTraining(L.Callback):
 
     def _score_all(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finished = True
+        # To find the best checkpoint, the last weights are scored on the same few images as all weights before.
+        wanted = {checkpoints.best.partition("/")[0] for checkpoints in _checkpoints(trainer) if checkpoints.best}
         with _scorable(pl_module) as net:
             settings = self._settings(pl_module)
+            names = {evaluation: evaluation.quick_name(settings, self.quick) for evaluation in self.evals}
+            rivals = [e for e in self.evals if e.every and wanted & {e.name, names[e]}]
+            few: dict[str, float] = {}
+            for (
+                evaluation
+            ) in rivals:  # before the scores of all images, whose predictions are to stay in the run folder
+                few |= (
+                    evaluation.evaluate_quickly(net, settings, self.quick)
+                    if names[evaluation] != evaluation.name
+                    else {}
+                )
             for evaluation in self.evals:
                 scores = evaluation.evaluate(net, settings)
                 self.results |= scores
                 self.not_run |= evaluation.not_run
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
-            # The last weights are compared by the same few images as all weights before.
-            wanted = {checkpoints.best.partition("/")[0] for checkpoints in _checkpoints(trainer) if checkpoints.best}
-            rivals = [e for e in self.evals if e.every and wanted & {e.name, e.quick_name(settings, self.quick)}]
-            few: dict[str, float] = {}
-            for evaluation in rivals:
-                whole = evaluation.quick_name(settings, self.quick) == evaluation.name
-                few |= {} if whole else evaluation.evaluate_quickly(net, settings, self.quick)
         self._offer(trainer, self.results | few, rivals, final=True)
 
     def _settings(self, pl_module: L.LightningModule) -> Settings:
@@ -168,10 +175,11 @@ class ScoreDuringTraining(L.Callback):
             if found := [scores[key] for key in keys if key in scores]:
                 checkpoints.offer(trainer, found[0], final)
             elif all(e in scored for e in named):
-                raise ConfigError(
-                    f"callbacks.checkpoint.best: there is no score '{checkpoints.best}'"
-                    f"{_hint(checkpoints.best, scores)}; the scores: {', '.join(scores)}"
-                )
+                problem = f"there is no score '{checkpoints.best}'{_hint(checkpoints.best, scores)}"
+                message = f"callbacks.checkpoint.best: {problem}; the scores: {', '.join(scores)}"
+                if not final:
+                    raise ConfigError(message)
+                print_rank_zero(message)  # the scores of a run that is over must not get lost
 
 
 def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
