@@ -107,9 +107,7 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
     known = list(inspect.signature(CoCa).parameters)
     for key in overrides:
         if key not in known:
-            raise ValueError(
-                f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}"
-            )
+            raise ValueError(f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}")
     import_modules(imports)
     arguments = PRESETS[name] | overrides
     tokenizer = arguments.get("tokenizer", "clip")
