@@ -85,8 +85,8 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 def train_on(path: Path, batches: int = 4) -> tuple[set[str], list[BadSample], list[Batch]]:
     """Keys and bad samples of some batches that the training loader makes of one shard."""
     data = LAIONDataModule(
-        str(path),
-        4 * batches,
+        shards=str(path),
+        epoch_samples=4 * batches,
         tokenizer=TOKENIZER,
         batch_size=4,
         image_size=16,
@@ -134,7 +134,7 @@ def test_config_that_evaluates(tmp_path, target, monkeypatch, capsys):
 @pytest.mark.parametrize("scheme", ["pipe:touch {0}", "PIPE:touch {0}", "ssh://host/{0}", "file:/x/../{0}"])
 def test_url_that_is_a_command(target, scheme):
     with pytest.raises(DataError, match=r"not from '[A-Za-z]+:'"):
-        LAIONDataModule(scheme.format(target), 8, tokenizer=TOKENIZER, batch_size=4).prepare_data()
+        LAIONDataModule(shards=scheme.format(target), epoch_samples=8, tokenizer=TOKENIZER, batch_size=4).prepare_data()
 
 
 def test_members_that_hold_code(tmp_path, target):
@@ -197,7 +197,13 @@ def test_json_bomb(tmp_path):
     bomb = {"bomb.jpg": jpeg(), "bomb.json": b'{"caption": ' + b"[" * 100_000}
     path = write_tar(tmp_path / "x.tar", bomb | good("json", b'{"caption": "a dog"}'))
     data = LAIONDataModule(
-        str(path), 8, tokenizer=TOKENIZER, batch_size=4, image_size=16, caption_keys="caption", max_bad_fraction=0.5
+        shards=str(path),
+        epoch_samples=8,
+        tokenizer=TOKENIZER,
+        batch_size=4,
+        image_size=16,
+        caption_keys="caption",
+        max_bad_fraction=0.5,
     )
     assert "bomb" not in {key for batch in data.train_dataloader() for key in batch.keys}
 

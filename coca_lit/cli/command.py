@@ -328,7 +328,7 @@ def _explain_option(error: MissingConfigException, config: str, overrides: Seque
     if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGINS:
         extra = PLUGINS[option]
         return f"Hydra's {option} plugin is not installed: pip install -e '.[{extra}]' (or coca_lit[{extra}])"
-    options = error.options or _Known(config, overrides).options(group)
+    options = _Known(config, overrides).options(group)
     where = f"'{group}' has no option" if group else "there is no config"
     return f"{where} '{option}'{suggest(option, options)} The options: {', '.join(options)}"
 
@@ -369,7 +369,8 @@ class _Known:
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            return loader.get_group_options(group, kind, self.config, self.search)
+            options = loader.get_group_options(group, kind, self.config, self.search)
+        return [option for option in options if not option.startswith("_")]  # base files of others
 
     def has(self, key: str) -> bool:
         return key in self.names or bool(self.options(key))

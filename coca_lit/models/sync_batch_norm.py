@@ -1,18 +1,18 @@
-"""Batch norm over the global batch: with the statistics of each rank's own images, the result would depend on the
-number of ranks.
+"""Batch norm over the global batch: with the statistics of each rank's own images, a network with batch norms would be
+another one on every number of ranks.
+
+`torch.nn.SyncBatchNorm` has no CPU version, and converting timm's norms to it loses the activations inside them.
 """
 
 import torch
-from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
 from coca_lit.distributed import sum_over_ranks, world_size
 
 
-class GlobalBatchNorm2d(SyncBatchNormAct):
-    """timm's synchronised batch norm, which keeps the activation of the norm that it replaces, with a CPU version,
-    which PyTorch lacks. In one process and in evaluation mode it computes what that norm does; names in the state dict
-    stay.
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Takes the place of a batch norm of timm, with its names in the state dict. In one process, and in evaluation
+    mode, it computes the same.
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
@@ -24,13 +24,12 @@ class GlobalBatchNorm2d(SyncBatchNormAct):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W)"""
-        if x.is_cpu and self.training and world_size() > 1:
-            return self.act(self.drop(self._normalize_over_ranks(x)))
-        return super().forward(x)
+        x = self._normalize_over_ranks(x) if self.training and world_size() > 1 else super().forward(x)
+        return self.act(self.drop(x))
 
     def _normalize_over_ranks(self, x: Tensor) -> Tensor:
         count = x.numel() // x.shape[1] * world_size()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             mean = sum_over_ranks(wide.sum(dim=(0, 2, 3))) / count  # (C,)
             variance = sum_over_ranks((wide - mean.view(-1, 1, 1)).square().sum(dim=(0, 2, 3))) / count  # (C,)

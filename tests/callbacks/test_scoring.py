@@ -9,11 +9,10 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from coca_lit.cli.config import build
 from running import compose, run
 
 from coca_lit.callbacks import ScoreDuringTraining
-from coca_lit.cli.assembly import build_module, build_trainer
+from coca_lit.cli.assembly import build, build_module, build_trainer
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError
@@ -302,7 +301,6 @@ def test_an_evaluation_from_outside_the_package(tmp_path: Path, monkeypatch: pyt
     """A class by its name alone, and a function with records; both during training and at its end."""
     (tmp_path / "guest_scores.py").write_text(GUEST)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("coca_lit.cli.config._allowed", lambda *_: True, raising=False)
     function = {
         "_target_": "coca_lit.evals.FunctionEvaluation",
         "name": "ours",

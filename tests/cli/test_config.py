@@ -19,7 +19,10 @@ from coca_lit.lit_module import CoCaLit
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 GROUPS = ("callbacks", "data", "evals", "experiment", "logger", "model", "trainer")
-OPTIONS = {group: [path.name for path in FILES if path.parent == Path(group)] for group in GROUPS}
+OPTIONS = {
+    group: [path.name for path in FILES if path.parent == Path(group) and not path.name.startswith("_")]
+    for group in GROUPS
+}
 
 
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
@@ -37,7 +40,7 @@ def test_option_composes_and_brings_its_content(group: str, option: str) -> None
     cfg = OmegaConf.to_container(compose(f"{group}={option}", "output_dir=x", "name=x"), resolve=True)
     if group in ("data", "model", "trainer"):
         assert set(yaml.safe_load((CONF / group / f"{option}.yaml").read_text())) - {"defaults"} <= set(cfg[group])
-    if group in ("evals", "logger"):
+    if group in ("evals", "logger") and option != "records":
         assert cfg[group]
         assert all("_target_" in node for node in cfg[group].values())
 
@@ -78,7 +81,7 @@ def test_evaluations_can_be_listed(override: str, names: set[str]) -> None:
     assert set(compose("experiment=pretrain_b32", override).evals) == names
 
 
-@pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("scenes", "scenes_vqa", "laion")])
+@pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("records", "scenes", "scenes_vqa", "laion")])
 def test_evaluation_reads_the_folder_of_the_data(data: str) -> None:
     evals = compose(f"data={data}", "data.root=/elsewhere").evals
     assert {node.records.root for node in evals.values()} == {"/elsewhere"}
@@ -93,7 +96,8 @@ def test_evaluation_on_other_data_reads_the_folder_of_its_name(evals: str) -> No
 
 @pytest.mark.parametrize("data", OPTIONS["data"])
 def test_data_builds(data: str) -> None:
-    assert build(compose(f"data={data}").data, "data", tokenizer=None).batch_size > 0
+    function = ["data.records._target_=coca_lit.data.scenes.render.scene_records"] if data == "records" else []
+    assert build(compose(f"data={data}", *function).data, "data", tokenizer=None).batch_size > 0
 
 
 @pytest.mark.parametrize("trainer", ["auto", "cpu", "smoke"])
@@ -173,7 +177,7 @@ def test_wrong_evaluation_is_found_in_lists_too(refused: Callable[..., str], eva
         (
             {"defaults": [{"override /data": "ours"}], "data": {"root": "x"}},
             "'data' has no option 'ours'; did you mean 'our'? The options: flickr30k, flickr8k, laion, mscoco, nocaps, "
-            "our, scenes, scenes_vqa, vqa",
+            "our, records, scenes, scenes_vqa, vqa",
         ),
     ],
 )
@@ -318,7 +322,7 @@ def test_a_node_without_a_target() -> None:
 
 GUEST = """
 import lightning.pytorch as L
-from coca_lit.data.scenes.datamodule import ScenesDataModule
+from coca_lit.data.datamodule import ScenesDataModule
 
 class MyData(ScenesDataModule):
     def __init__(self, colour: str, **shared):

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from coca_lit.data.scenes.datamodule import ScenesDataModule
 from PIL import Image
 from running import ROOT, train_py
 
+from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model
 from experiments.image_decoder.image_decoder import ImageDecoder, sheet
@@ -62,7 +62,7 @@ def test_it_learns_to_draw_what_a_caption_says() -> None:
     """Four scenes are drawn nearer to the truth than by the mean of them, which knows no caption."""
     torch.manual_seed(0)
     net = create_model("coca_tiny")
-    batch = next(iter(ScenesDataModule(net.tokenizer, 4, train_count=4).train_dataloader()))
+    batch = next(iter(ScenesDataModule(tokenizer=net.tokenizer, batch_size=4, train_count=4).train_dataloader()))
     decoder = built(net, layers=1)
     optimizer = torch.optim.Adam([*net.text.parameters(), *decoder.parameters()], lr=3e-3)
     for _ in range(60):

@@ -1,6 +1,5 @@
 """`coca-caption` from its configuration to its output: each caption is that of the model for the image alone."""
 
-import inspect
 import io
 import json
 import os
@@ -15,7 +14,7 @@ from applying import caption, naive_captions, new_model
 from PIL import Image
 
 from coca_lit import save_model
-from coca_lit.cli.command import compose, quote
+from coca_lit.cli.command import quote
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import read_results
 from coca_lit.data.scenes.export import write_shards
@@ -76,12 +75,6 @@ def readable(photos: Path) -> list[Path]:
 def members(path: Path) -> dict[str, bytes]:
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}
-
-
-def test_every_option_of_generate_can_be_given() -> None:
-    given = set(compose("caption").generate)
-    known = set(inspect.signature(CoCa.generate).parameters)
-    assert given == known - {"self", "images", "generator", "return_scores", "return_attention"}
 
 
 def test_json_lines(model: CoCa, checkpoint: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

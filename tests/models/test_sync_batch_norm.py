@@ -57,7 +57,7 @@ def test_one_process_computes_what_timm_does(name: str) -> None:
     ours.load_state_dict(plain.state_dict())
     use_global_batch_norms(ours)
     assert list(ours.state_dict()) == list(plain.state_dict())
-    norms = [module for module in ours.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in ours.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert all(type(module) is GlobalBatchNorm2d for module in norms)
     images = torch.randn(2, 3, 64, 64)

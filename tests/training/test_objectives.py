@@ -11,8 +11,9 @@ from running import run
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.datamodule import SceneQuestionsDataModule
 from coca_lit.data.scenes.export import export_scenes
-from coca_lit.data.scenes.questions import SceneQuestionsDataModule, scene_question_records
+from coca_lit.data.scenes.questions import scene_question_records
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
@@ -34,7 +35,7 @@ def net() -> CoCa:
 
 @pytest.fixture(scope="module")
 def questions(net: CoCa) -> Batch:
-    return next(iter(SceneQuestionsDataModule(net.tokenizer, 8, train_count=8).train_dataloader()))
+    return next(iter(SceneQuestionsDataModule(tokenizer=net.tokenizer, batch_size=8, train_count=8).train_dataloader()))
 
 
 # The answer classifier
