@@ -111,7 +111,7 @@ def test_an_encoder_that_is_trained_is_refused(tmp_path: Path) -> None:
         views(tmp_path, Encoder().requires_grad_(True))
 
 
-def test_another_image_stands_in_for_one_that_cannot_be_decoded(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_replaced(tmp_path: Path) -> None:
     images = [*records(200), Record(200, broken, ("a green square",))]
     paths = views(tmp_path, Encoder()).encode(images, 2, 0, CPU)
     example = CachedCaptionDataset(images, paths, TOKENIZER)[0, 200]
