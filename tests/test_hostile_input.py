@@ -115,7 +115,7 @@ def test_pickle_as_checkpoint_of_a_training(tmp_path, target, key):
 
 def test_pickle_as_model(tmp_path, target):
     torch.save({"state_dict": Evil(target)}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match="tensors and plain values only, so it is not loaded"):
+    with pytest.raises(ValueError, match="not a checkpoint of tensors and plain values alone, so it is not loaded"):
         coca_lit.load_model(tmp_path / "evil.ckpt")
 
 

@@ -264,7 +264,7 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
 def build_plugins() -> list[Any]:
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-    from coca_lit.runs.checkpoint_io import SafeCheckpointIO
+    from coca_lit.training.checkpoint_plugin import SafeCheckpointIO
 
     # Requeueing is ours: Lightning would save within the signal handler, in the middle of a step.
     under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()

@@ -10,12 +10,11 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins import TorchCheckpointIO
 
 from coca_lit.errors import CheckpointError, DataError
 from coca_lit.files import replacing
@@ -23,38 +22,6 @@ from coca_lit.files import replacing
 log = logging.getLogger(__name__)
 
 SPARE = 64 * 2**20  # bytes that stay free beside a checkpoint, for logs and samples
-
-
-class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes as described above, and reads nothing but plain values and tensors."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """A disk that is full or fails costs this checkpoint, not the run: a warning, and the older ones stay.
-
-        Raises:
-            CheckpointError: the content could never be loaded again, because it holds code.
-        """
-        target = Path(path)
-        try:
-            with replacing(target) as temporary:
-                needed, free = _bytes(checkpoint), shutil.disk_usage(target.parent).free
-                if free < needed + SPARE:
-                    raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
-                with temporary.open("wb") as file:
-                    torch.save(checkpoint, file)
-                inspect(temporary)
-        except (DataError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
-            reason = str(error.__cause__ or error).splitlines()[0]
-            log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
-
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable | None = lambda storage, _: storage,
-        weights_only: bool | None = True,
-    ) -> dict[str, Any]:
-        """As Lightning does, but always with `weights_only`."""
-        return upgrade(super().load_checkpoint(path, map_location, weights_only=True))
 
 
 def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +36,26 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
         for key in [key for key in tensors if key.startswith("auxiliary.")]:
             tensors[f"objectives.{key.removeprefix('auxiliary.')}"] = tensors.pop(key)
     return checkpoint
+
+
+def save(checkpoint: dict[str, Any], target: Path) -> None:
+    """Writes a checkpoint as described above. A disk that is full or fails costs this checkpoint, not the run: a
+    warning, and the older ones stay.
+
+    Raises:
+        CheckpointError: the content could never be loaded again, because something in it is code.
+    """
+    try:
+        with replacing(target) as temporary:
+            needed, free = _bytes(checkpoint), shutil.disk_usage(target.parent).free
+            if free < needed + SPARE:
+                raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+            inspect(temporary)
+    except (DataError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
+        reason = str(error.__cause__ or error).splitlines()[0]
+        log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
 
 
 def inspect(path: Path) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from coca_lit.lit_module import CoCaLit
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 GROUPS = ("callbacks", "data", "evals", "experiment", "logger", "model", "trainer")
 OPTIONS = {
-    group: [path.name for path in FILES if path.parent == Path(group) and not path.name.startswith("_")]
-    for group in GROUPS
+    group: [path.name for path in FILES if path.parent == Path(group) and path.name[0] != "_"] for group in GROUPS
 }
 
 
@@ -227,7 +226,7 @@ def test_wrong_model_is_one_sentence(override: str, said: str) -> None:
         ("+logger.csv.dir=x", r"^logger\.csv has no key 'dir'"),
         ("callbacks.checkpoint.keep_last=0", r"^callbacks\.checkpoint: keep_last must be at least 1, got 0"),
         ("callbacks.checkpoint._target_=ModelCheckpoint", r"^callbacks\.checkpoint: there is no 'ModelCheckpoint' \("),
-        ("trainer.accelerator=mps", r"^trainer: '?MPSAccelerator"),
+        ("trainer.accelerator=mps", r"^trainer: .*MPS"),
         ("callbacks.progress._target_=coca_lit.callbacks.Bar", r"^callbacks\.progress: there is no 'coca_lit\.callb"),
     ],
 )

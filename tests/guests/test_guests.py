@@ -64,8 +64,9 @@ def test_the_checkpoint_is_evaluated_and_captions(checkpoint: Path, tmp_path: Pa
     assert written.startswith(f"{tmp_path / 'red.png'}\t")
 
 
-def test_without_its_package_the_checkpoint_is_refused_in_one_sentence(checkpoint: Path) -> None:
-    arguments = [str(BIN / "coca-caption"), "x.png", f"checkpoint={checkpoint}"]
+def test_without_its_package_the_checkpoint_is_refused_in_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    arguments = [str(BIN / "coca-caption"), str(tmp_path / "x.png"), f"checkpoint={checkpoint}"]
     done = subprocess.run(arguments, cwd=GUESTS, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert "imports=['my_coca_parts.encoder']" in done.stderr

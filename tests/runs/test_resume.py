@@ -25,9 +25,10 @@ from coca_lit.cli.runtime import finish_run
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io
-from coca_lit.runs.checkpoint_io import SafeCheckpointIO, inspect, newest_valid
+from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.resume import FORMAT, RUN_KEY, check_same_run, find_checkpoint, resume, resume_keys, start_fresh
 from coca_lit.runs.run_folder import finished_results, start_run_folder
+from coca_lit.training.checkpoint_plugin import SafeCheckpointIO
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
 TINY = (
@@ -307,7 +308,7 @@ def checkpoint(step: int = 1, **run: Any) -> dict[str, Any]:
 
 def save(folder: Path, step: int, **run: Any) -> Path:
     path = folder / "checkpoints" / f"step_{step}.ckpt"
-    SafeCheckpointIO().save_checkpoint(checkpoint(step, **run), path)
+    checkpoint_io.save(checkpoint(step, **run), path)
     return path
 
 
@@ -342,7 +343,7 @@ def test_nothing_but_whole_files_under_the_final_name(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(checkpoint_io.torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        SafeCheckpointIO().save_checkpoint(checkpoint(2), path)
+        checkpoint_io.save(checkpoint(2), path)
     assert path.read_bytes() == before
 
 
@@ -377,7 +378,7 @@ def test_full_disk_costs_a_checkpoint_and_no_run(
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
-        SafeCheckpointIO().save_checkpoint({"code": Die(1)}, tmp_path / "step_1.ckpt")
+        checkpoint_io.save({"code": Die(1)}, tmp_path / "step_1.ckpt")
     assert not [*tmp_path.iterdir()]
 
 

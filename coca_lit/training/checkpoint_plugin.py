@@ -1,0 +1,25 @@
+"""How Lightning writes and reads checkpoints: safely, see `coca_lit.runs.checkpoint_io`, which needs no Lightning."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from coca_lit.runs.checkpoint_io import save, upgrade
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes whole files or none, and reads plain values and tensors only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable | None = lambda storage, _: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        """As Lightning's, but never with code inside, whatever `weights_only` asks for."""
+        return upgrade(super().load_checkpoint(path, map_location, weights_only=True))
