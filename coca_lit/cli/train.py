@@ -58,7 +58,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
     checkpoint = find_start(cfg)
     if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
         return results
-    start_run_folder(cfg, checkpoint)
     module = build_module(with_vocabulary(cfg))
     data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first
     evals, not_run = build_evals(cfg)
@@ -70,6 +69,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     check_trainer(cfg, trainer)
     if checkpoint is None:
         choose_fp32_matmul(cfg, trainer, module)
+    start_run_folder(cfg, checkpoint)  # not before: a run that cannot start leaves nothing behind
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seen = samples_seen(trainer)
     if trainer.is_global_zero:

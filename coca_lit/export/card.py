@@ -98,9 +98,9 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
     data = list(dict.fromkeys(key.rpartition("/")[0] for key in results))
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
     rows = [[score_name(s), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
-    note = [f"Of the end of the run, which `{checkpoint}` need not be."] if checkpoint != "last.ckpt" else []
+    note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
     if split := config.get("scoring", {}).get("split"):
-        note.append(f"Of data that have several splits, `{split}`.")
+        note.append(f"On the split `{split}` of data with several splits.")
     return _table("Scores", ("", *data), rows, " ".join(note))
 
 

@@ -162,7 +162,7 @@ def best(folder: Path) -> tuple[int, float]:
 
 
 class Planned(Probe):
-    """Scores in a given order: those during training, the last one also for the few images at the end."""
+    """Scores in a given order: those during training, then of the few images and of all images at the end."""
 
     def __init__(self, *values: float, measure: str = "value", name: str = "probe") -> None:
         rest = iter(values)
@@ -175,11 +175,11 @@ STEPS = {"every_n_epochs": None, "every_n_steps": 2, "quick": 5}  # 2, 4, 6, and
 @pytest.mark.parametrize(
     ("measure", "values", "expected"),
     [
-        ("value", (1, 3, 2, 9, 2), (4, 3)),
-        ("value", (1, 3, 2, 0, 4), (8, 4)),
-        ("value", (3, 2, 1, 9, 3), (2, 3)),  # the first of equals
-        ("value", (float("nan"), 2, 1, 9, 0), (4, 2)),
-        ("t2i_median_rank", (3, 2, 1, 9, 5), (6, 1)),  # lower is better
+        ("value", (1, 3, 2, 2, 9), (4, 3)),
+        ("value", (1, 3, 2, 4, 0), (8, 4)),
+        ("value", (3, 2, 1, 3, 9), (2, 3)),  # the first of equals
+        ("value", (float("nan"), 2, 1, 0, 9), (4, 2)),
+        ("t2i_median_rank", (3, 2, 1, 5, 9), (6, 1)),  # lower is better
     ],
 )
 @pytest.mark.parametrize("name", ["probe", "probe_5"])

@@ -153,7 +153,7 @@ def test_a_failed_export_leaves_nothing(checkpoint: Path, tmp_path: Path, monkey
 
 def test_a_missing_package_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(ConfigError, match=r"not here \(onnxscript\): pip install 'coca_lit\[onnx\]'"):
+    with pytest.raises(ConfigError, match=r"not installed \(onnxscript\): pip install 'coca_lit\[onnx\]'"):
         export(f"checkpoint={checkpoint}", f"output={tmp_path}/model", "format=onnx")
 
 
