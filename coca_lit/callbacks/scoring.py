@@ -116,7 +116,7 @@ class ScoreDuringTraining(L.Callback):
             self._score_all(trainer, pl_module)
 
     def _due(self, count: int, every: int | None) -> list[Evaluation]:
-        """The evaluations that take part after so many epochs or steps."""
+        """The evaluations that take part after this number of epochs or steps."""
         return [e for e in self.evals if every and e.every and count % (every * e.every) == 0]
 
     def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, due: Sequence[Evaluation]) -> dict[str, float]:
@@ -202,7 +202,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     """The network as evaluations need it, whose random numbers do not change those of training.
 
-    It is whole on every rank, and not compiled: a cache that grows with every token would be compiled anew each time.
+    It is whole on every rank, and not compiled: a cache that grows with every token would be recompiled at each token.
     Low-rank updates are added to their weights once, not at every token.
     """
     net = module.net

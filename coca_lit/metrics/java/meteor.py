@@ -24,7 +24,7 @@ SECONDS_PER_CAPTION = 0.05  # over ten times what a caption with five references
 class Meteor:
     """Scores captions as the COCO caption evaluation does: METEOR 1.5, English, normalised, default weights.
 
-    The process starts at ``start`` or at the first ``score``, and anew when it is found dead. Threads may share an
+    The process starts at ``start`` or at the first ``score``, and again when it has died. Threads may share an
     instance; ``with Meteor() as meteor`` closes it. ``timeout``: seconds for loading, and slack for each ``score``.
     """
 
