@@ -27,6 +27,7 @@ from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.errors import DataError
 from coca_lit.runs.redaction import mask, redact
+from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tokenizer import get_tokenizer
 
 TOKENIZER = get_tokenizer("clip")
@@ -247,7 +248,7 @@ def test_no_picture(content, said):
 # Secrets
 
 
-def test_no_secret_in_what_a_run_prints_and_writes(tmp_path):
+def test_no_secret_in_what_a_run_prints_and_writes(tmp_path, monkeypatch):
     secrets = {"WANDB_API_KEY": "from-environment-1", "HF_TOKEN": "from-environment-2"}
     arguments = (
         *("trainer=smoke", "name=x", "++logger.csv.token=typed-3", "++model.net.note=${oc.env:HF_TOKEN}"),
@@ -259,9 +260,13 @@ def test_no_secret_in_what_a_run_prints_and_writes(tmp_path):
     assert (shown["model"]["net"]["name"], shown["model"]["net"]["note"]) == ("coca_tiny", "<hidden>")
     hidden = [shown["logger"]["csv"]["token"], *shown["logger"]["csv"]["deep"].values()]
     assert hidden == ["<hidden>"] * 3
-    stopped = train_py(*arguments, cwd=tmp_path, **secrets)  # at the unknown key, after the files are written
+    stopped = train_py(*arguments, cwd=tmp_path, **secrets)
     (said,) = stopped.stderr.splitlines()
     assert said.startswith("error: model: CoCa has no argument 'note'")
+    for name, value in secrets.items():  # what a run that starts writes
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    start_run_folder(compose(*arguments, f"output_dir={tmp_path}/outputs/x"))
     written = {path.name: path.read_text() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
     assert {"config.yaml", "environment.json"} <= set(written)
     assert "token=<hidden>" in json.loads(written["environment.json"])["command"]

@@ -29,7 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from coca_lit.cli.sweep import job_record, print_sweep
 from coca_lit.errors import ConfigError, UserError, suggest
-from coca_lit.runs.launch import job_folder, launched_devices, launched_nodes, run_id
+from coca_lit.runs.launch import is_first_process, job_folder, launched_devices, launched_nodes, run_id
 from coca_lit.runs.redaction import masked_yaml, redact
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -148,8 +148,9 @@ def _run_with_hydra(config: str, function: Callable[[DictConfig], Any], words: S
                 return _start(function, cfg, defaults)
         except Exception as error:  # Hydra would print all overrides before it, secrets included
             failures.append(error)
-            with suppress(OSError):
-                os.rmdir(HydraConfig.get().runtime.output_dir)  # where nothing was written
+            if is_first_process():  # the others must not remove the folder before it has written there
+                with suppress(OSError):
+                    os.rmdir(HydraConfig.get().runtime.output_dir)  # where nothing was written
             return None
 
     swept = False

@@ -24,6 +24,7 @@ from coca_lit.evals import captions
 from coca_lit.evals.inference import caption_images
 from coca_lit.metrics.captions import CaptionMetric
 from coca_lit.models import CoCa, create_model
+from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.weights.load import load_model, save_model
 
 OVERLAP = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
@@ -236,6 +237,7 @@ def test_secrets_stay_in_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
     secret = "+callbacks.note={_target_: lightning.pytorch.callbacks.Timer, duration: '${oc.env:COCA_TEST_TOKEN}'}"
     with pytest.raises(Exception, match="hunter2"):  # resolved where it is used: Timer wants a duration
         run(tmp_path, *TINY, "evals=[]", secret)
+    start_run_folder(compose(*TINY, "evals=[]", secret, f"output_dir={tmp_path}", "name=test"))
     written = "".join(path.read_text() for path in tmp_path.rglob("*.yaml"))
     assert "${oc.env:COCA_TEST_TOKEN}" in written
     assert "hunter2" not in written
