@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from coca_lit.weights.load import load_model, save_model
     from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 
+__version__ = "0.2.0"
+
 _HOMES = {
     "CoCa": "coca_lit.models",
     "create_model": "coca_lit.models",
