@@ -122,7 +122,7 @@ class Checkpoints(L.Callback):
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
         saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
-        print_rank_zero(f"stopping after step {step} on signal {number}: {saved}; the same command resumes from there")
+        print_rank_zero(f"stopping after step {step} on signal {number}: {saved}")
         self.signals.answer(trainer, number)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -4,6 +4,7 @@ The constructor is the schema: `build` refuses a key that a constructor does not
 """
 
 import inspect
+import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from coca_lit.cli.runtime import best_precision
 from coca_lit.errors import ConfigError, error_context, suggest
+from coca_lit.runs.launch import launched_devices, under_srun
 from coca_lit.runs.redaction import mask
 
 if TYPE_CHECKING:
@@ -262,13 +264,18 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
 
 
 def build_plugins() -> list[Any]:
+    """Safe checkpoint files, and under srun an environment that leaves requeueing to us: Lightning would save within
+    the signal handler, in the middle of a step.
+    """
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     from coca_lit.training.checkpoint_plugin import SafeCheckpointIO
 
-    # Requeueing is ours: Lightning would save within the signal handler, in the middle of a step.
-    under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [SafeCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if under_srun else [])]
+    if not under_srun() or TorchElasticEnvironment.detect():
+        return [SafeCheckpointIO()]
+    # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched_devices()))
+    return [SafeCheckpointIO(), SLURMEnvironment(auto_requeue=False)]
 
 
 def _without(node: DictConfig, *keys: str) -> DictConfig:

@@ -22,7 +22,7 @@ from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.cli.sweep import check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context, suggest
 from coca_lit.report.scores import headline
-from coca_lit.runs.launch import is_first_process
+from coca_lit.runs.launch import is_first_process, launched_processes
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
-    from coca_lit.runs.run_folder import finished_results, start_run_folder
+    from coca_lit.runs.run_folder import finished_results, resume_command, start_run_folder
 
     configure_libraries(cfg.threads, cfg.kernels.enabled)
     with error_context("seed"):
@@ -70,7 +70,12 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if checkpoint is None:
         choose_fp32_matmul(cfg, trainer, module)
     start_run_folder(cfg, checkpoint)  # not before: a run that cannot start leaves nothing behind
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # stopped by a signal, with everything saved
+        if trainer.is_global_zero:
+            print(f"resume with: {resume_command(cfg.name)}", flush=True)
+        raise
     seen = samples_seen(trainer)
     if trainer.is_global_zero:
         finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, seen)
@@ -92,6 +97,11 @@ def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
     from coca_lit.training.sharding import check_batch_size
 
     check_processes(trainer.world_size)
+    if (launched := launched_processes()) > trainer.world_size:
+        raise ConfigError(
+            f"{launched} processes were started, but this configuration trains with {trainer.world_size} "
+            f"(trainer.devices={cfg.trainer.devices}): start as many, or do not set trainer.devices"
+        )
     if "batch_size" in cfg.data:
         with error_context("data.batch_size"):
             check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)

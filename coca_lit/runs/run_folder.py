@@ -94,13 +94,27 @@ def environment() -> dict[str, Any]:
     """What a number depends on: command, commit, machine, versions."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
-        "command": redact(shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]])),
+        "command": command(),
         "commit": commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "started": time.time(),
     }
+
+
+def command() -> str:
+    """The command that started this process, without secrets, as typed in a shell."""
+    return redact(shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]))
+
+
+def resume_command(name: str) -> str:
+    """The command that resumes this run: the same one, with the name that the run was given."""
+    return (
+        command()
+        if any(word.startswith("name=") for word in sys.argv)
+        else f"{command()} {shlex.quote(f'name={name}')}"
+    )
 
 
 def _program(path: Path) -> list[str]:
