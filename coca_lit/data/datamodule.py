@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Required, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack, cast
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
@@ -14,21 +14,17 @@ from coca_lit.data.datasets.coco import mscoco_records
 from coca_lit.data.datasets.flickr import FlickrName, flickr_records
 from coca_lit.data.datasets.nocaps import nocaps_records
 from coca_lit.data.datasets.vqa import vqa_records
-from coca_lit.data.examples import (
-    CachedCaptionDataset,
-    CachedFirstCaptionDataset,
-    CaptionDataset,
-    FirstCaptionDataset,
-)
-from coca_lit.data.feature_cache import FeatureCache
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import Record, trainable
 from coca_lit.data.scenes.questions import scene_question_records
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.data.text_batches import TextBatches, TextFiles, interleave_texts
 from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform, whole
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from coca_lit.data.text_batches import TextBatches
 
 
 class LoaderArguments(TypedDict, total=False):
@@ -39,7 +35,7 @@ class LoaderArguments(TypedDict, total=False):
     image_size: int
     num_workers: int
     seed: int
-    text: TextFiles | None
+    text: str | Sequence[str] | None
     text_every: int
 
 
@@ -63,6 +59,8 @@ class CaptionDataModule(LightningDataModule):
         text_every: every N-th batch is one of texts alone; 1 for all of them.
     """
 
+    texts: "TextBatches | None" = None
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -70,7 +68,7 @@ class CaptionDataModule(LightningDataModule):
         image_size: int = 224,
         num_workers: int = 0,
         seed: int = 0,
-        text: TextFiles | None = None,
+        text: str | Sequence[str] | None = None,
         text_every: int = 2,
     ) -> None:
         super().__init__()
@@ -81,7 +79,10 @@ class CaptionDataModule(LightningDataModule):
             raise ValueError(f"text_every must be a whole number of at least 1, got {text_every!r}")
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
         self.num_workers, self.seed, self.text_every = num_workers, seed, text_every
-        self.texts = None if text is None else TextBatches(text, tokenizer, batch_size, image_size, seed)
+        if text is not None:
+            from coca_lit.data.text_batches import TextBatches
+
+            self.texts = TextBatches(text, tokenizer, batch_size, image_size, seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,7 +114,11 @@ class CaptionDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         rank, world = self.rank_and_world()
         pairs = self.pair_loader(rank, world)
-        return pairs if self.texts is None else interleave_texts(pairs, self.texts, self.text_every, rank, world)
+        if self.texts is None:
+            return pairs
+        from coca_lit.data.text_batches import interleave_texts
+
+        return interleave_texts(pairs, self.texts, self.text_every, rank, world)
 
     def val_dataloader(self) -> DataLoader | list:
         return []
@@ -181,6 +186,8 @@ class RecordsDataModule(CaptionDataModule):
         """Encodes what is to be cached and is not yet: now the network exists, still whole on every process."""
         if stage != "fit" or not self.cached_augmentations:
             return
+        from coca_lit.data.feature_cache import FeatureCache
+
         assert self.trainer is not None
         assert self.cache_dir is not None
         encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder.frozen_part()
@@ -196,6 +203,8 @@ class RecordsDataModule(CaptionDataModule):
     def pair_loader(self, rank: int, world: int) -> TrainLoader:
         per_rank(self.batch_size, world)
         if views := self._features.get(self.train_split):
+            from coca_lit.data.feature_cache import CachedCaptionDataset
+
             dataset: CaptionDataset = CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
         else:
             dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
@@ -210,6 +219,8 @@ class RecordsDataModule(CaptionDataModule):
             return []
         records = trainable(self.records(self.val_split))
         if views := self._features.get(self.val_split):
+            from coca_lit.data.feature_cache import CachedFirstCaptionDataset
+
             dataset: FirstCaptionDataset = CachedFirstCaptionDataset(records, views[0], self.tokenizer)
         else:
             dataset = FirstCaptionDataset(records, build_transform(size=self.image_size), self.tokenizer)
