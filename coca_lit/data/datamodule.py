@@ -1,4 +1,7 @@
-"""The LightningDataModules: what they share, one for records that a function returns, and one per built-in data set."""
+"""The LightningDataModules: what they share, one for records that a function returns, and one per built-in data set.
+
+The reader of a data set is imported by its DataModule alone.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
@@ -10,20 +13,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.datasets.coco import mscoco_records
-from coca_lit.data.datasets.flickr import FlickrName, flickr_records
-from coca_lit.data.datasets.nocaps import nocaps_records
-from coca_lit.data.datasets.vqa import vqa_records
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import Record, trainable
-from coca_lit.data.scenes.questions import scene_question_records
-from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform, whole
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from coca_lit.data.datasets.flickr import FlickrName
     from coca_lit.data.text_batches import TextBatches
 
 
@@ -237,13 +235,17 @@ class MSCOCODataModule(RecordsDataModule):
     """MS-COCO captions, see `mscoco_records`."""
 
     def __init__(self, root: str, karpathy: str | None = None, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.coco import mscoco_records
+
         super().__init__(partial(mscoco_records, root, karpathy=karpathy), **shared)
 
 
 class FlickrDataModule(RecordsDataModule):
     """Flickr8k or Flickr30k, see `flickr_records`."""
 
-    def __init__(self, root: str, name: FlickrName = "flickr8k", **shared: Unpack[SharedArguments]) -> None:
+    def __init__(self, root: str, name: "FlickrName" = "flickr8k", **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.flickr import flickr_records
+
         super().__init__(partial(flickr_records, root, name=name), **shared)
 
 
@@ -251,6 +253,8 @@ class NoCapsDataModule(RecordsDataModule):
     """nocaps, which is for evaluation only, see `nocaps_records`."""
 
     def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.nocaps import nocaps_records
+
         super().__init__(partial(nocaps_records, root), **shared)
 
 
@@ -258,6 +262,8 @@ class VQADataModule(RecordsDataModule):
     """VQA v2, see `vqa_records`: the model reads the question and learns to write the answer."""
 
     def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.vqa import vqa_records
+
         super().__init__(partial(vqa_records, root), **shared)
 
 
@@ -277,6 +283,8 @@ class ScenesDataModule(RecordsDataModule):
         style: str = "standard",
         **shared: Unpack[SharedArguments],
     ) -> None:
+        from coca_lit.data.scenes.render import scene_records
+
         super().__init__(self._render, **shared)
         self.train_count = train_count
         self._scenes = partial(scene_records, objects=objects, style=style)
@@ -300,5 +308,7 @@ class SceneQuestionsDataModule(ScenesDataModule):
     """
 
     def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.scenes.questions import scene_question_records
+
         super().__init__(train_count, **shared)
         self._scenes = partial(scene_question_records)
