@@ -300,7 +300,7 @@ def _help(config: str, overrides: Sequence[str]) -> str:
     """What `--help` prints: the template in `conf/hydra/help`, with the options of all config groups."""
     known = _Known(config, [word for word in overrides if word.startswith("hydra.searchpath=")])
     groups = [group for group in known.options("", ObjectType.GROUP) if group != "hydra"]
-    listed = "\n  ".join(f"{group}: {', '.join(known.options(group))}" for group in sorted(groups))
+    listed = "\n".join(f"{group}: {', '.join(known.options(group))}" for group in sorted(groups))
     template = compose(config, with_hydra=True).hydra.help.template
     return str(template).replace("$APP_CONFIG_GROUPS", listed)
 
@@ -381,9 +381,11 @@ class _Known:
         self.config = config
         self.overrides = [parsed for override in overrides if (parsed := _parsed(override)) is not None]
         self.search = tuple(str(o.input_line) for o in self.overrides if o.key_or_group == "hydra.searchpath")
-        chosen = [o for o in self.overrides if not o.is_sweep_override() and self._chooses(o.key_or_group)]
+        single = [(o.key_or_group, str(o.input_line)) for o in self.overrides if not o.is_sweep_override()]
+        groups = [line for key, line in single if self.options(key)]
+        targets = [f"++{line.lstrip('+')}" for key, line in single if key.endswith("._target_")]
         try:
-            self.nodes = _listed(config, (*self.search, *(str(o.input_line) for o in chosen)))
+            self.nodes = _listed(config, (*self.search, *groups, *targets))
         except HydraException:  # something is wrong with the groups, too
             self.nodes = _listed(config, self.search)
         self.names = [*self.nodes, *self.options("", ObjectType.GROUP)]
@@ -428,10 +430,6 @@ class _Known:
             if "_target_" in node:
                 return ".".join(parts[:end]), parts[end]
         return None, ""
-
-    def _chooses(self, key: str) -> bool:
-        """Whether the override of this key decides which other keys there are."""
-        return key.endswith("._target_") or bool(self.options(key))
 
 
 @functools.cache
