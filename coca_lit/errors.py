@@ -48,5 +48,6 @@ def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None =
         aliases: what a user may also write -> the known name that is meant.
     """
     meant = {**(aliases or {}), **{name: name for name in known}}
-    close = [word] if word in meant else difflib.get_close_matches(word, meant, n=1)
+    folded = {name.lower(): name for name in reversed(meant)}
+    close = [word] if word in meant else [folded[name] for name in difflib.get_close_matches(word.lower(), folded, n=1)]
     return f"; did you mean '{meant[close[0]]}'?" if close else "."

@@ -1,9 +1,8 @@
 """When evaluations run: during training on a few images, and at its end on all of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,7 +13,7 @@ from torch.nn.utils import parametrize
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, suggest
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import CoCa
 from coca_lit.training.sharding import unsharded
@@ -73,7 +72,7 @@ class ScoreDuringTraining(L.Callback):
         if not scored:
             names = dict.fromkeys(e.name for e in self.evals)
             raise ConfigError(
-                f"{key}: there is no evaluation '{name}'{_hint(name, names)}; the evaluations of this run: "
+                f"{key}: there is no evaluation '{name}'{suggest(name, names)} The evaluations of this run: "
                 f"{', '.join(names) or 'none'}"
             )
         if not any(e.every for e in scored):
@@ -82,7 +81,7 @@ class ScoreDuringTraining(L.Callback):
         open_ended = any(not e.score_names or "/" in measure for e in scored)  # own metrics; kinds of answers
         if measure not in known and not open_ended:
             raise ConfigError(
-                f"{key}: '{name}' has no score '{measure}'{_hint(measure, known)}; its scores: {', '.join(known)}"
+                f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,8 +174,8 @@ class ScoreDuringTraining(L.Callback):
             if found := [scores[key] for key in keys if key in scores]:
                 checkpoints.offer(trainer, found[0], final)
             elif all(e in scored for e in named):
-                problem = f"there is no score '{checkpoints.best}'{_hint(checkpoints.best, scores)}"
-                message = f"callbacks.checkpoint.best: {problem}; the scores: {', '.join(scores)}"
+                problem = f"there is no score '{checkpoints.best}'{suggest(checkpoints.best, scores)}"
+                message = f"callbacks.checkpoint.best: {problem} The scores: {', '.join(scores)}"
                 if not final:
                     raise ConfigError(message)
                 print_rank_zero(message)  # the scores of a run that is over must not get lost
@@ -190,12 +189,6 @@ def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
 
 def _checkpoints(trainer: L.Trainer) -> list[Checkpoints]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    folded = {other.lower(): other for other in known}
-    close = get_close_matches(name.lower(), folded, n=1)
-    return f"; did you mean '{folded[close[0]]}'?" if close else ""
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import inspect
 import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -106,6 +107,38 @@ def _arguments(target: Callable[..., Any]) -> list[str] | None:
     return names
 
 
+def has_argument(target: Any, key: str) -> bool:
+    """Whether the class or function with this full name takes the argument, or any."""
+    try:
+        arguments = _arguments(resolve_target(target, key))
+    except ConfigError:  # told when it is built
+        return False
+    return arguments is None or key in arguments
+
+
+def known_arguments(target: Any) -> list[str]:
+    """Names of the arguments of the class or function with this full name."""
+    try:
+        return _arguments(resolve_target(target, "")) or []
+    except ConfigError:
+        return []
+
+
+def argument_defaults(node: dict[str, Any], path: str = "config") -> dict[str, Any]:
+    """The defaults of all constructors in a part of a config, by key, as plain values."""
+    defaults: dict[str, Any] = {}
+    if "_target_" in node:
+        with suppress(ValueError):  # it is not written in Python
+            parameters = inspect.signature(resolve_target(node["_target_"], path)).parameters.values()
+            defaults = {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
+    nested = {key: child for key, child in node.items() if isinstance(child, dict)}
+    return defaults | {key: argument_defaults(child, key) for key, child in nested.items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+
+
 def _takes(target: Callable[..., Any], key: str) -> bool:
     """Whether a class or function has an argument `key`, or may hand it on to a base class that has."""
     classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
@@ -121,14 +154,16 @@ def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
 
 def build_module(cfg: DictConfig) -> "CoCaLit":
     """The LightningModule with its network, started from given weights if there are any."""
-    from coca_lit.weights.load import load_image_weights, load_weights
-
     optimizer = build(cfg.model.optimizer, "model.optimizer")
     module = build(cfg.model, "model", optimizer=optimizer, micro_batch_size=cfg.trainer.micro_batch_size)
     if cfg.image_weights is not None:
+        from coca_lit.weights.load import load_image_weights
+
         with error_context("image_weights"):
             load_image_weights(module.net, cfg.image_weights)
     if cfg.init_from is not None:
+        from coca_lit.weights.load import load_weights
+
         with error_context("init_from"):
             load_weights(module.net, cfg.init_from)
     add_adapters(cfg, module.net)
@@ -143,9 +178,10 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
 
     if cfg.lora.rank:
         adapted = build(cfg.lora, "lora", net=net)
+        parts = dict.fromkeys(name.partition(".")[0] for name in adapted)
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print_rank_zero(
-            f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}, {trained:,} parameters train"
+            f"low-rank updates of {len(adapted)} matrices of {', '.join(parts)}, {trained:,} parameters train"
         )
 
 
@@ -171,7 +207,7 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
-    """The evaluations of a config, and with `skip_missing` the reason for each one whose data cannot be read."""
+    """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read."""
     from coca_lit.distributed import print_rank_zero
     from coca_lit.errors import DataError
 
@@ -180,7 +216,7 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
         try:
             evals += [build(node, f"evals.{name}")] if node else []
         except DataError as error:
-            if not cfg.skip_missing:
+            if not cfg.scoring.skip_missing:
                 raise
             missing[name] = str(error)
             print_rank_zero(f"skipped {name}: {error}")
@@ -191,7 +227,7 @@ def build_settings(cfg: DictConfig) -> "Settings":
     """What the evaluations share."""
     from coca_lit.evals import Settings
 
-    node = _without(cfg.scoring, *WHEN)
+    node = _without(cfg.scoring, *WHEN, "skip_missing")
     node._target_ = f"{Settings.__module__}.{Settings.__qualname__}"
     return build(node, "scoring", output_dir=cfg.output_dir)
 
@@ -223,8 +259,8 @@ def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", texts: bool =
     with error_context("trainer"):
         further = {
             "lora": bool(cfg.lora.rank),
-            "objectives": bool(cfg.model.objectives),
-            "self_critical": cfg.model.self_critical is not None,
+            "objectives": bool(cfg.model.get("objectives")),
+            "self_critical": cfg.model.get("self_critical") is not None,
         }
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
     parts = {

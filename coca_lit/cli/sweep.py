@@ -66,7 +66,7 @@ class SweepCallback(Callback):
                 id=sweep,
                 folder=folder,
                 fixed=_values(map(_text, fixed)),
-                keys={o.get_key_element() for o in overrides},
+                keys={_key(o) for o in overrides},
                 left_out=left_out,
                 objective=OmegaConf.select(config, "objective"),
                 may_fail="max_failure_rate" in config.hydra.sweeper,
@@ -213,11 +213,15 @@ def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _text(override: Override) -> str:
-    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+    return f"{_key(override)}={override.get_value_element_as_str()}"
+
+
+def _key(override: Override) -> str:
+    return override.get_key_element().removeprefix("++")
 
 
 def _values(overrides: Iterable[str]) -> dict[str, str]:
-    return {key: value for key, _, value in (redact(override).partition("=") for override in overrides)}
+    return {key.removeprefix("++"): value for key, _, value in (redact(o).partition("=") for o in overrides)}
 
 
 def _write_record(job: Path, record: dict[str, Any]) -> None:

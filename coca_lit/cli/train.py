@@ -1,6 +1,6 @@
 """Training from the command line: `python train.py` and `coca-train`.
 
-Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
+Heavy packages are imported inside functions, so that `--help` and most typing errors are answered at once.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import (
+    argument_defaults,
     build_data,
     build_evals,
     build_module,
@@ -88,7 +89,8 @@ def find_start(cfg: DictConfig) -> Path | None:
 
     checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
     if checkpoint is not None and is_first_process():
-        check_same_run(checkpoint, resume_keys(plain(cfg)), strict=cfg.ckpt_path == AUTO)
+        config = resume_keys(plain(cfg))
+        check_same_run(checkpoint, config, cfg.ckpt_path == AUTO, argument_defaults(config))
     return checkpoint
 
 

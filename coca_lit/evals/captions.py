@@ -14,7 +14,6 @@ from coca_lit.metrics.clipscore import PROMPT, clip_scores
 from coca_lit.metrics.diversity import novel_share
 from coca_lit.metrics.java.meteor import warm_up
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.weights.load import load_dual_encoder
 
 Captions = dict[int | str, str]  # by image id
 
@@ -89,8 +88,11 @@ class CaptionScores(Evaluation):
 def _clip_scores(
     model: DualEncoder, records: Sequence[Record], captions: Sequence[str], settings: Settings
 ) -> dict[str, float]:
-    chosen = settings.clip_score_model
-    judge = model if chosen is None else load_dual_encoder(chosen).to(model.device)
+    judge = model
+    if settings.clip_score_model is not None:
+        from coca_lit.weights.load import load_dual_encoder
+
+        judge = load_dual_encoder(settings.clip_score_model).to(model.device)
     prompt = PROMPT if judge.tokenizer.spec == "clip" else ""  # a closed vocabulary lacks its words
     images, references, image_of_reference = embed_pairs(judge, records, settings.batch_size, settings.workers, prompt)
     written = embed_texts(judge, [prompt + caption for caption in captions], settings.batch_size)

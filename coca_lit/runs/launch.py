@@ -79,7 +79,7 @@ def is_first_process() -> bool:
 
 def job_folder(overrides: str) -> str:
     """A folder name for a job of a sweep that changes `overrides`: "data.root=/x,seed=1" -> "data.root=_x,seed=1"."""
-    name = re.sub(r"[^\w.,=+~@-]+", "_", redact(overrides)) or "job"
+    name = re.sub(r"[^\w.,=+~@-]+", "_", re.sub(r"(^|,)\+\+", r"\1", redact(overrides))) or "job"
     if len(name.encode()) <= LONGEST:
         return name
     start = name.encode()[:LONGEST].decode(errors="ignore")

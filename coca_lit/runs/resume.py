@@ -4,8 +4,9 @@ A resumed run must be the same run, so config keys that its result depends on ma
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from coca_lit.distributed import print_rank_zero
@@ -79,12 +80,15 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     return run
 
 
-def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> None:
+def check_same_run(
+    checkpoint: Path, config: dict[str, Any], strict: bool, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Compares the config that a checkpoint was written with and that of the run that is about to resume from it.
 
     Args:
         config: the `resume_keys` of the run.
         strict: refuse a changed config; otherwise print a note.
+        defaults: the values of keys that a config need not list.
 
     Raises:
         CheckpointError: the file is not whole, or the config has changed.
@@ -92,7 +96,7 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> No
     run = read_run(checkpoint)
     if run and run.get("format", 1) != FORMAT:
         changed = f"{checkpoint} was written by another version of coca_lit, whose config has other keys"
-    elif changes := list(changed_keys(run.get("config", config), config)):
+    elif changes := list(changed_keys(_filled(run.get("config", config), defaults), _filled(config, defaults))):
         (key, old, new), others = changes[0], len(changes) - 1
         more = f" (and {others} more keys)" if others else ""
         changed = f"{key} was {old!r} when {checkpoint} was written and is now {new!r}{more}"
@@ -152,6 +156,13 @@ def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
             yield from changed_keys(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif before != now:
         yield key, before, now
+
+
+def _filled(config: Any, defaults: Any) -> Any:
+    """A nested config with the defaults of the keys that it does not list."""
+    if not isinstance(config, dict) or not isinstance(defaults, Mapping):
+        return config
+    return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in config.items()}}
 
 
 def _step(path: Path) -> int:

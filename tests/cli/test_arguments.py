@@ -1,5 +1,6 @@
 """Words on the command line that name no key: whatever they hold, they arrive as they were typed."""
 
+import importlib
 import shlex
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def test_a_word_without_a_key_is_no_override(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_examples_of_help_compose(command: str, positional: str | tuple[str, ...]) -> None:
     lines = yaml.safe_load((CONF / "hydra" / "help" / f"{command}.yaml").read_text())["template"].splitlines()
+    importlib.import_module(f"coca_lit.cli.{command}")  # that of coca-caption registers the options of generation
     examples = [line.strip().split("    ")[0] for line in lines if line.startswith(("  coca-", "  torchrun"))]
     assert len(examples) > 2
     for example in examples:

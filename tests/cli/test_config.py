@@ -53,7 +53,7 @@ def test_every_file_is_an_option_or_known() -> None:
     commands = {"train", "evaluate", "caption", "search", "export", "demo", "plan"}
     brought = {
         "small": compose("trainer=smoke").data.batch_size == 8,
-        "skip_missing": evaluates_all().skip_missing,
+        "skip_missing": evaluates_all().scoring.skip_missing,
         "scoring": compose().scoring.quick == 256 and evaluates_all().scoring.split == "test",
     }
     assert {name for name in others if not name.startswith("hydra/")} == {*commands, *brought}
@@ -136,6 +136,11 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ("lr=1e-4", "there is no key 'lr'; did you mean 'model.optimizer.lr'?"),
         ("max_epoch=1", "there is no key 'max_epoch'; did you mean 'trainer.max_epochs'?"),
         ("sede=1", "there is no key 'sede'; did you mean 'seed'?"),
+        (
+            "trainer.val_chek_interval=1",
+            "there is no key 'trainer.val_chek_interval'; did you mean 'trainer.val_check_interval'?",
+        ),
+        ("label_smoothing=0.1", "there is no key 'label_smoothing'; did you mean 'model.label_smoothing'?"),
         ("dta=laion", "there is no key 'dta'; did you mean 'data'?"),
         ("experiments=demo", "there is no key 'experiments'; did you mean 'experiment'?"),
         ("xyzzy=1", "there is no key 'xyzzy'."),
@@ -143,7 +148,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ("~xyzzy", "Could not delete from config. 'xyzzy' does not exist."),
         ("seed=abc", "seed must be a whole number, the default is 0; got abc"),
         ("seed=1.5", "seed must be a whole number, the default is 0; got 1.5"),
-        ("skip_missing=no", "skip_missing must be true or false, the default is false; got 'no'"),
+        ("scoring.skip_missing=no", "scoring.skip_missing must be true or false, the default is false; got 'no'"),
         ("imports=my_package", "imports must be a list, the default is []; got my_package"),
         (
             "trainer=smok",
@@ -155,6 +160,34 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 )
 def test_wrong_override_is_one_sentence(refused: Callable[..., str], override: str, said: str) -> None:
     assert refused(override) == said
+
+
+# Arguments that no file lists
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("trainer.val_check_interval=0.5", 0.5),
+        ("model.label_smoothing=0.1", 0.1),
+        ("model.net.pooler=cascade", "cascade"),
+        ("model.net.image_encoder_args.patch_drop_rate=0.5", 0.5),
+        ("model.optimizer.betas=[0.9,0.95]", [0.9, 0.95]),
+        ("model.objectives.mine._target_=my_parts.Mine", "my_parts.Mine"),
+        ("data.cached_augmentations=4", 4),
+        ("callbacks.checkpoint.best=scenes/CIDEr", "scenes/CIDEr"),
+        ("evals.scenes_captions.records.count=3", 3),
+        ("lora.alpha=8", 8),
+    ],
+)
+def test_argument_of_a_constructor_needs_no_entry_in_a_file(override: str, value: Any) -> None:
+    assert OmegaConf.select(compose(override), override.partition("=")[0]) == value
+
+
+def test_arguments_of_the_target_that_is_named_beside_them() -> None:
+    words = ("data=records", "data.records._target_=coca_lit.data.datasets.coco.coco_folder_records")
+    cfg = compose(*words, "data.records.annotations=val.json", "data.val_split=null")
+    assert (cfg.data.records.annotations, cfg.data.val_split) == ("val.json", None)
 
 
 @pytest.mark.parametrize("evals", ["mscoco_caption", "[mscoco_caption]", "[scenes,mscoco_caption]"])

@@ -312,6 +312,7 @@ def test_sizes_come_from_the_launcher(
 
 def test_job_folders() -> None:
     assert job_folder("data.root=/x/y,model.optimizer.lr=1e-05") == "data.root=_x_y,model.optimizer.lr=1e-05"
+    assert job_folder("++model.label_smoothing=0.1,seed=1") == "model.label_smoothing=0.1,seed=1"
     assert job_folder("") == "job"
     assert job_folder("logger.x.api_key=hunter2,seed=1") == "logger.x.api_key=_hidden_,seed=1"
     long = [job_folder("a=" + "1" * 300 + end) for end in "xy"]

@@ -337,6 +337,7 @@ def test_help(tmp_path: Path) -> None:
         assert f"\n  {path.stem} " in done.stdout
     groups = ("callbacks: ", "data: ", "evals: ", "experiment: ", "logger: ", "model: ", "trainer: ")
     assert all(f"\n{group}" in done.stdout for group in groups)
+    assert "_records" not in done.stdout
     assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 8
     assert "_target_" not in done.stdout
     assert len(done.stdout.splitlines()) < 50

@@ -20,7 +20,7 @@ from running import ROOT, compose, results, watched
 from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.cli import train as cli
-from coca_lit.cli.assembly import plain
+from coca_lit.cli.assembly import argument_defaults, plain
 from coca_lit.cli.runtime import finish_run
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.errors import CheckpointError
@@ -417,6 +417,18 @@ def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key
         check_same_run(path, now, strict=True)
     assert "\n" not in str(caught.value)
     check_same_run(path, now, strict=False)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_default_is_the_same_whether_a_config_lists_it_or_not(tmp_path: Path, listed: bool) -> None:
+    words = ("model.label_smoothing=0.0", "data.objects=2", "model.optimizer.betas=[0.9,0.98]", "lora.alpha=16")
+    configs = [resume_keys(plain(compose(f"output_dir={tmp_path}", *more))) for more in ((), words)]
+    before, now = reversed(configs) if listed else configs
+    path = save(tmp_path, 1, config=before)
+    check_same_run(path, now, strict=True, defaults=argument_defaults(now))
+    now["model"]["label_smoothing"] = 0.1
+    with pytest.raises(CheckpointError, match=r"^model.label_smoothing was 0.0 when .* and is now 0.1: "):
+        check_same_run(path, now, strict=True, defaults=argument_defaults(now))
 
 
 def test_checkpoints_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,4 +234,4 @@ def test_plain_lines_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(("terminal", "kind"), [(True, RichProgressBar), (False, PlainProgress)])
 def test_bar_suits_the_output(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    assert type(progress_bar(7)) is kind
+    assert type(progress_bar()) is kind

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights.load import EFFICIENTNETS, MODEL_KEY, load_image_weights, load_model, load_weights, save_model
+from coca_lit.weights import MODEL_KEY
+from coca_lit.weights.load import EFFICIENTNETS, load_image_weights, load_model, load_weights, save_model
 from coca_lit.weights.open_clip import to_open_clip
 
 Build = Callable[..., CoCa]
