@@ -31,8 +31,11 @@ CAPTION = OVERLAP | STATISTICS | {"CLIPScore", "RefCLIPScore"}
 ZERO_SHOT = {"top1", "top5", "mean_per_class_recall"}
 RETRIEVAL = {f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)} | {"t2i_median_rank", "i2t_median_rank"}
 CLIP = ("+model.net.decoder_layers=0", "+model.net.pooler_queries=1")
-# An untrained encoder of the experiment, in place of the tiny one.
-FEW_PHOTOS = ("image_weights=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8")
+# An untrained encoder of the experiment, in place of the tiny one, and little text.
+FEW_PHOTOS = (
+    *("image_weights=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8"),
+    *("model.net.text_layers=1", "model.net.decoder_layers=1", "model.net.text_width=96", "model.net.text_heads=4"),
+)
 
 
 def named(name: str, *scores: set[str]) -> set[str]:
