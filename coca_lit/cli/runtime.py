@@ -34,6 +34,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # with whole weights only
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
 
 

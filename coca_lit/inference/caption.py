@@ -122,14 +122,21 @@ def _plan(
 
 
 def _generate(model: Captioner, pixels: Tensor, options: Mapping[str, Any], seed: int) -> list[Captions]:
-    """Captions of images (B, 3, S, S), at least one for each, with white space normalised to single blanks."""
+    """Captions of images (B, 3, S, S), with white space normalised to single blanks.
+
+    As many for each image as were requested, even if a draw has no words; fewer only where beam search found fewer.
+    """
     options = dict(options)
     if options.get("strategy") == "sample":
         options["generator"] = torch.Generator(model.device).manual_seed(seed)
     ids = model.generate(pixels.to(model.device), **options)  # (B, L), or (B, N, L) with num_captions
     rows = ids if ids.ndim == 3 else ids[:, None]
-    texts = [[" ".join(model.tokenizer.decode(row).split()) for row in captions] for captions in rows.cpu()]
-    return [[first, *filter(None, others)] for first, *others in texts]  # unused beams are empty
+    written = rows[:, :, 0] != model.tokenizer.pad_id  # (B, N); a beam without a caption is nothing but padding
+    written[:, 0] = True
+    return [
+        [" ".join(model.tokenizer.decode(row).split()) for row in captions[kept]]
+        for captions, kept in zip(rows.cpu(), written.cpu(), strict=True)
+    ]
 
 
 def _total(images: int, unreadable: int, seconds: float, inside: float) -> Totals:

@@ -21,8 +21,6 @@ from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.models import CoCa
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec", "ignore:Found .* in eval mode")
-
 # Two epochs of four steps.
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "trainer.log_every_n_steps=1"),
@@ -173,16 +171,15 @@ STEPS = {"every_n_epochs": None, "every_n_steps": 2, "quick": 5}  # 2, 4, 6, and
 
 
 @pytest.mark.parametrize(
-    ("measure", "values", "expected"),
+    ("name", "measure", "values", "expected"),
     [
-        ("value", (1, 3, 2, 2, 9), (4, 3)),
-        ("value", (1, 3, 2, 4, 0), (8, 4)),
-        ("value", (3, 2, 1, 3, 9), (2, 3)),  # the first of equals
-        ("value", (float("nan"), 2, 1, 0, 9), (4, 2)),
-        ("t2i_median_rank", (3, 2, 1, 5, 9), (6, 1)),  # lower is better
+        ("probe", "value", (1, 3, 2, 2, 9), (4, 3)),
+        ("probe_5", "value", (1, 3, 2, 4, 0), (8, 4)),
+        ("probe", "value", (3, 2, 1, 3, 9), (2, 3)),  # the first of equals
+        ("probe", "value", (float("nan"), 2, 1, 0, 9), (4, 2)),
+        ("probe_5", "t2i_median_rank", (3, 2, 1, 5, 9), (6, 1)),  # lower is better
     ],
 )
-@pytest.mark.parametrize("name", ["probe", "probe_5"])
 def test_the_best_checkpoint_is_kept(
     tmp_path: Path, name: str, measure: str, values: tuple[float, ...], expected: tuple[int, float]
 ) -> None:

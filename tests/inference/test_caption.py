@@ -244,6 +244,22 @@ def test_several_captions_in_json_lines(model: CoCa, checkpoint: str, photos: Pa
     assert lines(tmp_path / "c.jsonl") == [row]
 
 
+def test_a_draw_without_words_counts_and_a_beam_without_a_caption_does_not(
+    checkpoint: str, photos: Path, tmp_path: Path
+) -> None:
+    """Two tokens are start and end: all draws are empty, and there is one caption only for beams to find."""
+    for strategy, number, texts in (("sample", "num_captions=3", ["", "", ""]), ("beam", "num_beams=3", [""])):
+        options = (f"strategy={strategy}", number, "num_captions=3", "max_length=2")
+        caption(
+            checkpoint,
+            f"images=[{photos}/00.png]",
+            f"output={tmp_path}/{strategy}.jsonl",
+            *(f"generate.{option}" for option in dict.fromkeys(options)),
+        )
+        (row,) = lines(tmp_path / f"{strategy}.jsonl")
+        assert [row["caption"], *row.get("captions", [])[1:]] == texts
+
+
 def test_output_that_is_not_ours_is_not_touched(checkpoint: str, photos: Path, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs.jsonl").write_text('{"path": "x", "caption": "y"}\n')
     (tmp_path / "folder").mkdir()

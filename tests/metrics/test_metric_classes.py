@@ -189,6 +189,7 @@ def test_metrics_start_anew_after_reset() -> None:
     assert metric.compute() == classification_scores(similarity[4:], labels[4:])
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_wrong_arguments() -> None:
     images, text_features, _ = features()
     recall = RecallAtK()

@@ -27,10 +27,6 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (".*treespec, LeafSpec", "Found .* in eval mode", "The dirpath has changed")
-]
 # Two epochs of four steps on the CPU and nothing else.
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),
