@@ -212,9 +212,7 @@ def test_a_model_in_the_cache_needs_no_connection(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}"
     )
     assert_equal(load_model(f"hf-hub:{B32}"), model)
-    with pytest.raises(
-        CheckpointError, match=rf"^'me/absent' is not in \S+ and {nobody} cannot be reached: check the"
-    ):
+    with pytest.raises(CheckpointError, match=rf"^'me/absent' is not in \S+ and {nobody} cannot be reached: check the"):
         locate("hf-hub:me/absent")
 
 
