@@ -73,6 +73,8 @@ def write_card(
 
 def _copy_pictures(run: Path, folder: Path) -> list[str]:
     """The sheets of sample captions that the evaluations of a run drew, under their names in the export."""
+    if not (run / "results.json").is_file():  # some other folder
+        return []
     sheets = {f"samples_{sheet.name}": sheet for sheet in sorted((run / "samples").glob("*.png"))}
     for name, sheet in sheets.items():
         shutil.copyfile(sheet, folder / name)

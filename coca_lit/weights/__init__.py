@@ -1,1 +1,1 @@
-"""Weights in and out of a model: our files, OpenCLIP's, CLIP towers, interpolation, LoRA."""
+"""Weights in and out of a model: names, our files, OpenCLIP's, CLIP towers, interpolation, LoRA."""

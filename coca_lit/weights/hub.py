@@ -196,6 +196,8 @@ def check_push(repo: str) -> None:
     """
     with _hub_errors(repo):
         validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError
     if get_token() is None:
         raise CheckpointError(f"pushing to '{repo}' needs a token that may write: set HF_TOKEN, or run `hf auth login`")
 

@@ -1,19 +1,15 @@
 """A small Hub on the loopback interface for `huggingface_hub`'s own client: what a download and a push ask for.
 
 Files are resolved as on the real one: small ones are sent at once, large ones (weights, pictures) come by a redirect to
-storage, which knows ranges. Connections can be made to break. Started with folders ORG/REPO/FILE, it serves them:
-
-    python hub_server.py FOLDER      prints its address, runs until standard input ends
+storage, which knows ranges. Connections can be made to break.
 """
 
 import base64
 import hashlib
 import json
 import re
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -253,16 +249,3 @@ def _sha256(content: bytes) -> str:
 
 def _sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def main() -> None:
-    with Hub() as hub:
-        for file in Path(sys.argv[1]).glob("*/*/*"):
-            org, repo, name = file.parts[-3:]
-            hub.repositories.setdefault(f"{org}/{repo}", Repository()).files[name] = file.read_bytes()
-        print(hub.url, flush=True)
-        sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main()

@@ -237,6 +237,7 @@ def test_weights_of_others_without_their_config_are_not_guessed_at(
         ("hf-hub:me/data", "'me/data' holds no weights that can be read; expected one of open_clip_model.safetensors"),
         ("hf-hub:me/gated", "'me/gated' is gated: accept its terms at {hub}/me/gated and set HF_TOKEN"),
         ("hf-hub:a/b/c", "'a/b/c' is no name of a repository: expected ORG/REPO"),
+        ("hf-hub:../../etc", "'../../etc' is no name of a repository: expected ORG/REPO"),
     ],
 )
 @pytest.mark.parametrize("token", [None, "hf_of_a_stranger"])
@@ -381,6 +382,8 @@ def test_a_push_without_rights_is_one_sentence(hub: Hub, model: CoCa, monkeypatc
     with pytest.raises(CheckpointError, match=rf"^{hub.url} refuses access to 'me/my-coca' \(401\): HF_TOKEN is not"):
         model.push_to_hub("me/my-coca")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="'my-coca' is no name of a repository: expected ORG/REPO"):
+        model.push_to_hub("my-coca")
     with pytest.raises(CheckpointError, match=r"^HF_HUB_OFFLINE forbids to reach"):
         model.push_to_hub("me/my-coca")
 
