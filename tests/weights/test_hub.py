@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from coca_lit.cli import caption as caption_cli
 from coca_lit.cli import export as export_cli
+from coca_lit.cli.assembly import build_settings
 from coca_lit.cli.command import compose, to_override
 from coca_lit.errors import CheckpointError, ConfigError
 from coca_lit.export.open_clip import write_open_clip
@@ -406,3 +407,9 @@ def test_a_photo_is_captioned_without_naming_a_model(
 def test_a_wrong_name_on_a_command_line_names_its_key() -> None:
     with pytest.raises(ConfigError, match=r"^checkpoint: there is no checkpoint 'coca_ViT-X'"):
         export_cli.run(compose("export", ["checkpoint=coca_ViT-X", "format=safetensors", "output=out"]))
+
+
+def test_the_judge_of_captions_is_found_before_the_training() -> None:
+    cfg = compose("evaluate", ["checkpoint=any", "scoring.clip_score_model=ViT-B-32/opnai"])
+    with pytest.raises(ConfigError, match=r"^scoring.clip_score_model: .* did you mean 'ViT-B-32/openai'\?$"):
+        build_settings(cfg)
