@@ -226,7 +226,11 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 def build_settings(cfg: DictConfig) -> "Settings":
     """What the evaluations share."""
     from coca_lit.evals import Settings
+    from coca_lit.weights.hub import locate
 
+    if cfg.scoring.clip_score_model is not None:
+        with error_context("scoring.clip_score_model"):  # now, and not when training is over
+            locate(cfg.scoring.clip_score_model)
     node = _without(cfg.scoring, *WHEN, "skip_missing")
     node._target_ = f"{Settings.__module__}.{Settings.__qualname__}"
     return build(node, "scoring", output_dir=cfg.output_dir)

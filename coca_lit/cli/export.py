@@ -26,19 +26,25 @@ def export() -> None:
 
 
 def run(cfg: DictConfig) -> None:
-    """Writes the checkpoint to the folder `cfg.output`, in the format `cfg.format`, with a model card."""
-    checkpoint, output = Path(str(cfg.checkpoint)), Path(str(cfg.output))
+    """Writes the checkpoint to the folder `cfg.output`, in the format `cfg.format`, with a model card, and uploads that
+    to the repository `cfg.push_to` if there is one.
+    """
+    output = Path(str(cfg.output))
     with error_context("format"):
         write = _writer(cfg.format, cfg.correct_cls_mask)
     from coca_lit.export.card import write_card
     from coca_lit.export.folder import check_output, new_folder
+    from coca_lit.weights import hub
     from coca_lit.weights.interpolation import interpolate
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
+    if cfg.push_to is not None:
+        hub.check_push(cfg.push_to)
     with error_context("output"):
-        check_output(output, checkpoint, cfg.overwrite)
+        check_output(output, Path(str(cfg.checkpoint)), cfg.overwrite)
     with error_context("checkpoint"):
+        checkpoint = hub.locate(str(cfg.checkpoint))
         model = load_model(checkpoint)
     if cfg.interpolate_with is not None:
         with error_context("interpolate_with"):
@@ -46,8 +52,10 @@ def run(cfg: DictConfig) -> None:
     with new_folder(output) as folder:
         with error_context("format"):
             exported = write(model, folder)
-        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg))
+        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg), cfg.push_to)
     print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
+    if cfg.push_to is not None:
+        print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")
 
 
 def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Exported]":
@@ -79,6 +87,8 @@ def _command(cfg: DictConfig) -> str:
         words["correct_cls_mask"] = "true"
     if cfg.interpolate_with is not None:
         words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
+    if cfg.push_to is not None:
+        words["push_to"] = cfg.push_to
     return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])
 
 

@@ -1,10 +1,16 @@
-"""Process-wide settings of PyTorch and Lightning: threads, memory, precision, and which notices are shown."""
+"""What commands share: settings of PyTorch and Lightning (threads, memory, precision, which notices are shown), the
+model of a command that names none, and the end of a run.
+"""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 
 from coca_lit.errors import ConfigError
+
+BUILTIN = "builtin"  # as a checkpoint: the demo model, which learned the built-in scenes
+OUTPUTS = Path("outputs")
 
 
 def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
@@ -45,6 +51,43 @@ def best_precision() -> str:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
+
+
+def chosen_checkpoint(checkpoint: str | None, smaller: str = "coca_ViT-B-32") -> str:
+    """The checkpoint of a command as it is given, or what stands in for it: a released model if there is none, the
+    model of the built-in scenes for `BUILTIN`. Standard error says which one and where it is kept.
+
+    Args:
+        smaller: the released model to recommend where the default one is too large.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from coca_lit.distributed import rank
+    from coca_lit.weights.hub import DEFAULT, released
+
+    if checkpoint == BUILTIN:
+        return str(_builtin_model())
+    if checkpoint is not None:
+        return str(checkpoint)
+    size, small = (model.gigabytes for name in (DEFAULT, smaller) if (model := released(name)))
+    if rank() == 0:
+        print(
+            f"no checkpoint given: this is {DEFAULT}, OpenCLIP's CoCa finetuned on MSCOCO, {size} GB, kept in"
+            f" {HF_HUB_CACHE}; a smaller one: checkpoint={smaller} ({small} GB)",
+            file=sys.stderr,
+        )
+    return DEFAULT
+
+
+def _builtin_model() -> Path:
+    """The checkpoint of the built-in demo model, trained now if no run has left one."""
+    from coca_lit.demo.builtin import find_demo_model, train_demo_model
+
+    if found := find_demo_model(OUTPUTS):
+        print(f"the built-in demo model is {found}", file=sys.stderr)
+        return found
+    print(f"there is no finished demo run in {OUTPUTS}: training the demo model, a few minutes", file=sys.stderr)
+    return train_demo_model(OUTPUTS)
 
 
 def finish_run(

