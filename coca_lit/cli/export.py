@@ -30,7 +30,7 @@ def run(cfg: DictConfig) -> None:
     checkpoint, output = Path(str(cfg.checkpoint)), Path(str(cfg.output))
     with error_context("format"):
         write = _writer(cfg.format, cfg.correct_cls_mask)
-    from coca_lit.export.card import write_card
+    from coca_lit.export.card import Mixture, write_card
     from coca_lit.export.folder import check_output, new_folder
     from coca_lit.weights.interpolation import interpolate
     from coca_lit.weights.load import load_model
@@ -40,13 +40,17 @@ def run(cfg: DictConfig) -> None:
         check_output(output, checkpoint, cfg.overwrite)
     with error_context("checkpoint"):
         model = load_model(checkpoint)
+    mixture = None
     if cfg.interpolate_with is not None:
+        mixture = Mixture(str(cfg.interpolate_with), cfg.weight)
         with error_context("interpolate_with"):
             interpolate(model, load_model(cfg.interpolate_with), cfg.weight)
     with new_folder(output) as folder:
         with error_context("format"):
             exported = write(model, folder)
-        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg))
+        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg), mixture)
+    if exported.warning:
+        print(f"note: {exported.warning}")
     print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
 
 

@@ -27,21 +27,41 @@ class Exported(NamedTuple):
     usage: str  # Python code, with {folder} in place of the name of the folder
     check: str  # the comparison that was made, and its result
     limits: list[str]  # sentences, with {folder} too
+    warning: str | None = None  # the first of the limits, which the command says as well
 
 
-def write_card(folder: Path, name: str, model: CoCa, exported: Exported, checkpoint: Path, command: str) -> None:
-    """Writes `README.md`. Scores and training are read from the run folder in which the checkpoint lies."""
+class Mixture(NamedTuple):
+    """The weights are weight · checkpoint + (1 - weight) · other."""
+
+    other: str
+    weight: float
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    model: CoCa,
+    exported: Exported,
+    checkpoint: Path,
+    command: str,
+    mixture: Mixture | None = None,
+) -> None:
+    """Writes `README.md`. Scores and training are read from the run folder in which the checkpoint lies.
+
+    Args:
+        mixture: what the weights of the checkpoint were interpolated with.
+    """
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     environment = json.loads(_text(run / "environment.json") or "{}")
     config = yaml.safe_load(_text(run / "config.yaml") or "{}")
     sections = [
         _front_matter(model, exported),
-        f"# {name}\n\n{_summary(model)}",
+        f"# {name}\n\n{_summary(model)}" + (f"\n\n{_mixed(checkpoint, mixture)}" if mixture else ""),
         f"## Use\n\nNeeds {exported.needs}. In the folder that holds `{name}`:\n\n```python\n"
         f"{exported.usage.replace('{folder}', name)}```",
         _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in exported.files.items())),
         _table("Architecture", ("", ""), _architecture(model).items()),
-        _scores(run, config, checkpoint.name),
+        _scores(run, config, checkpoint.name, mixture),
         _training(config, environment),
         f"## Export\n\n```bash\n{command}\n```\n\n" + (f"At commit {commit()}. " if commit() else "") + exported.check,
         _limits(exported, name),
@@ -69,6 +89,13 @@ def _summary(model: CoCa) -> str:
     )
 
 
+def _mixed(checkpoint: Path, mixture: Mixture) -> str:
+    return (
+        f"Its weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times those"
+        f" of `{checkpoint}` plus {1 - mixture.weight:g} times those of `{mixture.other}`."
+    )
+
+
 def _architecture(model: CoCa) -> dict[str, Any]:
     config = model.config
     words = "CLIP's byte pairs" if config["tokenizer"] == "clip" else "words"
@@ -91,7 +118,7 @@ def _architecture(model: CoCa) -> dict[str, Any]:
     }
 
 
-def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
+def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixture | None) -> str:
     results = json.loads(_text(run / "results.json") or "{}")
     if not results:
         return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
@@ -99,6 +126,8 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
     rows = [[score_name(s), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
     note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
+    if mixture is not None:
+        note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
     if split := config.get("scoring", {}).get("split"):
         note.append(f"On the split `{split}` of data with several splits.")
     return _table("Scores", ("", *data), rows, " ".join(note))
@@ -121,6 +150,7 @@ def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
 
 def _limits(exported: Exported, name: str) -> str:
     limits = [
+        *([exported.warning] if exported.warning else []),
         "The licence of the weights is not stated: it depends on the training data, and on the initial weights."
         " Add `license:` to the front matter once it is known.",
         "The model reproduces errors and biases of its training data; the scores above are all that is known of its"

@@ -97,7 +97,8 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
 
     Args:
         imports: modules that register image encoders or text towers.
-        overrides: arguments of `CoCa`; `tokenizer` may also name one of `VOCABULARIES`.
+        overrides: arguments of `CoCa`; None leaves the value of the preset. `tokenizer` may also name one of
+            `VOCABULARIES`.
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
@@ -109,7 +110,7 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
         if key not in known:
             raise ValueError(f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}")
     import_modules(imports)
-    arguments = PRESETS[name] | overrides
+    arguments = PRESETS[name] | {key: value for key, value in overrides.items() if value is not None}
     tokenizer = arguments.get("tokenizer", "clip")
     if isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
         arguments["tokenizer"] = VOCABULARIES[tokenizer]
