@@ -124,7 +124,13 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
     Args:
         checkpoint: what the run resumes from; its weights will replace any others.
     """
-    from coca_lit.weights.load import copy_weights, load_dual_encoder, load_image_weights, read_architecture
+    from coca_lit.weights.load import (
+        copy_weights,
+        load_dual_encoder,
+        load_image_weights,
+        load_language_model,
+        read_architecture,
+    )
 
     source = None
     if checkpoint is not None:
@@ -139,9 +145,13 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
     if cfg.image_weights is not None:
         with error_context("image_weights"):
             load_image_weights(module.net, cfg.image_weights)
+    given: list[str] = []
     if source is not None:
         with error_context("init_from"):
-            copy_weights(source, module.net, cfg.init_from)
+            given = copy_weights(source, module.net, cfg.init_from)
+    if cfg.init_decoder_from is not None and checkpoint is None:
+        with error_context("init_decoder_from"):
+            load_language_model(module.net, cfg.init_decoder_from, given)
     add_adapters(cfg, module.net)
     if not any(p.requires_grad for p in module.net.parameters()):
         raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
@@ -166,7 +176,8 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
     net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
     preset = PRESETS.get(net["name"], {})
     merged = merge(net, preset, arguments_of(source), str(where))
-    without = {name: p.default for name, p in inspect.signature(CoCa).parameters.items()} | preset | net
+    defaults = {name: p.default for name, p in inspect.signature(CoCa).parameters.items()}
+    without = defaults | preset | {name: value for name, value in net.items() if value is not None}
     if taken := [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]:
         print_rank_zero(f"as the weights in {where}: {', '.join(taken)}")
     cfg = cfg.copy()

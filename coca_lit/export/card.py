@@ -15,7 +15,18 @@ from coca_lit.report.scores import cell, score_name
 from coca_lit.report.tables import Table, markdown
 from coca_lit.runs.run_folder import commit
 
-TRAINING = ("seed", "image_size", "init_from", "image_weights", "lora", "ema", "model", "data", "trainer")
+TRAINING = (
+    "seed",
+    "image_size",
+    "init_from",
+    "init_decoder_from",
+    "image_weights",
+    "lora",
+    "ema",
+    "model",
+    "data",
+    "trainer",
+)
 
 
 class Exported(NamedTuple):

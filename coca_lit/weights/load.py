@@ -22,6 +22,7 @@ from coca_lit.models.registry import import_modules
 from coca_lit.weights.computation import difference
 from coca_lit.weights.from_clip import parts, towers
 from coca_lit.weights.intact import check_archive, load_tensors, save_tensors
+from coca_lit.weights.language_model import start_decoder
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
 
@@ -148,8 +149,9 @@ def load_weights(model: CoCa, path: str | Path) -> None:
     copy_weights(load_dual_encoder(path), model, path)
 
 
-def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> None:
-    """Starts `model` from the weights of a model of the same architecture, which `path` names in messages.
+def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str]:
+    """Starts `model` from the weights of a model of the same architecture, which `path` names in messages, and returns
+    the names of the tensors that it gave.
 
     One without captioner, such as an OpenCLIP CLIP, starts the towers alone: see `coca_lit.weights.from_clip`.
 
@@ -180,6 +182,7 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> None:
     model.load_state_dict(found, strict=not towers_only)
     if towers_only:
         _report_new_parts(model, [name for name in target if name not in found], path)
+    return list(found)
 
 
 def _report_new_parts(model: CoCa, new: list[str], path: str | Path) -> None:
@@ -187,6 +190,14 @@ def _report_new_parts(model: CoCa, new: list[str], path: str | Path) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if fixed := [name for name in new if name not in trained and name in dict(model.named_parameters())]:
         print_rank_zero(f"note: random and frozen: {', '.join(parts(fixed, model))}")
+
+
+def load_language_model(model: CoCa, path: str | Path, given: Sequence[str] = ()) -> None:
+    """Starts the decoder from the GPT-2 in a file and prints what it gave: see `start_decoder`."""
+    state, _ = _read(Path(path))
+    taken, new = start_decoder(model, state, given)
+    print_rank_zero(f"from the language model {path}: {', '.join(parts(taken, model))}")
+    print_rank_zero(f"new: {', '.join(parts(new, model)) or 'nothing'}")
 
 
 def load_image_weights(model: CoCa, source: str | Path) -> None:
