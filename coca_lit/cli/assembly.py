@@ -174,7 +174,7 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
     if resolve_target(cfg.model.net._target_, "model.net") is not create_model:
         return cfg  # a network of the user's own; `copy_weights` compares it with the source
     net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
-    preset = PRESETS.get(net["name"], {})
+    preset = PRESETS.get(net.get("name"), {})
     merged = merge(net, preset, arguments_of(source), str(where))
     defaults = {name: p.default for name, p in inspect.signature(CoCa).parameters.items()}
     without = defaults | preset | {name: value for name, value in net.items() if value is not None}

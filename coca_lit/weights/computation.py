@@ -21,7 +21,8 @@ ARGUMENTS = (
 )
 # Constants that matter in training alone, say how large an input is, or how fast the same is computed.
 _TRAINING = ("training", "momentum", "inplace", "grad_checkpointing", "weight_init_mode", "fix_init", "fused_attn")
-_SIZES = ("image_size", "img_size", "grid_size", "num_patches", "size")
+_SIZES = ("image_size", "img_size", "grid_size", "num_patches", "size", "input_resolution", "feat_size", "seq_len")
+_CONSTANT = 16  # numbers in a buffer; larger ones are tables that follow from the sizes
 _REGULARISERS = (nn.Identity, nn.Dropout)
 
 
@@ -37,7 +38,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
             found[f"{path}.{name}" if path else name] = value
     stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if name not in stored:
+        if name not in stored and buffer.numel() <= _CONSTANT:
             found[name] = [round(value, 6) for value in buffer.double().flatten().tolist()]
     return found
 
@@ -91,13 +92,13 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def merge(given: Mapping[str, Any], preset: Mapping[str, Any], facts: Mapping[str, Any], where: str) -> dict[str, Any]:
+def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Arguments of `CoCa` for a model that starts from weights: those of the weights where nobody chose another.
 
     Args:
         given: what somebody chose; None is no choice.
         preset: what is used where nobody chose.
-        facts: the `arguments_of` the weights.
+        theirs: the `arguments_of` the weights.
         where: name of the weights.
 
     Raises:
@@ -105,11 +106,11 @@ def merge(given: Mapping[str, Any], preset: Mapping[str, Any], facts: Mapping[st
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     found = dict(chosen)
-    for name, value in facts.items():
+    for name, value in theirs.items():
         if name == "image_encoder_args":
             if "image_encoder" in chosen:  # another way to name the same network: the networks are compared later
                 continue
-            own = chosen.get(name, {} if "image_encoder" in facts else preset.get(name) or {})
+            own = chosen.get(name, {} if "image_encoder" in theirs else preset.get(name) or {})
             for key in own.keys() & value.keys():
                 _check_equal(f"{name}.{key}", own[key], value[key], where)
             found[name] = {**value, **own}
