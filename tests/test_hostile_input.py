@@ -25,7 +25,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.records import decode_image
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.tar import MAX_MEMBER
-from coca_lit.errors import DataError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.runs.redaction import mask, redact
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tokenizer import get_tokenizer
@@ -118,6 +118,19 @@ def test_pickle_as_model(tmp_path, target):
     torch.save({"state_dict": Evil(target)}, tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match="not a checkpoint of tensors and plain values alone, so it is not loaded"):
         coca_lit.load_model(tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained", "pretrained_cfg", "cache_dir", "hf_hub_id"])
+def test_weights_that_name_other_files(tmp_path, target, key):
+    """timm would load them: `torch.load` of an older timm even runs the code in them."""
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(target)))
+    model = coca_lit.create_model("coca_tiny")
+    model.config["image_encoder_args"] |= {key: str(tmp_path / "evil.pth")}
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"hands image_encoder_args.{key} to timm, which is no part of an arch"):
+        coca_lit.load_model(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"init_from: .* hands image_encoder_args.{key} to timm"):
+        run(compose("trainer=smoke", f"init_from={tmp_path}/model.safetensors", f"output_dir={tmp_path}/run", "name=x"))
 
 
 def test_config_that_evaluates(tmp_path, target, monkeypatch, capsys):

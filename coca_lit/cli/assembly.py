@@ -8,6 +8,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from coca_lit.data.datamodule import CaptionDataModule
     from coca_lit.evals import Evaluation, Settings
     from coca_lit.lit_module import CoCaLit
-    from coca_lit.models import CoCa
+    from coca_lit.models import CoCa, DualEncoder
     from coca_lit.tokenizer import Tokenizer
 
 WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that concern training alone
@@ -152,8 +153,24 @@ def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     return data
 
 
-def build_module(cfg: DictConfig) -> "CoCaLit":
-    """The LightningModule with its network, started from given weights if there are any."""
+def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
+    """The LightningModule with its network, started from given weights if there are any.
+
+    Args:
+        checkpoint: what the run resumes from; its weights will replace any others.
+    """
+    source = None
+    if checkpoint is not None:
+        from coca_lit.weights.load import read_architecture
+
+        with error_context("ckpt_path"):
+            cfg = with_facts(cfg, read_architecture(checkpoint), checkpoint)
+    elif cfg.init_from is not None:
+        from coca_lit.weights.load import copy_weights, load_dual_encoder
+
+        with error_context("init_from"):
+            source = load_dual_encoder(cfg.init_from)
+            cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
     module = build(cfg.model, "model", optimizer=optimizer, micro_batch_size=cfg.trainer.micro_batch_size)
     if cfg.image_weights is not None:
@@ -161,15 +178,48 @@ def build_module(cfg: DictConfig) -> "CoCaLit":
 
         with error_context("image_weights"):
             load_image_weights(module.net, cfg.image_weights)
-    if cfg.init_from is not None:
-        from coca_lit.weights.load import load_weights
-
+    given: list[str] = []
+    if source is not None:
         with error_context("init_from"):
-            load_weights(module.net, cfg.init_from)
+            given = copy_weights(source, module.net, cfg.init_from)
+    if cfg.init_decoder_from is not None and checkpoint is None:
+        from coca_lit.weights.load import load_language_model
+
+        with error_context("init_decoder_from"):
+            load_language_model(module.net, cfg.init_decoder_from, given)
     add_adapters(cfg, module.net)
     if not any(p.requires_grad for p in module.net.parameters()):
         raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
     return module
+
+
+def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:
+    """The config with what the tensors of some weights do not show, such as their CLS mask, taken from them.
+
+    Args:
+        source: the model, or the config of one.
+
+    Raises:
+        ValueError: the config chooses something else.
+    """
+    from coca_lit.distributed import print_rank_zero
+    from coca_lit.models import CoCa, create_model
+    from coca_lit.models.presets import preset
+    from coca_lit.weights.computation import arguments_of, merge
+
+    if resolve_target(cfg.model.net._target_, "model.net") is not create_model:
+        return cfg  # a network of the user's own; `copy_weights` compares it with the source
+    net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
+    own = preset(net["name"])
+    merged = merge(net, own, arguments_of(source), str(where))
+    defaults = {name: p.default for name, p in inspect.signature(CoCa).parameters.items()}
+    without = defaults | own | {name: value for name, value in net.items() if value is not None}
+    if taken := [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]:
+        print_rank_zero(f"as the weights in {where}: {', '.join(taken)}")
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.model.net = net | merged
+    return cfg
 
 
 def add_adapters(cfg: DictConfig, net: "CoCa") -> None:

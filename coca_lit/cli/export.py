@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> None:
     output = Path(str(cfg.output))
     with error_context("format"):
         write = _writer(cfg.format, cfg.correct_cls_mask)
-    from coca_lit.export.card import write_card
+    from coca_lit.export.card import Mixture, write_card
     from coca_lit.export.folder import check_output, new_folder
     from coca_lit.weights import hub
     from coca_lit.weights.interpolation import interpolate
@@ -46,13 +46,17 @@ def run(cfg: DictConfig) -> None:
     with error_context("checkpoint"):
         checkpoint = hub.locate(str(cfg.checkpoint))
         model = load_model(checkpoint)
+    mixture = None
     if cfg.interpolate_with is not None:
+        mixture = Mixture(str(cfg.interpolate_with), cfg.weight)
         with error_context("interpolate_with"):
             interpolate(model, load_model(cfg.interpolate_with), cfg.weight)
     with new_folder(output) as folder:
         with error_context("format"):
             exported = write(model, folder)
-        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg), cfg.push_to)
+        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg), mixture, cfg.push_to)
+    if exported.warning:
+        print(f"note: {exported.warning}")
     print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
     if cfg.push_to is not None:
         print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")

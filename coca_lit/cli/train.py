@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     checkpoint = find_start(cfg)
     if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
         return results
-    module = build_module(with_vocabulary(cfg))
+    module = build_module(with_vocabulary(cfg), checkpoint)
     data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first
     evals, not_run = build_evals(cfg)
     has_texts = getattr(data, "texts", None) is not None  # a DataModule of one's own need not know of texts

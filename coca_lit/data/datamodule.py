@@ -16,7 +16,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import Record, trainable
-from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform, whole
+from coca_lit.data.transforms import RandomCrop, TrainTransform, Transform, build_transform, whole
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import Tokenizer
 
@@ -102,6 +102,11 @@ class CaptionDataModule(LightningDataModule):
 
     def train_transform(self) -> TrainTransform:
         return RandomCrop(self.image_size)
+
+    def plain_transform(self) -> Transform:
+        """That of evaluations: what the network that is trained was made for."""
+        net = getattr(self.trainer and self.trainer.lightning_module, "net", None)
+        return build_transform(**getattr(net, "preprocessing", {}) | {"size": self.image_size})
 
     def prepare_data(self) -> None:
         """Finds the training data, or raises `DataError`: called before anything slow begins."""
@@ -189,7 +194,7 @@ class RecordsDataModule(CaptionDataModule):
         assert self.trainer is not None
         assert self.cache_dir is not None
         encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder.frozen_part()
-        precision, plain = self.trainer.precision_plugin, build_transform(size=self.image_size)
+        precision, plain = self.trainer.precision_plugin, self.plain_transform()
         context = (precision.forward_context, precision.precision)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
         wanted = {self.train_split: self.cached_augmentations} | ({self.val_split: 1} if self.val_split else {})
@@ -221,7 +226,7 @@ class RecordsDataModule(CaptionDataModule):
 
             dataset: FirstCaptionDataset = CachedFirstCaptionDataset(records, views[0], self.tokenizer)
         else:
-            dataset = FirstCaptionDataset(records, build_transform(size=self.image_size), self.tokenizer)
+            dataset = FirstCaptionDataset(records, self.plain_transform(), self.tokenizer)
         return validation_loader(dataset, self.batch_size, *self.rank_and_world(), num_workers=self.num_workers)
 
 

@@ -17,7 +17,18 @@ from coca_lit.report.scores import cell, score_name
 from coca_lit.report.tables import Table, markdown
 from coca_lit.runs.run_folder import commit
 
-TRAINING = ("seed", "image_size", "init_from", "image_weights", "lora", "ema", "model", "data", "trainer")
+TRAINING = (
+    "seed",
+    "image_size",
+    "init_from",
+    "init_decoder_from",
+    "image_weights",
+    "lora",
+    "ema",
+    "model",
+    "data",
+    "trainer",
+)
 
 
 class Exported(NamedTuple):
@@ -29,6 +40,14 @@ class Exported(NamedTuple):
     usage: str  # Python code, with {folder} in place of the name of the folder
     check: str  # the comparison that was made, and its result
     limits: list[str]  # sentences, with {folder} too
+    warning: str | None = None  # the first of the limits, which the command says as well
+
+
+class Mixture(NamedTuple):
+    """The weights are weight · checkpoint + (1 - weight) · other."""
+
+    other: str
+    weight: float
 
 
 def write_card(
@@ -38,6 +57,7 @@ def write_card(
     exported: Exported,
     checkpoint: Path | None = None,
     command: str | None = None,
+    mixture: Mixture | None = None,
     repo: str | None = None,
 ) -> None:
     """Writes `README.md`. Scores, training and sample pictures come from the run folder in which the checkpoint lies.
@@ -45,6 +65,7 @@ def write_card(
     Args:
         checkpoint: None for a model that was in memory alone.
         command: that made the export.
+        mixture: what the weights of the checkpoint were interpolated with.
         repo: where the folder is pushed to.
     """
     checkpoint = checkpoint or folder / "model"
@@ -55,12 +76,12 @@ def write_card(
     config = yaml.safe_load(_text(run / "config.yaml") or "{}")
     sections = [
         _front_matter(model, exported),
-        f"# {name}\n\n{_summary(model)}",
+        f"# {name}\n\n{_summary(model)}" + (f"\n\n{_mixed(checkpoint, mixture)}" if mixture else ""),
         _use(exported, name, repo),
         *(["## Samples\n\n" + "\n\n".join(f"![{picture}]({picture})" for picture in pictures)] if pictures else []),
         _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in files.items())),
         _table("Architecture", ("", ""), _architecture(model).items()),
-        _scores(run, config, checkpoint.name),
+        _scores(run, config, checkpoint.name, mixture),
         _training(config, environment),
         "## Export\n\n"
         + (f"```bash\n{command}\n```\n\n" if command is not None else "")
@@ -116,6 +137,13 @@ def _summary(model: CoCa) -> str:
     )
 
 
+def _mixed(checkpoint: Path, mixture: Mixture) -> str:
+    return (
+        f"Its weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times those"
+        f" of `{checkpoint}` plus {1 - mixture.weight:g} times those of `{mixture.other}`."
+    )
+
+
 def _architecture(model: CoCa) -> dict[str, Any]:
     config = model.config
     words = "CLIP's byte pairs" if config["tokenizer"] == "clip" else "words"
@@ -138,7 +166,7 @@ def _architecture(model: CoCa) -> dict[str, Any]:
     }
 
 
-def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
+def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixture | None) -> str:
     results = json.loads(_text(run / "results.json") or "{}")
     if not results:
         return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
@@ -146,6 +174,8 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
     rows = [[score_name(s), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
     note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
+    if mixture is not None:
+        note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
     if split := config.get("scoring", {}).get("split"):
         note.append(f"On the split `{split}` of data with several splits.")
     return _table("Scores", ("", *data), rows, " ".join(note))
@@ -168,6 +198,7 @@ def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
 
 def _limits(exported: Exported, name: str, repo: str | None) -> str:
     limits = [
+        *([exported.warning] if exported.warning else []),
         "The licence of the weights is not stated: it depends on the training data, and on the initial weights."
         " Add `license:` to the front matter once it is known.",
         "The model reproduces errors and biases of its training data; the scores above are all that is known of its"

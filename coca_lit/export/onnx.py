@@ -143,6 +143,8 @@ def _write_config(model: CoCa, folder: Path) -> None:
     tokenizer = model.tokenizer
     config = {
         "image_size": model.image_size,
+        "interpolation": model.preprocessing["interpolation"],
+        "resize_mode": model.preprocessing["resize_mode"],
         "context_length": tokenizer.context_length,
         "max_length": min(DEFAULT_MAX_LENGTH, tokenizer.context_length),
         "start_id": tokenizer.sot_id,

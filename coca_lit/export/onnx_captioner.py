@@ -68,15 +68,24 @@ class Captioner:
         return b"".join(self.token_bytes[i] for i in row).decode("utf-8", errors="replace").strip()
 
     def read_image(self, path: str | Path) -> Array:
-        """The photo (3, H, W) as the model saw its training images: the short side resized, then the centre."""
+        """The photo (3, H, W) as the model saw its training images: as a rule the short side resized, then the
+        centre.
+        """
         from PIL import Image
 
-        size = self.config["image_size"]
+        size, mode = self.config["image_size"], self.config["resize_mode"]
         image = Image.open(path).convert("RGB")
-        short = min(image.size)
-        width, height = (int(size * side / short) for side in image.size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        if mode == "squash":
+            width, height = size, size
+        elif mode == "longest":  # and black beside it
+            width, height = (max(round(side / (max(image.size) / size)), 1) for side in image.size)
+        else:
+            width, height = (int(size * side / min(image.size)) for side in image.size)
+        resized = image.resize((width, height), Image.Resampling[self.config["interpolation"].upper()])
+        if mode == "longest":
+            left, top = -((size - width) // 2), -((size - height) // 2)
+        else:
+            left, top = round((width - size) / 2), round((height - size) / 2)
         return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 

@@ -16,6 +16,7 @@ from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.inference.inputs import OpenShard, Shard, Source, Unit, load_images
 from coca_lit.inference.outputs import Captions, Writer
 from coca_lit.models import kernels
+from coca_lit.models.preprocessing import Preprocessing
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -25,9 +26,7 @@ class Captioner(Protocol):
     """What captioning needs of a network, such as a `CoCa` with a decoder."""
 
     tokenizer: Tokenizer
-
-    @property
-    def image_size(self) -> int: ...
+    preprocessing: Preprocessing
 
     @property
     def device(self) -> torch.device: ...
@@ -80,7 +79,7 @@ def caption(
     with ProgressBar("captioning") as progress, kernels.packed_weights(model):  # once, not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, progress, planned)
-        for positions, pixels, broken in load_images(plan, model.image_size, num_workers):
+        for positions, pixels, broken in load_images(plan, model.preprocessing, num_workers):
             batch = planned.popleft()
             new = {i for i in positions if not writer.has(batch.sources[i])}
             if new:

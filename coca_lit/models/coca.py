@@ -22,6 +22,7 @@ from coca_lit.models.generation.state import DecodingStep, static_step
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import CrossBlock, SelfBlock
+from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
 from coca_lit.tokenizer import get_tokenizer
@@ -74,6 +75,8 @@ class CoCa(Freezable):
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
         text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`.
         text_tower_args: arguments of a registered tower beside those of `TextTower`.
+        interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`. The network computes
+            the same; they travel with its weights, which were trained on such pixels.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class CoCa(Freezable):
         tied_embeddings: bool = False,
         text_tower: str | None = None,
         text_tower_args: dict[str, Any] | None = None,
+        interpolation: Interpolation = "bicubic",
+        resize_mode: ResizeMode = "shortest",
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -122,6 +127,7 @@ class CoCa(Freezable):
         # One dimension, not zero: sharding engines split along the first.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
+        self.preprocessing: Preprocessing = preprocessing(image_size, interpolation, resize_mode)
         # Plain values that build this model again; they are stored in every checkpoint.
         self.config: dict[str, Any] = arguments | {
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
@@ -129,8 +135,9 @@ class CoCa(Freezable):
             "tokenizer": self.tokenizer.spec,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
         }
-        for name in ("text_tower", "text_tower_args"):
-            if self.config[name] is None:  # as in files of earlier versions; a fingerprint of the model covers them
+        later = {"text_tower": None, "text_tower_args": None, "interpolation": "bicubic", "resize_mode": "shortest"}
+        for name, default in later.items():
+            if self.config[name] == default:  # as in files of earlier versions; a fingerprint of the model covers them
                 del self.config[name]
         self.static_step: DecodingStep | None = None  # see `compile_generation`
         self.init_parameters()

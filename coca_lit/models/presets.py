@@ -111,12 +111,13 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
     Args:
         name: see `preset`.
         imports: modules that register image encoders or text towers.
-        overrides: arguments of `CoCa`; `tokenizer` may also name one of `VOCABULARIES`.
+        overrides: arguments of `CoCa`; None leaves the value of the preset. `tokenizer` may also name one of
+            `VOCABULARIES`.
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
     """
-    arguments = preset(name) | overrides
+    arguments = preset(name) | {key: value for key, value in overrides.items() if value is not None}
     known = list(inspect.signature(CoCa).parameters)
     for key in overrides:
         if key not in known:
