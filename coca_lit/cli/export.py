@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from coca_lit.export.card import Exported
     from coca_lit.models import CoCa
 
-FORMATS = ("open_clip", "safetensors", "onnx")
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FORMATS = ("open_clip", "safetensors", "transformers", "onnx")
+PACKAGES = {"transformers": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # that a format needs
 
 
 def export() -> None:
@@ -62,11 +62,15 @@ def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Export
         from coca_lit.export.safetensors import write_safetensors
 
         return write_safetensors
+    if missing := [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]:
+        raise ValueError(
+            f"{name} needs packages that are not installed ({', '.join(missing)}): pip install 'coca_lit[{name}]'"
+        )
+    if name == "transformers":
+        from coca_lit.export.transformers import write_transformers
+
+        return write_transformers
     if name == "onnx":
-        if missing := [package for package in ONNX_PACKAGES if find_spec(package) is None]:
-            raise ValueError(
-                f"onnx needs packages that are not installed ({', '.join(missing)}): pip install 'coca_lit[onnx]'"
-            )
         from coca_lit.export.onnx import write_onnx
 
         return write_onnx
