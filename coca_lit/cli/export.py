@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> None:
     """Writes the checkpoint to the folder `cfg.output`, in the format `cfg.format`, with a model card."""
     checkpoint, output = Path(str(cfg.checkpoint)), Path(str(cfg.output))
     with error_context("format"):
-        write = _writer(cfg.format, cfg.correct_cls_mask)
+        write = _writer(cfg.format, cfg.correct_cls_mask, cfg.max_int8_loss)
     from coca_lit.export.card import write_card
     from coca_lit.export.folder import check_output, new_folder
     from coca_lit.weights.interpolation import interpolate
@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> None:
     print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
 
 
-def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Exported]":
+def _writer(name: str, correct_cls_mask: bool, max_int8_loss: float) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes a format."""
     if name == "open_clip":
         from coca_lit.export.open_clip import write_open_clip
@@ -73,7 +73,7 @@ def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Export
     if name == "onnx":
         from coca_lit.export.onnx import write_onnx
 
-        return write_onnx
+        return lambda model, folder: write_onnx(model, folder, max_int8_loss)
     raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
 
 
@@ -81,6 +81,8 @@ def _command(cfg: DictConfig) -> str:
     words = {key: cfg[key] for key in ("checkpoint", "format", "output")}
     if cfg.correct_cls_mask:
         words["correct_cls_mask"] = "true"
+    if cfg.format == "onnx":
+        words["max_int8_loss"] = cfg.max_int8_loss
     if cfg.interpolate_with is not None:
         words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
     return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])

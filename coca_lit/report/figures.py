@@ -113,7 +113,7 @@ def gap_figure(runs: Sequence[Run]) -> bytes | None:
     axes.set_title(f"{second.name} against {first.name}: {mean:+.1f} points on average", fontsize=11)
     axes.set(xlabel="difference of zero-shot top-1, points", ylim=(len(found) - 0.4, -0.6))
     axes.margins(x=0.12)
-    axes.tick_params(axis="y", labelsize=8)
+    axes.tick_params(axis="y", labelsize=8, length=0)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

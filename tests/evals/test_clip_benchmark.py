@@ -1,10 +1,14 @@
 """Data sets in CLIP_benchmark's layout: our scores of a checkpoint equal those of CLIP_benchmark's own command line."""
 
+import hashlib
 import json
 import random
+import re
 import shutil
 import sys
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import webdataset
+from huggingface_hub import constants
+from open_clip.tokenizer import _tokenizer
 from PIL import Image
 
 from coca_lit import clip_benchmark as command
@@ -134,14 +140,71 @@ def test_all_data_sets_of_a_folder(root: Path) -> None:
     assert [record.id for record in images.records[:2]] != ["0/s0000000", "0/s0000001"]  # a fair sample comes first
 
 
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hub that a download of data sets asks for; they are the folders ORG/NAME in `root`."""
+
+    root: Path
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self) -> None:
+        if found := re.fullmatch(r"/api/datasets/(.+)/revision/main", self.path):
+            folder = self.root / found[1]
+            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+            body = {"id": found[1], "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
+            self.answer(200 if names else 404, json.dumps(body).encode())
+        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{self.commit}/(.+)", self.path):
+            self.answer(200, (self.root / found[1] / found[2]).read_bytes())
+        else:
+            self.answer(404, b"")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        etag = hashlib.sha1(body).hexdigest()
+        headers = {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"', "Content-Length": str(len(body))}
+        for key, value in headers.items() if status == 200 else [("X-Error-Code", "RepoNotFound")]:
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET" and status == 200:
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_data_sets_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched once, and read from the cache where the Hub cannot be reached."""
+    Hub.root = tmp_path / "hub"
+    shutil.copytree(root / "flowers", Hub.root / "org" / "wds_flowers")
+    shutil.copytree(root / "vtab/pets", Hub.root / "org" / "wds_vtab-pets")
+    (Hub.root / "org" / "wds_flowers" / "train").mkdir()
+    (Hub.root / "org" / "wds_flowers" / "train" / "0.tar").write_bytes(b"another split")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        found = clip_benchmark("hf://datasets/org", list(SETS))
+        with pytest.raises(DataNotFoundError, match="data set org/wds_cars not found"):
+            clip_benchmark("hf://datasets/org", ["cars"])
+        server.shutdown()
+    here = clip_benchmark(root, list(SETS))
+    for evaluation, expected in zip(found, here, strict=True):
+        assert (evaluation.name, evaluation.prompts) == (expected.name, expected.prompts)
+        assert evaluation.labels == expected.labels
+        assert [r.image().tobytes() for r in evaluation.records] == [r.image().tobytes() for r in expected.records]
+    assert not list((tmp_path / "cache").rglob("train"))
+    again = clip_benchmark("hf://datasets/org", list(SETS))
+    assert [evaluation.labels for evaluation in again] == [evaluation.labels for evaluation in here]
+
+
 def test_captions_of_another_vocabulary(tiny_model: Any, tmp_path: Path) -> None:
     """CLIP_benchmark decodes captions as CLIP's byte pairs, whatever wrote them."""
     net = tiny_model()
     save_model(net, tmp_path / "words.safetensors")
     loaded, transform, _ = command.load_model("words", str(tmp_path / "words.safetensors"))
     images = torch.stack([transform(render(number, 40)) for number in range(3)])
-    from open_clip.tokenizer import _tokenizer
-
     found = [_tokenizer.decode(ids).split("<end_of_text>")[0] for ids in loaded.generate(images).numpy()]
     written = [text.replace("<start_of_text>", "").strip() for text in found]
     assert written == [net.tokenizer.decode(ids) for ids in net.generate(images)]
