@@ -63,7 +63,7 @@ def classified_shards(root: str | Path, split: str = "test") -> Classification:
     templates = _lines(root / TEMPLATES)
     if wrong := [template for template in templates if "{c}" not in template]:
         raise DataError(f"{root / TEMPLATES}: each line must hold {{c}} for the name of the class, got {wrong[0]!r}")
-    samples = list(_samples(root / split, "cls"))
+    samples = [*_samples(root / split, "cls")]
     random.Random(0).shuffle(samples)
     labels = {id: _number(text, len(names), f"class of {id} in {root / split}") for id, _, text in samples}
     records = [Record(id, image) for id, image, _ in samples]
@@ -122,12 +122,15 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
             raise DataError(f"{shard} is not a readable shard: {error}") from error
         if images.keys() != texts.keys():
             raise DataError(f"{shard}: sample {min(images.keys() ^ texts.keys())} lacks its image or its .{label}")
+        if not images:
+            raise DataError(f"{shard} holds no images with .{label}")
         yield from ((f"{shard.stem}/{key}", image, texts[key]) for key, image in images.items())
 
 
 def _number(text: str, limit: int, what: str) -> int:
-    if not text.strip().isdecimal() or int(text) >= limit:
-        raise DataError(f"the {what} must be a whole number below {limit}, got {text.strip()[:40]!r}")
+    text = text.strip()
+    if len(text) > 9 or not text.isdecimal() or int(text) >= limit:
+        raise DataError(f"the {what} must be a whole number below {limit}, got {text[:40]!r}")
     return int(text)
 
 
