@@ -35,7 +35,7 @@ ONE_FILE = (
 )
 INT8 = "_int8"  # at the end of the names of those graphs
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # convolutions in int8 lose more than they gain
-SCENES, BATCH = 256, 32  # on which int8 is compared with fp32
+SCENES, BATCH = 128, 32  # on which int8 is compared with fp32
 CAPTION = """\
 import sys
 
@@ -146,7 +146,7 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float) -
     fp32, int8 = (_megabytes(folder, [f"{name}{ending}" for name in graphs]) for ending in ("", INT8))
     found = (
         f"int8: {fp32:.3g} → {int8:.3g} MB; on {len(records)} built-in scenes the lowest cosine between image features"
-        f" of fp32 and int8 is {_lowest_cosine(folder, images):.3f}"
+        f" of fp32 and int8 is {_lowest_cosine(folder, images):.4f}"
     )
     if model.decoder is None:
         return f"{found}."

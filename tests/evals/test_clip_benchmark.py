@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -147,12 +148,14 @@ class Hub(BaseHTTPRequestHandler):
     commit = "0123456789abcdef0123456789abcdef01234567"
 
     def do_GET(self) -> None:
-        if found := re.fullmatch(r"/api/datasets/(.+)/revision/main", self.path):
+        path = urlsplit(self.path).path
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(tree|revision)/.+", path):
             folder = self.root / found[1]
-            names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-            body = {"id": found[1], "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
-            self.answer(200 if names else 404, json.dumps(body).encode())
-        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{self.commit}/(.+)", self.path):
+            sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+            tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+            info = {"id": found[1], "sha": self.commit, "siblings": [{"rfilename": name} for name in sizes]}
+            self.answer(200 if sizes else 404, json.dumps(tree if found[2] == "tree" else info).encode())
+        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{self.commit}/(.+)", path):
             self.answer(200, (self.root / found[1] / found[2]).read_bytes())
         else:
             self.answer(404, b"")

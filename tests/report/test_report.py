@@ -217,7 +217,7 @@ def test_gaps_of_two_runs_are_sorted(tmp_path, monkeypatch):
     drawn = []
     png = figures._png
     monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or png(figure))
-    clip = {"a/top1": 0.5, "b/top1": 0.25, "c/top1": 0.75, "d/top1": 0.1, "a/top5": 0.9, "only/top1": 0.1}
+    clip = {"a/top1": 0.5, "b/top1": 0.25, "c/top1": 0.75, "d/top1": 0.1, "a/top5": 0.9}
     coca = {"a/top1": 0.45, "b/top1": 0.5, "c/top1": 0.85, "d/top1": 0.1, "a/top5": 0.8}
     folders = [make_run(tmp_path / name, results) for name, results in (("clip", clip), ("coca", coca))]
     page = write_comparison(folders, tmp_path / "compared").read_text()

@@ -111,9 +111,9 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
         texts: dict[str, str] = {}
         try:
             for member in tar_members(shard, lambda name: name.lower().endswith(f".{label}")):
-                folder, slash, file = member.name.rpartition("/")
-                key, _, suffix = file.partition(".")
-                key = f"{folder}{slash}{key}"
+                place, slash, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                key = f"{place}{slash}{stem}"
                 if suffix.lower() in IMAGES:
                     images[key] = TarImage(shard, member.offset, member.size)
                 elif suffix.lower() == label:
