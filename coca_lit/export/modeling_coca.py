@@ -402,15 +402,30 @@ class Decoder(nn.Module):
 
 
 class CoCaImageProcessor(BaseImageProcessor):
-    """Resizes the shorter side, crops the centre and normalises, with Pillow and the rounding of torchvision, as in
-    training: the pixels of Transformers' own CLIP processors differ.
+    """Resizes, crops the centre and normalises, with Pillow and the rounding of torchvision, as in training: the pixels
+    of Transformers' own CLIP processors differ.
+
+    Args:
+        crop_size: of the result.
+        resample: of Pillow, 3 for bicubic and 2 for bilinear.
+        resize_mode: shortest: the shorter side becomes that of the result, and the centre is kept. longest: the longer
+            side does, and the rest is black. squash: both do.
     """
 
     model_input_names: ClassVar[list[str]] = ["pixel_values"]
 
-    def __init__(self, crop_size=None, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5), **kwargs):
+    def __init__(
+        self,
+        crop_size=None,
+        resample=3,
+        resize_mode="shortest",
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.crop_size = crop_size or {"height": 224, "width": 224}
+        self.resample, self.resize_mode = resample, resize_mode
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
     def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
@@ -421,10 +436,15 @@ class CoCaImageProcessor(BaseImageProcessor):
     def pixels(self, image) -> np.ndarray:
         size = int(self.crop_size["height"])
         image = (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
-        short = min(image.size)
-        width, height = (int(size * side / short) for side in image.size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        if self.resize_mode == "squash":
+            width, height = size, size
+        elif self.resize_mode == "longest":
+            width, height = (max(round(side / (max(image.size) / size)), 1) for side in image.size)
+        else:
+            width, height = (int(size * side / min(image.size)) for side in image.size)
+        left, top = (round((side - size) / 2) if side >= size else -((size - side) // 2) for side in (width, height))
+        image = image.resize((width, height), Image.Resampling(self.resample))
+        image = image.crop((left, top, left + size, top + size))  # what lies outside is black
         pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
         normalised = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         return np.ascontiguousarray(normalised.transpose(2, 0, 1))

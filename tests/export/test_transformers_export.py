@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import image_transform
 from PIL import Image
 
 from coca_lit.cli import export as cli
@@ -20,11 +21,13 @@ from coca_lit.cli.command import compose
 from coca_lit.data.scenes.render import render
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError
-from coca_lit.export import transformers as writer
 from coca_lit.models import CoCa, create_model, text_lengths
 from coca_lit.weights.load import save_model
 
 pytest.importorskip("transformers")
+
+from coca_lit.export import modeling_coca  # need that package
+from coca_lit.export import transformers as writer
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -119,6 +122,21 @@ def test_greedy_captions_token_for_token(exports: tuple[Path, dict[str, CoCa], d
 def rows(ids: list[list[int]], lengths: torch.Tensor) -> list[list[int]]:
     """Without padding, which is the start token after CLIP's byte pairs."""
     return [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize(("interpolation", "resample"), [("bicubic", 3), ("bilinear", 2)])
+def test_pixels_are_those_of_open_clip(resize_mode: str, interpolation: str, resample: int) -> None:
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    processor = modeling_coca.CoCaImageProcessor(
+        {"height": 32, "width": 32}, resample, resize_mode, image_mean=mean, image_std=std
+    )
+    options = {"resize_mode": resize_mode, "interpolation": interpolation}
+    transform = image_transform(32, is_train=False, mean=mean, std=std, **options)
+    for size in ((51, 77), (78, 51), (33, 32), (20, 31), (32, 32)):
+        image = Image.effect_noise(size, 90).convert("RGB")
+        found = processor(image, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, transform(image)[None], atol=1e-6, rtol=0)
 
 
 def test_the_card_lists_the_files_and_its_code_runs(exports: tuple[Path, dict[str, CoCa], dict[str, Any]]) -> None:
