@@ -14,8 +14,9 @@ Shape letters: B batch, T text positions, S positions that attention looks at, Q
 of the common space, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -65,8 +66,8 @@ class CoCaConfig(PretrainedConfig):
         layer_norm_eps: float = 1e-5,
         has_logit_bias: bool = False,
         text_padding_id: int = 0,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
         # Transformers makes a key/value cache of as many layers as this says.
         kwargs.setdefault("num_hidden_layers", text_layers + multimodal_layers)
@@ -103,7 +104,7 @@ class CoCaModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules: ClassVar[list[str]] = ["SelfBlock", "CrossBlock"]
 
-    def __init__(self, config: CoCaConfig):
+    def __init__(self, config: CoCaConfig) -> None:
         super().__init__(config)
         self.vision = ImageTower(config)
         self.text = TextTower(config)
@@ -131,7 +132,7 @@ class CoCaModel(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         encoder_outputs: ImageOutput | None = None,
-        cache=None,
+        cache: Any = None,
         return_dict: bool = True,
     ) -> CoCaOutput:
         """
@@ -157,6 +158,8 @@ class CoCaModel(PreTrainedModel, GenerationMixin):
         if decoder_input_ids is not None:
             if self.decoder is None:
                 raise ValueError("this model has no decoder: it compares images with texts and writes no captions")
+            if encoder_outputs is None:
+                raise ValueError("a caption needs an image: give pixel_values, or encoder_outputs")
             past = cache.get_seq_length() if cache is not None else 0
             mask = causal_mask(past, decoder_input_ids)
             states = self.text.states(decoder_input_ids, past, mask, cache)
@@ -168,8 +171,13 @@ class CoCaModel(PreTrainedModel, GenerationMixin):
         return self.vision
 
     def prepare_inputs_for_generation(
-        self, decoder_input_ids: Tensor, encoder_outputs=None, cache=None, past_key_values=None, **kwargs
-    ) -> dict:
+        self,
+        decoder_input_ids: Tensor,
+        encoder_outputs: ImageOutput | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """The arguments of the next `forward`. Earlier versions of Transformers call the cache `past_key_values`."""
         cache = cache if cache is not None else past_key_values
         past = cache.get_seq_length() if cache is not None else 0
@@ -202,13 +210,13 @@ ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.self_attention_cache.update(k, v, layer)
@@ -216,7 +224,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, width: int, context_width: int, heads: int):
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width)
@@ -227,9 +235,10 @@ class CrossAttention(nn.Module):
         q = split_heads(self.q(x), self.heads)
         return self.out(merge_heads(F.scaled_dot_product_attention(q, keys, values)))
 
-    def keys_values(self, context: Tensor) -> list[Tensor]:
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, C) -> keys and values, each (B, H, S, D/H)."""
-        return [split_heads(part, self.heads) for part in self.kv(context).chunk(2, dim=-1)]
+        keys, values = self.kv(context).chunk(2, dim=-1)
+        return split_heads(keys, self.heads), split_heads(values, self.heads)
 
 
 def mlp(width: int, hidden: int, activation: str) -> nn.Sequential:
@@ -237,14 +246,14 @@ def mlp(width: int, hidden: int, activation: str) -> nn.Sequential:
 
 
 class SelfBlock(nn.Module):
-    def __init__(self, width: int, heads: int, hidden: int, activation: str, eps: float):
+    def __init__(self, width: int, heads: int, hidden: int, activation: str, eps: float) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, heads)
         self.norm_2 = nn.LayerNorm(width, eps=eps)
         self.mlp = mlp(width, hidden, activation)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache=None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None, layer: int = 0) -> Tensor:
         x = x + self.attention(self.norm_1(x), mask, cache, layer)
         return x + self.mlp(self.norm_2(x))
 
@@ -252,7 +261,7 @@ class SelfBlock(nn.Module):
 class CrossBlock(nn.Module):
     """A `SelfBlock` whose attention looks at the image tokens; with a cache their keys are computed once."""
 
-    def __init__(self, width: int, context_width: int, heads: int, hidden: int, activation: str, eps: float):
+    def __init__(self, width: int, context_width: int, heads: int, hidden: int, activation: str, eps: float) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(width, eps=eps)
         self.norm_context = nn.LayerNorm(context_width, eps=eps)
@@ -260,11 +269,11 @@ class CrossBlock(nn.Module):
         self.norm_2 = nn.LayerNorm(width, eps=eps)
         self.mlp = mlp(width, hidden, activation)
 
-    def forward(self, x: Tensor, image: Tensor, cache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, image: Tensor, cache: Any, layer: int) -> Tensor:
         x = x + self.attention(self.norm_1(x), *self.keys_values(image, cache, layer))
         return x + self.mlp(self.norm_2(x))
 
-    def keys_values(self, image: Tensor, cache, layer: int) -> tuple[Tensor, Tensor] | list[Tensor]:
+    def keys_values(self, image: Tensor, cache: Any, layer: int) -> tuple[Tensor, Tensor]:
         if cache is None:
             return self.attention.keys_values(self.norm_context(image))
         if not cache.is_updated.get(layer):
@@ -277,7 +286,7 @@ class CrossBlock(nn.Module):
 class AttentionalPooler(nn.Module):
     """Learned queries that attend to a sequence and return one token each."""
 
-    def __init__(self, context_width: int, width: int, queries: int, heads: int, eps: float):
+    def __init__(self, context_width: int, width: int, queries: int, heads: int, eps: float) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(queries, width))
         self.norm_query = nn.LayerNorm(width, eps=eps)
@@ -298,7 +307,7 @@ class ImageTower(nn.Module):
     second pooler of one query attends to the same sequence. cascade: that one attends to the output of the first.
     """
 
-    def __init__(self, config: CoCaConfig):
+    def __init__(self, config: CoCaConfig) -> None:
         super().__init__()
         width, eps = config.image_width, config.layer_norm_eps
         self.patches = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
@@ -315,7 +324,7 @@ class ImageTower(nn.Module):
             self.contrastive = AttentionalPooler(context_width, config.embed_dim, 1, *sizes)
         self.projection = nn.Linear(config.embed_dim, config.embed_dim, bias=False)
 
-    def forward(self, pixel_values: Tensor, **options) -> ImageOutput:
+    def forward(self, pixel_values: Tensor, **options: Any) -> ImageOutput:
         """`options` are those that `generate` passes to every encoder."""
         x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # (B, patches, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position_embedding
@@ -338,7 +347,7 @@ class TextTower(nn.Module):
     context.
     """
 
-    def __init__(self, config: CoCaConfig):
+    def __init__(self, config: CoCaConfig) -> None:
         super().__init__()
         width, eps = config.text_width, config.layer_norm_eps
         self.context_length, self.padding_id = config.context_length, config.text_padding_id
@@ -351,7 +360,7 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
 
-    def states(self, tokens: Tensor, past: int, mask: Tensor | None, cache) -> Tensor:
+    def states(self, tokens: Tensor, past: int, mask: Tensor | None, cache: Any) -> Tensor:
         """(B, T) -> (B, T, D) of tokens that follow `past` others."""
         x = self.token_embedding(tokens) + self.position_embedding[past : past + tokens.shape[1]]
         for layer, block in enumerate(self.blocks):
@@ -379,7 +388,7 @@ class TextTower(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: CoCaConfig):
+    def __init__(self, config: CoCaConfig) -> None:
         super().__init__()
         width, heads, eps = config.text_width, config.text_heads, config.layer_norm_eps
         rest = (heads, config.text_mlp_width, config.text_activation, eps)
@@ -389,7 +398,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.vocabulary = nn.Linear(width, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, image: Tensor, mask: Tensor | None, cache, first_layer: int) -> Tensor:
+    def forward(self, x: Tensor, image: Tensor, mask: Tensor | None, cache: Any, first_layer: int) -> Tensor:
         """States of the text tower (B, T, D) and image tokens (B, Q, E) -> logits (B, T, V).
 
         Args:
@@ -416,24 +425,24 @@ class CoCaImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        crop_size=None,
-        resample=3,
-        resize_mode="shortest",
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        **kwargs,
-    ):
+        crop_size: dict[str, int] | None = None,
+        resample: int = 3,
+        resize_mode: str = "shortest",
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.crop_size = crop_size or {"height": 224, "width": 224}
         self.resample, self.resize_mode = resample, resize_mode
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 
-    def preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """One image or a list, of Pillow, or arrays (H, W, 3) uint8 -> {"pixel_values": (B, 3, size, size)}."""
         images = images if isinstance(images, list | tuple) else [images]
         return BatchFeature({"pixel_values": [self.pixels(image) for image in images]}, tensor_type=return_tensors)
 
-    def pixels(self, image) -> np.ndarray:
+    def pixels(self, image: Any) -> np.ndarray:
         size = int(self.crop_size["height"])
         image = (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
         if self.resize_mode == "squash":

@@ -107,7 +107,8 @@ def _config(model: CoCa) -> dict[str, Any]:
             "format=transformers has the code of the built-in text tower alone, and this model has a"
             f" {type(model.text).__name__}: export format=safetensors"
         )
-    block, text = trunk.blocks[0], model.text.blocks[0]
+    block: Any = trunk.blocks[0]
+    text: Any = model.text.blocks[0]
     return {
         "model_type": modeling_coca.CoCaConfig.model_type,
         "architectures": ["CoCaModel"],
