@@ -183,8 +183,9 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     fast.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": tokenizer.context_length, **names}
     # Text is never parsed for special tokens, and no blanks are removed when it is put together again.
-    rest = {"split_special_tokens": True, "clean_up_tokenization_spaces": False}
-    _write_json(folder / "tokenizer_config.json", {**config, **rest, "padding_side": "right"})
+    rest = {"split_special_tokens": True, "clean_up_tokenization_spaces": False, "padding_side": "right"}
+    inputs = {"model_input_names": ["input_ids", "attention_mask"]}
+    _write_json(folder / "tokenizer_config.json", {**config, **rest, **inputs})
 
 
 def _clip_tokenizer(tokenizer: CLIPTokenizer) -> HFTokenizer:

@@ -186,8 +186,13 @@ def test_data_sets_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (Hub.root / "org" / "wds_flowers" / "train" / "0.tar").write_bytes(b"another split")
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         found = clip_benchmark("hf://datasets/org", list(SETS))
         with pytest.raises(DataNotFoundError, match="data set org/wds_cars not found"):
             clip_benchmark("hf://datasets/org", ["cars"])
@@ -198,6 +203,7 @@ def test_data_sets_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert evaluation.labels == expected.labels
         assert [r.image().tobytes() for r in evaluation.records] == [r.image().tobytes() for r in expected.records]
     assert not list((tmp_path / "cache").rglob("train"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again = clip_benchmark("hf://datasets/org", list(SETS))
     assert [evaluation.labels for evaluation in again] == [evaluation.labels for evaluation in here]
 
