@@ -454,6 +454,6 @@ class CoCaImageProcessor(BaseImageProcessor):
         left, top = (round((side - size) / 2) if side >= size else -((size - side) // 2) for side in (width, height))
         image = image.resize((width, height), Image.Resampling(self.resample))
         image = image.crop((left, top, left + size, top + size))  # what lies outside is black
+        mean, std = (np.asarray(values, dtype=np.float32) for values in (self.image_mean, self.image_std))
         pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-        normalised = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+        return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))

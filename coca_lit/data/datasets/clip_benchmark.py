@@ -8,7 +8,7 @@ KEY.txt instead, a caption in each line, and "retrieval" in a file dataset_type.
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -65,7 +65,9 @@ def classified_shards(root: str | Path, split: str = "test") -> Classification:
         raise DataError(f"{root / TEMPLATES}: each line must hold {{c}} for the name of the class, got {wrong[0]!r}")
     samples = [*_samples(root / split, "cls")]
     random.Random(0).shuffle(samples)
-    labels = {id: _number(text, len(names), f"class of {id} in {root / split}") for id, _, text in samples}
+    labels: dict[Hashable, int] = {
+        id: _number(text, len(names), f"class of {id} in {root / split}") for id, _, text in samples
+    }
     records = [Record(id, image) for id, image, _ in samples]
     return Classification(records, labels, tuple(names), tuple(t.replace("{c}", "{}") for t in templates))
 
