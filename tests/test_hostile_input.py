@@ -22,6 +22,7 @@ import coca_lit
 from coca_lit.cli.train import run, train
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
+from coca_lit.data.datasets.clip_benchmark import classified_shards
 from coca_lit.data.records import decode_image
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.tar import MAX_MEMBER
@@ -101,6 +102,16 @@ def train_on(path: Path, batches: int = 4) -> tuple[set[str], list[BadSample], l
         [b for batch in seen for b in batch.bad],
         seen,
     )
+
+
+def benchmark_set(folder: Path, member: str = "a.cls", label: bytes = b"0", shards: str = "1") -> Path:
+    """A data set in CLIP_benchmark's layout with one image."""
+    (folder / "test").mkdir(parents=True)
+    (folder / "classnames.txt").write_text("dog\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    (folder / "test" / "nshards.txt").write_text(shards)
+    write_tar(folder / "test" / "0.tar", {"a.jpg": jpeg(), member: label})
+    return folder
 
 
 # Files that are code
@@ -190,6 +201,29 @@ def tar_bomb(path: Path, kind: bytes) -> Path:
     whole += bytes(-len(whole) % 512) + info.tobuf(tarfile.GNU_FORMAT) + bytes(10 * 2**20)
     path.write_bytes(gzip.compress(whole, 1) if path.suffix == ".gz" else whole)
     return path
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"member": "../a.cls"}, "the member '../a.cls' leads out of the shard"),
+        ({"label": b"7"}, "must be a whole number below 1, got '7'"),
+        ({"label": b"9" * 5000}, "must be a whole number below 1, got '999"),
+        ({"shards": "9" * 5000}, "number of shards .* must be a whole number below"),
+        ({"shards": "-1"}, "must be a whole number below .*, got '-1'"),
+        ({"member": "a.pickle", "label": pickle.dumps(0)}, "sample a lacks its image or its .cls"),
+    ],
+)
+def test_data_sets_of_evaluations(tmp_path, change, said):
+    assert len(classified_shards(benchmark_set(tmp_path / "good")).records) == 1
+    with pytest.raises(DataError, match=said):
+        classified_shards(benchmark_set(tmp_path / "bad", **change))
+
+
+def test_data_sets_at_urls_that_are_commands(target):
+    for root in (f"pipe:touch {target}", f"file://{target}", f"hf://datasets/a/b@x;touch {target}"):
+        with pytest.raises(DataError, match=r"not found|neither a folder nor a data set"):
+            classified_shards(root)
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])

@@ -257,14 +257,17 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
-    """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read."""
+    """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read. A
+    target may return several evaluations.
+    """
     from coca_lit.distributed import print_rank_zero
     from coca_lit.errors import DataError
 
     evals, missing = [], {}
     for name, node in cfg.evals.items():
         try:
-            evals += [build(node, f"evals.{name}")] if node else []
+            built = build(node, f"evals.{name}") if node else []
+            evals += built if isinstance(built, list) else [built]
         except DataError as error:
             if not cfg.scoring.skip_missing:
                 raise

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coca_lit.files import atomic_write
-from coca_lit.report.figures import comparison_figure, curves_figure
+from coca_lit.report.figures import comparison_figure, curves_figure, gap_figure
 from coca_lit.report.runs import Run, find_runs, read_run
 from coca_lit.report.scores import best_run, cell, headline
 from coca_lit.report.tables import Table, comparison_tables, headline_cells, markdown, score_tables
@@ -123,13 +123,19 @@ def write_comparison(folders: Sequence[Path], output: Path, objective: str | Non
     score = objective or headline(dict.fromkeys(name for run in runs for name in run.results))
     facts = _best(runs, score) if score else {}
     tables = [table for table in comparison_tables(runs) if table.rows]
-    figure = comparison_figure(runs, score)
+    drawn = {"comparison": comparison_figure(runs, score), "zero-shot gaps": gap_figure(runs)}
+    figures = {title: figure for title, figure in drawn.items() if figure is not None}
+    pictures = {title: f"{title.replace(' ', '_')}.png" for title in figures}
     output.mkdir(parents=True, exist_ok=True)
-    if figure is not None:
-        (output / "comparison.png").write_bytes(figure)
-    sections = [_facts_html(facts), _tables(tables), _reasons("failed", failed), _figure("comparison", figure)]
-    pictures = ["comparison.png"] if figure is not None else []
-    return _write(output, f"{len(runs)} runs", sections, tables, facts, {"failed": failed}, pictures)
+    for title, figure in figures.items():
+        (output / pictures[title]).write_bytes(figure)
+    sections = [
+        _facts_html(facts),
+        _tables(tables),
+        _reasons("failed", failed),
+        *(_figure(title, figure) for title, figure in figures.items()),
+    ]
+    return _write(output, f"{len(runs)} runs", sections, tables, facts, {"failed": failed}, list(pictures.values()))
 
 
 def _write(

@@ -96,7 +96,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": command(),
         "commit": commit(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "started": time.time(),
@@ -141,14 +141,15 @@ def _git(*arguments: str) -> str:
     return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
-def _processor() -> str:
+def machine() -> str:
+    """Its processor and number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
     names = (
         [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         if cpuinfo.exists()
         else []
     )
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def print_results(results: dict[str, float]) -> None:

@@ -211,3 +211,25 @@ def test_thumbnails():
         head, data = thumbnail(image).split(",")
         assert head == f"data:image/{kind};base64"
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == size
+
+
+def test_gaps_of_two_runs_are_sorted(tmp_path, monkeypatch):
+    drawn = []
+    png = figures._png
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or png(figure))
+    clip = {"a/top1": 0.5, "b/top1": 0.25, "c/top1": 0.75, "d/top1": 0.1, "a/top5": 0.9}
+    coca = {"a/top1": 0.45, "b/top1": 0.5, "c/top1": 0.85, "d/top1": 0.1, "a/top5": 0.8}
+    folders = [make_run(tmp_path / name, results) for name, results in (("clip", clip), ("coca", coca))]
+    page = write_comparison(folders, tmp_path / "compared").read_text()
+    (figure,) = drawn  # the accuracies have no bars of their own beside it
+    (axes,) = figure.axes
+    bars = axes.containers[0]
+    assert [bar.get_width() for bar in bars] == pytest.approx([25, 10, 0, -5])
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["b  25.0 → 50.0", "c  75.0 → 85.0", "d  10.0 → 10.0", "a  50.0 → 45.0"]
+    assert axes.get_title() == "coca against clip: +7.5 points on average"
+    assert (tmp_path / "compared" / "zero-shot_gaps.png").read_bytes().startswith(PNG)
+    assert "![zero-shot_gaps.png](zero-shot_gaps.png)" in (tmp_path / "compared" / "report.md").read_text()
+    assert 'alt="zero-shot gaps"' in page
+    few = [make_run(tmp_path / f"few_{f.name}", {"a/top1": 0.5, "b/top1": 0.6}) for f in folders]
+    assert figures.gaps(find_runs(few)[0]) == {}  # two data sets are bars of the comparison
