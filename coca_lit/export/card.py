@@ -2,7 +2,6 @@
 Hugging Face Hub.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import yaml
 
 from coca_lit.export.folder import CARD, TAG
 from coca_lit.models import CoCa
+from coca_lit.reading import read_json
 from coca_lit.report.scores import cell, score_name
 from coca_lit.report.tables import Table, markdown
 from coca_lit.runs.run_folder import commit
@@ -32,7 +32,7 @@ class Exported(NamedTuple):
 def write_card(folder: Path, name: str, model: CoCa, exported: Exported, checkpoint: Path, command: str) -> None:
     """Writes `README.md`. Scores and training are read from the run folder in which the checkpoint lies."""
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    environment = json.loads(_text(run / "environment.json") or "{}")
+    environment = _json(run / "environment.json")
     config = yaml.safe_load(_text(run / "config.yaml") or "{}")
     sections = [
         _front_matter(model, exported),
@@ -92,7 +92,7 @@ def _architecture(model: CoCa) -> dict[str, Any]:
 
 
 def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
-    results = json.loads(_text(run / "results.json") or "{}")
+    results = _json(run / "results.json")
     if not results:
         return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
     data = list(dict.fromkeys(key.rpartition("/")[0] for key in results))
@@ -133,6 +133,10 @@ def _limits(exported: Exported, name: str) -> str:
 def _table(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]], note: str = "") -> str:
     table = markdown(Table(title, [*header], [[str(cell) for cell in row] for row in rows]))
     return "\n\n".join([f"## {title}", table, *([note] if note else [])])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, dict) if path.is_file() else {}
 
 
 def _text(path: Path) -> str:
