@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.reading import open_regular
+from coca_lit.reading import open_regular, printable
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     found = [(item, files[item.filename]) for item in listings if item.filename in files]
     missing = [item.filename for item in listings if item.filename not in files]
     if not found or len(missing) > MAX_MISSING * len(listings):
-        example = f", e.g. {missing[0]}" if missing else ""
+        example = f", e.g. {printable(missing[0])}" if missing else ""
         where = [folder for folder in folders if folder.is_dir()] or folders[:1]
         raise not_found(f"{len(missing)} of {len(listings)} images that {source} lists{example}", where, how)
     if missing:

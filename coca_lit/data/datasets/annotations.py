@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coca_lit.data.records import Listing
 from coca_lit.errors import DataError
-from coca_lit.reading import is_int64, read_json
+from coca_lit.reading import is_int64, printable, read_json
 
 MAX_BYTES = 512 * 2**20  # of JSON; the largest known file, the training answers of VQA v2, has 366 MB
 
@@ -24,7 +24,7 @@ def read_karpathy(path: Path, split: str) -> list[Listing]:
         splits = sorted({image["split"] for image in images})
         wanted = {"train", "restval"} if split == "train" else {split}
         if not wanted.intersection(splits):
-            raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
+            raise DataError(f"{path} has no split {split!r}; it has {printable(', '.join(splits))}")
         return [
             listing(
                 id=image.get("cocoid", image["imgid"]),

@@ -3,6 +3,7 @@
 ROOT/v2_OpenEnded_mscoco_train2014_questions.json    ROOT/v2_mscoco_train2014_annotations.json    ROOT/train2014/
 """
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -33,7 +34,9 @@ def vqa_records(root: str | Path, split: str) -> list[Record]:
     answers = _answers(_file(root, "annotations", split)) if split in ("train", "val") else {}
     content = read_json(path, limit=MAX_BYTES)
     with schema(path, "the VQA questions"):
-        folder = str(content["data_subtype"]).replace("test-dev", "test")  # the same images
+        folder = content["data_subtype"].replace("test-dev", "test")  # the same images
+        if not re.fullmatch(r"\w{1,40}", folder):
+            raise ValueError(f"data_subtype {folder!r:.80} names no folder")
         listings = [_listing(question, folder, answers) for question in content["questions"]]
     folders = [base / name for base in (root, root / "images") for name in (folder, *FOLDERS)]
     return records_on_disk(names_on_disk(listings, folders), folders, path, _HOW)
