@@ -20,6 +20,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.exceptions import FSTimeoutError
+from lightning.pytorch import Trainer
 from test_datamodules import TOKENIZER, Recorder
 from test_shards import contents, write_shards
 
@@ -174,32 +175,25 @@ def _open(cache: ShardCache) -> None:
     ("fault", "said"),
     [("reset", "for 0 s the store does not answer"), ("slow down", "for 0 s the store throttles requests: use fewer")],
 )
-def test_patience_ends_and_the_run_stops_saved(store, tmp_path, expected, fault, said):
+def test_patience_ends_and_the_run_stops_saved(store, tmp_path, fault, said):
     """A first shard is there, then the store is gone: the run stops with a checkpoint, from which it goes on."""
-    from lightning.pytorch import Trainer
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 
-    def trainer() -> Trainer:
-        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    def fit(module: Recorder, resume: Path | None = None, **more) -> None:
+        data = laion(tmp_path, shuffle_buffer=1, **more)
         saving = Checkpoints(tmp_path / "checkpoints")
-        return Trainer(accelerator="cpu", max_epochs=1, callbacks=[saving], num_sanity_val_steps=0, **options)
+        Trainer(accelerator="cpu", max_epochs=1, callbacks=[saving], **quiet).fit(module, data, ckpt_path=resume)
 
-    data, module = laion(tmp_path, store_patience=0, shuffle_buffer=1), Recorder()
-    data.prepare_data()
-    store.faults.extend([""] * 2)
+    stopped, resumed, alone = Recorder(), Recorder(), Recorder()
+    store.faults.extend([""] * 5)  # the listing, the manifest, a few shards
     store.always = fault
     with pytest.raises(StoreError, match=rf"{said}.*data\.store_patience=SECONDS"):
-        trainer().fit(module, data)
-    done = len(module.seen)
-    assert 0 < done < 12
+        fit(stopped, store_patience=0)
+    assert 0 < len(stopped.seen) < 12
     store.always = ""
-    again = Recorder()
-    trainer().fit(again, laion(tmp_path, shuffle_buffer=1), ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
-    alone = Recorder()
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **options).fit(
-        alone, laion(tmp_path, shuffle_buffer=1)
-    )
-    assert module.seen + again.seen == alone.seen
+    fit(resumed, tmp_path / "checkpoints" / "last.ckpt")
+    fit(alone)
+    assert stopped.seen + resumed.seen == alone.seen
 
 
 def test_the_end_of_patience_is_said_by_a_worker(store, tmp_path):
