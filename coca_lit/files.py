@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from coca_lit.errors import DataError
+from coca_lit.reading import MAX_JSON, open_regular
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -70,10 +71,20 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    """The lines of a file with their line breaks, none if it does not exist; without an incomplete last line."""
-    if path.exists():
-        with path.open("rb") as file:
-            yield from (line.decode(errors="replace") for line in file if line.endswith(b"\n"))
+    """The lines of a file with their line breaks, none if it does not exist; without an incomplete last line.
+
+    Raises:
+        DataError: it cannot be read, or is no regular file.
+    """
+    if not path.exists():
+        return
+    try:
+        with open_regular(path) as file:
+            while line := file.readline(MAX_JSON):
+                if line.endswith(b"\n"):
+                    yield line.decode(errors="replace")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def csv_line(row: Iterable[Any]) -> str:

@@ -3,14 +3,17 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import re
 import struct
 import sys
 import tarfile
 import zlib
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +22,28 @@ from PIL import Image
 from running import compose, train_py
 
 import coca_lit
+from coca_lit.callbacks.bad_sample_log import BadSampleLog
 from coca_lit.cli.train import run, train
-from coca_lit.data.bad_samples import BadSample
+from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.batch import Batch
 from coca_lit.data.datasets.clip_benchmark import classified_shards
-from coca_lit.data.records import decode_image
+from coca_lit.data.datasets.coco import coco_folder_records
+from coca_lit.data.prepare.check import JOURNAL as CHECK_JOURNAL
+from coca_lit.data.prepare.check import check_shards
+from coca_lit.data.prepare.write import JOURNAL, plan_shards, prepare
+from coca_lit.data.records import MAX_IMAGE, ImageFile, decode_image
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.tar import MAX_MEMBER
+from coca_lit.data.shards.indexed import tar_indexes
+from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards
+from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
+from coca_lit.data.text_batches import read_texts
+from coca_lit.data.transforms import load_pixels
 from coca_lit.errors import ConfigError, DataError
+from coca_lit.inference.outputs import open_writer
+from coca_lit.inference.search import ImageIndex
+from coca_lit.inference.shards import scan_shard
+from coca_lit.report.runs import read_run
 from coca_lit.runs.redaction import mask, redact
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tokenizer import get_tokenizer
@@ -84,18 +101,13 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def train_on(path: Path, batches: int = 4) -> tuple[set[str], list[BadSample], list[Batch]]:
-    """Keys and bad samples of some batches that the training loader makes of one shard."""
+def train_on(path: Path, batches: int = 4, **more) -> tuple[set[str], list[BadSample], list[Batch]]:
+    """Keys and bad samples of some batches that the training loader makes of a shard, or of all in a folder."""
+    more = {"indexed": False, "shuffle_buffer": 1, "max_bad_fraction": 1.0} | more
     data = LAIONDataModule(
-        shards=str(path),
-        epoch_samples=4 * batches,
-        tokenizer=TOKENIZER,
-        batch_size=4,
-        image_size=16,
-        indexed=False,
-        shuffle_buffer=1,
-        max_bad_fraction=0.95,
+        shards=str(path), epoch_samples=4 * batches, tokenizer=TOKENIZER, batch_size=4, image_size=16, **more
     )
+    data.prepare_data()
     seen = list(islice(data.train_dataloader(), batches))
     return (
         {key.rpartition("/")[2] for batch in seen for key in batch.keys},
@@ -226,12 +238,97 @@ def test_data_sets_at_urls_that_are_commands(target):
             classified_shards(root)
 
 
-@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [(tarfile.REGTYPE, MAX_MEMBER), (tarfile.GNUTYPE_LONGNAME, MAX_HEADER), (tarfile.XHDTYPE, MAX_HEADER)],
+)
 @pytest.mark.parametrize("name", ["bomb.tar", "bomb.tar.gz"])
-def test_members_and_headers_that_claim_gigabytes(tmp_path, name, kind):
+def test_members_and_headers_that_claim_gigabytes(tmp_path, name, kind, limit):
     keys, bad, _ = train_on(tar_bomb(tmp_path / name, kind))
     assert keys <= {f"good{i}" for i in range(8)}
-    assert f"more than {MAX_MEMBER:,}" in bad[0].detail
+    assert f"more than {limit:,}" in bad[0].detail
+
+
+@pytest.mark.parametrize("content", [b"1" * 16_000, b"1" * 10**6, b"2 " * 500_000 + b"="])
+def test_headers_that_cost_time_and_memory_by_the_square_of_their_length(tmp_path, content):
+    info = tarfile.TarInfo("pax")
+    info.size, info.type = len(content), tarfile.XHDTYPE
+    path = write_tar(tmp_path / "x.tar", good())
+    header = info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+    path.write_bytes(header + path.read_bytes())
+    bad = BadSamples(1.0)
+    assert not list(read_shard(Shard(str(path)), ["txt"], bad))
+    assert "a header" in bad.found[0].detail
+
+
+def test_a_compressed_shard_does_not_grow_without_bound(tmp_path):
+    info = tarfile.TarInfo("zeros.bin")
+    info.size = 100 * 2**20
+    content = info.tobuf() + bytes(info.size + 1024)
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(content, 1))
+    bad = BadSamples(1.0)
+    assert not list(read_shard(Shard(str(path)), ["txt"], bad))
+    assert bad.found[0].detail == "decompressed it has more than 67,108,864 bytes, 50 times its size"
+    path.with_suffix(".xz").touch()
+    list(read_shard(Shard(str(path.with_suffix(".xz"))), ["txt"], bad))
+    assert "xz is not read" in bad.found[1].detail
+
+
+BOTH = pytest.mark.parametrize("indexed", [True, False])
+
+
+@BOTH
+def test_names_that_are_not_utf8(tmp_path, indexed):
+    """In a shard whose own name is none: the same keys in streams and indexes, and a log that any file takes."""
+    names = ("caf\udce9", "line\nbreak", "\x1b[2J", "fine é")
+    files = {f"{name}.{end}": data for name in names for end, data in (("jpg", jpeg()), ("txt", b"a dog"))}
+    files |= {"broken\udcff.jpg": b"junk", "broken\udcff.txt": b"a dog"}
+    write_tar(tmp_path / "shard\udcff.tar", files | good())
+    keys, bad, _ = train_on(tmp_path, batches=6, indexed=indexed)
+    assert keys == {"caf\\xe9", "line\\x0abreak", "\\x1b[2J", "fine é", *(f"good{i}" for i in range(8))}
+    assert {(found.shard, found.key) for found in bad} == {(f"{tmp_path}/shard\\xff.tar", "broken\\xff")}
+    log = BadSampleLog(tmp_path)
+    for _ in range(2):  # also of a run that resumes
+        log.on_train_start(None, None)
+        log.on_train_batch_end(None, None, None, SimpleNamespace(bad=bad), 0)
+        log.on_train_end(None, None)
+    assert len((tmp_path / "bad_samples" / "rank0.csv").read_text().splitlines()) == 1
+    assert "shard\\xff.tar,unreadable image,1" in (tmp_path / "bad_samples" / "shards.csv").read_text()
+
+
+@BOTH
+def test_two_members_of_the_same_name_cost_their_sample_alone(tmp_path, indexed):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in [("twice.jpg", jpeg()), ("twice.txt", b"a"), ("twice.JPG", jpeg(9)), *good().items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    keys, bad, _ = train_on(path, batches=4, indexed=indexed)
+    assert keys == {f"good{i}" for i in range(8)}
+    assert {found[1:] for found in bad} == {("twice", "two members of the same name", "twice.JPG")}
+    assert [sample.key for sample in scan_shard(path)[0]] == [f"good{i}" for i in range(8)]
+
+
+@BOTH
+def test_images_of_more_bytes_than_a_photo_has(tmp_path, indexed):
+    path = write_tar(tmp_path / "x.tar", {"big.jpg": jpeg() + bytes(MAX_IMAGE), "big.txt": b"a dog"} | good())
+    keys, bad, _ = train_on(path, batches=4, indexed=indexed)
+    assert keys == {f"good{i}" for i in range(8)}
+    assert {found[1:3] for found in bad} == {("big", "unreadable image")}
+    assert bad[0].detail == f"big in {path} has 33,554,433 bytes, more than the 33,554,432 that are decoded"
+
+
+@BOTH
+def test_torn_shards_are_no_small_loss(tmp_path, indexed):
+    image = jpeg()
+    files = {f"{i}.{end}": data for i in range(600) for end, data in (("jpg", image), ("txt", b"a dog"))}
+    for name in "abc":  # 4 % of each are left
+        content = write_tar(tmp_path / f"{name}.tar", files).read_bytes()
+        (tmp_path / f"{name}.tar").write_bytes(content[: len(content) // 25])
+    with pytest.raises(DataError, match=r"too many torn or empty shards, .*max_bad_fraction=0\.05 .*: 3 of 3 shards"):
+        train_on(tmp_path, batches=20, indexed=indexed, max_bad_fraction=0.05)
 
 
 def test_text_bomb(tmp_path):
@@ -284,12 +381,77 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>ale
         (png_header(8_000, 5_001), "x has 8000 x 5001 pixels, more than the 40,000,000 that are decoded"),
         (png_header(1, 30_000), "x has 1 x 30000 pixels, an aspect ratio above 100"),
         (jpeg()[:300], "x is not a readable image"),
+        (jpeg() + bytes(MAX_IMAGE), "x has 33,55.,... bytes, more than the 33,554,432 that are decoded"),
     ],
-    ids=["svg", "empty", "postscript", "no width", "no pixels", "bomb", "large", "line", "cut"],
+    ids=["svg", "empty", "postscript", "no width", "no pixels", "bomb", "large", "line", "cut", "long"],
 )
 def test_no_picture(content, said):
     with pytest.raises(DataError, match=f"^{said}"):
         decode_image(io.BytesIO(content), "x")
+
+
+# Files that are none, and JSON that is not what it should be
+
+
+def _captions(folder: Path) -> object:
+    return open_writer(str(folder / "out.jsonl"), [], {})
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    MANIFEST: lambda folder: find_shards(str(folder)),
+    CHECK_JOURNAL: lambda folder: [*check_shards([write_tar(folder / "x.tar", good())], "txt", 1)],
+    JOURNAL: lambda folder: [*prepare(plan_shards([]), folder, 1)],
+    "captions.json": lambda folder: coco_folder_records(folder),
+    "results.json": lambda folder: read_run(folder),
+    "out.jsonl": _captions,
+    "out.jsonl.settings.json": _captions,
+    "x.safetensors": lambda folder: ImageIndex.load(folder / "x.safetensors", None),
+    "x.jpg": lambda folder: decode_image(folder / "x.jpg", "x.jpg"),
+    "x.png": lambda folder: load_pixels(ImageFile(folder / "x.png")),
+    "texts.jsonl": lambda folder: read_texts(str(folder / "texts.jsonl")),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_fifo_does_not_block(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=re.escape(name)):
+        READERS[name](tmp_path)
+
+
+def test_a_fifo_is_no_shard_and_no_index(tmp_path):
+    path = write_tar(tmp_path / "x.tar", good())
+    os.mkfifo(tmp_path / ".x.tar.index")
+    assert len(tar_indexes([Shard(str(path))], tmp_path)[0]) == 8
+    path.unlink()
+    os.mkfifo(path)
+    bad = BadSamples(1.0)
+    assert not list(read_shard(Shard(str(path)), ["txt"], bad))
+    assert "not a regular file" in bad.found[0].detail
+
+
+ODD = {
+    "list": "[]",
+    "number": "7",
+    "deep": "[" * 100_000,
+    "digits": "1" * 10_000,
+    "surrogate": '"\\ud800"',
+    "rows": '{"shards": [[1]], "images": [7], "annotations": [[]], "a": {}}',
+    "numbers": '{"shards": [{"name": "x.tar", "samples": 1e999, "bytes": 1, "sha256": ""}], "images": 1e999, "a": "b"}',
+    "huge": '{"shards": [{"name": "x.tar", "samples": 1' + "0" * 300 + ', "bytes": 1, "sha256": ""}], "a": null}',
+    "torn": '{"a": ',
+    "not unicode": "\udcff",
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("name", [MANIFEST, "captions.json", "results.json", "out.jsonl.settings.json"])
+def test_odd_json_is_one_sentence(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DataError, match=r"^[^\n]+$") as error:
+        READERS[name](tmp_path)
+    assert name in str(error.value) or "a=" in str(error.value)
 
 
 # Secrets

@@ -3,6 +3,7 @@
 import csv
 import logging
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,5 +66,9 @@ def read_bad_samples(folder: Path) -> set[BadSample]:
     """What all processes have listed in the folder; a line that a crash cut off is ignored."""
     found: set[BadSample] = set()
     for path in folder.glob("rank*.csv"):
-        found.update(BadSample(*row) for row in csv.reader(whole_lines(path)) if len(row) == len(BadSample._fields))
+        for line in whole_lines(path):
+            with suppress(csv.Error):  # a damaged line
+                row = next(csv.reader([line]), [])
+                if len(row) == len(BadSample._fields):
+                    found.add(BadSample(*row))
     return found

@@ -27,9 +27,11 @@ from coca_lit.callbacks.resuming import (
     set_position,
 )
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
+from coca_lit.errors import DataError
 from coca_lit.files import atomic_symlink, atomic_write
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
+from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
 
@@ -213,9 +215,9 @@ class Checkpoints(L.Callback):
         if self.best is None or not (self.folder / BEST).exists():
             return {}
         try:
-            content = json.loads((self.folder / BEST_SCORE).read_text())
+            content = read_json(self.folder / BEST_SCORE, dict)
             score, value, step = str(content["score"]), float(content["value"]), int(content["step"])
-        except (OSError, ValueError, KeyError, TypeError):  # whatever a crash has left there
+        except (DataError, ValueError, KeyError, TypeError, OverflowError):  # whatever a crash has left there
             return {}
         known = score == self.best and self._path(step).exists()
         return {"score": score, "value": value, "step": step} if known else {}

@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError
+from coca_lit.reading import read_json
 from coca_lit.report.scores import best_run, headline, lower_is_better
 from coca_lit.runs.launch import is_first_process, job_folder
 from coca_lit.runs.redaction import masked_yaml, redact
@@ -175,7 +176,7 @@ def read_sweep(sweep: Sweep) -> list[dict[str, Any]]:
     """
     found = []
     for path in sweep.folder.glob(f"*/{RECORD}"):
-        record = json.loads(path.read_text())
+        record = read_json(path, dict)
         if _belongs(record["overrides"], sweep):
             found.append((record, path.parent))
     return [_row(sweep, *job) for job in sorted(found, key=lambda job: job[0]["begun"])]
@@ -188,7 +189,7 @@ def _belongs(overrides: dict[str, str], sweep: Sweep) -> bool:
 
 def _row(sweep: Sweep, record: dict[str, Any], job: Path) -> dict[str, Any]:
     status, results = record["status"], job / "results.json"
-    scores = json.loads(results.read_text()) if status == "ok" and results.exists() else {}
+    scores = read_json(results, dict) if status == "ok" and results.exists() else {}
     outcome = scores if status == "ok" else {"error": record.get("error", "")}
     varied = {key: value for key, value in record["overrides"].items() if key not in sweep.left_out}
     return {"job": job.name, **varied, "status": status, **outcome, "new": record["sweep"] == sweep.id}

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from coca_lit.errors import DataError
+from coca_lit.reading import printable
 
 log = logging.getLogger(__name__)
 
-MIN_SEEN = 200  # samples before the fraction is judged
+MIN_SEEN = 200  # samples before their fraction is judged
+MIN_SHARDS = 20  # the same of shards
 
 
 class BadSample(NamedTuple):
@@ -33,9 +35,10 @@ class BadSampleError(Exception):
 class BadSamples:
     """One worker's count per reason and per shard; `seen` counts good samples too.
 
-    Raises `DataError` when more than `max_fraction` of the samples are bad: as soon as `MIN_SEEN` have been seen, at
-    the end of a pass over the worker's shards, and with `max_fraction=0` at the first one, before a replacement is
-    trained on. In a DataLoader worker the error ends the training with the same message.
+    Raises `DataError` when more than `max_fraction` of the samples are bad, or of the shards torn or empty: as soon as
+    `MIN_SEEN` samples or `MIN_SHARDS` shards have been seen, at the end of a pass over the worker's shards, and with
+    `max_fraction=0` at the first one, before a replacement is trained on. Shards are judged as well because nobody
+    knows how many samples a torn one held. In a DataLoader worker the error ends the training with the same message.
     """
 
     def __init__(self, max_fraction: float):
@@ -47,31 +50,37 @@ class BadSamples:
         self.shards: Counter[str] = Counter()
         self.found: list[BadSample] = []
         self._good = 0  # at the end of the last pass
-        self._whole_shards: list[int] = []  # samples in each
+        self._whole_shards = self._torn_shards = 0
+        self._whole_samples = 0  # in the whole shards
 
     def add(self, reason: str, shard: str, key: str = "", detail: str = "", count: int = 1) -> None:
+        shard, key, detail = map(printable, (shard, key, detail))
         before = self.reasons.total()
         self.reasons[reason] += count
         self.shards[shard] += count
         self.found.append(BadSample(shard, key, reason, detail))
         if before.bit_length() < self.reasons.total().bit_length():  # 1, 2, 4, 8, ...: early, and not too often
             log.warning("skipped %s", self.summary())
-        if self.seen >= MIN_SEEN or not self.max_fraction:
-            self._judge()
+        self._judge(MIN_SEEN, MIN_SHARDS)
 
     def catch(self, error: BadSampleError) -> None:
         shard, key, reason, detail = error.sample
         self.add(reason, shard, key, detail)
 
     def end_of_shard(self, samples: int) -> None:
-        self._whole_shards.append(samples)
+        self._whole_shards += 1
+        self._whole_samples += samples
 
-    def lose(self, reason: str, shard: str, samples: int | None, detail: str = "") -> None:
-        """Counts the rest of a shard as bad: `samples`, or if that is unknown the average size of a shard."""
-        if samples is None:
-            samples = sum(self._whole_shards) // len(self._whole_shards) if self._whole_shards else 1
-        self.seen += max(samples, 1)
-        self.add(reason, shard, detail=detail, count=max(samples, 1))
+    def lose(self, reason: str, shard: str, expected: int | None, read: int, detail: str = "") -> None:
+        """Counts the rest of a shard as bad: of `expected` samples, or if that is unknown of as many as there are in
+        the average shard, all but those that were `read`.
+        """
+        if expected is None:
+            expected = self._whole_samples // max(1, self._whole_shards)
+        count = max(1, expected - read)
+        self.seen += count
+        self._torn_shards += 1
+        self.add(reason, shard, detail=detail, count=count)
 
     def end_of_pass(self) -> None:
         """Judges the count; also raises when no sample of the pass was good, as the next pass would be no better."""
@@ -79,7 +88,7 @@ class BadSamples:
         if good == self._good:
             raise DataError(f"the shards hold no usable sample: {self.summary()}")
         self._good = good
-        self._judge()
+        self._judge(0, 0)
 
     def take(self) -> tuple[BadSample, ...]:
         """The bad samples found since the last call."""
@@ -92,10 +101,16 @@ class BadSamples:
         details = f" ({reasons}{'; most in ' if shards else ''}{shards})" if reasons else ""
         return f"{self.reasons.total()} of {self.seen} samples{details}"
 
-    def _judge(self) -> None:
-        if self.reasons.total() > self.max_fraction * self.seen:
+    def _judge(self, min_seen: int, min_shards: int) -> None:
+        """Judges what has been seen, if it is that much; whatever it is where nothing may be bad."""
+        too_many = f"more than max_bad_fraction={self.max_fraction} allows"
+        if self.reasons.total() > self.max_fraction * self.seen and (self.seen >= min_seen or not self.max_fraction):
+            raise DataError(f"too many bad samples, {too_many}: {self.summary()}")
+        shards = self._whole_shards + self._torn_shards
+        if self._torn_shards > self.max_fraction * shards and shards >= min_shards:
             raise DataError(
-                f"too many bad samples, more than max_bad_fraction={self.max_fraction} allows: {self.summary()}"
+                f"too many torn or empty shards, {too_many}: {self._torn_shards} of {shards} shards, and "
+                f"{self.summary()}: fetch or write them again, or remove them"
             )
 
 

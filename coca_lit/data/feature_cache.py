@@ -164,7 +164,13 @@ def read_features(path: Path, i: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _map(path: Path) -> np.ndarray:
     """Opened in the process that reads it: sending a map to another process would copy all of its content."""
-    return np.load(path, mmap_mode="r")
+    try:
+        features = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} holds no features: remove it, and they are encoded again ({error})") from error
+    if features.dtype != np.float16 or features.ndim != 3:
+        raise DataError(f"{path} holds other values than features: remove it, and they are encoded again")
+    return features
 
 
 def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None:

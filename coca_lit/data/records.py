@@ -7,6 +7,7 @@ them. This module holds what these functions share: opening images safely and te
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -14,9 +15,11 @@ from typing import IO, NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.reading import open_regular, printable
 
 log = logging.getLogger(__name__)
 
+MAX_IMAGE = 32 * 2**20  # bytes of an encoded image
 MAX_PIXELS = 40_000_000  # a photo of a good camera; a file of 20 KB can claim far more and exhaust the memory
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # pixels only: Pillow would run Ghostscript on an EPS named .jpg
 MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would enlarge the other beyond bounds
@@ -89,15 +92,24 @@ def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundE
 def decode_image(source: str | Path | IO[bytes], name: str | Path) -> Image.Image:
     """Decode to RGB; raises `DataError` naming `name` for anything but an image of `FORMATS` of sensible size."""
     try:
-        with Image.open(source, formats=FORMATS) as image:
-            check_shape(*image.size, name)  # from the header: nothing is decoded yet
-            return image.convert("RGB")
+        with open_regular(source) if isinstance(source, str | Path) else nullcontext(source) as file:
+            check_bytes(file.seek(0, os.SEEK_END), name)
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                check_shape(*image.size, name)  # from the header: nothing is decoded yet
+                return image.convert("RGB")
     except DataError:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is not a readable image: it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise many types on broken bytes
         raise DataError(f"{name} is not a readable image: {error}") from error
+
+
+def check_bytes(size: int, name: str | Path) -> None:
+    """Raises `DataError` for an encoded image of more than `MAX_IMAGE` bytes."""
+    if size > MAX_IMAGE:
+        raise DataError(f"{name} has {size:,} bytes, more than the {MAX_IMAGE:,} that are decoded")
 
 
 def check_shape(width: int, height: int, name: str | Path) -> None:
@@ -131,7 +143,7 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     found = [(item, files[item.filename]) for item in listings if item.filename in files]
     missing = [item.filename for item in listings if item.filename not in files]
     if not found or len(missing) > MAX_MISSING * len(listings):
-        example = f", e.g. {missing[0]}" if missing else ""
+        example = f", e.g. {printable(missing[0])}" if missing else ""
         where = [folder for folder in folders if folder.is_dir()] or folders[:1]
         raise not_found(f"{len(missing)} of {len(listings)} images that {source} lists{example}", where, how)
     if missing:

@@ -4,7 +4,6 @@ A batch is a function of its number alone, so that a resumed run needs nothing b
 """
 
 import glob
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import count
@@ -18,6 +17,7 @@ from coca_lit.data.datasets.annotations import read_references
 from coca_lit.data.loader import TrainLoader, epoch_batches
 from coca_lit.data.records import clean_captions, not_found
 from coca_lit.errors import DataError
+from coca_lit.reading import open_regular, parse_json
 from coca_lit.tokenizer import Tokenizer
 
 TextFiles = str | Sequence[str]
@@ -52,15 +52,18 @@ def _read(path: Path) -> Sequence[str]:
         return [caption for item in read_references(path, "train") for caption in clean_captions(item.captions)]
     if path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"{path} is neither a .txt, a .jsonl nor a caption file (.json, .json.gz)")
-    with path.open(encoding="utf-8", errors="replace") as file:
-        lines = [line for line in (line.strip() for line in file) if line]
+    try:
+        with open_regular(path) as file:
+            lines = [line for line in (line.decode(errors="replace").strip() for line in file) if line]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     return clean_captions(lines if path.suffix == ".txt" else (_text(path, *row) for row in enumerate(lines, start=1)))
 
 
 def _text(path: Path, number: int, line: str) -> str:
     try:
-        content: Any = json.loads(line)
-    except ValueError as error:
+        content: Any = parse_json(line, "it")
+    except DataError as error:
         raise DataError(f"{path}, text {number} is not JSON: {error}") from error
     text = content.get("text", content.get("caption")) if isinstance(content, dict) else content
     if not isinstance(text, str):

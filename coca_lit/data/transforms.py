@@ -23,9 +23,10 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from coca_lit.data.records import ImageFile, check_shape, decode_image
+from coca_lit.data.records import MAX_IMAGE, ImageFile, check_bytes, check_shape, decode_image
 from coca_lit.errors import DataError
 from coca_lit.models.preprocessing import Interpolation, ResizeMode, preprocessing
+from coca_lit.reading import open_regular
 
 Transform = Callable[[Image.Image], Tensor]  # any PIL image -> (3, size, size) uint8
 TrainTransform = Callable[[Tensor, random.Random], Tensor]  # (3, H, W) -> (3, size, size), both uint8
@@ -136,7 +137,8 @@ def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
     if not isinstance(image, ImageFile):
         return _as_tensor(np.array(image()))
     try:
-        content = image.path.read_bytes()
+        with open_regular(image.path) as file:
+            content = file.read(MAX_IMAGE + 1)
     except OSError as error:
         raise DataError(f"{image.path} is not a readable image: {error}") from error
     return decode_pixels(content, image.path)
@@ -147,6 +149,7 @@ def decode_pixels(content: bytes, name: str | Path) -> Tensor:
 
     As in OpenCLIP's training the orientation in EXIF data is ignored. Raises `DataError` as `decode_image` does.
     """
+    check_bytes(len(content), name)
     pixels = _ordinary_jpeg(content, name) if content.startswith(JPEG) else None
     return _as_tensor(pixels if pixels is not None else np.array(decode_image(BytesIO(content), name)))
 

@@ -1,6 +1,5 @@
 """The model that is shown without a checkpoint, trained on the built-in scenes by an earlier run or now."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from coca_lit.data.scenes.render import VOCABULARY, scene_records
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
+from coca_lit.reading import read_json
 
 RUN = "demo_model"  # name of the run if one must be started
 SCORE = "scenes/exact_match"
@@ -58,4 +58,4 @@ def _scene_runs(outputs: Path) -> Iterator[tuple[float, Path]]:
     for results in (*outputs.glob("*/results.json"), *outputs.glob("*/*/results.json")):
         checkpoint = results.parent / "checkpoints" / "last.ckpt"
         if checkpoint.is_file():
-            yield json.loads(results.read_text()).get(SCORE, 0.0), checkpoint
+            yield read_json(results, dict).get(SCORE, 0.0), checkpoint

@@ -2,7 +2,6 @@
 Hugging Face Hub.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ import yaml
 
 from coca_lit.export.folder import CARD, TAG
 from coca_lit.models import CoCa
+from coca_lit.reading import read_json
 from coca_lit.report.scores import cell, score_name
 from coca_lit.report.tables import Table, markdown
 from coca_lit.runs.run_folder import commit
@@ -72,7 +72,7 @@ def write_card(
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     pictures = _copy_pictures(run, folder)
     files = exported.files | {picture: "captions of the run's evaluation" for picture in pictures}
-    environment = json.loads(_text(run / "environment.json") or "{}")
+    environment = _json(run / "environment.json")
     config = yaml.safe_load(_text(run / "config.yaml") or "{}")
     sections = [
         _front_matter(model, exported),
@@ -167,7 +167,7 @@ def _architecture(model: CoCa) -> dict[str, Any]:
 
 
 def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixture | None) -> str:
-    results = json.loads(_text(run / "results.json") or "{}")
+    results = _json(run / "results.json")
     if not results:
         return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
     data = list(dict.fromkeys(key.rpartition("/")[0] for key in results))
@@ -211,6 +211,10 @@ def _limits(exported: Exported, name: str, repo: str | None) -> str:
 def _table(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]], note: str = "") -> str:
     table = markdown(Table(title, [*header], [[str(cell) for cell in row] for row in rows]))
     return "\n\n".join([f"## {title}", table, *([note] if note else [])])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, dict) if path.is_file() else {}
 
 
 def _text(path: Path) -> str:

@@ -18,12 +18,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.records import decode_image, open_image
+from coca_lit.data.records import MAX_IMAGE, decode_image, open_image
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.inference.shards import Sample, scan_shard
 from coca_lit.models.preprocessing import Preprocessing
+from coca_lit.reading import open_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SHARD = ".tar"
@@ -193,9 +194,9 @@ def _decode(source: Source) -> Image.Image:
     if source.size < 0:
         return open_upright(source.path)
     try:
-        with source.path.open("rb") as file:
+        with open_regular(source.path) as file:
             file.seek(source.offset)
-            content = file.read(source.size)
+            content = file.read(min(source.size, MAX_IMAGE + 1))
     except OSError as error:
         raise DataError(f"{source.name} cannot be read: {error}") from error
     return ImageOps.exif_transpose(decode_image(BytesIO(content), source.name))

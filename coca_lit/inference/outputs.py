@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coca_lit.data.datasets.annotations import load_json
+from coca_lit.data.datasets.annotations import MAX_BYTES, check_id
 from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, atomic_write, remove_leftovers, whole_lines
 from coca_lit.inference.inputs import Files, OpenShard, Shard, Source, Unit
 from coca_lit.inference.shards import write_shard
+from coca_lit.reading import parse_json, printable, read_json
 
 SETTINGS = "settings.json"
 Captions = Sequence[str]  # of one image, the best first
@@ -148,9 +149,9 @@ class JsonLines(Writer):
         return list(_read_rows(self.path, self.key))
 
     def _save(self, rows: list[dict[str, Any]]) -> None:
-        content = "".join(f"{json.dumps(row)}\n" for row in rows)
-        if not self.path.exists() or self.path.read_text() != content:
-            atomic_write(self.path, content.encode())
+        content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+        if not self.path.exists() or self.path.read_bytes() != content:
+            atomic_write(self.path, content)
 
     def _id(self, source: Source) -> Any:
         return source.name
@@ -180,7 +181,10 @@ class CocoResults(JsonLines):
         return self.path.with_name(f"{self.path.name}.rank{rank()}")
 
     def _saved(self) -> list[dict[str, Any]]:
-        return load_json(self.path) if self.path.exists() else []
+        if not self.path.exists():
+            return []
+        rows = read_json(self.path, list, MAX_BYTES, keep_surrogates=True)
+        return [_row(row, self.key, f"entry {number} of {self.path}") for number, row in enumerate(rows, start=1)]
 
     def _save(self, rows: list[dict[str, Any]]) -> None:
         atomic_write(self.path, f"{json.dumps(rows, indent=0)}\n".encode())
@@ -252,11 +256,12 @@ def _claim(file: Path, taken: bool, settings: dict[str, Any]) -> None:
     if rank() == 0:
         try:
             if file.exists():
-                known = load_json(file)
+                known = read_json(file, dict)
                 for key in {**settings, **known}:
                     was, now = known.get(key), settings.get(key)
                     if was != now:
-                        raise DataError(f"{file} says {key}={was}, but now it is {now}: choose another output")
+                        said = printable(f"{key}={was}")
+                        raise DataError(f"{file} says {said}, but now it is {now}: choose another output")
             elif taken:
                 raise DataError(
                     f"the output exists and coca-caption did not write it ({file} is missing): choose another"
@@ -282,9 +287,14 @@ def _read_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
         DataError: a line is not a JSON object with `key`.
     """
     for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            row = json.loads(line)
-            row[key]
-        except (ValueError, LookupError, TypeError) as error:
-            raise DataError(f'line {number} of {path} is not an object with a "{key}": repair or remove it') from error
-        yield row
+        where = f"line {number} of {path}"
+        yield _row(parse_json(line, where, keep_surrogates=True), key, where)
+
+
+def _row(row: Any, key: str, where: str) -> dict[str, Any]:
+    """A row of captions from JSON; raises `DataError` if it cannot be one."""
+    try:
+        check_id(row[key])
+    except (LookupError, TypeError) as error:
+        raise DataError(f'{where} is not an object with a "{key}": repair or remove it') from error
+    return row

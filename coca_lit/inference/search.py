@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from coca_lit.tokenizer import Tokenizer, WordTokenizer, split_words
 from coca_lit.weights.digest import fingerprint
 
 FORMAT = "coca_lit image index 1"
+DTYPES = {"folder": torch.uint8, "names": torch.uint8, "stamps": torch.int64, "features": torch.float32}
 Progress = Callable[[int, int], None]  # images done so far, images to do
 
 
@@ -82,10 +83,12 @@ class ImageIndex:
         if made_by != index.fingerprint:
             raise DataError(f"{path} was made with another model: build it again, or search with that model")
         names = _text(tensors["names"]).split("\0")[:-1]
-        index._stamps = {
-            name: (size, time) for name, (size, time) in zip(names, tensors["stamps"].tolist(), strict=True)
-        }
-        index.features = tensors["features"]
+        stamps, features = tensors["stamps"], tensors["features"]
+        fits = stamps.shape == (len(names), 2) and features.ndim == 2 and len(features) == len(names)
+        if not fits or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise DataError(f"'{path}' is damaged: build it again")
+        index._stamps = {name: (size, time) for name, (size, time) in zip(names, stamps.tolist(), strict=True)}
+        index.features = features
         return index
 
     def save(self, path: str | Path) -> None:
@@ -209,9 +212,14 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
             metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise DataError(f"'{path}' is not an image index, or one of another version: build it again")
-        return metadata["model"], load_file(path)
-    except (SafetensorError, OSError) as error:
+        made_by, tensors = metadata["model"], load_file(path)
+    except DataError:
+        raise
+    except Exception as error:  # a forged file makes safetensors and PyTorch raise several types
         raise DataError(f"'{path}' is not a readable image index: {error}") from error
+    if {name: tensor.dtype for name, tensor in tensors.items()} != DTYPES:
+        raise DataError(f"'{path}' is damaged: build it again")
+    return made_by, tensors
 
 
 def _stamp(path: Path) -> Stamp:

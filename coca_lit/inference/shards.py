@@ -6,13 +6,14 @@ are left out. The same captions make the same file.
 """
 
 import json
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from coca_lit.data.shards.reader import holds_code, image_of
-from coca_lit.data.shards.tar import UnsafeTarError, group_members, tar_members, tar_writer
+from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
+from coca_lit.errors import DataError
+from coca_lit.reading import open_regular, parse_json
 
 ORIGINAL = "original_caption"  # key of KEY.json that keeps what KEY.txt said
 ALL = "generated_captions"  # key of KEY.json with all new captions, if several were requested
@@ -36,10 +37,13 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
     members = (member for member in tar_members(path) if not holds_code(member.name))
     try:
         for fields in group_members(members, content=False):
+            if TWICE in fields:
+                problem = f"two members have the name {fields[TWICE]!r}"
+                continue
             places = {name: place for name, place in fields.items() if name and not name.startswith("_")}
             samples.append(Sample(fields["__key__"], places))
-    except (tarfile.TarError, UnsafeTarError, EOFError, OSError, ValueError) as error:
-        problem = str(error)  # the sample in which it occurs is not among the samples
+    except Exception as error:  # Python's reader raises many types on damaged files
+        problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
     return [sample for sample in samples if sample.image], problem
 
 
@@ -52,7 +56,7 @@ def write_shard(source: Path, target: Path, samples: Sequence[Sample], captions:
     Raises:
         DataError: nothing can be written there.
     """
-    with tar_writer(target) as tar, source.open("rb") as file:
+    with tar_writer(target) as tar, open_regular(source) as file:
         for sample in samples:
             if sample.key in captions:
                 tar.write({"__key__": sample.key, **_recaptioned(_read(file, sample), captions[sample.key])})
@@ -78,7 +82,6 @@ def _recaptioned(members: dict[str, bytes], captions: Sequence[str]) -> dict[str
 
 def _fields(content: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(content)
-    except ValueError:
-        fields = None
-    return fields if isinstance(fields, dict) else {"broken_json": content.decode("utf-8", errors="replace")}
+        return parse_json(content, "the JSON", dict)
+    except DataError:
+        return {"broken_json": content.decode("utf-8", errors="replace")}

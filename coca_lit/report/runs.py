@@ -1,7 +1,6 @@
 """Reads run folders for a report."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from coca_lit.errors import DataError
+from coca_lit.reading import read_json
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.")  # keys that differ between equal runs
@@ -45,7 +45,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         name=folder.name,
-        results=_json(folder / "results.json"),
+        results=_scores(folder / "results.json"),
         not_run=_json(folder / "not_run.json"),
         config=flat,
         environment=_json(folder / "environment.json"),
@@ -112,8 +112,15 @@ def read_curves(metrics: Path) -> Curves:
 def _samples(folder: Path, ending: str) -> dict[str, Any]:
     """The content of the files with one ending, by data set, in the order of evaluation."""
     paths = sorted((folder / "samples").glob(f"*{ending}"), key=lambda path: path.stat().st_mtime)
-    return {path.name.removesuffix(ending): _json(path) for path in paths}
+    return {path.name.removesuffix(ending): read_json(path) for path in paths}
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _scores(path: Path) -> dict[str, float]:
+    scores = _json(path)
+    if wrong := [name for name, value in scores.items() if type(value) not in (int, float)]:
+        raise DataError(f"{path} holds no number as the score {wrong[0]!r}: evaluate the run again")
+    return scores
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, dict) if path.is_file() else {}

@@ -1,11 +1,11 @@
 """How the logs of a run, `metrics.csv` and `bad_steps.jsonl`, are rewound when it resumes."""
 
 import csv
-import json
 from itertools import takewhile
 from pathlib import Path
 
 from coca_lit.files import atomic_write, csv_line, whole_lines
+from coca_lit.reading import parse_json
 
 METRICS, BAD_STEPS = "metrics.csv", "bad_steps.jsonl"
 
@@ -24,7 +24,7 @@ def rewind(folder: Path, logged_steps: int, step: int, validating: bool = False)
         rows = _rows_before(logged_steps, validating, [*csv.reader(whole_lines(metrics))])
         atomic_write(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
     if bad_steps.exists():
-        lines = (line for line in whole_lines(bad_steps) if json.loads(line)["step"] < step)
+        lines = (line for line in whole_lines(bad_steps) if parse_json(line, str(bad_steps), dict)["step"] < step)
         atomic_write(bad_steps, "".join(lines).encode())
 
 

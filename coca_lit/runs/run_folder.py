@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.files import atomic_write, remove_leftovers
+from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.redaction import masked_yaml, redact
@@ -59,7 +60,7 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     keys = ("evals", "scoring", "trainer.max_epochs", "trainer.max_steps")
     if any(OmegaConf.select(before, key) != OmegaConf.select(now, key) for key in keys):
         return None
-    scores = json.loads(results.read_text())
+    scores = read_json(results, dict)
     if is_first_process():
         os.utime(results)  # a sweep counts a job as done by the time of its results
         print_results(scores)
@@ -76,7 +77,7 @@ def write_results(
     Args:
         seen: samples and tokens that the model was trained on, for `environment.json`.
     """
-    environment = json.loads((folder / "environment.json").read_text())
+    environment = read_json(folder / "environment.json", dict)
     environment["seconds"] = round(time.time() - environment["started"])
     (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
     atomic_write(folder / "environment.json", _json(environment | (seen or {})))

@@ -1,15 +1,15 @@
 """Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps) and COCO results."""
 
-import gzip
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from coca_lit.data.records import Listing
 from coca_lit.errors import DataError
+from coca_lit.reading import is_int64, printable, read_json
+
+MAX_BYTES = 512 * 2**20  # of JSON; the largest known file, the training answers of VQA v2, has 366 MB
 
 
 def read_karpathy(path: Path, split: str) -> list[Listing]:
@@ -18,18 +18,18 @@ def read_karpathy(path: Path, split: str) -> list[Listing]:
     "train" includes COCO's "restval", as is customary (82,783 + 30,504 images). Ids are `cocoid` where present, else
     `imgid`. Raises `DataError` for malformed files and unknown splits.
     """
-    content = load_json(path)
+    content = read_json(path, limit=MAX_BYTES)
     with schema(path, "Karpathy's"):
         images = content["images"]
         splits = sorted({image["split"] for image in images})
         wanted = {"train", "restval"} if split == "train" else {split}
         if not wanted.intersection(splits):
-            raise DataError(f"{path} has no split {split!r}; it has {', '.join(splits)}")
+            raise DataError(f"{path} has no split {split!r}; it has {printable(', '.join(splits))}")
         return [
-            Listing(
+            listing(
                 id=image.get("cocoid", image["imgid"]),
                 filename=image["filename"],
-                captions=tuple(sentence["raw"] for sentence in image["sentences"]),
+                captions=[sentence["raw"] for sentence in image["sentences"]],
             )
             for image in images
             if image["split"] in wanted
@@ -41,16 +41,16 @@ def read_coco(path: Path) -> list[Listing]:
 
     Raises `DataError` for malformed files, and for lists of images without captions, such as the test sets.
     """
-    content = load_json(path)
+    content = read_json(path, limit=MAX_BYTES)
     with schema(path, "the COCO captions"):
-        captions: dict[int, list[str]] = defaultdict(list)
+        captions: dict[int | str, list[str]] = defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(annotation["caption"])
         return [
-            Listing(
+            listing(
                 id=image["id"],
                 filename=image["file_name"],
-                captions=tuple(captions[image["id"]]),
+                captions=captions[image["id"]],
                 domain=image.get("domain"),
             )
             for image in content["images"]
@@ -62,7 +62,7 @@ def read_references(path: Path, split: str) -> list[Listing]:
 
     Raises `DataError`, also for an image that is listed twice.
     """
-    content = load_json(path)
+    content = read_json(path, limit=MAX_BYTES)
     coco = isinstance(content, dict) and "annotations" in content
     listings = read_coco(path) if coco else read_karpathy(path, split)
     if twice := [key for key, count in Counter(item.id for item in listings).items() if count > 1]:
@@ -72,11 +72,11 @@ def read_references(path: Path, split: str) -> list[Listing]:
 
 def read_results(path: Path) -> dict[int | str, str]:
     """Captions by image id of COCO results, `[{image_id, caption}]`. Raises `DataError`, also for a repeated id."""
-    rows = load_json(path)
+    rows = read_json(path, limit=MAX_BYTES)
     captions: dict[int | str, str] = {}
     with schema(path, "the COCO results"):
         for row in rows:
-            key, caption = row["image_id"], row["caption"]
+            key, caption = check_id(row["image_id"]), row["caption"]
             if key in captions:
                 raise DataError(f"{path} holds more than one caption for image {key!r}")
             if not isinstance(caption, str):
@@ -87,13 +87,21 @@ def read_results(path: Path) -> dict[int | str, str]:
     return captions
 
 
-def load_json(path: Path) -> Any:
-    """Parse a .json or .json.gz file; raises `DataError` naming the file when it is not JSON."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+def listing(
+    id: int | str, filename: str, captions: Sequence[str], domain: str | None = None, question: str = ""
+) -> Listing:
+    """A `Listing` of values from JSON; raises `TypeError` for one of another type."""
+    texts = [filename, question, *captions, *([] if domain is None else [domain])]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"expected a text, got {wrong[0]!r:.80}")
+    return Listing(check_id(id), filename, tuple(captions), domain, question)
+
+
+def check_id(id: int | str) -> int | str:
+    """An id from JSON; raises `TypeError` unless it is a text or a whole number of 64 bits."""
+    if not isinstance(id, str) and not is_int64(id):
+        raise TypeError(f"expected an id, a text or a whole number, got {id!r:.80}")
+    return id
 
 
 def first_file(candidates: Sequence[Path]) -> Path | None:
@@ -108,5 +116,5 @@ def schema(path: Path, name: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise DataError(f"{path} does not follow {name} schema: the field {error} is missing") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{path} does not follow {name} schema: {error}") from error

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.datasets.annotations import load_json
 from coca_lit.data.records import Record, not_found
 from coca_lit.data.scenes.render import (
     AXES,
@@ -26,6 +25,7 @@ from coca_lit.data.scenes.render import (
     space_size,
 )
 from coca_lit.errors import DataError
+from coca_lit.reading import read_json
 
 ASSETS = Path(__file__).parents[2] / "assets"
 TEMPLATES = ("a photo of a {}.",)
@@ -76,11 +76,12 @@ def image_folder(root: str | Path, classes: str | Path | None = None) -> Classif
 
 def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     path = ASSETS / "imagenet.json" if path == "imagenet" else Path(path)
-    content = load_json(path)
+    content = read_json(path)
     classes = content.get("classes") if isinstance(content, dict) else None
-    if not isinstance(classes, dict) or not classes:
+    if not isinstance(classes, dict) or not classes or not all(isinstance(name, str) for name in classes.values()):
         raise DataError(f'{path} must hold {{"classes": {{folder: name}}, "templates": [...]}}, "classes" is missing')
-    templates = tuple(content.get("templates", TEMPLATES))
+    templates = content.get("templates", TEMPLATES)
+    templates = tuple(templates) if isinstance(templates, list | tuple) else (templates,)
     if wrong := [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]:
         raise DataError(f"{path}: each template must hold one {{}} for the name of the class, got {wrong[0]!r}")
     return classes, templates

@@ -3,16 +3,18 @@
 ROOT/v2_OpenEnded_mscoco_train2014_questions.json    ROOT/v2_mscoco_train2014_annotations.json    ROOT/train2014/
 """
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-from coca_lit.data.datasets.annotations import first_file, load_json, schema
+from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, first_file, listing, schema
 from coca_lit.data.datasets.coco import FOLDERS, names_on_disk
 from coca_lit.data.records import Listing, Record, not_found, records_on_disk
 from coca_lit.data.scenes.questions import scene_question_records
 from coca_lit.errors import DataError
 from coca_lit.metrics.vqa import normalize_answer
+from coca_lit.reading import read_json
 
 SPLITS = {"train": "train2014", "val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 _HOW = (
@@ -30,9 +32,11 @@ def vqa_records(root: str | Path, split: str) -> list[Record]:
     root = Path(root)
     path = _file(root, "questions", split)
     answers = _answers(_file(root, "annotations", split)) if split in ("train", "val") else {}
-    content = load_json(path)
+    content = read_json(path, limit=MAX_BYTES)
     with schema(path, "the VQA questions"):
-        folder = str(content["data_subtype"]).replace("test-dev", "test")  # the same images
+        folder = content["data_subtype"].replace("test-dev", "test")  # the same images
+        if not re.fullmatch(r"\w{1,40}", folder):
+            raise ValueError(f"data_subtype {folder!r:.80} names no folder")
         listings = [_listing(question, folder, answers) for question in content["questions"]]
     folders = [base / name for base in (root, root / "images") for name in (folder, *FOLDERS)]
     return records_on_disk(names_on_disk(listings, folders), folders, path, _HOW)
@@ -63,11 +67,11 @@ def _file(root: Path, kind: str, split: str) -> Path:
     return path
 
 
-def _answers(path: Path) -> dict[int, tuple[tuple[str, ...], str]]:
+def _answers(path: Path) -> dict[int | str, tuple[tuple[str, ...], str]]:
     """By question: the answers, most frequent first, and their type."""
-    content = load_json(path)
+    content = read_json(path, limit=MAX_BYTES)
     with schema(path, "the VQA annotations"):
-        return {item["question_id"]: (_by_frequency(item), _kind(item)) for item in content["annotations"]}
+        return {check_id(item["question_id"]): (_by_frequency(item), _kind(item)) for item in content["annotations"]}
 
 
 def _by_frequency(annotation: dict) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ def _kind(annotation: dict) -> str:
     return sys.intern(annotation["answer_type"].replace("/", "-"))  # a slash separates the parts of a score's name
 
 
-def _listing(question: dict, folder: str, answers: dict[int, tuple[tuple[str, ...], str]]) -> Listing:
+def _listing(question: dict, folder: str, answers: dict[int | str, tuple[tuple[str, ...], str]]) -> Listing:
     filename = f"COCO_{folder}_{question['image_id']:012d}.jpg"
     people, kind = answers.get(question["question_id"], ((), None))
-    return Listing(question["question_id"], filename, people, kind, question["question"])
+    return listing(question["question_id"], filename, people, kind, question["question"])

@@ -5,14 +5,23 @@ import os
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples, quiet
 from coca_lit.data.records import decode_image
-from coca_lit.data.shards.listing import MANIFEST, ManifestEntry, Shard, parallel_map, read_manifest, sha256_of
+from coca_lit.data.shards.listing import (
+    MANIFEST,
+    ManifestEntry,
+    Shard,
+    entry_of,
+    parallel_map,
+    read_manifest,
+    sha256_of,
+)
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, whole_lines
+from coca_lit.reading import counts_of, is_int64, parse_json, texts_of
 
 JOURNAL = f".{MANIFEST}.journal"  # the reports of an interrupted check
 
@@ -98,9 +107,18 @@ def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
     for path in (folder / JOURNAL for folder in folders):
         for line in whole_lines(path):
             try:
-                key, (shard, changed_at, entry, *rest) = json.loads(line)
-            except ValueError:
+                key, row = parse_json(line, str(path), list, keep_surrogates=True)
+                report = _report(row)
+            except (DataError, ValueError, TypeError):
                 continue  # damaged by a crash of the machine
             if key == caption_key:
-                reports[shard] = ShardReport(shard, changed_at, ManifestEntry(*entry), *rest)
+                reports[report.path] = report
     return reports
+
+
+def _report(row: Any) -> ShardReport:
+    """A report from JSON; raises `ValueError` or `TypeError` if it cannot be one."""
+    path, changed_at, entry, bad, examples, broken = row
+    if not (isinstance(path, str) and isinstance(broken, str) and is_int64(changed_at)):
+        raise TypeError(f"expected path, time and reason, got {path!r}, {changed_at!r}, {broken!r}")
+    return ShardReport(path, changed_at, entry_of(entry), counts_of(bad), texts_of(examples), broken)

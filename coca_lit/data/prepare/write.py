@@ -7,18 +7,20 @@ name when it is complete, and an interrupted command resumes where it stopped.
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.prepare.pairs import Pair
-from coca_lit.data.records import decode_image
-from coca_lit.data.shards.listing import ManifestEntry, Shard, parallel_map, sha256_of
-from coca_lit.data.shards.reader import image_of, read_fields
+from coca_lit.data.records import MAX_IMAGE, decode_image
+from coca_lit.data.shards.listing import ManifestEntry, Shard, entry_of, parallel_map, sha256_of
+from coca_lit.data.shards.reader import MAX_TEXT, image_of, read_fields
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, atomic_write, remove_leftovers, whole_lines
+from coca_lit.reading import counts_of, open_regular, parse_json, printable, texts_of
 
 JOURNAL = ".prepare.journal"  # digest of the plan, then a line per shard; kept, so that a repetition finds all done
 DIGITS = 5  # of a shard's number, as img2dataset writes them
@@ -115,19 +117,22 @@ def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
 
 def _from_pairs(pairs: Iterable[Pair]) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
     for pair in pairs:
-        content = pair.image.read_bytes() if pair.image.is_file() else b""
-        yield str(pair.image), content, pair.captions, {"source": pair.image.name}
+        content = b""
+        if pair.image.is_file():
+            with open_regular(pair.image) as file:
+                content = file.read(MAX_IMAGE + 1)
+        yield str(pair.image), content, pair.captions, {"source": printable(pair.image.name)}
 
 
 def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
     counted = BadSamples(1.0)
     for fields in read_fields(Shard(str(path)), counted):
         try:
-            meta = json.loads(fields.get("json", b"{}"))
-        except ValueError:
+            meta = parse_json(fields.get("json", b"{}")[: MAX_TEXT + 1], "the JSON", dict)
+        except DataError:
             meta = {}
-        caption = fields.get("txt", b"").decode("utf-8", errors="replace").strip()
-        meta = {**meta, "source_key": fields["__key__"]} if isinstance(meta, dict) else {}
+        caption = fields.get("txt", b"")[:MAX_TEXT].decode("utf-8", errors="replace").strip()
+        meta = {**meta, "source_key": fields["__key__"]}
         yield fields["__key__"], image_of(fields), (caption,) if caption else (), meta
     for reason, count in counted.reasons.items():
         bad.seen += count
@@ -152,7 +157,7 @@ def _digest(tasks: Sequence[Task]) -> str:
 def _open_journal(output: Path, digest: str) -> dict[str, Written]:
     """The shards that exist already."""
     journal = output / JOURNAL
-    if not journal.is_file():
+    if not journal.exists():
         if output.is_dir() and any(output.iterdir()):
             raise DataError(f"{output} is not empty: give a new folder, or remove what is there first")
         output.mkdir(parents=True, exist_ok=True)
@@ -166,11 +171,18 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
     done = {}
     for line in lines:
         try:
-            name, entry, *rest = json.loads(line)
-        except ValueError:
+            written = _written(parse_json(line, str(journal), list))
+        except (DataError, ValueError, TypeError):
             continue  # damaged by a crash of the machine
-        path = output / name
-        known = ManifestEntry(*entry)
-        if not known.samples or (path.is_file() and path.stat().st_size == known.bytes):
-            done[name] = Written(name, known, *rest)
+        path = output / written.name
+        if not written.entry.samples or (path.is_file() and path.stat().st_size == written.entry.bytes):
+            done[written.name] = written
     return done
+
+
+def _written(row: Any) -> Written:
+    """A result from JSON; raises `ValueError` or `TypeError` if it cannot be one."""
+    name, entry, bad, examples = row
+    if not isinstance(name, str) or not re.fullmatch(r"\d+\.tar", name, re.ASCII):
+        raise ValueError(f"{name!r} is not the name of a shard")
+    return Written(name, entry_of(entry), counts_of(bad), texts_of(examples))

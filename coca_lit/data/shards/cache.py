@@ -1,55 +1,21 @@
-"""Shards on object stores (s3, gs, hf) through fsspec, read through a local cache of limited size.
+"""Local copies of the shards of an object store, in a cache of limited size."""
 
-Only these schemes are accepted, and no chained protocols of fsspec: a URL may come from a stranger.
-"""
-
-import fnmatch
 import glob
 import hashlib
 import os
-import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from coca_lit.data.shards.store import PATIENCE, ask
 from coca_lit.errors import DataError
 
-SCHEMES = ("s3", "gs", "hf", "memory")  # memory: for tests
-TRIES = 3  # of a download
 LOCK, READER = ".lock", ".reader"  # of the process that downloads a file, and of each that reads it
 ROOM, PARTIAL = ".room", ".partial"  # reserved for a download, and fetched so far
-
-
-def is_remote(name: str) -> bool:
-    return name.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)) and "::" not in name
-
-
-class RemoteFolder(NamedTuple):
-    """The listing of a folder on an object store."""
-
-    url: str
-    sizes: Mapping[str, int]  # by file name
-
-    def matches(self, pattern: str) -> list[str]:
-        return sorted(name for name in self.sizes if fnmatch.fnmatchcase(name, pattern))
-
-    def text(self, name: str) -> str:
-        with _store_errors(self.url):
-            return _filesystem(self.url).cat_file(f"{self.url}/{name}").decode()
-
-
-def list_folder(url: str) -> RemoteFolder:
-    """One request; raises `DataError` when the store cannot be reached. A folder that does not exist is empty."""
-    with _store_errors(url):
-        try:
-            rows = _filesystem(url).ls(url, detail=True)
-        except FileNotFoundError:
-            rows = []
-    return RemoteFolder(url, {row["name"].rpartition("/")[2]: row["size"] for row in rows if row["type"] == "file"})
 
 
 class ShardCache(NamedTuple):
@@ -61,10 +27,16 @@ class ShardCache(NamedTuple):
 
     folder: Path
     max_bytes: int
+    patience: float = PATIENCE  # seconds without an answer of the store
 
     @contextmanager
     def open(self, url: str) -> Iterator[Path]:
-        """A local copy of `url` that stays there within the block. Raises `DataError` if the cache is too small."""
+        """A local copy of `url` that stays there within the block.
+
+        Raises:
+            DataError: the cache is too small.
+            StoreError, DataNotFoundError, FileNotFoundError: as `ask`.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
         reader = FileLock(_beside(path, f".{uuid.uuid4().hex}{READER}"))
@@ -94,26 +66,22 @@ class ShardCache(NamedTuple):
     def _download(self, url: str, path: Path) -> None:
         """By the process that holds the download lock of `path`."""
         partial, room = _beside(path, PARTIAL), _beside(path, ROOM)
-        for attempt in range(1, TRIES + 1):
+
+        def fetch(store: Any) -> None:
+            size = store.size(url)
             try:
-                with _store_errors(url):
-                    filesystem = _filesystem(url)
-                    size = filesystem.size(url)
-                    self._reserve(url, room, size)
-                    filesystem.get_file(url, str(partial))
+                self._reserve(url, room, size)
+                store.get_file(url, str(partial))
                 if partial.stat().st_size != size:
-                    raise OSError(f"{url} came with {partial.stat().st_size} of {size} bytes")
+                    raise ConnectionError(f"{url} came with {partial.stat().st_size} of {size} bytes")
                 with self.accounts():  # others count either the reservation or the file
                     partial.replace(path)
-                    room.unlink()
-                return
-            except OSError:  # networks fail now and then
-                if attempt == TRIES:
-                    raise
-                time.sleep(2.0 ** (attempt - 1))
+                    room.unlink(missing_ok=True)
             finally:
                 partial.unlink(missing_ok=True)
                 room.unlink(missing_ok=True)
+
+        ask(url, self.patience, fetch)
 
     def _reserve(self, url: str, room: Path, size: int) -> None:
         """Reserves room by a file of that size, which other processes count; removes files until there is enough."""
@@ -164,19 +132,3 @@ def _is_locked(path: Path) -> bool:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
-
-
-def _filesystem(url: str) -> Any:
-    import fsspec
-
-    return fsspec.filesystem(url.partition("://")[0])
-
-
-@contextmanager
-def _store_errors(url: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise DataError(f"{url} needs an optional package: pip install 'coca_lit[remote]' ({error})") from error
-    except PermissionError as error:
-        raise DataError(f"{url} cannot be read with these credentials: {error}") from error

@@ -21,6 +21,7 @@ from coca_lit.data.shards.indexed import IndexedBatches, IndexedShards, TarIndex
 from coca_lit.data.shards.listing import Shard, find_shards
 from coca_lit.data.shards.mixture import Source, check_weights
 from coca_lit.data.shards.reader import Preprocess
+from coca_lit.data.shards.store import PATIENCE
 from coca_lit.data.shards.stream import ShardBatches, ShardOrder
 from coca_lit.errors import DataError
 
@@ -44,9 +45,11 @@ class LAIONDataModule(CaptionDataModule):
             for each sample in every pass.
         indexed: True uses `coca_lit.data.shards.indexed`, False `coca_lit.data.shards.stream`; "auto" indexes local
             .tar files of up to `AUTO_BYTES`.
-        shuffle_buffer: samples of a stream that each worker shuffles, kept encoded in memory.
-        max_bad_fraction: of broken samples, above which the training stops.
+        shuffle_buffer: samples of a stream that each worker shuffles, kept encoded in memory: as many as fit into
+            `coca_lit.data.shards.stream.MAX_BUFFER` bytes.
+        max_bad_fraction: of broken samples, and of torn or empty shards, above which the training stops.
         cache_dir, cache_gb: local copies of shards on an object store, shared by the processes of a machine.
+        store_patience: seconds that an object store may be away before the run stops, see `coca_lit.data.shards.store`.
         shared: see `CaptionDataModule`.
     """
 
@@ -61,6 +64,7 @@ class LAIONDataModule(CaptionDataModule):
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
+        store_patience: float = PATIENCE,
         **shared: Unpack[LoaderArguments],
     ) -> None:
         super().__init__(**shared)
@@ -70,6 +74,8 @@ class LAIONDataModule(CaptionDataModule):
             raise ValueError(f"indexed must be true, false or auto, not {indexed!r}")
         if cache_gb <= 0:
             raise ValueError(f"cache_gb must be above 0, not {cache_gb}")
+        if not store_patience >= 0:
+            raise ValueError(f"store_patience must be at least 0 seconds, not {store_patience}")
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
         self.caption_keys = check_weights("caption_keys", keys)
@@ -80,7 +86,7 @@ class LAIONDataModule(CaptionDataModule):
             raise ValueError(f"shards and weights must have the same names, not {names}")
         self._epoch_samples, self._indexed = epoch_samples, indexed
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
-        self.cache = ShardCache(Path(cache_dir).expanduser(), int(cache_gb * 1e9))
+        self.cache = ShardCache(Path(cache_dir).expanduser(), int(cache_gb * 1e9), store_patience)
 
     def training_captions(self) -> dict[str, tuple[str, ...]]:
         raise DataError(
@@ -116,10 +122,18 @@ class LAIONDataModule(CaptionDataModule):
         fallback_dir = self.cache.folder / "indexes"
         indexes = {name: tar_indexes(shards, fallback_dir) for name, shards in self.shards.items()}
         bad = BadSamples(self.max_bad_fraction)
-        for index in (index for of_source in indexes.values() for index in of_source):
-            bad.seen += len(index) + sum(count for _, count in index.faults)
-            for (shard, key, reason, detail), count in index.faults:
-                bad.add(reason, shard, key, detail, count)
+        pairs = [pair for name in indexes for pair in zip(self.shards[name], indexes[name], strict=True)]
+        bad.seen = sum(len(index) for _, index in pairs)
+        for shard, index in sorted(pairs, key=lambda pair: pair[1].is_torn):  # whole ones tell how many samples one has
+            if not index.is_torn:
+                bad.end_of_shard(len(index))
+            for fault in index.faults:
+                if fault.key:
+                    bad.seen += 1
+                    bad.add(fault.reason, fault.shard, fault.key, fault.detail)
+                else:
+                    expected = shard.entry.samples if shard.entry else None
+                    bad.lose(fault.reason, fault.shard, expected, len(index), fault.detail)
         bad.end_of_pass()
         return indexes
 

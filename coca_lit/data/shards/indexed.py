@@ -12,9 +12,7 @@ import hashlib
 import json
 import os
 import random
-import zipfile
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -24,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -33,13 +33,14 @@ from coca_lit.data.examples import TrainingExamples
 from coca_lit.data.loader import epoch_order, per_rank
 from coca_lit.data.shards.listing import Shard, parallel_map
 from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
-from coca_lit.data.shards.reader import IMAGE_SUFFIXES, Preprocess, read_fields, sample_of
+from coca_lit.data.shards.reader import IMAGE_SUFFIXES, Preprocess, read_fields, read_limit, sample_of
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
+from coca_lit.reading import open_regular, parse_json, printable
 
 SUFFIX, LOCK = ".index", ".lock"
-VERSION = 1
+VERSION = 2
 PER_PROCESS = 2 * 10**9  # bytes of shards for which a further process pays
 FILES = (IMAGE_SUFFIXES, ("txt",), ("json",))  # of a sample; the first of each that is there
 
@@ -59,26 +60,35 @@ class TarIndex:
 
     shard: str
     stamp: Stamp
-    keys: NDArray[np.bytes_]  # (N) in UTF-8
+    keys: NDArray[np.uint8]  # all of them in UTF-8, one after the other: one long key must not make every other long
+    key_ends: NDArray[np.int64]  # (N) in `keys`
     places: NDArray[np.int64]  # (N, 3, 2) offset and size of image, .txt and .json, 0 where there is none
-    faults: Sequence[tuple[BadSample, int]]  # of the shard as a whole, and how many samples each counts for
+    faults: Sequence[BadSample]  # that reading the headers shows; without a key those of the shard as a whole
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.places)
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether samples of the shard are lost, or it has none."""
+        return any(not fault.key for fault in self.faults)
+
+    def key(self, i: int) -> str:
+        return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
 
     def read(self, i: int) -> dict[str, Any]:
         """The members of sample `i` as in `read_fields`; `BadSampleError` if the shard is gone or has changed."""
-        key = self.keys[i].decode()
+        key = self.key(i)
         fields: dict[str, Any] = {"__key__": key}
         try:
-            with open(self.shard, "rb", buffering=0) as file:
+            with open_regular(self.shard, buffering=0) as file:
                 status = os.fstat(file.fileno())
                 if (status.st_size, status.st_mtime_ns) != (self.stamp.bytes, self.stamp.changed_at):
                     raise BadSampleError(BadSample(self.shard, key, "shard changed after it was indexed"))
                 for names, (offset, size) in zip(FILES, self.places[i].tolist(), strict=True):
                     if size:
                         file.seek(offset)
-                        fields[names[0]] = file.read(size)
+                        fields[names[0]] = file.read(min(size, read_limit(f".{names[0]}")))
         except OSError as error:
             raise BadSampleError(BadSample(self.shard, key, "unreadable shard", str(error))) from error
         return fields
@@ -122,7 +132,7 @@ class IndexedShards(TrainingExamples):
         self.names = [source.name for source in sources]
         self.shard_ends = [*accumulate(map(len, self.indexes))]
         self.source_ends = [*accumulate(map(count_samples, sources))]
-        self.bad.found += [sample for index in self.indexes for sample, _ in index.faults]  # for the first example
+        self.bad.found += [fault for index in self.indexes for fault in index.faults]  # for the first example
 
     def __len__(self) -> int:
         return self.shard_ends[-1]
@@ -190,16 +200,20 @@ class IndexedBatches(Sampler[list[tuple[int, int]]]):
 
 
 def load_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
-    """None if there is none that matches the shard as it is now."""
+    """None if there is none that matches the shard as it is now. It may come from a stranger, who can put anything into
+    it: what is not an index of this shard in every detail is made again.
+    """
+    path = _path(shard, fallback_dir)
+    if not path.is_file():  # also a FIFO, which would block
+        return None
     try:
-        with _path(shard, fallback_dir).open("rb") as file, np.load(file, allow_pickle=False) as content:
-            stamp, faults = json.loads(str(content["about"]))
-            keys, places = content["keys"], content["places"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # there is none yet, or it is damaged
-    known = tuple((BadSample(*sample), count) for sample, count in faults)
-    index = TarIndex(shard.name, Stamp(*stamp), keys, places, known)
-    return index if index.stamp == _stamp(shard) and _sound(index) else None
+        with safe_open(path, framework="np") as file:
+            keys, key_ends, places = (file.get_tensor(name) for name in ("keys", "key_ends", "places"))
+            stamp, faults = parse_json((file.metadata() or {})["about"], str(path), list)
+        index = TarIndex(shard.name, Stamp(*stamp), keys, key_ends, places, [BadSample(*fault) for fault in faults])
+        return index if index.stamp == _stamp(shard) and _sound(index) else None
+    except Exception:  # there is none yet, or it is damaged, or forged
+        return None
 
 
 def make_index(shard: Shard, fallback_dir: Path) -> TarIndex:
@@ -207,16 +221,16 @@ def make_index(shard: Shard, fallback_dir: Path) -> TarIndex:
     bad, stamp = BadSamples(1.0), _stamp(shard)
     with quiet():
         rows = [
-            (fields["__key__"].encode(errors="replace"), _places(fields))
+            (fields["__key__"].encode(), _places(fields))
             for fields in read_fields(shard, bad, verify=True, content=False)
         ]
-    keys = np.array([key for key, _ in rows], dtype=np.bytes_)
+    keys = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.uint8)
+    key_ends = np.cumsum([len(key) for key, _ in rows], dtype=np.int64)
     places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(FILES), 2)
-    found = Counter(sample.reason for sample in bad.found)
-    faults = [(sample, bad.reasons[sample.reason] // found[sample.reason]) for sample in bad.found]
-    with replacing(_path(shard, fallback_dir)) as temporary, temporary.open("wb") as file:
-        np.savez(file, about=np.array(json.dumps([stamp, faults])), keys=keys, places=places)
-    return TarIndex(shard.name, stamp, keys, places, faults)
+    about = json.dumps([stamp, bad.found])
+    with replacing(_path(shard, fallback_dir)) as temporary:
+        save_file({"keys": keys, "key_ends": key_ends, "places": places}, temporary, {"about": about})
+    return TarIndex(shard.name, stamp, keys, key_ends, places, bad.found)
 
 
 def _make_all(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
@@ -242,12 +256,21 @@ def _stamp(shard: Shard) -> Stamp:
 
 
 def _sound(index: TarIndex) -> bool:
-    """Whether all places lie within the shard: an index from a stranger may hold anything."""
-    if index.places.shape != (len(index.keys), len(FILES), 2) or index.places.dtype != np.int64:
+    """Whether all keys and places lie where they can."""
+    names, ends, places = index.keys, index.key_ends, index.places
+    if (names.dtype, ends.dtype, places.dtype) != (np.uint8, np.int64, np.int64) or names.ndim != 1:
         return False
-    offsets, sizes = index.places[..., 0], index.places[..., 1]
+    if ends.ndim != 1 or places.shape != (len(ends), len(FILES), 2):
+        return False
+    text = names.tobytes().decode()
+    starts = np.concatenate([[0], ends[:-1]])[: len(ends)]
+    if not (starts <= ends).all() or len(names) != (ends[-1] if len(ends) else 0):
+        return False
+    within_a_letter = (names[starts[starts < ends]] & 0xC0) == 0x80
+    offsets, sizes = places[..., 0], places[..., 1]
     inside = (offsets >= 0) & (sizes >= 0) & (sizes <= MAX_MEMBER) & (offsets <= index.stamp.bytes - sizes)
-    return index.keys.dtype.kind == "S" and bool(inside.all())
+    said = "".join(part for fault in index.faults for part in fault)
+    return bool(inside.all()) and not within_a_letter.any() and printable(text + said) == text + said
 
 
 def _path(shard: Shard, fallback_dir: Path) -> Path:

@@ -20,14 +20,16 @@ from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 
 from coca_lit.data.records import not_found
-from coca_lit.data.shards.cache import SCHEMES, ShardCache, is_remote, list_folder
+from coca_lit.data.shards.cache import ShardCache
+from coca_lit.data.shards.store import PATIENCE, SCHEMES, is_remote, list_folder
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write
+from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,7 +81,7 @@ def find_shards(shards: str | Sequence[str], cache: ShardCache | None = None) ->
         DataNotFoundError: a shard that is named, or that matches and is in the manifest, does not exist.
         DataError: a scheme that is not accepted, or a shard that does not match its manifest.
     """
-    folders = functools.cache(_look_into)
+    folders = functools.cache(functools.partial(_look_into, patience=cache.patience if cache else PATIENCE))
     return [_join(name, folders, cache) for name in _names(shards, folders)]
 
 
@@ -91,19 +93,42 @@ def local_shards(shards: str | Sequence[str]) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def parse_manifest(text: str, where: str) -> Manifest:
-    """Raises `DataError` naming `where` if the text is not a manifest."""
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Raises `DataError` naming `where` if the content is not a manifest."""
     try:
-        rows = json.loads(text)["shards"]
-        return {row["name"]: ManifestEntry(int(row["samples"]), int(row["bytes"]), row["sha256"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where} is not a manifest of shards: write it again with coca-data check") from error
+        rows = parse_json(content, where, dict)["shards"]
+        entries = {row["name"]: entry_of([row[field] for field in ManifestEntry._fields]) for row in rows}
+        if all(printable(name) == name and "/" not in name for name in entries):
+            return entries
+    except (DataError, ValueError, KeyError, TypeError) as error:
+        raise _no_manifest(where) from error
+    raise _no_manifest(where)
+
+
+def entry_of(values: Any) -> ManifestEntry:
+    """An entry from JSON; raises `ValueError` or `TypeError` if it cannot be one."""
+    entry = ManifestEntry(*values)
+    if not (is_int64(entry.samples) and is_int64(entry.bytes) and isinstance(entry.sha256, str)):
+        raise ValueError("counts must be whole numbers, and the digest a text")
+    if entry.samples < 0 or entry.bytes < 0:
+        raise ValueError("counts cannot be below 0")
+    return entry
+
+
+def _no_manifest(where: str) -> DataError:
+    return DataError(f"{where} is not a manifest of shards: write it again with coca-data check")
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder, empty if it has none."""
     path = folder / MANIFEST
-    return parse_manifest(path.read_text(), str(path)) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    try:
+        with open_regular(path) as file:
+            return parse_manifest(file.read(MAX_JSON + 1), str(path))
+    except OSError as error:
+        raise _no_manifest(str(path)) from error
 
 
 def write_manifest(folder: Path, entries: Manifest) -> Path:
@@ -119,7 +144,7 @@ def write_manifest(folder: Path, entries: Manifest) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -147,11 +172,11 @@ class _Folder(NamedTuple):
     manifest: Manifest
 
 
-def _look_into(folder: str) -> _Folder:
+def _look_into(folder: str, patience: float = PATIENCE) -> _Folder:
     if is_remote(folder):
-        listing = list_folder(folder)
-        text = listing.text(MANIFEST) if MANIFEST in listing.sizes else None
-        manifest = parse_manifest(text, f"{folder}/{MANIFEST}") if text is not None else {}
+        listing = list_folder(folder, patience)
+        content = listing.read(MANIFEST) if MANIFEST in listing.sizes else None
+        manifest = parse_manifest(content, f"{folder}/{MANIFEST}") if content is not None else {}
         return _Folder(listing.sizes.get, listing.matches, manifest)
     path = Path(folder)
 

@@ -4,7 +4,6 @@ Shards may come from strangers: nothing is unpickled or unpacked, members other 
 read, and those that could hold code count as bad samples.
 """
 
-import json
 import logging
 import random
 import re
@@ -14,12 +13,13 @@ from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
-from coca_lit.data.records import clean_captions
+from coca_lit.data.records import MAX_IMAGE, check_bytes, clean_captions
 from coca_lit.data.shards.listing import Shard, check_digest
 from coca_lit.data.shards.mixture import draw
-from coca_lit.data.shards.tar import Member, group_members, tar_members
+from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
 from coca_lit.data.transforms import TrainTransform, decode_pixels
 from coca_lit.errors import DataError
+from coca_lit.reading import parse_json
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 
@@ -38,6 +38,12 @@ class ShardSample(NamedTuple):
     image: bytes
     captions: dict[str, tuple[str, ...]]  # by caption key: "txt" or a field of the JSON; none is empty
     shard: str  # for error reports
+
+    @property
+    def bytes(self) -> int:
+        """Of memory, about."""
+        texts = (text for captions in self.captions.values() for text in captions)
+        return len(self.image) + sum(64 + len(text) for text in texts)
 
 
 class Preprocess(NamedTuple):
@@ -82,6 +88,10 @@ def read_shard(
 def sample_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -> ShardSample:
     """The sample made of the members with one key; raises `BadSampleError` if it is not complete."""
     image, captions = image_of(fields), _captions(fields, caption_keys)
+    try:
+        check_bytes(len(image), f"{fields['__key__']} in {shard}")
+    except DataError as error:
+        raise BadSampleError(BadSample(shard, fields["__key__"], "unreadable image", str(error))) from error
     if image and captions:
         return ShardSample(fields["__key__"], image, captions, shard)
     missing = f"no caption in the JSON under {', '.join(caption_keys)}"
@@ -96,26 +106,30 @@ def read_fields(shard: Shard, bad: BadSamples, verify: bool = False, content: bo
     Args:
         content: False gives the (offset, size) in bytes of each member in place of its content.
     """
-    seen, error = bad.seen, None
+    read, error = 0, None
     try:
         with shard.local() as path:
             if verify and shard.entry:
                 check_digest(shard.name, path, shard.entry)
             for fields in group_members(_members(path, shard.name, bad, content), content):
+                read += 1
                 bad.seen += 1
-                yield fields
+                if TWICE in fields:
+                    bad.add("two members of the same name", shard.name, fields["__key__"], fields[TWICE])
+                else:
+                    yield fields
     except DataError:
         raise
-    except Exception as broken:  # tarfile, zlib, gzip, webdataset and fsspec raise many types
+    except Exception as broken:  # tarfile, zlib, gzip and fsspec raise many types
         error = str(broken) or type(broken).__name__
+    expected = shard.entry.samples if shard.entry else None
     if error:
         log.warning("%s is broken or truncated: %s", shard.name, error)
-        lost = shard.entry and shard.entry.samples - (bad.seen - seen)
-        bad.lose("broken or truncated shard", shard.name, lost, error)
-    elif bad.seen == seen:
-        bad.lose("empty shard", shard.name, shard.entry and shard.entry.samples)
+        bad.lose("broken or truncated shard", shard.name, expected, read, error)
+    elif not read:
+        bad.lose("empty shard", shard.name, expected, read)
     else:
-        bad.end_of_shard(bad.seen - seen)
+        bad.end_of_shard(read)
 
 
 def holds_code(member: str) -> bool:
@@ -128,8 +142,15 @@ def image_of(fields: Mapping[str, Any]) -> Any:
     return next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), b"")
 
 
+def read_limit(member: str) -> int:
+    """How many bytes of a member are read, at most: one more than its kind may have."""
+    if not (found := _WANTED.fullmatch(member)):
+        return 0
+    return (MAX_TEXT if found[1].lower() in ("txt", "json") else MAX_IMAGE) + 1
+
+
 def _members(path: Path, shard: str, bad: BadSamples, content: bool) -> Iterator[Member]:
-    for member in tar_members(path, lambda name: content and _WANTED.fullmatch(name) is not None):
+    for member in tar_members(path, read_limit if content else lambda name: 0):
         if _WANTED.fullmatch(member.name):
             yield member
         elif holds_code(member.name):
@@ -155,7 +176,6 @@ def _text(fields: dict[str, Any]) -> str:
 def _json(fields: dict[str, Any]) -> dict[str, Any]:
     text = fields.get("json", b"")
     try:
-        content = json.loads(text) if len(text) <= MAX_TEXT else {}
-    except (ValueError, RecursionError):
+        return parse_json(text, "the JSON", dict) if len(text) <= MAX_TEXT else {}
+    except DataError:
         return {}
-    return content if isinstance(content, dict) else {}

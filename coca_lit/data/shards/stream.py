@@ -24,6 +24,8 @@ from coca_lit.data.transforms import TrainTransform
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 
+MAX_BUFFER = 512 * 2**20  # bytes of encoded samples that a worker shuffles; photos of LAION have 20 to 100 kB
+
 
 class StreamSample(NamedTuple):
     """A sample with what its random crop and caption depend on."""
@@ -61,12 +63,12 @@ class ShardOrder(NamedTuple):
         random.Random(stable_seed("shards", *seed)).shuffle(plan)
         mine = plan[self.rank * workers + worker :: self.world * workers]
         share = source.weight / sum(other.weight for other in self.sources)
-        buffer = max(1, round(self.shuffle_buffer * share))
+        buffer, max_bytes = max(1, round(self.shuffle_buffer * share)), round(MAX_BUFFER * share)
         for turn in count():
             rng = random.Random(stable_seed("samples", *seed, turn, self.rank, worker))
             rng.shuffle(mine)
             one_pass = (s for shard in mine for s in read_shard(shard, self.caption_keys, bad, verify=turn == 0))
-            yield from (StreamSample(source.name, turn, s) for s in _shuffled(one_pass, buffer, rng))
+            yield from (StreamSample(source.name, turn, s) for s in _shuffled(one_pass, buffer, max_bytes, rng))
             bad.end_of_pass()
 
 
@@ -121,12 +123,23 @@ class ShardBatches(IterableDataset[Batch]):
                 window.popleft()
 
 
-def _shuffled(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:
-    """Each sample once, shuffled by a buffer of `size`."""
-    buffer = list(islice(samples, size))
+def _shuffled(samples: Iterator[ShardSample], size: int, max_bytes: int, rng: random.Random) -> Iterator[ShardSample]:
+    """Each sample once, shuffled by a buffer of `size` samples, or of fewer where these take more than `max_bytes`."""
+    buffer: list[ShardSample] = []
+    held = 0  # bytes in the buffer
     for sample in samples:
-        i = rng.randrange(size)
+        held += sample.bytes
+        if len(buffer) < size and (held <= max_bytes or not buffer):
+            buffer.append(sample)
+            continue
+        i = rng.randrange(len(buffer))
+        held -= buffer[i].bytes
         yield buffer[i]
         buffer[i] = sample
+        while held > max_bytes and len(buffer) > 1:
+            i = rng.randrange(len(buffer))
+            buffer[i], buffer[-1] = buffer[-1], buffer[i]
+            held -= buffer[-1].bytes
+            yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer

@@ -1,55 +1,63 @@
 """Tar files: a bounded reader for shards from strangers, and a writer whose output depends on the content alone.
 
-Nothing is unpacked. Python's own reader believes the sizes that a file claims and allocates that much memory; here
-every read is bounded.
+Nothing is unpacked. Python's own reader believes the sizes that a file claims and allocates that much memory; here it
+reads headers alone, and every read is bounded.
 """
 
-import bz2
-import gzip
-import lzma
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from coca_lit.files import replacing
+from coca_lit.reading import UnsafeError, open_data, printable
 
-MAX_MEMBER = 128 * 2**20  # bytes; an uncompressed image of 40 million pixels
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MAX_MEMBER = 128 * 2**20  # bytes that a member may claim
+MAX_HEADER = 16 * 2**10  # bytes; the longest name has 4 kB, and `tarfile` takes time and memory by the square of them
+TWICE = "__twice__"  # field of a sample of which two members have the same name
+_DIGITS = re.compile(rb"[0-9]{1000}")  # a number that `tarfile` would search again from each of its digits
 
 
-class UnsafeTarError(Exception):
-    """The tar holds what an honest one does not; reading stops there."""
+class UnsafeTarError(UnsafeError):
+    """The tar holds what an honest one does not."""
 
 
 class Member(NamedTuple):
     """A regular file in a tar."""
 
-    name: str
+    name: str  # made printable
     offset: int  # of its content, in bytes from the start of the tar
     size: int
-    content: bytes  # empty unless it was asked for
+    content: bytes  # as much of it as was asked for
 
 
-def tar_members(path: Path, wanted: Callable[[str], bool] = lambda name: False) -> Iterator[Member]:
-    """The regular files in tar order; the content is read only if the name is `wanted`.
+def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Iterator[Member]:
+    """The regular files in tar order.
+
+    Args:
+        limit: name -> how many bytes of the content are read, at most.
 
     Raises:
-        UnsafeTarError: a member or header of more than `MAX_MEMBER` bytes, a sparse member, or a path that leaves the
-            tar.
+        UnsafeError: a member of more than `MAX_MEMBER` bytes, a header of more than `MAX_HEADER`, a sparse member, a
+            path that leaves the tar, or a bomb, see `open_data`.
         tarfile.ReadError: the end-of-archive marker is missing.
-        OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError: the file cannot be read, or is truncated.
+        OSError, EOFError, tarfile.TarError, zlib.error: the file cannot be read, or is truncated. Other errors of
+            Python's reader, such as `ValueError`, are possible.
     """
-    with closing(_OPENERS.get(path.suffix, open)(path, "rb")) as file:
-        reads = _BoundedReads(file)
-        tar: Any = tarfile.open(fileobj=reads, mode="r:")  # noqa: SIM115  it has nothing to close but the file
+    with open_data(path) as file:
+        headers = _Headers(file)
+        tar: Any = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  it has nothing to close but the file
         for member in tar:
-            name = member.name
+            name = printable(member.name)
+            if member.size < 0:
+                raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, less than none")
+            tar.members.clear()  # it would remember every member
             if not member.isreg():
                 continue
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
@@ -58,29 +66,40 @@ def tar_members(path: Path, wanted: Callable[[str], bool] = lambda name: False) 
                 raise UnsafeTarError(f"the member {name!r} is sparse: a few bytes that claim to be many")
             if member.size > MAX_MEMBER:
                 raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
-            content = tar.extractfile(member).read() if wanted(name) else b""
+            content = b""
+            if wanted := min(member.size, limit(name)):
+                file.seek(member.offset_data)
+                content = file.read(wanted)
+                if len(content) < wanted:
+                    raise tarfile.ReadError("unexpected end of data")
             yield Member(name, member.offset_data, member.size, content)
-            tar.members.clear()  # it would remember every member
         # Two blocks of zeros end a tar; without them `tarfile` stops as quietly at damage as at the end.
-        if reads.last + file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+        if headers.last + file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it ends within, or something in it is damaged")
 
 
 def group_members(members: Iterable[Member], content: bool = True) -> Iterator[dict[str, Any]]:
-    """{"__key__": key, suffix in lower case: content} of each run of members KEY.SUFFIX.
+    """{"__key__": key, suffix in lower case: content} of each run of members KEY.SUFFIX. If two members of a sample
+    have the same name, `TWICE` gives it.
 
     Args:
         content: False gives (offset, size) in bytes in place of the content.
-
-    Raises:
-        ValueError: two members of a sample have the same suffix.
     """
-    files = (
-        {"fname": member.name, "data": member.content if content else (member.offset, member.size), "__url__": ""}
-        for member in members
-    )
-    for sample in group_by_keys(files, handler=_reraise):
-        sample.pop("__url__")
+    sample: dict[str, Any] = {}
+    for member in members:
+        key, suffix = base_plus_ext(member.name)
+        if key is None:
+            continue
+        if sample.get("__key__") != key:
+            if sample:
+                yield sample
+            sample = {"__key__": key}
+        suffix = suffix.lower()
+        if suffix in sample:
+            sample[TWICE] = member.name
+        else:
+            sample[suffix] = member.content if content else (member.offset, member.size)
+    if sample:
         yield sample
 
 
@@ -101,17 +120,19 @@ def tar_writer(path: Path) -> Iterator[TarWriter]:
         yield tar
 
 
-class _BoundedReads(BufferedIOBase):
-    """A file that refuses a single read of more than `MAX_MEMBER` bytes: headers can be long, too."""
+class _Headers(BufferedIOBase):
+    """What `tarfile` sees of a tar: headers of at most `MAX_HEADER` bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.last = b""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= MAX_MEMBER:
-            raise UnsafeTarError(f"a header claims {size:,} bytes, more than {MAX_MEMBER:,}")
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise UnsafeTarError(f"a header claims {size:,} bytes, more than {MAX_HEADER:,}")
         self.last = self._file.read(size)
+        if size > tarfile.BLOCKSIZE and _DIGITS.search(self.last):
+            raise UnsafeTarError("a header holds a number of more than 1,000 digits")
         return self.last
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -119,8 +140,3 @@ class _BoundedReads(BufferedIOBase):
 
     def tell(self) -> int:
         return self._file.tell()
-
-
-def _reraise(error: Exception) -> NoReturn:
-    error.args = error.args[:1]  # webdataset appends what it knows of the stream
-    raise error

@@ -1,6 +1,7 @@
 """Shards at random: the order of map-style data, whatever the ranks and workers, and the faults that a stream finds."""
 
 import gzip
+import json
 import os
 import tarfile
 from collections import Counter
@@ -8,9 +9,10 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from test_shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
 
 from coca_lit.cli.data import data as coca_data
@@ -157,8 +159,10 @@ def test_the_faults_are_those_that_a_stream_finds(tmp_path, caplog):
     expected = {(sample.shard, sample.key, sample.reason) for sample in bad.found}
     unreadable = (str(paths[0]), "00003", "unreadable image")
     assert {(b.shard, b.key, b.reason) for batch in found for b in batch.bad} == expected | {unreadable}
-    assert "1 x broken or truncated shard" in caplog.text
-    with pytest.raises(DataError, match=r"too many bad samples, more than max_bad_fraction=0\.1 allows: .*empty shard"):
+    assert f"{bad.reasons['broken or truncated shard']} x broken or truncated shard" in caplog.text
+    with pytest.raises(
+        DataError, match=r"too many bad samples, more than max_bad_fraction=0\.1 allows: .*truncated shard"
+    ):
         laion(tmp_path, tmp_path, max_bad_fraction=0.1).prepare_data()
 
 
@@ -193,7 +197,7 @@ def test_an_index_says_what_tarfile_says(tmp_path):
     others = {"b.PNG": b"p" * 700, "b.txt": b"t", "b.mp3": b"no", "c.json": b"{}"}
     path = write_tar(tmp_path / "x.tar", members("a") | others)
     index = make_index(Shard(str(path)), tmp_path)
-    assert index.keys.tolist() == [b"a", b"b", b"c"]
+    assert [index.key(i) for i in range(len(index))] == ["a", "b", "c"]
     with tarfile.open(path) as tar:
         found = {member.name: [member.offset_data, member.size] for member in tar}
     nothing = [0, 0]
@@ -258,13 +262,25 @@ def test_an_index_from_a_stranger_is_not_believed(tmp_path):
     shard = Shard(str(write_shards(tmp_path, 1, 3)[0]))
     index = make_index(shard, tmp_path)
     path = tmp_path / ".00000.tar.index"
-    with np.load(path) as found:
-        content = dict(found)
-    good = index.places
-    for places in (good + 10**6, -good, good[:2], good.astype(object), good * 1.0):
-        with path.open("wb") as file:
-            np.savez(file, **content | {"places": places})
+    with safe_open(path, framework="np") as found:
+        content = {name: found.get_tensor(name) for name in found.keys()} | found.metadata()  # noqa: SIM118
+    about, good = content.pop("about"), content["places"]
+    for changes in (
+        *({"places": places} for places in (good + 10**6, -good, good[:2], good * 1.0)),
+        {"key_ends": content["key_ends"][::-1].copy()},
+        {"key_ends": content["key_ends"] + 1},
+        {"keys": content["keys"] | 0x80},
+        {"keys": content["keys"] & 1},
+    ):
+        save_file(content | changes, path, {"about": about})
         assert load_index(shard, tmp_path) is None
+    stamp, faults = json.loads(about)
+    for wrong in ("", "[", "{}", "7", "[[1],[]]", "[" * 10_000, json.dumps([stamp, [["a", 7, {}]]]), "1" * 10_000):
+        save_file(content, path, {"about": wrong})
+        assert load_index(shard, tmp_path) is None
+    for fine in ([stamp, faults], [stamp, [["x.tar", "key", "code in a shard"]]]):
+        save_file(content, path, {"about": json.dumps(fine)})
+        assert load_index(shard, tmp_path)
     for junk in (b"", b"junk", path.read_bytes()[:-50]):
         path.write_bytes(junk)
         assert load_index(shard, tmp_path) is None

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 from test_datamodules import TOKENIZER, fit
-from test_shards import contents, jpeg, write_shards, write_tar
+from test_shards import contents, jpeg, spoil, write_shards, write_tar
 
 from coca_lit.callbacks import SourceCounts
 from coca_lit.cli.data import data as coca_data
@@ -66,6 +66,19 @@ def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers
     assert len({tuple(row) for batch in whole for row in batch.tokens.tolist()}) == 2
     for start in (1, 5):
         assert [contents(b) for b in batches(start)] == [contents(b) for b in whole[start:]]
+
+
+def test_a_broken_sample_is_replaced_by_one_of_its_own_source(folders, tmp_path):
+    """Half of the second source is broken, and still every batch has its share."""
+    (path,) = write_shards(tmp_path, 1, 12)
+    spoil(path, {f"0{i:04d}.jpg": b"junk" for i in range(0, 12, 2)})
+    sources = {"a": folders["a"], "b": str(tmp_path)}
+    data = mixture(sources, weights={"a": 0.7, "b": 0.3}, indexed=True, max_bad_fraction=1.0)
+    found = list(data.train_dataloader())
+    assert sum(len(batch.bad) for batch in found) > 5
+    for batch in found:
+        assert Counter(batch.sources) == {"a": 7, "b": 3}
+        assert all(key.startswith(sources[source]) for key, source in zip(batch.keys, batch.sources, strict=True))
 
 
 @pytest.mark.parametrize("indexed", [True, False])

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import random
 import tarfile
 import traceback
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.shards.datamodule import LAIONDataModule, usable_workers
 from coca_lit.data.shards.listing import Shard, find_shards
 from coca_lit.data.shards.mixture import Source
-from coca_lit.data.shards.reader import read_shard
-from coca_lit.data.shards.stream import ShardBatches, ShardOrder
+from coca_lit.data.shards.reader import ShardSample, read_shard
+from coca_lit.data.shards.stream import ShardBatches, ShardOrder, _shuffled
 from coca_lit.data.transforms import RandomCrop
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.tokenizer import WordTokenizer
@@ -184,6 +185,46 @@ def test_bad_samples_are_judged_after_enough_were_seen():
         bad.add("missing caption", "x.tar")
     with pytest.raises(ValueError, match="between 0 and 1, not 5"):
         BadSamples(5)
+
+
+def test_a_bad_sample_in_place_of_another_is_counted_once(tmp_path):
+    (path,) = write_shards(tmp_path, 1, 12)
+    spoil(path, {"00001.jpg": b"junk", "00004.jpg": b"junk"})  # the second is the first one's replacement, and bad
+    stream = batches(ShardOrder([Source("", local([path]))], shuffle_buffer=1))
+    found = list(islice(stream, 3))
+    assert [[bad.key for bad in batch.bad] for batch in found] == [["00001"], ["00004"], []]
+    assert [key.rpartition("/")[2] for key in found[0].keys] == ["00000", "00002", "00003", "00005"]
+
+
+def test_the_shuffle_buffer_is_bounded_in_bytes(tmp_path):
+    drawn = []
+
+    def samples(sizes: list[int]) -> Iterator[ShardSample]:
+        for i, size in enumerate(sizes):
+            drawn.append(size)
+            yield ShardSample(str(i), bytes(size), {"txt": ("a",)}, "x.tar")
+
+    rng = random.Random(0)
+    sizes = [rng.choice([10, 1000, 5000, 30_000]) for _ in range(300)]
+    given = []
+    for sample in _shuffled(samples(sizes), 50, 20_000, random.Random(1)):
+        given.append(sample)
+        assert sum(drawn) - sum(len(s.image) for s in given) <= 20_000 + 30_000  # the buffer, and the newest sample
+    assert sorted(int(sample.key) for sample in given) == list(range(300))
+    assert [sample.key for sample in given] != [str(i) for i in range(300)]
+    wide = [s.key for s in _shuffled(samples(sizes), 50, 10**9, random.Random(1))]
+    assert wide == [s.key for s in _by_count(samples(sizes), 50, random.Random(1))]
+
+
+def _by_count(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:
+    """A buffer of a fixed number of samples."""
+    buffer = list(islice(samples, size))
+    for sample in samples:
+        i = rng.randrange(size)
+        yield buffer[i]
+        buffer[i] = sample
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 # --- order and position

@@ -1,0 +1,229 @@
+"""Object stores (s3, gs, hf) through fsspec: one place that asks them, waits for them and tells what is wrong.
+
+A store that does not answer is no damage to the data: a request is repeated with growing waits, and after the patience
+is over the run stops. It never goes on with other data. What no waiting mends (a bucket that does not exist,
+credentials) is said at once.
+
+Only these schemes are accepted, and no chained protocols of fsspec: a URL may come from a stranger.
+"""
+
+import errno
+import fnmatch
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.reading import MAX_JSON, printable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SCHEMES = ("s3", "gs", "hf", "memory")  # memory: for tests
+PATIENCE = 600.0  # seconds
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
+_jitter = random.SystemRandom()  # thousands of workers must not all come back in the same second
+
+Fault = Literal["away", "throttled", "missing", "denied", "local", "unknown"]
+
+# The libraries of the stores, and those under them, have no common class of errors and need not be installed: they are
+# told apart by the module that defines the error, by HTTP status, and by the codes of S3.
+_NETWORK = {"aiohttp", "aiobotocore", "botocore", "urllib3", "requests", "httpx", "httpcore", "h11", "http", "ssl"}
+_NETWORK |= {"socket", "asyncio", "anyio", "fsspec", "s3fs", "gcsfs", "google", "huggingface_hub"}
+_DENIED = ("Credential", "Token", "Login", "Auth", "Gated", "Certificate", "ParamValidation", "InvalidRegion")
+_THROTTLING = ("SlowDown", "Throttl", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+class StoreError(DataError):
+    """An object store that does not answer, or refuses."""
+
+
+class RemoteFolder(NamedTuple):
+    """The listing of a folder on an object store."""
+
+    url: str
+    sizes: Mapping[str, int]  # by file name
+    patience: float
+
+    def matches(self, pattern: str) -> list[str]:
+        return sorted(name for name in self.sizes if fnmatch.fnmatchcase(name, pattern))
+
+    def read(self, name: str) -> bytes:
+        """A small file."""
+        url = f"{self.url}/{name}"
+        if self.sizes[name] > MAX_JSON:
+            raise DataError(f"{url} has {self.sizes[name]:,} bytes, more than {MAX_JSON:,}")
+        return ask(url, self.patience, lambda store: store.cat_file(url))
+
+
+def is_remote(name: str) -> bool:
+    return name.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)) and "::" not in name
+
+
+def list_folder(url: str, patience: float = PATIENCE) -> RemoteFolder:
+    """A folder that does not exist is empty; raises as `ask`."""
+    try:
+        rows = ask(url, patience, lambda store: store.ls(url, detail=True))
+    except FileNotFoundError:
+        rows = []
+    sizes = {row["name"].rpartition("/")[2]: row["size"] for row in rows if row["type"] == "file"}
+    return RemoteFolder(url, sizes, patience)
+
+
+def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
+    """`request(fsspec file system)`, repeated with growing waits while the store does not answer.
+
+    Raises:
+        StoreError: for `patience` seconds there was no answer, or the store refuses.
+        DataNotFoundError: there is no such bucket.
+        FileNotFoundError: there is no such file.
+    """
+    began, wait = None, FIRST_WAIT
+    while True:
+        try:
+            answer = request(_filesystem(url))
+        except DataError:
+            raise
+        except ImportError as error:
+            raise StoreError(f"{url} needs an optional package: pip install 'coca_lit[remote]' ({error})") from error
+        except Exception as error:
+            fault = fault_of(error)
+            if fault == "unknown":
+                raise
+            if fault not in ("away", "throttled"):
+                raise _final(url, fault, error, patience) from error
+            now = time.monotonic()
+            began = now if began is None else began
+            left = patience - (now - began)
+            if left <= 0:
+                raise _given_up(url, fault, error, patience) from error
+            pause = min(wait * _jitter.uniform(0.5, 1), left)
+            what = "throttles requests" if fault == "throttled" else "does not answer"
+            log.warning(
+                "%s: the store %s (%s); next try in %.0f s, for %.0f s more", url, what, _reason(error), pause, left
+            )
+            time.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT)
+            _forget(url)
+        else:
+            if began is not None:
+                log.warning("%s: the store answers again after %.0f s", url, time.monotonic() - began)
+            return answer
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What is wrong, by an error of any library below fsspec: "away" and "throttled" may pass, the others do not."""
+    chain = [*_causes(error)]
+    codes = {code for cause in chain for code in _codes(cause)}
+    names = [type(cause).__name__ for cause in chain]
+    if any(isinstance(c, OSError) and (c.errno in _FULL or isinstance(c.filename, str)) for c in chain[:1]):
+        return "local"  # the cache folder, not the store
+    if "NoSuchBucket" in codes or 404 in codes or isinstance(error, FileNotFoundError):
+        return "missing"
+    if any(word in str(code) for code in codes for word in _THROTTLING) or codes & {429, 503}:
+        return "throttled"
+    if isinstance(error, BlockingIOError) or getattr(error, "errno", None) == errno.EBUSY:  # so s3fs says SlowDown
+        return "throttled"
+    statuses = {code for code in codes if isinstance(code, int)}
+    if any(code >= 500 or code in (408, 409) for code in statuses) or isinstance(error, TimeoutError):
+        return "away"
+    if (statuses and min(statuses) >= 400) or isinstance(error, PermissionError):
+        return "denied"
+    if any(word in name for name in names for word in _DENIED):
+        return "denied"
+    return "away" if _is_of_network(chain[-1]) or isinstance(error, OSError | EOFError) else "unknown"
+
+
+def bucket_of(url: str) -> str:
+    scheme, _, path = url.partition("://")
+    return f"{scheme}://{path.partition('/')[0]}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its causes, down to the first that a library of the network raised: what lies below may carry other
+    codes. aiohttp calls a body that breaks off a bad request.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        if _is_of_network(error):
+            return
+        error = error.__cause__ or error.__context__
+
+
+def _is_of_network(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in _NETWORK
+
+
+def _codes(error: BaseException) -> Iterator[int | str]:
+    """HTTP statuses, and the names that S3 gives to its errors."""
+    response = getattr(error, "response", None)
+    found = [getattr(place, name, None) for place in (error, response) for name in ("status", "status_code", "code")]
+    if isinstance(response, Mapping):  # botocore
+        found += [
+            (response.get("Error") or {}).get("Code"),
+            (response.get("ResponseMetadata") or {}).get("HTTPStatusCode"),
+        ]
+    for code in found:
+        if isinstance(code, str) and code.isdigit():
+            code = int(code)
+        if (isinstance(code, int) and 400 <= code < 600) or isinstance(code, str):
+            yield code
+
+
+def _final(url: str, fault: Fault, error: Exception, patience: float) -> Exception:
+    """The error to raise for a fault that does not pass."""
+    if fault == "missing":
+        return _missing(url, patience)
+    if fault == "local" and isinstance(error, OSError):
+        return DataError(f"no local copy of {url} can be written: {error.strerror} ({error.filename})")
+    return StoreError(f"{url} cannot be read: check the address and the credentials ({_reason(error)})")
+
+
+def _missing(url: str, patience: float) -> Exception:
+    """Whether it is the file or the whole bucket that is gone: a bucket is not one of many shards."""
+    bucket = bucket_of(url)
+    if not url.startswith("hf://") and not ask(bucket, patience, lambda store: _exists(store, bucket)):
+        return DataNotFoundError(f"{url}: there is no bucket {bucket}, or it cannot be seen with these credentials")
+    return FileNotFoundError(f"{url} does not exist")
+
+
+def _exists(store: Any, bucket: str) -> bool:
+    try:
+        store.ls(bucket, detail=True)  # `exists` would take any error for a no
+        return True
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return True
+
+
+def _given_up(url: str, fault: Fault, error: Exception, patience: float) -> StoreError:
+    asked = "throttles requests: use fewer workers, or" if fault == "throttled" else "does not answer:"
+    return StoreError(
+        f"{url}: for {patience:.0f} s the store {asked} start the same command later, which goes on from the last "
+        f"checkpoint, or wait longer with data.store_patience=SECONDS ({_reason(error)})"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return printable(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
+
+
+def _forget(url: str) -> None:
+    """Listings and sizes that fsspec remembers may be of before."""
+    try:
+        _filesystem(url).invalidate_cache()
+    except Exception:  # whatever is wrong, the next attempt says it
+        return
+
+
+def _filesystem(url: str) -> Any:
+    import fsspec
+
+    return fsspec.filesystem(url.partition("://")[0])

@@ -1,0 +1,153 @@
+"""A real S3 server (moto) on this machine, behind a proxy that fails as networks and stores do."""
+
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+from moto.server import ThreadedMotoServer
+
+CODES = {"slow down": (503, "SlowDown"), "internal": (500, "InternalError"), "forbidden": (403, "AccessDenied")}
+
+
+class FaultyStore:
+    """Answers with the next of `faults`, then with `always`, if that is one, and else as the server behind it.
+
+    Faults: "reset" (of the connection), "cut" (in the middle of the body), "slow" (a body in pieces), and `CODES`.
+    """
+
+    def __init__(self) -> None:
+        self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        self._moto.start()
+        self.backend = self._moto.get_host_and_port()
+        self.faults: deque[str] = deque()
+        self.always = ""
+        self.requests = 0
+        self._proxy: ThreadingHTTPServer | None = None
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """At the same port as before, so that the store comes back."""
+        handler = type("Handler", (_Handler,), {"store": self})
+        self._proxy = _Server(("127.0.0.1", self.port), handler)
+        self.port = self._proxy.server_address[1]
+        threading.Thread(target=self._proxy.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Connections are refused."""
+        if self._proxy is not None:
+            self._proxy.shutdown()
+            self._proxy.server_close()
+        self._proxy = None
+
+    @property
+    def is_away(self) -> bool:
+        return self._proxy is None
+
+    def close(self) -> None:
+        self.stop()
+        self._moto.stop()
+
+    def put(self, bucket: str, files: dict[str, bytes]) -> None:
+        for path, content in {bucket: b"", **{f"{bucket}/{name}": data for name, data in files.items()}}.items():
+            self._request("PUT", path, content)
+
+    def delete(self, path: str) -> None:
+        self._request("DELETE", path)
+
+    def _request(self, method: str, path: str, content: bytes = b"") -> None:
+        backend = HTTPConnection(*self.backend)
+        backend.request(method, f"/{path}", content)
+        answer = backend.getresponse()
+        assert answer.status < 300, answer.read()
+        backend.close()
+
+    def draw(self) -> str:
+        self.requests += 1
+        return self.faults.popleft() if self.faults else self.always
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is none."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    store: ClassVar[FaultyStore]
+
+    def do_GET(self) -> None:
+        fault = "reset" if self.store.is_away else self.store.draw()
+        if fault == "reset":
+            return self._hang_up()
+        if fault in CODES:
+            status, code = CODES[fault]
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{fault}</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/xml")
+        else:
+            backend = HTTPConnection(*self.store.backend)
+            backend.request(self.command, self.path, headers=dict(self.headers))
+            answer = backend.getresponse()
+            body = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "connection", "date", "server", "transfer-encoding"):
+                    self.send_header(name, value)
+            if self.command == "HEAD":
+                self.send_header("Content-Length", answer.getheader("Content-Length") or "0")
+            backend.close()
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return None
+        if fault == "cut":
+            self.wfile.write(body[: len(body) // 2])
+            return self._hang_up()
+        for part in range(4) if fault == "slow" else ():
+            self.wfile.write(body[part * len(body) // 4 : (part + 1) * len(body) // 4])
+            self.wfile.flush()
+            time.sleep(0.1)
+        if fault != "slow":
+            self.wfile.write(body)
+        return None
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _hang_up(self) -> None:
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.shutdown(socket.SHUT_RD)
+        self.close_connection = True
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Not to the terminal."""
+
+
+@contextmanager
+def faulty_store(folder: Path, bucket: str) -> Iterator[FaultyStore]:
+    """A store with the files of a folder as s3://BUCKET/set/NAME."""
+    store = FaultyStore()
+    try:
+        store.put(
+            bucket, {f"set/{path.name}": path.read_bytes() for path in folder.iterdir() if path.suffix != ".index"}
+        )
+        yield store
+    finally:
+        store.close()
