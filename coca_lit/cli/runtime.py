@@ -3,8 +3,12 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from coca_lit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from coca_lit.metrics.uncertainty import Draws
 
 
 def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
@@ -47,12 +51,18 @@ def best_precision() -> str:
 
 
 def finish_run(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+    folder: Path,
+    results: dict[str, float],
+    not_run: dict[str, str],
+    draws: "dict[str, Draws] | None" = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the scores of a run and its report; arguments as for `write_results`."""
+    """Writes the scores of a run, their uncertainty and its report; arguments as for `write_results`."""
     from coca_lit.report.page import write_report
+    from coca_lit.runs.draws import write_draws
     from coca_lit.runs.run_folder import write_results
 
-    seconds = write_results(folder, results, not_run, seen)
+    write_draws(folder, draws or {})
+    seconds = write_results(folder, results, not_run, facts)
     write_report(folder)
     print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)

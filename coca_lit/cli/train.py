@@ -50,6 +50,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
+    from coca_lit.models import part_sizes
     from coca_lit.runs.run_folder import finished_results, start_run_folder
 
     configure_libraries(cfg.threads, cfg.kernels.enabled)
@@ -71,9 +72,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
         choose_fp32_matmul(cfg, trainer, module)
     start_run_folder(cfg, checkpoint)  # not before: a run that cannot start leaves nothing behind
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    seen = samples_seen(trainer)
+    facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
     if trainer.is_global_zero:
-        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, seen)
+        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, scoring.draws, facts)
     return scoring.results
 
 

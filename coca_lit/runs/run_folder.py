@@ -68,18 +68,18 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
 
 
 def write_results(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+    folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
 ) -> int:
     """Writes `results.json` and `not_run.json` (why a score is missing), prints the scores and returns the seconds that
     the run took. It is finished once the report is written, too.
 
     Args:
-        seen: samples and tokens that the model was trained on, for `environment.json`.
+        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
     """
     environment = json.loads((folder / "environment.json").read_text())
     environment["seconds"] = round(time.time() - environment["started"])
     (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-    atomic_write(folder / "environment.json", _json(environment | (seen or {})))
+    atomic_write(folder / "environment.json", _json(environment | (facts or {})))
     atomic_write(folder / "results.json", _json(results))
     atomic_write(folder / "not_run.json", _json(not_run))
     print_results(results)
