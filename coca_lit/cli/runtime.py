@@ -57,12 +57,14 @@ def finish_run(
     draws: "dict[str, Draws] | None" = None,
     facts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the scores of a run, their uncertainty and its report; arguments as for `write_results`."""
+    """Writes and prints the scores of a run with their uncertainty, and writes its report; see `write_results`."""
     from coca_lit.report.page import write_report
+    from coca_lit.report.tables import print_scores
     from coca_lit.runs.draws import write_draws
     from coca_lit.runs.run_folder import write_results
 
     write_draws(folder, draws or {})
     seconds = write_results(folder, results, not_run, facts)
+    print_scores(results, draws or {})
     write_report(folder)
     print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)

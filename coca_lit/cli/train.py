@@ -51,6 +51,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
     from coca_lit.callbacks import samples_seen
     from coca_lit.models import part_sizes
+    from coca_lit.report.tables import print_scores
+    from coca_lit.runs.draws import read_draws
     from coca_lit.runs.run_folder import finished_results, start_run_folder
 
     configure_libraries(cfg.threads, cfg.kernels.enabled)
@@ -58,6 +60,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_start(cfg)
     if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
+        if is_first_process():
+            print_scores(results, read_draws(Path(cfg.output_dir)))
         return results
     module = build_module(with_vocabulary(cfg))
     data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first

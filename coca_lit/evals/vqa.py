@@ -94,7 +94,7 @@ def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> di
 
 
 def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, Draws]:
-    """Draws of the scores of `_accuracies`: of images, each with all its questions, which are no independent samples."""
+    """Of the scores of `_accuracies`. Images are drawn, each with all its questions: those are not independent."""
     first: dict[Any, int | str] = {}
     for record in records:
         first.setdefault(record.image, record.id)

@@ -173,7 +173,8 @@ def _sparse(entries: Sequence[tuple[int, int, float]], shape: tuple[int, int]) -
     """A sparse matrix; entries of the same place are added up."""
     rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
     indices = torch.tensor([rows, columns], dtype=torch.long)
-    return torch.sparse_coo_tensor(indices, torch.tensor(values, dtype=torch.float64), shape).coalesce()
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return torch.sparse_coo_tensor(indices, numbers, shape, check_invariants=True).coalesce()
 
 
 def _similarity(caption: Vector, reference: Vector) -> float:

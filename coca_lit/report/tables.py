@@ -4,13 +4,14 @@ A `Table` is plain text cells; `markdown` and `coca_lit.report.page` render it, 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from coca_lit.metrics.uncertainty import difference
+from coca_lit.metrics.uncertainty import Draws, difference
 from coca_lit.report.runs import Run, differences
 from coca_lit.report.scores import DIRECTIONS, RERANKED, cell, headlines, interval_cell, score_name, spread_cell
 
@@ -21,6 +22,7 @@ GROUPS = {  # by how the names of scores begin; all others are of captions
 }
 
 
+HEADLINES_OF_A_SWEEP = 4
 INTERVAL = "95 % interval"
 BOOTSTRAP = "Intervals: bootstrap over the images."
 NOISE = "within noise"
@@ -96,8 +98,6 @@ def _published(run: Run, name: str, scores: Sequence[str]) -> tuple[dict[str, di
         if not row["scores"].keys() & set(scores) or (row.get("only_beside_its_split") and row["split"] != split):
             continue
         title = f"{row['name']}, {row['split']} split" if "split" in row else row["name"]
-        while title in columns:
-            title += " "  # from another source
         columns[title] = row["scores"]
         sources.setdefault(row["source"], []).append(row["name"])
     sentences = [f"{', '.join(dict.fromkeys(names))}: {source}" for source, names in sources.items()]
@@ -176,9 +176,36 @@ def _full_name(score: str) -> str:
     return f"{score.rpartition('/')[0]} {score_name(score)}"
 
 
+def print_scores(results: Mapping[str, float], draws: Mapping[str, Draws]) -> None:
+    """Prints scores in the units of papers, a column for each data set, with half of the width of their intervals."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as TerminalTable
+
+    groups = sorted({name.rpartition("/")[0] for name in results})
+    table = TerminalTable("", box=box.SIMPLE_HEAD, pad_edge=False)
+    for group in groups:
+        table.add_column(escape(group or "all images"), justify="right")
+    for score in dict.fromkeys(name.rpartition("/")[2] for name in results):
+        keys = [f"{group}/{score}" if group else score for group in groups]
+        cells = [_with_half_width(key, results.get(key), draws.get(key)) for key in keys]
+        table.add_row(escape(score_name(score)), *cells)
+    if results:
+        print("results" + (", ± half of the 95 % interval" if draws else ""))
+        Console().print(table)
+
+
+def _with_half_width(score: str, value: float | None, draws: Draws | None) -> str:
+    if value is None or draws is None:
+        return cell(score, value)
+    low, high = draws.interval()
+    return cell(score, value) if math.isnan(low) else spread_cell(score, value, (high - low) / 2)
+
+
 def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | None, best: str | None) -> None:
-    """Prints the jobs of a sweep: varied settings, status, objective and headline scores, as many as fit the terminal;
-    below, a line for each failed job. Outside a terminal nothing is cut or folded.
+    """Prints the jobs of a sweep: varied settings, status, objective and four headline scores, in the units of papers, as
+    many as fit the terminal; below, a line for each failed job. Outside a terminal nothing is cut or folded.
 
     Args:
         rows: of each job: "job", its overrides (str), "status", its scores (float), and "error" if it failed.
@@ -194,7 +221,7 @@ def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | N
     varied = [key for key in keys if len({row.get(key) for row in rows}) > 1] or ["job"]
     names = _short_names(varied)
     found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
-    scores = [*dict.fromkeys([*([objective] if objective in found else []), *headlines(found)])]
+    scores = [*dict.fromkeys([*([objective] if objective in found else []), *headlines(found)[:HEADLINES_OF_A_SWEEP]])]
 
     def table(scores: Sequence[str]) -> TerminalTable:
         result = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -204,7 +231,7 @@ def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | N
             result.add_column(escape(score), no_wrap=True, justify="right")
         for row in rows:
             values = [_setting(row.get(key, "")) for key in [*varied, "status"]]
-            values += [f"{row[score]:.4f}" if score in row else "" for score in scores]
+            values += [cell(score, row.get(score)) for score in scores]
             result.add_row(*map(escape, values), style="bold" if row["job"] == best else None)
         return result
 

@@ -62,7 +62,6 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     scores = json.loads(results.read_text())
     if is_first_process():
         os.utime(results)  # a sweep counts a job as done by the time of its results
-        print_results(scores)
         print(f"this run is finished, its scores are in {results}; ckpt_path=null trains again", flush=True)
     return scores
 
@@ -70,8 +69,8 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
 def write_results(
     folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
 ) -> int:
-    """Writes `results.json` and `not_run.json` (why a score is missing), prints the scores and returns the seconds that
-    the run took. It is finished once the report is written, too.
+    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds that the run took. It is
+    finished once the report is written, too.
 
     Args:
         facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
@@ -82,7 +81,6 @@ def write_results(
     atomic_write(folder / "environment.json", _json(environment | (facts or {})))
     atomic_write(folder / "results.json", _json(results))
     atomic_write(folder / "not_run.json", _json(not_run))
-    print_results(results)
     return environment["seconds"]
 
 
@@ -135,16 +133,3 @@ def _processor() -> str:
         else []
     )
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def print_results(results: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    groups = sorted({name.rpartition("/")[0] for name in results})
-    table = Table("score", *groups, title="results", title_justify="left")
-    for score in dict.fromkeys(name.rpartition("/")[2] for name in results):
-        values = (results.get(f"{group}/{score}") for group in groups)
-        table.add_row(score, *("" if value is None else f"{value:.4f}" for value in values))
-    if results:
-        Console().print(table)

@@ -58,7 +58,6 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = {"metrics": ("Bleu", "ROUGE_L", "CIDEr"), "tokenize": lambda texts: [text.lower() for text in texts]}
     monkeypatch.setattr(captions, "CaptionMetric", partial(CaptionMetric, **fast))
     monkeypatch.setattr(captions, "warm_up", lambda: None)
-    monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
 
 
 # The run folder, after the real thing
