@@ -204,8 +204,8 @@ def _with_half_width(score: str, value: float | None, draws: Draws | None) -> st
 
 
 def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | None, best: str | None) -> None:
-    """Prints the jobs of a sweep: varied settings, status, objective and four headline scores, in the units of papers, as
-    many as fit the terminal; below, a line for each failed job. Outside a terminal nothing is cut or folded.
+    """Prints the jobs of a sweep: varied settings, status, objective and four headline scores, as many as fit the
+    terminal; below, a line for each failed job. Outside a terminal nothing is cut or folded.
 
     Args:
         rows: of each job: "job", its overrides (str), "status", its scores (float), and "error" if it failed.
@@ -221,7 +221,8 @@ def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | N
     varied = [key for key in keys if len({row.get(key) for row in rows}) > 1] or ["job"]
     names = _short_names(varied)
     found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
-    scores = [*dict.fromkeys([*([objective] if objective in found else []), *headlines(found)[:HEADLINES_OF_A_SWEEP]])]
+    first = [objective] if objective in found else []
+    scores = list(dict.fromkeys([*first, *headlines(found)[:HEADLINES_OF_A_SWEEP]]))
 
     def table(scores: Sequence[str]) -> TerminalTable:
         result = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -183,11 +183,20 @@ def test_seeds_are_a_mean_with_a_deviation(tmp_path):
     assert "60.00 ± 10.00" in write_comparison([tmp_path], tmp_path).read_text()
 
 
+class Evil:
+    """Fails the test when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("draws.npz was unpickled",)
+
+
 def test_damaged_draws_are_one_sentence(tmp_path):
     folder = make_run(tmp_path / "run", {"x/CIDEr": 0.5})
     wrong = io.BytesIO()
     np.savez(wrong, scores=np.array(["x"]), units=np.array(["y"]), values=np.array([["a"]]))
-    for content in (b"no archive", wrong.getvalue(), wrong.getvalue()[:100]):
+    pickled = io.BytesIO()
+    np.savez(pickled, scores=np.array([Evil()], dtype=object), units=np.array(["y"]), values=np.array([[0.5]]))
+    for content in (b"no archive", wrong.getvalue(), wrong.getvalue()[:100], pickled.getvalue()):
         (folder / "draws.npz").write_bytes(content)
         with pytest.raises(SystemExit, match=r"error: .*draws\.npz does not hold the resampled scores of a run"):
             report([str(folder)])

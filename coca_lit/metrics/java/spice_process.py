@@ -106,7 +106,8 @@ def _reason(error: Exception) -> str:
     cause: Any = error
     while (deeper := getattr(cause, "__cause__", None)) is not None:
         cause = deeper
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300]
+    message = cause.getMessage() if hasattr(cause, "getMessage") else str(cause)  # str of Java's has the class in it
+    return f"{type(cause).__name__.rpartition('.')[2]}: {' '.join(str(message).split())}"[:300]
 
 
 if __name__ == "__main__":
