@@ -100,8 +100,8 @@ def _published(run: Run, name: str, scores: Sequence[str]) -> tuple[dict[str, di
         title = f"{row['name']}, {row['split']} split" if "split" in row else row["name"]
         columns[title] = row["scores"]
         sources.setdefault(row["source"], []).append(row["name"])
-    sentences = [f"{', '.join(dict.fromkeys(names))}: {source}" for source, names in sources.items()]
-    return columns, [f"Published: {'; '.join(sentences)}."] if sentences else []
+    origins = [f"{source} ({'; '.join(names)})" for source, names in sources.items()]
+    return columns, [f"Published: {', '.join(origins)}."] if origins else []
 
 
 def _millions(number: float | None) -> str:

@@ -101,7 +101,7 @@ def test_tables(run):
     assert cider["95 % interval"] == "[119.00, 126.55]"
     assert cider["CoCa 2B, fine-tuned (paper), val split"] == "143.60"
     assert cider["coca_ViT-L-14, fine-tuned, val split"] == "125.30"
-    assert "coca_ViT-L-14, fine-tuned: OpenCLIP CoCa report, Table 4" in mscoco.note
+    assert "OpenCLIP CoCa report, Table 4 (coca_ViT-L-14, fine-tuned)" in mscoco.note
     assert nocaps.header == ["", "this run", "in-domain", "coca_ViT-L-14, fine-tuned", "CoCa 2B, fine-tuned (paper)"]
     assert nocaps.rows == [["CIDEr", "90.00", "100.00", "106.50", "122.40"]]
     assert parameters.header == ["", "this run", "coca_ViT-L-14", "coca_ViT-B-32", "CoCa (paper)"]
