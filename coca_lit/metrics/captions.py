@@ -9,6 +9,7 @@ function to ``SCORERS``: it gets the tokenised captions and returns its corpus s
 for resampled images.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -90,15 +91,12 @@ def _rouge_l(references: References, hypotheses: Hypotheses) -> Scored:
 
 
 def _cider(references: References, hypotheses: Hypotheses) -> Scored:
-    def resampled(drawn: np.ndarray) -> dict[str, np.ndarray]:
-        nonlocal cider
-        if cider is None:
-            split = [[text.split() for text in texts] for texts in references.values()]
-            cider = ResampledCider(split, [text.split() for (text,) in hypotheses.values()])
-        return cider(drawn)
+    @functools.cache
+    def cider() -> ResampledCider:  # not before it is needed: counting takes seconds
+        split = [[text.split() for text in texts] for texts in references.values()]
+        return ResampledCider(split, [text.split() for (text,) in hypotheses.values()])
 
-    cider: ResampledCider | None = None
-    return Scored({"CIDEr": Cider().compute_score(references, hypotheses)[0]}, resampled)
+    return Scored({"CIDEr": Cider().compute_score(references, hypotheses)[0]}, lambda drawn: cider()(drawn))
 
 
 def _spice(references: References, hypotheses: Hypotheses) -> Scored:
