@@ -22,6 +22,9 @@ torch.set_num_threads(1)  # tests run in two processes side by side, and on tens
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., CoCa]:
     """`tiny_model(**overrides)`: the smallest preset, in evaluation mode, with the same weights every time."""

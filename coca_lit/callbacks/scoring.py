@@ -15,6 +15,7 @@ from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, suggest
 from coca_lit.evals import Evaluation, Settings
+from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa
 from coca_lit.training.sharding import unsharded
 
@@ -36,6 +37,7 @@ class ScoreDuringTraining(L.Callback):
     Attributes:
         results: the final scores, of all images.
         not_run: score -> why it could not be computed.
+        draws: final score -> its values for resampled images.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ScoreDuringTraining(L.Callback):
         self.every_n_epochs, self.every_n_steps, self.quick = every_n_epochs, every_n_steps, quick
         self.results: dict[str, float] = {}
         self.not_run: dict[str, str] = {}
+        self.draws: dict[str, Draws] = {}
         self._step = 0  # the last one that `on_train_batch_end` has seen
         self._finished = False
 
@@ -148,6 +151,7 @@ class ScoreDuringTraining(L.Callback):
                 scores = evaluation.evaluate(net, settings)
                 self.results |= scores
                 self.not_run |= evaluation.not_run
+                self.draws |= evaluation.draws
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
         self._offer(trainer, self.results | few, rivals, final=True)

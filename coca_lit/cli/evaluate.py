@@ -16,6 +16,7 @@ from coca_lit.cli.runtime import configure_libraries, finish_run
 from coca_lit.errors import error_context
 
 if TYPE_CHECKING:
+    from coca_lit.metrics.uncertainty import Draws
     from coca_lit.models import DualEncoder
 
 
@@ -28,6 +29,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
+    from coca_lit.models import part_sizes
     from coca_lit.runs.run_folder import start_run_folder
 
     configure_libraries(cfg.threads)
@@ -40,11 +42,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
         settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
         results: dict[str, float] = {}
+        draws: dict[str, Draws] = {}
         for evaluation in evals:
             results |= evaluation.evaluate(model, settings)
             not_run |= evaluation.not_run
+            draws |= evaluation.draws
         if rank() == 0:
-            finish_run(Path(cfg.output_dir), results, not_run)
+            finish_run(Path(cfg.output_dir), results, not_run, draws, {"parameters": part_sizes(model)})
     return results
 
 

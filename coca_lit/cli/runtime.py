@@ -6,8 +6,12 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from coca_lit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from coca_lit.metrics.uncertainty import Draws
 
 BUILTIN = "builtin"  # as a checkpoint: the demo model, which learned the built-in scenes
 OUTPUTS = Path("outputs")
@@ -91,12 +95,20 @@ def _builtin_model() -> Path:
 
 
 def finish_run(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+    folder: Path,
+    results: dict[str, float],
+    not_run: dict[str, str],
+    draws: "dict[str, Draws] | None" = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the scores of a run and its report; arguments as for `write_results`."""
+    """Writes and prints the scores of a run with their uncertainty, and writes its report; see `write_results`."""
     from coca_lit.report.page import write_report
+    from coca_lit.report.tables import print_scores
+    from coca_lit.runs.draws import write_draws
     from coca_lit.runs.run_folder import write_results
 
-    seconds = write_results(folder, results, not_run, seen)
+    write_draws(folder, draws or {})
+    seconds = write_results(folder, results, not_run, facts)
+    print_scores(results, draws or {})
     write_report(folder)
     print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)

@@ -51,6 +51,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
+    from coca_lit.models import part_sizes
+    from coca_lit.report.tables import print_scores
+    from coca_lit.runs.draws import read_draws
     from coca_lit.runs.run_folder import finished_results, resume_command, start_run_folder
 
     configure_libraries(cfg.threads, cfg.kernels.enabled)
@@ -58,6 +61,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_start(cfg)
     if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
+        if is_first_process():
+            print_scores(results, read_draws(Path(cfg.output_dir)))
         return results
     module = build_module(with_vocabulary(cfg), checkpoint)
     data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first
@@ -77,9 +82,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
         if trainer.is_global_zero:
             print(f"resume with: {resume_command(cfg.name)}", flush=True)
         raise
-    seen = samples_seen(trainer)
+    facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
     if trainer.is_global_zero:
-        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, seen)
+        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, scoring.draws, facts)
     return scoring.results
 
 

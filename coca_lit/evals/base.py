@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import suggest
+from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.generation.options import OPTIONS
 
@@ -89,6 +90,7 @@ class Evaluation:
     Attributes:
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         not_run: score -> why the last `evaluate` could not compute it.
+        draws: score -> its values for resampled images, of the last `evaluate`. Intervals come from them.
     """
 
     score_names: Sequence[str] = ()
@@ -98,21 +100,26 @@ class Evaluation:
             raise ValueError(f"every must be a whole number of at least 0, got {every!r}")
         self.name, self.records, self.every = name, records, every
         self.not_run: dict[str, str] = {}
+        self.draws: dict[str, Draws] = {}
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         """Scores of the model on the records, the same on every rank."""
         raise NotImplementedError(f"{type(self).__name__} needs a method scores(model, records, settings)")
 
     def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        """As `scores`, with everything that takes too long during training. May note in `not_run` what is missing."""
+        """As `scores`, with everything that takes too long during training. May note in `not_run` what is missing, and
+        in `draws` what `coca_lit.metrics.uncertainty.bootstrap` returns for the scores.
+        """
         return self.scores(model, records, settings)
 
     def evaluate(self, model: DualEncoder, settings: Settings) -> dict[str, float]:
         """All scores, on all records (at most `settings.images`), named `name/score`."""
         records = self.records[: settings.images]
         print_rank_zero(f"scoring {len(records)} images of {self.name} ({type(self).__name__})")
-        self.not_run = {}
-        return {f"{self.name}/{score}": v for score, v in self.all_scores(model, records, settings).items()}
+        self.not_run, self.draws = {}, {}
+        scores = self.all_scores(model, records, settings)
+        self.draws = {f"{self.name}/{score}": draws for score, draws in self.draws.items()}
+        return {f"{self.name}/{score}": value for score, value in scores.items()}
 
     def quick_name(self, settings: Settings, quick: int) -> str:
         """`name` if all records are scored during training, else with their number: `mscoco_256`. So no curve jumps

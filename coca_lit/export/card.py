@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from coca_lit.export.folder import CARD, TAG
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, part_sizes
 from coca_lit.reading import read_json
 from coca_lit.report.scores import cell, score_name
 from coca_lit.report.tables import Table, markdown
@@ -148,9 +148,6 @@ def _architecture(model: CoCa) -> dict[str, Any]:
     config = model.config
     words = "CLIP's byte pairs" if config["tokenizer"] == "clip" else "words"
     decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
-    parts = {"image": ("image_", "pooling"), "text": ("text",), "decoder": ("decoder",)}
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    counts = {part: sum(n for name, n in sizes.items() if name.startswith(start)) for part, start in parts.items()}
     arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
     return {
         "image encoder": f"`{config['image_encoder']}` of timm" + (f" with {arguments}" if arguments else ""),
@@ -161,8 +158,8 @@ def _architecture(model: CoCa) -> dict[str, Any]:
         "decoder": decoder if model.decoder is not None else "none",
         "tokenizer": f"{model.tokenizer.vocab_size:,} {words}, {config['context_length']} tokens of context",
         "CLS mask": config["cls_mask"],
-        **{f"parameters, {name}": f"{count:,}" for name, count in counts.items()},
-        "parameters": f"{sum(sizes.values()):,}",
+        **{f"parameters, {part}": f"{size:,}" for part, size in part_sizes(model).items()},
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
 
 

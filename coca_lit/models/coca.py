@@ -33,6 +33,21 @@ IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
 
 
+def part_sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters of the image encoder with its pooling, the text encoder and the text decoder, as Table 3 of OpenCLIP's
+    CoCa report counts them; of a CoCa or a CLIP.
+    """
+    sizes = {"image encoder": 0, "text encoder": 0, "text decoder": 0}
+    for name, parameter in model.named_parameters():
+        if name.startswith(("image_", "pooling")):
+            sizes["image encoder"] += parameter.numel()
+        elif name.startswith("decoder"):
+            sizes["text decoder"] += parameter.numel()
+        elif not name.startswith("logit_"):
+            sizes["text encoder"] += parameter.numel()
+    return {part: size for part, size in sizes.items() if size}
+
+
 class CoCaOutput(NamedTuple):
     """What the two losses need. N is the number of predicted tokens in the batch: each caption's tokens after the
     start token, without padding.

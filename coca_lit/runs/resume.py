@@ -13,6 +13,7 @@ from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError
 from coca_lit.files import atomic_symlink
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
+from coca_lit.runs.draws import DRAWS, INTERVALS
 from coca_lit.runs.logs import BAD_STEPS, METRICS, rewind
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
@@ -22,7 +23,7 @@ CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
 # What belongs to one run, as outputs/README.md lists it.
 FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
-    *(CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
+    *(INTERVALS, DRAWS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
 RESUME_KEYS = ("seed", "image_size", "vocabulary", "ema", "lora", "model", "data", "trainer")

@@ -63,27 +63,25 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     scores = read_json(results, dict)
     if is_first_process():
         os.utime(results)  # a sweep counts a job as done by the time of its results
-        print_results(scores)
         print(f"this run is finished, its scores are in {results}; ckpt_path=null trains again", flush=True)
     return scores
 
 
 def write_results(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+    folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
 ) -> int:
-    """Writes `results.json` and `not_run.json` (why a score is missing), prints the scores and returns the seconds that
-    the run took. It is finished once the report is written, too.
+    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds that the run took. It is
+    finished once the report is written, too.
 
     Args:
-        seen: samples and tokens that the model was trained on, for `environment.json`.
+        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
     """
     environment = read_json(folder / "environment.json", dict)
     environment["seconds"] = round(time.time() - environment["started"])
     (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-    atomic_write(folder / "environment.json", _json(environment | (seen or {})))
+    atomic_write(folder / "environment.json", _json(environment | (facts or {})))
     atomic_write(folder / "results.json", _json(results))
     atomic_write(folder / "not_run.json", _json(not_run))
-    print_results(results)
     return environment["seconds"]
 
 
@@ -151,16 +149,3 @@ def machine() -> str:
         else []
     )
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def print_results(results: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    groups = sorted({name.rpartition("/")[0] for name in results})
-    table = Table("score", *groups, title="results", title_justify="left")
-    for score in dict.fromkeys(name.rpartition("/")[2] for name in results):
-        values = (results.get(f"{group}/{score}") for group in groups)
-        table.add_row(score, *("" if value is None else f"{value:.4f}" for value in values))
-    if results:
-        Console().print(table)

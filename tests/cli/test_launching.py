@@ -71,7 +71,7 @@ def assert_complete(done: subprocess.CompletedProcess[str], sweep: Path) -> None
     assert {rate: row["status"] for rate, row in rows.items()} == {"0.1": "ok", "2": "failed", "0.3": "ok"}
     assert rows["2"]["error"] == "no model survives 2.0"
     assert float(rows["0.3"]["scenes/CIDEr"]) == 0.3
-    assert f"best scenes/CIDEr: 0.3000 in {sweep.relative_to(sweep.parents[2])}/model.optimizer.lr=0.3" in done.stdout
+    assert f"best scenes/CIDEr: 30.00 in {sweep.relative_to(sweep.parents[2])}/model.optimizer.lr=0.3" in done.stdout
     assert "Traceback" in (sweep / "model.optimizer.lr=2" / "error.txt").read_text()
     assert (sweep / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "model.optimizer.lr=0.3" in (sweep / "report.html").read_text()
@@ -95,7 +95,7 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
         path.read_text() for path in sweep.rglob("*.*") if path.suffix in (".yaml", ".csv", ".html", ".md", ".txt")
     ]
     assert "hunter2" not in "".join([*written, first.stdout, first.stderr])
-    assert f"best scenes/i2t_median_rank: 0.6000 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
+    assert f"best scenes/i2t_median_rank: 0.6 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
 
 
 def test_joblib(run: Run, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_optuna_study_survives_failures_and_goes_on(run: Run, tmp_path: Path) ->
         "0.6": "ok",
         "7": "failed",
     }
-    assert "best scenes/CIDEr: 0.6000 in outputs/sweeps/demo/model.optimizer.lr=0.6" in done.stdout
+    assert "best scenes/CIDEr: 60.00 in outputs/sweeps/demo/model.optimizer.lr=0.6" in done.stdout
 
     done = run(APP, "-m", *study, "hydra.sweeper.n_trials=1")
     assert done.returncode == 0, done.stderr
