@@ -188,11 +188,9 @@ def all_kinds(folder, checkpoint):
 def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
     expected = all_kinds(tmp_path / "1", checkpoint)
     assert {"scenes/CIDEr", "scenes/novel", "scenes/CLIPScore", "scenes/i2t_recall@1", "scenes/top1"} <= expected.keys()
-    for world in (2, 3):
-        for results in on_ranks(world, all_kinds, tmp_path / str(world), checkpoint):
-            assert results == expected
-        for file in ("predictions/scenes.json", "results.json", "not_run.json", "samples/scenes_retrieval.json"):
-            assert (tmp_path / str(world) / file).read_text() == (tmp_path / "1" / file).read_text()
+    assert on_ranks(3, all_kinds, tmp_path / "3", checkpoint) == [expected] * 3  # of two, see the last test
+    for file in ("predictions/scenes.json", "results.json", "not_run.json", "samples/scenes_retrieval.json"):
+        assert (tmp_path / "3" / file).read_text() == (tmp_path / "1" / file).read_text()
 
 
 def test_lightning_is_never_loaded(checkpoint, tmp_path):
