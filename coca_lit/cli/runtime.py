@@ -1,10 +1,17 @@
 """Process-wide settings of PyTorch and Lightning: threads, memory, precision, and which notices are shown."""
 
 import logging
+import re
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.files import write_waiting
+
+TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
 
 
 def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
@@ -49,10 +56,46 @@ def best_precision() -> str:
 def finish_run(
     folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
 ) -> None:
-    """Writes the scores of a run and its report; arguments as for `write_results`."""
-    from coca_lit.report.page import write_report
-    from coca_lit.runs.run_folder import write_results
+    """Prints the scores of a run, and writes them and its report; arguments as for `write_results`. On a full disk it
+    tries again for some minutes.
 
-    seconds = write_results(folder, results, not_run, seen)
-    write_report(folder)
+    Raises:
+        DataError: they cannot be written.
+    """
+    from coca_lit.report.page import write_report
+    from coca_lit.runs.run_folder import print_results, write_results
+
+    print_results(results)
+    for left in reversed(range(TRIES)):
+        try:
+            write_waiting()
+            seconds = write_results(folder, results, not_run, seen)
+            write_report(folder)
+            break
+        except (DataError, OSError) as error:
+            if not left:
+                raise DataError(f"{error}: make room; the same command then scores again and writes them") from error
+            print(f"{error}; trying again in {PAUSE} seconds", flush=True)
+            time.sleep(PAUSE)
     print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Says in one sentence that a data worker was killed. PyTorch raises that wherever the main process just is.
+
+    Raises:
+        DataError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(
+            r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)(?: is)? (killed by signal: \w+|exited)", str(error)
+        )
+        if found is None:
+            raise
+        raise DataError(
+            f"a data worker (process {found[1]}) {'was ' * found[2].startswith('killed')}{found[2]}: most often the "
+            "memory is full, so take fewer workers (data.num_workers, scoring.workers); the same command resumes"
+        ) from error

@@ -18,11 +18,12 @@ from coca_lit.cli.assembly import (
     with_vocabulary,
 )
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries, finish_run
+from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
 from coca_lit.cli.sweep import check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context, suggest
 from coca_lit.report.scores import headline
 from coca_lit.runs.launch import is_first_process
+from coca_lit.runs.lock import in_use
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -47,6 +48,11 @@ def train_job(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
+    with in_use(Path(cfg.output_dir)):
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
@@ -70,7 +76,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if checkpoint is None:
         choose_fp32_matmul(cfg, trainer, module)
     start_run_folder(cfg, checkpoint)  # not before: a run that cannot start leaves nothing behind
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    with worker_errors():
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seen = samples_seen(trainer)
     if trainer.is_global_zero:
         finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, seen)

@@ -10,7 +10,7 @@ from typing import Any
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError
-from coca_lit.files import atomic_symlink
+from coca_lit.files import atomic_link
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 from coca_lit.runs.logs import BAD_STEPS, METRICS, rewind
 
@@ -24,7 +24,11 @@ FILES = (
     *(CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
-RESUME_KEYS = ("seed", "image_size", "vocabulary", "ema", "lora", "model", "data", "trainer")
+RESUME_KEYS = (
+    *("seed", "image_size", "vocabulary", "ema", "lora", "init_from", "image_weights"),
+    *("model", "data", "trainer", "callbacks"),
+)
+CALLBACK_KEYS = ("step_seeds", "non_finite_guard")
 TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 FREE = (
     *("data.num_workers", "data.root", "data.max_bad_fraction", "data.cache_dir", "data.cache_gb"),
@@ -35,7 +39,8 @@ FREE = (
 def resume_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The part of an unresolved config that may not change within a run."""
     part = {key: config[key] for key in RESUME_KEYS if key in config}
-    part["trainer"] = {key: value for key, value in config["trainer"].items() if key in TRAINER_KEYS}
+    for group, keys in (("trainer", TRAINER_KEYS), ("callbacks", CALLBACK_KEYS)):
+        part[group] = {key: value for key, value in config[group].items() if key in keys}
     return part
 
 
@@ -65,7 +70,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         found = newest_valid(last.parent)
         assert found is not None
         if not last.exists() or last.resolve() != found[0].resolve():
-            atomic_symlink(last, found[0])
+            atomic_link(last, found[0])
     return last
 
 
@@ -90,9 +95,10 @@ def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> No
         CheckpointError: the file is not whole, or the config has changed.
     """
     run = read_run(checkpoint)
+    before = run.get("config", {})  # may lack a group that was not compared when it was written
     if run and run.get("format", 1) != FORMAT:
         changed = f"{checkpoint} was written by another version of coca_lit, whose config has other keys"
-    elif changes := list(changed_keys(run.get("config", config), config)):
+    elif changes := list(changed_keys(before, {key: config[key] for key in config if key in before})):
         (key, old, new), others = changes[0], len(changes) - 1
         more = f" (and {others} more keys)" if others else ""
         changed = f"{key} was {old!r} when {checkpoint} was written and is now {new!r}{more}"
