@@ -22,6 +22,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from coca_lit.metrics.diversity import caption_statistics
 from coca_lit.metrics.java.meteor import shared_meteor, warm_up
 from coca_lit.metrics.java.ptb import ptb_tokenize
+from coca_lit.metrics.java.runtime import JavaError
 from coca_lit.metrics.java.spice import SpiceError, spice, spice_jars
 from coca_lit.metrics.rows import RowMetric, in_order, plain_ids
 
@@ -127,7 +128,10 @@ def caption_table(
         groups[f"{domain}/"] = [key for key, own in (domains or {}).items() if own == domain]
     scores: dict[str, float] = {}
     for prefix, ids in groups.items():
-        part = score_tokens(tokens.of(ids), metrics) | ({"SPICE": fmean(spices[i] for i in ids)} if spices else {})
+        computable = [metric for metric in metrics if metric not in not_run]  # a program that failed is not asked again
+        part = score_tokens(tokens.of(ids), computable, not_run) | (
+            {"SPICE": fmean(spices[i] for i in ids)} if spices else {}
+        )
         if not prefix:
             part["exact_match"] = exact_match(references, predictions)
             part |= caption_statistics(list(predictions.values()))
@@ -165,8 +169,8 @@ class CaptionMetric(RowMetric):
     The first process runs the metrics, Java included, and tells the others the result.
 
     Args:
-        metrics, tokenize: as in `caption_scores`.
-        table: compute everything that `caption_table` does; what is missing then stands in `not_run`.
+        metrics, tokenize: as in `caption_scores`, but a Java program that fails costs its own score alone.
+        table: compute everything that `caption_table` does.
 
     Attributes:
         not_run: score -> why the last `compute` has no value for it.
@@ -200,8 +204,8 @@ class CaptionMetric(RowMetric):
     def compute(self) -> dict[str, float]:
         """Scores by name, the same on every process.
 
-        Raises ValueError and SpiceError as `caption_scores` does, and RuntimeError and FileNotFoundError for a Java
-        program that fails or is missing; on every process.
+        Raises ValueError as `caption_scores` does, JavaError if the tokenizer fails, and FileNotFoundError if there is
+        no Java; on every process.
         """
         if not self._is_synced:
             scores, self.not_run = self._scores()
@@ -227,8 +231,11 @@ class CaptionMetric(RowMetric):
         if self.table:
             domains = {id: domain for id, (_, _, domain) in rows.items()}
             return caption_table(references, predictions, domains, self.metrics, self.tokenize)
-        scores = caption_scores(references, predictions, self.metrics, self.tokenize)
-        return scores | {"exact_match": exact_match(references, predictions)}, {}
+        if "METEOR" in self.metrics:
+            warm_up()
+        not_run: dict[str, str] = {}
+        scores = score_tokens(tokenize_captions(references, predictions, self.tokenize), self.metrics, not_run)
+        return scores | {"exact_match": exact_match(references, predictions)}, not_run
 
 
 def tokenize_captions(
@@ -249,10 +256,23 @@ def tokenize_captions(
     return Tokens(split_references, {key: [text] for key, text in zip(references, rest, strict=True)})
 
 
-def score_tokens(tokens: Tokens, metrics: Sequence[str] = STANDARD) -> dict[str, float]:
-    """The scores of `caption_scores` for captions that are tokenised already."""
-    chosen = [scorer for name, scorer in SCORERS.items() if name in metrics]
-    return {name: float(score) for scorer in chosen for name, score in scorer(*tokens).items()}
+def score_tokens(
+    tokens: Tokens, metrics: Sequence[str] = STANDARD, not_run: dict[str, str] | None = None
+) -> dict[str, float]:
+    """The scores of `caption_scores` for captions that are tokenised already.
+
+    Args:
+        not_run: gets the reason for each score whose Java program fails; without it that is a JavaError.
+    """
+    scores: dict[str, float] = {}
+    for metric in (name for name in SCORERS if name in metrics):
+        try:
+            scores |= {name: float(score) for name, score in SCORERS[metric](*tokens).items()}
+        except JavaError as error:
+            if not_run is None:
+                raise
+            not_run[metric] = str(error)
+    return scores
 
 
 def check_metrics(metrics: Sequence[str]) -> None:

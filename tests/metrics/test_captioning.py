@@ -18,11 +18,14 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from coca_lit.metrics.captions import caption_scores, tokenize_captions
+from coca_lit.metrics import captions as captions_module
+from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, tokenize_captions
+from coca_lit.metrics.java import meteor as meteor_module
 from coca_lit.metrics.java import ptb
 from coca_lit.metrics.java import runtime as java
 from coca_lit.metrics.java.meteor import Meteor, shared_meteor, warm_up
 from coca_lit.metrics.java.ptb import ptb_tokenize
+from coca_lit.metrics.java.runtime import JavaError
 
 CAPTIONS = SHARED / "captions"
 GERMAN = {"LANG": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=de -Duser.country=DE"}
@@ -241,6 +244,29 @@ def test_killed_meteor_is_an_error_not_a_hang():
         assert meteor._process is not process
         assert meteor._process.alive()
     assert not meteor._process.alive()
+
+
+def test_meteor_that_dies_costs_its_own_score_alone(monkeypatch, tmp_path):
+    """Java is a program that starts and dies when it is asked."""
+    program = tmp_path / "java"
+    program.write_text("#!/bin/sh\nread question\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(meteor_module, "java_executable", lambda: program)
+    monkeypatch.setattr(captions_module, "shared_meteor", functools.cache(Meteor))
+    monkeypatch.setattr(captions_module, "warm_up", lambda: None)
+    references = {i: [f"a {c} dog runs", f"one {c} dog"] for i, c in enumerate(["red", "blue"])}
+    predictions = {0: "a red dog", 1: "a cat"}
+    domains = {0: "near", 1: "out"}
+    scores, not_run = caption_table(references, predictions, domains, tokenize=split)
+    assert not_run["METEOR"].startswith("METEOR failed: ")
+    assert {"CIDEr", "Bleu_4", "ROUGE_L", "exact_match", "out/CIDEr"} <= set(scores)
+    assert not [name for name in scores if "METEOR" in name]
+    metric = CaptionMetric(tokenize=split)
+    metric.update([0, 1], list(predictions.values()), list(references.values()))
+    assert metric.compute()["CIDEr"] == scores["CIDEr"]
+    assert set(metric.not_run) == {"METEOR"}
+    with pytest.raises(JavaError, match="METEOR failed"):
+        caption_scores(references, predictions, tokenize=split)
 
 
 def test_slow_meteor_is_an_error_not_a_hang():

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Self
 
-from coca_lit.metrics.java.runtime import JVM_FLAGS, java_executable, pycocoevalcap_jar
+from coca_lit.metrics.java.runtime import JVM_FLAGS, JavaError, java_executable, pycocoevalcap_jar
 
 RESERVED = re.compile(r"\|\|\||[\r\n]")  # separators of the line protocol
 SECONDS_PER_CAPTION = 0.05  # over ten times what a caption with five references takes
@@ -43,7 +43,7 @@ class Meteor:
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
         """Corpus METEOR in [0, 1] of tokenised captions; ``references[i]`` are those of ``hypotheses[i]``.
 
-        Raises RuntimeError when the process dies or is overdue; the next call then starts another one.
+        Raises JavaError when the process dies or is overdue; the next call then starts another one.
         """
         if not hypotheses or len(references) != len(hypotheses) or not all(references):
             raise ValueError(
@@ -61,7 +61,7 @@ class Meteor:
                 return process.score(references, hypotheses)
             except (OSError, EOFError, ValueError) as error:
                 reason = f"gave no answer within {limit:g} s" if overdue.is_set() else f"failed: {error}"
-                raise RuntimeError(f"METEOR {reason} (Java's own message, if any, is on standard error)") from error
+                raise JavaError(f"METEOR {reason} (Java's own message, if any, is on standard error)") from error
             finally:
                 watchdog.cancel()
 

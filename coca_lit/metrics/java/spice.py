@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coca_lit.metrics.java.runtime import JVM_FLAGS, java_executable, pycocoevalcap_jar
+from coca_lit.metrics.java.runtime import JVM_FLAGS, JavaError, java_executable, pycocoevalcap_jar
 
 JARS_VARIABLE = "COCA_SPICE_JARS"
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -26,7 +26,7 @@ START_LIMIT_S = 300.0  # loading its parser takes half a minute
 SECONDS_PER_CAPTION = 1.0  # some 50 times the usual
 
 
-class SpiceError(RuntimeError):
+class SpiceError(JavaError):
     """SPICE cannot run, or did not finish; the message says why and what to do."""
 
 
