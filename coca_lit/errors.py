@@ -4,6 +4,7 @@ The commands print it and exit with code 1; every other exception is a bug and k
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -39,6 +40,16 @@ def error_context(key: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """The reason why `torch.load` refused a file, without PyTorch's advice to run the code in it."""
+    text = str(error)
+    if found := re.search(r"(?:GLOBAL|Unsupported (?:global|class|type)\S*) (?:GLOBAL )?([\w.]+)", text):
+        return f"it holds code ({found[1]})"
+    if "weights_only" in text or not isinstance(error, OSError | RuntimeError):
+        return "it is not a file that torch.save writes"
+    return text.splitlines()[0]
 
 
 def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from coca_lit.callbacks.resuming import forget_last_step
 from coca_lit.data.batch import Batch
 from coca_lit.models import CoCa
 from coca_lit.models.coca import Contrastive
@@ -85,6 +86,9 @@ class CoCaLit(L.LightningModule):
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
             net.compile_blocks()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        forget_last_step(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses: list[Tensor] = []

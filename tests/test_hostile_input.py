@@ -39,11 +39,12 @@ from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import load_pixels
-from coca_lit.errors import ConfigError, DataError
+from coca_lit.errors import CheckpointError, ConfigError, DataError
 from coca_lit.inference.outputs import open_writer
 from coca_lit.inference.search import ImageIndex
 from coca_lit.inference.shards import scan_shard
 from coca_lit.report.runs import read_run
+from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.redaction import mask, redact
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tokenizer import get_tokenizer
@@ -139,8 +140,30 @@ def test_pickle_as_checkpoint_of_a_training(tmp_path, target, key):
 
 def test_pickle_as_model(tmp_path, target):
     torch.save({"state_dict": Evil(target)}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match="not a checkpoint of tensors and plain values alone, so it is not loaded"):
+    with pytest.raises(
+        ValueError, match=r"not a checkpoint of tensors and plain values alone, .*: it holds code"
+    ) as caught:
         coca_lit.load_model(tmp_path / "evil.ckpt")
+    assert "weights_only" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="more than tensors and plain values: it holds code") as caught:
+        inspect(tmp_path / "evil.ckpt")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b'{"a": 1}', b"hello", bytes(1000), pickle.dumps([1])])
+def test_what_is_no_checkpoint(tmp_path, content):
+    """PyTorch advises to load it as code."""
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"it is not a file that torch\.save writes|expected a dictionary") as caught:
+        coca_lit.load_model(tmp_path / "x.ckpt")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_list_of_captions(tmp_path):
+    (tmp_path / "captions.json").write_text("[]")
+    with pytest.raises(DataError, match=r"captions\.json does not follow the COCO captions schema: .* list") as caught:
+        coco_folder_records(tmp_path)
+    assert "indices" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["checkpoint_path", "pretrained", "pretrained_cfg", "cache_dir", "hf_hub_id"])
@@ -508,6 +531,10 @@ def test_no_secret_of_a_sweep(tmp_path):
             for name in ("api_key", "aws_secret_key", "api-key", "accessToken", "auth")
         ),
         *((f"{name}=x1", f"{name}=<hidden>") for name in ("passphrase", "GITHUB_PAT", "a.b.password", "clientSecret")),
+        *(
+            (f"{name}=x1", f"{name}=<hidden>")
+            for name in ("password", "passwd", "db_pwd", "DB_PASSWORD", "credentials")
+        ),
         *(
             (text, text)
             for text in ("tokenizer=x", "caption_tokens: 20", "author=me", "compat=1", "no_repeat_ngram: 3")

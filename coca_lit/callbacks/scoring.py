@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.callbacks.stall_guard import unwatched
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, suggest
 from coca_lit.evals import Evaluation, Settings
@@ -127,6 +128,8 @@ class ScoreDuringTraining(L.Callback):
             settings = self._settings(pl_module)
             for evaluation in due:
                 scores |= evaluation.evaluate_quickly(net, settings, self.quick)
+                for score, reason in evaluation.not_run.items():
+                    print_rank_zero(f"{score} not run: {reason}")
         self._offer(trainer, scores, due)
         return scores
 
@@ -180,9 +183,9 @@ class ScoreDuringTraining(L.Callback):
             elif all(e in scored for e in named):
                 problem = f"there is no score '{checkpoints.best}'{suggest(checkpoints.best, scores)}"
                 message = f"callbacks.checkpoint.best: {problem} The scores: {', '.join(scores)}"
-                if not final:
+                if not final and not any(e.not_run for e in named):
                     raise ConfigError(message)
-                print_rank_zero(message)  # the scores of a run that is over must not get lost
+                print_rank_zero(message)  # it may come next time; and scores of a run that is over must not get lost
 
 
 def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
@@ -207,5 +210,6 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     device = next(net.parameters()).device
     cuda = torch.random.fork_rng([device]) if device.type == "cuda" else nullcontext()
     eager = torch.compiler.set_stance("force_eager")
-    with isolate_rng(include_cuda=False), cuda, eager, parametrize.cached(), unsharded(net) as whole:
+    calm = unwatched(module.trainer)
+    with calm, isolate_rng(include_cuda=False), cuda, eager, parametrize.cached(), unsharded(net) as whole:
         yield whole

@@ -6,15 +6,16 @@ The constructor is the schema: `build` refuses a key that a constructor does not
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from coca_lit.cli.checks import WITHOUT_DATA, WITHOUT_EVALUATION, place_of_data, place_of_evaluation
 from coca_lit.cli.runtime import best_precision
-from coca_lit.errors import ConfigError, error_context, suggest
+from coca_lit.errors import ConfigError, DataNotFoundError, error_context, suggest
 from coca_lit.runs.launch import launched_devices, under_srun
 from coca_lit.runs.redaction import mask
 
@@ -148,9 +149,20 @@ def _takes(target: Callable[..., Any], key: str) -> bool:
 
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
-    data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
-    data.prepare_data()
+    with _named_place(place_of_data(cfg), WITHOUT_DATA):
+        data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
+        data.prepare_data()
     return data
+
+
+@contextmanager
+def _named_place(key: str | None, otherwise: str) -> Iterator[None]:
+    """Adds to the error for missing data the key that names their place, and what runs without them."""
+    try:
+        yield
+    except DataNotFoundError as error:
+        place = f"{key}=PLACE tells where they are" if key is not None else ""
+        raise DataNotFoundError("; ".join(filter(None, (str(error), place, otherwise)))) from error
 
 
 def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
@@ -244,7 +256,8 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
 
     if cfg.vocabulary is None:
         return cfg
-    groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
+    with _named_place(place_of_data(cfg), WITHOUT_DATA):
+        groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
     with error_context("vocabulary"):
         words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
     print_rank_zero(
@@ -266,7 +279,8 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
     evals, missing = [], {}
     for name, node in cfg.evals.items():
         try:
-            built = build(node, f"evals.{name}") if node else []
+            with _named_place(place_of_evaluation(cfg, name), "" if cfg.scoring.skip_missing else WITHOUT_EVALUATION):
+                built = build(node, f"evals.{name}") if node else []
             evals += built if isinstance(built, list) else [built]
         except DataError as error:
             if not cfg.scoring.skip_missing:

@@ -1,8 +1,9 @@
 """From the words on a command line to a composed config, and one sentence about whatever is wrong with them.
 
 Read from the top: `command` is what every entry point calls. Words become overrides in Hydra's grammar
-(`split_arguments`), Hydra composes them with `conf/` (`compose`, or `hydra.main` where there are sweeps), `check` finds
-keys that nobody reads, and the command's function gets the config. `coca_lit.cli.assembly` builds objects from it.
+(`split_arguments`), Hydra composes them with `conf/` (`compose`, or `hydra.main` where there are sweeps),
+`coca_lit.cli.checks` finds what the config alone shows to be wrong, and the command's function gets the config.
+`coca_lit.cli.assembly` builds objects from it.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import yaml
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from coca_lit.cli.assembly import has_argument, known_arguments
+from coca_lit.cli.checks import check, check_numbers, check_places, unresolved
 from coca_lit.cli.sweep import job_record, print_sweep
 from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.runs.launch import is_first_process, job_folder, launched_devices, launched_nodes, run_id
@@ -70,7 +72,7 @@ def command(
         elif further:
             raise ConfigError(f"there is no option {further[0]}: see coca-{config} --help")
         else:
-            _start(function, compose(config, overrides), _defaults(config))
+            _start(function, compose(config, overrides), _defaults(config, overrides))
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         sys.exit(f"error: {redact(explain(error, config, overrides))}")
 
@@ -103,8 +105,29 @@ def accept_arguments(config: str, overrides: Sequence[str]) -> list[str]:
     return [f"++{word}" if word in accepted else word for word in overrides]
 
 
-def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: Any) -> Any:
-    check(OmegaConf.to_container(cfg, resolve=False), defaults)
+class _Defaults(NamedTuple):
+    """Plain values of a config as nobody changed it, and of the options that were chosen."""
+
+    config: str
+    general: Any
+    chosen: Any
+
+
+def _defaults(config: str, overrides: Sequence[str]) -> _Defaults:
+    general = unresolved(compose(config))
+    try:
+        chosen = unresolved(compose(config, _Options(config, overrides).choices()))
+    except HydraException:  # the run itself will say what is wrong
+        chosen = general
+    return _Defaults(config, general, chosen)
+
+
+def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: _Defaults) -> Any:
+    node = unresolved(cfg)
+    check(node, defaults.general)
+    check_numbers(node, defaults.chosen)
+    if defaults.config != "plan":  # which needs no weights and no data
+        check_places(cfg)
     use_current_folder()  # in a process that a launcher started
     if cfg.imports:
         from coca_lit.models.registry import import_modules
@@ -116,46 +139,12 @@ def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: Any
     return function(cfg)
 
 
-def _defaults(config: str) -> Any:
-    return OmegaConf.to_container(compose(config), resolve=False)
-
-
-def check(node: Any, defaults: Any, path: str = "") -> None:
-    """Compares the part of a config that is read directly, and not built by a constructor, with its defaults.
-
-    Args:
-        node, defaults: plain values with interpolations as they stand.
-
-    Raises:
-        ConfigError: a key that the defaults lack, a value of another type than the default, or a missing value.
-    """
-    for key, value in node.items():
-        name = f"{path}{key}"
-        if key not in defaults:
-            raise ConfigError(f"there is no key '{name}'{suggest(key, defaults)}")
-        default = defaults[key]
-        if value == "???":
-            raise ConfigError(f"{name} is missing: set {name}=VALUE")
-        if isinstance(value, str) and "${" in value:
-            continue
-        if isinstance(default, dict) and isinstance(value, dict):
-            if default and not _builds_objects(default):
-                check(value, default, f"{name}.")
-        elif not _fits(value, default):
-            kind = _kind(default)
-            raise ConfigError(f"{name} must be {kind}, the default is {_written(default)}; got {_written(value)}")
-
-
-def _builds_objects(node: Any) -> bool:
-    return isinstance(node, dict) and ("_target_" in node or any(map(_builds_objects, node.values())))
-
-
 # Sweeps, launchers and run folders
 
 
 def _run_with_hydra(config: str, function: Callable[[DictConfig], Any], words: Sequence[str]) -> None:
     failures: list[Exception] = []
-    defaults = _defaults(config)
+    defaults = _defaults(config, words)
 
     @functools.wraps(function)
     def job(cfg: DictConfig) -> Any:
@@ -374,27 +363,38 @@ def _explain_composition(error: HydraException, config: str, overrides: Sequence
     return text.rstrip(".") + next((hint for hint in hints if hint != "."), ".")
 
 
-class _Known:
-    """Keys, config groups and options that a command line could have named, on the user's own search path too."""
+class _Options:
+    """Config groups and their options, on the user's own search path too, and the overrides that choose among them."""
 
     def __init__(self, config: str, overrides: Sequence[str] = ()) -> None:
         self.config = config
         self.overrides = [parsed for override in overrides if (parsed := _parsed(override)) is not None]
         self.search = tuple(str(o.input_line) for o in self.overrides if o.key_or_group == "hydra.searchpath")
+
+    def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> tuple[str, ...]:
+        return _options(self.config, self.search, group, kind)
+
+    def choices(self) -> list[str]:
+        """The overrides that choose an option: with them, `compose` has the defaults of all others."""
+        chosen = (o for o in self.overrides if not o.is_sweep_override() and self.options(o.key_or_group))
+        return [*self.search, *(str(o.input_line) for o in chosen)]
+
+
+class _Known(_Options):
+    """Keys, config groups and options that a command line could have named, on the user's own search path too."""
+
+    def __init__(self, config: str, overrides: Sequence[str] = ()) -> None:
+        super().__init__(config, overrides)
         single = [(o.key_or_group, str(o.input_line)) for o in self.overrides if not o.is_sweep_override()]
-        groups = [line for key, line in single if self.options(key)]
         targets = [f"++{line.lstrip('+')}" for key, line in single if key.endswith("._target_")]
         try:
-            self.nodes = _listed(config, (*self.search, *groups, *targets))
+            self.nodes = _listed(config, (*self.choices(), *targets))
         except HydraException:  # something is wrong with the groups, too
             self.nodes = _listed(config, self.search)
         self.names = [*self.nodes, *self.options("", ObjectType.GROUP)]
         own = (key for key in self.nodes if not key.startswith("hydra"))
         # lr: model.optimizer.lr; of several keys the one that is nearest to the root
         self.leaves = {key.rpartition(".")[2]: key for key in sorted(own, key=lambda key: -key.count("."))}
-
-    def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> tuple[str, ...]:
-        return _options(self.config, self.search, group, kind)
 
     def has(self, key: str) -> bool:
         return key in self.names or bool(self.options(key))
@@ -453,23 +453,3 @@ def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, child in node.items():
             yield f"{prefix}{key}", child
             yield from _keys(child, f"{prefix}{key}.")
-
-
-def _kind(value: Any) -> str | None:
-    """The type of a default in words; None where any value may stand."""
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int):
-        return "a whole number"
-    if isinstance(value, float):
-        return "a number"
-    return "a list" if isinstance(value, list) else None
-
-
-def _fits(value: Any, default: Any) -> bool:
-    kinds = (_kind(default), _kind(value))
-    return kinds[0] is None or kinds[0] == kinds[1] or kinds == ("a number", "a whole number")
-
-
-def _written(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("...\n").strip()

@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_settings
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries, finish_run
+from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
 from coca_lit.errors import error_context
+from coca_lit.runs.lock import in_use
 
 if TYPE_CHECKING:
     from coca_lit.metrics.uncertainty import Draws
@@ -27,6 +28,11 @@ def evaluate() -> None:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
+    with in_use(Path(cfg.output_dir)), worker_errors():
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import part_sizes

@@ -3,16 +3,22 @@ model of a command that names none, and the end of a run.
 """
 
 import logging
+import re
 import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.files import write_waiting
 
 if TYPE_CHECKING:
     from coca_lit.metrics.uncertainty import Draws
 
+TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
 BUILTIN = "builtin"  # as a checkpoint: the demo model, which learned the built-in scenes
 OUTPUTS = Path("outputs")
 
@@ -101,14 +107,49 @@ def finish_run(
     draws: "dict[str, Draws] | None" = None,
     facts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes and prints the scores of a run with their uncertainty, and writes its report; see `write_results`."""
+    """Prints the scores of a run with their uncertainty, and writes them and its report; see `write_results`. On a full
+    disk it tries again for some minutes.
+
+    Raises:
+        DataError: they cannot be written.
+    """
     from coca_lit.report.page import write_report
     from coca_lit.report.tables import print_scores
     from coca_lit.runs.draws import write_draws
     from coca_lit.runs.run_folder import write_results
 
-    write_draws(folder, draws or {})
-    seconds = write_results(folder, results, not_run, facts)
     print_scores(results, draws or {})
-    write_report(folder)
+    for left in reversed(range(TRIES)):
+        try:
+            write_waiting()
+            write_draws(folder, draws or {})
+            seconds = write_results(folder, results, not_run, facts)
+            write_report(folder)
+            break
+        except (DataError, OSError) as error:
+            if not left:
+                raise DataError(f"{error}: make room; the same command then scores again and writes them") from error
+            print(f"{error}; trying again in {PAUSE} seconds", flush=True)
+            time.sleep(PAUSE)
     print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Says in one sentence that a data worker was killed. PyTorch raises that wherever the main process just is.
+
+    Raises:
+        DataError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(
+            r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)(?: is)? (killed by signal: \w+|exited)", str(error)
+        )
+        if found is None:
+            raise
+        raise DataError(
+            f"a data worker (process {found[1]}) {'was ' * found[2].startswith('killed')}{found[2]}: most often the "
+            "memory is full, so take fewer workers (data.num_workers, scoring.workers); the same command resumes"
+        ) from error

@@ -19,11 +19,12 @@ from coca_lit.cli.assembly import (
     with_vocabulary,
 )
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries, finish_run
+from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
 from coca_lit.cli.sweep import check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context, suggest
 from coca_lit.report.scores import headline
 from coca_lit.runs.launch import is_first_process, launched_processes
+from coca_lit.runs.lock import in_use
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -48,6 +49,11 @@ def train_job(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
+    with in_use(Path(cfg.output_dir)):
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
@@ -77,7 +83,8 @@ def run(cfg: DictConfig) -> dict[str, float]:
         choose_fp32_matmul(cfg, trainer, module)
     start_run_folder(cfg, checkpoint)  # not before: a run that cannot start leaves nothing behind
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with worker_errors():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # stopped by a signal, with everything saved
         if trainer.is_global_zero:
             print(f"resume with: {resume_command(cfg.name)}", flush=True)

@@ -1,7 +1,7 @@
 """Scores of generated captions, which are written to files before they are scored."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from coca_lit.metrics.captions import CaptionMetric
 from coca_lit.metrics.clipscore import PROMPT, clip_scores_of_images
 from coca_lit.metrics.diversity import are_novel
 from coca_lit.metrics.java.meteor import warm_up
+from coca_lit.metrics.java.runtime import JavaError
 from coca_lit.metrics.uncertainty import bootstrap, ratios
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.progress import ProgressBar
@@ -67,7 +68,6 @@ class CaptionScores(Evaluation):
         with ProgressBar("SPICE") as bar:
             metric = CaptionMetric(table=True, progress=bar.reach)
             scores = self._compare(metric, captions, records)
-        self.not_run |= {f"{self.name} {score}": reason for score, reason in metric.not_run.items()}
         if self.training_captions is not None:
             try:
                 novel = are_novel(list(captions.values()), self.training_captions())
@@ -83,22 +83,28 @@ class CaptionScores(Evaluation):
     def _write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> Captions:
         """Generates captions and writes files: the predictions in the COCO results format, and samples."""
         if rank() == 0:
-            warm_up()  # METEOR takes seconds to load; let it do so while the model generates
+            with suppress(OSError):  # without Java; `_compare` says so
+                warm_up()  # METEOR takes seconds to load; let it do so while the model generates
         captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
         if rank() == 0:
             predictions = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
             settings.write_json("predictions", f"{self.name}.json", predictions)
             settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, captions))
-            sample_sheet(records, captions).save(Path(settings.output_dir, "samples", f"{self.name}.png"))
+            settings.write_image("samples", f"{self.name}.png", sample_sheet(records, captions))
         return captions
 
-    @staticmethod
-    def _compare(metric: CaptionMetric, captions: Captions, records: Sequence[Record]) -> dict[str, float]:
+    def _compare(self, metric: CaptionMetric, captions: Captions, records: Sequence[Record]) -> dict[str, float]:
+        """The scores that can be computed, on every rank; `not_run` says which cannot, and why."""
         own = records[rank() :: world_size()]
         ids = [record.id for record in own]
         references, domains = [record.captions for record in own], [record.domain for record in own]
         metric.update(ids, [captions[id] for id in ids], references, domains)
-        return metric.compute()
+        try:
+            scores, missing = metric.compute(), metric.not_run
+        except (JavaError, FileNotFoundError) as error:  # of the tokenizer, which all scores need
+            scores, missing = {}, {"captions": str(error)}
+        self.not_run |= {f"{self.name} {score}": reason for score, reason in missing.items()}
+        return scores
 
 
 def _clip_scores(

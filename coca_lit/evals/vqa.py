@@ -1,7 +1,6 @@
 """Answers to questions about images: how the decoder writes them, and their scores."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -61,7 +60,7 @@ class VQAScores(Evaluation):
                 predictions = [{"question_id": id, "answer": answer} for id, answer in found.items()]
                 settings.write_json("predictions", f"{self.name}{way and f'_{way}'}.json", predictions)
             settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, answers[""]))
-            sample_sheet(records, answers[""]).save(Path(settings.output_dir, "samples", f"{self.name}.png"))
+            settings.write_image("samples", f"{self.name}.png", sample_sheet(records, answers[""]))
         if not all(record.captions for record in records):
             self.not_run[f"{self.name} accuracy"] = "the answers to these questions are not public"
             return {}

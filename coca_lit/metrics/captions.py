@@ -25,6 +25,7 @@ from coca_lit.metrics.cider import ResampledCider
 from coca_lit.metrics.diversity import WORD, caption_statistics
 from coca_lit.metrics.java.meteor import meteor_of_sums, shared_meteor, summable, warm_up
 from coca_lit.metrics.java.ptb import ptb_tokenize
+from coca_lit.metrics.java.runtime import JavaError
 from coca_lit.metrics.java.spice import Progress, corpus_scores, shared_spice, spice_jars
 from coca_lit.metrics.rows import RowMetric, in_order, plain_ids
 from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, ratios
@@ -221,7 +222,7 @@ def _try_scorers(tokens: Tokens, metrics: Sequence[str]) -> tuple[list[Scored], 
         if name in metrics:
             try:
                 found.append(scorer(*tokens))
-            except (RuntimeError, FileNotFoundError) as error:
+            except (JavaError, FileNotFoundError) as error:
                 failed[name] = str(error)
     return found, failed
 
@@ -256,7 +257,7 @@ class CaptionMetric(RowMetric):
     The first process runs the metrics, Java included, and tells the others the result.
 
     Args:
-        metrics, tokenize: as in `caption_scores`.
+        metrics, tokenize: as in `caption_scores`, but a Java program that fails costs its own score alone.
         table: compute everything that `caption_table` does.
         progress: as in `caption_table`; on the first process.
 
@@ -295,8 +296,8 @@ class CaptionMetric(RowMetric):
     def compute(self) -> dict[str, float]:
         """Scores by name, the same on every process.
 
-        Raises ValueError as `caption_scores` does, and RuntimeError and FileNotFoundError for a tokenizer that fails or
-        is missing; on every process.
+        Raises ValueError as `caption_scores` does, JavaError if the tokenizer fails, and FileNotFoundError if there is
+        no Java; on every process.
         """
         if not self._is_synced:
             found = self._scores()

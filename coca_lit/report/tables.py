@@ -3,6 +3,7 @@
 A `Table` is plain text cells; `markdown` and `coca_lit.report.page` render it, `print_jobs` prints to the terminal.
 """
 
+import html
 import json
 import math
 import re
@@ -47,7 +48,19 @@ def markdown(table: Table) -> str:
     width = len(table.header)
     rows = [row if len(row) > 1 or width == 1 else [f"**{row[0]}**", *[""] * (width - 1)] for row in table.rows]
     lines = [table.header, ["---"] * width, *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(plain(text).replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Text for Markdown that means itself: names of runs and data sets come from anywhere."""
+    return re.sub(r"[\[\]`]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
+def code(text: str) -> str:
+    """Text as code in Markdown, whatever backticks it holds."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"
 
 
 def score_tables(run: Run) -> list[Table]:

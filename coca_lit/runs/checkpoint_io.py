@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from coca_lit.errors import CheckpointError, DataError
+from coca_lit.errors import CheckpointError, DataError, why_unreadable
 from coca_lit.files import replacing
 from coca_lit.weights.intact import check_archive
 
@@ -72,8 +72,7 @@ def inspect(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} holds more than tensors and plain values: {reason}") from error
+        raise CheckpointError(f"{path} holds more than tensors and plain values: {why_unreadable(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a training checkpoint")
     return content

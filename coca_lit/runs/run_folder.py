@@ -20,6 +20,8 @@ from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.redaction import masked_yaml, redact
 from coca_lit.runs.resume import AUTO, CHECKPOINTS, RUN_KEY, resume, start_fresh
 
+CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
+
 
 def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     """Writes `config.yaml` and `environment.json`. Values from environment variables are written as references: no
@@ -36,8 +38,8 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     else:
         resume(folder, checkpoint, roll_back=cfg.ckpt_path != AUTO)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.yaml", masked_yaml(cfg).encode())
-    atomic_write(folder / "environment.json", _json(environment()))
+    atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
+    atomic_write(folder / ENVIRONMENT, _json(environment()))
 
 
 def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:
@@ -46,7 +48,7 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     A full disk may have cost the last checkpoint, and a kill the report: then there is.
     """
     folder = Path(cfg.output_dir)
-    results, config = folder / "results.json", folder / "config.yaml"
+    results, config = folder / RESULTS, folder / CONFIG
     if (
         cfg.ckpt_path != AUTO
         or not results.exists()
@@ -76,13 +78,14 @@ def write_results(
     Args:
         facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
     """
-    environment = read_json(folder / "environment.json", dict)
-    environment["seconds"] = round(time.time() - environment["started"])
+    path = folder / ENVIRONMENT
+    known = read_json(path, dict) if path.exists() else environment()  # the folder may have been deleted
+    known["seconds"] = round(time.time() - known["started"])
     (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-    atomic_write(folder / "environment.json", _json(environment | (facts or {})))
-    atomic_write(folder / "results.json", _json(results))
+    atomic_write(path, _json(known | (facts or {})))
+    atomic_write(folder / RESULTS, _json(results))
     atomic_write(folder / "not_run.json", _json(not_run))
-    return environment["seconds"]
+    return known["seconds"]
 
 
 def _json(content: dict[str, Any]) -> bytes:

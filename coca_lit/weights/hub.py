@@ -93,7 +93,7 @@ def locate(name: str | Path) -> Path:
         if model.note is not None:
             log.warning("%s: %s", model.name, model.note)
         return download(model.repo, sha256=model.sha256)
-    raise FileNotFoundError(f"there is no checkpoint '{name}'{_hint(text)}")
+    raise FileNotFoundError(f"there is no checkpoint '{name}'{hint(text)}")
 
 
 def _in_folder(folder: Path) -> Path:
@@ -107,7 +107,8 @@ def _in_folder(folder: Path) -> Path:
     return found
 
 
-def _hint(name: str) -> str:
+def hint(name: str) -> str:
+    """The end of a sentence about a checkpoint that is not there: a released model with a similar name."""
     if name.endswith(FILE_SUFFIXES):
         return ""
     aliases: dict[str, str] = {}

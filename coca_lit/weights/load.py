@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coca_lit.distributed import print_rank_zero
+from coca_lit.errors import why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.models.registry import import_modules
@@ -279,9 +280,9 @@ def _read_torch(path: Path, device: str = "cpu") -> dict[str, Any]:
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors on damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"'{path}' is not a checkpoint of tensors and plain values alone, so it is not loaded: {reason}"
+            f"'{path}' is not a checkpoint of tensors and plain values alone, so it is not loaded: "
+            f"{why_unreadable(error)}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a dictionary of tensors")

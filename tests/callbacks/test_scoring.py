@@ -86,6 +86,7 @@ def logged(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
         ({"every_n_steps": 4}, 1, [3]),  # the end of the epoch: once, not twice
         ({"every_n_steps": 3}, 1, [2, 3, 5]),
         ({"every_n_epochs": None}, 1, []),
+        ({"every_n_epochs": 2}, 1, []),  # the second epoch is the last one
     ],
 )
 def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
@@ -106,6 +107,12 @@ def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
 def test_scores_of_all_images_need_no_number(tmp_path: Path) -> None:
     train(tmp_path, evals=[Probe(scale)], quick=12)
     assert [step for step, _ in logged(tmp_path, "probe")["probe/value"]] == [3, 8]
+
+
+def test_every_second_epoch(tmp_path: Path) -> None:
+    probe = Probe(scale)
+    train(tmp_path, "trainer.max_epochs=5", "data.train_count=8", evals=[probe], quick=5, every_n_epochs=2)
+    assert [step for step, _ in logged(tmp_path, "probe")["probe_5/value"]] == [1, 3]
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from running import TINY, compose, results, run, train_py, without_java
 
-from coca_lit.cli.assembly import build
+from coca_lit.cli.assembly import build_data, build_evals
 from coca_lit.cli.command import CONF, to_override
 from coca_lit.cli.train import train
 from coca_lit.data.scenes import render
@@ -220,8 +220,11 @@ def test_any_experiment_runs_on_scenes(
     ],
 )
 def test_missing_data_are_explained(experiment: str, word: str) -> None:
-    with pytest.raises(DataError, match=r"not found \(looked at /nowhere/.*python train\.py data=scenes") as caught:
-        build(compose(f"experiment={experiment}", "data_dir=/nowhere").data, "data", tokenizer=None).prepare_data()
+    cfg = compose(f"experiment={experiment}", "data_dir=/nowhere")
+    with pytest.raises(
+        DataError, match=r"not found \(looked at /nowhere/.*; data\.\w+=PLACE .*; data=scenes "
+    ) as caught:
+        build_data(cfg, tokenizer=None)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -263,11 +266,18 @@ def test_misspelt_key_is_looked_up_in_the_experiment_asked_for(error_of: Callabl
     assert not [*tmp_path.iterdir()]
 
 
-def test_missing_data_are_one_sentence(error_of: Callable[..., str]) -> None:
-    shards = "data.shards=/nowhere/{00000..00012}.tar"
-    said = error_of("experiment=pretrain_b32", "model.net.name=coca_tiny", "image_size=32", shards)
-    assert said.startswith("error: 13 of 13 shards not found (looked at /nowhere/00000.tar): write LAION or other")
-    assert said.endswith("python train.py data=scenes")
+def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: Path) -> None:
+    shards = f"data.shards={tmp_path}/{{00000..00012}}.tar"
+    said = error_of("experiment=pretrain_b32", "model.net.name=coca_tiny", "image_size=32", "evals=[]", shards)
+    assert said.startswith(f"error: 13 of 13 shards not found (looked at {tmp_path}/00000.tar): write LAION or other")
+    assert said.endswith("; data.shards=PLACE tells where they are; data=scenes needs no files")
+
+
+def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path) -> None:
+    (tmp_path / "mscoco").mkdir()
+    for overrides, key in (((), "roots.mscoco"), (("data=mscoco",), "data.root")):
+        with pytest.raises(DataError, match=rf"not found .*; {key}=PLACE tells where .*; skip_missing=true leaves"):
+            build_evals(compose(*overrides, "evals=[mscoco_retrieval]", f"data_dir={tmp_path}"))
 
 
 def test_missing_value_is_blamed_on_its_key(error_of: Callable[..., str]) -> None:
@@ -312,7 +322,7 @@ def test_sweep_with_a_failing_job(
         "data.num_workers=0",
         *TINY,
     )
-    assert said == "error: model.optimizer: lr must be a number of at least 0, got 'abc'"
+    assert said == "error: model.optimizer.lr must be a number of at least 0, the default is 1e-05; got abc"
     folder = tmp_path / "sweep"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"lr_1e-05", "lr_abc", "lr_3e-05"}
     with (folder / "results.csv").open(newline="") as file:

@@ -93,6 +93,25 @@ def test_markdown(run):
     assert all(line.count("|") == rows[0].count("|") for line in first)
 
 
+def test_names_from_anywhere_are_text(tmp_path):
+    """In the page and in Markdown, where a name could be a script, a link, a heading or the end of a code span."""
+    name = "<script>alert(1)</script>"
+    folder = make_run(tmp_path / "run`s <b>", {f"{name}/CIDEr": 1.0, "[x](javascript:alert)/CIDEr": 0.5})
+    (folder / "not_run.json").write_text(json.dumps({f"{name} SPICE": "no\n# jars <img src=x>"}))
+    (folder / "environment.json").write_text(json.dumps({"command": "coca-train `<script>` name=``x", "machine": name}))
+    (folder / "samples" / "a) <i>.png").write_bytes(PNG)
+    page = write_report(folder).read_text()
+    text = (folder / "report.md").read_text()
+    assert "- command: ```coca-train `<script>` name=``x```" in text
+    rest = text.replace("```coca-train `<script>` name=``x```", "")
+    for shown in (page, rest):
+        assert not re.search(r"<script>|<img src=x>|<i>", shown)
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
+    assert "- &lt;script&gt;alert(1)&lt;/script&gt; SPICE: no # jars &lt;img src=x&gt;" in text
+    assert "[x](" not in text.replace("\\[x\\](", "")
+    assert "(samples/a%29%20%3Ci%3E.png)" in text
+
+
 def test_tables(run):
     mscoco, nocaps, parameters = score_tables(read_run(run))
     assert mscoco.header[:3] == ["", "this run", "95 % interval"]

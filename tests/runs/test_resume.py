@@ -23,6 +23,7 @@ from coca_lit.cli import train as cli
 from coca_lit.cli.assembly import argument_defaults, plain
 from coca_lit.cli.runtime import finish_run
 from coca_lit.data.scenes.export import export_scenes
+from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
@@ -79,9 +80,12 @@ def train(
     return process.exitcode
 
 
+TIMES = ("samples/s", "train/scoring_share")  # are never the same
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name != "samples/s"} for row in csv.DictReader(file)]
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -114,13 +118,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_median_rank", "scoring.quick=3")
+# Every third batch is one of texts: its row has no loss of pairs, and no reward.
+TEXTS_AND_REWARDS = (
+    *("data.text={texts}", "data.text_every=3", "model.net.dropout=0"),
+    "model.self_critical={{_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}}",
+)
 EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
 
 
 @pytest.mark.parametrize(
     ("data", "workers", "extra"),
     [
-        ("map", 0, BY_STEPS),
+        ("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS)),
         ("indexed", 2, EMA_AND_ACCUMULATION),
         ("stream", 2, EMA_AND_ACCUMULATION),
     ],
@@ -131,12 +140,23 @@ def test_killed_twice_in_an_epoch(
     """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last."""
     indexed = f"data.indexed={str(data == 'indexed').lower()}"
     source = MAP if data == "map" else (*request.getfixturevalue("shards"), indexed)
+    texts = tmp_path / "texts.txt"  # of TEXTS_AND_REWARDS
+    texts.write_text("".join(f"{record.captions[0]}\n" for record in scene_records("val", count=5)))
+    extra = tuple(word.format(texts=texts) for word in extra)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
     for batches in (3, 5, 12):
         assert train(tmp_path / "killed", *overrides, watch=Die(batches)) == -signal.SIGKILL
     assert train(tmp_path / "killed", *overrides) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
+    if data == "map":
+        steps = [row for row in rows(tmp_path / "whole") if row["train/text_loss"] or row["train/policy_loss"]]
+        of_texts = [bool(row["train/text_loss"]) for row in steps]
+        assert of_texts == [False, False, True] * (len(steps) // 3)
+        for row, text in zip(steps, of_texts, strict=True):
+            assert [bool(row[f"train/{name}"]) for name in ("policy_loss", "reward", "contrastive_loss")] == [
+                not text
+            ] * 3
 
 
 class SignalInValidation(L.Callback):
@@ -392,6 +412,12 @@ def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None
         ("model.optimizer.lr=1", "model.optimizer.lr"),
         ("experiment=finetune_mscoco", "image_size"),
         ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches"),
+        ("init_from=/other.pt", "init_from"),
+        ("image_weights=efficientnet_lite0", "image_weights"),
+        ("callbacks.non_finite_guard.max_in_a_row=3", "callbacks.non_finite_guard.max_in_a_row"),
+        ("callbacks.non_finite_guard=null", "callbacks.non_finite_guard"),
+        ("callbacks.step_seeds=null", "callbacks.step_seeds"),
+        ("callbacks.checkpoint.keep_last=9", None),
         ("data.num_workers=5", None),
         ("trainer.max_epochs=9", None),
     ],
@@ -418,6 +444,12 @@ def test_a_default_is_the_same_whether_a_config_lists_it_or_not(tmp_path: Path, 
     now["model"]["label_smoothing"] = 0.1
     with pytest.raises(CheckpointError, match=r"^model.label_smoothing was 0.0 when .* and is now 0.1: "):
         check_same_run(path, now, strict=True, defaults=argument_defaults(now))
+
+
+def test_what_an_older_checkpoint_did_not_keep_is_not_compared(tmp_path: Path) -> None:
+    now = resume_keys(plain(compose(f"output_dir={tmp_path}")))
+    before = {key: value for key, value in now.items() if key not in ("callbacks", "init_from")}
+    check_same_run(save(tmp_path, 1, config=before), now | {"init_from": "x"}, strict=True)
 
 
 def test_checkpoints_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

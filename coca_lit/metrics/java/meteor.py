@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from coca_lit.metrics.java.runtime import JVM_FLAGS, Conversation, java_executable, pycocoevalcap_jar
+from coca_lit.metrics.java.runtime import JVM_FLAGS, Conversation, JavaError, java_executable, pycocoevalcap_jar
 
 RESERVED = re.compile(r"\|\|\||[\r\n]")  # separators of the line protocol
 SECONDS_PER_CAPTION = 0.05  # over ten times what a caption with five references takes
@@ -57,7 +57,7 @@ class Meteor:
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
         """Scores of tokenised captions; ``references[i]`` are those of ``hypotheses[i]``.
 
-        Raises RuntimeError when the process dies or is overdue; the next call then starts another one.
+        Raises JavaError when the process dies or is overdue; the next call then starts another one.
         """
         if not hypotheses or len(references) != len(hypotheses) or not all(references):
             raise ValueError(
@@ -70,10 +70,10 @@ class Meteor:
                 with process.deadline(self.timeout + SECONDS_PER_CAPTION * len(hypotheses)):
                     return process.score(references, hypotheses)
             except TimeoutError as error:
-                raise RuntimeError(f"METEOR {error} (Java's own message, if any, is on standard error)") from error
+                raise JavaError(f"METEOR {error} (Java's own message, if any, is on standard error)") from error
             except (OSError, EOFError, ValueError) as error:
                 message = f"METEOR failed: {error} (Java's own message, if any, is on standard error)"
-                raise RuntimeError(message) from error
+                raise JavaError(message) from error
 
     def close(self) -> None:
         """End the process, if any; a pending ``score`` then fails."""

