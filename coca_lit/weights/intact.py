@@ -36,9 +36,24 @@ def check_archive(path: Path) -> bool:
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes safetensors with a digest of tensors and metadata. Tensors must not share memory."""
+    """Writes safetensors with a digest of tensors and metadata, the same bytes for the same content. Tensors must not
+    share memory.
+    """
     written = dict(metadata or {})
     save_file(dict(state), path, metadata={**written, DIGEST_KEY: _digest(state, written)})
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in random order: the length of the header (8 bytes), the header, then the data."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -45,8 +45,12 @@ def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[st
         raise ValueError("the model has no decoder (decoder_layers=0)")
     if any(name.startswith("decoder.") for name in given):
         raise ValueError("init_from gives the decoder already: leave out one of the two")
-    names = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-    layers = sorted({int(found[1]) for name in names if (found := re.match(r"h\.(\d+)\.attn\.c_attn\.weight$", name))})
+    names = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in state.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
+    layers = sorted({int(match[1]) for name in names if (match := re.match(r"h\.(\d+)\.attn\.c_attn\.weight$", name))})
     if not layers or "wte.weight" not in names:
         raise ValueError("this is no GPT-2 with Transformers' names: expected wte.weight, h.0.attn.c_attn.weight, …")
     width, ours = names["wte.weight"].shape[-1], model.config["text_width"]

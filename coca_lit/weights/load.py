@@ -264,10 +264,10 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     if MODEL_KEY not in content:
         return content, None
     prefix = "net."
-    tensors = content.get("state_dict")
-    if not isinstance(tensors, dict):
+    stored = content.get("state_dict")
+    if not isinstance(stored, dict):
         raise ValueError(f"'{path}' is damaged: it has no state_dict")
-    state = {name.removeprefix(prefix): t for name, t in tensors.items() if str(name).startswith(prefix)}
+    state = {name.removeprefix(prefix): t for name, t in stored.items() if str(name).startswith(prefix)}
     return state, content[MODEL_KEY]
 
 

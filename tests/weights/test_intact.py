@@ -95,6 +95,12 @@ def test_every_way_in_is_checked(model: CoCa, tmp_path: Path) -> None:
             load(model, tmp_path / name)
 
 
+def test_the_same_weights_are_the_same_bytes(model: CoCa, tmp_path: Path) -> None:
+    for i in range(4):
+        write(model, tmp_path / f"{i}.safetensors")
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(4)}) == 1
+
+
 def test_files_without_a_digest_are_read(model: CoCa, tmp_path: Path) -> None:
     """Of others, and ours from before there was one."""
     write(model, tmp_path / "new.safetensors")
