@@ -101,7 +101,12 @@ def accept_arguments(config: str, overrides: Sequence[str]) -> list[str]:
     if not unlisted:
         return [*overrides]
     known = _Known(config, overrides)
-    accepted = {word for word, key in unlisted.items() if not known.has(key) and known.is_argument(key)}
+    without_targets = _Known(config, [word for word in overrides if "._target_=" not in word])
+    accepted = set()
+    for word, key in unlisted.items():
+        node = without_targets if key.endswith("._target_") else known
+        if not node.has(key) and node.is_argument(key):
+            accepted.add(word)
     return [f"++{word}" if word in accepted else word for word in overrides]
 
 

@@ -85,7 +85,7 @@ def test_page_needs_nothing_else(run):
 def test_markdown(run):
     write_report(run)
     text = (run / "report.md").read_text()
-    assert "| CIDEr | 123.45 | [119.00, 126.55] |" in text
+    assert "| CIDEr | 123.45 | \\[119.00, 126.55\\] |" in text
     assert "- SPICE: no jars" in text
     assert "![curves.png](curves.png)" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
