@@ -276,9 +276,8 @@ def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: P
 def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path) -> None:
     (tmp_path / "mscoco").mkdir()
     for overrides, key in (((), "roots.mscoco"), (("data=mscoco",), "data.root")):
-        with pytest.raises(
-            DataError, match=rf"not found .*; {key}=PLACE tells where .*; scoring.skip_missing=true leaves"
-        ):
+        said = rf"not found .*; {key}=PLACE tells where .*; scoring.skip_missing=true leaves"
+        with pytest.raises(DataError, match=said):
             build_evals(compose(*overrides, "evals=[mscoco_retrieval]", f"data_dir={tmp_path}"))
 
 
