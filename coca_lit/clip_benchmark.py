@@ -35,7 +35,7 @@ def load_model(
         model = load_dual_encoder(pretrained, quick_gelu).to(device)
     if model.decoder is not None and not isinstance(model.tokenizer, CLIPTokenizer):
         _write_byte_pairs(model)
-    return model, build_transform(size=model.image_size), model.tokenizer
+    return model, build_transform(**model.preprocessing), model.tokenizer
 
 
 def _write_byte_pairs(model: Any) -> None:

@@ -163,8 +163,8 @@ def _processor_config(model: CoCa) -> dict[str, Any]:
         "image_processor_type": "CoCaImageProcessor",
         "auto_map": {"AutoImageProcessor": f"{CODE}.CoCaImageProcessor"},
         "crop_size": {"height": size, "width": size},
-        "resample": {"bicubic": 3, "bilinear": 2}[model.config.get("interpolation", "bicubic")],
-        "resize_mode": model.config.get("resize_mode", "shortest"),
+        "resample": {"bicubic": 3, "bilinear": 2}[model.preprocessing["interpolation"]],
+        "resize_mode": model.preprocessing["resize_mode"],
         "image_mean": normalise.mean.flatten().tolist(),
         "image_std": normalise.std.flatten().tolist(),
     }
