@@ -7,7 +7,7 @@ The constructors check everything again, and more.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -90,7 +90,7 @@ def check_places(cfg: DictConfig) -> None:
         _check_folders(place, OmegaConf.select(cfg, place, throw_on_resolution_failure=False), WITHOUT_DATA)
     if not OmegaConf.select(cfg, "scoring.skip_missing", default=True):
         for name, node in cfg.evals.items():
-            part = (node.get("records") or node.get("images")) if OmegaConf.is_dict(node) else None
+            part = (node.get("records") or node.get("images")) if isinstance(node, DictConfig) else None
             if _is_ours(part) and (place := place_of_evaluation(cfg, name)) is not None:
                 _check_folders(place, part.get("root"), WITHOUT_EVALUATION)
 
@@ -164,9 +164,9 @@ def _fits(value: Any, default: Any) -> bool:
     return kinds[0] is None or kinds[0] == kinds[1] or kinds == ("a number", "a whole number")
 
 
-def _is_ours(node: Any) -> bool:
+def _is_ours(node: Any) -> TypeGuard[DictConfig]:
     """Whether a function or class of this package is built, whose `root` is a folder."""
-    return OmegaConf.is_dict(node) and str(node.get("_target_")).startswith("coca_lit.")
+    return isinstance(node, DictConfig) and str(node.get("_target_")).startswith("coca_lit.")
 
 
 def _is_number(value: Any) -> bool:

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,20 +137,21 @@ def finish_run(
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Says in one sentence that a data worker was killed. PyTorch raises that wherever the main process just is.
+    """Says in one sentence that a data worker was killed. PyTorch raises that wherever the main process just is, or a
+    connection breaks while the worker hands over a batch.
 
     Raises:
-        DataError: in place of PyTorch's error.
+        DataError: in place of that error.
     """
     try:
         yield
-    except RuntimeError as error:
-        found = re.search(
-            r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)(?: is)? (killed by signal: \w+|exited)", str(error)
-        )
-        if found is None:
+    except (RuntimeError, EOFError, OSError) as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (is killed by signal|exited)", str(error))
+        handed_over = any(frame.name == "rebuild_storage_fd" for frame in traceback.extract_tb(error.__traceback__))
+        if found is None and not handed_over:
             raise
+        which = f" (process {found[1]})" if found is not None else ""
         raise DataError(
-            f"a data worker (process {found[1]}) {'was ' * found[2].startswith('killed')}{found[2]}: most often the "
-            "memory is full, so take fewer workers (data.num_workers, scoring.workers); the same command resumes"
+            f"a data worker{which} ended or was killed: most often the memory is full, so take fewer workers "
+            "(data.num_workers, scoring.workers); the same command resumes"
         ) from error
