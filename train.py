@@ -1,6 +1,6 @@
 """Train a contrastive captioner: `python train.py --help`."""
 
-from coca_lit.cli.train import train
+from coca_lit.cli import train_command
 
 if __name__ == "__main__":
-    train()
+    train_command()

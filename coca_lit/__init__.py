@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coca_lit.data.transforms import build_transform
+    from coca_lit.export.pretrained import from_pretrained, push_to_hub, save_pretrained
     from coca_lit.metrics.captions import caption_scores
     from coca_lit.metrics.retrieval import recall_at_k
     from coca_lit.models import CoCa, create_model
@@ -23,6 +24,9 @@ _HOMES = {
     "create_model": "coca_lit.models",
     "load_model": "coca_lit.weights.load",
     "save_model": "coca_lit.weights.load",
+    "from_pretrained": "coca_lit.export.pretrained",
+    "save_pretrained": "coca_lit.export.pretrained",
+    "push_to_hub": "coca_lit.export.pretrained",
     "from_open_clip": "coca_lit.weights.open_clip",
     "to_open_clip": "coca_lit.weights.open_clip",
     "get_tokenizer": "coca_lit.tokenizer",
@@ -37,10 +41,13 @@ __all__ = [
     "caption_scores",
     "create_model",
     "from_open_clip",
+    "from_pretrained",
     "get_tokenizer",
     "load_model",
+    "push_to_hub",
     "recall_at_k",
     "save_model",
+    "save_pretrained",
     "to_open_clip",
 ]
 

@@ -4,6 +4,7 @@ The commands print it and exit with code 1; every other exception is a bug and k
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -41,6 +42,16 @@ def error_context(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {error}") from error
 
 
+def why_unreadable(error: Exception) -> str:
+    """The reason why `torch.load` refused a file, without PyTorch's advice to run the code in it."""
+    text = str(error)
+    if found := re.search(r"(?:GLOBAL|Unsupported (?:global|class|type)\S*) (?:GLOBAL )?([\w.]+)", text):
+        return f"it holds code ({found[1]})"
+    if "weights_only" in text or not isinstance(error, OSError | RuntimeError):
+        return "it is not a file that torch.save writes"
+    return text.splitlines()[0]
+
+
 def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
     """The end of a sentence about an unknown name: "; did you mean 'NAME'?", or "." if nothing is similar.
 
@@ -48,5 +59,6 @@ def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None =
         aliases: what a user may also write -> the known name that is meant.
     """
     meant = {**(aliases or {}), **{name: name for name in known}}
-    close = [word] if word in meant else difflib.get_close_matches(word, meant, n=1)
+    folded = {name.lower(): name for name in reversed(meant)}
+    close = [word] if word in meant else [folded[name] for name in difflib.get_close_matches(word.lower(), folded, n=1)]
     return f"; did you mean '{meant[close[0]]}'?" if close else "."

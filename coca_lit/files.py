@@ -4,15 +4,22 @@ Everything that the project writes in order to resume from it later is written b
 """
 
 import csv
+import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from io import StringIO
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO, StringIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 from coca_lit.errors import DataError
 from coca_lit.reading import MAX_JSON, open_regular
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+_all_waiting: "WeakSet[Waiting[Any]]" = WeakSet()
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -49,25 +56,93 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def atomic_symlink(link: Path, target: Path) -> None:
-    """Makes `link` a symbolic link to a file beside it, replacing in one step whatever was there."""
-    temporary = _beside(link)
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    _rename(temporary, link)
-
-
-def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Appends lines and hands them to the operating system; an incomplete last line of an earlier crash is removed.
+def atomic_link(link: Path, target: Path) -> None:
+    """Makes `link` another name of a file beside it, replacing in one step whatever was there: a symbolic link, or a
+    hard link or a copy where the system has none, as Windows does without the right to them.
 
     Raises:
         DataError: nothing can be written there.
     """
+    temporary = _beside(link)
+    with _write_errors(link):
+        temporary.unlink(missing_ok=True)
+        try:
+            os.symlink(target.name, temporary)
+        except (OSError, NotImplementedError):
+            try:
+                os.link(target, temporary)
+            except (OSError, NotImplementedError):
+                shutil.copyfile(target, temporary)
+        _rename(temporary, link)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Appends lines and hands them to the operating system, all or none; an incomplete last line of an earlier crash is
+    removed.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    rest = memoryview("".join(f"{line}\n" for line in lines).encode())
+    end = None
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            _remove_incomplete_line(file)
-            file.write("".join(f"{line}\n" for line in lines).encode())
+        try:
+            with path.open("a+b", buffering=0) as file:
+                end = _remove_incomplete_line(file)
+                while rest:
+                    rest = rest[file.write(rest) :]
+        except OSError:
+            if end is not None:
+                with suppress(OSError):
+                    os.truncate(path, end)
+            raise
+
+
+class Waiting(Generic[T]):
+    """Rows that wait in memory while a file cannot be written, on a full disk for example: with one warning, and
+    another try whenever a row is added.
+
+    Args:
+        path: the file, for the warning.
+        write: appends all of the given rows, or raises `DataError` and appends none.
+    """
+
+    def __init__(self, path: Path, write: Callable[[list[T]], None]) -> None:
+        self.path, self.write = path, write
+        self.rows: list[T] = []
+        self._warned = False
+        _all_waiting.add(self)
+
+    def add(self, *rows: T) -> None:
+        self.rows += rows
+        self.flush()
+
+    def flush(self, last: bool = False) -> None:
+        """Tries to write what waits. With `last`, a warning says what is lost if that fails."""
+        if not self.rows:
+            return
+        try:
+            self.write(self.rows)
+        except DataError as error:
+            if last:
+                log.warning("%s; %d rows are lost", error, len(self.rows))
+                self.rows = []
+            elif not self._warned:
+                log.warning("%s; the run goes on, and what belongs there waits in memory", error)
+            self._warned = True
+            return
+        if self._warned:
+            log.warning("%s can be written again: %d rows were added", self.path, len(self.rows))
+        self.rows, self._warned = [], False
+
+
+def write_waiting() -> None:
+    """Writes all rows that still wait; raises `DataError` if some of them cannot be written."""
+    for waiting in list(_all_waiting):
+        waiting.flush()
+        if waiting.rows:
+            raise DataError(f"cannot write {waiting.path}, for which {len(waiting.rows)} rows wait")
 
 
 def whole_lines(path: Path) -> Iterator[str]:
@@ -110,16 +185,18 @@ def _rename(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def _remove_incomplete_line(file: IO[bytes]) -> None:
+def _remove_incomplete_line(file: FileIO) -> int:
+    """The end of the file after that, in bytes."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 4096)
         file.seek(start)
         if (found := file.read(end - start).rfind(b"\n")) >= 0:
             file.truncate(start + found + 1)
-            return
+            return start + found + 1
         end = start
     file.truncate(0)
+    return 0
 
 
 @contextmanager

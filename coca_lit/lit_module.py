@@ -1,7 +1,8 @@
 """The only LightningModule: batch -> network -> loss terms -> weighted sum, and the optimizer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from coca_lit.callbacks.resuming import forget_last_step
 from coca_lit.data.batch import Batch
 from coca_lit.models import CoCa
 from coca_lit.models.coca import Contrastive
@@ -17,9 +19,11 @@ from coca_lit.models.text import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
 from coca_lit.training.objectives import Objective, Pairs, Texts, check_pairs, named_objectives
 from coca_lit.training.optim import warmup_cosine
-from coca_lit.training.self_critical import SelfCritical
 from coca_lit.training.sharding import FullySharded, shard
-from coca_lit.weights.load import MODEL_KEY
+from coca_lit.weights import MODEL_KEY
+
+if TYPE_CHECKING:
+    from coca_lit.training.self_critical import SelfCritical
 
 
 class CoCaLit(L.LightningModule):
@@ -53,13 +57,13 @@ class CoCaLit(L.LightningModule):
         caption_weight: float = 2.0,
         text_weight: float = 1.0,
         label_smoothing: float = 0.0,
-        self_critical: SelfCritical | None = None,
+        self_critical: "SelfCritical | None" = None,
         contrastive: Contrastive = "softmax",
         freeze: Sequence[str] = (),
         grad_checkpointing: GradCheckpointing = "none",
         compile: bool = False,
         micro_batch_size: int | None = None,
-        objectives: Mapping[str, Objective | None] | None = None,
+        objectives: Mapping[str, Objective | None] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         if contrastive != net.config["contrastive"]:
@@ -82,6 +86,9 @@ class CoCaLit(L.LightningModule):
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
             net.compile_blocks()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        forget_last_step(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses: list[Tensor] = []

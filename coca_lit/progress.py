@@ -14,7 +14,8 @@ LINE_INTERVAL = 10  # seconds
 
 
 class ProgressBar:
-    """A bar in a terminal, else a line every few seconds; on rank 0 only. Messages are printed by every rank.
+    """A bar in a terminal from the first `advance` on, else a line every few seconds; on rank 0 only. Messages are
+    printed by every rank.
 
     Args:
         what: the activity, such as "captioning".
@@ -31,8 +32,6 @@ class ProgressBar:
         self._task = self._bar.add_task(what, total=1.0) if self._bar else None
 
     def __enter__(self) -> "ProgressBar":
-        if self._bar:
-            self._bar.start()
         return self
 
     def __exit__(
@@ -47,6 +46,7 @@ class ProgressBar:
         seconds = time.monotonic() - self._start
         text = f"{self.what} · {self.images} images · {self.images / max(seconds, 1e-9):.1f}/s"
         if self._bar and self._task is not None:
+            self._bar.start()
             self._bar.update(self._task, completed=share, description=text)
         elif rank() == 0 and time.monotonic() - self._last > LINE_INTERVAL:
             self._last = time.monotonic()

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
 CLIP_MERGES = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
+WORD = r"[^\W_]+(?:['’-][^\W_]+)*"  # of `WordTokenizer`, in lower case
 # CLIP splits text into English contractions, runs of letters, single digits and runs of anything else.
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -103,8 +104,8 @@ class CLIPTokenizer(Tokenizer):
         self.sot_id, self.eot_id = len(tokens), len(tokens) + 1
         self.vocab_size = len(tokens) + 2
         vocabulary = {token: i for i, token in enumerate(tokens)}
-        self._bpe = HFTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        self.bpe = HFTokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(CLIP_SPLIT), behavior="removed", invert=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -117,7 +118,7 @@ class CLIPTokenizer(Tokenizer):
         return "clip"
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._bpe.encode_batch([clean_text(text) for text in texts])]
+        return [encoding.ids for encoding in self.bpe.encode_batch([clean_text(text) for text in texts])]
 
 
 class WordTokenizer(Tokenizer):
@@ -184,7 +185,7 @@ def clean_text(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+    return re.findall(WORD, text.lower())
 
 
 def _pair(line: str) -> tuple[str, str]:

@@ -6,19 +6,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import timedelta
-from multiprocessing import get_context, set_start_method
+from multiprocessing import set_start_method
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from forking import FORKSERVER
 
 from coca_lit.models import CoCa, create_model
 
 torch.set_num_threads(1)  # tests run in two processes side by side, and on tensors too small to share among cores
 
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
 
 
 @pytest.fixture
@@ -39,13 +43,12 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     The processes live as long as the test session, each call has a process group of its own. A process has the same
     rank in all of them: PyTorch remembers how large a rank's parts are by the mesh and not by the rank.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["coca_lit.lit_module", "coca_lit.evals.inference"])  # imported once for all of them
-
     with ExitStack() as stack:
         # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
         ranks = [
-            stack.enter_context(ProcessPoolExecutor(1, context, initializer=set_start_method, initargs=("fork", True)))
+            stack.enter_context(
+                ProcessPoolExecutor(1, FORKSERVER, initializer=set_start_method, initargs=("fork", True))
+            )
             for _ in range(3)
         ]
 

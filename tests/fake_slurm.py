@@ -60,9 +60,18 @@ def srun(*arguments: str) -> None:
     while rest[0].startswith("--"):
         output = rest.pop(1) if rest[0] == "--output" else output
         rest.pop(0)
+    step = {"SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
+    ranks = map(str, range(int(os.environ["SLURM_NTASKS"])))
+    environments = [os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in ranks]
+    if rest[1].endswith(".py"):
+        from forking import Program  # imports once for all tasks
+
+        programs = [Program(*rest[1:], cwd=Path.cwd(), environment=env) for env in environments]
+        done = [program.wait() for program in programs]
+        print(*(text for program in done for text in (program.stdout, program.stderr)))
+        sys.exit(max(abs(program.returncode) for program in done))
     tasks = []
-    for rank in map(str, range(int(os.environ["SLURM_NTASKS"]))):
-        env = os.environ | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0", "SLURM_STEP_ID": "0"}
+    for env in environments:
         names = {"%A": "SLURM_ARRAY_JOB_ID", "%a": "SLURM_ARRAY_TASK_ID", "%t": "SLURM_PROCID", "%j": "SLURM_JOB_ID"}
         path = output
         for code, name in names.items():

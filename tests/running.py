@@ -3,18 +3,22 @@
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import pytest
+from forking import Program
 from omegaconf import DictConfig
 
 from coca_lit.cli import command
 from coca_lit.cli import train as cli
 from coca_lit.distributed import rank, world_size
+from coca_lit.evals import captions
+from coca_lit.metrics.captions import CaptionMetric
 
 ROOT = Path(__file__).resolve().parents[1]
 # Any experiment as a check of two steps with the smallest network; scenes are what the exported data sets hold.
@@ -68,10 +72,20 @@ def train_py(*arguments: str, cwd: Path, **environment: str) -> subprocess.Compl
     """`python train.py *arguments` as a process of its own; relative paths, outputs/ among them, lie in `cwd`."""
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "COV_"))}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=inherited | paths | environment, capture_output=True, text=True, timeout=240
-    )
+    program = Program(str(ROOT / "train.py"), *arguments, cwd=cwd, environment=inherited | paths | environment)
+    return program.wait()
+
+
+def without_java(patch: pytest.MonkeyPatch) -> None:
+    """Scores without METEOR, SPICE and the PTB tokenizer, which are Java: a run takes no longer than its model."""
+    quick = partial(CaptionMetric, metrics=("Bleu", "ROUGE_L", "CIDEr"), tokenize=_lower)
+    patch.setattr(captions, "CaptionMetric", quick)
+    patch.setattr(captions, "warm_up", lambda: None)
+    patch.delenv("COCA_SPICE_JARS", raising=False)
+
+
+def _lower(texts: Sequence[str]) -> list[str]:
+    return [text.lower() for text in texts]
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -18,8 +18,9 @@ PLAIN = [
     *("coca_lit.data.transforms", "coca_lit.progress", "coca_lit.training.self_critical"),
     *(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for folder in ("models", "weights", "metrics", "evals", "inference")
+        for folder in ("models", "weights", "metrics", "evals", "inference", "data")
         for path in ROOT.glob(f"coca_lit/{folder}/**/[a-z]*.py")
+        if path.name != "datamodule.py"  # records are read without Lightning
     ),
 ]
 

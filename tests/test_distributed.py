@@ -113,7 +113,6 @@ CLIP = {"decoder_layers": 0, "pooler_queries": 1}
 SIGLIP = {"contrastive": "siglip"}
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize(
     ("model", "options", "world"),
     [

@@ -26,6 +26,7 @@ from coca_lit.callbacks.bad_sample_log import BadSampleLog
 from coca_lit.cli.train import run, train
 from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.batch import Batch
+from coca_lit.data.datasets.clip_benchmark import classified_shards
 from coca_lit.data.datasets.coco import coco_folder_records
 from coca_lit.data.prepare.check import JOURNAL as CHECK_JOURNAL
 from coca_lit.data.prepare.check import check_shards
@@ -38,11 +39,12 @@ from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import load_pixels
-from coca_lit.errors import DataError
+from coca_lit.errors import CheckpointError, ConfigError, DataError
 from coca_lit.inference.outputs import open_writer
 from coca_lit.inference.search import ImageIndex
 from coca_lit.inference.shards import scan_shard
 from coca_lit.report.runs import read_run
+from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.redaction import mask, redact
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tokenizer import get_tokenizer
@@ -115,6 +117,16 @@ def train_on(path: Path, batches: int = 4, **more) -> tuple[set[str], list[BadSa
     )
 
 
+def benchmark_set(folder: Path, member: str = "a.cls", label: bytes = b"0", shards: str = "1") -> Path:
+    """A data set in CLIP_benchmark's layout with one image."""
+    (folder / "test").mkdir(parents=True)
+    (folder / "classnames.txt").write_text("dog\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    (folder / "test" / "nshards.txt").write_text(shards)
+    write_tar(folder / "test" / "0.tar", {"a.jpg": jpeg(), member: label})
+    return folder
+
+
 # Files that are code
 
 
@@ -128,8 +140,43 @@ def test_pickle_as_checkpoint_of_a_training(tmp_path, target, key):
 
 def test_pickle_as_model(tmp_path, target):
     torch.save({"state_dict": Evil(target)}, tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match="not a checkpoint of tensors and plain values alone, so it is not loaded"):
+    with pytest.raises(
+        ValueError, match=r"not a checkpoint of tensors and plain values alone, .*: it holds code"
+    ) as caught:
         coca_lit.load_model(tmp_path / "evil.ckpt")
+    assert "weights_only" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="more than tensors and plain values: it holds code") as caught:
+        inspect(tmp_path / "evil.ckpt")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b'{"a": 1}', b"hello", bytes(1000), pickle.dumps([1])])
+def test_what_is_no_checkpoint(tmp_path, content):
+    """PyTorch advises to load it as code."""
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"it is not a file that torch\.save writes|expected a dictionary") as caught:
+        coca_lit.load_model(tmp_path / "x.ckpt")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_list_of_captions(tmp_path):
+    (tmp_path / "captions.json").write_text("[]")
+    with pytest.raises(DataError, match=r"captions\.json does not follow the COCO captions schema: .* list") as caught:
+        coco_folder_records(tmp_path)
+    assert "indices" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "pretrained", "pretrained_cfg", "cache_dir", "hf_hub_id"])
+def test_weights_that_name_other_files(tmp_path, target, key):
+    """timm would load them: `torch.load` of an older timm even runs the code in them."""
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(target)))
+    model = coca_lit.create_model("coca_tiny")
+    model.config["image_encoder_args"] |= {key: str(tmp_path / "evil.pth")}
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"hands image_encoder_args.{key} to timm, which is no part of an arch"):
+        coca_lit.load_model(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"init_from: .* hands image_encoder_args.{key} to timm"):
+        run(compose("trainer=smoke", f"init_from={tmp_path}/model.safetensors", f"output_dir={tmp_path}/run", "name=x"))
 
 
 def test_config_that_evaluates(tmp_path, target, monkeypatch, capsys):
@@ -189,6 +236,29 @@ def tar_bomb(path: Path, kind: bytes) -> Path:
     whole += bytes(-len(whole) % 512) + info.tobuf(tarfile.GNU_FORMAT) + bytes(10 * 2**20)
     path.write_bytes(gzip.compress(whole, 1) if path.suffix == ".gz" else whole)
     return path
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"member": "../a.cls"}, "the member '../a.cls' leads out of the shard"),
+        ({"label": b"7"}, "must be a whole number below 1, got '7'"),
+        ({"label": b"9" * 5000}, "must be a whole number below 1, got '999"),
+        ({"shards": "9" * 5000}, "number of shards .* must be a whole number below"),
+        ({"shards": "-1"}, "must be a whole number below .*, got '-1'"),
+        ({"member": "a.pickle", "label": pickle.dumps(0)}, "sample a lacks its image or its .cls"),
+    ],
+)
+def test_data_sets_of_evaluations(tmp_path, change, said):
+    assert len(classified_shards(benchmark_set(tmp_path / "good")).records) == 1
+    with pytest.raises(DataError, match=said):
+        classified_shards(benchmark_set(tmp_path / "bad", **change))
+
+
+def test_data_sets_at_urls_that_are_commands(target):
+    for root in (f"pipe:touch {target}", f"file://{target}", f"hf://datasets/a/b@x;touch {target}"):
+        with pytest.raises(DataError, match=r"not found|neither a folder nor a data set"):
+            classified_shards(root)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +531,10 @@ def test_no_secret_of_a_sweep(tmp_path):
             for name in ("api_key", "aws_secret_key", "api-key", "accessToken", "auth")
         ),
         *((f"{name}=x1", f"{name}=<hidden>") for name in ("passphrase", "GITHUB_PAT", "a.b.password", "clientSecret")),
+        *(
+            (f"{name}=x1", f"{name}=<hidden>")
+            for name in ("password", "passwd", "db_pwd", "DB_PASSWORD", "credentials")
+        ),
         *(
             (text, text)
             for text in ("tokenizer=x", "caption_tokens: 20", "author=me", "compat=1", "no_repeat_ngram: 3")

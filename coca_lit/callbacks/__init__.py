@@ -6,16 +6,20 @@ from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.non_finite_guard import NonFiniteGuard
 from coca_lit.callbacks.progress import SamplesSeen, SourceCounts, Throughput, progress_bar, samples_seen
 from coca_lit.callbacks.resuming import StepSeeds
+from coca_lit.callbacks.run_folder_guard import RunFolderGuard
 from coca_lit.callbacks.scoring import ScoreDuringTraining
+from coca_lit.callbacks.stall_guard import StallGuard
 
 __all__ = [
     "Averaging",
     "BadSampleLog",
     "Checkpoints",
     "NonFiniteGuard",
+    "RunFolderGuard",
     "SamplesSeen",
     "ScoreDuringTraining",
     "SourceCounts",
+    "StallGuard",
     "StepSeeds",
     "Throughput",
     "progress_bar",

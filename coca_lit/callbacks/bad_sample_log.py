@@ -4,6 +4,7 @@ import csv
 import logging
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import lightning.pytorch as L
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import rank
-from coca_lit.files import append_lines, csv_line, whole_lines
+from coca_lit.errors import DataError
+from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,12 @@ class BadSampleLog(L.Callback):
     def __init__(self, output_dir: str | Path) -> None:
         self.folder = Path(output_dir) / NAME
         self._known: set[BadSample] = set()
+        self._waiting: Waiting[str] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._known = read_bad_samples(self.folder)
+        path = self.folder / f"rank{rank()}.csv"
+        self._waiting = Waiting(path, partial(append_lines, path))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -40,9 +45,12 @@ class BadSampleLog(L.Callback):
         new = [found for found in dict.fromkeys(batch.bad) if found not in self._known]
         if new and len(self._known) < MAX_LINES:
             self._known.update(new)
-            append_lines(self.folder / f"rank{rank()}.csv", map(csv_line, new))
+            assert self._waiting is not None
+            self._waiting.add(*map(csv_line, new))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._waiting is not None:
+            self._waiting.flush()
         if rank() == 0 and (found := read_bad_samples(self.folder)):
             self._count_by_shard(found)
 
@@ -52,8 +60,11 @@ class BadSampleLog(L.Callback):
     def _count_by_shard(self, found: set[BadSample]) -> None:
         counts = Counter((sample.shard, sample.reason) for sample in found)
         rows = [(shard, reason, count) for (shard, reason), count in sorted(counts.items())]
-        with (self.folder / "shards.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("shard", "reason", "samples"), *rows])
+        lines = map(csv_line, [("shard", "reason", "samples"), *rows])
+        try:
+            atomic_write(self.folder / "shards.csv", "".join(f"{line}\n" for line in lines).encode())
+        except DataError as error:
+            log.warning("%s", error)
         log.warning(
             "left out %d bad samples of %d shards, listed in %s",
             len(found),

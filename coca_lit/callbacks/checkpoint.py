@@ -7,6 +7,7 @@ wait for its end: the resumed run begins with that validation.
 """
 
 import json
+import logging
 import math
 import time
 from contextlib import nullcontext
@@ -26,14 +27,17 @@ from coca_lit.callbacks.resuming import (
     set_logged_steps,
     set_position,
 )
+from coca_lit.callbacks.stall_guard import unwatched
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
-from coca_lit.files import atomic_symlink, atomic_write
+from coca_lit.files import atomic_link, atomic_write
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
+
+log = logging.getLogger(__name__)
 
 BEST, BEST_SCORE = "best.ckpt", "best.json"
 
@@ -81,6 +85,7 @@ class Checkpoints(L.Callback):
         self._finished = False
         self._validating = False
         self._loaded: dict[str, Any] = {}
+        self._wanted = False  # a checkpoint at the next step, whatever the clock says
         self._offered: float | None = None  # the score of the weights at hand, if it is the best so far
 
     # When
@@ -108,7 +113,7 @@ class Checkpoints(L.Callback):
 
     def _between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         minutes = (time.monotonic() - self._saved_at) / 60
-        late = self.every_minutes is not None and minutes >= self.every_minutes
+        late = self._wanted or (self.every_minutes is not None and minutes >= self.every_minutes)
         offered = self._offered is not None
         stop, someone_late, better = max_over_ranks(
             [self.signals.received, late, offered]
@@ -121,10 +126,14 @@ class Checkpoints(L.Callback):
         if stop:
             self._stop(trainer, int(stop))
 
+    def save_soon(self) -> None:
+        """Asks for a checkpoint before the next step, also where one of this step was saved already."""
+        self._wanted, self._saved_step = True, -1
+
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
         saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
-        print_rank_zero(f"stopping after step {step} on signal {number}: {saved}; the same command resumes from there")
+        print_rank_zero(f"stopping after step {step} on signal {number}: {saved}")
         self.signals.answer(trainer, number)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -168,11 +177,14 @@ class Checkpoints(L.Callback):
         if step == self._saved_step:
             return
         # Within a validation the module holds the averaged weights; they change places with the trained ones.
-        with scored_weights(trainer, pl_module) if self._validating else nullcontext():
+        with scored_weights(trainer, pl_module) if self._validating else nullcontext(), unwatched(trainer):
             trainer.save_checkpoint(self._path(step))
-        self._saved_step, self._saved_at = step, time.monotonic()
+        self._saved_step, self._saved_at, self._wanted = step, time.monotonic(), False
         if rank() == 0 and self._path(step).exists():  # else the disk was full
-            atomic_symlink(self.folder / LAST, self._path(step))
+            try:
+                atomic_link(self.folder / LAST, self._path(step))
+            except DataError as error:  # a resumed run looks at the files, and links again
+                log.warning("%s; training continues", error)
             self._link_best(step)
             self._remove_old()
 
@@ -206,8 +218,11 @@ class Checkpoints(L.Callback):
     def _link_best(self, step: int) -> None:
         if self._offered is not None and self._path(step).exists():  # else the disk was full
             content = {"score": self.best, "value": self._offered, "step": step}
-            atomic_symlink(self.folder / BEST, self._path(step))
-            atomic_write(self.folder / BEST_SCORE, f"{json.dumps(content)}\n".encode())
+            try:
+                atomic_link(self.folder / BEST, self._path(step))
+                atomic_write(self.folder / BEST_SCORE, f"{json.dumps(content)}\n".encode())
+            except DataError as error:
+                log.warning("%s; training continues without this best checkpoint", error)
         self._offered = None
 
     def _best_so_far(self) -> dict[str, Any]:

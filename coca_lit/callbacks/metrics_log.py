@@ -1,5 +1,5 @@
-"""`metrics.csv`: every row is on disk as soon as it is logged. Lightning's own CSV logger keeps rows in memory and
-deletes the file of an earlier process.
+"""`metrics.csv`: every row is on disk as soon as it is logged, or as soon as the disk takes it. Lightning's own CSV
+logger keeps rows in memory and deletes the file of an earlier process.
 """
 
 import csv
@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from coca_lit.files import append_lines, atomic_write, csv_line, whole_lines
+from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
 from coca_lit.runs.logs import METRICS
 
 
@@ -25,7 +25,8 @@ class MetricsLog(Logger):
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
         self.path = Path(save_dir) / METRICS
-        self._columns: list[str] | None = None
+        self._columns: list[str] = []
+        self._waiting: Waiting[dict[str, Any]] = Waiting(self.path, self._write)
 
     @property
     def name(self) -> str:
@@ -45,12 +46,19 @@ class MetricsLog(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {name: v.item() if isinstance(v, Tensor) else v for name, v in metrics.items()} | {"step": step}
-        if self._columns is None:
+        values = {name: v.item() if isinstance(v, Tensor) else v for name, v in metrics.items()}
+        self._waiting.add(values | {"step": step})
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self._waiting.flush(last=status != "success")  # else `finish_run` tries again
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if not self._columns or not self.path.exists():
             self._columns = next(csv.reader(whole_lines(self.path)), [])
-        if new := [name for name in row if name not in self._columns]:
+        if new := {name for row in rows for name in row if name not in self._columns}:
             self._widen(sorted([*self._columns, *new]))
-        append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns)])
+        append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns) for row in rows])
 
     def _widen(self, columns: list[str]) -> None:
         """Rewrites the rows under a new header, atomically."""

@@ -7,6 +7,7 @@ keys of all ranks.
 import json
 import statistics
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import gather_objects, max_over_ranks, mean_over_ranks, print_rank_zero, rank
 from coca_lit.errors import TrainingError
-from coca_lit.files import append_lines
+from coca_lit.files import Waiting, append_lines
 from coca_lit.runs.logs import BAD_STEPS
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
@@ -41,6 +42,7 @@ class NonFiniteGuard(L.Callback):
         if window < WARM_UP:
             raise ValueError(f"window must be at least {WARM_UP}, got {window}")
         self.path = Path(output_dir) / BAD_STEPS
+        self._waiting: Waiting[str] = Waiting(self.path, partial(append_lines, self.path))
         self.max_in_a_row, self.spike = max_in_a_row, spike
         self.skipped = self.in_a_row = self.spikes = 0
         self._losses: deque[float] = deque(maxlen=window)
@@ -101,6 +103,7 @@ class NonFiniteGuard(L.Callback):
             print_rank_zero(
                 f"loss spike at step {self._step}: {loss:.4g}, median {median:.4g} (samples in {self.path})"
             )
+        if self.spikes:  # in every row, since few spikes fall on a logged step
             pl_module.log("loss_spikes", float(self.spikes))
         self._losses.append(loss)
 
@@ -116,7 +119,10 @@ class NonFiniteGuard(L.Callback):
         if rank() == 0:
             everything = [key for part in parts for key in part]
             row = {"step": self._step, "reason": reason, **numbers, "keys": everything}
-            append_lines(self.path, [json.dumps(row)])
+            self._waiting.add(json.dumps(row))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._waiting.flush()
 
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "spikes")}

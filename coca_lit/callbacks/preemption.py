@@ -9,10 +9,8 @@ SIGUSR1 on SLURM   save, `scontrol requeue`, exit with 143     (#SBATCH --signal
 under submitit     save, then submitit's own handler, which requeues
 """
 
-import logging
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-log = logging.getLogger(__name__)
+from coca_lit.runs.signals import requeue, slurm_signal
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -55,8 +53,8 @@ class Signals:
         if callable(other := self._others[number]) and number != signal.SIGINT:
             other(number, None)  # submitit: its preemption signal requeues and exits, it ignores others
             return
-        if number == _slurm_signal() and trainer.is_global_zero:
-            _requeue()
+        if number == slurm_signal() and trainer.is_global_zero:
+            requeue()
         trainer.strategy.barrier("stop")
         if _started_by_lightning(trainer):
             _wait_for_first_process()  # which Lightning kills as soon as it sees one of us gone
@@ -75,33 +73,15 @@ class Signals:
 
 def _wanted() -> set[int]:
     wanted: set[int] = {signal.SIGTERM, signal.SIGINT}
-    if (number := _slurm_signal()) is not None:
+    if (number := slurm_signal()) is not None:
         wanted.add(number)
     if "SUBMITIT_EXECUTOR" in os.environ:
         wanted.add(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
     return wanted
 
 
-def _slurm_signal() -> int | None:
-    return signal.SIGUSR1 if "SLURM_JOB_ID" in os.environ else None
-
-
 def _exit_code(number: int) -> int:
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-
-def _requeue() -> None:
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        problem = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
-    except OSError as error:
-        problem = str(error)
-    if problem:
-        log.warning("could not requeue job %s (%s): submit it again by hand, it will resume", job, problem)
-    else:
-        print(f"requeued job {job}", flush=True)
 
 
 def _started_by_lightning(trainer: L.Trainer) -> bool:

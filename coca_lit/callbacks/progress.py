@@ -16,17 +16,16 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import sum_over_ranks, world_size
 
 
-def progress_bar(every_n_steps: int = 50) -> ProgressBar:
+def progress_bar() -> ProgressBar:
     """The bar that suits standard output."""
-    return RichProgressBar() if sys.stdout.isatty() else PlainProgress(every_n_steps)
+    return RichProgressBar() if sys.stdout.isatty() else PlainProgress()
 
 
 class PlainProgress(ProgressBar):
     """step 200/1500 · epoch 1 · ETA 0:01:12 · train/caption_loss 0.412 · samples/s 812"""
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.every_n_steps = every_n_steps
         self._start = (0.0, 0)  # time and step at which this process began
 
     def disable(self) -> None:
@@ -39,7 +38,7 @@ class PlainProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
-        if trainer.is_global_zero and (step % self.every_n_steps == 0 or step == total):
+        if trainer.is_global_zero and (_is_logged(trainer) or step == total):
             began, first = self._start
             seconds_left = (time.monotonic() - began) / max(step - first, 1) * (total - step)
             metrics = {
@@ -58,8 +57,7 @@ class PlainProgress(ProgressBar):
 class Throughput(L.Callback):
     """Logs samples per second over all ranks, measured between two logged steps."""
 
-    def __init__(self, every_n_steps: int = 50) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self) -> None:
         self._since = 0.0
         self._samples = 0
 
@@ -73,7 +71,7 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._samples += len(batch.images) * world_size()
-        if trainer.global_step % self.every_n_steps == 0:
+        if _is_logged(trainer):
             now = time.monotonic()
             pl_module.log("samples/s", self._samples / (now - self._since), prog_bar=True)
             self._since, self._samples = now, 0
@@ -113,8 +111,7 @@ class SourceCounts(L.Callback):
     Every rank interleaves its sources in the same order, so the counts of one rank hold for all.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def on_train_batch_end(
@@ -122,7 +119,7 @@ class SourceCounts(L.Callback):
     ) -> None:
         for name, count in Counter(batch.sources).items():
             self.counts[name] += count * world_size()
-        if self.counts and trainer.global_step % self.every_n_steps == 0:
+        if self.counts and _is_logged(trainer):
             pl_module.log_dict({f"samples/{name}": float(count) for name, count in self.counts.items()})
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,6 +127,12 @@ class SourceCounts(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.counts = Counter(state_dict)
+
+
+def _is_logged(trainer: L.Trainer) -> bool:
+    """Whether Lightning logs this step: every `log_every_n_steps`."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and trainer.global_step % every == 0
 
 
 def samples_seen(trainer: L.Trainer) -> dict[str, int]:

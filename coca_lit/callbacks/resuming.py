@@ -29,6 +29,16 @@ class StepSeeds(L.Callback):
         torch.manual_seed(stable_seed("step", self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
 
 
+def forget_last_step(trainer: L.Trainer) -> None:
+    """Drops the values that earlier steps of the epoch logged, which Lightning would repeat in every row: a row holds
+    what its own step measured, and is the same whether the run was resumed in between or not.
+    """
+    results = trainer._results
+    assert results is not None
+    for value in results.values():
+        value._forward_cache = None
+
+
 def logged_steps(trainer: L.Trainer) -> int:
     """The `step` that the next logged metrics get."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,9 +1,8 @@
 """When evaluations run: during training on a few images, and at its end on all of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,9 +12,11 @@ from torch.nn.utils import parametrize
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.callbacks.stall_guard import unwatched
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, suggest
 from coca_lit.evals import Evaluation, Settings
+from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa
 from coca_lit.training.sharding import unsharded
 
@@ -37,6 +38,7 @@ class ScoreDuringTraining(L.Callback):
     Attributes:
         results: the final scores, of all images.
         not_run: score -> why it could not be computed.
+        draws: final score -> its values for resampled images.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ScoreDuringTraining(L.Callback):
         self.every_n_epochs, self.every_n_steps, self.quick = every_n_epochs, every_n_steps, quick
         self.results: dict[str, float] = {}
         self.not_run: dict[str, str] = {}
+        self.draws: dict[str, Draws] = {}
         self._step = 0  # the last one that `on_train_batch_end` has seen
         self._finished = False
 
@@ -73,7 +76,7 @@ class ScoreDuringTraining(L.Callback):
         if not scored:
             names = dict.fromkeys(e.name for e in self.evals)
             raise ConfigError(
-                f"{key}: there is no evaluation '{name}'{_hint(name, names)}; the evaluations of this run: "
+                f"{key}: there is no evaluation '{name}'{suggest(name, names)} The evaluations of this run: "
                 f"{', '.join(names) or 'none'}"
             )
         if not any(e.every for e in scored):
@@ -82,7 +85,7 @@ class ScoreDuringTraining(L.Callback):
         open_ended = any(not e.score_names or "/" in measure for e in scored)  # own metrics; kinds of answers
         if measure not in known and not open_ended:
             raise ConfigError(
-                f"{key}: '{name}' has no score '{measure}'{_hint(measure, known)}; its scores: {', '.join(known)}"
+                f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -125,6 +128,8 @@ class ScoreDuringTraining(L.Callback):
             settings = self._settings(pl_module)
             for evaluation in due:
                 scores |= evaluation.evaluate_quickly(net, settings, self.quick)
+                for score, reason in evaluation.not_run.items():
+                    print_rank_zero(f"{score} not run: {reason}")
         self._offer(trainer, scores, due)
         return scores
 
@@ -149,6 +154,7 @@ class ScoreDuringTraining(L.Callback):
                 scores = evaluation.evaluate(net, settings)
                 self.results |= scores
                 self.not_run |= evaluation.not_run
+                self.draws |= evaluation.draws
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
         self._offer(trainer, self.results | few, rivals, final=True)
@@ -175,11 +181,11 @@ class ScoreDuringTraining(L.Callback):
             if found := [scores[key] for key in keys if key in scores]:
                 checkpoints.offer(trainer, found[0], final)
             elif all(e in scored for e in named):
-                problem = f"there is no score '{checkpoints.best}'{_hint(checkpoints.best, scores)}"
-                message = f"callbacks.checkpoint.best: {problem}; the scores: {', '.join(scores)}"
-                if not final:
+                problem = f"there is no score '{checkpoints.best}'{suggest(checkpoints.best, scores)}"
+                message = f"callbacks.checkpoint.best: {problem} The scores: {', '.join(scores)}"
+                if not final and not any(e.not_run for e in named):
                     raise ConfigError(message)
-                print_rank_zero(message)  # the scores of a run that is over must not get lost
+                print_rank_zero(message)  # it may come next time; and scores of a run that is over must not get lost
 
 
 def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
@@ -190,12 +196,6 @@ def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
 
 def _checkpoints(trainer: L.Trainer) -> list[Checkpoints]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    folded = {other.lower(): other for other in known}
-    close = get_close_matches(name.lower(), folded, n=1)
-    return f"; did you mean '{folded[close[0]]}'?" if close else ""
 
 
 @contextmanager
@@ -210,5 +210,6 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     device = next(net.parameters()).device
     cuda = torch.random.fork_rng([device]) if device.type == "cuda" else nullcontext()
     eager = torch.compiler.set_stance("force_eager")
-    with isolate_rng(include_cuda=False), cuda, eager, parametrize.cached(), unsharded(net) as whole:
+    calm = unwatched(module.trainer)
+    with calm, isolate_rng(include_cuda=False), cuda, eager, parametrize.cached(), unsharded(net) as whole:
         yield whole

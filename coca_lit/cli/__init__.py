@@ -1,1 +1,11 @@
 """From words on a command line to the objects of a run, or one sentence that says what is wrong with them."""
+
+from coca_lit.runs.signals import requeue_while_starting
+
+
+def train_command() -> None:
+    """Entry point of `python train.py` and `coca-train`. Signals are answered before anything slow is imported."""
+    requeue_while_starting()
+    from coca_lit.cli.train import train
+
+    train()

@@ -4,14 +4,19 @@ The constructor is the schema: `build` refuses a key that a constructor does not
 """
 
 import inspect
+import os
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from coca_lit.cli.checks import WITHOUT_DATA, WITHOUT_EVALUATION, place_of_data, place_of_evaluation
 from coca_lit.cli.runtime import best_precision
-from coca_lit.errors import ConfigError, error_context, suggest
+from coca_lit.errors import ConfigError, DataNotFoundError, error_context, suggest
+from coca_lit.runs.launch import launched_devices, under_srun
 from coca_lit.runs.redaction import mask
 
 if TYPE_CHECKING:
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from coca_lit.data.datamodule import CaptionDataModule
     from coca_lit.evals import Evaluation, Settings
     from coca_lit.lit_module import CoCaLit
-    from coca_lit.models import CoCa
+    from coca_lit.models import CoCa, DualEncoder
     from coca_lit.tokenizer import Tokenizer
 
 WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that concern training alone
@@ -104,6 +109,38 @@ def _arguments(target: Callable[..., Any]) -> list[str] | None:
     return names
 
 
+def has_argument(target: Any, key: str) -> bool:
+    """Whether the class or function with this full name takes the argument, or any."""
+    try:
+        arguments = _arguments(resolve_target(target, key))
+    except ConfigError:  # told when it is built
+        return False
+    return arguments is None or key in arguments
+
+
+def known_arguments(target: Any) -> list[str]:
+    """Names of the arguments of the class or function with this full name."""
+    try:
+        return _arguments(resolve_target(target, "")) or []
+    except ConfigError:
+        return []
+
+
+def argument_defaults(node: dict[str, Any], path: str = "config") -> dict[str, Any]:
+    """The defaults of all constructors in a part of a config, by key, as plain values."""
+    defaults: dict[str, Any] = {}
+    if "_target_" in node:
+        with suppress(ValueError):  # it is not written in Python
+            parameters = inspect.signature(resolve_target(node["_target_"], path)).parameters.values()
+            defaults = {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
+    nested = {key: child for key, child in node.items() if isinstance(child, dict)}
+    return defaults | {key: argument_defaults(child, key) for key, child in nested.items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+
+
 def _takes(target: Callable[..., Any], key: str) -> bool:
     """Whether a class or function has an argument `key`, or may hand it on to a base class that has."""
     classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
@@ -112,27 +149,89 @@ def _takes(target: Callable[..., Any], key: str) -> bool:
 
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
-    data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
-    data.prepare_data()
+    with _named_place(place_of_data(cfg), WITHOUT_DATA):
+        data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
+        data.prepare_data()
     return data
 
 
-def build_module(cfg: DictConfig) -> "CoCaLit":
-    """The LightningModule with its network, started from given weights if there are any."""
-    from coca_lit.weights.load import load_image_weights, load_weights
+@contextmanager
+def _named_place(key: str | None, otherwise: str) -> Iterator[None]:
+    """Adds to the error for missing data the key that names their place, and what runs without them."""
+    try:
+        yield
+    except DataNotFoundError as error:
+        place = f"{key}=PLACE tells where they are" if key is not None else ""
+        raise DataNotFoundError("; ".join(filter(None, (str(error), place, otherwise)))) from error
 
+
+def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
+    """The LightningModule with its network, started from given weights if there are any.
+
+    Args:
+        checkpoint: what the run resumes from; its weights will replace any others.
+    """
+    source = None
+    if checkpoint is not None:
+        from coca_lit.weights.load import read_architecture
+
+        with error_context("ckpt_path"):
+            cfg = with_facts(cfg, read_architecture(checkpoint), checkpoint)
+    elif cfg.init_from is not None:
+        from coca_lit.weights.load import copy_weights, load_dual_encoder
+
+        with error_context("init_from"):
+            source = load_dual_encoder(cfg.init_from)
+            cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
     module = build(cfg.model, "model", optimizer=optimizer, micro_batch_size=cfg.trainer.micro_batch_size)
     if cfg.image_weights is not None:
+        from coca_lit.weights.load import load_image_weights
+
         with error_context("image_weights"):
             load_image_weights(module.net, cfg.image_weights)
-    if cfg.init_from is not None:
+    given: list[str] = []
+    if source is not None:
         with error_context("init_from"):
-            load_weights(module.net, cfg.init_from)
+            given = copy_weights(source, module.net, cfg.init_from)
+    if cfg.init_decoder_from is not None and checkpoint is None:
+        from coca_lit.weights.load import load_language_model
+
+        with error_context("init_decoder_from"):
+            load_language_model(module.net, cfg.init_decoder_from, given)
     add_adapters(cfg, module.net)
     if not any(p.requires_grad for p in module.net.parameters()):
         raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
     return module
+
+
+def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:
+    """The config with what the tensors of some weights do not show, such as their CLS mask, taken from them.
+
+    Args:
+        source: the model, or the config of one.
+
+    Raises:
+        ValueError: the config chooses something else.
+    """
+    from coca_lit.distributed import print_rank_zero
+    from coca_lit.models import CoCa, create_model
+    from coca_lit.models.presets import preset
+    from coca_lit.weights.computation import arguments_of, merge
+
+    if resolve_target(cfg.model.net._target_, "model.net") is not create_model:
+        return cfg  # a network of the user's own; `copy_weights` compares it with the source
+    net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
+    own = preset(net["name"])
+    merged = merge(net, own, arguments_of(source), str(where))
+    defaults = {name: p.default for name, p in inspect.signature(CoCa).parameters.items()}
+    without = defaults | own | {name: value for name, value in net.items() if value is not None}
+    if taken := [f"{name}={value}" for name, value in merged.items() if value != without.get(name)]:
+        print_rank_zero(f"as the weights in {where}: {', '.join(taken)}")
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.model.net = net | merged
+    return cfg
 
 
 def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
@@ -141,9 +240,10 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
 
     if cfg.lora.rank:
         adapted = build(cfg.lora, "lora", net=net)
+        parts = dict.fromkeys(name.partition(".")[0] for name in adapted)
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         print_rank_zero(
-            f"low-rank updates of {len(adapted)} matrices of {', '.join(cfg.lora.parts)}, {trained:,} parameters train"
+            f"low-rank updates of {len(adapted)} matrices of {', '.join(parts)}, {trained:,} parameters train"
         )
 
 
@@ -156,7 +256,8 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
 
     if cfg.vocabulary is None:
         return cfg
-    groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
+    with _named_place(place_of_data(cfg), WITHOUT_DATA):
+        groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
     with error_context("vocabulary"):
         words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
     print_rank_zero(
@@ -169,16 +270,20 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
-    """The evaluations of a config, and with `skip_missing` the reason for each one whose data cannot be read."""
+    """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read. A
+    target may return several evaluations.
+    """
     from coca_lit.distributed import print_rank_zero
     from coca_lit.errors import DataError
 
     evals, missing = [], {}
     for name, node in cfg.evals.items():
         try:
-            evals += [build(node, f"evals.{name}")] if node else []
+            with _named_place(place_of_evaluation(cfg, name), "" if cfg.scoring.skip_missing else WITHOUT_EVALUATION):
+                built = build(node, f"evals.{name}") if node else []
+            evals += built if isinstance(built, list) else [built]
         except DataError as error:
-            if not cfg.skip_missing:
+            if not cfg.scoring.skip_missing:
                 raise
             missing[name] = str(error)
             print_rank_zero(f"skipped {name}: {error}")
@@ -188,8 +293,12 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 def build_settings(cfg: DictConfig) -> "Settings":
     """What the evaluations share."""
     from coca_lit.evals import Settings
+    from coca_lit.weights.hub import locate
 
-    node = _without(cfg.scoring, *WHEN)
+    if cfg.scoring.clip_score_model is not None:
+        with error_context("scoring.clip_score_model"):  # now, and not when training is over
+            locate(cfg.scoring.clip_score_model)
+    node = _without(cfg.scoring, *WHEN, "skip_missing")
     node._target_ = f"{Settings.__module__}.{Settings.__qualname__}"
     return build(node, "scoring", output_dir=cfg.output_dir)
 
@@ -221,8 +330,8 @@ def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", texts: bool =
     with error_context("trainer"):
         further = {
             "lora": bool(cfg.lora.rank),
-            "objectives": bool(cfg.model.objectives),
-            "self_critical": cfg.model.self_critical is not None,
+            "objectives": bool(cfg.model.get("objectives")),
+            "self_critical": cfg.model.get("self_critical") is not None,
         }
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
     parts = {
@@ -262,13 +371,18 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
 
 
 def build_plugins() -> list[Any]:
+    """Safe checkpoint files, and under srun an environment that leaves requeueing to us: Lightning would save within
+    the signal handler, in the middle of a step.
+    """
     from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     from coca_lit.training.checkpoint_plugin import SafeCheckpointIO
 
-    # Requeueing is ours: Lightning would save within the signal handler, in the middle of a step.
-    under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [SafeCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if under_srun else [])]
+    if not under_srun() or TorchElasticEnvironment.detect():
+        return [SafeCheckpointIO()]
+    # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched_devices()))
+    return [SafeCheckpointIO(), SLURMEnvironment(auto_requeue=False)]
 
 
 def _without(node: DictConfig, *keys: str) -> DictConfig:

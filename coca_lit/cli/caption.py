@@ -1,4 +1,4 @@
-"""Captions from the command line: `coca-caption IMAGE_OR_FOLDER_OR_SHARDS… checkpoint=PATH`.
+"""Captions from the command line: `coca-caption IMAGE_OR_FOLDER_OR_SHARDS…`.
 
 Under torchrun the work is split over the processes; the result is the same.
 """
@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import best_precision, configure_libraries
+from coca_lit.cli.runtime import best_precision, chosen_checkpoint, configure_libraries
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.models.generation.options import OPTIONS, describe
 
@@ -51,7 +51,7 @@ def run(cfg: DictConfig) -> None:
     bf16 = _bf16(cfg.precision)
     with process_group(timeout=timedelta(days=7)) as device:  # processes wait for each other only at the very end
         with error_context("checkpoint"):
-            model = load_model(str(cfg.checkpoint))
+            model = load_model(chosen_checkpoint(cfg.checkpoint))
         if model.decoder is None:
             raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
         settings = {"model": fingerprint(model), "seed": cfg.seed}

@@ -1,20 +1,20 @@
 """From the words on a command line to a composed config, and one sentence about whatever is wrong with them.
 
 Read from the top: `command` is what every entry point calls. Words become overrides in Hydra's grammar
-(`split_arguments`), Hydra composes them with `conf/` (`compose`, or `hydra.main` where there are sweeps), `check` finds
-keys that nobody reads, and the command's function gets the config. `coca_lit.cli.assembly` builds objects from it.
+(`split_arguments`), Hydra composes them with `conf/` (`compose`, or `hydra.main` where there are sweeps),
+`coca_lit.cli.checks` finds what the config alone shows to be wrong, and the command's function gets the config.
+`coca_lit.cli.assembly` builds objects from it.
 """
 
 import argparse
 import functools
-import importlib
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import yaml
@@ -27,6 +27,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from coca_lit.cli.assembly import has_argument, known_arguments
+from coca_lit.cli.checks import check, check_numbers, check_places, unresolved
 from coca_lit.cli.sweep import job_record, print_sweep
 from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.runs.launch import is_first_process, job_folder, launched_devices, launched_nodes, run_id
@@ -61,16 +63,16 @@ def command(
         options, further = _parser().parse_known_args(flags)
         if options.config_dir is not None:
             overrides = [*overrides, _search_path(options.config_dir)]
-        if options.cfg is not None:
+        if options.help:
+            print(_help(config, overrides))
+        elif options.cfg is not None:
             print(_shown(compose(config, overrides, with_hydra=True), options), end="")
         elif multirun:
-            _run_with_hydra(config, function, [*further, *(["--help"] if options.help else []), *overrides])
+            _run_with_hydra(config, function, [*further, *accept_arguments(config, overrides)])
         elif further:
             raise ConfigError(f"there is no option {further[0]}: see coca-{config} --help")
-        elif options.help:
-            print(compose(config, with_hydra=True).hydra.help.template)
         else:
-            _start(function, compose(config, overrides), _defaults(config))
+            _start(function, compose(config, overrides), _defaults(config, overrides))
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         sys.exit(f"error: {redact(explain(error, config, overrides))}")
 
@@ -85,53 +87,56 @@ def use_current_folder() -> None:
 
 def compose(config: str, overrides: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:
     """The config that a command gets from `conf/{config}.yaml` and these overrides."""
+    overrides = accept_arguments(config, overrides)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(config, list(overrides), return_hydra_config=with_hydra)
+        return hydra.compose(config, overrides, return_hydra_config=with_hydra)
 
 
-def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: Any) -> Any:
-    check(OmegaConf.to_container(cfg, resolve=False), defaults)
-    use_current_folder()  # in a process that a launcher started
-    for module in cfg.imports:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"imports: there is no module '{module}' ({error})") from error
-    return function(cfg)
-
-
-def _defaults(config: str) -> Any:
-    return OmegaConf.to_container(compose(config), resolve=False)
-
-
-def check(node: Any, defaults: Any, path: str = "") -> None:
-    """Compares the part of a config that is read directly, and not built by a constructor, with its defaults.
-
-    Args:
-        node, defaults: plain values with interpolations as they stand.
-
-    Raises:
-        ConfigError: a key that the defaults lack, a value of another type than the default, or a missing value.
+def accept_arguments(config: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides, with Hydra's `++` before keys that no file lists but the constructor of their node takes: the
+    files need not repeat the defaults of the constructors.
     """
-    for key, value in node.items():
-        name = f"{path}{key}"
-        if key not in defaults:
-            raise ConfigError(f"there is no key '{name}'{suggest(key, defaults)}")
-        default = defaults[key]
-        if value == "???":
-            raise ConfigError(f"{name} is missing: set {name}=VALUE")
-        if isinstance(value, str) and "${" in value:
-            continue
-        if isinstance(default, dict) and isinstance(value, dict):
-            if default and not _builds_objects(default):
-                check(value, default, f"{name}.")
-        elif not _fits(value, default):
-            kind = _kind(default)
-            raise ConfigError(f"{name} must be {kind}, the default is {_written(default)}; got {_written(value)}")
+    keys = {word: word.partition("=")[0] for word in overrides if re.match(r"[A-Za-z_][\w-]*\.[\w.-]+=", word)}
+    unlisted = keys and {word: key for word, key in keys.items() if key not in _listed(config, ())}
+    if not unlisted:
+        return [*overrides]
+    known = _Known(config, overrides)
+    accepted = {word for word, key in unlisted.items() if not known.has(key) and known.is_argument(key)}
+    return [f"++{word}" if word in accepted else word for word in overrides]
 
 
-def _builds_objects(node: Any) -> bool:
-    return isinstance(node, dict) and ("_target_" in node or any(map(_builds_objects, node.values())))
+class _Defaults(NamedTuple):
+    """Plain values of a config as nobody changed it, and of the options that were chosen."""
+
+    config: str
+    general: Any
+    chosen: Any
+
+
+def _defaults(config: str, overrides: Sequence[str]) -> _Defaults:
+    general = unresolved(compose(config))
+    try:
+        chosen = unresolved(compose(config, _Options(config, overrides).choices()))
+    except HydraException:  # the run itself will say what is wrong
+        chosen = general
+    return _Defaults(config, general, chosen)
+
+
+def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: _Defaults) -> Any:
+    node = unresolved(cfg)
+    check(node, defaults.general)
+    check_numbers(node, defaults.chosen)
+    if defaults.config != "plan":  # which needs no weights and no data
+        check_places(cfg)
+    use_current_folder()  # in a process that a launcher started
+    if cfg.imports:
+        from coca_lit.models.registry import import_modules
+
+        try:
+            import_modules(cfg.imports)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return function(cfg)
 
 
 # Sweeps, launchers and run folders
@@ -139,7 +144,7 @@ def _builds_objects(node: Any) -> bool:
 
 def _run_with_hydra(config: str, function: Callable[[DictConfig], Any], words: Sequence[str]) -> None:
     failures: list[Exception] = []
-    defaults = {} if "--help" in words else _defaults(config)
+    defaults = _defaults(config, words)
 
     @functools.wraps(function)
     def job(cfg: DictConfig) -> Any:
@@ -280,6 +285,15 @@ def _parsed(override: str) -> Override | None:
         return None
 
 
+def _help(config: str, overrides: Sequence[str]) -> str:
+    """What `--help` prints: the template in `conf/hydra/help`, with the options of all config groups."""
+    known = _Known(config, [word for word in overrides if word.startswith("hydra.searchpath=")])
+    groups = [group for group in known.options("", ObjectType.GROUP) if group != "hydra"]
+    listed = "\n".join(f"{group}: {', '.join(known.options(group))}" for group in sorted(groups))
+    template = compose(config, with_hydra=True).hydra.help.template
+    return str(template).replace("$APP_CONFIG_GROUPS", listed)
+
+
 def _shown(cfg: DictConfig, options: argparse.Namespace) -> str:
     """What `--cfg job` prints: the config without its secrets."""
     HydraConfig.instance().set_config(cfg)
@@ -340,7 +354,7 @@ def _explain_composition(error: HydraException, config: str, overrides: Sequence
         for override in known.overrides:
             key = override.key_or_group
             if not (override.is_add() or override.is_force_add() or known.has(key)):
-                return f"there is no key '{key}'{suggest(key, known.names, known.leaves)}"
+                return f"there is no key '{key}'{known.hint(key)}"
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}: {str(error.__cause__).splitlines()[0]}".removeprefix("Error merging override ")
@@ -349,56 +363,93 @@ def _explain_composition(error: HydraException, config: str, overrides: Sequence
     return text.rstrip(".") + next((hint for hint in hints if hint != "."), ".")
 
 
-class _Known:
-    """Keys, config groups and options that a command line could have named, on the user's own search path too."""
+class _Options:
+    """Config groups and their options, on the user's own search path too, and the overrides that choose among them."""
 
-    def __init__(self, config: str, overrides: Sequence[str]) -> None:
+    def __init__(self, config: str, overrides: Sequence[str] = ()) -> None:
         self.config = config
         self.overrides = [parsed for override in overrides if (parsed := _parsed(override)) is not None]
-        self.search = [str(o.input_line) for o in self.overrides if o.key_or_group == "hydra.searchpath"]
-        groups = [o for o in self.overrides if not o.is_sweep_override() and self.options(o.key_or_group)]
+        self.search = tuple(str(o.input_line) for o in self.overrides if o.key_or_group == "hydra.searchpath")
+
+    def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> tuple[str, ...]:
+        return _options(self.config, self.search, group, kind)
+
+    def choices(self) -> list[str]:
+        """The overrides that choose an option: with them, `compose` has the defaults of all others."""
+        chosen = (o for o in self.overrides if not o.is_sweep_override() and self.options(o.key_or_group))
+        return [*self.search, *(str(o.input_line) for o in chosen)]
+
+
+class _Known(_Options):
+    """Keys, config groups and options that a command line could have named, on the user's own search path too."""
+
+    def __init__(self, config: str, overrides: Sequence[str] = ()) -> None:
+        super().__init__(config, overrides)
+        single = [(o.key_or_group, str(o.input_line)) for o in self.overrides if not o.is_sweep_override()]
+        targets = [f"++{line.lstrip('+')}" for key, line in single if key.endswith("._target_")]
         try:
-            cfg = compose(config, [*self.search, *(str(o.input_line) for o in groups)], with_hydra=True)
+            self.nodes = _listed(config, (*self.choices(), *targets))
         except HydraException:  # something is wrong with the groups, too
-            cfg = compose(config, self.search, with_hydra=True)
-        keys = list(_keys(OmegaConf.to_container(cfg, resolve=False)))
-        self.names = [*keys, *self.options("", ObjectType.GROUP)]
-        own = (key for key in keys if not key.startswith("hydra"))
+            self.nodes = _listed(config, self.search)
+        self.names = [*self.nodes, *self.options("", ObjectType.GROUP)]
+        own = (key for key in self.nodes if not key.startswith("hydra"))
         # lr: model.optimizer.lr; of several keys the one that is nearest to the root
         self.leaves = {key.rpartition(".")[2]: key for key in sorted(own, key=lambda key: -key.count("."))}
-
-    def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> list[str]:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            options = loader.get_group_options(group, kind, self.config, self.search)
-        return [option for option in options if not option.startswith("_")]  # base files of others
 
     def has(self, key: str) -> bool:
         return key in self.names or bool(self.options(key))
 
+    def hint(self, key: str) -> str:
+        """The end of a sentence about a key that is not there, see `suggest`."""
+        hint = suggest(key, [*self.names, *self.arguments(key)], self.leaves)
+        if hint != "." or "." in key:
+            return hint
+        builders = [name for name, node in self.nodes.items() if isinstance(node, dict) and "_target_" in node]
+        arguments = [argument for name in builders for argument in self.arguments(f"{name}.")]
+        return suggest(key, [], {argument.rpartition(".")[2]: argument for argument in reversed(arguments)})
 
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    def is_argument(self, key: str) -> bool:
+        """Whether the constructor of the node that holds the key takes it, or the key lies in a dictionary that the
+        constructor takes.
+        """
+        owner, argument = self._owner(key)
+        return owner is not None and has_argument(self.nodes[owner]["_target_"], argument)
+
+    def arguments(self, key: str) -> list[str]:
+        """All keys that the constructor of the node that holds this one takes."""
+        owner, _ = self._owner(key)
+        return [f"{owner}.{name}" for name in known_arguments(self.nodes[owner]["_target_"])] if owner else []
+
+    def _owner(self, key: str) -> tuple[str | None, str]:
+        """The innermost node with a target that holds the key, and the argument of the target that the key is in."""
+        parts = key.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            node = self.nodes.get(".".join(parts[:end]), {})
+            if not isinstance(node, dict):
+                break
+            if "_target_" in node:
+                return ".".join(parts[:end]), parts[end]
+        return None, ""
+
+
+@functools.cache
+def _options(config: str, search: tuple[str, ...], group: str, kind: ObjectType) -> tuple[str, ...]:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        options = loader.get_group_options(group, kind, config, list(search))
+    return tuple(option for option in options if not option.startswith("_"))  # base files of others
+
+
+@functools.cache
+def _listed(config: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """All keys of a config, those of its nodes too, with their values."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose(config, list(overrides), return_hydra_config=True)
+    return dict(_keys(OmegaConf.to_container(cfg, resolve=False)))
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(node, dict):
         for key, child in node.items():
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", child
             yield from _keys(child, f"{prefix}{key}.")
-
-
-def _kind(value: Any) -> str | None:
-    """The type of a default in words; None where any value may stand."""
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int):
-        return "a whole number"
-    if isinstance(value, float):
-        return "a number"
-    return "a list" if isinstance(value, list) else None
-
-
-def _fits(value: Any, default: Any) -> bool:
-    kinds = (_kind(default), _kind(value))
-    return kinds[0] is None or kinds[0] == kinds[1] or kinds == ("a number", "a whole number")
-
-
-def _written(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix("...\n").strip()

@@ -1,4 +1,6 @@
-"""`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them."""
+"""`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
+`coca-data spice` fetches what SPICE needs.
+"""
 
 import argparse
 import os
@@ -20,14 +22,18 @@ CHECK = """\
 Decodes every image and caption of a set of shards, names what is broken, and writes manifest.json beside the shards:
 samples, bytes and sha256 of each. Training then refuses a shard that has changed. An existing manifest is compared
 first. An interrupted check resumes where it stopped."""
+SPICE = """\
+Fetches Stanford CoreNLP 3.6.0 (400 MB, GPL 3), by which SPICE parses captions, and keeps its two jars. An interrupted
+download resumes where it stopped."""
 
 
 def data(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `coca-data`. A `UserError` is one sentence on standard error and exit code 1."""
-    parser = argparse.ArgumentParser("coca-data", description="Prepares and checks image-text shards.")
+    parser = argparse.ArgumentParser("coca-data", description="Prepares and checks data, fetches what scores need.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands)
     _add_check(commands)
+    _add_spice(commands)
     options = parser.parse_args(arguments)
 
     from coca_lit.errors import UserError
@@ -118,6 +124,35 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"wrote {write_manifest(options.output, entries)}")
     _print_total(list(entries.values()), bad)
     print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
+
+
+def _add_spice(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("spice", help="fetch the two jars that SPICE needs", description=SPICE)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="default: ~/.cache/coca_lit/spice, where SPICE looks first"
+    )
+    parser.set_defaults(run=_fetch_spice)
+
+
+def _fetch_spice(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from coca_lit.errors import DataNotFoundError
+    from coca_lit.metrics.java.fetch import fetch_jars
+    from coca_lit.metrics.java.spice import FOLDER, JARS_VARIABLE, SpiceError
+
+    folder = options.folder or FOLDER.expanduser()
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("CoreNLP", total=None)
+            others = fetch_jars(folder, lambda done, total: bar.update(task, completed=done, total=total))
+    except SpiceError as error:
+        raise DataNotFoundError(str(error)) from error
+    for jar in others:
+        print(f"warning: {jar} is not the file that Maven has; SPICE is tested with that one", file=sys.stderr)
+    print(f"SPICE is ready: {folder}" + (f"; set {JARS_VARIABLE} to it" if options.folder else ""))
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

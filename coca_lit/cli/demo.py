@@ -1,4 +1,4 @@
-"""`coca-demo checkpoint=PATH`: a web page on this machine to caption, classify and search images with a model."""
+"""`coca-demo`: a web page on this machine to caption, classify and search images with a model."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.runtime import BUILTIN, OUTPUTS, chosen_checkpoint, configure_libraries
 from coca_lit.errors import ConfigError, error_context
 
 if TYPE_CHECKING:
     from coca_lit.inference.search import ImageIndex
     from coca_lit.models import CoCa
-
-OUTPUTS = Path("outputs")
 
 
 def demo() -> None:
@@ -36,7 +34,7 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
-    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint is not None else _builtin()
+    checkpoint = chosen_checkpoint(cfg.checkpoint)
     with error_context("checkpoint"):
         model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -48,19 +46,8 @@ def run(cfg: DictConfig) -> None:
     if folder is None and knows_only_scenes(model):
         folder = write_scenes(OUTPUTS / "demo_scenes")
     index = _index(model, folder) if folder is not None else None
-    page = build_page(model, str(checkpoint), index, builtin=cfg.checkpoint is None)
+    page = build_page(model, checkpoint, index, builtin=cfg.checkpoint == BUILTIN)
     serve(page, cfg.port, cfg.open_browser)
-
-
-def _builtin() -> Path:
-    """The checkpoint of the built-in demo model, trained now if no run has left one."""
-    from coca_lit.demo.builtin import find_demo_model, train_demo_model
-
-    if found := find_demo_model(OUTPUTS):
-        print(f"no checkpoint given: the page shows the built-in demo model in {found}")
-        return found
-    print(f"no checkpoint given and no finished demo run in {OUTPUTS}: training the built-in demo model, a few minutes")
-    return train_demo_model(OUTPUTS)
 
 
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":

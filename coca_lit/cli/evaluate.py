@@ -12,10 +12,12 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_settings
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries, finish_run
+from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
 from coca_lit.errors import error_context
+from coca_lit.runs.lock import in_use
 
 if TYPE_CHECKING:
+    from coca_lit.metrics.uncertainty import Draws
     from coca_lit.models import DualEncoder
 
 
@@ -26,8 +28,14 @@ def evaluate() -> None:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
+    with in_use(Path(cfg.output_dir)), worker_errors():
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
+    from coca_lit.models import part_sizes
     from coca_lit.runs.run_folder import start_run_folder
 
     configure_libraries(cfg.threads)
@@ -40,11 +48,13 @@ def run(cfg: DictConfig) -> dict[str, float]:
         settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
         results: dict[str, float] = {}
+        draws: dict[str, Draws] = {}
         for evaluation in evals:
             results |= evaluation.evaluate(model, settings)
             not_run |= evaluation.not_run
+            draws |= evaluation.draws
         if rank() == 0:
-            finish_run(Path(cfg.output_dir), results, not_run)
+            finish_run(Path(cfg.output_dir), results, not_run, draws, {"parameters": part_sizes(model)})
     return results
 
 

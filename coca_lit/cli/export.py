@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from coca_lit.export.card import Exported
     from coca_lit.models import CoCa
 
-FORMATS = ("open_clip", "safetensors", "onnx")
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FORMATS = ("open_clip", "safetensors", "transformers", "onnx")
+PACKAGES = {"transformers": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}  # that a format needs
 
 
 def export() -> None:
@@ -26,31 +26,43 @@ def export() -> None:
 
 
 def run(cfg: DictConfig) -> None:
-    """Writes the checkpoint to the folder `cfg.output`, in the format `cfg.format`, with a model card."""
-    checkpoint, output = Path(str(cfg.checkpoint)), Path(str(cfg.output))
+    """Writes the checkpoint to the folder `cfg.output`, in the format `cfg.format`, with a model card, and uploads that
+    to the repository `cfg.push_to` if there is one.
+    """
+    output = Path(str(cfg.output))
     with error_context("format"):
-        write = _writer(cfg.format, cfg.correct_cls_mask)
-    from coca_lit.export.card import write_card
+        write = _writer(cfg.format, cfg.correct_cls_mask, cfg.max_int8_loss)
+    from coca_lit.export.card import Mixture, write_card
     from coca_lit.export.folder import check_output, new_folder
+    from coca_lit.weights import hub
     from coca_lit.weights.interpolation import interpolate
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
+    if cfg.push_to is not None:
+        hub.check_push(cfg.push_to)
     with error_context("output"):
-        check_output(output, checkpoint, cfg.overwrite)
+        check_output(output, Path(str(cfg.checkpoint)), cfg.overwrite)
     with error_context("checkpoint"):
+        checkpoint = hub.locate(str(cfg.checkpoint))
         model = load_model(checkpoint)
+    mixture = None
     if cfg.interpolate_with is not None:
+        mixture = Mixture(str(cfg.interpolate_with), cfg.weight)
         with error_context("interpolate_with"):
             interpolate(model, load_model(cfg.interpolate_with), cfg.weight)
     with new_folder(output) as folder:
         with error_context("format"):
             exported = write(model, folder)
-        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg))
+        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg), mixture, cfg.push_to)
+    if exported.warning:
+        print(f"note: {exported.warning}")
     print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
+    if cfg.push_to is not None:
+        print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")
 
 
-def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Exported]":
+def _writer(name: str, correct_cls_mask: bool, max_int8_loss: float) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes a format."""
     if name == "open_clip":
         from coca_lit.export.open_clip import write_open_clip
@@ -62,14 +74,18 @@ def _writer(name: str, correct_cls_mask: bool) -> "Callable[[CoCa, Path], Export
         from coca_lit.export.safetensors import write_safetensors
 
         return write_safetensors
+    if missing := [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]:
+        raise ValueError(
+            f"{name} needs packages that are not installed ({', '.join(missing)}): pip install 'coca_lit[{name}]'"
+        )
+    if name == "transformers":
+        from coca_lit.export.transformers import write_transformers
+
+        return write_transformers
     if name == "onnx":
-        if missing := [package for package in ONNX_PACKAGES if find_spec(package) is None]:
-            raise ValueError(
-                f"onnx needs packages that are not installed ({', '.join(missing)}): pip install 'coca_lit[onnx]'"
-            )
         from coca_lit.export.onnx import write_onnx
 
-        return write_onnx
+        return lambda model, folder: write_onnx(model, folder, max_int8_loss)
     raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
 
 
@@ -77,8 +93,12 @@ def _command(cfg: DictConfig) -> str:
     words = {key: cfg[key] for key in ("checkpoint", "format", "output")}
     if cfg.correct_cls_mask:
         words["correct_cls_mask"] = "true"
+    if cfg.format == "onnx":
+        words["max_int8_loss"] = cfg.max_int8_loss
     if cfg.interpolate_with is not None:
         words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
+    if cfg.push_to is not None:
+        words["push_to"] = cfg.push_to
     return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])
 
 

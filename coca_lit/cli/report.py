@@ -1,4 +1,6 @@
-"""`coca-report outputs/A` rewrites the report of a run; given several runs, or a sweep, it compares them."""
+"""`coca-report outputs/A` rewrites the report of a run; given several runs, or a sweep, it compares them. Of two
+runs with zero-shot accuracy on the same data sets it also draws the gaps, sorted: second run against first.
+"""
 
 import argparse
 import sys

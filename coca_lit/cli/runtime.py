@@ -1,10 +1,26 @@
-"""Process-wide settings of PyTorch and Lightning: threads, memory, precision, and which notices are shown."""
+"""What commands share: settings of PyTorch and Lightning (threads, memory, precision, which notices are shown), the
+model of a command that names none, and the end of a run.
+"""
 
 import logging
+import re
+import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.files import write_waiting
+
+if TYPE_CHECKING:
+    from coca_lit.metrics.uncertainty import Draws
+
+TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
+BUILTIN = "builtin"  # as a checkpoint: the demo model, which learned the built-in scenes
+OUTPUTS = Path("outputs")
 
 
 def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
@@ -34,6 +50,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # with whole weights only
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
 
 
@@ -46,13 +63,93 @@ def best_precision() -> str:
     return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
 
 
+def chosen_checkpoint(checkpoint: str | None, smaller: str = "coca_ViT-B-32") -> str:
+    """The checkpoint of a command as it is given, or what stands in for it: a released model if there is none, the
+    model of the built-in scenes for `BUILTIN`. Standard error says which one and where it is kept.
+
+    Args:
+        smaller: the released model to recommend where the default one is too large.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from coca_lit.distributed import rank
+    from coca_lit.weights.hub import DEFAULT, released
+
+    if checkpoint == BUILTIN:
+        return str(_builtin_model())
+    if checkpoint is not None:
+        return str(checkpoint)
+    size, small = (model.gigabytes for name in (DEFAULT, smaller) if (model := released(name)))
+    if rank() == 0:
+        print(
+            f"no checkpoint given: this is {DEFAULT}, OpenCLIP's CoCa finetuned on MSCOCO, {size} GB, kept in"
+            f" {HF_HUB_CACHE}; a smaller one: checkpoint={smaller} ({small} GB)",
+            file=sys.stderr,
+        )
+    return DEFAULT
+
+
+def _builtin_model() -> Path:
+    """The checkpoint of the built-in demo model, trained now if no run has left one."""
+    from coca_lit.demo.builtin import find_demo_model, train_demo_model
+
+    if found := find_demo_model(OUTPUTS):
+        print(f"the built-in demo model is {found}", file=sys.stderr)
+        return found
+    print(f"there is no finished demo run in {OUTPUTS}: training the demo model, a few minutes", file=sys.stderr)
+    return train_demo_model(OUTPUTS)
+
+
 def finish_run(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+    folder: Path,
+    results: dict[str, float],
+    not_run: dict[str, str],
+    draws: "dict[str, Draws] | None" = None,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the scores of a run and its report; arguments as for `write_results`."""
+    """Prints the scores of a run with their uncertainty, and writes them and its report; see `write_results`. On a full
+    disk it tries again for some minutes.
+
+    Raises:
+        DataError: they cannot be written.
+    """
     from coca_lit.report.page import write_report
+    from coca_lit.report.tables import print_scores
+    from coca_lit.runs.draws import write_draws
     from coca_lit.runs.run_folder import write_results
 
-    seconds = write_results(folder, results, not_run, seen)
-    write_report(folder)
+    print_scores(results, draws or {})
+    for left in reversed(range(TRIES)):
+        try:
+            write_waiting()
+            write_draws(folder, draws or {})
+            seconds = write_results(folder, results, not_run, facts)
+            write_report(folder)
+            break
+        except (DataError, OSError) as error:
+            if not left:
+                raise DataError(f"{error}: make room; the same command then scores again and writes them") from error
+            print(f"{error}; trying again in {PAUSE} seconds", flush=True)
+            time.sleep(PAUSE)
     print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Says in one sentence that a data worker was killed. PyTorch raises that wherever the main process just is.
+
+    Raises:
+        DataError: in place of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(
+            r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)(?: is)? (killed by signal: \w+|exited)", str(error)
+        )
+        if found is None:
+            raise
+        raise DataError(
+            f"a data worker (process {found[1]}) {'was ' * found[2].startswith('killed')}{found[2]}: most often the "
+            "memory is full, so take fewer workers (data.num_workers, scoring.workers); the same command resumes"
+        ) from error

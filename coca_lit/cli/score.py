@@ -5,10 +5,15 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coca_lit.metrics.captions import CaptionTable
 
 DESCRIPTION = """\
 Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
-captions; nocaps also by domain. The numbers are those of the official COCO caption evaluation."""
+captions; nocaps also by domain. The numbers are those of the official COCO caption evaluation, times 100 as in papers;
+the 95 % intervals come from a bootstrap over the images. --output keeps the numbers as they are."""
 
 
 def score(arguments: Sequence[str] | None = None) -> None:
@@ -23,18 +28,21 @@ def score(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     from coca_lit.errors import UserError
+    from coca_lit.report.tables import print_scores
 
     try:
-        scores, not_run = score_files(options.predictions, options.references, options.split)
+        table = score_files(options.predictions, options.references, options.split)
     except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    _print(scores, not_run)
+    print_scores(table.scores, table.draws)
+    for name, reason in table.not_run.items():
+        print(f"{name} not run: {reason}")
     if options.output:
-        options.output.write_text(json.dumps(scores, indent=2) + "\n")
+        options.output.write_text(json.dumps(table.scores, indent=2) + "\n")
 
 
-def score_files(predictions: Path, references: Path, split: str = "test") -> tuple[dict[str, float], dict[str, str]]:
-    """Scores and the reasons for missing ones, see `caption_table`.
+def score_files(predictions: Path, references: Path, split: str = "test") -> "CaptionTable":
+    """Scores, the reasons for missing ones, and their draws.
 
     Raises:
         DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
@@ -42,13 +50,16 @@ def score_files(predictions: Path, references: Path, split: str = "test") -> tup
     from coca_lit.data.datasets.annotations import read_references, read_results
     from coca_lit.errors import DataError
     from coca_lit.metrics.captions import caption_table
+    from coca_lit.progress import ProgressBar
 
     captions = read_results(predictions)
     listings = {item.id: item for item in read_references(references, split) if item.captions}
     if problem := _difference(captions, listings):
         raise DataError(f"{predictions} does not fit {references}: {problem}")
     domains = {key: item.domain for key, item in listings.items()}
-    return caption_table({key: item.captions for key, item in listings.items()}, captions, domains)
+    texts = {key: item.captions for key, item in listings.items()}
+    with ProgressBar("SPICE") as bar:
+        return caption_table(texts, captions, domains, progress=bar.reach)
 
 
 def _difference(predicted: Collection[int | str], listings: Collection[int | str]) -> str:
@@ -62,14 +73,6 @@ def _difference(predicted: Collection[int | str], listings: Collection[int | str
     if set(map(str, missing)) & set(map(str, unknown)):
         problems.append("the ids are numbers in one file and texts in the other")
     return "; ".join(problems)
-
-
-def _print(scores: dict[str, float], not_run: dict[str, str]) -> None:
-    from coca_lit.runs.run_folder import print_results
-
-    print_results({name if "/" in name else f"overall/{name}": value for name, value in scores.items()})
-    for name, reason in not_run.items():
-        print(f"{name} not run: {reason}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Search from the command line: `coca-search FOLDER "a dog on a beach" checkpoint=PATH`."""
+"""Search from the command line: `coca-search FOLDER "a dog on a beach"`."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.caption import decoders
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.runtime import chosen_checkpoint, configure_libraries
 from coca_lit.errors import ConfigError, error_context
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ def run(cfg: DictConfig) -> "list[Hit]":
     configure_libraries(cfg.threads)
     file, folder = _places(cfg)
     with error_context("checkpoint"):
-        model = load_dual_encoder(str(cfg.checkpoint), cfg.quick_gelu)
+        checkpoint = chosen_checkpoint(cfg.checkpoint, smaller="coca_ViT-B-32/laion2b_s13b_b90k")
+        model = load_dual_encoder(checkpoint, cfg.quick_gelu)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
     if folder is not None:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError
 from coca_lit.reading import read_json
-from coca_lit.report.scores import best_run, headline, lower_is_better
+from coca_lit.report.scores import best_run, cell, headline, lower_is_better
 from coca_lit.runs.launch import is_first_process, job_folder
 from coca_lit.runs.redaction import masked_yaml, redact
 
@@ -67,7 +67,7 @@ class SweepCallback(Callback):
                 id=sweep,
                 folder=folder,
                 fixed=_values(map(_text, fixed)),
-                keys={o.get_key_element() for o in overrides},
+                keys={_key(o) for o in overrides},
                 left_out=left_out,
                 objective=OmegaConf.select(config, "objective"),
                 may_fail="max_failure_rate" in config.hydra.sweeper,
@@ -207,18 +207,22 @@ def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
     if not ok:
         sys.exit(f"error: none of the {len(rows)} jobs succeeded; the first error: {rows[0]['error'] or 'none'}")
     if best is not None:
-        print(f"best {score}: {scores[best][score or '']:.4f} in {sweep.folder / best}")
+        print(f"best {score}: {cell(score or '', scores[best][score or ''])} in {sweep.folder / best}")
     if compared := [sweep.folder / job for job in scores if (sweep.folder / job / "results.json").exists()]:
         compared += [sweep.folder / row["job"] for row in rows if row["status"] != "ok"]
         print(f"compared in {write_comparison(compared, sweep.folder, score)}")
 
 
 def _text(override: Override) -> str:
-    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+    return f"{_key(override)}={override.get_value_element_as_str()}"
+
+
+def _key(override: Override) -> str:
+    return override.get_key_element().removeprefix("++")
 
 
 def _values(overrides: Iterable[str]) -> dict[str, str]:
-    return {key: value for key, _, value in (redact(override).partition("=") for override in overrides)}
+    return {key.removeprefix("++"): value for key, _, value in (redact(o).partition("=") for o in overrides)}
 
 
 def _write_record(job: Path, record: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Training from the command line: `python train.py` and `coca-train`.
 
-Heavy packages are imported inside functions, so that `--help` and a typing error answer at once.
+Heavy packages are imported inside functions, so that `--help` and most typing errors are answered at once.
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import (
+    argument_defaults,
     build_data,
     build_evals,
     build_module,
@@ -18,11 +19,12 @@ from coca_lit.cli.assembly import (
     with_vocabulary,
 )
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries, finish_run
+from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
 from coca_lit.cli.sweep import check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context, suggest
 from coca_lit.report.scores import headline
-from coca_lit.runs.launch import is_first_process
+from coca_lit.runs.launch import is_first_process, launched_processes
+from coca_lit.runs.lock import in_use
 
 if TYPE_CHECKING:
     import lightning.pytorch as L
@@ -47,18 +49,28 @@ def train_job(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
+    with in_use(Path(cfg.output_dir)):
+        return _run(cfg)
+
+
+def _run(cfg: DictConfig) -> dict[str, float]:
     import lightning.pytorch as L
 
     from coca_lit.callbacks import samples_seen
-    from coca_lit.runs.run_folder import finished_results, start_run_folder
+    from coca_lit.models import part_sizes
+    from coca_lit.report.tables import print_scores
+    from coca_lit.runs.draws import read_draws
+    from coca_lit.runs.run_folder import finished_results, resume_command, start_run_folder
 
     configure_libraries(cfg.threads, cfg.kernels.enabled)
     with error_context("seed"):
         L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_start(cfg)
     if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
+        if is_first_process():
+            print_scores(results, read_draws(Path(cfg.output_dir)))
         return results
-    module = build_module(with_vocabulary(cfg))
+    module = build_module(with_vocabulary(cfg), checkpoint)
     data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first
     evals, not_run = build_evals(cfg)
     has_texts = getattr(data, "texts", None) is not None  # a DataModule of one's own need not know of texts
@@ -70,10 +82,16 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if checkpoint is None:
         choose_fp32_matmul(cfg, trainer, module)
     start_run_folder(cfg, checkpoint)  # not before: a run that cannot start leaves nothing behind
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    seen = samples_seen(trainer)
+    try:
+        with worker_errors():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # stopped by a signal, with everything saved
+        if trainer.is_global_zero:
+            print(f"resume with: {resume_command(cfg.name)}", flush=True)
+        raise
+    facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
     if trainer.is_global_zero:
-        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, seen)
+        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, scoring.draws, facts)
     return scoring.results
 
 
@@ -83,7 +101,8 @@ def find_start(cfg: DictConfig) -> Path | None:
 
     checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
     if checkpoint is not None and is_first_process():
-        check_same_run(checkpoint, resume_keys(plain(cfg)), strict=cfg.ckpt_path == AUTO)
+        config = resume_keys(plain(cfg))
+        check_same_run(checkpoint, config, cfg.ckpt_path == AUTO, argument_defaults(config))
     return checkpoint
 
 
@@ -92,6 +111,11 @@ def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
     from coca_lit.training.sharding import check_batch_size
 
     check_processes(trainer.world_size)
+    if (launched := launched_processes()) > trainer.world_size:
+        raise ConfigError(
+            f"{launched} processes were started, but this configuration trains with {trainer.world_size} "
+            f"(trainer.devices={cfg.trainer.devices}): start as many, or do not set trainer.devices"
+        )
     if "batch_size" in cfg.data:
         with error_context("data.batch_size"):
             check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)

@@ -1,34 +1,28 @@
-"""The LightningDataModules: what they share, one for records that a function returns, and one per built-in data set."""
+"""The LightningDataModules: what they share, one for records that a function returns, and one per built-in data set.
+
+The reader of a data set is imported by its DataModule alone.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Required, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack, cast
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.datasets.coco import mscoco_records
-from coca_lit.data.datasets.flickr import FlickrName, flickr_records
-from coca_lit.data.datasets.nocaps import nocaps_records
-from coca_lit.data.datasets.vqa import vqa_records
-from coca_lit.data.examples import (
-    CachedCaptionDataset,
-    CachedFirstCaptionDataset,
-    CaptionDataset,
-    FirstCaptionDataset,
-)
-from coca_lit.data.feature_cache import FeatureCache
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import Record, trainable
-from coca_lit.data.scenes.questions import scene_question_records
-from coca_lit.data.scenes.render import scene_records
-from coca_lit.data.text_batches import TextBatches, TextFiles, interleave_texts
-from coca_lit.data.transforms import RandomCrop, TrainTransform, build_transform, whole
+from coca_lit.data.transforms import RandomCrop, TrainTransform, Transform, build_transform, whole
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from coca_lit.data.datasets.flickr import FlickrName
+    from coca_lit.data.text_batches import TextBatches
 
 
 class LoaderArguments(TypedDict, total=False):
@@ -39,7 +33,7 @@ class LoaderArguments(TypedDict, total=False):
     image_size: int
     num_workers: int
     seed: int
-    text: TextFiles | None
+    text: str | Sequence[str] | None
     text_every: int
 
 
@@ -63,6 +57,8 @@ class CaptionDataModule(LightningDataModule):
         text_every: every N-th batch is one of texts alone; 1 for all of them.
     """
 
+    texts: "TextBatches | None" = None
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -70,7 +66,7 @@ class CaptionDataModule(LightningDataModule):
         image_size: int = 224,
         num_workers: int = 0,
         seed: int = 0,
-        text: TextFiles | None = None,
+        text: str | Sequence[str] | None = None,
         text_every: int = 2,
     ) -> None:
         super().__init__()
@@ -81,7 +77,10 @@ class CaptionDataModule(LightningDataModule):
             raise ValueError(f"text_every must be a whole number of at least 1, got {text_every!r}")
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
         self.num_workers, self.seed, self.text_every = num_workers, seed, text_every
-        self.texts = None if text is None else TextBatches(text, tokenizer, batch_size, image_size, seed)
+        if text is not None:
+            from coca_lit.data.text_batches import TextBatches
+
+            self.texts = TextBatches(text, tokenizer, batch_size, image_size, seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -104,6 +103,11 @@ class CaptionDataModule(LightningDataModule):
     def train_transform(self) -> TrainTransform:
         return RandomCrop(self.image_size)
 
+    def plain_transform(self) -> Transform:
+        """That of evaluations: what the network that is trained was made for."""
+        net = getattr(self.trainer and self.trainer.lightning_module, "net", None)
+        return build_transform(**getattr(net, "preprocessing", {}) | {"size": self.image_size})
+
     def prepare_data(self) -> None:
         """Finds the training data, or raises `DataError`: called before anything slow begins."""
         _ = self.steps_per_epoch
@@ -113,7 +117,11 @@ class CaptionDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         rank, world = self.rank_and_world()
         pairs = self.pair_loader(rank, world)
-        return pairs if self.texts is None else interleave_texts(pairs, self.texts, self.text_every, rank, world)
+        if self.texts is None:
+            return pairs
+        from coca_lit.data.text_batches import interleave_texts
+
+        return interleave_texts(pairs, self.texts, self.text_every, rank, world)
 
     def val_dataloader(self) -> DataLoader | list:
         return []
@@ -181,10 +189,12 @@ class RecordsDataModule(CaptionDataModule):
         """Encodes what is to be cached and is not yet: now the network exists, still whole on every process."""
         if stage != "fit" or not self.cached_augmentations:
             return
+        from coca_lit.data.feature_cache import FeatureCache
+
         assert self.trainer is not None
         assert self.cache_dir is not None
         encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder.frozen_part()
-        precision, plain = self.trainer.precision_plugin, build_transform(size=self.image_size)
+        precision, plain = self.trainer.precision_plugin, self.plain_transform()
         context = (precision.forward_context, precision.precision)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
         wanted = {self.train_split: self.cached_augmentations} | ({self.val_split: 1} if self.val_split else {})
@@ -196,6 +206,8 @@ class RecordsDataModule(CaptionDataModule):
     def pair_loader(self, rank: int, world: int) -> TrainLoader:
         per_rank(self.batch_size, world)
         if views := self._features.get(self.train_split):
+            from coca_lit.data.feature_cache import CachedCaptionDataset
+
             dataset: CaptionDataset = CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
         else:
             dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
@@ -210,9 +222,11 @@ class RecordsDataModule(CaptionDataModule):
             return []
         records = trainable(self.records(self.val_split))
         if views := self._features.get(self.val_split):
+            from coca_lit.data.feature_cache import CachedFirstCaptionDataset
+
             dataset: FirstCaptionDataset = CachedFirstCaptionDataset(records, views[0], self.tokenizer)
         else:
-            dataset = FirstCaptionDataset(records, build_transform(size=self.image_size), self.tokenizer)
+            dataset = FirstCaptionDataset(records, self.plain_transform(), self.tokenizer)
         return validation_loader(dataset, self.batch_size, *self.rank_and_world(), num_workers=self.num_workers)
 
 
@@ -226,13 +240,17 @@ class MSCOCODataModule(RecordsDataModule):
     """MS-COCO captions, see `mscoco_records`."""
 
     def __init__(self, root: str, karpathy: str | None = None, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.coco import mscoco_records
+
         super().__init__(partial(mscoco_records, root, karpathy=karpathy), **shared)
 
 
 class FlickrDataModule(RecordsDataModule):
     """Flickr8k or Flickr30k, see `flickr_records`."""
 
-    def __init__(self, root: str, name: FlickrName = "flickr8k", **shared: Unpack[SharedArguments]) -> None:
+    def __init__(self, root: str, name: "FlickrName" = "flickr8k", **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.flickr import flickr_records
+
         super().__init__(partial(flickr_records, root, name=name), **shared)
 
 
@@ -240,6 +258,8 @@ class NoCapsDataModule(RecordsDataModule):
     """nocaps, which is for evaluation only, see `nocaps_records`."""
 
     def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.nocaps import nocaps_records
+
         super().__init__(partial(nocaps_records, root), **shared)
 
 
@@ -247,6 +267,8 @@ class VQADataModule(RecordsDataModule):
     """VQA v2, see `vqa_records`: the model reads the question and learns to write the answer."""
 
     def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.vqa import vqa_records
+
         super().__init__(partial(vqa_records, root), **shared)
 
 
@@ -266,6 +288,8 @@ class ScenesDataModule(RecordsDataModule):
         style: str = "standard",
         **shared: Unpack[SharedArguments],
     ) -> None:
+        from coca_lit.data.scenes.render import scene_records
+
         super().__init__(self._render, **shared)
         self.train_count = train_count
         self._scenes = partial(scene_records, objects=objects, style=style)
@@ -289,5 +313,7 @@ class SceneQuestionsDataModule(ScenesDataModule):
     """
 
     def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.scenes.questions import scene_question_records
+
         super().__init__(train_count, **shared)
         self._scenes = partial(scene_question_records)

@@ -2,17 +2,14 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
-from coca_lit.data.feature_cache import is_mirrored, mirrored, read_features
 from coca_lit.data.records import MAX_MISSING, Record
-from coca_lit.data.transforms import TrainTransform, Transform, load_pixels, whole
+from coca_lit.data.transforms import TrainTransform, Transform, load_pixels
 from coca_lit.errors import DataError
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -82,22 +79,6 @@ class CaptionDataset(TrainingExamples):
         return self.transform(load_pixels(record.image), rng), record
 
 
-class CachedCaptionDataset(CaptionDataset):
-    """Training examples with cached features of a random view of each image, drawn with the seed of the caption.
-
-    Args:
-        views: files of `coca_lit.data.feature_cache`.
-    """
-
-    def __init__(self, records: Sequence[Record], views: Sequence[Path], tokenizer: Tokenizer, seed: int = 0):
-        super().__init__(records, whole, tokenizer, seed)
-        self.views = views
-
-    def image(self, i: int, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
-        view = rng.randrange(len(self.views))
-        return read_features(self.views[view], i), mirrored(record) if is_mirrored(view) else record
-
-
 class FirstCaptionDataset(Dataset[Example]):
     """Validation examples: the first caption and a deterministic transform, so that losses can be compared over time.
 
@@ -116,21 +97,6 @@ class FirstCaptionDataset(Dataset[Example]):
 
     def _image(self, i: int) -> Tensor:
         return self.transform(self.records[i].image())
-
-
-class CachedFirstCaptionDataset(FirstCaptionDataset):
-    """Validation examples with cached features in place of pixels; `view` is the file of the unaugmented images."""
-
-    def __init__(self, records: Sequence[Record], view: Path, tokenizer: Tokenizer):
-        super().__init__(records, _no_transform, tokenizer)
-        self.view = view
-
-    def _image(self, i: int) -> Tensor:
-        return read_features(self.view, i)
-
-
-def _no_transform(image: Image.Image) -> Tensor:
-    raise NotImplementedError("cached images are not transformed")
 
 
 def _example(image: Tensor, caption: str, record: Record, tokenizer: Tokenizer) -> Example:

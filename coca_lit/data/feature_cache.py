@@ -23,13 +23,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import TrainTransform, Transform, load_pixels
+from coca_lit.data.transforms import TrainTransform, Transform, load_pixels, whole
 from coca_lit.distributed import gather_objects, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
+from coca_lit.tokenizer import Tokenizer
 from coca_lit.weights.digest import digest
 
 BATCH = 32  # images that are encoded at a time
@@ -201,3 +203,34 @@ class _Pixels(Dataset[Tensor | None]):
             return self.transform(self.records[i])
         except DataError:
             return None
+
+
+class CachedCaptionDataset(CaptionDataset):
+    """Training examples with cached features of a random view of each image, drawn with the seed of the caption.
+
+    Args:
+        views: files of `FeatureCache`.
+    """
+
+    def __init__(self, records: Sequence[Record], views: Sequence[Path], tokenizer: Tokenizer, seed: int = 0):
+        super().__init__(records, whole, tokenizer, seed)
+        self.views = views
+
+    def image(self, i: int, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
+        view = rng.randrange(len(self.views))
+        return read_features(self.views[view], i), mirrored(record) if is_mirrored(view) else record
+
+
+class CachedFirstCaptionDataset(FirstCaptionDataset):
+    """Validation examples with cached features in place of pixels; `view` is the file of the unaugmented images."""
+
+    def __init__(self, records: Sequence[Record], view: Path, tokenizer: Tokenizer):
+        super().__init__(records, _no_transform, tokenizer)
+        self.view = view
+
+    def _image(self, i: int) -> Tensor:
+        return read_features(self.view, i)
+
+
+def _no_transform(image: Image.Image) -> Tensor:
+    raise NotImplementedError("cached images are not transformed")

@@ -81,12 +81,11 @@ class Listing(NamedTuple):
 
 
 def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundError:
-    """The error for missing data: what is missing, where it was expected, how to get it, and what runs without."""
+    """The error for missing data: what is missing, where it was expected, how to get it. Which key names the place is
+    known to the command, see `coca_lit.cli.assembly`.
+    """
     places = ", ".join(str(place) for place in where)
-    return DataNotFoundError(
-        f"{what} not found (looked at {places}): {how}; "
-        "to see the pipeline run without any data set: python train.py data=scenes"
-    )
+    return DataNotFoundError(f"{what} not found (looked at {places}): {how}")
 
 
 def decode_image(source: str | Path | IO[bytes], name: str | Path) -> Image.Image:

@@ -21,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+from torchvision.transforms.functional import pil_to_tensor, resize
 
 from coca_lit.data.records import MAX_IMAGE, ImageFile, check_bytes, check_shape, decode_image
 from coca_lit.errors import DataError
+from coca_lit.models.preprocessing import Interpolation, ResizeMode, preprocessing
 from coca_lit.reading import open_regular
 
 Transform = Callable[[Image.Image], Tensor]  # any PIL image -> (3, size, size) uint8
@@ -35,11 +37,42 @@ TRIES = 10
 JPEG = b"\xff\xd8\xff"  # the first bytes of one
 
 
-def build_transform(size: int = 224) -> Transform:
-    """For evaluation: resizes the shorter side to `size` and crops the centre."""
+def build_transform(
+    size: int = 224, interpolation: Interpolation = "bicubic", resize_mode: ResizeMode = "shortest"
+) -> Transform:
+    """For evaluation: photo -> (3, size, size). `build_transform(**model.preprocessing)` is that of a model.
+
+    Args:
+        resize_mode: shortest: the shorter side becomes `size`, and the centre is kept. longest: the longer side becomes
+            `size`, and the rest is black. squash: both sides become `size`.
+    """
     _check(size)
-    bicubic = InterpolationMode.BICUBIC
-    return Compose([_to_rgb, Resize(size, interpolation=bicubic), CenterCrop(size), PILToTensor()])
+    preprocessing(size, interpolation, resize_mode)
+    mode = InterpolationMode(interpolation)
+    if resize_mode == "longest":
+        return Compose([_to_rgb, Letterbox(size, mode)])
+    if resize_mode == "squash":
+        return Compose([_to_rgb, Resize((size, size), interpolation=mode), PILToTensor()])
+    return Compose([_to_rgb, Resize(size, interpolation=mode), CenterCrop(size), PILToTensor()])
+
+
+class Letterbox:
+    """The whole photo in the middle of a black square."""
+
+    def __init__(self, size: int, interpolation: InterpolationMode) -> None:
+        self.size, self.interpolation = size, interpolation
+
+    def __repr__(self) -> str:
+        return f"Letterbox({self.size}, {self.interpolation})"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        ratio = max(image.size) / self.size
+        height, width = (max(round(side / ratio), 1) for side in (image.height, image.width))
+        part = pil_to_tensor(resize(image, [height, width], self.interpolation))
+        pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        pixels[:, top : top + height, left : left + width] = part
+        return pixels
 
 
 class Box(NamedTuple):

@@ -108,7 +108,7 @@ def _candidates(model: CoCa, images: torch.Tensor, captions: Captions) -> list[C
 
 
 def _batch(model: CoCa, photo: Image.Image) -> torch.Tensor:
-    return build_transform(size=model.image_size)(photo)[None].to(model.device)  # (1, 3, H, W)
+    return build_transform(**model.preprocessing)(photo)[None].to(model.device)  # (1, 3, H, W)
 
 
 def _encode(model: CoCa, texts: Sequence[str]) -> torch.Tensor:

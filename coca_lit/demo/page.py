@@ -142,7 +142,7 @@ def _classification_tab(model: CoCa, photo: gr.Image, scenes: bool) -> None:
 
 def _search_tab(index: ImageIndex | None, photo: gr.Image) -> None:
     if index is None:
-        gr.Markdown("Start the page with a folder to search it: `coca-demo checkpoint=PATH images=FOLDER`")
+        gr.Markdown("Start the page with a folder to search it: `coca-demo images=FOLDER`")
         return
     label = f"search the {len(index):,} images of {index.folder}"
     query = gr.Textbox(label=label, placeholder="describe a picture", elem_id="query")
@@ -215,7 +215,7 @@ def _banner(checkpoint: str, builtin: bool, vocabulary: Sequence[str] | None) ->
     if builtin:
         notes.append(
             "This is the <b>built-in demo model</b>: a small CoCa that learned coloured shapes in a row or a column, "
-            "and nothing about photos. Load your own model with <code>coca-demo checkpoint=PATH</code>."
+            "and nothing about photos. <code>coca-demo</code> alone shows a model of photos."
         )
     if vocabulary is not None:
         notes.append(f"It knows {len(vocabulary)} words: {escape(' '.join(vocabulary))}.")

@@ -9,16 +9,24 @@ An evaluation with a metric of one's own is a class with one method, or a functi
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
 from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import suggest
+from coca_lit.errors import DataError, suggest
+from coca_lit.files import atomic_write
+from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.generation.options import OPTIONS
+
+log = logging.getLogger(__name__)
 
 
 class Answerer(Protocol):
@@ -72,10 +80,21 @@ class Settings:
                 raise ValueError(f"generate has no option '{name}' for an evaluation{suggest(name, known)}")
 
     def write_json(self, folder: str, name: str, content: Any) -> None:
-        """Writes a file into a folder of the run folder."""
-        path = Path(self.output_dir, folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=0))
+        """Writes a file into a folder of the run folder, see `write`."""
+        self.write(folder, name, json.dumps(content, indent=0).encode())
+
+    def write_image(self, folder: str, name: str, image: Image.Image) -> None:
+        """Writes a PNG into a folder of the run folder, see `write`."""
+        file = BytesIO()
+        image.save(file, "PNG")
+        self.write(folder, name, file.getvalue())
+
+    def write(self, folder: str, name: str, content: bytes) -> None:
+        """Writes a file into a folder of the run folder. On a full disk that is a warning: the scores count more."""
+        try:
+            atomic_write(Path(self.output_dir, folder, name), content)
+        except DataError as error:
+            log.warning("%s; it is left out", error)
 
 
 class Evaluation:
@@ -89,6 +108,7 @@ class Evaluation:
     Attributes:
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         not_run: score -> why the last `evaluate` could not compute it.
+        draws: score -> its values for resampled images, of the last `evaluate`. Intervals come from them.
     """
 
     score_names: Sequence[str] = ()
@@ -98,21 +118,26 @@ class Evaluation:
             raise ValueError(f"every must be a whole number of at least 0, got {every!r}")
         self.name, self.records, self.every = name, records, every
         self.not_run: dict[str, str] = {}
+        self.draws: dict[str, Draws] = {}
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         """Scores of the model on the records, the same on every rank."""
         raise NotImplementedError(f"{type(self).__name__} needs a method scores(model, records, settings)")
 
     def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        """As `scores`, with everything that takes too long during training. May note in `not_run` what is missing."""
+        """As `scores`, with everything that takes too long during training. May note in `not_run` what is missing, and
+        in `draws` what `coca_lit.metrics.uncertainty.bootstrap` returns for the scores.
+        """
         return self.scores(model, records, settings)
 
     def evaluate(self, model: DualEncoder, settings: Settings) -> dict[str, float]:
         """All scores, on all records (at most `settings.images`), named `name/score`."""
         records = self.records[: settings.images]
         print_rank_zero(f"scoring {len(records)} images of {self.name} ({type(self).__name__})")
-        self.not_run = {}
-        return {f"{self.name}/{score}": v for score, v in self.all_scores(model, records, settings).items()}
+        self.not_run, self.draws = {}, {}
+        scores = self.all_scores(model, records, settings)
+        self.draws = {f"{self.name}/{score}": draws for score, draws in self.draws.items()}
+        return {f"{self.name}/{score}": value for score, value in scores.items()}
 
     def quick_name(self, settings: Settings, quick: int) -> str:
         """`name` if all records are scored during training, else with their number: `mscoco_256`. So no curve jumps
@@ -124,6 +149,7 @@ class Evaluation:
     def evaluate_quickly(self, model: DualEncoder, settings: Settings, quick: int) -> dict[str, float]:
         """The scores of training on the first `quick` records, named `quick_name/score`."""
         name, records = self.quick_name(settings, quick), self.records[: settings.images][:quick]
+        self.not_run = {}
         return {f"{name}/{score}": value for score, value in self.scores(model, records, settings).items()}
 
 

@@ -1,20 +1,25 @@
 """Scores of generated captions, which are written to files before they are scored."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import suppress
+
+import torch
+from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.distributed import rank, world_size
+from coca_lit.distributed import print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import caption_images, embed_pairs, embed_texts
 from coca_lit.evals.samples import attention_samples, caption_samples, sample_sheet
 from coca_lit.metrics.captions import CaptionMetric
-from coca_lit.metrics.clipscore import PROMPT, clip_scores
-from coca_lit.metrics.diversity import novel_share
+from coca_lit.metrics.clipscore import PROMPT, clip_scores_of_images
+from coca_lit.metrics.diversity import are_novel
 from coca_lit.metrics.java.meteor import warm_up
+from coca_lit.metrics.java.runtime import JavaError
+from coca_lit.metrics.uncertainty import bootstrap, ratios
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.weights.load import load_dual_encoder
+from coca_lit.progress import ProgressBar
 
 Captions = dict[int | str, str]  # by image id
 
@@ -44,7 +49,11 @@ class CaptionScores(Evaluation):
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if model.decoder is None:
             return {}
-        return self._compare(CaptionMetric(), self._write(model, records, settings), records)
+        metric = CaptionMetric()
+        scores = self._compare(metric, self._write(model, records, settings), records)
+        for score, reason in metric.not_run.items():
+            print_rank_zero(f"{self.name} {score} not run: {reason}")
+        return scores
 
     def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if model.decoder is None:
@@ -54,44 +63,60 @@ class CaptionScores(Evaluation):
         if rank() == 0 and settings.attention:
             samples = attention_samples(model, records, settings.attention, settings.generate or {})
             settings.write_json("samples", f"{self.name}_attention.json", samples)
-        judged = _clip_scores(model, records, list(captions.values()), settings)
-        metric = CaptionMetric(table=True)
-        scores = self._compare(metric, captions, records)
-        self.not_run |= {f"{self.name} {score}": reason for score, reason in metric.not_run.items()}
+        of_images = _clip_scores(model, records, list(captions.values()), settings)
+        judged = {name: values.mean().item() for name, values in of_images.items()}
+        with ProgressBar("SPICE") as bar:
+            metric = CaptionMetric(table=True, progress=bar.reach)
+            scores = self._compare(metric, captions, records)
         if self.training_captions is not None:
             try:
-                scores["novel"] = novel_share(list(captions.values()), self.training_captions())
+                novel = are_novel(list(captions.values()), self.training_captions())
             except DataError as error:  # the training split need not lie beside the one that is scored
                 self.not_run[f"{self.name} novel"] = str(error)
+            else:
+                scores["novel"] = sum(novel) / max(len(novel), 1)
+                of_images["novel"] = torch.tensor(novel)
+        means = ratios({name: (values.double().numpy(), None) for name, values in of_images.items()})
+        self.draws = metric.draws | bootstrap(list(captions), means)
         return scores | judged
 
     def _write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> Captions:
         """Generates captions and writes files: the predictions in the COCO results format, and samples."""
         if rank() == 0:
-            warm_up()  # METEOR takes seconds to load; let it do so while the model generates
+            with suppress(OSError):  # without Java; `_compare` says so
+                warm_up()  # METEOR takes seconds to load; let it do so while the model generates
         captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
         if rank() == 0:
             predictions = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
             settings.write_json("predictions", f"{self.name}.json", predictions)
             settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, captions))
-            sample_sheet(records, captions).save(Path(settings.output_dir, "samples", f"{self.name}.png"))
+            settings.write_image("samples", f"{self.name}.png", sample_sheet(records, captions))
         return captions
 
-    @staticmethod
-    def _compare(metric: CaptionMetric, captions: Captions, records: Sequence[Record]) -> dict[str, float]:
+    def _compare(self, metric: CaptionMetric, captions: Captions, records: Sequence[Record]) -> dict[str, float]:
+        """The scores that can be computed, on every rank; `not_run` says which cannot, and why."""
         own = records[rank() :: world_size()]
         ids = [record.id for record in own]
         references, domains = [record.captions for record in own], [record.domain for record in own]
         metric.update(ids, [captions[id] for id in ids], references, domains)
-        return metric.compute()
+        try:
+            scores, missing = metric.compute(), metric.not_run
+        except (JavaError, FileNotFoundError) as error:  # of the tokenizer, which all scores need
+            scores, missing = {}, {"captions": str(error)}
+        self.not_run |= {f"{self.name} {score}": reason for score, reason in missing.items()}
+        return scores
 
 
 def _clip_scores(
     model: DualEncoder, records: Sequence[Record], captions: Sequence[str], settings: Settings
-) -> dict[str, float]:
-    chosen = settings.clip_score_model
-    judge = model if chosen is None else load_dual_encoder(chosen).to(model.device)
+) -> dict[str, Tensor]:
+    """CLIPScore and RefCLIPScore (I,) of the images."""
+    judge = model
+    if settings.clip_score_model is not None:
+        from coca_lit.weights.load import load_dual_encoder
+
+        judge = load_dual_encoder(settings.clip_score_model).to(model.device)
     prompt = PROMPT if judge.tokenizer.spec == "clip" else ""  # a closed vocabulary lacks its words
     images, references, image_of_reference = embed_pairs(judge, records, settings.batch_size, settings.workers, prompt)
     written = embed_texts(judge, [prompt + caption for caption in captions], settings.batch_size)
-    return clip_scores(images, written, references, image_of_reference)
+    return clip_scores_of_images(images, written, references, image_of_reference)

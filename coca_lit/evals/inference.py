@@ -119,10 +119,10 @@ def evaluating(model: DualEncoder, function: Callable[[Tensor], Tensor], argumen
 
 
 class _Images(Dataset[tuple[int, Tensor]]):
-    def __init__(self, records: Sequence[Record], image_size: int) -> None:
+    def __init__(self, records: Sequence[Record], transform: Callable[[Image.Image], Tensor]) -> None:
         self.records = records
         self.positions = range(rank(), len(records), world_size())
-        self.transform: Callable[[Image.Image], Tensor] = build_transform(size=image_size)
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -134,6 +134,7 @@ class _Images(Dataset[tuple[int, Tensor]]):
 
 def image_batches(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
     """This rank's positions in `records` and their pixels (B, 3, H, W), on the model's device."""
-    loader = DataLoader(_Images(records, model.image_size), batch_size=batch_size, num_workers=num_workers)
-    for positions, images in loader:
-        yield positions.tolist(), images.to(model.device)
+    images = _Images(records, build_transform(**model.preprocessing))
+    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers)
+    for positions, pixels in loader:
+        yield positions.tolist(), pixels.to(model.device)

@@ -22,7 +22,8 @@ from coca_lit.distributed import gather_objects, rank
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
 from coca_lit.evals.samples import retrieval_samples
-from coca_lit.metrics.retrieval import RecallAtK, recall_at_k
+from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
+from coca_lit.metrics.uncertainty import bootstrap
 from coca_lit.models import CoCa, DualEncoder
 
 BEHIND = 1e4  # further than any two scores are apart
@@ -47,29 +48,29 @@ class RetrievalScores(Evaluation):
         self.rerank_weight = rerank_weight
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        return _recall(records, *embed_pairs(model, records, settings.batch_size, settings.workers))
+        ranks = feature_ranks(*embed_pairs(model, records, settings.batch_size, settings.workers))
+        return ranks.recalls() | ranks.medians()
 
     def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
         if rank() == 0:
             samples = retrieval_samples(records, images, texts, image_of_text)
             settings.write_json("samples", f"{self.name}_retrieval.json", samples)
-        scores = _recall(records, images, texts, image_of_text)
+        ids = [record.id for record in records]
+        ranks = feature_ranks(images, texts, image_of_text)
+        scores = ranks.recalls() | ranks.medians()
+        self.draws = bootstrap(ids, ranks.resampled())
         if not settings.rerank:
             return scores
         if model.decoder is None:
             self.not_run[f"{self.name} reranked recall"] = "the model has no decoder to re-rank with"
             return scores
         options = (settings.rerank, self.rerank_weight, settings.batch_size, settings.workers)
-        recalls = recall_at_k(decoder_rerank(model, records, images, texts, *options), image_of_text)
+        reranked = similarity_ranks(decoder_rerank(model, records, images, texts, *options), image_of_text)
+        recalls = reranked.recalls()
+        draws = bootstrap(ids, reranked.resampled())
+        self.draws |= {f"reranked_{name}": draws[name] for name in recalls}
         return scores | {f"reranked_{name}": value for name, value in recalls.items()}
-
-
-def _recall(records: Sequence[Record], images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    recall = RecallAtK(sync_on_compute=False)  # every rank has all features already
-    ids = torch.arange(len(records))
-    recall.update(images, texts, ids, ids[image_of_text])
-    return recall.compute()
 
 
 def decoder_rerank(

@@ -137,7 +137,7 @@ def attention_samples(
 
     A map is the picture as the model sees it, with bright colours where it looked. `options` are those of generation.
     """
-    transform = build_transform(size=model.image_size)
+    transform = build_transform(**model.preprocessing)
     samples = []
     for record in spread(records, count):
         pixels = transform(record.image())  # (3, H, W) uint8

@@ -1,10 +1,10 @@
 """Answers to questions about images: how the decoder writes them, and their scores."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from coca_lit.data.records import Record
@@ -13,7 +13,8 @@ from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import write_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet
-from coca_lit.metrics.vqa import blind_answers, vqa_scores
+from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
+from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ class VQAScores(Evaluation):
                 predictions = [{"question_id": id, "answer": answer} for id, answer in found.items()]
                 settings.write_json("predictions", f"{self.name}{way and f'_{way}'}.json", predictions)
             settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, answers[""]))
-            sample_sheet(records, answers[""]).save(Path(settings.output_dir, "samples", f"{self.name}.png"))
+            settings.write_image("samples", f"{self.name}.png", sample_sheet(records, answers[""]))
         if not all(record.captions for record in records):
             self.not_run[f"{self.name} accuracy"] = "the answers to these questions are not public"
             return {}
@@ -70,6 +71,7 @@ class VQAScores(Evaluation):
                 answers["blind"] = blind_answers({record.id: record.question for record in records}, pairs)
             except DataError as error:  # the training split need not lie beside the one that is scored
                 self.not_run[f"{self.name} blind"] = str(error)
+        self.draws = _draws(records, answers)
         return _accuracies(records, answers)
 
 
@@ -88,6 +90,25 @@ def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> di
     kinds = {record.id: record.domain for record in records}
     others = {f"{way}/accuracy": vqa_scores(people, found)["accuracy"] for way, found in answers.items() if way}
     return vqa_scores(people, answers[""], kinds) | others
+
+
+def _draws(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, Draws]:
+    """Of the scores of `_accuracies`. Images are drawn, each with all its questions: those are not independent."""
+    first: dict[Any, int | str] = {}
+    for record in records:
+        first.setdefault(record.image, record.id)
+    number = {image: i for i, image in enumerate(first)}
+    image_of = {record.id: number[record.image] for record in records}
+    kinds = {record.id: record.domain for record in records}
+    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+    for way, found in answers.items():
+        accuracy = {record.id: vqa_accuracy(found[record.id], record.captions) for record in records}
+        for score, ids in questions_by_score(accuracy, None if way else kinds).items():
+            images = np.array([image_of[id] for id in ids])
+            rights = np.bincount(images, weights=[accuracy[id] for id in ids], minlength=len(first))
+            asked = np.bincount(images, minlength=len(first)).astype(np.float64)
+            parts[f"{way}/{score}" if way else score] = rights, asked
+    return bootstrap(list(first.values()), ratios(parts))
 
 
 def generate_answers(

@@ -28,6 +28,16 @@ class ZeroShotScores(Evaluation):
         self.classes = len(images.class_names)
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        return self._classify(model, records, settings).compute()
+
+    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        accuracy = self._classify(model, records, settings)
+        accuracy.resample = True
+        scores = accuracy.compute()
+        self.draws = accuracy.draws
+        return scores
+
+    def _classify(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> ZeroShotAccuracy:
         prompts = embed_texts(model, self.prompts, settings.batch_size).unflatten(0, (self.classes, -1))  # (C, P, E)
         classes = class_features(prompts)  # (C, E)
         accuracy = ZeroShotAccuracy()
@@ -35,4 +45,4 @@ class ZeroShotScores(Evaluation):
             features = evaluating(model, model.encode_image, images).float().cpu()  # (B, E)
             ids = [records[i].id for i in positions]
             accuracy.update(features @ classes.T, torch.tensor([self.labels[id] for id in ids]), ids)
-        return accuracy.compute()
+        return accuracy

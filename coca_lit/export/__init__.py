@@ -1,1 +1,1 @@
-"""A model as files for other programs: OpenCLIP, safetensors and ONNX, each with a model card."""
+"""A model as files for other programs: OpenCLIP, Transformers, safetensors and ONNX, each with a model card."""

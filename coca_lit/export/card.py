@@ -2,6 +2,8 @@
 Hugging Face Hub.
 """
 
+import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +11,24 @@ from typing import Any, NamedTuple
 import yaml
 
 from coca_lit.export.folder import CARD, TAG
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, part_sizes
 from coca_lit.reading import read_json
 from coca_lit.report.scores import cell, score_name
 from coca_lit.report.tables import Table, markdown
 from coca_lit.runs.run_folder import commit
 
-TRAINING = ("seed", "image_size", "init_from", "image_weights", "lora", "ema", "model", "data", "trainer")
+TRAINING = (
+    "seed",
+    "image_size",
+    "init_from",
+    "init_decoder_from",
+    "image_weights",
+    "lora",
+    "ema",
+    "model",
+    "data",
+    "trainer",
+)
 
 
 class Exported(NamedTuple):
@@ -27,26 +40,81 @@ class Exported(NamedTuple):
     usage: str  # Python code, with {folder} in place of the name of the folder
     check: str  # the comparison that was made, and its result
     limits: list[str]  # sentences, with {folder} too
+    warning: str | None = None  # the first of the limits, which the command says as well
 
 
-def write_card(folder: Path, name: str, model: CoCa, exported: Exported, checkpoint: Path, command: str) -> None:
-    """Writes `README.md`. Scores and training are read from the run folder in which the checkpoint lies."""
+class Mixture(NamedTuple):
+    """The weights are weight · checkpoint + (1 - weight) · other."""
+
+    other: str
+    weight: float
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    model: CoCa,
+    exported: Exported,
+    checkpoint: Path | None = None,
+    command: str | None = None,
+    mixture: Mixture | None = None,
+    repo: str | None = None,
+) -> None:
+    """Writes `README.md`. Scores, training and sample pictures come from the run folder in which the checkpoint lies.
+
+    Args:
+        checkpoint: None for a model that was in memory alone.
+        command: that made the export.
+        mixture: what the weights of the checkpoint were interpolated with.
+        repo: where the folder is pushed to.
+    """
+    checkpoint = checkpoint or folder / "model"
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    pictures = _copy_pictures(run, folder)
+    files = exported.files | {picture: "captions of the run's evaluation" for picture in pictures}
     environment = _json(run / "environment.json")
     config = yaml.safe_load(_text(run / "config.yaml") or "{}")
     sections = [
         _front_matter(model, exported),
-        f"# {name}\n\n{_summary(model)}",
-        f"## Use\n\nNeeds {exported.needs}. In the folder that holds `{name}`:\n\n```python\n"
-        f"{exported.usage.replace('{folder}', name)}```",
-        _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in exported.files.items())),
+        f"# {name}\n\n{_summary(model)}" + (f"\n\n{_mixed(checkpoint, mixture)}" if mixture else ""),
+        _use(exported, name, repo),
+        *(["## Samples\n\n" + "\n\n".join(f"![{picture}]({picture})" for picture in pictures)] if pictures else []),
+        _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in files.items())),
         _table("Architecture", ("", ""), _architecture(model).items()),
-        _scores(run, config, checkpoint.name),
+        _scores(run, config, checkpoint.name, mixture),
         _training(config, environment),
-        f"## Export\n\n```bash\n{command}\n```\n\n" + (f"At commit {commit()}. " if commit() else "") + exported.check,
-        _limits(exported, name),
+        "## Export\n\n"
+        + (f"```bash\n{command}\n```\n\n" if command is not None else "")
+        + (f"At commit {commit()}. " if commit() else "")
+        + exported.check,
+        _limits(exported, name, repo),
     ]
     (folder / CARD).write_text("\n\n".join(sections) + "\n")
+
+
+def _copy_pictures(run: Path, folder: Path) -> list[str]:
+    """The sheets of sample captions that the evaluations of a run drew, under their names in the export."""
+    if not (run / "results.json").is_file():  # some other folder
+        return []
+    sheets = {f"samples_{sheet.name}": sheet for sheet in sorted((run / "samples").glob("*.png"))}
+    for name, sheet in sheets.items():
+        shutil.copyfile(sheet, folder / name)
+    return list(sheets)
+
+
+def _use(exported: Exported, name: str, repo: str | None) -> str:
+    code = _placed(exported.usage, name, repo)
+    place = f" In the folder that holds `{name}`:" if code == _placed(exported.usage, name) else ""
+    return f"## Use\n\nNeeds {exported.needs}.{place}\n\n```python\n{code}```"
+
+
+def _placed(text: str, name: str, repo: str | None = None) -> str:
+    """A text of `Exported` with the name of the folder. Libraries that read a folder or a file also take the name of a
+    repository instead.
+    """
+    if repo is not None:
+        text = re.sub(r'"(local-dir:\{folder\}|\{folder\}/[\w.]+)"', f'"hf-hub:{repo}"', text)
+    return text.replace("{folder}", name)
 
 
 def _front_matter(model: CoCa, exported: Exported) -> str:
@@ -69,13 +137,17 @@ def _summary(model: CoCa) -> str:
     )
 
 
+def _mixed(checkpoint: Path, mixture: Mixture) -> str:
+    return (
+        f"Its weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times those"
+        f" of `{checkpoint}` plus {1 - mixture.weight:g} times those of `{mixture.other}`."
+    )
+
+
 def _architecture(model: CoCa) -> dict[str, Any]:
     config = model.config
     words = "CLIP's byte pairs" if config["tokenizer"] == "clip" else "words"
     decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
-    parts = {"image": ("image_", "pooling"), "text": ("text",), "decoder": ("decoder",)}
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    counts = {part: sum(n for name, n in sizes.items() if name.startswith(start)) for part, start in parts.items()}
     arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
     return {
         "image encoder": f"`{config['image_encoder']}` of timm" + (f" with {arguments}" if arguments else ""),
@@ -86,12 +158,12 @@ def _architecture(model: CoCa) -> dict[str, Any]:
         "decoder": decoder if model.decoder is not None else "none",
         "tokenizer": f"{model.tokenizer.vocab_size:,} {words}, {config['context_length']} tokens of context",
         "CLS mask": config["cls_mask"],
-        **{f"parameters, {name}": f"{count:,}" for name, count in counts.items()},
-        "parameters": f"{sum(sizes.values()):,}",
+        **{f"parameters, {part}": f"{size:,}" for part, size in part_sizes(model).items()},
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
 
 
-def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
+def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixture | None) -> str:
     results = _json(run / "results.json")
     if not results:
         return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
@@ -99,6 +171,8 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str) -> str:
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
     rows = [[score_name(s), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
     note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
+    if mixture is not None:
+        note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
     if split := config.get("scoring", {}).get("split"):
         note.append(f"On the split `{split}` of data with several splits.")
     return _table("Scores", ("", *data), rows, " ".join(note))
@@ -119,13 +193,14 @@ def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _limits(exported: Exported, name: str) -> str:
+def _limits(exported: Exported, name: str, repo: str | None) -> str:
     limits = [
+        *([exported.warning] if exported.warning else []),
         "The licence of the weights is not stated: it depends on the training data, and on the initial weights."
         " Add `license:` to the front matter once it is known.",
         "The model reproduces errors and biases of its training data; the scores above are all that is known of its"
         " quality.",
-        *(limit.replace("{folder}", name) for limit in exported.limits),
+        *(_placed(limit, name, repo) for limit in exported.limits),
     ]
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 

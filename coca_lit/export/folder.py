@@ -10,10 +10,11 @@ CARD = "README.md"
 TAG = "coca_lit"  # in the card's front matter, marks a folder as an export
 
 
-def check_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
+def check_output(output: Path, checkpoint: Path | None = None, overwrite: bool = False) -> None:
     """Raises `ValueError` if the folder must not be written.
 
     Args:
+        checkpoint: what is exported, if it is a file.
         overwrite: replace an earlier export; nothing else is ever replaced.
     """
     if output.exists() and not output.is_dir():
@@ -26,7 +27,7 @@ def check_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
         raise ValueError(
             f"'{output}' has '{foreign}', which is not part of an export, so it is not replaced; choose another"
         )
-    if checkpoint.resolve().is_relative_to(output.resolve()):
+    if checkpoint is not None and checkpoint.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"'{output}' has the checkpoint itself, so it is not replaced; choose another folder")
 
 

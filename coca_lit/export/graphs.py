@@ -94,7 +94,10 @@ class ImageGraph(nn.Module):
         features = F.normalize(self.model.image_projection(cast(Tensor, vector)), dim=-1)
         if decoder is None:
             return (features,)
-        keys, values = zip(*decoder.keys_values(tokens), strict=True)
+        # `decoder.keys_values` would multiply the weights of norm and projection in the graph, at every call.
+        blocks = cast("list[CrossBlock]", decoder.cross_blocks)
+        pairs = (block.attention.keys_values(block.norm_context(tokens)) for block in blocks)
+        keys, values = zip(*pairs, strict=True)
         return features, torch.stack(keys), torch.stack(values)
 
 

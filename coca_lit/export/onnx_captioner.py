@@ -1,6 +1,7 @@
 """Captions from exported graphs with NumPy and ONNX Runtime alone (Pillow reads the photos):
 
     python captioner.py photo.jpg
+    python captioner.py --int8 photo.jpg
 
 `image_encoder.onnx` is run once per batch of images. `decoder.onnx` is run once per token: it takes the new tokens,
 the image's keys and values, and the cache of what was read before, and gives back logits and the longer cache.
@@ -19,14 +20,20 @@ Array = NDArray[Any]
 
 
 class Captioner:
-    """Writes the likeliest token each time (greedy)."""
+    """Writes the likeliest token each time (greedy).
 
-    def __init__(self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> None:
-        folder = Path(folder)
+    Args:
+        int8: use the graphs of that kind, which are for CPUs.
+    """
+
+    def __init__(
+        self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",), int8: bool = False
+    ) -> None:
+        folder, ending = Path(folder), "_int8.onnx" if int8 else ".onnx"
         self.config = json.loads((folder / "config.json").read_text())
         self.token_bytes = [token.encode("latin-1") for token in json.loads((folder / "tokens.json").read_text())]
         self._image_encoder, self._decoder = (
-            onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=list(providers))
+            onnxruntime.InferenceSession(folder / f"{name}{ending}", providers=list(providers))
             for name in ("image_encoder", "decoder")
         )
         self._cache_shape = next(x.shape for x in self._decoder.get_inputs() if x.name == "past_keys")
@@ -68,20 +75,30 @@ class Captioner:
         return b"".join(self.token_bytes[i] for i in row).decode("utf-8", errors="replace").strip()
 
     def read_image(self, path: str | Path) -> Array:
-        """The photo (3, H, W) as the model saw its training images: the short side resized, then the centre."""
+        """The photo (3, H, W) as the model saw its training images: as a rule the short side resized, then the
+        centre.
+        """
         from PIL import Image
 
-        size = self.config["image_size"]
+        size, mode = self.config["image_size"], self.config["resize_mode"]
         image = Image.open(path).convert("RGB")
-        short = min(image.size)
-        width, height = (int(size * side / short) for side in image.size)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        if mode == "squash":
+            width, height = size, size
+        elif mode == "longest":  # and black beside it
+            width, height = (max(round(side / (max(image.size) / size)), 1) for side in image.size)
+        else:
+            width, height = (int(size * side / min(image.size)) for side in image.size)
+        resized = image.resize((width, height), Image.Resampling[self.config["interpolation"].upper()])
+        if mode == "longest":
+            left, top = -((size - width) // 2), -((size - height) // 2)
+        else:
+            left, top = round((width - size) / 2), round((height - size) / 2)
         return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
 if __name__ == "__main__":
-    captioner = Captioner(Path(__file__).parent)
-    photos = np.stack([captioner.read_image(path) for path in sys.argv[1:]])
-    for name, row in zip(sys.argv[1:], captioner.write(photos), strict=True):
+    names = [word for word in sys.argv[1:] if word != "--int8"]
+    captioner = Captioner(Path(__file__).parent, int8="--int8" in sys.argv[1:])
+    photos = np.stack([captioner.read_image(name) for name in names])
+    for name, row in zip(names, captioner.write(photos), strict=True):
         print(f"{name}\t{captioner.decode(row)}")

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from coca_lit.export.card import Exported
 from coca_lit.models import CoCa
+from coca_lit.weights.intact import save_tensors
 from coca_lit.weights.load import OPEN_CLIP_CONFIG, load_model, unshared_copies
 from coca_lit.weights.open_clip import open_clip_config, to_open_clip
 
@@ -16,6 +16,14 @@ WEIGHTS = "open_clip_model.safetensors"
 TOLERANCE = 1e-5
 CORRECT_MASK = (
     "model.text.correct_cls_mask = True  # the mask this model was trained with; OpenCLIP has no key for it\n"
+)
+ADVICE = (
+    "Train models that others will load in OpenCLIP 3.3 with model.net.cls_mask=legacy: they compute the same there"
+    " without further code."
+)
+NEEDS_LINE = (
+    "Text features need the line about the mask in the code above: without it OpenCLIP computes them with the legacy"
+    f" CLS mask, and they are other numbers. {ADVICE}"
 )
 GENERATE = (
     "`model.generate` of OpenCLIP 3.3 needs transformers up to 4.56. coca_lit writes captions with these files"
@@ -52,18 +60,15 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -
         raise ValueError(
             "the model was trained with cls_mask=correct, but OpenCLIP gives every model the legacy mask, which"
             " yields other text features; correct_cls_mask=true exports it for use with one more line of code, which"
-            " the card shows (image features and captions need no such line)"
+            f" the card shows (image features and captions need no such line). {ADVICE}"
         )
     if correct_cls_mask and not corrected:
         raise ValueError("the model has the legacy CLS mask, as OpenCLIP: leave out correct_cls_mask=true")
     (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(unshared_copies(to_open_clip(model)), folder / WEIGHTS)
+    save_tensors(unshared_copies(to_open_clip(model)), folder / WEIGHTS)
     difference = _difference(model, load_model(folder / WEIGHTS))
     if not difference <= TOLERANCE:
         raise ValueError(f"OpenCLIP cannot build this model: what it would build differs by {difference:.1e}")
-    mask = (
-        "It needs the line about the mask above: without it OpenCLIP computes text features with the legacy CLS mask."
-    )
     return Exported(
         library="open_clip",
         files={WEIGHTS: "weights in fp32, with OpenCLIP's names", OPEN_CLIP_CONFIG: "architecture and preprocessing"},
@@ -71,11 +76,11 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -
         usage=USAGE.format(mask=CORRECT_MASK if corrected else ""),
         check=f"Read back, features and logits differ from the checkpoint's by {difference:.1e} at most.",
         limits=[
-            *([mask] if corrected else []),
             'OpenCLIP takes id 0 for padding everywhere, also inside a run of punctuation such as "!#$", so the text'
             " features of such texts differ from those of coca_lit.",
             *([GENERATE] if model.decoder is not None else []),
         ],
+        warning=NEEDS_LINE if corrected else None,
     )
 
 

@@ -12,7 +12,7 @@ import coca_lit
 from PIL import Image
 
 model = coca_lit.load_model("{folder}/model.safetensors")
-images = coca_lit.build_transform(size=model.image_size)(Image.open("photo.jpg"))[None]
+images = coca_lit.build_transform(**model.preprocessing)(Image.open("photo.jpg"))[None]
 similarity = model.encode_image(images) @ model.encode_text(model.tokenizer(["a dog", "a cat"])).T
 print(similarity)
 """
@@ -23,7 +23,7 @@ def write_safetensors(model: CoCa, folder: Path) -> Exported:
     save_model(model, folder / WEIGHTS)
     return Exported(
         library="coca_lit",
-        files={WEIGHTS: "weights in fp32, and the architecture in the file's metadata"},
+        files={WEIGHTS: "weights in fp32; the architecture and a digest of both in the file's metadata"},
         needs="coca_lit",
         usage=USAGE + (CAPTION if model.decoder is not None else ""),
         check="The file holds the weights of the checkpoint as they are.",

@@ -16,6 +16,7 @@ from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.inference.inputs import OpenShard, Shard, Source, Unit, load_images
 from coca_lit.inference.outputs import Captions, Writer
 from coca_lit.models import kernels
+from coca_lit.models.preprocessing import Preprocessing
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -25,9 +26,7 @@ class Captioner(Protocol):
     """What captioning needs of a network, such as a `CoCa` with a decoder."""
 
     tokenizer: Tokenizer
-
-    @property
-    def image_size(self) -> int: ...
+    preprocessing: Preprocessing
 
     @property
     def device(self) -> torch.device: ...
@@ -80,7 +79,7 @@ def caption(
     with ProgressBar("captioning") as progress, kernels.packed_weights(model):  # once, not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, progress, planned)
-        for positions, pixels, broken in load_images(plan, model.image_size, num_workers):
+        for positions, pixels, broken in load_images(plan, model.preprocessing, num_workers):
             batch = planned.popleft()
             new = {i for i in positions if not writer.has(batch.sources[i])}
             if new:
@@ -122,14 +121,21 @@ def _plan(
 
 
 def _generate(model: Captioner, pixels: Tensor, options: Mapping[str, Any], seed: int) -> list[Captions]:
-    """Captions of images (B, 3, S, S), at least one for each, with white space normalised to single blanks."""
+    """Captions of images (B, 3, S, S), with white space normalised to single blanks.
+
+    As many for each image as were requested, even if a draw has no words; fewer only where beam search found fewer.
+    """
     options = dict(options)
     if options.get("strategy") == "sample":
         options["generator"] = torch.Generator(model.device).manual_seed(seed)
     ids = model.generate(pixels.to(model.device), **options)  # (B, L), or (B, N, L) with num_captions
     rows = ids if ids.ndim == 3 else ids[:, None]
-    texts = [[" ".join(model.tokenizer.decode(row).split()) for row in captions] for captions in rows.cpu()]
-    return [[first, *filter(None, others)] for first, *others in texts]  # unused beams are empty
+    written = rows[:, :, 0] != model.tokenizer.pad_id  # (B, N); a beam without a caption is nothing but padding
+    written[:, 0] = True
+    return [
+        [" ".join(model.tokenizer.decode(row).split()) for row in captions[kept]]
+        for captions, kept in zip(rows.cpu(), written.cpu(), strict=True)
+    ]
 
 
 def _total(images: int, unreadable: int, seconds: float, inside: float) -> Totals:

@@ -23,6 +23,7 @@ from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.inference.shards import Sample, scan_shard
+from coca_lit.models.preprocessing import Preprocessing
 from coca_lit.reading import open_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -157,15 +158,18 @@ def open_upright(path: str | Path) -> Image.Image:
     return ImageOps.exif_transpose(open_image(path))
 
 
-def load_images(batches: Iterable[Sequence[Source]], image_size: int, num_workers: int = 0) -> Iterator[ImageBatch]:
+def load_images(
+    batches: Iterable[Sequence[Source]], preprocessing: Preprocessing, num_workers: int = 0
+) -> Iterator[ImageBatch]:
     """Each batch of sources, in order, transformed as for evaluation.
 
     Args:
         batches: consumed in the calling process, a few batches ahead of the result.
+        preprocessing: that of the model.
         num_workers: processes that decode ahead; 0 decodes on demand.
     """
     yield from DataLoader(
-        _Decoded(image_size),
+        _Decoded(preprocessing),
         batch_sampler=batches,  # type: ignore[arg-type]  # its "indices" are sources
         num_workers=num_workers,
         collate_fn=_collate,
@@ -176,8 +180,8 @@ def load_images(batches: Iterable[Sequence[Source]], image_size: int, num_worker
 class _Decoded(Dataset[Tensor | str]):
     """source -> pixels (3, S, S), or the reason why it cannot be read."""
 
-    def __init__(self, image_size: int) -> None:
-        self.transform = build_transform(size=image_size)
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.transform = build_transform(**preprocessing)
 
     def __getitem__(self, source: Source) -> Tensor | str:
         try:

@@ -172,7 +172,7 @@ class ImageIndex:
         unreadable: dict[int, str] = {}
         starts = range(0, len(paths), batch_size)
         batches = [[Source(str(path), path) for path in paths[start : start + batch_size]] for start in starts]
-        loaded = load_images(batches, self.model.image_size, num_workers)
+        loaded = load_images(batches, self.model.preprocessing, num_workers)
         for start, (positions, pixels, broken) in zip(starts, loaded, strict=True):
             if positions:
                 rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
@@ -188,7 +188,7 @@ class ImageIndex:
         return evaluating(self.model, self.model.encode_text, tokens)[0].float().cpu()
 
     def _image_feature(self, image: Image.Image) -> Tensor:
-        pixels = build_transform(size=self.model.image_size)(image)[None]
+        pixels = build_transform(**self.model.preprocessing)(image)[None]
         return evaluating(self.model, self.model.encode_image, pixels.to(self.model.device))[0].float().cpu()
 
 

@@ -10,16 +10,13 @@ from torch import Tensor
 
 from coca_lit.losses.caption import caption_loss
 from coca_lit.losses.contrastive import contrastive_loss
-from coca_lit.losses.policy import leave_one_out, policy_loss
 from coca_lit.losses.siglip import siglip_loss
 
 __all__ = [
     "caption_loss",
     "contrastive_loss",
     "contrastive_term",
-    "leave_one_out",
     "loss_terms",
-    "policy_loss",
     "siglip_loss",
 ]
 

@@ -5,25 +5,30 @@
 
 The scores come from pycocoevalcap's own scorers, called one by one: its ``COCOEvalCap`` downloads SPICE before it
 computes anything, and its Java wrappers can hang or shift captions (see ``ptb`` and ``meteor``). To add a metric, add a
-function to ``SCORERS``: it gets the tokenised captions and returns its corpus scores by name.
+function to ``SCORERS``: it gets the tokenised captions and returns its corpus scores by name, and how to compute them
+for resampled images.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain, islice
-from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch.distributed as dist
-from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from coca_lit.metrics.diversity import caption_statistics
-from coca_lit.metrics.java.meteor import shared_meteor, warm_up
+from coca_lit.metrics.cider import ResampledCider
+from coca_lit.metrics.diversity import WORD, caption_statistics
+from coca_lit.metrics.java.meteor import meteor_of_sums, shared_meteor, summable, warm_up
 from coca_lit.metrics.java.ptb import ptb_tokenize
-from coca_lit.metrics.java.spice import SpiceError, spice, spice_jars
+from coca_lit.metrics.java.runtime import JavaError
+from coca_lit.metrics.java.spice import Progress, corpus_scores, shared_spice, spice_jars
 from coca_lit.metrics.rows import RowMetric, in_order, plain_ids
+from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, ratios
 
 Id = TypeVar("Id", bound=Hashable)
 References = Mapping[Any, list[str]]  # image -> its tokenised references
@@ -43,28 +48,72 @@ class Tokens(NamedTuple):
         return Tokens({i: self.references[i] for i in chosen}, {i: self.hypotheses[i] for i in chosen})
 
 
-def _bleu(references: References, hypotheses: Hypotheses) -> dict[str, float]:
-    scores, _ = Bleu(4).compute_score(references, hypotheses, verbose=0)
-    return {f"Bleu_{n}": score for n, score in enumerate(scores, start=1)}
+class Scored(NamedTuple):
+    """Corpus scores by name, and the same of images that are drawn with replacement."""
+
+    scores: dict[str, float]
+    resampled: Resampled
 
 
-def _meteor(references: References, hypotheses: Hypotheses) -> dict[str, float]:
-    return {"METEOR": shared_meteor().score(list(references.values()), [text for (text,) in hypotheses.values()])}
+def _bleu(references: References, hypotheses: Hypotheses) -> Scored:
+    scorer = BleuScorer(n=4)
+    for image, texts in references.items():
+        scorer += hypotheses[image][0], texts
+    scores, _ = scorer.compute_score(option="closest", verbose=0)
+    counts = [
+        [*caption["correct"], *caption["guess"], caption["testlen"], _closest(caption["reflen"], caption["testlen"])]
+        for caption in scorer.ctest
+    ]
+
+    def resampled(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        sums = drawn @ np.array(counts, dtype=np.float64)  # (D, 10)
+        precisions = (sums[:, :4] + 1e-15) / (sums[:, 4:8] + 1e-9)  # the scorer's own guards against zeros
+        brevity = np.exp(np.minimum(0, 1 - (sums[:, 9] + 1e-9) / (sums[:, 8] + 1e-15)))
+        means = np.cumprod(precisions, axis=1) ** (1 / np.arange(1, 5))
+        return {f"Bleu_{n}": means[:, n - 1] * brevity for n in range(1, 5)}
+
+    return Scored({f"Bleu_{n}": score for n, score in enumerate(scores, start=1)}, resampled)
 
 
-def _rouge_l(references: References, hypotheses: Hypotheses) -> dict[str, float]:
-    return {"ROUGE_L": Rouge().compute_score(references, hypotheses)[0]}
+def _closest(lengths: Iterable[int], length: int) -> int:
+    """The length of the reference whose length is closest, the shorter one of two."""
+    return min(lengths, key=lambda other: (abs(other - length), other))
 
 
-def _cider(references: References, hypotheses: Hypotheses) -> dict[str, float]:
-    return {"CIDEr": Cider().compute_score(references, hypotheses)[0]}
+def _meteor(references: References, hypotheses: Hypotheses) -> Scored:
+    found = shared_meteor().score(list(references.values()), [text for (text,) in hypotheses.values()])
+    statistics = summable(found.statistics)
+    return Scored({"METEOR": found.corpus}, lambda drawn: {"METEOR": meteor_of_sums(drawn @ statistics)})
 
 
-def _spice(references: References, hypotheses: Hypotheses) -> dict[str, float]:
-    return {"SPICE": fmean(spice(references, hypotheses))}
+def _rouge_l(references: References, hypotheses: Hypotheses) -> Scored:
+    mean, of_images = Rouge().compute_score(references, hypotheses)
+    return Scored({"ROUGE_L": mean}, ratios({"ROUGE_L": (of_images, None)}))
 
 
-SCORERS: dict[str, Callable[[References, Hypotheses], dict[str, float]]] = {
+def _cider(references: References, hypotheses: Hypotheses) -> Scored:
+    @functools.cache
+    def cider() -> ResampledCider:  # not before it is needed: counting takes seconds
+        split = [[text.split() for text in texts] for texts in references.values()]
+        return ResampledCider(split, [text.split() for (text,) in hypotheses.values()])
+
+    return Scored({"CIDEr": Cider().compute_score(references, hypotheses)[0]}, lambda drawn: cider()(drawn))
+
+
+def _spice(references: References, hypotheses: Hypotheses) -> Scored:
+    return _spice_of(shared_spice().score(list(references.values()), [text for (text,) in hypotheses.values()]))
+
+
+def _spice_of(of_images: Mapping[str, np.ndarray]) -> Scored:
+    """From the scores (images,) of each kind."""
+    scores = corpus_scores(dict(of_images))
+    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {"SPICE": (of_images["SPICE"], None)}
+    for name in scores.keys() - parts.keys():
+        parts[name] = np.nan_to_num(of_images[name]), (~np.isnan(of_images[name])).astype(np.float64)
+    return Scored(scores, ratios(parts))
+
+
+SCORERS: dict[str, Callable[[References, Hypotheses], Scored]] = {
     "Bleu": _bleu,
     "METEOR": _meteor,
     "ROUGE_L": _rouge_l,
@@ -80,8 +129,8 @@ def caption_scores(
     metrics: Sequence[str] = STANDARD,
     tokenize: Tokenize = ptb_tokenize,
 ) -> dict[str, float]:
-    """Corpus scores in the order Bleu_1, Bleu_2, Bleu_3, Bleu_4, METEOR, ROUGE_L, CIDEr: CIDEr in [0, 10], all others
-    in [0, 1].
+    """Corpus scores in the order Bleu_1, Bleu_2, Bleu_3, Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE and its categories:
+    CIDEr in [0, 10], all others in [0, 1].
 
     ``references`` holds one or more captions for each image id and ``predictions`` exactly one, for the same ids.
     ``metrics`` chooses among "Bleu" (all four), "METEOR", "ROUGE_L", "CIDEr" and "SPICE". ``tokenize`` turns texts into
@@ -101,38 +150,81 @@ def caption_scores(
     return score_tokens(tokenize_captions(references, predictions, tokenize), metrics)
 
 
+class CaptionTable(NamedTuple):
+    """
+    Attributes:
+        scores: by name.
+        not_run: score -> why it could not be computed.
+        draws: score -> its values for resampled images, from which intervals and tests come. The number of different
+            words and distinct-n have none: a caption that is drawn twice makes a set less varied.
+    """
+
+    scores: dict[str, float]
+    not_run: dict[str, str]
+    draws: dict[str, Draws]
+
+
 def caption_table(
     references: Mapping[Id, Sequence[str]],
     predictions: Mapping[Id, str],
     domains: Mapping[Id, str | None] | None = None,
     metrics: Sequence[str] = STANDARD,
     tokenize: Tokenize = ptb_tokenize,
-) -> tuple[dict[str, float], dict[str, str]]:
-    """All scores by name, and the reason for each that could not be computed. Every Java program runs once.
+    progress: Progress | None = None,
+) -> CaptionTable:
+    """All scores and their uncertainty. Captions are tokenised, and parsed by SPICE, once.
 
     Adds to ``caption_scores``, which explains the arguments and the errors: SPICE if its jars are found, exact matches,
     and statistics of the captions. Where ``domains`` tells them apart, as in nocaps, the images of each domain are also
     scored as a set of their own, as the nocaps server does (CIDEr depends on the set): "in-domain/CIDEr" and so on.
+    A Java program that fails costs its own score only. ``progress`` hears of the images that SPICE has parsed.
     """
     if "METEOR" in metrics:
         warm_up()
     tokens = tokenize_captions(references, predictions, tokenize)
+    scores: dict[str, float] = {}
     not_run: dict[str, str] = {}
+    draws: dict[str, Draws] = {}
     try:
-        spices = dict(zip(tokens.references, spice(*tokens), strict=True))
-    except SpiceError as error:
+        captions = [text for (text,) in tokens.hypotheses.values()]
+        spices = shared_spice().score(list(tokens.references.values()), captions, progress)
+    except (RuntimeError, FileNotFoundError) as error:
         spices, not_run = {}, {"SPICE": str(error)}
+    position = {key: i for i, key in enumerate(references)}
     groups = {"": list(references)}
     for domain in sorted({domain for domain in (domains or {}).values() if domain is not None}):
         groups[f"{domain}/"] = [key for key, own in (domains or {}).items() if own == domain]
-    scores: dict[str, float] = {}
     for prefix, ids in groups.items():
-        part = score_tokens(tokens.of(ids), metrics) | ({"SPICE": fmean(spices[i] for i in ids)} if spices else {})
+        found, failed = _try_scorers(tokens.of(ids), [name for name in metrics if name != "SPICE"])
+        if spices:
+            chosen = [position[key] for key in ids]
+            found.append(_spice_of({name: values[chosen] for name, values in spices.items()}))
+        part = {name: score for scored in found for name, score in scored.scores.items()}
+        resampled = [scored.resampled for scored in found]
         if not prefix:
-            part["exact_match"] = exact_match(references, predictions)
+            exact = [is_reference(predictions[key], texts) for key, texts in references.items()]
+            lengths = [len(WORD.findall(predictions[key])) for key in references]
+            means = {"exact_match": exact, "mean_length": lengths}
+            resampled.append(ratios({name: (np.array(v, dtype=np.float64), None) for name, v in means.items()}))
+            part["exact_match"] = sum(exact) / len(exact)
             part |= caption_statistics(list(predictions.values()))
         scores |= {f"{prefix}{name}": score for name, score in part.items()}
-    return scores, not_run
+        not_run |= {f"{prefix}{name}": reason for name, reason in failed.items()}
+        draws |= {f"{prefix}{name}": of for name, of in bootstrap(ids, *resampled).items()}
+    return CaptionTable(scores, not_run, draws)
+
+
+def _try_scorers(tokens: Tokens, metrics: Sequence[str]) -> tuple[list[Scored], dict[str, str]]:
+    """What the metrics find, and why some find nothing: a Java program may be missing or die."""
+    found: list[Scored] = []
+    failed: dict[str, str] = {}
+    for name, scorer in SCORERS.items():
+        if name in metrics:
+            try:
+                found.append(scorer(*tokens))
+            except (JavaError, FileNotFoundError) as error:
+                failed[name] = str(error)
+    return found, failed
 
 
 def exact_match(references: Mapping[Id, Sequence[str]], predictions: Mapping[Id, str]) -> float:
@@ -165,11 +257,13 @@ class CaptionMetric(RowMetric):
     The first process runs the metrics, Java included, and tells the others the result.
 
     Args:
-        metrics, tokenize: as in `caption_scores`.
-        table: compute everything that `caption_table` does; what is missing then stands in `not_run`.
+        metrics, tokenize: as in `caption_scores`, but a Java program that fails costs its own score alone.
+        table: compute everything that `caption_table` does.
+        progress: as in `caption_table`; on the first process.
 
     Attributes:
         not_run: score -> why the last `compute` has no value for it.
+        draws: score -> its values for resampled images, with `table`.
     """
 
     def __init__(
@@ -177,12 +271,14 @@ class CaptionMetric(RowMetric):
         metrics: Sequence[str] = STANDARD,
         tokenize: Tokenize = ptb_tokenize,
         table: bool = False,
+        progress: Progress | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_metrics(metrics)
-        self.metrics, self.tokenize, self.table = tuple(metrics), tokenize, table
+        self.metrics, self.tokenize, self.table, self.progress = tuple(metrics), tokenize, table, progress
         self.not_run: dict[str, str] = {}
+        self.draws: dict[str, Draws] = {}
         self.add_rows("captions")
 
     def update(
@@ -200,35 +296,39 @@ class CaptionMetric(RowMetric):
     def compute(self) -> dict[str, float]:
         """Scores by name, the same on every process.
 
-        Raises ValueError and SpiceError as `caption_scores` does, and RuntimeError and FileNotFoundError for a Java
-        program that fails or is missing; on every process.
+        Raises ValueError as `caption_scores` does, JavaError if the tokenizer fails, and FileNotFoundError if there is
+        no Java; on every process.
         """
         if not self._is_synced:
-            scores, self.not_run = self._scores()
-            return scores
-        group: Any = self.process_group or dist.group.WORLD
-        box: list[Any] = [None]
-        if dist.get_rank(group) == 0:
-            try:
-                box = [self._scores()]
-            except Exception as error:  # else the other processes would wait for a result that never comes
-                box = [error]
-        dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        scores, self.not_run = box[0]
+            found = self._scores()
+        else:
+            group: Any = self.process_group or dist.group.WORLD
+            box: list[Any] = [None]
+            if dist.get_rank(group) == 0:
+                try:
+                    box = [self._scores()]
+                except Exception as error:  # else the other processes would wait for a result that never comes
+                    box = [error]
+            dist.broadcast_object_list(box, src=dist.get_global_rank(group, 0), group=group)
+            if isinstance(box[0], Exception):
+                raise box[0]
+            found = box[0]
+        scores, self.not_run, self.draws = found
         return scores
 
-    def _scores(self) -> tuple[dict[str, float], dict[str, str]]:
+    def _scores(self) -> CaptionTable:
         by_id = {id: row for id, *row in self.rows("captions")}
         rows = {id: by_id[id] for id in sorted(by_id, key=in_order)}
         predictions = {id: caption for id, (caption, _, _) in rows.items()}
         references = {id: texts for id, (_, texts, _) in rows.items()}
         if self.table:
             domains = {id: domain for id, (_, _, domain) in rows.items()}
-            return caption_table(references, predictions, domains, self.metrics, self.tokenize)
-        scores = caption_scores(references, predictions, self.metrics, self.tokenize)
-        return scores | {"exact_match": exact_match(references, predictions)}, {}
+            return caption_table(references, predictions, domains, self.metrics, self.tokenize, self.progress)
+        if "METEOR" in self.metrics:
+            warm_up()
+        found, failed = _try_scorers(tokenize_captions(references, predictions, self.tokenize), self.metrics)
+        scores = {name: score for scored in found for name, score in scored.scores.items()}
+        return CaptionTable(scores | {"exact_match": exact_match(references, predictions)}, failed, {})
 
 
 def tokenize_captions(
@@ -252,7 +352,7 @@ def tokenize_captions(
 def score_tokens(tokens: Tokens, metrics: Sequence[str] = STANDARD) -> dict[str, float]:
     """The scores of `caption_scores` for captions that are tokenised already."""
     chosen = [scorer for name, scorer in SCORERS.items() if name in metrics]
-    return {name: float(score) for scorer in chosen for name, score in scorer(*tokens).items()}
+    return {name: float(score) for scorer in chosen for name, score in scorer(*tokens).scores.items()}
 
 
 def check_metrics(metrics: Sequence[str]) -> None:

@@ -17,6 +17,14 @@ def clip_scores(images: Tensor, captions: Tensor, references: Tensor, image_of_r
     ``images`` and ``captions`` are (I, D), one caption per image. ``references`` is (T, D), and reference t belongs to
     image ``image_of_reference[t]``; an image's fit is max(cos(caption, reference), 0) of its nearest reference.
     """
+    of_images = clip_scores_of_images(images, captions, references, image_of_reference)
+    return {name: values.mean().item() for name, values in of_images.items()}
+
+
+def clip_scores_of_images(
+    images: Tensor, captions: Tensor, references: Tensor, image_of_reference: Tensor
+) -> dict[str, Tensor]:
+    """Scores (I,) of single images; arguments as for `clip_scores`."""
     if images.shape != captions.shape or len(references) != len(image_of_reference):
         raise ValueError(
             f"expected one caption per image and one image per reference, got {tuple(images.shape)} image features, "
@@ -27,4 +35,4 @@ def clip_scores(images: Tensor, captions: Tensor, references: Tensor, image_of_r
     cosines = (captions[image_of_reference] * references).sum(dim=1)  # (T,)
     nearest = torch.zeros(len(images)).scatter_reduce(0, image_of_reference, cosines, "amax")  # (I,), at least 0
     harmonic = 2 * fit * nearest / (fit + nearest).clamp(min=1e-12)
-    return {"CLIPScore": fit.mean().item(), "RefCLIPScore": harmonic.mean().item()}
+    return {"CLIPScore": fit, "RefCLIPScore": harmonic}

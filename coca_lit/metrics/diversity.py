@@ -1,7 +1,7 @@
 """What captions look like, without references: their length and how varied they are."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -26,8 +26,13 @@ def caption_statistics(captions: Collection[str]) -> dict[str, float]:
 
 def novel_share(captions: Collection[str], training_captions: Collection[str]) -> float:
     """Share of captions that are in no training caption word for word, in [0, 1]."""
+    return sum(are_novel(captions, training_captions)) / max(len(captions), 1)
+
+
+def are_novel(captions: Iterable[str], training_captions: Collection[str]) -> list[bool]:
+    """Whether each caption differs from all training captions in a word."""
     known = {tuple(WORD.findall(text.lower())) for text in training_captions}
-    return sum(tuple(WORD.findall(text.lower())) not in known for text in captions) / max(len(captions), 1)
+    return [tuple(WORD.findall(text.lower())) not in known for text in captions]
 
 
 def _distinct(ngrams: Sequence[object]) -> float:

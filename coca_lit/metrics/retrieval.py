@@ -7,18 +7,69 @@ Shapes: I images, T texts, D features, Q queries, C candidates.
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from coca_lit.metrics.rows import Id, RowMetric, in_order, plain_ids
+from coca_lit.metrics.uncertainty import Resampled
 
+KS = (1, 5, 10)
 ALIKE = 0.99  # cosine of features of the same sample in different batches; low precision costs less than this
 
 
-def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+class Ranks(NamedTuple):
+    """How many wrong candidates come no later than the best right one, for each query; 0 is best.
+
+    Attributes:
+        t2i: (T,) of texts that ask for their image.
+        i2t: (I,) of images that ask for one of their texts.
+        image_of_text: (T,)
+    """
+
+    t2i: Tensor
+    i2t: Tensor
+    image_of_text: Tensor
+
+    def recalls(self, ks: Sequence[int] = KS) -> dict[str, float]:
+        """Shares in [0, 1] of queries with a right answer among their k most similar candidates."""
+        if not ks or min(ks) < 1:
+            raise ValueError(f"ks must be one or more numbers from 1 on, got {list(ks)}")
+        both = {"t2i": self.t2i, "i2t": self.i2t}
+        return {f"{name}_recall@{k}": (ranks < k).sum().item() / len(ranks) for name, ranks in both.items() for k in ks}
+
+    def medians(self) -> dict[str, float]:
+        """Median ranks; 1 is best."""
+        return {f"{name}_median_rank": 1.0 + float(median(getattr(self, name).tolist())) for name in ("t2i", "i2t")}
+
+    def resampled(self, ks: Sequence[int] = KS) -> Resampled:
+        """Recalls and median ranks of images that are drawn with replacement, each with its texts. The candidates stay:
+        what varies is what is asked for.
+        """
+        owner = self.image_of_text.cpu().numpy()
+        ranks = {"t2i": self.t2i.cpu().numpy(), "i2t": self.i2t.cpu().numpy()}
+        image_of = {"t2i": owner, "i2t": np.arange(len(self.i2t))}
+
+        def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+            values = {}
+            for name, image in image_of.items():
+                queries = counts @ np.bincount(image, minlength=len(self.i2t))
+                for k in ks:
+                    found = np.bincount(image, weights=ranks[name] < k, minlength=len(self.i2t))
+                    values[f"{name}_recall@{k}"] = counts @ found / queries
+                order = np.argsort(ranks[name], kind="stable")
+                reached = counts[:, image[order]].cumsum(axis=1)  # (D, Q)
+                middle = [(reached <= (queries[:, None] - half) // 2).sum(axis=1) for half in (1, 0)]
+                values[f"{name}_median_rank"] = 1 + sum(ranks[name][order][m] for m in middle) / 2
+            return values
+
+        return resampled
+
+
+def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
     """Shares in [0, 1] of queries with a right answer among their k most similar candidates.
 
     ``similarity`` is (I, T), and text t describes image ``image_of_text[t]``. ``t2i_recall@k`` is the share of texts
@@ -36,26 +87,38 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = (
     scores 0 instead of 1. Without ties this is the top-k recall of CLIP_benchmark. Any k from the number of candidates
     on gives 1. Raises ValueError for NaN, for a k below 1, for shapes that disagree and for an image without a text.
     """
+    return similarity_ranks(similarity, image_of_text).recalls(ks)
+
+
+def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:
+    """Ranks by similarities (I, T); arguments and errors as for `recall_at_k`."""
     images, image_of_text = _labels(len(similarity), image_of_text.to(similarity.device))  # (I,), (T,)
     if similarity.ndim != 2 or similarity.shape[1] != len(image_of_text):
         raise ValueError(
             f"similarity must be (images, texts) with a column for each of the {len(image_of_text)} entries of "
             f"image_of_text, got {tuple(similarity.shape)}"
         )
-    return _recalls(_ranks(similarity.T, image_of_text, images), _ranks(similarity, images, image_of_text), ks)
+    return Ranks(_ranks(similarity.T, image_of_text, images), _ranks(similarity, images, image_of_text), image_of_text)
 
 
 def retrieval_scores(
     image_features: Tensor,
     text_features: Tensor,
     image_of_text: Tensor,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     chunk: int = 1000,
 ) -> dict[str, float]:
     """``recall_at_k`` of the dot products of (I, D) and (T, D) features, and median ranks (1 is best).
 
-    Adds ``t2i_median_rank`` and ``i2t_median_rank``. Normalise the features first for cosine similarity. Only ``chunk``
-    queries are compared with the candidates at a time, in float32: lower precision would create ties.
+    Adds ``t2i_median_rank`` and ``i2t_median_rank``. Normalise the features first for cosine similarity.
+    """
+    ranks = feature_ranks(image_features, text_features, image_of_text, chunk)
+    return ranks.recalls(ks) | ranks.medians()
+
+
+def feature_ranks(image_features: Tensor, text_features: Tensor, image_of_text: Tensor, chunk: int = 1000) -> Ranks:
+    """Ranks by the dot products of (I, D) and (T, D) features. Only ``chunk`` queries are compared with the candidates
+    at a time, in float32: lower precision would create ties.
     """
     image_features, text_features = image_features.detach().float(), text_features.detach().float()
     images, image_of_text = _labels(len(image_features), image_of_text.to(image_features.device))  # (I,), (T,)
@@ -66,8 +129,7 @@ def retrieval_scores(
         )
     t2i = _chunked_ranks(text_features, image_features, image_of_text, images, chunk)
     i2t = _chunked_ranks(image_features, text_features, images, image_of_text, chunk)
-    medians = {"t2i_median_rank": _median_rank(t2i), "i2t_median_rank": _median_rank(i2t)}
-    return _recalls(t2i, i2t, ks) | medians
+    return Ranks(t2i, i2t, image_of_text)
 
 
 class RecallAtK(RowMetric):
@@ -91,7 +153,7 @@ class RecallAtK(RowMetric):
         ks: numbers of candidates, as in `recall_at_k`.
     """
 
-    def __init__(self, ks: Sequence[int] = (1, 5, 10), **kwargs: Any) -> None:
+    def __init__(self, ks: Sequence[int] = KS, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.ks = tuple(ks)
         for kind in ("image", "text"):
@@ -178,17 +240,6 @@ def _chunked_ranks(queries: Tensor, candidates: Tensor, query_labels: Tensor, la
     parts = zip(torch.split(queries, chunk), torch.split(query_labels, chunk), strict=True)
     with torch.autocast(queries.device.type, enabled=False):  # a caller's mixed precision must not undo float32
         return torch.cat([_ranks(part_QD @ candidates.T, part_labels, labels) for part_QD, part_labels in parts])
-
-
-def _recalls(t2i_ranks: Tensor, i2t_ranks: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks must be one or more numbers from 1 on, got {list(ks)}")
-    both = {"t2i": t2i_ranks, "i2t": i2t_ranks}
-    return {f"{name}_recall@{k}": (ranks < k).sum().item() / len(ranks) for name, ranks in both.items() for k in ks}
-
-
-def _median_rank(ranks: Tensor) -> float:
-    return 1.0 + float(median(ranks.tolist()))
 
 
 def _labels(images: int, image_of_text: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,13 +80,18 @@ def vqa_scores(
         predictions: one answer to each question.
         kinds: the kind of each question, such as "yes-no"; None for one without.
     """
-    scores: dict[str, list[float]] = defaultdict(list)
-    for id, people in answers.items():
-        accuracy = vqa_accuracy(predictions[id], people)
-        scores["accuracy"].append(accuracy)
+    found = {id: vqa_accuracy(predictions[id], people) for id, people in answers.items()}
+    return {name: sum(found[id] for id in ids) / len(ids) for name, ids in questions_by_score(found, kinds).items()}
+
+
+def questions_by_score(ids: Iterable[Id], kinds: Mapping[Id, str | None] | None = None) -> dict[str, list[Id]]:
+    """Name of a score -> the questions whose accuracies it is the mean of."""
+    chosen: dict[str, list[Id]] = defaultdict(list)
+    for id in ids:
+        chosen["accuracy"].append(id)
         if kind := (kinds or {}).get(id):
-            scores[f"{kind}/accuracy"].append(accuracy)
-    return {name: sum(values) / len(values) for name, values in scores.items()}
+            chosen[f"{kind}/accuracy"].append(id)
+    return chosen
 
 
 def blind_answers(questions: Mapping[Id, str], training: Iterable[tuple[str, str]]) -> dict[Id, str]:

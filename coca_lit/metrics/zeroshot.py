@@ -6,11 +6,13 @@ Shapes: I images, C classes, P prompts per class, D features.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.metrics.rows import Id, RowMetric, in_order, plain_ids
+from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap
 
 
 def class_features(prompt_features: Tensor) -> Tensor:
@@ -41,10 +43,18 @@ class ZeroShotAccuracy(RowMetric):
         similarity = encode_image(images) @ class_features(prompts).T  # (B, C)
         accuracy.update(similarity, labels, ids)
     accuracy.compute()  # {"top1": ..., "top5": ..., "mean_per_class_recall": ...}
+
+    Args:
+        resample: `compute` also finds `draws`.
+
+    Attributes:
+        draws: score -> its values for resampled images.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, resample: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.resample = resample
+        self.draws: dict[str, Draws] = {}
         self.add_rows("images")
 
     def update(self, similarity: Tensor, labels: Tensor, ids: Sequence[Id] | Tensor) -> None:
@@ -58,8 +68,12 @@ class ZeroShotAccuracy(RowMetric):
         by_id = {id: row for id, *row in self.rows("images")}
         if not by_id:
             raise ValueError("there are no images to score: call update first")
-        rows = torch.tensor([by_id[id] for id in sorted(by_id, key=in_order)])  # (I, 3)
-        return _scores(rows[:, 0], rows[:, 1], int(rows[:, 2].max()))
+        ids = sorted(by_id, key=in_order)
+        rows = torch.tensor([by_id[id] for id in ids])  # (I, 3)
+        ranks, labels, classes = rows[:, 0], rows[:, 1], int(rows[:, 2].max())
+        if self.resample:
+            self.draws = bootstrap(ids, _resampled(ranks.numpy(), labels.numpy(), classes))
+        return _scores(ranks, labels, classes)
 
 
 def _ranks(similarity: Tensor, labels: Tensor) -> Tensor:
@@ -84,3 +98,19 @@ def _scores(ranks: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     per_class = torch.bincount(labels, weights=found, minlength=classes)[totals > 0] / totals[totals > 0]
     top5 = {"top5": (ranks < 5).double().mean().item()} if classes >= 5 else {}
     return {"top1": found.mean().item(), **top5, "mean_per_class_recall": per_class.mean().item()}
+
+
+def _resampled(ranks: np.ndarray, labels: np.ndarray, classes: int) -> Resampled:
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    found = (ranks == 0)[order]
+
+    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+        ordered = counts[:, order]  # (D, I)
+        totals = np.add.reduceat(ordered, starts, axis=1)  # (D, classes that occur)
+        rights = np.add.reduceat(ordered * found, starts, axis=1)
+        per_class = np.where(totals > 0, rights / np.maximum(totals, 1), 0).sum(axis=1) / (totals > 0).sum(axis=1)
+        top5 = {"top5": counts @ (ranks < 5) / counts.sum(axis=1)} if classes >= 5 else {}
+        return {"top1": rights.sum(axis=1) / counts.sum(axis=1), **top5, "mean_per_class_recall": per_class}
+
+    return resampled

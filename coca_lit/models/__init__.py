@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coca_lit.models.clip import CLIP, DualEncoder
-    from coca_lit.models.coca import CoCa, CoCaOutput, text_lengths
+    from coca_lit.models.coca import CoCa, CoCaOutput, part_sizes, text_lengths
     from coca_lit.models.generation.generate import Captions
     from coca_lit.models.presets import PRESETS, create_model
     from coca_lit.models.registry import register_image_encoder, register_text_tower
@@ -19,6 +19,7 @@ _MODULES = {
     "DualEncoder": "clip",
     "CoCa": "coca",
     "CoCaOutput": "coca",
+    "part_sizes": "coca",
     "text_lengths": "coca",
     "Captions": "generation.generate",
     "PRESETS": "presets",
@@ -35,6 +36,7 @@ __all__ = [
     "CoCaOutput",
     "DualEncoder",
     "create_model",
+    "part_sizes",
     "register_image_encoder",
     "register_text_tower",
     "text_lengths",

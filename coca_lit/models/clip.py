@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.layers import SelfBlock
+from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.tokenizer import get_tokenizer
 
 
@@ -30,6 +31,7 @@ class CLIP(nn.Module):
         image_encoder_args: of timm's `vit_base_patch32_clip_224`: patch_size, embed_dim, depth, num_heads, mlp_ratio.
         image_size: side of the square input in pixels.
         quick_gelu: QuickGELU instead of GELU, in both towers. Weights do not tell which one they were trained with.
+        interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`.
     """
 
     decoder = None  # as in a CoCa without captioner
@@ -45,8 +47,11 @@ class CLIP(nn.Module):
         text_layers: int,
         text_heads: int,
         quick_gelu: bool = False,
+        interpolation: Interpolation = "bicubic",
+        resize_mode: ResizeMode = "shortest",
     ) -> None:
         super().__init__()
+        self.preprocessing: Preprocessing = preprocessing(image_size, interpolation, resize_mode)
         self.tokenizer = get_tokenizer("clip", context_length)
         activation = QuickGELU if quick_gelu else nn.GELU
         arguments = {"final_norm": True, "act_layer": activation, **image_encoder_args}

@@ -8,6 +8,7 @@ tokens ─ TextTower ───────────────────�
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -21,6 +22,7 @@ from coca_lit.models.generation.state import DecodingStep, static_step
 from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import CrossBlock, SelfBlock
+from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
 from coca_lit.tokenizer import get_tokenizer
@@ -29,6 +31,21 @@ Contrastive = Literal["softmax", "siglip"]
 
 IGNORED_LABEL = -100
 MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
+
+
+def part_sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters of the image encoder with its pooling, the text encoder and the text decoder, as Table 3 of OpenCLIP's
+    CoCa report counts them; of a CoCa or a CLIP.
+    """
+    sizes = {"image encoder": 0, "text encoder": 0, "text decoder": 0}
+    for name, parameter in model.named_parameters():
+        if name.startswith(("image_", "pooling")):
+            sizes["image encoder"] += parameter.numel()
+        elif name.startswith("decoder"):
+            sizes["text decoder"] += parameter.numel()
+        elif not name.startswith("logit_"):
+            sizes["text encoder"] += parameter.numel()
+    return {part: size for part, size in sizes.items() if size}
 
 
 class CoCaOutput(NamedTuple):
@@ -73,6 +90,8 @@ class CoCa(Freezable):
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
         text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`.
         text_tower_args: arguments of a registered tower beside those of `TextTower`.
+        interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`. The network computes
+            the same; they travel with its weights, which were trained on such pixels.
     """
 
     def __init__(
@@ -97,6 +116,8 @@ class CoCa(Freezable):
         tied_embeddings: bool = False,
         text_tower: str | None = None,
         text_tower_args: dict[str, Any] | None = None,
+        interpolation: Interpolation = "bicubic",
+        resize_mode: ResizeMode = "shortest",
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -121,6 +142,7 @@ class CoCa(Freezable):
         # One dimension, not zero: sharding engines split along the first.
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
+        self.preprocessing: Preprocessing = preprocessing(image_size, interpolation, resize_mode)
         # Plain values that build this model again; they are stored in every checkpoint.
         self.config: dict[str, Any] = arguments | {
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
@@ -128,8 +150,9 @@ class CoCa(Freezable):
             "tokenizer": self.tokenizer.spec,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
         }
-        for name in ("text_tower", "text_tower_args"):
-            if self.config[name] is None:  # as in files of earlier versions; a fingerprint of the model covers them
+        later = {"text_tower": None, "text_tower_args": None, "interpolation": "bicubic", "resize_mode": "shortest"}
+        for name, default in later.items():
+            if self.config[name] == default:  # as in files of earlier versions; a fingerprint of the model covers them
                 del self.config[name]
         self.static_step: DecodingStep | None = None  # see `compile_generation`
         self.init_parameters()
@@ -291,6 +314,27 @@ class CoCa(Freezable):
         for module in self.modules():
             if isinstance(module, SelfBlock | CrossBlock | Block):
                 module.compile(backend=backend)
+
+    # Files are the business of layers above this one; these methods reach them by the package's own interface.
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "CoCa":
+        """As `coca_lit.load_model`; "ORG/REPO" is a repository of the Hugging Face Hub, too."""
+        import coca_lit
+
+        return coca_lit.from_pretrained(name)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes weights, architecture and a model card into a folder: `coca_lit.save_pretrained`."""
+        import coca_lit
+
+        coca_lit.save_pretrained(self, folder)
+
+    def push_to_hub(self, repo: str, private: bool = False) -> str:
+        """Uploads the same to "ORG/REPO" and returns the name that loads it: `coca_lit.push_to_hub`."""
+        import coca_lit
+
+        return coca_lit.push_to_hub(self, repo, private)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -1,8 +1,9 @@
 """Named sizes and vocabularies of CoCa. `create_model("coca_vit_b32", cls_mask="legacy")` builds a preset, with any
-argument of `CoCa` overridden.
+argument of `CoCa` overridden. OpenCLIP's spelling of a name, `coca_ViT-B-32`, means the same preset.
 """
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,24 +93,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def preset(name: str) -> dict[str, Any]:
+    """The arguments of a preset by its name in any case, with or without - and _.
+
+    Raises:
+        ValueError: there is none; the message suggests the nearest one.
+    """
+    found = {_letters(known): arguments for known, arguments in PRESETS.items()}.get(_letters(str(name)))
+    if found is None:
+        raise ValueError(f"unknown model '{name}'{suggest(name, list(PRESETS))} The presets: {', '.join(PRESETS)}")
+    return found
+
+
 def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) -> CoCa:
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
 
     Args:
+        name: see `preset`.
         imports: modules that register image encoders or text towers.
-        overrides: arguments of `CoCa`; `tokenizer` may also name one of `VOCABULARIES`.
+        overrides: arguments of `CoCa`; None leaves the value of the preset. `tokenizer` may also name one of
+            `VOCABULARIES`.
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown model '{name}'{suggest(name, list(PRESETS))} The presets: {', '.join(PRESETS)}")
+    arguments = preset(name) | {key: value for key, value in overrides.items() if value is not None}
     known = list(inspect.signature(CoCa).parameters)
     for key in overrides:
         if key not in known:
             raise ValueError(f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}")
     import_modules(imports)
-    arguments = PRESETS[name] | overrides
     tokenizer = arguments.get("tokenizer", "clip")
     if isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
         arguments["tokenizer"] = VOCABULARIES[tokenizer]
@@ -119,3 +132,7 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
             f"unknown tokenizer '{tokenizer}'{suggest(tokenizer, names)} Expected {', '.join(names)} or a list of words"
         )
     return CoCa(**arguments)
+
+
+def _letters(name: str) -> str:
+    return re.sub("[-_]", "", name.lower())

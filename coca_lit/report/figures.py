@@ -1,6 +1,7 @@
 """Figures of a report, as PNG."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from coca_lit.report.runs import Curves, Run, differences
 from coca_lit.report.scores import HEADLINES, headlines, in_print_units, score_name
 
 MANY = 8  # runs; more bars are hard to read
+GAP, SEVERAL = "/top1", 4  # the score whose gaps are drawn, if two runs have it on so many data sets
 
 
 def curves_figure(curves: Curves) -> bytes | None:
@@ -57,7 +59,8 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
     several = swept_numbers(runs)
     if objective is not None and len(runs) >= MANY and len(several) > 1:
         return _scatter_figure(runs, objective, several)
-    scores = headlines(dict.fromkeys(score for run in runs for score in run.results))
+    drawn = gaps(runs)  # in a figure of their own
+    scores = [score for score in headlines(dict.fromkeys(s for run in runs for s in run.results)) if score not in drawn]
     if not scores:
         return None
     swept = swept_value(runs)
@@ -75,6 +78,45 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
             axes.invert_yaxis()
         axes.set_title(f"{score.rpartition('/')[0]} {score_name(score)}", fontsize=10)
         axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def gaps(runs: Sequence[Run]) -> dict[str, float]:
+    """By how many points the zero-shot accuracy of the second of two runs is above that of the first, for each score of
+    that kind, the largest first. Empty for another number of runs, or fewer than `SEVERAL` data sets in common.
+    """
+    if len(runs) != 2:
+        return {}
+    first, second = (run.results for run in runs)
+    found = {score: 100 * (second[score] - first[score]) for score in first if score.endswith(GAP) and score in second}
+    found = {score: gap for score, gap in found.items() if not math.isnan(gap)}
+    return dict(sorted(found.items(), key=lambda item: -item[1])) if len(found) >= SEVERAL else {}
+
+
+def gap_figure(runs: Sequence[Run]) -> bytes | None:
+    """The sorted `gaps` of two runs as bars with both accuracies beside the names; None if there are none."""
+    found = gaps(runs)
+    if not found:
+        return None
+    first, second = runs
+    figure = Figure(figsize=(8, 1.2 + 0.27 * len(found)), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    names = [
+        f"{score.removesuffix(GAP)}  {100 * first.results[score]:.1f} → {100 * second.results[score]:.1f}"
+        for score in found
+    ]
+    colours = ["C0" if gap >= 0 else "C3" for gap in found.values()]
+    bars = axes.barh(names, list(found.values()), color=colours)
+    axes.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    mean = sum(found.values()) / len(found)
+    axes.set_title(f"{second.name} against {first.name}: {mean:+.1f} points on average", fontsize=11)
+    axes.set(xlabel="difference of zero-shot top-1, points", ylim=(len(found) - 0.4, -0.6))
+    axes.margins(x=0.12)
+    axes.tick_params(axis="y", labelsize=8, length=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     return _png(figure)
 
 

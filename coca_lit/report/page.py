@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from coca_lit.files import atomic_write
-from coca_lit.report.figures import comparison_figure, curves_figure
+from coca_lit.report.figures import comparison_figure, curves_figure, gap_figure
 from coca_lit.report.runs import Run, find_runs, read_run
 from coca_lit.report.scores import best_run, cell, headline
-from coca_lit.report.tables import Table, comparison_tables, headline_cells, markdown, score_tables
+from coca_lit.report.tables import Table, code, comparison_tables, headline_cells, markdown, plain, score_tables
 
 FACTS = {  # key of the config or the environment -> name for readers
     "command": "command",
@@ -90,7 +91,7 @@ def write_report(folder: Path) -> Path:
     curves = curves_figure(run.curves)
     sheets = sorted((folder / "samples").glob("*.png"))
     if curves is not None:
-        (folder / "curves.png").write_bytes(curves)
+        atomic_write(folder / "curves.png", curves)
     sections = [
         _facts_html(_facts(run)),
         _tiles(headline_cells(run)),
@@ -123,13 +124,19 @@ def write_comparison(folders: Sequence[Path], output: Path, objective: str | Non
     score = objective or headline(dict.fromkeys(name for run in runs for name in run.results))
     facts = _best(runs, score) if score else {}
     tables = [table for table in comparison_tables(runs) if table.rows]
-    figure = comparison_figure(runs, score)
+    drawn = {"comparison": comparison_figure(runs, score), "zero-shot gaps": gap_figure(runs)}
+    figures = {title: figure for title, figure in drawn.items() if figure is not None}
+    pictures = {title: f"{title.replace(' ', '_')}.png" for title in figures}
     output.mkdir(parents=True, exist_ok=True)
-    if figure is not None:
-        (output / "comparison.png").write_bytes(figure)
-    sections = [_facts_html(facts), _tables(tables), _reasons("failed", failed), _figure("comparison", figure)]
-    pictures = ["comparison.png"] if figure is not None else []
-    return _write(output, f"{len(runs)} runs", sections, tables, facts, {"failed": failed}, pictures)
+    for title, figure in figures.items():
+        atomic_write(output / pictures[title], figure)
+    sections = [
+        _facts_html(facts),
+        _tables(tables),
+        _reasons("failed", failed),
+        *(_figure(title, figure) for title, figure in figures.items()),
+    ]
+    return _write(output, f"{len(runs)} runs", sections, tables, facts, {"failed": failed}, list(pictures.values()))
 
 
 def _write(
@@ -142,15 +149,16 @@ def _write(
     pictures: Sequence[str],
 ) -> Path:
     """Writes page and Markdown; `reasons` are lists of names with reasons, by heading."""
-    lines = [f"# {title}", ""]
-    lines += [f"- {key}: `{value}`" if key == "command" else f"- {key}: {value}" for key, value in facts.items()]
+    lines = [f"# {plain(title)}", ""]
+    lines += [f"- {key}: {code(v) if key == 'command' else plain(v)}" for key, v in facts.items()]
     for table in tables:
-        lines += ["", f"## {table.title}", "", markdown(table), *(["", table.note] if table.note else [])]
+        lines += ["", f"## {plain(table.title)}", "", markdown(table), *(["", plain(table.note)] if table.note else [])]
     for heading, items in reasons.items():
-        lines += ["", f"## {heading}", "", *(f"- {name}: {why}" for name, why in items.items())] if items else []
-    lines += [line for path in pictures for line in ("", f"![{path}]({path})")]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
-    atomic_write(folder / "report.html", _page(title, sections).encode())
+        listed = [f"- {plain(name)}: {plain(why)}" for name, why in items.items()]
+        lines += ["", f"## {heading}", "", *listed] if items else []
+    lines += [line for path in pictures for line in ("", f"![{plain(path)}]({quote(path)})")]
+    atomic_write(folder / "report.md", ("\n".join(lines) + "\n").encode(errors="replace"))
+    atomic_write(folder / "report.html", _page(title, sections).encode(errors="replace"))
     return folder / "report.html"
 
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from coca_lit.errors import DataError
+from coca_lit.metrics.uncertainty import Draws
 from coca_lit.reading import read_json
+from coca_lit.runs.draws import read_draws
 
 Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
 BOOKKEEPING = ("name", "output_dir", "evals.")  # keys that differ between equal runs
@@ -28,6 +30,7 @@ class Run(NamedTuple):
     captions: dict[str, list[dict[str, Any]]]  # data set -> `caption_samples`
     retrieval: dict[str, dict[str, list[dict[str, Any]]]]  # data set -> `retrieval_samples`
     attention: dict[str, list[dict[str, Any]]]  # data set -> `attention_samples`
+    draws: dict[str, Draws]  # score -> its values for resampled images
 
 
 def read_run(folder: Path) -> Run:
@@ -53,6 +56,7 @@ def read_run(folder: Path) -> Run:
         captions=_samples(folder, "_captions.json"),
         retrieval=_samples(folder, "_retrieval.json"),
         attention=_samples(folder, "_attention.json"),
+        draws=read_draws(folder),
     )
 
 

@@ -10,6 +10,12 @@ NAMES = {
     "Bleu_3": "BLEU-3",
     "Bleu_4": "BLEU-4",
     "ROUGE_L": "ROUGE-L",
+    "SPICE_object": "SPICE of objects",
+    "SPICE_attribute": "SPICE of attributes",
+    "SPICE_relation": "SPICE of relations",
+    "SPICE_color": "SPICE of colours",
+    "SPICE_count": "SPICE of counts",
+    "SPICE_size": "SPICE of sizes",
     "exact_match": "exact matches, %",
     "mean_length": "words per caption",
     "vocabulary": "different words",
@@ -72,4 +78,18 @@ def cell(score: str, value: float | None) -> str:
     """The value as papers print it, with one or two decimals; nothing for None."""
     if value is None:
         return ""
-    return f"{in_print_units(score, value):.{1 if score.endswith(COUNTS) else 2}f}"
+    return f"{in_print_units(score, value):.{_decimals(score)}f}"
+
+
+def interval_cell(score: str, interval: tuple[float, float]) -> str:
+    """The limits as `cell` prints values; nothing if there are none."""
+    return "" if math.isnan(interval[0]) else f"[{cell(score, interval[0])}, {cell(score, interval[1])}]"
+
+
+def spread_cell(score: str, mean: float, deviation: float) -> str:
+    """A mean over several runs and its standard deviation."""
+    return f"{cell(score, mean)} ± {cell(score, deviation)}"
+
+
+def _decimals(score: str) -> int:
+    return 1 if score.endswith(COUNTS) else 2

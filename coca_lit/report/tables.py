@@ -3,20 +3,35 @@
 A `Table` is plain text cells; `markdown` and `coca_lit.report.page` render it, `print_jobs` prints to the terminal.
 """
 
+import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from coca_lit.metrics.uncertainty import Draws, difference
 from coca_lit.report.runs import Run, differences
-from coca_lit.report.scores import DIRECTIONS, RERANKED, cell, headlines, score_name
+from coca_lit.report.scores import DIRECTIONS, RERANKED, cell, headlines, interval_cell, score_name, spread_cell
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "published.json"
 GROUPS = {  # by how the names of scores begin; all others are of captions
     "retrieval": (*DIRECTIONS, RERANKED),
     "zero-shot classification": ("top", "mean_per_class"),
 }
+
+
+HEADLINES_OF_A_SWEEP = 4
+INTERVAL = "95 % interval"
+BOOTSTRAP = "Intervals: bootstrap over the images."
+NOISE = "within noise"
+DIFFERENCES_NOTE = (
+    "Difference: the second run minus the first. Intervals and p: paired bootstrap over the images that both runs were "
+    f"scored on. '{NOISE}': p is at least 0.05; of twenty scores, one falls below that by chance. Training again with "
+    "another seed adds noise that these intervals do not hold."
+)
 
 
 class Table(NamedTuple):
@@ -33,12 +48,25 @@ def markdown(table: Table) -> str:
     width = len(table.header)
     rows = [row if len(row) > 1 or width == 1 else [f"**{row[0]}**", *[""] * (width - 1)] for row in table.rows]
     lines = [table.header, ["---"] * width, *rows]
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(plain(text).replace("|", "\\|") for text in line) + " |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Text for Markdown that means itself: names of runs and data sets come from anywhere."""
+    return re.sub(r"[\[\]`]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
+def code(text: str) -> str:
+    """Text as code in Markdown, whatever backticks it holds."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"
 
 
 def score_tables(run: Run) -> list[Table]:
-    """One table for each data set of a run: its scores, those of each domain, and published ones of the same table."""
-    published = json.loads(PUBLISHED.read_text())
+    """One table for each data set of a run: its scores with intervals, those of each domain, and published ones of the
+    same table; and one of the parameters.
+    """
     tables = []
     for name in dict.fromkeys(key.split("/")[0] for key in run.results):
         groups = [g for g in dict.fromkeys(key.rpartition("/")[0] for key in run.results) if g.split("/")[0] == name]
@@ -51,12 +79,46 @@ def score_tables(run: Run) -> list[Table]:
             for group in groups
         }
         scores = list(dict.fromkeys(score for column in columns.values() for score in column))
-        others = {k: v for k, v in published.get(name, {}).items() if v.keys() & set(scores)}
-        note = "Published: on the test split, in OpenCLIP's result files or the CoCa paper." if others else ""
-        columns |= others
+        published, sources = _published(run, name, scores)
+        columns |= published
         rows = {s: [score_name(s), *(cell(s, column.get(s)) for column in columns.values())] for s in scores}
-        tables.append(Table(name, ["", *columns], _grouped(rows), note))
+        header, notes = ["", *columns], sources
+        intervals = {s: run.draws[f"{name}/{s}"].interval() for s in scores if f"{name}/{s}" in run.draws}
+        if "this run" in columns and intervals:
+            place = header.index("this run") + 1
+            header.insert(place, INTERVAL)
+            for s, row in rows.items():
+                row.insert(place, interval_cell(s, intervals[s]) if s in intervals else "")
+            notes = [BOOTSTRAP, *sources]
+        tables.append(Table(name, header, _grouped(rows), " ".join(notes)))
+    if sizes := run.environment.get("parameters"):
+        published, sources = _published(run, "parameters", list(sizes))
+        columns = {"this run": sizes} | published
+        cells = {part: [_millions(column.get(part)) for column in columns.values()] for part in sizes}
+        tables.append(Table("parameters", ["", *columns], [[k, *row] for k, row in cells.items()], " ".join(sources)))
     return tables
+
+
+def _published(run: Run, name: str, scores: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Columns of published scores of a data set, if one of them is among `scores`, and a sentence about their sources.
+
+    Some may stand only beside scores of the same split: they come from tables that compare models on that split.
+    """
+    split = run.config.get("scoring.split", run.config.get("eval_split"))
+    columns: dict[str, dict[str, float]] = {}
+    sources: dict[str, list[str]] = {}
+    for row in json.loads(PUBLISHED.read_text()).get(name, []):
+        if not row["scores"].keys() & set(scores) or (row.get("only_beside_its_split") and row["split"] != split):
+            continue
+        title = f"{row['name']}, {row['split']} split" if "split" in row else row["name"]
+        columns[title] = row["scores"]
+        sources.setdefault(row["source"], []).append(row["name"])
+    origins = [f"{source} ({'; '.join(names)})" for source, names in sources.items()]
+    return columns, [f"Published: {', '.join(origins)}."] if origins else []
+
+
+def _millions(number: float | None) -> str:
+    return "" if number is None else f"{number / 1e6:,.2f} M"
 
 
 def headline_cells(run: Run) -> list[tuple[str, str, str]]:
@@ -66,17 +128,97 @@ def headline_cells(run: Run) -> list[tuple[str, str, str]]:
 
 
 def comparison_tables(runs: Sequence[Run]) -> list[Table]:
-    """The settings in which the runs differ, and all their scores."""
+    """The settings in which the runs differ, all their scores, the differences of two runs, and means over seeds."""
     names = [run.name for run in runs]
     changed = [[key, *map(_setting, values)] for key, values in differences(runs).items()]
-    scores = dict.fromkeys(score for run in runs for score in run.results)
-    rows = [[f"{s.rpartition('/')[0]} {score_name(s)}", *(cell(s, run.results.get(s)) for run in runs)] for s in scores]
-    return [Table("settings that differ", ["", *names], changed), Table("scores", ["", *names], rows)]
+    scores = list(dict.fromkeys(score for run in runs for score in run.results))
+    rows = [[_full_name(score), *(cell(score, run.results.get(score)) for run in runs)] for score in scores]
+    tables = [Table("settings that differ", ["", *names], changed), Table("scores", ["", *names], rows)]
+    return [*tables, *([difference_table(*runs)] if len(runs) == 2 else []), *seed_tables(runs)]
+
+
+def difference_table(first: Run, second: Run) -> Table:
+    """The scores of two runs with intervals, their differences, and whether these are more than noise."""
+    rows = []
+    for score, value in first.results.items():
+        if score not in second.results or score not in first.draws or score not in second.draws:
+            continue
+        draws = first.draws[score], second.draws[score]
+        row = [_full_name(score)]
+        for run, own in zip((first, second), draws, strict=True):
+            row += [cell(score, run.results[score]), interval_cell(score, own.interval())]
+        if draws[0].units != draws[1].units:
+            rows.append([*row, "", "", "", "of other images"])
+            continue
+        found = difference(value, second.results[score], *draws)
+        change = cell(score, found.value)
+        row += [change if change.startswith("-") else f"+{change}", interval_cell(score, (found.low, found.high))]
+        rows.append([*row, f"{found.p:.3f}", NOISE if found.noise else ""])
+    header = ["", first.name, INTERVAL, second.name, INTERVAL, "difference", INTERVAL, "p", ""]
+    return Table("differences", header, rows, DIFFERENCES_NOTE)
+
+
+def seed_tables(runs: Sequence[Run]) -> list[Table]:
+    """Means and standard deviations of runs that differ in their seed alone; none if no two do."""
+    varied = differences(runs)
+    if "seed" not in varied:
+        return []
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i in range(len(runs)):
+        groups.setdefault(tuple(_setting(v[i]) for key, v in varied.items() if key != "seed"), []).append(i)
+    several = {settings: members for settings, members in groups.items() if len(members) > 1}
+    if not several:
+        return []
+    keys = _short_names([key for key in varied if key != "seed"])
+    header, columns = [""], []
+    for settings, members in several.items():
+        words = [f"{key}={value}" for key, value in zip(keys, settings, strict=True)] if len(groups) > 1 else []
+        header.append(", ".join([*words, f"{len(members)} seeds"]))
+        columns.append([runs[i].results for i in members])
+    rows = []
+    for score in dict.fromkeys(score for run in runs for score in run.results):
+        row = [_full_name(score)]
+        for results in columns:
+            values = [own[score] for own in results if score in own]
+            row.append(spread_cell(score, fmean(values), stdev(values)) if len(values) > 1 else "")
+        rows.append(row)
+    return [Table("seeds", header, rows, "Mean ± standard deviation of a run over the seeds.")]
+
+
+def _full_name(score: str) -> str:
+    return f"{score.rpartition('/')[0]} {score_name(score)}"
+
+
+def print_scores(results: Mapping[str, float], draws: Mapping[str, Draws]) -> None:
+    """Prints scores in the units of papers, a column for each data set, with half of the width of their intervals."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as TerminalTable
+
+    groups = sorted({name.rpartition("/")[0] for name in results})
+    table = TerminalTable("", box=box.SIMPLE_HEAD, pad_edge=False)
+    for group in groups:
+        table.add_column(escape(group or "all images"), justify="right")
+    for score in dict.fromkeys(name.rpartition("/")[2] for name in results):
+        keys = [f"{group}/{score}" if group else score for group in groups]
+        cells = [_with_half_width(key, results.get(key), draws.get(key)) for key in keys]
+        table.add_row(escape(score_name(score)), *cells)
+    if results:
+        print("results" + (", ± half of the 95 % interval" if draws else ""))
+        Console().print(table)
+
+
+def _with_half_width(score: str, value: float | None, draws: Draws | None) -> str:
+    if value is None or draws is None:
+        return cell(score, value)
+    low, high = draws.interval()
+    return cell(score, value) if math.isnan(low) else spread_cell(score, value, (high - low) / 2)
 
 
 def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | None, best: str | None) -> None:
-    """Prints the jobs of a sweep: varied settings, status, objective and headline scores, as many as fit the terminal;
-    below, a line for each failed job. Outside a terminal nothing is cut or folded.
+    """Prints the jobs of a sweep: varied settings, status, objective and four headline scores, as many as fit the
+    terminal; below, a line for each failed job. Outside a terminal nothing is cut or folded.
 
     Args:
         rows: of each job: "job", its overrides (str), "status", its scores (float), and "error" if it failed.
@@ -92,7 +234,8 @@ def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | N
     varied = [key for key in keys if len({row.get(key) for row in rows}) > 1] or ["job"]
     names = _short_names(varied)
     found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
-    scores = [*dict.fromkeys([*([objective] if objective in found else []), *headlines(found)])]
+    first = [objective] if objective in found else []
+    scores = list(dict.fromkeys([*first, *headlines(found)[:HEADLINES_OF_A_SWEEP]]))
 
     def table(scores: Sequence[str]) -> TerminalTable:
         result = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -102,7 +245,7 @@ def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | N
             result.add_column(escape(score), no_wrap=True, justify="right")
         for row in rows:
             values = [_setting(row.get(key, "")) for key in [*varied, "status"]]
-            values += [f"{row[score]:.4f}" if score in row else "" for score in scores]
+            values += [cell(score, row.get(score)) for score in scores]
             result.add_row(*map(escape, values), style="bold" if row["job"] == best else None)
         return result
 

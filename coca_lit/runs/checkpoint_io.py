@@ -8,16 +8,15 @@ the zip archive that PyTorch writes has a CRC, which PyTorch itself never checks
 import logging
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coca_lit.errors import CheckpointError, DataError
+from coca_lit.errors import CheckpointError, DataError, why_unreadable
 from coca_lit.files import replacing
+from coca_lit.weights.intact import check_archive
 
 log = logging.getLogger(__name__)
 
@@ -65,19 +64,15 @@ def inspect(path: Path) -> dict[str, Any]:
         CheckpointError: the file is torn or corrupt, or holds more than tensors and plain values.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except FileNotFoundError:
-        raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        archive = check_archive(path)
+    except ValueError as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
-    if damaged is not None:
-        raise CheckpointError(f"{path} is corrupt: its part '{damaged}' is not what was written")
+    if not archive:
+        raise CheckpointError(f"{path} is not a whole checkpoint: it is no zip archive, as those of PyTorch are")
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} holds more than tensors and plain values: {reason}") from error
+        raise CheckpointError(f"{path} holds more than tensors and plain values: {why_unreadable(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a training checkpoint")
     return content

@@ -24,7 +24,7 @@ def run_id() -> str:
         ConfigError: there are several processes and nothing that they have in common.
     """
     env = os.environ
-    if _under_srun():
+    if under_srun():
         step = env["SLURM_STEP_ID"]
         return f"slurm_{env['SLURM_JOB_ID']}" + (f"_{step}" if step != "0" else "")
     rendezvous = env.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own default is "none"
@@ -42,8 +42,14 @@ def launched_devices() -> int | str:
     """Processes per machine; "auto" where Lightning launches them itself."""
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun, also within a SLURM job
         return int(os.environ["LOCAL_WORLD_SIZE"])
-    if _under_srun():
-        return int(os.environ.get("SLURM_NTASKS_PER_NODE", int(os.environ["SLURM_NTASKS"]) // launched_nodes()))
+    if under_srun():
+        tasks, nodes = int(os.environ["SLURM_NTASKS"]), launched_nodes()
+        if tasks % nodes:
+            raise ConfigError(
+                f"srun started {tasks} tasks on {nodes} nodes, which get unequal numbers of them: "
+                "use --ntasks-per-node in place of --ntasks"
+            )
+        return tasks // nodes  # not SLURM_NTASKS_PER_NODE, which may be that of the allocation
     return "auto"
 
 
@@ -51,10 +57,15 @@ def launched_nodes() -> int:
     """Number of machines that the processes run on."""
     if "GROUP_WORLD_SIZE" in os.environ:
         return int(os.environ["GROUP_WORLD_SIZE"])
-    return int(os.environ.get("SLURM_NNODES", "1")) if _under_srun() else 1
+    return int(os.environ.get("SLURM_NNODES", "1")) if under_srun() else 1
 
 
-def _under_srun() -> bool:
+def launched_processes() -> int:
+    """Number of processes that torchrun or srun started; 1 where Lightning launches them itself."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1") if under_srun() else "1"))
+
+
+def under_srun() -> bool:
     """Under srun, and not merely in an allocation, where a shell may start any number of runs. Lightning tells an
     interactive job by the same names.
     """
@@ -68,7 +79,7 @@ def is_first_process() -> bool:
 
 def job_folder(overrides: str) -> str:
     """A folder name for a job of a sweep that changes `overrides`: "data.root=/x,seed=1" -> "data.root=_x,seed=1"."""
-    name = re.sub(r"[^\w.,=+~@-]+", "_", redact(overrides)) or "job"
+    name = re.sub(r"[^\w.,=+~@-]+", "_", re.sub(r"(^|,)\+\+", r"\1", redact(overrides))) or "job"
     if len(name.encode()) <= LONGEST:
         return name
     start = name.encode()[:LONGEST].decode(errors="ignore")

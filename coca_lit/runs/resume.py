@@ -4,14 +4,16 @@ A resumed run must be the same run, so config keys that its result depends on ma
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError
-from coca_lit.files import atomic_symlink
+from coca_lit.files import atomic_link
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
+from coca_lit.runs.draws import DRAWS, INTERVALS
 from coca_lit.runs.logs import BAD_STEPS, METRICS, rewind
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
@@ -21,21 +23,27 @@ CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
 # What belongs to one run, as outputs/README.md lists it.
 FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
-    *(CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
+    *(INTERVALS, DRAWS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
-RESUME_KEYS = ("seed", "image_size", "vocabulary", "ema", "lora", "model", "data", "trainer")
+RESUME_KEYS = (
+    *("seed", "image_size", "vocabulary", "ema", "lora", "init_from", "image_weights"),
+    *("model", "data", "trainer", "callbacks"),
+)
+CALLBACK_KEYS = ("step_seeds", "non_finite_guard")
 TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 FREE = (
     *("data.num_workers", "data.root", "data.max_bad_fraction", "data.cache_dir", "data.cache_gb"),
     *("model.grad_checkpointing", "model.compile"),
+    "model.net.cls_mask",  # null: that of the checkpoint, and no other is accepted
 )
 
 
 def resume_keys(config: dict[str, Any]) -> dict[str, Any]:
     """The part of an unresolved config that may not change within a run."""
     part = {key: config[key] for key in RESUME_KEYS if key in config}
-    part["trainer"] = {key: value for key, value in config["trainer"].items() if key in TRAINER_KEYS}
+    for group, keys in (("trainer", TRAINER_KEYS), ("callbacks", CALLBACK_KEYS)):
+        part[group] = {key: value for key, value in config[group].items() if key in keys}
     return part
 
 
@@ -65,7 +73,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         found = newest_valid(last.parent)
         assert found is not None
         if not last.exists() or last.resolve() != found[0].resolve():
-            atomic_symlink(last, found[0])
+            atomic_link(last, found[0])
     return last
 
 
@@ -79,20 +87,25 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     return run
 
 
-def check_same_run(checkpoint: Path, config: dict[str, Any], strict: bool) -> None:
+def check_same_run(
+    checkpoint: Path, config: dict[str, Any], strict: bool, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Compares the config that a checkpoint was written with and that of the run that is about to resume from it.
 
     Args:
         config: the `resume_keys` of the run.
         strict: refuse a changed config; otherwise print a note.
+        defaults: the values of keys that a config need not list.
 
     Raises:
         CheckpointError: the file is not whole, or the config has changed.
     """
     run = read_run(checkpoint)
+    before = run.get("config", {})  # may lack a group that was not compared when it was written
+    now, known = ({key: part[key] for key in before if key in part} for part in (config, defaults))
     if run and run.get("format", 1) != FORMAT:
         changed = f"{checkpoint} was written by another version of coca_lit, whose config has other keys"
-    elif changes := list(changed_keys(run.get("config", config), config)):
+    elif changes := list(changed_keys(_filled(before, known), _filled(now, known))):
         (key, old, new), others = changes[0], len(changes) - 1
         more = f" (and {others} more keys)" if others else ""
         changed = f"{key} was {old!r} when {checkpoint} was written and is now {new!r}{more}"
@@ -152,6 +165,13 @@ def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
             yield from changed_keys(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif before != now:
         yield key, before, now
+
+
+def _filled(config: Any, defaults: Any) -> Any:
+    """A nested config with the defaults of the keys that it does not list."""
+    if not isinstance(config, dict) or not isinstance(defaults, Mapping):
+        return config
+    return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in config.items()}}
 
 
 def _step(path: Path) -> int:

@@ -20,6 +20,8 @@ from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.redaction import masked_yaml, redact
 from coca_lit.runs.resume import AUTO, CHECKPOINTS, RUN_KEY, resume, start_fresh
 
+CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
+
 
 def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     """Writes `config.yaml` and `environment.json`. Values from environment variables are written as references: no
@@ -36,8 +38,8 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
     else:
         resume(folder, checkpoint, roll_back=cfg.ckpt_path != AUTO)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.yaml", masked_yaml(cfg).encode())
-    atomic_write(folder / "environment.json", _json(environment()))
+    atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
+    atomic_write(folder / ENVIRONMENT, _json(environment()))
 
 
 def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:
@@ -46,7 +48,7 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     A full disk may have cost the last checkpoint, and a kill the report: then there is.
     """
     folder = Path(cfg.output_dir)
-    results, config = folder / "results.json", folder / "config.yaml"
+    results, config = folder / RESULTS, folder / CONFIG
     if (
         cfg.ckpt_path != AUTO
         or not results.exists()
@@ -63,28 +65,27 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     scores = read_json(results, dict)
     if is_first_process():
         os.utime(results)  # a sweep counts a job as done by the time of its results
-        print_results(scores)
         print(f"this run is finished, its scores are in {results}; ckpt_path=null trains again", flush=True)
     return scores
 
 
 def write_results(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], seen: dict[str, int] | None = None
+    folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
 ) -> int:
-    """Writes `results.json` and `not_run.json` (why a score is missing), prints the scores and returns the seconds that
-    the run took. It is finished once the report is written, too.
+    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds that the run took. It is
+    finished once the report is written, too.
 
     Args:
-        seen: samples and tokens that the model was trained on, for `environment.json`.
+        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
     """
-    environment = read_json(folder / "environment.json", dict)
-    environment["seconds"] = round(time.time() - environment["started"])
+    path = folder / ENVIRONMENT
+    known = read_json(path, dict) if path.exists() else environment()  # the folder may have been deleted
+    known["seconds"] = round(time.time() - known["started"])
     (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-    atomic_write(folder / "environment.json", _json(environment | (seen or {})))
-    atomic_write(folder / "results.json", _json(results))
+    atomic_write(path, _json(known | (facts or {})))
+    atomic_write(folder / RESULTS, _json(results))
     atomic_write(folder / "not_run.json", _json(not_run))
-    print_results(results)
-    return environment["seconds"]
+    return known["seconds"]
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -95,13 +96,27 @@ def environment() -> dict[str, Any]:
     """What a number depends on: command, commit, machine, versions."""
     packages = ("torch", "lightning", "timm", "hydra-core")
     return {
-        "command": redact(shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]])),
+        "command": command(),
         "commit": commit(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "started": time.time(),
     }
+
+
+def command() -> str:
+    """The command that started this process, without secrets, as typed in a shell."""
+    return redact(shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]))
+
+
+def resume_command(name: str) -> str:
+    """The command that resumes this run: the same one, with the name that the run was given."""
+    return (
+        command()
+        if any(word.startswith("name=") for word in sys.argv)
+        else f"{command()} {shlex.quote(f'name={name}')}"
+    )
 
 
 def _program(path: Path) -> list[str]:
@@ -128,24 +143,12 @@ def _git(*arguments: str) -> str:
     return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
-def _processor() -> str:
+def machine() -> str:
+    """Its processor and number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
     names = (
         [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         if cpuinfo.exists()
         else []
     )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def print_results(results: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    groups = sorted({name.rpartition("/")[0] for name in results})
-    table = Table("score", *groups, title="results", title_justify="left")
-    for score in dict.fromkeys(name.rpartition("/")[2] for name in results):
-        values = (results.get(f"{group}/{score}") for group in groups)
-        table.add_row(score, *("" if value is None else f"{value:.4f}" for value in values))
-    if results:
-        Console().print(table)
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -2,7 +2,7 @@
 
 `Pairs` is CoCa's own pair of losses, `Texts` the caption loss of batches that are texts alone,
 `coca_lit.training.self_critical.SelfCritical` takes the place of `Pairs` in training, and further objectives join by
-name: `+model.objectives.NAME._target_=my_package.MyObjective`.
+name: `model.objectives.NAME._target_=my_package.MyObjective`.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
-from coca_lit.training.gradient_caching import cached_loss, check_micro_batches
 
 
 class Objective(nn.Module, ABC):
@@ -90,6 +89,8 @@ class Pairs(Objective):
     def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.micro_batch_size is None:
             return super().loss(net, batch)
+        from coca_lit.training.gradient_caching import cached_loss
+
         pairs, size = (batch.images, batch.tokens, batch.lengths), self.micro_batch_size
         return cached_loss(net, *pairs, size, self.weights, batch.prefix_lengths, self.label_smoothing)
 
@@ -140,6 +141,8 @@ def check_pairs(pairs: Pairs, net: CoCa, further: bool) -> None:
             "no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0"
         )
     if pairs.micro_batch_size is not None:
+        from coca_lit.training.gradient_caching import check_micro_batches
+
         check_micro_batches(net, pairs.micro_batch_size)
         if further:
             raise ValueError("micro_batch_size does not work with further objectives, which need the whole batch")

@@ -1,1 +1,3 @@
-"""Weights in and out of a model: our files, OpenCLIP's, CLIP towers, interpolation, LoRA."""
+"""Weights in and out of a model: names, our files, OpenCLIP's, CLIP towers, interpolation, LoRA."""
+
+MODEL_KEY = "coca_lit_model"  # of the arguments of `CoCa` in our checkpoints and exports

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from coca_lit.weights.computation import facts
+
 
 def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """32 hexadecimal digits, equal for equal descriptions and tensors that are equal by name and bit for bit."""
@@ -19,6 +21,5 @@ def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def fingerprint(model: nn.Module) -> str:
     """The digest of a model: equal for the same architecture with the same weights, whatever file they came from."""
-    # A CLIP has no `config`; the classes of its modules tell one with QuickGELU from one with GELU.
-    about = getattr(model, "config", None) or sorted({type(part).__name__ for part in model.modules()})
+    about = getattr(model, "config", None) or facts(model)  # a CLIP has no `config`
     return digest(json.dumps(about, sort_keys=True), model.state_dict().items())

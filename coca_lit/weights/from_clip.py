@@ -17,6 +17,7 @@ from torch import Tensor
 from coca_lit.models.clip import CLIP, QuickGELU
 from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import SelfBlock
+from coca_lit.weights.computation import difference
 
 _IMAGE_POSITIONS = "image_encoder.trunk.pos_embed"
 _QUERY = "pooling.generative.query"
@@ -93,5 +94,7 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
     for tower, there, here in heads:
         if there != here:
             raise ValueError(f"the {tower} has {here} heads in the model and {there} in the CLIP")
-    if not torch.equal(clip.image_encoder.normalise.mean, model.image_encoder.normalise.mean):
-        raise ValueError("the CLIP was trained with another normalisation of images than the model's")
+    images = ("image_encoder.trunk.blocks", "image_encoder.normalise", "interpolation", "resize_mode")
+    if differs := difference(model, clip, images):
+        fact, ours, its = differs
+        raise ValueError(f"the CLIP computes something else: {fact} is {ours!r} in the model and {its!r} in the CLIP")

@@ -4,6 +4,7 @@ import torch
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
+from coca_lit.weights.computation import difference
 
 
 @torch.no_grad()
@@ -15,7 +16,8 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
         weight: between 0 (before) and 1 (unchanged).
 
     Raises:
-        ValueError: the weight is out of range, or the models do not have the same tensors.
+        ValueError: the weight is out of range, or the models do not have the same tensors, or compute different things
+            with them.
     """
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= 1:
         raise ValueError(f"weight must be a number between 0 and 1, got {weight!r}")
@@ -23,6 +25,17 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
     for name in [*ours, *theirs]:
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
             raise ValueError(f"the models have different architectures: '{name}' is not the same in both")
+    if model.tokenizer.spec != before.tokenizer.spec:
+        raise ValueError("the models have different vocabularies: their token ids mean different words")
+    if differs := difference(model, before):
+        fact, here, there = differs
+        raise ValueError(
+            f"the models compute different things: {fact} is {here!r} in the one and {there!r} in the other"
+        )
+    if isinstance(model, CoCa) and isinstance(before, CoCa):
+        tied = [m.config["tied_embeddings"] for m in (model, before)]
+        if tied[0] != tied[1]:
+            raise ValueError(f"the models have different architectures: tied_embeddings is {tied[0]} and {tied[1]}")
     for name, tensor in ours.items():
         if tensor.is_floating_point():
             tensor.copy_(torch.lerp(theirs[name], tensor, weight))

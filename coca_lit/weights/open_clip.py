@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.weights.open_clip_keys import OpenClipConfig, count, read_config
 
 _BLOCK = [
     ("norm_1", "ln_1"),
@@ -90,6 +91,7 @@ _OTHER_TOWERS = {
     "visual.trunk.": "its image tower is one of timm's",
     "visual.head.": "its image tower is not a CLIP vision transformer",
     "visual.attn_pool.": "its image tower pools by attention, and its text tower does not end in a CLS token",
+    "text.blocks.": "its text tower is OpenCLIP 4's modern one",
     "text.transformer.embeddings.": "its text tower is a Hugging Face model",
     "text.transformer.encoder.": "its text tower is a Hugging Face model",
     "text.transformer.shared.": "its text tower is a Hugging Face model",
@@ -127,20 +129,32 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
 
     Widths and depths are read from the tensors. Numbers of heads are not in them: they come from `config`, the content
     of the `open_clip_config.json` beside the weights, or follow OpenCLIP's rule of 64 per head (8 heads in the pooler);
-    `overrides`, arguments of `CoCa`, take precedence. The CLS mask is the legacy one that OpenCLIP trains with.
+    `overrides`, arguments of `CoCa`, take precedence. The CLS mask is the legacy one that OpenCLIP 3 trains with,
+    unless the config says otherwise.
 
     Raises:
         ValueError: this is not an OpenCLIP CoCa, tensors are missing, left over or of the wrong shape, or `config` asks
             for something that CoCa lacks.
     """
     theirs = _plain_state(state)
+    if relative := _relative(theirs):
+        raise ValueError(
+            f"this is {relative}; of OpenCLIP's captioners those with CLIP's two towers and one attentional pooler can "
+            "be read (coca_ViT-B-32, coca_ViT-L-14 and other sizes)"
+        )
     if missing := [key for key in ("visual.attn_pool.query", "text.cls_emb") if key not in theirs]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
     sizes = _coca_sizes(theirs)
     model = CoCa(**sizes | _coca_arguments(config, sizes) | overrides)
     ours: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
-        ours[name] = _their_tensor(theirs, name).reshape(target.shape).to(target.dtype)
+        tensor = _their_tensor(theirs, name)
+        if tensor.numel() != target.numel():
+            raise ValueError(
+                f"'{_rename(name, _COCA_PARTS)}' has the shape {tuple(tensor.shape)} in the checkpoint, and its "
+                f"counterpart '{name}' needs {tuple(target.shape)}"
+            )
+        ours[name] = tensor.reshape(target.shape).to(target.dtype)
     used = to_open_clip(model).keys()
     if unused := sorted(theirs.keys() - used):
         raise ValueError(f"{len(unused)} tensors of the checkpoint have no place in CoCa, the first is '{unused[0]}'")
@@ -151,9 +165,43 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
 def _plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict or a training checkpoint, without the prefixes that wrappers add to their names."""
     state = state.get("state_dict", state)
-    names = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the checkpoint's state_dict is a {type(state).__name__}, expected a dictionary of tensors")
+    names = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor
+        for name, tensor in state.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
     masks = ("text.attn_mask", "text_decoder.attn_mask")  # constants that some versions stored
-    return {name: tensor for name, tensor in names.items() if name not in masks}
+    return _Tensors((name, tensor) for name, tensor in names.items() if name not in masks)
+
+
+class _Tensors(dict[str, Tensor]):
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(f"the checkpoint has no tensor '{name}'")
+
+
+def _relative(theirs: Mapping[str, Tensor]) -> str | None:
+    """What a captioner of OpenCLIP that cannot be read is called, and why; None for all other files."""
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in theirs)
+
+    if has("map_viz2txt_kv"):
+        return "a MaMMUT (openMaMMUT, mammut2_…), whose text tower is its decoder"
+    if not has("text_decoder."):
+        return None
+    if has("text.blocks.", "text_decoder.blocks."):
+        return "a CoCa2 with OpenCLIP 4's modern text tower (coca2-moderntext_…)"
+    if has("attn_pool_contrastive.", "visual.attn_pool_contrastive."):
+        return "a CoCa2 with two attentional poolers (coca2_ViT-B-32, attentional_pool parallel or cascade)"
+    if has(*(prefix for prefix in _OTHER_TOWERS if prefix.startswith("text."))):
+        return "a coca_roberta-ViT-B-32, whose text tower is a Hugging Face model and sees the tokens it should predict"
+    if has("visual.trunk.", "visual.layer1."):
+        return "a CoCa whose image tower is not a CLIP vision transformer (timm_model_name, or a ResNet)"
+    if not has("visual.attn_pool."):
+        return "a coca_base, which has no attentional pooler"
+    return None
 
 
 def _coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -241,7 +289,8 @@ def is_clip(state: Mapping[str, Any]) -> bool:
     decoder.
     """
     names = _plain_state(state)
-    return "logit_scale" in names and not any(name.startswith(("text_decoder.", "text.cls_emb")) for name in names)
+    captioner = ("text_decoder.", "text.cls_emb", "map_viz2txt_kv")
+    return "logit_scale" in names and not any(name.startswith(captioner) for name in names)
 
 
 def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = None, **overrides: Any) -> CLIP:
@@ -261,7 +310,7 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
             raise ValueError(
                 f"this OpenCLIP CLIP cannot be read: {reason}; supported are vision transformers {_CLIP_KIND}"
             )
-    theirs = {name.removeprefix("text."): tensor for name, tensor in names.items() if name != "attn_mask"}
+    theirs = _Tensors((name.removeprefix("text."), tensor) for name, tensor in names.items() if name != "attn_mask")
     for needed in ("visual.conv1.weight", "visual.proj", "visual.ln_pre.weight", "token_embedding.weight"):
         if needed not in theirs:
             raise ValueError(
@@ -308,19 +357,18 @@ def _clip_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _clip_arguments(config: Mapping[str, Any] | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def _clip_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `CLIP` that only OpenCLIP's config shows; its defaults are OpenCLIP's."""
     if config is None:
         return {}
-    model = config.get("model_cfg", {})
-    image = dict(sizes["image_encoder_args"])
-    image["num_heads"] = image["embed_dim"] // model.get("vision_cfg", {}).get("head_width", 64)
-    given = config.get("preprocess_cfg", {})
-    normalisation = {key: list(given.get(key, value)) for key, value in CLIP_NORMALISATION.items()}
-    if normalisation != CLIP_NORMALISATION:
-        image["pretrained_cfg_overlay"] = normalisation
-    heads = model.get("text_cfg", {}).get("heads", 8)
-    return {"image_encoder_args": image, "text_heads": heads, "quick_gelu": bool(model.get("quick_gelu", False))}
+    found = read_config(config, False, _shown(sizes))
+    return {
+        "image_encoder_args": _image_arguments(found, sizes),
+        "text_heads": count(found.text, "heads", 8),
+        "quick_gelu": found.quick_gelu,
+        "interpolation": found.interpolation,
+        "resize_mode": found.resize_mode,
+    }
 
 
 def open_clip_config(model: CoCa) -> dict[str, Any]:
@@ -365,7 +413,10 @@ def open_clip_config(model: CoCa) -> dict[str, Any]:
             **decoder,
             "custom_text": True,
         },
-        "preprocess_cfg": {**normalisation, "interpolation": "bicubic", "resize_mode": "shortest"},
+        "preprocess_cfg": {
+            **normalisation,
+            **{key: model.preprocessing[key] for key in ("interpolation", "resize_mode")},
+        },
         "coca_lit": {"cls_mask": ours["cls_mask"]},
     }
 
@@ -407,8 +458,8 @@ def _is_clip_transformer(trunk: nn.Module) -> bool:
     )
 
 
-def _coca_arguments(config: Mapping[str, Any] | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `CoCa` that only the config shows: numbers of heads, normalisation, and the CLS mask in our files.
+def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `CoCa` that only the config shows: numbers of heads, how pixels are prepared, and the CLS mask.
 
     Args:
         config: content of `open_clip_config.json`; None yields no arguments.
@@ -419,27 +470,51 @@ def _coca_arguments(config: Mapping[str, Any] | None, sizes: Mapping[str, Any]) 
     """
     if config is None:
         return {}
-    model = config.get("model_cfg", {})
-    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-    text_heads = text.get("heads", 8)  # these defaults are OpenCLIP's
-    decoder_heads = model.get("multimodal_cfg", {}).get("heads", 8 if sizes["decoder_layers"] else text_heads)
+    found = read_config(config, True, _shown(sizes))
+    text_heads = count(found.text, "heads", 8)  # these defaults are OpenCLIP's
+    decoder_heads = count(found.decoder, "heads", 8 if sizes["decoder_layers"] else text_heads)
     if text_heads != decoder_heads:
         raise ValueError(
             f"the config asks for {text_heads} heads in the text tower and {decoder_heads} in the decoder, but CoCa has"
             " the same number in both"
         )
-    if model.get("quick_gelu"):
+    if found.quick_gelu:
         raise ValueError("the config asks for QuickGELU, but CoCa is built with GELU")
-    image = dict(sizes["image_encoder_args"])
-    image["num_heads"] = image["embed_dim"] // vision.get("head_width", 64)
-    normalisation = CLIP_NORMALISATION | {
-        key: list(value) for key, value in config.get("preprocess_cfg", {}).items() if key in CLIP_NORMALISATION
-    }
-    if normalisation != CLIP_NORMALISATION:
-        image["pretrained_cfg_overlay"] = normalisation
     return {
-        "image_encoder_args": image,
-        "pooler_heads": vision.get("attn_pooler_heads", 8),
+        "image_encoder_args": _image_arguments(found, sizes),
+        "pooler_heads": count(found.vision, "attn_pooler_heads", 8),
         "text_heads": text_heads,
-        "cls_mask": config.get("coca_lit", {}).get("cls_mask", "legacy"),
+        "cls_mask": found.cls_mask,
+        "interpolation": found.interpolation,
+        "resize_mode": found.resize_mode,
+    }
+
+
+def _image_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    image = dict(sizes["image_encoder_args"])
+    head_width = count(config.vision, "head_width", 64)
+    image["num_heads"] = image["embed_dim"] // head_width
+    if not image["num_heads"]:
+        raise ValueError(f"the config asks for heads of {head_width}, but the image tower is {image['embed_dim']} wide")
+    if config.normalisation != CLIP_NORMALISATION:
+        image["pretrained_cfg_overlay"] = config.normalisation
+    return image
+
+
+def _shown(sizes: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Sizes that the tensors show, by their keys in OpenCLIP's config."""
+    image = sizes["image_encoder_args"]
+    return {
+        "model_cfg": {"embed_dim": sizes["embed_dim"]},
+        "vision_cfg": {
+            "image_size": sizes["image_size"],
+            "patch_size": image["patch_size"],
+            "width": image["embed_dim"],
+            "layers": image["depth"],
+        },
+        "text_cfg": {
+            "context_length": sizes["context_length"],
+            "width": sizes["text_width"],
+            "layers": sizes["text_layers"],
+        },
     }

@@ -21,8 +21,6 @@ from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.models import CoCa
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec", "ignore:Found .* in eval mode")
-
 # Two epochs of four steps.
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "trainer.log_every_n_steps=1"),
@@ -88,6 +86,7 @@ def logged(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
         ({"every_n_steps": 4}, 1, [3]),  # the end of the epoch: once, not twice
         ({"every_n_steps": 3}, 1, [2, 3, 5]),
         ({"every_n_epochs": None}, 1, []),
+        ({"every_n_epochs": 2}, 1, []),  # the second epoch is the last one
     ],
 )
 def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
@@ -108,6 +107,12 @@ def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
 def test_scores_of_all_images_need_no_number(tmp_path: Path) -> None:
     train(tmp_path, evals=[Probe(scale)], quick=12)
     assert [step for step, _ in logged(tmp_path, "probe")["probe/value"]] == [3, 8]
+
+
+def test_every_second_epoch(tmp_path: Path) -> None:
+    probe = Probe(scale)
+    train(tmp_path, "trainer.max_epochs=5", "data.train_count=8", evals=[probe], quick=5, every_n_epochs=2)
+    assert [step for step, _ in logged(tmp_path, "probe")["probe_5/value"]] == [1, 3]
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
@@ -173,16 +178,15 @@ STEPS = {"every_n_epochs": None, "every_n_steps": 2, "quick": 5}  # 2, 4, 6, and
 
 
 @pytest.mark.parametrize(
-    ("measure", "values", "expected"),
+    ("name", "measure", "values", "expected"),
     [
-        ("value", (1, 3, 2, 2, 9), (4, 3)),
-        ("value", (1, 3, 2, 4, 0), (8, 4)),
-        ("value", (3, 2, 1, 3, 9), (2, 3)),  # the first of equals
-        ("value", (float("nan"), 2, 1, 0, 9), (4, 2)),
-        ("t2i_median_rank", (3, 2, 1, 5, 9), (6, 1)),  # lower is better
+        ("probe", "value", (1, 3, 2, 2, 9), (4, 3)),
+        ("probe_5", "value", (1, 3, 2, 4, 0), (8, 4)),
+        ("probe", "value", (3, 2, 1, 3, 9), (2, 3)),  # the first of equals
+        ("probe", "value", (float("nan"), 2, 1, 0, 9), (4, 2)),
+        ("probe_5", "t2i_median_rank", (3, 2, 1, 5, 9), (6, 1)),  # lower is better
     ],
 )
-@pytest.mark.parametrize("name", ["probe", "probe_5"])
 def test_the_best_checkpoint_is_kept(
     tmp_path: Path, name: str, measure: str, values: tuple[float, ...], expected: tuple[int, float]
 ) -> None:

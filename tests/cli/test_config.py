@@ -1,6 +1,9 @@
 """Every config composes and builds; a mistake in one is a sentence that says what was meant."""
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -9,12 +12,12 @@ import pytest
 import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from running import TINY, compose, train_py
+from running import ROOT, TINY, compose, train_py
 
 from coca_lit.cli import command
 from coca_lit.cli.assembly import build, build_module, build_trainer, resolve_target
-from coca_lit.cli.command import CONF, check
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.cli.command import CONF, check, to_override
+from coca_lit.errors import ConfigError, UserError, error_context
 from coca_lit.lit_module import CoCaLit
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
@@ -38,7 +41,8 @@ def test_experiment_takes_the_advertised_overrides(experiment: str) -> None:
 def test_option_composes_and_brings_its_content(group: str, option: str) -> None:
     cfg = OmegaConf.to_container(compose(f"{group}={option}", "output_dir=x", "name=x"), resolve=True)
     if group in ("data", "model", "trainer"):
-        assert set(yaml.safe_load((CONF / group / f"{option}.yaml").read_text())) - {"defaults"} <= set(cfg[group])
+        content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+        assert set(content.get(group, content)) - {"defaults"} <= set(cfg[group])
     if group in ("evals", "logger") and option != "records":
         assert cfg[group]
         assert all("_target_" in node for node in cfg[group].values())
@@ -53,7 +57,7 @@ def test_every_file_is_an_option_or_known() -> None:
     commands = {"train", "evaluate", "caption", "search", "export", "demo", "plan"}
     brought = {
         "small": compose("trainer=smoke").data.batch_size == 8,
-        "skip_missing": evaluates_all().skip_missing,
+        "skip_missing": evaluates_all().scoring.skip_missing,
         "scoring": compose().scoring.quick == 256 and evaluates_all().scoring.split == "test",
     }
     assert {name for name in others if not name.startswith("hydra/")} == {*commands, *brought}
@@ -91,6 +95,25 @@ def test_evaluation_on_other_data_reads_the_folder_of_its_name(evals: str) -> No
     nodes = compose("experiment=pretrain_b32", f"evals={evals}", "data_dir=/all").evals.values()
     assert nodes
     assert {node.records.root for node in nodes} == {f"/all/{node.name}" for node in nodes}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "root"),
+    [
+        (("experiment=finetune_mscoco_keep", "data.root=/x", "evals=[mscoco_retrieval]"), "/x"),
+        (("data=flickr8k", "data.root=/x", "evals=mscoco"), "data/mscoco"),
+        (("data=flickr8k", "data.root=/x", "evals=flickr30k"), "data/flickr30k"),
+        (("data=flickr30k", "data.root=/x", "evals=[flickr30k_captions]"), "/x"),
+        (("experiment=pretrain_b32", "roots.mscoco=/x"), "/x"),
+    ],
+)
+def test_one_rule_for_where_data_are(overrides: tuple[str, ...], root: str) -> None:
+    """`data.root` is that of the training data, also for evaluations on the same data; `roots` those of all others."""
+    nodes = compose(*overrides).evals.values()
+    assert nodes
+    assert {node.records.root for node in nodes} == {root}
+    for name in ("mscoco_captions", "mscoco_retrieval"):
+        assert command.compose("evaluate", ["checkpoint=x", "roots.mscoco=/x"]).evals[name].records.root == "/x"
 
 
 @pytest.mark.parametrize("data", OPTIONS["data"])
@@ -136,6 +159,11 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ("lr=1e-4", "there is no key 'lr'; did you mean 'model.optimizer.lr'?"),
         ("max_epoch=1", "there is no key 'max_epoch'; did you mean 'trainer.max_epochs'?"),
         ("sede=1", "there is no key 'sede'; did you mean 'seed'?"),
+        (
+            "trainer.val_chek_interval=1",
+            "there is no key 'trainer.val_chek_interval'; did you mean 'trainer.val_check_interval'?",
+        ),
+        ("label_smoothing=0.1", "there is no key 'label_smoothing'; did you mean 'model.label_smoothing'?"),
         ("dta=laion", "there is no key 'dta'; did you mean 'data'?"),
         ("experiments=demo", "there is no key 'experiments'; did you mean 'experiment'?"),
         ("xyzzy=1", "there is no key 'xyzzy'."),
@@ -143,7 +171,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ("~xyzzy", "Could not delete from config. 'xyzzy' does not exist."),
         ("seed=abc", "seed must be a whole number, the default is 0; got abc"),
         ("seed=1.5", "seed must be a whole number, the default is 0; got 1.5"),
-        ("skip_missing=no", "skip_missing must be true or false, the default is false; got 'no'"),
+        ("scoring.skip_missing=no", "scoring.skip_missing must be true or false, the default is false; got 'no'"),
         ("imports=my_package", "imports must be a list, the default is []; got my_package"),
         (
             "trainer=smok",
@@ -155,6 +183,139 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 )
 def test_wrong_override_is_one_sentence(refused: Callable[..., str], override: str, said: str) -> None:
     assert refused(override) == said
+
+
+# Arguments that no file lists
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("trainer.val_check_interval=0.5", 0.5),
+        ("model.label_smoothing=0.1", 0.1),
+        ("model.net.pooler=cascade", "cascade"),
+        ("model.net.image_encoder_args.patch_drop_rate=0.5", 0.5),
+        ("model.optimizer.betas=[0.9,0.95]", [0.9, 0.95]),
+        ("model.objectives.mine._target_=my_parts.Mine", "my_parts.Mine"),
+        ("data.cached_augmentations=4", 4),
+        ("callbacks.checkpoint.best=scenes/CIDEr", "scenes/CIDEr"),
+        ("evals.scenes_captions.records.count=3", 3),
+        ("lora.alpha=8", 8),
+    ],
+)
+def test_argument_of_a_constructor_needs_no_entry_in_a_file(override: str, value: Any) -> None:
+    assert OmegaConf.select(compose(override), override.partition("=")[0]) == value
+
+
+def test_arguments_of_the_target_that_is_named_beside_them() -> None:
+    words = ("data=records", "data.records._target_=coca_lit.data.datasets.coco.coco_folder_records")
+    cfg = compose(*words, "data.records.annotations=val.json", "data.val_split=null")
+    assert (cfg.data.records.annotations, cfg.data.val_split) == ("val.json", None)
+
+
+# Mistakes that the config alone shows
+
+
+CHEAP = [
+    (("model.optimizer.lr=abc",), r"model\.optimizer\.lr must be a number of at least 0, the default is .*; got abc"),
+    (("data.batch_size=-3",), r"data\.batch_size must be a number of at least 0, the default is 64; got -3"),
+    (("data.num_workers=true",), r"data\.num_workers must be a number of at least 0, the default is 0; got true"),
+    (("trainer.max_epochs=many",), r"trainer\.max_epochs must be a number, the default is 6; got many"),
+    (("experiment=finetune_mscoco", "data.batch_size=big", "data.root=."), r"data\.batch_size .* is 128; got big"),
+    (("init_from=/nowhere.pt",), r"init_from: there is no checkpoint '/nowhere\.pt'"),
+    (("image_weights=/nowhere.pt",), r"image_weights: there is no checkpoint"),
+    (("ckpt_path=/nowhere.ckpt",), r"ckpt_path: there is no checkpoint"),
+    (("scoring.clip_score_model=/nowhere.pt",), r"scoring\.clip_score_model: there is no checkpoint"),
+    (
+        ("experiment=finetune_mscoco", "data.root=/nowhere", "evals=[mscoco_retrieval]"),
+        r"data\.root: there is no folder '/nowhere' \(what belongs there: .*README\.md\); data\.root=PLACE ",
+    ),
+    (("experiment=pretrain_b32", "data.shards=/nowhere/{00..12}.tar"), r"data\.shards: there is no folder '/nowhere'"),
+    (("experiment=pretrain_b32", "data.shards={a: /nowhere/a}"), r"data\.shards: there is no folder '/nowhere/a'"),
+    (
+        ("evals=mscoco", "data_dir=/nowhere"),
+        r"roots\.mscoco: there is no folder '/nowhere/mscoco' .*; roots\.mscoco=PLACE .*; scoring\.skip_missing=true ",
+    ),
+    (
+        ("evals=[folder_captions]", "evals.folder_captions.records.root=/nowhere"),
+        r"evals\.folder_captions\.records\.root: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), CHEAP)
+def test_cheap_mistakes_are_found_in_the_config(overrides: tuple[str, ...], said: str) -> None:
+    words = list(map(to_override, overrides))
+    with pytest.raises(UserError, match=f"^{said}") as caught:
+        command._start(lambda cfg: None, compose(*words), command._defaults("train", words))
+    assert "\n" not in str(caught.value)
+
+
+def test_cheap_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from coca_lit.cli.train import train
+for words in {[overrides for overrides, _ in CHEAP[::4]]!r}:
+    sys.argv = ["train.py", *words]
+    try:
+        train()
+    except SystemExit as error:
+        assert str(error).startswith("error: "), error
+    else:
+        sys.exit(f"accepted: {{words}}")
+sys.exit("torch" in sys.modules or "lightning" in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (
+            "trainer.max_steps=-1",
+            "callbacks.checkpoint.every_minutes=0.5",
+            "lora.alpha=0.5",
+            "trainer.gradient_clip_val=null",
+        ),
+        ("image_weights=efficientnet_lite0", "data.text=null", "trainer.devices=2", "trainer.max_epochs=-1"),
+        ("experiment=pretrain_b32", "data.shards=s3://bucket/{0..3}.tar", "evals=[]"),
+        (
+            "experiment=pretrain_b32",
+            "data.shards=./{0..3}.tar",
+            "evals=[mscoco_retrieval]",
+            "scoring.skip_missing=true",
+        ),
+    ],
+)
+def test_what_the_constructors_take_is_let_through(overrides: tuple[str, ...]) -> None:
+    words = list(map(to_override, overrides))
+    assert command._start(lambda cfg: "started", compose(*words), command._defaults("train", words)) == "started"
+
+
+def test_a_plan_needs_no_files() -> None:
+    words = ["init_from=/nowhere.pt", "experiment=pretrain_b32"]
+    cfg = command.compose("plan", words)
+    assert command._start(lambda cfg: "started", cfg, command._defaults("plan", words)) == "started"
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("outputs/x", r"the run cannot be started: .*outputs"),
+        ("/proc/nowhere/x", r"the run cannot be started: .*/proc/nowhere"),
+    ],
+)
+def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").touch()
+    monkeypatch.setattr("sys.argv", ["train.py", f"hydra.run.dir={place}"])
+    with pytest.raises(SystemExit, match=f"^error: {said}"):
+        command.command("train", lambda cfg: None, multirun=True)
 
 
 @pytest.mark.parametrize("evals", ["mscoco_caption", "[mscoco_caption]", "[scenes,mscoco_caption]"])
@@ -227,6 +388,11 @@ def test_wrong_model_is_one_sentence(override: str, said: str) -> None:
         ("callbacks.checkpoint.keep_last=0", r"^callbacks\.checkpoint: keep_last must be at least 1, got 0"),
         ("callbacks.checkpoint._target_=ModelCheckpoint", r"^callbacks\.checkpoint: there is no 'ModelCheckpoint' \("),
         ("trainer.accelerator=mps", r"^trainer: .*MPS"),
+        pytest.param(
+            "trainer.accelerator=gpu",
+            r"^trainer: .*(?i:gpu|cuda)",
+            marks=pytest.mark.skipif("torch.cuda.is_available()"),
+        ),
         ("callbacks.progress._target_=coca_lit.callbacks.Bar", r"^callbacks\.progress: there is no 'coca_lit\.callb"),
     ],
 )

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from forking import Program
 from running import ROOT, TINY, compose, results
 
 from coca_lit.cli.sweep import check_processes
@@ -24,14 +25,16 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """`run(*command, **environment)` in an empty folder."""
+    """`run(*command, **environment)` in an empty folder; a Python file is forked from what is imported already."""
 
-    def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def call(*command: str, ranks: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         drop = ("PL_", "COV_", "SLURM_", "TORCHELASTIC_")
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(drop)}
         own = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         own |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         env = inherited | own | environment
+        if command[0].endswith(".py"):
+            return Program(*command, cwd=tmp_path, environment=env, ranks=ranks).wait()
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
 
     return call
@@ -68,7 +71,7 @@ def assert_complete(done: subprocess.CompletedProcess[str], sweep: Path) -> None
     assert {rate: row["status"] for rate, row in rows.items()} == {"0.1": "ok", "2": "failed", "0.3": "ok"}
     assert rows["2"]["error"] == "no model survives 2.0"
     assert float(rows["0.3"]["scenes/CIDEr"]) == 0.3
-    assert f"best scenes/CIDEr: 0.3000 in {sweep.relative_to(sweep.parents[2])}/model.optimizer.lr=0.3" in done.stdout
+    assert f"best scenes/CIDEr: 30.00 in {sweep.relative_to(sweep.parents[2])}/model.optimizer.lr=0.3" in done.stdout
     assert "Traceback" in (sweep / "model.optimizer.lr=2" / "error.txt").read_text()
     assert (sweep / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "model.optimizer.lr=0.3" in (sweep / "report.html").read_text()
@@ -81,18 +84,18 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
     """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
     sweep = tmp_path / "outputs" / "sweeps" / "demo,+logger.x.api_key=_hidden_,model.freeze=_a_b_,seed=1"
     fixed = ("seed=1", "threads=1", "model.freeze=[a/b]", "+logger.x.api_key=hunter2")
-    first = run(sys.executable, APP, "-m", RATES, *fixed)
+    first = run(APP, "-m", RATES, *fixed)
     assert_complete(first, sweep)
     assert len(first.stderr.splitlines()) == 1
     objective = "objective=scenes/i2t_median_rank"
-    done = run(sys.executable, APP, "-m", "model.optimizer.lr=0.2,0.4", *fixed, objective)
+    done = run(APP, "-m", "model.optimizer.lr=0.2,0.4", *fixed, objective)
     assert done.returncode == 0, done.stderr
     assert [row["model.optimizer.lr"] for row in rows_of(sweep)] == ["0.1", "2", "0.3", "0.2", "0.4"]
     written = [
         path.read_text() for path in sweep.rglob("*.*") if path.suffix in (".yaml", ".csv", ".html", ".md", ".txt")
     ]
     assert "hunter2" not in "".join([*written, first.stdout, first.stderr])
-    assert f"best scenes/i2t_median_rank: 0.6000 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
+    assert f"best scenes/i2t_median_rank: 0.6 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
 
 
 def test_joblib(run: Run, tmp_path: Path) -> None:
@@ -106,14 +109,14 @@ def test_joblib(run: Run, tmp_path: Path) -> None:
 def test_ray(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     small = "hydra.launcher.ray.init.num_cpus=1"  # one worker process for all jobs
-    done = run(sys.executable, APP, "-m", "hydra/launcher=ray_jobs", small, RATES)
+    done = run(APP, "-m", "hydra/launcher=ray_jobs", small, RATES)
     assert_complete(done, tmp_path / "outputs" / "sweeps" / "demo")
 
 
 def test_jobs_on_slurm(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     sizes = ("hydra.launcher.tasks_per_node=2", "hydra.launcher.partition=gpu")
-    done = run(sys.executable, APP, "-m", "hydra/launcher=slurm_jobs", *sizes, RATES, **slurm)
+    done = run(APP, "-m", "hydra/launcher=slurm_jobs", *sizes, RATES, **slurm)
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
     assert_complete(done, sweep)
     for rate in ("0.1", "0.3"):  # each job is one folder for all of its tasks
@@ -125,7 +128,7 @@ def test_jobs_on_slurm(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
 
 def test_a_preempted_job_of_submitit_is_requeued_and_goes_on(run: Run, slurm: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    app = (sys.executable, str(ROOT / "tests" / "preempted_app.py"), "-m", "hydra/launcher=slurm_jobs")
+    app = (str(ROOT / "tests" / "preempted_app.py"), "-m", "hydra/launcher=slurm_jobs")
     small = ("trainer=cpu", "model.net.name=coca_tiny", "image_size=32", "evals=[]", "trainer.limit_val_batches=0")
     steps = ("data.train_count=16", "data.batch_size=4", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")
     done = run(
@@ -156,7 +159,7 @@ def test_a_missing_plugin_is_one_sentence(run: Run, tmp_path: Path) -> None:
         ("launcher=ray", "ray"),
         ("sweeper=optuna_study", "optuna"),
     ):
-        done = run(sys.executable, APP, "-m", f"hydra/{choice}", RATES, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+        done = run(APP, "-m", f"hydra/{choice}", RATES, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
         assert done.returncode == 1
         assert f"plugin is not installed: pip install -e '.[{extra}]'" in done.stderr
         assert len(done.stderr.splitlines()) == 1
@@ -190,16 +193,16 @@ def test_optuna_study_survives_failures_and_goes_on(run: Run, tmp_path: Path) ->
     study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=0.5,0.6,7", "hydra.sweeper.n_trials=5")
     grid = ("hydra/sweeper/sampler=random", "hydra.sweeper.sampler.seed=1")  # tries all three
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
-    done = run(sys.executable, APP, "-m", *study, *grid)
+    done = run(APP, "-m", *study, *grid)
     assert done.returncode == 0, done.stderr
     assert {row["model.optimizer.lr"]: row["status"] for row in rows_of(sweep)} == {
         "0.5": "ok",
         "0.6": "ok",
         "7": "failed",
     }
-    assert "best scenes/CIDEr: 0.6000 in outputs/sweeps/demo/model.optimizer.lr=0.6" in done.stdout
+    assert "best scenes/CIDEr: 60.00 in outputs/sweeps/demo/model.optimizer.lr=0.6" in done.stdout
 
-    done = run(sys.executable, APP, "-m", *study, "hydra.sweeper.n_trials=1")
+    done = run(APP, "-m", *study, "hydra.sweeper.n_trials=1")
     assert done.returncode == 0, done.stderr
     assert "Best value: 0.6" in done.stdout  # Optuna's, from trials of both commands
     assert len(rows_of(sweep)) == 3
@@ -214,7 +217,7 @@ def test_optuna_study_survives_failures_and_goes_on(run: Run, tmp_path: Path) ->
 @pytest.mark.skipif(not optuna_stores_studies(), reason="needs the extra [optuna]")
 def test_optuna_study_without_a_survivor(run: Run) -> None:
     study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=interval(2,3)", "hydra.sweeper.n_trials=2")
-    done = run(sys.executable, APP, "-m", *study)
+    done = run(APP, "-m", *study)
     assert done.returncode == 1
     assert "error: none of the 2 jobs succeeded; the first error: no model survives 2." in done.stderr
 
@@ -224,11 +227,10 @@ def test_optuna_study_without_a_survivor(run: Run) -> None:
 
 def test_torchrun_sweep(run: Run, tmp_path: Path) -> None:
     """All ranks use the same folders, a job that fails does not stop the next, and one process tells the outcome."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
     rates = "model.optimizer.lr=abc,2e-3"
     sweep = tmp_path / "sweep"
     train = (str(ROOT / "train.py"), "-m", *TINY, "evals=[scenes_retrieval]", rates, "hydra.sweep.dir=sweep")
-    done = run(*torchrun, *train, "trainer.devices=2", "trainer.strategy=ddp")
+    done = run(*train, "trainer.devices=2", "trainer.strategy=ddp", ranks=2)
     assert done.returncode == 1
     assert "error: model.optimizer: lr must be a number of at least 0, got 'abc'" in done.stderr
     assert [row["status"] for row in rows_of(sweep)] == ["failed", "ok"]
@@ -312,6 +314,7 @@ def test_sizes_come_from_the_launcher(
 
 def test_job_folders() -> None:
     assert job_folder("data.root=/x/y,model.optimizer.lr=1e-05") == "data.root=_x_y,model.optimizer.lr=1e-05"
+    assert job_folder("++model.label_smoothing=0.1,seed=1") == "model.label_smoothing=0.1,seed=1"
     assert job_folder("") == "job"
     assert job_folder("logger.x.api_key=hunter2,seed=1") == "logger.x.api_key=_hidden_,seed=1"
     long = [job_folder("a=" + "1" * 300 + end) for end in "xy"]

@@ -4,12 +4,13 @@ import functools
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from coca_lit.cli.score import score, score_files
-from coca_lit.metrics.captions import caption_scores, caption_table
+from coca_lit.metrics.captions import CaptionTable, caption_scores, caption_table
 
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "captions"
 REFERENCES = {1: "a red dog runs", 2: "two green birds sit", 3: "a blue cat"}
@@ -40,7 +41,12 @@ def test_published_scores(tmp_path, capsys):
     published = json.loads((SHARED / "expected_scores.json").read_text())["fakecap"]
     for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"):
         assert round(scores[name], 3) == published[name]
-    assert "SPICE" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "SPICE not run: " in shown
+    (cider,) = [line for line in shown.splitlines() if "CIDEr" in line]
+    value, spread = re.findall(r"([\d.]+) ± ([\d.]+)", cider)[0]
+    assert value == "59.98"
+    assert 2 < float(spread) < 6
 
 
 def test_formats(tmp_path, monkeypatch):
@@ -51,13 +57,13 @@ def test_formats(tmp_path, monkeypatch):
         {"imgid": i, "filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": t}]} for i, t in REFERENCES.items()
     ]
     karpathy = write(tmp_path / "dataset_x.json", {"images": rows})
-    plain, _ = score_files(captions, coco(tmp_path / "coco.json"))
+    plain = score_files(captions, coco(tmp_path / "coco.json")).scores
     assert plain["Bleu_4"] > 0.9
-    assert score_files(captions, karpathy, "val")[0] == plain
+    assert score_files(captions, karpathy, "val").scores == plain
     nocaps = coco(tmp_path / "nocaps.json", d1="in-domain", d2="in-domain", d3="out-domain")
     packed = tmp_path / "nocaps.json.gz"
     packed.write_bytes(gzip.compress(nocaps.read_bytes()))
-    assert {"in-domain/CIDEr", "out-domain/Bleu_1", "CIDEr"} <= score_files(captions, packed)[0].keys()
+    assert {"in-domain/CIDEr", "out-domain/Bleu_1", "CIDEr"} <= score_files(captions, packed).scores.keys()
 
 
 @pytest.mark.parametrize(
@@ -99,14 +105,16 @@ def test_an_empty_reference_counts_as_one(tmp_path, monkeypatch):
     """CIDEr is a mean over references, so the official tool notices an empty one."""
     monkeypatch.setattr(
         "coca_lit.metrics.captions.caption_table",
-        lambda references, captions, domains: (caption_scores(references, captions, ["CIDEr"], list), {}),
+        lambda references, captions, *_, **__: CaptionTable(
+            caption_scores(references, captions, ["CIDEr"], list), {}, {}
+        ),
     )
     captions = results(tmp_path / "p.json", REFERENCES.items())
     references = coco(tmp_path / "coco.json")
-    full, _ = score_files(captions, references)
+    full = score_files(captions, references).scores
     content = json.loads(references.read_text())
     content["annotations"] += [{"image_id": i, "id": 10 + i, "caption": " "} for i in REFERENCES]
-    halved, _ = score_files(captions, write(tmp_path / "more.json", content))
+    halved = score_files(captions, write(tmp_path / "more.json", content)).scores
     assert halved["CIDEr"] == pytest.approx(full["CIDEr"] / 2)
 
 

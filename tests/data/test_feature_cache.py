@@ -17,8 +17,13 @@ from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli import assembly
 from coca_lit.cli.assembly import build
 from coca_lit.data.datamodule import ScenesDataModule
-from coca_lit.data.examples import CachedCaptionDataset, CachedFirstCaptionDataset
-from coca_lit.data.feature_cache import FeatureCache, mirrored, read_features
+from coca_lit.data.feature_cache import (
+    CachedCaptionDataset,
+    CachedFirstCaptionDataset,
+    FeatureCache,
+    mirrored,
+    read_features,
+)
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.transforms import RandomCrop, build_transform

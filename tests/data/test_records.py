@@ -97,15 +97,14 @@ def test_a_known_absent_image_is_skipped_but_many_are_an_error(flickr, caplog):
         flickr_records(flickr, "train")
 
 
-def test_missing_data_say_what_where_how_and_what_runs_instead(tmp_path):
+def test_missing_data_say_what_where_and_how(tmp_path):
     with pytest.raises(DataNotFoundError) as error:
         flickr_records(tmp_path, "train", "flickr30k")
     message = str(error.value)
     for part in (
         "captions of flickr30k not found",
         str(tmp_path / "dataset_flickr30k.json"),
-        "data.root",
-        "data=scenes",
+        "put Karpathy's dataset_flickr30k.json and the folder images/",
     ):
         assert part in message
     assert "\n" not in message

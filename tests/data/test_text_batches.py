@@ -21,7 +21,6 @@ from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import allow_unused_parameters
 from coca_lit.weights.load import load_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec", "ignore:Found .* in eval mode")
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "data.train_count=32", "data.batch_size=8"),
     *("trainer.log_every_n_steps=1", "model.warmup_steps=2", "evals=[]", "model.net.dropout=0.1"),
@@ -91,7 +90,7 @@ def train(kinds: str, file: str, options: dict[str, Any]) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to `self.log", "ignore:.*find_unused_parameters")
+@pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
 def test_texts_between_pairs_on_two_ranks_are_those_of_one_process(on_ranks: Any, texts: str) -> None:
     file = texts.removeprefix("data.text=")
     alone = train("ptpt", file, {})

@@ -44,6 +44,26 @@ def test_pixels_of_an_evaluation_equal_open_clip(width, height):
     assert ((pixels / 255 - MEAN) / STD - image_transform(64, is_train=False)(image)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("width", "height"), [(300, 240), (97, 333), (40, 31), (1, 200)])
+def test_other_ways_of_resizing_equal_open_clip(width, height, interpolation, resize_mode):
+    image_transform = pytest.importorskip("open_clip.transform").image_transform
+    if resize_mode == "longest" and width == 1:
+        return  # OpenCLIP's has no pixel left
+    image = noise(width, height, "L")
+    theirs = image_transform(64, is_train=False, interpolation=interpolation, resize_mode=resize_mode)(image)
+    pixels = build_transform(64, interpolation, resize_mode)(image)
+    assert ((pixels / 255 - MEAN) / STD - theirs).abs().max() < 1e-6
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(ValueError, match="interpolation must be one of bicubic, bilinear, got 'nearest'"):
+        build_transform(64, "nearest")
+    with pytest.raises(ValueError, match="resize_mode must be one of shortest, longest, squash, got 'crop'"):
+        build_transform(64, resize_mode="crop")
+
+
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (240, 300), (97, 333), (64, 64), (40, 30)])
 def test_training_crops_are_those_of_open_clip(width, height):
     """Noise is the worst case; boxes are smaller and larger than the result."""

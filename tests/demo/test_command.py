@@ -58,9 +58,9 @@ def test_trains_the_demo_if_there_is_none_and_says_so(shown, monkeypatch, tmp_pa
 
     monkeypatch.setattr(builtin.subprocess, "run", run)
     with pytest.raises(ConfigError, match="training of the built-in demo model failed"):
-        cli.run(compose())
+        cli.run(compose("checkpoint=builtin"))
     assert "experiment=demo" in commands[0]
-    assert "training the built-in demo model" in capsys.readouterr().out
+    assert "training the demo model, a few minutes" in capsys.readouterr().err
 
 
 def test_the_training_command_is_that_of_a_run(tmp_path, monkeypatch):

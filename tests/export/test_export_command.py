@@ -89,6 +89,30 @@ def test_what_the_card_says(checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"| parameters | {count:,} |" in card
 
 
+def test_other_numbers_in_open_clip_are_announced(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advice = "Train models that others will load in OpenCLIP 3.3 with model.net.cls_mask=legacy"
+    choice = (f"checkpoint={checkpoint}", f"output={tmp_path}/model", "format=open_clip")
+    with pytest.raises(ConfigError, match=advice):
+        export(*choice)
+    export(*choice, "correct_cls_mask=true")
+    printed, card = capsys.readouterr().out, (tmp_path / "model" / "README.md").read_text()
+    for text in (printed, card):
+        assert "without it OpenCLIP computes them with the legacy CLS mask, and they are other numbers" in text
+        assert advice in text
+
+
+def test_the_card_of_an_interpolated_model(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "before.safetensors"
+    save_model(create_model("coca_vit_b32", **SMALL), other)
+    mixed = (f"interpolate_with={other}", "weight=0.3", f"output={tmp_path}/model", "format=safetensors")
+    export(f"checkpoint={checkpoint}", *mixed)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"0.3 times those of `{checkpoint}` plus 0.7 times those of `{other}`." in card
+    assert "They are scores of `best.safetensors` before interpolation; this model was not scored." in card
+
+
 def test_a_checkpoint_without_a_run_folder(tmp_path: Path) -> None:
     save_model(create_model("coca_tiny", decoder_layers=0), tmp_path / "clip.safetensors")
     export(f"checkpoint={tmp_path}/clip.safetensors", f"output={tmp_path}/model", "format=safetensors")

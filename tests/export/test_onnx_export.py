@@ -12,10 +12,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import load
 from PIL import Image
+from pycocoevalcap.cider.cider import Cider
 
 from coca_lit.cli import export as cli
 from coca_lit.cli.command import compose
+from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.export import onnx
 from coca_lit.export.graphs import graphs_of
@@ -47,6 +50,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     save_model(model, folder / "checkpoint.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx, "ONE_FILE", 0 if "pooler" in arguments else onnx.ONE_FILE)
+        patch.setattr(onnx, "SCENES", 8)
         choice = [f"checkpoint={folder}/checkpoint.safetensors", f"output={folder}/graphs", "format=onnx"]
         cli.run(compose("export", choice))
     return model, folder / "graphs"
@@ -151,6 +155,63 @@ def test_a_graph_that_computes_something_else_is_refused(
     other.decoder.norm.bias.data[0] += 1
     with pytest.raises(ValueError, match=r"decoder\.onnx does not compute what the model does: it differs by"):
         onnx.write_onnx(other, tmp_path)
+
+
+def test_int8_graphs_are_small_and_nearly_the_same(exported: tuple[CoCa, Path]) -> None:
+    model, folder = exported
+    for name in ("image_encoder", "text_encoder", "decoder"):
+        kinds = {node.op_type for node in load(folder / f"{name}_int8.onnx").graph.node}
+        assert "MatMulInteger" in kinds
+        assert "Gemm" not in kinds
+    weights = {
+        name: sum(p.stat().st_size for p in folder.glob(f"{name}*")) for name in ("decoder.onnx", "decoder_int8")
+    }
+    assert weights["decoder_int8"] < 0.5 * weights["decoder.onnx"]
+    images, tokens = images_of(5), model.tokenizer(["a red circle", "two blue squares", "star"])
+    for name, inputs, expected in (
+        ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
+        ("text_encoder", {"tokens": tokens.numpy()}, model.encode_text(tokens)),
+    ):
+        found = torch.from_numpy(session(folder, f"{name}_int8").run(["features"], inputs)[0])
+        assert 0.98 < (found * expected).sum(dim=1).min() < 1 - 1e-6
+    ids = Captioner(folder, int8=True).write(images.numpy())
+    assert ids.shape[0] == 5
+    assert all(model.tokenizer.eot_id in row for row in ids.tolist())
+
+
+def test_what_int8_loses_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
+    _, folder = exported
+    card = (folder / "README.md").read_text()
+    measured = r"int8: [\d.]+ → [\d.]+ MB; on 8 built-in scenes .* is [\d.]+, CIDEr ([\d.]+) → ([\d.]+), [\d.]+% of the"
+    before, after = map(float, re.search(measured, card).groups())
+    records = scene_records("test", 32, 8)
+    images = np.stack([np.asarray(record.image()).transpose(2, 0, 1) for record in records])
+    references = {record.id: list(record.captions) for record in records}
+    for score, int8 in ((before, False), (after, True)):
+        captioner = Captioner(folder, int8=int8)
+        texts = map(captioner.decode, captioner.write(images))
+        own = {record.id: [text] for record, text in zip(records, texts, strict=True)}
+        assert score == pytest.approx(100 * Cider().compute_score(references, own)[0], abs=0.06)
+
+
+def test_int8_is_refused_above_the_stated_loss(
+    exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = exported
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    scores = iter((5.0, 4.0, 0.5, 0.4))  # as a share of 1 at least, the second pair loses a tenth
+
+    def captions(*_: Any, **__: Any) -> Any:
+        return onnx._Captions(["a"] * 8, next(scores), 1.0)
+
+    monkeypatch.setattr(onnx, "_export", lambda graph, path: None)
+    monkeypatch.setattr(onnx, "SCENES", 8)
+    monkeypatch.setattr(onnx, "_captions", captions)
+    with pytest.raises(
+        ValueError, match=r"lose 20.0% of CIDEr .*\(CIDEr 500.0 → 400.0\), more than max_int8_loss=0.15"
+    ):
+        onnx.write_onnx(model, tmp_path, 0.15)
+    assert "decoder_int8.onnx" in onnx.write_onnx(model, tmp_path, 0.15).files
 
 
 def test_a_clip_has_no_decoder() -> None:

@@ -5,20 +5,27 @@ bit.
 import json
 import re
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+from open_clip.coca_model import MultimodalCfg
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transform import PreprocessCfg
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from coca_lit.data.transforms import build_transform
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import CoCa, create_model
+from coca_lit.weights import open_clip_keys
 from coca_lit.weights.load import load_model
+from coca_lit.weights.open_clip import from_open_clip
 
 Build = Callable[..., CoCa]
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
@@ -61,8 +68,10 @@ def small(**overrides: Any) -> CoCa:
         {"cls_mask": "correct"},
         {"decoder_layers": 0, "pooler_queries": 1},
         {"image_encoder_args": {**SMALL["image_encoder_args"], "pretrained_cfg_overlay": SHIFTED, "mlp_ratio": 3}},
+        {"interpolation": "bilinear", "resize_mode": "squash"},
+        {"resize_mode": "longest"},
     ],
-    ids=["captioner", "correct mask", "clip", "normalisation and width of the MLP"],
+    ids=["captioner", "correct mask", "clip", "normalisation and width of the MLP", "squashed", "letterboxed"],
 )
 def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrides: dict[str, Any]) -> None:
     ours = small(**overrides)
@@ -70,7 +79,7 @@ def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrid
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     theirs.eval()
     theirs.text.correct_cls_mask = ours.config["cls_mask"] == "correct"
-    images = build_transform(size=32)(photo)[None].expand(len(TEXTS), -1, -1, -1)
+    images = build_transform(**ours.preprocessing)(photo)[None].expand(len(TEXTS), -1, -1, -1)
     their_images = preprocess(photo)[None].expand(len(TEXTS), -1, -1, -1)
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(TEXTS)
     with torch.no_grad():
@@ -85,6 +94,7 @@ def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrid
         assert (out.text_features - theirs.encode_text(tokens, normalize=True)).abs().max() > 0.01  # so it matters
     again = load_model(tmp_path / "open_clip_model.safetensors")
     assert again.config["cls_mask"] == ours.config["cls_mask"]
+    assert again.preprocessing == ours.preprocessing
     with torch.no_grad():
         same(again.encode_image(images), out.image_features)
         same(again.encode_text(tokens), out.text_features)
@@ -155,24 +165,87 @@ def test_a_mask_that_needs_no_line(tmp_path: Path) -> None:
         write_open_clip(small(), tmp_path, correct_cls_mask=True)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State dict and config of an export."""
+    folder = tmp_path_factory.mktemp("exported")
+    write_open_clip(small(), folder)
+    return load_file(folder / "open_clip_model.safetensors"), json.loads((folder / "open_clip_config.json").read_text())
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("section", "change", "message"),
     [
-        (lambda cfg: cfg["model_cfg"].update(quick_gelu=True), "asks for QuickGELU"),
+        ("", {"quick_gelu": True}, "asks for QuickGELU"),
+        ("multimodal_cfg", {"heads": 2}, "4 heads in the text tower and 2 in the decoder"),
+        ("vision_cfg", {"norm_kwargs": {"eps": 1e-6}}, "asks for vision_cfg.norm_kwargs = {'eps': 1e-06}"),
+        ("text_cfg", {"norm_kwargs": {"eps": 1e-6}}, "asks for text_cfg.norm_kwargs = {'eps': 1e-06}"),
+        ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}, "asks for vision_cfg.act_kwargs"),
+        ("text_cfg", {"mlp_ratio": 2}, "asks for text_cfg.mlp_ratio = 2, and coca_lit computes 4 alone"),
+        ("text_cfg", {"no_causal_mask": True}, "asks for text_cfg.no_causal_mask = True"),
+        ("text_cfg", {"pad_id": 1}, "asks for text_cfg.pad_id = 1"),
+        ("text_cfg", {"tokenizer_kwargs": {"clean": "canonicalize"}}, "asks for text_cfg.tokenizer_kwargs"),
+        ("text_cfg", {"hf_tokenizer_name": "t5"}, "asks for text_cfg.hf_tokenizer_name = 't5'"),
+        ("text_cfg", {"text_arch": "modern"}, "asks for text_cfg.text_arch = 'modern'"),
+        ("vision_cfg", {"pool_type": "avg"}, "asks for vision_cfg.pool_type = 'avg'"),
+        ("vision_cfg", {"attentional_pool": "cascade"}, "asks for vision_cfg.attentional_pool = 'cascade'"),
+        ("vision_cfg", {"ls_init_value": 0.1}, "asks for vision_cfg.ls_init_value = 0.1"),
+        ("vision_cfg", {"timm_model_name": "resnet10t"}, "asks for vision_cfg.timm_model_name = 'resnet10t'"),
+        ("vision_cfg", {"image_size": 64}, "its vision_cfg.image_size is 64, and the tensors show 32"),
         (
-            lambda cfg: cfg["model_cfg"]["multimodal_cfg"].update(heads=2),
-            "4 heads in the text tower and 2 in the decoder",
+            "vision_cfg",
+            {"head_widht": 16},
+            "the key 'vision_cfg.head_widht', which coca_lit does not know; did you mean",
         ),
+        ("vision_cfg", {"head_width": 0}, "head_width must be a whole number of at least 1, got 0"),
+        ("vision_cfg", {"head_width": "x"}, "head_width must be a whole number of at least 1, got 'x'"),
+        ("", {"audio_cfg": {}}, "has the key 'audio_cfg', which coca_lit does not know"),
+        ("", {"vision_cfg": []}, "vision_cfg must be a dictionary, not a list"),
+        ("preprocess_cfg", {"interpolation": "nearest"}, "asks for preprocess_cfg.interpolation = 'nearest'"),
+        ("preprocess_cfg", {"resize_mode": "crop"}, "resize_mode must be one of shortest, longest, squash, got 'crop'"),
+        ("preprocess_cfg", {"mean": [0.1]}, r"preprocess_cfg.mean must be three numbers, got \[0.1\]"),
+        ("preprocess_cfg", {"std": [1, 0, 1]}, "preprocess_cfg.std must be above 0"),
+        ("preprocess_cfg", {"gamma": 2.2}, "has the key 'preprocess_cfg.gamma', which coca_lit does not know"),
     ],
 )
-def test_configs_that_ask_for_something_else(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
-    write_open_clip(small(), tmp_path)
-    path = tmp_path / "open_clip_config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
+def test_keys_that_change_the_computation(
+    exported: tuple[dict[str, Any], dict[str, Any]], section: str, change: dict[str, Any], message: str
+) -> None:
+    state, config = exported
+    config = deepcopy(config)
+    model = config["model_cfg"]
+    part = model if not section else model[section] if section in model else config[section]
+    part.update(change)
     with pytest.raises(ValueError, match=message):
-        load_model(tmp_path / "open_clip_model.safetensors")
+        from_open_clip(state, config)
+
+
+def test_keys_that_are_honoured(exported: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    state, config = exported
+    config = deepcopy(config)
+    config["model_cfg"]["vision_cfg"] |= {"patch_dropout": 0.5, "norm_kwargs": {"eps": 1e-5}, "act_kwargs": None}
+    config["model_cfg"]["text_cfg"] |= {"correct_cls_mask": True, "mlp_ratio": 4.0}  # a key of OpenCLIP 4
+    config["preprocess_cfg"] |= {"interpolation": "bilinear", "resize_mode": "squash", "std": 0.5, "fill_color": 0}
+    with pytest.raises(ValueError, match="names two CLS masks"):
+        from_open_clip(state, config)
+    del config["coca_lit"]
+    model = from_open_clip(state, config)
+    assert model.config["cls_mask"] == "correct"
+    assert model.preprocessing == {"size": 32, "interpolation": "bilinear", "resize_mode": "squash"}
+    assert model.image_encoder.normalise.std.flatten().tolist() == [0.5, 0.5, 0.5]
+    flat = from_open_clip(state, config["model_cfg"])  # as the files of OpenCLIP's own sizes
+    assert flat.config["text_heads"] == 4
+
+
+def test_every_key_of_open_clip_is_known() -> None:
+    known = {
+        CLIPVisionCfg: open_clip_keys._VISION,
+        CLIPTextCfg: open_clip_keys._COCA_TEXT,
+        MultimodalCfg: open_clip_keys._DECODER,
+        PreprocessCfg: open_clip_keys._PREPROCESS,
+    }
+    for section, keys in known.items():
+        assert {field.name for field in fields(section)} <= keys.keys()
 
 
 def test_a_damaged_config(tmp_path: Path) -> None:

@@ -1,24 +1,35 @@
 """A package outside coca_lit extends every part of a run, by its own configs and without a change to coca_lit.
 
-`COCA_LIT_BIN=FOLDER` takes the commands from another environment, for example one with an installed wheel.
+`COCA_LIT_BIN=FOLDER` runs the installed commands of an environment, for example one with an installed wheel. Without it
+the same functions run in processes that need not import them.
 """
 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 GUESTS = Path(__file__).resolve().parent
-BIN = Path(os.environ.get("COCA_LIT_BIN", Path(sys.executable).parent))
+BIN = os.environ.get("COCA_LIT_BIN")
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the folder of the guest package, which is on nobody's path."""
+    if BIN:
+        return subprocess.run([f"{BIN}/{name}", *arguments], cwd=GUESTS, capture_output=True, text=True, timeout=240)
+    from forking import Program
+
+    train = str(GUESTS.parents[1] / "train.py")
+    program = (train,) if name == "coca-train" else ("-m", f"coca_lit.cli.{name.removeprefix('coca-')}")
+    return Program(*program, *arguments, cwd=GUESTS, environment=os.environ).wait()
 
 
 def command(name: str, *arguments: str) -> str:
-    """Runs an installed command in the folder of the guest package, which is on nobody's path; its standard output."""
-    done = subprocess.run([str(BIN / name), *arguments], cwd=GUESTS, capture_output=True, text=True, timeout=240)
+    """Standard output of a command that must succeed."""
+    done = run(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -66,8 +77,7 @@ def test_the_checkpoint_is_evaluated_and_captions(checkpoint: Path, tmp_path: Pa
 
 def test_without_its_package_the_checkpoint_is_refused_in_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
-    arguments = [str(BIN / "coca-caption"), str(tmp_path / "x.png"), f"checkpoint={checkpoint}"]
-    done = subprocess.run(arguments, cwd=GUESTS, capture_output=True, text=True, timeout=240)
+    done = run("coca-caption", str(tmp_path / "x.png"), f"checkpoint={checkpoint}")
     assert done.returncode == 1
     assert "imports=['my_coca_parts.encoder']" in done.stderr
     assert "Traceback" not in done.stderr

@@ -23,6 +23,7 @@ from coca_lit.data.shards.listing import Shard as ShardFile
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa
+from coca_lit.models.preprocessing import preprocessing
 
 HOSTILE = ["a b,=.jpg", "k=v.png", "${x}.png", "new\nline\t.png", "\udcff.png", "-m.png", "sub/'\".JPEG"]
 
@@ -94,7 +95,7 @@ def test_exif_rotation_is_applied(model: CoCa, photos: Path, tmp_path: Path) -> 
 
     render(10, size=48).save(tmp_path / "upright.jpg", quality=95)
     paths = [photos / "turned.jpg", tmp_path / "upright.jpg"]
-    batch = next(load_images([[Source(path.name, path) for path in paths]], image_size=32))
+    batch = next(load_images([[Source(path.name, path) for path in paths]], preprocessing(32, "bicubic", "shortest")))
     difference = (batch.pixels[0].float() - batch.pixels[1].float()).abs().mean()
     assert difference < 2  # of 255; JPEG loses a little differently
     stored = (batch.pixels[0].rot90(1, (1, 2)).float() - batch.pixels[1].float()).abs().mean()
@@ -242,6 +243,22 @@ def test_several_captions_in_json_lines(model: CoCa, checkpoint: str, photos: Pa
     texts = naive_captions(model, photos / "00.png", num_beams=4, num_captions=3)
     row = {"path": f"{photos}/00.png", "caption": texts[0], "captions": texts}
     assert lines(tmp_path / "c.jsonl") == [row]
+
+
+def test_a_draw_without_words_counts_and_a_beam_without_a_caption_does_not(
+    checkpoint: str, photos: Path, tmp_path: Path
+) -> None:
+    """Two tokens are start and end: all draws are empty, and there is one caption only for beams to find."""
+    for strategy, number, texts in (("sample", "num_captions=3", ["", "", ""]), ("beam", "num_beams=3", [""])):
+        options = (f"strategy={strategy}", number, "num_captions=3", "max_length=2")
+        caption(
+            checkpoint,
+            f"images=[{photos}/00.png]",
+            f"output={tmp_path}/{strategy}.jsonl",
+            *(f"generate.{option}" for option in dict.fromkeys(options)),
+        )
+        (row,) = lines(tmp_path / f"{strategy}.jsonl")
+        assert [row["caption"], *row.get("captions", [])[1:]] == texts
 
 
 def test_output_that_is_not_ours_is_not_touched(checkpoint: str, photos: Path, shards: Path, tmp_path: Path) -> None:

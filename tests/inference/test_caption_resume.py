@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 from applying import caption, new_model
+from forking import Program
 
 from coca_lit import save_model
 from coca_lit.data.scenes.export import write_shards
@@ -137,13 +136,12 @@ def test_what_was_added_is_captioned(folder: Path, tmp_path: Path) -> None:
 
 def test_command_killed_from_outside(folder: Path, tmp_path: Path) -> None:
     words = [f"checkpoint={folder}/tiny.safetensors", "num_workers=2", "precision=fp32", "batch_size=1"]
-    command = [sys.executable, "-m", "coca_lit.cli.caption", str(folder / "photos"), *words]
-    process = subprocess.Popen([*command, f"output={tmp_path}/c.jsonl"], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "c.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+    command = ("-m", "coca_lit.cli.caption", str(folder / "photos"), *words, f"output={tmp_path}/c.jsonl")
+    program = Program(*command, cwd=tmp_path, environment=os.environ)
+    while not (tmp_path / "c.jsonl").exists() and program.process.is_alive():
         time.sleep(0.002)
-    process.kill()
-    process.wait()
+    program.process.kill()
+    program.wait()
     caption(f"images=[{folder}/photos]", *words[:1], "batch_size=1", f"output={tmp_path}/c.jsonl")
     caption(f"images=[{folder}/photos]", *words[:1], "batch_size=1", f"output={tmp_path}/whole.jsonl")
     assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.distributed import rank, world_size
-from coca_lit.losses import caption_loss, leave_one_out, policy_loss
+from coca_lit.losses import caption_loss
+from coca_lit.losses.policy import leave_one_out, policy_loss
 
 LENGTHS = torch.tensor([3, 1, 2, 4])  # tokens of four captions
 ADVANTAGES = torch.tensor([0.5, -0.5, 2.0, -2.0])

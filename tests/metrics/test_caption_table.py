@@ -40,11 +40,11 @@ def test_domains_are_sets_of_their_own():
     references = {i: [f"a {c} dog runs", f"one {c} dog"] for i, c in enumerate(["red", "blue", "green", "red"])}
     predictions = {0: "a red dog", 1: "a cat", 2: "a green dog runs", 3: "dog"}
     domains = {0: "in-domain", 1: "out-domain", 2: "in-domain", 3: "out-domain"}
-    scores, _ = caption_table(references, predictions, domains, **quick)
+    scores = caption_table(references, predictions, domains, **quick).scores
     for domain, ids in {"in-domain": (0, 2), "out-domain": (1, 3)}.items():
         expected = caption_scores({i: references[i] for i in ids}, {i: predictions[i] for i in ids}, **quick)["CIDEr"]
         assert scores[f"{domain}/CIDEr"] == expected
     assert scores["CIDEr"] == caption_scores(references, predictions, **quick)["CIDEr"] != scores["in-domain/CIDEr"]
-    assert caption_table(references, predictions, dict.fromkeys(references), **quick)[0].keys() == {
+    assert caption_table(references, predictions, dict.fromkeys(references), **quick).scores.keys() == {
         "CIDEr", "exact_match", "mean_length", "vocabulary", "distinct_1", "distinct_2",
     }  # fmt: skip

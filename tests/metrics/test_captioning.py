@@ -6,11 +6,13 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import SHARED
 from pycocoevalcap.bleu.bleu import Bleu
@@ -18,10 +20,10 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from coca_lit.metrics.captions import caption_scores, tokenize_captions
+from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, tokenize_captions
 from coca_lit.metrics.java import ptb
 from coca_lit.metrics.java import runtime as java
-from coca_lit.metrics.java.meteor import Meteor, shared_meteor, warm_up
+from coca_lit.metrics.java.meteor import Meteor, meteor_of_sums, shared_meteor, summable, warm_up
 from coca_lit.metrics.java.ptb import ptb_tokenize
 
 CAPTIONS = SHARED / "captions"
@@ -214,14 +216,14 @@ def test_meteor_takes_separators_for_blanks(separator):
     dog, cat = [["a dog runs"], ["the dog"]], [["a red cat"], ["the"]]
     joined = [[f"{d}{separator}{c}" for d, c in zip(*pair, strict=True)] for pair in zip(dog, cat, strict=True)]
     blank = [[f"{d} {c}" for d, c in zip(*pair, strict=True)] for pair in zip(dog, cat, strict=True)]
-    expected = meteor.score(blank, ["a dog sits", "a dog the cat"])
+    expected = meteor.score(blank, ["a dog sits", "a dog the cat"]).corpus
     assert 0 < expected < 1
-    assert meteor.score(joined, ["a dog sits", f"a dog{separator}the cat"]) == expected
+    assert meteor.score(joined, ["a dog sits", f"a dog{separator}the cat"]).corpus == expected
 
 
 def test_meteor_of_empty_captions():
-    assert shared_meteor().score([["a dog"], [""]], ["", ""]) == 0
-    half = shared_meteor().score([["a dog runs fast", ""], ["a dog"]], ["a dog runs fast", ""])
+    assert shared_meteor().score([["a dog"], [""]], ["", ""]).corpus == 0
+    half = shared_meteor().score([["a dog runs fast", ""], ["a dog"]], ["a dog runs fast", ""]).corpus
     assert 0.3 < half < 1
     with pytest.raises(ValueError, match="0 hypotheses"):
         shared_meteor().score([], [])
@@ -241,6 +243,38 @@ def test_killed_meteor_is_an_error_not_a_hang():
         assert meteor._process is not process
         assert meteor._process.alive()
     assert not meteor._process.alive()
+
+
+def test_killed_meteor_costs_meteor_alone():
+    shared = shared_meteor()
+    shared.score([["a dog"]], ["a dog"])  # it is loaded and waits
+    pid = shared._process._java.pid
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()  # it has been asked by then, and cannot answer
+    references, predictions = {0: ["a red dog"], 1: ["a cat"]}, {0: "a red dog", 1: "a dog"}
+    scores, not_run, draws = caption_table(references, predictions, metrics=("Bleu", "METEOR", "CIDEr"), tokenize=list)
+    assert not_run.keys() == {"METEOR", "SPICE"}
+    assert "METEOR failed: the Java process ended" in not_run["METEOR"]
+    assert {"Bleu_4", "CIDEr", "exact_match"} < scores.keys()
+    assert "METEOR" not in scores.keys() | draws.keys()
+    metric = CaptionMetric(("METEOR",), tokenize=list)  # of an evaluation during training
+    metric.update([0], ["a red dog"], [["a red dog"]])
+    assert metric.compute()["METEOR"] == 1  # another process has been started
+
+
+def test_meteor_of_resampled_captions():
+    draw, words = random.Random(1), ["a", "red", "dogs", "ran", "on", "in", "the", "tall", "grass", "lawn"]
+    texts = [" ".join(draw.choices(words, k=7)) for _ in range(90)]
+    references, captions = [texts[i : i + 2] for i in range(0, 60, 2)], texts[60:]
+    captions[-1] = references[-1][0]  # one caption is perfect
+    found = shared_meteor().score(references, captions)
+    sums = summable(found.statistics)
+    assert meteor_of_sums(sums.sum(axis=0)) == pytest.approx(found.corpus, rel=1e-12)
+    for seed in range(3):
+        drawn = random.Random(seed).choices(range(30), k=30)
+        expected = shared_meteor().score([references[i] for i in drawn], [captions[i] for i in drawn]).corpus
+        assert meteor_of_sums(sums[drawn].sum(axis=0)) == pytest.approx(expected, rel=1e-12)
+    assert meteor_of_sums(np.zeros(23)) == 0
 
 
 def test_slow_meteor_is_an_error_not_a_hang():

@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from coca_lit.distributed import rank, world_size
 from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, exact_match
 from coca_lit.metrics.retrieval import RecallAtK, retrieval_scores
+from coca_lit.metrics.uncertainty import Draws
 from coca_lit.metrics.zeroshot import ZeroShotAccuracy, classification_scores
 
 FAST = {"metrics": ("Bleu", "ROUGE_L", "CIDEr"), "tokenize": list}
@@ -45,31 +46,31 @@ def features() -> tuple[Tensor, Tensor, Tensor]:
     return images, images[image_of_text] + 0.8 * noise, image_of_text
 
 
-def caption_metric(table: bool) -> tuple[dict[str, float], dict[str, str]]:
+def caption_metric(table: bool) -> tuple[dict[str, float], dict[str, str], dict[str, Draws]]:
     metric = CaptionMetric(table=table, **FAST)
     predictions, references = texts()
     for part in shares():
         domains = ["near" if i % 2 else "far" for i in part] if table else None
         metric.update([IDS[i] for i in part], [predictions[i] for i in part], [references[i] for i in part], domains)
-    return metric.compute(), metric.not_run
+    return metric.compute(), metric.not_run, metric.draws
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("table", [False, True])
-def test_captions(on_ranks, monkeypatch: pytest.MonkeyPatch, world: int, table: bool) -> None:
-    monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
+def test_captions(on_ranks, world: int, table: bool) -> None:
     predictions, references = (dict(zip(IDS, part, strict=True)) for part in texts())
     if table:
         domains = {id: "near" if i % 2 else "far" for i, id in enumerate(IDS)}
-        expected, not_run = caption_table(references, predictions, domains, **FAST)
+        expected, not_run, draws = caption_table(references, predictions, domains, **FAST)
     else:
         scores = caption_scores(references, predictions, **FAST)
-        expected, not_run = scores | {"exact_match": exact_match(references, predictions)}, {}
+        expected, not_run, draws = scores | {"exact_match": exact_match(references, predictions)}, {}, {}
     assert expected["exact_match"] == pytest.approx(1 / COUNT)
-    for found, missing in [caption_metric(table)] if world == 1 else on_ranks(world, caption_metric, table):
+    for found, missing, resampled in [caption_metric(table)] if world == 1 else on_ranks(world, caption_metric, table):
         assert list(found) == list(expected)
         assert found == pytest.approx(expected, rel=1e-12)  # the order of the images may differ
         assert missing == not_run
+        assert resampled.keys() == draws.keys()
 
 
 def only_first_rank() -> dict[str, float]:
@@ -189,6 +190,7 @@ def test_metrics_start_anew_after_reset() -> None:
     assert metric.compute() == classification_scores(similarity[4:], labels[4:])
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_wrong_arguments() -> None:
     images, text_features, _ = features()
     recall = RecallAtK()

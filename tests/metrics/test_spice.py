@@ -1,92 +1,267 @@
-"""SPICE's call of Java, with a stand-in for the program: the jars that it needs cannot be shipped."""
+"""SPICE with the real program and its parser, where the jars are; and what a user hears where something is missing."""
 
+import functools
+import io
 import json
-import sys
-import textwrap
+import os
+import shutil
+import signal
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
+import numpy as np
 import pytest
+from conftest import SHARED
 
+from coca_lit.cli.data import data
 from coca_lit.metrics.captions import caption_scores, caption_table
+from coca_lit.metrics.java import fetch
 from coca_lit.metrics.java import spice as module
-from coca_lit.metrics.java.spice import JARS, SpiceError, spice
+from coca_lit.metrics.java.ptb import ptb_tokenize
+from coca_lit.metrics.java.spice import JARS, Spice, SpiceError, corpus_scores, shared_spice, spice_jars
+
+REAL_JARS = SHARED / "spice"
+CAPTIONS = SHARED / "captions"
+needs_jars = pytest.mark.skipif(not REAL_JARS.is_dir(), reason="the shared CoreNLP jars are absent")
+FAST = functools.partial(caption_table, metrics=["Bleu"], tokenize=list)
+# F-scores of the first images of coco-caption's example, from the run whose mean over all 1,000 is the published one.
+FIRST = [
+    0.1,
+    0.0,
+    0.23529411764705882,
+    0.16,
+    0.1176470588235294,
+    0.3225806451612903,
+    0.3846153846153846,
+    0.09090909090909091,
+    0.17647058823529413,
+    0.07407407407407407,
+    0.0689655172413793,
+    0.06451612903225806,
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The scene graphs of these tests, and at the end no process that parses."""
+    folder = tmp_path_factory.mktemp("spice") / "graphs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CACHE", folder)
+        yield folder
+    shared_spice().close()
 
 
 @pytest.fixture
-def jars(tmp_path, monkeypatch):
-    for name in JARS:
-        (tmp_path / name).touch()
-    monkeypatch.setenv("COCA_SPICE_JARS", str(tmp_path))
+def jars(cache, monkeypatch):
+    monkeypatch.setenv(module.JARS_VARIABLE, str(REAL_JARS))
+    return REAL_JARS
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """A user who has no jars anywhere."""
+    monkeypatch.delenv(module.JARS_VARIABLE)
+    for name in ("FOLDER", "MAVEN"):
+        monkeypatch.setattr(module, name, tmp_path / name)
+    monkeypatch.setattr(module, "pycocoevalcap_folder", lambda name: tmp_path / "lib")
     return tmp_path
 
 
-def replacement(folder, monkeypatch, body):
-    """Puts a Python program in the place of Java; it finds its arguments in `args`."""
-    program = folder / "java"
-    lines = [f"#!{sys.executable}", "import json, sys, time", "args = sys.argv[1:]", textwrap.dedent(body)]
-    program.write_text("\n".join(lines))
-    program.chmod(0o755)
-    monkeypatch.setattr(module, "java_executable", lambda: program)
+def fakecap(images):
+    references = {}
+    for row in json.loads((CAPTIONS / "fakecap_refs.json").read_text())["annotations"]:
+        references.setdefault(row["image_id"], []).append(row["caption"])
+    captions = {row["image_id"]: row["caption"] for row in json.loads((CAPTIONS / "fakecap_results.json").read_text())}
+    chosen = list(references)[:images]
+    return {key: references[key] for key in chosen}, {key: captions[key] for key in chosen}
 
 
-def test_score_of_each_image(jars, monkeypatch):
-    body = """
-        at = args.index("edu.anu.spice.SpiceScorer")
-        rows = json.load(open(args[at + 1]))
-        rows.reverse()
-        scores = [{"image_id": r["image_id"], "scores": {"All": {"f": len(r["refs"]) / 10}}} for r in rows]
-        assert [row["test"] for row in rows] == ["a cat", "a dog"]
-        json.dump(scores, open(args[args.index("-out") + 1], "w"))
-        json.dump(args, open("{folder}/args.json", "w"))
-    """.replace("{folder}", str(jars))
-    replacement(jars, monkeypatch, body)
-    references, captions = {"x": ["x", "y"], "z": ["z"]}, {"x": ["a dog"], "z": ["a cat"]}
-    assert spice(references, captions) == pytest.approx([0.2, 0.1])
-    args = json.loads((jars / "args.json").read_text())
-    assert sum(arg.startswith("--add-opens=java.base/java.") for arg in args) == 6
-    assert str(jars / "*") in args[args.index("-cp") + 1]
-    single = {image: texts[0] for image, texts in captions.items()}
-    assert caption_scores(references, single, ["SPICE"], list) == pytest.approx({"SPICE": 0.15})
+def tokens(references, captions):
+    split = iter(ptb_tokenize([*(text for texts in references.values() for text in texts), *captions.values()]))
+    return [[next(split) for _ in texts] for texts in references.values()], list(split)
 
 
-def test_one_run_serves_all_domains(jars, monkeypatch):
-    body = """
-        rows = json.load(open(args[args.index("-out") - 1]))
-        open("{folder}/runs", "a").write("x")
-        scores = [{"image_id": r["image_id"], "scores": {"All": {"f": [0.3, 0.1, 0.2][r["image_id"]]}}} for r in rows]
-        json.dump(scores, open(args[args.index("-out") + 1], "w"))
-    """.replace("{folder}", str(jars))
-    replacement(jars, monkeypatch, body)
-    domains = {"a": "near", "b": "far", "c": "near"}
-    scores, not_run = caption_table({i: ["x y"] for i in "abc"}, dict.fromkeys("abc", "x"), domains, ["Bleu"], list)
-    assert (scores["SPICE"], scores["far/SPICE"], scores["near/SPICE"]) == pytest.approx((0.2, 0.1, 0.25))
+@needs_jars
+def test_scores_of_images_with_and_without_the_cache(jars, cache):
+    pairs = tokens(*fakecap(len(FIRST)))
+    heard = []
+    first = shared_spice().score(*pairs, progress=lambda done, total: heard.append((done, total)))
+    assert first["SPICE"].tolist() == pytest.approx(FIRST, abs=1e-12)
+    assert heard == [(len(FIRST), len(FIRST))]
+    assert (cache / "data.mdb").is_file()
+    process = shared_spice()._process
+    again = shared_spice().score(*pairs)
+    assert shared_spice()._process is process
+    for name, values in first.items():
+        assert np.array_equal(values, again[name], equal_nan=True)
+
+
+@needs_jars
+def test_categories_by_hand(jars):
+    references = [["a big red dog and two cats"], ["a man"], ["it is"], ["a red dog on a table"]]
+    captions = ["a small red dog and three cats", "", "it is", "a red dog"]
+    scores = shared_spice().score(references, captions)
+    # Image 1: of objects dog and cat, attributes small|big, red, three|two. Image 2: one object is missed.
+    # Image 3: neither caption has a tuple. Image 4: both of the caption's tuples are among the four of the reference.
+    assert scores["SPICE"][[1, 2, 3]].tolist() == pytest.approx([0.0, np.nan, 2 * 1 * 0.5 / 1.5], nan_ok=True)
+    assert scores["SPICE_object"].tolist() == pytest.approx([1.0, 0.0, np.nan, 2 / 3], nan_ok=True)
+    assert scores["SPICE_color"].tolist() == pytest.approx([1.0, np.nan, np.nan, 1.0], nan_ok=True)
+    assert scores["SPICE_count"].tolist() == pytest.approx([0.0, np.nan, np.nan, np.nan], nan_ok=True)
+    assert scores["SPICE_size"].tolist() == pytest.approx([0.0, np.nan, np.nan, np.nan], nan_ok=True)
+    assert scores["SPICE_relation"].tolist() == pytest.approx([np.nan, np.nan, np.nan, 0.0], nan_ok=True)
+    means = corpus_scores(scores)
+    assert np.isnan(means["SPICE"])  # as the official mean is
+    assert means["SPICE_color"] == 1.0
+
+
+@needs_jars
+def test_table_has_spice_of_every_domain_and_its_intervals(jars):
+    references = {i: [f"a {colour} dog on a table"] for i, colour in enumerate(("red", "blue", "red"))}
+    captions = {0: "a red dog", 1: "a cat on a table", 2: "a red dog on a table"}
+    scores, not_run, draws = FAST(references, captions, {0: "near", 1: "far", 2: "near"})
+    alone = shared_spice().score(list(references.values()), list(captions.values()))["SPICE"]
+    assert scores["SPICE"] == pytest.approx(alone.mean())
+    assert scores["near/SPICE"] == pytest.approx((alone[0] + alone[2]) / 2)
+    assert scores["far/SPICE"] == alone[1]
     assert not_run == {}
-    assert (jars / "runs").read_text() == "x"
+    low, high = draws["SPICE"].interval()
+    assert low == pytest.approx(alone.min())
+    assert high == pytest.approx(1.0)
+    assert caption_scores(references, captions, ["SPICE"], list)["SPICE"] == pytest.approx(alone.mean())
 
 
-def test_failure_and_time_limit(jars, monkeypatch):
-    replacement(jars, monkeypatch, "sys.exit('no models')")
-    with pytest.raises(SpiceError, match=r"exit status 1\): no models"):
-        spice({0: ["x"]}, {0: ["x"]})
-    replacement(jars, monkeypatch, "time.sleep(60)")
-    monkeypatch.setattr(module, "START_LIMIT_S", -0.8)
-    with pytest.raises(SpiceError, match="did not finish"):
-        spice({0: ["x"]}, {0: ["x"]})
+@needs_jars
+def test_killed_java_costs_spice_alone(jars):
+    captions = {i: f"a dog and {i} cats sit on the table in front of a house number {i}" for i in range(64)}
+    references = {i: [f"{text} and sleep"] for i, text in captions.items()}
+
+    def kill(*_):
+        os.kill(shared_spice()._process._java.pid, signal.SIGKILL)
+
+    scores, not_run, _ = FAST(references, captions, progress=kill)
+    assert not_run == {"SPICE": "SPICE failed: the Java process ended"}
+    assert "Bleu_4" in scores
+    assert shared_spice().score([["a dog"]], ["a dog"])["SPICE"] == 1  # the next evaluation starts another one
 
 
-def test_missing_jars_say_how_to_get_them(jars, monkeypatch):
-    (jars / JARS[1]).unlink()
-    with pytest.raises(
-        SpiceError, match=r"where stanford-corenlp-3\.6\.0-models\.jar is missing: unpack .* COCA_SPICE"
-    ):
-        caption_scores({0: ["x"]}, {0: "x"}, ["SPICE"])
-    monkeypatch.delenv("COCA_SPICE_JARS")
-    with pytest.raises(SpiceError, match="no Python package carries"):
-        spice({0: ["x"]}, {0: ["x"]})
+@needs_jars
+def test_silent_java_is_killed(jars, monkeypatch):
+    monkeypatch.setattr(module, "SILENCE_LIMIT_S", 0.3)
+    with pytest.raises(SpiceError, match=r"SPICE gave no answer within 0\.3 s"):
+        Spice().score([["a dog"]], ["a dog"])
 
 
-def test_other_scores_come_without_spice(monkeypatch):
-    monkeypatch.delenv("COCA_SPICE_JARS", raising=False)
-    scores, not_run = caption_table({0: ["a red dog"]}, {0: "a red dog"}, metrics=["Bleu"], tokenize=list)
+@needs_jars
+def test_a_cache_that_cannot_be_written_is_a_warning(jars, tmp_path, monkeypatch):
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / "data.mdb").write_bytes(b"no database" * 1000)
+    monkeypatch.setattr(module, "CACHE", tmp_path / "graphs")
+    spice = Spice()
+    with pytest.warns(UserWarning, match=r"goes on without its cache of scene graphs in .*graphs: LMDBException"):
+        scores = spice.score([["a red dog"]], ["a red dog"])
+    assert scores["SPICE"] == 1
+    spice.close()
+
+
+@needs_jars
+def test_torn_jars(tmp_path, monkeypatch):
+    for name in JARS:
+        shutil.copy(REAL_JARS / name, tmp_path / name)
+    torn = tmp_path / JARS[1]
+    with torn.open("r+b") as file:
+        file.truncate(5_000_000)
+    monkeypatch.setenv(module.JARS_VARIABLE, str(tmp_path))
+    scores, not_run, _ = FAST({0: ["a red dog"]}, {0: "a red dog"})
     assert scores["Bleu_1"] == pytest.approx(1)
-    assert "SPICE" not in scores
-    assert "COCA_SPICE_JARS" in not_run["SPICE"]
+    assert f"{JARS[1]} is torn or no jar at all: remove it, then run `coca-data spice`" in not_run["SPICE"]
+
+
+def test_missing_jars_say_how_to_get_them(empty, monkeypatch):
+    scores, not_run, _ = FAST({0: ["a red dog"]}, {0: "a red dog"})
+    assert scores["Bleu_1"] == pytest.approx(1)
+    for word in ("coca-data spice", "edu.stanford.nlp:stanford-corenlp:3.6.0", "COCA_SPICE_JARS"):
+        assert word in not_run["SPICE"]
+    monkeypatch.setenv(module.JARS_VARIABLE, str(empty))
+    with pytest.raises(SpiceError, match=rf"where {JARS[0]} and {JARS[1]} is missing: run `coca-data spice`"):
+        caption_scores({0: ["x"]}, {0: "x"}, ["SPICE"])
+
+
+def test_where_jars_are_found(empty):
+    for place in ("lib", "MAVEN", "FOLDER"):  # the last one comes first
+        (empty / place).mkdir()
+        for name in JARS:
+            with zipfile.ZipFile(empty / place / name, "w") as jar:
+                jar.writestr("x", "y")
+        assert spice_jars() == empty / place
+
+
+def test_missing_jpype_says_what_to_install(empty, monkeypatch):
+    test_where_jars_are_found(empty)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(SpiceError, match=r"pip install 'coca_lit\[spice\]'"):
+        Spice().score([["a dog"]], ["a dog"])
+
+
+class Archive(BaseHTTPRequestHandler):
+    """Stanford's server, which knows ranges; the first answer ends in the middle."""
+
+    content = b""
+    asked: ClassVar[list[str | None]] = []
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.asked.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.end_headers()
+        end = len(self.content) // 2 if len(self.asked) == 1 else None
+        self.wfile.write(self.content[start:end])
+
+    def log_message(self, *_):
+        """Nothing on the terminal."""
+
+
+def test_the_archive_is_fetched_in_two_attempts(empty, monkeypatch, capsys):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in (*JARS, "stanford-corenlp-3.6.0-sources.jar"):
+            inner = io.BytesIO()
+            with zipfile.ZipFile(inner, "w") as jar:
+                jar.writestr("words", os.urandom(3_000_000))
+            archive.writestr(f"stanford-corenlp-full-2015-12-09/{name}", inner.getvalue())
+    monkeypatch.setattr(Archive, "content", content.getvalue())
+    monkeypatch.setattr(Archive, "asked", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Archive) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/corenlp.zip"
+        monkeypatch.setattr(fetch.fetch_jars, "__defaults__", (url,))
+        with pytest.raises(SystemExit, match=r"error: cannot fetch .* the same command goes on from here"):
+            data(["spice"])
+        half = (module.FOLDER / "corenlp.zip.part").stat().st_size
+        data(["spice"])
+        server.shutdown()
+    assert Archive.asked == [None, f"bytes={half}-"]
+    assert sorted(path.name for path in module.FOLDER.iterdir()) == sorted(JARS)
+    assert spice_jars() == module.FOLDER
+    shown = capsys.readouterr()
+    assert "SPICE is ready" in shown.out
+    assert f"warning: {JARS[0]} is not the file that Maven has" in shown.err
+
+
+@needs_jars
+@pytest.mark.slow
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
+def test_published_score(jars):
+    """All 6,005 captions of coco-caption's example: 0.133."""
+    pairs = tokens(*fakecap(None))
+    scores = shared_spice().score(*pairs)
+    assert corpus_scores(scores)["SPICE"] == pytest.approx(0.13289623216413698, abs=1e-12)
+    start = time.monotonic()
+    again = shared_spice().score(*pairs)
+    assert time.monotonic() - start < 60  # not parsed again
+    for name, values in scores.items():
+        assert np.array_equal(values, again[name], equal_nan=True)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,12 +14,14 @@ from coca_lit.cli.report import report
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
 from coca_lit.evals.samples import caption_samples, retrieval_samples, thumbnail
+from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.report import figures
 from coca_lit.report.figures import curves_figure, swept_value
 from coca_lit.report.page import write_comparison, write_report
 from coca_lit.report.runs import differences, find_runs, read_run
 from coca_lit.report.scores import cell, headline, score_name
-from coca_lit.report.tables import print_jobs, score_tables
+from coca_lit.report.tables import difference_table, print_jobs, score_tables, seed_tables
+from coca_lit.runs.draws import write_draws
 
 PNG = b"\x89PNG"
 
@@ -47,6 +50,9 @@ def run(tmp_path):
         scenes_captions=caption_samples(records, captions),
         scenes_retrieval=retrieval_samples(records, images, images[owner], owner),
     )
+    values = np.linspace(1.18, 1.2753, 1000)
+    write_draws(folder, {"mscoco/CIDEr": Draws(np.clip(values, 1.19, 1.2655), "x")})
+    (folder / "environment.json").write_text(json.dumps({"parameters": {"image encoder": 1_500_000}}))
     (folder / "not_run.json").write_text(json.dumps({"SPICE": "no jars"}))
     (folder / "metrics.csv").write_text(
         "step,epoch,train/caption_loss,mscoco/CIDEr\n1,0,2.5,\n2,0,1.5,0.3\n3,1,1.2,0.4\n"
@@ -62,7 +68,16 @@ def test_page_needs_nothing_else(run):
     assert "http" not in re.sub(r'src="[^"]+"', "", page)
     assert "<script>" not in page  # a caption is text, whatever it holds
     assert "&lt;script&gt;" in page
-    for text in ("123.45", "SPICE", "no jars", "a.ckpt", "OpenCLIP CoCa B/32, LAION-2B", "36.18", "scenes: retrieval"):
+    for text in (
+        "123.45",
+        "SPICE",
+        "no jars",
+        "a.ckpt",
+        "OpenCLIP CoCa B/32, LAION-2B",
+        "36.18",
+        "scenes: retrieval",
+        "306.72 M",
+    ):
         assert text in page
     assert (run / "curves.png").read_bytes().startswith(PNG)
 
@@ -70,22 +85,140 @@ def test_page_needs_nothing_else(run):
 def test_markdown(run):
     write_report(run)
     text = (run / "report.md").read_text()
-    assert "| CIDEr | 123.45 |" in text
+    assert "| CIDEr | 123.45 | [119.00, 126.55] |" in text
     assert "- SPICE: no jars" in text
     assert "![curves.png](curves.png)" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.count("|") == rows[0].count("|") for line in rows[: rows.index("| --- | --- | --- |") - 1])
+    first = rows[: next(i for i, line in enumerate(rows) if i > 1 and line.startswith("| --- |")) - 1]
+    assert all(line.count("|") == rows[0].count("|") for line in first)
+
+
+def test_names_from_anywhere_are_text(tmp_path):
+    """In the page and in Markdown, where a name could be a script, a link, a heading or the end of a code span."""
+    name = "<script>alert(1)</script>"
+    folder = make_run(tmp_path / "run`s <b>", {f"{name}/CIDEr": 1.0, "[x](javascript:alert)/CIDEr": 0.5})
+    (folder / "not_run.json").write_text(json.dumps({f"{name} SPICE": "no\n# jars <img src=x>"}))
+    (folder / "environment.json").write_text(json.dumps({"command": "coca-train `<script>` name=``x", "machine": name}))
+    (folder / "samples" / "a) <i>.png").write_bytes(PNG)
+    page = write_report(folder).read_text()
+    text = (folder / "report.md").read_text()
+    assert "- command: ```coca-train `<script>` name=``x```" in text
+    rest = text.replace("```coca-train `<script>` name=``x```", "")
+    for shown in (page, rest):
+        assert not re.search(r"<script>|<img src=x>|<i>", shown)
+        assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown
+    assert "- &lt;script&gt;alert(1)&lt;/script&gt; SPICE: no # jars &lt;img src=x&gt;" in text
+    assert "[x](" not in text.replace("\\[x\\](", "")
+    assert "(samples/a%29%20%3Ci%3E.png)" in text
 
 
 def test_tables(run):
-    mscoco, nocaps = score_tables(read_run(run))
-    assert mscoco.header[:2] == ["", "this run"]
-    assert "CoCa 2B, fine-tuned (paper)" in mscoco.header
+    mscoco, nocaps, parameters = score_tables(read_run(run))
+    assert mscoco.header[:3] == ["", "this run", "95 % interval"]
     cider = dict(zip(mscoco.header, next(row for row in mscoco.rows if row[0] == "CIDEr"), strict=True))
     assert cider["this run"] == "123.45"
-    assert cider["CoCa 2B, fine-tuned (paper)"] == "143.60"
-    assert nocaps.header == ["", "this run", "in-domain"]
-    assert nocaps.rows == [["CIDEr", "90.00", "100.00"]]
+    assert cider["95 % interval"] == "[119.00, 126.55]"
+    assert cider["CoCa 2B, fine-tuned (paper), val split"] == "143.60"
+    assert cider["coca_ViT-L-14, fine-tuned, val split"] == "125.30"
+    assert "OpenCLIP CoCa report, Table 4 (coca_ViT-L-14, fine-tuned)" in mscoco.note
+    assert nocaps.header == ["", "this run", "in-domain", "coca_ViT-L-14, fine-tuned", "CoCa 2B, fine-tuned (paper)"]
+    assert nocaps.rows == [["CIDEr", "90.00", "100.00", "106.50", "122.40"]]
+    assert parameters.header == ["", "this run", "coca_ViT-L-14", "coca_ViT-B-32", "CoCa (paper)"]
+    assert parameters.rows[0] == ["image encoder", "1.50 M", "306.72 M", "89.16 M", "1,000.00 M"]
+
+
+# Tables 2 and 4 of the report, its text on ImageNet, and what the CoCa paper has.
+REPORTED = {
+    "mscoco": {"Bleu_4": 35.6, "METEOR": 29.8, "CIDEr": 125.3, "SPICE": 23.4},
+    "nocaps": {"Bleu_4": 39.9, "METEOR": 29.1, "CIDEr": 106.5, "SPICE": 14.7},
+    "flickr30k": {"t2i_recall@5": 92.0, "i2t_recall@5": 99.3},
+    "flickr8k": {"t2i_recall@5": 70.1, "i2t_recall@5": 81.7},
+    "imagenet": {"top1": 75.5},
+}
+OTHERS = {
+    "mscoco": {"Bleu_4": 40.9, "METEOR": 33.9, "CIDEr": 143.6, "SPICE": 24.7},
+    "nocaps": {"CIDEr": 122.4, "SPICE": 15.5},
+    "flickr30k": {"t2i_recall@5": 91.7, "i2t_recall@5": 98.4},
+    "flickr8k": {"t2i_recall@5": 69.0, "i2t_recall@5": 81.2},
+    "imagenet": {"top1": 73.1},
+}
+
+
+@pytest.mark.parametrize("data", REPORTED)
+def test_published_scores_stand_beside_ours(tmp_path, data):
+    ours = {f"{data}/{score}": 0.5 for score in REPORTED[data]}
+    (table,) = score_tables(read_run(make_run(tmp_path / "run", ours, "scoring: {split: test}\n")))
+    assert len(set(table.header)) == len(table.header)
+    columns = list(zip(*[row for row in table.rows if len(row) > 1], strict=True))
+    for expected in (REPORTED[data], OTHERS[data]):
+        shown = tuple(f"{expected[score]:.2f}" if score in expected else "" for score in REPORTED[data])
+        assert shown in columns
+    assert table.note.startswith("Published: ")
+
+
+def test_scores_of_a_test_split_stand_beside_those_of_a_test_split_alone(tmp_path):
+    scores = {"flickr8k/t2i_recall@1": 0.2, "flickr8k/CIDEr": 0.5}
+    for split, columns in (("val", 2), ("test", 2 + 10 + 4)):
+        (table,) = score_tables(read_run(make_run(tmp_path / split, scores, f"scoring: {{split: {split}}}\n")))
+        assert len(table.header) == columns
+
+
+def test_two_runs_are_compared_by_the_paired_test(tmp_path):
+    random = np.random.default_rng(0)
+    shared = random.normal(size=300)
+    means = {"a": 0.5, "b": 0.5 + 0.2, "c": 0.5}
+    for name, mean in means.items():
+        values = mean + shared + 0.3 * random.normal(size=300) * (name != "a")
+        ids = range(300) if name != "c" else range(1, 301)
+        draws = bootstrap(ids, ratios({"x/SPICE": (values, None)}))
+        folder = make_run(tmp_path / name, {"x/SPICE": values.mean(), "x/vocabulary": 7.0})
+        write_draws(folder, draws)
+    a, b, c = (read_run(tmp_path / name) for name in "abc")
+    (row,) = difference_table(a, b).rows
+    assert row[0] == "x SPICE"
+    assert float(row[5].removeprefix("+")) == pytest.approx(
+        100 * (b.results["x/SPICE"] - a.results["x/SPICE"]), abs=0.01
+    )
+    low, high = map(float, row[6].strip("[]").split(", "))
+    assert 0 < low < float(row[5]) < high
+    assert high - low == pytest.approx(100 * 2 * 1.96 * 0.3 / 300**0.5, rel=0.15)  # what both share has cancelled
+    assert (row[7], row[8]) == ("0.001", "")
+    assert difference_table(b, a).rows[0][5].startswith("-")
+    assert difference_table(a, a).rows[0][5:] == ["+0.00", "[0.00, 0.00]", "1.000", "within noise"]
+    assert difference_table(a, c).rows[0][5:] == ["", "", "", "of other images"]
+    page = write_comparison([a.folder, b.folder], tmp_path / "both").read_text()
+    assert "paired bootstrap" in page
+    assert json.loads((a.folder / "intervals.json").read_text())["intervals"].keys() == {"x/SPICE"}
+
+
+def test_seeds_are_a_mean_with_a_deviation(tmp_path):
+    for seed, rate, cider in ((0, 1, 0.50), (1, 1, 0.60), (2, 1, 0.70), (0, 2, 0.1), (1, 2, 0.2), (0, 3, 0.9)):
+        make_run(tmp_path / f"{seed}{rate}", {"x/CIDEr": cider}, f"seed: {seed}\nmodel: {{lr: {rate}}}\n")
+    runs, _ = find_runs([tmp_path])
+    (table,) = seed_tables(runs)
+    columns = dict(zip(table.header[1:], table.rows[0][1:], strict=True))
+    assert columns == {"lr=1, 3 seeds": "60.00 ± 10.00", "lr=2, 2 seeds": "15.00 ± 7.07"}
+    assert seed_tables([run for run in runs if run.config["model.lr"] == 3]) == []
+    assert "60.00 ± 10.00" in write_comparison([tmp_path], tmp_path).read_text()
+
+
+class Evil:
+    """Fails the test when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("draws.npz was unpickled",)
+
+
+def test_damaged_draws_are_one_sentence(tmp_path):
+    folder = make_run(tmp_path / "run", {"x/CIDEr": 0.5})
+    wrong = io.BytesIO()
+    np.savez(wrong, scores=np.array(["x"]), units=np.array(["y"]), values=np.array([["a"]]))
+    pickled = io.BytesIO()
+    np.savez(pickled, scores=np.array([Evil()], dtype=object), units=np.array(["y"]), values=np.array([[0.5]]))
+    for content in (b"no archive", wrong.getvalue(), wrong.getvalue()[:100], pickled.getvalue()):
+        (folder / "draws.npz").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"error: .*draws\.npz does not hold the resampled scores of a run"):
+            report([str(folder)])
 
 
 @pytest.mark.parametrize(
@@ -163,9 +296,9 @@ def test_table_of_a_sweep_fits_a_terminal_and_is_never_folded(terminal, monkeypa
     assert ("scenes/t2i_recall@1" in head) is not terminal
     rows = [line.split() for line in table if "ok" in line or "failed" in line]
     assert rows == [
-        ["0.1235", "8", "ok", *["0.5000"] * (len(head) - 3)],
+        ["0.1235", "8", "ok", *["50.00"] * (len(head) - 3)],
         ["9", "8", "failed"],
-        ["0.3", "16", "ok", *["0.5000"] * (len(head) - 3)],
+        ["0.3", "16", "ok", *["50.00"] * (len(head) - 3)],
     ]
     assert f"failed: lr=9, pooler_queries=8: {LONG.strip()}" in shown
 
@@ -211,3 +344,25 @@ def test_thumbnails():
         head, data = thumbnail(image).split(",")
         assert head == f"data:image/{kind};base64"
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == size
+
+
+def test_gaps_of_two_runs_are_sorted(tmp_path, monkeypatch):
+    drawn = []
+    png = figures._png
+    monkeypatch.setattr(figures, "_png", lambda figure: drawn.append(figure) or png(figure))
+    clip = {"a/top1": 0.5, "b/top1": 0.25, "c/top1": 0.75, "d/top1": 0.1, "a/top5": 0.9}
+    coca = {"a/top1": 0.45, "b/top1": 0.5, "c/top1": 0.85, "d/top1": 0.1, "a/top5": 0.8}
+    folders = [make_run(tmp_path / name, results) for name, results in (("clip", clip), ("coca", coca))]
+    page = write_comparison(folders, tmp_path / "compared").read_text()
+    (figure,) = drawn  # the accuracies have no bars of their own beside it
+    (axes,) = figure.axes
+    bars = axes.containers[0]
+    assert [bar.get_width() for bar in bars] == pytest.approx([25, 10, 0, -5])
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["b  25.0 → 50.0", "c  75.0 → 85.0", "d  10.0 → 10.0", "a  50.0 → 45.0"]
+    assert axes.get_title() == "coca against clip: +7.5 points on average"
+    assert (tmp_path / "compared" / "zero-shot_gaps.png").read_bytes().startswith(PNG)
+    assert "![zero-shot_gaps.png](zero-shot_gaps.png)" in (tmp_path / "compared" / "report.md").read_text()
+    assert 'alt="zero-shot gaps"' in page
+    few = [make_run(tmp_path / f"few_{f.name}", {"a/top1": 0.5, "b/top1": 0.6}) for f in folders]
+    assert figures.gaps(find_runs(few)[0]) == {}  # two data sets are bars of the comparison

@@ -5,9 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-from multiprocessing import get_context
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +14,16 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from forking import FORKSERVER, Program
 from running import ROOT, compose, results, watched
 
 from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.cli import train as cli
-from coca_lit.cli.assembly import plain
+from coca_lit.cli.assembly import argument_defaults, plain
 from coca_lit.cli.runtime import finish_run
 from coca_lit.data.scenes.export import export_scenes
+from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
@@ -38,10 +39,6 @@ TINY = (
     *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.2"),
 )
 MAP = ("data.train_count=24",)
-FORKSERVER = get_context("forkserver")  # imports once for all processes
-FORKSERVER.set_forkserver_preload(
-    ["coca_lit.lit_module", "coca_lit.cli.train", "coca_lit.callbacks", "coca_lit.report"]
-)
 
 
 class Die(L.Callback):
@@ -83,9 +80,12 @@ def train(
     return process.exitcode
 
 
+TIMES = ("samples/s", "train/scoring_share")  # are never the same
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name != "samples/s"} for row in csv.DictReader(file)]
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -118,16 +118,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_median_rank", "scoring.quick=3")
+# Every third batch is one of texts: its row has no loss of pairs, and no reward.
+TEXTS_AND_REWARDS = (
+    *("data.text={texts}", "data.text_every=3", "model.net.dropout=0"),
+    "model.self_critical={{_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}}",
+)
 EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
 
 
 @pytest.mark.parametrize(
     ("data", "workers", "extra"),
     [
-        ("map", 0, BY_STEPS),
+        ("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS)),
         ("indexed", 2, EMA_AND_ACCUMULATION),
-        ("stream", 0, EMA_AND_ACCUMULATION),
-        ("stream", 3, ()),
+        ("stream", 2, EMA_AND_ACCUMULATION),
     ],
 )
 def test_killed_twice_in_an_epoch(
@@ -136,12 +140,23 @@ def test_killed_twice_in_an_epoch(
     """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last."""
     indexed = f"data.indexed={str(data == 'indexed').lower()}"
     source = MAP if data == "map" else (*request.getfixturevalue("shards"), indexed)
+    texts = tmp_path / "texts.txt"  # of TEXTS_AND_REWARDS
+    texts.write_text("".join(f"{record.captions[0]}\n" for record in scene_records("val", count=5)))
+    extra = tuple(word.format(texts=texts) for word in extra)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
     for batches in (3, 5, 12):
         assert train(tmp_path / "killed", *overrides, watch=Die(batches)) == -signal.SIGKILL
     assert train(tmp_path / "killed", *overrides) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
+    if data == "map":
+        steps = [row for row in rows(tmp_path / "whole") if row["train/text_loss"] or row["train/policy_loss"]]
+        of_texts = [bool(row["train/text_loss"]) for row in steps]
+        assert of_texts == [False, False, True] * (len(steps) // 3)
+        for row, text in zip(steps, of_texts, strict=True):
+            assert [bool(row[f"train/{name}"]) for name in ("policy_loss", "reward", "contrastive_loss")] == [
+                not text
+            ] * 3
 
 
 class SignalInValidation(L.Callback):
@@ -216,34 +231,28 @@ def test_under_submitit_its_own_handler_comes_after_saving(tmp_path: Path) -> No
 
 
 def test_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(tmp_path: Path) -> None:
-    """Real processes of Lightning's own launcher; the signal reaches rank 0 alone."""
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, *MAP, f"output_dir={tmp_path}/run", "trainer.devices=2"]
+    """Lightning's own launcher, which starts a second `train.py`; the signal reaches rank 0 alone."""
+    ranks = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=200")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "trainer.strategy=ddp", "trainer.max_epochs=200"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    said = ""
-    while "step 2/" not in said and (line := process.stdout.readline()):
-        said += line
-    process.send_signal(signal.SIGTERM)
-    said += process.communicate(timeout=120)[0]
-    assert process.returncode == 143, said
-    assert said.count("stopping after step") == 1
-    run = state(tmp_path / "run")[RUN_KEY]
+    program = Program(str(ROOT / "train.py"), *TINY, *MAP, *ranks, cwd=tmp_path, environment=environment)
+    while "step 2/" not in program.said() and program.process.is_alive():
+        time.sleep(0.05)
+    program.process.terminate()
+    done = program.wait()
+    assert done.returncode == 143, done.stderr
+    assert done.stdout.count("stopping after step") == 1
+    assert done.stdout.count("step 2/") == 1
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["test"]  # both agree on the folder
+    folder = tmp_path / "outputs" / "test"
+    run = state(folder)[RUN_KEY]
     assert run["processes"] == 2
     assert run["samples"] == 4 * run["step"]
     epochs = run["step"] // 6 + 1
-    assert train(tmp_path / "run", *MAP, f"trainer.max_epochs={epochs}") == 0
-    said = (tmp_path / "run.log").read_text()
+    assert train(folder, *MAP, f"trainer.max_epochs={epochs}") == 0
+    said = (tmp_path / "outputs" / "test.log").read_text()
     assert "note: 2 processes became 1: every batch holds the same samples" in said
     assert f"note: max_epochs was 200 and is now {epochs}: " in said
-    assert state(tmp_path / "run")[RUN_KEY]["samples"] == 24 * epochs
+    assert state(folder)[RUN_KEY]["samples"] == 24 * epochs
 
 
 class Poison(L.Callback):
@@ -326,7 +335,7 @@ def test_torn_and_corrupt_checkpoints_are_passed_over(tmp_path: Path, caplog: py
     assert found is not None
     assert found[0].name == "step_9.ckpt"
     assert "step_11.ckpt is not a whole checkpoint" in caplog.text
-    assert "step_10.ckpt is corrupt" in caplog.text
+    assert "step_10.ckpt is not a whole checkpoint: its part '" in caplog.text
     found[0].write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
         newest_valid(folder)
@@ -403,6 +412,12 @@ def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None
         ("model.optimizer.lr=1", "model.optimizer.lr"),
         ("experiment=finetune_mscoco", "image_size"),
         ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches"),
+        ("init_from=/other.pt", "init_from"),
+        ("image_weights=efficientnet_lite0", "image_weights"),
+        ("callbacks.non_finite_guard.max_in_a_row=3", "callbacks.non_finite_guard.max_in_a_row"),
+        ("callbacks.non_finite_guard=null", "callbacks.non_finite_guard"),
+        ("callbacks.step_seeds=null", "callbacks.step_seeds"),
+        ("callbacks.checkpoint.keep_last=9", None),
         ("data.num_workers=5", None),
         ("trainer.max_epochs=9", None),
     ],
@@ -417,6 +432,24 @@ def test_changed_config_is_refused_by_its_key(tmp_path: Path, override: str, key
         check_same_run(path, now, strict=True)
     assert "\n" not in str(caught.value)
     check_same_run(path, now, strict=False)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_default_is_the_same_whether_a_config_lists_it_or_not(tmp_path: Path, listed: bool) -> None:
+    words = ("model.label_smoothing=0.0", "data.objects=2", "model.optimizer.betas=[0.9,0.98]", "lora.alpha=16")
+    configs = [resume_keys(plain(compose(f"output_dir={tmp_path}", *more))) for more in ((), words)]
+    before, now = reversed(configs) if listed else configs
+    path = save(tmp_path, 1, config=before)
+    check_same_run(path, now, strict=True, defaults=argument_defaults(now))
+    now["model"]["label_smoothing"] = 0.1
+    with pytest.raises(CheckpointError, match=r"^model.label_smoothing was 0.0 when .* and is now 0.1: "):
+        check_same_run(path, now, strict=True, defaults=argument_defaults(now))
+
+
+def test_what_an_older_checkpoint_did_not_keep_is_not_compared(tmp_path: Path) -> None:
+    now = resume_keys(plain(compose(f"output_dir={tmp_path}")))
+    before = {key: value for key, value in now.items() if key not in ("callbacks", "init_from")}
+    check_same_run(save(tmp_path, 1, config=before), now | {"init_from": "x"}, strict=True)
 
 
 def test_checkpoints_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,10 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
+from forking import FORKSERVER
 from running import launched, run, watched
 from test_parallel_training import DDP, SHARDED, SHORT
-from test_resume import FORKSERVER, MAP, Signal, _train, state
+from test_resume import MAP, Signal, _train, state
 
 from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import rank

@@ -138,7 +138,6 @@ def train(micro_batch_size: int | None) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_micro_batches_on_two_ranks_equal_the_whole_batch_on_one(on_ranks) -> None:
     expected = train(None)
     for result in on_ranks(2, train, 1):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import launched, results, run
+from running import launched, results, run, without_java
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -93,12 +93,14 @@ def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None
 
 
 def train_and_score(folder: Path) -> dict[str, float]:
-    with launched():
+    with launched(), pytest.MonkeyPatch.context() as patch:
+        without_java(patch)
         return run(folder, *SCORED, *SHARDED)
 
 
-def test_a_sharded_experiment_is_scored_and_exported(on_ranks, tmp_path: Path) -> None:
+def test_a_sharded_experiment_is_scored_and_exported(on_ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step to a file for other programs: scores and captions are those of one process."""
+    without_java(monkeypatch)
     one, sharded, exported = tmp_path / "one", tmp_path / "sharded", tmp_path / "exported"
     scores = run(one, *SCORED)
     for found in on_ranks(2, train_and_score, sharded):

@@ -27,10 +27,6 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (".*treespec, LeafSpec", "Found .* in eval mode", "The dirpath has changed")
-]
 # Two epochs of four steps on the CPU and nothing else.
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),
@@ -234,4 +230,4 @@ def test_plain_lines_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(("terminal", "kind"), [(True, RichProgressBar), (False, PlainProgress)])
 def test_bar_suits_the_output(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    assert type(progress_bar(7)) is kind
+    assert type(progress_bar()) is kind

@@ -105,7 +105,9 @@ def test_weights_between_two_checkpoints_are_scored_and_exported(adapted: Path, 
     before, after = load_model(start).state_dict(), load_model(last).state_dict()
     name = "decoder.vocabulary.weight"
     torch.testing.assert_close(mixed_model[name], 0.75 * before[name] + 0.25 * after[name])
-    assert "weight=0.25" in (tmp_path / "mixed" / "README.md").read_text()
+    card = (tmp_path / "mixed" / "README.md").read_text()
+    assert f"0.25 times those of `{last}` plus 0.75 times those of `{start}`" in card
+    assert "weight=0.25" in card
 
 
 def test_locked_image_tower_of_a_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights.load import EFFICIENTNETS, MODEL_KEY, load_image_weights, load_model, load_weights, save_model
+from coca_lit.weights import MODEL_KEY
+from coca_lit.weights.load import EFFICIENTNETS, load_image_weights, load_model, load_weights, save_model
 from coca_lit.weights.open_clip import to_open_clip
 
 Build = Callable[..., CoCa]
@@ -111,7 +112,7 @@ def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, name: st
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint '.*none.ckpt'$"):
         load_model(tmp_path / "none.ckpt")
-    with pytest.raises(FileNotFoundError, match="it is a folder; name the file"):
+    with pytest.raises(FileNotFoundError, match=r"it is a folder without best\.ckpt, .*; name the file"):
         load_model(tmp_path)
 
 
@@ -127,7 +128,7 @@ def test_cut_file(tiny_model: Build, tmp_path: Path) -> None:
     path = tmp_path / "cut.ckpt"
     torch.save(training_checkpoint(tiny_model()), path)
     path.write_bytes(path.read_bytes()[:10_000])
-    with pytest.raises(ValueError, match=r"cut.ckpt' is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"cut.ckpt' is not a whole checkpoint"):
         load_model(path)
 
 
@@ -147,14 +148,84 @@ def test_other_contents(tmp_path: Path, content: Any, message: str) -> None:
 # ---------------------------------------------------------------- weights for a model that is there already
 
 
-def test_load_weights_takes_another_cls_mask(tiny_model: Build, tmp_path: Path) -> None:
+def test_load_weights(tiny_model: Build, tmp_path: Path) -> None:
     source = tiny_model(cls_mask="legacy")
     save_model(source, tmp_path / "model.safetensors")
     torch.manual_seed(7)
-    model = create_model("coca_tiny", cls_mask="correct")
+    model = create_model("coca_tiny", cls_mask="legacy", dropout=0.3)  # which training alone sees
     load_weights(model, tmp_path / "model.safetensors")
     assert_equal(model, source)
-    assert model.config["cls_mask"] == "correct"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "fact"),
+    [
+        ({"cls_mask": "legacy"}, "text.cls_mask is 'correct' in the model and 'legacy' in the file"),
+        ({"text_heads": 4}, "text.blocks.0.attention.heads is 3 in the model and 4 in the file"),
+        ({"pooler_heads": 1}, "pooling.generative.attention.heads is 3 in the model and 1 in the file"),
+        ({"resize_mode": "squash"}, "resize_mode is 'shortest' in the model and 'squash' in the file"),
+        ({"image_encoder_args": {"channels": [32, 64, 96, 128], "output_stride": 16}}, "stride is "),
+        (
+            {"image_encoder_args": {"channels": [32, 64, 96, 128], "output_stride": 8, "act_layer": "gelu"}},
+            "is 'ReLU' in the model and 'GELU' in the file",
+        ),
+        (
+            {
+                "image_encoder_args": {
+                    **{"channels": [32, 64, 96, 128], "output_stride": 8},
+                    "pretrained_cfg_overlay": {"mean": [0.5, 0.25, 0.125]},
+                }
+            },
+            r"normalise.mean is \[0.485, 0.456, 0.406\] in the model and \[0.5, 0.25, 0.125\] in the file",
+        ),
+    ],
+)
+def test_equal_tensors_that_compute_something_else(
+    tiny_model: Build, tmp_path: Path, theirs: dict[str, Any], fact: str
+) -> None:
+    save_model(tiny_model(**theirs), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.safetensors computes something else: .*{fact}"):
+        load_weights(tiny_model(), tmp_path / "model.safetensors")
+
+
+def test_tied_embeddings_do_not_start_from_two_matrices(tiny_model: Build, tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has a vocabulary projection of its own"):
+        load_weights(tiny_model(tied_embeddings=True), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"checkpoint_path": "evil.pth"},
+        {"pretrained": True},
+        {"pretrained_cfg": {"file": "evil.pth"}},
+        {"pretrained_cfg_overlay": {"url": "https://example.org/evil.pth", "mean": [0.5, 0.5, 0.5]}},
+        {"cache_dir": "/tmp"},
+        {"hf_hub_id": "evil/model"},
+        {"features_only": True},
+    ],
+)
+@pytest.mark.parametrize("name", ["stranger.safetensors", "stranger.ckpt"])
+def test_files_hand_nothing_but_architecture_to_timm(
+    tiny_model: Build, tmp_path: Path, arguments: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was called"))
+    model.config["image_encoder_args"] |= arguments
+    if name.endswith(".ckpt"):
+        torch.save(training_checkpoint(model), tmp_path / name)
+    else:
+        save_model(model, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"hands image_encoder_args.{next(iter(arguments))} to timm"):
+        load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("config", [[], 3, {"image_encoder_args": [1]}, {"image_encoder_args": {"depth": "x"}}])
+def test_a_damaged_architecture(tiny_model: Build, tmp_path: Path, config: Any) -> None:
+    torch.save(training_checkpoint(tiny_model()) | {MODEL_KEY: config}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt' is damaged"):
+        load_model(tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize(

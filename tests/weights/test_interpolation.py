@@ -38,6 +38,9 @@ def test_both_ends_are_exact(tiny_model: Callable[..., CoCa], weight: float) -> 
         (1.5, {}, "weight must be a number between 0 and 1, got 1.5"),
         (0.5, {"text_layers": 3}, "the models have different architectures: 'text.blocks.2.norm_1.weight'"),
         (0.5, {"decoder_layers": 0}, "the models have different architectures: 'decoder"),
+        (0.5, {"cls_mask": "legacy"}, "text.cls_mask is 'correct' in the one and 'legacy' in the other"),
+        (0.5, {"text_heads": 4}, "text.blocks.0.attention.heads is 3 in the one and 4 in the other"),
+        (0.5, {"tied_embeddings": True}, "tied_embeddings is False and True"),
     ],
 )
 def test_what_cannot_be_interpolated(

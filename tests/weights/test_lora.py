@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
-from coca_lit.weights.load import MODEL_KEY, load_model, save_model
+from coca_lit.weights import MODEL_KEY
+from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.lora import PARTS, LowRank, add_lora
 
 Build = Callable[..., CoCa]

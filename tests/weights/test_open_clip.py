@@ -1,7 +1,9 @@
 """Parity with OpenCLIP: the same weights give the same features, logits, losses and gradients, and travel both ways."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa, create_model
+from coca_lit.weights.load import load_dual_encoder, load_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat", "word " * 90]
@@ -167,3 +170,56 @@ def test_other_checkpoints_are_refused() -> None:
         from_open_clip(theirs.state_dict() | {"extra": torch.zeros(1)}, text_heads=4)
     with pytest.raises(ValueError, match="has an OpenCLIP counterpart"):
         to_open_clip(create_model("coca_tiny", pooler="parallel"))
+
+
+def relative(**vision: Any) -> dict[str, Tensor]:
+    """The state dict of a CoCa that OpenCLIP 3.3 builds with other arguments of its image tower."""
+    return OpenClipCoCa(64, vision_cfg={**VISION, **vision}, text_cfg=TEXT, multimodal_cfg=DECODER).state_dict()
+
+
+def named(*names: str) -> Callable[[], dict[str, Tensor]]:
+    """A state dict with tensors of these names, for what OpenCLIP 3.3 cannot build."""
+    return lambda: {name: torch.zeros(1) for name in ("logit_scale", *names)}
+
+
+@pytest.mark.parametrize(
+    ("state", "called"),
+    [
+        (lambda: relative(attentional_pool=False), "a coca_base, which has no attentional pooler"),
+        (lambda: relative(attentional_pool="cascade"), "a CoCa2 with two attentional poolers"),
+        (lambda: relative(timm_model_name="resnet10t"), "a CoCa whose image tower is not a CLIP vision transformer"),
+        (named("text_decoder.ln_final.weight", "text.transformer.embeddings.x.weight"), "a coca_roberta-ViT-B-32"),
+        (named("map_viz2txt_kv", "text.lm_head", "text.resblocks.0.ln_1.weight"), "a MaMMUT"),
+        (
+            named("text.blocks.0.attn.qkv.weight", "text_decoder.lm_head.weight"),
+            "a CoCa2 with OpenCLIP 4's modern text",
+        ),
+        (named("attn_pool_contrastive.query", "visual.trunk.x", "text_decoder.ln_final.weight"), "a CoCa2 with two"),
+    ],
+)
+def test_relatives_that_cannot_be_read_are_called_by_their_names(
+    tmp_path: Path, state: Callable[[], dict[str, Tensor]], called: str
+) -> None:
+    torch.save(state(), tmp_path / "model.pt")
+    for load in (load_model, load_dual_encoder):
+        with pytest.raises(ValueError, match=f"this is {called}"):
+            load(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text.ln_final.weight": None}, "the checkpoint has no tensor 'text.ln_final.weight'"),
+        ({"visual.proj": None}, "the checkpoint has no tensor 'visual.proj'"),
+        ({"text_decoder.cross_attn.0.attn.in_proj_weight": None}, "no tensor 'text_decoder.cross_attn.0.attn.in_proj"),
+        (
+            {"text.transformer.resblocks.0.mlp.c_fc.bias": torch.zeros(7)},
+            r"c_fc.bias' has the shape \(7,\) in the check",
+        ),
+    ],
+)
+def test_damaged_state_dicts_name_the_tensor(change: dict[str, Tensor | None], message: str) -> None:
+    theirs, _ = make_pair()
+    state = {name: tensor for name, tensor in (theirs.state_dict() | change).items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        from_open_clip(state, text_heads=4)

@@ -117,4 +117,5 @@ def schema(path: Path, name: str) -> Iterator[None]:
     except KeyError as error:
         raise DataError(f"{path} does not follow {name} schema: the field {error} is missing") from error
     except (TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} does not follow {name} schema: {error}") from error
+        wrong = "a list stands where an object belongs" if "list indices" in str(error) else error
+        raise DataError(f"{path} does not follow {name} schema: {wrong}") from error

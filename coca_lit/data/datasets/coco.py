@@ -10,7 +10,7 @@ from coca_lit.errors import DataError
 
 _HOW = (
     "download train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org, unpack them in one "
-    "folder and pass it as data.root"
+    "folder"
 )
 FOLDERS = ("train2014", "val2014", "train2017", "val2017", ".")
 
@@ -80,7 +80,7 @@ def coco_folder_records(root: str | Path, annotations: str = "captions.json", im
         images: folder in `root`.
     """
     path, folder = Path(root) / annotations, Path(root) / images
-    how = "pass the folder as records.root, and the names inside it as records.annotations and records.images"
+    how = "put captions.json and images/ into one folder, or name them by records.annotations and records.images"
     if not path.is_file():
         raise not_found("the file of captions", [path], how)
     return records_on_disk(read_coco(path), [folder], path, how)

@@ -28,7 +28,7 @@ def flickr_training_captions(root: str | Path, name: FlickrName = "flickr8k") ->
 def _annotations(root: Path, name: FlickrName) -> tuple[Path, str]:
     """The file of captions, and how to get it."""
     path = root / f"dataset_{name}.json"
-    how = f"put Karpathy's {path.name} and the folder images/ with the photos of {name} into one folder, data.root"
+    how = f"put Karpathy's {path.name} and the folder images/ with the photos of {name} into one folder"
     if not path.is_file():
         raise not_found(f"the captions of {name}", [path], how)
     return path, how

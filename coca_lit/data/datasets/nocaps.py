@@ -7,7 +7,7 @@ from coca_lit.data.records import Record, not_found, records_on_disk
 from coca_lit.errors import DataError
 
 _NAMES = tuple(f"nocaps_val_{part}captions.json{end}" for part in ("4500_", "") for end in ("", ".gz"))
-_HOW = "put nocaps_val_4500_captions.json of nocaps.org and its images, in images/ or val/, into one folder, data.root"
+_HOW = "put nocaps_val_4500_captions.json of nocaps.org and its images, in images/ or val/, into one folder"
 
 
 def nocaps_records(root: str | Path, split: str = "val") -> list[Record]:

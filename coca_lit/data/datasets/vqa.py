@@ -19,7 +19,7 @@ from coca_lit.reading import read_json
 SPLITS = {"train": "train2014", "val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 _HOW = (
     "download questions and annotations of VQA v2 from visualqa.org and COCO's images of 2014 (test: 2015) from "
-    "cocodataset.org, unpack them in one folder and pass it as data.root"
+    "cocodataset.org, and unpack them in one folder"
 )
 
 

@@ -37,8 +37,8 @@ Shared = TypeVar("Shared")
 
 MANIFEST = "manifest.json"
 _HOW = (
-    "write LAION or other image-text pairs with img2dataset --output_format webdataset "
-    'and pass "FOLDER/*.tar" as data.shards'
+    "write LAION or other image-text pairs with img2dataset --output_format webdataset, "
+    "and name its folder or FOLDER/*.tar"
 )
 _REFUSED = (
     f"according to its {MANIFEST}: it was changed or damaged; copy it again, or accept it as it is with "

@@ -6,19 +6,33 @@ that ends any pending read. Nor does it outlive its owner: it is killed by ``clo
 and if Python itself is killed it reads the end of its input and stops.
 """
 
-import contextlib
 import functools
 import re
-import subprocess
 import threading
-import weakref
 from collections.abc import Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
-from coca_lit.metrics.java.runtime import JVM_FLAGS, java_executable, pycocoevalcap_jar
+import numpy as np
+
+from coca_lit.metrics.java.runtime import JVM_FLAGS, Conversation, JavaError, java_executable, pycocoevalcap_jar
 
 RESERVED = re.compile(r"\|\|\||[\r\n]")  # separators of the line protocol
 SECONDS_PER_CAPTION = 0.05  # over ten times what a caption with five references takes
+# Parameters for English. The four stages of matching: exact words, stems, synonyms, paraphrases.
+ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
+STAGE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
+STATISTICS = 23
+
+
+class MeteorScores(NamedTuple):
+    """
+    Attributes:
+        corpus: METEOR in [0, 1] of all captions.
+        statistics: (captions, 23), whose sums make the score of any selection of captions, see `meteor_of_sums`.
+    """
+
+    corpus: float
+    statistics: np.ndarray
 
 
 class Meteor:
@@ -40,10 +54,10 @@ class Meteor:
         with self._lock:
             self._running()
 
-    def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
-        """Corpus METEOR in [0, 1] of tokenised captions; ``references[i]`` are those of ``hypotheses[i]``.
+    def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
+        """Scores of tokenised captions; ``references[i]`` are those of ``hypotheses[i]``.
 
-        Raises RuntimeError when the process dies or is overdue; the next call then starts another one.
+        Raises JavaError when the process dies or is overdue; the next call then starts another one.
         """
         if not hypotheses or len(references) != len(hypotheses) or not all(references):
             raise ValueError(
@@ -52,18 +66,14 @@ class Meteor:
             )
         with self._lock:
             process = self._running()
-            limit = self.timeout + SECONDS_PER_CAPTION * len(hypotheses)
-            overdue = threading.Event()
-            watchdog = threading.Timer(limit, _expire, (overdue, process))
-            watchdog.daemon = True
-            watchdog.start()
             try:
-                return process.score(references, hypotheses)
+                with process.deadline(self.timeout + SECONDS_PER_CAPTION * len(hypotheses)):
+                    return process.score(references, hypotheses)
+            except TimeoutError as error:
+                raise JavaError(f"METEOR {error} (Java's own message, if any, is on standard error)") from error
             except (OSError, EOFError, ValueError) as error:
-                reason = f"gave no answer within {limit:g} s" if overdue.is_set() else f"failed: {error}"
-                raise RuntimeError(f"METEOR {reason} (Java's own message, if any, is on standard error)") from error
-            finally:
-                watchdog.cancel()
+                message = f"METEOR failed: {error} (Java's own message, if any, is on standard error)"
+                raise JavaError(message) from error
 
     def close(self) -> None:
         """End the process, if any; a pending ``score`` then fails."""
@@ -83,7 +93,7 @@ class Meteor:
         return self._process
 
 
-class _MeteorProcess:
+class _MeteorProcess(Conversation):
     """One run of the jar and its conversation, in which "|||" separates fields and a line ends each message:
 
     ``SCORE ||| reference ||| ... ||| hypothesis`` is answered by a line of match statistics, and
@@ -94,58 +104,51 @@ class _MeteorProcess:
         jar = pycocoevalcap_jar("meteor/meteor-1.5.jar")
         program = ["-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
         # Standard error is the caller's: a pipe that nobody reads would fill up and block Java.
-        self._java = subprocess.Popen(
-            [str(java_executable()), *JVM_FLAGS, *program],
-            cwd=jar.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-        )
-        assert self._java.stdin
-        assert self._java.stdout
-        self._in, self._out = self._java.stdin, self._java.stdout
-        self.kill = weakref.finalize(self, _end, self._java)  # acts once: when called, collected or at exit
+        super().__init__([str(java_executable()), *JVM_FLAGS, *program], cwd=jar.parent)
 
-    def alive(self) -> bool:
-        return self.kill.alive and self._java.poll() is None
-
-    def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> float:
+    def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
         try:
             statistics = []
             for refs, hypothesis in zip(references, hypotheses, strict=True):
-                self._send("SCORE", *refs, hypothesis)
-                statistics.append(self._receive())
-            self._send("EVAL", *statistics)
-            *_, corpus = (float(self._receive()) for _ in range(len(hypotheses) + 1))
+                self.ask("SCORE", *refs, hypothesis)
+                statistics.append(self.receive())
+            self.ask("EVAL", *statistics)
+            *_, corpus = (float(self.receive()) for _ in range(len(hypotheses) + 1))
+            return MeteorScores(corpus, np.array([[float(number) for number in row.split()] for row in statistics]))
         except BaseException:
             self.kill()  # the rest of the answers must not be taken for those to the next question
             raise
-        return corpus
 
-    def _send(self, *fields: str) -> None:
-        self._in.write(" ||| ".join(RESERVED.sub(" ", field) for field in fields) + "\n")
-        self._in.flush()
-
-    def _receive(self) -> str:
-        line = self._out.readline()
-        if not line:
-            raise EOFError("the Java process ended")
-        return line.strip()
+    def ask(self, *fields: str) -> None:
+        self.send(" ||| ".join(RESERVED.sub(" ", field) for field in fields))
 
 
-def _expire(overdue: threading.Event, process: _MeteorProcess) -> None:
-    overdue.set()
-    process.kill()
+def summable(statistics: np.ndarray) -> np.ndarray:
+    """Statistics (captions, 23) of single captions, as METEOR adds them up: a caption that matches from end to end has
+    no break and adds no chunk.
+    """
+    stages = statistics[:, 4:20].reshape(-1, 4, 4)  # stage; content words of caption, reference, function words of both
+    matches = stages.sum(axis=1)
+    whole = (matches[:, 0] + matches[:, 2] == statistics[:, 0]) & (matches[:, 1] + matches[:, 3] == statistics[:, 1])
+    result = statistics.copy()
+    result[whole & (statistics[:, 20] == 1), 20] = 0
+    return result
 
 
-def _end(java: subprocess.Popen[str]) -> None:
-    java.kill()
-    java.wait()
-    for pipe in (java.stdin, java.stdout):
-        with contextlib.suppress(OSError):  # closing flushes what could not be sent
-            if pipe:
-                pipe.close()
+def meteor_of_sums(sums: np.ndarray) -> np.ndarray:
+    """METEOR 1.5 of sets of captions (…,), from the sums (…, 23) of their `summable` statistics.
+
+    Denkowski and Lavie 2014, section 2: a weighted harmonic mean of precision and recall, less a penalty for chunks.
+    """
+    length, functions = sums[..., 0:2], sums[..., 2:4]  # of caption and reference
+    stages = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 2, 2)  # stage; content or function words; caption, reference
+    weights = DELTA * stages[..., 0, :] + (1 - DELTA) * stages[..., 1, :]  # (…, stage, side)
+    matched = np.einsum("s,...sk->...k", STAGE_WEIGHTS, weights)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = np.moveaxis(matched / (DELTA * (length - functions) + (1 - DELTA) * functions), -1, 0)
+        mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
+        chunks_per_match = 2 * sums[..., 20] / (sums[..., 21] + sums[..., 22])
+        return np.nan_to_num(mean * (1 - GAMMA * chunks_per_match**BETA))
 
 
 @functools.cache

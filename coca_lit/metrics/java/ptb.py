@@ -7,7 +7,7 @@ options and the stop list below, so this is part of the metrics' definition.
 import subprocess
 from collections.abc import Sequence
 
-from coca_lit.metrics.java.runtime import JVM_FLAGS, java_executable, pycocoevalcap_jar
+from coca_lit.metrics.java.runtime import JVM_FLAGS, JavaError, java_executable, pycocoevalcap_jar
 
 # The official list. Its brackets never match, as lower-casing turns "(" into "-lrb-"; mending that would change scores.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"]) | frozenset(
@@ -19,7 +19,7 @@ TIME_LIMIT_S = 300.0  # 30,000 captions take about a second
 def ptb_tokenize(texts: Sequence[str]) -> list[str]:
     """Tokens of each text, joined by blanks, e.g. ``["A dog's ball."] -> ["a dog 's ball"]``; one Java run for all.
 
-    Raises RuntimeError when Java fails, when it takes longer than ``TIME_LIMIT_S``, and when it answers with another
+    Raises JavaError when Java fails, when it takes longer than ``TIME_LIMIT_S``, and when it answers with another
     number of lines than it was given.
     """
     if not texts:
@@ -28,9 +28,7 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
     lines = [" ".join(text.split()) for text in texts]
     tokenized = _run_tokenizer("\n".join(lines) + "\n").removesuffix("\n").split("\n")
     if len(tokenized) != len(texts):
-        raise RuntimeError(
-            f"the PTB tokenizer was given {len(texts)} captions and answered with {len(tokenized)} lines"
-        )
+        raise JavaError(f"the PTB tokenizer was given {len(texts)} captions and answered with {len(tokenized)} lines")
     return [" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION) for line in tokenized]
 
 
@@ -42,8 +40,8 @@ def _run_tokenizer(text: str) -> str:
         # A lone surrogate, which no encoding can hold, becomes a question mark.
         done = subprocess.run(command, input=text.encode(errors="replace"), capture_output=True, timeout=TIME_LIMIT_S)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"the PTB tokenizer did not finish within {TIME_LIMIT_S:.0f} s") from error
+        raise JavaError(f"the PTB tokenizer did not finish within {TIME_LIMIT_S:.0f} s") from error
     if done.returncode != 0:
         message = done.stderr.decode(errors="replace")[-1000:]
-        raise RuntimeError(f"the PTB tokenizer failed (exit status {done.returncode}): {message}")
+        raise JavaError(f"the PTB tokenizer failed (exit status {done.returncode}): {message}")
     return done.stdout.decode()

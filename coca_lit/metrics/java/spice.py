@@ -1,76 +1,207 @@
-"""SPICE, if the user has what it needs: two jars of Stanford CoreNLP 3.6.0 that no Python package carries.
+"""SPICE (Anderson et al. 2016, arXiv 1607.08822) as one Java process that stays alive between evaluations.
 
-The program is pycocoevalcap's ``spice-1.0.jar``. It is started by its class path instead of its manifest, so that the
-jars may lie in any folder and nothing is written beside the package.
+Its program is pycocoevalcap's ``spice-1.0.jar``; two jars of Stanford CoreNLP, under another licence, come from the
+user. The program itself ends in an error on every Java from 15 on, because it writes its answer through a script engine
+that Java has dropped. So its classes are called from Python by JPype, in a process of their own
+(`spice_process`): no gigabyte of heap and no signal handlers enter the process that trains.
+
+Parsing costs about 30 ms a caption, so the scene graphs of captions are kept in ``CACHE``: the references of a data set
+are parsed once.
 """
 
+import functools
 import json
+import math
 import os
-import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coca_lit.metrics.java.runtime import JVM_FLAGS, java_executable, pycocoevalcap_jar
+import numpy as np
+
+from coca_lit.metrics.java.runtime import (
+    JVM_FLAGS,
+    Conversation,
+    JavaError,
+    java_executable,
+    pycocoevalcap_folder,
+    pycocoevalcap_jar,
+)
 
 JARS_VARIABLE = "COCA_SPICE_JARS"
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-ARCHIVE = "http://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
+FOLDER = Path("~/.cache/coca_lit/spice")  # `coca-data spice` puts the jars there
+CACHE = FOLDER / "graphs"
+MAVEN = Path("~/.m2/repository/edu/stanford/nlp/stanford-corenlp/3.6.0")
+HOW = (
+    "run `coca-data spice`, or put edu.stanford.nlp:stanford-corenlp:3.6.0 and its classifier `models` from Maven into "
+    f"a folder and set {JARS_VARIABLE} to it"
+)
 # SPICE serialises by reflection, which Java forbids from version 16 on unless told otherwise.
 OPEN_PACKAGES = tuple(
     f"--add-opens=java.base/java.{name}=ALL-UNNAMED"
     for name in ("lang", "math", "util", "util.concurrent", "net", "text")
 )
-START_LIMIT_S = 300.0  # loading its parser takes half a minute
-SECONDS_PER_CAPTION = 1.0  # some 50 times the usual
+# Calls into native code and old ways to memory are what JPype and the cache need; elder Javas do not know the flags.
+QUIET = ("--enable-native-access=ALL-UNNAMED", "--sun-misc-unsafe-memory-access=allow")
+SILENCE_LIMIT_S = 300.0  # between two answers; loading takes seconds, and so do the captions of one answer
+
+# Of tuples in the scene graphs -> name of the score.
+CATEGORIES = {
+    "All": "SPICE",
+    "Object": "SPICE_object",
+    "Attribute": "SPICE_attribute",
+    "Relation": "SPICE_relation",
+    "Color": "SPICE_color",
+    "Cardinality": "SPICE_count",
+    "Size": "SPICE_size",
+}
+
+Progress = Callable[[int, int], None]  # images that are scored, of how many
 
 
-class SpiceError(RuntimeError):
+class SpiceError(JavaError):
     """SPICE cannot run, or did not finish; the message says why and what to do."""
 
 
 def spice_jars() -> Path:
-    """The folder that ``COCA_SPICE_JARS`` names, checked; SpiceError when the jars are not there."""
-    folder = os.environ.get(JARS_VARIABLE)
-    how = f"unpack the two jars {' and '.join(JARS)} of {ARCHIVE} into a folder and set {JARS_VARIABLE} to it"
-    if not folder:
-        raise SpiceError(f"SPICE needs jars that no Python package carries: {how}")
-    if missing := [name for name in JARS if not Path(folder, name).is_file()]:
-        raise SpiceError(f"{JARS_VARIABLE} is {folder}, where {' and '.join(missing)} is missing: {how}")
-    return Path(folder).resolve()
+    """The folder with the two jars: that of ``COCA_SPICE_JARS``, else the first of ``FOLDER``, a Maven cache and
+    pycocoevalcap's own that has both.
 
-
-def spice(references: Mapping[Any, Sequence[str]], hypotheses: Mapping[Any, Sequence[str]]) -> list[float]:
-    """SPICE's F-score in [0, 1] of each image, in their order; ``hypotheses`` holds one caption per image, in a list.
-
-    The corpus score is the mean. Raises SpiceError when the jars are missing, when Java fails and when it is overdue.
+    Raises:
+        SpiceError: there is none, or a jar is torn.
     """
-    jars = spice_jars()
-    content = [
-        {"image_id": number, "test": hypotheses[image][0], "refs": list(texts)}
-        for number, (image, texts) in enumerate(references.items())
-    ]
-    with tempfile.TemporaryDirectory(prefix="spice") as folder:
-        captions, answer = Path(folder, "captions.json"), Path(folder, "scores.json")
-        captions.write_text(json.dumps(content))
-        _run(jars, captions, answer, limit=START_LIMIT_S + SECONDS_PER_CAPTION * len(content))
-        scores = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(answer.read_text())}
-    if len(scores) != len(content):
-        raise SpiceError(f"SPICE was given {len(content)} images and answered for {len(scores)}")
-    # An image whose captions yield no tuple at all has the score null, which counts as NaN in the official mean.
-    return [float("nan") if scores[number] is None else float(scores[number]) for number in range(len(content))]
+    if chosen := os.environ.get(JARS_VARIABLE):
+        folder = Path(chosen).expanduser()
+        if missing := [name for name in JARS if not (folder / name).is_file()]:
+            raise SpiceError(f"{JARS_VARIABLE} is {folder}, where {' and '.join(missing)} is missing: {HOW}")
+    else:
+        places = [FOLDER.expanduser(), MAVEN.expanduser(), pycocoevalcap_folder("spice/lib")]
+        found = [place for place in places if all((place / name).is_file() for name in JARS)]
+        if not found:
+            raise SpiceError(f"SPICE needs two jars that no Python package carries: {HOW}")
+        folder = found[0]
+    for name in JARS:
+        if not zipfile.is_zipfile(folder / name):
+            raise SpiceError(f"{folder / name} is torn or no jar at all: remove it, then {HOW}")
+    return folder.resolve()
 
 
-def _run(jars: Path, captions: Path, answer: Path, limit: float) -> None:
+class Spice:
+    """SPICE's F-scores of captions. The process starts at the first ``score``, and again when it has died or the jars
+    lie elsewhere; threads may share an instance.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: Conversation | None = None
+        self._jars: Path | None = None
+
+    def score(
+        self,
+        references: Sequence[Sequence[str]],
+        hypotheses: Sequence[str],
+        progress: Progress | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Scores (images,) in [0, 1] by name, of tokenised captions. NaN where the captions of an image, or its
+        references, have no tuple of that kind, as in the official scorer.
+
+        Raises:
+            SpiceError: JPype, Java or the jars are missing or torn, or Java dies, fails or falls silent.
+        """
+        jars = spice_jars()
+        question = json.dumps([[list(r), caption] for r, caption in zip(references, hypotheses, strict=True)])
+        rows: list[dict[str, float | None]] = []
+        with self._lock:
+            try:
+                process = self._running(jars)
+                with process.deadline(SILENCE_LIMIT_S):
+                    process.send(question)
+                while len(rows) < len(hypotheses):
+                    with process.deadline(SILENCE_LIMIT_S):
+                        answer = json.loads(process.receive())
+                    if "warning" in answer:
+                        warnings.warn(answer["warning"], stacklevel=2)
+                    if "error" in answer:
+                        raise SpiceError(f"SPICE failed: {answer['error']}")
+                    rows += answer.get("scores", [])
+                    if progress is not None and rows:
+                        progress(len(rows), len(hypotheses))
+            except TimeoutError as error:
+                raise SpiceError(f"SPICE {error}") from error
+            except (OSError, EOFError, ValueError) as error:
+                raise SpiceError(f"SPICE failed: {error}") from error
+            finally:
+                if len(rows) < len(hypotheses):
+                    self.close()  # the rest of the answers must not be taken for those to the next question
+        return {
+            name: np.array([math.nan if row[kind] is None else row[kind] for row in rows])
+            for kind, name in CATEGORIES.items()
+        }
+
+    def close(self) -> None:
+        """End the process, if any."""
+        if self._process is not None:
+            self._process.kill()
+
+    def _running(self, jars: Path) -> Conversation:
+        if self._process is None or not self._process.alive() or jars != self._jars:
+            self.close()
+            self._process, self._jars = _start(jars), jars
+        return self._process
+
+
+def corpus_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over images: of the whole as the official scorer computes it, NaN if any is; of a category over the images
+    that have one, nothing if no image has.
+    """
+    means = {"SPICE": float(np.mean(scores["SPICE"]))}
+    parts = {name: values[~np.isnan(values)] for name, values in scores.items() if name != "SPICE"}
+    return means | {name: float(values.mean()) for name, values in parts.items() if len(values)}
+
+
+def _start(jars: Path) -> Conversation:
+    if find_spec("jpype") is None:
+        raise SpiceError("SPICE needs JPype, by which Python calls Java: run `pip install 'coca_lit[spice]'`")
     program = pycocoevalcap_jar("spice/spice-1.0.jar")
-    class_path = os.pathsep.join(map(str, (program, jars / "*", program.parent / "lib" / "*")))
-    flags = [*JVM_FLAGS, *OPEN_PACKAGES, "-Xmx8G", "-cp", class_path]
-    command = [str(java_executable()), *flags, "edu.anu.spice.SpiceScorer", str(captions), "-out", str(answer)]
+    cache: Path | None = CACHE.expanduser()
     try:
-        done = subprocess.run([*command, "-silent"], capture_output=True, cwd=answer.parent, timeout=limit)
-    except subprocess.TimeoutExpired as error:
-        raise SpiceError(f"SPICE did not finish within {limit:.0f} s") from error
-    if done.returncode != 0 or not answer.is_file():
-        message = " ".join(done.stderr.decode(errors="replace").split())[-500:]
-        raise SpiceError(f"SPICE failed (exit status {done.returncode}): {message}")
+        assert cache is not None
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        warnings.warn(f"SPICE keeps no scene graphs: cannot make {cache}: {error.strerror}", stacklevel=4)
+        cache = None
+    folder = tempfile.TemporaryDirectory(prefix="coca_spice_")  # of native libraries that Java unpacks, and its log
+    settings: dict[str, Any] = {
+        "jvm": str(_jvm(java_executable())),
+        "flags": [
+            *(*JVM_FLAGS, *OPEN_PACKAGES, "-XX:+IgnoreUnrecognizedVMOptions", *QUIET),
+            *("-Xmx4G", f"-Djava.io.tmpdir={folder.name}"),
+        ],
+        "class_path": [str(program), *map(str, program.parent.glob("lib/*.jar")), *(str(jars / name) for name in JARS)],
+        "cache": cache and str(cache),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    }
+    worker = Path(__file__).with_name("spice_process.py")
+    with Path(folder.name, "log").open("wb") as log:  # CoreNLP reports every file that it loads
+        command = [sys.executable, "-P", str(worker), json.dumps(settings)]
+        return Conversation(command, Path(folder.name), stderr=log, clean_up=folder.cleanup)
+
+
+def _jvm(java: Path) -> Path:
+    """The library of the Java runtime that this ``java`` belongs to."""
+    home = java.resolve().parents[1]
+    names = {"win32": "bin/server/jvm.dll", "darwin": "lib/server/libjvm.dylib"}
+    return home / names.get(sys.platform, "lib/server/libjvm.so")
+
+
+@functools.cache
+def shared_spice() -> Spice:
+    """The instance that all evaluations of this Python process share."""
+    return Spice()

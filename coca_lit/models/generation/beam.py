@@ -127,6 +127,7 @@ class BeamSearch:
         ids = _at(opened.ids, best.source)
         ids[:, :, position] = best.tokens
         ends = best.tokens == self.constraints.end_id
+        ids = ids.masked_fill(~ends[:, :, None], self.pad_id)  # no caption, should there be too few of them
         ended = Hypotheses(ids, scores[:, : self.num_beams].where(ends, NEVER), best.log_probs)
         closed = _best(closed, ended)
         worst = closed.scores[:, -1]

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.models import kernels
-from coca_lit.models.generation.beam import BeamSearch
 from coca_lit.models.generation.constraints import Constraints
 from coca_lit.models.generation.options import OPTIONS, GenerateOptions, Options, complete, describe
 from coca_lit.models.generation.sampling import Sampling, caption_lengths, decode, greedy
@@ -127,6 +126,8 @@ def _write(model: Captioner, image_tokens: Tensor, prompts: Prompts, options: Op
     constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
     with kernels.packed_weights(model.text, model.decoder):
         if options.strategy == "beam":
+            from coca_lit.models.generation.beam import BeamSearch
+
             search = BeamSearch(
                 options.num_beams, options.length_penalty, options.scoring, constraints, tokenizer.pad_id
             )

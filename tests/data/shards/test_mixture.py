@@ -125,7 +125,7 @@ def test_several_captions_of_a_field(tmp_path):
 
 
 def test_samples_of_each_source_are_logged_and_counted_on(folders, tmp_path):
-    counts = SourceCounts(every_n_steps=1)
+    counts = SourceCounts()
     data = mixture(folders, weights={"a": 0.7, "b": 0.3})
     fit(data, tmp_path / "c", log=counts)  # three epochs of eight batches of ten
     assert counts.counts == {"a": 168, "b": 72}

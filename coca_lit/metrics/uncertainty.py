@@ -1,0 +1,121 @@
+"""How far a score would move on other images of the same kind: the bootstrap (Efron and Tibshirani 1993).
+
+A resample draws as many images as there are, with replacement; the score of many resamples scatters as the score itself
+would. A score says how it comes from images that were drawn so and so often, see `Resampled`: as sums of statistics of
+the images (BLEU, METEOR, means), or from all of them at once (CIDEr, whose weights of words depend on the set).
+
+The resamples depend on the number of images alone. So two models that were scored on the same images have met the same
+resamples, and the differences of their scores, draw by draw, are those of the paired bootstrap (Koehn 2004).
+Shapes: D draws, U units (images), S scores.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+DRAWS = 1000
+SEED = 0
+LEVEL = 0.95
+AT_ONCE = 1_000_000  # counts in memory
+
+# How often (D, U) each unit was drawn -> the values (D,) of each score.
+Resampled = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+
+class Draws(NamedTuple):
+    """The values of a score in all resamples.
+
+    Attributes:
+        values: (D,)
+        units: a digest of the units in their order. Draws with the same digest are of the same resamples.
+    """
+
+    values: np.ndarray
+    units: str
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Limits between which the middle draws lie; NaN if the score has no value in any resample."""
+        known = self.values[~np.isnan(self.values)]  # a rare category may be absent from a resample
+        if not len(known):
+            return float("nan"), float("nan")
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+
+class Difference(NamedTuple):
+    """Of two scores on the same images.
+
+    Attributes:
+        value: second score minus first score.
+        low, high: the interval of the difference.
+        p: how often a difference as large would turn up if the models were equally good; two-sided.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def noise(self) -> bool:
+        """Whether the images at hand do not tell the scores apart."""
+        return not self.p < 1 - LEVEL  # also for NaN
+
+
+def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS, seed: int = SEED) -> dict[str, Draws]:
+    """Draws of the scores, by name.
+
+    Args:
+        units: what is drawn, by id, in the order of the counts that the scores get.
+    """
+    of = hashlib.sha256(json.dumps(list(units), default=str).encode()).hexdigest()[:16]
+    parts: dict[str, list[np.ndarray]] = {}
+    for counts in resamples(len(units), draws, seed):
+        for score in scores:
+            for name, values in score(counts).items():
+                parts.setdefault(name, []).append(values)
+    return {name: Draws(np.concatenate(values), of) for name, values in parts.items()}
+
+
+def resamples(units: int, draws: int = DRAWS, seed: int = SEED) -> Iterator[np.ndarray]:
+    """How often each unit was drawn, as float64 (D, U) for some of the draws at a time."""
+    random = np.random.default_rng([seed, units])
+    size = max(1, AT_ONCE // units)
+    for start in range(0, draws, size):
+        count = min(size, draws - start)
+        drawn = random.integers(units, size=(count, units)) + units * np.arange(count)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units).astype(np.float64)
+
+
+def ratios(parts: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> Resampled:
+    """Scores that are the sum over units of one statistic (U,) over the sum of another; None for a mean over units."""
+
+    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            return {
+                name: counts @ over / (counts.sum(axis=1) if under is None else counts @ under)
+                for name, (over, under) in parts.items()
+            }
+
+    return resampled
+
+
+def difference(first: float, second: float, first_draws: Draws, second_draws: Draws) -> Difference:
+    """The paired bootstrap test of two scores.
+
+    The p-value compares the difference with the scatter of its draws about their mean, as sacreBLEU does (Riezler and
+    Maxwell 2005).
+
+    Raises:
+        ValueError: the draws are of different images.
+    """
+    if first_draws.units != second_draws.units or first_draws.values.shape != second_draws.values.shape:
+        raise ValueError("a paired test needs draws of the same images")
+    values = second_draws.values - first_draws.values
+    scatter = np.abs(values - values.mean())
+    p = (1 + int((scatter >= abs(second - first)).sum())) / (1 + len(values))
+    nan = bool(np.isnan(values).any())
+    return Difference(second - first, *Draws(values, "").interval(), p=float("nan") if nan else p)

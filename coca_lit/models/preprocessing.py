@@ -1,0 +1,23 @@
+"""How a photo becomes the pixels that a model was trained on. The network cannot know; it travels with the weights."""
+
+from typing import Literal, TypedDict, get_args
+
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "longest", "squash"]
+
+
+class Preprocessing(TypedDict):
+    """The arguments of `coca_lit.data.transforms.build_transform`."""
+
+    size: int
+    interpolation: Interpolation
+    resize_mode: ResizeMode
+
+
+def preprocessing(size: int, interpolation: Interpolation, resize_mode: ResizeMode) -> Preprocessing:
+    """Raises `ValueError` for a name that does not exist."""
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(f"interpolation must be one of {', '.join(get_args(Interpolation))}, got {interpolation!r}")
+    if resize_mode not in get_args(ResizeMode):
+        raise ValueError(f"resize_mode must be one of {', '.join(get_args(ResizeMode))}, got {resize_mode!r}")
+    return {"size": size, "interpolation": interpolation, "resize_mode": resize_mode}

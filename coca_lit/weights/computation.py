@@ -1,0 +1,129 @@
+"""What a model computes beyond its tensors: masks, heads, activations, norms, strides, how pixels are prepared.
+
+Two models with equal tensors can compute different things. Weights are therefore only taken over, or mixed, where the
+models compute alike, and a run that starts from weights takes these facts from them.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from coca_lit.models.clip import CLIP, DualEncoder
+from coca_lit.models.coca import CoCa
+from coca_lit.models.image import CLIP_NORMALISATION
+
+# Arguments of `CoCa` whose values its tensors do not show.
+ARGUMENTS = (
+    *("cls_mask", "pooler", "pooler_heads", "text_heads", "interpolation", "resize_mode"),
+    *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args"),
+)
+# Constants that matter in training alone, say how large an input is, or how fast the same is computed.
+_TRAINING = ("training", "momentum", "inplace", "grad_checkpointing", "weight_init_mode", "fix_init", "fused_attn")
+_SIZES = ("image_size", "img_size", "grid_size", "num_patches", "size", "input_resolution", "feat_size", "seq_len")
+_CONSTANT = 16  # numbers in a buffer; larger ones are tables that follow from the sizes
+_REGULARISERS = (nn.Identity, nn.Dropout)
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """{name: plain value} of what the state dict does not show, without what only training sees."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _REGULARISERS) or "Drop" in kind:
+            continue
+        found[path or "model"] = kind
+        for name, value in _constants(module):
+            found[f"{path}.{name}" if path else name] = value
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name not in stored and buffer.numel() <= _CONSTANT:
+            found[name] = [round(value, 6) for value in buffer.double().flatten().tolist()]
+    return found
+
+
+def _constants(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in _TRAINING or name in _SIZES or "drop" in name:
+            continue
+        if isinstance(value, bool | int | float | str):
+            yield name, value
+        elif isinstance(value, tuple) and all(isinstance(part, bool | int | float | str) for part in value):
+            yield name, list(value)
+        elif isinstance(value, dict) and name == "preprocessing":
+            yield from ((key, part) for key, part in value.items() if key not in _SIZES)
+
+
+def difference(ours: nn.Module, theirs: nn.Module, parts: tuple[str, ...] = ("",)) -> tuple[str, Any, Any] | None:
+    """The first fact in which two models with the same tensors differ, with its values; None if they compute alike.
+
+    Args:
+        parts: prefixes of the facts that are compared.
+    """
+    here, there = facts(ours), facts(theirs)
+    for name in dict.fromkeys([*here, *there]):
+        if name.startswith(parts) and here.get(name) != there.get(name):
+            return name, here.get(name, "absent"), there.get(name, "absent")
+    return None
+
+
+def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `CoCa` that a model of other sizes needs in order to compute as `source` does.
+
+    Args:
+        source: a model, or the config of one; an empty config says nothing.
+    """
+    if isinstance(source, CLIP):
+        normalise = source.image_encoder.normalise
+        found: dict[str, Any] = {key: source.preprocessing[key] for key in ("interpolation", "resize_mode")}
+        normalisation = {key: getattr(normalise, key).flatten() for key in CLIP_NORMALISATION}
+        if any(not torch.equal(normalisation[key], torch.tensor(CLIP_NORMALISATION[key])) for key in normalisation):
+            overlay = {key: [round(x, 8) for x in value.tolist()] for key, value in normalisation.items()}
+            found["image_encoder_args"] = {"pretrained_cfg_overlay": overlay}
+        return found
+    config = source.config if isinstance(source, CoCa) else source
+    if not config:
+        return {}
+    defaults = {"interpolation": "bicubic", "resize_mode": "shortest", "text_tower": None, "text_tower_args": None}
+    found = {name: config.get(name, defaults.get(name)) for name in ARGUMENTS if name in config or name in defaults}
+    encoder = found.get("image_encoder_args") or {}
+    found["image_encoder_args"] = {name: value for name, value in encoder.items() if "drop" not in name}
+    return found
+
+
+def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of `CoCa` for a model that starts from weights: those of the weights where nobody chose another.
+
+    Args:
+        given: what somebody chose; None is no choice.
+        preset: what is used where nobody chose.
+        theirs: the `arguments_of` the weights.
+        where: name of the weights.
+
+    Raises:
+        ValueError: a choice contradicts the weights; the message names both values.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    found = dict(chosen)
+    for name, value in theirs.items():
+        if name == "image_encoder_args":
+            if "image_encoder" in chosen:  # another way to name the same network: the networks are compared later
+                continue
+            own = chosen.get(name, {} if "image_encoder" in theirs else preset.get(name) or {})
+            for key in own.keys() & value.keys():
+                _check_equal(f"{name}.{key}", own[key], value[key], where)
+            found[name] = {**value, **own}
+        elif name not in chosen:
+            found[name] = value
+        elif name not in ("image_encoder", "text_tower"):
+            _check_equal(name, chosen[name], value, where)
+    return found
+
+
+def _check_equal(name: str, chosen: Any, value: Any, where: str) -> None:
+    if chosen != value:
+        raise ValueError(
+            f"{name} is {chosen!r}, but the weights in {where} were trained with {value!r}: leave it out, and it comes "
+            "from the weights"
+        )

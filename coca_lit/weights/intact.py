@@ -1,0 +1,78 @@
+"""Weights that are what was written: damage is found wherever they are read.
+
+PyTorch's files are zip archives whose checksums PyTorch never reads. Safetensors have none, so ours carry a digest in
+their metadata. PyTorch's files from before 1.6 and safetensors of others have nothing to compare with.
+"""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+from coca_lit.weights.digest import digest
+
+ZIP = b"PK\x03\x04"  # the first bytes of one
+DIGEST_KEY = "coca_lit_digest"
+
+
+def check_archive(path: Path) -> bool:
+    """Whether the file is a zip archive; raises `ValueError` if that is not whole."""
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    if damaged is not None:
+        raise ValueError(f"its part '{damaged}' is not what was written")
+    return True
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes safetensors with a digest of tensors and metadata, the same bytes for the same content. Tensors must not
+    share memory.
+    """
+    written = dict(metadata or {})
+    save_file(dict(state), path, metadata={**written, DIGEST_KEY: _digest(state, written)})
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in random order: the length of the header (8 bytes), the header, then the data."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of safetensors.
+
+    Raises:
+        ValueError: the file is no such file, or was damaged after we wrote it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is not a readable safetensors file: {error}") from error
+    expected = metadata.pop(DIGEST_KEY, None)
+    if expected is not None and expected != _digest(state, metadata):
+        raise ValueError(f"'{path}' is damaged: its content is not what was written; fetch or export it again")
+    return state, metadata
+
+
+def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return digest(json.dumps(metadata, sort_keys=True), sorted(state.items()))

@@ -1,0 +1,267 @@
+"""Data sets in CLIP_benchmark's layout: our scores of a checkpoint equal those of CLIP_benchmark's own command line."""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+import webdataset
+from huggingface_hub import constants
+from open_clip.tokenizer import _tokenizer
+from PIL import Image
+
+from coca_lit import clip_benchmark as command
+from coca_lit.data.datasets.clip_benchmark import classified_shards
+from coca_lit.data.scenes.render import Scene, captions, decode, render
+from coca_lit.data.transforms import build_transform
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.evals import Settings
+from coca_lit.evals.clip_benchmark import clip_benchmark
+from coca_lit.models import CoCa, create_model
+from coca_lit.weights.load import save_model
+
+pytest.importorskip("clip_benchmark")
+
+SETS = {  # name -> (classes, format of the images, images in a shard)
+    "flowers": (["rose", "tulip", "sun flower", "lily", "daisy", "orchid"], "webp", 7),
+    "vtab/pets": (["cat", "dog", "{brown} horse"], "jpg", 100),
+}
+TEMPLATES = ["a photo of a {c}.", "the {c} in a {c} picture"]
+COUNT = 30
+
+
+def encoded(number: int, kind: str) -> bytes:
+    buffer = BytesIO()
+    image = render(number, 40).resize((40 + number % 9, 44))
+    image.save(buffer, {"jpg": "jpeg"}.get(kind, kind), **({"lossless": True} if kind == "webp" else {}))
+    return buffer.getvalue()
+
+
+def model() -> CoCa:
+    torch.manual_seed(0)
+    return create_model("coca_tiny", text_layers=1, decoder_layers=1, tokenizer="clip").eval()
+
+
+@torch.no_grad()
+def nearest(net: CoCa, content: bytes, classes: list[str]) -> int:
+    """What the model answers: the class whose prompts are nearest on average."""
+    image = build_transform(size=net.image_size)(Image.open(BytesIO(content)))[None]
+    texts = [
+        net.encode_text(net.tokenizer([text.format(c=name) for text in TEMPLATES])).mean(dim=0) for name in classes
+    ]
+    return int((torch.nn.functional.normalize(torch.stack(texts), dim=-1) @ net.encode_image(image)[0]).argmax())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets of classes, where the model is right about half of the time, one of captions, and a checkpoint."""
+    root, rng, net = tmp_path_factory.mktemp("benchmark"), random.Random(0), model()
+    save_model(net, root / "model.safetensors")
+    for name, (classes, kind, per_shard) in SETS.items():
+        samples = []
+        for i in range(COUNT):
+            content = encoded(i, kind)
+            label = nearest(net, content, classes) if rng.random() < 0.5 else rng.randrange(len(classes))
+            samples.append({"__key__": f"s{i:07d}", kind: content, "cls": label})
+        write(root / name, samples, per_shard)
+        (root / name / "classnames.txt").write_text("\n".join(classes) + "\n")
+        (root / name / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    scenes = [{"__key__": f"s{i:07d}", "png": encoded(i, "png"), "txt": "\n".join(texts(i))} for i in range(COUNT)]
+    write(root / "captions", scenes, 20)
+    (root / "captions" / "dataset_type.txt").write_text("retrieval\n")
+    return root
+
+
+def texts(number: int) -> tuple[str, ...]:
+    scene: Scene = decode(number)
+    return tuple(captions(scene))[: 1 + number % 3]
+
+
+def write(folder: Path, samples: list[dict[str, object]], per_shard: int) -> None:
+    (folder / "test").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:  # this package allows webdataset no files of its own
+        patch.setattr(webdataset.utils, "enforce_security", False)
+        sink = webdataset.ShardWriter(str(folder / "test" / "%d.tar"), maxcount=per_shard, verbose=0)
+        for sample in samples:
+            sink.write(sample)
+        sink.close()
+    (folder / "test" / "nshards.txt").write_text(f"{-(-len(samples) // per_shard)}\n")
+
+
+def theirs(root: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, float]:
+    """What `python -m coca_lit.clip_benchmark eval` writes."""
+    choice = ["--model_type", "coca_lit", "--model", "mine", "--pretrained", str(root / "model.safetensors")]
+    rest = ["--no_amp", "--num_workers", "0", "--batch_size", "8", "--quiet", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", "eval", *choice, *rest, *words])
+    command.main()
+    return json.loads(output.read_text())["metrics"]
+
+
+def test_zero_shot_scores(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, float] = {}
+    for evaluation in clip_benchmark(root, list(SETS)):
+        found |= evaluation.evaluate(model(), Settings(tmp_path, batch_size=8))
+    for name in SETS:
+        place = ["--dataset", f"wds/{name}", "--dataset_root", f"{root}/{name}"]
+        task = ["--task", "zeroshot_classification"]
+        metrics = theirs(root, tmp_path / "theirs.json", monkeypatch, *place, *task)
+        ours = name.replace("/", "-")
+        assert 0.3 < metrics["acc1"] < 0.9
+        assert found[f"{ours}/top1"] == pytest.approx(metrics["acc1"], abs=1e-6)
+        assert found[f"{ours}/mean_per_class_recall"] == pytest.approx(metrics["mean_per_class_recall"], abs=1e-6)
+        if len(SETS[name][0]) >= 5:
+            assert found[f"{ours}/top5"] == pytest.approx(metrics["acc5"], abs=1e-6)
+
+
+def test_retrieval_scores(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (evaluation,) = clip_benchmark(root, ["captions"])
+    found = evaluation.evaluate(model(), Settings(tmp_path))
+    place = ["--dataset", "wds/captions", "--dataset_root", f"{root}/captions", "--recall_k", "1", "5"]
+    metrics = theirs(root, tmp_path / "theirs.json", monkeypatch, *place, "--task", "zeroshot_retrieval")
+    for k in (1, 5):
+        assert found[f"captions/t2i_recall@{k}"] == pytest.approx(metrics[f"image_retrieval_recall@{k}"], abs=1e-6)
+        assert found[f"captions/i2t_recall@{k}"] == pytest.approx(metrics[f"text_retrieval_recall@{k}"], abs=1e-6)
+
+
+def test_all_data_sets_of_a_folder(root: Path) -> None:
+    assert [evaluation.name for evaluation in clip_benchmark(root)] == ["captions", "flowers", "vtab-pets"]
+    images = classified_shards(root / "flowers")
+    assert len(images.records) == COUNT == len(images.labels)
+    assert [record.id for record in images.records[:2]] != ["0/s0000000", "0/s0000001"]  # a fair sample comes first
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the Hub that a download of data sets asks for; they are the folders ORG/NAME in `root`."""
+
+    root: Path
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(tree|revision)/.+", path):
+            folder = self.root / found[1]
+            sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+            tree = [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes.items()]
+            info = {"id": found[1], "sha": self.commit, "siblings": [{"rfilename": name} for name in sizes]}
+            self.answer(200 if sizes else 404, json.dumps(tree if found[2] == "tree" else info).encode())
+        elif found := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{self.commit}/(.+)", path):
+            self.answer(200, (self.root / found[1] / found[2]).read_bytes())
+        else:
+            self.answer(404, b"")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        etag = hashlib.sha1(body).hexdigest()
+        headers = {"X-Repo-Commit": self.commit, "ETag": f'"{etag}"', "Content-Length": str(len(body))}
+        for key, value in headers.items() if status == 200 else [("X-Error-Code", "RepoNotFound")]:
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET" and status == 200:
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_data_sets_on_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched once, and read from the cache where the Hub cannot be reached."""
+    Hub.root = tmp_path / "hub"
+    shutil.copytree(root / "flowers", Hub.root / "org" / "wds_flowers")
+    shutil.copytree(root / "vtab/pets", Hub.root / "org" / "wds_vtab-pets")
+    (Hub.root / "org" / "wds_flowers" / "train").mkdir()
+    (Hub.root / "org" / "wds_flowers" / "train" / "0.tar").write_bytes(b"another split")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        found = clip_benchmark("hf://datasets/org", list(SETS))
+        with pytest.raises(DataNotFoundError, match="data set org/wds_cars not found"):
+            clip_benchmark("hf://datasets/org", ["cars"])
+        server.shutdown()
+    here = clip_benchmark(root, list(SETS))
+    for evaluation, expected in zip(found, here, strict=True):
+        assert (evaluation.name, evaluation.prompts) == (expected.name, expected.prompts)
+        assert evaluation.labels == expected.labels
+        assert [r.image().tobytes() for r in evaluation.records] == [r.image().tobytes() for r in expected.records]
+    assert not list((tmp_path / "cache").rglob("train"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = clip_benchmark("hf://datasets/org", list(SETS))
+    assert [evaluation.labels for evaluation in again] == [evaluation.labels for evaluation in here]
+
+
+def test_captions_of_another_vocabulary(tiny_model: Any, tmp_path: Path) -> None:
+    """CLIP_benchmark decodes captions as CLIP's byte pairs, whatever wrote them."""
+    net = tiny_model()
+    save_model(net, tmp_path / "words.safetensors")
+    loaded, transform, _ = command.load_model("words", str(tmp_path / "words.safetensors"))
+    images = torch.stack([transform(render(number, 40)) for number in range(3)])
+    found = [_tokenizer.decode(ids).split("<end_of_text>")[0] for ids in loaded.generate(images).numpy()]
+    written = [text.replace("<start_of_text>", "").strip() for text in found]
+    assert written == [net.tokenizer.decode(ids) for ids in net.generate(images)]
+    assert any(written)
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = ["--dataset", "wds/captions", "--dataset_root", str(tmp_path), "--task", "zeroshot_classification"]
+    with pytest.raises(SystemExit, match="error: --pretrained: there is no checkpoint"):
+        theirs(tmp_path, tmp_path / "theirs.json", monkeypatch, *place)
+
+
+def broken(folder: Path, what: str) -> None:
+    if what == "a missing shard":
+        (folder / "test" / "1.tar").unlink()
+    elif what == "no number of shards":
+        (folder / "test" / "nshards.txt").write_text("-1")
+    elif what == "a class beyond the names":
+        (folder / "classnames.txt").write_text("rose\n")
+    elif what == "a template without a place":
+        (folder / "zeroshot_classification_templates.txt").write_text("a photo\n")
+    elif what == "labels of another kind":
+        (folder / "dataset_type.txt").write_text("multilabel\n")
+    elif what == "a sample without a class":
+        with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo("s0000000.webp"))
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("a missing shard", DataNotFoundError, "one of 5 shards not found .*1.tar"),
+        ("no number of shards", DataError, "must be a whole number below .*, got '-1'"),
+        ("a class beyond the names", DataError, "class of .* must be a whole number below 1, got"),
+        ("a template without a place", DataError, r"must hold {c} for the name of the class, got 'a photo'"),
+        ("labels of another kind", DataError, "expected one class per image, but .* says multilabel"),
+        ("a sample without a class", DataError, "sample s0000000 lacks its image or its .cls"),
+    ],
+)
+def test_damaged_data_sets(root: Path, tmp_path: Path, what: str, error: type[Exception], message: str) -> None:
+    shutil.copytree(root / "flowers", tmp_path / "flowers")
+    broken(tmp_path / "flowers", what)
+    with pytest.raises(error, match=message):
+        clip_benchmark(tmp_path)
+
+
+def test_there_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataNotFoundError, match="expected the webdataset layout of CLIP_benchmark"):
+        clip_benchmark(tmp_path)
+    with pytest.raises(DataError, match="neither a folder nor a data set on the Hub"):
+        clip_benchmark("https://example.com/datasets", ["imagenet1k"])

@@ -1,0 +1,185 @@
+"""What happens to a run from outside while it trains: workers that die or hang, a deleted folder, a full disk."""
+
+import csv
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+from running import ROOT, results, run, watched
+from test_resume import MAP, TINY, state, train
+
+from coca_lit.cli import runtime
+
+SHORT = (*TINY, *MAP, "trainer.max_epochs=1", "callbacks.progress=null")
+
+
+class SignalWorker(L.Callback):
+    """A signal to a data worker in step 1."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            worker = multiprocessing.active_children()[0]
+            print(f"worker {worker.pid}")
+            os.kill(worker.pid, self.number)
+
+
+def test_killed_worker_is_one_sentence(tmp_path: Path) -> None:
+    overrides = (*MAP, "data.num_workers=1", "data.batch_size=2")
+    assert train(tmp_path / "run", *overrides, watch=SignalWorker(signal.SIGKILL)) == 1
+    said = (tmp_path / "run.log").read_text()
+    pid = re.search(r"worker (\d+)", said)[1]  # type: ignore[index]
+    last = said.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"coca_lit\.errors\.DataError: a data worker \(process {pid}\) (was killed by signal: Killed|exited): "
+        r"most often the memory is full, so take fewer workers .*; the same command resumes",
+        last,
+    )
+
+
+def test_stopped_worker_is_said_and_ends_the_run(tmp_path: Path) -> None:
+    limits = ("callbacks.stall_guard.minutes=0.05", "callbacks.stall_guard.end_minutes=0.1")
+    overrides = (*MAP, "data.num_workers=1", "data.batch_size=2")
+    assert train(tmp_path / "run", *overrides, *limits, watch=SignalWorker(signal.SIGSTOP)) == 1
+    said = (tmp_path / "run.log").read_text()
+    pid = re.search(r"worker (\d+)", said)[1]  # type: ignore[index]
+    stall = (
+        r"the run has waited for data for \d seconds after step \d; the worker that is awaited read last: \d+; "
+        rf"worker process {pid} is stopped"
+    )
+    assert len(re.findall(stall, said)) >= 2  # said, and then the reason of the end
+    last = said.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"coca_lit\.errors\.TrainingError: {stall}; the run ends, and the same command resumes it", last
+    )
+    step = re.search(r"after step (\d)", last)[1]  # type: ignore[index]
+    assert state(tmp_path / "run")["global_step"] == int(step) > 0
+    assert train(tmp_path / "run", *overrides) == 0
+
+
+class DeleteFolder(L.Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            shutil.rmtree(self.folder)
+
+
+def test_deleted_folder_is_said_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "run"
+    with watched(DeleteFolder(folder)), caplog.at_level(logging.WARNING):
+        scores = run(folder, *SHORT)
+    assert caplog.text.count("was deleted while the run writes to it; it is made again") == 1
+    assert results(folder) == scores
+    assert {"config.yaml", "environment.json", "report.html", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    assert json.loads((folder / "environment.json").read_text())["seconds"] >= 0
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [int(row["step"]) for row in csv.DictReader(file) if row["train/caption_loss"]]
+    assert rows == [2, 3, 4, 5]  # the row of step 3 was written just after
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_4.ckpt", "step_6.ckpt", "last.ckpt"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A real disk of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+class FillDisk(L.Callback):
+    """Fills a disk to the last byte after a step, and makes room after another one. Rows are long, because the last
+    block of a file is its own on a full disk too.
+    """
+
+    def __init__(self, disk: Path, full: int, room: int | None = None) -> None:
+        self.filler, self.full, self.room = disk / "filler", full, room
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        pl_module.log_dict({f"long/{i}": float(i) for i in range(300)})
+        if trainer.global_step == self.full:
+            with self.filler.open("wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+        if trainer.global_step == self.room:
+            self.filler.unlink()
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "samples/s"} for row in csv.DictReader(file)]
+
+
+def test_full_disk_costs_nothing_but_checkpoints(
+    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Full from step 2 to 4, all rows are there at the end. Full from step 2 until the scores are to be written, all
+    rows, scores and the report are, at the second try.
+    """
+    no_checkpoints = (*SHORT, "callbacks.checkpoint=null", "scoring.every_n_steps=2")
+    with watched(FillDisk(tmp_path, full=0)):
+        expected = run(tmp_path / "whole", *no_checkpoints)
+    for name, room in (("some time", 4), ("to the end", None)):
+        folder = small_disk / name.replace(" ", "_")
+        fill = FillDisk(small_disk, 2, room)
+        monkeypatch.setattr(runtime.time, "sleep", lambda _, fill=fill: fill.filler.unlink())
+        with watched(fill), caplog.at_level(logging.WARNING):
+            assert run(folder, *no_checkpoints) == expected
+        assert caplog.text.count("metrics.csv: No space left on device; the run goes on") == 1
+        caplog.clear()
+        assert logged(folder) == logged(tmp_path / "whole")
+        assert results(folder) == expected
+        assert (folder / "report.html").exists()
+        shutil.rmtree(folder)
+
+
+HIDDEN = """
+import builtins, os, runpy, signal, sys
+sys.modules["fcntl"] = None
+for name in ("SIGUSR1", "SIGUSR2", "SIGALRM"):
+    delattr(signal, name)
+def refuse(*_, **__):
+    raise OSError(1314, "A required privilege is not held by the client")
+os.symlink = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_trains_and_resumes_without_what_windows_lacks(tmp_path: Path) -> None:
+    """No fcntl, no user signals, no symbolic links."""
+    (tmp_path / "hidden.py").write_text(HIDDEN)
+    command = [sys.executable, str(tmp_path / "hidden.py"), str(ROOT / "train.py")]
+    words = (*SHORT, "evals=[]", "trainer.max_epochs=1")
+    words = tuple(word for word in words if "scenes_retrieval" not in word)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs" / "test"
+    assert state(folder)["global_step"] == 6
+    assert not (folder / "checkpoints" / "last.ckpt").is_symlink()
+    assert not (folder / ".lock").exists()
