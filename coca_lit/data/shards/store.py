@@ -188,6 +188,7 @@ def _final(url: str, fault: Fault, error: Exception, patience: float) -> Excepti
 def _missing(url: str, patience: float) -> Exception:
     """Whether it is the file or the whole bucket that is gone: a bucket is not one of many shards."""
     bucket = bucket_of(url)
+    _forget(url)
     if not url.startswith("hf://") and not ask(bucket, patience, lambda store: _exists(store, bucket)):
         return DataNotFoundError(f"{url}: there is no bucket {bucket}, or it cannot be seen with these credentials")
     return FileNotFoundError(f"{url} does not exist")

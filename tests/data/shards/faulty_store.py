@@ -15,6 +15,7 @@ from typing import ClassVar
 from moto.server import ThreadedMotoServer
 
 CODES = {"slow down": (503, "SlowDown"), "internal": (500, "InternalError"), "forbidden": (403, "AccessDenied")}
+AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 
 
 class FaultyStore:
@@ -69,7 +70,7 @@ class FaultyStore:
 
     def _request(self, method: str, path: str, content: bytes = b"") -> None:
         backend = HTTPConnection(*self.backend)
-        backend.request(method, f"/{path}", content)
+        backend.request(method, f"/{path}", content, {"Authorization": AUTHORIZATION})
         answer = backend.getresponse()
         assert answer.status < 300, answer.read()
         backend.close()

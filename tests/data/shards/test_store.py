@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from itertools import islice
 from multiprocessing import get_context
@@ -39,7 +40,7 @@ pytest.importorskip("moto.server")
 from faulty_store import FaultyStore, faulty_store  # noqa: E402  it needs moto
 
 FAULTS = ("reset", "cut", "slow", "slow down", "internal", "away")
-DRAWN = int(os.environ.get("COCA_STORE_FAULTS", 8))
+DRAWN = int(os.environ.get("COCA_STORE_FAULTS", 4))
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +100,17 @@ def expected(server: FaultyStore, tmp_path_factory: pytest.TempPathFactory) -> l
 # What may pass
 
 
-@pytest.mark.parametrize("fault", FAULTS[:-1])
-def test_faults_that_pass_change_nothing(store, tmp_path, expected, fault, caplog):
-    data = laion(tmp_path)
-    store.faults.extend([fault] * 3)
-    data.prepare_data()  # the listing
-    store.faults.extend([fault] * 3)
-    assert batches(data) == expected
-    if fault != "slow":
-        said = "throttles requests" if fault == "slow down" else "does not answer"
-        assert f"s3://bucket/set: the store {said}" in caplog.text
-        assert "the store answers again after" in caplog.text
-    assert not [*(tmp_path / "cache").glob("*.partial")]
+def test_faults_that_pass_change_nothing(store, tmp_path, expected, caplog):
+    for fault in FAULTS[:-1]:
+        data = laion(tmp_path, cache_dir=str(tmp_path / fault))
+        store.faults.extend([fault] * 3)
+        data.prepare_data()  # the listing
+        store.faults.extend([fault] * 3)
+        assert batches(data) == expected
+        assert not [*(tmp_path / fault).glob("*.partial")]
+    for said in ("throttles requests", "does not answer"):
+        assert f"the store {said}" in caplog.text
+    assert "the store answers again after" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -200,8 +200,11 @@ def test_the_end_of_patience_is_said_by_a_worker(store, tmp_path):
     data = laion(tmp_path, num_workers=1, store_patience=0.1)
     data.prepare_data()
     store.stop()
-    with pytest.raises(StoreError, match="for 0 s the store does not answer"):
-        batches(data)
+    stream = iter(data.train_dataloader().open_at(0, 0))
+    with pytest.raises(StoreError, match="for 0 s the store does not answer") as error:
+        next(stream)
+    traceback.clear_frames(error.tb)
+    del stream  # see test_shards.py
 
 
 def test_what_no_waiting_mends_is_said_at_once(store, tmp_path):
