@@ -105,16 +105,17 @@ def test_categories_by_hand(jars):
     captions = ["a small red dog and three cats", "", "it is", "a red dog"]
     scores = shared_spice().score(references, captions)
     # Image 1: of objects dog and cat, attributes small|big, red, three|two. Image 2: one object is missed.
-    # Image 3: neither caption has a tuple. Image 4: both of the caption's tuples are among the four of the reference.
-    assert scores["SPICE"][[1, 2, 3]].tolist() == pytest.approx([0.0, np.nan, 2 * 1 * 0.5 / 1.5], nan_ok=True)
+    # Image 3: neither caption has a tuple, which counts as 0 in the whole and not at all in a category.
+    # Image 4: both of the caption's tuples are among the four of the reference.
+    assert scores["SPICE"][[1, 2, 3]].tolist() == pytest.approx([0.0, 0.0, 2 * 1 * 0.5 / 1.5])
     assert scores["SPICE_object"].tolist() == pytest.approx([1.0, 0.0, np.nan, 2 / 3], nan_ok=True)
     assert scores["SPICE_color"].tolist() == pytest.approx([1.0, np.nan, np.nan, 1.0], nan_ok=True)
     assert scores["SPICE_count"].tolist() == pytest.approx([0.0, np.nan, np.nan, np.nan], nan_ok=True)
     assert scores["SPICE_size"].tolist() == pytest.approx([0.0, np.nan, np.nan, np.nan], nan_ok=True)
     assert scores["SPICE_relation"].tolist() == pytest.approx([np.nan, np.nan, np.nan, 0.0], nan_ok=True)
     means = corpus_scores(scores)
-    assert np.isnan(means["SPICE"])  # as the official mean is
-    assert means["SPICE_color"] == 1.0
+    assert means["SPICE"] == scores["SPICE"].mean()
+    assert means["SPICE_object"] == pytest.approx((1 + 0 + 2 / 3) / 3)
 
 
 @needs_jars
@@ -128,8 +129,8 @@ def test_table_has_spice_of_every_domain_and_its_intervals(jars):
     assert scores["far/SPICE"] == alone[1]
     assert not_run == {}
     low, high = draws["SPICE"].interval()
-    assert low == pytest.approx(alone.min())
-    assert high == pytest.approx(1.0)
+    assert low == pytest.approx(alone.min(), abs=0.04)  # all draws of the worst image
+    assert high == pytest.approx(1.0, abs=0.04)
     assert caption_scores(references, captions, ["SPICE"], list)["SPICE"] == pytest.approx(alone.mean())
 
 
