@@ -28,20 +28,7 @@ CAPTIONS = SHARED / "captions"
 needs_jars = pytest.mark.skipif(not REAL_JARS.is_dir(), reason="the shared CoreNLP jars are absent")
 FAST = functools.partial(caption_table, metrics=["Bleu"], tokenize=list)
 # F-scores of the first images of coco-caption's example, from the run whose mean over all 1,000 is the published one.
-FIRST = [
-    0.1,
-    0.0,
-    0.23529411764705882,
-    0.16,
-    0.1176470588235294,
-    0.3225806451612903,
-    0.3846153846153846,
-    0.09090909090909091,
-    0.17647058823529413,
-    0.07407407407407407,
-    0.0689655172413793,
-    0.06451612903225806,
-]
+FIRST = [0.1, 0.0, 0.23529411764705882, 0.16, 0.1176470588235294]
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +123,8 @@ def test_table_has_spice_of_every_domain_and_its_intervals(jars):
 
 @needs_jars
 def test_killed_java_costs_spice_alone(jars):
-    captions = {i: f"a dog and {i} cats sit on the table in front of a house number {i}" for i in range(64)}
-    references = {i: [f"{text} and sleep"] for i, text in captions.items()}
+    captions = {i: f"a dog and {i} cats sit on a table" for i in range(33)}
+    references = {i: [f"{text} near a man"] for i, text in captions.items()}
 
     def kill(*_):
         os.kill(shared_spice()._process._java.pid, signal.SIGKILL)
