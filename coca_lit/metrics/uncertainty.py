@@ -30,18 +30,24 @@ class Draws(NamedTuple):
 
     Attributes:
         values: (D,)
+        score: that of the units themselves.
         units: a digest of the units in their order. Draws with the same digest are of the same resamples.
     """
 
     values: np.ndarray
+    score: float
     units: str
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Limits between which the middle draws lie; NaN if the score has no value in any resample."""
+        """Limits between which the middle draws lie, moved so that their mean is the score; NaN if there are none.
+
+        The mean differs from the score where a unit that is drawn twice changes what others are worth: CIDEr of 5,000
+        images is higher by 0.7 %.
+        """
         known = self.values[~np.isnan(self.values)]  # a rare category may be absent from a resample
         if not len(known):
             return float("nan"), float("nan")
-        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) + (self.score - known.mean())
         return float(low), float(high)
 
 
@@ -72,12 +78,13 @@ def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS,
         units: what is drawn, by id, in the order of the counts that the scores get.
     """
     of = hashlib.sha256(json.dumps(list(units), default=str).encode()).hexdigest()[:16]
+    once = {name: value for score in scores for name, value in score(np.ones((1, len(units)))).items()}
     parts: dict[str, list[np.ndarray]] = {}
     for counts in resamples(len(units), draws, seed):
         for score in scores:
             for name, values in score(counts).items():
                 parts.setdefault(name, []).append(values)
-    return {name: Draws(np.concatenate(values), of) for name, values in parts.items()}
+    return {name: Draws(np.concatenate(values), float(once[name][0]), of) for name, values in parts.items()}
 
 
 def resamples(units: int, draws: int = DRAWS, seed: int = SEED) -> Iterator[np.ndarray]:
@@ -103,7 +110,7 @@ def ratios(parts: Mapping[str, tuple[np.ndarray, np.ndarray | None]]) -> Resampl
     return resampled
 
 
-def difference(first: float, second: float, first_draws: Draws, second_draws: Draws) -> Difference:
+def difference(first: Draws, second: Draws) -> Difference:
     """The paired bootstrap test of two scores.
 
     The p-value compares the difference with the scatter of its draws about their mean, as sacreBLEU does (Riezler and
@@ -112,10 +119,10 @@ def difference(first: float, second: float, first_draws: Draws, second_draws: Dr
     Raises:
         ValueError: the draws are of different images.
     """
-    if first_draws.units != second_draws.units or first_draws.values.shape != second_draws.values.shape:
+    if first.units != second.units or first.values.shape != second.values.shape:
         raise ValueError("a paired test needs draws of the same images")
-    values = second_draws.values - first_draws.values
+    values, value = second.values - first.values, second.score - first.score
     scatter = np.abs(values - values.mean())
-    p = (1 + int((scatter >= abs(second - first)).sum())) / (1 + len(values))
+    p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(values))
     nan = bool(np.isnan(values).any())
-    return Difference(second - first, *Draws(values, "").interval(), p=float("nan") if nan else p)
+    return Difference(value, *Draws(values, value, first.units).interval(), p=float("nan") if nan else p)

@@ -140,7 +140,7 @@ def comparison_tables(runs: Sequence[Run]) -> list[Table]:
 def difference_table(first: Run, second: Run) -> Table:
     """The scores of two runs with intervals, their differences, and whether these are more than noise."""
     rows = []
-    for score, value in first.results.items():
+    for score in first.results:
         if score not in second.results or score not in first.draws or score not in second.draws:
             continue
         draws = first.draws[score], second.draws[score]
@@ -150,7 +150,7 @@ def difference_table(first: Run, second: Run) -> Table:
         if draws[0].units != draws[1].units:
             rows.append([*row, "", "", "", "of other images"])
             continue
-        found = difference(value, second.results[score], *draws)
+        found = difference(*draws)
         change = cell(score, found.value)
         row += [change if change.startswith("-") else f"+{change}", interval_cell(score, (found.low, found.high))]
         rows.append([*row, f"{found.p:.3f}", NOISE if found.noise else ""])

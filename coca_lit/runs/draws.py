@@ -32,6 +32,7 @@ def write_draws(folder: Path, draws: dict[str, Draws]) -> None:
         content,
         scores=scores,
         units=np.array([of.units for of in draws.values()]),
+        points=np.array([of.score for of in draws.values()], dtype=np.float64),
         values=np.stack([of.values for of in draws.values()]),
     )
     atomic_write(folder / DRAWS, content.getvalue())
@@ -48,11 +49,13 @@ def read_draws(folder: Path) -> dict[str, Draws]:
         return {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            scores, units, values = file["scores"], file["units"], file["values"]
-            if scores.ndim != 1 or units.shape != scores.shape or values.ndim != 2 or values.dtype != np.float64:
-                raise ValueError("arrays of other shapes or types")
-            parts = zip(scores.tolist(), values, units.tolist(), strict=True)
-            return {str(score): Draws(row, str(of)) for score, row, of in parts}
+            scores, units, points, values = (file[name] for name in ("scores", "units", "points", "values"))
+            if {scores.shape, units.shape, points.shape} != {values.shape[:1]} or values.ndim != 2:
+                raise ValueError("arrays of other shapes")
+            if points.dtype != np.float64 or values.dtype != np.float64:
+                raise ValueError("arrays of other types")
+            parts = zip(scores.tolist(), values, points.tolist(), units.tolist(), strict=True)
+            return {str(name): Draws(row, point, str(of)) for name, row, point, of in parts}
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} does not hold the resampled scores of a run: {error}; remove it to do without intervals"

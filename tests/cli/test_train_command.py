@@ -77,6 +77,7 @@ def test_demo_scores(demo: Path) -> None:
 def test_demo_folder_holds_what_its_readme_says(demo: Path) -> None:
     assert {path.name for path in demo.iterdir()} == {
         *("config.yaml", "environment.json", "metrics.csv", "results.json", "not_run.json", "curves.png"),
+        *("intervals.json", "draws.npz"),
         *("report.html", "report.md"),
         *("predictions", "samples", "checkpoints"),
     }

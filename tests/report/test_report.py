@@ -51,7 +51,8 @@ def run(tmp_path):
         scenes_retrieval=retrieval_samples(records, images, images[owner], owner),
     )
     values = np.linspace(1.18, 1.2753, 1000)
-    write_draws(folder, {"mscoco/CIDEr": Draws(np.clip(values, 1.19, 1.2655), "x")})
+    values = np.clip(values, 1.19, 1.2655)
+    write_draws(folder, {"mscoco/CIDEr": Draws(values, float(values.mean()), "x")})
     (folder / "environment.json").write_text(json.dumps({"parameters": {"image encoder": 1_500_000}}))
     (folder / "not_run.json").write_text(json.dumps({"SPICE": "no jars"}))
     (folder / "metrics.csv").write_text(
@@ -212,9 +213,10 @@ class Evil:
 def test_damaged_draws_are_one_sentence(tmp_path):
     folder = make_run(tmp_path / "run", {"x/CIDEr": 0.5})
     wrong = io.BytesIO()
-    np.savez(wrong, scores=np.array(["x"]), units=np.array(["y"]), values=np.array([["a"]]))
+    parts = {"scores": np.array(["x"]), "units": np.array(["y"]), "points": np.array([0.5])}
+    np.savez(wrong, **parts, values=np.array([["a"]]))
     pickled = io.BytesIO()
-    np.savez(pickled, scores=np.array([Evil()], dtype=object), units=np.array(["y"]), values=np.array([[0.5]]))
+    np.savez(pickled, **parts | {"scores": np.array([Evil()], dtype=object)}, values=np.array([[0.5]]))
     for content in (b"no archive", wrong.getvalue(), wrong.getvalue()[:100], pickled.getvalue()):
         (folder / "draws.npz").write_bytes(content)
         with pytest.raises(SystemExit, match=r"error: .*draws\.npz does not hold the resampled scores of a run"):

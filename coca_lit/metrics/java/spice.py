@@ -109,8 +109,8 @@ class Spice:
         hypotheses: Sequence[str],
         progress: Progress | None = None,
     ) -> dict[str, np.ndarray]:
-        """Scores (images,) in [0, 1] by name, of tokenised captions. NaN where the captions of an image, or its
-        references, have no tuple of that kind, as in the official scorer.
+        """Scores (images,) in [0, 1] by name, of tokenised captions. As in the official program, a category is NaN
+        where neither the caption nor the references of an image have such a tuple; the whole is 0 there.
 
         Raises:
             SpiceError: JPype, Java or the jars are missing or torn, or Java dies, fails or falls silent.
@@ -158,7 +158,7 @@ class Spice:
 
 
 def corpus_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over images: of the whole as the official scorer computes it, NaN if any is; of a category over the images
+    """Means over images: of the whole over all of them, as the official scorer has it; of a category over the images
     that have one, nothing if no image has.
     """
     means = {"SPICE": float(np.mean(scores["SPICE"]))}

@@ -104,8 +104,8 @@ def _opened(java_class: Any, name: str) -> Any:
 def _reason(error: Exception) -> str:
     """The innermost cause in a few words."""
     cause: Any = error
-    while (deeper := getattr(cause, "__cause__", None)) is not None:
-        cause = deeper
+    while hasattr(getattr(cause, "__cause__", None), "getMessage"):  # JPype ends the chain with a trace of its own
+        cause = cause.__cause__
     message = cause.getMessage() if hasattr(cause, "getMessage") else str(cause)  # str of Java's has the class in it
     return f"{type(cause).__name__.rpartition('.')[2]}: {' '.join(str(message).split())}"[:300]
 
