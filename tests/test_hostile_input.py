@@ -509,6 +509,15 @@ def test_no_secret_of_a_sweep(tmp_path):
         ),
         *((f"{name}=x1", f"{name}=<hidden>") for name in ("passphrase", "GITHUB_PAT", "a.b.password", "clientSecret")),
         *(
+            (f"{name}=x1", f"{name}=<hidden>")
+            for name in ("PGPASSWORD", "db_passwd", "pwd", "MYSQL_PWD", "credentials")
+        ),
+        *((f"{name}=x1", f"{name}=<hidden>") for name in ("credential", "private_key", "signing-key", "authorization")),
+        *(
+            (f"{name}=x1", f"{name}=<hidden>")
+            for name in ("password", "secret", "token", "encryption_key", "accessKey")
+        ),
+        *(
             (text, text)
             for text in ("tokenizer=x", "caption_tokens: 20", "author=me", "compat=1", "no_repeat_ngram: 3")
         ),
