@@ -533,7 +533,21 @@ def test_no_secret_of_a_sweep(tmp_path):
         *((f"{name}=x1", f"{name}=<hidden>") for name in ("passphrase", "GITHUB_PAT", "a.b.password", "clientSecret")),
         *(
             (f"{name}=x1", f"{name}=<hidden>")
-            for name in ("password", "passwd", "db_pwd", "DB_PASSWORD", "credentials")
+            for name in (
+                "PGPASSWORD",
+                "db_passwd",
+                "passwd",
+                "db_pwd",
+                "pwd",
+                "DB_PASSWORD",
+                "MYSQL_PWD",
+                "credentials",
+            )
+        ),
+        *((f"{name}=x1", f"{name}=<hidden>") for name in ("credential", "private_key", "signing-key", "authorization")),
+        *(
+            (f"{name}=x1", f"{name}=<hidden>")
+            for name in ("password", "secret", "token", "encryption_key", "accessKey")
         ),
         *(
             (text, text)

@@ -17,8 +17,8 @@ _SECRET = (
     r"(?i:(?:api|access|private|secret|signing|encryption)[_-]?key|token|secret|password|passwd|passphrase|pwd"
     r"|credentials?|auth|authorization)|(?<=[_.-])(?i:pat)"
 )
-# The name may be the last word of a longer one: callbacks.wandb.api_key, http-auth, accessToken.
-_NAME = rf"(?:[\w.@/-]*(?:[_.@/-]|(?<=[a-z0-9])(?=[A-Z])))?(?:{_SECRET})"
+# The name may be the last word of a longer one: callbacks.wandb.api_key, http-auth, accessToken, PGPASSWORD.
+_NAME = rf"(?:[\w.@/-]*(?:[_.@/-]|(?<=[a-z0-9])(?=[A-Z])|(?=(?i:passw))))?(?:{_SECRET})"
 _KEY = re.compile(_NAME)
 _ASSIGNMENT = re.compile(
     rf"""(?P<name>(?<![\w-]){_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{|(?i:null|none)\b|["']?{HIDDEN})"""

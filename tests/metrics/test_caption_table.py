@@ -33,6 +33,13 @@ def test_clip_scores_by_hand():
         clip_scores(images, captions[:1], references, torch.tensor([0, 0, 1]))
 
 
+def test_a_caption_far_from_all_references_fits_them_at_zero():
+    """2.5 max(cos, 0) of the caption and its image is 2.5 · 0.6; the cosine of caption and only reference is -1."""
+    image, caption, reference = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]), torch.tensor([[-0.6, -0.8]])
+    scores = clip_scores(image, caption, reference, torch.tensor([0]))
+    assert scores == pytest.approx({"CLIPScore": 1.5, "RefCLIPScore": 0})  # 2 · 1.5 · -1 / 0.5 = -6 without max(cos, 0)
+
+
 def test_domains_are_sets_of_their_own():
     """CIDEr's document frequencies come from the domain alone."""
 

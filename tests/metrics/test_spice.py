@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -21,6 +22,7 @@ from coca_lit.metrics.captions import caption_scores, caption_table
 from coca_lit.metrics.java import fetch
 from coca_lit.metrics.java import spice as module
 from coca_lit.metrics.java.ptb import ptb_tokenize
+from coca_lit.metrics.java.runtime import Conversation
 from coca_lit.metrics.java.spice import JARS, Spice, SpiceError, corpus_scores, shared_spice, spice_jars
 
 REAL_JARS = SHARED / "spice"
@@ -103,6 +105,24 @@ def test_categories_by_hand(jars):
     means = corpus_scores(scores)
     assert means["SPICE"] == scores["SPICE"].mean()
     assert means["SPICE_object"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+
+def test_a_kind_without_tuples_is_no_zero(tmp_path, monkeypatch):
+    """The process answers null where neither captions nor references have a tuple of that kind."""
+    rows = [
+        dict.fromkeys(module.CATEGORIES, 0.5) | {"Color": 1.0},
+        dict.fromkeys(module.CATEGORIES, 0.0) | {"Color": None},
+    ]
+    answer = f"input(); print({json.dumps({'scores': rows})!r}, flush=True); input()"
+    monkeypatch.setattr(module, "spice_jars", lambda: tmp_path)
+    monkeypatch.setattr(module, "_start", lambda jars: Conversation([sys.executable, "-c", answer], tmp_path))
+    spice = Spice()
+    scores = spice.score([["a red dog"], ["a dog"]], ["a red dog", "a cat"])
+    spice.close()
+    assert np.array_equal(scores["SPICE_color"], [1.0, np.nan], equal_nan=True)
+    assert scores["SPICE_object"].tolist() == [0.5, 0.0]
+    means = corpus_scores(scores)
+    assert (means["SPICE"], means["SPICE_color"], means["SPICE_object"]) == (0.25, 1.0, 0.25)
 
 
 @needs_jars

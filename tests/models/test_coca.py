@@ -287,6 +287,32 @@ def test_init_leaves_nothing_as_it_was(tiny_model: Build, encoder: str, pooler: 
     assert model.decoder.vocabulary.weight.std() > 0
 
 
+def test_initial_deviations_are_those_of_clip() -> None:
+    """openai/CLIP's `initialize_parameters`: width^-0.5 into attention, (2 width)^-0.5 into the MLP, width^-0.5
+    (2 blocks)^-0.5 out of both. Self and cross blocks of the decoder are one tower of twice its layers.
+    """
+    torch.manual_seed(0)
+    width, text_layers, layers = 128, 2, 3
+    model = create_model("coca_tiny", text_width=width, text_heads=2, text_layers=text_layers, decoder_layers=layers)
+    towers = {
+        2 * text_layers: model.text.blocks,
+        2 * 2 * layers: [*model.decoder.self_blocks, *model.decoder.cross_blocks],
+    }
+    for branches, blocks in towers.items():
+        for block in blocks:
+            parts = dict(block.named_modules())
+            expected = dict.fromkeys(("attention.out", "mlp.2"), (width * branches) ** -0.5)
+            expected |= {"mlp.0": (2 * width) ** -0.5}
+            for name in ("attention.qkv", "attention.q", "attention.kv"):  # keys and values of the width of the image
+                expected |= {name: parts[name].in_features ** -0.5} if name in parts else {}
+            for name, std in expected.items():
+                assert parts[name].weight.std().item() == pytest.approx(std, rel=0.03), name
+                assert not parts[name].bias.any()
+    assert model.decoder.vocabulary.weight.std().item() == pytest.approx(width**-0.5, rel=0.03)
+    assert model.text.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert model.text.position_embedding.std().item() == pytest.approx(0.01, rel=0.1)
+
+
 def test_uint8_pixels_equal_normalised_floats(tiny_model: Build) -> None:
     model = tiny_model(image_encoder="vit_base_patch32_clip_224", image_encoder_args=TINY_VIT)
     images = pixels(model, 2)

@@ -152,10 +152,12 @@ def count(*modules: torch.nn.Module) -> int:
     return sum(p.numel() for m in modules for p in m.parameters())
 
 
-def test_checkpoints_of_training_runs_load() -> None:
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_checkpoints_of_training_runs_load(prefix: str) -> None:
+    """Of several processes, of a compiled model, of both in either order."""
     theirs, _ = make_pair()
-    state = {f"module.{k}": v for k, v in theirs.state_dict().items()}
-    state["module.text.attn_mask"] = torch.zeros(76, 76)  # stored by some old versions
+    state = {f"{prefix}{k}": v for k, v in theirs.state_dict().items()}
+    state[f"{prefix}text.attn_mask"] = torch.zeros(76, 76)  # stored by some old versions
     ours = from_open_clip(
         {"epoch": 3, "state_dict": state}, image_encoder_args=HEADS["image_encoder_args"], text_heads=4
     )
