@@ -173,10 +173,8 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
     """
     source = None
     if checkpoint is not None:
-        from coca_lit.weights.load import read_architecture
-
         with error_context("ckpt_path"):
-            cfg = with_facts(cfg, read_architecture(checkpoint), checkpoint)
+            cfg = with_facts(cfg, _architecture(checkpoint), checkpoint)
     elif cfg.init_from is not None:
         from coca_lit.weights.load import copy_weights, load_dual_encoder
 
@@ -203,6 +201,22 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
     if not any(p.requires_grad for p in module.net.parameters()):
         raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
     return module
+
+
+def _architecture(checkpoint: Path) -> dict[str, Any]:
+    """The architecture of a checkpoint, or of another one of its run: the first process may be about to replace the
+    link `last.ckpt`, which then points to a damaged file or to none.
+    """
+    from coca_lit.runs.checkpoint_io import step_files
+    from coca_lit.weights.load import read_architecture
+
+    errors = []
+    for path in (checkpoint, *step_files(checkpoint.parent)):
+        try:
+            return read_architecture(path)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:
