@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from running import ROOT
@@ -14,28 +15,20 @@ PORT = "26379"
 
 
 @pytest.fixture
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def environment() -> Iterator[dict[str, str]]:
     """With which `address=auto` finds the cluster."""
     pytest.importorskip("ray", reason="needs the extra [ray]")
-    program = Path(sys.executable).with_name("ray")
-    folder = tmp_path_factory.mktemp("ray")
-    own = {
-        "PYTHONPATH": str(ROOT),
-        "COLUMNS": "200",
-        "RAY_ADDRESS": f"127.0.0.1:{PORT}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "RAY_AUTH_MODE": "disabled"}
     start = ("start", "--head", f"--port={PORT}", "--num-cpus=2", "--include-dashboard=false", "--block")
-    sizes = ("--object-store-memory=100000000", f"--temp-dir={folder}", "--disable-usage-stats")
-    cluster = subprocess.Popen([program, *start, *sizes], cwd=folder, stdout=subprocess.PIPE, text=True)
-    assert cluster.stdout is not None
-    for line in cluster.stdout:
-        if "Ray runtime started" in line:
-            break
-    yield os.environ | own
-    cluster.terminate()
-    cluster.wait(30)
-    cluster.stdout.close()
+    sizes = ("--object-store-memory=100000000", "--disable-usage-stats")
+    program, env = Path(sys.executable).with_name("ray"), os.environ | own
+    with TemporaryDirectory(prefix="ray") as folder:  # a short path: it will hold sockets
+        command = [program, *start, *sizes, f"--temp-dir={folder}"]
+        with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True) as cluster:
+            assert cluster.stdout is not None
+            assert any("Ray runtime started" in line for line in cluster.stdout)
+            yield env | {"RAY_ADDRESS": f"127.0.0.1:{PORT}"}
+            cluster.terminate()
 
 
 def test_a_sweep_of_which_one_job_is_killed(environment: dict[str, str], tmp_path: Path) -> None:
