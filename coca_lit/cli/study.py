@@ -119,7 +119,7 @@ class OptunaSweeper(Sweeper):
 
 def distribution(override: Override) -> "BaseDistribution":
     """What a sweep in Hydra's grammar means to Optuna: `1,2`, `choice(a,b)`, `range(1,9,2)`, `interval(0,1)`,
-    `tag(log,interval(1e-4,1e-2))`. Intervals with whole numbers as both ends are of whole numbers.
+    `tag(log,interval(1e-4,1e-2))`. Those of whole numbers are `int(interval(1,16))`.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 

@@ -90,17 +90,17 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
 def test_processes_side_by_side_of_which_one_is_killed(run: Run, tmp_path: Path) -> None:
     """All others are awaited and shown; the dead one has its reason, also where it had begun."""
     pytest.importorskip("cloudpickle")
-    rates = "model.optimizer.lr=0.1,-9,0.3,-15"
+    rates = "model.optimizer.lr=0.1,109,0.3,115"
     done = run(APP, "-m", "hydra/launcher=joblib_jobs", "hydra.launcher.n_jobs=4", rates)
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
     rows = {row["model.optimizer.lr"]: row for row in rows_of(sweep)}
     assert {rate: row["status"] for rate, row in rows.items()} == {
         "0.1": "ok",
-        "-9": "failed",
+        "109": "failed",
         "0.3": "ok",
-        "-15": "stopped",
+        "115": "stopped",
     }
-    assert rows["-9"]["error"].startswith("killed by SIGKILL")
+    assert rows["109"]["error"].startswith("killed by SIGKILL")
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("error: killed by SIGKILL, which the kernel sends when memory runs out")
     assert "Traceback" not in done.stderr
@@ -181,7 +181,7 @@ def test_search_spaces_follow_the_grammar_of_hydra() -> None:
         "range(1,8,2)": IntDistribution(1, 7, step=2),
         "range(0,1,0.25)": FloatDistribution(0, 0.75, step=0.25),
         "interval(0,0.5)": FloatDistribution(0, 0.5),
-        "interval(1,16)": IntDistribution(1, 16),
+        "int(interval(1,16))": IntDistribution(1, 16),
         "tag(log,interval(1e-4,1e-2))": FloatDistribution(1e-4, 1e-2, log=True),
     }
     parser = OverridesParser.create()
@@ -206,7 +206,7 @@ def test_torchrun_sweep(run: Run, tmp_path: Path) -> None:
     train = (str(ROOT / "train.py"), "-m", *TINY, "evals=[scenes_retrieval]", rates, "hydra.sweep.dir=sweep")
     done = run(*train, "trainer.devices=2", "trainer.strategy=ddp", ranks=2)
     assert done.returncode == 1
-    assert "error: model.optimizer: lr must be a number of at least 0, got 'abc'" in done.stderr
+    assert "error: model.optimizer.lr must be a number of at least 0" in done.stderr
     assert [row["status"] for row in rows_of(sweep)] == ["failed", "ok"]
     assert jobs_of(sweep) == {f"model.optimizer.lr={rate}" for rate in ("abc", "0.002")}
     assert done.stdout.count("best scenes/t2i_recall@1") == 1

@@ -35,13 +35,13 @@ def test_a_sweep_of_which_one_job_is_killed(environment: dict[str, str], tmp_pat
     """All others are awaited and shown; relative paths are those of the command, not of the cluster."""
     app = (sys.executable, str(ROOT / "tests" / "sweep_app.py"), "-m", "hydra/launcher=ray_jobs")
     settings = ("hydra.launcher.ray.init.address=auto", "hydra.launcher.ray.remote.max_retries=0")
-    command = [*app, *settings, "model.optimizer.lr=0.1,-9,2,0.3"]
+    command = [*app, *settings, "model.optimizer.lr=0.1,109,2,0.3"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
     with (sweep / "results.csv").open(newline="") as file:
         rows = {row["model.optimizer.lr"]: row for row in csv.DictReader(file)}
-    assert [rows[rate]["status"] for rate in ("0.1", "-9", "2", "0.3")] == ["ok", "failed", "failed", "ok"]
-    assert rows["-9"]["error"].startswith("WorkerCrashedError")
+    assert [rows[rate]["status"] for rate in ("0.1", "109", "2", "0.3")] == ["ok", "failed", "failed", "ok"]
+    assert rows["109"]["error"].startswith("WorkerCrashedError")
     assert rows["2"]["error"] == "no model survives 2.0"
     assert "best scenes/CIDEr: 30.00" in done.stdout

@@ -131,13 +131,13 @@ def test_jobs_of_a_sweep_of_which_one_is_killed(call: Call, tmp_path: Path) -> N
     """Two tasks each in one folder; all results are awaited and shown, the dead job with its reason."""
     pytest.importorskip("submitit")
     app = (sys.executable, str(ROOT / "tests" / "sweep_app.py"), "-m", *ON_ONE_NODE)
-    rates = "model.optimizer.lr=0.1,-9,2,0.3"
+    rates = "model.optimizer.lr=0.1,109,2,0.3"
     done = call(*app, NO_GPUS, "hydra.launcher.tasks_per_node=2", "hydra.launcher.partition=all", rates)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     rows = rows_of(tmp_path / "sweep", "model.optimizer.lr")
-    assert [rows[rate]["status"] for rate in ("0.1", "-9", "2", "0.3")] == ["ok", "failed", "failed", "ok"]
-    assert "state FAILED, killed by SIGKILL" in rows["-9"]["error"]
+    assert [rows[rate]["status"] for rate in ("0.1", "109", "2", "0.3")] == ["ok", "failed", "failed", "ok"]
+    assert "state FAILED, killed by SIGKILL" in rows["109"]["error"]
     assert rows["2"]["error"] == "no model survives 2.0"
     assert len([*(tmp_path / "sweep" / "model.optimizer.lr=0.3").glob("rank[01].txt")]) == 2
 
