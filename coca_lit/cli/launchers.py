@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
@@ -145,8 +145,8 @@ class JoblibLauncher(JobsLauncher):
                         process = spawn.Process(target=_call, args=(cloudpickle.dumps(jobs[i]), results[i]))
                         process.start()
                         running[process.sentinel] = (i, process)
-                    for sentinel in connection.wait([*running]):
-                        i, process = running.pop(int(sentinel))  # type: ignore[call-overload]
+                    for sentinel in cast(list[int], connection.wait([*running])):
+                        i, process = running.pop(sentinel)
                         process.join()
                         done = results[i].exists()
                         outcomes[i] = pickle.loads(results[i].read_bytes()) if done else death(process.exitcode)

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
@@ -39,7 +39,7 @@ class OptunaSweeper(Sweeper):
     def __init__(
         self,
         sampler: DictConfig,
-        direction: str = "maximize",
+        direction: Literal["maximize", "minimize"] = "maximize",
         storage: str | None = None,
         study_name: str | None = None,
         n_trials: int = 20,
@@ -110,6 +110,7 @@ class OptunaSweeper(Sweeper):
 
         if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             return
+        assert self.config is not None
         best = study.best_trial
         log.info("Best parameters: %s", best.params)
         log.info("Best value: %s", best.value)
