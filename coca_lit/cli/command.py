@@ -39,7 +39,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
 Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
-PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "joblib", "ray": "ray", "optuna": "optuna"}
 
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 for resolver in (job_folder, launched_devices, launched_nodes):
@@ -345,9 +344,6 @@ def _explain_grammar(override: str) -> str:
 
 def _explain_option(error: MissingConfigException, config: str, overrides: Sequence[str]) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
-    if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGINS:
-        extra = PLUGINS[option]
-        return f"Hydra's {option} plugin is not installed: pip install -e '.[{extra}]' (or coca_lit[{extra}])"
     options = _Known(config, overrides).options(group)
     where = f"'{group}' has no option" if group else "there is no config"
     return f"{where} '{option}'{suggest(option, options)} The options: {', '.join(options)}"
