@@ -580,6 +580,10 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
 }
 
 
+def mutation(mutant: Mutant) -> str:
+    return f"{mutant.text.strip()} → {mutant.replacement.strip()}"
+
+
 def copied(folder: Path) -> Path:
     """The tree in a folder of its own, without what git or Python keep in it."""
     kept = ("coca_lit", "conf", "experiments", "tests")
@@ -659,8 +663,7 @@ def examined(chosen: Iterable[Mutant], tree: Path) -> Iterator[Result]:
             noticed_by = first_failure(tree, shlex.split(mutant.tests), LIMIT_S)
         finally:
             path.write_text(source)
-        mutation = f"{mutant.text.strip()} → {mutant.replacement.strip()}"
-        yield Result(mutant.id, mutant.file, mutation, noticed_by, f"{time.monotonic() - began:.1f}")
+        yield Result(mutant.id, mutant.file, mutation(mutant), noticed_by, f"{time.monotonic() - began:.1f}")
 
 
 def record(result: Result) -> None:

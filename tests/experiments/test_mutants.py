@@ -1,6 +1,7 @@
 """The table of mutants fits the code: each text is there once, what replaces it compiles, and the tests exist."""
 
 import ast
+import csv
 import re
 from pathlib import Path
 
@@ -16,6 +17,12 @@ TABLE = mutants.mutants()
 def test_there_are_enough_and_none_twice() -> None:
     assert len({mutant.id for mutant in TABLE}) == len(TABLE) >= 60
     assert len({(mutant.file, mutant.text) for mutant in TABLE}) == len(TABLE)
+
+
+def test_what_is_recorded_is_of_this_table() -> None:
+    mutations = {mutant.id: mutants.mutation(mutant) for mutant in TABLE}
+    with mutants.RESULTS.open(newline="") as file:
+        assert all(mutations[row["id"]] == row["mutation"] for row in csv.DictReader(file))
 
 
 @pytest.mark.parametrize("mutant", TABLE, ids=lambda mutant: mutant.id)
