@@ -80,7 +80,6 @@ def logged(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
     [
         ({}, 1, [3]),
         ({}, 2, []),
-        ({"every_n_epochs": 2}, 1, []),  # epoch 2 of 2 is the end
         ({}, 0, []),
         ({"every_n_epochs": None, "every_n_steps": 2}, 1, [1, 3, 5]),
         ({"every_n_epochs": None, "every_n_steps": 2}, 2, [3]),
