@@ -372,7 +372,7 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
     """In the order in which they must act. Averaged weights replace the trained ones when training ends: after the
     last checkpoint, before the final scores.
     """
-    from coca_lit.callbacks import Averaging, Checkpoints
+    from coca_lit.callbacks import Averaging, Checkpoints, RunSummary
     from coca_lit.runs.resume import resume_keys
 
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
@@ -381,7 +381,9 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
         callback.config = resume_keys(plain(cfg))
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
-    return [*checkpoints, *averaging, scoring, *(callback for callback in callbacks if callback not in checkpoints)]
+    others = [callback for callback in callbacks if callback not in checkpoints]
+    summary = RunSummary([evaluation.name for evaluation in scoring.evals], cfg.output_dir)
+    return [summary, *checkpoints, *averaging, scoring, *others]
 
 
 def build_plugins() -> list[Any]:

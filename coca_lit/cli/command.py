@@ -27,6 +27,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from coca_lit import __version__
 from coca_lit.cli.assembly import has_argument, known_arguments
 from coca_lit.cli.checks import check, check_numbers, check_places, unresolved
 from coca_lit.cli.sweep import job_record, print_sweep
@@ -62,7 +63,9 @@ def command(
         options, further = _parser().parse_known_args(flags)
         if options.config_dir is not None:
             overrides = [*overrides, _search_path(options.config_dir)]
-        if options.help:
+        if options.version:
+            print(f"coca_lit {__version__}")
+        elif options.help:
             print(_help(config, overrides))
         elif options.cfg is not None:
             print(_shown(compose(config, overrides, with_hydra=True), options), end="")
@@ -208,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--version", action="store_true")
     parser.add_argument("--package", "-p")
     parser.add_argument("--config-dir", "-cd", type=Path)
     return parser
