@@ -383,7 +383,7 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
     others = [callback for callback in callbacks if callback not in checkpoints]
     summary = RunSummary([evaluation.name for evaluation in scoring.evals], cfg.output_dir)
-    return [summary, *checkpoints, *averaging, scoring, *others]
+    return [*checkpoints, *averaging, scoring, *others, summary]
 
 
 def build_plugins() -> list[Any]:
