@@ -23,7 +23,7 @@ from open_clip.tokenizer import _tokenizer
 from PIL import Image
 
 from coca_lit import clip_benchmark as command
-from coca_lit.data.datasets.clip_benchmark import classified_shards
+from coca_lit.data.datasets.clip_benchmark import captioned_shards, classified_shards
 from coca_lit.data.scenes.render import Scene, captions, decode, render
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
@@ -35,7 +35,14 @@ from coca_lit.weights.load import save_model
 pytest.importorskip("clip_benchmark")
 
 SETS = {  # name -> (classes, format of the images, images in a shard)
-    "flowers": (["rose", "tulip", "sun flower", "lily", "daisy", "orchid"], "webp", 7),
+    "flowers": (
+        [
+            *(["rose", "tulip", "lily", "daisy", "orchid", "iris", "poppy", "peony", "dahlia", "lotus", "aster"]),
+            "sun flower",
+        ],
+        "webp",
+        7,
+    ),
     "vtab/pets": (["cat", "dog", "{brown} horse"], "jpg", 100),
 }
 TEMPLATES = ["a photo of a {c}.", "the {c} in a {c} picture"]
@@ -149,6 +156,8 @@ def test_retrieval_scores(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_all_data_sets_of_a_folder(root: Path) -> None:
     assert [evaluation.name for evaluation in clip_benchmark(root)] == ["captions", "flowers", "vtab-pets"]
+    records = captioned_shards(root / "captions")
+    assert [record.captions for record in records] == [texts(number) for number in range(COUNT)]
     images = classified_shards(root / "flowers")
     assert len(images.records) == COUNT == len(images.labels)
     assert [record.id for record in images.records[:2]] != ["0/s0000000", "0/s0000001"]  # a fair sample comes first

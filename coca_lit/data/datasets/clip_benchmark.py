@@ -17,6 +17,7 @@ from PIL import Image
 
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record, decode_image, not_found
+from coca_lit.data.shards.reader import MAX_TEXT
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
 
@@ -112,13 +113,13 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
         images: dict[str, TarImage] = {}
         texts: dict[str, str] = {}
         try:
-            for member in tar_members(shard, lambda name: name.lower().endswith(f".{label}")):
+            for member in tar_members(shard, lambda name: MAX_TEXT if name.lower().endswith(f".{label}") else 0):
                 place, slash, file = member.name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 key = f"{place}{slash}{stem}"
                 if suffix.lower() in IMAGES:
                     images[key] = TarImage(shard, member.offset, member.size)
-                elif suffix.lower() == label:
+                elif suffix.lower() == label and member.size <= MAX_TEXT:
                     texts[key] = member.content.decode()
         except Exception as error:  # tarfile raises many types
             raise DataError(f"{shard} is not a readable shard: {error}") from error
