@@ -34,15 +34,22 @@ from coca_lit.weights.load import save_model
 
 pytest.importorskip("clip_benchmark")
 
+FLOWERS = [
+    "rose",
+    "tulip",
+    "lily",
+    "daisy",
+    "orchid",
+    "iris",
+    "poppy",
+    "peony",
+    "dahlia",
+    "lotus",
+    "aster",
+    "sun flower",
+]
 SETS = {  # name -> (classes, format of the images, images in a shard)
-    "flowers": (
-        [
-            *(["rose", "tulip", "lily", "daisy", "orchid", "iris", "poppy", "peony", "dahlia", "lotus", "aster"]),
-            "sun flower",
-        ],
-        "webp",
-        7,
-    ),
+    "flowers": (FLOWERS, "webp", 7),
     "vtab/pets": (["cat", "dog", "{brown} horse"], "jpg", 100),
 }
 TEMPLATES = ["a photo of a {c}.", "the {c} in a {c} picture"]
