@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from running import ROOT
 
+pytestmark = pytest.mark.slow  # .ci/clusters runs them
+
 PORT = "26379"
 
 
