@@ -1,6 +1,7 @@
 """Models by name, against a small Hub on the loopback interface that `huggingface_hub`'s own client talks to."""
 
 import errno
+import hashlib
 import json
 import re
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import open_clip
 import open_clip.pretrained
 import pytest
 import torch
@@ -24,6 +26,7 @@ from coca_lit.errors import CheckpointError, ConfigError
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.clip import CLIP, QuickGELU
+from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.weights.hub import locate, released_models
 from coca_lit.weights.load import load_dual_encoder, load_model, load_weights, save_model
 from coca_lit.weights.open_clip import to_open_clip
@@ -108,6 +111,30 @@ def test_a_model_by_name_is_that_of_its_file(
     assert_equal(load_model(name), model)
     assert names_in(cache) == {SAFE}  # and neither the same weights twice nor another library's
     assert not hub.asked_for("GET", "README")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coca_ViT-B-32", "coca_ViT-L-14"])
+@torch.no_grad()
+def test_weights_of_the_real_shapes(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """A gigabyte or two and a half under the released name, random: features equal OpenCLIP's."""
+    torch.manual_seed(0)
+    theirs = open_clip.create_model(name).eval()
+    theirs.text_decoder.text_projection.normal_(std=0.02)  # OpenCLIP leaves whatever memory holds
+    torch.save(theirs.state_dict(), tmp_path / BIN)
+    content = (tmp_path / BIN).read_bytes()
+    repo = f"laion/{name.replace('coca', 'CoCa').replace('_', '-', 1)}-laion2B-s13B-b90k"
+    hub.repositories[repo] = Repository({BIN: content})
+    known = released_models()[f"{name}/laion2b_s13b_b90k"]
+    random_weights = known._replace(sha256={BIN: hashlib.sha256(content).hexdigest()})
+    monkeypatch.setattr("coca_lit.weights.hub.released_models", lambda: {known.name: random_weights})
+    ours = load_model(f"{name}/laion2b_s13b_b90k")
+    pixels, captions = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8), ["a photo of two dogs"]
+    mean, deviation = (torch.tensor(CLIP_NORMALISATION[key])[:, None, None] for key in ("mean", "std"))
+    expected = theirs.encode_image((pixels / 255 - mean) / deviation, normalize=True)
+    torch.testing.assert_close(ours.encode_image(pixels), expected, rtol=1e-4, atol=1e-5)
+    expected = theirs.encode_text(open_clip.get_tokenizer(name)(captions), normalize=True)
+    torch.testing.assert_close(ours.encode_text(ours.tokenizer(captions)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_architecture_without_a_tag_is_the_captioner(hub: Hub, files: dict[str, bytes]) -> None:
