@@ -17,6 +17,7 @@ from PIL import Image
 
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record, decode_image, not_found
+from coca_lit.data.shards.reader import MAX_TEXT
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
 
@@ -112,7 +113,7 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
         images: dict[str, TarImage] = {}
         texts: dict[str, str] = {}
         try:
-            for member in tar_members(shard, lambda name: name.lower().endswith(f".{label}")):
+            for member in tar_members(shard, lambda name: MAX_TEXT if name.lower().endswith(f".{label}") else 0):
                 place, slash, file = member.name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 key = f"{place}{slash}{stem}"
