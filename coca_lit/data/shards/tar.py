@@ -4,11 +4,13 @@ Nothing is unpacked. Python's own reader believes the sizes that a file claims a
 reads headers alone, and every read is bounded.
 """
 
+import os
 import re
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -51,6 +53,7 @@ def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Ite
             Python's reader, such as `ValueError`, are possible.
     """
     with open_data(path) as file:
+        end = os.fstat(file.fileno()).st_size if isinstance(file, BufferedReader) else sys.maxsize
         headers = _Headers(file)
         tar: Any = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  it has nothing to close but the file
         for member in tar:
@@ -66,6 +69,8 @@ def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Ite
                 raise UnsafeTarError(f"the member {name!r} is sparse: a few bytes that claim to be many")
             if member.size > MAX_MEMBER:
                 raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
+            if member.offset_data + member.size > end:  # here, so that it is one whether the content is read or not
+                raise tarfile.ReadError("unexpected end of data")
             content = b""
             if wanted := min(member.size, limit(name)):
                 file.seek(member.offset_data)
