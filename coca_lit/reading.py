@@ -10,7 +10,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import BufferedIOBase, BufferedReader
+from io import BufferedIOBase, BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,13 +29,13 @@ class UnsafeError(Exception):
     """A file holds what an honest one does not; reading stops there."""
 
 
-def open_regular(path: str | Path, buffering: int = -1) -> BufferedReader:
+def open_regular(path: str | Path) -> BufferedReader:
     """Opens a file for reading; raises `OSError` unless it is a regular one. A FIFO would block, a device never end."""
-    file: Any = open(path, "rb", buffering=buffering, opener=_without_waiting)  # noqa: SIM115  the caller closes it
+    file = FileIO(path, opener=_without_waiting)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+    return BufferedReader(file)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""train.py whose job is sent submitit's signal for preemption in its second batch."""
+"""train.py whose job is sent a signal in its second batch: seed 0 submitit's for preemption, others SIGTERM."""
 
 import signal
 
@@ -11,7 +11,7 @@ from coca_lit.cli.train import train_job
 
 
 def job(cfg: DictConfig) -> float | None:
-    with watched(Signal(signal.SIGUSR2)):
+    with watched(Signal(signal.SIGTERM if cfg.seed else signal.SIGUSR2)):
         return train_job(cfg)
 
 

@@ -1,5 +1,6 @@
 """Collectives, and a whole CoCa under DistributedDataParallel, on real gloo processes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from coca_lit.distributed import (
     broadcast_object,
     gather,
     gather_objects,
+    logsumexp_over_ranks,
+    max_over_ranks,
+    mean_over_ranks,
     print_rank_zero,
     rank,
     sum_over_ranks,
@@ -38,6 +42,9 @@ def collectives() -> dict[str, Any]:
         "gathered": gathered[:, 0].tolist(),
         "gradient": x.grad[:, 0].tolist(),
         "sum": sum_over_ranks(torch.tensor([1.0, rank()])).tolist(),
+        "logsumexp": logsumexp_over_ranks(torch.tensor([math.log(1 + rank()), 1000.0])).tolist(),
+        "mean": mean_over_ranks(torch.tensor([1.0, rank()])).tolist(),
+        "max": max_over_ranks([1, -rank()]),
         "objects": gather_objects({"rank": rank()}),
         "broadcast": broadcast_object(f"from {rank()}"),
     }
@@ -49,6 +56,9 @@ def test_collectives_without_a_process_group() -> None:
         "gathered": [0, 0],
         "gradient": [0, 1],
         "sum": [1, 0],
+        "logsumexp": [0, 1000],
+        "mean": [1, 0],
+        "max": [1, 0],
         "objects": [{"rank": 0}],
         "broadcast": "from 0",
     }
@@ -61,6 +71,9 @@ def test_collectives_on_two_ranks(on_ranks) -> None:
             "gathered": [0, 0, 1, 1],
             "gradient": [4 * r, 4 * r + 2],  # rows 2r and 2r + 1, from the losses of both ranks
             "sum": [2, 1],
+            "logsumexp": pytest.approx([math.log(3), 1000 + math.log(2)]),
+            "mean": [1, 0.5],
+            "max": [1, 0],
             "objects": [{"rank": 0}, {"rank": 1}],
             "broadcast": "from 0",
         }

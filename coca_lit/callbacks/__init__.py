@@ -4,7 +4,7 @@ from coca_lit.callbacks.averaging import Averaging
 from coca_lit.callbacks.bad_sample_log import BadSampleLog
 from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.non_finite_guard import NonFiniteGuard
-from coca_lit.callbacks.progress import SamplesSeen, SourceCounts, Throughput, progress_bar, samples_seen
+from coca_lit.callbacks.progress import RunSummary, SamplesSeen, SourceCounts, Throughput, progress_bar, samples_seen
 from coca_lit.callbacks.resuming import StepSeeds
 from coca_lit.callbacks.run_folder_guard import RunFolderGuard
 from coca_lit.callbacks.scoring import ScoreDuringTraining
@@ -16,6 +16,7 @@ __all__ = [
     "Checkpoints",
     "NonFiniteGuard",
     "RunFolderGuard",
+    "RunSummary",
     "SamplesSeen",
     "ScoreDuringTraining",
     "SourceCounts",

@@ -3,7 +3,7 @@
 A handler that acted at once could find the weights half updated or a collective half done. So it only records the
 signal, and a second one changes nothing.
 
-SIGTERM            save, exit with 143 (what a shell reports for a process that SIGTERM ended)
+SIGTERM            save, exit with 143 (what a shell reports for a process that SIGTERM ended), under submitit too
 SIGINT             the same with 130; a second Ctrl-C stops at once
 SIGUSR1 on SLURM   save, `scontrol requeue`, exit with 143     (#SBATCH --signal=USR1@90)
 under submitit     save, then submitit's own handler, which requeues
@@ -50,8 +50,8 @@ class Signals:
     def answer(self, trainer: L.Trainer, number: int) -> None:
         """Requeues or exits once all is saved, on all ranks at the same step. Returns if the run may continue."""
         self.received = 0
-        if callable(other := self._others[number]) and number != signal.SIGINT:
-            other(number, None)  # submitit: its preemption signal requeues and exits, it ignores others
+        if callable(other := self._others[number]) and number not in (signal.SIGINT, signal.SIGTERM):
+            other(number, None)  # submitit: its preemption signal requeues and exits
             return
         if number == slurm_signal() and trainer.is_global_zero:
             requeue()
@@ -64,7 +64,7 @@ class Signals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.nothing_to_save:
-            if callable(other := self._others[number]):
+            if callable(other := self._others[number]) and number != signal.SIGTERM:
                 return other(number, frame)
             raise SystemExit(_exit_code(number))
         self.received = self.received or number

@@ -5,6 +5,7 @@ samples it has seen.
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,13 +17,51 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import sum_over_ranks, world_size
 
 
+class RunSummary(L.Callback):
+    """Prints what is about to be trained, on what, for how long, and which scores will be computed.
+
+    Args:
+        evals: names of the evaluations.
+        output_dir: the run folder.
+    """
+
+    def __init__(self, evals: Sequence[str], output_dir: str) -> None:
+        self.evals, self.output_dir = list(evals), output_dir
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
+        every, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        processes = f"{world_size()} processes" if world_size() > 1 else "1 process"
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        steps, first = int(trainer.estimated_stepping_batches), trainer.global_step
+        lines = {
+            "model": f"{type(getattr(pl_module, 'net', pl_module)).__name__}, {every / 1e6:.1f} M parameters, "
+            f"{trained / 1e6:.1f} M trained",
+            "device": f"{pl_module.device}, {processes}, precision {trainer.precision}",
+            "data": f"{type(data).__name__}, {trainer.num_training_batches:,} batches an epoch"
+            + (f" of {data.batch_size:,}" if hasattr(data, "batch_size") else ""),
+            "steps": f"{steps:,}" + (f", {first:,} of them done" if first else ""),
+            "scores": ", ".join(self.evals) or "none",
+            "folder": self.output_dir,
+        }
+        print("\n".join(f"{name:8}{value}" for name, value in lines.items()), flush=True)
+
+
 def progress_bar() -> ProgressBar:
     """The bar that suits standard output."""
-    return RichProgressBar() if sys.stdout.isatty() else PlainProgress()
+    return _Bar() if sys.stdout.isatty() else PlainProgress()
+
+
+class _Bar(RichProgressBar):
+    def _get_train_description(self, current_epoch: int) -> str:
+        total = f"/{self.trainer.max_epochs}" if self.trainer.max_epochs not in (None, -1) else ""
+        return f"Epoch {current_epoch + 1}{total}".ljust(len(self.validation_description))  # people count from 1
 
 
 class PlainProgress(ProgressBar):
-    """step 200/1500 · epoch 1 · ETA 0:01:12 · train/caption_loss 0.412 · samples/s 812"""
+    """step 200/1500 · epoch 2 · ETA 0:01:12 · train/caption_loss 0.412 · samples/s 812"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +88,7 @@ class PlainProgress(ProgressBar):
             values = [f"{name} {value:.4g}" for name, value in metrics.items()]
             eta = timedelta(seconds=round(seconds_left))
             print(
-                " · ".join([f"step {step}/{total}", f"epoch {trainer.current_epoch}", f"ETA {eta}", *values]),
+                " · ".join([f"step {step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {eta}", *values]),
                 flush=True,
             )
 

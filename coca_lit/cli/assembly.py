@@ -173,10 +173,8 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
     """
     source = None
     if checkpoint is not None:
-        from coca_lit.weights.load import read_architecture
-
         with error_context("ckpt_path"):
-            cfg = with_facts(cfg, read_architecture(checkpoint), checkpoint)
+            cfg = with_facts(cfg, _architecture(checkpoint), checkpoint)
     elif cfg.init_from is not None:
         from coca_lit.weights.load import copy_weights, load_dual_encoder
 
@@ -203,6 +201,22 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
     if not any(p.requires_grad for p in module.net.parameters()):
         raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
     return module
+
+
+def _architecture(checkpoint: Path) -> dict[str, Any]:
+    """The architecture of a checkpoint, or of another one of its run: the first process may be about to replace the
+    link `last.ckpt`, which then points to a damaged file or to none.
+    """
+    from coca_lit.runs.checkpoint_io import step_files
+    from coca_lit.weights.load import read_architecture
+
+    errors = []
+    for path in (checkpoint, *step_files(checkpoint.parent)):
+        try:
+            return read_architecture(path)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:
@@ -358,7 +372,7 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
     """In the order in which they must act. Averaged weights replace the trained ones when training ends: after the
     last checkpoint, before the final scores.
     """
-    from coca_lit.callbacks import Averaging, Checkpoints
+    from coca_lit.callbacks import Averaging, Checkpoints, RunSummary
     from coca_lit.runs.resume import resume_keys
 
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
@@ -367,7 +381,9 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
         callback.config = resume_keys(plain(cfg))
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
-    return [*checkpoints, *averaging, scoring, *(callback for callback in callbacks if callback not in checkpoints)]
+    others = [callback for callback in callbacks if callback not in checkpoints]
+    summary = RunSummary([evaluation.name for evaluation in scoring.evals], cfg.output_dir)
+    return [*checkpoints, *averaging, scoring, *others, summary]
 
 
 def build_plugins() -> list[Any]:

@@ -27,6 +27,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from coca_lit import __version__
 from coca_lit.cli.assembly import has_argument, known_arguments
 from coca_lit.cli.checks import check, check_numbers, check_places, unresolved
 from coca_lit.cli.sweep import job_record, print_sweep
@@ -39,7 +40,6 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 
 Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
-PLUGINS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "joblib", "ray": "ray", "optuna": "optuna"}
 
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 for resolver in (job_folder, launched_devices, launched_nodes):
@@ -63,7 +63,9 @@ def command(
         options, further = _parser().parse_known_args(flags)
         if options.config_dir is not None:
             overrides = [*overrides, _search_path(options.config_dir)]
-        if options.help:
+        if options.version:
+            print(f"coca_lit {__version__}")
+        elif options.help:
             print(_help(config, overrides))
         elif options.cfg is not None:
             print(_shown(compose(config, overrides, with_hydra=True), options), end="")
@@ -209,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
     parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--version", action="store_true")
     parser.add_argument("--package", "-p")
     parser.add_argument("--config-dir", "-cd", type=Path)
     return parser
@@ -345,9 +348,6 @@ def _explain_grammar(override: str) -> str:
 
 def _explain_option(error: MissingConfigException, config: str, overrides: Sequence[str]) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
-    if group in ("hydra/launcher", "hydra/sweeper") and option in PLUGINS:
-        extra = PLUGINS[option]
-        return f"Hydra's {option} plugin is not installed: pip install -e '.[{extra}]' (or coca_lit[{extra}])"
     options = _Known(config, overrides).options(group)
     where = f"'{group}' has no option" if group else "there is no config"
     return f"{where} '{option}'{suggest(option, options)} The options: {', '.join(options)}"

@@ -30,7 +30,7 @@ from coca_lit.runs.launch import is_first_process, job_folder
 from coca_lit.runs.redaction import masked_yaml, redact
 
 RECORD, ERROR, SWEEP_VARIABLE = "job.json", "error.txt", "COCA_LIT_SWEEP"
-IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher", "RayAWSLauncher", "LocalLauncher")
+IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher")
 
 
 class Sweep(NamedTuple):
@@ -107,7 +107,31 @@ def job_record() -> Iterator[None]:
         message = [line for line in redact(str(error)).splitlines() if line.strip()]
         _write_record(folder, {**record, "status": "failed", "error": message[-1] if message else type(error).__name__})
         raise
+    except SystemExit:  # a signal, with everything saved
+        _write_record(folder, {**record, "status": "stopped", "error": "by a signal; the same command resumes it"})
+        raise
     _write_record(folder, {**record, "status": "ok"})
+
+
+def record_death(config: DictConfig, reason: str) -> None:
+    """Records as failed a job whose process ended before it could do so itself.
+
+    Args:
+        config: of the job, with Hydra's part.
+    """
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        folder = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
+        sweep, overrides = config.hydra.job.env_set[SWEEP_VARIABLE], _values(config.hydra.overrides.task)
+    finally:
+        HydraConfig.instance().cfg = before
+    folder.mkdir(parents=True, exist_ok=True)
+    record = read_json(folder / RECORD, dict) if (folder / RECORD).exists() else {}
+    if record.get("sweep") != sweep:
+        record = {"sweep": sweep, "begun": time.time(), "overrides": overrides, "status": "unfinished"}
+    if record["status"] == "unfinished":
+        _write_record(folder, {**record, "status": "failed", "error": reason})
 
 
 def prepare_jobs(config: DictConfig, sweep: str, fixed: Sequence[Override], left_out: set[str]) -> None:
@@ -167,6 +191,8 @@ def print_sweep() -> bool:
     failed = [row for row in new if row["status"] == "failed"]
     if failed and not sweep.may_fail:
         sys.exit(f"error: {failed[0]['error']}")
+    if stopped := [row for row in new if row["status"] in ("stopped", "unfinished")]:
+        sys.exit(f"error: {len(stopped)} of {len(new)} jobs did not end: the same command resumes them")
     return bool(new)
 
 

@@ -50,6 +50,8 @@ def train_job(cfg: DictConfig) -> float | None:
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
     with in_use(Path(cfg.output_dir)):
+        if is_first_process():
+            print(f"training {cfg.name}, loading libraries …", flush=True)
         return _run(cfg)
 
 

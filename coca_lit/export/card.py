@@ -4,7 +4,7 @@ Hugging Face Hub.
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from coca_lit.export.folder import CARD, TAG
 from coca_lit.models import CoCa, part_sizes
 from coca_lit.reading import read_json
 from coca_lit.report.scores import cell, score_name
-from coca_lit.report.tables import Table, markdown
+from coca_lit.report.tables import plain
 from coca_lit.runs.run_folder import commit
 
 TRAINING = (
@@ -169,13 +169,13 @@ def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixt
         return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
     data = list(dict.fromkeys(key.rpartition("/")[0] for key in results))
     scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
-    rows = [[score_name(s), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
+    rows = [[plain(score_name(s)), *(cell(s, results.get(f"{name}/{s}")) for name in data)] for s in scores]
     note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
     if mixture is not None:
         note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
     if split := config.get("scoring", {}).get("split"):
         note.append(f"On the split `{split}` of data with several splits.")
-    return _table("Scores", ("", *data), rows, " ".join(note))
+    return _table("Scores", ("", *map(plain, data)), rows, " ".join(note))
 
 
 def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
@@ -205,8 +205,10 @@ def _limits(exported: Exported, name: str, repo: str | None) -> str:
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def _table(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]], note: str = "") -> str:
-    table = markdown(Table(title, [*header], [[str(cell) for cell in row] for row in rows]))
+def _table(title: str, header: Sequence[str], rows: Iterable[Iterable[Any]], note: str = "") -> str:
+    """The cells are Markdown; `check_output` finds the files of an earlier export by their backticks."""
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
     return "\n\n".join([f"## {title}", table, *([note] if note else [])])
 
 

@@ -152,7 +152,13 @@ def _write(
     lines = [f"# {plain(title)}", ""]
     lines += [f"- {key}: {code(v) if key == 'command' else plain(v)}" for key, v in facts.items()]
     for table in tables:
-        lines += ["", f"## {plain(table.title)}", "", markdown(table), *(["", plain(table.note)] if table.note else [])]
+        lines += [
+            "",
+            f"## {plain(table.title)}",
+            "",
+            markdown(table, literal=True),
+            *(["", plain(table.note)] if table.note else []),
+        ]
     for heading, items in reasons.items():
         listed = [f"- {plain(name)}: {plain(why)}" for name, why in items.items()]
         lines += ["", f"## {heading}", "", *listed] if items else []

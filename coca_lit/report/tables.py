@@ -43,12 +43,17 @@ class Table(NamedTuple):
     note: str = ""
 
 
-def markdown(table: Table) -> str:
-    """Header and rows in Markdown, without title and note."""
+def markdown(table: Table, literal: bool = False) -> str:
+    """Header and rows in Markdown, without title and note.
+
+    Args:
+        literal: the cells are plain text, as names are, and not Markdown themselves.
+    """
+    written = plain if literal else str
     width = len(table.header)
     rows = [row if len(row) > 1 or width == 1 else [f"**{row[0]}**", *[""] * (width - 1)] for row in table.rows]
     lines = [table.header, ["---"] * width, *rows]
-    return "\n".join("| " + " | ".join(plain(text).replace("|", "\\|") for text in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(written(text).replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def plain(text: str) -> str:

@@ -35,6 +35,12 @@ class Order(NamedTuple):
     mixed: Callable[[Sequence[int]], Iterator[int]]  # (shards of this worker) -> samples
 
 
+class Sample(int):
+    """A number in the place of a sample of a shard."""
+
+    bytes = 0  # that it takes in the buffer
+
+
 def in_order(shards: Sequence[int]) -> Iterator[int]:
     return (shard * SAMPLES + i for shard in shards for i in range(SAMPLES))
 
@@ -44,7 +50,9 @@ def ours(buffer: int) -> Order:
 
     def mixed(shards: Sequence[int]) -> Iterator[int]:
         order = ShardOrder([Source("", [Shard(str(shard)) for shard in shards])], shuffle_buffer=buffer)
-        with patch("coca_lit.data.shards.stream.read_shard", lambda shard, *_, **__: in_order([int(shard.name)])):
+        with patch(
+            "coca_lit.data.shards.stream.read_shard", lambda shard, *_, **__: map(Sample, in_order([int(shard.name)]))
+        ):
             found = order.samples(0, 0, 1, BadSamples(1.0))
             yield from (sample.sample for sample in islice(found, len(shards) * SAMPLES))  # type: ignore[misc]
 

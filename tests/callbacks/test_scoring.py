@@ -80,14 +80,12 @@ def logged(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
     [
         ({}, 1, [3]),
         ({}, 2, []),
-        ({"every_n_epochs": 2}, 1, []),  # epoch 2 of 2 is the end
         ({}, 0, []),
         ({"every_n_epochs": None, "every_n_steps": 2}, 1, [1, 3, 5]),
         ({"every_n_epochs": None, "every_n_steps": 2}, 2, [3]),
         ({"every_n_steps": 4}, 1, [3]),  # the end of the epoch: once, not twice
         ({"every_n_steps": 3}, 1, [2, 3, 5]),
         ({"every_n_epochs": None}, 1, []),
-        ({"every_n_epochs": 2}, 1, []),  # the second epoch is the last one
     ],
 )
 def test_scores_come_every_n_epochs_or_steps_and_at_the_end(

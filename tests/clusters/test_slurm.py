@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
+pytestmark = pytest.mark.slow  # .ci/clusters runs them
+
 SCRIPT = ROOT / "experiments" / "clusters" / "slurm.sh"
 SIZES = ("trainer.accelerator=cpu", "trainer.precision=32-true", "model.net.name=coca_tiny", "image_size=32")
 SHORT = ("data.batch_size=8", "data.train_count=64", "trainer.limit_val_batches=1", "evals=[]", "threads=1")
@@ -33,12 +35,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def call(slurm: str, tmp_path: Path) -> Call:
-    """`call(*command)` in an empty folder with SLURM's programs."""
+    """`call(*command, **environment)` in an empty folder with SLURM's programs."""
 
-    def call(*command: str) -> subprocess.CompletedProcess[str]:
+    def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         own = {"SLURM_CONF": slurm, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "SRUN_CPUS_PER_TASK": "1"}
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))} | own
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
+        return subprocess.run(
+            command, cwd=tmp_path, env=env | own | environment, capture_output=True, text=True, timeout=240
+        )
 
     return call
 
@@ -112,3 +116,58 @@ def test_a_job_is_requeued_while_it_starts_and_while_it_trains(call: Call, tmp_p
     assert state(call, undisturbed) == "COMPLETED", its_log.read_text()
     assert curve(run) == curve(tmp_path / "outputs" / "demo" / f"slurm_{undisturbed}")
     assert len(curve(run)) == 48
+
+
+# Sweeps
+
+ON_ONE_NODE = ("hydra/launcher=slurm_jobs", "hydra.launcher.cpus_per_task=1", "hydra.sweep.dir=sweep")
+NO_GPUS = "hydra.launcher.gpus_per_node=null"
+
+
+def rows_of(sweep: Path, key: str) -> dict[str, dict[str, str]]:
+    with (sweep / "results.csv").open(newline="") as file:
+        return {row[key]: row for row in csv.DictReader(file)}
+
+
+def test_jobs_of_a_sweep_of_which_one_is_killed(call: Call, tmp_path: Path) -> None:
+    """Two tasks each in one folder; all results are awaited and shown, the dead job with its reason."""
+    pytest.importorskip("submitit")
+    app = (sys.executable, str(ROOT / "tests" / "sweep_app.py"), "-m", *ON_ONE_NODE)
+    rates = "model.optimizer.lr=0.1,109,2,0.3"
+    done = call(*app, NO_GPUS, "hydra.launcher.tasks_per_node=2", "hydra.launcher.partition=all", rates)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    rows = rows_of(tmp_path / "sweep", "model.optimizer.lr")
+    assert [rows[rate]["status"] for rate in ("0.1", "109", "2", "0.3")] == ["ok", "failed", "failed", "ok"]
+    assert "state FAILED, killed by SIGKILL" in rows["109"]["error"]
+    assert rows["2"]["error"] == "no model survives 2.0"
+    assert len([*(tmp_path / "sweep" / "model.optimizer.lr=0.3").glob("rank[01].txt")]) == 2
+
+
+def test_preempted_jobs_are_requeued_and_terminated_ones_stop(call: Call, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    app = (sys.executable, str(ROOT / "tests" / "preempted_app.py"), "-m", *ON_ONE_NODE, NO_GPUS, "seed=0,1")
+    steps = ("trainer.max_epochs=1", "data.train_count=16", "data.batch_size=4")
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "tests", "tests/runs"))
+    done = call(*app, "trainer=cpu", *SIZES, *SHORT, *LOGS, *steps, PYTHONPATH=paths)
+    assert done.returncode == 1
+    assert "error: 1 of 2 jobs did not end: the same command resumes them" in done.stderr
+    rows = rows_of(tmp_path / "sweep", "seed")
+    assert [rows[seed]["status"] for seed in "01"] == ["ok", "stopped"]
+    said = [path.read_text() for path in sorted(tmp_path.glob("sweep/.submitit/*/*.out"))]
+    assert "stopping after step 2 on signal 12: saved" in said[0]
+    assert "resuming after step 2 in epoch 0, 8 samples seen" in said[0]
+    assert "stopping after step 2 on signal 15: saved" in said[1]
+    assert [[step for step, *_ in curve(tmp_path / "sweep" / f"seed={seed}")] for seed in "01"] == [
+        ["0", "1", "2", "3"],
+        ["0", "1"],
+    ]
+
+
+def test_gpus_that_no_node_has_are_one_sentence(call: Call) -> None:
+    pytest.importorskip("submitit")
+    app = (sys.executable, str(ROOT / "tests" / "sweep_app.py"), "-m", *ON_ONE_NODE)
+    done = call(*app, "model.optimizer.lr=0.1,0.2")
+    assert done.returncode == 1
+    assert "set hydra.launcher.gpus_per_node=null to train without" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """Zero-shot classification by hand, against scikit-learn, and on real images of digits."""
 
 import json
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -37,6 +38,7 @@ class Prototypes(torch.nn.Module):
     """A model with the two encoders: pixels of an image, and for a text the mean image of the digit that it names."""
 
     image_size = 8
+    preprocessing = MappingProxyType({"size": 8})
     device = torch.device("cpu")
 
     def __init__(self, means):

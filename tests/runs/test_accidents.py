@@ -157,15 +157,16 @@ def test_full_disk_costs_nothing_but_checkpoints(
 
 
 HIDDEN = """
-import os, runpy, signal, sys
+import os, runpy, signal, sys, types
 sys.modules["fcntl"] = None
+from lightning.pytorch.trainer.connectors import signal_connector
+signal_connector.signal = types.ModuleType("signal")  # what it does without them depends on the platform
+vars(signal_connector.signal).update(vars(signal))
 for name in ("SIGUSR1", "SIGUSR2", "SIGALRM"):
     delattr(signal, name)
 def refuse(*_, **__):
     raise OSError(1314, "A required privilege is not held by the client")
 os.symlink = refuse
-from lightning.pytorch.trainer.connectors import signal_connector
-signal_connector._IS_WINDOWS = True  # Lightning's own way to do without them
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -216,18 +216,28 @@ def test_tensorboard_gets_the_losses(tmp_path: Path) -> None:
     assert logged == pytest.approx(losses(tmp_path)["train/caption_loss"])
 
 
+SUMMARY = tuple(f"{name:8}" for name in ("model", "device", "data", "steps", "scores", "folder"))
+
+
 def test_plain_lines_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, *SHORT, "trainer.log_every_n_steps=2")
     number = r"\d+(\.\d+)?"
     values = rf"train/contrastive_loss {number} · train/caption_loss {number} · samples/s {number}"
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if re.match(r"step \d", line)]
     assert [line.split(" ", 2)[1] for line in lines] == ["2/8", "4/8", "6/8", "8/8"]
-    for line, epoch in zip(lines, (0, 0, 1, 1), strict=True):
+    for line, epoch in zip(lines, (1, 1, 2, 2), strict=True):
         assert re.fullmatch(rf"step \d/8 · epoch {epoch} · ETA \d:\d\d:\d\d · {values}", line), line
     assert "ETA 0:00:00" in lines[-1]
+    weights = sum(tensor.numel() for name, tensor in load_model(tmp_path / "checkpoints/last.ckpt").named_parameters())
+    summary = dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith(SUMMARY))
+    assert summary["model"] == f"CoCa, {weights / 1e6:.1f} M parameters, {weights / 1e6:.1f} M trained"
+    assert summary["device"] == "cpu, 1 process, precision 32-true"
+    assert (summary["data"], summary["steps"]) == ("ScenesDataModule, 4 batches an epoch of 8", "8")
+    assert summary["folder"] == str(tmp_path)
 
 
 @pytest.mark.parametrize(("terminal", "kind"), [(True, RichProgressBar), (False, PlainProgress)])
 def test_bar_suits_the_output(monkeypatch: pytest.MonkeyPatch, terminal: bool, kind: type) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    assert type(progress_bar()) is kind
+    assert isinstance(progress_bar(), kind)

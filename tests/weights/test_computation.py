@@ -143,7 +143,8 @@ def test_a_resumed_run_keeps_the_mask_of_its_checkpoint(tmp_path: Path, tiny_mod
     run(tmp_path / "run", *short, f"init_from={tmp_path / 'm.safetensors'}")
     (tmp_path / "m.safetensors").unlink()
     (tmp_path / "run" / "results.json").unlink(missing_ok=True)
-    run(tmp_path / "run", *short, "trainer.max_steps=3")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    run(tmp_path / "run", *short, "trainer.max_steps=3", f"ckpt_path={last.resolve()}")
     assert load_model(tmp_path / "run" / "checkpoints" / "last.ckpt").config["cls_mask"] == "legacy"
     with pytest.raises(
         ConfigError, match=r"ckpt_path: cls_mask is 'correct', but the weights in .* trained with 'legacy'"

@@ -119,7 +119,7 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
                 key = f"{place}{slash}{stem}"
                 if suffix.lower() in IMAGES:
                     images[key] = TarImage(shard, member.offset, member.size)
-                elif suffix.lower() == label:
+                elif suffix.lower() == label and member.size <= MAX_TEXT:
                     texts[key] = member.content.decode()
         except Exception as error:  # tarfile raises many types
             raise DataError(f"{shard} is not a readable shard: {error}") from error

@@ -81,7 +81,7 @@ class TarIndex:
         key = self.key(i)
         fields: dict[str, Any] = {"__key__": key}
         try:
-            with open_regular(self.shard, buffering=0) as file:
+            with open_regular(self.shard) as file:
                 status = os.fstat(file.fileno())
                 if (status.st_size, status.st_mtime_ns) != (self.stamp.bytes, self.stamp.changed_at):
                     raise BadSampleError(BadSample(self.shard, key, "shard changed after it was indexed"))

@@ -55,7 +55,7 @@ def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Ite
     with open_data(path) as file:
         end = os.fstat(file.fileno()).st_size if isinstance(file, BufferedReader) else sys.maxsize
         headers = _Headers(file)
-        tar: Any = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  it has nothing to close but the file
+        tar: Any = tarfile.TarFile(fileobj=headers)  # it has nothing to close but the file
         for member in tar:
             name = printable(member.name)
             if member.size < 0:

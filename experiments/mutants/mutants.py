@@ -1,0 +1,704 @@
+"""Breaks important lines of the package one at a time, and lists what no test notices.
+
+    python experiments/mutants/mutants.py [ID ...]
+
+Works in a copy of the tree. The tests that a row names must pass there as the tree stands; then each mutation is
+applied alone, its tests run until one fails, and `mutants.csv` gets a row with that test. Every run of tests is a fork
+of this process, which has imported the libraries but nothing of the package. Several processes may share the ids.
+"""
+
+import contextlib
+import csv
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).with_name("mutants.csv")
+LIBRARIES = ("pytest", "torch", "torchvision", "timm", "lightning.pytorch", "torchmetrics", "open_clip", "hydra")
+LIMIT_S = 300  # for the tests of one mutant
+OUT_OF_TIME = "(out of time)"  # a hang is noticed, too
+NOBODY = ""
+
+
+class Mutant(NamedTuple):
+    """A line of the package that is replaced, and the tests, in `tests/`, that should notice."""
+
+    id: str
+    file: str
+    text: str
+    replacement: str
+    tests: str
+
+
+class Result(NamedTuple):
+    """A row of `mutants.csv`; `noticed_by` is the first test that failed."""
+
+    id: str
+    file: str
+    mutation: str
+    noticed_by: str
+    seconds: str
+
+
+def mutants() -> list[Mutant]:
+    """The table, ordered as the package is."""
+    return [Mutant(id, f"coca_lit/{file}", *rest) for file, rows in TABLE.items() for id, *rest in rows]
+
+
+TABLE: dict[str, list[tuple[str, str, str, str]]] = {
+    "losses/contrastive.py": [
+        (
+            "contrastive_rank",
+            "        own = rank() * len(images)\n",
+            "        own = 0\n",
+            "losses/test_losses.py::test_losses_on_several_ranks_equal_one_process_with_the_global_batch",
+        ),
+        ("contrastive_diagonal", ".sub_(2)", ".sub_(1)", "losses/test_losses.py"),
+        (
+            "contrastive_direction",
+            "over_texts + over_images[own : own + len(images)] - 2 * pairs",
+            "2 * over_texts - 2 * pairs",
+            "losses/test_losses.py",
+        ),
+    ],
+    "losses/siglip.py": [
+        ("siglip_tile", ".diagonal(own + rows.start).sub_(1)", ".diagonal(own).sub_(1)", "losses/test_losses.py"),
+        (
+            "siglip_bias",
+            "torch.addmm(bias, images[rows] * scale, texts.T)",
+            "torch.addmm(-bias, images[rows] * scale, texts.T)",
+            "losses/test_losses.py",
+        ),
+    ],
+    "losses/caption.py": [
+        (
+            "caption_world",
+            "return total * world_size() / count.clamp(min=1)",
+            "return total / count.clamp(min=1)",
+            "losses/test_losses.py::test_losses_on_several_ranks_equal_one_process_with_the_global_batch",
+        ),
+        ("caption_ignored", "real = targets != IGNORED", "real = targets != 0", "losses/test_losses.py"),
+        ("caption_smoothing", "p.sub_(smoothing / len(vocabulary))", "p.sub_(smoothing)", "losses/test_losses.py"),
+    ],
+    "losses/policy.py": [
+        ("policy_baseline", " * (samples / (samples - 1))", "", "losses/test_policy.py"),
+        (
+            "policy_sign",
+            "advantages.repeat_interleave(lengths)",
+            "-advantages.repeat_interleave(lengths)",
+            "losses/test_policy.py",
+        ),
+    ],
+    "losses/gradients.py": [
+        (
+            "outer_gradient",
+            "return gradient.mul_(factor) if in_place else gradient * factor",
+            "return gradient",
+            "losses/test_losses.py",
+        ),
+    ],
+    "distributed.py": [
+        (
+            "gather_backward",
+            "dist.reduce_scatter(own, [part.contiguous() for part in gradients[0].chunk(world_size())])",
+            "own.copy_(gradients[0].chunk(world_size())[rank()])",
+            "test_distributed.py::test_collectives_on_two_ranks",
+        ),
+        (
+            "gather_order",
+            "return torch.cat(parts)",
+            "return torch.cat(parts[::-1])",
+            "test_distributed.py::test_collectives_on_two_ranks",
+        ),
+        (
+            "logsumexp_ranks",
+            "highest + sum_over_ranks((x - highest).exp()).log()",
+            "x",
+            "test_distributed.py::test_collectives_on_two_ranks",
+        ),
+    ],
+    "models/text.py": [
+        (
+            "legacy_cls_position",
+            'cls_at = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)',
+            "cls_at = lengths",
+            "models/test_coca.py -k legacy",
+        ),
+        (
+            "legacy_cls_mask",
+            "(causal & ~torch.diag_embed(is_cls & ~fills_context[:, None]))",
+            "(causal & ~torch.diag_embed(is_cls))",
+            "models/test_coca.py -k legacy",
+        ),
+        (
+            "prefix_predicted",
+            "layout.positions >= prefix_lengths[:, None] - 1",
+            "layout.positions >= prefix_lengths[:, None]",
+            "models/test_prefixes.py",
+        ),
+        (
+            "decoder_depth",
+            "depth = len(self.self_blocks) + len(self.cross_blocks)",
+            "depth = len(self.cross_blocks)",
+            "models/test_coca.py -k initial",
+        ),
+    ],
+    "models/init.py": [
+        ("mlp_deviation", "(2 * width) ** -0.5)", "width**-0.5)", "models/test_coca.py -k initial"),
+    ],
+    "models/layers.py": [
+        (
+            "prompt_causal",
+            "causal = mask is None and q.shape[2] > 1",
+            "causal = False",
+            "models/generation/test_generate.py",
+        ),
+        (
+            "cache_rows",
+            "written = self._keys_values[:, rows, :, : self.used]",
+            "written = self._keys_values[:, : len(rows), :, : self.used].clone()",
+            "models/generation/test_strategies.py -k beams",
+        ),
+        (
+            "folded_norm",
+            "torch.addmv(self.kv.bias, self.kv.weight, norm.bias)",
+            "self.kv.bias",
+            "weights/test_open_clip.py -k 'features or losses'",
+        ),
+    ],
+    "models/packing.py": [
+        (
+            "packed_cls",
+            "return rows[self._starts + positions]",
+            "return rows[self._starts + positions - 1]",
+            "models/test_packing.py -k padded",
+        ),
+    ],
+    "models/coca.py": [
+        (
+            "temperature_limit",
+            "self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)",
+            "self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)",
+            "models/test_coca.py -k clamp",
+        ),
+    ],
+    "models/generation/beam.py": [
+        (
+            "beam_done",
+            "return closed, (worst > NEVER) & (worst >= scores[:, 0])",
+            "return closed, worst > NEVER",
+            "models/generation/test_strategies.py",
+        ),
+        (
+            "beam_length",
+            "counted = (counted - prompts.lengths).clamp(min=1)",
+            "counted = counted.clamp(min=1)",
+            "models/generation/test_strategies.py",
+        ),
+        (
+            "beam_caches",
+            "rows = source + torch.arange(len(source), device=source.device)[:, None] * self.num_beams",
+            "rows = source.clone()",
+            "models/generation/test_strategies.py",
+        ),
+        (
+            "beam_cut_off",
+            "scores = force_token(scores, self.constraints.end_id)",
+            "scores = scores.clone()",
+            "models/generation/test_strategies.py",
+        ),
+        (
+            "beam_legacy_length",
+            "still = (opened.scores / length**self.length_penalty)",
+            "still = (opened.scores / (length - 1) ** self.length_penalty)",
+            "models/generation/test_open_clip_generation.py models/generation/test_strategies.py",
+        ),
+    ],
+    "models/generation/constraints.py": [
+        (
+            "nucleus",
+            "before = probabilities.cumsum(dim=-1) - probabilities",
+            "before = probabilities.cumsum(dim=-1)",
+            "models/generation/test_generate_options.py -k top",
+        ),
+        (
+            "repetition",
+            "torch.where(seen < 0, seen * penalty, seen / penalty)",
+            "seen / penalty",
+            "models/generation/test_strategies.py",
+        ),
+        (
+            "minimal_length",
+            "if ids.shape[1] < self.min_length:",
+            "if ids.shape[1] <= self.min_length:",
+            "models/generation/test_strategies.py",
+        ),
+    ],
+    "models/generation/sampling.py": [
+        (
+            "mean_log_probability",
+            "(log_probs / written)",
+            "(log_probs / length)",
+            "models/generation/test_generate_options.py -k 'log_probabilities or rerank'",
+        ),
+    ],
+    "metrics/captions.py": [
+        (
+            "bleu_closest",
+            "(abs(other - length), other))",
+            "(abs(other - length), -other))",
+            "metrics/test_uncertainty.py -k resample",
+        ),
+        (
+            "bleu_brevity",
+            "np.exp(np.minimum(0, 1 - ",
+            "np.exp(np.maximum(0, 1 - ",
+            "metrics/test_uncertainty.py -k resample",
+        ),
+    ],
+    "metrics/cider.py": [
+        (
+            "cider_documents",
+            "counts.update({ngram for words in captions for ngram in _ngrams(words)})",
+            "counts.update([ngram for words in captions for ngram in _ngrams(words)])",
+            "metrics/test_cider.py",
+        ),
+        ("cider_clipped", "min(own[g], theirs[g]) * theirs[g]", "own[g] * theirs[g]", "metrics/test_cider.py"),
+        (
+            "cider_length",
+            "return total * math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))",
+            "return total",
+            "metrics/test_cider.py",
+        ),
+    ],
+    "metrics/retrieval.py": [
+        ("recall_ties", "(similarity_QC >= best_Q1)", "(similarity_QC > best_Q1)", "metrics/test_retrieval.py"),
+        ("recall_k", "(ranks < k).sum()", "(ranks <= k).sum()", "metrics/test_retrieval.py"),
+    ],
+    "metrics/zeroshot.py": [
+        (
+            "absent_classes",
+            "[totals > 0] / totals[totals > 0]",
+            " / totals.clamp(min=1)",
+            "metrics/test_metric_classes.py::test_accuracy_equals_that_of_torchmetrics_but_for_ties_and_absent_classes",
+        ),
+    ],
+    "metrics/vqa.py": [
+        (
+            "vqa_leave_one_out",
+            "(same - (person == given)) / ENOUGH",
+            "same / ENOUGH",
+            "metrics/test_vqa.py -k accuracy",
+        ),
+    ],
+    "metrics/clipscore.py": [
+        (
+            "ref_clip_score_clamp",
+            "torch.zeros(len(images)).scatter_reduce",
+            "torch.full((len(images),), -1.0).scatter_reduce",
+            "metrics/test_caption_table.py",
+        ),
+        ("clip_score_clamp", ".sum(dim=1).clamp(min=0)", ".sum(dim=1)", "metrics/test_caption_table.py"),
+    ],
+    "metrics/java/spice.py": [
+        (
+            "spice_null",
+            "math.nan if row[kind] is None else row[kind]",
+            "0.0 if row[kind] is None else row[kind]",
+            "metrics/test_spice.py -k zero",
+        ),
+    ],
+    "metrics/uncertainty.py": [
+        (
+            "paired_p",
+            "scatter = np.abs(values - values.mean())",
+            "scatter = np.abs(values)",
+            "metrics/test_uncertainty.py -k differ",
+        ),
+    ],
+    "training/optim.py": [
+        ("warm_up", "return (step + 1) / warmup_steps", "return step / warmup_steps", "training/test_optim.py"),
+        ("decayed", "return parameter.ndim > 1 and name", "return name", "training/test_optim.py"),
+        (
+            "layer_decay",
+            "self.layer_decay ** depth.get(name, 0) * factor",
+            "self.layer_decay ** (depth.get(name, 1) - 1) * factor",
+            "training/test_optim.py",
+        ),
+    ],
+    "training/gradient_caching.py": [
+        (
+            "cached_tokens",
+            "total_tokens = sum_over_ranks(net.predicted_tokens(tokens, lengths, prefix_lengths))",
+            "total_tokens = net.predicted_tokens(tokens, lengths, prefix_lengths)",
+            "training/test_gradient_caching.py::test_micro_batches_on_two_ranks_equal_the_whole_batch_on_one",
+        ),
+        (
+            "cached_dropout",
+            "    with seeded(part.seed):\n",
+            "    with torch.random.fork_rng():\n",
+            "training/test_gradient_caching.py::test_dropout_is_the_same_in_both_passes",
+        ),
+    ],
+    "training/self_critical.py": [
+        (
+            "forced_end",
+            "lengths = lengths.where(lengths < self._most(net), lengths - 1)",
+            "lengths = lengths.clone()",
+            "training/test_self_critical.py::test_gradient_equals_captions_one_by_one",
+        ),
+    ],
+    "callbacks/non_finite_guard.py": [
+        (
+            "guard_statistics",
+            "buffer.copy_(before)",
+            "before.copy_(buffer)",
+            "runs/test_resume.py::test_step_that_is_not_finite_changes_nothing",
+        ),
+        (
+            "guard_gradients",
+            "parameter.grad = None",
+            "parameter.requires_grad_()",
+            "runs/test_resume.py::test_step_that_is_not_finite_changes_nothing",
+        ),
+    ],
+    "callbacks/resuming.py": [
+        (
+            "step_seeds",
+            'stable_seed("step", self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)',
+            "self.seed",
+            "callbacks/test_resuming.py",
+        ),
+        (
+            "resumed_position",
+            'counts.update(dict.fromkeys(counts, counts["completed"]))',
+            "counts.update(counts)",
+            "runs/test_resume.py::test_killed_twice_in_an_epoch[map-0-extra0]",
+        ),
+    ],
+    "callbacks/scoring.py": [
+        (
+            "every_n_epochs",
+            "count % (every * e.every) == 0",
+            "count % e.every == 0",
+            "callbacks/test_scoring.py::test_scores_come_every_n_epochs_or_steps_and_at_the_end",
+        ),
+        (
+            "scores_of_the_average",
+            "with scored_weights(trainer, pl_module), _scorable(pl_module) as net:",
+            "with _scorable(pl_module) as net:",
+            "callbacks/test_scoring.py::test_averaged_weights_are_scored",
+        ),
+    ],
+    "callbacks/checkpoint.py": [
+        (
+            "best_kept",
+            "if kept is None or path != self._path(kept):",
+            "if kept != path:",
+            "callbacks/test_scoring.py::test_the_best_checkpoint_is_kept",
+        ),
+    ],
+    "runs/checkpoint_io.py": [
+        (
+            "saved_is_read_back",
+            "            inspect(temporary)\n",
+            "            temporary.stat()\n",
+            "runs/test_resume.py::test_what_could_not_be_loaded_is_not_saved",
+        ),
+    ],
+    "runs/resume.py": [
+        (
+            "compared_keys",
+            '*("model", "data", "trainer", "callbacks"),',
+            '*("data", "trainer", "callbacks"),',
+            "runs/test_resume.py::test_changed_config_is_refused_by_its_key",
+        ),
+    ],
+    "runs/logs.py": [
+        (
+            "rewound_rows",
+            "kept = [row for row in whole if int(row[column]) < logged_steps]",
+            "kept = [row for row in whole if int(row[column]) <= logged_steps]",
+            "runs/test_resume.py::test_killed_twice_in_an_epoch[map-0-extra0]",
+        ),
+    ],
+    "runs/redaction.py": [
+        ("redacted_password", "|password|", "|", "test_hostile_input.py::test_names_of_secrets"),
+    ],
+    "files.py": [
+        (
+            "half_a_line",
+            "end = _remove_incomplete_line(file)",
+            "end = file.seek(0, os.SEEK_END)",
+            "inference/test_caption_resume.py::test_lines",
+        ),
+    ],
+    "data/loader.py": [
+        (
+            "ranks_share_batches",
+            "order[step * batch_size + rank : (step + 1) * batch_size : world]",
+            "order[step * batch_size : (step + 1) * batch_size : world]",
+            "data/test_loader.py",
+        ),
+    ],
+    "data/bad_samples.py": [
+        ("lost_samples", "count = max(1, expected - read)", "count = 1", "data/test_data_faults.py -k lost_shard"),
+    ],
+    "data/shards/tar.py": [
+        (
+            "tar_end",
+            "if headers.last + file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):",
+            "if False:",
+            "data/test_data_faults.py data/shards/test_shards.py",
+        ),
+        (
+            "tar_escape",
+            'if name.startswith("/") or ".." in PurePosixPath(name).parts:',
+            'if name.startswith("/"):',
+            "test_hostile_input.py -k out_of_the_shard",
+        ),
+    ],
+    "data/shards/stream.py": [
+        (
+            "replacement_counted_once",
+            "if i < self.batch_size:",
+            "if i < len(window):",
+            "data/shards/test_shards.py -k counted_once",
+        ),
+        (
+            "stream_position",
+            "delivered = self.start // workers + (worker < self.start % workers)",
+            "delivered = self.start // workers",
+            "data/shards/test_shards.py -k resumed_stream",
+        ),
+        (
+            "stream_ranks",
+            "plan[self.rank * workers + worker :: self.world * workers]",
+            "plan[worker::workers]",
+            "data/shards/test_shards.py -k ranks_and_workers",
+        ),
+    ],
+    "data/shards/mixture.py": [
+        (
+            "mixture_shares",
+            "due[i] = (counts[i] + 0.5) / weights[i]",
+            "due[i] += 1 / sum(weights)",
+            "data/shards/test_mixture.py -k shares",
+        ),
+    ],
+    "data/shards/indexed.py": [
+        (
+            "replacement_source",
+            "self.source_ends[source - 1] if source else 0, self.source_ends[source]",
+            "0, self.source_ends[-1]",
+            "data/shards/test_mixture.py -k broken_sample",
+        ),
+        (
+            "forged_index",
+            "if index.stamp == _stamp(shard) and _sound(index) else None",
+            "if index.stamp == _stamp(shard) else None",
+            "data/shards/test_indexed_shards.py -k stranger",
+        ),
+        (
+            "changed_shard",
+            "(status.st_size, status.st_mtime_ns) != (self.stamp.bytes, self.stamp.changed_at)",
+            "status.st_size != self.stamp.bytes",
+            "data/shards/test_indexed_shards.py -k during",
+        ),
+    ],
+    "data/shards/cache.py": [
+        (
+            "cache_in_use",
+            "                if not _in_use(path):\n",
+            "                if True:\n",
+            "data/shards/test_cache.py -k make_room",
+        ),
+        (
+            "cache_whole",
+            "if partial.stat().st_size != size:",
+            "if partial.stat().st_size > size:",
+            "data/shards/test_cache.py -k downloads",
+        ),
+        (
+            "cache_download_lock",
+            "return _is_locked(path.with_suffix(LOCK))",
+            "return True",
+            "data/shards/test_cache.py -k killed_download",
+        ),
+    ],
+    "weights/lora.py": [
+        ("lora_rank", "torch.tensor(alpha / rank)", "torch.tensor(float(alpha))", "weights/test_lora.py -k rank"),
+        ("lora_merged", "_sum(state[name], a, b, scale)", "state[name]", "weights/test_lora.py -k sum"),
+    ],
+    "weights/interpolation.py": [
+        (
+            "interpolation",
+            "torch.lerp(theirs[name], tensor, weight)",
+            "torch.lerp(tensor, theirs[name], weight)",
+            "weights/test_interpolation.py",
+        ),
+    ],
+    "weights/computation.py": [
+        (
+            "fact_of_the_mask",
+            '*("cls_mask", "pooler", ',
+            '*("pooler", ',
+            "weights/test_computation.py -k 'contradict or keep'",
+        ),
+        (
+            "heads_compared",
+            "if isinstance(value, bool | int | float | str):",
+            "if isinstance(value, bool | float | str):",
+            "weights/test_interpolation.py",
+        ),
+    ],
+    "weights/intact.py": [
+        (
+            "digest_compared",
+            "if expected is not None and expected != _digest(state, metadata):",
+            "if expected is not None and len(expected) != len(_digest(state, metadata)):",
+            "weights/test_intact.py -k tensors",
+        ),
+    ],
+    "weights/open_clip.py": [
+        (
+            "compiled_prefix",
+            r'r"^(module\.|_orig_mod\.)+"',
+            r'r"^(module\.)+"',
+            "weights/test_open_clip.py -k training_runs",
+        ),
+    ],
+}
+
+
+def mutation(mutant: Mutant) -> str:
+    return f"{mutant.text.strip()} → {mutant.replacement.strip()}"
+
+
+def copied(folder: Path) -> Path:
+    """The tree in a folder of its own, without what git or Python keep in it."""
+    kept = ("coca_lit", "conf", "experiments", "tests")
+    for name in kept:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for path in ROOT.glob("*.*"):
+        if path.is_file():
+            shutil.copy(path, folder / path.name)
+    return folder
+
+
+def first_failure(tree: Path, tests: Iterable[str], seconds: float) -> str:
+    """The first test that fails in a tree; `NOBODY` if all pass.
+
+    Args:
+        tests: arguments of pytest.
+
+    Raises:
+        ValueError: these arguments select no test, or pytest itself fails.
+    """
+    said = tree / "failed"
+    said.write_text("")
+    if (child := os.fork()) == 0:
+        os._exit(_test(tree, [*tests], said))
+    until, status = time.monotonic() + seconds, None
+    while status is None and time.monotonic() < until:
+        done, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if done else None
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # also what the tests have started
+    if status is None:
+        os.waitpid(child, 0)
+        return OUT_OF_TIME
+    failed = said.read_text()
+    if status not in (0, 1) or bool(status) != bool(failed):
+        raise ValueError(f"pytest {' '.join(tests)} ended with {status}:\n{(tree / 'log').read_text()}")
+    return failed
+
+
+def _test(tree: Path, tests: list[str], said: Path) -> int:
+    """Runs pytest in this process, a fork; the first failure is written to `said`."""
+    import pytest
+
+    class First:
+        def _note(self, report: pytest.CollectReport | pytest.TestReport) -> None:
+            if report.failed and not said.read_text():
+                said.write_text(report.nodeid)
+
+        pytest_runtest_logreport = pytest_collectreport = _note
+
+    os.setsid()
+    log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(tree / "tests")
+    sys.path[0] = str(tree)
+    code = pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", *tests], plugins=[First()])
+    return 1 if code == pytest.ExitCode.INTERRUPTED and said.read_text() else int(code)  # a module cannot be imported
+
+
+def examined(chosen: Iterable[Mutant], tree: Path) -> Iterator[Result]:
+    """Each mutant's result, as soon as it is known.
+
+    Raises:
+        ValueError: its tests fail without it.
+    """
+    passed: set[str] = set()
+    for mutant in chosen:
+        if mutant.tests not in passed and (failed := first_failure(tree, shlex.split(mutant.tests), LIMIT_S)):
+            raise ValueError(f"{failed} fails without any mutation:\n{(tree / 'log').read_text()}")
+        passed.add(mutant.tests)
+        path, began = tree / mutant.file, time.monotonic()
+        source = path.read_text()
+        path.write_text(source.replace(mutant.text, mutant.replacement))
+        try:
+            noticed_by = first_failure(tree, shlex.split(mutant.tests), LIMIT_S)
+        finally:
+            path.write_text(source)
+        yield Result(mutant.id, mutant.file, mutation(mutant), noticed_by, f"{time.monotonic() - began:.1f}")
+
+
+def record(result: Result) -> None:
+    """Puts a row in its place in `mutants.csv`; rows of mutants that the table no longer has are dropped."""
+    with RESULTS.open("a+", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        rows = {row["id"]: Result(**row) for row in csv.DictReader(file)} | {result.id: result}
+        file.truncate(0)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Result._fields)
+        writer.writerows(rows[mutant.id] for mutant in mutants() if mutant.id in rows)
+
+
+def main(ids: list[str]) -> int:
+    table = mutants()
+    if unknown := set(ids) - {mutant.id for mutant in table}:
+        sys.exit(f"there is no mutant {', '.join(sorted(unknown))}; the ids are in {Path(__file__).name}")
+    chosen = [mutant for mutant in table if not ids or mutant.id in ids]
+    sys.dont_write_bytecode = True  # compiled files are told apart by size and second: too coarse for this
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.setdefault("COCA_SHARED_DATA", str(ROOT.parent / "shared" / "data"))
+    for library in LIBRARIES:
+        __import__(library)
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
+        tree = copied(Path(folder))
+        os.environ["PYTHONPATH"] = str(tree)
+        for result in examined(chosen, tree):
+            record(result)
+            survivors += result.noticed_by == NOBODY
+            print(f"{result.id}: {result.noticed_by or 'SURVIVED'} ({result.seconds} s)", flush=True)
+    print(f"{len(chosen)} mutants, {survivors} survived")
+    return min(survivors, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,43 @@
+"""The table of mutants fits the code: each text is there once, what replaces it compiles, and the tests exist."""
+
+import ast
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from running import ROOT
+
+from experiments.mutants import mutants
+from experiments.mutants.mutants import Mutant, first_failure
+
+TABLE = mutants.mutants()
+
+
+def test_there_are_enough_and_none_twice() -> None:
+    assert len({mutant.id for mutant in TABLE}) == len(TABLE) >= 60
+    assert len({(mutant.file, mutant.text) for mutant in TABLE}) == len(TABLE)
+
+
+def test_what_is_recorded_is_of_this_table() -> None:
+    mutations = {mutant.id: mutants.mutation(mutant) for mutant in TABLE}
+    with mutants.RESULTS.open(newline="") as file:
+        assert all(mutations[row["id"]] == row["mutation"] for row in csv.DictReader(file))
+
+
+@pytest.mark.parametrize("mutant", TABLE, ids=lambda mutant: mutant.id)
+def test_the_line_is_still_there(mutant: Mutant) -> None:
+    source = (ROOT / mutant.file).read_text()
+    assert source.count(mutant.text) == 1
+    ast.parse(source.replace(mutant.text, mutant.replacement))
+    named = re.findall(r"(\S+\.py)(?:::(\w+))?", mutant.tests)
+    assert named
+    for file, function in named:
+        assert f"def {function}" in (ROOT / "tests" / file).read_text()
+
+
+def test_a_failing_test_is_named_and_a_passing_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text("def test_one(): pass\ndef test_two(): assert False\n")
+    assert first_failure(tmp_path, ["test_some.py"], 60).endswith("test_some.py::test_two")
+    assert first_failure(tmp_path, ["test_some.py::test_one"], 60) == mutants.NOBODY
