@@ -4,13 +4,11 @@ Nothing is unpacked. Python's own reader believes the sizes that a file claims a
 reads headers alone, and every read is bounded.
 """
 
-import os
 import re
-import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedIOBase, BufferedReader
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -53,7 +51,6 @@ def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Ite
             Python's reader, such as `ValueError`, are possible.
     """
     with open_data(path) as file:
-        end = os.fstat(file.fileno()).st_size if isinstance(file, BufferedReader) else sys.maxsize
         headers = _Headers(file)
         tar: Any = tarfile.TarFile(fileobj=headers)  # it has nothing to close but the file
         for member in tar:
@@ -69,15 +66,13 @@ def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Ite
                 raise UnsafeTarError(f"the member {name!r} is sparse: a few bytes that claim to be many")
             if member.size > MAX_MEMBER:
                 raise UnsafeTarError(f"the member {name!r} claims {member.size:,} bytes, more than {MAX_MEMBER:,}")
-            if member.offset_data + member.size > end:  # here, so that it is one whether the content is read or not
-                raise tarfile.ReadError("unexpected end of data")
             content = b""
             if wanted := min(member.size, limit(name)):
                 file.seek(member.offset_data)
                 content = file.read(wanted)
-                if len(content) < wanted:
-                    raise tarfile.ReadError("unexpected end of data")
             yield Member(name, member.offset_data, member.size, content)
+            if len(content) < wanted:  # not before: its name shows that the sample before it is complete
+                raise tarfile.ReadError("unexpected end of data")
         # Two blocks of zeros end a tar; without them `tarfile` stops as quietly at damage as at the end.
         if headers.last + file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it ends within, or something in it is damaged")

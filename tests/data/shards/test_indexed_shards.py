@@ -172,7 +172,7 @@ def test_a_shard_that_ends_within_an_image_has_the_same_samples_in_a_stream(tmp_
     path.write_bytes(content[: content.index(b"00001.jpg") + 512])  # the header is whole
     streamed = [sample.key for sample in read_shard(Shard(str(path)), ["txt"], BadSamples(1.0))]
     index = make_index(Shard(str(path)), tmp_path)
-    assert [index.key(i) for i in range(len(index))] == streamed
+    assert [index.key(i) for i in range(len(index))] == streamed == ["00000"]
 
 
 def test_shards_without_samples_are_refused(tmp_path):
