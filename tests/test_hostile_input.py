@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import struct
 import sys
 import tarfile
@@ -43,6 +44,7 @@ from coca_lit.errors import CheckpointError, ConfigError, DataError
 from coca_lit.inference.outputs import open_writer
 from coca_lit.inference.search import ImageIndex
 from coca_lit.inference.shards import scan_shard
+from coca_lit.models import create_model
 from coca_lit.report.runs import read_run
 from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.redaction import mask, redact
@@ -186,6 +188,17 @@ def test_config_that_evaluates(tmp_path, target, monkeypatch, capsys):
     )
     with pytest.raises(SystemExit, match=r"error: .*Unsupported interpolation type eval"):
         train()
+
+
+@pytest.mark.parametrize("forged", [{"embed_dim": 40_000}, {"decoder_layers": 10**9}, {"embed_dim": 10**30}])
+def test_a_checkpoint_that_claims_a_size_takes_no_memory(tmp_path, forged):
+    model = create_model("coca_tiny")
+    state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "coca_lit_model": model.config | forged}, tmp_path / "x.ckpt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"x\.ckpt' is damaged or from another version: .*size"):
+        coca_lit.load_model(tmp_path / "x.ckpt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
 # Shards

@@ -8,7 +8,8 @@ import importlib
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,35 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
 def _own_model(path: str | Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
     arguments = architecture(config, path)
     try:
+        tensors = merged(state)
+        _check_sizes(arguments, tensors)
         model = CoCa(**arguments)
-        model.load_state_dict(merged(state))
+        model.load_state_dict(tensors)
     except ValueError:
         raise
     except Exception as error:  # of any kind: a stranger's values reach timm's constructors
         raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
     return model.eval()
+
+
+def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raises `RuntimeError` if the model does not have the sizes of its tensors, before a forged number takes memory.
+
+    It is first built without memory, where loading copies nothing and compares shapes.
+    """
+    largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
+    if wrong := [number for number in _numbers(arguments) if number > largest]:
+        raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        CoCa(**arguments).load_state_dict(state)
+
+
+def _numbers(node: Any) -> Iterator[float]:
+    if isinstance(node, dict | list | tuple):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _numbers(child)
+    elif isinstance(node, int | float):
+        yield node
 
 
 def architecture(config: Any, path: str | Path) -> dict[str, Any]:

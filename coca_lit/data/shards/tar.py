@@ -70,9 +70,9 @@ def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Ite
             if wanted := min(member.size, limit(name)):
                 file.seek(member.offset_data)
                 content = file.read(wanted)
-                if len(content) < wanted:
-                    raise tarfile.ReadError("unexpected end of data")
             yield Member(name, member.offset_data, member.size, content)
+            if len(content) < wanted:  # not before: its name shows that the sample before it is complete
+                raise tarfile.ReadError("unexpected end of data")
         # Two blocks of zeros end a tar; without them `tarfile` stops as quietly at damage as at the end.
         if headers.last + file.read(tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it ends within, or something in it is damaged")

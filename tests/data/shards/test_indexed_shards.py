@@ -166,6 +166,15 @@ def test_the_faults_are_those_that_a_stream_finds(tmp_path, caplog):
         laion(tmp_path, tmp_path, max_bad_fraction=0.1).prepare_data()
 
 
+def test_a_shard_that_ends_within_an_image_has_the_same_samples_in_a_stream(tmp_path):
+    (path,) = write_shards(tmp_path, 1, 3)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"00001.jpg") + 512])  # the header is whole
+    streamed = [sample.key for sample in read_shard(Shard(str(path)), ["txt"], BadSamples(1.0))]
+    index = make_index(Shard(str(path)), tmp_path)
+    assert [index.key(i) for i in range(len(index))] == streamed == ["00000"]
+
+
 def test_shards_without_samples_are_refused(tmp_path):
     write_tar(tmp_path / "0.tar", {})
     with pytest.raises(DataError, match=r"no usable sample: 1 of 1 samples \(1 x empty shard; most in .*0\.tar"):
