@@ -5,7 +5,6 @@ samples it has seen.
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,12 +20,11 @@ class RunSummary(L.Callback):
     """Prints what is about to be trained, on what, for how long, and which scores will be computed.
 
     Args:
-        evals: names of the evaluations.
         output_dir: the run folder.
     """
 
-    def __init__(self, evals: Sequence[str], output_dir: str) -> None:
-        self.evals, self.output_dir = list(evals), output_dir
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -34,6 +32,8 @@ class RunSummary(L.Callback):
         sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
         every, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
         processes = f"{world_size()} processes" if world_size() > 1 else "1 process"
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        scores = [evaluation.name for callback in callbacks for evaluation in getattr(callback, "evals", ())]
         data = trainer.datamodule  # type: ignore[attr-defined]
         steps, first = int(trainer.estimated_stepping_batches), trainer.global_step
         lines = {
@@ -43,7 +43,7 @@ class RunSummary(L.Callback):
             "data": f"{type(data).__name__}, {trainer.num_training_batches:,} batches an epoch"
             + (f" of {data.batch_size:,}" if hasattr(data, "batch_size") else ""),
             "steps": f"{steps:,}" + (f", {first:,} of them done" if first else ""),
-            "scores": ", ".join(self.evals) or "none",
+            "scores": ", ".join(scores) or "none",
             "folder": self.output_dir,
         }
         print("\n".join(f"{name:8}{value}" for name, value in lines.items()), flush=True)

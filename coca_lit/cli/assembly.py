@@ -382,8 +382,7 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
     others = [callback for callback in callbacks if callback not in checkpoints]
-    summary = RunSummary([evaluation.name for evaluation in scoring.evals], cfg.output_dir)
-    return [*checkpoints, *averaging, scoring, *others, summary]
+    return [*checkpoints, *averaging, scoring, *others, RunSummary(cfg.output_dir)]
 
 
 def build_plugins() -> list[Any]:
