@@ -33,7 +33,7 @@ class RunSummary(L.Callback):
         every, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
         processes = f"{world_size()} processes" if world_size() > 1 else "1 process"
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        scores = [evaluation.name for callback in callbacks for evaluation in getattr(callback, "evals", ())]
+        evals = [evaluation for callback in callbacks for evaluation in getattr(callback, "evals", ())]
         data = trainer.datamodule  # type: ignore[attr-defined]
         steps, first = int(trainer.estimated_stepping_batches), trainer.global_step
         lines = {
@@ -43,7 +43,7 @@ class RunSummary(L.Callback):
             "data": f"{type(data).__name__}, {trainer.num_training_batches:,} batches an epoch"
             + (f" of {data.batch_size:,}" if hasattr(data, "batch_size") else ""),
             "steps": f"{steps:,}" + (f", {first:,} of them done" if first else ""),
-            "scores": ", ".join(scores) or "none",
+            "scores": ", ".join(f"{e.name} ({type(e).__name__})" for e in evals) or "none",
             "folder": self.output_dir,
         }
         print("\n".join(f"{name:8}{value}" for name, value in lines.items()), flush=True)
