@@ -58,7 +58,7 @@ def main() -> None:
         command(
             "coca-evaluate", "checkpoint=outputs/mine", "evals=[scenes_captions]", "scoring.images=8", "name=scored"
         )
-        assert "scenes/CIDEr" in json.loads(Path("outputs/scores/results.json").read_text())
+        assert "scenes/CIDEr" in json.loads(Path("outputs/scored/results.json").read_text())
 
         command("coca-export", "checkpoint=outputs/mine", "format=open_clip", "output=exports/mine", "push_to=me/mine")
         pushed = hub.repositories["me/mine"].files
