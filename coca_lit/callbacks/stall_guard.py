@@ -24,7 +24,8 @@ from typing import Any
 import lightning.pytorch as L
 
 from coca_lit.distributed import rank, world_size
-from coca_lit.errors import TrainingError
+from coca_lit.errors import DataError, TrainingError
+from coca_lit.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +193,8 @@ class StallGuard(L.Callback):
         silent = {}
         for number in range(world_size()):
             try:
-                note = json.loads((self.folder / f"rank{number}.json").read_text())
-            except (OSError, ValueError):
+                note = read_json(self.folder / f"rank{number}.json", dict)
+            except DataError:
                 continue
             if number not in self._heard or self._heard[number][0] != note:
                 self._heard[number] = note, now

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import atomic_write
+from coca_lit.reading import read_json
 from coca_lit.runs.launch import is_first_process
 
 LOCK, HOLDER = ".lock", ".lock.json"
@@ -74,10 +75,9 @@ def _acquire(lock: FileLock, folder: Path) -> None:
 
 def _holder(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / HOLDER).read_text())
-    except (OSError, ValueError):
+        return read_json(folder / HOLDER, dict)
+    except DataError:  # not written yet, or on a full disk not at all
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _ended(holder: dict[str, Any]) -> bool:
