@@ -14,7 +14,7 @@ from coca_lit.report.runs import Curves, Run, differences
 from coca_lit.report.scores import HEADLINES, headlines, in_print_units, score_name
 
 MANY = 8  # runs; more bars are hard to read
-GAP, SEVERAL = "/top1", 4  # the score whose gaps are drawn, if two runs have it on so many data sets
+GAP, SEVERAL = "/top1", 4  # the score whose gaps are drawn, if two runs share at least that many data sets
 
 
 def curves_figure(curves: Curves) -> bytes | None:

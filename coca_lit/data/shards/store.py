@@ -207,7 +207,7 @@ def _exists(store: Any, bucket: str) -> bool:
 def _given_up(url: str, fault: Fault, error: Exception, patience: float) -> StoreError:
     asked = "throttles requests: use fewer workers, or" if fault == "throttled" else "does not answer:"
     return StoreError(
-        f"{url}: for {patience:.0f} s the store {asked} start the same command later, which goes on from the last "
+        f"{url}: for {patience:.0f} s the store {asked} start the same command later, which resumes from the last "
         f"checkpoint, or wait longer with data.store_patience=SECONDS ({_reason(error)})"
     )
 
