@@ -129,7 +129,7 @@ class Waiting(Generic[T]):
                 log.warning("%s; %d rows are lost", error, len(self.rows))
                 self.rows = []
             elif not self._warned:
-                log.warning("%s; the run goes on, and what belongs there waits in memory", error)
+                log.warning("%s; the run continues, and the rows wait in memory", error)
             self._warned = True
             return
         if self._warned:

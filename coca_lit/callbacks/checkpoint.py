@@ -54,7 +54,7 @@ class Checkpoints(L.Callback):
         every_minutes: minutes between two checkpoints; None for none.
         keep_last: how many are kept; at least 1. The best one is kept besides.
         best: score by which the best checkpoint is kept, e.g. `mscoco/CIDEr`; None for no such checkpoint. Compared are
-            the scores of training, which `ScoreDuringTraining` offers: those of its first few images
+            the scores during training, which `ScoreDuringTraining` computes on its first few images
             (`mscoco_256/CIDEr` in the logs), at the end of training too.
 
     Attributes:

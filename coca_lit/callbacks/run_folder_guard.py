@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFolderGuard(L.Callback):
-    """Looks after each step whether the run folder is still there. If not, it says so, makes the folder again and asks
+    """Checks after each step that the run folder is still there. If not, it says so, makes the folder again and asks
     for a checkpoint, so that nothing else is lost.
     """
 

@@ -200,7 +200,7 @@ def _checkpoints(trainer: L.Trainer) -> list[Checkpoints]:
 
 @contextmanager
 def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
-    """The network as evaluations need it, whose random numbers do not change those of training.
+    """The network as evaluations need it. Evaluations leave the random state of training untouched.
 
     It is whole on every rank, and not compiled: a cache that grows with every token would be recompiled at each token.
     Low-rank updates are added to their weights once, not at every token.

@@ -30,7 +30,7 @@ from coca_lit.reading import read_json
 log = logging.getLogger(__name__)
 
 FOLDER = ".ranks"  # in the run folder, while there are several processes
-LOOKS = 5  # within the time after which a stall is said
+LOOKS = 5  # within the time after which a stall is reported
 STATES = {"T": "is stopped", "t": "is stopped", "D": "waits for a disk", "Z": "has ended"}  # of Linux, in /proc
 STEP, DATA, VALIDATION = "step", "data", "validation"
 
@@ -40,7 +40,7 @@ class StallGuard(L.Callback):
 
     Args:
         output_dir: the run folder.
-        minutes: without progress after which a stall is said, once; None for never.
+        minutes: without progress after which a stall is reported, once; None for never.
         end_minutes: without progress after which the run ends with exit code 1; None for never. A single process that
             waits for its data saves first.
     """

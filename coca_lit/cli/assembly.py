@@ -89,8 +89,8 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
 
 
 def _arguments(target: Callable[..., Any]) -> list[str] | None:
-    """Names of the arguments of a class or function, those of `**kwargs: Unpack[SomeTypedDict]` included; None if it
-    takes any name.
+    """Names of the arguments of a class or function, including `**kwargs: Unpack[SomeTypedDict]`; None if it takes any
+    name.
     """
     try:
         parameters = inspect.signature(target).parameters.values()

@@ -1,5 +1,5 @@
-"""What a config alone shows to be wrong, found before the seconds that PyTorch takes to be imported: keys that nobody
-reads, texts and signs where a number belongs, files and folders that are not there.
+"""What a config alone shows to be wrong, found before the seconds that PyTorch takes to be imported: unknown
+keys, texts and signs where a number belongs, files and folders that are not there.
 
 The constructors check everything again, and more.
 """
@@ -51,7 +51,7 @@ def check_numbers(node: Any, defaults: Any, path: str = "", own: bool = False) -
     """Compares the numbers in all nodes with their defaults.
 
     Args:
-        node, defaults: plain values with interpolations as they stand; the defaults are those of the options chosen.
+        node, defaults: plain values with interpolations as they stand; the defaults of the options chosen.
         own: the node is an argument of a constructor of coca_lit, none of which takes a negative number where its
             default is not negative.
 

@@ -447,7 +447,7 @@ def _options(config: str, search: tuple[str, ...], group: str, kind: ObjectType)
 
 @functools.cache
 def _listed(config: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """All keys of a config, those of its nodes too, with their values."""
+    """All keys of a config and of the nodes within, with their values."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(config, list(overrides), return_hydra_config=True)
     return dict(_keys(OmegaConf.to_container(cfg, resolve=False)))

@@ -2,7 +2,7 @@
 
 Hydra's own plugins for these are no longer kept up, and lose all results when one process dies. A launcher here takes
 picklable jobs and returns for each its result, or the reason why its process ended without one. A dead job is recorded
-as failed; all others are awaited.
+as failed; all others run to their end.
 """
 
 import logging

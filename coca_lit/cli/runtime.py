@@ -132,7 +132,7 @@ def finish_run(
                 raise DataError(f"{error}: make room; the same command then scores again and writes them") from error
             print(f"{error}; trying again in {PAUSE} seconds", flush=True)
             time.sleep(PAUSE)
-    print(f"{seconds} seconds; everything is in {folder}, to be seen in report.html", flush=True)
+    print(f"{seconds} seconds; everything is in {folder}; open report.html there", flush=True)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
-captions; nocaps also by domain. The numbers are those of the official COCO caption evaluation, times 100 as in papers;
+captions; nocaps also by domain. The numbers equal the official COCO caption evaluation's, times 100 as in papers;
 the 95 % intervals come from a bootstrap over the images. --output keeps the numbers as they are."""
 
 

@@ -75,7 +75,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     module = build_module(with_vocabulary(cfg), checkpoint)
     data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first
     evals, not_run = build_evals(cfg)
-    has_texts = getattr(data, "texts", None) is not None  # a DataModule of one's own need not know of texts
+    has_texts = getattr(data, "texts", None) is not None  # a user's DataModule may know nothing of texts
     if has_texts and module.net.decoder is None:
         raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
     scoring = build_scoring(cfg, evals)

@@ -1,4 +1,4 @@
-"""Texts without images, to train the decoder alone: batches of texts between those of captioned images.
+"""Texts without images, to train the decoder alone: batches of texts between batches of captioned images.
 
 A batch is a function of its number alone, so that a resumed run needs nothing but the trainer's position.
 """

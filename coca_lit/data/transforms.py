@@ -1,8 +1,8 @@
 """OpenCLIP's image preprocessing without the normalisation: uint8 out, the model normalises on the device.
 
-Evaluation goes through Pillow, so that pixels, and with them scores, equal those of `open_clip.transform` to the last
-bit. For training, ordinary JPEGs are decoded by libjpeg-turbo straight into an array, anything else by Pillow; both
-give the same pixels, as Pillow decodes JPEGs with that library too and then copies them twice. Training crops are
+Evaluation goes through Pillow, so that pixels, and with them scores, equal `open_clip.transform`'s to the last bit.
+For training, ordinary JPEGs are decoded by libjpeg-turbo straight into an array, anything else by Pillow; both give
+the same pixels, as Pillow decodes JPEGs with that library too and then copies them twice. Training crops are
 resized by torch, which takes a third of the time and differs by 2 of 255 at most. There is no horizontal flip, and the
 crop is mild (90 to 100 % of the area), because captions mention left and right and things near the border.
 """

@@ -1,6 +1,6 @@
 """What all evaluations share.
 
-An evaluation with a metric of one's own is a class with one method, or a function with the same arguments:
+An evaluation with your own metric is a class with one method, or a function with the same arguments:
 
     class CaptionLength(Evaluation):
         def scores(self, model, records, settings):
@@ -154,7 +154,7 @@ class Evaluation:
 
 
 class FunctionEvaluation(Evaluation):
-    """An evaluation whose scores are those of a function.
+    """An evaluation whose scores come from a function.
 
     Args:
         function: called as `function(model, records, settings)`, returns scores by name, the same on every rank.

@@ -28,7 +28,7 @@ def caption_images(
 ) -> dict[int | str, str]:
     """One generated caption per image, by image id, in the order of the records. Every rank gets all of them.
 
-    `options` are those of `CoCa.generate`.
+    `options` are passed to `CoCa.generate`.
     """
 
     def write(_: Sequence[Record], images: Tensor) -> Iterable[str]:

@@ -52,7 +52,7 @@ def retrieval_samples(
 ) -> dict[str, list[dict[str, Any]]]:
     """The five best answers to `count` queries in both directions, each with "hit": whether it is right.
 
-    images (I, E), texts (T, E) and image_of_text (T,) are those of `embed_pairs`. Gives {"text_to_image": [{"text",
+    images (I, E), texts (T, E) and image_of_text (T,) come from `embed_pairs`. Returns {"text_to_image": [{"text",
     "answers": [{"image", "hit"}]}], "image_to_text": [{"image", "answers": [{"text", "hit"}]}]}.
     """
     captions = [caption for record in records for caption in record.captions]
@@ -135,7 +135,7 @@ def attention_samples(
 ) -> list[dict[str, Any]]:
     """`count` images spread over the records: {"image", "caption", "words": [{"word", "map"}]}, pictures as data URIs.
 
-    A map is the picture as the model sees it, with bright colours where it looked. `options` are those of generation.
+    A map is the picture as the model sees it, with bright colours where it looked. `CoCa.generate` gets `options`.
     """
     transform = build_transform(**model.preprocessing)
     samples = []

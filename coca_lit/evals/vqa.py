@@ -120,7 +120,7 @@ def generate_answers(
 ) -> dict[int | str, str]:
     """One answer per question, by question id: what the model writes when its caption begins with the question.
 
-    `options` are those of `CoCa.generate`; answers have `MAX_ANSWER` tokens at most, if they do not say otherwise.
+    `options` are passed to `CoCa.generate`; answers have at most `MAX_ANSWER` tokens unless they set another limit.
     """
     tokenizer = model.tokenizer
 

@@ -139,8 +139,8 @@ def _summary(model: CoCa) -> str:
 
 def _mixed(checkpoint: Path, mixture: Mixture) -> str:
     return (
-        f"Its weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times those"
-        f" of `{checkpoint}` plus {1 - mixture.weight:g} times those of `{mixture.other}`."
+        f"Its weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times"
+        f" `{checkpoint}` plus {1 - mixture.weight:g} times `{mixture.other}`."
     )
 
 

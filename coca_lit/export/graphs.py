@@ -1,7 +1,7 @@
 """The parts of a CoCa as modules whose inputs and outputs are tensors only: image encoder, text encoder, and a decoder
 with its cache as input and output.
 
-Letters, besides those of the model files: L layers of the decoder, N layers with a cache (text tower and decoder), P
+Letters beyond the model files': L layers of the decoder, N layers with a cache (text tower and decoder), P
 positions in the cache, t new positions, C the context length.
 """
 
@@ -126,7 +126,7 @@ class DecoderGraph(nn.Module):
     def forward(
         self, tokens: Tensor, image_keys: Tensor, image_values: Tensor, past_keys: Tensor, past_values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens (B, t), those of `ImageGraph`, and the cache, keys and values (N, B, H, P, D/H)
+        """tokens (B, t), the outputs of `ImageGraph`, and the cache, keys and values (N, B, H, P, D/H)
         -> logits (B, V) of the token after the last one, and the cache (N, B, H, P + t, D/H).
         """
         past, new = past_keys.shape[3], tokens.shape[1]

@@ -29,7 +29,7 @@ from transformers.utils import ModelOutput
 
 
 class CoCaConfig(PretrainedConfig):
-    """Sizes of the model; the defaults are those of coca_ViT-B-32.
+    """Sizes of the model; the defaults describe coca_ViT-B-32.
 
     Args:
         pooler: single, parallel or cascade, see `ImageTower`.

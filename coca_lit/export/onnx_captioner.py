@@ -4,7 +4,7 @@
     python captioner.py --int8 photo.jpg
 
 `image_encoder.onnx` is run once per batch of images. `decoder.onnx` is run once per token: it takes the new tokens,
-the image's keys and values, and the cache of what was read before, and gives back logits and the longer cache.
+the image's keys and values, and the cache of what was read before, and returns logits and the longer cache.
 """
 
 import json

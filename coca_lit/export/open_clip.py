@@ -77,7 +77,7 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -
         check=f"Read back, features and logits differ from the checkpoint's by {difference:.1e} at most.",
         limits=[
             'OpenCLIP takes id 0 for padding everywhere, also inside a run of punctuation such as "!#$", so the text'
-            " features of such texts differ from those of coca_lit.",
+            " features of such texts differ from coca_lit's.",
             *([GENERATE] if model.decoder is not None else []),
         ],
         warning=NEEDS_LINE if corrected else None,

@@ -1,1 +1,1 @@
-"""A trained model on images of one's own: captions for files, folders and shards, and search in a folder."""
+"""A trained model on your own images: captions for files, folders and shards, and search in a folder."""

@@ -1,7 +1,7 @@
 """CIDEr-D of single captions, fast enough to be a reward: what does not change is computed once.
 
-The formula is that of Vedantam et al. 2015 (arXiv 1411.5726) as pycocoevalcap computes it, to 1e-6 on the same tokens:
-cosine of tf-idf vectors of n-grams, n = 1 … 4, with counts clipped to those of the reference and a Gaussian penalty of
+The formula of Vedantam et al. 2015 (arXiv 1411.5726) as pycocoevalcap computes it, to 1e-6 on the same tokens:
+cosine of tf-idf vectors of n-grams, n = 1 … 4, with counts clipped to the reference's and a Gaussian penalty of
 the difference in length, averaged over n and references, times 10. `captions` scores results with the official code;
 `CiderD` is for training, and `ResampledCider` for intervals.
 """
@@ -36,7 +36,7 @@ class Vector(NamedTuple):
 
 
 class CiderD:
-    """Scores captions against references whose document frequencies are those of all images given.
+    """Scores captions against references with document frequencies computed over all images given.
 
     Args:
         references: image -> words of each of its references.
@@ -153,7 +153,7 @@ class ResampledCider:
 
 
 def fast_words(text: str) -> list[str]:
-    """Words without Java: those of `ptb.ptb_tokenize` for 99.9 % of the captions of Flickr8k and 99.8 % of COCO's."""
+    """Words without Java; equal to `ptb.ptb_tokenize` on 99.9 % of Flickr8k's captions and 99.8 % of COCO's."""
     return WORDS.findall(text.lower().replace("’", "'"))
 
 

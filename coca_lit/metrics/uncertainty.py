@@ -1,11 +1,11 @@
 """How far a score would move on other images of the same kind: the bootstrap (Efron and Tibshirani 1993).
 
 A resample draws as many images as there are, with replacement; the score of many resamples scatters as the score itself
-would. A score says how it comes from images that were drawn so and so often, see `Resampled`: as sums of statistics of
+would. A score states how to compute it from images drawn any number of times, see `Resampled`: as sums of statistics of
 the images (BLEU, METEOR, means), or from all of them at once (CIDEr, whose weights of words depend on the set).
 
-The resamples depend on the number of images alone. So two models that were scored on the same images have met the same
-resamples, and the differences of their scores, draw by draw, are those of the paired bootstrap (Koehn 2004).
+The resamples depend on the number of images alone. Two models scored on the same images therefore see the same
+resamples, and the draw-by-draw differences of their scores form the paired bootstrap (Koehn 2004).
 Shapes: D draws, U units (images), S scores.
 """
 

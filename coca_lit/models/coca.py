@@ -89,7 +89,7 @@ class CoCa(Freezable):
         contrastive: softmax (CLIP), or siglip, whose loss needs a learned bias beside the temperature.
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
         text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`.
-        text_tower_args: arguments of a registered tower beside those of `TextTower`.
+        text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
         interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`. The network computes
             the same; they travel with its weights, which were trained on such pixels.
     """

@@ -57,7 +57,7 @@ class ImageEncoder(nn.Module):
     A registered encoder, see `register_image_encoder`, is a factory that takes `image_size` and the arguments and
     returns a module from normalised pixels (B, 3, H, W) to tokens (B, S, width) or a grid (B, width, H, W). The module
     has an integer `width`, and may have `mean` and `std`, three numbers each (default: CLIP's), `num_prefix_tokens`,
-    and `set_grad_checkpointing(on)`. Its batch norms are synchronised over ranks like those of timm.
+    and `set_grad_checkpointing(on)`. Its batch norms are synchronised over ranks, as timm's are.
 
     Args:
         name: of a timm model or a registered encoder.
@@ -77,7 +77,7 @@ class ImageEncoder(nn.Module):
 
     @property
     def prefix_tokens(self) -> int:
-        """How many tokens without a place, such as a class token, come before those of the grid."""
+        """How many tokens without a position, such as a class token, precede the grid."""
         return int(getattr(self.trunk, "num_prefix_tokens", 0))
 
     def init_parameters(self) -> None:

@@ -69,7 +69,7 @@ def code(text: str) -> str:
 
 
 def score_tables(run: Run) -> list[Table]:
-    """One table for each data set of a run: its scores with intervals, those of each domain, and published ones of the
+    """One table for each data set of a run: its scores with intervals, scores per domain, and the published ones of the
     same table; and one of the parameters.
     """
     tables = []

@@ -68,7 +68,7 @@ def inspect(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
     if not archive:
-        raise CheckpointError(f"{path} is not a whole checkpoint: it is no zip archive, as those of PyTorch are")
+        raise CheckpointError(f"{path} is not a whole checkpoint: expected a zip archive, as PyTorch writes")
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors

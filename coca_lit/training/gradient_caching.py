@@ -153,6 +153,6 @@ def check_micro_batches(net: CoCa, size: int) -> None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in net.modules()):
         raise ValueError(
             f"micro_batch_size does not work with the batch norms of {net.config['image_encoder']}, whose statistics "
-            "would be those of a micro-batch: freeze the image encoder (model.freeze=[image_encoder]) or choose one "
+            "would cover one micro-batch only: freeze the image encoder (model.freeze=[image_encoder]) or choose one "
             "without batch norms"
         )

@@ -17,7 +17,7 @@ from coca_lit.models import CoCa
 
 
 class Objective(nn.Module, ABC):
-    """Loss terms of a batch. Its parameters, if it has any, are trained with those of the network, which it does not
+    """Loss terms of a batch. Its parameters, if it has any, are trained together with the network's, which it does not
     hold; they are saved in training checkpoints, and `load_model` ignores them.
 
     Args:
@@ -108,7 +108,7 @@ class Texts(Objective):
 
 
 def named_objectives(objectives: Mapping[str, Objective | None]) -> dict[str, Objective]:
-    """The objectives that join those of the network, without the names that are None.
+    """The objectives added to the network's own, without the names that are None.
 
     Raises:
         ValueError: one is no objective, has a weight of 0, or has a term of the same name as another.

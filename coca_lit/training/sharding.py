@@ -22,7 +22,7 @@ from coca_lit.models import CoCa
 
 
 class FullySharded(ModelParallelStrategy):
-    """Lightning's strategy over all processes of the run, with checkpoints of one file, like those of any other run.
+    """Lightning's strategy over all processes of the run, with one file per checkpoint, as for every other strategy.
 
     Lightning would number the parameters in the optimizer's part of the file by their order in the module. Here they
     are numbered by their order in the optimizer, as by every other strategy, so a run can resume under any.

@@ -93,11 +93,11 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of `CoCa` for a model that starts from weights: those of the weights where nobody chose another.
+    """Arguments of `CoCa` for a model that starts from weights: the weights' own, unless one was chosen explicitly.
 
     Args:
-        given: what somebody chose; None is no choice.
-        preset: what is used where nobody chose.
+        given: explicit choices; None is no choice.
+        preset: used where there is no choice.
         theirs: the `arguments_of` the weights.
         where: name of the weights.
 

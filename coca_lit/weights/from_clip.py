@@ -35,11 +35,11 @@ _TOWERS = (
 def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
     """Tensors of `source`, which has no decoder, under their names in `model`.
 
-    Position embeddings of an image are interpolated to its grid, those of a text are cut to its context. Positions of a
-    longer context and further queries of the pooler keep their values in `model`.
+    Position embeddings of the image are interpolated to the grid of `model`, and of the text cut to its context.
+    Positions of a longer context and further queries of the pooler keep their values in `model`.
 
     Raises:
-        ValueError: the towers compute something else than those of the model. Shapes are not compared.
+        ValueError: the towers compute something else than the model's. Shapes are not compared.
     """
     target = model.state_dict()
     if isinstance(source, CoCa):

@@ -1,8 +1,8 @@
 """Models by name: a file, a folder, a released model or a repository of the Hugging Face Hub becomes a local file.
 
-Downloads are those of `huggingface_hub`: its cache, its environment variables (HF_HOME, HF_TOKEN, HF_ENDPOINT,
+`huggingface_hub` downloads, with its cache, its environment variables (HF_HOME, HF_TOKEN, HF_ENDPOINT,
 HF_HUB_OFFLINE), its progress bar. Fetched are the weights and `open_clip_config.json` alone, of one commit, so that
-they lie side by side. The config comes first: weights in the cache then never lack it by accident.
+they sit in one folder. The config comes first, so cached weights are never without it.
 """
 
 import errno

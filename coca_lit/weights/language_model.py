@@ -1,5 +1,5 @@
-"""A language model as the starting point of the decoder: GPT-2's blocks (Radford et al. 2019), which know how sentences
-go on, in the place of its self blocks. Cross blocks, which GPT-2 lacks, stay as they are.
+"""A language model as the starting point of the decoder: GPT-2's blocks (Radford et al. 2019), a trained
+language model, replace its self blocks. Cross blocks, which GPT-2 lacks, stay as they are.
 
 The blocks compute the same but for the activation: GPT-2 approximates GELU by a tanh, to within 0.0005.
 """
@@ -36,7 +36,7 @@ def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[st
         given: names of tensors of the model that other weights have given already; they stay.
 
     Returns:
-        The names of the tensors that were taken, and of those of decoder and token embedding that were not.
+        The names of the tensors that were taken, and of the decoder's and token embedding's that were not.
 
     Raises:
         ValueError: this is no GPT-2, the model has no decoder or has it already, or nothing fits.

@@ -1,6 +1,6 @@
 """OpenCLIP's files: weights of its CoCa from and to ours, weights of its CLIP, and `open_clip_config.json`.
 
-Key names are those of open_clip 2.11 to 3.3, by the tables below. Values differ in three ways: projections are stored
+The tables below hold the key names of open_clip 2.11 to 3.3. Values differ in three ways: projections are stored
 transposed there, the packed query/key/value projection of a cross-attention is two matrices here, and temperature and
 bias of the contrastive logits are scalars there and vectors of one here. Without a decoder the counterpart of CoCa is
 OpenCLIP's `CustomTextCLIP`.
@@ -298,8 +298,8 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
 
     Sizes are read from the tensors, which become fp32 whatever they are stored in. The tensors show neither the numbers
     of heads nor the activation: they come from `config`, the content of the `open_clip_config.json` beside the weights,
-    or default to those of OpenCLIP's sizes and GELU; `overrides`, arguments of `CLIP`, take precedence. With the wrong
-    activation everything runs and all scores are slightly wrong.
+    or default to the heads of OpenCLIP's model of that size, and GELU; `overrides`, arguments of `CLIP`, take
+    precedence. With the wrong activation everything runs and all scores are slightly wrong.
 
     Raises:
         ValueError: an architecture that is not supported, or tensors are missing, left over or of the wrong shape.

@@ -59,7 +59,7 @@ _TEXT: _Allowed = {
     **dict.fromkeys(("mlp_bias", "pre_norm", "norm_placement", "zero_init_residual", "reg_tokens"), None),
     **dict.fromkeys(("value_residual", "freeze_pad_embed"), None),
 }
-_COCA_TEXT: _Allowed = {**_TEXT, "pool_type": None, "correct_cls_mask": (True, False)}  # its features are those of CLS
+_COCA_TEXT: _Allowed = {**_TEXT, "pool_type": None, "correct_cls_mask": (True, False)}  # its features come from CLS
 _CLIP_TEXT: _Allowed = {**_TEXT, "pool_type": ("argmax",), "correct_cls_mask": None}
 # The classic decoder has no embedding, no pooling and a fixed width of its MLPs: it reads none of these keys.
 _UNREAD = ("mlp_ratio", "pad_id", "proj_bias", "proj_type", "pool_type", "embed_cls", "correct_cls_mask", "dim_head")
@@ -100,7 +100,7 @@ def read_config(config: Any, captioner: bool, sizes: Mapping[str, Mapping[str, i
     """The content of a config file, checked.
 
     Args:
-        captioner: whether the weights are those of a CoCa, with or without a decoder, and not of a CLIP.
+        captioner: whether the weights are a CoCa, with or without a decoder, and not a CLIP.
         sizes: section -> key -> what the tensors show.
 
     Raises:

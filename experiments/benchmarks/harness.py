@@ -53,7 +53,7 @@ def ratio(slow: list[float], fast: list[float]) -> Ratio:
 
 
 def in_own_process(function: Callable[..., T], *arguments: object) -> T:
-    """The result of a call in a fresh process, whose peak memory and allocator are not those of earlier calls."""
+    """The result of a call in a fresh process, so peak memory and allocator carry nothing over from earlier calls."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -97,7 +97,7 @@ def same_weights(theirs: nn.Module) -> CoCa:
 def caption_batch(batch: int, *, full: int = 0, image_size: int = 224) -> tuple[Tensor, Tensor]:
     """Normalised random images (B, 3, H, W), and texts (B, 76) padded with 0, of which `full` fill the context.
 
-    Words per caption ~ Gamma(shape 6, mean 12), as long as those of COCO, with start and end token added.
+    Words per caption ~ Gamma(shape 6, mean 12), as long as COCO's, with start and end token added.
     """
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)

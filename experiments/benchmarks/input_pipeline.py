@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python experiments/benchmarks/input_pipeline.py --photos FOLDER
 
 Both read the same shards in one process and make batches of crops (RandomResizedCrop 0.9-1.0 to 224) and tokens; theirs
-are normalised floats, ours uint8, normalised on the device. The run stops if our pixels differ from those of OpenCLIP's
+are normalised floats, ours uint8, normalised on the device. The run stops if our pixels differ from OpenCLIP's
 transform, given the same crop boxes, by more than 2 of 255.
 """
 

@@ -59,7 +59,7 @@ def _release(package: str) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """Paths from the root of the project; of others the name alone, as folders are those of one machine."""
+    """Paths from the root of the project; of others the name alone, as folders differ between machines."""
     key, equals, value = argument.rpartition("=")
     path, root = Path(value), Path(__file__).resolve().parents[2]
     if not path.is_absolute() and not path.exists():

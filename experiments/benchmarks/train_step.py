@@ -158,7 +158,7 @@ def precision(bf16: bool) -> Any:
 
 
 def agree(theirs: nn.Module, ours: CoCa, steps: dict[str, Step]) -> dict[str, float]:
-    """Relative differences of loss and gradients; raises if they are not those of the same computation."""
+    """Relative differences of loss and gradients; raises if the two computations differ."""
     expected = steps["theirs"]()
     loss = ((steps["ours"]() - expected).abs() / expected).item()
     with torch.no_grad():

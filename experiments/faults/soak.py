@@ -82,7 +82,7 @@ class Run:
 
     Attributes:
         rng: decides what happens when.
-        seconds, training: that a run takes, and those of them that it trains, about.
+        seconds, training: about how long a run takes, and how long of that it trains.
         checkpoint_bytes: size of a checkpoint.
         kills: SIGKILLs that found their process alive.
     """

@@ -138,7 +138,7 @@ def input_rows(throughputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def shard_rows() -> list[dict[str, Any]]:
-    """A worker goes through its own shards again and again, so those of a worker with few come round more often."""
+    """A worker repeats its own shards, so the samples of a worker with few shards come round more often."""
     rows = []
     for gpus, workers in ((8, 8), (64, 8), (384, 2), (384, 4), (384, 8), (384, 16)):
         readers = gpus * workers

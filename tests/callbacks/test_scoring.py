@@ -31,7 +31,7 @@ RECORDS = scene_records("val", count=12)
 
 
 class Probe(Evaluation):
-    """A score of one's own: the value that `value` returns for each call. Remembers when it was asked, and for what."""
+    """A user's score: the value that `value` returns for each call. Remembers when it was asked, and for what."""
 
     def __init__(self, value: Callable[[CoCa], float], name: str = "probe", measure: str = "value", every: int = 1):
         super().__init__(name, RECORDS, every)

@@ -1,4 +1,4 @@
-"""Training that stands still: who says so, what is said, and how it ends."""
+"""Training that makes no progress: who reports it, what the report says, and how it ends."""
 
 import os
 import threading

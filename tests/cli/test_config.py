@@ -108,7 +108,7 @@ def test_evaluation_on_other_data_reads_the_folder_of_its_name(evals: str) -> No
     ],
 )
 def test_one_rule_for_where_data_are(overrides: tuple[str, ...], root: str) -> None:
-    """`data.root` is that of the training data, also for evaluations on the same data; `roots` those of all others."""
+    """`data.root` locates the training data, also for evaluations on the same data; `roots` locates all others."""
     nodes = compose(*overrides).evals.values()
     assert nodes
     assert {node.records.root for node in nodes} == {root}
@@ -345,7 +345,7 @@ def test_wrong_evaluation_is_found_in_lists_too(refused: Callable[..., str], eva
 def test_mistake_in_an_experiment_file(
     refused: Callable[..., str], tmp_path: Path, content: dict[str, Any], said: str, how: str
 ) -> None:
-    """In a folder of one's own, whose options are suggested too."""
+    """In a user's folder, whose options are suggested too."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "data").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(content)}")
@@ -415,7 +415,7 @@ def test_errors_that_are_no_mistake_of_the_user_pass() -> None:
         _ = 1 / 0
 
 
-# Code of one's own
+# A user's code
 
 
 class Shared(TypedDict, total=False):
@@ -500,7 +500,7 @@ class MyCallback(L.Callback):
 """
 
 
-def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+def test_a_users_folder(tmp_path: Path) -> None:
     """A module, an experiment and a config group outside any package, in the folder that a command is started from."""
     (tmp_path / "my_module.py").write_text(GUEST)
     (tmp_path / "my_names.py").write_text("print('imported')\n")

@@ -203,7 +203,7 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
 def test_any_experiment_runs_on_scenes(
     tmp_path: Path, experiment: str, extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(render.DEFAULT_COUNTS, "val", 8)  # where views are cached, those of all images
+    monkeypatch.setitem(render.DEFAULT_COUNTS, "val", 8)  # where views are cached, of all images
     extra += (f"data_dir={tmp_path}",)  # for cached views
     run(tmp_path, *TINY, f"experiment={experiment}", "data=scenes", *extra)
     scores = (RETRIEVAL,) if experiment == "clip_b32" else (RETRIEVAL, CAPTION)

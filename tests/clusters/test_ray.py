@@ -34,7 +34,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def test_a_sweep_of_which_one_job_is_killed(environment: dict[str, str], tmp_path: Path) -> None:
-    """All others are awaited and shown; relative paths are those of the command, not of the cluster."""
+    """All others are awaited and shown; relative paths start where the command runs, not at the cluster."""
     app = (sys.executable, str(ROOT / "tests" / "sweep_app.py"), "-m", "hydra/launcher=ray_jobs")
     settings = ("hydra.launcher.ray.init.address=auto", "hydra.launcher.ray.remote.max_retries=0")
     command = [*app, *settings, "model.optimizer.lr=0.1,109,2,0.3"]

@@ -1,4 +1,4 @@
-"""Data sets of one's own: records made by hand, a function that returns them, and the arguments that all share."""
+"""A user's data sets: records made by hand, a function that returns them, and the arguments that all share."""
 
 import inspect
 import pickle

@@ -1,4 +1,4 @@
-"""Training on texts between pairs: what it trains, that it goes on exactly, and that ranks do not matter."""
+"""Training on texts between pairs: what it trains, that it resumes exactly, and that ranks do not matter."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Data sets in CLIP_benchmark's layout: our scores of a checkpoint equal those of CLIP_benchmark's own command line."""
+"""Data sets in CLIP_benchmark's layout: our scores of a checkpoint equal CLIP_benchmark's own command line's."""
 
 import functools
 import hashlib

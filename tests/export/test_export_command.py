@@ -109,7 +109,7 @@ def test_the_card_of_an_interpolated_model(checkpoint: Path, tmp_path: Path) -> 
     mixed = (f"interpolate_with={other}", "weight=0.3", f"output={tmp_path}/model", "format=safetensors")
     export(f"checkpoint={checkpoint}", *mixed)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"0.3 times those of `{checkpoint}` plus 0.7 times those of `{other}`." in card
+    assert f"0.3 times `{checkpoint}` plus 0.7 times `{other}`." in card
     assert "They are scores of `best.safetensors` before interpolation; this model was not scored." in card
 
 

@@ -183,7 +183,7 @@ def test_shards_keep_everything_but_the_caption(
             samples = read_shard(ShardFile(str(tmp_path / "new" / path.name)), [key], BadSamples(0))
             texts = [content.decode() for name, content in source.items() if name.endswith(".txt")]
             assert [sample.captions[key] for sample in samples] == [(text,) for text in texts]
-    # Made anew a shard is the same, byte for byte; captioned once more it still has the first caption.
+    # Rewritten, a shard is the same, byte for byte; captioned once more it still has the first caption.
     first = (tmp_path / "new" / "00000.tar").read_bytes()
     (tmp_path / "new" / "00000.tar").unlink()
     caption(checkpoint, f"images=[{shards}]", f"output={tmp_path}/new", "batch_size=4")

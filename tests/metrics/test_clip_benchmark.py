@@ -1,4 +1,4 @@
-"""Retrieval and zero-shot scores equal those of clip_benchmark, on random features and unequal numbers of captions."""
+"""Retrieval and zero-shot scores equal clip_benchmark's, on random features and unequal numbers of captions."""
 
 import pytest
 import torch

@@ -181,7 +181,7 @@ def test_accuracy_equals_that_of_torchmetrics_but_for_ties_and_absent_classes() 
     assert theirs(*absent)["mean_per_class_recall"] == pytest.approx((1 + 1 / 2) / 3)
 
 
-def test_metrics_start_anew_after_reset() -> None:
+def test_metrics_start_afresh_after_reset() -> None:
     metric = ZeroShotAccuracy()
     similarity, labels = similarities()
     metric.update(similarity[:4], labels[:4], IDS[:4])

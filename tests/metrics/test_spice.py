@@ -168,7 +168,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(jars, tmp_path, monkeypatch
     (tmp_path / "graphs" / "data.mdb").write_bytes(b"no database" * 1000)
     monkeypatch.setattr(module, "CACHE", tmp_path / "graphs")
     spice = Spice()
-    with pytest.warns(UserWarning, match=r"goes on without its cache of scene graphs in .*graphs: LMDBException"):
+    with pytest.warns(UserWarning, match=r"continues without its scene-graph cache in .*graphs: LMDBException"):
         scores = spice.score([["a red dog"]], ["a red dog"])
     assert scores["SPICE"] == 1
     spice.close()
@@ -247,7 +247,7 @@ def test_the_archive_is_fetched_in_two_attempts(empty, monkeypatch, capsys):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/corenlp.zip"
         monkeypatch.setattr(fetch.fetch_jars, "__defaults__", (url,))
-        with pytest.raises(SystemExit, match=r"error: cannot fetch .* the same command goes on from here"):
+        with pytest.raises(SystemExit, match=r"error: cannot fetch .* run the same command again to resume"):
             data(["spice"])
         half = (module.FOLDER / "corenlp.zip.part").stat().st_size
         data(["spice"])

@@ -1,4 +1,4 @@
-"""The word lists of the presets are those of the data that they are for."""
+"""The word lists of the presets match the data that they are for."""
 
 import pytest
 

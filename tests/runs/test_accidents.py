@@ -148,7 +148,7 @@ def test_full_disk_costs_nothing_but_checkpoints(
         monkeypatch.setattr(runtime, "time", SimpleNamespace(sleep=lambda _, fill=fill: fill.filler.unlink()))
         with watched(fill), caplog.at_level(logging.WARNING):
             assert run(folder, *no_checkpoints) == expected
-        assert caplog.text.count("metrics.csv: No space left on device; the run goes on") == 1
+        assert caplog.text.count("metrics.csv: No space left on device; the run continues") == 1
         caplog.clear()
         assert logged(folder) == logged(tmp_path / "whole")
         assert results(folder) == expected

@@ -395,7 +395,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
-    """The cosine of the learning rate ends elsewhere, so the steps that follow are not those of the shorter run."""
+    """The cosine of the learning rate ends elsewhere, so the steps that follow differ from the shorter run's."""
     trainer: Any = SimpleNamespace(global_step=3, current_epoch=0, max_epochs=4, max_steps=-1)
     _announce(trainer, {"max_epochs": 2, "max_steps": -1})
     assert capsys.readouterr().out.splitlines()[1:] == [

@@ -98,8 +98,8 @@ def test_dropout_is_the_same_in_both_passes() -> None:
 
 
 def test_bf16_is_no_less_exact_than_the_whole_batch() -> None:
-    """The value equals that of the same micro-batches in one graph. Gradients are added up in fp32, those of a whole
-    batch within a product in bf16.
+    """The value equals the same micro-batches in one graph. Gradients are accumulated in fp32; for a whole batch the
+    sum happens within a bf16 product.
     """
     net = build()
     batch = own_batch(net, 0)

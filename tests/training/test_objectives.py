@@ -1,4 +1,4 @@
-"""Objectives that join those of the network: the answer classifier, and one of one's own."""
+"""Objectives added to the network's own: the answer classifier, and a user's."""
 
 import json
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_answers_need_a_decoder() -> None:
         AnswerClassifier(ANSWERS).build(create_model("coca_tiny", decoder_layers=0))
 
 
-# Objectives of one's own
+# A user's objectives
 
 
 class Brightness(Objective):

@@ -38,7 +38,7 @@ def pixels() -> Tensor:
 
 
 class Scripted(SelfCritical):
-    """Two captions of each image that are known: a reference and a wrong one; those of the fourth image do not end."""
+    """Two known captions per image: a reference and a wrong one; the fourth image's do not end."""
 
     def _draw(self, net: CoCa, images: Tensor) -> Tensor:
         rows = []

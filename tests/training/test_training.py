@@ -200,7 +200,7 @@ def test_compiled_network_trains_alike(tmp_path: Path, monkeypatch: pytest.Monke
     assert counters["stats"]["unique_graphs"] > graphs
     for name, values in losses(tmp_path / "true").items():
         assert values == pytest.approx(losses(tmp_path / "false")[name], rel=1e-4)
-    load_model(tmp_path / "true" / "checkpoints" / "last.ckpt")  # the names are those of a plain network
+    load_model(tmp_path / "true" / "checkpoints" / "last.ckpt")  # with the names of a plain network
 
 
 # What one sees

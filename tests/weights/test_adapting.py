@@ -106,7 +106,7 @@ def test_weights_between_two_checkpoints_are_scored_and_exported(adapted: Path, 
     name = "decoder.vocabulary.weight"
     torch.testing.assert_close(mixed_model[name], 0.75 * before[name] + 0.25 * after[name])
     card = (tmp_path / "mixed" / "README.md").read_text()
-    assert f"0.25 times those of `{last}` plus 0.75 times those of `{start}`" in card
+    assert f"0.25 times `{last}` plus 0.75 times `{start}`" in card
     assert "weight=0.25" in card
 
 

@@ -1,4 +1,4 @@
-"""CLIP's towers in a CoCa: they compute what OpenCLIP computes; what does not fit is said."""
+"""CLIP's towers in a CoCa: they compute what OpenCLIP computes; what does not fit is named."""
 
 from collections.abc import Callable
 from pathlib import Path

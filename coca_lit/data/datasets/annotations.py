@@ -58,7 +58,7 @@ def read_coco(path: Path) -> list[Listing]:
 
 
 def read_references(path: Path, split: str) -> list[Listing]:
-    """Images of a file of either schema; `split` chooses among those of a Karpathy file.
+    """Images of a file of either schema; `split` selects from a Karpathy file.
 
     Raises `DataError`, also for an image that is listed twice.
     """

@@ -72,7 +72,7 @@ def names_on_disk(listings: list[Listing], folders: list[Path]) -> list[Listing]
 
 
 def coco_folder_records(root: str | Path, annotations: str = "captions.json", images: str = "images") -> list[Record]:
-    """Records of any folder of images with captions in the schema of COCO, for evaluation on data of one's own.
+    """Records of any folder of images with captions in the schema of COCO, to evaluate on your own data.
 
     Args:
         annotations: file in `root`, {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; may be

@@ -79,7 +79,7 @@ def prepare(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Writt
 
 
 def write_shard(task: Task, output: Path) -> Written:
-    """Keys are those of img2dataset: the number of the shard, then that of the sample, with leading zeros."""
+    """Keys as img2dataset writes them: shard number, then sample number, with leading zeros."""
     bad = BadSamples(1.0)
     path = output / task.name
     count = 0

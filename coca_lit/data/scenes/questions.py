@@ -17,7 +17,7 @@ PEOPLE = 10  # identical answers to each question, for the accuracy of VQA
 _PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 _WORDS = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
 _WORDS |= {"0", "1", "2", "left", "right", "top", "bottom", *_PLURALS.values()}
-# Words of captions first, so that their ids are those of the tokenizer "scenes".
+# Words of captions first, so that they keep the ids of the tokenizer "scenes".
 VOCABULARY: tuple[str, ...] = (*CAPTION_VOCABULARY, *sorted(_WORDS - set(CAPTION_VOCABULARY)))
 
 

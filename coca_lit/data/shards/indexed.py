@@ -63,7 +63,7 @@ class TarIndex:
     keys: NDArray[np.uint8]  # all of them in UTF-8, one after the other: one long key must not make every other long
     key_ends: NDArray[np.int64]  # (N) in `keys`
     places: NDArray[np.int64]  # (N, 3, 2) offset and size of image, .txt and .json, 0 where there is none
-    faults: Sequence[BadSample]  # that reading the headers shows; without a key those of the shard as a whole
+    faults: Sequence[BadSample]  # found while reading the headers; without a key: of the shard as a whole
 
     def __len__(self) -> int:
         return len(self.places)
@@ -188,7 +188,7 @@ class IndexedBatches(Sampler[list[tuple[int, int]]]):
         return epoch, self.starts[source] + int(self._order(source, epoch)[place])
 
     def _per_pass(self, source: int) -> int:
-        """All samples; with a single source only those of whole batches, as with records."""
+        """All samples; with a single source only whole batches of them, as with records."""
         count = count_samples(self.sources[source])
         return count - count % self.batch_size if len(self.sources) == 1 and count >= self.batch_size else count
 

@@ -1,8 +1,8 @@
-"""Object stores (s3, gs, hf) through fsspec: one place that asks them, waits for them and tells what is wrong.
+"""Object stores (s3, gs, hf) through fsspec: one place that reads them, waits for them and explains what is wrong.
 
 A store that does not answer is no damage to the data: a request is repeated with growing waits, and after the patience
-is over the run stops. It never goes on with other data. What no waiting mends (a bucket that does not exist,
-credentials) is said at once.
+is over the run stops. It never continues with other data. What waiting cannot fix (a bucket that does not exist,
+credentials) is reported at once.
 
 Only these schemes are accepted, and no chained protocols of fsspec: a URL may come from a stranger.
 """

@@ -20,7 +20,7 @@ PIECE = 1 << 20
 
 
 def fetch_jars(folder: Path, progress: Callable[[int, int], None], url: str = ARCHIVE) -> list[str]:
-    """Downloads the archive, goes on where an earlier attempt stopped, and keeps the two jars.
+    """Downloads the archive, resuming an earlier attempt, and keeps the two jars.
 
     Args:
         progress: hears of the bytes that are there, of how many.
@@ -46,7 +46,7 @@ def fetch_jars(folder: Path, progress: Callable[[int, int], None], url: str = AR
         archive.unlink(missing_ok=True)
         raise SpiceError(f"{url} is no archive with {' and '.join(JARS)}: {error}; repeat the command") from error
     except (OSError, EOFError) as error:
-        raise SpiceError(f"cannot fetch {url} into {folder}: {error}; the same command goes on from here") from error
+        raise SpiceError(f"cannot fetch {url} into {folder}: {error}; run the same command again to resume") from error
     archive.unlink()
     return [jar for jar in JARS if _digest(folder / jar) != SHA256[jar]]
 

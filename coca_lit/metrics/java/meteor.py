@@ -55,7 +55,7 @@ class Meteor:
             self._running()
 
     def score(self, references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> MeteorScores:
-        """Scores of tokenised captions; ``references[i]`` are those of ``hypotheses[i]``.
+        """Scores of tokenised captions; ``references[i]`` belong to ``hypotheses[i]``.
 
         Raises JavaError when the process dies or is overdue; the next call then starts another one.
         """

@@ -76,7 +76,7 @@ def load(
                 if len(parsers) == 1:
                     raise
                 parsers.pop(0)
-                warn(f"SPICE goes on without its cache of scene graphs in {cache}: {_reason(error)}")
+                warn(f"SPICE continues without its scene-graph cache in {cache}: {_reason(error)}")
 
     def graph_scores(parser: Any, images: Sequence[Any]) -> list[dict[str, float | None]]:
         texts, counts, captions = java.util.ArrayList(), java.util.ArrayList(), java.util.ArrayList()

@@ -89,7 +89,7 @@ class BeamSearch:
         scores = self.constraints(logits if legacy else log_probs, opened.ids.flatten(0, 1)[:, :position])
         if position == opened.ids.shape[2] - 1 and not legacy:
             scores = force_token(scores, self.constraints.end_id)
-        # The best 2K of each caption first, then the best 2K of those of an image: no sort over K · V.
+        # The best 2K of each caption first, then the best 2K of an image among these: no sort over K · V.
         best, tokens = scores.topk(min(2 * self.num_beams, scores.shape[1]))  # (B · K, C)
         chosen = log_probs.gather(1, tokens)
         of_image, choices = (len(opened.ids), self.num_beams * tokens.shape[1]), tokens.shape[1]

@@ -110,7 +110,7 @@ Args:
     {_OPTION_LINES}
     return_scores, return_attention: return `Captions` instead of the ids alone. Attention (B, [N,] L, S) is where the
         decoder looked among the image tokens when it chose each token, the mean over layers and heads: rows add up to
-        1, those of start and padding are 0.
+        1, and are 0 for start and padding.
 
 Raises:
     TypeError: an unknown option; the message suggests the right one.

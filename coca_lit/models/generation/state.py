@@ -5,7 +5,7 @@ it: the captions of an image are the queries of one attention. Each step runs on
 tower and the decoder.
 
 `StaticDecoding` does this with shapes that never change, for `torch.compile` and CUDA graphs: the step of a GPU. The
-tests compile it on a CPU and compare its captions with those of `Decoding`; it has not been run on a GPU.
+tests compile it on a CPU and compare its captions with `Decoding`'s; it has not been run on a GPU.
 """
 
 from collections.abc import Callable, Sequence

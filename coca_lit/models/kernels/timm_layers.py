@@ -94,7 +94,7 @@ def replace_timm_layers(trunk: nn.Module) -> None:
                 if layer.groups > 1 and type(layer) in (nn.Conv2d, Conv2dSame):
                     kind = DepthwiseSame if type(layer) is Conv2dSame else Depthwise
                     setattr(parent, name, _convolution(kind, layer))
-    for parent in list(trunk.modules()):  # those of a new ShortAttention as well
+    for parent in list(trunk.modules()):  # including the layers of a new ShortAttention
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear:
                 fast = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

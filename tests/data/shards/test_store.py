@@ -1,5 +1,5 @@
 """Faults of an object store, on a real S3 server behind a proxy that fails: no fault changes what is trained on, and
-what no waiting mends is said at once.
+what waiting cannot fix is reported at once.
 
 `COCA_STORE_FAULTS=1000` draws that many faults in the test of random ones.
 """
@@ -176,7 +176,7 @@ def _open(cache: ShardCache) -> None:
     [("reset", "for 0 s the store does not answer"), ("slow down", "for 0 s the store throttles requests: use fewer")],
 )
 def test_patience_ends_and_the_run_stops_saved(store, tmp_path, fault, said):
-    """A first shard is there, then the store is gone: the run stops with a checkpoint, from which it goes on."""
+    """A first shard is there, then the store is gone: the run stops with a checkpoint, and resumes from it."""
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 
     def fit(module: Recorder, resume: Path | None = None, **more) -> None:

@@ -1,4 +1,4 @@
-"""An image encoder of one's own. `imports: [my_coca_parts]` in a config registers it before the model is built."""
+"""A user's image encoder. `imports: [my_coca_parts]` in a config registers it before the model is built."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""An evaluation with a metric of one's own."""
+"""An evaluation with a user's metric."""
 
 from collections.abc import Sequence
 from statistics import fmean

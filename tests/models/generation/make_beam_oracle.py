@@ -27,7 +27,7 @@ VISION = {
     "output_tokens": True,
 }
 TEXT = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
-# The end's logit moves captions from never ending to ending early; arguments are those of OpenCLIP's `generate`.
+# The end's logit moves captions from never ending to ending early; arguments as in OpenCLIP's `generate`.
 CASES: dict[str, dict[str, Any]] = {
     **{f"beams, end {end}": {"end_logit": end, "arguments": {}} for end in (18, 20, 22, 24, 28)},
     "short beams": {"end_logit": 22, "arguments": {"seq_len": 12}},
