@@ -50,7 +50,7 @@ def test_rows_wait_for_the_disk(
     at_most(2)
     for row in "1234":
         waiting.add(row)
-    assert caplog.text.count("waits in memory") == 1
+    assert caplog.text.count("wait in memory") == 1
     with pytest.raises(DataError, match=r"rows\.csv, for which 4 rows wait"):
         write_waiting()
     at_most(None)
