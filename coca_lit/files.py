@@ -137,10 +137,16 @@ class Waiting(Generic[T]):
         self.rows, self._warned = [], False
 
 
-def write_waiting() -> None:
-    """Writes all rows that still wait; raises `DataError` if some of them cannot be written."""
+def try_waiting() -> None:
+    """Another try for all rows that wait."""
     for waiting in list(_all_waiting):
         waiting.flush()
+
+
+def write_waiting() -> None:
+    """Writes all rows that still wait; raises `DataError` if some of them cannot be written."""
+    try_waiting()
+    for waiting in list(_all_waiting):
         if waiting.rows:
             raise DataError(f"cannot write {waiting.path}, for which {len(waiting.rows)} rows wait")
 

@@ -30,7 +30,7 @@ from coca_lit.callbacks.resuming import (
 from coca_lit.callbacks.stall_guard import unwatched
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
-from coca_lit.files import atomic_link, atomic_write
+from coca_lit.files import atomic_link, atomic_write, try_waiting
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.reading import read_json
@@ -39,6 +39,7 @@ from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
 
 log = logging.getLogger(__name__)
 
+LIMITS = ("max_epochs", "max_steps")
 BEST, BEST_SCORE = "best.ckpt", "best.json"
 
 
@@ -176,6 +177,7 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if step == self._saved_step:
             return
+        try_waiting()  # a run that resumes from here does not make the rows of earlier steps again
         # Within a validation the module holds the averaged weights; they change places with the trained ones.
         with scored_weights(trainer, pl_module) if self._validating else nullcontext(), unwatched(trainer):
             trainer.save_checkpoint(self._path(step))
@@ -257,6 +259,9 @@ class Checkpoints(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
+        same_length = all(self._loaded.get(limit) == getattr(trainer, limit) for limit in LIMITS)
+        if self._loaded.get("finished") and same_length:
+            trainer.should_stop = True  # nothing is left to train, also where the run was stopped early
         before = self._loaded.get("fp32_matmul") or self._loaded.get("fp32_products", "").lower()  # the older name
         if before and before != kernels.fp32_matmul():  # the two libraries round differently
             try:
@@ -268,7 +273,7 @@ class Checkpoints(L.Callback):
 def _announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
     counts = "".join(f", {before[what]:,} {what} seen" for what in ("samples", "tokens") if what in before)
     print_rank_zero(f"resuming after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
-    for limit in ("max_epochs", "max_steps"):
+    for limit in LIMITS:
         if limit in before and before[limit] != (length := getattr(trainer, limit)):
             print_rank_zero(
                 f"note: {limit} was {before[limit]} and is now {length}: from here on the learning rate follows it"

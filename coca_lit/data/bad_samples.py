@@ -105,12 +105,12 @@ class BadSamples:
         """Judges what has been seen, if it is that much; whatever it is where nothing may be bad."""
         too_many = f"more than max_bad_fraction={self.max_fraction} allows"
         if self.reasons.total() > self.max_fraction * self.seen and (self.seen >= min_seen or not self.max_fraction):
-            raise DataError(f"too many bad samples, {too_many}: {self.summary()}")
+            raise DataError(f"too many bad samples, {too_many}: {self.summary()}: mend or remove them, or allow more")
         shards = self._whole_shards + self._torn_shards
         if self._torn_shards > self.max_fraction * shards and shards >= min_shards:
             raise DataError(
                 f"too many torn or empty shards, {too_many}: {self._torn_shards} of {shards} shards, and "
-                f"{self.summary()}: fetch or write them again, or remove them"
+                f"{self.summary()}: fetch or write them again, remove them, or allow more"
             )
 
 

@@ -130,10 +130,11 @@ def resume(folder: Path, checkpoint: Path, roll_back: bool) -> None:
         start_fresh(folder)
         return
     run = read_run(checkpoint)
-    newer = [path for path in step_files(folder / CHECKPOINTS) if _step(path) > _step(checkpoint)]
+    step = run.get("step", 0)
+    newer = [path for path in step_files(folder / CHECKPOINTS) if int(path.stem.removeprefix("step_")) > step]
     if newer and roll_back:
         print_rank_zero(f"{len(newer)} newer checkpoints were moved to {archive(folder, newer)}")
-    rewind(folder, run.get("logged_steps", 0), run.get("step", 0), run.get("validating", False))
+    rewind(folder, run.get("logged_steps", 0), step, run.get("validating", False))
 
 
 def start_fresh(folder: Path) -> None:
@@ -172,7 +173,3 @@ def _filled(config: Any, defaults: Any) -> Any:
     if not isinstance(config, dict) or not isinstance(defaults, Mapping):
         return config
     return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in config.items()}}
-
-
-def _step(path: Path) -> int:
-    return int("".join(filter(str.isdigit, path.stem)) or 0)

@@ -4,6 +4,7 @@ Every function returns None if the training was over before the fault came, "" i
 compared at the end of the run), or what was wrong. Its docstring is its line in the table.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from soak import Run
 
 Fault = Callable[["Run"], str | None]
+FULL = ("could not save step_", "waits in memory", "trying again in")  # what a run says of a full disk
 
 
 def kill(run: "Run") -> str | None:
@@ -71,6 +73,28 @@ def full_disk(run: "Run") -> str | None:
     return problem if "could not save step_" not in run.said() else problem or ""
 
 
+def full_disk_for_a_while(run: "Run") -> str | None:
+    """disk full to the last byte from within training on, until a `kill -9`, or until there is room again"""
+    run.start()
+    if run.over_in_training():
+        return run.ends()
+    filler = run.folder / "filler"
+    try:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        over = run.over_before(lambda: any(words in run.said() for words in FULL))
+        if over or run.over(run.rng.uniform(0, run.training / 4)):
+            return run.ends()
+        if run.rng.random() < 0.4:
+            return run.kill()
+    finally:
+        filler.unlink()
+    if run.rng.random() < 0.5 and not run.over(run.rng.uniform(0, run.training)):
+        return run.kill()
+    return run.ends() or ""
+
+
 def damaged_checkpoint(run: "Run") -> str | None:
     """newest checkpoint torn, emptied or one bit flipped, after a `kill -9`"""
     run.start()
@@ -79,15 +103,20 @@ def damaged_checkpoint(run: "Run") -> str | None:
     files = run.checkpoints()
     if problem or len(files) < 2:
         return problem or None
-    damage(files[-1], run)
+    damage(files[-1], run, "torn", "emptied", "flipped")
     run.start()
     problem = run.ends() if run.over_in_training() else run.kill()
     return problem or ("" if "skipped a checkpoint" in run.said() else None)
 
 
 def damaged_shard(run: "Run") -> str | None:
-    """a shard of the set torn, emptied or one bit flipped"""
-    return _without(run, lambda shard: damage(shard, run), during_training=False)
+    """a shard of the set torn, emptied or one bit flipped before training"""
+    return _without(run, lambda shard: damage(shard, run, "torn", "emptied", "flipped"), during_training=False)
+
+
+def torn_shard(run: "Run") -> str | None:
+    """a shard of the set torn or emptied during training"""
+    return _without(run, lambda shard: damage(shard, run, "torn", "emptied"), during_training=True)
 
 
 def lost_shard(run: "Run") -> str | None:
@@ -101,18 +130,22 @@ def slow_storage(run: "Run") -> str | None:
     return run.ends() if run.over_in_training() else run.kill()
 
 
-def damage(path: Path, run: "Run") -> None:
+def damage(path: Path, run: "Run", *ways: str) -> None:
     """Bytes of a file are lost or wrong, as after a power cut or on a bad disk."""
-    content = bytearray(path.read_bytes())
-    how, at = run.rng.choice(("torn", "empty", "flipped")), run.rng.randrange(max(len(content), 1))
-    if how == "flipped":
-        content[at : at + 1] = bytes(byte ^ (1 << run.rng.randrange(8)) for byte in content[at : at + 1])
-    path.write_bytes(b"" if how == "empty" else content[:at] if how == "torn" else content)
+    size, way = path.stat().st_size, run.rng.choice(ways)
+    with path.open("rb+") as file:
+        file.seek(run.rng.randrange(max(size, 1)))
+        if way == "flipped":
+            byte = file.read(1)
+            file.seek(-len(byte), os.SEEK_CUR)
+            file.write(bytes(bits ^ (1 << run.rng.randrange(8)) for bits in byte))
+        else:
+            file.truncate(0 if way == "emptied" else None)
 
 
 def _without(run: "Run", spoil: Callable[[Path], None], during_training: bool) -> str | None:
     """The run must name what it cannot read, and resume when it is back."""
-    shard = run.rng.choice(sorted(run.data.glob("*.tar")))
+    shard = run.rng.choice(sorted(run.data.rglob("*.tar")))
     aside = shutil.copy2(shard, run.data / "aside")
     try:
         if during_training:
@@ -129,15 +162,19 @@ def _without(run: "Run", spoil: Callable[[Path], None], during_training: bool) -
     return problem if problem or problem is None or str(shard) in run.said() else "the shard was not named"
 
 
-EVERYWHERE: dict[str, Fault] = {
-    fault.__name__: fault
-    for fault in (
-        *(kill, kill_in_training, kill_in_save, kill_at_file, terminate, terminate_then_kill),
-        *(full_disk, damaged_checkpoint, slow_storage),
-    )
+# How often each kind is drawn, and its faults.
+KILLS = 6, (kill, kill_in_training, kill_in_training, kill_in_save, kill_at_file)
+SIGNALS = 4, (terminate, terminate, terminate_then_kill)
+DISKS = 9, (full_disk, full_disk_for_a_while)
+STORAGE = 2, (damaged_checkpoint, slow_storage)
+SHARDS = 14, (damaged_shard, torn_shard, lost_shard)
+MENU: dict[str, Fault] = {
+    fault.__name__: fault for _, group in (KILLS, SIGNALS, DISKS, STORAGE, SHARDS) for fault in group
 }
-ON_SHARDS: dict[str, Fault] = {fault.__name__: fault for fault in (damaged_shard, lost_shard)}
-# How often each is drawn.
-WEIGHTS = {"kill": 2, "kill_in_training": 4, "terminate": 5, "terminate_then_kill": 2, "damaged_checkpoint": 2} | {
-    name: 3 for name in ("kill_in_save", "kill_at_file", "full_disk", "slow_storage", "damaged_shard", "lost_shard")
-}
+
+
+def drawn(run: "Run", on_shards: bool) -> Fault:
+    """The next fault, of a kind that this run can have."""
+    kinds = [KILLS, SIGNALS, DISKS, STORAGE, *([SHARDS] if on_shards else [])]
+    ((_, group),) = run.rng.choices(kinds, [weight for weight, _ in kinds])
+    return run.rng.choice([fault for fault in group if run.has_disk or fault is not full_disk_for_a_while])

@@ -3,8 +3,13 @@
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from coca_lit import callbacks, lit_module, report  # noqa: F401
 from coca_lit.cli.command import compose
+from coca_lit.cli.train import train  # noqa: F401
+from coca_lit.data.shards import datamodule  # noqa: F401
+from coca_lit.evals import retrieval  # noqa: F401
 from coca_lit.models import create_model
+from coca_lit.training import self_critical  # noqa: F401
 
 Image.init()
 compose("train", ["data=laion", "name=x", "+model.net.text_layers=1"])

@@ -1,24 +1,26 @@
 """Trains under faults drawn at random, again and again, and compares the end bit for bit with an undisturbed run.
 
-    python experiments/faults/soak.py --kills 100
+    python experiments/faults/soak.py --faults 200
 
-results.csv has a row per fault, events.csv one each time that a fault was tried. Both are written after every run.
+results.csv has a row per fault and per part of a configuration, events.csv one each time that a fault was tried. Both
+are written after every run.
 The processes are forked from one that has imported everything: a cycle then takes seconds.
 """
 
 import argparse
 import contextlib
 import csv
+import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from io import BytesIO
+from io import BytesIO, StringIO
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,8 +38,10 @@ FORKSERVER = get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["preload"])
 HANGS = 180  # seconds after which a process is taken for one that hangs
 MOST_FAULTS = 12  # in one run, which then ends undisturbed
+DISK = 96  # MB of the disk of a run; 64 stay free beside a checkpoint
 BROKEN = "broken samples and shards in the data all the time"
 KILLED, SAVED = "ended by `kill -9`", "saved, exit code 143"  # columns of the table
+TIMES = ("samples/s", "train/scoring_share")  # in metrics.csv, never the same
 
 # Two epochs of eight batches of the smallest network that has everything; a checkpoint at every fourth batch.
 TINY = (
@@ -48,33 +52,83 @@ TINY = (
     "+model.net.image_encoder_args={channels: [8, 8, 16, 16], output_stride: 8}",
     *("callbacks.checkpoint.every_n_steps=4", "callbacks.checkpoint.keep_last=3", "callbacks.progress=null"),
 )
-MORE = ("ema=0.9", "trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=2")
+# How often each kind of data is drawn. All shards but the broken ones have manifests and may lose nothing.
+DATA = {"scenes": 4} | dict.fromkeys(("streamed shards", "indexed shards", "streamed mixture", "indexed mixture"), 2)
+DATA |= {"streamed broken shards": 1, "indexed broken shards": 1}
+SETS = ("a", "b")  # folders of shards, of the sources of a mixture
+# Parts of a configuration; {work} is a folder for all runs, {run} the name of this one.
+PARTS: dict[str, tuple[str, ...]] = {
+    "texts": ("data.text={work}/texts.txt", "data.text_every=3"),
+    "rewards": (
+        "model.self_critical={{_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}}",
+        "model.net.dropout=0",
+    ),
+    "LoRA": ("lora.rank=2", "lora.parts=[text]"),
+    "micro-batches": ("trainer.micro_batch_size=2", "model.freeze=[image_encoder]"),
+    "cached features": (
+        *("model.freeze=[image_encoder]", "data.cached_augmentations=2"),
+        "data.cache_dir={work}/{run}-views",
+    ),
+    "averaged weights": ("ema=0.9",),
+    "accumulation": ("trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=2"),
+    "early stopping": (  # at the end of the second epoch, if the loss falls
+        "trainer.max_epochs=3",
+        "+callbacks.stop={{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/contrastive_loss, "
+        "mode: max, patience: 1, check_on_train_epoch_end: true}}",
+    ),
+    "scores": (
+        *("evals=[scenes_retrieval]", "scoring.images=4", "scoring.quick=3", "scoring.every_n_steps=4"),
+        "callbacks.checkpoint.best=scenes/t2i_median_rank",
+    ),
+}
+ONLY_SCENES = ("rewards", "cached features")  # these need the captions, or the images, of all samples
+NOT_BOTH = (("rewards", "micro-batches"),)
+PARTS_DRAWN = 3  # in the mean
 
 
 class Case(NamedTuple):
     """One kind of training."""
 
-    data: str  # scenes; a stream of shards, with a manifest; the same indexed; a stream of broken shards
+    data: str
     workers: int
-    ema: bool  # and accumulation of gradients over two batches
+    parts: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.data}-workers{self.workers}{'-ema-accumulate' if self.ema else ''}"
+        return ", ".join((self.data, f"{self.workers} workers", *self.parts))
 
-    def overrides(self, folder: Path) -> tuple[str, ...]:
-        shards = (f"data.shards={folder}/*.tar", "data.epoch_samples=32", "data.shuffle_buffer=4")
-        allowed = f"data.max_bad_fraction={0.8 if self.data == 'broken' else 0.0}"
-        indexed = f"data.indexed={str(self.data == 'indexed').lower()}"
-        source = ("data.train_count=32",) if self.data == "scenes" else ("data=laion", *shards, allowed, indexed)
-        return (*TINY, *source, f"data.num_workers={self.workers}", *(MORE if self.ema else ()))
+    def overrides(self, work: Path, run: str) -> tuple[str, ...]:
+        words = [*TINY, f"data.num_workers={self.workers}"]
+        folder = folder_of(self.data, work)
+        if self.data == "scenes":
+            words += ["data.train_count=32"]
+        else:
+            words += ["data=laion", "data.epoch_samples=32", "data.shuffle_buffer=4"]
+            words += [f"data.indexed={str('indexed' in self.data).lower()}"]
+            words += [f"data.max_bad_fraction={0.8 if 'broken' in self.data else 0.0}"]
+            a, b = (f"'{folder}/{name}/*.tar'" for name in SETS)
+            if "mixture" in self.data:
+                words += [f"data.shards={{a: {a}, b: {b}}}", "data.weights={a: 0.7, b: 0.3}"]
+            else:
+                words += [f"data.shards=[{a},{b}]"]
+        return (*words, *(word.format(work=work, run=run) for part in self.parts for word in PARTS[part]))
 
 
-CASES = [
-    *(Case("scenes", 0, False), Case("shards", 2, True), Case("broken", 0, True), Case("scenes", 2, True)),
-    *(Case("shards", 0, False), Case("broken", 2, False), Case("shards", 0, True), Case("scenes", 0, True)),
-    *(Case("shards", 2, False), Case("indexed", 0, False), Case("scenes", 2, False), Case("indexed", 2, True)),
-]
+def drawn(rng: random.Random) -> Case:
+    """A configuration; the parts that do not fit to those before are left out."""
+    (data,) = rng.choices(list(DATA), DATA.values())
+    parts: list[str] = []
+    for part in rng.sample(list(PARTS), len(PARTS)):
+        fits = data == "scenes" or part not in ONLY_SCENES
+        fits &= not any(part in pair and other in pair for pair in NOT_BOTH for other in parts)
+        if fits and rng.random() < PARTS_DRAWN / len(PARTS):
+            parts.append(part)
+    return Case(data, rng.choice((0, 2)), tuple(sorted(parts)))
+
+
+def folder_of(data: str, work: Path) -> Path:
+    """Where the shards of a kind of data are: each kind has its own, as faults change them."""
+    return work / data.replace(" ", "-")
 
 
 class Run:
@@ -90,6 +144,7 @@ class Run:
     def __init__(self, folder: Path, data: Path, overrides: tuple[str, ...], rng: random.Random) -> None:
         self.folder, self.data, self.overrides, self.rng = folder, data, overrides, rng
         self.seconds, self.training, self.checkpoint_bytes, self.kills = 1.0, 1.0, 0, 0
+        self.has_disk = False  # of its own, which can be full
         self.log = folder.parent / f"{folder.name}.log"
         self._log_start = 0
         self._started = 0.0
@@ -103,6 +158,19 @@ class Run:
         self.process = FORKSERVER.Process(target=victim.train, args=arguments)
         self.process.start()
         self._started = time.monotonic()
+
+    def undisturbed(self) -> None:
+        """Trains to the end, and notes how long that takes."""
+        started = time.monotonic()
+        self.start()
+        self.over_before(self.trains.is_set)
+        began = time.monotonic()
+        self.over_before(lambda: not self.trains.is_set())
+        self.training = time.monotonic() - began
+        if self.ends() is not None:
+            raise RuntimeError(f"the undisturbed run of {' '.join(self.overrides)} failed:\n{self.said()}")
+        self.seconds = time.monotonic() - started
+        self.checkpoint_bytes = self.checkpoints()[-1].stat().st_size
 
     def moment(self) -> float:
         """Seconds from the start, anywhere within a run."""
@@ -175,7 +243,7 @@ class Run:
 
 
 def difference(a: Path, b: Path) -> str:
-    """What of two finished runs is not the same: all of the last checkpoint, logs, bad samples; "" if nothing."""
+    """What of two finished runs is not the same, "" if nothing: all of the last checkpoint, logs, scores."""
     import torch
 
     left, right = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (a, b))
@@ -184,16 +252,21 @@ def difference(a: Path, b: Path) -> str:
         return f"last.ckpt: {different}"
     if _rows(a / "metrics.csv") != _rows(b / "metrics.csv"):
         return "metrics.csv"
-    if _lines(a / "bad_samples" / "rank0.csv") != _lines(b / "bad_samples" / "rank0.csv"):
-        return "bad samples"
-    return "" if (b / "results.json").exists() and (b / "report.html").exists() else "results or report missing"
+    for name in ("bad_samples/rank0.csv", "bad_steps.jsonl"):
+        if _lines(a / name) != _lines(b / name):
+            return name
+    if not ((b / "results.json").exists() and (b / "report.html").exists()):
+        return "results.json or report.html is missing"
+    return (
+        "" if json.loads((a / "results.json").read_text()) == json.loads((b / "results.json").read_text()) else "scores"
+    )
 
 
 def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
     import torch
 
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        for key in a:
+        for key in filter("cache_dir".__ne__, a):  # each run has its own
             yield from _differences(a[key], b[key], f"{name}/{key}")
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -207,28 +280,29 @@ def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
 
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
-        return [{name: value for name, value in row.items() if name != "samples/s"} for row in csv.DictReader(file)]
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
 
 def _lines(path: Path) -> set[str]:
     return set(path.read_text().splitlines()) if path.exists() else set()
 
 
-def write_data(folder: Path, broken: bool) -> Path:
-    """Four shards of six scenes; with a manifest, or with samples and shards that nobody can read."""
+def write_data(folder: Path, broken: bool) -> None:
+    """Two folders of four shards of four scenes; with manifests, or with samples and shards that nobody can read."""
     from coca_lit.cli.data import data
     from coca_lit.data.scenes.export import write_shards
 
-    folder.mkdir(parents=True)
-    write_shards(folder, count=24, size=32, per_shard=6)
-    if not broken:
-        data(["check", str(folder), "--workers", "1"])
-        return folder
-    first, second, third, _ = sorted(folder.glob("*.tar"))
-    _rewrite(first, lambda name, content: (name, bytes(9) if name.endswith("02.jpg") else content))
-    second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
-    _rewrite(third, lambda name, content: (name.replace("21.txt", "21.pkl"), content))
-    return folder
+    for name in SETS:
+        (folder / name).mkdir(parents=True)
+        write_shards(folder / name, count=16, size=32, per_shard=4)
+        if not broken:
+            with contextlib.redirect_stdout(StringIO()):
+                data(["check", str(folder / name), "--workers", "1"])
+    if broken:
+        first, second, third, _ = sorted((folder / SETS[0]).glob("*.tar"))
+        _rewrite(first, lambda name, content: (name, bytes(9) if name.endswith("02.jpg") else content))
+        second.write_bytes(second.read_bytes()[: second.stat().st_size // 2])
+        _rewrite(third, lambda name, content: (name.replace("11.txt", "11.pkl"), content))
 
 
 def _rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
@@ -242,100 +316,106 @@ def _rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> N
 
 
 class Soak:
-    """Runs of all cases in turn, until there were `kills` of them; one row of `events` per fault."""
+    """Runs of random configurations under random faults, until so many faults were tried."""
 
-    def __init__(self, work: Path, seed: int, cases: list[Case]) -> None:
-        self.work, self.seed, self.cases = work, seed, cases
-        self.data = {name: write_data(work / name, name == "broken") for name in ("shards", "indexed", "broken")}
-        self.undisturbed: dict[Case, Run] = {}
+    def __init__(self, work: Path, seed: int) -> None:
+        self.work, self.seed = work, seed
+        for name in DATA:
+            if name != "scenes":
+                write_data(folder_of(name, work), "broken" in name)
+        (work / "texts.txt").write_text("".join(f"a small {word} thing\n" for word in ("red", "blue", "green", "pink")))
         warm = FORKSERVER.Process(target=abs, args=(0,))  # the imports, which belong to no run
         warm.start()
         warm.join()
         self.started = time.time()
 
-    def run(self, case: Case, number: int) -> list[dict[str, Any]]:
+    def run(self, number: int) -> list[dict[str, Any]]:
         """The events of one run under faults."""
-        whole = self.undisturbed.get(case) or self._undisturbed(case)
         rng = random.Random(f"{self.seed}/{number}")
-        run = Run(self.work / f"run{number}", whole.data, whole.overrides, rng)
+        case = drawn(rng)
+        whole, run = (
+            Run(self.work / name, folder_of(case.data, self.work), case.overrides(self.work, name), rng)
+            for name in (f"whole{number}", f"run{number}")
+        )
+        whole.undisturbed()
+        print(f"{case.name}: {whole.seconds:.1f} s undisturbed", flush=True)
         run.seconds, run.training, run.checkpoint_bytes = whole.seconds, whole.training, whole.checkpoint_bytes
-        events: list[dict[str, Any]] = []
-        menu = faults.EVERYWHERE | (faults.ON_SHARDS if case.data == "shards" else {})
+        with disk(run.folder) as run.has_disk:
+            events = list(self._events(case, run))
+            run.start()  # undisturbed to the end; or a finished run once more, which must change nothing
+            end = "" if run.ends() is None else f"the last start failed: {run.said().strip().splitlines()[-1:]}"
+            end = end or difference(whole.folder, run.folder)
+        return [{"run": number, "case": case.name, **event, "end": end or "same bits"} for event in events]
+
+    def _events(self, case: Case, run: Run) -> Iterator[dict[str, Any]]:
+        event: dict[str, Any] = {}
         for _ in range(MOST_FAULTS):
-            (name,) = rng.choices(list(menu), [faults.WEIGHTS.get(name, 1) for name in menu])
+            fault = faults.drawn(run, on_shards=case.data != "scenes" and "broken" not in case.data)
             kills = run.kills
-            problem = menu[name](run)
+            problem = fault(run)
             step = [path.stem[5:] for path in run.checkpoints()][-1:] or ["0"]
-            event = {"run": number, "case": case.name, "fault": name, "kills": run.kills - kills}
-            event |= {"exit": run.process.exitcode, "step": step[0], "seconds": round(time.time() - self.started)}
+            event = {"fault": fault.__name__, "kills": run.kills - kills, "exit": run.process.exitcode, "step": step[0]}
+            event |= {"seconds": round(time.time() - self.started), "problem": problem or ""}
             if problem is None and event["kills"]:
                 event["fault"] = "kill"  # it came before what was to be tried with it
             if problem is not None or event["kills"]:
-                events.append(event | {"problem": problem or ""})
+                yield event
             if run.process.exitcode == 0:
                 break
-        whole.seconds = run.seconds
-        run.start()  # undisturbed to the end; or a finished run once more, which must change nothing
-        end = "" if run.ends() is None else f"the last start failed: {run.said().strip().splitlines()[-1:]}"
-        end = end or difference(whole.folder, run.folder)
-        if case.data == "broken":
-            events.append({**events[-1], "fault": "broken_data", "kills": 0, "problem": ""} if events else {})
-        return [event | {"end": end or "same bits"} for event in events if event]
+        if "broken" in case.data and event:
+            yield event | {"fault": "broken_data", "kills": 0, "problem": ""}
 
-    def _undisturbed(self, case: Case) -> Run:
-        data = self.data.get(case.data, self.work / "none")
-        run = Run(self.work / case.name, data, case.overrides(data), random.Random(0))
-        started = time.monotonic()
-        run.start()
-        run.over_before(run.trains.is_set)
-        began = time.monotonic()
-        run.over_before(lambda: not run.trains.is_set())
-        run.training = time.monotonic() - began
-        if run.ends() is not None:
-            raise RuntimeError(f"the undisturbed run of {case.name} failed:\n{run.said()}")
-        run.seconds = time.monotonic() - started
-        run.checkpoint_bytes = run.checkpoints()[-1].stat().st_size
-        print(f"{case.name}: {run.seconds:.1f} s undisturbed", flush=True)
-        self.undisturbed[case] = run
-        return run
-
-    def until(self, kills: int) -> Iterator[list[dict[str, Any]]]:
+    def until(self, tried: int) -> Iterator[list[dict[str, Any]]]:
         """All events so far, after every run."""
         events: list[dict[str, Any]] = []
         for number in count():
-            if sum(event["kills"] for event in events) >= kills:
+            if len(events) >= tried:
                 return
-            case = self.cases[number % len(self.cases)]
-            new = self.run(case, number)
+            try:
+                new = self.run(number)
+            except RuntimeError as refused:
+                print(refused, flush=True)
+                continue
             events += new
             done = ", ".join(" ".join(filter(None, (event["fault"], event["problem"]))) for event in new)
-            total, end = sum(event["kills"] for event in events), new[-1]["end"] if new else "-"
-            print(f"run {number}, {case.name}: {done}: {end}; {total} kills", flush=True)
+            print(f"run {number}: {done}: {new[-1]['end'] if new else '-'}; {len(events)} faults", flush=True)
             yield events
 
 
+@contextlib.contextmanager
+def disk(folder: Path) -> Iterator[bool]:
+    """A small disk in a folder, if this process may mount one; whether it may."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 def summary(events: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A row per fault, and one for all of them: tried, survived, lost, kills, signals that were answered by a save."""
-    titles = {name: " ".join((fault.__doc__ or "").split()) for name, fault in menu().items()}
-    tried, lost, kills, saves = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    for event in events:
-        bad = bool(event["problem"]) or event["end"] != "same bits"
-        tried[event["fault"]] += 1
-        lost[event["fault"]] += bad
-        kills[event["fault"]] += int(event["kills"])
-        saves[event["fault"]] += str(event["exit"]) == "143" and event["fault"] != "broken_data"
-    rows = [
-        {"run": name, "fault": title, "tried": tried[name], "survived": tried[name] - lost[name], "lost": lost[name]}
-        | {KILLED: kills[name], SAVED: saves[name]}
+    """Rows with what was tried, survived, lost, killed, and answered by a save: of each fault, of all of them, and of
+    those that came to a configuration with some part.
+    """
+    titles = {name: " ".join((fault.__doc__ or "").split()) for name, fault in faults.MENU.items()}
+    groups = {
+        name: (title, [event for event in events if event["fault"] == name])
         for name, title in (titles | {"broken_data": BROKEN}).items()
-        if tried[name]
-    ]
-    total = {key: sum(row[key] for row in rows) for key in ("tried", "survived", "lost", KILLED, SAVED)}
-    return [{key: str(value) for key, value in row.items()} for row in [*rows, {"run": "all", "fault": "all", **total}]]
+    }
+    groups["all"] = ("all", events)
+    for part in ("scenes", "streamed", "indexed", "mixture", "broken", "2 workers", *PARTS):
+        groups[part] = (f"of these, with {part}", [event for event in events if part in event["case"]])
+    return [{"run": name, "fault": title, **_counts(found)} for name, (title, found) in groups.items() if found]
 
 
-def menu() -> dict[str, faults.Fault]:
-    return faults.EVERYWHERE | faults.ON_SHARDS
+def _counts(events: list[dict[str, str]]) -> dict[str, str]:
+    lost = sum(bool(event["problem"]) or event["end"] != "same bits" for event in events)
+    saves = sum(str(event["exit"]) == "143" and event["fault"] != "broken_data" for event in events)
+    kills = sum(int(event["kills"]) for event in events)
+    counts = {"tried": len(events), "survived": len(events) - lost, "lost": lost, KILLED: kills, SAVED: saves}
+    return {name: str(number) for name, number in counts.items()}
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -346,31 +426,31 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             writer.writerows(rows)
 
 
-def about(kills: int, seed: int) -> dict[str, str]:
+def about(tried: int, seed: int) -> dict[str, str]:
     """The columns that every study has, but for the seconds."""
     from coca_lit.runs.run_folder import environment
 
     found = environment()
-    command = f"python experiments/faults/soak.py --kills {kills} --seed {seed}"
+    command = f"python experiments/faults/soak.py --faults {tried} --seed {seed}"
     return {"seed": str(seed), **{key: found[key] for key in ("commit", "machine", "torch")}, "command": command}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="SIGKILLs to do (%(default)s)")
+    parser.add_argument("--faults", type=int, default=200, help="that are tried at least (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults (%(default)s)")
     parser.add_argument("--out", type=Path, default=HERE, help="where the CSVs go (beside this file)")
     parser.add_argument("--keep", type=Path, help="new folder for the runs (default: a temporary one)")
     options = parser.parse_args()
-    provenance, rows = about(options.kills, options.seed), []
+    provenance, rows = about(options.faults, options.seed), []
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
-        soak = Soak((options.keep or Path(temporary)).resolve(), options.seed, CASES)
-        for events in soak.until(options.kills):
+        soak = Soak((options.keep or Path(temporary)).resolve(), options.seed)
+        for events in soak.until(options.faults):
             seconds = {"seconds": str(round(time.time() - soak.started))}
             rows = [row | provenance | seconds for row in summary(events)]
             write_csv(options.out / "events.csv", events)  # also what was done before somebody stops it
             write_csv(options.out / "results.csv", rows)
-    sys.exit(not rows or rows[-1]["lost"] != "0")
+    sys.exit(not rows or any(row["lost"] != "0" for row in rows))
 
 
 if __name__ == "__main__":

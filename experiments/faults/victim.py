@@ -44,11 +44,13 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     make(trouble, folder, data)
     import torch
 
+    from coca_lit.cli import runtime
     from coca_lit.cli import train as cli
     from coca_lit.cli.command import compose
     from coca_lit.errors import UserError
 
     torch.set_num_threads(1)
+    runtime.PAUSE = 1  # second between two tries to write the scores on a full disk
     _tell(training)
     cfg = compose("train", [f"output_dir={folder}", "name=soak", *overrides])
     try:

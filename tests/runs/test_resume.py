@@ -15,7 +15,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from forking import FORKSERVER, Program
-from running import ROOT, compose, results, watched
+from running import ROOT, compose, results, run, watched
 
 from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
@@ -157,6 +157,18 @@ def test_killed_twice_in_an_epoch(
             assert [bool(row[f"train/{name}"]) for name in ("policy_loss", "reward", "contrastive_loss")] == [
                 not text
             ] * 3
+
+
+def test_stopped_early_is_finished(tmp_path: Path) -> None:
+    """After one of three epochs; a kill before the scores does not make it train on."""
+    stopping = (
+        "+callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/caption_loss, "
+        "divergence_threshold: 0}"
+    )
+    for _ in range(2):
+        run(tmp_path, *TINY, "data.train_count=8", "trainer.val_check_interval=1.0", "trainer.max_epochs=3", stopping)
+        assert state(tmp_path)["global_step"] == 2
+        (tmp_path / "results.json").unlink()
 
 
 class SignalInValidation(L.Callback):
