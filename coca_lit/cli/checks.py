@@ -21,6 +21,10 @@ WITHOUT_DATA = "data=scenes needs no files"
 WITHOUT_EVALUATION = "scoring.skip_missing=true leaves such evaluations out, evals=[] all of them"
 
 
+class MissingValueError(ConfigError):
+    """A key without a default that nobody set."""
+
+
 def check(node: Any, defaults: Any, path: str = "") -> None:
     """Compares the part of a config that is read directly, and not built by a constructor, with its defaults.
 
@@ -36,7 +40,7 @@ def check(node: Any, defaults: Any, path: str = "") -> None:
             raise ConfigError(f"there is no key '{name}'{suggest(key, defaults)}")
         default = defaults[key]
         if value == "???":
-            raise ConfigError(f"{name} is missing: set {name}=VALUE")
+            raise MissingValueError(f"{name} is missing: set {name}=VALUE")
         if isinstance(value, str) and "${" in value:
             continue
         if isinstance(default, dict) and isinstance(value, dict):

@@ -8,6 +8,7 @@ Read from the top: `command` is what every entry point calls. Words become overr
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from coca_lit import __version__
 from coca_lit.cli.assembly import has_argument, known_arguments
-from coca_lit.cli.checks import check, check_numbers, check_places, unresolved
+from coca_lit.cli.checks import MissingValueError, check, check_numbers, check_places, unresolved
 from coca_lit.cli.sweep import job_record, print_sweep
 from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.runs.launch import is_first_process, job_folder, launched_devices, launched_nodes, run_id
@@ -76,7 +77,8 @@ def command(
         else:
             _start(function, compose(config, overrides), _defaults(config, overrides))
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        sys.exit(f"error: {redact(explain(error, config, overrides))}")
+        example = f"; for example: {_example(config)}" if isinstance(error, MissingValueError) else ""
+        sys.exit(f"error: {redact(explain(error, config, overrides))}{example}")
 
 
 def use_current_folder() -> None:
@@ -232,6 +234,10 @@ def split_arguments(arguments: Sequence[str], positional: Positional = ()) -> tu
         if argument == "--" and positional:
             words += arguments[i + 1 :]
             break
+        if i == 0 and argument in ("help", "version") and not os.path.lexists(argument):
+            raise ConfigError(
+                f"expected key=value{' or a file' * bool(positional)}, found '{argument}': did you mean --{argument}?"
+            )
         if argument.startswith("-") or (i > 0 and arguments[i - 1] in _FLAGS_WITH_VALUE):
             flags.append(argument)
         elif not positional or (_OVERRIDE.match(argument) and not os.path.lexists(argument)):
@@ -298,8 +304,26 @@ def _help(config: str, overrides: Sequence[str]) -> str:
     known = _Known(config, [word for word in overrides if word.startswith("hydra.searchpath=")])
     groups = [group for group in known.options("", ObjectType.GROUP) if group != "hydra"]
     listed = "\n".join(f"{group}: {', '.join(known.options(group))}" for group in sorted(groups))
-    template = compose(config, with_hydra=True).hydra.help.template
-    return str(template).replace("$APP_CONFIG_GROUPS", listed)
+    template = str(compose(config, with_hydra=True).hydra.help.template)
+    return template.replace("$APP_CONFIG_GROUPS", listed).replace("$EXPERIMENTS", _experiments(known))
+
+
+def _example(config: str) -> str:
+    """The first example of the help."""
+    lines = str(compose(config, with_hydra=True).hydra.help.template).partition("Examples\n")[2].splitlines()
+    return f"{re.split(r'  +', lines[0].strip())[0]} (more: coca-{config} --help)"
+
+
+def _experiments(known: "_Known") -> str:
+    """All experiments by task, a line each: the task and the first sentence are comments at the top of the file."""
+    tasks: dict[str, list[str]] = {}
+    for name in known.options("experiment"):
+        found = known.file("experiment", name)
+        lines = re.findall(r"^#\s?(?!\s*@package)(.*)", found.read_text() if found is not None else "", re.M)
+        text = " ".join(itertools.takewhile(lambda line: not re.match(r"[A-Z]\w+:\s", line), lines))
+        task = next((line.removeprefix("Task:").strip() for line in lines if line.startswith("Task:")), "others")
+        tasks.setdefault(task, []).append(f"    {name:22}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")
+    return "\n".join("\n".join([f"  {task}", *experiments]) for task, experiments in tasks.items())
 
 
 def _shown(cfg: DictConfig, options: argparse.Namespace) -> str:
@@ -378,6 +402,12 @@ class _Options:
 
     def options(self, group: str, kind: ObjectType = ObjectType.CONFIG) -> tuple[str, ...]:
         return _options(self.config, self.search, group, kind)
+
+    def file(self, group: str, option: str) -> Path | None:
+        """The file of an option, if it is on this machine's disk."""
+        searched = [place for o in self.overrides if o.key_or_group == "hydra.searchpath" for place in o.value()]
+        folders = [CONF, *(Path(place.removeprefix("file://")) for place in searched)]
+        return next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
 
     def choices(self) -> list[str]:
         """The overrides that choose an option: with them, `compose` has the defaults of all others."""

@@ -1,5 +1,6 @@
 """Search from the command line: `coca-search FOLDER "a dog on a beach"`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,8 @@ def run(cfg: DictConfig) -> "list[Hit]":
     from coca_lit.inference.search import ImageIndex
     from coca_lit.weights.load import load_dual_encoder
 
+    file, folder = _places(cfg)  # before the seconds that the model takes
     configure_libraries(cfg.threads)
-    file, folder = _places(cfg)
     with error_context("checkpoint"):
         checkpoint = chosen_checkpoint(cfg.checkpoint, smaller="coca_ViT-B-32/laion2b_s13b_b90k")
         model = load_dual_encoder(checkpoint, cfg.quick_gelu)
@@ -52,6 +53,12 @@ def run(cfg: DictConfig) -> "list[Hit]":
 def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
     """The file of the index, and the folder of images that it is updated from, if any."""
     path = Path(str(cfg.index))
+    query = str(cfg.query)
+    swapped = Path(query).is_dir() or query.endswith(".safetensors")
+    if not path.is_dir() and (swapped or (cfg.images is None and not path.exists())):
+        words = [shlex.quote(word) for word in ([query, str(path)] if swapped else ["photos/", "a dog on a beach"])]
+        example = f"{'did you mean' if swapped else 'for example'}: coca-search {' '.join(words)}"
+        raise ConfigError(f"expected a folder of images or an index file first, found '{path}'; {example}")
     if cfg.images is not None:
         if path.is_dir():
             raise ConfigError(f"index: '{path}' is a folder; with images=FOLDER it is the file of the index")

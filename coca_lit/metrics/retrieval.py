@@ -69,7 +69,7 @@ class Ranks(NamedTuple):
         return resampled
 
 
-def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+def recall_at_k(similarity: Tensor, image_of_text: Tensor | Sequence[int], ks: Sequence[int] = KS) -> dict[str, float]:
     """Shares in [0, 1] of queries with a right answer among their k most similar candidates.
 
     ``similarity`` is (I, T), and text t describes image ``image_of_text[t]``. ``t2i_recall@k`` is the share of texts
@@ -90,9 +90,11 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor, ks: Sequence[int] = K
     return similarity_ranks(similarity, image_of_text).recalls(ks)
 
 
-def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:
+def similarity_ranks(similarity: Tensor, image_of_text: Tensor | Sequence[int]) -> Ranks:
     """Ranks by similarities (I, T); arguments and errors as for `recall_at_k`."""
-    images, image_of_text = _labels(len(similarity), image_of_text.to(similarity.device))  # (I,), (T,)
+    images, image_of_text = _labels(
+        len(similarity), torch.as_tensor(image_of_text, device=similarity.device)
+    )  # (I,), (T,)
     if similarity.ndim != 2 or similarity.shape[1] != len(image_of_text):
         raise ValueError(
             f"similarity must be (images, texts) with a column for each of the {len(image_of_text)} entries of "
@@ -104,7 +106,7 @@ def similarity_ranks(similarity: Tensor, image_of_text: Tensor) -> Ranks:
 def retrieval_scores(
     image_features: Tensor,
     text_features: Tensor,
-    image_of_text: Tensor,
+    image_of_text: Tensor | Sequence[int],
     ks: Sequence[int] = KS,
     chunk: int = 1000,
 ) -> dict[str, float]:
@@ -116,12 +118,15 @@ def retrieval_scores(
     return ranks.recalls(ks) | ranks.medians()
 
 
-def feature_ranks(image_features: Tensor, text_features: Tensor, image_of_text: Tensor, chunk: int = 1000) -> Ranks:
+def feature_ranks(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor | Sequence[int], chunk: int = 1000
+) -> Ranks:
     """Ranks by the dot products of (I, D) and (T, D) features. Only ``chunk`` queries are compared with the candidates
     at a time, in float32: lower precision would create ties.
     """
     image_features, text_features = image_features.detach().float(), text_features.detach().float()
-    images, image_of_text = _labels(len(image_features), image_of_text.to(image_features.device))  # (I,), (T,)
+    owners = torch.as_tensor(image_of_text, device=image_features.device)
+    images, image_of_text = _labels(len(image_features), owners)  # (I,), (T,)
     if image_features.ndim != 2 or text_features.shape != (len(image_of_text), image_features.shape[-1]):
         raise ValueError(
             f"expected image features (I, D) and text features ({len(image_of_text)}, D), one row for each entry of "

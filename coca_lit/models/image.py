@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from coca_lit.models import kernels
 from coca_lit.models.init import init_pooler
 from coca_lit.models.layers import AttentionalPooler
+from coca_lit.models.preprocessing import expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS
 from coca_lit.models.sync_batch_norm import use_global_batch_norms
 
@@ -105,6 +106,7 @@ class ImageEncoder(nn.Module):
         """images (B, 3, H, W) -> tokens (B, S, width). An output of this method is returned as it is; an output of
         `frozen_part` passes the remaining stages.
         """
+        expect_pixels(images)
         if images.ndim == 3 and images.is_floating_point():
             tokens = images.to(self.normalise.mean.dtype)
             return tokens if tokens.shape[2] == self.width else self._run_remaining_stages(tokens)

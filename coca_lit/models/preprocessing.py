@@ -2,6 +2,8 @@
 
 from typing import Literal, TypedDict, get_args
 
+from torch import Tensor
+
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
 
@@ -12,6 +14,15 @@ class Preprocessing(TypedDict):
     size: int
     interpolation: Interpolation
     resize_mode: ResizeMode
+
+
+def expect_pixels(images: Tensor) -> None:
+    """Raises `TypeError` for a picture, or a list of them, in place of its pixels."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor (batch, 3, height, width), got {type(images).__name__}: "
+            "coca_lit.build_transform(**model.preprocessing)(picture)[None] makes one of a picture"
+        )
 
 
 def preprocessing(size: int, interpolation: Interpolation, resize_mode: ResizeMode) -> Preprocessing:

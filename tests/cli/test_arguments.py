@@ -101,6 +101,51 @@ def test_what_is_not_in_the_grammar(monkeypatch: pytest.MonkeyPatch, word: str, 
     assert "^" not in str(exit.value.code)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["coca-train", "help"], r"^error: expected key=value, found 'help': did you mean --help\?$"),
+        (["coca-caption", "help"], r"^error: expected key=value or a file, found 'help': did you mean --help\?$"),
+        (
+            ["coca-caption"],
+            r"^error: images is missing: .*; for example: coca-caption photo\.jpg \(more: coca-caption --h",
+        ),
+        (
+            ["coca-search"],
+            r"^error: index is missing: .*; for example: coca-search photos/ \"a dog on a beach\" \(more: ",
+        ),
+        (
+            ["coca-export"],
+            r"^error: checkpoint is missing: .*; for example: coca-export checkpoint=outputs/my_run format=",
+        ),
+    ],
+)
+def test_too_few_words_are_answered_with_an_example(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setattr("sys.argv", words)
+    name = words[0].removeprefix("coca-")
+    importlib.import_module(f"coca_lit.cli.{name}")
+    with pytest.raises(SystemExit, match=said):
+        command.command(name, lambda cfg: None, {"caption": "images", "search": ("index", "query")}.get(name, ()))
+
+
+def test_help_lists_the_users_experiments_by_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\n# My model on\n# my data: details.\n# Task: caption finetuning\ndefaults: [demo]\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    (tmp_path / "experiment" / "bare.yaml").write_text("# @package _global_\nseed: 1\n")
+    for how in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"]):
+        monkeypatch.setattr("sys.argv", ["coca-train", "--help", *how])
+        command.command("train", lambda cfg: None, multirun=True)
+        lines = capsys.readouterr().out.splitlines()
+        start = lines.index("  caption finetuning")
+        assert "    mine                  My model on my data" in lines[start : start + 6]
+        assert lines[lines.index("  others") + 1].strip() == "bare"
+
+
 def test_a_word_without_a_key_is_no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["coca-demo", "photos"])
     with pytest.raises(SystemExit, match=r"^error: expected key=value, found 'photos'$"):

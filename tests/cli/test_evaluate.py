@@ -100,7 +100,10 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: checkpoint: there is no checkpoint 'absent\.ckpt'$"):
         evaluate()
     monkeypatch.setattr("sys.argv", ["coca-evaluate", f"hydra.run.dir={folder}"])
-    with pytest.raises(SystemExit, match=r"^error: checkpoint is missing: set checkpoint=VALUE$"):
+    with pytest.raises(
+        SystemExit,
+        match=r"checkpoint=VALUE; for example: coca-evaluate checkpoint=outputs/my_run \(more: coca-evaluate --help\)$",
+    ):
         evaluate()
     assert not folder.exists()
 

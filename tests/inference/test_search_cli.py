@@ -69,7 +69,12 @@ def test_words_of_the_command(folder: Path, capsys: pytest.CaptureFixture, monke
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("index=absent", "^there is no index 'absent'"),
+        (
+            "index=absent",
+            "^expected a folder of images or an index file first, found 'absent'; for example: coca-search ",
+        ),
+        ("index=red query=photos", r"^expected .*, found 'red'; did you mean: coca-search photos red$"),
+        ("index=photos/zero.jpg query=photos", r"did you mean: coca-search photos photos/zero\.jpg$"),
         ("index=i.safetensors images=absent", "^there is no folder 'absent'"),
         ("index=photos images=photos", r"^index: 'photos' is a folder; with images=FOLDER it is the file of the index"),
         ("index=tiny.safetensors query=red", "^'tiny.safetensors' is not an image index"),

@@ -20,6 +20,7 @@ from coca_lit.models.generation.state import (
     encode_prompts,
     static_step,
 )
+from coca_lit.models.preprocessing import expect_pixels
 
 
 class Captions(NamedTuple):
@@ -77,6 +78,7 @@ def write_captions(
     return_attention: bool = False,
     **options: Unpack[GenerateOptions],
 ) -> Tensor | Captions:
+    expect_pixels(images)
     complete_options = complete(options)
     if model.decoder is None:
         raise ValueError(
@@ -113,7 +115,7 @@ Args:
         1, and are 0 for start and padding.
 
 Raises:
-    TypeError: an unknown option; the message suggests the right one.
+    TypeError: images that are no tensor, or an unknown option; the message suggests the right one.
     ValueError: options that do not go together or are out of range, prompts that are empty or too long, or a model
         without decoder.
 """
