@@ -405,8 +405,9 @@ class _Options:
 
     def file(self, group: str, option: str) -> Path | None:
         """The file of an option, if it is on this machine's disk."""
-        searched = [place for o in self.overrides if o.key_or_group == "hydra.searchpath" for place in o.value()]
-        folders = [CONF, *(Path(place.removeprefix("file://")) for place in searched)]
+        searched = [o.value() for o in self.overrides if o.key_or_group == "hydra.searchpath"]
+        places = [str(place) for places in searched if isinstance(places, list) for place in places]
+        folders = [CONF, *(Path(place.removeprefix("file://")) for place in places)]
         return next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
 
     def choices(self) -> list[str]:

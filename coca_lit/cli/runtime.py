@@ -47,7 +47,9 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
         lightning_log = logging.getLogger(name)
         lightning_log.setLevel(logging.WARNING)
         lightning_log.propagate = False
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # the table of trainer.profiler=simple
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # whose table is what trainer.profiler=simple is for
+    profilers.setLevel(logging.INFO)
+    profilers.handlers, profilers.propagate = [logging.StreamHandler(sys.stdout)], False
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts: on purpose

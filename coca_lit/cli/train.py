@@ -3,6 +3,7 @@
 Heavy packages are imported inside functions, so that `--help` and most typing errors are answered at once.
 """
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,10 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
     if trainer.is_global_zero:
         finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, scoring.draws, facts)
+        if (Path(cfg.output_dir) / "checkpoints" / "last.ckpt").exists():
+            use = "coca-caption photos/" if module.net.decoder is not None else "coca-search photos/ TEXT"
+            place = shlex.quote(cfg.output_dir)
+            print(f"next: {use} checkpoint={place}   or   coca-evaluate checkpoint={place}", flush=True)
     return scoring.results
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,20 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    run(folder, "trainer=smoke")
+    with (folder.parent / "printed").open("w") as file, redirect_stdout(file):
+        run(folder, "trainer=smoke", "trainer.profiler=simple")
     return folder
+
+
+def test_demo_says_what_runs_and_what_comes_next(demo: Path) -> None:
+    printed = (demo.parent / "printed").read_text()
+    lines = printed.splitlines()
+    assert lines[0] == "training test, loading libraries …"
+    assert "steps   2" in lines
+    assert re.search(r"^step 1/2 · epoch 1 · ETA [\d:]+ · .*samples/s", printed, re.MULTILINE)
+    assert f"everything is in {demo}; open report.html there" in lines[-2]
+    assert lines[-1] == f"next: coca-caption photos/ checkpoint={demo}   or   coca-evaluate checkpoint={demo}"
+    assert "run_training_batch" in printed  # the profiler's table
 
 
 def test_demo_scores(demo: Path) -> None:

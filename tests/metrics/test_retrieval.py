@@ -27,7 +27,7 @@ def features():
 
 def test_worked_example_of_the_docstring():
     similarity = torch.tensor([[0.9, 0.4, 0.1, 0.2], [0.3, 0.5, 0.6, 0.4]])
-    assert recall_at_k(similarity, torch.tensor([0, 0, 0, 1]), ks=(1, 2, 3)) == {
+    assert recall_at_k(similarity, [0, 0, 0, 1], ks=(1, 2, 3)) == {
         "t2i_recall@1": 0.5, "t2i_recall@2": 1.0, "t2i_recall@3": 1.0,
         "i2t_recall@1": 0.5, "i2t_recall@2": 0.5, "i2t_recall@3": 1.0,
     }  # fmt: skip

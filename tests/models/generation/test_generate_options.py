@@ -8,6 +8,7 @@ import mypy.api
 import naive
 import pytest
 import torch
+from PIL import Image
 from test_strategies import LENGTH, make_images, make_model, starts
 from torch import Tensor
 
@@ -48,6 +49,14 @@ def test_top_k_keeps_the_likeliest(k: int) -> None:
     scores = torch.randn(50, 12, generator=torch.Generator().manual_seed(0))
     for row, kept in zip(scores.tolist(), keep_top_k(scores, k), strict=True):
         assert set(kept.isfinite().nonzero()[:, 0].tolist()) == set(sorted(range(12), key=lambda i: -row[i])[:k])
+
+
+@pytest.mark.parametrize("images", [Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8))]])
+def test_a_picture_is_no_tensor(images: Any) -> None:
+    model = make_model()
+    for use in (model.generate, model.encode_image):
+        with pytest.raises(TypeError, match=r"^images must be a tensor .*build_transform\(\*\*model\.preprocessing\)"):
+            use(images)
 
 
 def test_draws_have_the_filtered_distribution() -> None:
