@@ -5,78 +5,37 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from running import ROOT
 
-pytestmark = pytest.mark.slow  # .ci/clusters runs them
+from experiments.slurm.requeues import LOGS, SHORT, SIZES, Cluster, cluster, curve, differences, requeue, until
 
-SCRIPT = ROOT / "experiments" / "clusters" / "slurm.sh"
-SIZES = ("trainer.accelerator=cpu", "trainer.precision=32-true", "model.net.name=coca_tiny", "image_size=32")
-SHORT = ("data.batch_size=8", "data.train_count=64", "trainer.limit_val_batches=1", "evals=[]", "threads=1")
-LOGS = ("trainer.log_every_n_steps=1", "callbacks.checkpoint.every_n_steps=1000")
+pytestmark = pytest.mark.slow  # .ci/clusters runs them
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The path of `slurm.conf` of a cluster that runs while the tests of this module do."""
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The `slurm.conf` of a cluster that runs while the tests of this module do."""
     if shutil.which("slurmctld") is None or os.geteuid() != 0:
         pytest.skip("needs root and SLURM: apt-get install slurm-wlm munge")
-    folder = tmp_path_factory.mktemp("slurm")
-    subprocess.run([SCRIPT, "start", folder], check=True, timeout=90)
-    yield str(folder / "slurm.conf")
-    subprocess.run([SCRIPT, "stop", folder], check=True)
+    with cluster(tmp_path_factory.mktemp("slurm")) as config:
+        yield config
 
 
 @pytest.fixture
-def call(slurm: str, tmp_path: Path) -> Call:
-    """`call(*command, **environment)` in an empty folder with SLURM's programs."""
-
-    def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        own = {"SLURM_CONF": slurm, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "SRUN_CPUS_PER_TASK": "1"}
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
-        return subprocess.run(
-            command, cwd=tmp_path, env=env | own | environment, capture_output=True, text=True, timeout=240
-        )
-
-    return call
+def slurm(config: Path, tmp_path: Path) -> Cluster:
+    """Commands start in an empty folder."""
+    return Cluster(config, tmp_path)
 
 
-def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-
-
-def submit(call: Call, folder: Path, *words: str) -> tuple[str, Path]:
-    """The number of the job and its log, of the script in experiments/slurm."""
-    text = (ROOT / "experiments" / "slurm" / "train.sbatch").read_text()
-    assert "srun python train.py" in text
-    script = folder / "train.sbatch"
-    script.write_text(text.replace("srun python train.py", f"srun {sys.executable} {ROOT / 'train.py'}"))
-    options = ("--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
-    done = call("sbatch", *options, str(script), *words)
-    assert done.returncode == 0, done.stderr
-    number = done.stdout.strip()
-    return number, folder / f"slurm_{number}.log"
-
-
-def state(call: Call, number: str) -> str:
-    fields = call("scontrol", "show", "job", number).stdout.split()
-    return next(field.partition("=")[2] for field in fields if field.startswith("JobState="))
-
-
-def curve(folder: Path) -> list[tuple[str, ...]]:
-    """Step and losses, in full precision."""
-    columns = ("step", "train/contrastive_loss", "train/caption_loss")
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [tuple(row[name] for name in columns) for row in csv.DictReader(file) if row.get(columns[1])]
+@pytest.fixture
+def call(slurm: Cluster) -> Call:
+    return slurm.call
 
 
 def test_more_tasks_than_devices_are_refused(call: Call) -> None:
@@ -93,29 +52,21 @@ def test_tasks_without_a_number_per_node(call: Call, tmp_path: Path) -> None:
     assert [step for step, *_ in curve(tmp_path / "outputs" / "run")] == ["0", "1"]
 
 
-def test_a_job_is_requeued_while_it_starts_and_while_it_trains(call: Call, tmp_path: Path) -> None:
-    """One log, one folder, one curve, equal to that of an undisturbed job."""
-    steps = ("trainer.max_epochs=6",)
-    number, log = submit(call, tmp_path, *SIZES, *SHORT, *LOGS, *steps)
-    until(lambda: state(call, number) == "RUNNING")
-    assert f"JobName=demo/{number} " in call("scontrol", "show", "job", number).stdout.replace("\n", " ")
-    until(lambda: "Job step" in call("scontrol", "show", "step", number).stdout or log.exists())
-    time.sleep(1.0)  # Python runs, PyTorch is not imported yet
-    assert call("scancel", "--signal=USR1", number).returncode == 0
-    until(lambda: "requeued job" in log.read_text())
-    run = tmp_path / "outputs" / "demo" / f"slurm_{number}"
-    until(lambda: (run / "metrics.csv").exists() and len(curve(run)) > 3)
-    assert call("scancel", "--signal=USR1", number).returncode == 0
-    until(lambda: log.read_text().count("requeued job") == 2)
-    until(lambda: state(call, number) not in ("RUNNING", "PENDING", "REQUEUED", "COMPLETING"))
-    assert state(call, number) == "COMPLETED", log.read_text()
-    assert "resuming after step" in log.read_text()
-
-    undisturbed, its_log = submit(call, tmp_path, *SIZES, *SHORT, *LOGS, *steps)
-    until(lambda: state(call, undisturbed) not in ("RUNNING", "PENDING", "COMPLETING"))
-    assert state(call, undisturbed) == "COMPLETED", its_log.read_text()
-    assert curve(run) == curve(tmp_path / "outputs" / "demo" / f"slurm_{undisturbed}")
-    assert len(curve(run)) == 48
+def test_a_job_is_requeued_while_it_starts_and_while_it_trains(slurm: Cluster, tmp_path: Path) -> None:
+    """One log, one folder, one curve and equal bits, as of an undisturbed job; experiments/slurm does it ten times."""
+    words = (*SIZES, *SHORT, *LOGS, "trainer.max_epochs=6")
+    job = slurm.submit(*words)
+    until(lambda: job.state == "RUNNING")
+    assert f"JobName=demo/{job.number} " in job.shown().replace("\n", " ")
+    requeue(job, 2)
+    assert job.completes(), job.log()
+    assert job.log().count("requeued job") == 2
+    assert "resuming after step" in job.log()
+    undisturbed = slurm.submit(*words)
+    assert undisturbed.completes(), undisturbed.log()
+    assert differences(job.run, undisturbed.run) == ""
+    assert len(curve(job.run)) == 48
+    assert len([*tmp_path.glob("*.log")]) == 2
 
 
 # Sweeps

@@ -1,7 +1,7 @@
 """A small Hub on the loopback interface for `huggingface_hub`'s own client: what a download and a push ask for.
 
-Files are resolved as on the real one: small ones are sent at once, large ones (weights, pictures) come by a redirect to
-storage, which knows ranges. Connections can be made to break.
+Models and data sets share one list of names. Files are resolved as on the real one: small ones are sent at once, large
+ones (weights, pictures, shards) come by a redirect to storage, which knows ranges. Connections can be made to break.
 """
 
 import base64
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_of_a_member"
-LARGE = (".bin", ".safetensors", ".png", ".onnx", ".ckpt")
+LARGE = (".bin", ".safetensors", ".png", ".onnx", ".ckpt", ".tar")
 
 
 class Request(NamedTuple):
@@ -98,15 +98,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self._note()
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._resolve(*found.groups())
         elif found := re.fullmatch(r"/storage/(\w+)", path):
             self._send_stored(found[1])
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path):
             if commit := self._commit(found[1], found[2]):
                 tree = [{"type": "file", "path": p, "size": len(c), "oid": _sha1(c)} for p, c in commit[1].items()]
                 self._answer(200, tree)
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             if commit := self._commit(found[1], found[2] or "main"):
                 siblings = [{"rfilename": name} for name in commit[1]]
                 self._answer(200, {"id": found[1], "sha": commit[0], "siblings": siblings})

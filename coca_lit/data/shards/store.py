@@ -19,6 +19,7 @@ from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.reading import MAX_JSON, printable
 
 log = logging.getLogger(__name__)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback at each attempt; `ask` says it in a line
 
 T = TypeVar("T")
 
@@ -31,9 +32,10 @@ Fault = Literal["away", "throttled", "missing", "denied", "local", "unknown"]
 
 # The libraries of the stores, and those under them, have no common class of errors and need not be installed: they are
 # told apart by the module that defines the error, by HTTP status, and by the codes of S3.
-_NETWORK = {"aiohttp", "aiobotocore", "botocore", "urllib3", "requests", "httpx", "httpcore", "h11", "http", "ssl"}
-_NETWORK |= {"socket", "asyncio", "anyio", "fsspec", "s3fs", "gcsfs", "google", "huggingface_hub"}
-_DENIED = ("Credential", "Token", "Login", "Auth", "Gated", "Certificate", "ParamValidation", "InvalidRegion")
+_NETWORK = {"aiohttp", "aiobotocore", "botocore", "urllib3", "requests", "httpx", "httpx2", "httpcore", "httpcore2"}
+_NETWORK |= {"h11", "http", "ssl", "socket", "asyncio", "anyio", "fsspec", "s3fs", "gcsfs", "google", "huggingface_hub"}
+_DENIED = ("Credential", "Token", "Login", "Auth", "Gated", "Certificate")
+_MISTAKEN = ("Validation", "Region", "Profile", "Config", "InvalidURL", "InvalidUrl", "HttpUrl", "Schem", "Offline")
 _THROTTLING = ("SlowDown", "Throttl", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -133,8 +135,10 @@ def fault_of(error: BaseException) -> Fault:
         return "away"
     if (statuses and min(statuses) >= 400) or isinstance(error, PermissionError):
         return "denied"
-    if any(word in name for name in names for word in _DENIED):
+    if any(word in name for name in names for word in _DENIED + _MISTAKEN):
         return "denied"
+    if type(error) in (OSError, ValueError) and str(error).startswith(("Forbidden: ", "Bad Request: ")):
+        return "denied"  # gcsfs says 403 and 400 like this
     return "away" if _is_of_network(chain[-1]) or isinstance(error, OSError | EOFError) else "unknown"
 
 
@@ -163,7 +167,10 @@ def _is_of_network(error: BaseException) -> bool:
 def _codes(error: BaseException) -> Iterator[int | str]:
     """HTTP statuses, and the names that S3 gives to its errors."""
     response = getattr(error, "response", None)
-    found = [getattr(place, name, None) for place in (error, response) for name in ("status", "status_code", "code")]
+    found = [  # the first name that is there: aiohttp warns of `code`, its old name of `status`
+        next((getattr(place, name) for name in ("status", "status_code", "code") if hasattr(place, name)), None)
+        for place in (error, response)
+    ]
     if isinstance(response, Mapping):  # botocore
         found += [
             (response.get("Error") or {}).get("Code"),

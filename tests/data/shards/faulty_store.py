@@ -1,18 +1,24 @@
-"""A real S3 server (moto) on this machine, behind a proxy that fails as networks and stores do."""
+"""An S3 server (moto), one of the API of Google (gcp-storage-emulator) or a small Hub, behind a proxy that fails as networks
+and stores do; all on this machine.
+"""
 
+import json
+import os
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moto.server import ThreadedMotoServer
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else gcsfs asks by gRPC, for a minute, what a bucket can do
 
 CODES = {"slow down": (503, "SlowDown"), "internal": (500, "InternalError"), "forbidden": (403, "AccessDenied")}
 AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
@@ -22,18 +28,28 @@ class FaultyStore:
     """Answers with the next of `faults`, then with `always`, if that is one, and else as the server behind it.
 
     Faults: "reset" (of the connection), "cut" (in the middle of the body), "slow" (a body in pieces), and `CODES`.
+
+    Attributes:
+        root: of the URLs of buckets.
+        attempts: at most, that the client makes before it raises an error.
     """
 
+    root, attempts = "s3://", 1
+
     def __init__(self) -> None:
-        self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        self._moto.start()
-        self.backend = self._moto.get_host_and_port()
+        self.backend, self._exit = self._serve()
         self.faults: deque[str] = deque()
         self.always = ""
         self.requests = 0
         self._proxy: ThreadingHTTPServer | None = None
         self.port = 0
         self.start()
+
+    def _serve(self) -> tuple[tuple[str, int], Callable[[], object]]:
+        """Address of the server behind the proxy, and how to stop it."""
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        return server.get_host_and_port(), server.stop
 
     @property
     def url(self) -> str:
@@ -59,18 +75,32 @@ class FaultyStore:
 
     def close(self) -> None:
         self.stop()
-        self._moto.stop()
+        self._exit()
+
+    @property
+    def scheme(self) -> str:
+        return self.root.partition("://")[0]
+
+    def options(self) -> dict[str, Any]:
+        """Of fsspec's file system."""
+        region, once = {"region_name": "us-east-1"}, {"retries": {"total_max_attempts": 1}}
+        return {"endpoint_url": self.url, "key": "k", "secret": "s", "client_kwargs": region, "config_kwargs": once}
 
     def put(self, bucket: str, files: dict[str, bytes]) -> None:
-        for path, content in {bucket: b"", **{f"{bucket}/{name}": data for name, data in files.items()}}.items():
-            self._request("PUT", path, content)
+        self._make(bucket)
+        for name, content in files.items():
+            self._request("PUT", f"{bucket}/{name}", content)
+
+    def _make(self, bucket: str) -> None:
+        self._request("PUT", bucket)
 
     def delete(self, path: str) -> None:
         self._request("DELETE", path)
 
     def _request(self, method: str, path: str, content: bytes = b"") -> None:
         backend = HTTPConnection(*self.backend)
-        backend.request(method, f"/{path}", content, {"Authorization": AUTHORIZATION})
+        kind = "application/json" if method == "POST" else "application/octet-stream"
+        backend.request(method, f"/{path}", content, {"Authorization": AUTHORIZATION, "Content-Type": kind})
         answer = backend.getresponse()
         assert answer.status < 300, answer.read()
         backend.close()
@@ -78,6 +108,45 @@ class FaultyStore:
     def draw(self) -> str:
         self.requests += 1
         return self.faults.popleft() if self.faults else self.always
+
+
+class FaultyGoogleStore(FaultyStore):
+    root, attempts = "gs://", 12  # six, and aiohttp repeats those whose connection is reset
+
+    def _serve(self) -> tuple[tuple[str, int], Callable[[], object]]:
+        from gcp_storage_emulator.server import create_server
+
+        server = create_server("127.0.0.1", 0, in_memory=True)
+        server.start()
+        return server._api._httpd.server_address, server.stop
+
+    def options(self) -> dict[str, Any]:
+        return {"endpoint_url": self.url, "token": "anon"}
+
+    def _make(self, bucket: str) -> None:
+        self._request("POST", "storage/v1/b", json.dumps({"name": bucket}).encode())
+
+
+class FaultyHub(FaultyStore):
+    """Of which BUCKET/set is a data set."""
+
+    root, attempts = "hf://datasets/", 12
+
+    def _serve(self) -> tuple[tuple[str, int], Callable[[], object]]:
+        from hub_server import Hub
+
+        self._hub = Hub()
+        self._hub.__enter__()
+        return self._hub.server_address, self._hub.__exit__
+
+    def options(self) -> dict[str, Any]:
+        return {"endpoint": self.url, "token": False}
+
+    def put(self, bucket: str, files: dict[str, bytes]) -> None:
+        from hub_server import Repository
+
+        by_name = {name.removeprefix("set/"): content for name, content in files.items()}
+        self._hub.repositories[f"{bucket}/set"] = Repository(by_name)
 
 
 class _Server(ThreadingHTTPServer):
@@ -108,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("content-length", "connection", "date", "server", "transfer-encoding"):
-                    self.send_header(name, value)
+                    port = f":{self.store.backend[1]}/"  # redirects lead back to the proxy
+                    self.send_header(name, value.replace(port, f":{self.store.port}/"))
             if self.command == "HEAD":
                 self.send_header("Content-Length", answer.getheader("Content-Length") or "0")
             backend.close()
@@ -142,9 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_store(folder: Path, bucket: str) -> Iterator[FaultyStore]:
-    """A store with the files of a folder as s3://BUCKET/set/NAME."""
-    store = FaultyStore()
+def faulty_store(folder: Path, bucket: str, kind: type[FaultyStore] = FaultyStore) -> Iterator[FaultyStore]:
+    """A store with the files of a folder as BUCKET/set/NAME."""
+    store = kind()
     try:
         store.put(
             bucket, {f"set/{path.name}": path.read_bytes() for path in folder.iterdir() if path.suffix != ".index"}

@@ -4,6 +4,7 @@ what waiting cannot fix is reported at once.
 `COCA_STORE_FAULTS=1000` draws that many faults in the test of random ones.
 """
 
+import asyncio
 import errno
 import http.client
 import os
@@ -14,9 +15,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -37,10 +41,11 @@ from coca_lit.errors import DataError, DataNotFoundError
 s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
-from faulty_store import FaultyStore, faulty_store  # noqa: E402  it needs moto
+from faulty_store import FaultyGoogleStore, FaultyHub, FaultyStore, faulty_store  # noqa: E402  it needs moto
 
 FAULTS = ("reset", "cut", "slow", "slow down", "internal", "away")
 DRAWN = int(os.environ.get("COCA_STORE_FAULTS", 4))
+ON_ALL = pytest.mark.parametrize("server", [FaultyStore, FaultyGoogleStore, FaultyHub], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,35 +58,39 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(local: Path) -> Iterator[FaultyStore]:
-    with faulty_store(local, "bucket") as store:
+def server(local: Path, request: pytest.FixtureRequest) -> Iterator[FaultyStore]:
+    """S3, if a test does not ask for another one."""
+    kind = getattr(request, "param", FaultyStore)
+    if kind is FaultyGoogleStore:
+        pytest.importorskip("gcsfs")
+        pytest.importorskip("gcp_storage_emulator")
+    with faulty_store(local, "bucket", kind) as store:
         yield store
 
 
 @pytest.fixture
 def store(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyStore]:
-    """s3://bucket/set with four shards and their manifest. Waits are short."""
+    """bucket/set with four shards and their manifest. Waits are short."""
     server.faults.clear()
     server.always = ""
-    options = {
-        "endpoint_url": server.url,
-        "key": "k",
-        "secret": "s",
-        "client_kwargs": {"region_name": "us-east-1"},
-        "config_kwargs": {"retries": {"total_max_attempts": 1}},
-    }
-    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    monkeypatch.setitem(fsspec.config.conf, server.scheme, server.options())
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    if server.scheme == "gs":  # whose number of attempts is fixed
+        monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0.01)))
+    if server.scheme == "hf":
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(object_store, "FIRST_WAIT", 0.02)
+    fsspec.get_filesystem_class(server.scheme).clear_instance_cache()  # and its listings
     yield server
     if server.is_away:
         server.start()
-    s3fs.S3FileSystem.clear_instance_cache()
+    fsspec.get_filesystem_class(server.scheme).clear_instance_cache()
 
 
-def laion(tmp_path: Path, **more) -> LAIONDataModule:
+def laion(tmp_path: Path, root: str = "s3://", **more) -> LAIONDataModule:
     more = {"shuffle_buffer": 5, "cache_dir": str(tmp_path / "cache")} | more
-    return LAIONDataModule("s3://bucket/set", 48, tokenizer=TOKENIZER, batch_size=4, image_size=16, **more)
+    return LAIONDataModule(f"{root}bucket/set", 48, tokenizer=TOKENIZER, batch_size=4, image_size=16, **more)
 
 
 def batches(data: LAIONDataModule, start: int = 0, stop: int = 12) -> list[tuple]:
@@ -91,33 +100,35 @@ def batches(data: LAIONDataModule, start: int = 0, stop: int = 12) -> list[tuple
 @pytest.fixture(scope="module")
 def expected(server: FaultyStore, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
     """Twelve batches, two passes, of an undisturbed run on local files of the same names."""
-    options = {"endpoint_url": server.url, "key": "k", "secret": "s"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fsspec.config.conf, "s3", options)
-        return batches(laion(tmp_path_factory.mktemp("expected")))
+        patch.setitem(fsspec.config.conf, server.scheme, server.options())
+        return batches(laion(tmp_path_factory.mktemp("expected"), server.root))
 
 
 # What may pass
 
 
+@ON_ALL
 def test_faults_that_pass_change_nothing(store, tmp_path, expected, caplog):
     for fault in FAULTS[:-1]:
-        data = laion(tmp_path, cache_dir=str(tmp_path / fault))
-        store.faults.extend([fault] * 3)
+        data = laion(tmp_path, store.root, cache_dir=str(tmp_path / fault))
+        store.faults.extend([fault] * (store.attempts + 2))
         data.prepare_data()  # the listing
-        store.faults.extend([fault] * 3)
+        store.faults.extend([fault] * (store.attempts + 2))
         assert batches(data) == expected
         assert not [*(tmp_path / fault).glob("*.partial")]
     for said in ("throttles requests", "does not answer"):
         assert f"the store {said}" in caplog.text
     assert "the store answers again after" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
+@ON_ALL
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_store_that_is_away_and_comes_back_changes_nothing(store, tmp_path, expected, workers):
-    data = laion(tmp_path, num_workers=workers)
+    data = laion(tmp_path, store.root, num_workers=workers)
     data.prepare_data()
-    undisturbed = expected if not workers else batches(laion(tmp_path / "other", num_workers=workers))
+    undisturbed = expected if not workers else batches(laion(tmp_path / "other", store.root, num_workers=workers))
     store.stop()
     timer = threading.Timer(1.0, store.start)
     timer.start()
@@ -207,14 +218,16 @@ def test_the_end_of_patience_is_said_by_a_worker(store, tmp_path):
     del stream  # see test_shards.py
 
 
+@ON_ALL
 def test_what_no_waiting_mends_is_said_at_once(store, tmp_path):
-    with pytest.raises(DataNotFoundError, match="there is no bucket s3://nowhere"):
-        find_shards("s3://nowhere/set/*.tar")
+    nowhere = "shards not found" if store.scheme == "hf" else f"there is no bucket {store.root}nowhere"
+    with pytest.raises(DataNotFoundError, match=nowhere):
+        find_shards(f"{store.root}nowhere/set/*.tar")
     with pytest.raises(DataNotFoundError, match="shards not found"):
-        find_shards("s3://bucket/other/*.tar")
+        find_shards(f"{store.root}bucket/other/*.tar")
     store.always = "forbidden"
-    with pytest.raises(StoreError, match="s3://bucket/set cannot be read: check the address and the credentials"):
-        laion(tmp_path).prepare_data()
+    with pytest.raises(StoreError, match="bucket/set cannot be read: check the address and the credentials"):
+        laion(tmp_path, store.root).prepare_data()
 
 
 def test_a_lost_shard_is_counted_and_a_lost_bucket_stops_the_run(store, tmp_path, local):
@@ -249,14 +262,6 @@ def test_a_full_disk_is_not_the_store(store, tmp_path, monkeypatch):
 # Errors of the libraries
 
 
-def of_library(module: str, name: str, base: type[Exception] = Exception, **fields: object) -> Exception:
-    """An error as a library defines it that is not installed here."""
-    error = type(name, (base,), {"__module__": module})("said")
-    for field, value in fields.items():
-        setattr(error, field, value)
-    return error
-
-
 def caused(error: Exception, cause: Exception) -> Exception:
     error.__cause__ = cause
     return error
@@ -264,15 +269,17 @@ def caused(error: Exception, cause: Exception) -> Exception:
 
 def library_errors() -> list[tuple[Exception, str]]:
     import aiohttp
-    import httpx
     import requests
     from botocore import exceptions as boto
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     from s3fs.errors import translate_boto_error
 
     def s3(code: str, status: int) -> Exception:
         response = {"Error": {"Code": code, "Message": "said"}, "ResponseMetadata": {"HTTPStatusCode": status}}
         return translate_boto_error(boto.ClientError(response, "GetObject"))
+
+    clients = [import_module(name) for name in ("httpx", "httpx2") if find_spec(name)]  # of which the Hub's is one
+    httpx = clients[-1]
 
     def hf(status: int) -> Exception:
         request = httpx.Request("GET", "https://huggingface.co/x")
@@ -289,10 +296,16 @@ def library_errors() -> list[tuple[Exception, str]]:
         (aiohttp.ClientResponseError(None, (), status=502), "away"),
         (aiohttp.ClientResponseError(None, (), status=429), "throttled"),
         (aiohttp.ClientResponseError(None, (), status=401), "denied"),
+        (aiohttp.ServerTimeoutError(), "away"),
+        (aiohttp.ClientConnectionResetError("said"), "away"),
+        (aiohttp.InvalidURL("s3:/x"), "denied"),
         (boto.EndpointConnectionError(endpoint_url="x"), "away"),
         (boto.ReadTimeoutError(endpoint_url="x"), "away"),
         (boto.NoCredentialsError(), "denied"),
         (boto.ParamValidationError(report="bucket"), "denied"),
+        (boto.IncompleteReadError(actual_bytes=1, expected_bytes=2), "away"),
+        (boto.ProfileNotFound(profile="x"), "denied"),
+        (boto.NoRegionError(), "denied"),
         *((s3(code, 503), "throttled") for code in ("SlowDown", "ServiceUnavailable", "503")),
         *((s3(code, 500), "away") for code in ("InternalError", "500")),
         (s3("RequestTimeout", 400), "away"),
@@ -304,18 +317,14 @@ def library_errors() -> list[tuple[Exception, str]]:
         (hf(429), "throttled"),
         (hf(500), "away"),
         (hf(403), "denied"),
-        (httpx.ConnectError("said"), "away"),
-        (httpx.ReadTimeout("said"), "away"),
+        (HFValidationError("said"), "denied"),
+        (OfflineModeIsEnabled("said"), "denied"),
+        *((client.ConnectError("said"), "away") for client in clients),
+        *((client.ReadTimeout("said"), "away") for client in clients),
         (requests.ConnectionError("said"), "away"),
         (requests.exceptions.ChunkedEncodingError("said"), "away"),
         (answered(504), "away"),
         (answered(404), "missing"),
-        (of_library("gcsfs.retry", "HttpError", code=503), "throttled"),
-        (of_library("gcsfs.retry", "HttpError", code=500), "away"),
-        (of_library("gcsfs.retry", "HttpError", code=401), "denied"),
-        (of_library("gcsfs.retry", "ChecksumError"), "away"),
-        (of_library("google.auth.exceptions", "TransportError"), "away"),
-        (of_library("google.auth.exceptions", "DefaultCredentialsError"), "denied"),
         (http.client.IncompleteRead(b"x"), "away"),
         (http.client.RemoteDisconnected("said"), "away"),
         (socket.gaierror(-3, "Temporary failure in name resolution"), "away"),
@@ -332,6 +341,33 @@ def library_errors() -> list[tuple[Exception, str]]:
     ]
 
 
+def wrong(errors: list[tuple[Exception, str]]) -> list[tuple[Exception, str, str]]:
+    return [(error, found, fault) for error, fault in errors if (found := fault_of(error)) != fault]
+
+
+@pytest.mark.filterwarnings("error")
 def test_errors_of_the_libraries():
-    wrong = [(error, fault_of(error), fault) for error, fault in library_errors() if fault_of(error) != fault]
-    assert wrong == []
+    assert wrong(library_errors()) == []
+
+
+@pytest.mark.filterwarnings("error::DeprecationWarning:coca_lit")
+def test_errors_of_gcsfs():
+    """As it makes them of answers; some are plain ones of Python, or of `requests`."""
+    retry = pytest.importorskip("gcsfs.retry")
+    from google.api_core import exceptions as api
+    from google.auth import exceptions as auth
+
+    faults = {400: "denied", 401: "denied", 403: "denied", 404: "missing", 408: "away", 429: "throttled"}
+    faults |= {500: "away", 502: "away", 503: "throttled", 504: "away"}
+    errors: list[tuple[Exception, str]] = []
+    for status, fault in faults.items():
+        for body in (b"", b"<html>", b'{"error": {"message": "said"}}'):
+            with pytest.raises(Exception) as raised:  # noqa: PT011  whatever it is
+                retry.validate_response(status, body, "bucket/x.tar")
+            errors.append((raised.value, fault))
+    with pytest.raises(ValueError, match="Bad Request") as raised:
+        retry.validate_response(400, b'{"error": {"message": "invalid bucket name"}}', "bucket/x.tar")
+    errors += [(raised.value, "denied"), (retry.ChecksumError("said"), "away")]
+    errors += [(auth.TransportError("said"), "away"), (auth.DefaultCredentialsError("said"), "denied")]
+    errors += [(api.ServiceUnavailable("said"), "throttled"), (api.Forbidden("said"), "denied")]
+    assert wrong(errors) == []
