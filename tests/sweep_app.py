@@ -1,5 +1,5 @@
 """A stand-in for train.py whose jobs take no time: the learning rate is the score, above 1 it is an error, and 109
-is signal 9 to its own process; a training answers SIGTERM with `SystemExit`.
+is signal 9 to its own process, 209 only the first time; a training answers SIGTERM with `SystemExit`.
 """
 
 import json
@@ -16,12 +16,15 @@ from coca_lit.errors import ConfigError
 
 def job(cfg: DictConfig) -> float:
     rate = float(cfg.model.optimizer.lr)
+    folder = Path(cfg.output_dir)
+    if rate > 200 and (folder / "killed").exists():
+        rate = 0.2
     if rate > 100:
+        (folder / "killed").touch()
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        os.kill(os.getpid(), int(rate) - 100)
+        os.kill(os.getpid(), int(rate) % 100)
     if rate > 1:
         raise ConfigError(f"no model survives {rate}")
-    folder = Path(cfg.output_dir)
     with (folder / f"rank{os.environ.get('SLURM_PROCID', '')}.txt").open("a") as file:
         file.write(f"{os.getpid()}\n")
     (folder / "config.yaml").write_text(f"model: {{optimizer: {{lr: {rate}}}}}\n")

@@ -7,8 +7,10 @@ an hour, most of it waiting.
 """
 
 import argparse
+import logging
 import os
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -28,7 +30,7 @@ from soak import TINY, Run, difference, write_csv  # noqa: E402
 soak.HANGS = 900  # seconds: a run waits for several outages
 SHARDS, SAMPLES = 16, 2  # of each
 CACHE = 6 * 10240  # bytes, for six shards: the others are fetched again in every pass
-LATEST = 50  # the request at which a fault may come; a start has some 70 to 150
+LATEST = 20  # the request at which a fault may come; an undisturbed run has 34
 BUCKET = "bucket"
 
 
@@ -75,23 +77,12 @@ class Store(FaultyStore):
             return super().draw()
 
 
-class Case(NamedTuple):
-    indexed: bool
-    workers: int
-
-    @property
-    def name(self) -> str:
-        return f"{'indexed' if self.indexed else 'streamed'}, {self.workers} workers"
-
-    def overrides(self, cache: Path) -> tuple[str, ...]:
-        return (
-            *(*TINY, "data=laion", f"data.shards=s3://{BUCKET}/set/*.tar", "data.epoch_samples=32"),
-            *("data.shuffle_buffer=4", "data.max_bad_fraction=0", f"data.num_workers={self.workers}"),
-            *(f"data.indexed={str(self.indexed).lower()}", f"data.cache_dir={cache}", f"data.cache_gb={CACHE / 1e9}"),
-        )
-
-
-CASES = [Case(indexed, workers) for workers in (0, 2) for indexed in (False, True)]
+def overrides(workers: int, cache: Path) -> tuple[str, ...]:
+    return (
+        *(*TINY, "data=laion", f"data.shards=s3://{BUCKET}/set/*.tar", "data.epoch_samples=32"),
+        *("data.shuffle_buffer=4", "data.max_bad_fraction=0", f"data.num_workers={workers}"),
+        *(f"data.cache_dir={cache}", f"data.cache_gb={CACHE / 1e9}"),
+    )
 
 
 def upload(store: FaultyStore, folder: Path) -> None:
@@ -104,26 +95,28 @@ def upload(store: FaultyStore, folder: Path) -> None:
     store.put(BUCKET, {f"set/{path.name}": path.read_bytes() for path in folder.iterdir() if path.suffix != ".index"})
 
 
-def undisturbed(store: Store, work: Path, case: Case) -> Run:
+def undisturbed(store: Store, work: Path, workers: int) -> Run:
     store.plan(None)
-    name = case.name.replace(", ", "-").replace(" ", "-")
-    whole = Run(work / name, work, case.overrides(work / f"{name}-cache"), random.Random(0))
+    name = f"whole{workers}"
+    whole = Run(work / name, work, overrides(workers, work / "cache"), random.Random(0))
     before = store.requests
+    shutil.rmtree(work / "cache", ignore_errors=True)
     whole.start()
     if whole.ends() is not None:
-        raise RuntimeError(f"the undisturbed run of {case.name} failed:\n{whole.said()}")
-    print(f"{case.name}: {store.requests - before} requests undisturbed", flush=True)
+        raise RuntimeError(f"the undisturbed run with {workers} workers failed:\n{whole.said()}")
+    print(f"{workers} workers: {store.requests - before} requests undisturbed", flush=True)
     return whole
 
 
-def disturbed(store: Store, work: Path, case: Case, number: int, seed: int) -> tuple[Run, list[dict[str, Any]]]:
+def disturbed(store: Store, work: Path, workers: int, number: int, seed: int) -> tuple[Run, list[dict[str, Any]]]:
     """A run that is started until it is done, with a fault in each start; and a row for each that it met."""
     rng = random.Random(f"{seed}/{number}")
-    run = Run(work / f"run{number}", work, case.overrides(work / f"cache{number}"), rng)
+    cache = work / "cache"
+    run = Run(work / f"run{number}", work, overrides(workers, cache), rng)
     events: list[dict[str, Any]] = []
     for start in count():
-        if start and rng.random() < 0.3:  # another machine
-            run = Run(run.folder, work, case.overrides(work / f"cache{number}-{start}"), rng)
+        if not start or rng.random() < 0.3:  # on another machine
+            shutil.rmtree(cache, ignore_errors=True)
         fault, after = drawn(rng), rng.choice(("nothing", "kill -9", "kill -9", "SIGTERM"))
         pause = rng.uniform(0, min(fault.amount, 20.0) + 2)
         store.plan(fault)
@@ -140,7 +133,13 @@ def disturbed(store: Store, work: Path, case: Case, number: int, seed: int) -> t
             time.sleep(0.1)
         if store.hit.is_set():
             step = [path.stem[5:] for path in run.checkpoints()][-1:] or ["0"]
-            event = {"run": number, "case": case.name, "fault": fault.kind, "amount": fault.amount, "request": fault.at}
+            event = {
+                "run": number,
+                "workers": workers,
+                "fault": fault.kind,
+                "amount": fault.amount,
+                "request": fault.at,
+            }
             event |= {"then": after, "exit": run.process.exitcode, "step": step[0]}
             events.append(event | {"seconds": round(time.monotonic() - began, 1), "problem": problem})
         if run.process.exitcode == 0 or problem:
@@ -157,6 +156,7 @@ def main() -> None:
     options = parser.parse_args()
     from coca_lit.runs.run_folder import environment
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # moto's, which logs requests
     about = {key: environment()[key] for key in ("commit", "machine", "torch")}
     about["command"] = f"python experiments/faults/stores.py --faults {options.faults} --seed {options.seed}"
     rows: list[dict[str, Any]] = []
@@ -167,17 +167,21 @@ def main() -> None:
         os.environ |= {"AWS_ENDPOINT_URL_S3": store.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
         os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
         upload(store, work / "set")
-        wholes: dict[Case, Run] = {}
+        wholes: dict[int, Run] = {}
         for number in count():
             if len(rows) >= options.faults:
                 break
-            case = CASES[number % len(CASES)]
-            whole = wholes.setdefault(case, wholes.get(case) or undisturbed(store, work, case))
-            run, events = disturbed(store, work, case, number, options.seed)
+            workers = (0, 2)[number % 2]
+            if workers not in wholes:
+                wholes[workers] = undisturbed(store, work, workers)
+            whole = wholes[workers]
+            run, events = disturbed(store, work, workers, number, options.seed)
             end = run.said().strip().splitlines()[-1:] if run.process.exitcode else difference(whole.folder, run.folder)
             rows += [{**event, "end": end or "same bits", **about} for event in events]
             told = ", ".join(f"{event['fault']} {event['amount']} then {event['then']}" for event in events)
-            print(f"run {number}, {case.name}: {told or '-'}: {end or 'same bits'}; {len(rows)} faults", flush=True)
+            print(
+                f"run {number}, {workers} workers: {told or '-'}: {end or 'same bits'}; {len(rows)} faults", flush=True
+            )
             write_csv(options.out, rows)
         store.close()
     sys.exit(any(row["problem"] or row["end"] != "same bits" for row in rows))

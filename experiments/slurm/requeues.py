@@ -10,6 +10,7 @@ import argparse
 import csv
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -94,12 +95,21 @@ class Submitted(NamedTuple):
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Path]:
-    """The slurm.conf of a SLURM of one node that runs within the block."""
-    subprocess.run([SCRIPT, "start", folder], check=True, timeout=90)
+    """The slurm.conf of a SLURM of one node that runs within the block; raises `RuntimeError` if it does not start."""
+    env = os.environ | {"SLURM_TEST_PORT": str(free_port())}
+    started = subprocess.run([SCRIPT, "start", folder], env=env, stderr=subprocess.PIPE, text=True, timeout=90)
     try:
+        if started.returncode:
+            raise RuntimeError(f"SLURM does not start: {' '.join(started.stderr.splitlines()[-3:])}")
         yield folder / "slurm.conf"
     finally:
         subprocess.run([SCRIPT, "stop", folder], check=True)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def until(true: Callable[[], bool], seconds: float = 120.0) -> None:

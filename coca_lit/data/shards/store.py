@@ -26,6 +26,7 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs", "hf", "memory")  # memory: for tests
 PATIENCE = 600.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
+_used: dict[int, Any] = {}  # for good: a forked worker would close the connections of its parent, with a traceback
 _jitter = random.SystemRandom()  # thousands of workers must not all come back in the same second
 
 Fault = Literal["away", "throttled", "missing", "denied", "local", "unknown"]
@@ -234,4 +235,6 @@ def _forget(url: str) -> None:
 def _filesystem(url: str) -> Any:
     import fsspec
 
-    return fsspec.filesystem(url.partition("://")[0])
+    store = fsspec.filesystem(url.partition("://")[0])
+    _used[id(store)] = store
+    return store

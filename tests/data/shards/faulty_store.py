@@ -1,5 +1,5 @@
-"""An S3 server (moto), one of the API of Google (gcp-storage-emulator) or a small Hub, behind a proxy that fails as networks
-and stores do; all on this machine.
+"""An S3 server (moto), one of the API of Google (gcp-storage-emulator) or a small Hub, behind a proxy that fails as
+networks and stores do; all on this machine.
 """
 
 import json

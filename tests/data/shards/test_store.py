@@ -81,6 +81,7 @@ def store(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
         for module in ("utils._http", "file_download"):
             monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(object_store, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(object_store, "LONGEST_WAIT", 0.1)
     fsspec.get_filesystem_class(server.scheme).clear_instance_cache()  # and its listings
     yield server
     if server.is_away:
@@ -112,10 +113,12 @@ def expected(server: FaultyStore, tmp_path_factory: pytest.TempPathFactory) -> l
 def test_faults_that_pass_change_nothing(store, tmp_path, expected, caplog):
     for fault in FAULTS[:-1]:
         data = laion(tmp_path, store.root, cache_dir=str(tmp_path / fault))
-        store.faults.extend([fault] * (store.attempts + 2))
+        times = 3 if fault == "slow" else store.attempts + 2
+        store.faults.extend([fault] * times)
         data.prepare_data()  # the listing
-        store.faults.extend([fault] * (store.attempts + 2))
+        store.faults.extend([fault] * times)
         assert batches(data) == expected
+        store.faults.clear()
         assert not [*(tmp_path / fault).glob("*.partial")]
     for said in ("throttles requests", "does not answer"):
         assert f"the store {said}" in caplog.text
@@ -123,8 +126,11 @@ def test_faults_that_pass_change_nothing(store, tmp_path, expected, caplog):
     assert "Traceback" not in caplog.text
 
 
-@ON_ALL
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("server", "workers"),
+    [(FaultyStore, 0), (FaultyStore, 2), (FaultyGoogleStore, 2), (FaultyHub, 2)],
+    indirect=["server"],
+)
 def test_a_store_that_is_away_and_comes_back_changes_nothing(store, tmp_path, expected, workers):
     data = laion(tmp_path, store.root, num_workers=workers)
     data.prepare_data()
