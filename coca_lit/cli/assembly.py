@@ -161,7 +161,7 @@ def _named_place(key: str | None, otherwise: str) -> Iterator[None]:
     try:
         yield
     except DataNotFoundError as error:
-        place = f"{key}=PLACE tells where they are" if key is not None else ""
+        place = f"set {key}=PLACE to where they are" if key is not None else ""
         raise DataNotFoundError("; ".join(filter(None, (str(error), place, otherwise)))) from error
 
 

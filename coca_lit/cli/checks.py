@@ -105,7 +105,7 @@ def _check_folders(key: str, value: Any, otherwise: str) -> None:
         folder = parts[0] if len(parts) == 1 else parts[0].rpartition("/")[0] or ("/" if place[0] == "/" else ".")
         if "://" not in place and not Path(folder).expanduser().exists():
             raise DataNotFoundError(
-                f"{key}: there is no folder '{folder}' ({WHAT}); {key}=PLACE tells where the data are; {otherwise}"
+                f"{key}: there is no folder '{folder}' ({WHAT}); set {key}=PLACE to where the data are; {otherwise}"
             )
 
 

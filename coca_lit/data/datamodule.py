@@ -53,6 +53,7 @@ class CaptionDataModule(LightningDataModule):
         batch_size: of all processes together.
         image_size: height and width in pixels.
         num_workers: processes that load and decode, per training process; 0 loads in the training process.
+        seed: of order and augmentation.
         text: files of texts without images, see `read_texts`; None for none.
         text_every: every N-th batch is one of texts alone; 1 for all of them.
     """
@@ -237,7 +238,12 @@ def _split_of(records: Mapping[str, Sequence[Record]], split: str) -> Sequence[R
 
 
 class MSCOCODataModule(RecordsDataModule):
-    """MS-COCO captions, see `mscoco_records`."""
+    """MS-COCO captions, see `mscoco_records`.
+
+    Args:
+        root: folder of the annotations and images.
+        karpathy: `dataset_coco.json`; by default used if it is in `root` or its annotations/.
+    """
 
     def __init__(self, root: str, karpathy: str | None = None, **shared: Unpack[SharedArguments]) -> None:
         from coca_lit.data.datasets.coco import mscoco_records

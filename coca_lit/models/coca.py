@@ -82,8 +82,11 @@ class CoCa(Freezable):
         embed_dim: width of the common space and of the image tokens.
         pooler: single | parallel | cascade, see `ImagePooling`.
         pooler_queries: learned queries of the (generative) pooler.
-        tokenizer: "clip" or a word list, for `get_tokenizer`; it defines vocabulary, context length and special ids.
+        pooler_heads: attention heads of the poolers.
+        tokenizer: "clip" or a word list, for `get_tokenizer`; it defines vocabulary and special ids.
+        context_length: tokens of a text at most, start and end included.
         cls_mask: correct | legacy, see `TextTower`.
+        text_width, text_layers, text_heads: sizes of the text tower; the decoder has its width and heads.
         decoder_layers: pairs of self and cross blocks; 0 builds a CLIP with the same towers and no captioner.
         dropout: in the text tower and the decoder, while training.
         contrastive: softmax (CLIP), or siglip, whose loss needs a learned bias beside the temperature.

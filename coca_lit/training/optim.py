@@ -17,6 +17,7 @@ class AdamW:
     Matrices decay; biases, norms, the temperature, position embeddings and learned queries do not.
 
     Args:
+        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`.
         layer_decay: factor of the learning rate from each layer of a tower to the one below it, as in BEiT (Bao et al.
             2021): the last layer learns with lr · layer_decay, what stands on the towers with lr.
         image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.

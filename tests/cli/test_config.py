@@ -228,13 +228,13 @@ CHEAP = [
     (("scoring.clip_score_model=/nowhere.pt",), r"scoring\.clip_score_model: there is no checkpoint"),
     (
         ("experiment=finetune_mscoco", "data.root=/nowhere", "evals=[mscoco_retrieval]"),
-        r"data\.root: there is no folder '/nowhere' \(what belongs there: .*README\.md\); data\.root=PLACE ",
+        r"data\.root: there is no folder '/nowhere' \(what belongs there: .*README\.md\); set data\.root=PLACE ",
     ),
     (("experiment=pretrain_b32", "data.shards=/nowhere/{00..12}.tar"), r"data\.shards: there is no folder '/nowhere'"),
     (("experiment=pretrain_b32", "data.shards={a: /nowhere/a}"), r"data\.shards: there is no folder '/nowhere/a'"),
     (
         ("evals=mscoco", "data_dir=/nowhere"),
-        r"roots\.mscoco: there is no folder '/nowhere/mscoco' .*; roots\.mscoco=PLACE .*; scoring\.skip_missing=true ",
+        r"roots\.mscoco: there is no folder '/nowhere/mscoco' .*; set roots\.mscoco=.*; scoring\.skip_missing=true",
     ),
     (
         ("evals=[folder_captions]", "evals.folder_captions.records.root=/nowhere"),

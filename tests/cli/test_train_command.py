@@ -236,7 +236,7 @@ def test_any_experiment_runs_on_scenes(
 def test_missing_data_are_explained(experiment: str, word: str) -> None:
     cfg = compose(f"experiment={experiment}", "data_dir=/nowhere")
     with pytest.raises(
-        DataError, match=r"not found \(looked at /nowhere/.*; data\.\w+=PLACE .*; data=scenes "
+        DataError, match=r"not found \(looked at /nowhere/.*; set data\.\w+=PLACE .*; data=scenes "
     ) as caught:
         build_data(cfg, tokenizer=None)
     assert word in str(caught.value)
@@ -284,13 +284,13 @@ def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: P
     shards = f"data.shards={tmp_path}/{{00000..00012}}.tar"
     said = error_of("experiment=pretrain_b32", "model.net.name=coca_tiny", "image_size=32", "evals=[]", shards)
     assert said.startswith(f"error: 13 of 13 shards not found (looked at {tmp_path}/00000.tar): write LAION or other")
-    assert said.endswith("; data.shards=PLACE tells where they are; data=scenes needs no files")
+    assert said.endswith("; set data.shards=PLACE to where they are; data=scenes needs no files")
 
 
 def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path) -> None:
     (tmp_path / "mscoco").mkdir()
     for overrides, key in (((), "roots.mscoco"), (("data=mscoco",), "data.root")):
-        said = rf"not found .*; {key}=PLACE tells where .*; scoring.skip_missing=true leaves"
+        said = rf"not found .*; set {key}=PLACE to where .*; scoring.skip_missing=true leaves"
         with pytest.raises(DataError, match=said):
             build_evals(compose(*overrides, "evals=[mscoco_retrieval]", f"data_dir={tmp_path}"))
 
