@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> None:
     """
     output = Path(str(cfg.output))
     with error_context("format"):
-        write = _writer(cfg.format, cfg.correct_cls_mask, cfg.max_int8_loss)
+        write = _writer(cfg.format, str(cfg.version), cfg.correct_cls_mask, cfg.max_int8_loss)
     from coca_lit.export.card import Mixture, write_card
     from coca_lit.export.folder import check_output, new_folder
     from coca_lit.weights import hub
@@ -62,12 +62,14 @@ def run(cfg: DictConfig) -> None:
         print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")
 
 
-def _writer(name: str, correct_cls_mask: bool, max_int8_loss: float) -> "Callable[[CoCa, Path], Exported]":
+def _writer(
+    name: str, version: str, correct_cls_mask: bool, max_int8_loss: float
+) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes a format."""
     if name == "open_clip":
         from coca_lit.export.open_clip import write_open_clip
 
-        return lambda model, folder: write_open_clip(model, folder, correct_cls_mask)
+        return lambda model, folder: write_open_clip(model, folder, correct_cls_mask, version)
     if correct_cls_mask:
         raise ConfigError(f"correct_cls_mask belongs to format=open_clip, but the format is {name}: leave it out")
     if name == "safetensors":
@@ -93,6 +95,8 @@ def _command(cfg: DictConfig) -> str:
     words = {key: cfg[key] for key in ("checkpoint", "format", "output")}
     if cfg.correct_cls_mask:
         words["correct_cls_mask"] = "true"
+    if cfg.format == "open_clip":
+        words["version"] = cfg.version
     if cfg.format == "onnx":
         words["max_int8_loss"] = cfg.max_int8_loss
     if cfg.interpolate_with is not None:

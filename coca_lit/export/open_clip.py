@@ -10,7 +10,7 @@ from coca_lit.export.card import Exported
 from coca_lit.models import CoCa
 from coca_lit.weights.intact import save_tensors
 from coca_lit.weights.load import OPEN_CLIP_CONFIG, load_model, unshared_copies
-from coca_lit.weights.open_clip import open_clip_config, to_open_clip
+from coca_lit.weights.open_clip import VERSIONS, open_clip_config, to_open_clip
 
 WEIGHTS = "open_clip_model.safetensors"
 TOLERANCE = 1e-5
@@ -44,23 +44,28 @@ print(image_features @ text_features.T)
 """
 
 
-def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -> Exported:
+def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False, version: str = "3.3") -> Exported:
     """Writes config and weights, reads them back and compares the models.
 
     Args:
-        correct_cls_mask: export a model with that mask although OpenCLIP uses it only if set after loading, as the
+        correct_cls_mask: export a model with that mask although OpenCLIP 3.3 uses it only if set after loading, as the
             card explains.
+        version: of OpenCLIP, one of `VERSIONS`; 4 has a key for the mask.
 
     Raises:
         ValueError: OpenCLIP cannot build this model, or would compute something else with it.
     """
-    config = open_clip_config(model)
-    corrected = model.config["cls_mask"] == "correct"
+    if version not in VERSIONS:
+        raise ValueError(f"version must be {' or '.join(VERSIONS)}, got {version}")
+    if correct_cls_mask and version == "4":
+        raise ValueError("OpenCLIP 4 has a key for the CLS mask: leave out correct_cls_mask=true")
+    config = open_clip_config(model, version)
+    corrected = model.config["cls_mask"] == "correct" and version == "3.3"
     if corrected and not correct_cls_mask:
         raise ValueError(
             "the model was trained with cls_mask=correct, but OpenCLIP gives every model the legacy mask, which"
             " yields other text features; correct_cls_mask=true exports it for use with one more line of code, which"
-            f" the card shows (image features and captions need no such line). {ADVICE}"
+            f" the card shows (image features and captions need no such line); version=4 needs none. {ADVICE}"
         )
     if correct_cls_mask and not corrected:
         raise ValueError("the model has the legacy CLS mask, as OpenCLIP: leave out correct_cls_mask=true")
@@ -72,13 +77,13 @@ def write_open_clip(model: CoCa, folder: Path, correct_cls_mask: bool = False) -
     return Exported(
         library="open_clip",
         files={WEIGHTS: "weights in fp32, with OpenCLIP's names", OPEN_CLIP_CONFIG: "architecture and preprocessing"},
-        needs="`open_clip_torch` 3.3 or newer",
+        needs="`open_clip_torch` 3.3 or newer" if version == "3.3" else "OpenCLIP 4 (its main branch)",
         usage=USAGE.format(mask=CORRECT_MASK if corrected else ""),
         check=f"Read back, features and logits differ from the checkpoint's by {difference:.1e} at most.",
         limits=[
             'OpenCLIP takes id 0 for padding everywhere, also inside a run of punctuation such as "!#$", so the text'
             " features of such texts differ from coca_lit's.",
-            *([GENERATE] if model.decoder is not None else []),
+            *([GENERATE] if model.decoder is not None and version == "3.3" else []),
         ],
         warning=NEEDS_LINE if corrected else None,
     )

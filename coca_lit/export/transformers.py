@@ -17,6 +17,7 @@ from coca_lit.export import modeling_coca
 from coca_lit.export.card import Exported
 from coca_lit.models import CoCa, text_lengths
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
+from coca_lit.models.image import ImagePooling
 from coca_lit.models.text import TextTower
 from coca_lit.tokenizer import WORD, CLIPTokenizer, Tokenizer
 from coca_lit.weights.load import unshared_copies
@@ -106,6 +107,10 @@ def _config(model: CoCa) -> dict[str, Any]:
         raise ValueError(
             "format=transformers has the code of the built-in text tower alone, and this model has a"
             f" {type(model.text).__name__}: export format=safetensors"
+        )
+    if not isinstance(model.pooling, ImagePooling):
+        raise ValueError(
+            f"format=transformers has no code for pooler={ours['pooler']}: export format=safetensors or open_clip"
         )
     block: Any = trunk.blocks[0]
     text: Any = model.text.blocks[0]

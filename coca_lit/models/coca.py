@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coca_lit.models.freezing import Freezable
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.generation.state import DecodingStep, static_step
-from coca_lit.models.image import ImageEncoder, ImagePooling, Pooler
+from coca_lit.models.image import ImageEncoder, Pooler, build_pooling
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import CrossBlock, SelfBlock
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
@@ -80,7 +80,8 @@ class CoCa(Freezable):
             patches that each training step leaves out).
         image_size: side of the square input in pixels.
         embed_dim: width of the common space and of the image tokens.
-        pooler: single | parallel | cascade, see `ImagePooling`.
+        pooler: single | parallel | cascade, see `ImagePooling`; openclip_parallel | openclip_cascade, see
+            `OpenClipCascade`.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.
         tokenizer: "clip" or a word list, for `get_tokenizer`; it defines vocabulary and special ids.
@@ -93,6 +94,7 @@ class CoCa(Freezable):
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
         text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`.
         text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
+        decoder_args: further arguments of the decoder that goes with the text tower, see its `make_decoder`.
         interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`. The network computes
             the same; they travel with its weights, which were trained on such pixels.
     """
@@ -119,6 +121,7 @@ class CoCa(Freezable):
         tied_embeddings: bool = False,
         text_tower: str | None = None,
         text_tower_args: dict[str, Any] | None = None,
+        decoder_args: dict[str, Any] | None = None,
         interpolation: Interpolation = "bicubic",
         resize_mode: ResizeMode = "shortest",
     ) -> None:
@@ -132,14 +135,17 @@ class CoCa(Freezable):
             )
         self.tokenizer = get_tokenizer(tokenizer, context_length)
         self.image_encoder = ImageEncoder(image_encoder, image_size, **(image_encoder_args or {}))
-        self.pooling = ImagePooling(pooler, self.image_encoder.width, embed_dim, pooler_queries, pooler_heads)
-        self.image_projection = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.pooling = build_pooling(pooler, self.image_encoder.width, embed_dim, pooler_queries, pooler_heads)
+        self.image_projection: nn.Linear | nn.Identity = nn.Identity()
+        if self.pooling.projected:
+            self.image_projection = nn.Linear(embed_dim, embed_dim, bias=False)
         vocab_size = self.tokenizer.vocab_size
         sizes = (vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout)
         self.text = build_text_tower(text_tower, *sizes, **(text_tower_args or {}))
-        self.decoder = (
-            Decoder(vocab_size, text_width, embed_dim, decoder_layers, text_heads, dropout) if decoder_layers else None
-        )
+        self.decoder: Decoder | None = None
+        if decoder_layers:
+            sides = (embed_dim, decoder_layers, text_heads, dropout)
+            self.decoder = self.text.make_decoder(*sides, **(decoder_args or {}))
         if tied_embeddings and self.decoder is not None:
             self.decoder.vocabulary.weight = self.text.token_embedding.weight
         # One dimension, not zero: sharding engines split along the first.
@@ -153,7 +159,8 @@ class CoCa(Freezable):
             "tokenizer": self.tokenizer.spec,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
         }
-        later = {"text_tower": None, "text_tower_args": None, "interpolation": "bicubic", "resize_mode": "shortest"}
+        later = {"interpolation": "bicubic", "resize_mode": "shortest"}
+        later |= dict.fromkeys(("text_tower", "text_tower_args", "decoder_args"))
         for name, default in later.items():
             if self.config[name] == default:  # as in files of earlier versions; a fingerprint of the model covers them
                 del self.config[name]
@@ -164,7 +171,8 @@ class CoCa(Freezable):
         """Overwrites all parameters with initial values."""
         self.image_encoder.init_parameters()
         self.pooling.init_parameters()
-        init_projection(self.image_projection)
+        if isinstance(self.image_projection, nn.Linear):
+            init_projection(self.image_projection)
         self.text.init_parameters()
         if self.decoder is not None:
             self.decoder.init_parameters(tied=self.config["tied_embeddings"])
@@ -283,13 +291,13 @@ class CoCa(Freezable):
         """Names of the parts that only the "contrastive" or only the "caption" loss trains; without that loss they
         get no gradient.
         """
+        separate = [f"pooling.{part}" for part in self.pooling.parts_of_loss(loss)]
         if loss == "contrastive":
-            separate = ["pooling.contrastive"] if self.pooling.variant != "single" else []
             bias = ["logit_bias"] if self.logit_bias is not None else []
-            text = ["text.cls_embedding", "text.norm", "text.projection"]
-            return [*separate, "image_projection", *text, "logit_scale", *bias]
+            projection = ["image_projection"] if self.pooling.projected else []
+            text = [f"text.{part}" for part in self.text.contrastive_only]
+            return [*separate, *projection, *text, "logit_scale", *bias]
         if loss == "caption":
-            separate = ["pooling.generative"] if self.pooling.variant == "parallel" else []
             return [*separate, *(["decoder"] if self.decoder is not None else [])]
         raise ValueError(f"loss must be 'contrastive' or 'caption', got '{loss}'")
 

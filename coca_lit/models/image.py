@@ -5,7 +5,7 @@ pooling them for the two tasks.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import timm
 import torch
@@ -15,13 +15,13 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from coca_lit.models import kernels
-from coca_lit.models.init import init_pooler
-from coca_lit.models.layers import AttentionalPooler
+from coca_lit.models.init import init_pooler, init_query_pooler
+from coca_lit.models.layers import AttentionalPooler, OpenClipNames, QueryPooler
 from coca_lit.models.preprocessing import expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS
 from coca_lit.models.sync_batch_norm import use_global_batch_norms
 
-Pooler = Literal["single", "parallel", "cascade"]
+Pooler = Literal["single", "parallel", "cascade", "openclip_parallel", "openclip_cascade"]
 CLIP_NORMALISATION = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
@@ -50,6 +50,16 @@ class Normalise(nn.Module):
         return (images.to(self.mean.dtype, memory_format=torch.contiguous_format) / 255 - self.mean) / self.std
 
 
+_TRUNK_BLOCK = {
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attn.qkv.": "attn.in_proj_",
+    "attn.proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
 class ImageEncoder(nn.Module):
     """A timm model without its head: pixels -> tokens (B, S, width), S = H·W for the grid of a convolutional net.
 
@@ -65,6 +75,15 @@ class ImageEncoder(nn.Module):
         image_size: side of the square input in pixels.
         arguments: for timm or the factory.
     """
+
+    open_clip_names: ClassVar[OpenClipNames] = (  # of CLIP's vision transformers
+        ("trunk.blocks.", "visual.transformer.resblocks.", _TRUNK_BLOCK),
+        ("trunk.patch_embed.proj.", "visual.conv1.", {}),
+        ("trunk.norm_pre.", "visual.ln_pre.", {}),
+        ("trunk.cls_token", "visual.class_embedding", {}),
+        ("trunk.pos_embed", "visual.positional_embedding", {}),
+        ("trunk.norm.", "visual.ln_post.", {}),  # of a CLIP
+    )
 
     def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
         super().__init__()
@@ -180,22 +199,49 @@ def _tokens(features: Tensor, channels_last: bool = False) -> Tensor:
     return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
 
+def build_pooling(variant: str, context_width: int, width: int, queries: int, heads: int) -> "Pooling":
+    """The pooling of a name, from tokens `context_width` wide to a vector and tokens of `width`."""
+    if variant in ("single", "parallel", "cascade"):
+        return ImagePooling(variant, context_width, width, queries, heads)
+    if variant in ("openclip_parallel", "openclip_cascade"):
+        kind = OpenClipParallel if variant == "openclip_parallel" else OpenClipCascade
+        return kind(context_width, width, queries, heads)
+    raise ValueError(f"pooler must be {' or '.join(map(repr, get_args(Pooler)))}, got '{variant}'")
+
+
 class ImagePooling(nn.Module):
     """Image tokens -> one contrastive vector and the tokens that the decoder attends to.
 
     - single: one pooler; query 0 is the contrastive vector, the others are the decoder's tokens (OpenCLIP: 255 of 256).
     - parallel: two poolers side by side on the encoder's tokens (CoCa paper, section 3.2).
     - cascade: the contrastive pooler attends to the output of the generative one (same section).
+
+    Every pooler ends in a norm, and the contrastive vector is projected (`CoCa.image_projection`).
     """
 
-    def __init__(self, variant: Pooler, context_width: int, width: int, queries: int, heads: int) -> None:
+    projected = True
+    open_clip_names: ClassVar[OpenClipNames] = (  # of the single pooler
+        ("generative.norm_out.", "visual.ln_post.", {}),
+        ("generative.", "visual.attn_pool.", QueryPooler.open_clip_names),
+    )
+
+    def __init__(self, variant: str, context_width: int, width: int, queries: int, heads: int) -> None:
         super().__init__()
-        if variant not in ("single", "parallel", "cascade"):
-            raise ValueError(f"pooler must be 'single', 'parallel' or 'cascade', got '{variant}'")
         self.variant = variant
         self.generative = AttentionalPooler(context_width, width, queries, heads)
         if variant != "single":
             self.contrastive = AttentionalPooler(context_width if variant == "parallel" else width, width, 1, heads)
+
+    @property
+    def open_clip_kind(self) -> bool | str | None:
+        """The value of `vision_cfg.attentional_pool` in OpenCLIP; None if it has no such pooling."""
+        return True if self.variant == "single" else None
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        """Children that only the "contrastive" or only the "caption" loss trains."""
+        if loss == "contrastive":
+            return ["contrastive"] if self.variant != "single" else []
+        return ["generative"] if self.variant == "parallel" else []
 
     def init_parameters(self) -> None:
         init_pooler(self.generative)
@@ -219,3 +265,68 @@ class ImagePooling(nn.Module):
     def attention(self, tokens: Tensor) -> Tensor:
         """Where each of the decoder's tokens looks among tokens (B, S, C): (B, Q, S), rows add up to 1."""
         return self.generative.weights(tokens, slice(1 if self.variant == "single" else 0, None))
+
+
+class OpenClipCascade(nn.Module):
+    """The two poolers of OpenCLIP 4: the image tokens are normed once, the contrastive pooler attends to what the
+    generative one returns, and nothing follows either of them, neither norm nor projection.
+    """
+
+    projected = False
+    open_clip_kind: ClassVar[bool | str | None] = "cascade"
+    open_clip_names: ClassVar[OpenClipNames] = (
+        ("norm.", "visual.ln_post.", {}),
+        ("generative.", "visual.attn_pool.", QueryPooler.open_clip_names),
+        ("contrastive.", "visual.attn_pool_contrastive.", QueryPooler.open_clip_names),
+    )
+
+    def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(context_width)
+        self.generative = QueryPooler(context_width, width, queries, heads)
+        self.contrastive = self._contrastive(context_width, width, heads)
+
+    def _contrastive(self, context_width: int, width: int, heads: int) -> QueryPooler:
+        return QueryPooler(width, width, 1, heads)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return ["contrastive"] if loss == "contrastive" else []
+
+    def init_parameters(self) -> None:
+        self.norm.reset_parameters()
+        init_query_pooler(self.generative)
+        init_query_pooler(self.contrastive)
+
+    def forward(
+        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """tokens (B, S, C) -> contrastive vector (B, E) and decoder tokens (B, Q, E), None where switched off."""
+        image_tokens = self.generative(self.norm(tokens))
+        vector = self.contrastive(image_tokens)[:, 0] if contrastive else None
+        return vector, (image_tokens if captioning else None)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Where each of the decoder's tokens looks among tokens (B, S, C): (B, Q, S), rows add up to 1."""
+        return self.generative.weights(self.norm(tokens))
+
+
+class OpenClipParallel(OpenClipCascade):
+    """As `OpenClipCascade`, but both poolers attend to the normed image tokens."""
+
+    open_clip_kind = "parallel"
+
+    def _contrastive(self, context_width: int, width: int, heads: int) -> QueryPooler:
+        return QueryPooler(context_width, width, 1, heads)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return ["contrastive"] if loss == "contrastive" else ["generative"]
+
+    def forward(
+        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        normed = self.norm(tokens)
+        vector = self.contrastive(normed)[:, 0] if contrastive else None
+        return vector, (self.generative(normed) if captioning else None)
+
+
+Pooling = ImagePooling | OpenClipCascade

@@ -9,7 +9,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from coca_lit.models.layers import AttentionalPooler, CrossAttention, CrossBlock, SelfAttention, SelfBlock
+from coca_lit.models.layers import (
+    AttentionalPooler,
+    CrossAttention,
+    CrossBlock,
+    QueryPooler,
+    SelfAttention,
+    SelfBlock,
+)
 
 
 def init_normal(tensor: Tensor, std: float) -> None:
@@ -25,6 +32,26 @@ def init_pooler(pooler: AttentionalPooler) -> None:
     init_normal(pooler.query, 1.0)
     _init_attention(pooler.attention, out_std=pooler.attention.out.in_features**-0.5)
     for norm in (pooler.norm_query, pooler.norm_context, pooler.norm_out):
+        norm.reset_parameters()
+
+
+def init_query_pooler(pooler: QueryPooler) -> None:
+    """OpenCLIP 4's values: its attention starts as `nn.MultiheadAttention` does, with queries of deviation 1.
+
+    That layer keeps q, k and v in one matrix where they have the same input width, and Xavier's bound follows from the
+    shape of what is kept.
+    """
+    init_normal(pooler.query, 1.0)
+    attention = pooler.attention
+    width, context_width = attention.q.in_features, attention.kv.in_features
+    for linear, rows in ((attention.q, width), (attention.kv, width)):
+        rows = 3 * width if width == context_width else rows
+        bound = (6 / (rows + linear.in_features)) ** 0.5
+        nn.init.uniform_(linear.weight, -bound, bound)
+    attention.out.reset_parameters()
+    for linear in (attention.q, attention.kv, attention.out):
+        nn.init.zeros_(linear.bias)
+    for norm in (pooler.norm_query, pooler.norm_context):
         norm.reset_parameters()
 
 

@@ -4,12 +4,17 @@ Shape letters, here and in the other model files: B batch, T text positions, S i
 embedding width, V vocabulary, R rows of captions that are being written.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models import kernels
 from coca_lit.models.packing import Layout
+
+# (beginning of names in a part, beginning of their names in OpenCLIP, {name inside: OpenCLIP's})
+OpenClipNames = tuple[tuple[str, str, dict[str, str]], ...]
 
 
 class KVCache:
@@ -86,11 +91,16 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x)
         if cache is None:
             return self.out(kernels.self_attention(qkv, self.heads, mask, layout))
-        q, k, v = (_split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))  # each (R, H, t, D/H)
-        k, v = cache.append(k, v)
-        # One new position sees everything before it; several are the start of a text, with the usual triangle.
-        causal = mask is None and q.shape[2] > 1
-        return self.out(_merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)))
+        q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))  # each (R, H, t, D/H)
+        return self.out(attend_cached(q, k, v, cache, mask))
+
+
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+    """Attention of new positions, each of q, k, v (R, H, t, D/H), to themselves and those in the cache: (R, t, D)."""
+    k, v = cache.append(k, v)
+    # One new position sees everything before it; several are the start of a text, with the usual triangle.
+    causal = mask is None and q.shape[2] > 1
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
 
 
 class CrossAttention(nn.Module):
@@ -108,7 +118,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, context: Tensor, norm: nn.LayerNorm | None = None) -> KeysValues:
         """context (B, S, C) -> keys and values, each (B, H, S, D/H); `norm` as in `forward`."""
         k, v = kernels.linear(context, *self._folded(norm)).chunk(2, dim=-1)
-        return _split_heads(k, self.heads), _split_heads(v, self.heads)
+        return split_heads(k, self.heads), split_heads(v, self.heads)
 
     def forward(
         self,
@@ -126,11 +136,11 @@ class CrossAttention(nn.Module):
         q = self.q(x)
         if isinstance(context, Tensor):
             return self.out(kernels.cross_attention(q, context, *self._folded(norm), self.heads, layout))
-        return self.out(_merge_heads(kernels.attention(_split_heads(q, self.heads), *context)))
+        return self.out(merge_heads(kernels.attention(split_heads(q, self.heads), *context)))
 
     def weights(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         """How much each position of x (B, T, D) attends to each of the context: (B, H, T, S), rows add up to 1."""
-        q, k = _split_heads(self.q(x), self.heads), keys_values[0]
+        q, k = split_heads(self.q(x), self.heads), keys_values[0]
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
     def _folded(self, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
@@ -148,6 +158,15 @@ class MLP(nn.Sequential):
 
 class SelfBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    open_clip_names: ClassVar = {
+        "norm_1": "ln_1",
+        "norm_2": "ln_2",
+        "attention.qkv.": "attn.in_proj_",
+        "attention.out": "attn.out_proj",
+        "mlp.0": "mlp.c_fc",
+        "mlp.2": "mlp.c_proj",
+    }
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0, activation: type[nn.Module] = nn.GELU) -> None:
         super().__init__()
@@ -170,6 +189,8 @@ class CrossBlock(nn.Module):
     All blocks look at the same tokens, so these arrive with mean 0 and variance 1 already (`normalize_once`): one
     tensor for all blocks instead of one that each block's backward pass would have to keep.
     """
+
+    open_clip_names: ClassVar = {**SelfBlock.open_clip_names, "norm_context": "ln_1_kv"}
 
     def __init__(self, width: int, context_width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -204,10 +225,12 @@ def normalize_once(context: Tensor) -> Tensor:
     return normed
 
 
-class AttentionalPooler(nn.Module):
+class QueryPooler(nn.Module):
     """Learned queries that attend to a sequence of any length and return one token each: no residual, no MLP
     (CoCa, arXiv 2205.01917).
     """
+
+    open_clip_names: ClassVar = {"norm_query": "ln_q", "norm_context": "ln_k", "attention.out": "attn.out_proj"}
 
     def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
         super().__init__()
@@ -215,11 +238,10 @@ class AttentionalPooler(nn.Module):
         self.norm_query = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(context_width)
         self.attention = CrossAttention(width, context_width, heads)
-        self.norm_out = nn.LayerNorm(width)
 
     def forward(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
         """context (B, S, C) -> (B, Q, E), for the given slice of the queries."""
-        return self.norm_out(self.attention(*self._inputs(context, queries)))
+        return self.attention(*self._inputs(context, queries))
 
     def weights(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
         """Where each query looks: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
@@ -231,9 +253,20 @@ class AttentionalPooler(nn.Module):
         return query, self.attention.keys_values(self.norm_context(context))
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+class AttentionalPooler(QueryPooler):
+    """A `QueryPooler` with a norm on its tokens."""
+
+    def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
+        super().__init__(context_width, width, queries, heads)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
+        return self.norm_out(super().forward(context, queries))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
 
 
-def _merge_heads(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, H, T, D/H) -> (B, T, D)

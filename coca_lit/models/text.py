@@ -1,8 +1,9 @@
 """The text side of CoCa: a causal unimodal tower that ends in a CLS token, and the multimodal decoder above it."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
-from coca_lit.models.layers import Cache, CrossBlock, KeysValues, SelfBlock, normalize_once
+from coca_lit.models.layers import Cache, CrossBlock, KeysValues, OpenClipNames, SelfBlock, normalize_once
 from coca_lit.models.packing import Layout
 from coca_lit.models.registry import TEXT_TOWERS
 
@@ -30,6 +31,16 @@ class TextTower(nn.Module):
     A text tower of another kind, see `register_text_tower`, is made with the same arguments and has the same
     attributes and methods, most easily as a subclass.
     """
+
+    contrastive_only: ClassVar[Sequence[str]] = ("cls_embedding", "norm", "projection")  # what captioning does not use
+    open_clip_names: ClassVar[OpenClipNames] = (
+        ("blocks.", "text.transformer.resblocks.", SelfBlock.open_clip_names),
+        ("position_embedding", "text.positional_embedding", {}),
+        ("cls_embedding", "text.cls_emb", {}),
+        ("norm.", "text.ln_final.", {}),
+        ("projection.weight", "text.text_projection", {}),
+        ("token_embedding.", "text.token_embedding.", {}),
+    )
 
     def __init__(
         self,
@@ -63,6 +74,16 @@ class TextTower(nn.Module):
         self.norm.reset_parameters()
         init_projection(self.projection)
         init_blocks(self.blocks, depth=len(self.blocks))
+
+    def make_decoder(self, image_width: int, layers: int, heads: int, dropout: float, **arguments: Any) -> "Decoder":
+        """The decoder that reads the states of this tower and image tokens of the given width."""
+        vocab_size, width = self.token_embedding.weight.shape
+        return ClassicDecoder(vocab_size, width, image_width, layers, heads, dropout, **arguments)
+
+    @property
+    def cached_layers(self) -> int:
+        """How many layers remember keys and values during generation."""
+        return len(self.blocks)
 
     def depths(self) -> dict[str, int]:
         """{parameter: layers from the top}: 1 in the last block, one more in each before it, the embeddings deepest.
@@ -166,49 +187,61 @@ def _without_cached_casts(function: Callable[..., Tensor]) -> Callable[..., Tens
     return call
 
 
-class Decoder(nn.Module):
-    """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection."""
+class Decoder(nn.Module, ABC):
+    """What turns the states of a text tower and image tokens into hidden states that predict the next token.
 
-    def __init__(self, vocab_size: int, width: int, image_width: int, layers: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
-        self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.vocabulary = kernels.Linear(width, vocab_size, bias=False)
-        self.grad_checkpointing: GradCheckpointing = "none"
+    Attributes:
+        vocabulary: the projection of hidden states to logits.
+        grad_checkpointing: what the backward pass computes again.
+    """
 
+    vocabulary: kernels.Linear
+    grad_checkpointing: GradCheckpointing = "none"
+
+    @property
+    @abstractmethod
+    def cached_layers(self) -> int:
+        """How many layers remember keys and values during generation."""
+
+    @abstractmethod
+    def layers(self) -> list[list[nn.Module]]:
+        """The modules of each layer. Sharding gathers them together, as keys and values of the image are computed
+        before a cross block is called.
+        """
+
+    @abstractmethod
     def init_parameters(self, tied: bool = False) -> None:
         """
         Args:
             tied: the vocabulary projection is the token embedding, and initialised with it.
         """
-        depth = len(self.self_blocks) + len(self.cross_blocks)
-        init_blocks(self.self_blocks, depth)
-        init_blocks(self.cross_blocks, depth)
-        self.norm.reset_parameters()
-        if not tied:
-            init_projection(self.vocabulary)
 
+    @abstractmethod
     def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
         """Keys and values of the image tokens (B, S, E) for every layer: all that generation needs of an image.
 
         They are contiguous, because every step reads them: a quarter less time in that attention for one copy.
         """
-        normed = normalize_once(image_tokens)
-        pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
-        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
 
+    @abstractmethod
     def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
         """Token states (B, T, D), or packed as `layout` says, and image tokens (B, S, E) -> hidden states of the same
-        shape as the token states, ready for `vocabulary`. Without image tokens the cross blocks are skipped.
+        shape as the token states, ready for `vocabulary`. Without image tokens cross-attention is skipped.
         """
-        image = None if image_tokens is None else normalize_once(image_tokens)
-        recompute = self.grad_checkpointing if self.training else "none"
-        for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
-            states = _run(self_block, states, None, None, layout, recompute=recompute == "blocks")
-            if image is not None:
-                states = _run(cross_block, states, image, layout, recompute=recompute != "none")
-        return self.norm(states)
+
+    @abstractmethod
+    def step(
+        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (R, t, D) of the next token states (R, t, D). There may be several rows for each of B images,
+        side by side.
+        """
+
+    @abstractmethod
+    def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
+        """Where each position looks: weights (R, T, S) over the image tokens (B, S, E), the mean over layers and
+        heads; rows add up to 1.
+        """
 
     def caption_states(
         self,
@@ -240,12 +273,70 @@ class Decoder(nn.Module):
             predicted = predicted & (layout.positions >= prefix_lengths[:, None] - 1)
         return layout.compact(hidden, predicted), tokens[:, 1 : layout.max_length + 1][predicted]
 
+
+class ClassicDecoder(Decoder):
+    """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection.
+
+    Args:
+        init_depth: layers that the initial values count, see `init_blocks`; None for self and cross blocks together.
+    """
+
+    open_clip_names: ClassVar[OpenClipNames] = (
+        ("self_blocks.", "text_decoder.resblocks.", SelfBlock.open_clip_names),
+        ("cross_blocks.", "text_decoder.cross_attn.", CrossBlock.open_clip_names),
+        ("norm.", "text_decoder.ln_final.", {}),
+        ("vocabulary.weight", "text_decoder.text_projection", {}),
+    )
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        image_width: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        init_depth: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._init_depth = init_depth
+        self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
+        self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.vocabulary = kernels.Linear(width, vocab_size, bias=False)
+
+    @property
+    def cached_layers(self) -> int:
+        return len(self.self_blocks)
+
+    def layers(self) -> list[list[nn.Module]]:
+        return [list(pair) for pair in zip(self.self_blocks, self.cross_blocks, strict=True)]
+
+    def init_parameters(self, tied: bool = False) -> None:
+        depth = len(self.self_blocks) + len(self.cross_blocks)
+        init_blocks(self.self_blocks, self._init_depth or depth)
+        init_blocks(self.cross_blocks, self._init_depth or depth)
+        self.norm.reset_parameters()
+        if not tied:
+            init_projection(self.vocabulary)
+
+    def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
+        normed = normalize_once(image_tokens)
+        pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
+        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+
+    def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
+        image = None if image_tokens is None else normalize_once(image_tokens)
+        recompute = self.grad_checkpointing if self.training else "none"
+        for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
+            states = _run(self_block, states, None, None, layout, recompute=recompute == "blocks")
+            if image is not None:
+                states = _run(cross_block, states, image, layout, recompute=recompute != "none")
+        return self.norm(states)
+
     def step(
         self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
     ) -> Tensor:
-        """Hidden states (R, t, D) of the next token states (R, t, D). There may be several rows for each of B images,
-        side by side.
-        """
         images = len(keys_values[0][0])
         for self_block, cross_block, image, cache in zip(
             self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
@@ -255,9 +346,6 @@ class Decoder(nn.Module):
         return self.norm(states)
 
     def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
-        """Where each position looks: weights (R, T, S) over the image tokens (B, S, E), the mean over layers and
-        heads; rows add up to 1.
-        """
         total = states.new_zeros(())
         normed = normalize_once(image_tokens)
         for self_block, cross_block in zip(self.self_blocks, cast("list[CrossBlock]", self.cross_blocks), strict=True):

@@ -102,14 +102,12 @@ def unsharded(net: CoCa) -> Iterator[CoCa]:
 
 
 def blocks(net: CoCa) -> Iterator[list[nn.Module]]:
-    """Modules that are gathered together. A cross block follows its self block and shares its group, because its keys
-    and values are computed before it is called.
-    """
+    """Modules that are gathered together."""
     for name in ("blocks", "stages"):
         yield from ([block] for block in getattr(net.image_encoder.trunk, name, ()))
     yield from ([block] for block in net.text.blocks)
     if net.decoder is not None:
-        yield from (list(pair) for pair in zip(net.decoder.self_blocks, net.decoder.cross_blocks, strict=True))
+        yield from net.decoder.layers()
 
 
 # Which set-ups work

@@ -17,7 +17,7 @@ from coca_lit.models.image import CLIP_NORMALISATION
 # Arguments of `CoCa` whose values its tensors do not show.
 ARGUMENTS = (
     *("cls_mask", "pooler", "pooler_heads", "text_heads", "interpolation", "resize_mode"),
-    *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args"),
+    *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args", "decoder_args"),
 )
 # Constants that matter in training alone, say how large an input is, or how fast the same is computed.
 _TRAINING = ("training", "momentum", "inplace", "grad_checkpointing", "weight_init_mode", "fix_init", "fused_attn")
@@ -85,7 +85,8 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
     config = source.config if isinstance(source, CoCa) else source
     if not config:
         return {}
-    defaults = {"interpolation": "bicubic", "resize_mode": "shortest", "text_tower": None, "text_tower_args": None}
+    defaults: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"}
+    defaults |= dict.fromkeys(("text_tower", "text_tower_args", "decoder_args"))
     found = {name: config.get(name, defaults.get(name)) for name in ARGUMENTS if name in config or name in defaults}
     encoder = found.get("image_encoder_args") or {}
     found["image_encoder_args"] = {name: value for name, value in encoder.items() if "drop" not in name}

@@ -20,68 +20,23 @@ from torch import Tensor, nn
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
-from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.models.image import CLIP_NORMALISATION, ImagePooling
+from coca_lit.models.layers import OpenClipNames, SelfBlock
 from coca_lit.weights.open_clip_keys import OpenClipConfig, count, read_config
 
-_BLOCK = [
-    ("norm_1", "ln_1"),
-    ("norm_2", "ln_2"),
-    ("norm_context", "ln_1_kv"),
-    ("attention.qkv.", "attn.in_proj_"),
-    ("attention.out", "attn.out_proj"),
-    ("mlp.0", "mlp.c_fc"),
-    ("mlp.2", "mlp.c_proj"),
-]
-_TRUNK_BLOCK = [
-    ("norm1", "ln_1"),
-    ("norm2", "ln_2"),
-    ("attn.qkv.", "attn.in_proj_"),
-    ("attn.proj", "attn.out_proj"),
-    ("mlp.fc1", "mlp.c_fc"),
-    ("mlp.fc2", "mlp.c_proj"),
-]
-# (prefix in CoCa, prefix in OpenCLIP, names inside); the first prefix that fits is taken.
-_Parts = list[tuple[str, str, list[tuple[str, str]]]]
-_TRUNK: _Parts = [
-    ("image_encoder.trunk.blocks.", "visual.transformer.resblocks.", _TRUNK_BLOCK),
-    ("image_encoder.trunk.patch_embed.proj.", "visual.conv1.", []),
-    ("image_encoder.trunk.norm_pre.", "visual.ln_pre.", []),
-    ("image_encoder.trunk.cls_token", "visual.class_embedding", []),
-    ("image_encoder.trunk.pos_embed", "visual.positional_embedding", []),
-]
-_COCA_PARTS: _Parts = [
-    *_TRUNK,
-    ("pooling.generative.norm_out.", "visual.ln_post.", []),
-    ("pooling.generative.norm_query.", "visual.attn_pool.ln_q.", []),
-    ("pooling.generative.norm_context.", "visual.attn_pool.ln_k.", []),
-    ("pooling.generative.", "visual.attn_pool.", [("attention.out", "attn.out_proj")]),
-    ("image_projection.weight", "visual.proj", []),
-    ("text.blocks.", "text.transformer.resblocks.", _BLOCK),
-    ("text.position_embedding", "text.positional_embedding", []),
-    ("text.cls_embedding", "text.cls_emb", []),
-    ("text.norm.", "text.ln_final.", []),
-    ("text.projection.weight", "text.text_projection", []),
-    ("text.token_embedding.", "text.token_embedding.", []),
-    ("decoder.self_blocks.", "text_decoder.resblocks.", _BLOCK),
-    ("decoder.cross_blocks.", "text_decoder.cross_attn.", _BLOCK),
-    ("decoder.norm.", "text_decoder.ln_final.", []),
-    ("decoder.vocabulary.weight", "text_decoder.text_projection", []),
-    ("logit_scale", "logit_scale", []),
-    ("logit_bias", "logit_bias", []),  # of a sigmoid loss only
-]
 _COCA_TRANSPOSED = {"visual.proj", "text.text_projection", "text_decoder.text_projection"}
-_CROSS_ATTENTION = re.compile(r"(decoder\.cross_blocks\.\d+|pooling\.generative)\.attention\.(q|kv)\.(weight|bias)")
-_CLIP_PARTS: _Parts = [
-    *_TRUNK,
-    ("image_encoder.trunk.norm.", "visual.ln_post.", []),
-    ("image_projection.weight", "visual.proj", []),
-    ("blocks.", "transformer.resblocks.", _BLOCK),
-    ("position_embedding", "positional_embedding", []),
-    ("norm.", "ln_final.", []),
-    ("text_projection.weight", "text_projection", []),
-    ("token_embedding.", "token_embedding.", []),
-    ("logit_scale", "logit_scale", []),
-]
+_CROSS_ATTENTION = re.compile(
+    r"(decoder\.cross_blocks\.\d+|pooling\.(?:generative|contrastive))\.attention\.(q|kv)\.(weight|bias)"
+)
+_CLIP_NAMES: OpenClipNames = (
+    ("image_projection.weight", "visual.proj", {}),
+    ("blocks.", "transformer.resblocks.", SelfBlock.open_clip_names),
+    ("position_embedding", "positional_embedding", {}),
+    ("norm.", "ln_final.", {}),
+    ("text_projection.weight", "text_projection", {}),
+    ("token_embedding.", "token_embedding.", {}),
+    ("logit_scale", "logit_scale", {}),
+)
 _CLIP_TRANSPOSED = ("visual.proj", "text_projection")
 # OpenCLIP's sizes from ViT-H on have wider heads than 64; the tensors do not show it.
 _HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -96,6 +51,7 @@ _OTHER_TOWERS = {
     "text.transformer.encoder.": "its text tower is a Hugging Face model",
     "text.transformer.shared.": "its text tower is a Hugging Face model",
 }
+VERSIONS = ("3.3", "4")  # of OpenCLIP, whose files can be written
 _BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
@@ -105,15 +61,16 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has parts that OpenCLIP's CoCa lacks.
     """
-    config = model.config
-    if config["pooler"] != "single" or not hasattr(model.image_encoder.trunk, "norm_pre"):
-        raise ValueError("only a CoCa with a CLIP vision transformer and the single pooler has an OpenCLIP counterpart")
-    state = model.state_dict()
-    converted = {
-        _rename(name, _COCA_PARTS): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)
-    }
+    own_poolers = isinstance(model.pooling, ImagePooling) and model.pooling.variant != "single"
+    if own_poolers or not hasattr(model.image_encoder.trunk, "norm_pre"):
+        raise ValueError(
+            "only a CoCa with a CLIP vision transformer and the single pooler, or those of OpenCLIP 4, has an OpenCLIP"
+            " counterpart"
+        )
+    state, names = model.state_dict(), _names(model)
+    converted = {_rename(name, names): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)}
     for ours in {match[1] for name in state if (match := _CROSS_ATTENTION.fullmatch(name))}:
-        converted |= _join_cross_attention(state, ours)
+        converted |= _join_cross_attention(state, ours, _rename(f"{ours}.", names))
     for name in converted.keys() & _COCA_TRANSPOSED:
         converted[name] = converted[name].T.contiguous()
     converted["visual.class_embedding"] = converted["visual.class_embedding"].flatten()
@@ -129,8 +86,8 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
 
     Widths and depths are read from the tensors. Numbers of heads are not in them: they come from `config`, the content
     of the `open_clip_config.json` beside the weights, or follow OpenCLIP's rule of 64 per head (8 heads in the pooler);
-    `overrides`, arguments of `CoCa`, take precedence. The CLS mask is the legacy one that OpenCLIP 3 trains with,
-    unless the config says otherwise.
+    `overrides`, arguments of `CoCa`, take precedence. The CLS mask is that of the config. Without a config it is the
+    legacy one that OpenCLIP 3 trains with, or with two poolers the correct one, as in OpenCLIP's coca2_ViT-B-32.
 
     Raises:
         ValueError: this is not an OpenCLIP CoCa, tensors are missing, left over or of the wrong shape, or `config` asks
@@ -139,19 +96,20 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     theirs = _plain_state(state)
     if relative := _relative(theirs):
         raise ValueError(
-            f"this is {relative}; of OpenCLIP's captioners those with CLIP's two towers and one attentional pooler can "
-            "be read (coca_ViT-B-32, coca_ViT-L-14 and other sizes)"
+            f"this is {relative}; of OpenCLIP's captioners those with CLIP's two towers and attentional poolers can "
+            "be read (coca_ViT-B-32, coca_ViT-L-14, coca2_ViT-B-32 and other sizes)"
         )
     if missing := [key for key in ("visual.attn_pool.query", "text.cls_emb") if key not in theirs]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
     sizes = _coca_sizes(theirs)
     model = CoCa(**sizes | _coca_arguments(config, sizes) | overrides)
+    names = _names(model)
     ours: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
-        tensor = _their_tensor(theirs, name)
+        tensor = _their_tensor(theirs, name, names)
         if tensor.numel() != target.numel():
             raise ValueError(
-                f"'{_rename(name, _COCA_PARTS)}' has the shape {tuple(tensor.shape)} in the checkpoint, and its "
+                f"'{_rename(name, names)}' has the shape {tuple(tensor.shape)} in the checkpoint, and its "
                 f"counterpart '{name}' needs {tuple(target.shape)}"
             )
         ours[name] = tensor.reshape(target.shape).to(target.dtype)
@@ -193,8 +151,6 @@ def _relative(theirs: Mapping[str, Tensor]) -> str | None:
         return None
     if has("text.blocks.", "text_decoder.blocks."):
         return "a CoCa2 with OpenCLIP 4's modern text tower (coca2-moderntext_…)"
-    if has("attn_pool_contrastive.", "visual.attn_pool_contrastive."):
-        return "a CoCa2 with two attentional poolers (coca2_ViT-B-32, attentional_pool parallel or cascade)"
     if has(*(prefix for prefix in _OTHER_TOWERS if prefix.startswith("text."))):
         return "a coca_roberta-ViT-B-32, whose text tower is a Hugging Face model and sees the tokens it should predict"
     if has("visual.trunk.", "visual.layer1."):
@@ -209,6 +165,12 @@ def _coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["text.token_embedding.weight"].shape
     _check_vocabulary(vocab_size)
+    pooler, embed_dim = "single", theirs["visual.attn_pool.query"].shape[1]
+    if (context := theirs.get("visual.attn_pool_contrastive.ln_k.weight")) is not None:
+        # Of equal widths, the tensors are those of both; then the config decides.
+        pooler = "openclip_cascade" if len(context) == embed_dim else "openclip_parallel"
+    elif theirs["visual.proj"].shape[1] != embed_dim:
+        raise ValueError(f"visual.proj is {tuple(theirs['visual.proj'].shape)}, unlike pooler queries of {embed_dim}")
     mlp_width = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.weight"])
     return {
         "image_encoder": "vit_base_patch32_clip_224",
@@ -220,10 +182,11 @@ def _coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
             **({"mlp_ratio": mlp_width / image_width} if mlp_width != 4 * image_width else {}),
         },
         "image_size": grid * patch,
-        "embed_dim": theirs["visual.proj"].shape[1],
+        "embed_dim": embed_dim,
+        "pooler": pooler,
         "pooler_queries": len(theirs["visual.attn_pool.query"]),
         "context_length": len(theirs["text.positional_embedding"]) - 1,
-        "cls_mask": "legacy",
+        "cls_mask": "legacy" if pooler == "single" else "correct",
         "text_width": text_width,
         "text_layers": _depth(theirs, "text.transformer.resblocks"),
         "text_heads": max(text_width // 64, 1),
@@ -242,29 +205,41 @@ def _depth(theirs: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.removeprefix(f"{prefix}.").split(".")[0] for name in theirs if name.startswith(f"{prefix}.")})
 
 
-def _rename(ours: str, parts: _Parts) -> str:
-    """OpenCLIP's name of one of our tensors."""
-    for our_prefix, their_prefix, inside in parts:
+def _names(model: CoCa) -> OpenClipNames:
+    """The names that each part of a model knows for its tensors, and those of the model itself."""
+    parts = {part: getattr(model, part) for part in ("image_encoder", "pooling", "text", "decoder")}
+    named = {part: getattr(module, "open_clip_names", ()) for part, module in parts.items()}
+    return (
+        *((f"{part}.{ours}", theirs, inside) for part, names in named.items() for ours, theirs, inside in names),
+        ("image_projection.weight", "visual.proj", {}),
+        ("logit_scale", "logit_scale", {}),
+        ("logit_bias", "logit_bias", {}),  # of a sigmoid loss only
+    )
+
+
+def _rename(ours: str, names: OpenClipNames) -> str:
+    """OpenCLIP's name of one of our tensors, by the first beginning that fits."""
+    for our_prefix, their_prefix, inside in names:
         if ours.startswith(our_prefix):
             rest = ours.removeprefix(our_prefix)
-            for a, b in inside:
+            for a, b in inside.items():
                 rest = rest.replace(a, b)
             return their_prefix + rest
     raise ValueError(f"'{ours}' has no counterpart in OpenCLIP")
 
 
-def _their_tensor(theirs: Mapping[str, Tensor], ours: str) -> Tensor:
+def _their_tensor(theirs: Mapping[str, Tensor], ours: str, names: OpenClipNames) -> Tensor:
     if match := _CROSS_ATTENTION.fullmatch(ours):
-        return _split_cross_attention(theirs, *match.groups())
-    name = _rename(ours, _COCA_PARTS)
+        return _split_cross_attention(theirs, _rename(f"{match[1]}.", names), match[2], match[3])
+    name = _rename(ours, names)
     if name not in theirs:
         raise ValueError(f"the checkpoint has no tensor '{name}'")
     return theirs[name].T if name in _COCA_TRANSPOSED else theirs[name]
 
 
 def _split_cross_attention(theirs: Mapping[str, Tensor], module: str, part: str, kind: str) -> Tensor:
-    """Weight or bias of the query or the key/value projection, from one packed tensor or three."""
-    prefix = f"{_rename(module + '.', _COCA_PARTS)}attn."
+    """Weight or bias of the query or the key/value projection of their module, from one packed tensor or three."""
+    prefix = f"{module}attn."
     if (
         kind == "weight" and f"{prefix}q_proj_weight" in theirs
     ):  # nn.MultiheadAttention keeps three if context and query widths differ
@@ -274,8 +249,8 @@ def _split_cross_attention(theirs: Mapping[str, Tensor], module: str, part: str,
     return parts[0] if part == "q" else torch.cat(parts[1:])
 
 
-def _join_cross_attention(state: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
-    prefix = f"{_rename(module + '.', _COCA_PARTS)}attn."
+def _join_cross_attention(state: Mapping[str, Tensor], module: str, their_module: str) -> dict[str, Tensor]:
+    prefix = f"{their_module}attn."
     q, kv = (state[f"{module}.attention.{part}.weight"] for part in ("q", "kv"))
     biases = {f"{prefix}in_proj_bias": torch.cat([state[f"{module}.attention.{part}.bias"] for part in ("q", "kv")])}
     if q.shape[1] == kv.shape[1]:
@@ -304,13 +279,13 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
     Raises:
         ValueError: an architecture that is not supported, or tensors are missing, left over or of the wrong shape.
     """
-    names = _plain_state(state)
+    tensors = _plain_state(state)
     for prefix, reason in _OTHER_TOWERS.items():
-        if any(name.startswith(prefix) for name in names):
+        if any(name.startswith(prefix) for name in tensors):
             raise ValueError(
                 f"this OpenCLIP CLIP cannot be read: {reason}; supported are vision transformers {_CLIP_KIND}"
             )
-    theirs = _Tensors((name.removeprefix("text."), tensor) for name, tensor in names.items() if name != "attn_mask")
+    theirs = _Tensors((name.removeprefix("text."), tensor) for name, tensor in tensors.items() if name != "attn_mask")
     for needed in ("visual.conv1.weight", "visual.proj", "visual.ln_pre.weight", "token_embedding.weight"):
         if needed not in theirs:
             raise ValueError(
@@ -318,9 +293,11 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
             )
     sizes = _clip_sizes(theirs)
     model = CLIP(**sizes | _clip_arguments(config, sizes) | overrides)
+    trunk = ((f"image_encoder.{a}", b, inside) for a, b, inside in model.image_encoder.open_clip_names)
+    names = (*trunk, *_CLIP_NAMES)
     ours: dict[str, Tensor] = {}
     for name, target in model.state_dict().items():
-        there = _rename(name, _CLIP_PARTS)
+        there = _rename(name, names)
         if there not in theirs:
             raise ValueError(f"the checkpoint has no tensor '{there}'")
         tensor = theirs.pop(there)
@@ -371,16 +348,19 @@ def _clip_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_clip_config(model: CoCa) -> dict[str, Any]:
-    """What `open_clip.create_model("local-dir:…")` needs beside the weights (open_clip 3.3).
+def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
+    """What `open_clip.create_model("local-dir:…")` needs beside the weights.
 
-    OpenCLIP has no key for the CLS mask: it always computes the legacy one. The section `coca_lit`, which it ignores,
-    stores the mask that the model was trained with.
+    OpenCLIP 3.3 has no key for the CLS mask: it always computes the legacy one. The section `coca_lit`, which it
+    ignores, stores the mask that the model was trained with. OpenCLIP 4 has a key, at which 3.3 would stop.
+
+    Args:
+        version: of OpenCLIP, one of `VERSIONS`.
 
     Raises:
         ValueError: OpenCLIP cannot build such a model; the message says why.
     """
-    if reason := obstacle_to_open_clip(model):
+    if reason := obstacle_to_open_clip(model, version):
         raise ValueError(f"OpenCLIP cannot build this model: {reason}")
     ours, trunk = model.config, model.image_encoder.trunk
     width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
@@ -391,7 +371,7 @@ def open_clip_config(model: CoCa) -> dict[str, Any]:
         "head_width": width // heads,
         "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
         "patch_size": trunk.patch_embed.patch_size[0],
-        "attentional_pool": True,
+        "attentional_pool": model.pooling.open_clip_kind,
         "attn_pooler_queries": ours["pooler_queries"],
         "attn_pooler_heads": ours["pooler_heads"],
         "output_tokens": model.decoder is not None,
@@ -403,6 +383,7 @@ def open_clip_config(model: CoCa) -> dict[str, Any]:
         "heads": ours["text_heads"],
     }
     tower = {"layers": ours["text_layers"], "embed_cls": True, "output_tokens": model.decoder is not None}
+    tower |= {"correct_cls_mask": ours["cls_mask"] == "correct"} if version == "4" else {}
     decoder = {"multimodal_cfg": {**text, "layers": ours["decoder_layers"]}} if model.decoder is not None else {}
     normalisation = {key: list(trunk.pretrained_cfg[key]) for key in CLIP_NORMALISATION}
     return {
@@ -417,17 +398,22 @@ def open_clip_config(model: CoCa) -> dict[str, Any]:
             **normalisation,
             **{key: model.preprocessing[key] for key in ("interpolation", "resize_mode")},
         },
-        "coca_lit": {"cls_mask": ours["cls_mask"]},
+        **({"coca_lit": {"cls_mask": ours["cls_mask"]}} if version == "3.3" else {}),
     }
 
 
-def obstacle_to_open_clip(model: CoCa) -> str | None:
+def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
     """Why OpenCLIP's CoCa cannot be this model, whatever its CLS mask; None if it can."""
     ours = model.config
     if ours["tokenizer"] != "clip":
         return "it has a word tokenizer, and OpenCLIP's CoCa only reads CLIP's byte pairs"
-    if ours["pooler"] != "single":
-        return f"it has the {ours['pooler']} pooler, and OpenCLIP's CoCa only has the single one"
+    if model.pooling.open_clip_kind is None:
+        return (
+            f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
+            " openclip_parallel and openclip_cascade"
+        )
+    if version == "3.3" and model.pooling.open_clip_kind is not True:
+        return f"its {ours['pooler']} pooler needs OpenCLIP 4: export it with version=4"
     if not _is_clip_transformer(model.image_encoder.trunk):
         return (
             f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
@@ -470,7 +456,10 @@ def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """
     if config is None:
         return {}
-    found = read_config(config, True, _shown(sizes))
+    pooler = sizes["pooler"]
+    found = read_config(config, True, _shown(sizes), pooler != "single")
+    if pooler != "single":
+        pooler = f"openclip_{found.vision['attentional_pool']}"
     text_heads = count(found.text, "heads", 8)  # these defaults are OpenCLIP's
     decoder_heads = count(found.decoder, "heads", 8 if sizes["decoder_layers"] else text_heads)
     if text_heads != decoder_heads:
@@ -484,6 +473,7 @@ def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         "image_encoder_args": _image_arguments(found, sizes),
         "pooler_heads": count(found.vision, "attn_pooler_heads", 8),
         "text_heads": text_heads,
+        "pooler": pooler,
         "cls_mask": found.cls_mask,
         "interpolation": found.interpolation,
         "resize_mode": found.resize_mode,

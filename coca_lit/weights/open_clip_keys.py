@@ -36,6 +36,7 @@ _VISION: _Allowed = {
     **dict.fromkeys(("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop"), None),
     **dict.fromkeys(("timm_drop_path", "timm_model_kwargs", "naflex_patch_interp", "image_seq_len"), None),
 }
+_TWO_POOLERS: _Allowed = {**_VISION, "attentional_pool": ("parallel", "cascade"), "pool_type": None}
 _TEXT: _Allowed = {
     **_BLOCKS,
     **dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers", "embed_cls"), None),
@@ -96,12 +97,15 @@ class OpenClipConfig(NamedTuple):
     cls_mask: str  # correct or legacy
 
 
-def read_config(config: Any, captioner: bool, sizes: Mapping[str, Mapping[str, int]]) -> OpenClipConfig:
+def read_config(
+    config: Any, captioner: bool, sizes: Mapping[str, Mapping[str, int]], two_poolers: bool = False
+) -> OpenClipConfig:
     """The content of a config file, checked.
 
     Args:
         captioner: whether the weights are a CoCa, with or without a decoder, and not a CLIP.
         sizes: section -> key -> what the tensors show.
+        two_poolers: whether the image tower ends in two attentional poolers.
 
     Raises:
         ValueError: a key that nobody knows, or a value that coca_lit does not compute; the message names it.
@@ -112,7 +116,10 @@ def read_config(config: Any, captioner: bool, sizes: Mapping[str, Mapping[str, i
     text_keys = _COCA_TEXT if captioner else _CLIP_TEXT
     vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
     decoder, given = _section(model, "multimodal_cfg"), _section(config, "preprocess_cfg")
-    keys = {"vision_cfg": _VISION, "text_cfg": text_keys, "multimodal_cfg": _DECODER, "preprocess_cfg": _PREPROCESS}
+    vision_keys = _TWO_POOLERS if two_poolers else _VISION
+    if two_poolers and "attentional_pool" not in vision:
+        raise ValueError(f"{FILE} lacks vision_cfg.attentional_pool, and the weights have two attentional poolers")
+    keys = {"vision_cfg": vision_keys, "text_cfg": text_keys, "multimodal_cfg": _DECODER, "preprocess_cfg": _PREPROCESS}
     sections = {"vision_cfg": vision, "text_cfg": text, "multimodal_cfg": decoder, "preprocess_cfg": given}
     _check({k: v for k, v in model.items() if model is not config or k not in ("preprocess_cfg", "coca_lit")}, _MODEL)
     for name, section in sections.items():

@@ -188,7 +188,6 @@ def named(*names: str) -> Callable[[], dict[str, Tensor]]:
     ("state", "called"),
     [
         (lambda: relative(attentional_pool=False), "a coca_base, which has no attentional pooler"),
-        (lambda: relative(attentional_pool="cascade"), "a CoCa2 with two attentional poolers"),
         (lambda: relative(timm_model_name="resnet10t"), "a CoCa whose image tower is not a CLIP vision transformer"),
         (named("text_decoder.ln_final.weight", "text.transformer.embeddings.x.weight"), "a coca_roberta-ViT-B-32"),
         (named("map_viz2txt_kv", "text.lm_head", "text.resblocks.0.ln_1.weight"), "a MaMMUT"),
@@ -196,7 +195,10 @@ def named(*names: str) -> Callable[[], dict[str, Tensor]]:
             named("text.blocks.0.attn.qkv.weight", "text_decoder.lm_head.weight"),
             "a CoCa2 with OpenCLIP 4's modern text",
         ),
-        (named("attn_pool_contrastive.query", "visual.trunk.x", "text_decoder.ln_final.weight"), "a CoCa2 with two"),
+        (
+            named("attn_pool_contrastive.query", "visual.trunk.x", "text_decoder.ln_final.weight"),
+            "a CoCa whose image tower is not a CLIP vision transformer",
+        ),
     ],
 )
 def test_relatives_that_cannot_be_read_are_called_by_their_names(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from coca_lit.models.image import ImageEncoder, ImagePooling
+from coca_lit.models.image import ImageEncoder, Pooling
 from coca_lit.models.layers import KeysValues, KVCache, StaticKVCache
 from coca_lit.models.text import Decoder, TextTower
 from coca_lit.tokenizer import Tokenizer
@@ -29,8 +29,8 @@ class Captioner(Protocol):
 
     tokenizer: Tokenizer
     image_encoder: ImageEncoder
-    pooling: ImagePooling
-    image_projection: nn.Linear
+    pooling: Pooling
+    image_projection: nn.Module
     text: TextTower
     decoder: Decoder | None
     logit_scale: nn.Parameter
@@ -71,8 +71,8 @@ class Decoding:
         assert model.decoder is not None
         self._text, self._decoder = model.text, model.decoder
         self._image_keys_values = self._decoder.keys_values(image_tokens)
-        self._text_caches = [KVCache(max_length) for _ in self._text.blocks]
-        self._decoder_caches = [KVCache(max_length) for _ in self._decoder.self_blocks]
+        self._text_caches = [KVCache(max_length) for _ in range(self._text.cached_layers)]
+        self._decoder_caches = [KVCache(max_length) for _ in range(self._decoder.cached_layers)]
 
     def begin(self, tokens: Tensor, captions: int) -> Tensor:
         """Reads prompts (B, t), makes `captions` rows for each image and returns their logits (B · captions, V)."""
@@ -113,8 +113,8 @@ def static_step(
     """
     mask = (torch.arange(storage[0].shape[3], device=position.device) <= position)[None, None, None]  # (1, 1, 1, L)
     caches = [StaticKVCache(keys_values, position) for keys_values in storage]
-    states = text.step(tokens, caches[: len(text.blocks)], mask)
-    hidden = decoder.step(states, image_keys_values, caches[len(text.blocks) :], mask)
+    states = text.step(tokens, caches[: text.cached_layers], mask)
+    hidden = decoder.step(states, image_keys_values, caches[text.cached_layers :], mask)
     return decoder.vocabulary(hidden[:, -1]).float()
 
 
