@@ -12,6 +12,8 @@ import yaml
 
 from coca_lit.export.folder import CARD, TAG
 from coca_lit.models import CoCa, part_sizes
+from coca_lit.models.image import MeanPooling
+from coca_lit.models.text import TextTower
 from coca_lit.reading import read_json
 from coca_lit.report.scores import cell, score_name
 from coca_lit.report.tables import plain
@@ -148,16 +150,17 @@ def _architecture(model: CoCa) -> dict[str, Any]:
     config = model.config
     words = "CLIP's byte pairs" if config["tokenizer"] == "clip" else "words"
     decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
+    poolers = f"{config['pooler']}, {config['pooler_queries']} queries, {config['pooler_heads']} heads"
     arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
     return {
         "image encoder": f"`{config['image_encoder']}` of timm" + (f" with {arguments}" if arguments else ""),
         "image size": f"{config['image_size']} pixels",
-        "pooler": f"{config['pooler']}, {config['pooler_queries']} queries, {config['pooler_heads']} heads",
+        "pooler": config["pooler"] if isinstance(model.pooling, MeanPooling) else poolers,
         "common space": f"{config['embed_dim']} dimensions",
         "text tower": f"{config['text_layers']} layers of width {config['text_width']}, {config['text_heads']} heads",
         "decoder": decoder if model.decoder is not None else "none",
         "tokenizer": f"{model.tokenizer.vocab_size:,} {words}, {config['context_length']} tokens of context",
-        "CLS mask": config["cls_mask"],
+        **({"CLS mask": config["cls_mask"]} if isinstance(model.text, TextTower) else {}),
         **{f"parameters, {part}": f"{size:,}" for part, size in part_sizes(model).items()},
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import CoCa, text_lengths
 from coca_lit.models.layers import CrossBlock, KVCache
+from coca_lit.models.text import ClassicDecoder, TextTower
 
 
 class Graph(NamedTuple):
@@ -27,7 +28,16 @@ class Graph(NamedTuple):
 
 
 def graphs_of(model: CoCa) -> dict[str, Graph]:
-    """All graphs of a model on the CPU, by name; a CLIP has no decoder."""
+    """All graphs of a model on the CPU, by name; a CLIP has no decoder.
+
+    Raises:
+        ValueError: there are no graphs of its text side.
+    """
+    if not isinstance(model.text, TextTower):
+        raise ValueError(
+            f"format=onnx has graphs of the built-in text tower alone, and this model has a"
+            f" {type(model.text).__name__}: export format=safetensors or open_clip"
+        )
     graphs = {"image_encoder": _image_graph(model), "text_encoder": _text_graph(model)}
     return graphs | ({"decoder": _decoder_graph(model)} if model.decoder is not None else {})
 
@@ -95,7 +105,7 @@ class ImageGraph(nn.Module):
         if decoder is None:
             return (features,)
         # `decoder.keys_values` would multiply the weights of norm and projection in the graph, at every call.
-        blocks = cast("list[CrossBlock]", decoder.cross_blocks)
+        blocks = cast("list[CrossBlock]", cast(ClassicDecoder, decoder).cross_blocks)
         pairs = (block.attention.keys_values(block.norm_context(tokens)) for block in blocks)
         keys, values = zip(*pairs, strict=True)
         return features, torch.stack(keys), torch.stack(values)
@@ -120,8 +130,8 @@ class DecoderGraph(nn.Module):
     def __init__(self, model: CoCa) -> None:
         super().__init__()
         assert model.decoder is not None
-        self.text, self.decoder = model.text, model.decoder
-        self.layers = len(model.text.blocks) + len(model.decoder.self_blocks)
+        self.text, self.decoder = model.text, cast(ClassicDecoder, model.decoder)
+        self.layers = model.text.cached_layers + model.decoder.cached_layers
 
     def forward(
         self, tokens: Tensor, image_keys: Tensor, image_values: Tensor, past_keys: Tensor, past_values: Tensor

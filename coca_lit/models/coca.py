@@ -22,10 +22,16 @@ from coca_lit.models.generation.state import DecodingStep, static_step
 from coca_lit.models.image import ImageEncoder, Pooler, build_pooling
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import CrossBlock, SelfBlock
+from coca_lit.models.mammut import TwoPassTower, TwoPassTowerWithPads
+from coca_lit.models.modern import ModernBlock, ModernTextTower
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, register_text_tower
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
 from coca_lit.tokenizer import get_tokenizer
+
+register_text_tower("modern")(ModernTextTower)
+register_text_tower("two_pass")(TwoPassTower)
+register_text_tower("two_pass_with_pads")(TwoPassTowerWithPads)
 
 Contrastive = Literal["softmax", "siglip"]
 
@@ -81,7 +87,7 @@ class CoCa(Freezable):
         image_size: side of the square input in pixels.
         embed_dim: width of the common space and of the image tokens.
         pooler: single | parallel | cascade, see `ImagePooling`; openclip_parallel | openclip_cascade, see
-            `OpenClipCascade`.
+            `OpenClipCascade`; mean | mean_all, without and with the class token, see `MeanPooling`.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.
         tokenizer: "clip" or a word list, for `get_tokenizer`; it defines vocabulary and special ids.
@@ -92,7 +98,8 @@ class CoCa(Freezable):
         dropout: in the text tower and the decoder, while training.
         contrastive: softmax (CLIP), or siglip, whose loss needs a learned bias beside the temperature.
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
-        text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`.
+        text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`, "modern" for
+            `ModernTextTower`, "two_pass" for MaMMUT's `TwoPassTower`.
         text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
         decoder_args: further arguments of the decoder that goes with the text tower, see its `make_decoder`.
         interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`. The network computes
@@ -135,16 +142,17 @@ class CoCa(Freezable):
             )
         self.tokenizer = get_tokenizer(tokenizer, context_length)
         self.image_encoder = ImageEncoder(image_encoder, image_size, **(image_encoder_args or {}))
-        self.pooling = build_pooling(pooler, self.image_encoder.width, embed_dim, pooler_queries, pooler_heads)
+        sizes_of_pooling = (embed_dim, pooler_queries, pooler_heads, text_width)
+        self.pooling = build_pooling(pooler, self.image_encoder, *sizes_of_pooling)
         self.image_projection: nn.Linear | nn.Identity = nn.Identity()
         if self.pooling.projected:
-            self.image_projection = nn.Linear(embed_dim, embed_dim, bias=False)
+            self.image_projection = nn.Linear(self.pooling.vector_width, embed_dim, bias=False)
         vocab_size = self.tokenizer.vocab_size
         sizes = (vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout)
         self.text = build_text_tower(text_tower, *sizes, **(text_tower_args or {}))
         self.decoder: Decoder | None = None
         if decoder_layers:
-            sides = (embed_dim, decoder_layers, text_heads, dropout)
+            sides = (self.pooling.token_width, decoder_layers, text_heads, dropout)
             self.decoder = self.text.make_decoder(*sides, **(decoder_args or {}))
         if tied_embeddings and self.decoder is not None:
             self.decoder.vocabulary.weight = self.text.token_embedding.weight
@@ -323,7 +331,7 @@ class CoCa(Freezable):
         few compilations in the first steps (the second length makes it a variable) and none after.
         """
         for module in self.modules():
-            if isinstance(module, SelfBlock | CrossBlock | Block):
+            if isinstance(module, SelfBlock | CrossBlock | ModernBlock | Block):
                 module.compile(backend=backend)
 
     # Files are the business of layers above this one; these methods reach them by the package's own interface.

@@ -15,13 +15,13 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from coca_lit.models import kernels
-from coca_lit.models.init import init_pooler, init_query_pooler
+from coca_lit.models.init import init_pooler, init_projection, init_query_pooler
 from coca_lit.models.layers import AttentionalPooler, OpenClipNames, QueryPooler
 from coca_lit.models.preprocessing import expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS
 from coca_lit.models.sync_batch_norm import use_global_batch_norms
 
-Pooler = Literal["single", "parallel", "cascade", "openclip_parallel", "openclip_cascade"]
+Pooler = Literal["single", "parallel", "cascade", "openclip_parallel", "openclip_cascade", "mean", "mean_all"]
 CLIP_NORMALISATION = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
@@ -199,8 +199,13 @@ def _tokens(features: Tensor, channels_last: bool = False) -> Tensor:
     return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
 
-def build_pooling(variant: str, context_width: int, width: int, queries: int, heads: int) -> "Pooling":
-    """The pooling of a name, from tokens `context_width` wide to a vector and tokens of `width`."""
+def build_pooling(
+    variant: str, encoder: ImageEncoder, width: int, queries: int, heads: int, text_width: int
+) -> "Pooling":
+    """The pooling of a name, from tokens of the encoder to a vector, and tokens of `width` or the text's width."""
+    context_width = encoder.width
+    if variant in ("mean", "mean_all"):
+        return MeanPooling(context_width, text_width, encoder.prefix_tokens if variant == "mean" else 0)
     if variant in ("single", "parallel", "cascade"):
         return ImagePooling(variant, context_width, width, queries, heads)
     if variant in ("openclip_parallel", "openclip_cascade"):
@@ -220,6 +225,7 @@ class ImagePooling(nn.Module):
     """
 
     projected = True
+    open_clip_version = "3.3"  # the first that has the single pooler
     open_clip_names: ClassVar[OpenClipNames] = (  # of the single pooler
         ("generative.norm_out.", "visual.ln_post.", {}),
         ("generative.", "visual.attn_pool.", QueryPooler.open_clip_names),
@@ -227,15 +233,16 @@ class ImagePooling(nn.Module):
 
     def __init__(self, variant: str, context_width: int, width: int, queries: int, heads: int) -> None:
         super().__init__()
+        self.vector_width = self.token_width = width
         self.variant = variant
         self.generative = AttentionalPooler(context_width, width, queries, heads)
         if variant != "single":
             self.contrastive = AttentionalPooler(context_width if variant == "parallel" else width, width, 1, heads)
 
     @property
-    def open_clip_kind(self) -> bool | str | None:
-        """The value of `vision_cfg.attentional_pool` in OpenCLIP; None if it has no such pooling."""
-        return True if self.variant == "single" else None
+    def open_clip_config(self) -> dict[str, Any] | None:
+        """Its keys in OpenCLIP's `vision_cfg`, besides sizes; None if OpenCLIP has no such pooling."""
+        return {"attentional_pool": True} if self.variant == "single" else None
 
     def parts_of_loss(self, loss: str) -> list[str]:
         """Children that only the "contrastive" or only the "caption" loss trains."""
@@ -273,7 +280,8 @@ class OpenClipCascade(nn.Module):
     """
 
     projected = False
-    open_clip_kind: ClassVar[bool | str | None] = "cascade"
+    open_clip_version = "4"
+    open_clip_config: ClassVar[dict[str, Any]] = {"attentional_pool": "cascade"}
     open_clip_names: ClassVar[OpenClipNames] = (
         ("norm.", "visual.ln_post.", {}),
         ("generative.", "visual.attn_pool.", QueryPooler.open_clip_names),
@@ -282,6 +290,7 @@ class OpenClipCascade(nn.Module):
 
     def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
         super().__init__()
+        self.vector_width = self.token_width = width
         self.norm = nn.LayerNorm(context_width)
         self.generative = QueryPooler(context_width, width, queries, heads)
         self.contrastive = self._contrastive(context_width, width, heads)
@@ -313,7 +322,7 @@ class OpenClipCascade(nn.Module):
 class OpenClipParallel(OpenClipCascade):
     """As `OpenClipCascade`, but both poolers attend to the normed image tokens."""
 
-    open_clip_kind = "parallel"
+    open_clip_config: ClassVar[dict[str, Any]] = {"attentional_pool": "parallel"}
 
     def _contrastive(self, context_width: int, width: int, heads: int) -> QueryPooler:
         return QueryPooler(context_width, width, 1, heads)
@@ -329,4 +338,50 @@ class OpenClipParallel(OpenClipCascade):
         return vector, (self.generative(normed) if captioning else None)
 
 
-Pooling = ImagePooling | OpenClipCascade
+class MeanPooling(nn.Module):
+    """MaMMUT's: the contrastive vector is the normed mean of the image tokens; the decoder attends to all of them,
+    brought to its width.
+
+    Args:
+        left_out: leading tokens, such as a class token, that neither uses.
+    """
+
+    projected = True
+    open_clip_version = "4"
+    open_clip_names: ClassVar[OpenClipNames] = (
+        ("norm.", "visual.ln_post.", {}),
+        ("to_text.weight", "map_viz2txt_kv", {}),
+    )
+
+    def __init__(self, context_width: int, text_width: int, left_out: int) -> None:
+        super().__init__()
+        self.vector_width, self.token_width = context_width, text_width
+        self.left_out = left_out
+        self.norm = nn.LayerNorm(context_width)
+        self.to_text = nn.Linear(context_width, text_width, bias=False)
+
+    @property
+    def open_clip_config(self) -> dict[str, Any]:
+        return {"pool_type": "avg" if self.left_out else "avg_all", "final_ln_after_pool": True}
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return ["norm"] if loss == "contrastive" else ["to_text"]
+
+    def init_parameters(self) -> None:
+        self.norm.reset_parameters()
+        init_projection(self.to_text)
+
+    def forward(
+        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """tokens (B, S, C) -> contrastive vector (B, C) and decoder tokens (B, Q, D), None where switched off."""
+        tokens = tokens[:, self.left_out :]
+        vector = self.norm(tokens.mean(dim=1)) if contrastive else None
+        return vector, (self.to_text(tokens) if captioning else None)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Where each of the decoder's tokens looks among tokens (B, S, C): (B, Q, S), each at itself."""
+        return torch.eye(tokens.shape[1], device=tokens.device)[self.left_out :].expand(len(tokens), -1, -1)
+
+
+Pooling = ImagePooling | OpenClipCascade | MeanPooling

@@ -270,3 +270,11 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)  # (B, H, T, D/H) -> (B, T, D)
+
+
+def by_image(states: Tensor, images: int) -> Tensor:
+    """The rows of an image side by side as queries of one attention, so that nothing of the image is repeated:
+    (R, T, D) -> (B, R / B · T, D).
+    """
+    rows, length, width = states.shape
+    return states.reshape(images, rows // max(images, 1) * length, width)

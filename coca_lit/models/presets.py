@@ -58,10 +58,17 @@ def _paper(image_encoder: str, width: int, heads: int, layers: int) -> dict[str,
 # OpenCLIP 4's, with the two poolers of the paper; its initial values count no cross blocks.
 _COCA2: dict[str, Any] = _B32 | {"pooler": "openclip_cascade", "decoder_args": {"init_depth": 12}}
 
+# MaMMUT: no poolers, and the text tower, read with a context of 77, is the decoder.
+_MAMMUT: dict[str, Any] = {"pooler": "mean", "text_tower": "two_pass", "context_length": 77}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "coca_vit_b32": _B32,
     "coca_vit_l14": _L14,
     "coca2_vit_b32": _COCA2,
+    "coca2_moderntext_vit_b32": _COCA2 | {"text_tower": "modern", "decoder_args": None},
+    "mammut2_vit_b32": _B32 | _MAMMUT,
+    "mammut2_vit_l14": _L14 | _MAMMUT,
+    "openmammut_vit_l14": _L14 | _MAMMUT | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"},
     "clip_vit_b32": _B32 | {"decoder_layers": 0, "pooler_queries": 1},
     "coca_base": _paper("vit_base_patch16_clip_224", 768, 12, 12),
     "coca_large": _paper("vit_large_patch14_clip_224", 1024, 16, 12),

@@ -2,7 +2,8 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
-from coca_lit.models.layers import Cache, CrossBlock, KeysValues, OpenClipNames, SelfBlock, normalize_once
+from coca_lit.models.layers import Cache, CrossBlock, KeysValues, OpenClipNames, SelfBlock, by_image, normalize_once
 from coca_lit.models.packing import Layout
 from coca_lit.models.registry import TEXT_TOWERS
 
@@ -32,7 +33,8 @@ class TextTower(nn.Module):
     attributes and methods, most easily as a subclass.
     """
 
-    contrastive_only: ClassVar[Sequence[str]] = ("cls_embedding", "norm", "projection")  # what captioning does not use
+    contrastive_only: Sequence[str] = ("cls_embedding", "norm", "projection")  # what captioning does not use
+    open_clip_version = "3.3"  # the first that has such a tower
     open_clip_names: ClassVar[OpenClipNames] = (
         ("blocks.", "text.transformer.resblocks.", SelfBlock.open_clip_names),
         ("position_embedding", "text.positional_embedding", {}),
@@ -79,6 +81,11 @@ class TextTower(nn.Module):
         """The decoder that reads the states of this tower and image tokens of the given width."""
         vocab_size, width = self.token_embedding.weight.shape
         return ClassicDecoder(vocab_size, width, image_width, layers, heads, dropout, **arguments)
+
+    @property
+    def open_clip_config(self) -> dict[str, Any]:
+        """Its keys in OpenCLIP's `text_cfg`, besides sizes."""
+        return {"embed_cls": True, "correct_cls_mask": self.cls_mask == "correct"}
 
     @property
     def cached_layers(self) -> int:
@@ -130,7 +137,7 @@ class TextTower(nn.Module):
         tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, L); a negative padding cuts
         x = self._embed(layout.pack(tokens), layout.pack(positions), None if is_cls is None else layout.pack(is_cls))
         for block in self.blocks:
-            x = _run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
+            x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
         features = self.projection(self.norm(layout.gather_at(x, cls_at))) if contrastive else None
         return x, features, layout
 
@@ -169,7 +176,7 @@ def legacy_attention_mask(is_cls: Tensor, fills_context: Tensor) -> Tensor:
     return (causal & ~torch.diag_embed(is_cls & ~fills_context[:, None]))[:, None]
 
 
-def _run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
+def run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
     """`function(*arguments)`, whose activations are kept for the backward pass or computed again there."""
     if not recompute:
         return function(*arguments)
@@ -195,6 +202,7 @@ class Decoder(nn.Module, ABC):
         grad_checkpointing: what the backward pass computes again.
     """
 
+    open_clip_config: Mapping[str, Any] = MappingProxyType({})  # its keys in OpenCLIP's `multimodal_cfg`, besides sizes
     vocabulary: kernels.Linear
     grad_checkpointing: GradCheckpointing = "none"
 
@@ -329,9 +337,9 @@ class ClassicDecoder(Decoder):
         image = None if image_tokens is None else normalize_once(image_tokens)
         recompute = self.grad_checkpointing if self.training else "none"
         for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
-            states = _run(self_block, states, None, None, layout, recompute=recompute == "blocks")
+            states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
             if image is not None:
-                states = _run(cross_block, states, image, layout, recompute=recompute != "none")
+                states = run(cross_block, states, image, layout, recompute=recompute != "none")
         return self.norm(states)
 
     def step(
@@ -342,7 +350,7 @@ class ClassicDecoder(Decoder):
             self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
         ):
             states = self_block(states, mask, cache)
-            states = cross_block(_by_image(states, images), image).view_as(states)
+            states = cross_block(by_image(states, images), image).view_as(states)
         return self.norm(states)
 
     def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
@@ -351,15 +359,7 @@ class ClassicDecoder(Decoder):
         for self_block, cross_block in zip(self.self_blocks, cast("list[CrossBlock]", self.cross_blocks), strict=True):
             image = cross_block.keys_values(normed)
             states = self_block(states)
-            queries = _by_image(states, len(image_tokens))
+            queries = by_image(states, len(image_tokens))
             total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
             states = cross_block(queries, image).view_as(states)
         return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
-
-
-def _by_image(states: Tensor, images: int) -> Tensor:
-    """The rows of an image side by side as queries of one attention, so that nothing of the image is repeated:
-    (R, T, D) -> (B, R / B · T, D).
-    """
-    rows, length, width = states.shape
-    return states.reshape(images, rows // max(images, 1) * length, width)

@@ -26,8 +26,6 @@ class AnswerClassifier(Objective):
         weight: factor of the loss, a sum over answers.
     """
 
-    trains = ("decoder.self_blocks", "decoder.cross_blocks", "decoder.norm")
-
     def __init__(self, answers: Sequence[str], weight: float = 1.0) -> None:
         super().__init__(answers=weight)
         if len(set(answers)) != len(answers) or len(answers) < 2:
@@ -38,6 +36,7 @@ class AnswerClassifier(Objective):
     def build(self, net: CoCa) -> None:
         if net.decoder is None:
             raise ValueError("answers need a decoder, which a model with decoder_layers=0 lacks")
+        self.trains = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
         self.head = nn.Linear(net.config["text_width"], len(self.answers))
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.constant_(self.head.bias, -5.0)  # at first every answer counts as wrong, as most are

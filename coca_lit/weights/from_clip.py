@@ -17,6 +17,7 @@ from torch import Tensor
 from coca_lit.models.clip import CLIP, QuickGELU
 from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import SelfBlock
+from coca_lit.models.text import TextTower
 from coca_lit.weights.computation import difference
 
 _IMAGE_POSITIONS = "image_encoder.trunk.pos_embed"
@@ -87,6 +88,11 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
     if not hasattr(trunk, "norm_pre"):
         name = model.config["image_encoder"]
         raise ValueError(f"a CLIP can only start a vision transformer (vit_*_clip_*), and the image encoder is {name}")
+    if not isinstance(model.text, TextTower):
+        raise ValueError(
+            f"a CLIP only starts the built-in text tower, and this model has a {type(model.text).__name__}: leave out"
+            " model.net.text_tower, or use image_weights for the image encoder alone"
+        )
     heads = [
         ("image encoder", theirs.blocks[0].attn.num_heads, trunk.blocks[0].attn.num_heads),
         ("text tower", cast(SelfBlock, clip.blocks[0]).attention.heads, model.config["text_heads"]),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coca_lit.models.coca import CoCa
+from coca_lit.models.text import ClassicDecoder
 
 HEAD_WIDTH = 64  # of all sizes of GPT-2; the tensors do not show it
 # (name in Transformers' GPT-2, name in our block); its matrices are (in, out) and ours (out, in)
@@ -43,6 +44,8 @@ def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[st
     """
     if model.decoder is None:
         raise ValueError("the model has no decoder (decoder_layers=0)")
+    if not isinstance(model.decoder, ClassicDecoder):
+        raise ValueError(f"a GPT-2 fits the decoder of the built-in text tower, not a {type(model.decoder).__name__}")
     if any(name.startswith("decoder.") for name in given):
         raise ValueError("init_from gives the decoder already: leave out one of the two")
     names = {

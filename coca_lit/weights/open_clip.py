@@ -20,11 +20,24 @@ from torch import Tensor, nn
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
-from coca_lit.models.image import CLIP_NORMALISATION, ImagePooling
+from coca_lit.models.image import CLIP_NORMALISATION, MeanPooling
 from coca_lit.models.layers import OpenClipNames, SelfBlock
-from coca_lit.weights.open_clip_keys import OpenClipConfig, count, read_config
+from coca_lit.models.mammut import TwoPassTower
+from coca_lit.weights.open_clip_keys import (
+    CLIP_KEYS,
+    COCA_KEYS,
+    MODERN_KEYS,
+    POOLER_KEYS,
+    TWO_PASS_KEYS,
+    OpenClipConfig,
+    count,
+    read_config,
+)
 
-_COCA_TRANSPOSED = {"visual.proj", "text.text_projection", "text_decoder.text_projection"}
+_COCA_TRANSPOSED = {
+    *("visual.proj", "text.text_projection", "text_decoder.text_projection"),
+    *("map_viz2txt_kv", "text.lm_head"),
+}
 _CROSS_ATTENTION = re.compile(
     r"(decoder\.cross_blocks\.\d+|pooling\.(?:generative|contrastive))\.attention\.(q|kv)\.(weight|bias)"
 )
@@ -37,6 +50,7 @@ _CLIP_NAMES: OpenClipNames = (
     ("token_embedding.", "token_embedding.", {}),
     ("logit_scale", "logit_scale", {}),
 )
+_TEXT_SIZES = {"context_length": "context_length", "width": "text_width", "layers": "text_layers"}
 _CLIP_TRANSPOSED = ("visual.proj", "text_projection")
 # OpenCLIP's sizes from ViT-H on have wider heads than 64; the tensors do not show it.
 _HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -51,6 +65,7 @@ _OTHER_TOWERS = {
     "text.transformer.encoder.": "its text tower is a Hugging Face model",
     "text.transformer.shared.": "its text tower is a Hugging Face model",
 }
+_TOWERS = ("TextTower", "ModernTextTower", "TwoPassTower", "TwoPassTowerWithPads")
 VERSIONS = ("3.3", "4")  # of OpenCLIP, whose files can be written
 _BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
@@ -61,8 +76,7 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has parts that OpenCLIP's CoCa lacks.
     """
-    own_poolers = isinstance(model.pooling, ImagePooling) and model.pooling.variant != "single"
-    if own_poolers or not hasattr(model.image_encoder.trunk, "norm_pre"):
+    if model.pooling.open_clip_config is None or not hasattr(model.image_encoder.trunk, "norm_pre"):
         raise ValueError(
             "only a CoCa with a CLIP vision transformer and the single pooler, or those of OpenCLIP 4, has an OpenCLIP"
             " counterpart"
@@ -96,12 +110,17 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     theirs = _plain_state(state)
     if relative := _relative(theirs):
         raise ValueError(
-            f"this is {relative}; of OpenCLIP's captioners those with CLIP's two towers and attentional poolers can "
-            "be read (coca_ViT-B-32, coca_ViT-L-14, coca2_ViT-B-32 and other sizes)"
+            f"this is {relative}; of OpenCLIP's captioners those with CLIP's vision transformer and vocabulary can be "
+            "read (coca_ViT-L-14, coca2_ViT-B-32, coca2-moderntext_ViT-B-32, mammut2_ViT-L-14, openMaMMUT, other sizes)"
         )
-    if missing := [key for key in ("visual.attn_pool.query", "text.cls_emb") if key not in theirs]:
+    needed = ["visual.attn_pool.query"] if "map_viz2txt_kv" not in theirs else []
+    if needed and "text.blocks.0.attn.qkv.weight" not in theirs:
+        needed.append("text.cls_emb")
+    if missing := [key for key in needed if key not in theirs]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
-    sizes = _coca_sizes(theirs)
+    sizes = _sizes(theirs)
+    if "map_viz2txt_kv" in theirs and "text.lm_head" not in theirs:  # names of the code that trained openMaMMUT
+        theirs["text.lm_head"] = theirs.pop("text.text_projection")
     model = CoCa(**sizes | _coca_arguments(config, sizes) | overrides)
     names = _names(model)
     ours: dict[str, Tensor] = {}
@@ -145,13 +164,14 @@ def _relative(theirs: Mapping[str, Tensor]) -> str | None:
     def has(*starts: str) -> bool:
         return any(name.startswith(starts) for name in theirs)
 
-    if has("map_viz2txt_kv"):
-        return "a MaMMUT (openMaMMUT, mammut2_…), whose text tower is its decoder"
-    if not has("text_decoder."):
+    mammut = has("map_viz2txt_kv")
+    if mammut and has("text.blocks."):
+        return "a MaMMUT with OpenCLIP 4's modern text tower (mammut2-moderntext_…)"
+    if mammut and has("visual.trunk."):
+        return "a MaMMUT whose image tower is one of timm's (mammut2-naflex_…)"
+    if mammut or not has("text_decoder."):
         return None
-    if has("text.blocks.", "text_decoder.blocks."):
-        return "a CoCa2 with OpenCLIP 4's modern text tower (coca2-moderntext_…)"
-    if has(*(prefix for prefix in _OTHER_TOWERS if prefix.startswith("text."))):
+    if has(*(prefix for prefix in _OTHER_TOWERS if prefix.startswith("text.transformer."))):
         return "a coca_roberta-ViT-B-32, whose text tower is a Hugging Face model and sees the tokens it should predict"
     if has("visual.trunk.", "visual.layer1."):
         return "a CoCa whose image tower is not a CLIP vision transformer (timm_model_name, or a ResNet)"
@@ -160,18 +180,25 @@ def _relative(theirs: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of `CoCa` that the tensors show."""
     image_width, _, patch, _ = theirs["visual.conv1.weight"].shape
     grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["text.token_embedding.weight"].shape
     _check_vocabulary(vocab_size)
-    pooler, embed_dim = "single", theirs["visual.attn_pool.query"].shape[1]
-    if (context := theirs.get("visual.attn_pool_contrastive.ln_k.weight")) is not None:
-        # Of equal widths, the tensors are those of both; then the config decides.
-        pooler = "openclip_cascade" if len(context) == embed_dim else "openclip_parallel"
-    elif theirs["visual.proj"].shape[1] != embed_dim:
-        raise ValueError(f"visual.proj is {tuple(theirs['visual.proj'].shape)}, unlike pooler queries of {embed_dim}")
     mlp_width = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+    pooling = _pooling_sizes(theirs)
+    if "map_viz2txt_kv" in theirs:
+        text = _two_pass_sizes(theirs)
+    elif "text.cls_emb" in theirs:
+        text = {
+            "context_length": len(theirs["text.positional_embedding"]) - 1,
+            "cls_mask": "legacy" if pooling["pooler"] == "single" else "correct",
+            "text_layers": _depth(theirs, "text.transformer.resblocks"),
+            "decoder_layers": _depth(theirs, "text_decoder.resblocks"),
+        }
+    else:
+        text = _modern_sizes(theirs, text_width)
     return {
         "image_encoder": "vit_base_patch32_clip_224",
         "image_encoder_args": {
@@ -182,17 +209,65 @@ def _coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
             **({"mlp_ratio": mlp_width / image_width} if mlp_width != 4 * image_width else {}),
         },
         "image_size": grid * patch,
-        "embed_dim": embed_dim,
-        "pooler": pooler,
-        "pooler_queries": len(theirs["visual.attn_pool.query"]),
-        "context_length": len(theirs["text.positional_embedding"]) - 1,
-        "cls_mask": "legacy" if pooler == "single" else "correct",
+        **pooling,
         "text_width": text_width,
-        "text_layers": _depth(theirs, "text.transformer.resblocks"),
         "text_heads": max(text_width // 64, 1),
-        "decoder_layers": _depth(theirs, "text_decoder.resblocks"),
+        **text,
         "contrastive": "siglip" if "logit_bias" in theirs else "softmax",
     }
+
+
+def _pooling_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "map_viz2txt_kv" in theirs:
+        # The released openMaMMUT, whose tensors have older names, averages the class token too.
+        pooler = "mean" if "text.lm_head" in theirs else "mean_all"
+        return {"embed_dim": theirs["visual.proj"].shape[1], "pooler": pooler}
+    queries, embed_dim = theirs["visual.attn_pool.query"].shape
+    pooler = "single"
+    if (context := theirs.get("visual.attn_pool_contrastive.ln_k.weight")) is not None:
+        # Of equal widths, the tensors are those of both; then the config decides.
+        pooler = "openclip_cascade" if len(context) == embed_dim else "openclip_parallel"
+    else:
+        embed_dim = theirs["visual.proj"].shape[1]
+    return {"embed_dim": embed_dim, "pooler": pooler, "pooler_queries": queries}
+
+
+def _modern_sizes(theirs: Mapping[str, Tensor], width: int) -> dict[str, Any]:
+    def style(tower: str) -> dict[str, Any]:
+        found = {
+            "mlp_width": theirs[f"{tower}.blocks.0.mlp.w3.weight"].shape[1],
+            "gated": f"{tower}.blocks.0.attn.gate.weight" in theirs,
+            "qk_norm": f"{tower}.blocks.0.attn.q_norm.weight" in theirs,
+        }
+        return {name: value for name, value in found.items() if (name, value) != ("mlp_width", 4 * width)}
+
+    head = theirs.get("text.blocks.0.attn.q_norm.weight")
+    layers = _depth(theirs, "text_decoder.blocks")
+    crossed = sum(name.endswith(".xattn.kv.weight") for name in theirs)
+    return {
+        "text_tower": "modern",
+        "text_tower_args": {"pool": "map" if "text.pool.query" in theirs else "eos", **style("text")},
+        "text_layers": _depth(theirs, "text.blocks"),
+        **({"text_heads": width // len(head)} if head is not None else {}),
+        "decoder_layers": layers,
+        "decoder_args": style("text_decoder") | _every(layers, crossed) if layers else None,
+    }
+
+
+def _two_pass_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    layers = _depth(theirs, "text.resblocks")
+    return {
+        "text_tower": "two_pass" if "text.lm_head" in theirs else "two_pass_with_pads",
+        "context_length": len(theirs["text.positional_embedding"]),
+        "text_layers": layers,
+        "decoder_layers": layers,
+        "decoder_args": _every(layers, _depth(theirs, "text.cross_attn")),
+    }
+
+
+def _every(layers: int, crossed: int) -> dict[str, int]:
+    """How often a layer of a decoder looks at the image, from their number and that of cross-attentions."""
+    return {"cross_attention_every": -(-layers // max(crossed, 1))}
 
 
 def _check_vocabulary(size: int) -> None:
@@ -338,7 +413,7 @@ def _clip_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `CLIP` that only OpenCLIP's config shows; its defaults are OpenCLIP's."""
     if config is None:
         return {}
-    found = read_config(config, False, _shown(sizes))
+    found = read_config(config, CLIP_KEYS, _shown(sizes))
     return {
         "image_encoder_args": _image_arguments(found, sizes),
         "text_heads": count(found.text, "heads", 8),
@@ -371,28 +446,30 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         "head_width": width // heads,
         "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
         "patch_size": trunk.patch_embed.patch_size[0],
-        "attentional_pool": model.pooling.open_clip_kind,
-        "attn_pooler_queries": ours["pooler_queries"],
-        "attn_pooler_heads": ours["pooler_heads"],
         "output_tokens": model.decoder is not None,
+        **(model.pooling.open_clip_config or {}),
     }
-    text = {
+    if not isinstance(model.pooling, MeanPooling):
+        vision |= {"attn_pooler_queries": ours["pooler_queries"], "attn_pooler_heads": ours["pooler_heads"]}
+    both = {
         "context_length": ours["context_length"],
         "vocab_size": model.tokenizer.vocab_size,
         "width": ours["text_width"],
         "heads": ours["text_heads"],
     }
-    tower = {"layers": ours["text_layers"], "embed_cls": True, "output_tokens": model.decoder is not None}
-    tower |= {"correct_cls_mask": ours["cls_mask"] == "correct"} if version == "4" else {}
-    decoder = {"multimodal_cfg": {**text, "layers": ours["decoder_layers"]}} if model.decoder is not None else {}
+    text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **model.text.open_clip_config}
+    if version == "3.3":
+        text.pop("correct_cls_mask", None)
+    towers = {} if isinstance(model.text, TwoPassTower) else {"text_cfg": {**both, **text}}
+    if model.decoder is not None:
+        towers["multimodal_cfg"] = {**both, "layers": ours["decoder_layers"], **model.decoder.open_clip_config}
     normalisation = {key: list(trunk.pretrained_cfg[key]) for key in CLIP_NORMALISATION}
     return {
         "model_cfg": {
             "embed_dim": ours["embed_dim"],
             "vision_cfg": vision,
-            "text_cfg": {**text, **tower},
-            **decoder,
-            "custom_text": True,
+            **towers,
+            **({"custom_text": True} if "text_cfg" in towers else {}),
         },
         "preprocess_cfg": {
             **normalisation,
@@ -407,13 +484,17 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
     ours = model.config
     if ours["tokenizer"] != "clip":
         return "it has a word tokenizer, and OpenCLIP's CoCa only reads CLIP's byte pairs"
-    if model.pooling.open_clip_kind is None:
+    if model.pooling.open_clip_config is None:
         return (
             f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
-            " openclip_parallel and openclip_cascade"
+            " openclip_parallel, openclip_cascade and MaMMUT's means"
         )
-    if version == "3.3" and model.pooling.open_clip_kind is not True:
-        return f"its {ours['pooler']} pooler needs OpenCLIP 4: export it with version=4"
+    if type(model.text).__name__ not in _TOWERS:
+        return f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
+    if isinstance(model.text, TwoPassTower) != isinstance(model.pooling, MeanPooling):
+        return "in OpenCLIP a two-pass text tower and the mean of all image tokens go together"
+    if version == "3.3" and "4" in (model.pooling.open_clip_version, model.text.open_clip_version):
+        return "its pooler or text tower needs OpenCLIP 4: export it with version=4"
     if not _is_clip_transformer(model.image_encoder.trunk):
         return (
             f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
@@ -445,7 +526,7 @@ def _is_clip_transformer(trunk: nn.Module) -> bool:
 
 
 def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `CoCa` that only the config shows: numbers of heads, how pixels are prepared, and the CLS mask.
+    """Arguments of `CoCa` that only the config shows: numbers of heads, how pixels are prepared, masks and pooling.
 
     Args:
         config: content of `open_clip_config.json`; None yields no arguments.
@@ -456,12 +537,15 @@ def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """
     if config is None:
         return {}
-    pooler = sizes["pooler"]
-    found = read_config(config, True, _shown(sizes), pooler != "single")
-    if pooler != "single":
-        pooler = f"openclip_{found.vision['attentional_pool']}"
+    tower = sizes.get("text_tower")
+    keys = COCA_KEYS._replace(vision=POOLER_KEYS.get(sizes["pooler"], COCA_KEYS.vision))
+    if tower is not None:
+        keys = (MODERN_KEYS if tower == "modern" else TWO_PASS_KEYS)._replace(vision=keys.vision)
+    found = read_config(config, keys, _shown(sizes))
     text_heads = count(found.text, "heads", 8)  # these defaults are OpenCLIP's
     decoder_heads = count(found.decoder, "heads", 8 if sizes["decoder_layers"] else text_heads)
+    if not found.text and tower is not None:
+        text_heads = decoder_heads
     if text_heads != decoder_heads:
         raise ValueError(
             f"the config asks for {text_heads} heads in the text tower and {decoder_heads} in the decoder, but CoCa has"
@@ -469,15 +553,34 @@ def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         )
     if found.quick_gelu:
         raise ValueError("the config asks for QuickGELU, but CoCa is built with GELU")
-    return {
+    arguments = {
         "image_encoder_args": _image_arguments(found, sizes),
-        "pooler_heads": count(found.vision, "attn_pooler_heads", 8),
         "text_heads": text_heads,
-        "pooler": pooler,
-        "cls_mask": found.cls_mask,
         "interpolation": found.interpolation,
         "resize_mode": found.resize_mode,
     }
+    if tower is None:
+        arguments["cls_mask"] = found.cls_mask
+    elif tower == "modern":
+        pool = {"argmax": "eos"}.get(found.text.get("pool_type", "argmax"), found.text.get("pool_type"))
+        arguments["context_length"] = count(found.text, "context_length", 77)
+        arguments["text_tower_args"] = {**sizes["text_tower_args"], "pool": pool, **_style(found.text)}
+        if sizes["decoder_args"] is not None:
+            arguments["decoder_args"] = {**sizes["decoder_args"], **_style(found.decoder)}
+    else:
+        arguments["text_tower"] = "two_pass" if found.decoder.get("use_pad_mask", True) else "two_pass_with_pads"
+        return arguments | {"pooler": "mean" if found.vision.get("pool_type") == "avg" else "mean_all"}
+    kind = found.vision.get("attentional_pool")
+    return arguments | {
+        "pooler_heads": count(found.vision, "attn_pooler_heads", 8),
+        **({"pooler": f"openclip_{kind}"} if isinstance(kind, str) else {}),
+    }
+
+
+def _style(section: Mapping[str, Any]) -> dict[str, float]:
+    """What the tensors of modern blocks do not show, where it is not the default."""
+    found = {"norm_eps": section.get("norm_eps", 1e-6), "rope_base": section.get("rope_temperature", 10000.0)}
+    return {name: float(value) for name, value in found.items() if value not in (1e-6, 10000)}
 
 
 def _image_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -502,9 +605,7 @@ def _shown(sizes: Mapping[str, Any]) -> dict[str, dict[str, int]]:
             "width": image["embed_dim"],
             "layers": image["depth"],
         },
-        "text_cfg": {
-            "context_length": sizes["context_length"],
-            "width": sizes["text_width"],
-            "layers": sizes["text_layers"],
+        "multimodal_cfg" if str(sizes.get("text_tower")).startswith("two_pass") else "text_cfg": {
+            key: sizes[ours] for key, ours in _TEXT_SIZES.items() if ours in sizes
         },
     }

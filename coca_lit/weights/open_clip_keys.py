@@ -84,6 +84,64 @@ _PREPROCESS: _Allowed = {
 }
 
 
+_STYLE: _Allowed = {
+    "text_arch": ("modern",),
+    **dict.fromkeys(("mlp_ratio", "qk_norm", "attn_gated", "norm_eps", "rope_temperature", "freeze_pad_embed"), None),
+    "mlp_type": ("swiglu",),
+    "norm_type": (None, "rmsnorm"),
+    "pos_embed": ("rope",),
+    **dict.fromkeys(("gate_bias", "attention_bias", "mlp_bias"), (None, False)),
+    **dict.fromkeys(("pre_norm", "value_residual"), (False,)),
+    "norm_placement": ("pre",),
+    "zero_init_residual": None,
+    "reg_tokens": (0,),
+    **dict.fromkeys(("bos_id", "eos_id", "variable_text"), None),
+    "norm_kwargs": None,  # of classic blocks
+}
+_MODERN_TEXT: _Allowed = {
+    **_TEXT,
+    **_STYLE,
+    "pool_type": ("argmax", "eos", "mean", "map"),
+    **dict.fromkeys(("embed_cls", "correct_cls_mask"), (False,)),
+}
+_MODERN_DECODER: _Allowed = {**_DECODER, **_STYLE, "cross_attn_ratio": None}
+_TWO_PASS_DECODER: _Allowed = {
+    **_TEXT,
+    "cross_attn_ratio": None,
+    "pool_type": ("avg",),
+    "use_pad_mask": (True, False),
+    "proj_type": ("none",),
+    "embed_cls": (False,),
+    **dict.fromkeys(("correct_cls_mask", "dim_head", "n_queries", "attn_pooler_heads"), None),
+    "tie_lm_head": (False,),
+}
+_MEAN: _Allowed = {
+    **_VISION,
+    "attentional_pool": (False,),
+    "pool_type": ("avg", "avg_all"),
+    "final_ln_after_pool": (True,),
+}
+_NOTHING: _Allowed = {}
+
+
+class Keys(NamedTuple):
+    """What the sections of a config may hold."""
+
+    vision: _Allowed
+    text: _Allowed
+    decoder: _Allowed
+
+
+CLIP_KEYS = Keys(_VISION, _CLIP_TEXT, _DECODER)
+COCA_KEYS = Keys(_VISION, _COCA_TEXT, _DECODER)
+MODERN_KEYS = Keys(_VISION, _MODERN_TEXT, _MODERN_DECODER)
+TWO_PASS_KEYS = Keys(_MEAN, _NOTHING, _TWO_PASS_DECODER)
+POOLER_KEYS = {  # of our names of poolers
+    **dict.fromkeys(("openclip_parallel", "openclip_cascade"), _TWO_POOLERS),
+    **dict.fromkeys(("mean", "mean_all"), _MEAN),
+}
+
+
 class OpenClipConfig(NamedTuple):
     """What the tensors do not show."""
 
@@ -97,15 +155,12 @@ class OpenClipConfig(NamedTuple):
     cls_mask: str  # correct or legacy
 
 
-def read_config(
-    config: Any, captioner: bool, sizes: Mapping[str, Mapping[str, int]], two_poolers: bool = False
-) -> OpenClipConfig:
+def read_config(config: Any, known: Keys, sizes: Mapping[str, Mapping[str, int]]) -> OpenClipConfig:
     """The content of a config file, checked.
 
     Args:
-        captioner: whether the weights are a CoCa, with or without a decoder, and not a CLIP.
+        known: the keys and values that a model of this kind may have.
         sizes: section -> key -> what the tensors show.
-        two_poolers: whether the image tower ends in two attentional poolers.
 
     Raises:
         ValueError: a key that nobody knows, or a value that coca_lit does not compute; the message names it.
@@ -113,14 +168,15 @@ def read_config(
     if not isinstance(config, Mapping):
         raise ValueError(f"{FILE} must be a dictionary, not a {type(config).__name__}")
     model = _section(config, "model_cfg") if "model_cfg" in config or "vision_cfg" not in config else config
-    text_keys = _COCA_TEXT if captioner else _CLIP_TEXT
+    if known.text is _NOTHING:
+        model = _translated(model)
     vision, text = _section(model, "vision_cfg"), _section(model, "text_cfg")
     decoder, given = _section(model, "multimodal_cfg"), _section(config, "preprocess_cfg")
-    vision_keys = _TWO_POOLERS if two_poolers else _VISION
-    if two_poolers and "attentional_pool" not in vision:
-        raise ValueError(f"{FILE} lacks vision_cfg.attentional_pool, and the weights have two attentional poolers")
-    keys = {"vision_cfg": vision_keys, "text_cfg": text_keys, "multimodal_cfg": _DECODER, "preprocess_cfg": _PREPROCESS}
+    keys = {"vision_cfg": known.vision, "text_cfg": known.text, "multimodal_cfg": known.decoder}
+    keys["preprocess_cfg"] = _PREPROCESS
     sections = {"vision_cfg": vision, "text_cfg": text, "multimodal_cfg": decoder, "preprocess_cfg": given}
+    if known.vision is _TWO_POOLERS and "attentional_pool" not in vision:
+        raise ValueError(f"{FILE} lacks vision_cfg.attentional_pool, and the weights have two attentional poolers")
     _check({k: v for k, v in model.items() if model is not config or k not in ("preprocess_cfg", "coca_lit")}, _MODEL)
     for name, section in sections.items():
         _check(section, keys[name], f"{name}.")
@@ -148,6 +204,27 @@ def read_config(
         resize_mode=given.get("resize_mode", "shortest"),
         cls_mask=own or mask,
     )
+
+
+def _translated(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A MaMMUT's config with the sections of OpenCLIP 4, from those or from the ones of the released openMaMMUT.
+
+    Raises:
+        ValueError: blocks without an MLP, which only the other code has.
+    """
+    text = _section(model, "text_cfg")
+    if "multimodal_cfg" in model or not ("does_full_decoding" in text or "cross_attn_ratio" in text):
+        return model
+    if text.get("has_mlp", True) is not True:
+        raise ValueError(f"{FILE} asks for text_cfg.has_mlp = {text['has_mlp']!r}, and coca_lit computes True alone")
+    left_out = ("does_full_decoding", "output_tokens", "has_mlp", "pool_type", "use_pad_mask", "proj_type")
+    decoder = {key: value for key, value in text.items() if key not in left_out}
+    vision = {**_section(model, "vision_cfg"), "pool_type": "avg_all", "final_ln_after_pool": True}
+    return {
+        **{key: value for key, value in model.items() if key not in ("text_cfg", "custom_text")},
+        "vision_cfg": vision,
+        "multimodal_cfg": decoder | {"pool_type": "avg", "use_pad_mask": False, "proj_type": "none"},
+    }
 
 
 def count(section: Mapping[str, Any], key: str, default: int) -> int:

@@ -470,7 +470,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
             {"image_encoder": "vit_base_patch32_clip_225"},
             "no image encoder 'vit_base_patch32_clip_225'; similar names:.* vit_base_patch32_clip_224",
         ),
-        ({"pooler": "double"}, "'single', 'parallel' or 'cascade', got 'double'"),
+        ({"pooler": "double"}, "pooler must be 'single' or .*, got 'double'"),
         ({"cls_mask": "right"}, "'correct' or 'legacy', got 'right'"),
         ({"pooler_queries": 1}, "at least 2 queries"),
         ({"text_heads": 5}, "must be a multiple of the number of heads"),

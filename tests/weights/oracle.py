@@ -142,3 +142,110 @@ def classic_decoder(s: State, states: Tensor, context: Tensor, heads: int) -> Te
 
 def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
+
+
+# Modern parts
+
+
+def rope(x: Tensor, heads: int, base: float = 10000.0) -> Tensor:
+    """x (T, D): the pair (2i, 2i + 1) of every head is a complex number, turned by position · base^(-2i/W)."""
+    width = x.shape[1] // heads
+    turned = x.clone()
+    for position in range(len(x)):
+        for pair in range(width // 2):
+            angle = position * base ** (-2 * pair / width)
+            turn = torch.complex(
+                torch.tensor(math.cos(angle), dtype=x.dtype), torch.tensor(math.sin(angle), dtype=x.dtype)
+            )
+            for head in range(heads):
+                i = head * width + 2 * pair
+                z = torch.complex(x[position, i], x[position, i + 1]) * turn
+                turned[position, i], turned[position, i + 1] = z.real, z.imag
+    return turned
+
+
+def by_head(s: State, name: str, x: Tensor, heads: int) -> Tensor:
+    """RMSNorm of each head of x (T, D), if the file has one."""
+    if f"{name}.weight" not in s:
+        return x
+    return rms_norm(s, name, x.unflatten(-1, (heads, -1))).flatten(-2)
+
+
+def gated(s: State, name: str, h: Tensor, out: Tensor) -> Tensor:
+    if f"{name}.gate.weight" in s:
+        out = out / (1 + (-linear(s, f"{name}.gate", h)).exp())
+    return linear(s, f"{name}.proj", out)
+
+
+def modern_block(
+    s: State, name: str, x: Tensor, heads: int, context: Tensor | None = None, base: float = 10000.0
+) -> Tensor:
+    h = rms_norm(s, f"{name}.norm1", x)
+    q, k, v = linear(s, f"{name}.attn.qkv", h).chunk(3, -1)
+    q = rope(by_head(s, f"{name}.attn.q_norm", q, heads), heads, base)
+    k = rope(by_head(s, f"{name}.attn.k_norm", k, heads), heads, base)
+    x = x + gated(s, f"{name}.attn", h, attention(q, k, v, heads, causal(len(x))))
+    if context is not None:
+        h = rms_norm(s, f"{name}.norm_x", x)
+        q = by_head(s, f"{name}.xattn.q_norm", linear(s, f"{name}.xattn.q", h), heads)
+        k, v = linear(s, f"{name}.xattn.kv", context).chunk(2, -1)
+        k = by_head(s, f"{name}.xattn.k_norm", k, heads)
+        x = x + gated(s, f"{name}.xattn", h, attention(q, k, v, heads))
+    value, gate = linear(s, f"{name}.mlp.w12", rms_norm(s, f"{name}.norm2", x)).chunk(2, -1)
+    return x + linear(s, f"{name}.mlp.w3", value * gate / (1 + (-gate).exp()))
+
+
+def modern_text(
+    s: State, ids: Sequence[int], heads: int, pool: str, end: int = 49407, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Text feature (E,) and normed token states (T, W) of unpadded ids."""
+    x = s["text.token_embedding.weight"][list(ids)]
+    for i in range(depth(s, "text.blocks.")):
+        x = modern_block(s, f"text.blocks.{i}", x, heads, base=base)
+    x = rms_norm(s, "text.ln_final", x)
+    if pool == "mean":
+        pooled = x.mean(0)
+    elif pool == "eos":
+        pooled = x[ids.index(end) if end in ids else len(ids) - 1]
+    else:
+        q = by_head(s, "text.pool.q_norm", linear(s, "text.pool.q", s["text.pool.query"][0]), heads)
+        k, v = linear(s, "text.pool.kv", x).chunk(2, -1)
+        pooled = attention(q, by_head(s, "text.pool.k_norm", k, heads), v, heads)[0]
+    return linear(s, "text.text_projection", pooled), x
+
+
+def modern_decoder(
+    s: State, states: Tensor, context: Tensor, heads: int, ratio: int = 1, base: float = 10000.0
+) -> Tensor:
+    """Logits (T, V)."""
+    x = states
+    for i in range(depth(s, "text_decoder.blocks.")):
+        x = modern_block(s, f"text_decoder.blocks.{i}", x, heads, context if i % ratio == 0 else None, base)
+    return linear(s, "text_decoder.lm_head", rms_norm(s, "text_decoder.ln_final", x))
+
+
+# MaMMUT
+
+
+def mammut_image(s: State, tokens: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
+    """Image feature (E,) and context of the decoder (S, W)."""
+    tokens = tokens if class_token else tokens[1:]
+    return layer_norm(s, "visual.ln_post", tokens.mean(0)) @ s["visual.proj"], tokens @ s["map_viz2txt_kv"]
+
+
+def mammut_text(s: State, ids: Sequence[int], heads: int) -> Tensor:
+    """Text feature (W,): the mean over all of `ids`, without a causal mask."""
+    x = s["text.token_embedding.weight"][list(ids)] + s["text.positional_embedding"][: len(ids)]
+    for i in range(depth(s, "text.resblocks.")):
+        x = residual_block(s, f"text.resblocks.{i}", x, heads)
+    return layer_norm(s, "text.ln_final", x).mean(0)
+
+
+def mammut_logits(s: State, ids: Sequence[int], context: Tensor, heads: int, ratio: int) -> Tensor:
+    """Logits (T, V) of the caption pass."""
+    x = s["text.token_embedding.weight"][list(ids)] + s["text.positional_embedding"][: len(ids)]
+    for i in range(depth(s, "text.resblocks.")):
+        x = residual_block(s, f"text.resblocks.{i}", x, heads, causal(len(x)))
+        if i % ratio == 0:
+            x = residual_block(s, f"text.cross_attn.{i // ratio}", x, heads, context=context)
+    return layer_norm(s, "text.ln_final", x) @ s["text.lm_head"]

@@ -1,0 +1,191 @@
+"""MaMMUT computes what a second implementation computes from the same file, and so do files of openMaMMUT."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import State
+from test_coca2 import SMALL, TEXTS, same
+from torch import Tensor
+
+from coca_lit.export.open_clip import write_open_clip
+from coca_lit.lit_module import CoCaLit
+from coca_lit.losses import loss_terms
+from coca_lit.models import CoCa, create_model
+from coca_lit.training.optim import AdamW
+from coca_lit.training.sharding import blocks
+from coca_lit.weights.load import load_model, save_model
+from coca_lit.weights.open_clip import from_open_clip, open_clip_config, to_open_clip
+
+ARGUMENTS = {k: v for k, v in SMALL.items() if not k.startswith("pooler")}
+HEADS, LAYERS = 2, 3
+NEW: dict[str, Any] = {"pooler": "mean", "text_tower": "two_pass", "text_layers": LAYERS, "decoder_layers": LAYERS}
+RELEASED = NEW | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"}
+
+
+def make(**overrides: Any) -> tuple[CoCa, State, State]:
+    """A model, its OpenCLIP file with every tensor random, and that in float64."""
+    blank = create_model("mammut2_ViT-B-32", **ARGUMENTS | overrides)
+    state = oracle.random_state({name: tuple(tensor.shape) for name, tensor in to_open_clip(blank).items()})
+    state["text.token_embedding.weight"] *= 3
+    model = from_open_clip(state, open_clip_config(blank, "4")).eval()
+    return model, state, {name: t.double() for name, t in state.items()}
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(len(TEXTS), 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["MaMMUT2", "openMaMMUT"])
+@torch.no_grad()
+def test_mammut_equals_the_oracle(images: Tensor, released: bool) -> None:
+    """Class token and pads count in the released model alone; the contrastive pass never sees the image."""
+    model, state, s = make(**RELEASED if released else NEW)
+    tokens = model.tokenizer(TEXTS)
+    out = model(images, tokens)
+    logits = []
+    for i, (image, ids) in enumerate(zip(images.double(), tokens.tolist(), strict=True)):
+        feature, context = oracle.mammut_image(s, oracle.vision_tokens(s, image, 3), class_token=released)
+        assert len(context) == (5 if released else 4)
+        same(out.image_features[i], oracle.unit(feature))
+        real = ids[: ids.index(49407) + 1]
+        text, other = (
+            oracle.unit(oracle.mammut_text(s, seen, HEADS)) for seen in (ids, real)[:: 1 if released else -1]
+        )
+        same(out.text_features[i], text)
+        if len(real) < len(ids):
+            assert (text - other).abs().max() > 1e-3
+        logits.append(oracle.mammut_logits(s, real[:-1], context, HEADS, ratio=2))
+    same(out.logits, torch.cat(logits))
+    assert torch.equal(model(images.flip(0), tokens).text_features, out.text_features)
+    short = model.encode_text(tokens[2:3, :6])  # its length changes nothing
+    torch.testing.assert_close(short, out.text_features[2:3], atol=1e-5, rtol=0)
+    again = to_open_clip(model)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@torch.no_grad()
+def test_file_of_the_released_openmammut(images: Tensor) -> None:
+    """Older names of one tensor and of the config's keys."""
+    model, state, _ = make(**RELEASED)
+    old = {("text.text_projection" if name == "text.lm_head" else name): t for name, t in state.items()}
+    config = open_clip_config(model, "4")["model_cfg"]
+    text = {key: value for key, value in config.pop("multimodal_cfg").items() if key != "proj_type"}
+    del config["vision_cfg"]["final_ln_after_pool"], config["vision_cfg"]["pool_type"]
+    fork = {**config, "text_cfg": {**text, "does_full_decoding": True, "output_tokens": True}, "custom_text": True}
+    for found in (from_open_clip(old, deepcopy(fork)), from_open_clip(old, text_heads=HEADS, **HEADS_OF_IMAGE)):
+        assert {key: found.config[key] for key in RELEASED} | {"text_tower": ""} == RELEASED | {"text_tower": ""}
+        assert found.config["text_tower"].endswith(":two_pass_with_pads")
+        tokens = model.tokenizer(TEXTS)
+        for a, b in zip(found.eval()(images, tokens)[:4], model(images, tokens)[:4], strict=True):
+            assert torch.equal(a, b)
+    fork["text_cfg"]["has_mlp"] = False
+    with pytest.raises(ValueError, match=r"asks for text_cfg\.has_mlp = False"):
+        from_open_clip(old, fork)
+
+
+HEADS_OF_IMAGE = {"image_encoder_args": SMALL["image_encoder_args"]}
+
+
+@pytest.mark.parametrize("arguments", [NEW, RELEASED], ids=["MaMMUT2", "openMaMMUT"])
+def test_files_go_both_ways(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    model, _, _ = make(**arguments)
+    write_open_clip(model, tmp_path, version="4")
+    assert load_model(tmp_path / "open_clip_model.safetensors").config == model.config
+    save_model(model, tmp_path / "ours.safetensors")
+    assert load_model(tmp_path / "ours.safetensors").config == model.config
+    with pytest.raises(ValueError, match="needs OpenCLIP 4"):
+        write_open_clip(model, tmp_path)
+
+
+def tiny(**overrides: Any) -> CoCa:
+    torch.manual_seed(0)
+    arguments = {"pooler": "mean", "text_tower": "two_pass", "text_layers": 3, "decoder_layers": 3}
+    return create_model("coca_tiny", **arguments | overrides)
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    lengths = torch.tensor([5, 24, 2, 9])
+    tokens = torch.randint(4, 40, (4, 24)).masked_fill(torch.arange(24) >= lengths[:, None], 0)
+    return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), tokens, lengths
+
+
+def test_packed_training_equals_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny().double().train()
+    pixels, tokens, lengths = batch()
+    found = []
+    for threshold in (1.0, -1.0):
+        monkeypatch.setattr("coca_lit.models.packing.WORTHWHILE_PADDING", threshold)
+        for recompute in ("none", "blocks", "cross_attention"):
+            model.set_grad_checkpointing(recompute)
+            model.zero_grad()
+            out = model(pixels, tokens, lengths)
+            sum(loss_terms(out).values()).backward()
+            assert all(p.grad is not None for p in model.parameters())
+            found.append([out.text_features, out.hidden, *(p.grad.clone() for p in model.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def test_cached_generation_equals_the_whole_pass() -> None:
+    model = tiny().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pixels, _, _ = batch()
+    beams = model.generate(pixels, strategy="beam", num_beams=3, num_captions=3, prompt="a red", return_scores=True)
+    for i in range(len(pixels)):
+        lengths = (beams.ids[i] == model.tokenizer.eot_id).int().argmax(-1) + 1
+        prefix = model.log_likelihood(pixels[i : i + 1], beams.ids[i, :1, :3], torch.tensor([3]))
+        expected = model.log_likelihood(pixels[i : i + 1], beams.ids[i], lengths) - prefix
+        torch.testing.assert_close(beams.log_probs[i] * (lengths - 3), expected, atol=1e-4, rtol=1e-4)
+    reranked = model.generate(pixels, strategy="beam", rerank="contrastive", return_attention=True, max_length=8)
+    torch.testing.assert_close(reranked.attention[:, 1].sum(-1), torch.ones(len(pixels)))
+
+
+def test_each_loss_alone_freezes_what_it_does_not_train() -> None:
+    """The blocks of the text are trained by both losses, cross blocks and vocabulary by captions alone."""
+    for weights, frozen in (
+        ({"contrastive_weight": 0.0}, {"pooling.norm", "image_projection", "logit_scale"}),
+        ({"caption_weight": 0.0}, {"pooling.to_text", "decoder"}),
+    ):
+        model = tiny()
+        module = CoCaLit(model, AdamW(lr=1e-3), **weights)
+        names = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert {next(part for part in frozen if name.startswith(part)) for name in names} == frozen
+        pixels, tokens, lengths = batch()
+        asked = {name: bool(weight) for name, weight in module.pairs.weights.items()}
+        out = model(pixels, tokens, lengths, contrastive=asked["contrastive"], captioning=asked["caption"])
+        sum(loss_terms(out).values()).backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_a_copy_has_blocks_of_its_own() -> None:
+    """As averaged weights need it: the decoder of a copy uses the tower of the copy, and no tensor appears twice."""
+    model = tiny()
+    copy = deepcopy(model)
+    assert copy.decoder.tower is copy.text
+    assert len(model.state_dict()) == len({p.data_ptr() for p in model.state_dict().values()})
+    modules = [module for group in blocks(model) for module in group]
+    assert len(modules) == len(set(modules))
+
+
+def test_what_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match="decoder_layers must be 3, got 2"):
+        tiny(decoder_layers=2)
+    with pytest.raises(ValueError, match=r"text_width \(48\) must be embed_dim \(96\)"):
+        tiny(text_width=48)
+
+
+@pytest.mark.parametrize(("preset", "count"), [("mammut2_ViT-B-32", 195_625_729), ("mammut2_ViT-L-14", 508_294_913)])
+def test_sizes_of_the_presets(preset: str, count: int) -> None:
+    with torch.device("meta"):
+        model = create_model(preset)
+    assert sum(p.numel() for p in model.parameters()) == count
+    if preset == "mammut2_ViT-B-32":
+        assert len(to_open_clip(model)) == 387

@@ -1,0 +1,231 @@
+"""CoCa2 with OpenCLIP 4's modern text side computes what a second implementation computes from the same file."""
+
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import State
+from test_coca2 import SMALL, TEXTS, make, same
+from torch import Tensor
+
+from coca_lit.export.open_clip import write_open_clip
+from coca_lit.losses import loss_terms
+from coca_lit.models import CoCa, create_model
+from coca_lit.models.modern import rotary_table, rotate
+from coca_lit.weights.load import load_model, save_model
+from coca_lit.weights.open_clip import from_open_clip, open_clip_config, to_open_clip
+
+STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
+MODERN: dict[str, Any] = {
+    "text_tower": "modern",
+    "text_tower_args": {"pool": "eos", **STYLE},
+    "decoder_args": {"cross_attention_every": 2, **STYLE},
+}
+PLAIN: dict[str, Any] = {"text_tower": "modern", "text_tower_args": {"gated": False}, "decoder_args": {"gated": False}}
+
+
+def modern(**overrides: Any) -> tuple[CoCa, State, State]:
+    return make(**MODERN | overrides)
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(len(TEXTS), 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pool", "ratio", "base"),
+    [
+        (MODERN, "eos", 2, 10000.0),
+        (MODERN | {"text_tower_args": {"pool": "mean", **STYLE}}, "mean", 2, 10000.0),
+        (MODERN | {"text_tower_args": {"pool": "map", **STYLE}}, "map", 2, 10000.0),
+        (PLAIN, "eos", 1, 10000.0),
+        ({**PLAIN, "text_tower_args": {"rope_base": 50.0}, "decoder_args": {"rope_base": 50.0}}, "eos", 1, 50.0),
+    ],
+    ids=["eos", "mean", "map", "without gates and norms of heads", "another base"],
+)
+@torch.no_grad()
+def test_modern_text_equals_the_oracle(
+    images: Tensor, overrides: dict[str, Any], pool: str, ratio: int, base: float
+) -> None:
+    model, state, s = make(**overrides)
+    assert model.config["text_tower_args"]["pool"] == pool
+    tokens = model.tokenizer(TEXTS)
+    out = model(images, tokens)
+    logits = []
+    for i, (image, ids) in enumerate(zip(images.double(), tokens.tolist(), strict=True)):
+        _, context = oracle.two_poolers(s, oracle.vision_tokens(s, image, 3), "cascade", 4)
+        ids = ids[: ids.index(49407) + 1]
+        feature, states = oracle.modern_text(s, ids, 2, pool, base=base)
+        same(out.text_features[i], oracle.unit(feature))
+        logits.append(oracle.modern_decoder(s, states[:-1], context, 2, ratio, base))
+    same(out.logits, torch.cat(logits))
+    again = to_open_clip(model)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@torch.no_grad()
+def test_a_text_without_an_end_is_pooled_at_its_last_token() -> None:
+    model, _, s = modern()
+    ids = [49406, 320, 1929]
+    feature, _ = oracle.modern_text(s, ids, 2, "eos")
+    same(model.encode_text(torch.tensor([[*ids, 0, 0]]))[0], oracle.unit(feature))
+
+
+def test_rotation_is_of_neighbouring_channels() -> None:
+    """By hand: at position 3 the first pair of a head of 4 turns by 3 and the second by 3 / 100."""
+    x = torch.randn(1, 2, 4, dtype=torch.float64)
+    turned = rotate(x, rotary_table(torch.tensor([3]), 4, 10000.0))
+    for head in range(2):
+        for pair, angle in enumerate((3.0, 0.03)):
+            z = torch.view_as_complex(x[0, head, 2 * pair : 2 * pair + 2]) * torch.exp(torch.tensor(1j * angle))
+            found = torch.view_as_complex(turned[0, head, 2 * pair : 2 * pair + 2].contiguous())
+            torch.testing.assert_close(found, z, atol=1e-6, rtol=0)
+    half = torch.cat([x[..., :2] * 1, x[..., 2:]], -1)  # halves instead of pairs: other numbers
+    a, b = half.chunk(2, -1)
+    angles = torch.tensor([3.0, 0.03])
+    split = torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
+    assert (split - turned).abs().max() > 0.1
+
+
+def test_positions_are_relative() -> None:
+    """Moving q and k by the same distance leaves their products; the tables take the type of the activations."""
+    q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)
+    products = [
+        (
+            rotate(q, rotary_table(torch.tensor([i]), 8, 1e4)) * rotate(k, rotary_table(torch.tensor([i + 5]), 8, 1e4))
+        ).sum()
+        for i in (0, 7)
+    ]
+    torch.testing.assert_close(*products, atol=1e-5, rtol=0)
+    assert rotate(q.bfloat16(), rotary_table(torch.tensor([3]), 8, 1e4)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_it_runs_in_bf16(images: Tensor) -> None:
+    model, _, _ = modern()
+    tokens = model.tokenizer(TEXTS)
+    exact = model(images, tokens)
+    rounded = model.bfloat16()(images, tokens)
+    assert rounded.text_features.dtype == torch.bfloat16
+    assert (exact.text_features - rounded.text_features.float()).abs().max() < 0.1
+
+
+@torch.no_grad()
+def test_later_tokens_change_nothing_before_them(images: Tensor) -> None:
+    model, _, _ = modern()
+    tokens = model.tokenizer(["two cats sit on a bench"])
+    before = model(images[:1], tokens).logits
+    tokens[0, 4] = 777
+    after = model(images[:1], tokens).logits
+    assert torch.equal(before[:4], after[:4])
+    assert (before[4:] - after[4:]).abs().max() > 1e-3
+
+
+TINY = {
+    "coca_tiny": {"text_tower": "modern", "text_tower_args": {"qk_norm": True, "pool": "map"}, "decoder_args": None},
+    "ratio": {
+        "text_tower": "modern",
+        "text_tower_args": {"pool": "mean"},
+        "decoder_args": {"qk_norm": True, "cross_attention_every": 2},
+        "decoder_layers": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_packed_training_equals_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a packed text keep their positions: features, losses and gradients are equal."""
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", pooler="openclip_cascade", **TINY[name]).double().train()
+    lengths = torch.tensor([5, 24, 2, 9])
+    tokens = torch.randint(4, 40, (4, 24)).masked_fill(torch.arange(24) >= lengths[:, None], 0)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    found = []
+    for threshold in (1.0, -1.0):
+        monkeypatch.setattr("coca_lit.models.packing.WORTHWHILE_PADDING", threshold)
+        for recompute in ("none", "blocks", "cross_attention"):
+            model.set_grad_checkpointing(recompute)
+            model.zero_grad()
+            out = model(pixels, tokens, lengths)
+            sum(loss_terms(out).values()).backward()
+            assert all(p.grad is not None for p in model.parameters())
+            found.append([out.text_features, out.hidden, *(p.grad.clone() for p in model.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_cached_generation_equals_the_whole_pass(name: str) -> None:
+    """Greedy and beam captions and their log-probabilities, also with the shapes of a GPU's step."""
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", pooler="openclip_parallel", **TINY[name]).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    ids = torch.full((3, 1), model.tokenizer.sot_id)
+    while ids.shape[1] < 12:
+        lengths = torch.full((3,), ids.shape[1] + 1)
+        out = model(pixels, torch.cat([ids, ids[:, :1]], 1), lengths, contrastive=False)
+        chosen = out.logits.view(3, ids.shape[1], -1)[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, chosen], 1)
+    captions = model.generate(pixels, max_length=13)
+    for caption, whole in zip(captions.tolist(), ids.tolist(), strict=True):
+        end = caption.index(model.tokenizer.eot_id)
+        assert caption[: min(end, 12)] == whole[: min(end, 12)]
+    beams = model.generate(pixels, strategy="beam", num_beams=3, num_captions=3, prompt="a red", return_scores=True)
+    for i in range(3):
+        lengths = (beams.ids[i] == model.tokenizer.eot_id).int().argmax(-1) + 1
+        prefix = model.log_likelihood(pixels[i : i + 1], beams.ids[i, :1, :3], torch.tensor([3]))
+        expected = model.log_likelihood(pixels[i : i + 1], beams.ids[i], lengths) - prefix
+        torch.testing.assert_close(beams.log_probs[i] * (lengths - 3), expected, atol=1e-4, rtol=1e-4)
+    model.static_step = __import__("coca_lit.models.generation.state", fromlist=["x"]).static_step
+    static = model.generate(pixels, strategy="beam", num_beams=3, num_captions=3, prompt="a red", return_scores=True)
+    assert torch.equal(static.ids, beams.ids)
+    attention = model.generate(pixels, max_length=8, return_attention=True).attention
+    torch.testing.assert_close(attention[:, 1].sum(-1), torch.ones(3))
+
+
+def test_files_go_both_ways(tmp_path: Path) -> None:
+    model, _, _ = modern(text_tower_args={"pool": "mean", **STYLE, "norm_eps": 1e-5, "rope_base": 500.0})
+    write_open_clip(model, tmp_path, version="4")
+    loaded = load_model(tmp_path / "open_clip_model.safetensors")
+    assert loaded.config == model.config
+    save_model(model, tmp_path / "ours.safetensors")
+    assert load_model(tmp_path / "ours.safetensors").config == model.config
+    with pytest.raises(ValueError, match="needs OpenCLIP 4"):
+        write_open_clip(model, tmp_path)
+
+
+def test_a_config_that_asks_for_another_modern_tower() -> None:
+    model, state, _ = modern()
+    for key, value in (("reg_tokens", 4), ("value_residual", True), ("mlp_type", "relu2"), ("attention_bias", True)):
+        config = open_clip_config(model, "4")
+        config["model_cfg"]["text_cfg"][key] = value
+        with pytest.raises(ValueError, match=f"asks for text_cfg.{key} = "):
+            from_open_clip(state, config)
+
+
+def test_size_of_the_preset() -> None:
+    with torch.device("meta"):
+        model = create_model("coca2-moderntext_ViT-B-32")
+    assert sum(p.numel() for p in model.parameters()) == 263_526_657
+    assert len(to_open_clip(model)) == 405
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    model = create_model("coca2-moderntext_ViT-B-32", **SMALL | {"text_width": 64, "embed_dim": 64, "text_layers": 4})
+    block = model.text.blocks[1]
+    for tensor, std in (
+        (block.attn.qkv.weight, 1 / 8),
+        (block.attn.gate.weight, 1 / 8),
+        (block.attn.proj.weight, 8**-1.5),
+        (block.mlp.w12.weight, 1.22 * 128**-0.5),
+        (block.mlp.w3.weight, 8**-1.5),
+    ):
+        assert tensor.std().item() == pytest.approx(std if std != 8**-1.5 else 64**-0.5 * 8**-0.5, rel=0.05)
