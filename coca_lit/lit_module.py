@@ -18,7 +18,7 @@ from coca_lit.models.coca import Contrastive
 from coca_lit.models.text import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
 from coca_lit.training.objectives import Objective, Pairs, Texts, check_pairs, named_objectives
-from coca_lit.training.optim import warmup_cosine
+from coca_lit.training.optim import warmup_cosine, warmup_stable_decay
 from coca_lit.training.sharding import FullySharded, shard
 from coca_lit.weights import MODEL_KEY
 
@@ -33,6 +33,8 @@ class CoCaLit(L.LightningModule):
         net: the network.
         optimizer: makes an optimizer for the trainable parameters of a module, see `coca_lit.training.optim.AdamW`.
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
+        cooldown_steps: a constant rate in the place of the cosine, with a cooldown in the last steps, see
+            `warmup_stable_decay`; 0 for none, as for a trunk from which runs of several lengths branch.
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
         text_weight: factor of the caption loss of batches that are texts alone.
@@ -53,6 +55,7 @@ class CoCaLit(L.LightningModule):
         net: CoCa,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         warmup_steps: int = 0,
+        cooldown_steps: int | None = None,
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
         text_weight: float = 1.0,
@@ -68,9 +71,11 @@ class CoCaLit(L.LightningModule):
         super().__init__()
         if contrastive != net.config["contrastive"]:
             raise ValueError(f"contrastive is '{contrastive}', but the network has '{net.config['contrastive']}'")
+        if cooldown_steps is not None and (not isinstance(cooldown_steps, int) or cooldown_steps < 0):
+            raise ValueError(f"cooldown_steps must be a whole number of at least 0, got {cooldown_steps!r}")
         self.net = net
         self.make_optimizer = optimizer
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
         self.pairs = Pairs(contrastive_weight, caption_weight, label_smoothing, micro_batch_size)
         self.texts = Texts(text_weight, label_smoothing)
         self.self_critical = self_critical
@@ -152,7 +157,11 @@ class CoCaLit(L.LightningModule):
         if any(p.requires_grad for p in self.objectives.parameters()):
             for group in self.make_optimizer(self.objectives).param_groups:
                 optimizer.add_param_group(group)
-        scheduler = warmup_cosine(optimizer, self.warmup_steps, int(self.trainer.estimated_stepping_batches))
+        steps = (self.warmup_steps, int(self.trainer.estimated_stepping_batches))
+        if self.cooldown_steps is None:
+            scheduler = warmup_cosine(optimizer, *steps)
+        else:
+            scheduler = warmup_stable_decay(optimizer, *steps, self.cooldown_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -207,6 +207,7 @@ class CoCa(Freezable):
         contrastive: bool = True,
         captioning: bool = True,
         prefix_lengths: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> CoCaOutput:
         """Features and caption states of a batch of pairs.
 
@@ -219,6 +220,7 @@ class CoCa(Freezable):
             lengths: (B,) number of real tokens; None finds them from the trailing pads.
             contrastive, captioning: whether to compute what that loss needs; the output is None where it is off.
             prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default.
+            read: (B, L) ids from which the tokens are predicted; None for the tokens themselves.
         """
         lengths = self._lengths(tokens, lengths)
         decoder = self.decoder if captioning else None
@@ -229,7 +231,9 @@ class CoCa(Freezable):
             raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
         else:
             vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
-        states, text_vector, layout = self.text(tokens, lengths, contrastive)
+        states, text_vector, layout = self.text(tokens if read is None else read, lengths, contrastive and read is None)
+        if contrastive and read is not None:
+            _, text_vector, _ = self.text(tokens, lengths)
         hidden, labels = None, None
         if decoder is not None:
             if image_tokens is not None:

@@ -30,7 +30,9 @@ def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], traine
 
 
 def _without(net: CoCa, part: str, trained: Collection[str]) -> Iterator[str]:
-    """The part itself, or its untrained children if some of its children are trained."""
+    """The part itself, or its untrained children if some of its children are trained; nothing if all of it is."""
+    if part in trained:
+        return
     if not any(name.startswith(f"{part}.") for name in trained):
         yield part
         return

@@ -2,7 +2,7 @@
 
 `Pairs` is CoCa's own pair of losses, `Texts` the caption loss of batches that are texts alone,
 `coca_lit.training.self_critical.SelfCritical` takes the place of `Pairs` in training, and further objectives join by
-name: `model.objectives.NAME._target_=my_package.MyObjective`.
+name: `model.objectives.NAME._target_=my_package.MyObjective`. Captioning alone is `model.contrastive_weight=0`.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from coca_lit.data.batch import Batch
+from coca_lit.data.batch import Batch, padded
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
 
@@ -105,6 +105,99 @@ class Texts(Objective):
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         out = net(None, batch.tokens, batch.lengths)
         return {"text": loss_terms(out, self.label_smoothing if self.training else 0.0)["caption"]}
+
+
+class ParallelPrediction(Objective):
+    """Caption loss with masked inputs (CapPa: Tschannen et al. 2023, arXiv 2306.07915). For a share of the pairs of a
+    batch the text side reads start tokens in the place of the caption, so every token is predicted from the image and
+    its position alone, and the image features must carry all of it. The other pairs have the usual caption loss, and so
+    have all pairs in evaluation.
+
+    With `contrastive_weight=0 caption_weight=0` it is CapPa itself. As in CoCa, tokens attend to those before them; the
+    paper lets masked ones attend to all, which are as empty.
+
+    Args:
+        share: of the pairs whose captions are masked; 0.75 in the paper.
+        weight: factor of the loss.
+    """
+
+    def __init__(self, share: float = 0.75, weight: float = 1.0) -> None:
+        super().__init__(parallel=weight)
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
+        self.share = share
+
+    def build(self, net: CoCa) -> None:
+        self.trains = _caption_parts(net)
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        read = None
+        if self.training:
+            masked = torch.rand(len(batch.tokens), device=batch.tokens.device) < self.share  # (B,)
+            positions = torch.arange(batch.tokens.shape[1], device=masked.device)
+            given = 1 if batch.prefix_lengths is None else batch.prefix_lengths[:, None]
+            read = batch.tokens.masked_fill(masked[:, None] & (positions >= given), net.tokenizer.sot_id)
+        return {"parallel": _caption_term(net, batch, read=read)}
+
+
+class PrefixPrompts(Objective):
+    """Caption loss of captions behind a prompt, which is read and not predicted. `generate.prompt` then asks for the
+    kind of caption that a prompt stands for.
+
+    Args:
+        prompts: each caption gets one of them at random, in evaluation the first.
+        weight: factor of the loss.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+
+    def __init__(self, prompts: Sequence[str], weight: float = 1.0) -> None:
+        super().__init__(prefixed=weight)
+        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
+            raise ValueError(f"prompts must be one or more texts with words, got {prompts!r}")
+
+    def build(self, net: CoCa) -> None:
+        self.trains = _caption_parts(net)
+        rows = [ids[1:-1] for ids in net.tokenizer.encode_batch(self.prompts)]
+        if max(map(len, rows)) > net.tokenizer.context_length // 2:
+            raise ValueError(f"a prompt takes more than half of the context of {net.tokenizer.context_length} tokens")
+        ids, lengths = padded(rows, net.tokenizer.pad_id)
+        self.register_buffer("ids", ids, persistent=False)  # (P, p)
+        self.register_buffer("lengths", lengths, persistent=False)  # (P,)
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        count = len(batch.tokens)
+        device = batch.tokens.device
+        which = torch.randint(len(self.prompts), (count,), device=device) if self.training else [0] * count
+        return {"prefixed": _caption_term(net, self.with_prompts(net, batch, which))}
+
+    def with_prompts(self, net: CoCa, batch: Batch, which: Tensor | list[int]) -> Batch:
+        """The batch with a prompt between the start and the rest of each text; texts that become too long are cut."""
+        tokens, context = batch.tokens, net.tokenizer.context_length
+        prompts, added = self.ids[which], self.lengths[which, None]  # (B, p), (B, 1)
+        positions = torch.arange(min(tokens.shape[1] + prompts.shape[1], context), device=tokens.device)  # (T,)
+        from_prompt = prompts.gather(1, (positions - 1).clamp(0, prompts.shape[1] - 1).expand(len(tokens), -1))
+        from_text = tokens.gather(1, (positions - added).clamp(0, tokens.shape[1] - 1))
+        lengths = (batch.lengths + added[:, 0]).clamp(max=context)
+        new = torch.where((positions >= 1) & (positions <= added), from_prompt, from_text)
+        new = new.scatter(1, lengths[:, None] - 1, net.tokenizer.eot_id)
+        new = new.masked_fill(positions >= lengths[:, None], net.tokenizer.pad_id)
+        before = 1 if batch.prefix_lengths is None else batch.prefix_lengths
+        return batch._replace(tokens=new, lengths=lengths, prefix_lengths=before + added[:, 0])
+
+
+def _caption_parts(net: CoCa) -> list[str]:
+    """What a caption loss alone trains; raises ValueError for a network without a decoder."""
+    if net.decoder is None:
+        raise ValueError("a caption loss needs a decoder, which a model with decoder_layers=0 lacks")
+    return net.parameters_of_loss("caption")
+
+
+def _caption_term(net: CoCa, batch: Batch, read: Tensor | None = None) -> Tensor:
+    asked = {"contrastive": False, "prefix_lengths": batch.prefix_lengths, "read": read}
+    return loss_terms(net(batch.images, batch.tokens, batch.lengths, **asked))["caption"]
 
 
 def named_objectives(objectives: Mapping[str, Objective | None]) -> dict[str, Objective]:

@@ -209,6 +209,7 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
         *((name, ()) for name in ("pretrain_b32", "finetune_mscoco", "scst_mscoco")),
         *((name, ()) for name in ("finetune_vqa", "scenes_vqa")),
         ("clip_b32", CLIP),
+        ("pretrain_mammut_b32", ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")),
         ("flickr8k", ("image_weights=null", "model.freeze=[]")),
         *((name, FEW_PHOTOS) for name in ("flickr8k_two_hours", "flickr8k_frozen", "scst_flickr8k")),
     ],

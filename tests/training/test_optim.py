@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import run
 from torch import nn
 
+from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
-from coca_lit.training.optim import AdamW, decays, warmup_cosine
+from coca_lit.training.optim import AdamW, Grouped, Timm, decays, warmup_cosine, warmup_stable_decay
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -199,3 +202,111 @@ def test_no_warmup_starts_at_the_peak() -> None:
 
 def test_a_run_shorter_than_its_warmup_only_rises() -> None:
     assert learning_rates(warmup_steps=4, total_steps=2, steps=3) == pytest.approx([0.5, 1.0, 1.5])
+
+
+# timm's optimizers
+
+
+def test_optimizers_of_timm_have_the_same_groups(tiny_model: Build) -> None:
+    model = tiny_model(pooler="parallel", **VIT)
+    expected = AdamW(lr=1e-3, weight_decay=0.3, layer_decay=0.5)(model)
+    found = Timm("lion", lr=1e-3, weight_decay=0.3, layer_decay=0.5)(model)
+    assert type(found).__name__ == "Lion"
+
+    def plain(optimizer: torch.optim.Optimizer) -> list[tuple[float, float, list[int]]]:
+        return [(g["lr"], g["weight_decay"], [id(p) for p in g["params"]]) for g in optimizer.param_groups]
+
+    assert plain(found) == plain(expected)
+
+
+def test_muon_is_for_matrices_that_transform(tiny_model: Build) -> None:
+    model = tiny_model(**VIT)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = Timm("muon", lr=1e-3)(model)
+    muon = {names[id(p)] for g in optimizer.param_groups if not g["use_fallback"] for p in g["params"]}
+    assert "text.blocks.0.attention.qkv.weight" in muon
+    assert not muon & {"text.token_embedding.weight", "decoder.vocabulary.weight", "text.position_embedding"}
+    assert all(p.ndim > 1 for name, p in model.named_parameters() if name in muon)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.2, 0.0}
+
+
+@pytest.mark.parametrize("make", [Timm(name, lr=1e-2) for name in ("muon", "lion", "adopt", "nadamw", "mars")], ids=str)
+def test_an_optimizer_goes_on_from_its_state(make: Grouped) -> None:
+    """Five steps in one go, and three and two over a state that was saved: the same bits."""
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for i in numbers:
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(i))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 4))
+
+    whole, first, second = network(), network(), network()
+    steps(whole, make(whole), range(5))
+    before = make(first)
+    steps(first, before, range(3))
+    second.load_state_dict(first.state_dict())
+    after = make(second)
+    after.load_state_dict(before.state_dict())
+    steps(second, after, range(3, 5))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "lyon"}, "timm has no optimizer 'lyon'; did you mean 'lion'"),
+        ({"name": "lion", "arguments": {"beta": 1}}, "timm's lion has no argument 'beta'; did you mean 'betas'"),
+        ({"name": "lion", "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
+    ],
+)
+def test_optimizers_that_timm_lacks(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Timm(lr=1e-3, **arguments)
+
+
+# Warm-up, constant rate, cooldown
+
+
+def test_cooldown_by_hand() -> None:
+    def rates(total: int, cooldown: int) -> list[float]:
+        optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=2.0)
+        scheduler = warmup_stable_decay(optimizer, 2, total, cooldown)
+        found = []
+        for _ in range(total + 1):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    expected = [1.0, 2.0, 2.0, 2.0, 2 * (1 - 0.5), 2 * (1 - math.sqrt(0.5)), 2 * (1 - math.sqrt(0.75)), 0.0]
+    assert rates(7, 4) == pytest.approx(expected)
+    assert rates(5, 0)[:5] == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0])
+    with pytest.raises(ConfigError, match="2 steps of warm-up and 4 of cooldown do not fit a run of 5 steps"):
+        rates(5, 4)
+
+
+def test_a_branch_cools_down_from_a_trunk_with_the_same_bits(tmp_path: Path) -> None:
+    """A trunk of 4 steps and a branch of 2 from its checkpoint are one run of 6 steps, with Muon's state."""
+    options = (
+        *("trainer=cpu", "trainer.limit_val_batches=0", "data.batch_size=8", "data.train_count=16", "evals=[]"),
+        *("model.warmup_steps=1", "model.optimizer._target_=coca_lit.training.optim.Timm", "model.optimizer.name=muon"),
+        *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.1"),
+    )
+    trunk, branch, straight = (tmp_path / name for name in ("trunk", "branch", "straight"))
+    run(trunk, *options, "trainer.max_epochs=2", "model.cooldown_steps=0")
+    checkpoint = f"ckpt_path={trunk}/checkpoints/last.ckpt"
+    run(branch, *options, "trainer.max_epochs=3", "model.cooldown_steps=2", checkpoint)
+    run(straight, *options, "trainer.max_epochs=3", "model.cooldown_steps=2")
+    found, expected = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (branch, straight)
+    )
+    assert found["global_step"] == expected["global_step"] == 6
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], tensor), name
+    before = torch.load(trunk / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert not torch.equal(before["net.image_projection.weight"], found["state_dict"]["net.image_projection.weight"])

@@ -127,6 +127,19 @@ def test_openclips_recipe_for_mscoco_runs_on_two_ranks(on_ranks, tmp_path: Path)
     assert saved(tmp_path)["global_step"] == 3
 
 
+MAMMUT = ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")
+
+
+def test_blocks_that_two_passes_share_are_sharded(on_ranks, tmp_path: Path) -> None:
+    """MaMMUT's blocks run twice in a step, with one gradient; sharded as by DDP and in one process."""
+    options = ("data.train_count=16", *MAMMUT)
+    run(tmp_path / "one", *SHORT, *options)
+    for name, way in (("sharded", SHARDED), ("ddp", DDP)):
+        on_ranks(2, train, tmp_path / name, *options, *way)
+        found, expected = saved(tmp_path / name)["state_dict"], saved(tmp_path / "one")["state_dict"]
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
 def sharded_model() -> dict[str, Any]:
     torch.manual_seed(0)
     net = create_model("coca_tiny", **MODEL).eval()
