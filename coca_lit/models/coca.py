@@ -144,7 +144,7 @@ class CoCa(Freezable):
         self.image_encoder = ImageEncoder(image_encoder, image_size, **(image_encoder_args or {}))
         sizes_of_pooling = (embed_dim, pooler_queries, pooler_heads, text_width)
         self.pooling = build_pooling(pooler, self.image_encoder, *sizes_of_pooling)
-        self.image_projection: nn.Linear | nn.Identity = nn.Identity()
+        self.image_projection: nn.Module = nn.Identity()
         if self.pooling.projected:
             self.image_projection = nn.Linear(self.pooling.vector_width, embed_dim, bias=False)
         vocab_size = self.tokenizer.vocab_size

@@ -2,8 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -202,9 +201,13 @@ class Decoder(nn.Module, ABC):
         grad_checkpointing: what the backward pass computes again.
     """
 
-    open_clip_config: Mapping[str, Any] = MappingProxyType({})  # its keys in OpenCLIP's `multimodal_cfg`, besides sizes
     vocabulary: kernels.Linear
     grad_checkpointing: GradCheckpointing = "none"
+
+    @property
+    def open_clip_config(self) -> dict[str, Any]:
+        """Its keys in OpenCLIP's `multimodal_cfg`, besides sizes."""
+        return {}
 
     @property
     @abstractmethod

@@ -126,7 +126,7 @@ def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None
 
 def _numbers(node: Any) -> Iterator[float]:
     if isinstance(node, dict | list | tuple):
-        for child in node.values() if isinstance(node, dict) else node:
+        for child in (v for k, v in node.items() if k != "rope_base") if isinstance(node, dict) else node:
             yield from _numbers(child)
     elif isinstance(node, int | float):
         yield node
