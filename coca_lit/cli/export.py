@@ -72,6 +72,8 @@ def _writer(
         return lambda model, folder: write_open_clip(model, folder, correct_cls_mask, version)
     if correct_cls_mask:
         raise ConfigError(f"correct_cls_mask belongs to format=open_clip, but the format is {name}: leave it out")
+    if version != "3.3":
+        raise ConfigError(f"version belongs to format=open_clip, but the format is {name}: leave it out")
     if name == "safetensors":
         from coca_lit.export.safetensors import write_safetensors
 
