@@ -1,6 +1,7 @@
-"""OpenCLIP's files: weights of its CoCa from and to ours, weights of its CLIP, and `open_clip_config.json`.
+"""OpenCLIP's files: weights of its captioners from and to ours, weights of its CLIP, and `open_clip_config.json`.
 
-The tables below hold the key names of open_clip 2.11 to 3.3. Values differ in three ways: projections are stored
+Each part of a model knows the names of its tensors in OpenCLIP (`open_clip_names`) and its keys in the config
+(`open_clip_config`); those of CoCa are the names of open_clip 2.11 to 3.3. Values differ in three ways: projections are stored
 transposed there, the packed query/key/value projection of a cross-attention is two matrices here, and temperature and
 bias of the contrastive logits are scalars there and vectors of one here. Without a decoder the counterpart of CoCa is
 OpenCLIP's `CustomTextCLIP`.
@@ -120,7 +121,8 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
     sizes = _sizes(theirs)
     if "map_viz2txt_kv" in theirs and "text.lm_head" not in theirs:  # names of the code that trained openMaMMUT
-        theirs["text.lm_head"] = theirs.pop("text.text_projection")
+        theirs["text.lm_head"] = theirs["text.text_projection"]
+        del theirs["text.text_projection"]
     model = CoCa(**sizes | _coca_arguments(config, sizes) | overrides)
     names = _names(model)
     ours: dict[str, Tensor] = {}
@@ -248,7 +250,7 @@ def _modern_sizes(theirs: Mapping[str, Tensor], width: int) -> dict[str, Any]:
         "text_tower": "modern",
         "text_tower_args": {"pool": "map" if "text.pool.query" in theirs else "eos", **style("text")},
         "text_layers": _depth(theirs, "text.blocks"),
-        **({"text_heads": width // len(head)} if head is not None else {}),
+        **({"text_heads": width // max(len(head), 1)} if head is not None else {}),
         "decoder_layers": layers,
         "decoder_args": style("text_decoder") | _every(layers, crossed) if layers else None,
     }
@@ -267,7 +269,7 @@ def _two_pass_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _every(layers: int, crossed: int) -> dict[str, int]:
     """How often a layer of a decoder looks at the image, from their number and that of cross-attentions."""
-    return {"cross_attention_every": -(-layers // max(crossed, 1))}
+    return {"cross_attention_every": max(-(-layers // max(crossed, 1)), 1)}
 
 
 def _check_vocabulary(size: int) -> None:
@@ -493,6 +495,8 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
         return f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
     if isinstance(model.text, TwoPassTower) != isinstance(model.pooling, MeanPooling):
         return "in OpenCLIP a two-pass text tower and the mean of all image tokens go together"
+    if isinstance(model.text, TwoPassTower) and model.decoder is None:
+        return "OpenCLIP has no MaMMUT without its decoder"
     if version == "3.3" and "4" in (model.pooling.open_clip_version, model.text.open_clip_version):
         return "its pooler or text tower needs OpenCLIP 4: export it with version=4"
     if not _is_clip_transformer(model.image_encoder.trunk):
