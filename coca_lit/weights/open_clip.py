@@ -1,7 +1,7 @@
 """OpenCLIP's files: weights of its captioners from and to ours, weights of its CLIP, and `open_clip_config.json`.
 
 Each part of a model knows the names of its tensors in OpenCLIP (`open_clip_names`) and its keys in the config
-(`open_clip_config`); those of CoCa are the names of open_clip 2.11 to 3.3. Values differ in three ways: projections are stored
+(`open_clip_config`); CoCa has the names of open_clip 2.11 to 3.3. Values differ in three ways: projections are stored
 transposed there, the packed query/key/value projection of a cross-attention is two matrices here, and temperature and
 bias of the contrastive logits are scalars there and vectors of one here. Without a decoder the counterpart of CoCa is
 OpenCLIP's `CustomTextCLIP`.
