@@ -33,8 +33,6 @@ class CoCaLit(L.LightningModule):
         net: the network.
         optimizer: makes an optimizer for the trainable parameters of a module, see `coca_lit.training.optim.AdamW`.
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
-        cooldown_steps: a constant rate in the place of the cosine, with a cooldown in the last steps, see
-            `warmup_stable_decay`; 0 for none, as for a trunk from which runs of several lengths branch.
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
         text_weight: factor of the caption loss of batches that are texts alone.
@@ -48,6 +46,8 @@ class CoCaLit(L.LightningModule):
         micro_batch_size: pairs that a process sends through the network at a time, see `gradient_caching`; None for
             the whole batch.
         objectives: further losses of pairs, by a name of your choice. None in place of an objective leaves it out.
+        cooldown_steps: a constant rate in the place of the cosine, with a cooldown in the last steps, see
+            `warmup_stable_decay`; 0 for none, as for a trunk from which runs of several lengths branch.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class CoCaLit(L.LightningModule):
         net: CoCa,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         warmup_steps: int = 0,
-        cooldown_steps: int | None = None,
         contrastive_weight: float = 1.0,
         caption_weight: float = 2.0,
         text_weight: float = 1.0,
@@ -67,6 +66,7 @@ class CoCaLit(L.LightningModule):
         compile: bool = False,
         micro_batch_size: int | None = None,
         objectives: Mapping[str, Objective | None] = MappingProxyType({}),
+        cooldown_steps: int | None = None,
     ) -> None:
         super().__init__()
         if contrastive != net.config["contrastive"]:

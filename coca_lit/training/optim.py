@@ -4,7 +4,7 @@ warm-up, then half a cosine, or a constant rate with a cooldown at the end.
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -148,13 +148,11 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
     """Learning rate factor per step: linear from 1/warmup_steps to 1, then half a cosine down to 0 at `total_steps`."""
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
+    def after(step: int) -> float:
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
-    return LambdaLR(optimizer, factor)
+    return _warmed_up(optimizer, warmup_steps, after)
 
 
 def warmup_stable_decay(
@@ -173,10 +171,17 @@ def warmup_stable_decay(
             " set model.warmup_steps or model.cooldown_steps to fewer"
         )
 
+    def after(step: int) -> float:
+        progress = (step - stable_until) / max(cooldown_steps, 1)
+        return 1 - math.sqrt(min(max(progress, 0.0), 1.0))
+
+    return _warmed_up(optimizer, warmup_steps, after)
+
+
+def _warmed_up(optimizer: torch.optim.Optimizer, warmup_steps: int, after: Callable[[int], float]) -> LambdaLR:
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        progress = (step - stable_until) / max(cooldown_steps, 1)
-        return 1 - math.sqrt(min(max(progress, 0.0), 1.0))
+        return after(step)
 
     return LambdaLR(optimizer, factor)

@@ -96,8 +96,9 @@ def test_the_decoder_of_b32_sees_255_image_tokens() -> None:
 def test_number_of_image_tokens_of_each_pooler(tiny_model: Build, pooler: Pooler) -> None:
     model = tiny_model(pooler=pooler, pooler_queries=9)
     vector, tokens = model.pooling(model.image_encoder(pixels(model, 2)))
-    assert vector.shape == (2, model.config["embed_dim"])
-    assert tokens.shape[1] == (8 if pooler == "single" else 9)
+    whole = pooler.startswith("mean")  # all tokens of the encoder, and their mean before its projection
+    assert vector.shape == (2, 128 if whole else model.config["embed_dim"])
+    assert tokens.shape[1] == (16 if whole else 8 if pooler == "single" else 9)
 
 
 # ---------------------------------------------------------------- forward pass, for every pooler and mask

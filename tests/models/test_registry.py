@@ -57,10 +57,12 @@ Import = Callable[[], ModuleType]
 
 @pytest.fixture(autouse=True)
 def forget_guests() -> Iterator[None]:
+    built_in = dict(TEXT_TOWERS._factories)
     yield
     sys.modules.pop("their_package", None)
     IMAGE_ENCODERS._factories.clear()
     TEXT_TOWERS._factories.clear()
+    TEXT_TOWERS._factories.update(built_in)
 
 
 @pytest.fixture(autouse=True)
