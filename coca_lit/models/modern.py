@@ -354,7 +354,7 @@ class ModernTextTower(nn.Module):
         grid = layout.unpack(states)  # (B, T, D)
         if self.pooled == "map":
             return self.pool(grid, layout.mask)
-        return (grid * layout.mask[..., None]).sum(dim=1) / lengths[:, None]
+        return (grid * layout.mask[..., None]).sum(dim=1) / layout.mask.sum(dim=1, keepdim=True)
 
 
 class ModernDecoder(Decoder):

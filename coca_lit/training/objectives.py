@@ -135,7 +135,7 @@ class ParallelPrediction(Objective):
         if self.training:
             masked = torch.rand(len(batch.tokens), device=batch.tokens.device) < self.share  # (B,)
             positions = torch.arange(batch.tokens.shape[1], device=masked.device)
-            given = 1 if batch.prefix_lengths is None else batch.prefix_lengths[:, None]
+            given = 1 if batch.prefix_lengths is None else batch.prefix_lengths[:, None].to(masked.device)
             read = batch.tokens.masked_fill(masked[:, None] & (positions >= given), net.tokenizer.sot_id)
         return {"parallel": _caption_term(net, batch, read=read)}
 
@@ -180,11 +180,11 @@ class PrefixPrompts(Objective):
         positions = torch.arange(min(tokens.shape[1] + prompts.shape[1], context), device=tokens.device)  # (T,)
         from_prompt = prompts.gather(1, (positions - 1).clamp(0, prompts.shape[1] - 1).expand(len(tokens), -1))
         from_text = tokens.gather(1, (positions - added).clamp(0, tokens.shape[1] - 1))
-        lengths = (batch.lengths + added[:, 0]).clamp(max=context)
+        lengths = (batch.lengths.to(tokens.device) + added[:, 0]).clamp(max=context)
         new = torch.where((positions >= 1) & (positions <= added), from_prompt, from_text)
         new = new.scatter(1, lengths[:, None] - 1, net.tokenizer.eot_id)
         new = new.masked_fill(positions >= lengths[:, None], net.tokenizer.pad_id)
-        before = 1 if batch.prefix_lengths is None else batch.prefix_lengths
+        before = 1 if batch.prefix_lengths is None else batch.prefix_lengths.to(tokens.device)
         return batch._replace(tokens=new, lengths=lengths, prefix_lengths=before + added[:, 0])
 
 
