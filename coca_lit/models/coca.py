@@ -167,7 +167,7 @@ class CoCa(Freezable):
             "tokenizer": self.tokenizer.spec,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
         }
-        later = {"interpolation": "bicubic", "resize_mode": "shortest"}
+        later: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"}
         later |= dict.fromkeys(("text_tower", "text_tower_args", "decoder_args"))
         for name, default in later.items():
             if self.config[name] == default:  # as in files of earlier versions; a fingerprint of the model covers them

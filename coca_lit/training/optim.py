@@ -124,10 +124,10 @@ class Timm(Grouped):
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__(lr, weight_decay, layer_decay, image_factor)
-        names = list_optimizers(exclude_filters=["fused*", "bnb*"])
+        names = [str(known) for known in list_optimizers(exclude_filters=["fused*", "bnb*"])]
         if name not in names:
             raise ValueError(f"timm has no optimizer '{name}'{suggest(name, names)} It has {', '.join(names)}")
-        self.kind = get_optimizer_class(name, bind_defaults=False)
+        self.kind: Any = get_optimizer_class(name, bind_defaults=False)
         known = [key for key in inspect.signature(self.kind).parameters if key not in ("params", "lr", "weight_decay")]
         for key in arguments:
             if key not in known:
