@@ -20,7 +20,7 @@ from typing import Any
 import lightning.pytorch as L
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from coca_lit.runs.signals import requeue, slurm_signal
+from coca_lit.runs.signals import requeue, requeue_once, slurm_signal
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -50,7 +50,8 @@ class Signals:
     def answer(self, trainer: L.Trainer, number: int) -> None:
         """Requeues or exits once all is saved, on all ranks at the same step. Returns if the run may continue."""
         self.received = 0
-        if callable(other := self._others[number]) and number not in (signal.SIGINT, signal.SIGTERM):
+        other = self._others[number]
+        if callable(other) and other is not requeue_once and number not in (signal.SIGINT, signal.SIGTERM):
             other(number, None)  # submitit: its preemption signal requeues and exits
             return
         if number == slurm_signal() and trainer.is_global_zero:

@@ -22,10 +22,11 @@ def slurm_signal() -> int | None:
 def requeue_while_starting() -> None:
     """Answers the signal until training listens: the job is requeued, and SLURM ends it."""
     if (number := slurm_signal()) is not None:
-        signal.signal(number, _requeue_once)
+        signal.signal(number, requeue_once)
 
 
-def _requeue_once(number: int, frame: FrameType | None) -> None:
+def requeue_once(number: int, frame: FrameType | None) -> None:
+    """The handler of that time."""
     signal.signal(number, signal.SIG_IGN)
     if os.environ.get("SLURM_PROCID", "0") == "0":
         requeue()

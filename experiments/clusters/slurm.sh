@@ -60,7 +60,10 @@ CONF
 
 stop() {
     for daemon in slurmd slurmctld; do
-        if [ -s "$folder/$daemon.pid" ]; then kill "$(cat "$folder/$daemon.pid")" || true; fi
+        [ -s "$folder/$daemon.pid" ] || continue
+        pid=$(cat "$folder/$daemon.pid")
+        kill "$pid" 2>/dev/null || continue
+        timeout 10 tail --pid="$pid" -f /dev/null || true # until it is gone
     done
 }
 

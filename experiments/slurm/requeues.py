@@ -80,7 +80,8 @@ class Submitted(NamedTuple):
         return path.read_text() if path.exists() else ""
 
     def starts(self) -> bool:
-        return bool(self.log()) or "StepId" in self.cluster.call("scontrol", "show", "step", self.number).stdout
+        """Python runs, PyTorch is not imported yet."""
+        return "loading libraries" in self.log()
 
     def signal(self) -> None:
         """What SLURM does two minutes before the time of the job is over; returns when it is requeued."""
@@ -134,7 +135,6 @@ def requeue(job: Submitted, times: int) -> list[dict[str, str]]:
     for i in range(times):
         if i == 0:
             until(job.starts)
-            time.sleep(1.0)  # Python runs, PyTorch is not imported yet
         else:
             until(lambda seen=seen: len(curve(job.run)) > seen + 3 or job.state in OVER)
         job.signal()

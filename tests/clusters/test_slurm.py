@@ -66,7 +66,9 @@ def test_a_job_is_requeued_while_it_starts_and_while_it_trains(slurm: Cluster, t
     requeue(job, 2)
     assert job.completes(), job.log()
     assert job.log().count("requeued job") == 2
-    assert "resuming after step" in job.log()
+    assert job.log().count("resuming after step") == job.log().count("stopping after step") == 1
+    assert "Killed" not in job.log()
+    assert f"name=demo/slurm_{job.number}" in job.log().partition("resume with: ")[2].splitlines()[0]
     undisturbed = slurm.submit(*words)
     assert undisturbed.completes(), undisturbed.log()
     assert differences(job.run, undisturbed.run) == ""

@@ -29,6 +29,7 @@ from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.resume import FORMAT, RUN_KEY, check_same_run, find_checkpoint, resume, resume_keys, start_fresh
 from coca_lit.runs.run_folder import finished_results, start_run_folder
+from coca_lit.runs.signals import requeue_while_starting
 from coca_lit.training.checkpoint_plugin import SafeCheckpointIO
 
 # Two epochs of six batches of the smallest network that has everything, validation and scores between.
@@ -57,6 +58,7 @@ def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, e
     os.environ.update(environment)
     if "SUBMITIT_EXECUTOR" in environment:
         signal.signal(signal.SIGUSR2, _requeue_like_submitit)
+    requeue_while_starting()  # the first thing that the command does
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("a", buffering=1)
@@ -232,6 +234,7 @@ def test_signal_saves_and_stops(
     assert not (tmp_path / "run" / "results.json").exists()
     if signal.SIGUSR1 in numbers:
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+        assert "stopping after step 2 on signal 10: saved" in (tmp_path / "run.log").read_text()
 
 
 def test_under_submitit_its_own_handler_comes_after_saving(tmp_path: Path) -> None:
