@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from experiments.slurm.requeues import LOGS, SHORT, SIZES, Cluster, cluster, curve, differences, requeue, until
+from experiments.slurm.requeues import LOGS, SHORT, SIZES, Cluster, cluster, curve, differences, requeue
 
 pytestmark = pytest.mark.slow  # .ci/clusters runs them
 
@@ -61,10 +61,9 @@ def test_a_job_is_requeued_while_it_starts_and_while_it_trains(slurm: Cluster, t
     """One log, one folder, one curve and equal bits, as of an undisturbed job; experiments/slurm does it ten times."""
     words = (*SIZES, *SHORT, *LOGS, "trainer.max_epochs=6")
     job = slurm.submit(*words)
-    until(lambda: job.state == "RUNNING")
-    assert f"JobName=demo/{job.number} " in job.shown().replace("\n", " ")
     requeue(job, 2)
     assert job.completes(), job.log()
+    assert f"JobName=demo/{job.number} " in job.shown().replace("\n", " ")
     assert job.log().count("requeued job") == 2
     assert job.log().count("resuming after step") == job.log().count("stopping after step") == 1
     assert "Killed" not in job.log()
