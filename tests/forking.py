@@ -51,8 +51,8 @@ class Program:
         self.process.start()
 
     def said(self) -> str:
-        """Standard output so far."""
-        return self.outputs[0].read_text() if self.outputs[0].exists() else ""
+        """Standard output and standard error so far."""
+        return "".join(path.read_text() for path in self.outputs if path.exists())
 
     def wait(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         self.process.join(timeout)

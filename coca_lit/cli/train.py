@@ -118,9 +118,10 @@ def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
     from coca_lit.training.sharding import check_batch_size
 
     check_processes(trainer.world_size)
-    if (launched := launched_processes()) > trainer.world_size:
+    planned = trainer.num_devices * trainer.num_nodes  # under DDP, `world_size` is that of the launcher
+    if (launched := launched_processes()) > planned:
         raise ConfigError(
-            f"{launched} processes were started, but this configuration trains with {trainer.world_size} "
+            f"{launched} processes were started, but this configuration trains with {planned} "
             f"(trainer.devices={cfg.trainer.devices}): start as many, or do not set trainer.devices"
         )
     if "batch_size" in cfg.data:

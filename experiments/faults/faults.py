@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from soak import Run
 
 Fault = Callable[["Run"], str | None]
-FULL = ("could not save step_", "waits in memory", "trying again in")  # what a run says of a full disk
+FULL = ("could not save step_", "wait in memory", "trying again in")  # what a run says of a full disk
 
 
 def kill(run: "Run") -> str | None:

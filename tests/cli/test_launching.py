@@ -13,6 +13,7 @@ from forking import Program
 from running import ROOT, TINY, compose, results
 
 from coca_lit.cli import launchers
+from coca_lit.cli import train as cli
 from coca_lit.cli.study import OptunaSweeper, distribution
 from coca_lit.cli.sweep import check_processes
 from coca_lit.errors import ConfigError
@@ -212,6 +213,16 @@ def test_torchrun_sweep(run: Run, tmp_path: Path) -> None:
     assert done.stdout.count("best scenes/t2i_recall@1") == 1
     assert results(sweep / "model.optimizer.lr=0.002").keys() >= {"scenes/t2i_recall@1"}
     assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+
+
+def test_more_processes_than_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "MASTER_PORT": "1"}
+    for name, value in (told | {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "tests"}).items():
+        monkeypatch.setenv(name, value)
+    words = (*TINY, "trainer.strategy=ddp", f"output_dir={tmp_path}", "name=test")
+    expected = r"2 processes were started, but this configuration trains with 1 \(trainer\.devices=1\)"
+    with pytest.raises(ConfigError, match=expected):
+        cli.run(compose(*words))
 
 
 # Names

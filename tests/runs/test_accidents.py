@@ -10,15 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
+from forking import Program
 from running import ROOT, results, run, watched
-from test_resume import MAP, TINY, state, train
+from test_resume import MAP, TINY, assert_same, state, train
 
+from coca_lit.callbacks.metrics_log import MetricsLog
 from coca_lit.cli import runtime
 
 SHORT = (*TINY, *MAP, "trainer.max_epochs=1")
@@ -70,6 +73,36 @@ def test_stopped_worker_is_said_and_ends_the_run(tmp_path: Path) -> None:
     assert train(tmp_path / "run", *overrides) == 0
 
 
+@pytest.mark.slow
+def test_stopped_rank_is_said_and_ends_the_run(tmp_path: Path) -> None:
+    limits = ("callbacks.stall_guard.minutes=0.05", "callbacks.stall_guard.end_minutes=0.1")
+    one_long_epoch = ("trainer.max_epochs=1", "data.train_count=13_000", "trainer.limit_val_batches=0")
+    overrides = (*TINY, *limits, *one_long_epoch, "trainer.strategy=ddp", "trainer.devices=2")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = Program(str(ROOT / "train.py"), *overrides, cwd=tmp_path, environment=environment, ranks=2)
+    note = tmp_path / "outputs" / "test" / ".ranks" / "rank1.json"  # what the ranks tell each other
+    while "step 20/" not in program.said() or not note.exists():
+        assert program.process.is_alive(), program.wait().stderr
+        time.sleep(0.05)
+    stopped = json.loads(note.read_text())["process"]
+    os.kill(stopped, signal.SIGSTOP)
+    while "the run ends" not in program.said():
+        assert program.process.is_alive(), program.wait().stderr
+        time.sleep(0.05)
+    os.kill(stopped, signal.SIGKILL)  # which torchrun does itself half a minute later
+    done = program.wait()
+    assert done.returncode == 1
+    last = json.loads(note.read_text())
+    assert last["step"] > 0
+    stall = (
+        rf"no progress for \d+ seconds, rank 0 is at step \d+ and waits for rank 1 \(process {stopped} on \S+\), "
+        rf"silent since step {last['step']}, samples {', '.join(last['samples'])}"
+    )
+    text = done.stdout + done.stderr
+    said = re.findall(rf"{stall}(; the run ends, and the same command resumes it)?\n", text)
+    assert [bool(end) for end in said] == [False, True], text
+
+
 class DeleteFolder(L.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,11 +128,11 @@ def test_deleted_folder_is_said_and_made_again(tmp_path: Path, caplog: pytest.Lo
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A real disk of 4 MB."""
+    """A real disk of 96 MB, of which a checkpoint leaves 64 MB free."""
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(place)], capture_output=True, text=True
     )
     if made.returncode:
         pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
@@ -116,12 +149,12 @@ class FillDisk(L.Callback):
         self.filler, self.full, self.room = disk / "filler", full, room
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        pl_module.log_dict({f"long/{i}": float(i) for i in range(300)})
+        pl_module.log_dict({f"long/{i}": float(i) for i in range(1000)})
         if trainer.global_step == self.full:
             with self.filler.open("wb", buffering=0) as file:
                 try:
                     while True:
-                        file.write(bytes(4096))
+                        file.write(bytes(2**16))
                 except OSError:
                     pass
         if trainer.global_step == self.room:
@@ -156,6 +189,36 @@ def test_full_disk_costs_nothing_but_checkpoints(
         shutil.rmtree(folder)
 
 
+class RoomAndKill(FillDisk):
+    """Makes room as soon as the row of the step could not be written, and kills the process after the checkpoint that
+    can be written then.
+    """
+
+    def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        trainer.callbacks.insert(1, trainer.callbacks.pop())  # checkpoints come first, and other rows after this one
+        log_metrics = MetricsLog.log_metrics
+
+        def log_and_make_room(log: MetricsLog, metrics: dict[str, float], step: int | None = None) -> None:
+            log_metrics(log, metrics, step)
+            if "long/0" in metrics:
+                self.filler.unlink(missing_ok=True)
+
+        MetricsLog.log_metrics = log_and_make_room
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.full:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_rows_that_wait_are_written_before_a_checkpoint(tmp_path: Path, small_disk: Path) -> None:
+    """A run that resumes from it makes no rows of earlier steps."""
+    short = (*MAP, "trainer.limit_val_batches=0", "callbacks.checkpoint.every_n_steps=1")
+    assert train(small_disk, *short, watch=RoomAndKill(small_disk, full=2)) == -signal.SIGKILL
+    assert "metrics.csv: No space left on device; the run continues" in (tmp_path / "disk.log").read_text()
+    assert state(small_disk)["global_step"] == 2
+    assert [int(row["step"]) for row in logged(small_disk) if row["train/caption_loss"]] == [0, 1]
+
+
 HIDDEN = """
 import os, runpy, signal, sys, types
 sys.modules["fcntl"] = None
@@ -167,23 +230,39 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGALRM"):
 def refuse(*_, **__):
     raise OSError(1314, "A required privilege is not held by the client")
 os.symlink = refuse
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+import lightning.pytorch as L, coca_lit.cli.train, coca_lit.lit_module, coca_lit.callbacks, coca_lit.report
+class Die(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+def build_and_die(*args):
+    trainer = build(*args)
+    trainer.callbacks.append(Die())
+    return trainer
+build = coca_lit.cli.train.build_trainer
+for name, dies in (("whole", False), ("killed", True), ("killed", False)):
+    if (child := os.fork()) == 0:
+        coca_lit.cli.train.build_trainer = build_and_die if dies else build
+        sys.argv = [*sys.argv[1:], f"name={name}"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        os._exit(0)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 def test_trains_and_resumes_without_what_windows_lacks(tmp_path: Path) -> None:
-    """No fcntl, no user signals, no symbolic links."""
+    """No fcntl, no user signals, no symbolic links: the same bits after a kill."""
     (tmp_path / "hidden.py").write_text(HIDDEN)
     command = [sys.executable, str(tmp_path / "hidden.py"), str(ROOT / "train.py")]
-    words = (*SHORT, "evals=[]", "trainer.max_epochs=1")
-    words = tuple(word for word in words if "scenes_retrieval" not in word)
+    words = (*SHORT, "callbacks.checkpoint.every_n_steps=1")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "outputs" / "test"
-    assert state(folder)["global_step"] == 6
-    assert not (folder / "checkpoints" / "last.ckpt").is_symlink()
-    assert not (folder / ".lock").exists()
+    ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
+    assert ends == ["ended 0", "ended -9", "ended 0"], done.stderr
+    assert "resuming after step 3" in done.stdout
+    whole, killed = (tmp_path / "outputs" / name for name in ("whole", "killed"))
+    assert_same(whole, killed)
+    assert not (killed / "checkpoints" / "last.ckpt").is_symlink()
+    assert not (killed / ".lock").exists()

@@ -181,17 +181,22 @@ def test_shards_without_samples_are_refused(tmp_path):
         laion(tmp_path, tmp_path, 8, max_bad_fraction=1.0).prepare_data()
 
 
-@pytest.mark.parametrize("vanish", [True, False])
-def test_what_happens_to_a_shard_during_the_training_is_counted(tmp_path, vanish):
+@pytest.mark.parametrize("what", ["vanishes", "grows", "is written again"])
+def test_what_happens_to_a_shard_during_the_training_is_counted(tmp_path, what):
+    """One that grows keeps its time, one that is written again its size."""
     path, *_ = write_shards(tmp_path, 4, 50)
     data = laion(tmp_path, tmp_path, max_bad_fraction=0.5)
-    whole = keys(batches(data))
-    path.write_bytes(path.read_bytes() + bytes(512))
-    if vanish:
+    whole, before = keys(batches(data)), path.stat()
+    if what == "vanishes":
         path.unlink()
+    elif what == "grows":
+        path.write_bytes(path.read_bytes() + bytes(512))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     found = batches(data)
     lost = {sample.key: sample.reason for batch in found for sample in batch.bad}
-    assert lost == dict.fromkeys((f"0{i:04d}" for i in range(50)), REASONS[vanish])
+    assert lost == dict.fromkeys((f"0{i:04d}" for i in range(50)), REASONS[what == "vanishes"])
     assert all(set(a) - lost.keys() <= set(b) for a, b in zip(whole, keys(found), strict=True))
     for other in tmp_path.glob("*.tar"):
         other.unlink()
