@@ -53,6 +53,10 @@ class Tokenizer(ABC):
         room = self.context_length - 2
         return [[self.sot_id, *ids[:room], self.eot_id] for ids in self._encode_batch(texts)]
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Number of ids of each text, start and end included, if it were not cut."""
+        return [len(ids) + 2 for ids in self._encode_batch(texts)]
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 

@@ -5,6 +5,8 @@ once on any number of ranks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +19,8 @@ from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, DualEncoder
+
+MEAN_COLOUR = (123, 117, 104)  # of the pixels that OpenAI trained CLIP with
 
 
 def caption_images(
@@ -105,6 +109,47 @@ def _text_features(model: DualEncoder, texts: Sequence[str], batch_size: int) ->
         positions = by_length[start : start + batch_size]
         tokens = model.tokenizer([texts[i] for i in positions]).to(model.device)
         yield positions, evaluating(model, model.encode_text, tokens).float().cpu()
+
+
+def log_likelihoods(
+    model: CoCa,
+    records: Sequence[Record],
+    texts: Sequence[str],
+    texts_of: Callable[[int], Sequence[int]],
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> list[Tensor]:
+    """log p(text | image) of the texts of each image, in nats, on the CPU of every rank.
+
+    Args:
+        texts_of: position of a record -> numbers of the texts that are scored beside its image, one or more.
+        batch_size: images that are encoded, and pairs that the decoder reads, at a time.
+    """
+    tokens = model.tokenizer(texts)  # (T, L)
+    own: list[tuple[int, Tensor]] = []
+    for positions, images in image_batches(model, records, batch_size, num_workers):
+        encoded = evaluating(model, model.image_encoder, images)  # (B, S, C)
+        wanted = [list(texts_of(position)) for position in positions]
+        for count, group in groupby(range(len(positions)), key=lambda row: len(wanted[row])):
+            alike, at_once = list(group), max(batch_size // count, 1)
+            for rows in (alike[start : start + at_once] for start in range(0, len(alike), at_once)):
+                numbers = torch.tensor([wanted[row] for row in rows])  # (R, K)
+                score = partial(model.log_likelihood, encoded[rows])
+                parts = [
+                    evaluating(model, score, tokens[part.flatten()].to(model.device)).cpu().view(part.shape)
+                    for part in numbers.split(max(batch_size // len(rows), 1), dim=1)
+                ]
+                own += zip([positions[row] for row in rows], torch.cat(parts, dim=1), strict=True)
+    found = dict(pair for part in gather_objects(own) for pair in part)
+    return [found[i] for i in range(len(records))]
+
+
+def blind_log_likelihoods(model: CoCa, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+    """log p(text) (T,) as the decoder has it beside an image without content: the mean colour, all zeros after
+    normalisation (VisualGPTScore, arXiv 2306.01879, takes noise).
+    """
+    blank = Record("blank", partial(Image.new, "RGB", (32, 32), MEAN_COLOUR))
+    return log_likelihoods(model, [blank], texts, lambda _: range(len(texts)), batch_size)[0]
 
 
 @torch.no_grad()

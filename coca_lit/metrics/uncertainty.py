@@ -78,13 +78,18 @@ def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS,
         units: what is drawn, by id, in the order of the counts that the scores get.
     """
     of = hashlib.sha256(json.dumps(list(units), default=str).encode()).hexdigest()[:16]
-    once = {name: value for score in scores for name, value in score(np.ones((1, len(units)))).items()}
+    once = exact(len(units), *scores)
     parts: dict[str, list[np.ndarray]] = {}
     for counts in resamples(len(units), draws, seed):
         for score in scores:
             for name, values in score(counts).items():
                 parts.setdefault(name, []).append(values)
-    return {name: Draws(np.concatenate(values), float(once[name][0]), of) for name, values in parts.items()}
+    return {name: Draws(np.concatenate(values), once[name], of) for name, values in parts.items()}
+
+
+def exact(units: int, *scores: Resampled) -> dict[str, float]:
+    """The scores themselves: every unit is drawn once."""
+    return {name: float(value[0]) for score in scores for name, value in score(np.ones((1, units))).items()}
 
 
 def resamples(units: int, draws: int = DRAWS, seed: int = SEED) -> Iterator[np.ndarray]:
