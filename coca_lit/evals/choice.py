@@ -1,0 +1,88 @@
+"""Image-text choice: right texts against wrong ones, by embeddings and by the decoder's likelihood."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coca_lit.data.records import Record
+from coca_lit.errors import DataError
+from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.inference import blind_log_likelihoods, embed_pairs, log_likelihoods
+from coca_lit.metrics.choice import choice_accuracy, is_right, pair_accuracy
+from coca_lit.metrics.uncertainty import Resampled, bootstrap, exact
+from coca_lit.models import CoCa, DualEncoder
+
+
+class ChoiceScores(Evaluation):
+    """Accuracy of the choice of the right text for an image, by cosine. At the end also by the decoder:
+
+    - "likelihood/…": log p(text | image). It favours texts that are likely beside any image, and so does well where
+      wrong texts are odd, as in ARO.
+    - "pmi/…": log p(text | image) - log p(text), which does not (Lin et al. 2023, arXiv 2306.01879).
+
+    Args:
+        records: the captions of each are the right text and then the wrong ones; the domain is the kind of the case.
+        paired: pairs of images follow each other, whose right texts are each other's wrong ones; the scores are those
+            of Winoground.
+        least: images that a kind needs to count in the mean over kinds.
+    """
+
+    def __init__(
+        self, name: str, records: Sequence[Record], paired: bool = False, least: int = 1, every: int = 1
+    ) -> None:
+        super().__init__(name, records, every)
+        self.paired, self.least = paired, least
+        self.score_names = ("text_score", "image_score", "group_score") if paired else ("accuracy",)
+
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        units = self._units(records)
+        return exact(len(units), self._resampled(records, _cosines(model, self._whole(records), settings)))
+
+    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        records = self._whole(records)
+        ways = {"": _cosines(model, records, settings)}
+        if model.decoder is None:
+            self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the texts with"
+        else:
+            read, blind = _log_likelihoods(model, records, settings)
+            ways["likelihood/"] = read
+            ways["pmi/"] = [row - prior for row, prior in zip(read, blind, strict=True)]
+        for way, found in ways.items():
+            draws = bootstrap(self._units(records), self._resampled(records, found))
+            self.draws |= {f"{way}{score}": of for score, of in draws.items()}
+        return {score: draws.score for score, draws in self.draws.items()}
+
+    def _whole(self, records: Sequence[Record]) -> Sequence[Record]:
+        """Without a last image whose other one has been cut off."""
+        if self.paired and len(records) < 2:
+            raise DataError(f"{self.name} compares pairs of images: set scoring.images to 2 or more")
+        return records[: len(records) // 2 * 2] if self.paired else records
+
+    def _units(self, records: Sequence[Record]) -> list[int | str]:
+        """What an interval draws: images, or pairs of them."""
+        return [record.id for record in self._whole(records)[:: 2 if self.paired else 1]]
+
+    def _resampled(self, records: Sequence[Record], found: Sequence[Tensor]) -> Resampled:
+        if self.paired:
+            return pair_accuracy(found)
+        return choice_accuracy(is_right(found), [record.domain for record in records], self.least)
+
+
+def _cosines(model: DualEncoder, records: Sequence[Record], settings: Settings) -> list[Tensor]:
+    """Of each image (K,) with its texts."""
+    images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
+    cosines = (images[image_of_text] * texts).sum(dim=1)  # (T,)
+    return list(cosines.split([len(record.captions) for record in records]))
+
+
+def _log_likelihoods(
+    model: CoCa, records: Sequence[Record], settings: Settings
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Of each image (K,) the log-likelihoods of its texts, with the image and without it."""
+    texts = [caption for record in records for caption in record.captions]
+    counts = [len(record.captions) for record in records]
+    numbers = torch.arange(len(texts)).split(counts)
+    size = settings.batch_size
+    read = log_likelihoods(model, records, texts, lambda i: numbers[i].tolist(), size, settings.workers)
+    return read, blind_log_likelihoods(model, texts, size).split(counts)

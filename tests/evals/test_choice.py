@@ -1,0 +1,241 @@
+"""Image-text choice: by hand, against CLIP_benchmark and against loops, from files in the original layouts."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_inference import WORDS, make_model, noise
+
+from coca_lit.data.datasets.choice import (
+    SUGARCREPE,
+    aro_order_records,
+    aro_records,
+    orders,
+    plain_words,
+    sugarcrepe_records,
+    winoground_records,
+)
+from coca_lit.data.records import Record
+from coca_lit.data.transforms import build_transform
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.evals import Settings
+from coca_lit.evals.choice import ChoiceScores
+from coca_lit.metrics.choice import choice_accuracy, is_right, pair_accuracy
+from coca_lit.metrics.uncertainty import exact, resamples
+from coca_lit.models import create_model
+
+
+def text(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(2, 6)))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SugarCrepe, Winoground, ARO and BLIP's lists of COCO and Flickr30k, a few cases of each."""
+    root, rng = tmp_path_factory.mktemp("choice"), random.Random(0)
+    for folder in ("val2017", "data/images", "images", "val2014", "flickr30k-images"):
+        (root / folder).mkdir(parents=True)
+    for kind in SUGARCREPE:
+        cases = {}
+        for key in (0, 2, 3):  # indices of the original are not contiguous either
+            name = f"{kind}{key}.jpg"
+            noise(rng.randrange(99)).save(root / "val2017" / name)
+            cases[str(key)] = {"filename": name, "caption": text(rng), "negative_caption": text(rng)}
+        (root / "data" / f"{kind}.json").write_text(json.dumps(cases))
+    lines = []
+    for id in range(9):
+        for i in (0, 1):
+            noise(100 + 2 * id + i).save(root / "data" / "images" / f"ex_{id}_img_{i}.png")
+        names = {f"image_{i}": f"ex_{id}_img_{i}" for i in (0, 1)}
+        lines.append({"id": id, **names, "caption_0": text(rng), "caption_1": text(rng), "tag": "Object"})
+    (root / "data" / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    noise(7).save(root / "images" / "7.jpg")
+    box = {"bbox_x": 8, "bbox_y": 4, "bbox_w": 20, "bbox_h": 100}  # further down than the image goes
+    relations = [
+        {"image_path": "7.jpg", "true_caption": text(rng), "false_caption": text(rng), "relation_name": name, **box}
+        for name in ["on"] * 3 + ["to the left of"]
+    ]
+    (root / "visual_genome_relation.json").write_text(json.dumps(relations))
+    attributes = [{**case, "attributes": ["red", "old"]} for case in relations]
+    (root / "visual_genome_attribution.json").write_text(json.dumps(attributes))
+    noise(8).save(root / "val2014" / "COCO_val2014_000000000008.jpg")
+    noise(9).save(root / "flickr30k-images" / "9.jpg")
+    captions = ["A black dog, near a small house.", "Dog"]
+    coco = [{"image": "val2014/COCO_val2014_000000000008.jpg", "caption": captions}]
+    (root / "coco_karpathy_test.json").write_text(json.dumps(coco))
+    (root / "flickr30k_test.json").write_text(json.dumps([{"image": "flickr30k-images/9.jpg", "caption": captions}]))
+    return root
+
+
+def tag(text: str) -> Sequence[tuple[str, str]]:
+    tags = {"dog": "NN", "house": "NN", "black": "JJ", "small": "JJ"}
+    return [(word, tags.get(word.lower(), "DT")) for word in text.replace(",", " ,").replace(".", " .").split()]
+
+
+def test_by_hand() -> None:
+    scores = [torch.tensor(row) for row in ([0.9, 0.1], [0.2, 0.2], [0.5, 0.4, 0.6], [0.3])]
+    right = is_right(scores)  # right, a tie is wrong, the second rival wins, no rival
+    assert right.tolist() == [True, False, False, True]
+    found = exact(4, choice_accuracy(right, ["a", "a", "b", None]))
+    assert found == {"accuracy": 0.5, "macro_accuracy": 0.25, "a_accuracy": 0.5, "b_accuracy": 0.0}
+    assert exact(4, choice_accuracy(right, ["a", "a", "b", None], least=2))["macro_accuracy"] == 0.5
+    assert exact(4, choice_accuracy(right, [None] * 4)) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="a number for one or more texts"):
+        is_right([torch.tensor([0.5, torch.nan])])
+
+
+def test_winoground_by_hand() -> None:
+    """Per image: its own text, the other one. Pair 0: all right. 1: the texts are right, but text 1 has the wrong
+    image (0.3 < 0.4). 2: text 0 is wrong for image 0, both images are right."""
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.5, 0.4], [0.3, 0.2], [0.4, 0.5], [0.6, 0.3]])
+    found = exact(3, pair_accuracy(list(scores)))
+    assert found == {"text_score": pytest.approx(2 / 3), "image_score": pytest.approx(2 / 3), "group_score": 1 / 3}
+    assert exact(1, pair_accuracy(list(torch.zeros(2, 2)))) == {"text_score": 0, "image_score": 0, "group_score": 0}
+
+
+def test_draws_are_scores_of_the_drawn_images() -> None:
+    rng = np.random.default_rng(0)
+    right, kinds = rng.random(12) < 0.5, [str(kind) for kind in rng.integers(3, size=12)]
+    counts = next(resamples(12, draws=20))
+    found = choice_accuracy(right, kinds)(counts)
+    for draw, row in enumerate(counts):
+        taken = np.repeat(np.arange(12), row.astype(int))
+        again = exact(12, choice_accuracy(right[taken], [kinds[i] for i in taken]))
+        assert {name: found[name][draw] for name in again} == pytest.approx(again)
+
+
+def naive(records: Sequence[Record]) -> dict[str, list[torch.Tensor]]:
+    """Cosines and log-likelihoods of each image and each of its texts, one by one."""
+    model = make_model().eval()
+    transform, found = build_transform(**model.preprocessing), {"": [], "likelihood/": [], "pmi/": []}
+    blank = transform(Image.new("RGB", (99, 77), (123, 117, 104)))[None]
+    with torch.no_grad():
+        for record in records:
+            image, tokens = transform(record.image())[None], [model.tokenizer([text]) for text in record.captions]
+            read = torch.stack([model.log_likelihood(image, text)[0] for text in tokens])
+            blind = torch.stack([model.log_likelihood(blank, text)[0] for text in tokens])
+            found[""].append(
+                torch.stack([model.encode_image(image)[0] @ model.encode_text(text)[0] for text in tokens])
+            )
+            found["likelihood/"].append(read)
+            found["pmi/"].append(read - blind)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sugarcrepe(root: Path) -> tuple[list[Record], dict[str, list[torch.Tensor]]]:
+    records = sugarcrepe_records(root)
+    return records, naive(records)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_embeddings_and_decoder_equal_loops(sugarcrepe: tuple, tmp_path: Path, batch_size: int) -> None:
+    records, looped = sugarcrepe
+    evaluation = ChoiceScores("sugarcrepe", records)
+    scores = evaluation.evaluate(make_model(), Settings(tmp_path, batch_size=batch_size))
+    expected = {}
+    for way, found in looped.items():
+        right = [bool(row[0] > row[1]) for row in found]
+        of = {
+            kind: [r for r, record in zip(right, records, strict=True) if record.domain == kind] for kind in SUGARCREPE
+        }
+        means = {f"{kind}_accuracy": sum(values) / 3 for kind, values in of.items()}
+        means |= {"accuracy": sum(right) / 21, "macro_accuracy": sum(means.values()) / 7}
+        expected |= {f"sugarcrepe/{way}{name}": value for name, value in means.items()}
+    assert scores == pytest.approx(expected)
+    assert evaluation.draws.keys() == scores.keys()
+    assert len({scores[f"sugarcrepe/{way}accuracy"] for way in ("", "likelihood/", "pmi/")}) > 1
+    quick = evaluation.evaluate_quickly(make_model(), Settings(tmp_path), 21)
+    assert quick == {name: value for name, value in scores.items() if name.count("/") == 1}
+
+
+def test_winoground_equals_a_loop(root: Path, tmp_path: Path) -> None:
+    records = winoground_records(root)
+    assert len(records) == 18
+    scores = ChoiceScores("winoground", records, paired=True).evaluate(make_model(), Settings(tmp_path))
+    for way, found in naive(records).items():
+        text = [bool(a[0] > a[1] and b[0] > b[1]) for a, b in zip(found[::2], found[1::2], strict=True)]
+        image = [bool(a[0] > b[1] and b[0] > a[1]) for a, b in zip(found[::2], found[1::2], strict=True)]
+        group = [t and i for t, i in zip(text, image, strict=True)]
+        for name, values in (("text", text), ("image", image), ("group", group)):
+            assert scores[f"winoground/{way}{name}_score"] == pytest.approx(sum(values) / 9)
+    few = ChoiceScores("winoground", records, paired=True).evaluate(make_model(), Settings(tmp_path, images=5))
+    assert few["winoground/text_score"] in (0, 0.5, 1)  # two whole pairs
+
+
+def test_equal_to_clip_benchmark(root: Path, tmp_path: Path) -> None:
+    theirs = pytest.importorskip("clip_benchmark.metrics.image_caption_selection")
+    model = make_model().eval()
+    transform = build_transform(**model.preprocessing)
+    sugar, pairs = sugarcrepe_records(root), winoground_records(root)
+
+    def loader(groups: Sequence[Sequence[Record]], texts: Sequence[Sequence[str]]) -> list:
+        images = [torch.stack([transform(record.image()) for record in group]) for group in groups]
+        return [(image[None], [text]) for image, text in zip(images, texts, strict=True)]
+
+    alone = loader([[record] for record in sugar], [record.captions for record in sugar])
+    found = theirs.evaluate(model, alone, model.tokenizer, "cpu", amp=False)
+    ours = ChoiceScores("x", sugar).evaluate(model, Settings(tmp_path))
+    assert ours["x/accuracy"] == pytest.approx(found["text_acc"])
+    two = loader(list(zip(pairs[::2], pairs[1::2], strict=True)), [record.captions for record in pairs[::2]])
+    found = theirs.evaluate(model, two, model.tokenizer, "cpu", amp=False)
+    ours = ChoiceScores("x", pairs, paired=True).evaluate(model, Settings(tmp_path))
+    assert ours["x/text_score"] == pytest.approx(found["text_acc"])
+    assert ours["x/image_score"] == pytest.approx(found["image_acc"])
+    assert ours["x/group_score"] == pytest.approx(found["acc"])
+
+
+def test_visual_genome(root: Path) -> None:
+    records = aro_records(root, "relation")
+    assert [record.domain for record in records] == ["on"] * 3 + ["to_the_left_of"]
+    whole = Image.open(root / "images" / "7.jpg").convert("RGB")
+    assert records[0].image().tobytes() == whole.crop((8, 4, 28, whole.height)).tobytes()
+    assert {record.domain for record in aro_records(root, "attribution")} == {"red_old"}
+
+
+def test_orders_of_words(root: Path) -> None:
+    caption = "A black dog, near a small house."
+    nouns, others, within, triples = orders(caption, tag)
+    assert nouns.split() in (
+        ["a", "small", "house", ",", "near", "a", "black", "dog"],
+        ["a", "black", "house", ",", "near", "a", "small", "dog"],
+        ["a", "small", "dog", ",", "near", "a", "black", "house"],
+    )
+    assert [word for word in others.split() if len(word) > 4 or word == "dog"] == ["black", "dog", "small", "house"]
+    words = ["a", "black", "dog", ",", "near", "a", "small", "house"]
+    groups = [words[i : i + 3] for i in (0, 3, 6)]
+    assert [sorted(within.split()[i : i + 3]) for i in (0, 3, 6)] == [sorted(group) for group in groups]
+    assert sorted(triples.split()) == sorted(words)
+    assert triples.split() != words
+    assert orders(caption, tag) == orders(caption, tag)
+    assert orders("Dog", tag) == []  # whatever the order, it is the same caption
+    assert plain_words('A "Dog" (red): ' + "x " * 50) == "a dog red " + " ".join("x" * 27)
+    for name in ("coco", "flickr30k"):
+        first, second = aro_order_records(root, name, tag=tag)
+        assert first.captions == ("a black dog, near a small house", nouns, others, within, triples)
+        assert second.captions == ("dog",)
+
+
+def test_a_model_without_decoder_chooses_by_embeddings(root: Path, tmp_path: Path) -> None:
+    evaluation = ChoiceScores("aro", aro_records(root, "relation"))
+    scores = evaluation.evaluate(create_model("coca_tiny", tokenizer=WORDS, decoder_layers=0), Settings(tmp_path))
+    assert {"aro/accuracy", "aro/macro_accuracy", "aro/on_accuracy"} <= scores.keys()
+    assert "no decoder" in evaluation.not_run["aro likelihood"]
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    for read in (
+        sugarcrepe_records,
+        winoground_records,
+        lambda root: aro_records(root, "relation"),
+        lambda root: aro_order_records(root, "coco", tag=tag),
+    ):
+        with pytest.raises(DataNotFoundError, match=str(tmp_path)):
+            read(tmp_path)
+    with pytest.raises(DataError, match="pip install spacy"):
+        aro_order_records(tmp_path, "coco")
