@@ -1,6 +1,8 @@
 """Zero-shot classification by hand, against scikit-learn, and on real images of digits."""
 
+import inspect
 import json
+import re
 from types import MappingProxyType
 
 import numpy as np
@@ -11,8 +13,9 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch.nn.functional import normalize
 
-from coca_lit.data.datasets.classification import image_folder, scene_classes
+from coca_lit.data.datasets.classification import Classification, image_folder, scene_classes
 from coca_lit.data.scenes.render import VOCABULARY, decode, scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
 from coca_lit.evals.zeroshot import ZeroShotScores
@@ -126,6 +129,68 @@ def test_imagenet_names_and_templates(tmp_path):
     assert imagenet.class_names == tuple(metadata.IMAGENET_CLASSNAMES)
     assert [t.replace("{}", "x") for t in imagenet.templates] == [t("x") for t in metadata.OPENAI_IMAGENET_TEMPLATES]
     assert imagenet.class_names[imagenet.labels["n01440764/a.JPEG"]] == "tench"
+
+
+def test_sets_of_some_of_the_classes(tmp_path):
+    """ImageNet-A and -R: only the classes with a folder are candidates, the names CLIP_benchmark's, in its order."""
+    builder = pytest.importorskip("clip_benchmark.datasets.builder")
+    metadata = pytest.importorskip("open_clip.zero_shot_metadata")
+    source = inspect.getsource(builder)
+    names = dict(zip(builder.all_imagenet_wordnet_ids, metadata.IMAGENET_CLASSNAMES, strict=True))
+    for letter in "ar":
+        found = re.search(rf"imagenet_{letter}_wnids = [{{\[](.*?)[}}\]]", source)
+        listed = sorted(re.findall(r"n\d{8}", found[1]))
+        assert len(listed) == 200
+        for folder in listed:
+            (tmp_path / letter / folder).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / letter / listed[7] / "a.jpg")
+        found = image_folder(tmp_path / letter, "imagenet", subset=True)
+        assert found.class_names == tuple(names[folder] for folder in listed)
+        assert list(found.labels.values()) == [7]
+        assert len(image_folder(tmp_path / letter, "imagenet").class_names) == 1000
+
+
+def test_numbered_folders(tmp_path):
+    """ImageNet-V2's folders are the numbers of the classes, sorted as texts: 10 comes before 2."""
+    metadata = pytest.importorskip("open_clip.zero_shot_metadata")
+    for number in range(1000):
+        (tmp_path / str(number)).mkdir()
+    for number in (2, 10, 999):
+        Image.new("RGB", (4, 4)).save(tmp_path / str(number) / "a.jpeg")
+    found = image_folder(tmp_path, "imagenet")
+    assert found.labels == {"2/a.jpeg": 2, "10/a.jpeg": 10, "999/a.jpeg": 999}
+    assert found.class_names == tuple(metadata.IMAGENET_CLASSNAMES)
+    (tmp_path / "1000").mkdir()
+    with pytest.raises(DataError, match=r"names no class for 1 of 1001 folders .*, e\.g\. 1000"):
+        image_folder(tmp_path, "imagenet")
+
+
+def test_classes_by_the_decoder_equal_a_loop(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("coca_tiny").eval()
+    names = ("red star", "blue ring", "pink cross", "green square", "red ring", "large orange circle")
+    records = scene_records("val", count=4)
+    labels = {record.id: i for i, record in enumerate(records)}
+    scenes = Classification(records, labels, names, ("a small {} above a small {}", "there is a {}"))
+    evaluation = ZeroShotScores("scenes", scenes, likelihood=True)
+    scores = evaluation.evaluate(model, Settings(tmp_path, batch_size=5))
+    transform = build_transform(size=32)
+    pictures = [record.image() for record in scenes.records] + [Image.new("RGB", (9, 9), (123, 117, 104))]
+    found = torch.zeros(5, 6)
+    with torch.no_grad():
+        for i, picture in enumerate(pictures):
+            image = transform(picture)[None]
+            for c, name in enumerate(scenes.class_names):
+                texts = [template.replace("{}", name) for template in scenes.templates]
+                found[i, c] = sum(model.log_likelihood(image, model.tokenizer([text]))[0] for text in texts) / 2
+    for way, values in (("likelihood", found[:4]), ("pmi", found[:4] - found[4])):
+        expected = classification_scores(values, torch.arange(4))
+        expected = {f"scenes/{way}/{name}": value for name, value in expected.items()}
+        assert {name: scores[name] for name in expected} == pytest.approx(expected)
+    assert evaluation.draws.keys() == scores.keys()
+    without = ZeroShotScores("scenes", scenes, likelihood=True)
+    assert "scenes/pmi/top1" not in without.evaluate(create_model("coca_tiny", decoder_layers=0), Settings(tmp_path))
+    assert "no decoder" in without.not_run["scenes likelihood"]
 
 
 def test_scene_classes(tmp_path):

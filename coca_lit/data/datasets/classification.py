@@ -41,14 +41,16 @@ class Classification(NamedTuple):
     templates: tuple[str, ...]  # prompts with {} for the name
 
 
-def image_folder(root: str | Path, classes: str | Path | None = None) -> Classification:
+def image_folder(root: str | Path, classes: str | Path | None = None, subset: bool = False) -> Classification:
     """Images of root/FOLDER/*.jpg, a folder per class.
 
     Args:
         root: folder of the folders.
         classes: JSON file of names and templates, see above, or "imagenet" for that of ImageNet-1k. It may name more
             classes than there are folders: all are candidates. By default a folder's name is its class's, with blanks
-            for underscores, and the template is "a photo of a {}."
+            for underscores, and the template is "a photo of a {}." Folders 0, 1, … of ImageNet-V2 are the classes in
+            the order of the file.
+        subset: only classes that have a folder are candidates: the 200 of ImageNet-A and ImageNet-R.
 
     Raises:
         DataNotFoundError: there are no such folders, or no images in them.
@@ -60,10 +62,14 @@ def image_folder(root: str | Path, classes: str | Path | None = None) -> Classif
     if not folders:
         raise not_found("classified images", [root], how)
     names, templates = _read_classes(classes) if classes else ({f: f.replace("_", " ") for f in folders}, TEMPLATES)
+    if not names.keys() & set(folders):
+        names = {str(number): name for number, name in enumerate(names.values())}
     if unknown := [folder for folder in folders if folder not in names]:
         raise DataError(
             f"{classes} names no class for {len(unknown)} of {len(folders)} folders of {root}, e.g. {unknown[0]}"
         )
+    if subset:
+        names = {folder: name for folder, name in names.items() if folder in set(folders)}
     files = [(name, f"{name}/{file}") for name in folders for file in sorted(os.listdir(root / name))]
     images = [(folder, file) for folder, file in files if file.lower().endswith(IMAGES)]
     if not images:
