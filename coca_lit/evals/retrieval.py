@@ -12,26 +12,29 @@ Shapes: I images, T texts, E embedding width.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.distributed import gather_objects, rank
+from coca_lit.distributed import print_rank_zero, rank
+from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, Settings
-from coca_lit.evals.inference import embed_pairs, evaluating, image_batches
+from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.samples import retrieval_samples
 from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
-from coca_lit.metrics.uncertainty import bootstrap
+from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.models import CoCa, DualEncoder
 
+UNREAD = ("cut_captions", "read_tokens")
 BEHIND = 1e4  # further than any two scores are apart
 
 
 class RetrievalScores(Evaluation):
     """Recall@1/5/10 in both directions, with all captions of every image. At the end also samples for the report and,
-    with `settings.rerank`, recall after decoder re-ranking: `mscoco/reranked_t2i_recall@1`.
+    with `settings.rerank`, recall after decoder re-ranking: `mscoco/reranked_t2i_recall@1`. Captions that are longer
+    than the context lose their end; if there are any, "cut_captions" is their share and "read_tokens" that of tokens.
 
     Args:
         rerank_weight: share of the decoder's score in re-ranking, between 0 and 1.
@@ -59,7 +62,8 @@ class RetrievalScores(Evaluation):
         ids = [record.id for record in records]
         ranks = feature_ranks(images, texts, image_of_text)
         scores = ranks.recalls() | ranks.medians()
-        self.draws = bootstrap(ids, ranks.resampled())
+        self.draws = bootstrap(ids, ranks.resampled()) | self._unread(model, records)
+        scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
         if not settings.rerank:
             return scores
         if model.decoder is None:
@@ -71,6 +75,23 @@ class RetrievalScores(Evaluation):
         draws = bootstrap(ids, reranked.resampled())
         self.draws |= {f"reranked_{name}": draws[name] for name in recalls}
         return scores | {f"reranked_{name}": value for name, value in recalls.items()}
+
+    def _unread(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, Draws]:
+        """Which captions are longer than the context and lose their end; nothing if none is."""
+        context = model.tokenizer.context_length
+        lengths = [np.array(model.tokenizer.lengths(record.captions)) for record in records]
+        cut = np.array([(own > context).sum() for own in lengths], dtype=np.float64)
+        if not cut.any():
+            return {}
+        texts = np.array([len(own) for own in lengths], dtype=np.float64)
+        tokens = np.array([own.sum() for own in lengths], dtype=np.float64)
+        read = np.array([own.clip(max=context).sum() for own in lengths], dtype=np.float64)
+        print_rank_zero(
+            f"{cut.sum():.0f} of {texts.sum():.0f} captions of {self.name} are longer than the {context} tokens that "
+            f"the model reads: their ends are cut, {read.sum() / tokens.sum():.0%} of all tokens are read"
+        )
+        parts = dict(zip(UNREAD, ((cut, texts), (read, tokens)), strict=True))
+        return bootstrap([record.id for record in records], ratios(parts))
 
 
 def decoder_rerank(
@@ -136,17 +157,11 @@ def log_likelihoods(
     model: CoCa, records: Sequence[Record], pairs: Tensor, batch_size: int = 64, num_workers: int = 0
 ) -> Tensor:
     """log p(text | image) (I, T) of the `pairs`, -inf elsewhere."""
-    tokens = model.tokenizer([caption for record in records for caption in record.captions])  # (T, L)
-    own: list[tuple[int, Tensor]] = []
-    for positions, images in image_batches(model, records, batch_size, num_workers):
-        encoded = evaluating(model, model.image_encoder, images)  # (B, S, C)
-        for position, image in zip(positions, encoded, strict=True):
-            texts = tokens[pairs[position]].to(model.device)
-            score = partial(model.log_likelihood, image[None])
-            parts = [evaluating(model, score, part).cpu() for part in texts.split(batch_size)]
-            own.append((position, torch.cat(parts)))
+    texts = [caption for record in records for caption in record.captions]
+    rows = inference.log_likelihoods(
+        model, records, texts, lambda i: pairs[i].nonzero()[:, 0].tolist(), batch_size, num_workers
+    )
     found = torch.full(pairs.shape, -torch.inf)
-    for part in gather_objects(own):
-        for position, values in part:
-            found[position, pairs[position]] = values
+    for i, values in enumerate(rows):
+        found[i, pairs[i]] = values
     return found
