@@ -24,14 +24,21 @@ def score(arguments: Sequence[str] | None = None) -> None:
         "references", type=Path, help="COCO or nocaps captions, or Karpathy's dataset_*.json; may be .gz"
     )
     parser.add_argument("--split", default="test", help="split of a Karpathy file (default: test)")
+    parser.add_argument("--synonyms", type=Path, help="CHAIR's synonyms.txt: adds CHAIRi and CHAIRs; with --instances")
+    parser.add_argument(
+        "--instances", type=Path, nargs="+", help="COCO's instances_val2014.json, or several such files"
+    )
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     options = parser.parse_args(arguments)
+    if (options.synonyms is None) != (options.instances is None):
+        parser.error("CHAIR needs both --synonyms and --instances")
 
     from coca_lit.errors import UserError
     from coca_lit.report.tables import print_scores
 
     try:
-        table = score_files(options.predictions, options.references, options.split)
+        files = (options.predictions, options.references)
+        table = score_files(*files, options.split, options.synonyms, options.instances)
     except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print_scores(table.scores, table.draws)
@@ -41,8 +48,14 @@ def score(arguments: Sequence[str] | None = None) -> None:
         options.output.write_text(json.dumps(table.scores, indent=2) + "\n")
 
 
-def score_files(predictions: Path, references: Path, split: str = "test") -> "CaptionTable":
-    """Scores, the reasons for missing ones, and their draws.
+def score_files(
+    predictions: Path,
+    references: Path,
+    split: str = "test",
+    synonyms: Path | None = None,
+    instances: Sequence[Path] | None = None,
+) -> "CaptionTable":
+    """Scores, the reasons for missing ones, and their draws; with the files of CHAIR also its scores.
 
     Raises:
         DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
@@ -50,6 +63,7 @@ def score_files(predictions: Path, references: Path, split: str = "test") -> "Ca
     from coca_lit.data.datasets.annotations import read_references, read_results
     from coca_lit.errors import DataError
     from coca_lit.metrics.captions import caption_table
+    from coca_lit.metrics.uncertainty import bootstrap, ratios
     from coca_lit.progress import ProgressBar
 
     captions = read_results(predictions)
@@ -58,8 +72,17 @@ def score_files(predictions: Path, references: Path, split: str = "test") -> "Ca
         raise DataError(f"{predictions} does not fit {references}: {problem}")
     domains = {key: item.domain for key, item in listings.items()}
     texts = {key: item.captions for key, item in listings.items()}
+    judge = None
+    if synonyms is not None and instances is not None:
+        from coca_lit.evals.chair import Chair
+
+        judge = Chair(synonyms, instances)
     with ProgressBar("SPICE") as bar:
-        return caption_table(texts, captions, domains, progress=bar.reach)
+        table = caption_table(texts, captions, domains, progress=bar.reach)
+    if judge is not None:
+        table.draws.update(bootstrap(list(texts), ratios(judge(list(listings.values()), captions))))
+        table.scores.update({name: table.draws[name].score for name in ("CHAIRi", "CHAIRs")})
+    return table
 
 
 def _difference(predicted: Collection[int | str], listings: Collection[int | str]) -> str:

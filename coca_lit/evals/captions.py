@@ -1,8 +1,9 @@
 """Scores of generated captions, which are written to files before they are scored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from coca_lit.models import CoCa, DualEncoder
 from coca_lit.progress import ProgressBar
 
 Captions = dict[int | str, str]  # by image id
+# A score of one's own: score -> a number for each image, in the order of the records, and a second one. The score is
+# the sum of the first over the sum of the second, and the mean over the images if that is None.
+Measure = Callable[[Sequence[Record], Captions], Mapping[str, tuple[np.ndarray, np.ndarray | None]]]
 
 
 class CaptionScores(Evaluation):
@@ -32,6 +36,7 @@ class CaptionScores(Evaluation):
 
     Args:
         training_captions: returns the captions of the training split; a caption that is not among them is novel.
+        measures: further scores, called with the records and the captions at the end, see `Measure`.
     """
 
     score_names = (*(f"Bleu_{n}" for n in range(1, 5)), "METEOR", "ROUGE_L", "CIDEr", "exact_match")
@@ -41,10 +46,11 @@ class CaptionScores(Evaluation):
         name: str,
         records: Sequence[Record],
         training_captions: Callable[[], Sequence[str]] | None = None,
+        measures: Mapping[str, Measure] | None = None,
         every: int = 1,
     ) -> None:
         super().__init__(name, records, every)
-        self.training_captions = training_captions
+        self.training_captions, self.measures = training_captions, dict(measures or {})
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if model.decoder is None:
@@ -77,8 +83,27 @@ class CaptionScores(Evaluation):
                 scores["novel"] = sum(novel) / max(len(novel), 1)
                 of_images["novel"] = torch.tensor(novel)
         means = ratios({name: (values.double().numpy(), None) for name, values in of_images.items()})
-        self.draws = metric.draws | bootstrap(list(captions), means)
-        return scores | judged
+        measured = bootstrap(list(captions), ratios(self._measured(records, captions)))
+        self.draws = metric.draws | bootstrap(list(captions), means) | measured
+        return scores | judged | {name: draws.score for name, draws in measured.items()}
+
+    def _measured(
+        self, records: Sequence[Record], captions: Captions
+    ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        """What the measures find. A score whose data cannot be read, or that is a share of nothing, is not run."""
+        parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        for measure, function in self.measures.items():
+            try:
+                found = function(records, captions)
+            except DataError as error:
+                self.not_run[f"{self.name} {measure}"] = str(error)
+                continue
+            for score, (over, under) in found.items():
+                if under is not None and not under.any():
+                    self.not_run[f"{self.name} {score}"] = "the captions have nothing of the kind"
+                else:
+                    parts[score] = over, under
+        return parts
 
     def _write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> Captions:
         """Generates captions and writes files: the predictions in the COCO results format, and samples."""

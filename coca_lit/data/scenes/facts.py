@@ -1,0 +1,139 @@
+"""What a caption says about a built-in scene, and how much of it is true: hallucination without a judge.
+
+A caption states objects ("a circle"), attributes of objects ("small", "red") and relations: which two objects stand
+beside each other, in which direction. The captions of a record state all of a scene's, and nothing else.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from coca_lit.data.records import Record
+from coca_lit.data.scenes.render import (
+    AXES,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    WORDINGS,
+    Scene,
+    Thing,
+    captions,
+    decode,
+    scene_records,
+)
+
+_THING = re.compile(rf"\ba ((?:(?:{'|'.join([*SIZES, *COLOURS])}) )*)({'|'.join(SHAPES)})\b")
+
+
+class Mention(NamedTuple):
+    """An object in a caption."""
+
+    shape: str
+    attributes: tuple[str, ...]
+
+    def fits(self, other: "Mention") -> bool:
+        """Whether all that is said of this one is true of the other."""
+        return self.shape == other.shape and set(self.attributes) <= set(other.attributes)
+
+
+class Statement(NamedTuple):
+    """What a caption states.
+
+    Attributes:
+        things: from left to right or from top to bottom, if there is an axis; else as they come.
+        axis: "row" or "column"; None if the words around the objects are those of no wording, and state no relation.
+    """
+
+    things: tuple[Mention, ...]
+    axis: str | None
+
+    @property
+    def relations(self) -> list[tuple[Mention, Mention]]:
+        """Neighbours along the axis."""
+        return list(zip(self.things, self.things[1:], strict=False)) if self.axis else []
+
+    @property
+    def objects(self) -> Counter[str]:
+        return Counter(thing.shape for thing in self.things)
+
+    @property
+    def attributes(self) -> Counter[tuple[str, str]]:
+        return Counter((thing.shape, attribute) for thing in self.things for attribute in thing.attributes)
+
+
+def statement(caption: str) -> Statement:
+    """What a caption states, whatever wrote it."""
+    text = " ".join(caption.lower().split())
+    things = tuple(Mention(shape, tuple(words.split())) for words, shape in _THING.findall(text))
+    axis, backwards = _frames(len(things)).get(_THING.sub("*", text), (None, False))
+    return Statement(things[::-1] if backwards else things, axis)
+
+
+@cache
+def _frames(count: int) -> dict[str, tuple[str, bool]]:
+    """The words around `count` objects -> axis, and whether the last object comes first."""
+    thing = Thing("s", "c", "t")
+    return {
+        captions(Scene(axis, (thing,) * count), [wording])[0].replace("a s c t", "*"): (axis, wording.backwards)
+        for wording in WORDINGS
+        for axis in AXES
+        if count
+    }
+
+
+def scene_facts(
+    records: Sequence[Record], written: Mapping[int | str, str]
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Precision and recall of objects, attributes and relations: "object_precision", …; see
+    `coca_lit.evals.captions.Measure`.
+
+    Objects and attributes count as often as they are stated. A relation is true if some pair of neighbours, in that
+    direction, is as both objects are described.
+    """
+    rows = [_counts(statement(written[record.id]), statement(record.captions[0])) for record in records]
+    counts = np.array(rows, dtype=np.float64).reshape(-1, 3, 3)  # (images, kind of fact, true and stated or all)
+    parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+    for i, fact in enumerate(("object", "attribute", "relation")):
+        both, stated, true = counts[:, i].T
+        parts |= {f"{fact}_precision": (both, stated), f"{fact}_recall": (both, true)}
+    return parts
+
+
+def _counts(stated: Statement, true: Statement) -> list[tuple[int, int, int]]:
+    """Of each kind of fact: how many are stated and true, stated, true."""
+    left, found = list(true.relations), 0
+    for first, second in stated.relations if stated.axis == true.axis else []:
+        fitting = [pair for pair in left if first.fits(pair[0]) and second.fits(pair[1])]
+        if fitting:
+            left.remove(fitting[0])
+            found += 1
+    return [
+        ((stated.objects & true.objects).total(), stated.objects.total(), true.objects.total()),
+        ((stated.attributes & true.attributes).total(), stated.attributes.total(), true.attributes.total()),
+        (found, len(stated.relations), len(true.relations)),
+    ]
+
+
+def scene_choice_records(split: str, size: int = 32, count: int | None = None) -> list[Record]:
+    """The first caption of scenes of two objects, and a wrong one: the same objects in the other "order", with each
+    other's "colour", or the first one of another "shape", which is the domain. Arguments as for `scene_records`.
+    """
+    shapes = list(SHAPES)
+    records = []
+    for record in scene_records(split, size, count):
+        first, second = decode(int(record.id)).things
+        other = shapes[(shapes.index(first.shape) + 1) % len(shapes)]
+        wrong = {
+            "order": (second, first),
+            "colour": (first._replace(colour=second.colour), second._replace(colour=first.colour)),
+            "shape": (first._replace(shape=other), second),
+        }
+        for kind, things in wrong.items():
+            if things != (first, second):
+                texts = record.captions[0], captions(Scene(decode(int(record.id)).axis, things))[0]
+                records.append(Record(f"{record.id}/{kind}", record.image, texts, kind))
+    return records
