@@ -27,8 +27,16 @@ import coca_lit
 from coca_lit.callbacks.bad_sample_log import read_bad_samples
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
+from coca_lit.data.datasets.choice import (
+    SUGARCREPE,
+    aro_order_records,
+    aro_records,
+    sugarcrepe_records,
+    winoground_records,
+)
 from coca_lit.data.datasets.classification import _read_classes
 from coca_lit.data.datasets.coco import coco_folder_records
+from coca_lit.data.datasets.long_captions import docci_records, sharegpt4v_records
 from coca_lit.data.datasets.vqa import vqa_records
 from coca_lit.data.prepare.check import JOURNAL as CHECK_JOURNAL
 from coca_lit.data.prepare.check import _journals, check_shards
@@ -39,6 +47,7 @@ from coca_lit.data.shards.reader import read_shard, sample_of
 from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import decode_pixels
 from coca_lit.errors import UserError
+from coca_lit.evals.chair import Chair
 from coca_lit.inference.inputs import Files, Source
 from coca_lit.inference.outputs import open_writer
 from coca_lit.inference.search import ImageIndex
@@ -343,6 +352,42 @@ def test_annotations(folder, data):
     packed.write_bytes(data.draw(damaged(gzip.compress(json.dumps(COCO).encode()))))
     with bounded():
         coco_folder_records(folder, annotations=packed.name)
+
+
+BOXED = {"image_path": "0.jpg", "bbox_x": 0, "bbox_y": 0, "bbox_w": 9, "bbox_h": 9}
+RELATIONS = [{**BOXED, "true_caption": "a", "false_caption": "b", "relation_name": "on", "attributes": ["red", "old"]}]
+PAIR = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a dog", "caption_1": "dog a"}
+ORDERED = [{"image": "images/0.jpg", "caption": ["a black dog", "a cat"]}]
+TALKS = [{"image": f"images/{i}.jpg", "conversations": [{"value": "?"}, {"value": "a dog"}]} for i in range(2)]
+INSTANCES = {"categories": [{"id": 1, "name": "dog"}], "annotations": [{"image_id": 0, "category_id": 1}]}
+
+
+@fuzz
+@given(st.data())
+def test_annotations_of_evaluations(folder, data):
+    (folder / "images").mkdir(exist_ok=True)
+    for name in ("0.jpg", "1.jpg", "0.png", "1.png"):
+        (folder / "images" / name).write_bytes(jpeg())
+    for kind in SUGARCREPE:
+        (folder / f"{kind}.json").write_text("{}")
+    crepe = {str(i): {"filename": f"{i}.jpg", "caption": "a", "negative_caption": "b"} for i in range(2)}
+    docci = {"example_id": "0", "image_file": "0.jpg", "description": "a dog", "split": "test"}
+    (folder / "synonyms.txt").write_bytes(data.draw(damaged(b"dog, puppy\ncat\n")))
+    for name, document, reader in (
+        ("add_obj.json", crepe, lambda: sugarcrepe_records(folder, folder / "images")),
+        ("examples.jsonl", PAIR, lambda: winoground_records(folder)),
+        ("visual_genome_relation.json", RELATIONS, lambda: aro_records(folder, "relation")),
+        ("visual_genome_attribution.json", RELATIONS, lambda: aro_records(folder, "attribution")),
+        ("coco_karpathy_test.json", ORDERED, lambda: aro_order_records(folder, "coco", tag=lambda x: [(x, "NN")])),
+        ("docci_descriptions.jsonlines", docci, lambda: docci_records(folder)),
+        ("list.json", TALKS, lambda: sharegpt4v_records(folder, "list.json")),
+        ("instances.json", INSTANCES, lambda: [Chair(folder / "synonyms.txt", folder / "instances.json")]),
+    ):
+        (folder / name).write_bytes(data.draw(forged(document)))
+        with bounded():
+            for record in reader():
+                if name.startswith("visual_genome"):
+                    record.image()
 
 
 # Images, checkpoints and search indexes

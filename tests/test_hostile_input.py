@@ -27,12 +27,20 @@ from coca_lit.callbacks.bad_sample_log import BadSampleLog
 from coca_lit.cli.train import run, train
 from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.batch import Batch
+from coca_lit.data.datasets.choice import (
+    SUGARCREPE,
+    aro_order_records,
+    aro_records,
+    sugarcrepe_records,
+    winoground_records,
+)
 from coca_lit.data.datasets.clip_benchmark import classified_shards
 from coca_lit.data.datasets.coco import coco_folder_records
+from coca_lit.data.datasets.long_captions import docci_records, sharegpt4v_records, urban1k_records
 from coca_lit.data.prepare.check import JOURNAL as CHECK_JOURNAL
 from coca_lit.data.prepare.check import check_shards
 from coca_lit.data.prepare.write import JOURNAL, plan_shards, prepare
-from coca_lit.data.records import MAX_IMAGE, ImageFile, decode_image
+from coca_lit.data.records import MAX_IMAGE, ImageFile, Record, decode_image
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import tar_indexes
 from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards
@@ -41,6 +49,7 @@ from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import load_pixels
 from coca_lit.errors import CheckpointError, ConfigError, DataError
+from coca_lit.evals.chair import Chair
 from coca_lit.inference.outputs import open_writer
 from coca_lit.inference.search import ImageIndex
 from coca_lit.inference.shards import scan_shard
@@ -127,6 +136,110 @@ def benchmark_set(folder: Path, member: str = "a.cls", label: bytes = b"0", shar
     (folder / "test" / "nshards.txt").write_text(shards)
     write_tar(folder / "test" / "0.tar", {"a.jpg": jpeg(), member: label})
     return folder
+
+
+# Annotations of evaluations
+
+BOX = {"bbox_x": 0, "bbox_y": 0, "bbox_w": 9, "bbox_h": 9}
+VG = {"image_path": "a.jpg", "true_caption": "a", "false_caption": "b", "relation_name": "on", **BOX}
+CREPE = {"filename": "a.jpg", "caption": "a", "negative_caption": "b"}
+WINO = {"id": 0, "image_0": "a", "image_1": "b", "caption_0": "a b", "caption_1": "b a"}
+TALK = [{"value": "?"}, {"value": "a dog"}]
+
+
+def relations(root: Path) -> list[Record]:
+    return aro_records(root, "relation")
+
+
+def coco_order(root: Path) -> list[Record]:
+    return aro_order_records(root, "coco", tag=lambda text: [(word, "NN") for word in text.split()])
+
+
+def share(root: Path) -> list[Record]:
+    return sharegpt4v_records(root, "list.json")
+
+
+def objects(root: Path) -> Chair:
+    return Chair(root / "synonyms.txt", root / "instances.json")
+
+
+@pytest.mark.parametrize(
+    ("read", "name", "content", "said"),
+    [
+        (sugarcrepe_records, "add_obj.json", [], "it holds a list, not an object"),
+        (
+            sugarcrepe_records,
+            "add_obj.json",
+            {"0": {"filename": "a.jpg", "caption": 1, "negative_caption": "b"}},
+            "text",
+        ),
+        (
+            sugarcrepe_records,
+            "add_obj.json",
+            {"0": {"filename": "a.jpg", "caption": "a"}},
+            "'negative_caption' is miss",
+        ),
+        (winoground_records, "examples.jsonl", b"{\n", "line 1 of .* is not a readable JSON file"),
+        (winoground_records, "examples.jsonl", b"[" * 100_000, "nested too deeply"),
+        (winoground_records, "examples.jsonl", WINO | {"image_0": "../a"}, "images .*not found|lists, e.g."),
+        (winoground_records, "examples.jsonl", WINO | {"caption_1": ["x"]}, "expected a text"),
+        (relations, "visual_genome_relation.json", {}, "it holds an object, not a list"),
+        (relations, "visual_genome_relation.json", [VG | {"bbox_w": 1e99}], "a box of whole numbers"),
+        (relations, "visual_genome_relation.json", [VG | {"bbox_w": 10**30}], "a box of whole numbers"),
+        (relations, "visual_genome_relation.json", [VG | {"relation_name": 7}], "ARO's schema"),
+        (coco_order, "coco_karpathy_test.json", [{"image": "a.jpg", "caption": "a dog"}], "expected texts"),
+        (coco_order, "coco_karpathy_test.json", [{"image": 7, "caption": []}], "BLIP's schema"),
+        (
+            docci_records,
+            "docci_descriptions.jsonlines",
+            {"split": "test", "example_id": 1.5},
+            "'image_file' is missing",
+        ),
+        (share, "list.json", [{"image": "/etc/a.jpg", "conversations": TALK}], "leads out of the folder"),
+        (share, "list.json", [{"image": "../a.jpg", "conversations": TALK}], "leads out of the folder"),
+        (share, "list.json", [{"image": "a.jpg", "conversations": 7}], "ShareGPT4V's schema"),
+        (share, "list.json", b"[" * 100_000, "not a readable JSON file"),
+        (share, "list.json", b"{}", "it holds no list"),
+        (objects, "synonyms.txt", b"\xff\xfe", "cannot be read"),
+        (objects, "synonyms.txt", b"a," * 2**20, "a line for each object"),
+        (objects, "instances.json", {"categories": [{"id": 1, "name": ["dog"]}]}, "COCO's instances schema"),
+        (objects, "instances.json", {"categories": [], "annotations": [{"image_id": 1.5}]}, "an id, a text"),
+    ],
+)
+def test_annotations_of_evaluations(tmp_path, read, name, content, said):
+    (tmp_path / "synonyms.txt").write_text("dog, puppy\n")
+    (tmp_path / "instances.json").write_text("{}")
+    for kind in SUGARCREPE:
+        (tmp_path / f"{kind}.json").write_text("{}")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(jpeg())
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(DataError, match=said):
+        read(tmp_path)
+
+
+def test_a_box_that_claims_gigabytes_takes_no_memory(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(jpeg())
+    boxes = [
+        BOX | {"bbox_w": 2**40, "bbox_h": 2**40},
+        BOX | {"bbox_x": 2**40},
+        BOX | {"bbox_y": -9},
+        BOX | {"bbox_w": 0},
+    ]
+    (tmp_path / "visual_genome_relation.json").write_text(json.dumps([VG | box for box in boxes]))
+    first, *others = relations(tmp_path)
+    assert first.image().size == (20, 18)  # no more than there is
+    for record in others:
+        with pytest.raises(DataError, match="does not lie in"):
+            record.image()
+
+
+def test_a_caption_that_is_a_fifo_does_not_block(tmp_path):
+    (tmp_path / "caption").mkdir()
+    os.mkfifo(tmp_path / "caption" / "1.txt")
+    with pytest.raises(DataError, match="not a regular file"):
+        urban1k_records(tmp_path)
 
 
 # Files that are code

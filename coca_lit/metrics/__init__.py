@@ -7,4 +7,4 @@ LightningModule or training loop; several processes may hold any part of the sam
 
 def lower_is_better(score: str) -> bool:
     """Whether a smaller value of the score of this name is the better one."""
-    return score.endswith(("median_rank", "_loss"))
+    return score.endswith(("median_rank", "_loss", "CHAIRi", "CHAIRs", "cut_captions"))

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Collection, Mapping
 
+from coca_lit.metrics import lower_is_better
+
 HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1", "/accuracy")  # in this order
+FACTS = ("object", "attribute", "relation")  # in captions of the built-in scenes
 NAMES = {
     "Bleu_1": "BLEU-1",
     "Bleu_2": "BLEU-2",
@@ -23,6 +26,15 @@ NAMES = {
     "distinct_2": "distinct-2, %",
     "novel": "novel captions, %",
     "accuracy": "accuracy, %",
+    "macro_accuracy": "mean accuracy over kinds, %",
+    "CHAIRi": "CHAIRi, objects that are not there, %",
+    "CHAIRs": "CHAIRs, captions with such objects, %",
+    **{f"{fact}_{kind}": f"{kind} of {fact}s, %" for fact in FACTS for kind in ("precision", "recall")},
+    "cut_captions": "captions that are cut, %",
+    "read_tokens": "tokens that are read, %",
+    "text_score": "text score, %",
+    "image_score": "image score, %",
+    "group_score": "group score, %",
     "top1": "top-1, %",
     "top5": "top-5, %",
     "mean_per_class_recall": "mean per-class recall, %",
@@ -40,10 +52,6 @@ def headlines(scores: Collection[str]) -> list[str]:
 def headline(scores: Collection[str]) -> str | None:
     """The score that ranks runs if none was named: the first headline score."""
     return next(iter(headlines(scores)), None)
-
-
-def lower_is_better(score: str) -> bool:
-    return score.endswith(("median_rank", "_loss"))
 
 
 def best_run(results: Mapping[str, Mapping[str, float]], score: str) -> str | None:
@@ -66,6 +74,8 @@ def score_name(score: str) -> str:
             rest = plain.removeprefix(prefix)
             name = f"{direction} {rest.replace('_', ' ')}" + (" after re-ranking" if plain != short else "")
             return f"{name}, %" if rest.startswith("recall") else name
+    if short not in NAMES and short.endswith("_accuracy"):
+        return f"accuracy on {short.removesuffix('_accuracy').replace('_', ' ')}, %"
     return NAMES.get(short, short)
 
 

@@ -18,7 +18,7 @@ from coca_lit.report.scores import DIRECTIONS, RERANKED, cell, headlines, interv
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "published.json"
 GROUPS = {  # by how the names of scores begin; all others are of captions
-    "retrieval": (*DIRECTIONS, RERANKED),
+    "retrieval": (*DIRECTIONS, RERANKED, "cut_captions", "read_tokens"),
     "zero-shot classification": ("top", "mean_per_class"),
 }
 
