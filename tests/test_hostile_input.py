@@ -198,6 +198,7 @@ def objects(root: Path) -> Chair:
         (share, "list.json", [{"image": "/etc/a.jpg", "conversations": TALK}], "leads out of the folder"),
         (share, "list.json", [{"image": "../a.jpg", "conversations": TALK}], "leads out of the folder"),
         (share, "list.json", [{"image": "a.jpg", "conversations": 7}], "ShareGPT4V's schema"),
+        (share, "list.json", [{"image": "a.jpg", "conversations": []}], "ShareGPT4V's schema"),
         (share, "list.json", b"[" * 100_000, "not a readable JSON file"),
         (share, "list.json", b"{}", "it holds no list"),
         (objects, "synonyms.txt", b"\xff\xfe", "cannot be read"),

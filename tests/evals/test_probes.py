@@ -36,7 +36,7 @@ def test_logistic_regression(digits, c):
     logits = images.double() @ weights.T + biases
     np.testing.assert_allclose(logits.softmax(1).numpy(), theirs.predict_proba(images.double().numpy()), atol=1e-4)
     assert logits.argmax(1).tolist() == theirs.predict(images.double().numpy()).tolist()
-    np.testing.assert_allclose(weights.numpy(), theirs.coef_, atol=1e-3 * np.abs(theirs.coef_).max())
+    np.testing.assert_allclose(weights.numpy(), theirs.coef_, atol=1e-2 * np.abs(theirs.coef_).max())
 
 
 @pytest.mark.parametrize("k", [1, 4, 20])

@@ -70,8 +70,8 @@ def sharegpt4v_records(
             if place.is_absolute() or ".." in place.parts:
                 raise ValueError(f"the image {case['image']!r:.80} leads out of the folder")
             folders[root / place.parent] = None
-            text = case["conversations"][1]["value"].replace("\n", " ")
-            listings.append(listing(f"{i}", place.name, (text,)))
+            _, answer, *_ = case["conversations"]
+            listings.append(listing(f"{i}", place.name, (answer["value"].replace("\n", " "),)))
     if len({item.filename for item in listings}) < len(listings):
         raise DataError(f"{path} names two images {max(item.filename for item in listings)!r}")
     return records_on_disk(listings, [*folders], path, how)
