@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from coca_lit.models import CoCa, text_lengths
 from coca_lit.models.layers import CrossBlock, KVCache
-from coca_lit.models.text import ClassicDecoder, TextTower
+from coca_lit.models.mammut import TwoPassDecoder
+from coca_lit.models.modern import ModernDecoder
+from coca_lit.models.text import ClassicDecoder
 
 
 class Graph(NamedTuple):
@@ -28,16 +30,7 @@ class Graph(NamedTuple):
 
 
 def graphs_of(model: CoCa) -> dict[str, Graph]:
-    """All graphs of a model on the CPU, by name; a CLIP has no decoder.
-
-    Raises:
-        ValueError: there are no graphs of its text side.
-    """
-    if not isinstance(model.text, TextTower):
-        raise ValueError(
-            f"format=onnx has graphs of the built-in text tower alone, and this model has a"
-            f" {type(model.text).__name__}: export format=safetensors or open_clip"
-        )
+    """All graphs of a model on the CPU, by name; a CLIP has no decoder."""
     graphs = {"image_encoder": _image_graph(model), "text_encoder": _text_graph(model)}
     return graphs | ({"decoder": _decoder_graph(model)} if model.decoder is not None else {})
 
@@ -104,9 +97,11 @@ class ImageGraph(nn.Module):
         features = F.normalize(self.model.image_projection(cast(Tensor, vector)), dim=-1)
         if decoder is None:
             return (features,)
-        # `decoder.keys_values` would multiply the weights of norm and projection in the graph, at every call.
-        blocks = cast("list[CrossBlock]", cast(ClassicDecoder, decoder).cross_blocks)
-        pairs = (block.attention.keys_values(block.norm_context(tokens)) for block in blocks)
+        if isinstance(decoder, ModernDecoder):
+            pairs = decoder.keys_values(cast(Tensor, tokens))
+        else:  # `keys_values` would multiply the weights of norm and projection in the graph, at every call
+            blocks = cast("list[CrossBlock]", cast(ClassicDecoder | TwoPassDecoder, decoder).cross_blocks)
+            pairs = [block.attention.keys_values(block.norm_context(tokens)) for block in blocks]
         keys, values = zip(*pairs, strict=True)
         return features, torch.stack(keys), torch.stack(values)
 
@@ -119,7 +114,7 @@ class TextGraph(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, C), padded to the context length -> features (B, E) of unit length."""
         lengths = text_lengths(tokens, self.model.tokenizer.pad_id)
-        rows = self.model.text.context_length + 1
+        rows = self.model.text.most_rows
         _, features, _ = self.model.text(tokens, lengths, packed=False, max_length=rows)
         return F.normalize(cast(Tensor, features), dim=-1)
 
@@ -130,7 +125,7 @@ class DecoderGraph(nn.Module):
     def __init__(self, model: CoCa) -> None:
         super().__init__()
         assert model.decoder is not None
-        self.text, self.decoder = model.text, cast(ClassicDecoder, model.decoder)
+        self.text, self.decoder = model.text, model.decoder
         self.layers = model.text.cached_layers + model.decoder.cached_layers
 
     def forward(
@@ -142,24 +137,19 @@ class DecoderGraph(nn.Module):
         past, new = past_keys.shape[3], tokens.shape[1]
         positions = torch.arange(new) + past  # (t,)
         mask = (torch.arange(past + new) <= positions[:, None])[None, None]  # (1, 1, t, P + t)
-        caches = [_Cache(keys, values) for keys, values in zip(past_keys, past_values, strict=True)]
-        text_blocks = len(self.text.blocks)
-        x = self.text.token_embedding(tokens) + self.text.position_embedding[positions]  # (B, t, D)
-        for block, cache in zip(self.text.blocks, caches[:text_blocks], strict=True):
-            x = block(x, mask, cache)
-        layers = zip(self.decoder.self_blocks, self.decoder.cross_blocks, strict=True)
-        for i, (self_block, cross_block) in enumerate(layers):
-            x = self_block(x, mask, caches[text_blocks + i])
-            x = cast(CrossBlock, cross_block)(x, (image_keys[i], image_values[i]))
-        logits = self.decoder.vocabulary(self.decoder.norm(x[:, -1]))
+        caches = [_Cache(keys, values, past) for keys, values in zip(past_keys, past_values, strict=True)]
+        image = list(zip(image_keys, image_values, strict=True))
+        x = self.text.step(tokens, caches[: self.text.cached_layers], mask)  # (B, t, D)
+        x = self.decoder.step(x, image, caches[self.text.cached_layers :], mask)
+        logits = self.decoder.vocabulary(x[:, -1])
         return logits, torch.stack([cache.keys for cache in caches]), torch.stack([cache.values for cache in caches])
 
 
 class _Cache(KVCache):
     """Grows by concatenation, because a graph does not write into its inputs."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+        self.keys, self.values, self.used = keys, values, used
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self.keys, self.values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)

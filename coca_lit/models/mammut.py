@@ -52,7 +52,7 @@ class TwoPassTower(nn.Module):
             raise ValueError(
                 f"a two-pass text tower has no projection: text_width ({width}) must be embed_dim ({embed_dim})"
             )
-        self.context_length = context_length
+        self.context_length = self.most_rows = context_length
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(context_length, width))
         self.dropout = nn.Dropout(dropout)
@@ -203,7 +203,7 @@ class TwoPassDecoder(Decoder):
     ) -> Tensor:
         positions = torch.arange(states.shape[1], device=states.device) + caches[0].used
         states = states + F.embedding(positions, self.tower.position_embedding)
-        images = len(keys_values[0][0])
+        images = keys_values[0][0].shape[0]
         for i, (self_block, cache) in enumerate(zip(self.tower.blocks, caches, strict=True)):
             states = self_block(states, mask, cache)
             if i % self.every == 0:

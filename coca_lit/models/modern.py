@@ -195,7 +195,7 @@ class ModernBlock(nn.Module):
         if image is not None:
             queries = self.norm_x(x)
             if layout is None and not isinstance(image, Tensor):  # the captions of an image side by side
-                queries = by_image(queries, len(image[0]))
+                queries = by_image(queries, image[0].shape[0])
             x = x + self.dropout(self.xattn(queries, image, layout)).view_as(x)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -272,7 +272,7 @@ class ModernTextTower(nn.Module):
         super().__init__()
         if pool not in get_args(TextPool):
             raise ValueError(f"pool must be one of {', '.join(get_args(TextPool))}, got {pool!r}")
-        self.context_length = context_length
+        self.context_length = self.most_rows = context_length
         self.style = Style.of(width, **style)
         self.head_width = width // heads
         self.token_embedding = nn.Embedding(vocab_size, width)

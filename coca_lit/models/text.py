@@ -82,6 +82,11 @@ class TextTower(nn.Module):
         return ClassicDecoder(vocab_size, width, image_width, layers, heads, dropout, **arguments)
 
     @property
+    def most_rows(self) -> int:
+        """Rows of the longest text in a layout, CLS included."""
+        return self.context_length + 1
+
+    @property
     def open_clip_config(self) -> dict[str, Any]:
         """Its keys in OpenCLIP's `text_cfg`, besides sizes."""
         return {"embed_cls": True, "correct_cls_mask": self.cls_mask == "correct"}
@@ -348,7 +353,7 @@ class ClassicDecoder(Decoder):
     def step(
         self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
     ) -> Tensor:
-        images = len(keys_values[0][0])
+        images = keys_values[0][0].shape[0]
         for self_block, cross_block, image, cache in zip(
             self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
         ):

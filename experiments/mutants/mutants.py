@@ -218,8 +218,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "beam_legacy_length",
-            "still = (opened.scores / length**self.length_penalty)",
-            "still = (opened.scores / (length - 1) ** self.length_penalty)",
+            "still = (opened.scores / counted**self.length_penalty)",
+            "still = (opened.scores / (counted - 1) ** self.length_penalty)",
             "models/generation/test_open_clip_generation.py models/generation/test_strategies.py",
         ),
     ],

@@ -56,6 +56,27 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return model, folder / "graphs"
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}, "pooler": "openclip_cascade"},
+        {"text_tower": "two_pass", "pooler": "mean"},
+    ],
+    ids=["modern", "two_pass"],
+)
+def test_graphs_of_other_text_sides(overrides: dict[str, Any], tmp_path: Path) -> None:
+    """Features and greedy captions, of a batch that is larger than the exporter's example."""
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", **CONVOLUTIONAL | {"pooler_queries": 5} | overrides).eval()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
+    onnx.write_onnx(model, tmp_path, max_int8_loss=0)
+    images, tokens = images_of(8), model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
+    found = session(tmp_path, "text_encoder").run(None, {"tokens": tokens.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens).detach(), atol=1e-5, rtol=0)
+    assert Captioner(tmp_path).write(images.numpy()).tolist() == model.generate(images).tolist()
+
+
 def images_of(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
 

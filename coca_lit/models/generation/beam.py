@@ -2,7 +2,8 @@
 
 OpenCLIP 3's beams add raw logits, which rank captions differently unless the log-normaliser happens to be constant; its
 "6 beams in 3 groups" write the same captions as 2 beams, because nothing makes the groups differ.
-`scoring="openclip_legacy"` reproduces it.
+`scoring="openclip_legacy"` reproduces it. OpenCLIP 4 uses the search of Transformers, with 6 beams unless told
+otherwise: `scoring="openclip"` adds log-probabilities, and a caption of the maximal length stays open.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class BeamSearch:
     counts the start too, and a caption of the maximal length has no end.
 
     An image is done, and leaves the batch, when it has `num_beams` closed captions, the worst of which scores at least
-    as high as the best candidate would if it ended now.
+    as high as the best candidate would if it ended now; by Transformers' rule, the best that does not end.
     """
 
     num_beams: int
@@ -64,8 +65,9 @@ class BeamSearch:
                     return result
             self._reorder(decoding, source, done)
             logits = decoding.step(opened.ids[:, :, position].reshape(-1, 1))
-        if self.scoring == "openclip_legacy":
-            still = (opened.scores / length**self.length_penalty).masked_fill(done[:, None], NEVER)
+        if self.scoring != "log_prob":
+            counted = length if self.scoring == "openclip_legacy" else (length - prompts.lengths[active])[:, None]
+            still = (opened.scores / counted**self.length_penalty).masked_fill(done[:, None], NEVER)
             closed = _best(closed, opened._replace(scores=still))
         _put(result, active, closed)
         return result
@@ -87,7 +89,7 @@ class BeamSearch:
         log_probs = logits.log_softmax(dim=-1)  # (B · K, V)
         legacy = self.scoring == "openclip_legacy"
         scores = self.constraints(logits if legacy else log_probs, opened.ids.flatten(0, 1)[:, :position])
-        if position == opened.ids.shape[2] - 1 and not legacy:
+        if position == opened.ids.shape[2] - 1 and self.scoring == "log_prob":
             scores = force_token(scores, self.constraints.end_id)
         # The best 2K of each caption first, then the best 2K of an image among these: no sort over K · V.
         best, tokens = scores.topk(min(2 * self.num_beams, scores.shape[1]))  # (B · K, C)
@@ -120,7 +122,7 @@ class BeamSearch:
         Only an end among the best K candidates counts: worse ones would win just by being short.
         """
         counted = torch.full_like(prompts.lengths, position + 1)  # (B,)
-        if self.scoring == "log_prob":
+        if self.scoring != "openclip_legacy":
             counted = (counted - prompts.lengths).clamp(min=1)  # inside a prompt nothing ends, whatever the divisor
         scores = candidates.scores / counted[:, None] ** self.length_penalty  # (B, 2K)
         best = Candidates(*(part[:, : self.num_beams] for part in candidates))
@@ -131,6 +133,9 @@ class BeamSearch:
         ended = Hypotheses(ids, scores[:, : self.num_beams].where(ends, NEVER), best.log_probs)
         closed = _best(closed, ended)
         worst = closed.scores[:, -1]
+        if self.scoring == "openclip":
+            going_on = candidates.tokens != self.constraints.end_id
+            scores = scores.where(going_on, NEVER).amax(dim=1, keepdim=True)
         return closed, (worst > NEVER) & (worst >= scores[:, 0])
 
     def _extend(self, opened: Hypotheses, candidates: Candidates, position: int) -> tuple[Hypotheses, Tensor]:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 Strategy = Literal["greedy", "beam", "sample"]
-Scoring = Literal["log_prob", "openclip_legacy"]
+Scoring = Literal["log_prob", "openclip", "openclip_legacy"]
 Rerank = Literal["contrastive"]
 
 DEFAULT_MAX_LENGTH = 30  # start and end included, as in OpenCLIP
-LEGACY_MIN_LENGTH = 5  # OpenCLIP's default
+OPEN_CLIP_MIN_LENGTH = 5  # OpenCLIP's default
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class GenerateOptions(TypedDict, total=False):
     min_length: Annotated[
         int | None,
         Option(
-            "no end before this many tokens, start included (OpenCLIP's min_seq_len); default 0, 5 in legacy scoring",
+            "no end before this many tokens, start included (OpenCLIP's min_seq_len); default 0, 5 in its scoring",
             at_least=0,
         ),
     ]
@@ -95,7 +95,11 @@ class GenerateOptions(TypedDict, total=False):
     ]
     scoring: Annotated[
         Scoring | None,
-        Option("log_prob, or openclip_legacy: captions of OpenCLIP 3's beam search, which adds logits", "log_prob"),
+        Option(
+            "log_prob; openclip: captions of OpenCLIP 4, where one of max_length has no end; openclip_legacy: captions"
+            " of OpenCLIP 3's beam search, which adds logits",
+            "log_prob",
+        ),
     ]
     rerank: Annotated[
         Rerank | None,
@@ -150,7 +154,7 @@ class Options:
         """
         least, most = self.min_length, self.max_length
         if least is None:
-            least = LEGACY_MIN_LENGTH if self.scoring == "openclip_legacy" else 0
+            least = OPEN_CLIP_MIN_LENGTH if self.scoring != "log_prob" else 0
         if most is None:
             most = min(DEFAULT_MAX_LENGTH, context_length)
         if not 2 <= most <= context_length:
