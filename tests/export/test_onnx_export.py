@@ -75,23 +75,6 @@ def other(name: str) -> CoCa:
     return model
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@torch.no_grad()
-def test_graphs_of_other_text_sides_before_they_are_exported(name: str) -> None:
-    """Features, and logits after a prompt that is read in two parts, each with a cache that grows."""
-    model = other(name)
-    graphs = {key: graph.module for key, graph in graphs_of(model).items()}
-    images, tokens = images_of(2), model.tokenizer(["a red circle", "two blue squares"])
-    features, keys, values = graphs["image_encoder"](images)
-    torch.testing.assert_close(features, model.encode_image(images))
-    torch.testing.assert_close(graphs["text_encoder"](tokens), model.encode_text(tokens))
-    past = torch.zeros(2, graphs["decoder"].layers, 2, *keys.shape[2:3], 0, keys.shape[4])
-    _, *past = graphs["decoder"](tokens[:, :2], keys, values, *past)
-    logits, *_ = graphs["decoder"](tokens[:, 2:4], keys, values, *past)
-    whole = model(images, tokens[:, :5], torch.tensor([5, 5]), contrastive=False).logits.view(2, 4, -1)
-    torch.testing.assert_close(logits, whole[:, 3], atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_graphs_of_other_text_sides(name: str, tmp_path: Path) -> None:
