@@ -367,7 +367,7 @@ INSTANCES = {"categories": [{"id": 1, "name": "dog"}], "annotations": [{"image_i
 def test_annotations_of_evaluations(folder, data):
     (folder / "images").mkdir(exist_ok=True)
     for name in ("0.jpg", "1.jpg", "0.png", "1.png"):
-        (folder / "images" / name).write_bytes(jpeg())
+        (folder / "images" / name).write_bytes(jpeg(3))
     for kind in SUGARCREPE:
         (folder / f"{kind}.json").write_text("{}")
     crepe = {str(i): {"filename": f"{i}.jpg", "caption": "a", "negative_caption": "b"} for i in range(2)}
