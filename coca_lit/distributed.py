@@ -19,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+# How long ranks wait for objects of another one, which may be scoring or encoding alone. A rank that has died is
+# noticed at once.
+PATIENCE = timedelta(hours=12)
 
 
 def world_size() -> int:
@@ -65,8 +68,7 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
     """log Σ exp of a tensor over ranks, element by element, without gradient."""
     if world_size() == 1:
         return x
-    highest = x.detach().clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    highest = highest_over_ranks(x)
     return highest + sum_over_ranks((x - highest).exp()).log()
 
 
@@ -75,14 +77,56 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x) / world_size()
 
 
+def highest_over_ranks(x: Tensor) -> Tensor:
+    """Maximum of a tensor over ranks, element by element, without gradient."""
+    highest = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest
+
+
 def max_over_ranks(numbers: Sequence[float]) -> list[float]:
     """The maximum of each number over ranks, the same on every rank."""
-    if world_size() == 1:
-        return list(numbers)
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    x = torch.tensor(numbers, dtype=torch.float32, device=device)
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return x.tolist()
+    return list(numbers) if world_size() == 1 else highest_over_ranks(_sendable(numbers)).tolist()
+
+
+def totals_over_ranks(numbers: Sequence[int]) -> list[int]:
+    """The sum of each number over ranks, the same on every rank."""
+    return list(numbers) if world_size() == 1 else sum_over_ranks(_sendable(numbers)).tolist()
+
+
+class Arriving:
+    """Numbers of a device on their way to the host. `read` waits for their copy alone, and not for what was launched
+    after it, so that reading the numbers of a step one step later waits for nothing.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._numbers = x.detach().to("cpu", non_blocking=x.is_cuda)  # then in pinned memory
+        self._event = torch.cuda.Event() if x.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.flatten().tolist()
+
+
+class SteadyMax:
+    """`max_over_ranks` once per step. On GPUs, which would stand still until the host knows the answer, it is the
+    answer to the numbers of the step before.
+    """
+
+    def __init__(self) -> None:
+        self._before: Arriving | None = None
+
+    def __call__(self, numbers: Sequence[float]) -> list[float]:
+        if world_size() == 1:
+            return list(numbers)
+        before, self._before = self._before, Arriving(highest_over_ranks(_sendable(numbers)))
+        if dist.get_backend() != "nccl":
+            return self._before.read()
+        return before.read() if before is not None else [0.0] * len(numbers)
 
 
 def gather_objects(x: T) -> list[T]:
@@ -90,7 +134,7 @@ def gather_objects(x: T) -> list[T]:
     if world_size() == 1:
         return [x]
     objects: list[Any] = [None] * world_size()
-    dist.all_gather_object(objects, x)
+    dist.all_gather_object(objects, x, group=_objects_group())
     return objects
 
 
@@ -99,7 +143,7 @@ def broadcast_object(x: T) -> T:
     if world_size() == 1:
         return x
     box: list[Any] = [x]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_objects_group())
     return box[0]
 
 
@@ -113,14 +157,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        everything = x.new_empty(world_size() * ctx.rows, *x.shape[1:])
+        dist.all_gather_into_tensor(everything, x.contiguous())
+        return everything
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         own = gradients[0].new_empty(ctx.rows, *gradients[0].shape[1:])
-        dist.reduce_scatter(own, [part.contiguous() for part in gradients[0].chunk(world_size())])
+        dist.reduce_scatter_tensor(own, gradients[0].contiguous())
         return own
 
 
@@ -136,6 +180,26 @@ class _Sum(torch.autograd.Function):
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
+
+
+_patient: list[Any] = []  # the default group, and that of `_objects_group` which belongs to it
+
+
+def _objects_group() -> Any:
+    """All ranks, over the network and not over GPUs. Made at the first call, which all ranks make together."""
+    default = dist.group.WORLD
+    if not _patient or _patient[0] is not default:
+        _patient[:] = default, dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient[1]
+
+
+def _sendable(numbers: Sequence[float]) -> Tensor:
+    """Numbers as a tensor where the process group takes tensors from: NCCL refuses those of the host."""
+    dtype = torch.float32 if any(isinstance(x, float) for x in numbers) else torch.int64
+    x = torch.tensor(numbers, dtype=dtype)
+    if dist.get_backend() != "nccl":
+        return x
+    return x.pin_memory().to(torch.device("cuda", torch.cuda.current_device()), non_blocking=True)
 
 
 def _active() -> bool:

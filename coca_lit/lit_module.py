@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from coca_lit.callbacks.resuming import forget_last_step
+from coca_lit.callbacks.resuming import forget_last_step, is_logged_step
 from coca_lit.data.batch import Batch
 from coca_lit.models import CoCa
 from coca_lit.models.coca import Contrastive
@@ -102,9 +102,11 @@ class CoCaLit(L.LightningModule):
             loss, found = objective.loss(self.net, batch)
             losses.append(loss)
             terms |= found
-            self._log("train", objective.measures, batch)
-        self._log("train", _as_losses(terms), batch)
-        self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
+            if self._is_logged():
+                self._log("train", objective.measures, batch)
+        if self._is_logged():
+            self._log("train", _as_losses(terms), batch)
+            self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
         return torch.stack(losses).sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -121,6 +123,10 @@ class CoCaLit(L.LightningModule):
             yield self.pairs
         yield from self.objectives.values()  # type: ignore[misc]  # a ModuleDict does not know of what
 
+    def _is_logged(self) -> bool:
+        """Values are averaged over ranks and read by the host at these steps only: either takes time."""
+        return self._trainer is not None and is_logged_step(self.trainer)
+
     def _log(self, stage: str, values: Mapping[str, Any], batch: Batch) -> None:
         named = {f"{stage}/{name}": value for name, value in values.items()}
         self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=len(batch.tokens))
@@ -131,13 +137,16 @@ class CoCaLit(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the global norm and logs it. Lightning's own way refuses fused optimizers under any mixed precision,
-        though only fp16 has a loss scale that such an optimizer would still have to remove.
+        """Clips the global norm and logs it. Lightning's own way refuses fused optimizers under mixed precision,
+        because they divide by the loss scale of fp16 in their step; here it is done before.
         """
-        if self.trainer.precision == "16-mixed":
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        if not gradient_clip_val:
+            return
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):  # else it is done already
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        if self._is_logged():
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -22,13 +22,14 @@ from coca_lit.callbacks.progress import samples_seen
 from coca_lit.callbacks.resuming import (
     can_repeat_validation,
     is_between_steps,
+    leave_sigterm_to_us,
     logged_steps,
     repeat_validation,
     set_logged_steps,
     set_position,
 )
 from coca_lit.callbacks.stall_guard import unwatched
-from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, world_size
+from coca_lit.distributed import SteadyMax, max_over_ranks, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_link, atomic_write, try_waiting
 from coca_lit.metrics import lower_is_better
@@ -88,11 +89,14 @@ class Checkpoints(L.Callback):
         self._loaded: dict[str, Any] = {}
         self._wanted = False  # a checkpoint at the next step, whatever the clock says
         self._offered: float | None = None  # the score of the weights at hand, if it is the best so far
+        self._was_offered = False  # since the last step, a score, good or not: known to every rank
+        self._steady_max = SteadyMax()
 
     # When
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.listen()
+        leave_sigterm_to_us(trainer)
         self._saved_step, self._saved_at, self._epoch = trainer.global_step, time.monotonic(), trainer.current_epoch
         if rank() == 0 and self._best_so_far().get("step", 0) > trainer.global_step:  # of steps that are made again
             for name in (BEST, BEST_SCORE):
@@ -115,10 +119,10 @@ class Checkpoints(L.Callback):
     def _between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         minutes = (time.monotonic() - self._saved_at) / 60
         late = self._wanted or (self.every_minutes is not None and minutes >= self.every_minutes)
-        offered = self._offered is not None
-        stop, someone_late, better = max_over_ranks(
-            [self.signals.received, late, offered]
-        )  # one decision for all ranks
+        flags = [self.signals.received, late, self._offered is not None]
+        # One decision for all ranks. That of a score is about the weights at hand: it cannot come a step later.
+        stop, someone_late, better = max_over_ranks(flags) if self._was_offered else self._steady_max(flags)
+        self._was_offered = False
         step, epoch = trainer.global_step, trainer.current_epoch
         due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
         if stop or someone_late or due or better or epoch > self._epoch:
@@ -209,6 +213,7 @@ class Checkpoints(L.Callback):
             final: training is over, and the checkpoint of these weights is written.
         """
         assert self.best is not None
+        self._was_offered = True
         before = self._best_so_far().get("value", math.nan)
         better = value < before if lower_is_better(self.best) else value > before
         if rank() == 0 and not math.isnan(value) and (better or math.isnan(before)):

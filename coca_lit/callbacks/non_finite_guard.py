@@ -2,6 +2,9 @@
 
 Both are written to `bad_steps.jsonl` in the run folder: one line per step with its number, the reason, and the sample
 keys of all ranks.
+
+On a GPU the host knows of both one step later: to know at once it would have to wait for the device, which would have
+nothing to do meanwhile. A fused optimizer skips the step by itself.
 """
 
 import json
@@ -9,20 +12,29 @@ import statistics
 from collections import deque
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
 from torch.distributed.tensor import DTensor
 
+from coca_lit.callbacks.resuming import is_logged_step
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import gather_objects, max_over_ranks, mean_over_ranks, print_rank_zero, rank
+from coca_lit.distributed import Arriving, gather_objects, highest_over_ranks, mean_over_ranks, print_rank_zero, rank
 from coca_lit.errors import TrainingError
 from coca_lit.files import Waiting, append_lines
 from coca_lit.runs.logs import BAD_STEPS
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 WARM_UP = 20  # losses; the spread of fewer is unreliable
+
+
+class _Measured(NamedTuple):
+    """A number of a step."""
+
+    step: int
+    keys: list[str]
+    number: Arriving
 
 
 class NonFiniteGuard(L.Callback):
@@ -47,8 +59,10 @@ class NonFiniteGuard(L.Callback):
         self.skipped = self.in_a_row = self.spikes = 0
         self._losses: deque[float] = deque(maxlen=window)
         self._keys: list[str] = []  # of the batches since the last optimizer step
-        self._step = 0
+        self._step = self._last_skipped = 0
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of batch norms: (buffer, its value before)
+        self._gradient: _Measured | None = None  # not judged yet: 1 if it is not finite
+        self._loss: _Measured | None = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -66,45 +80,72 @@ class NonFiniteGuard(L.Callback):
         """Between backward and the step; without gradients the optimizer touches nothing."""
         if trainer.precision == "16-mixed":
             return  # the loss scaler adapts its scale by such steps, and skips them itself
+        self._judge_gradient()  # of the step before
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not any(max_over_ranks([not _finite(gradients)])):
-            self.in_a_row = 0
+        if not gradients:
             return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        for buffer, before in self._statistics:
-            buffer.copy_(before)  # the forward pass has updated it already
-        self.skipped += 1
-        self.in_a_row += 1
-        self._write("gradient not finite", {})
-        print_rank_zero(
-            f"skipped step {self._step}: its gradient is not finite ({self.skipped} skipped; samples in {self.path})"
-        )
+        bad = _not_finite(gradients)
+        self._gradient = _Measured(self._step, self._keys, Arriving(bad))
+        if bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # as the loss scaler of fp16 tells it
+            for buffer, before in self._statistics:  # the forward pass has updated it already
+                buffer.copy_(torch.where(bad > 0, before, buffer))
+        elif self._judge_gradient():
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # without gradients the optimizer touches nothing
         if self.in_a_row >= self.max_in_a_row:
             raise TrainingError(
-                f"the gradients of {self.in_a_row} steps in a row, {self._step - self.in_a_row + 1} to {self._step}, "
-                "were not finite; nothing was applied, and their samples are in "
+                f"the gradients of {self.in_a_row} steps in a row, {self._last_skipped - self.in_a_row + 1} to "
+                f"{self._last_skipped}, were not finite; nothing was applied, and their samples are in "
                 f"{self.path}: try a lower learning rate, fp32 (trainer.precision=32-true), or look at those samples"
             )
+
+    def _judge_gradient(self) -> bool:
+        """Counts the last step if its gradient was not finite, and returns whether that is so."""
+        if self._gradient is None:
+            return False
+        (step, keys, bad), self._gradient = self._gradient, None
+        if not any(bad.read()):
+            self.in_a_row = 0
+            return False
+        self.skipped += 1
+        self.in_a_row += 1
+        self._last_skipped = step
+        self._write(step, "gradient not finite", {}, keys)
+        print_rank_zero(
+            f"skipped step {step}: its gradient is not finite ({self.skipped} skipped; samples in {self.path})"
+        )
+        return True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         if not self.spike or not isinstance(outputs, dict) or "loss" not in outputs:
             return
-        loss = mean_over_ranks(outputs["loss"].detach()).item() * trainer.accumulate_grad_batches
+        self._judge_loss()  # of the step before
+        loss = mean_over_ranks(outputs["loss"].detach()) * trainer.accumulate_grad_batches
+        self._loss = _Measured(self._step, batch.keys, Arriving(loss))
+        if not loss.is_cuda:
+            self._judge_loss()
+        if self.spikes and is_logged_step(trainer):  # in every row, since few spikes fall on a logged step
+            pl_module.log("loss_spikes", float(self.spikes))
+
+    def _judge_loss(self) -> None:
+        """Notes the last loss, and a spike if it was one."""
+        if self._loss is None:
+            return
+        (step, keys, found), self._loss = self._loss, None
+        (loss,) = found.read()
         if loss != loss or abs(loss) == float("inf"):
             return
         if self._is_spike(loss):
             self.spikes += 1
             median = statistics.median(self._losses)
-            self._write("loss spike", {"loss": loss, "median": median}, batch.keys)
-            print_rank_zero(
-                f"loss spike at step {self._step}: {loss:.4g}, median {median:.4g} (samples in {self.path})"
-            )
-        if self.spikes:  # in every row, since few spikes fall on a logged step
-            pl_module.log("loss_spikes", float(self.spikes))
+            self._write(step, "loss spike", {"loss": loss, "median": median}, keys)
+            print_rank_zero(f"loss spike at step {step}: {loss:.4g}, median {median:.4g} (samples in {self.path})")
         self._losses.append(loss)
 
     def _is_spike(self, loss: float) -> bool:
@@ -114,17 +155,23 @@ class NonFiniteGuard(L.Callback):
         sigma = MAD_TO_SIGMA * statistics.median(abs(x - median) for x in self._losses)
         return loss > median + self.spike * max(sigma, 0.01 * abs(median))  # a constant loss has no spread
 
-    def _write(self, reason: str, numbers: dict[str, float], keys: list[str] | None = None) -> None:
-        parts = gather_objects(self._keys if keys is None else keys)
+    def _write(self, step: int, reason: str, numbers: dict[str, float], keys: list[str]) -> None:
+        parts = gather_objects(keys)
         if rank() == 0:
             everything = [key for part in parts for key in part]
-            row = {"step": self._step, "reason": reason, **numbers, "keys": everything}
+            row = {"step": step, "reason": reason, **numbers, "keys": everything}
             self._waiting.add(json.dumps(row))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._judge_gradient()
+        self._judge_loss()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._waiting.flush()
 
     def state_dict(self) -> dict[str, Any]:
+        self._judge_gradient()
+        self._judge_loss()
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "spikes")}
         return {**counts, "losses": list(self._losses)}
 
@@ -133,10 +180,11 @@ class NonFiniteGuard(L.Callback):
         self._losses.extend(state_dict["losses"])
 
 
-def _finite(gradients: list[torch.Tensor]) -> bool:
-    """Whether all numbers (of this rank's part) are finite, with one synchronisation with the device."""
+def _not_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """(), 1 if a number is not finite on some rank, else 0; on the device of the gradients."""
     own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    if not (own := [gradient for gradient in own if gradient.numel()]):
-        return True
-    norms = torch._foreach_norm(own, float("inf"))
-    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+    bad = own[0].new_zeros((), dtype=torch.float32)
+    if own := [gradient for gradient in own if gradient.numel()]:
+        norms = torch._foreach_norm(own, float("inf"))
+        bad = (~torch.stack([norm.float() for norm in norms]).isfinite().all()).float()
+    return highest_over_ranks(bad)

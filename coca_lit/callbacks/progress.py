@@ -9,11 +9,10 @@ from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import sum_over_ranks, world_size
+from coca_lit.distributed import totals_over_ranks, world_size
 
 
 class RunSummary(L.Callback):
@@ -58,6 +57,10 @@ class _Bar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         total = f"/{self.trainer.max_epochs}" if self.trainer.max_epochs not in (None, -1) else ""
         return f"Epoch {current_epoch + 1}{total}".ljust(len(self.validation_description))  # people count from 1
+
+    def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.validating or _is_logged(trainer):  # there is nothing new at other steps
+            super()._update_metrics(trainer, pl_module)
 
 
 class PlainProgress(ProgressBar):
@@ -121,19 +124,17 @@ class SamplesSeen(L.Callback):
 
     def __init__(self) -> None:
         self._before = {"samples": 0, "tokens": 0}  # by earlier processes of the run
-        self._samples = 0
-        self._tokens: torch.Tensor | int = 0  # on the device: reading it would wait for the step
+        self._samples = self._tokens = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._samples += len(batch.images)
-        self._tokens = self._tokens + batch.lengths.sum()
+        self._tokens += int(batch.lengths.sum())
 
     def total(self) -> dict[str, int]:
         """`{"samples": …, "tokens": …}` of the whole run. All ranks must call it."""
-        tokens = torch.as_tensor(self._tokens)
-        here = sum_over_ranks(torch.stack([torch.full_like(tokens, self._samples), tokens])).tolist()
+        here = totals_over_ranks([self._samples, self._tokens])
         return {name: before + n for (name, before), n in zip(self._before.items(), here, strict=True)}
 
     def state_dict(self) -> dict[str, int]:

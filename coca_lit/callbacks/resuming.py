@@ -54,6 +54,19 @@ def repeat_validation(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
 
 
+def is_logged_step(trainer: L.Trainer) -> bool:
+    """Whether Lightning logs the step that is being made, or it is the last one."""
+    last = trainer.global_step + 1 >= trainer.estimated_stepping_batches
+    return trainer._logger_connector.should_update_logs or last
+
+
+def leave_sigterm_to_us(trainer: L.Trainer) -> None:
+    """Keeps Lightning from asking all ranks before every batch whether one got SIGTERM, which waits for the device:
+    `Checkpoints` asks them too.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
 def is_between_steps(trainer: L.Trainer) -> bool:
     """Whether the weights are those after the last whole batch, and no gradient waits for more batches."""
     loop = trainer.fit_loop.epoch_loop

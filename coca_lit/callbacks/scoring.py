@@ -17,7 +17,7 @@ from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, suggest
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.metrics.uncertainty import Draws
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, kernels
 from coca_lit.training.sharding import unsharded
 
 
@@ -203,13 +203,14 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     """The network as evaluations need it. Evaluations leave the random state of training untouched.
 
     It is whole on every rank, and not compiled: a cache that grows with every token would be recompiled at each token.
-    Low-rank updates are added to their weights once, not at every token.
+    fp32 is exact, so that scores are those of `coca-evaluate`. Low-rank updates are added to their weights once, not at
+    every token.
     """
     net = module.net
     assert isinstance(net, CoCa)
     device = next(net.parameters()).device
     cuda = torch.random.fork_rng([device]) if device.type == "cuda" else nullcontext()
     eager = torch.compiler.set_stance("force_eager")
-    calm = unwatched(module.trainer)
-    with calm, isolate_rng(include_cuda=False), cuda, eager, parametrize.cached(), unsharded(net) as whole:
+    calm, exact = unwatched(module.trainer), kernels.exact_fp32(device)
+    with calm, isolate_rng(include_cuda=False), cuda, eager, exact, parametrize.cached(), unsharded(net) as whole:
         yield whole

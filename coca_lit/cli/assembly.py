@@ -306,6 +306,8 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
 
 def build_settings(cfg: DictConfig) -> "Settings":
     """What the evaluations share."""
+    import torch
+
     from coca_lit.evals import Settings
     from coca_lit.weights.hub import locate
 
@@ -313,6 +315,8 @@ def build_settings(cfg: DictConfig) -> "Settings":
         with error_context("scoring.clip_score_model"):  # now, and not when training is over
             locate(cfg.scoring.clip_score_model)
     node = _without(cfg.scoring, *WHEN, "skip_missing")
+    if node.workers is None:
+        node.workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     node._target_ = f"{Settings.__module__}.{Settings.__qualname__}"
     return build(node, "scoring", output_dir=cfg.output_dir)
 

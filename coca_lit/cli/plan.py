@@ -23,22 +23,30 @@ def run(cfg: DictConfig) -> None:
     Raises:
         ConfigError: a setting of the plan, or the model, cannot be used.
     """
+    from coca_lit.plan.report import print_plan
+
+    settings = read_settings(cfg)
+    model, spent, recipe = estimate(cfg, settings)
+    print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
+
+
+def estimate(cfg: DictConfig, settings: Any) -> tuple[Any, Any, Any]:
+    """Model, cost and recipe of a run, for the functions of `coca_lit.plan.estimate`."""
     import torch
 
     from coca_lit.plan.estimate import measure
-    from coca_lit.plan.report import print_plan
-    from coca_lit.plan.trace import cost
+    from coca_lit.plan.trace import cost, on_gpu
 
-    settings = read_settings(cfg)
-    module = build_without_weights(cfg)
+    module, tokens = build_without_weights(cfg), settings.caption_tokens
     precision = str(cfg.trainer.precision)
     autocast = AUTOCAST.get(precision)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
     weights, model = module.pairs.weights, measure(module.net)
-    recipe = read_recipe(cfg, settings, weights, half=not precision.startswith("32"))
-    spent = cost(module.net, weights, settings.caption_tokens, getattr(torch, autocast) if autocast else None)
-    print_plan(f"{cfg.model.net.name}, {precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
+    half = not precision.startswith("32")
+    spent = cost(module.net, weights, tokens, getattr(torch, autocast) if autocast else None)
+    spent = on_gpu(module.net, spent, tokens, 2 if half else 4)
+    return model, spent, read_recipe(cfg, settings, weights, half)
 
 
 def read_settings(cfg: DictConfig) -> Any:

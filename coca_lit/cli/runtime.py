@@ -24,9 +24,10 @@ BUILTIN = "builtin"  # as a checkpoint: the demo model, which learned the built-
 OUTPUTS = Path("outputs")
 
 
-def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
+def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bool = False) -> None:
     """
     Args:
+        tf32: let GPUs round the inputs of fp32 products to 10 bits, as a training may; scores are exact.
         threads: of PyTorch on the CPU; None for its own choice.
         fast_kernels: see `coca_lit.models.kernels`.
     """
@@ -40,8 +41,8 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True) -> None:
         torch.set_num_threads(threads)
     kernels.enable(fast_kernels)
     kernels.keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
     # Lightning's notices would drown ours. Its warnings stay, except those that call for no action.
     for name in ("lightning.pytorch", "lightning.fabric"):
         lightning_log = logging.getLogger(name)

@@ -65,7 +65,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.runs.draws import read_draws
     from coca_lit.runs.run_folder import finished_results, resume_command, start_run_folder
 
-    configure_libraries(cfg.threads, cfg.kernels.enabled)
+    configure_libraries(cfg.threads, cfg.kernels.enabled, tf32=True)
     with error_context("seed"):
         L.seed_everything(cfg.seed, workers=True, verbose=False)
     checkpoint = find_start(cfg)

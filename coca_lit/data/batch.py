@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coca_lit.data.bad_samples import BadSample
+from coca_lit.models.packing import to_device
 
 
 class Batch(NamedTuple):
@@ -15,12 +16,18 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
     # (0, 3, H, W) for texts alone; cached features of the image encoder are (B, S, C) fp16
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
-    lengths: Tensor  # (B,) int64, number of real tokens including start and end
+    lengths: Tensor  # (B,) int64, number of real tokens including start and end; on the host, see `to`
     keys: list[str]  # sample ids, for error reports
     bad: tuple[BadSample, ...] = ()  # skipped while this batch was made
     sources: tuple[str, ...] = ()  # (B) the source of each sample in a mixture
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
     answers: tuple[tuple[str, ...], ...] = ()  # (B) all answers to each question
+
+    def to(self, device: torch.device) -> "Batch":
+        """With images and tokens on the device. Lengths stay on the host, where the layout of the texts is computed:
+        to read them from a GPU, the host would wait for it.
+        """
+        return self._replace(images=to_device(self.images, device), tokens=to_device(self.tokens, device))
 
 
 class Example(NamedTuple):

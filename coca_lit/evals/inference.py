@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from coca_lit.data.loader import loading
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.distributed import gather_objects, rank, world_size
@@ -180,6 +181,5 @@ class _Images(Dataset[tuple[int, Tensor]]):
 def image_batches(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
     """This rank's positions in `records` and their pixels (B, 3, H, W), on the model's device."""
     images = _Images(records, build_transform(**model.preprocessing))
-    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers)
-    for positions, pixels in loader:
-        yield positions.tolist(), pixels.to(model.device)
+    for positions, pixels in DataLoader(images, batch_size=batch_size, **loading(num_workers)):
+        yield positions.tolist(), pixels.to(model.device, non_blocking=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coca_lit.distributed import gather, logsumexp_over_ranks, rank
 from coca_lit.losses.gradients import wants_gradient, wide, with_gradients
+from coca_lit.models.kernels import exact_fp32
 
 TILE = 256  # rows: fewer slow the products down, more do not fit the cache of a processor
 
@@ -27,7 +28,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
         This rank's part, a scalar in nats whose mean over ranks is the global loss.
     """
     images, texts, scale = wide(image_features), wide(gather(text_features)), wide(logit_scale)  # texts: (W·B, E)
-    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+    with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
         rows = tiles(len(images), tile)
         own = rank() * len(images)
         over_texts, over_images, pairs = _log_sums(images, texts, scale, own, rows)
@@ -35,7 +36,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     inputs = (images, texts, scale)
     if not any(map(wants_gradient, inputs)):
         return total / (2 * len(images))
-    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+    with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
         gradients = _gradients(images, texts, scale, over_texts, over_images, own, rows)
     return with_gradients(total / (2 * len(images)), gradients, inputs)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from coca_lit.distributed import gather, rank
 from coca_lit.losses.contrastive import TILE, tiles
 from coca_lit.losses.gradients import wants_gradient, wide, with_gradients
+from coca_lit.models.kernels import exact_fp32
 
 
 def siglip_loss(
@@ -38,7 +39,7 @@ def siglip_loss(
     grad_images, grad_texts, grad_bias = torch.zeros_like(images), torch.zeros_like(texts), torch.zeros_like(bias)
     own, share = rank() * len(images), 1 / len(images)
     total = images.new_zeros(())
-    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+    with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
         for rows in tiles(len(images), tile):
             logits = torch.addmm(bias, images[rows] * scale, texts.T)  # (tile, W·B)
             total += F.softplus(logits).sum() - logits.diagonal(own + rows.start).sum()

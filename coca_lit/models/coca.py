@@ -24,6 +24,7 @@ from coca_lit.models.init import init_projection
 from coca_lit.models.layers import CrossBlock, SelfBlock
 from coca_lit.models.mammut import TwoPassTower, TwoPassTowerWithPads
 from coca_lit.models.modern import ModernBlock, ModernTextTower
+from coca_lit.models.packing import to_device
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, register_text_tower
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
@@ -36,6 +37,7 @@ register_text_tower("two_pass_with_pads")(TwoPassTowerWithPads)
 Contrastive = Literal["softmax", "siglip"]
 
 IGNORED_LABEL = -100
+RECOMPILE_LIMIT = 32  # graphs of a block
 MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
 
 
@@ -173,6 +175,7 @@ class CoCa(Freezable):
             if self.config[name] == default:  # as in files of earlier versions; a fingerprint of the model covers them
                 del self.config[name]
         self.static_step: DecodingStep | None = None  # see `compile_generation`
+        self.static_buffers: dict[Any, list[Tensor]] = {}
         self.init_parameters()
 
     def init_parameters(self) -> None:
@@ -217,9 +220,11 @@ class CoCa(Freezable):
                 cross blocks, as in a language model.
             tokens: (B, L) ids, padded at the end to any L. Without the contrastive part there may be several texts of
                 each image, side by side.
-            lengths: (B,) number of real tokens; None finds them from the trailing pads.
+            lengths: (B,) number of real tokens; None finds them from the trailing pads. On the host: to copy them
+                there, or to find them, the host has to wait for the device.
             contrastive, captioning: whether to compute what that loss needs; the output is None where it is off.
-            prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default.
+            prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default. Also
+                on the host.
             read: (B, L) ids from which the tokens are predicted; None for the tokens themselves.
         """
         lengths = self._lengths(tokens, lengths)
@@ -236,7 +241,8 @@ class CoCa(Freezable):
             _, text_vector, _ = self.text(tokens, lengths)
         hidden, labels = None, None
         if decoder is not None:
-            if image_tokens is not None:
+            prefix_lengths = None if prefix_lengths is None else prefix_lengths.cpu()
+            if image_tokens is not None and len(image_tokens) != len(tokens):
                 image_tokens = image_tokens.repeat_interleave(len(tokens) // max(len(image_tokens), 1), dim=0)
             hidden, labels = decoder.caption_states(states, layout, tokens, lengths, image_tokens, prefix_lengths)
             if self.tokenizer.unk_id is not None:  # unknown words are read but never predicted
@@ -253,8 +259,9 @@ class CoCa(Freezable):
 
     def predicted_tokens(self, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor) -> Tensor:
         """Number of tokens that the caption loss averages over: all after the prefix, without unknown words."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        predicted = (positions >= prefix_lengths[:, None]) & (positions < lengths[:, None])  # (B, L)
+        positions, lengths, prefix_lengths = torch.arange(tokens.shape[1]), lengths.cpu(), prefix_lengths.cpu()
+        predicted = (positions >= prefix_lengths[:, None]) & (positions < lengths[:, None])  # (B, L), on the host
+        predicted = to_device(predicted, tokens.device)
         return (predicted if self.tokenizer.unk_id is None else predicted & (tokens != self.tokenizer.unk_id)).sum()
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
@@ -280,7 +287,7 @@ class CoCa(Freezable):
         out = self(images, tokens, lengths, contrastive=False)
         assert out.labels is not None
         losses = F.cross_entropy(out.logits.float(), out.labels, reduction="none", ignore_index=IGNORED_LABEL)  # (N,)
-        text = torch.arange(len(lengths), device=losses.device).repeat_interleave(lengths - 1)  # (N,)
+        text = to_device(torch.arange(len(lengths)).repeat_interleave(lengths - 1), losses.device)  # (N,)
         return losses.new_zeros(len(lengths)).index_add(0, text, -losses)
 
     def multimodal_state(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -297,7 +304,7 @@ class CoCa(Freezable):
         """Makes `generate` work with static shapes and a step compiled by `torch.compile(**options)`, once for each
         number of captions in a batch and each `max_length`: worth it for many batches of one size.
         """
-        self.static_step = torch.compile(static_step, fullgraph=True, **options)
+        self.static_step, self.static_buffers = torch.compile(static_step, fullgraph=True, **options), {}
 
     def parameters_of_loss(self, loss: str) -> list[str]:
         """Names of the parts that only the "contrastive" or only the "caption" loss trains; without that loss they
@@ -332,8 +339,11 @@ class CoCa(Freezable):
         """Runs every transformer block through `torch.compile`, in place: names in checkpoints stay the same.
 
         Equal blocks share their code, and what depends on the lengths of the captions stays outside, so there are a
-        few compilations in the first steps (the second length makes it a variable) and none after.
+        few compilations in the first steps (the second length makes it a variable) and none after: one for each kind
+        of text, packed or padded, with a mask or without, in training and in validation, which is more than the eight
+        that PyTorch allows a function.
         """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         for module in self.modules():
             if isinstance(module, SelfBlock | CrossBlock | ModernBlock | Block):
                 module.compile(backend=backend)
@@ -370,9 +380,10 @@ class CoCa(Freezable):
         return self.decoder
 
     def _lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B,), on the host."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have the shape (batch, length), got {tuple(tokens.shape)}")
-        lengths = text_lengths(tokens, self.tokenizer.pad_id) if lengths is None else lengths
+        lengths = (text_lengths(tokens, self.tokenizer.pad_id) if lengths is None else lengths).cpu()
         if tokens.shape[1] > self.text.context_length and int(lengths.max()) > self.text.context_length:
             raise ValueError(
                 f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}"

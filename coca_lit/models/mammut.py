@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
 from coca_lit.models.layers import Cache, CrossBlock, KeysValues, OpenClipNames, SelfBlock, by_image, normalize_once
-from coca_lit.models.packing import Layout
+from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, run
 
 
@@ -86,9 +86,11 @@ class TwoPassTower(nn.Module):
         }
         return blocks | dict.fromkeys(("token_embedding.weight", "position_embedding"), layers + 1)
 
-    def contrastive_layout(self, lengths: Tensor, packed: bool | None, max_length: int | None) -> Layout:
+    def contrastive_layout(
+        self, lengths: Tensor, packed: bool | None, max_length: int | None, device: torch.device
+    ) -> Layout:
         """The positions that the contrastive pass reads and averages: the tokens of each text (B,)."""
-        return Layout(lengths, packed, max_length)
+        return Layout(lengths, packed, max_length, device)
 
     def forward(
         self,
@@ -101,16 +103,18 @@ class TwoPassTower(nn.Module):
         """Embedded tokens, with which the caption pass begins, and if `contrastive` the text features (B, E) before
         normalisation; arguments and layout as of `TextTower`.
         """
-        layout = Layout(lengths, packed, max_length)
+        lengths = lengths.cpu()
+        layout = Layout(lengths, packed, max_length, tokens.device)
         features = None
         if contrastive:
-            seen = self.contrastive_layout(lengths, packed, max_length)
+            seen = self.contrastive_layout(lengths, packed, max_length, tokens.device)
             x = self._embed(tokens, seen)
-            mask = seen.mask[:, None, None]  # (B, 1, 1, T)
+            seen_mask = to_device(seen.mask, tokens.device)  # (B, T)
+            mask = seen_mask[:, None, None]  # (B, 1, 1, T)
             for block in self.blocks:
                 x = run(block, x, mask, None, seen, recompute=self.training and self.grad_checkpointing == "blocks")
             grid = seen.unpack(self.norm(x))  # (B, T, D)
-            features = (grid * seen.mask[..., None]).sum(dim=1) / seen.mask.sum(dim=1, keepdim=True)
+            features = (grid * seen_mask[..., None]).sum(dim=1) / seen_mask.sum(dim=1, keepdim=True)
         return self._embed(tokens, layout), features, layout
 
     def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
@@ -119,7 +123,7 @@ class TwoPassTower(nn.Module):
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
         tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, T); a negative padding cuts
-        positions = layout.pack(layout.positions.expand(layout.batch_size, -1))
+        positions = to_device(layout.pack_on_host(layout.positions.expand(layout.batch_size, -1)), layout.device)
         # Not an index: on several threads the gradient of that adds in no fixed order.
         return self.dropout(self.token_embedding(layout.pack(tokens)) + F.embedding(positions, self.position_embedding))
 
@@ -131,8 +135,10 @@ class TwoPassTowerWithPads(TwoPassTower):
 
     pad_mask = False
 
-    def contrastive_layout(self, lengths: Tensor, packed: bool | None, max_length: int | None) -> Layout:
-        return Layout(torch.full_like(lengths, self.context_length), packed=False, max_length=self.context_length)
+    def contrastive_layout(
+        self, lengths: Tensor, packed: bool | None, max_length: int | None, device: torch.device
+    ) -> Layout:
+        return Layout(torch.full_like(lengths, self.context_length), False, self.context_length, device)
 
 
 class TwoPassDecoder(Decoder):

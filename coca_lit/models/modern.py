@@ -25,7 +25,7 @@ from coca_lit.models.layers import (
     merge_heads,
     split_heads,
 )
-from coca_lit.models.packing import Layout
+from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, run
 
 TextPool = Literal["eos", "mean", "map"]
@@ -330,7 +330,8 @@ class ModernTextTower(nn.Module):
         max_length: int | None = None,
     ) -> tuple[Tensor, Tensor | None, Layout]:
         """Token states, and if `contrastive` the text features (B, E) before normalisation, as of `TextTower`."""
-        layout = Layout(lengths, packed, max_length)
+        lengths = lengths.cpu()
+        layout = Layout(lengths, packed, max_length, tokens.device)
         tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, T); a negative padding cuts
         x = self.dropout(self.token_embedding(layout.pack(tokens)))
         table = rotary_table(positions_of(layout), self.head_width, self.style.rope_base)
@@ -353,8 +354,9 @@ class ModernTextTower(nn.Module):
             return layout.gather_at(states, lengths - 1)
         grid = layout.unpack(states)  # (B, T, D)
         if self.pooled == "map":
-            return self.pool(grid, layout.mask)
-        return (grid * layout.mask[..., None]).sum(dim=1) / layout.mask.sum(dim=1, keepdim=True)
+            return self.pool(grid, to_device(layout.mask, grid.device))
+        mask = to_device(layout.mask, grid.device)
+        return (grid * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 class ModernDecoder(Decoder):
@@ -450,8 +452,8 @@ class ModernDecoder(Decoder):
 def positions_of(layout: Layout) -> Tensor:
     """The position of each row in its text: (N,) of packed rows, (T,) of a grid."""
     if not layout.packed:
-        return layout.positions
-    return layout.pack(layout.positions.expand(layout.batch_size, -1))
+        return to_device(layout.positions, layout.device)
+    return to_device(layout.pack_on_host(layout.positions.expand(layout.batch_size, -1)), layout.device)
 
 
 def _next_table(x: Tensor, caches: Sequence[Cache], head_width: int, base: float) -> Tensor:

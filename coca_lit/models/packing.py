@@ -2,7 +2,12 @@
 
 Captions have a dozen tokens and now and then seventy. Everything in a transformer but attention works on single rows,
 so packed rows make its cost follow the number of tokens; attention alone sees the grid, or one text at a time.
+
+Lengths stay on the host, and everything that depends on them is computed there: a GPU whose memory is read has to
+finish all its work first.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +22,50 @@ class Layout:
     padded: (B, L, …), L the longest length. packed: (N, …), N the sum of the lengths.
 
     Args:
-        lengths: (B,) rows of each text.
+        lengths: (B,) rows of each text, on the host.
         packed: None packs when more than a tenth of the grid would be padding.
         max_length: width of the grid, if it must not depend on values as in an exported graph.
+        device: of the rows; None for the host.
 
     Attributes:
-        positions: (L,), 0 … L - 1.
-        mask: (B, L), False where the grid is padding.
-        cpu_lengths: the lengths of packed texts on a CPU, where reading them waits for nothing; else None.
+        positions: (L,), 0 … L - 1, on the host.
+        mask: (B, L), False where the grid is padding, on the host.
+        cpu_lengths: the lengths of packed texts whose rows are on a CPU; else None.
     """
 
-    def __init__(self, lengths: Tensor, packed: bool | None = None, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Tensor,
+        packed: bool | None = None,
+        max_length: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = lengths.device if device is None else device
         self.batch_size = lengths.shape[0]
         self.max_length = max_length if max_length is not None else int(lengths.max()) if self.batch_size else 0
-        self.positions = torch.arange(self.max_length, device=lengths.device)
+        self.positions = torch.arange(self.max_length)
         self.mask = self.positions < lengths[:, None]
         if packed is None:
             padding = 1 - int(lengths.sum()) / max(self.mask.numel(), 1)
             packed = padding > WORTHWHILE_PADDING
         self.packed = packed
-        self.cpu_lengths: list[int] | None = lengths.tolist() if packed and lengths.device.type == "cpu" else None
+        self.cpu_lengths: list[int] | None = lengths.tolist() if packed and self.device.type == "cpu" else None
         self._starts = lengths.cumsum(0) - lengths  # (B,), packed row at which each text begins
-        self._rows = self.mask.flatten().nonzero().squeeze(1) if packed else None  # (N,), places in the grid
+        self._rows: Tensor | None = None  # (N,), places in the grid
+        self._ends: Tensor | None = None
+        if packed:
+            self._rows = to_device(self.mask.flatten().nonzero().squeeze(1), self.device)
+            if self.device.type == "cuda":
+                ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+                self._ends = to_device(ends, self.device)
 
     def pack(self, grid: Tensor) -> Tensor:
         """(B, L, …) -> (N, …) if the layout is packed, else the grid unchanged."""
-        return grid if self._rows is None else grid.flatten(0, 1).index_select(0, self._rows)
+        return grid if self._rows is None else _Rows.apply(grid.flatten(0, 1), self._rows)
+
+    def pack_on_host(self, grid: Tensor) -> Tensor:
+        """`pack` for a grid that is on the host, and stays there."""
+        return grid[self.mask] if self.packed else grid
 
     def unpack(self, rows: Tensor) -> Tensor:
         """(N, …) -> (B, L, …) with zeros where there is no row; a grid is returned unchanged."""
@@ -51,12 +74,42 @@ class Layout:
         grid = rows.new_zeros(self.batch_size * self.max_length, *rows.shape[1:])
         return grid.index_copy(0, self._rows, rows).unflatten(0, (self.batch_size, self.max_length))
 
+    def ends(self) -> Tensor:
+        """(B + 1,) int32, packed row at which each text begins, and the end of the last, on a GPU."""
+        assert self._ends is not None
+        return self._ends
+
     def gather_at(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """The row at one position (B,) of each text: (B, …)."""
+        """The row at one position (B,), on the host, of each text: (B, …)."""
         if self._rows is None:
-            return rows[torch.arange(self.batch_size, device=positions.device), positions]
-        return rows[self._starts + positions]
+            return rows[torch.arange(self.batch_size, device=rows.device), to_device(positions, rows.device)]
+        return _Rows.apply(rows, to_device(self._starts + positions, rows.device))
 
     def compact(self, rows: Tensor, where: Tensor) -> Tensor:
-        """The rows at which the boolean grid `where` (B, L) is True, text after text: (M, …)."""
-        return rows[self.pack(where)]
+        """The rows at which the boolean grid `where` (B, L), on the host, is True, text after text: (M, …)."""
+        kept = self.pack_on_host(where)
+        if self._rows is None:
+            kept, rows = kept.flatten(), rows.flatten(0, 1)
+        return rows if kept.all() else _Rows.apply(rows, to_device(kept.nonzero().squeeze(1), rows.device))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for it: the copy runs from pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+class _Rows(torch.autograd.Function):
+    """Different rows of a tensor. Their gradients are copied to where they belong; `index_select` would add them, on a
+    GPU one atomic operation per number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = x.shape[0]
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.count, *gradient.shape[1:]).index_copy_(0, rows, gradient), None

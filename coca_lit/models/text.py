@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
 from coca_lit.models.layers import Cache, CrossBlock, KeysValues, OpenClipNames, SelfBlock, by_image, normalize_once
-from coca_lit.models.packing import Layout
+from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.registry import TEXT_TOWERS
 
 ClsMask = Literal["correct", "legacy"]
@@ -121,25 +121,29 @@ class TextTower(nn.Module):
 
         Args:
             tokens: (B, T) ids, padded at the end to any T.
-            lengths: (B,) number of real tokens.
+            lengths: (B,) number of real tokens; on the host, else they are copied there, which waits for the device.
             packed, max_length: see `Layout`; of the rows of a text, CLS included.
 
         Returns:
             The states in the layout that is the third value: rows 0 … lengths - 1 of a text are its tokens; the decoder
             must not read those after them.
         """
+        lengths, device = lengths.cpu(), tokens.device
         # Only a legacy CLS sees what stands at the first pad, and it was trained with id 0 there.
         cls_at = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
-        layout = Layout(cls_at + contrastive, packed, max_length)
+        layout = Layout(cls_at + contrastive, packed, max_length, device)
         positions = layout.positions.expand(lengths.shape[0], -1)  # (B, L)
         is_cls, mask = None, None
         if contrastive:
             is_cls = positions == cls_at[:, None]  # (B, L)
             positions = positions.where(~is_cls, self.context_length)
             if self.cls_mask == "legacy":
-                mask = legacy_attention_mask(is_cls, lengths == self.context_length)
+                fills_context = lengths == self.context_length
+                mask = legacy_attention_mask(to_device(is_cls, device), to_device(fills_context, device))
+            is_cls = to_device(layout.pack_on_host(is_cls), device)
         tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, L); a negative padding cuts
-        x = self._embed(layout.pack(tokens), layout.pack(positions), None if is_cls is None else layout.pack(is_cls))
+        positions = to_device(layout.pack_on_host(positions), device)
+        x = self._embed(layout.pack(tokens), positions, is_cls)
         for block in self.blocks:
             x = run(block, x, mask, None, layout, recompute=self.training and self.grad_checkpointing == "blocks")
         features = self.projection(self.norm(layout.gather_at(x, cls_at))) if contrastive else None
@@ -275,10 +279,11 @@ class Decoder(nn.Module, ABC):
         Args:
             states, text: of the text tower, and their layout.
             tokens: (B, T) ids.
-            lengths, prefix_lengths: (B,) tokens of each text, and those that are not predicted; None for the start.
+            lengths, prefix_lengths: (B,) tokens of each text, and those that are not predicted; None for the start. On
+                the host.
             image_tokens: (B, S, E), or None for texts alone.
         """
-        layout = Layout(lengths - 1, text.packed)
+        layout = Layout(lengths - 1, text.packed, device=tokens.device)
         if text.packed:
             states = text.compact(states, text.positions < lengths[:, None] - 1)
         else:
@@ -287,7 +292,9 @@ class Decoder(nn.Module, ABC):
         predicted = layout.mask  # (B, T - 1)
         if prefix_lengths is not None:
             predicted = predicted & (layout.positions >= prefix_lengths[:, None] - 1)
-        return layout.compact(hidden, predicted), tokens[:, 1 : layout.max_length + 1][predicted]
+        is_label = F.pad(predicted, (1, tokens.shape[1] - layout.max_length - 1))  # (B, T)
+        labels = to_device(is_label.flatten().nonzero().squeeze(1), tokens.device)  # (N,), their places
+        return layout.compact(hidden, predicted), tokens.flatten()[labels]
 
 
 class ClassicDecoder(Decoder):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from coca_lit.models import CoCa
-from coca_lit.plan.settings import Gpu
+from coca_lit.plan.settings import LAUNCH, Gpu
 from coca_lit.plan.trace import Cost
 from coca_lit.training.sharding import blocks
 
@@ -127,6 +127,14 @@ def flops(model: Model, cost: Cost, recipe: Recipe) -> float:
 def samples_per_second(sample_flops: float, gpu: Gpu, utilisation: float, half: bool) -> float:
     """Throughput of one device, if the input pipeline and the network between machines keep up."""
     return utilisation * (gpu.bf16 if half else gpu.tf32) * 1e12 / sample_flops
+
+
+def seconds_per_step(model: Model, cost: Cost, recipe: Recipe, gpu: Gpu, utilisation: float) -> float:
+    """Of one device with its share of the batch, at least the time in which the host launches the operations."""
+    own = -(-recipe.batch // recipe.devices)
+    computing = own / samples_per_second(flops(model, cost, recipe), gpu, utilisation, recipe.half)
+    passes = own / recipe.micro_batch if recipe.micro_batch else 1
+    return max(computing, passes * cost.operations * LAUNCH)
 
 
 def total_parameters(parameters: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

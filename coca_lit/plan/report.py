@@ -11,10 +11,10 @@ from coca_lit.plan.estimate import (
     largest_micro_batch,
     memory,
     per_sample,
-    samples_per_second,
+    seconds_per_step,
     total_parameters,
 )
-from coca_lit.plan.settings import GPUS, Settings
+from coca_lit.plan.settings import GPUS, LAUNCH, Settings
 from coca_lit.plan.trace import Cost
 
 
@@ -36,14 +36,16 @@ def print_plan(
     console.print(network_table(title, model, cost, recipe))
     console.print(memory_table(model, cost, recipe, pixels))
     console.print(device_table(model, cost, recipe, settings, pixels))
+    shares = ", ".join(f"{settings.share_of_peak(name):.0%} on {name}" for name in settings.gpus)
     console.print(
-        f"Calculated, not measured: assumes {settings.caption_tokens} tokens per caption, {settings.utilisation:.0%} "
-        "of the peak; input and network keep up. Settings: gpus, utilisation, caption_tokens, devices, samples."
+        f"Estimated, not measured: {settings.caption_tokens} tokens per caption, of the peak {shares}, "
+        f"{cost.operations:,} operations per step, each of which takes the host {LAUNCH * 1e6:g} µs or more; input and "
+        "network keep up. Settings: gpus, utilisation, caption_tokens, devices, samples."
     )
 
 
 def network_table(title: str, model: Model, cost: Cost, recipe: Recipe) -> Table:
-    table = _table(title, "part", "parameters", "trained", "GFLOP forward")
+    table = _table(title, "part", "parameters", "trained", "GFLOP forward, estimated")
     for part in dict.fromkeys([*model.parameters, *cost.forward]):
         numbers = model.parameters.get(part)
         shown = [f"{n / 1e6:,.2f} M" for n in numbers] if numbers else ["", ""]
@@ -51,12 +53,12 @@ def network_table(title: str, model: Model, cost: Cost, recipe: Recipe) -> Table
     table.add_section()
     whole = [f"{n / 1e6:,.2f} M" for n in total_parameters(model.parameters)]
     table.add_row("total", *whole, f"{sum(cost.forward.values()) / 1e9:,.2f}")
-    table.add_row("training step, per sample", "", "", f"{flops(model, cost, recipe) / 1e9:,.2f}")
+    table.add_row("training step, per sample, estimated", "", "", f"{flops(model, cost, recipe) / 1e9:,.2f}")
     return table
 
 
 def memory_table(model: Model, cost: Cost, recipe: Recipe, pixels: int) -> Table:
-    table = _table("Memory per device", "what", "size")
+    table = _table("Memory per device, estimated", "what", "size, estimated")
     parts = memory(model, cost, recipe)
     for name, size in parts.items():
         table.add_row(name, f"{size / 1e9:,.2f} GB")
@@ -70,24 +72,29 @@ def memory_table(model: Model, cost: Cost, recipe: Recipe, pixels: int) -> Table
 def device_table(model: Model, cost: Cost, recipe: Recipe, settings: Settings, pixels: int) -> Table:
     own = -(-recipe.batch // recipe.devices)
     table = _table(f"{recipe.devices} devices, {own:,} samples per device and step", "", *settings.gpus)
-    work = flops(model, cost, recipe)
-    rates = [samples_per_second(work, GPUS[name], settings.utilisation, recipe.half) for name in settings.gpus]
-    fits = [largest_batch(GPUS[name].memory, model, cost, recipe, pixels) for name in settings.gpus]
-    smaller = [largest_micro_batch(GPUS[name].memory, model, cost, recipe, pixels) for name in settings.gpus]
-    table.add_row("memory", *(f"{GPUS[name].memory:g} GB" for name in settings.gpus))
-    table.add_row("samples that fit on a device", *(f"{n:,}" for n in fits))
-    table.add_row("the step fits", *("yes" if n >= own else "no" for n in fits))
+    gpus = [GPUS[name] for name in settings.gpus]
+    steps = [
+        seconds_per_step(model, cost, recipe, gpu, settings.share_of_peak(name))
+        for name, gpu in zip(settings.gpus, gpus, strict=True)
+    ]
+    fits = [largest_batch(gpu.memory, model, cost, recipe, pixels) for gpu in gpus]
+    smaller = [largest_micro_batch(gpu.memory, model, cost, recipe, pixels) for gpu in gpus]
+    table.add_row("memory", *(f"{gpu.memory:g} GB" for gpu in gpus))
+    table.add_row("samples that fit on a device, estimated", *(f"{n:,}" for n in fits))
+    table.add_row("the step fits, estimated", *("yes" if n >= own else "no" for n in fits))
     if min(fits) < own:
-        table.add_row("trainer.micro_batch_size that fits", *("none" if n is None else f"{n:,}" for n in smaller))
-    table.add_row("samples/s per device", *(f"{rate:,.0f}" for rate in rates))
-    table.add_row("samples/s in total", *(f"{rate * recipe.devices:,.0f}" for rate in rates))
-    table.add_row("seconds per step", *(f"{recipe.batch / rate / recipe.devices:,.3f}" for rate in rates))
+        table.add_row(
+            "trainer.micro_batch_size that fits, estimated", *("none" if n is None else f"{n:,}" for n in smaller)
+        )
+    table.add_row("samples/s per device, estimated", *(f"{own / step:,.0f}" for step in steps))
+    table.add_row("samples/s in total, estimated", *(f"{recipe.batch / step:,.0f}" for step in steps))
+    table.add_row("seconds per step, estimated", *(f"{step:,.3f}" for step in steps))
     if recipe.samples is None:
         table.caption = "For the total time, set the number of samples in the training: samples=1e6"
         return table
-    hours = [recipe.samples / rate / 3600 for rate in rates]
-    table.add_row(f"{recipe.samples:,.0f} samples", *(f"{h / recipe.devices:,.1f} hours" for h in hours))
-    table.add_row("device-hours", *(f"{h:,.0f}" for h in hours))
+    hours = [recipe.samples / recipe.batch * step / 3600 for step in steps]
+    table.add_row(f"{recipe.samples:,.0f} samples, estimated", *(f"{h:,.1f} hours" for h in hours))
+    table.add_row("device-hours, estimated", *(f"{h * recipe.devices:,.0f}" for h in hours))
     return table
 
 

@@ -5,22 +5,28 @@ from typing import NamedTuple
 
 from coca_lit.errors import suggest
 
+# Seconds of the host to launch an operation, gradients included: 5 to 10 µs in PyTorch without compilation or graphs.
+LAUNCH = 6e-6
+
 
 class Gpu(NamedTuple):
-    """Peaks from the makers' data sheets: dense products, accumulated in fp32."""
+    """Peaks from the makers' data sheets: dense products, accumulated in fp32. The share of them that a training step
+    reaches is an assumption, from published runs: 0.15 to 0.4 on an A100, 0.2 to 0.3 on an H100.
+    """
 
     bf16: float  # TFLOP/s
     tf32: float  # TFLOP/s, for products in fp32
     memory: float  # GB
+    utilisation: float  # share of the peak
 
 
 GPUS = {
-    "A100-40GB": Gpu(312, 156, 40),
-    "A100": Gpu(312, 156, 80),
-    "H100": Gpu(989, 494, 80),
-    "H200": Gpu(989, 494, 141),
-    "L40S": Gpu(362, 183, 48),
-    "RTX-4090": Gpu(165, 83, 24),
+    "A100-40GB": Gpu(312, 156, 40, 0.30),
+    "A100": Gpu(312, 156, 80, 0.30),
+    "H100": Gpu(989, 494, 80, 0.22),
+    "H200": Gpu(989, 494, 141, 0.22),
+    "L40S": Gpu(362, 183, 48, 0.30),
+    "RTX-4090": Gpu(165, 83, 24, 0.30),
 }
 
 
@@ -28,8 +34,7 @@ class Settings:
     """
     Args:
         gpus: keys of `GPUS`.
-        utilisation: share of the peak that a training step reaches. Published runs of CLIP and CoCa: 0.15 to 0.4 on an
-            A100, 0.2 to 0.3 on an H100.
+        utilisation: share of the peak that a training step reaches; None for that of each GPU in `GPUS`.
         caption_tokens: mean length of the captions, start and end included.
         devices: number of GPUs in the run; None takes it from the trainer if that has a number, else 8.
         samples: samples in the whole training; None takes them from the config.
@@ -38,7 +43,7 @@ class Settings:
     def __init__(
         self,
         gpus: Sequence[str],
-        utilisation: float,
+        utilisation: float | None,
         caption_tokens: int,
         devices: int | None,
         samples: float | None,
@@ -46,8 +51,8 @@ class Settings:
         for name in gpus:
             if name not in GPUS:
                 raise ValueError(f"gpus: there is no '{name}'{suggest(name, GPUS)} Known: {', '.join(GPUS)}")
-        if not isinstance(utilisation, int | float) or not 0 < utilisation <= 1:
-            raise ValueError(f"utilisation must be a share between 0 and 1, got {utilisation!r}")
+        if utilisation is not None and (not isinstance(utilisation, int | float) or not 0 < utilisation <= 1):
+            raise ValueError(f"utilisation must be a share between 0 and 1, or null, got {utilisation!r}")
         if not isinstance(caption_tokens, int) or caption_tokens < 2:
             raise ValueError(f"caption_tokens must be a whole number of at least 2, got {caption_tokens!r}")
         if devices is not None and (not isinstance(devices, int) or devices < 1):
@@ -56,3 +61,6 @@ class Settings:
             raise ValueError(f"samples must be a number above 0, got {samples!r}")
         self.gpus, self.utilisation, self.caption_tokens = list(gpus), utilisation, caption_tokens
         self.devices, self.samples = devices, samples
+
+    def share_of_peak(self, gpu: str) -> float:
+        return GPUS[gpu].utilisation if self.utilisation is None else self.utilisation

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from coca_lit.losses import loss_terms
+from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
@@ -34,6 +35,7 @@ class Flops(NamedTuple):
 
     forward: dict[str, int]  # by part
     total: int  # of forward and backward pass, recomputation included
+    operations: int  # that a device is given, whatever the number of samples
 
 
 class Cost(NamedTuple):
@@ -43,6 +45,7 @@ class Cost(NamedTuple):
     total: float  # FLOPs of forward and backward pass
     activations: float  # bytes
     fixed: float  # bytes at any batch size: casts of weights, chunks of the losses
+    operations: int = 0  # of a step, whatever the number of samples
 
 
 def cost(net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None) -> Cost:
@@ -59,7 +62,35 @@ def cost(net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast:
     slope = (high - low) / (many - few)
     step = count_flops(net, weights, caption_tokens, autocast, few)
     forward = {part: flops / few for part, flops in step.forward.items()}
-    return Cost(forward, step.total / few, slope, max(low - few * slope, 0.0))
+    return Cost(forward, step.total / few, slope, max(low - few * slope, 0.0), step.operations)
+
+
+def on_gpu(net: CoCa, spent: Cost, caption_tokens: int, bytes_of_number: int) -> Cost:
+    """The cost on a GPU, where the chunks of the caption loss are larger. Attention in fp32 or with a mask sees a batch
+    of captions as a grid as wide as the context, since in a large batch some caption is that long; half precision
+    without a mask goes without the grid, see `coca_lit.models.kernels.gpu_attention`.
+
+    Args:
+        bytes_of_number: of activations, 2 in half precision.
+    """
+    sizes = net.config
+    width, decoders, longest = sizes["text_width"], sizes["decoder_layers"], sizes["context_length"]
+    half = bytes_of_number == 2
+    text_on_grid = 0 if half and sizes["cls_mask"] == "correct" else sizes["text_layers"]
+    decoders_on_grid = 0 if half else decoders
+    layers = [(text_on_grid, longest + 1, caption_tokens + 1), (decoders_on_grid, longest - 1, caption_tokens - 1)]
+    products, rows = 0, 0  # of a sample, beyond those of its tokens
+    for count, wide, narrow in layers:
+        products += count * 4 * width * (wide**2 - narrow**2)
+        rows += count * 4 * (wide - narrow)  # of queries, keys, values and results
+    products += decoders_on_grid * 4 * width * sizes["pooler_queries"] * (longest - caption_tokens)
+    rows += decoders_on_grid * 2 * (longest - caption_tokens)  # of queries and results
+    logits = GPU_CHUNK - CHUNK if decoders else 0  # and their softmax, both in fp32, and their gradient
+    return spent._replace(
+        total=spent.total + 3 * products,
+        activations=spent.activations + rows * width * bytes_of_number,
+        fixed=spent.fixed + logits * (8 + bytes_of_number),
+    )
 
 
 def count_flops(
@@ -76,14 +107,16 @@ def count_flops(
         if end_of == "network":
             modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
 
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    # In this order: the counter of FLOPs hands on the parts of an operation in its place.
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, _Operations() as operations:
         _step(net, weights, _inputs(net, caption_tokens, batch), autocast, mark)
     vocabulary = totals["caption"] - totals["network"]
     parts = [part for part in PARTS if part != "decoder" or vocabulary]
     root = type(net).__name__
     forward = {part: sum(modules.get(f"{root}.{name}", 0) for name in PARTS[part]) for part in parts}
     forward |= {"vocabulary, with its gradients": vocabulary} if vocabulary else {}
-    return Flops(forward, counter.get_total_flops() - (totals["contrastive"] - totals["caption"]))
+    total = counter.get_total_flops() - (totals["contrastive"] - totals["caption"])
+    return Flops(forward, total, operations.count)
 
 
 def peak_memory(
@@ -107,7 +140,7 @@ def _step(
     mark: Callable[[str], None] = lambda end_of: None,
 ) -> None:
     """A training step; `mark` is called at the end of the network and of each loss, computed or not."""
-    with _RealMasks(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = net(*inputs, contrastive=bool(weights["contrastive"]), captioning=bool(weights["caption"]))
         mark("network")
         terms = loss_terms(out._replace(image_features=None))
@@ -139,14 +172,15 @@ def _to_fake(net: nn.Module) -> None:
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-class _RealMasks(TorchDispatchMode):
-    """Turns real boolean masks that index fake tensors into positions: a fake copy of them would have no values."""
+class _Operations(TorchDispatchMode):
+    """Counts what a device would be given: views and empty tensors are made by the host alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor:
-            is_mask = [index is not None and index.dtype is torch.bool for index in args[1]]
-            parts = [x.nonzero().unbind(1) if mask else [x] for x, mask in zip(args[1], is_mask, strict=True)]
-            args = (args[0], [index for part in parts for index in part])
+        self.count += not (func.is_view or "empty" in func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 

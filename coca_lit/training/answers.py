@@ -12,6 +12,7 @@ from coca_lit.evals.inference import write_texts
 from coca_lit.evals.vqa import fitting
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
+from coca_lit.models.packing import to_device
 from coca_lit.training.objectives import Objective
 
 
@@ -46,7 +47,8 @@ class AnswerClassifier(Objective):
         if batch.prefix_lengths is None:
             return {"answers": 0 * (self.head.weight.sum() + self.head.bias.sum())}
         logits = self.head(net.multimodal_state(batch.images, batch.tokens, batch.prefix_lengths))  # (B, N)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), self.targets(batch.answers).to(logits.device))
+        targets = to_device(self.targets(batch.answers), logits.device)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), targets)
         return {"answers": loss * len(self.answers)}
 
     def targets(self, answers: Sequence[Sequence[str]]) -> Tensor:
@@ -68,7 +70,7 @@ class AnswerClassifier(Objective):
             questions = [fitting(net.tokenizer, record.question) for record in part]
             rows = [ids[:-1] for ids in net.tokenizer.encode_batch(questions)]
             tokens, lengths = padded(rows, net.tokenizer.pad_id)
-            states = net.multimodal_state(images, tokens.to(net.device), lengths.to(net.device))
+            states = net.multimodal_state(images, tokens.to(net.device), lengths)
             return [self.answers[i] for i in self.head(states).argmax(dim=1).tolist()]
 
         was_training = net.training

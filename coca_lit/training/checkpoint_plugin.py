@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from coca_lit.runs.checkpoint_io import save, upgrade
@@ -21,5 +22,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, _: storage,
         weights_only: bool | None = True,
     ) -> dict[str, Any]:
-        """As Lightning's, but never with code inside, whatever `weights_only` asks for."""
-        return upgrade(super().load_checkpoint(path, map_location, weights_only=True))
+        """As Lightning's, but never with code inside, whatever `weights_only` asks for. Where a GPU takes the tensors,
+        the ranks of a machine map one copy of the file.
+        """
+        mapped = torch.cuda.is_available()
+        return upgrade(torch.load(path, map_location=map_location, weights_only=True, mmap=mapped))

@@ -92,16 +92,16 @@ def micro_batches(
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers of all devices start from `seed` inside the block and continue as before after it."""
-    with torch.random.fork_rng():
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of the CPU and the device start from `seed` inside the block and continue as before after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def _forward(net: CoCa, part: MicroBatch, contrastive: bool, captioning: bool) -> CoCaOutput:
     # The decoder draws its random numbers after the towers, so these draw the same ones with and without it.
-    with seeded(part.seed):
+    with seeded(part.seed, net.device):
         asked = {"contrastive": contrastive, "captioning": captioning}
         return net(part.images, part.tokens, part.lengths, prefix_lengths=part.prefix_lengths, **asked)
 

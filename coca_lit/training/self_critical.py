@@ -82,13 +82,15 @@ class SelfCritical(Objective):
         advantages = leave_one_out(rewards).to(images.device)
 
         tokens = ids.flatten(0, 1)  # (B · K, L)
-        lengths = caption_lengths(tokens, net.tokenizer.eot_id)
+        lengths = caption_lengths(tokens, net.tokenizer.eot_id).cpu()
         lengths = lengths.where(lengths < self._most(net), lengths - 1)  # a forced end was not sampled
         out = net(images, tokens, lengths, contrastive=False)
         assert out.hidden is not None
         assert out.vocabulary is not None
         assert out.labels is not None
-        loss = policy_loss(out.hidden, out.vocabulary, out.labels, lengths - 1, advantages.flatten())
+        loss = policy_loss(
+            out.hidden, out.vocabulary, out.labels, (lengths - 1).to(images.device), advantages.flatten()
+        )
         measures = {"reward": float(rewards.mean()), "advantage": float(advantages.abs().mean())}
         if self._step_began is not None:
             measures["scoring_share"] = seconds / (began - self._step_began)

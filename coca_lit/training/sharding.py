@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from coca_lit.models import CoCa
+from coca_lit.runs.checkpoint_io import upgrade
 
 
 class FullySharded(ModelParallelStrategy):
@@ -37,25 +39,29 @@ class FullySharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = getattr(optimizer, "optimizer", optimizer).state_dict()  # Lightning wraps it
-        whole = {i: {key: _whole(value) for key, value in values.items()} for i, values in state["state"].items()}
-        return {"state": whole, "param_groups": state["param_groups"]}
+        keep = self.is_global_zero  # who writes the file; the others take part and hold nothing
+        whole = {i: {key: _whole(value, keep) for key, value in values.items()} for i, values in state["state"].items()}
+        return {"state": whole, "param_groups": state["param_groups"]} if keep else {}
 
     def load_checkpoint(self, checkpoint_path: str | PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
         assert self.model is not None
         path = Path(self.broadcast(checkpoint_path))
-        checkpoint = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        # Mapped: every rank reads its parts of the file, and the machine keeps one copy of it.
+        checkpoint = upgrade(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         targets, tensors = self.model.state_dict(), checkpoint.pop("state_dict")
         self.model.load_state_dict({n: _part(t, targets[n]) if n in targets else t for n, t in tensors.items()})
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for i, values in state["state"].items():
-                state["state"][i] = {key: _part(value, parameters[i]) for key, value in values.items()}
+                parts = {key: _part(value, parameters[i]) for key, value in values.items()}
+                state["state"][i] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in parts.items()}
             optimizer.load_state_dict(state)
         return checkpoint
 
 
-def _whole(x: Any) -> Any:
-    return x.full_tensor().cpu() if isinstance(x, DTensor) else x
+def _whole(x: Any, keep: bool) -> Any:
+    whole = x.full_tensor() if isinstance(x, DTensor) else x
+    return whole.cpu() if keep and isinstance(whole, Tensor) else whole if keep else None
 
 
 def _part(x: Any, like: Tensor) -> Any:
@@ -163,6 +169,8 @@ def check_strategy(
         raise ValueError("lora does not work with sharded weights: use trainer=ddp, its gradients need little memory")
     if sharded and self_critical:
         raise ValueError("self-critical training generates captions, which sharded weights cannot: use trainer=ddp")
+    if sharded and precision == "16-mixed":
+        raise ValueError("fp16 does not work with sharded weights: use trainer.precision=bf16-mixed")
     if precision == "16-mixed" and micro_batch_size is not None:
         raise ValueError(
             "micro_batch_size does not work with fp16, whose loss scale comes after its gradients: use "

@@ -109,14 +109,14 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "distributed.py": [
         (
             "gather_backward",
-            "dist.reduce_scatter(own, [part.contiguous() for part in gradients[0].chunk(world_size())])",
+            "dist.reduce_scatter_tensor(own, gradients[0].contiguous())",
             "own.copy_(gradients[0].chunk(world_size())[rank()])",
             "test_distributed.py::test_collectives_on_two_ranks",
         ),
         (
             "gather_order",
-            "return torch.cat(parts)",
-            "return torch.cat(parts[::-1])",
+            "return everything\n",
+            "return torch.cat(everything.chunk(world_size())[::-1])\n",
             "test_distributed.py::test_collectives_on_two_ranks",
         ),
         (
@@ -178,8 +178,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "models/packing.py": [
         (
             "packed_cls",
-            "return rows[self._starts + positions]",
-            "return rows[self._starts + positions - 1]",
+            "to_device(self._starts + positions, rows.device)",
+            "to_device(self._starts + positions - 1, rows.device)",
             "models/test_packing.py -k padded",
         ),
     ],
@@ -344,7 +344,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "cached_dropout",
-            "    with seeded(part.seed):\n",
+            "    with seeded(part.seed, net.device):\n",
             "    with torch.random.fork_rng():\n",
             "training/test_gradient_caching.py::test_dropout_is_the_same_in_both_passes",
         ),

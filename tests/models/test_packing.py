@@ -132,6 +132,31 @@ def test_compiled_blocks_give_the_same_and_stop_compiling(monkeypatch: pytest.Mo
     assert graphs[2:] == [graphs[2]] * 4
 
 
+def test_masks_texts_and_validation_are_compiled_without_breaks_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of every kind of batch are there after the seventh."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    small = {"text_layers": 2, "decoder_layers": 2, "image_encoder": "vit_base_patch32_clip_224", "cls_mask": "legacy"}
+    vit = {"image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}}
+    model = create_model("coca_tiny", **small, **vit)
+    model.compile_blocks("eager")
+    graphs = []
+    packed = [[3, 9, 4], [12, 3, 8], [2, 7, 20], [11, 4, 4]]
+    padded = [[5, 5, 5], [6, 6, 6], [8, 8, 8], [10, 10, 10]]
+    for lengths in (lengths for pair in zip(packed, padded, strict=True) for lengths in pair):
+        images, *texts = make_batch(lengths)
+        step(model.train(), (images, *texts), monkeypatch, 0.1)
+        step(model, (None, *texts), monkeypatch, 0.1)
+        with torch.no_grad():
+            losses(model.eval()(images, *texts))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[6:] == [graphs[6]] * 2
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of the CPU needs g++")
 def test_block_compiled_for_the_cpu_gives_the_same() -> None:
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ def one_graph(net: CoCa, batch: Batch) -> Tensor:
     """The loss of a batch by one graph through all micro-batches of 2, with the dropout that caching draws for each."""
     outs = []
     for part in micro_batches(*batch[:3], torch.ones_like(batch.lengths), 2):
-        with seeded(part.seed):
+        with seeded(part.seed, torch.device("cpu")):
             outs.append(net(*part[:3]))
     features = (torch.cat([out.image_features for out in outs]), torch.cat([out.text_features for out in outs]))
     hidden, labels = torch.cat([out.hidden for out in outs]), torch.cat([out.labels for out in outs])

@@ -92,6 +92,13 @@ def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None
         torch.testing.assert_close(saved(folder / name)["state_dict"], longer["state_dict"], atol=4e-6, rtol=0)
 
 
+@pytest.mark.slow
+def test_compiled_sharded_training_equals_one_process(on_ranks, tmp_path: Path, one_process: Path) -> None:
+    """Blocks are compiled for the CPU on each of two processes."""
+    on_ranks(2, train, tmp_path, "data.train_count=16", *SHARDED, "+model.compile=true")
+    torch.testing.assert_close(saved(tmp_path)["state_dict"], saved(one_process)["state_dict"], atol=5e-6, rtol=0)
+
+
 def train_and_score(folder: Path) -> dict[str, float]:
     with launched(), pytest.MonkeyPatch.context() as patch:
         without_java(patch)

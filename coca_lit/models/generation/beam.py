@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coca_lit.models.generation.constraints import NEVER, Constraints, force_token
 from coca_lit.models.generation.options import Scoring
-from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts
+from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, looks
 
 
 class Candidates(NamedTuple):
@@ -49,21 +49,26 @@ class BeamSearch:
         start, (count, length) = prompts.shortest, prompts.ids.shape
         result = self._nothing(prompts, count)
         opened, closed = self._first(prompts), self._nothing(prompts, count)
-        active = torch.arange(count, device=prompts.ids.device)  # images that are not done
+        active = torch.arange(count, device=prompts.ids.device)  # images in the batch
+        done = torch.zeros_like(active, dtype=torch.bool)  # which of them are done
         logits = decoding.begin(prompts.ids[:, :start], self.num_beams)
         for position in range(start, length):
             active_prompts = Prompts(prompts.ids[active], prompts.lengths[active], start)
             candidates = self._candidates(opened, logits, active_prompts, position)
-            closed, done = self._close(opened, closed, candidates, active_prompts, position)
+            more, now_done = self._close(opened, closed, candidates, active_prompts, position)
+            closed, done = _unless(done, closed, more), done | now_done
             opened, source = self._extend(opened, candidates, position)
             if position == length - 1:
                 break
-            if done.any():
+            look = looks(position, length - 1, done.device)
+            if look and done.any():
                 _put(result, active[done], closed, done)
                 active, opened, closed = active[~done], _rows(opened, ~done), _rows(closed, ~done)
                 if len(active) == 0:
                     return result
-            self._reorder(decoding, source, done)
+            self._reorder(decoding, source, done, look)
+            if look:
+                done = done[~done]
             logits = decoding.step(opened.ids[:, :, position].reshape(-1, 1))
         if self.scoring != "log_prob":
             counted = length if self.scoring == "openclip_legacy" else (length - prompts.lengths[active])[:, None]
@@ -147,10 +152,16 @@ class BeamSearch:
         ids[:, :, position] = tokens
         return Hypotheses(ids, scores, log_probs), source
 
-    def _reorder(self, decoding: Decoding, source: Tensor, done: Tensor) -> None:
-        """Reorders the rows of the caches as the extended captions need them, without the images that are done."""
+    def _reorder(self, decoding: Decoding, source: Tensor, done: Tensor, look: bool) -> None:
+        """Reorders the rows of the caches as the extended captions need them, without the images that are done.
+
+        Args:
+            look: whether the host may look which are done, and whether any row moves.
+        """
         rows = source + torch.arange(len(source), device=source.device)[:, None] * self.num_beams  # (B, K)
-        if done.any():
+        if not look:
+            decoding.select(rows.flatten())
+        elif done.any():
             decoding.select(rows[~done].flatten(), (~done).nonzero()[:, 0])
         elif not torch.equal(rows.flatten(), torch.arange(rows.numel(), device=rows.device)):
             decoding.select(rows.flatten())
@@ -161,6 +172,13 @@ def _best(some: Hypotheses, others: Hypotheses) -> Hypotheses:
     ids, scores, log_probs = (torch.cat(pair, dim=1) for pair in zip(some, others, strict=True))
     scores, which = scores.topk(some.scores.shape[1])
     return Hypotheses(_at(ids, which), scores, log_probs.gather(1, which))
+
+
+def _unless(done: Tensor, before: Hypotheses, after: Hypotheses) -> Hypotheses:
+    """The captions `before` of images that are done (B,), those `after` of all others."""
+    ids, scores, log_probs = zip(before, after, strict=True)
+    kept = done[:, None]
+    return Hypotheses(torch.where(kept[:, :, None], *ids), torch.where(kept, *scores), torch.where(kept, *log_probs))
 
 
 def _at(ids: Tensor, which: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from coca_lit.models.generation.state import (
     Prompts,
     StaticDecoding,
     encode_prompts,
-    static_step,
 )
 from coca_lit.models.preprocessing import expect_pixels
 
@@ -140,9 +139,9 @@ def _write(model: Captioner, image_tokens: Tensor, prompts: Prompts, options: Op
 
 
 def decoding_for(model: Captioner, image_tokens: Tensor, max_length: int) -> Decoding:
-    if model.static_step is None and not image_tokens.is_cuda:
+    if model.static_step is None:
         return Decoding(model, image_tokens, max_length)
-    return StaticDecoding(model, image_tokens, max_length, model.static_step or static_step)
+    return StaticDecoding(model, image_tokens, max_length, model.static_step)
 
 
 def _order(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from coca_lit.models.generation.constraints import Constraints, keep_top_k, keep_top_p
-from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts
+from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, looks
 
 Choice = Callable[[Tensor], Tensor]  # scores (R, V) -> ids (R,)
 
@@ -26,7 +26,11 @@ class Sampling:
     generator: torch.Generator | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
-        return torch.multinomial(self.filter(scores).softmax(dim=-1), 1, generator=self.generator)[:, 0]
+        probabilities = self.filter(scores).softmax(dim=-1)
+        if not scores.is_cuda:
+            return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+        # The same draw, as an exponential race; `multinomial` checks its input, for which a GPU has to finish its work.
+        return (probabilities / torch.empty_like(probabilities).exponential_(generator=self.generator)).argmax(dim=-1)
 
     def filter(self, scores: Tensor) -> Tensor:
         scores = scores / self.temperature
@@ -68,9 +72,10 @@ def decode(
 
         unfinished = unfinished & (chosen != end_id)
         images = unfinished.view(len(unfinished) // count, count).any(dim=1)
-        if position == length - 1 or not images.any():
+        look = looks(position, length - 1, ids.device)
+        if position == length - 1 or (look and not images.any()):
             break
-        if not images.all():
+        if look and not images.all():
             kept = images.repeat_interleave(count)
             decoding.select(kept.nonzero()[:, 0], images.nonzero()[:, 0])
             active, unfinished, chosen = active[kept], unfinished[kept], chosen[kept]

@@ -20,6 +20,7 @@ from coca_lit.models.text import Decoder, TextTower
 from coca_lit.tokenizer import Tokenizer
 
 UNFORCED = -1  # in the place of a token that is chosen freely
+LOOK_EVERY = 8  # tokens; between two looks at a GPU, captions that have ended are computed with the others
 
 DecodingStep = Callable[..., Tensor]  # with the signature of `static_step`
 
@@ -35,6 +36,7 @@ class Captioner(Protocol):
     decoder: Decoder | None
     logit_scale: nn.Parameter
     static_step: DecodingStep | None
+    static_buffers: dict[Any, list[Tensor]]
     training: bool
 
     @property
@@ -121,7 +123,8 @@ def static_step(
 class StaticDecoding(Decoding):
     """A `Decoding` whose arrays keep their shapes, so one compiled graph serves every step and every batch of a size.
 
-    The caches hold `max_length` positions from the start. The prompts are still read with their own shape. Nothing in
+    The caches hold `max_length` positions from the start, and stay where they are in memory from batch to batch, as
+    CUDA graphs need it. The prompts are still read with their own shape. Nothing in
     the step waits for the device. Captions that end stay in the batch until all have ended; strategies do not notice,
     because their rows are mapped to fixed slots.
     """
@@ -130,17 +133,30 @@ class StaticDecoding(Decoding):
         self, model: Captioner, image_tokens: Tensor, max_length: int, step: DecodingStep = static_step
     ) -> None:
         super().__init__(model, image_tokens, max_length)
-        self._step = step
+        self._step, self._buffers = step, model.static_buffers
         self._slots: Tensor | None = None  # of the rows that are still written (r,)
 
     def begin(self, tokens: Tensor, captions: int) -> Tensor:
         logits = super().begin(tokens, captions)
-        self._storage = [cache.storage() for cache in (*self._text_caches, *self._decoder_caches)]
-        self._position = torch.tensor([tokens.shape[1]], device=tokens.device)
+        caches = [cache.storage() for cache in (*self._text_caches, *self._decoder_caches)]
+        self._storage = self._in_place("captions", caches)
+        of_images = self._in_place("images", [x for pair in self._image_keys_values for x in pair])
+        self._image_keys_values = list(zip(of_images[::2], of_images[1::2], strict=True))
+        self._position = torch.full((1,), tokens.shape[1], device=tokens.device)
         self._captions = captions
         self._rows = len(tokens) * captions
         self._slots = torch.arange(self._rows, device=tokens.device)
         return logits
+
+    def _in_place(self, what: str, tensors: list[Tensor]) -> list[Tensor]:
+        """The same numbers in buffers that all batches of these shapes share."""
+        key = (what, tensors[0].dtype, tensors[0].device, *(x.shape for x in tensors))
+        if key not in self._buffers:
+            self._buffers[key] = [torch.empty_like(x) for x in tensors]
+            for buffer in self._buffers[key]:
+                torch._dynamo.mark_static_address(buffer)
+        torch._foreach_copy_(self._buffers[key], tensors)
+        return self._buffers[key]
 
     def step(self, tokens: Tensor) -> Tensor:
         if self._slots is None:
@@ -162,6 +178,11 @@ class StaticDecoding(Decoding):
         order[self._slots] = source
         for keys_values in self._storage:
             keys_values.copy_(keys_values[:, order])
+
+
+def looks(position: int, last: int, device: torch.device) -> bool:
+    """Whether the host looks which captions have ended: a GPU has to finish all its work for that."""
+    return device.type != "cuda" or position % LOOK_EVERY == 0 or position == last
 
 
 def encode_prompts(model: Captioner, prompt: str | Sequence[str] | None, count: int, max_length: int) -> Prompts:

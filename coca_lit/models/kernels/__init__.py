@@ -5,14 +5,23 @@ in plain PyTorch with the same result up to rounding; `enable(False)` switches e
 in experiments/benchmarks/README.md.
 
 - `Linear`, `linear`, `packed_weights`: matrix products of few rows at inference on a CPU.
-- `attention`, `self_attention`, `cross_attention`: packed texts one by one, and few queries, on a CPU.
+- `attention`, `self_attention`, `cross_attention`: packed texts one by one, and few queries, on a CPU; packed texts
+  without a grid on a GPU.
 - `replace_timm_layers`: parts of timm's encoders that are slow on a CPU.
+- `exact_fp32`: fp32 without TF32 on a GPU, where scores are compared.
 - `keep_freed_memory`, `use_fp32_matmul`: settings of the whole process, for commands and not for a library.
 """
 
 from coca_lit.models.kernels.cpu_attention import attention, cross_attention, self_attention
 from coca_lit.models.kernels.cpu_linear import Linear, linear, packed_weights
-from coca_lit.models.kernels.process import enable, enabled, fp32_matmul, keep_freed_memory, use_fp32_matmul
+from coca_lit.models.kernels.process import (
+    enable,
+    enabled,
+    exact_fp32,
+    fp32_matmul,
+    keep_freed_memory,
+    use_fp32_matmul,
+)
 from coca_lit.models.kernels.timm_layers import replace_timm_layers
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "cross_attention",
     "enable",
     "enabled",
+    "exact_fp32",
     "fp32_matmul",
     "keep_freed_memory",
     "linear",

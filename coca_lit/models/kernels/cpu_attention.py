@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 
 from coca_lit.models.kernels.cpu_linear import is_inference, linear
+from coca_lit.models.kernels.gpu_attention import attend_to_images, attend_within, goes_without_grid
 from coca_lit.models.kernels.process import enabled
 from coca_lit.models.packing import Layout
 
@@ -45,6 +46,8 @@ def self_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, layout: 
     """
     if (lengths := _lengths_one_by_one(layout)) is not None:
         return attend_text_by_text(qkv, heads, lengths, _additive_masks(lengths, mask, qkv.dtype))
+    if layout is not None and mask is None and goes_without_grid(qkv, layout):
+        return attend_within(qkv, heads, layout)
     qkv = qkv if layout is None else layout.unpack(qkv)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).transpose(1, 3).unbind(2)  # each (B, H, T, W)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2).flatten(2)
@@ -68,8 +71,11 @@ def cross_attention(
     if lengths is not None and sum(lengths) < len(lengths) * (q.shape[-1] // heads):
         out = attend_without_kv(q, context.to(q.dtype), weight.to(q.dtype), heads, lengths)
         return out + bias.chunk(2)[1].to(q.dtype)
+    kv = linear(context, weight, bias).unflatten(-1, (2, heads, -1))  # (B, S, 2, H, W)
+    if layout is not None and goes_without_grid(q, layout):
+        return attend_to_images(q.unflatten(-1, (heads, -1)), *kv.unbind(2), layout)
     q = q if layout is None else layout.unpack(q)
-    k, v = linear(context, weight, bias).unflatten(-1, (2, heads, -1)).transpose(1, 3).unbind(2)
+    k, v = kv.transpose(1, 3).unbind(2)
     out = attention(q.unflatten(-1, (heads, -1)).transpose(1, 2), k, v).transpose(1, 2).flatten(2)
     return out if layout is None else layout.pack(out)
 

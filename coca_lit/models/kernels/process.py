@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -71,6 +73,22 @@ def use_fp32_matmul(library: Fp32Matmul, parameters: int | None = None) -> str:
     obstacle = obstacle or _reason_for_mkl(parameters)
     _set_onednn(obstacle is None)
     return "onednn: MKL is slow on this processor" if obstacle is None else f"mkl: {obstacle}"
+
+
+@contextmanager
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """Within, a GPU computes fp32 products and convolutions in fp32, also in a training, which lets it round their
+    inputs to TF32. Errors of TF32 in contrastive logits change the gradients by up to 1e-3.
+    """
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def fp32_matmul() -> Literal["mkl", "onednn"]:

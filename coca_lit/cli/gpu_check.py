@@ -1,0 +1,390 @@
+"""`coca-gpu-check`: what a GPU computes, beside the CPU, and how fast. One command, one GPU, about ten minutes.
+
+Every check is a line with PASS, FAIL or SKIP. `gpu_check.json` holds them with the measurements, `gpu_check.md` holds
+tables to paste into a page.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning.pytorch as L
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from coca_lit.models import CoCa
+
+SIMULATED = "simulated GPU"  # the name of the device of tests/gpu
+CAPTIONS = [5, 9, 17, 6, 7, 12, 24, 4]  # tokens of the captions of a small batch
+TOLERANCE = {"fp32": 1e-4, "TF32": 2e-2, "bf16": 6e-2}  # of gradients, by the largest of them
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
+TINY = (
+    *("trainer=smoke", "trainer.accelerator=gpu", "trainer.devices=1", "model.net.name=coca_tiny", "image_size=32"),
+    *("data.batch_size=8", "data.train_count=32", "trainer.max_steps=3", "trainer.limit_train_batches=null"),
+    *("trainer.limit_val_batches=0", "evals=[]", "logger=csv"),
+)
+
+
+class SkippedError(Exception):
+    """A check that cannot be made here, and why."""
+
+
+class Line(NamedTuple):
+    name: str
+    outcome: str  # PASS, FAIL or SKIP
+    detail: str
+
+
+def gpu_check(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-gpu-check`; exit code 1 if a check failed."""
+    parser = argparse.ArgumentParser("coca-gpu-check", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder for JSON and Markdown")
+    parser.add_argument("--quick", action="store_true", help="measure the smallest model alone")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("error: coca-gpu-check needs a GPU, and PyTorch finds none: torch.cuda.is_available() is False")
+    simulated = torch.cuda.get_device_name() == SIMULATED
+    lines = list(_checks(simulated))
+    rows = list(_measurements(["coca_tiny"] if options.quick or simulated else ["coca_vit_b32", "coca_vit_l14"]))
+    options.output.mkdir(parents=True, exist_ok=True)
+    found = {"device": environment(), "simulated": simulated, "checks": [line._asdict() for line in lines]}
+    (options.output / "gpu_check.json").write_text(json.dumps(found | {"measurements": rows}, indent=2) + "\n")
+    (options.output / "gpu_check.md").write_text(markdown(lines, rows, simulated))
+    failed = sum(line.outcome == "FAIL" for line in lines)
+    print(f"{len(lines)} checks, {failed} failed; JSON and Markdown are in {options.output}")
+    if failed:
+        sys.exit(1)
+
+
+def environment() -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "memory_gb": round(device.total_memory / 1e9, 1),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "fused caption loss": importlib.util.find_spec("liger_kernel") is not None,
+    }
+
+
+def _checks(simulated: bool) -> Iterator[Line]:
+    """Makes all checks and prints each."""
+    checks: list[tuple[str, Callable[[], str]]] = [("environment", lambda: json.dumps(environment()))]
+    for pooler in ("single", "parallel", "cascade"):
+        for mask in ("correct", "legacy"):
+            for kind in TOLERANCE:
+                name = f"step equals the CPU: {pooler} pooler, {mask} mask, {kind}"
+                checks.append((name, lambda p=pooler, m=mask, k=kind: equals_cpu(k, pooler=p, cls_mask=m)))  # type: ignore[misc]
+    checks += [
+        ("step equals the CPU: sigmoid loss", lambda: equals_cpu("fp32", contrastive="siglip")),
+        ("captions equal those of the CPU", same_captions),
+        ("fused caption loss equals the chunks", fused_loss),
+        ("no synchronisation in a step", no_synchronisation),
+        ("collectives of NCCL", collectives),
+    ]
+    setups: dict[str, tuple[str, ...]] = {
+        f"three steps in {precision}": (f"trainer.precision={precision}",) for precision in PRECISIONS
+    }
+    setups |= {
+        "three steps, compiled": ("+model.compile=true", "trainer.precision=bf16-mixed"),
+        "three steps in micro-batches": ("trainer.micro_batch_size=4", "trainer.precision=bf16-mixed"),
+        "three steps with recomputation": ("+model.grad_checkpointing=blocks", "trainer.precision=bf16-mixed"),
+    }
+    checks += [(name, lambda o=overrides: trains(*o)) for name, overrides in setups.items()]  # type: ignore[misc]
+    checks += [("a broken run resumes with equal weights", resumes)]
+    for name, check in checks:
+        try:
+            if simulated and ("compiled" in name or "NCCL" in name or "synchronisation" in name):
+                raise SkippedError("the simulation has no compiler, no NCCL and its own count of synchronisations")
+            line = Line(name, "PASS", check())
+        except SkippedError as reason:
+            line = Line(name, "SKIP", str(reason))
+        except Exception as error:  # whatever a device may do: the other checks go on
+            line = Line(name, "FAIL", f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}")
+        print(f"{line.outcome}  {line.name}: {line.detail}", flush=True)
+        yield line
+
+
+# Equality
+
+
+def _batch(net: "CoCa", device: str, lengths: Sequence[int] = CAPTIONS) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """Images and tokens on the device, lengths on the host."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(lengths), 3, net.image_size, net.image_size)
+    images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    rows = torch.tensor(lengths)
+    tokens = torch.randint(4, 40, (len(lengths), max(lengths)), generator=generator)
+    tokens[torch.arange(max(lengths)) >= rows[:, None]] = net.tokenizer.pad_id
+    return images.to(device), tokens.to(device), rows
+
+
+def _small(**overrides: Any) -> "CoCa":
+    from coca_lit.models import create_model
+
+    torch.manual_seed(0)
+    vit = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    return create_model("coca_tiny", image_encoder="vit_tiny_patch16_224", image_encoder_args=vit, **overrides).train()
+
+
+def _loss(net: "CoCa", batch: tuple["Tensor", ...]) -> "Tensor":
+    from coca_lit.losses import loss_terms
+
+    return torch.stack(list(loss_terms(net(*batch)).values())).sum()
+
+
+def _difference(found: "Tensor", expected: "Tensor", largest: float) -> float:
+    return (found.detach().cpu().float() - expected.detach().float()).abs().max().item() / largest
+
+
+def equals_cpu(kind: str, **overrides: Any) -> str:
+    cpu = _small(**overrides)
+    gpu = copy.deepcopy(cpu).to("cuda")
+    expected = _loss(cpu, _batch(cpu, "cpu"))
+    expected.backward()
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "TF32"
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=kind == "bf16"):
+            found = _loss(gpu, _batch(gpu, "cuda"))
+        found.backward()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    grads = [(p.grad, q.grad) for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True) if q.grad is not None]
+    largest = max(q.abs().max().item() for _, q in grads)
+    apart = max(_difference(p, q, largest) for p, q in grads if p is not None)
+    loss = _difference(found, expected, abs(expected.item()))
+    if max(apart, loss) > TOLERANCE[kind]:
+        raise ValueError(f"loss differs by {loss:.1e}, gradients by {apart:.1e}, allowed is {TOLERANCE[kind]:.0e}")
+    return f"loss within {loss:.1e}, gradients within {apart:.1e}"
+
+
+def same_captions() -> str:
+    cpu = _small().eval()
+    gpu = copy.deepcopy(cpu).to("cuda")
+    images = _batch(cpu, "cpu")[0]
+    strategies: list[dict[str, Any]] = [{"strategy": "greedy"}, {"strategy": "beam", "num_beams": 3}]
+    for options in strategies:
+        if not torch.equal(gpu.generate(images.to("cuda"), **options).cpu(), cpu.generate(images, **options)):
+            raise ValueError(f"{options['strategy']}: other ids than on the CPU")
+    return "greedy and beam search, token for token"
+
+
+def fused_loss() -> str:
+    from coca_lit.losses import caption
+
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise SkippedError("pip install 'coca_lit[kernels]' installs it")
+    torch.manual_seed(0)
+    hidden, vocabulary = torch.randn(33, 64, device="cuda"), torch.randn(101, 64, device="cuda")
+    labels = torch.randint(0, 101, (33,), device="cuda")
+    labels[::4] = caption.IGNORED
+    inputs = hidden.requires_grad_(), vocabulary.requires_grad_()
+    found = torch.autograd.grad(caption.caption_loss(hidden, vocabulary, labels), inputs)
+    logits = torch.nn.functional.linear(hidden, vocabulary)
+    plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=caption.IGNORED)
+    expected = torch.autograd.grad(plain, inputs)
+    apart = max(_difference(p, q.cpu(), q.abs().max().item()) for p, q in zip(found, expected, strict=True))
+    if apart > TOLERANCE["TF32"]:
+        raise ValueError(f"gradients differ by {apart:.1e}")
+    return f"gradients within {apart:.1e}"
+
+
+# Waiting, collectives
+
+
+def no_synchronisation() -> str:
+    net = _small().to("cuda")
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    batch = _batch(net, "cuda")
+    for warm_up in (True, False):
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("default" if warm_up else "warn")
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = _loss(net, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.set_sync_debug_mode("default")
+    found = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+    if found:
+        raise ValueError(f"{len(found)} in a step: {found[0]}")
+    return "forward, backward, clipping and optimizer"
+
+
+def collectives() -> str:
+    import torch.distributed as dist
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            x = torch.ones(4, 2, device="cuda")
+            out = torch.empty_like(x)
+            dist.all_reduce(x)
+            dist.all_gather_into_tensor(out, x)
+            dist.reduce_scatter_tensor(out, x)
+            box: list[Any] = [None]
+            dist.all_gather_object(box, "sent", group=dist.new_group(backend="gloo"))
+            if not torch.equal(out, x) or box != ["sent"]:
+                raise ValueError("other values came back than were sent")
+        finally:
+            dist.destroy_process_group()
+    return "all_reduce, all_gather_into_tensor, reduce_scatter_tensor, objects over gloo; one process"
+
+
+# Runs
+
+
+class StopAt(L.Callback):
+    """Breaks a run before one of its steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("broken on purpose")
+
+
+def _run(folder: str | Path, *overrides: str) -> dict[str, Any]:
+    """A training in the folder; returns its last checkpoint."""
+    from coca_lit.cli.command import compose
+    from coca_lit.cli.train import run
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(compose("train", [*TINY, "name=gpu_check", f"output_dir={folder}", *overrides]))
+    return torch.load(Path(folder) / "checkpoints/last.ckpt", map_location="cpu", weights_only=True)
+
+
+def trains(*overrides: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        state = _run(folder, *overrides)["state_dict"]
+    if not all(x.isfinite().all() for x in state.values() if x.is_floating_point()):
+        raise ValueError("a weight is not finite")
+    return "weights are finite"
+
+
+def resumes() -> str:
+    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as broken:
+        expected = _run(whole, "trainer.precision=32-true")
+        with contextlib.suppress(KeyError):
+            _run(
+                broken,
+                "trainer.precision=32-true",
+                "+callbacks.stop={_target_: coca_lit.cli.gpu_check.StopAt, step: 2}",
+            )
+        found = _run(broken, "trainer.precision=32-true")
+    apart = max(_difference(x, expected["state_dict"][name], 1.0) for name, x in found["state_dict"].items())
+    if apart > 1e-5:
+        raise ValueError(f"weights differ by {apart:.1e}")
+    return f"weights within {apart:.1e}"
+
+
+# Measurements
+
+
+def _measurements(presets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Samples/s, memory and share of the peak of training steps over batch sizes, and captions/s."""
+    from coca_lit.models import create_model
+
+    for name in presets:
+        torch.manual_seed(0)
+        net = create_model(name).to("cuda").train()
+        for size in (64, 128, 256) if name != "coca_tiny" else (16,):
+            try:
+                yield {"model": name, "batch": size} | _step_speed(net, size)
+            except torch.cuda.OutOfMemoryError:
+                yield {"model": name, "batch": size, "samples/s": "out of memory"}
+        yield {"model": name, "batch": 16} | _caption_speed(net.eval())
+
+
+def _step_speed(net: "CoCa", size: int, steps: int = 5) -> dict[str, Any]:
+    from coca_lit.plan.estimate import Recipe, measure, memory, per_sample
+    from coca_lit.plan.settings import GPUS
+    from coca_lit.plan.trace import cost, on_gpu
+
+    longest = net.config["context_length"]
+    lengths = [min(8 + i % 9 + 40 * (i % 50 == 0), longest) for i in range(size)]
+    batch, optimizer = _batch(net, "cuda", lengths), torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+    torch.cuda.reset_peak_memory_stats()
+    began = 0.0
+    for step in range(steps + 2):
+        if step == 2:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = _loss(net, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
+    tokens = sum(lengths) // size
+    with torch.device("meta"):
+        shape = type(net)(**net.config)
+    spent = on_gpu(shape, cost(shape, {"contrastive": 1, "caption": 1}, tokens, torch.bfloat16), tokens, 2)
+    recipe, model = Recipe(size, 1), measure(net)
+    planned = sum(memory(model, spent, recipe).values()) + size * sum(
+        per_sample(model, spent, recipe, 3 * net.image_size**2)
+    )
+    peak = next((gpu.bf16 for key, gpu in GPUS.items() if key in torch.cuda.get_device_name()), None)
+    return {
+        "tokens per caption": tokens,
+        "samples/s": round(size / seconds, 1),
+        "GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "GB, planned": round(planned / 1e9, 2),
+        "share of the peak": round(spent.total * size / seconds / peak / 1e12, 3) if peak else None,
+    }
+
+
+def _caption_speed(net: "CoCa", count: int = 16) -> dict[str, Any]:
+    images = torch.zeros(count, 3, net.image_size, net.image_size, dtype=torch.uint8, device="cuda")
+    found = {}
+    for mode in ("eager", "reduce-overhead"):
+        if mode != "eager":
+            if torch.cuda.get_device_name() == SIMULATED:
+                continue
+            net.compile_generation(mode=mode)
+        for attempt in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            net.generate(images)
+            torch.cuda.synchronize()
+            if attempt == 2:
+                found[f"captions/s, {mode}"] = round(count / (time.perf_counter() - began), 1)
+    net.static_step = None
+    return found
+
+
+def markdown(lines: Sequence[Line], rows: Sequence[dict[str, Any]], simulated: bool) -> str:
+    """The checks and the measurements as tables."""
+    device = ", ".join(f"{key} {value}" for key, value in environment().items())
+    title = "On a simulated GPU: values are those of the CPU, times mean nothing" if simulated else "Measured"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    parts = [
+        f"{title}. {device}",
+        _table(["check", "outcome", "detail"], [list(line) for line in lines]),
+        _table(columns, [[str(row.get(key, "")) for key in columns] for row in rows]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

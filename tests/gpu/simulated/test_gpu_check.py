@@ -1,0 +1,25 @@
+"""`coca-gpu-check` runs to its end on the simulated GPU, and says that it is one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from simulated_gpu import SimulatedGpu
+
+from coca_lit.cli.gpu_check import gpu_check
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_every_check_passes_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with SimulatedGpu():
+        gpu_check(["--output", str(tmp_path)])
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert found["simulated"]
+    assert {line["outcome"] for line in found["checks"]} == {"PASS", "SKIP"}
+    assert sum(line["outcome"] == "PASS" for line in found["checks"]) > 25
+    assert {row["model"] for row in found["measurements"]} == {"coca_tiny"}
+    page = (tmp_path / "gpu_check.md").read_text()
+    assert page.startswith("On a simulated GPU: values are those of the CPU, times mean nothing.")
+    assert "| three steps in 16-mixed | PASS |" in page
+    assert capsys.readouterr().out.count("PASS  ") > 25

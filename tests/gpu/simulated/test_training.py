@@ -1,0 +1,161 @@
+"""Whole runs on Lightning's CUDA accelerator, whose GPU is simulated: the same as on the CPU, and nothing waits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from running import run, watched, without_java
+from simulated_gpu import Recorder, SimulatedGpu
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TINY = (
+    *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "data.batch_size=8", "data.train_count=56"),
+    *("trainer.max_steps=7", "trainer.limit_train_batches=null", "trainer.log_every_n_steps=100", "evals=[]"),
+    *("trainer.limit_val_batches=0", "model.warmup_steps=2", "model.optimizer.lr=1e-3", "kernels.enabled=false"),
+    "+model.net.image_encoder=vit_tiny_patch16_224",
+    "+model.net.image_encoder_args={patch_size:16,embed_dim:32,depth:1,num_heads:2}",
+)
+GPU = ("trainer.accelerator=gpu", "trainer.devices=1")
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def on_gpu(folder: Path, *overrides: str) -> dict[str, float]:
+    with SimulatedGpu():
+        return run(folder, *TINY, *GPU, *overrides)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """What happens in each step of a training, its callbacks and the arrival of its batch included."""
+    found: list[Recorder] = []
+    advance = _TrainingEpochLoop.advance
+
+    def recorded(loop: Any, *arguments: Any) -> None:
+        with Recorder() as recorder:
+            advance(loop, *arguments)
+        found.append(recorder)
+
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", recorded)
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cpu")
+    run(folder, *TINY)
+    return folder
+
+
+def test_a_run_in_fp32_equals_that_on_the_cpu(tmp_path: Path, on_cpu: Path, steps: list[Recorder]) -> None:
+    on_gpu(tmp_path, "trainer.precision=32-true")
+    torch.testing.assert_close(weights(tmp_path), weights(on_cpu), atol=2e-4, rtol=0)
+    assert len(steps) == 7
+    for step in steps[1:-1]:  # values to log are made in the first, and read in the last
+        assert not step.waits, dict(step.waits)
+
+
+SETUPS: dict[str, tuple[str, ...]] = {
+    "bf16": ("trainer.precision=bf16-mixed",),
+    "fp16": ("trainer.precision=16-mixed",),
+    "fp16 without clipping": ("trainer.precision=16-mixed", "trainer.gradient_clip_val=null"),
+    "bf16 weights": ("trainer.precision=bf16-true",),
+    "legacy mask": ("trainer.precision=bf16-mixed", "+model.net.cls_mask=legacy"),
+    "sigmoid": ("trainer.precision=bf16-mixed", "model.contrastive=siglip"),
+    "micro-batches": ("trainer.precision=bf16-mixed", "trainer.micro_batch_size=4"),
+    "adapters": ("lora.rank=2",),
+    "clip": ("+model.net.decoder_layers=0",),
+    "questions": ("data=scenes_vqa", "model=coca_answers"),
+    "convolutions": ("~model.net.image_encoder", "~model.net.image_encoder_args"),
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_setup_trains_without_waiting(setup: str, tmp_path: Path, steps: list[Recorder]) -> None:
+    on_gpu(tmp_path, *SETUPS[setup])
+    content = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] >= 3
+    assert all(x.isfinite().all() for x in content["state_dict"].values() if x.is_floating_point())
+    for step in steps[1:-1]:
+        assert not step.waits, dict(step.waits)
+
+
+def test_accumulated_gradients(tmp_path: Path, steps: list[Recorder]) -> None:
+    on_gpu(tmp_path, "trainer.accumulate_grad_batches=2", "trainer.max_steps=3")
+    assert len(steps) == 6
+    for batch in steps[2:-2]:
+        assert not batch.waits, dict(batch.waits)
+
+
+def test_averaged_weights_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """PyTorch's average reads its count from the device in every step."""
+    run(tmp_path / "cpu", *TINY, "ema=0.9")
+    on_gpu(tmp_path / "gpu", "ema=0.9", "trainer.precision=32-true")
+    torch.testing.assert_close(weights(tmp_path / "gpu"), weights(tmp_path / "cpu"), atol=2e-4, rtol=0)
+
+
+def test_texts_between_pairs(tmp_path: Path, steps: list[Recorder]) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(["a red circle and a blue square"] * 20))
+    on_gpu(tmp_path / "run", f"data.text={tmp_path}/texts.txt")
+    for step in steps[1:-1]:
+        assert not step.waits, dict(step.waits)
+
+
+class Spoil(L.Callback):
+    """Makes the gradient of one step infinite."""
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 3:
+            next(p.grad for p in pl_module.parameters() if p.grad is not None).fill_(float("inf"))
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_the_device(tmp_path: Path, steps: list[Recorder]) -> None:
+    with watched(Spoil()):
+        run(tmp_path / "cpu", *TINY)
+        steps.clear()
+        on_gpu(tmp_path / "gpu", "trainer.precision=32-true")
+    torch.testing.assert_close(weights(tmp_path / "gpu"), weights(tmp_path / "cpu"), atol=2e-4, rtol=0)
+    bad = [json.loads((tmp_path / name / "bad_steps.jsonl").read_text()) for name in ("cpu", "gpu")]
+    assert bad[0] == bad[1]
+    assert bad[0]["step"] == 3
+    assert not any(step.waits for step in steps[1:-1])
+
+
+class Break(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 4:
+            raise RuntimeError("broken")
+
+
+def test_a_broken_run_resumes_where_it_stopped(tmp_path: Path, on_cpu: Path) -> None:
+    with watched(Break()), pytest.raises(RuntimeError, match="broken"):
+        on_gpu(tmp_path, "trainer.precision=32-true")
+    on_gpu(tmp_path, "trainer.precision=32-true")
+    torch.testing.assert_close(weights(tmp_path), weights(on_cpu), atol=2e-4, rtol=0)
+
+
+def test_a_run_is_validated_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_java(monkeypatch)
+    scored = (
+        "evals=[scenes_captions,scenes_retrieval,scenes_zeroshot]",
+        "scoring.images=8",
+        "trainer.limit_val_batches=1",
+    )
+    found = on_gpu(tmp_path / "gpu", *scored, "trainer.precision=32-true", "trainer.max_steps=2")
+    expected = run(tmp_path / "cpu", *TINY, *scored, "trainer.max_steps=2")
+    assert found.keys() == expected.keys()
+
+
+def test_checkpoints_are_saved_by_steps(tmp_path: Path) -> None:
+    on_gpu(tmp_path, "callbacks.checkpoint.keep_last=5", "+callbacks.checkpoint.every_n_steps=3")
+    assert {path.name for path in (tmp_path / "checkpoints").glob("step_*")} == {
+        "step_3.ckpt",
+        "step_6.ckpt",
+        "step_7.ckpt",
+    }
