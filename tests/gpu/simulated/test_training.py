@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = (
     *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "data.batch_size=8", "data.train_count=56"),
     *("trainer.max_steps=7", "trainer.limit_train_batches=null", "trainer.log_every_n_steps=100", "evals=[]"),
-    *("trainer.limit_val_batches=0", "model.warmup_steps=2", "model.optimizer.lr=1e-3", "kernels.enabled=false"),
+    *("trainer.limit_val_batches=0", "model.warmup_steps=2", "model.optimizer.lr=1e-3"),
     "+model.net.image_encoder=vit_tiny_patch16_224",
     "+model.net.image_encoder_args={patch_size:16,embed_dim:32,depth:1,num_heads:2}",
 )
