@@ -9,11 +9,13 @@ from coca_lit.callbacks.resuming import StepSeeds
 from coca_lit.callbacks.run_folder_guard import RunFolderGuard
 from coca_lit.callbacks.scoring import ScoreDuringTraining
 from coca_lit.callbacks.stall_guard import StallGuard
+from coca_lit.callbacks.tracking import LogRunFacts
 
 __all__ = [
     "Averaging",
     "BadSampleLog",
     "Checkpoints",
+    "LogRunFacts",
     "NonFiniteGuard",
     "RunFolderGuard",
     "RunSummary",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.stall_guard import unwatched
+from coca_lit.callbacks.tracking import log_pictures
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, suggest
 from coca_lit.evals import Evaluation, Settings
@@ -130,6 +132,7 @@ class ScoreDuringTraining(L.Callback):
                 scores |= evaluation.evaluate_quickly(net, settings, self.quick)
                 for score, reason in evaluation.not_run.items():
                     print_rank_zero(f"{score} not run: {reason}")
+        self._log_pictures(trainer, due)
         self._offer(trainer, scores, due)
         return scores
 
@@ -157,7 +160,12 @@ class ScoreDuringTraining(L.Callback):
                 self.draws |= evaluation.draws
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
+        self._log_pictures(trainer, self.evals)
         self._offer(trainer, self.results | few, rivals, final=True)
+
+    def _log_pictures(self, trainer: L.Trainer, scored: Sequence[Evaluation]) -> None:
+        names = list(dict.fromkeys(evaluation.name for evaluation in scored))
+        log_pictures(trainer, Path(self.settings.output_dir, "samples"), names, trainer.global_step)
 
     def _settings(self, pl_module: L.LightningModule) -> Settings:
         """With the way to answer questions that the module trains beside the network, if it has one."""

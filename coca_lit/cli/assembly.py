@@ -8,6 +8,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
 
@@ -144,7 +145,11 @@ def _plain(value: Any) -> Any:
 def _takes(target: Callable[..., Any], key: str) -> bool:
     """Whether a class or function has an argument `key`, or may hand it on to a base class that has."""
     classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
-    return any(key in (_arguments(part) or ()) for part in classes if part is not object)
+    for part in classes:
+        with suppress(ValueError):  # it is not written in Python
+            if key in (_arguments(part) or inspect.signature(part).parameters):
+                return True
+    return False
 
 
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
@@ -329,17 +334,22 @@ def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTra
         return ScoreDuringTraining(evals, build_settings(cfg), **{key: cfg.scoring[key] for key in WHEN})
 
 
-def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", texts: bool = False) -> "L.Trainer":
+def build_trainer(
+    cfg: DictConfig, scoring: "ScoreDuringTraining", texts: bool = False, checkpoint: Path | None = None
+) -> "L.Trainer":
     """The trainer with its callbacks, `scoring` among them, loggers, strategy and precision.
 
     Args:
         texts: whether some batches are texts alone.
+        checkpoint: from which the run resumes, in its logs too.
     """
     from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from coca_lit.runs.run_folder import resumes
     from coca_lit.training.sharding import allow_unused_parameters, check_strategy
 
+    resumed = {"resumed_from": checkpoint, "same_run": resumes(cfg, checkpoint)}
     callbacks = build_callbacks(cfg, scoring)
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
     strategy = cfg.trainer.strategy
@@ -354,7 +364,7 @@ def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", texts: bool =
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
     parts = {
         "callbacks": callbacks,
-        "logger": [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node],
+        "logger": [build(node, f"logger.{name}", resumed) for name, node in cfg.logger.items() if node],
         "precision": precision,
         "strategy": strategy,
         "plugins": build_plugins(),
@@ -376,7 +386,7 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
     """In the order in which they must act. Averaged weights replace the trained ones when training ends: after the
     last checkpoint, before the final scores.
     """
-    from coca_lit.callbacks import Averaging, Checkpoints, RunSummary
+    from coca_lit.callbacks import Averaging, Checkpoints, LogRunFacts, RunSummary
     from coca_lit.runs.resume import resume_keys
 
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
@@ -386,7 +396,8 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
     others = [callback for callback in callbacks if callback not in checkpoints]
-    return [*checkpoints, *averaging, scoring, *others, RunSummary(cfg.output_dir)]
+    facts = LogRunFacts(partial(plain, cfg, resolve=True))
+    return [*checkpoints, *averaging, scoring, *others, facts, RunSummary(cfg.output_dir)]
 
 
 def build_plugins() -> list[Any]:
@@ -413,6 +424,6 @@ def _without(node: DictConfig, *keys: str) -> DictConfig:
     return copy
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """A config as plain values without its secrets, with interpolations as they stand."""
-    return cast(dict[str, Any], mask(OmegaConf.to_container(cfg, resolve=False)))
+def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
+    """A config as plain values without its secrets. Without `resolve`, interpolations are left as they stand."""
+    return cast(dict[str, Any], mask(OmegaConf.to_container(cfg, resolve=resolve)))

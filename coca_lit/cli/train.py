@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import (
@@ -80,11 +81,12 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if has_texts and module.net.decoder is None:
         raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
     scoring = build_scoring(cfg, evals)
-    trainer = build_trainer(cfg, scoring, has_texts)
+    trainer = build_trainer(cfg, scoring, has_texts, checkpoint)
     check_trainer(cfg, trainer)
     if checkpoint is None:
         choose_fp32_matmul(cfg, trainer, module)
-    start_run_folder(cfg, checkpoint)  # not before: a run that cannot start leaves nothing behind
+    # Not before: a run that cannot start leaves nothing behind.
+    start_run_folder(cfg, checkpoint, **chosen_experiment())
     try:
         with worker_errors():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -100,6 +102,12 @@ def _run(cfg: DictConfig) -> dict[str, float]:
             place = shlex.quote(cfg.output_dir)
             print(f"next: {use} checkpoint={place}   or   coca-evaluate checkpoint={place}", flush=True)
     return scoring.results
+
+
+def chosen_experiment() -> dict[str, str]:
+    """The name of the experiment, for reports; nothing where Hydra does not run, as in a test."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return {"experiment": choices["experiment"]} if choices.get("experiment") else {}
 
 
 def find_start(cfg: DictConfig) -> Path | None:

@@ -24,6 +24,7 @@ CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
 FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
     *(INTERVALS, DRAWS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
+    *("wandb", "wandb_run", "mlflow_run"),
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
 RESUME_KEYS = (

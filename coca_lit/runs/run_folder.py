@@ -23,10 +23,13 @@ from coca_lit.runs.resume import AUTO, CHECKPOINTS, RUN_KEY, resume, start_fresh
 CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
 
 
-def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
+def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None, **facts: Any) -> None:
     """Writes `config.yaml` and `environment.json`. Values from environment variables are written as references: no
     secret ends up in a file. The logs of an earlier run are rewound to `checkpoint`; without one, all its files are
     archived.
+
+    Args:
+        facts: for `environment.json`, besides those of `environment`.
     """
     if not is_first_process():
         return
@@ -39,7 +42,16 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None) -> None:
         resume(folder, checkpoint, roll_back=cfg.ckpt_path != AUTO)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
-    atomic_write(folder / ENVIRONMENT, _json(environment()))
+    atomic_write(folder / ENVIRONMENT, _json(environment() | facts))
+
+
+def resumes(cfg: DictConfig, checkpoint: Path | None) -> bool:
+    """Whether this is the run that the folder holds: it goes on at its checkpoint, or begins again with the same config
+    because it died before its first one.
+    """
+    config = Path(cfg.output_dir) / CONFIG
+    unchanged = config.exists() and config.read_text() == masked_yaml(cfg)
+    return cfg.ckpt_path == AUTO and (checkpoint is not None or unchanged)
 
 
 def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:

@@ -178,7 +178,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "'trainer' has no option 'smok'; did you mean 'smoke'? The options: auto, cpu, ddp, fsdp, smoke",
         ),
         ("model=cocoa", "'model' has no option 'cocoa'; did you mean 'coca'? The options: coca, coca_answers"),
-        ("logger=zzz", "'logger' has no option 'zzz'. The options: csv, tensorboard, wandb"),
+        ("logger=zzz", "'logger' has no option 'zzz'. The options: csv, mlflow, tensorboard, wandb"),
     ],
 )
 def test_wrong_override_is_one_sentence(refused: Callable[..., str], override: str, said: str) -> None:

@@ -1,0 +1,183 @@
+"""TensorBoard, W&B and MLflow, the real ones, read back with their own readers. Nothing leaves this machine."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import compose, run, without_java
+from test_resume import MAP, Die, train
+
+from coca_lit.callbacks.tracking import wandb_files, wandb_records
+from coca_lit.cli.assembly import plain
+from coca_lit.runs.redaction import HIDDEN
+from coca_lit.runs.run_folder import resumes, start_run_folder
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+PART = "coca_lit.callbacks.tracking"
+QUICK = {"WANDB_SILENT": "true", "WANDB__DISABLE_STATS": "true", "WANDB__DISABLE_META": "true"}  # not on trial here
+
+
+def loggers(folder: Path, *names: str) -> list[str]:
+    """Overrides for these loggers in one run; those of packages that are missing are skipped, visibly if it is one."""
+    store = f"tracking_uri: 'sqlite:///{folder.parent}/mlflow.db', artifact_location: 'file://{folder.parent}/mlruns'"
+    nodes = {
+        "tensorboard": f"{{_target_: {PART}.TensorBoardLog, save_dir: '{folder}'}}",
+        "wandb": f"{{_target_: {PART}.WandbLog, save_dir: '{folder}', project: tests, tags: [small], "
+        "offline: true, name: demo/first}",
+        "mlflow": f"{{_target_: {PART}.MLflowLog, folder: '{folder}', run_name: first, {store}}}",
+    }
+    return [f"+logger.{name}={nodes[name]}" for name in names]
+
+
+def scalars(folder: Path) -> Any:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+
+
+def mlflow_runs(folder: Path) -> tuple[Any, list[Any]]:
+    """The client, and the runs in the store, the first one first."""
+    client = pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return client, list(reversed(client.search_runs(experiments)))
+
+
+def wandb_runs(folder: Path) -> dict[str, list[Any]]:
+    """The records of each W&B run."""
+    pytest.importorskip("wandb")
+    names = sorted({path.stem.removeprefix("run-") for path in folder.glob("wandb/*/*.wandb")})
+    return {run: [r for path in wandb_files(folder, run) for r in wandb_records(path)] for run in names}
+
+
+def rows(records: list[Any]) -> Iterator[dict[str, Any]]:
+    for record in records:
+        if record.history.item:
+            yield {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+
+
+def steps(folder: Path, tracker: str) -> list[list[int]]:
+    """The steps of a loss in every run of the tracker, in the order of the steps."""
+    name = "train/caption_loss"
+    if tracker == "tensorboard":
+        return [[scalar.step for scalar in scalars(folder).Scalars(name)]]
+    if tracker == "wandb":
+        runs = wandb_runs(folder).values()
+        return [sorted(row["trainer/global_step"] for row in rows(records) if name in row) for records in runs]
+    client, runs = mlflow_runs(folder)
+    return [sorted(point.step for point in client.get_metric_history(run.info.run_id, name)) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run that was killed two steps after a checkpoint, and then trained to its end."""
+    names = [name for name in TRACKERS if _installed(name)]
+    folder = tmp_path_factory.mktemp("trackers") / "run"
+    overrides = [*MAP, *loggers(folder, *names), "callbacks.checkpoint.every_n_steps=3"]
+    log = folder.parent / "run.log"
+    assert train(folder, *overrides, watch=Die(5), environment=QUICK) == -signal.SIGKILL, log.read_text()
+    assert train(folder, *overrides, environment=QUICK) == 0, log.read_text()
+    return folder, overrides
+
+
+def _installed(package: str) -> bool:
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_every_step_once_in_one_run_after_a_kill(killed: tuple[Path, list[str]], tracker: str) -> None:
+    pytest.importorskip(tracker)
+    assert steps(killed[0], tracker) == [[*range(12)]]
+
+
+def test_a_new_start_is_a_new_run(killed: tuple[Path, list[str]]) -> None:
+    folder, overrides = killed
+    assert train(folder, *overrides, "ckpt_path=null", "trainer.max_epochs=1", environment=QUICK) == 0
+    for tracker in filter(_installed, TRACKERS):
+        expected = [[*range(12)], [*range(6)]] if tracker == "mlflow" else [[*range(6)]]  # whose store is elsewhere
+        assert steps(folder, tracker) == expected
+    if _installed("wandb"):  # the earlier one was archived with its files
+        assert steps(folder / "earlier_1", "wandb") == [[*range(12)]]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_the_same_run(tmp_path: Path) -> None:
+    words = ("trainer=cpu", "name=test", f"output_dir={tmp_path}")
+    assert not resumes(compose(*words), None)
+    start_run_folder(compose(*words))
+    assert resumes(compose(*words), None)
+    assert not resumes(compose(*words, "seed=1"), None)
+    assert not resumes(compose(*words, "ckpt_path=null"), None)
+
+
+def test_no_secret_reaches_a_tracker() -> None:
+    config = plain(compose("name=test", "output_dir=x", "+hub.token=abcdefgh"), resolve=True)
+    assert config["hub"] == {"token": HIDDEN}
+    assert config["data"]["image_size"] == config["image_size"] == 32  # resolved
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with captions and retrieval, scored in its middle and at its end."""
+    folder = tmp_path_factory.mktemp("scored") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        without_java(patch)
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        names = [name for name in TRACKERS if _installed(name)]
+        small = ("trainer=cpu", "trainer.max_epochs=3", "data.train_count=16", "data.batch_size=8", "scoring.images=6")
+        evals = ("evals=[scenes_captions,scenes_retrieval]", "model.net.name=coca_tiny", "image_size=32")
+        run(folder, *small, *evals, *loggers(folder, *names), "trainer.log_every_n_steps=1")
+    return folder
+
+
+SHEETS = ("samples/scenes", "samples/scenes_retrieval")
+
+
+def test_tensorboard_has_scores_config_and_samples(scored: Path) -> None:
+    pytest.importorskip("tensorboard")
+    events = scalars(scored)
+    assert [scalar.step for scalar in events.Scalars("scenes/CIDEr")][-1] == 6
+    assert {*SHEETS} <= {*events.Tags()["images"]}
+    assert [image.step for image in events.Images(SHEETS[0])] == [4, 6]
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "lr:" in text
+    assert "image encoder:" in text
+    assert "commit:" in text
+
+
+def test_wandb_has_scores_config_samples_group_and_tags(scored: Path) -> None:
+    ((name, records),) = wandb_runs(scored).items()
+    assert name == (scored / "wandb_run").read_text().strip()
+    (described,) = [record.run for record in records if record.run.run_id]
+    assert (described.run_group, list(described.tags), described.display_name) == ("demo", ["small"], "demo/first")
+    config = {
+        update.key: json.loads(update.value_json) for record in records for update in record.config.update if update.key
+    }
+    assert config["data"]["batch_size"] == 8
+    assert config["parameters"]["image encoder"] > 1000
+    assert "commit" in config["environment"]
+    found = [*rows(records)]
+    assert any("scenes/CIDEr" in row and row["trainer/global_step"] == 6 for row in found)
+    sheets = {name for row in found for name in row if name.startswith("samples/")}
+    assert {*SHEETS} <= {sheet.partition(".")[0] for sheet in sheets}
+    assert len([*scored.glob("wandb/offline-*/files/media/images/samples/*.png")]) == 3
+
+
+def test_mlflow_has_scores_config_and_samples(scored: Path) -> None:
+    client, (only,) = mlflow_runs(scored)
+    assert only.info.run_id == (scored / "mlflow_run").read_text().strip()
+    assert (only.info.run_name, only.info.status) == ("first", "FINISHED")
+    assert only.data.params["data/batch_size"] == "8"
+    assert int(only.data.params["parameters/image encoder"]) > 1000
+    assert "environment/commit" in only.data.params
+    assert {"scenes/CIDEr", "scenes/t2i_recall_at_1"} <= only.data.metrics.keys()
+    found = {file.path for step in (4, 6) for file in client.list_artifacts(only.info.run_id, f"samples/step_{step}")}
+    assert found == {
+        "samples/step_4/scenes.png",
+        *(f"samples/step_6/{sheet.rpartition('/')[2]}.png" for sheet in SHEETS),
+    }
