@@ -30,8 +30,8 @@ def train_demo_model(outputs: Path) -> Path:
         ConfigError: the training failed; its error is in the terminal.
     """
     folder = outputs / RUN
-    command = [sys.executable, "-c", "from coca_lit.cli.train import train; train()"]
-    done = subprocess.run([*command, "experiment=demo", f"name={RUN}", f"hydra.run.dir={folder}"])
+    program = "import sys; sys.argv[0] = 'coca-train'; from coca_lit.cli.train import train; train()"
+    done = subprocess.run([sys.executable, "-c", program, "experiment=demo", f"name={RUN}", f"hydra.run.dir={folder}"])
     if done.returncode:
         raise ConfigError(
             "the training of the built-in demo model failed, see above; to show another, set checkpoint=PATH"

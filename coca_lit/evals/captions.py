@@ -12,7 +12,7 @@ from coca_lit.distributed import print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import caption_images, embed_pairs, embed_texts
-from coca_lit.evals.samples import attention_samples, caption_samples, sample_sheet
+from coca_lit.evals.samples import attention_samples, caption_samples, sample_sheet, worst_captions
 from coca_lit.metrics.captions import CaptionMetric
 from coca_lit.metrics.clipscore import PROMPT, clip_scores_of_images
 from coca_lit.metrics.diversity import are_novel
@@ -66,6 +66,8 @@ class CaptionScores(Evaluation):
             self.not_run[f"{self.name} captions"] = "the model has no decoder, so it writes no captions"
             return {}
         captions = self._write(model, records, settings)
+        if rank() == 0:
+            settings.write_json("samples", f"{self.name}_worst.json", worst_captions(records, captions))
         if rank() == 0 and settings.attention:
             samples = attention_samples(model, records, settings.attention, settings.generate or {})
             settings.write_json("samples", f"{self.name}_attention.json", samples)

@@ -22,7 +22,7 @@ from coca_lit.distributed import print_rank_zero, rank
 from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs
-from coca_lit.evals.samples import retrieval_samples
+from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
 from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.models import CoCa, DualEncoder
@@ -59,6 +59,8 @@ class RetrievalScores(Evaluation):
         if rank() == 0:
             samples = retrieval_samples(records, images, texts, image_of_text)
             settings.write_json("samples", f"{self.name}_retrieval.json", samples)
+            sheet = retrieval_sheet(records, images, texts, image_of_text)
+            settings.write_image("samples", f"{self.name}_retrieval.png", sheet)
         ids = [record.id for record in records]
         ranks = feature_ranks(images, texts, image_of_text)
         scores = ranks.recalls() | ranks.medians()

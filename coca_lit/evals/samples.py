@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,19 +14,22 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
+from pycocoevalcap.cider.cider import Cider
 from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import build_transform
 from coca_lit.evals.inference import evaluating
 from coca_lit.metrics.captions import is_reference
+from coca_lit.metrics.diversity import WORD
 from coca_lit.models import CoCa
 from coca_lit.tokenizer import Tokenizer
 
 THUMBNAIL = 240  # pixels of the longer side
 OVERLAY = 120  # pixels of an image with its attention map
 TOP = 5
-COLUMNS, CARD, MARGIN, LINE = 4, 260, 12, 17  # of the sheet; the last three in pixels
+ROWS = 1024  # queries that are compared with all answers at a time
+COLUMNS, CARD, STRIP, MARGIN, LINE = 4, 260, 120, 12, 17  # of the sheets; all but the first in pixels
 INK, GREY, GREEN = (25, 25, 30), (120, 120, 128), (20, 120, 60)
 
 
@@ -47,25 +51,95 @@ def caption_samples(
     ]
 
 
+def worst_captions(
+    records: Sequence[Record], captions: Mapping[int | str, str], count: int = 8
+) -> list[dict[str, Any]]:
+    """The `count` captions that are furthest from their references, as `caption_samples`, the worst first.
+
+    CIDEr judges: it weighs what is special about an image. Words are taken as they stand, without Java's tokenizer.
+    """
+    words = {i: [" ".join(WORD.findall(text.lower())) for text in r.captions] for i, r in enumerate(records)}
+    written = {i: [" ".join(WORD.findall(captions[r.id].lower()))] for i, r in enumerate(records)}
+    _, of_images = Cider().compute_score(words, written)
+    worst = [records[i] for i in np.argsort(of_images, kind="stable")[:count]]
+    return [sample for sample in caption_samples(worst, captions, count) if not sample["exact"]]
+
+
 def retrieval_samples(
     records: Sequence[Record], images: Tensor, texts: Tensor, image_of_text: Tensor, count: int = 4
 ) -> dict[str, list[dict[str, Any]]]:
-    """The five best answers to `count` queries in both directions, each with "hit": whether it is right.
+    """The five best answers to `count` queries in both directions, each with "hit": whether it is right; and to the
+    `count` queries whose best answer is wrong by most.
 
     images (I, E), texts (T, E) and image_of_text (T,) come from `embed_pairs`. Returns {"text_to_image": [{"text",
-    "answers": [{"image", "hit"}]}], "image_to_text": [{"image", "answers": [{"text", "hit"}]}]}.
+    "answers": [{"image", "hit"}]}], "image_to_text": [{"image", "answers": [{"text", "hit"}]}]} and the same under
+    "text_to_image_mistakes" and "image_to_text_mistakes".
     """
     captions = [caption for record in records for caption in record.captions]
-    samples: dict[str, list[dict[str, Any]]] = {"text_to_image": [], "image_to_text": []}
-    for i in spread(range(len(records)), count):
-        text = int((image_of_text == i).nonzero()[0])
-        best_images = _top(images @ texts[text])
-        answers = [{"image": thumbnail(records[j].image()), "hit": j == i} for j in best_images]
-        samples["text_to_image"].append({"text": captions[text], "answers": answers})
-        best_texts = _top(texts @ images[i])
-        found = [{"text": captions[t], "hit": int(image_of_text[t]) == i} for t in best_texts]
-        samples["image_to_text"].append({"image": thumbnail(records[i].image()), "answers": found})
-    return samples
+
+    def images_for(text: int) -> dict[str, Any]:
+        right = int(image_of_text[text])
+        best = _top(images @ texts[text])
+        answers = [{"image": thumbnail(records[j].image()), "hit": j == right} for j in best]
+        return {"text": captions[text], "answers": answers}
+
+    def texts_for(image: int) -> dict[str, Any]:
+        best = _top(texts @ images[image])
+        answers = [{"text": captions[t], "hit": int(image_of_text[t]) == image} for t in best]
+        return {"image": thumbnail(records[image].image()), "answers": answers}
+
+    chosen, owner = spread(range(len(records)), count), torch.arange(len(images))
+    return {
+        "text_to_image": [images_for(int((image_of_text == i).nonzero()[0])) for i in chosen],
+        "image_to_text": [texts_for(i) for i in chosen],
+        "text_to_image_mistakes": [images_for(t) for t in _mistakes(texts, image_of_text, images, owner, count)],
+        "image_to_text_mistakes": [texts_for(i) for i in _mistakes(images, owner, texts, image_of_text, count)],
+    }
+
+
+def _mistakes(queries: Tensor, of_query: Tensor, answers: Tensor, of_answer: Tensor, count: int) -> list[int]:
+    """The queries (Q, E) whose best wrong answer (A, E) is most above the best right one, at most one of each image.
+    An answer is right if it belongs to the same image.
+    """
+    margins = []
+    for part, owner in zip(queries.split(ROWS), of_query.split(ROWS), strict=True):
+        similarity, right = part @ answers.T, owner[:, None] == of_answer  # (q, A)
+        wrong, best = (similarity.masked_fill(mask, -torch.inf).amax(dim=1) for mask in (right, ~right))
+        margins.append(wrong - best)
+    found: dict[int, int] = {}  # image -> query: one for each image
+    margin = torch.cat(margins)
+    for query in margin.argsort(descending=True).tolist():
+        if margin[query] <= 0 or len(found) == count:
+            break
+        found.setdefault(int(of_query[query]), query)
+    return list(found.values())
+
+
+def confusion_samples(
+    records: Sequence[Record], names: Sequence[str], classified: Sequence[tuple[int, int, int]], count: int = 12
+) -> list[dict[str, Any]]:
+    """The `count` pairs of classes that are confused most often: {"class", "taken_for", "images", "of", "image"}: how
+    many of the class's images, and one of them.
+
+    Args:
+        classified: number of the record, its class and the class that was found.
+    """
+    totals = Counter(label for _, label, _ in classified)
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for i, label, found in sorted(classified):
+        if label != found:
+            pairs.setdefault((label, found), []).append(i)
+    most = sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))[:count]
+    return [
+        {
+            "class": names[label],
+            "taken_for": names[found],
+            "images": len(members),
+            "of": totals[label],
+            "image": thumbnail(records[members[0]].image()),
+        }
+        for (label, found), members in most
+    ]
 
 
 def thumbnail(image: Image.Image) -> str:
@@ -87,7 +161,43 @@ def _top(similarity: Tensor) -> list[int]:
     return torch.topk(similarity, min(TOP, len(similarity))).indices.tolist()
 
 
-# The sheet
+# Sheets: the samples as one picture, which every logger shows
+
+
+def retrieval_sheet(
+    records: Sequence[Record], images: Tensor, texts: Tensor, image_of_text: Tensor, count: int = 4
+) -> Image.Image:
+    """A strip for each query of `retrieval_samples`: a caption with the images found for it, then an image with the
+    captions found for it. Right answers are green.
+    """
+    captions = [caption for record in records for caption in record.captions]
+    queries = spread(range(len(records)), count)
+    width, height = MARGIN + (TOP + 1) * (STRIP + MARGIN), 2 * LINE + STRIP + MARGIN
+    sheet = Image.new("RGB", (width, 2 * len(queries) * height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, i in enumerate(queries):
+        y = MARGIN + 2 * row * height
+        text = int((image_of_text == i).nonzero()[0])
+        _write(draw, MARGIN, y, captions[text], INK, lines=1, width=120)
+        for column, j in enumerate(_top(images @ texts[text])):
+            left, top = MARGIN + column * (STRIP + MARGIN), y + LINE + 4
+            _paste(sheet, records[j].image(), (left, top), STRIP)
+            frame = (left - 3, top - 3, left + STRIP + 2, top + STRIP + 2)
+            draw.rectangle(frame, outline=GREEN if j == i else GREY, width=3)
+        y += height
+        _paste(sheet, records[i].image(), (MARGIN, y), STRIP)
+        for place, t in enumerate(_top(texts @ images[i])):
+            colour = GREEN if int(image_of_text[t]) == i else GREY
+            _write(draw, 2 * MARGIN + STRIP, y + place * (LINE + 4), captions[t], colour, lines=1, width=100)
+    return sheet
+
+
+def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], edge: int) -> None:
+    """The picture, its longer side `edge` pixels; small ones are enlarged without smoothing."""
+    enlarge = Image.Resampling.NEAREST if max(picture.size) < edge / 2 else Image.Resampling.BICUBIC
+    scale = edge / max(picture.size)
+    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    sheet.paste(picture.resize(size, enlarge), corner)
 
 
 def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], count: int = 12) -> Image.Image:
@@ -104,11 +214,7 @@ def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], c
 
 
 def _draw_card(sheet: Image.Image, corner: tuple[int, int], record: Record, caption: str) -> None:
-    picture = record.image()
-    enlarge = Image.Resampling.NEAREST if max(picture.size) < CARD / 2 else Image.Resampling.BICUBIC
-    scale = CARD / max(picture.size)
-    size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    sheet.paste(picture.resize(size, enlarge), corner)
+    _paste(sheet, record.image(), corner, CARD)
     draw = ImageDraw.Draw(sheet)
     x, y = corner[0], corner[1] + CARD + 4
     y = _write(draw, x, y, record.question, INK, lines=2)
@@ -117,8 +223,10 @@ def _draw_card(sheet: Image.Image, corner: tuple[int, int], record: Record, capt
         y = _write(draw, x, y, reference, GREY, lines=2)
 
 
-def _write(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, colour: tuple[int, int, int], lines: int) -> int:
-    for line in textwrap.wrap(text, width=40, max_lines=lines, placeholder=" …"):
+def _write(
+    draw: ImageDraw.ImageDraw, x: int, y: int, text: str, colour: tuple[int, int, int], lines: int, width: int = 40
+) -> int:
+    for line in textwrap.wrap(text, width=width, max_lines=lines, placeholder=" …"):
         draw.text((x, y), line, fill=colour, font=ImageFont.load_default(size=13))
         y += LINE
     return y + 2
@@ -151,17 +259,25 @@ def attention_samples(
 
 def word_maps(model: CoCa, pixels: Tensor, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
     """The words of the caption of an image (3, H, W), and where the model looked for each: (words, G, G), sums of 1."""
-    images = pixels[None]
-    captions = model.generate(images, **options, return_attention=True)
+    captions = model.generate(pixels[None], **options, return_attention=True)
     assert captions.attention is not None
-    pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images.to(model.device))
+    return maps_of_captions(model, pixels, captions.ids, captions.attention)[0]
+
+
+def maps_of_captions(model: CoCa, pixels: Tensor, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
+    """As `word_maps`, of several captions (N, L) of an image (3, H, W), with their attention (N, L, Q)."""
+    images = pixels[None].to(model.device)
+    pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images)
     places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens
     grid = math.isqrt(places.shape[1])
-    maps = (captions.attention[0] @ places).cpu()  # (L, S)
-    words = words_of(model.tokenizer, captions.ids[0].tolist())
-    per_word = torch.stack([maps[positions].mean(dim=0) for _, positions in words]) if words else maps[:0]
-    per_word = per_word / per_word.sum(dim=1, keepdim=True).clamp(min=1e-12)
-    return [word for word, _ in words], per_word.unflatten(1, (grid, grid))
+    found = []
+    for row, weights in zip(ids.tolist(), attention, strict=True):
+        maps = (weights @ places).cpu()  # (L, S)
+        words = words_of(model.tokenizer, row)
+        per_word = torch.stack([maps[positions].mean(dim=0) for _, positions in words]) if words else maps[:0]
+        per_word = per_word / per_word.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        found.append(([word for word, _ in words], per_word.unflatten(1, (grid, grid))))
+    return found
 
 
 def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:

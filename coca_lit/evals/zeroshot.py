@@ -7,8 +7,10 @@ from torch import Tensor
 
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record
+from coca_lit.distributed import rank
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
+from coca_lit.evals.samples import confusion_samples
 from coca_lit.metrics.zeroshot import ZeroShotAccuracy, class_features
 from coca_lit.models import CoCa, DualEncoder
 
@@ -29,7 +31,7 @@ class ZeroShotScores(Evaluation):
         super().__init__(name, images.records, every)
         self.labels, self.likelihood = images.labels, likelihood
         self.prompts = [template.replace("{}", c) for c in images.class_names for template in images.templates]
-        self.classes = len(images.class_names)
+        self.class_names = images.class_names
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         return self._accuracy(records, self._cosines(model, records, settings)).compute()
@@ -41,6 +43,11 @@ class ZeroShotScores(Evaluation):
                 self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the prompts with"
             else:
                 ways |= self._log_likelihoods(model, records, settings)
+        if rank() == 0:
+            found = ways[""].argmax(dim=1).tolist()
+            classified = [(i, self.labels[records[i].id], found[i]) for i in range(len(records))]
+            confused = confusion_samples(records, self.class_names, classified)
+            settings.write_json("samples", f"{self.name}_confusion.json", confused)
         scores: dict[str, float] = {}
         for way, similarity in ways.items():
             accuracy = self._accuracy(records, similarity)
@@ -51,7 +58,7 @@ class ZeroShotScores(Evaluation):
 
     def _cosines(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> Tensor:
         """(I, C) of images and classes."""
-        prompts = embed_texts(model, self.prompts, settings.batch_size).unflatten(0, (self.classes, -1))  # (C, P, E)
+        prompts = embed_texts(model, self.prompts, settings.batch_size).unflatten(0, (len(self.class_names), -1))  # (C, P, E)
         return embed_images(model, records, settings.batch_size, settings.workers) @ class_features(prompts).T
 
     def _log_likelihoods(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, Tensor]:
@@ -59,7 +66,7 @@ class ZeroShotScores(Evaluation):
         size, numbers = settings.batch_size, range(len(self.prompts))
         read = torch.stack(log_likelihoods(model, records, self.prompts, lambda _: numbers, size, settings.workers))
         ways = {"likelihood/": read, "pmi/": read - blind_log_likelihoods(model, self.prompts, size)}  # (I, C · P)
-        return {way: values.unflatten(1, (self.classes, -1)).mean(dim=2) for way, values in ways.items()}
+        return {way: values.unflatten(1, (len(self.class_names), -1)).mean(dim=2) for way, values in ways.items()}
 
     def _accuracy(self, records: Sequence[Record], similarity: Tensor) -> ZeroShotAccuracy:
         ids = [record.id for record in records]

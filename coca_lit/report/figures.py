@@ -11,36 +11,55 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from coca_lit.report.runs import Curves, Run, differences
-from coca_lit.report.scores import HEADLINES, headlines, in_print_units, score_name
+from coca_lit.report.scores import HEADLINES, RERANKED, data_name, headlines_of, in_print_units, score_name
+from coca_lit.report.tables import run_names
 
-MANY = 8  # runs; more bars are hard to read
+MANY, PANELS = 8, 9  # runs, of which more bars are hard to read; scores in a figure
 GAP, SEVERAL = "/top1", 4  # the score whose gaps are drawn, if two runs share at least that many data sets
 
 
 def curves_figure(curves: Curves) -> bytes | None:
     """Losses and headline scores over the steps; None if there is nothing to draw.
 
-    The score on all images at the end is a star above the curve of the subset that was scored while training.
+    The score of all images at the end is a star, joined to the curve of the first few images by a dashed line.
     """
     losses = {name: curve for name, curve in curves.items() if name.endswith("_loss")}
-    scores = {name: curve for name, curve in curves.items() if name.endswith(HEADLINES)}
+    scores = {n: curve for n, curve in curves.items() if n.endswith(HEADLINES) and f"/{RERANKED}" not in n}
+    scores = dict(sorted(scores.items(), key=lambda item: len(item[1]) == 1))  # the final ones behind their curves
     scores = {name: curve for name, curve in scores.items() if len(curve) > 1 or _has_curve(name, scores)}
     cider = {name: scores.pop(name) for name in list(scores) if name.endswith("/CIDEr")}  # on a scale of its own
-    groups = {title: g for title, g in {"losses": losses, "scores": scores, "CIDEr": cider}.items() if g}
+    groups = {title: g for title, g in {"losses": losses, "scores, %": scores, "CIDEr": cider}.items() if g}
     if not groups:
         return None
-    figure = Figure(figsize=(4.2 * len(groups), 3.6), dpi=160, layout="constrained")
+    figure = Figure(figsize=(4.4 * len(groups), 4.6), dpi=160, layout="constrained")
     for axes, (title, group) in zip(_axes(figure, len(groups), columns=3), groups.items(), strict=True):
         colours: dict[str, str] = {}  # shared by a score on all images and on a subset
+        ends: dict[str, tuple[int, float]] = {}  # of the curves of subsets
         for name, points in group.items():
             colour = colours.setdefault(_on_all(name), f"C{len(colours)}")
-            marker = "" if len(points) >= 30 else "*" if len(points) == 1 and title != "losses" else "."
-            axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker)
-        axes.set(title=title, xlabel="step", yscale="log" if title == "losses" else "linear")
+            if title == "losses":
+                axes.plot(*zip(*points, strict=True), label=name, color=colour, marker="" if len(points) >= 30 else ".")
+                continue
+            values = [(step, in_print_units(name, value)) for step, value in points]
+            final = len(values) == 1
+            if final and name in ends:
+                axes.plot(*zip(ends[name], values[0], strict=True), color=colour, linestyle="--", linewidth=1)
+            ends.setdefault(_on_all(name), values[-1])
+            marker = "*" if final else "" if len(points) >= 30 else "."
+            axes.plot(*zip(*values, strict=True), label=_label(name, final), color=colour, marker=marker)
+        axes.set(title=title, xlabel="optimizer steps", yscale="log" if title == "losses" else "linear")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, framealpha=0.6)
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
+
+
+def _label(score: str, final: bool) -> str:
+    """scenes_256/CIDEr -> "built-in scenes CIDEr, first 256 images"."""
+    few = None if final else re.search(r"_(\d+)/", score)
+    data = data_name(score.rpartition("/")[0] if few is None else score[: few.start()])
+    which = ", all images" if final else f", first {few[1]} images" if few is not None else ""
+    return f"{data} {score_name(score).removesuffix(', %')}{which}"
 
 
 def _on_all(score: str) -> str:
@@ -60,7 +79,9 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
     if objective is not None and len(runs) >= MANY and len(several) > 1:
         return _scatter_figure(runs, objective, several)
     drawn = gaps(runs)  # in a figure of their own
-    scores = [score for score in headlines(dict.fromkeys(s for run in runs for s in run.results)) if score not in drawn]
+    scores = headlines_of(
+        [score for score in dict.fromkeys(s for run in runs for s in run.results) if score not in drawn], PANELS
+    )
     if not scores:
         return None
     swept = swept_value(runs)
@@ -74,9 +95,9 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
             axes.plot(*zip(*points, strict=True), marker="o")
             axes.set(xlabel=key, xscale=_scale(numbers))
         else:
-            axes.barh([run.name for run in runs], values)
+            axes.barh(run_names(runs), values)
             axes.invert_yaxis()
-        axes.set_title(f"{score.rpartition('/')[0]} {score_name(score)}", fontsize=10)
+        axes.set_title(f"{data_name(score.rpartition('/')[0])}\n{score_name(score)}", fontsize=10)
         axes.grid(alpha=0.3)
     return _png(figure)
 

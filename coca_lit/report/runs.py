@@ -1,7 +1,8 @@
 """Reads run folders for a report."""
 
 import csv
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ class Run(NamedTuple):
     environment: dict[str, Any]  # command, commit, machine, versions, seconds
     curves: Curves
     captions: dict[str, list[dict[str, Any]]]  # data set -> `caption_samples`
+    worst: dict[str, list[dict[str, Any]]]  # data set -> `worst_captions`
     retrieval: dict[str, dict[str, list[dict[str, Any]]]]  # data set -> `retrieval_samples`
     attention: dict[str, list[dict[str, Any]]]  # data set -> `attention_samples`
+    confusion: dict[str, list[dict[str, Any]]]  # data set -> `confusion_samples`
     draws: dict[str, Draws]  # score -> its values for resampled images
 
 
@@ -44,7 +47,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no results.json: it is not the folder of a finished run, or of a sweep with one"
         )
     config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
-    flat = flatten(config)
+    flat = resolved(flatten(config))
     return Run(
         folder=folder,
         name=folder.name,
@@ -54,8 +57,10 @@ def read_run(folder: Path) -> Run:
         environment=_json(folder / "environment.json"),
         curves=read_curves(folder / "metrics.csv"),
         captions=_samples(folder, "_captions.json"),
+        worst=_samples(folder, "_worst.json"),
         retrieval=_samples(folder, "_retrieval.json"),
         attention=_samples(folder, "_attention.json"),
+        confusion=_samples(folder, "_confusion.json"),
         draws=read_draws(folder),
     )
 
@@ -99,6 +104,29 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     parts = (flatten(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
     return {key: value for part in parts for key, value in part.items()}
+
+
+def resolved(flat: dict[str, Any]) -> dict[str, Any]:
+    """The flat config with references to other keys replaced by their values: "${image_size}" -> 224.
+
+    Nothing else of `${…}` is resolved: a config file is data here, and an environment variable may be a secret.
+    """
+
+    def value(text: Any, depth: int = 0) -> Any:
+        if not isinstance(text, str) or depth == len(flat):
+            return text
+        if (whole := _REFERENCE.fullmatch(text)) and _known(whole, flat):
+            return value(flat[whole[1]], depth + 1)
+        return _REFERENCE.sub(lambda r: str(value(flat[r[1]], depth + 1)) if _known(r, flat) else r[0], text)
+
+    return {key: value(text) for key, text in flat.items()}
+
+
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def _known(reference: re.Match[str], flat: Mapping[str, Any]) -> bool:
+    return reference[1] in flat and not reference[1].startswith(BOOKKEEPING)  # those differ between equal runs
 
 
 def read_curves(metrics: Path) -> Curves:

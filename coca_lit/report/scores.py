@@ -39,8 +39,21 @@ NAMES = {
     "top5": "top-5, %",
     "mean_per_class_recall": "mean per-class recall, %",
 }
+DATA_SETS = {  # names of evaluations -> names for readers; others are shown as they are
+    "scenes": "built-in scenes",
+    "compositional": "built-in scenes, unseen combinations",
+    "scenes_vqa": "questions about built-in scenes",
+    "mscoco": "MSCOCO",
+    "nocaps": "NoCaps",
+    "flickr8k": "Flickr8k",
+    "flickr30k": "Flickr30k",
+    "imagenet": "ImageNet",
+    "vqa": "VQA v2",
+    "laion": "LAION",
+}
 DIRECTIONS = {"t2i_": "text to image", "i2t_": "image to text"}
 RERANKED = "reranked_"  # prefix of retrieval scores after decoder re-ranking
+STATISTICS = ("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel")  # neither good nor bad
 COUNTS = ("mean_length", "vocabulary", "median_rank")  # papers print all other scores times 100
 
 
@@ -52,6 +65,25 @@ def headlines(scores: Collection[str]) -> list[str]:
 def headline(scores: Collection[str]) -> str | None:
     """The score that ranks runs if none was named: the first headline score."""
     return next(iter(headlines(scores)), None)
+
+
+def headlines_of(scores: Collection[str], count: int) -> list[str]:
+    """The `count` scores on whole data sets that say most: one of each kind before the second of any, as often as the
+    count allows; no re-ranked ones, which are for a section of their own.
+    """
+    chosen = [score for score in headlines(scores) if score.count("/") == 1 and f"/{RERANKED}" not in score]
+    kinds: dict[str, list[str]] = {}
+    for score in chosen:
+        kinds.setdefault(score.rpartition("/")[2], []).append(score)
+    turns = [(place, score) for members in kinds.values() for place, score in enumerate(members)]
+    first = {score for _, score in sorted(turns, key=lambda turn: turn[0])[:count]}
+    return [score for score in chosen if score in first]
+
+
+def data_name(name: str) -> str:
+    """A data set for readers: "mscoco" -> "MSCOCO", "nocaps/in-domain" -> "NoCaps, in-domain"."""
+    name, _, domain = name.partition("/")
+    return DATA_SETS.get(name, name) + (f", {domain}" if domain else "")
 
 
 def best_run(results: Mapping[str, Mapping[str, float]], score: str) -> str | None:
@@ -102,4 +134,4 @@ def spread_cell(score: str, mean: float, deviation: float) -> str:
 
 
 def _decimals(score: str) -> int:
-    return 1 if score.endswith(COUNTS) else 2
+    return 0 if score.endswith("vocabulary") else 1 if score.endswith(COUNTS) else 2

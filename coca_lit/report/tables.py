@@ -7,23 +7,36 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from coca_lit.metrics.uncertainty import Draws, difference
 from coca_lit.report.runs import Run, differences
-from coca_lit.report.scores import DIRECTIONS, RERANKED, cell, headlines, interval_cell, score_name, spread_cell
+from coca_lit.report.scores import (
+    DIRECTIONS,
+    RERANKED,
+    STATISTICS,
+    cell,
+    data_name,
+    headlines,
+    headlines_of,
+    interval_cell,
+    lower_is_better,
+    score_name,
+    spread_cell,
+)
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "published.json"
 GROUPS = {  # by how the names of scores begin; all others are of captions
-    "retrieval": (*DIRECTIONS, RERANKED, "cut_captions", "read_tokens"),
+    "retrieval": (*DIRECTIONS, "cut_captions", "read_tokens"),
+    "retrieval re-ranked by the decoder": (RERANKED,),
     "zero-shot classification": ("top", "mean_per_class"),
 }
 
 
-HEADLINES_OF_A_SWEEP = 4
+TILES, HEADLINES_OF_A_SWEEP = 5, 4
 INTERVAL = "95 % interval"
 BOOTSTRAP = "Intervals: bootstrap over the images."
 NOISE = "within noise"
@@ -35,12 +48,16 @@ DIFFERENCES_NOTE = (
 
 
 class Table(NamedTuple):
-    """The first column names the rows. A row of one cell is the heading of the rows below it."""
+    """The first column names the rows. A row of one cell is the heading of the rows below it.
+
+    `best` are the cells to mark, as (row, column).
+    """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    best: Collection[tuple[int, int]] = ()
 
 
 def markdown(table: Table, literal: bool = False) -> str:
@@ -51,9 +68,12 @@ def markdown(table: Table, literal: bool = False) -> str:
     """
     written = plain if literal else str
     width = len(table.header)
-    rows = [row if len(row) > 1 or width == 1 else [f"**{row[0]}**", *[""] * (width - 1)] for row in table.rows]
-    lines = [table.header, ["---"] * width, *rows]
-    return "\n".join("| " + " | ".join(written(text).replace("|", "\\|") for text in line) + " |" for line in lines)
+    cells = [[written(text) for text in row] for row in table.rows]
+    for row, column in table.best:
+        cells[row][column] = f"**{cells[row][column]}**"
+    rows = [row if len(row) > 1 or width == 1 else [f"**{row[0]}**", *[""] * (width - 1)] for row in cells]
+    lines = [[written(text) for text in table.header], ["---"] * width, *rows]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def plain(text: str) -> str:
@@ -86,7 +106,7 @@ def score_tables(run: Run) -> list[Table]:
         scores = list(dict.fromkeys(score for column in columns.values() for score in column))
         published, sources = _published(run, name, scores)
         columns |= published
-        rows = {s: [score_name(s), *(cell(s, column.get(s)) for column in columns.values())] for s in scores}
+        rows = {s: [_own_name([run], s), *(cell(s, column.get(s)) for column in columns.values())] for s in scores}
         header, notes = ["", *columns], sources
         intervals = {s: run.draws[f"{name}/{s}"].interval() for s in scores if f"{name}/{s}" in run.draws}
         if "this run" in columns and intervals:
@@ -95,13 +115,19 @@ def score_tables(run: Run) -> list[Table]:
             for s, row in rows.items():
                 row.insert(place, interval_cell(s, intervals[s]) if s in intervals else "")
             notes = [BOOTSTRAP, *sources]
-        tables.append(Table(name, header, _grouped(rows), " ".join(notes)))
+        tables.append(Table(data_name(name), header, _grouped(rows), " ".join(notes)))
     if sizes := run.environment.get("parameters"):
         published, sources = _published(run, "parameters", list(sizes))
         columns = {"this run": sizes} | published
         cells = {part: [_millions(column.get(part)) for column in columns.values()] for part in sizes}
         tables.append(Table("parameters", ["", *columns], [[k, *row] for k, row in cells.items()], " ".join(sources)))
     return tables
+
+
+def _own_name(runs: Sequence[Run], score: str) -> str:
+    """The name of a score; CLIPScore says whose it is if the scored models were their own judges."""
+    own = score.endswith("CLIPScore") and all(run.config.get("scoring.clip_score_model") is None for run in runs)
+    return f"{score_name(score)} by the model itself" if own else score_name(score)
 
 
 def _published(run: Run, name: str, scores: Sequence[str]) -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -127,29 +153,88 @@ def _millions(number: float | None) -> str:
 
 
 def headline_cells(run: Run) -> list[tuple[str, str, str]]:
-    """Value, name and data set of the headline scores on whole data sets."""
-    chosen = [score for score in headlines(run.results) if score.count("/") == 1]
-    return [(cell(score, run.results[score]), score_name(score), score.partition("/")[0]) for score in chosen]
+    """Value, name and data set of the scores that say most about a run."""
+    chosen = {score: run.results[score] for score in headlines_of(run.results, TILES)}
+    return [(cell(s, value), score_name(s), data_name(s.partition("/")[0])) for s, value in chosen.items()]
+
+
+def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | None) -> Table:
+    """A line for each run: the settings in which they differ, status, objective and four headline scores.
+
+    Args:
+        failed: names of jobs without results.
+    """
+    varied = differences(runs)
+    results = dict.fromkeys(score for run in runs for score in run.results)
+    first = [objective] if objective in results else []
+    scores = list(dict.fromkeys([*first, *headlines_of(results, HEADLINES_OF_A_SWEEP)]))
+    header = ["", *_short_names(list(varied)), "status", *map(_full_name, scores)]
+    rows = []
+    names = _short_runs([*(run.name for run in runs), *failed])
+    for i, (run, name) in enumerate(zip(runs, names, strict=False)):
+        values = [cell(score, run.results.get(score)) for score in scores]
+        rows.append([name, *(_setting(settings[i]) for settings in varied.values()), "ok", *values])
+    columns = {score: header.index("status") + 1 + place for place, score in enumerate(scores)}
+    best = [(row - 1, column) for s, column in columns.items() for row in _best(s, [r[column] for r in rows])]
+    rows += [[name, *[""] * len(varied), "failed", *[""] * len(scores)] for name in names[len(runs) :]]
+    return Table("runs", header, rows, "Bold: the best of a column." if best else "", best)
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Names of runs for headers and labels."""
+    return _short_runs([run.name for run in runs])
+
+
+def _short_runs(names: Sequence[str]) -> list[str]:
+    """Jobs of a sweep are named after settings; their keys are shortened where that still tells the jobs apart:
+    "model.optimizer.lr=1e-3" -> "lr=1e-3".
+    """
+    short = [re.sub(r"(?:\w+\.)+(\w+)=", r"\1=", name) for name in names]
+    return short if len({*short}) == len(names) else [*names]
 
 
 def comparison_tables(runs: Sequence[Run]) -> list[Table]:
     """The settings in which the runs differ, all their scores, the differences of two runs, and means over seeds."""
-    names = [run.name for run in runs]
+    names = run_names(runs)
     changed = [[key, *map(_setting, values)] for key, values in differences(runs).items()]
-    scores = list(dict.fromkeys(score for run in runs for score in run.results))
-    rows = [[_full_name(score), *(cell(score, run.results.get(score)) for run in runs)] for score in scores]
-    tables = [Table("settings that differ", ["", *names], changed), Table("scores", ["", *names], rows)]
+    rows: list[list[str]] = []
+    best: list[tuple[int, int]] = []
+    of_data: dict[str, list[str]] = {}
+    for score in dict.fromkeys(score for run in runs for score in run.results):
+        of_data.setdefault(score.rpartition("/")[0], []).append(score)
+    for data, scores in of_data.items():
+        rows.append([data_name(data)])
+        for score in scores:
+            row = [cell(score, run.results.get(score)) for run in runs]
+            best += [(len(rows), column) for column in _best(score, row)]
+            rows.append([_own_name(runs, score), *row])
+    note = "Bold: the best of a row." if best else ""
+    tables = [Table("settings that differ", ["", *names], changed), Table("scores", ["", *names], rows, note, best)]
     return [*tables, *([difference_table(*runs)] if len(runs) == 2 else []), *seed_tables(runs)]
+
+
+def _best(score: str, cells: Sequence[str]) -> list[int]:
+    """The columns, counted behind the name, with the best value as it is printed; none if all are equal, and none for a
+    statistic that is neither good nor bad.
+    """
+    values = {column: float(text) for column, text in enumerate(cells, start=1) if text and text != "nan"}
+    if len(set(values.values())) < 2 or score.endswith(STATISTICS):
+        return []
+    best = (min if lower_is_better(score) else max)(values.values())
+    return [column for column, value in values.items() if value == best]
 
 
 def difference_table(first: Run, second: Run) -> Table:
     """The scores of two runs with intervals, their differences, and whether these are more than noise."""
-    rows = []
+    rows: list[list[str]] = []
+    data = None
     for score in first.results:
         if score not in second.results or score not in first.draws or score not in second.draws:
             continue
+        if data != (data := score.rpartition("/")[0]):
+            rows.append([data_name(data)])
         draws = first.draws[score], second.draws[score]
-        row = [_full_name(score)]
+        row = [_own_name([first, second], score)]
         for run, own in zip((first, second), draws, strict=True):
             row += [cell(score, run.results[score]), interval_cell(score, own.interval())]
         if draws[0].units != draws[1].units:
@@ -159,7 +244,8 @@ def difference_table(first: Run, second: Run) -> Table:
         change = cell(score, found.value)
         row += [change if change.startswith("-") else f"+{change}", interval_cell(score, (found.low, found.high))]
         rows.append([*row, f"{found.p:.3f}", NOISE if found.noise else ""])
-    header = ["", first.name, INTERVAL, second.name, INTERVAL, "difference", INTERVAL, "p", ""]
+    names = run_names([first, second])
+    header = ["", names[0], INTERVAL, names[1], INTERVAL, "difference", INTERVAL, "p", ""]
     return Table("differences", header, rows, DIFFERENCES_NOTE)
 
 
@@ -191,7 +277,7 @@ def seed_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def _full_name(score: str) -> str:
-    return f"{score.rpartition('/')[0]} {score_name(score)}"
+    return f"{data_name(score.rpartition('/')[0])} {score_name(score)}"
 
 
 def print_scores(results: Mapping[str, float], draws: Mapping[str, Draws]) -> None:
@@ -284,10 +370,10 @@ def _short_names(keys: Sequence[str]) -> list[str]:
 
 
 def _setting(value: Any) -> str:
-    """A setting for readers: interpolations are resolved at launch, and Optuna draws numbers of 17 digits."""
-    text = str(value)
-    if text.startswith("${"):
-        return "default"
+    """A setting for readers: null is the default of a constructor, what only the launch could resolve is its own name,
+    and Optuna draws numbers of 17 digits.
+    """
+    text = "default" if value is None else re.sub(r"\$\{(?:[\w.]+:)?([^{}]*)\}", r"\1", str(value))
     return f"{float(text):.4g}" if re.fullmatch(r"\d+\.\d{5,}(e-?\d+)?", text) else text
 
 

@@ -13,14 +13,21 @@ from PIL import Image
 from coca_lit.cli.report import report
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
-from coca_lit.evals.samples import caption_samples, retrieval_samples, thumbnail
+from coca_lit.evals.samples import caption_samples, confusion_samples, retrieval_samples, thumbnail, worst_captions
 from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.report import figures
 from coca_lit.report.figures import curves_figure, swept_value
 from coca_lit.report.page import write_comparison, write_report
 from coca_lit.report.runs import differences, find_runs, read_run
-from coca_lit.report.scores import cell, headline, score_name
-from coca_lit.report.tables import difference_table, print_jobs, score_tables, seed_tables
+from coca_lit.report.scores import cell, headline, headlines_of, score_name
+from coca_lit.report.tables import (
+    comparison_tables,
+    difference_table,
+    print_jobs,
+    runs_table,
+    score_tables,
+    seed_tables,
+)
 from coca_lit.runs.draws import write_draws
 
 PNG = b"\x89PNG"
@@ -48,7 +55,7 @@ def run(tmp_path):
         results,
         "checkpoint: a.ckpt\nname: run\n",
         scenes_captions=caption_samples(records, captions),
-        scenes_retrieval=retrieval_samples(records, images, images[owner], owner),
+        scenes_retrieval=retrieval_samples(records, images, images.roll(1, 0)[owner], owner),
     )
     values = np.linspace(1.18, 1.2753, 1000)
     values = np.clip(values, 1.19, 1.2655)
@@ -65,7 +72,7 @@ def test_page_needs_nothing_else(run):
     page = write_report(run).read_text()
     sources = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert len(sources) > 20
-    assert all(source.startswith("data:image/") for source in sources)
+    assert all(source.startswith("data:image/") for source in sources)  # no checkpoint lies there
     assert "http" not in re.sub(r'src="[^"]+"', "", page)
     assert "<script>" not in page  # a caption is text, whatever it holds
     assert "&lt;script&gt;" in page
@@ -76,7 +83,8 @@ def test_page_needs_nothing_else(run):
         "a.ckpt",
         "OpenCLIP CoCa B/32, LAION-2B",
         "36.18",
-        "scenes: retrieval",
+        "built-in scenes: retrieval",
+        "the clearest mistakes",
         "306.72 M",
     ):
         assert text in page
@@ -175,8 +183,8 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
         folder = make_run(tmp_path / name, {"x/SPICE": values.mean(), "x/vocabulary": 7.0})
         write_draws(folder, draws)
     a, b, c = (read_run(tmp_path / name) for name in "abc")
-    (row,) = difference_table(a, b).rows
-    assert row[0] == "x SPICE"
+    heading, row = difference_table(a, b).rows
+    assert (heading, row[0]) == (["x"], "SPICE")
     assert float(row[5].removeprefix("+")) == pytest.approx(
         100 * (b.results["x/SPICE"] - a.results["x/SPICE"]), abs=0.01
     )
@@ -184,9 +192,9 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
     assert 0 < low < float(row[5]) < high
     assert high - low == pytest.approx(100 * 2 * 1.96 * 0.3 / 300**0.5, rel=0.15)  # what both share has cancelled
     assert (row[7], row[8]) == ("0.001", "")
-    assert difference_table(b, a).rows[0][5].startswith("-")
-    assert difference_table(a, a).rows[0][5:] == ["+0.00", "[0.00, 0.00]", "1.000", "within noise"]
-    assert difference_table(a, c).rows[0][5:] == ["", "", "", "of other images"]
+    assert difference_table(b, a).rows[1][5].startswith("-")
+    assert difference_table(a, a).rows[1][5:] == ["+0.00", "[0.00, 0.00]", "1.000", "within noise"]
+    assert difference_table(a, c).rows[1][5:] == ["", "", "", "of other images"]
     page = write_comparison([a.folder, b.folder], tmp_path / "both").read_text()
     assert "paired bootstrap" in page
     assert json.loads((a.folder / "intervals.json").read_text())["intervals"].keys() == {"x/SPICE"}
@@ -245,9 +253,13 @@ def test_final_score_is_a_star_over_its_curve(monkeypatch):
     curves_figure({**early, "scenes/CIDEr": [(30, 0.9)], "scenes/top1": [(30, 0.5)], "train/caption_loss": [(1, 2.0)]})
     (figure,) = drawn
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    assert set(lines) == {"train/caption_loss", "scenes_256/CIDEr", "scenes/CIDEr"}  # top1 is a number, and no curve
-    assert lines["scenes/CIDEr"].get_color() == lines["scenes_256/CIDEr"].get_color()
-    assert (lines["scenes/CIDEr"].get_marker(), lines["scenes_256/CIDEr"].get_marker()) == ("*", ".")
+    few, every = "built-in scenes CIDEr, first 256 images", "built-in scenes CIDEr, all images"
+    (join,) = [name for name in lines if name.startswith("_")]
+    assert {*lines} - {join} == {"train/caption_loss", few, every}  # top1 is a number, and no curve
+    assert lines[few].get_color() == lines[every].get_color() == lines[join].get_color()
+    assert (lines[every].get_marker(), lines[few].get_marker()) == ("*", ".")
+    assert lines[few].get_xydata().tolist() == [[10, 20], [20, 40]]  # times 100, as in the tables
+    assert lines[join].get_xydata().tolist() == [[20, 40], [30, 90]]
 
 
 def test_sweep_is_a_curve_over_the_swept_value(tmp_path):
@@ -311,6 +323,94 @@ def test_headline_is_the_first_of_its_kind():
     assert headline(["x/SPICE"]) is None
 
 
+def test_tiles_are_one_of_each_kind_and_none_is_reranked():
+    recalls = [f"{data}/{way}_recall@1" for data in ("mscoco", "flickr30k") for way in ("t2i", "i2t", "reranked_t2i")]
+    scores = [*recalls, "mscoco/CIDEr", "nocaps/CIDEr", "nocaps/in-domain/CIDEr", "mscoco/SPICE", "imagenet/top1"]
+    assert headlines_of(scores, 5) == [
+        *("mscoco/CIDEr", "nocaps/CIDEr", "mscoco/t2i_recall@1", "mscoco/i2t_recall@1", "imagenet/top1"),
+    ]
+    assert headlines_of([f"set{i}/top1" for i in range(9)], 5) == [f"set{i}/top1" for i in range(5)]
+
+
+def test_reranked_scores_have_a_section_of_their_own(tmp_path):
+    scores = {f"mscoco/{kind}{way}_recall@1": 0.5 for kind in ("", "reranked_") for way in ("t2i", "i2t")}
+    (table,) = score_tables(read_run(make_run(tmp_path / "run", scores)))
+    assert [row[0] for row in table.rows if len(row) == 1] == ["retrieval", "retrieval re-ranked by the decoder"]
+
+
+def test_the_page_names_things_as_users_know_them(tmp_path):
+    config = "model: {net: {name: coca_vit_b32}}\nroots: {flickr8k: data/flickr8k}\n"
+    config += "data: {_target_: a.FlickrDataModule, root: '${roots.flickr8k}'}\n"
+    folder = make_run(tmp_path / "mine", {"flickr8k/CIDEr": 0.5, "flickr8k/CLIPScore": 0.7}, config)
+    facts = {"experiment": "flickr8k", "parameters": {"text encoder": 1_200_000}, "command": "coca-train name=mine"}
+    (folder / "environment.json").write_text(json.dumps(facts))
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    page = write_report(folder).read_text()
+    for text in (
+        "<title>flickr8k: mine</title>",
+        "<span>training data</span> Flickr8k",
+        "<span>model</span> coca_vit_b32 1.2 M parameters",
+        '<a href="checkpoints/last.ckpt">last.ckpt</a>',
+        "CLIPScore by the model itself",
+    ):
+        assert text in page
+    assert "[last.ckpt](checkpoints/last.ckpt)" in (folder / "report.md").read_text()
+
+
+def test_settings_are_readable_and_no_secret_is_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "secret-value")
+    for name, size, key in (("a", 224, "x"), ("b", 288, "${oc.env:MY_TOKEN}")):
+        config = f"name: {name}\nimage_size: {size}\nmodel: {{net: {{image_size: '${{image_size}}'}}, key: '{key}'}}\n"
+        make_run(tmp_path / name, {"x/CIDEr": 0.5}, f"{config}callbacks: {{log: {{dir: '${{output_dir}}/log'}}}}\n")
+    runs, _ = find_runs([tmp_path])
+    settings = comparison_tables(runs)[0]
+    assert settings.rows == [
+        ["image_size", "224", "288"],
+        ["model.net.image_size", "224", "288"],
+        ["model.key", "x", "MY_TOKEN"],
+    ]
+
+
+def test_a_sweep_has_a_line_per_job(tmp_path):
+    for rate, cider in (("1e-3", 0.5), ("2e-3", 0.6)):
+        folder = tmp_path / f"model.optimizer.lr={rate}"
+        make_run(folder, {"scenes/CIDEr": cider, "scenes/top1": 0.5}, f"model: {{optimizer: {{lr: {rate}}}}}\n")
+    (table,) = [runs_table(find_runs([tmp_path])[0], ["model.optimizer.lr=9"], "scenes/top1")]
+    assert table.header == ["", "lr", "status", "built-in scenes top-1, %", "built-in scenes CIDEr"]
+    assert table.rows == [
+        ["lr=1e-3", "1e-3", "ok", "50.00", "50.00"],
+        ["lr=2e-3", "2e-3", "ok", "50.00", "60.00"],
+        ["lr=9", "", "failed", "", ""],
+    ]
+    assert table.best == [(1, 4)]
+
+
+def test_the_best_of_a_row_is_marked(tmp_path):
+    results = {"a": (0.5, 7.0, 3.0), "b": (0.6, 7.0, 4.0), "c": (0.6, 7.0, 2.0)}
+    for name, (cider, words, rank) in results.items():
+        scores = {"mscoco/CIDEr": cider, "mscoco/mean_length": words, "mscoco/t2i_median_rank": rank}
+        make_run(tmp_path / name, scores)
+    page = write_comparison([tmp_path], tmp_path / "compared").read_text()
+    assert '<td>50.00</td><td class="best">60.00</td><td class="best">60.00</td>' in page
+    assert "<td>3.0</td><td>4.0</td>" in page
+    text = (tmp_path / "compared" / "report.md").read_text()
+    assert "| CIDEr | 50.00 | **60.00** | **60.00** |" in text
+    assert "| words per caption | 7.0 | 7.0 | 7.0 |" in text
+    assert "| text to image median rank | 3.0 | 4.0 | **2.0** |" in text
+
+
+def test_mistakes_are_samples_too():
+    records = scene_records("val", count=3)
+    captions = {record.id: record.captions[0] for record in records} | {records[1].id: "a dog"}
+    (worst,) = worst_captions(records, captions)
+    assert worst["caption"] == "a dog"
+    assert worst["references"] == list(dict.fromkeys(records[1].captions))
+    confused = confusion_samples(records, ["cat", "dog"], [(2, 0, 1), (0, 0, 1), (1, 1, 1)])
+    assert [(s["class"], s["taken_for"], s["images"], s["of"]) for s in confused] == [("cat", "dog", 2, 2)]
+    assert confused[0]["image"] == thumbnail(records[0].image())
+
+
 def test_runs_that_differ_in_more_are_bars(tmp_path, capsys):
     folders = [make_run(tmp_path / n, {"scenes/CIDEr": 0.1}, f"seed: {n}\nx: {n}\n") for n in ("1", "2")]
     assert swept_value(find_runs(folders)[0]) is None
@@ -338,6 +438,9 @@ def test_retrieval_samples_by_hand():
     second = samples["image_to_text"][1]["answers"]
     assert [answer["hit"] for answer in second] == [False] * 5  # the texts of image 0 lie nearer to image 1
     assert samples["text_to_image"][0]["text"] == records[0].captions[0]
+    (wrong,) = samples["text_to_image_mistakes"]  # five captions of it are wrong alike
+    assert wrong["text"] in records[1].captions
+    assert len(samples["image_to_text_mistakes"]) == 1
 
 
 def test_thumbnails():

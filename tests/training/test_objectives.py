@@ -192,7 +192,7 @@ def test_a_run_that_answers(tmp_path: Path) -> None:
     assert set(results) <= {"scenes_vqa/accuracy", *(f"scenes_vqa/{kind}/accuracy" for kind in kinds)}
     assert {"scenes_vqa/accuracy", "scenes_vqa/classifier/accuracy", "scenes_vqa/blind/accuracy"} <= set(results)
     assert (tmp_path / "predictions" / "scenes_vqa_classifier.json").is_file()
-    assert "scenes_vqa: answers" in (tmp_path / "report.html").read_text()
+    assert "questions about built-in scenes: answers" in (tmp_path / "report.html").read_text()
     assert load_model(tmp_path / "checkpoints" / "last.ckpt").tokenizer.decode([4]) != ""
 
 
