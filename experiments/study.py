@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from coca_lit.report.scores import data_name, in_print_units, score_name
 from coca_lit.report.tables import Table, markdown
 
 Row = dict[str, str]
@@ -114,8 +115,9 @@ def renamed(rows: Sequence[Row], names: Mapping[str, str]) -> list[Row]:
 
 
 def numbers(rows: Sequence[Row], column: str) -> list[float]:
-    """The values of a column, without rows that have none."""
-    return [float(row[column]) for row in rows if row.get(column)]
+    """The values of a column, scores in the units of papers, without rows that have none."""
+    raw = [float(row[column]) for row in rows if row.get(column)]
+    return raw if column in ABOUT or column == "samples/s" else [in_print_units(column, value) for value in raw]
 
 
 # Figures
@@ -137,7 +139,7 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
                 axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
                 axis.hlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
         axis.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right", fontsize=8)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(unit(score, title), fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -174,7 +176,8 @@ def by_seed(rows: Sequence[Row]) -> str:
     lines = [["seconds, all included", *(row["seconds"] for row in rows), *[""] * several]]
     for score in filter(SHOWN.search, rows[0]):
         spread = [mean_std(numbers(rows, score))] if several and len(numbers(rows, score)) > 1 else [""] * several
-        lines.append([f"`{score}`", *(row.get(score) or "" for row in rows), *spread])
+        values = [mean_std(numbers([row], score)) for row in rows]
+        lines.append([f"{data_name(score.rpartition('/')[0])}: {score_name(score)}", *values, *spread])
     return with_about(header, lines, rows)
 
 
@@ -182,7 +185,7 @@ def by_variant(rows: Sequence[Row], scores: Mapping[str, str]) -> str:
     """Markdown for a study that compares variants: a line for each, with n, mean ± std of `scores`, {column: title}."""
     groups = variants(rows).items()
     lines = [[name, str(len(runs)), *(mean_std(numbers(runs, score)) for score in scores)] for name, runs in groups]
-    return with_about(["variant", "n", *scores.values()], lines, rows)
+    return with_about(["variant", "n", *(unit(score, title) for score, title in scores.items())], lines, rows)
 
 
 def as_they_are(rows: Sequence[Row]) -> str:
@@ -191,12 +194,20 @@ def as_they_are(rows: Sequence[Row]) -> str:
     return with_about(columns, [[row[key] for key in columns] for row in rows], rows)
 
 
-def mean_std(values: Sequence[float], digits: int = 4) -> str:
-    """ "mean ± standard deviation", the mean alone of a single value, nothing of none."""
+def unit(score: str, title: str) -> str:
+    """The title of a column with the unit of its score."""
+    return f"{title}, %" if score_name(score).endswith(", %") else title
+
+
+def mean_std(values: Sequence[float]) -> str:
+    """ "mean ± standard deviation" with four significant digits of the mean at most, the mean alone of a single value,
+    nothing of none.
+    """
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean = statistics.mean(values)
+    digits = 2 if abs(mean) < 100 else 1 if abs(mean) < 1000 else 0
+    return f"{mean:.{digits}f}" if len(values) == 1 else f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def with_about(

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from experiments.study import draw_lines, read_rows, with_about
+from experiments.study import draw_lines, mean_std, numbers, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
 SHOWN = ("0.0", "0.1", "0.2", "0.5", "1.0")  # of the weights
-SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "exact_match": "exact match"}
+SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "exact_match": "exact match, %"}
 
 
 def tables() -> dict[str, str]:
@@ -18,7 +18,7 @@ def tables() -> dict[str, str]:
         for row in rows:
             if row["weight"] in SHOWN:
                 candidates = f"{row['candidates']} {'beams' if row['strategy'] == 'beam' else 'draws'}"
-                lines.append([row["model"], candidates, row["weight"], *(row[score] for score in SCORES)])
+                lines.append([row["model"], candidates, row["weight"], *(mean_std(numbers([row], s)) for s in SCORES)])
         header = ["model", "candidates", "weight", *SCORES.values()]
         name = f"contrastive_reranking/{data}"
         found[name] = with_about(header, lines, rows, "experiments/contrastive_reranking/run.sh")
@@ -31,5 +31,5 @@ def draw() -> None:
     for row in sorted(read_rows(RESULTS), key=lambda row: (row["data"], row["model"], row["strategy"])):
         line = f"{row['strategy']}, {row['candidates']} candidates"
         points = panels.setdefault(f"{row['data']}, {row['model']}", {}).setdefault(line, [])
-        points.append((float(row["weight"]), float(row["CIDEr"])))
+        points.append((float(row["weight"]), *numbers([row], "CIDEr")))
     draw_lines(panels, "rerank_weight", "CIDEr", RESULTS.with_name("weights.png"))

@@ -20,7 +20,7 @@ NAMES = {
 }
 PHOTOS = "flickr8k_"
 BETWEEN_PHOTOS = {f"c0_wise{share}": f"between before and weight 0, share {share}" for share in (0.25, 0.5, 0.75)}
-SCORES = {"narrated/CIDEr": "CIDEr", "scenes/kept": "R@5 kept"} | {
+SCORES = {"narrated/CIDEr": "CIDEr", "scenes/kept": "R@5 kept, %"} | {
     f"scenes/{way}_recall@{k}": f"{arrow} R@{k}" for k in (5, 1) for way, arrow in (("t2i", "t→i"), ("i2t", "i→t"))
 }
 OF_PHOTOS = {
@@ -71,7 +71,7 @@ def draw() -> None:
 
     rows = [row for row in read_rows(RESULTS) if row.get("scenes/t2i_recall@5")]
     places = {
-        name: (statistics.mean(numbers(runs, "narrated/CIDEr")), statistics.mean(map(recall_at_5, runs)))
+        name: (statistics.mean(numbers(runs, "narrated/CIDEr")), 100 * statistics.mean(map(recall_at_5, runs)))
         for name, runs in variants(rows).items()
         if not name.startswith(PHOTOS)
     }
@@ -84,7 +84,7 @@ def draw() -> None:
     for (name, title), marker in zip(NAMES.items(), "oXdsv^<>P", strict=True):
         if name in places:
             axes.scatter(*places[name], s=50, marker=marker, zorder=2, label=title)
-    axes.set(xlabel="CIDEr of the new style", ylabel="recall@5, captions of the old style")
+    axes.set(xlabel="CIDEr of the new style", ylabel="recall@5 of the old style, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS.with_name("forgetting.png"), dpi=110)

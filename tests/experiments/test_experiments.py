@@ -56,7 +56,7 @@ def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
     assert rows[0]["command"] == "python train.py data.root=PATH"
     (good / "results.json").write_text('{"scenes/CIDEr": 2}')
     assert [row.get("scenes/CIDEr") for row in study.add_runs(rows, [good])] == ["2.0000", ""]
-    assert "| `scenes/CIDEr` | 1.2500 |  |  |" in study.by_seed(rows)
+    assert "| built-in scenes: CIDEr | 125.0 |  |  |" in study.by_seed(rows)
 
 
 def test_seeds_of_a_variant_are_put_together(tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_seeds_of_a_variant_are_put_together(tmp_path: Path) -> None:
     assert study.by_variant(study.add_runs([], folders), {"x/CIDEr": "CIDEr"}).splitlines() == [
         "| variant | n | CIDEr |",
         "| --- | --- | --- |",
-        "| plain | 3 | 2.0000 ± 1.0000 |",
-        "| other | 1 | 5.0000 |",
+        "| plain | 3 | 200.0 ± 100.0 |",
+        "| other | 1 | 500.0 |",
         "",
         "`python train.py data.root=PATH` at commit abc, torch t, m.",
     ]
@@ -81,12 +81,12 @@ def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytes
     results = tmp_path / "letters" / "results.csv"
     results.parent.mkdir()
     about = dict.fromkeys(study.ABOUT, "x")
-    runs = (("b_seed0", "2"), ("b_seed1", "4"), ("a_seed0", "5"), ("other_seed0", "9"))
+    runs = (("b_seed0", "0.2"), ("b_seed1", "0.4"), ("a_seed0", "0.5"), ("other_seed0", "0.9"))
     study.write_rows(results, [about | {"run": run, "score": score} for run, score in runs])
     variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"score": "Score"})
     head, _, first, second, *_ = variants.tables()["letters"].splitlines()
-    assert (head, first) == ("| variant | n | Score |", "| first | 1 | 5.0000 |")
-    assert second == "| second | 2 | 3.0000 ± 1.4142 |"
+    assert (head, first) == ("| variant | n | Score |", "| first | 1 | 50.00 |")
+    assert second == "| second | 2 | 30.00 ± 14.14 |"
     monkeypatch.setattr("sys.argv", ["report.py", "letters"])
     monkeypatch.setattr(study, "READMES", ())
     monkeypatch.setitem(report.STUDIES, "letters", variants)
@@ -96,7 +96,11 @@ def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytes
 
 def test_study_borrows_what_another_one_ran(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = dict.fromkeys(study.ABOUT, "x")
-    for folder, run, score in (("mine", "b_seed0", "2"), ("other", "plain_seed0", "5"), ("other", "plain_seed1", "7")):
+    for folder, run, score in (
+        ("mine", "b_seed0", "0.2"),
+        ("other", "plain_seed0", "0.5"),
+        ("other", "plain_seed1", "0.7"),
+    ):
         (tmp_path / folder).mkdir(exist_ok=True)
         path = tmp_path / folder / "results.csv"
         study.write_rows(path, [*study.read_rows(path), about | {"run": run, "score": score}])
@@ -104,7 +108,7 @@ def test_study_borrows_what_another_one_ran(tmp_path, monkeypatch: pytest.Monkey
     results = tmp_path / "mine" / "results.csv"
     variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"score": "Score"}, {"a": ("other", "plain")})
     _, _, first, second, *_ = variants.tables()["mine"].splitlines()
-    assert (first, second) == ("| first | 2 | 6.0000 ± 1.4142 |", "| second | 1 | 2.0000 |")
+    assert (first, second) == ("| first | 2 | 60.00 ± 14.14 |", "| second | 1 | 20.00 |")
 
 
 def test_study_that_was_not_run_has_no_table(tmp_path) -> None:
