@@ -33,6 +33,17 @@ STYLE = """
 .captions th:first-child, .captions td:first-child { text-align: left !important; width: 70%; }
 .captions tr.first td { font-weight: 600; background: var(--background-fill-primary); }
 .hint { opacity: .7; }
+#captions .hint { font-size: .85rem; margin-top: .6rem; }
+.maps { display: flex; flex-wrap: wrap; gap: .4rem; }
+.maps figure { margin: 0; width: 72px; }
+.maps img { width: 72px; border-radius: 4px; }
+.maps figcaption { text-align: center; font-size: .8rem; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; contain: inline-size; margin-top: .8rem; }
+@media (max-width: 600px) {
+  .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+  .captions th, .captions td { padding: .35rem .3rem !important; font-size: .8rem; }
+  .captions td:first-child { min-width: 9rem; }
+}
 #found .caption-label { font-size: .75rem; padding: 0 .4rem; max-width: 94%; left: 3%; right: auto; bottom: 3%; }
 """
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import render
 from coca_lit.data.transforms import build_transform
-from coca_lit.demo.answers import classify, rank, read_photo, write_captions
+from coca_lit.demo.answers import Candidate, classify, rank, read_photo, rerank_images, why_second, write_captions
+from coca_lit.demo.builtin import write_scenes
 from coca_lit.errors import DataError
+from coca_lit.inference.search import ImageIndex
 
 PHOTO = render(7, 64)
 
@@ -38,6 +41,38 @@ def test_ranked_beams_are_those_of_contrastive_reranking(model, weight):
     assert best.log_prob == pytest.approx(expected.log_probs[0, 0].item(), abs=1e-5)
     assert best.similarity == pytest.approx(expected.similarities[0, 0].item(), abs=1e-5)
     assert best.score(weight, scale(model)) == pytest.approx(expected.scores[0, 0].item(), abs=1e-4)
+
+
+def test_every_word_has_a_picture_of_where_the_decoder_looked(model):
+    for candidate in write_captions(model, PHOTO, "beam", 3):
+        assert " ".join(word for word, _ in candidate.words) == candidate.caption
+        assert all(picture.startswith("data:image/png;base64,") for _, picture in candidate.words)
+
+
+def test_the_second_has_its_reasons():
+    first, likelier, worse = Candidate("a", -0.5, 0.3), Candidate("b", -0.25, 0.2), Candidate("c", -0.75, 0.1)
+    assert why_second([first, likelier]) == (
+        "more likely to the captioner (-0.25 against -0.50), but less similar to the photo (0.200 against 0.300)"
+    )
+    assert why_second([first, worse]) == (
+        "less likely to the captioner (-0.75 against -0.50) and less similar to the photo (0.100 against 0.300)"
+    )
+    assert why_second([first]) == ""
+
+
+def test_found_images_are_reranked_as_in_evaluations(model, tmp_path):
+    index = ImageIndex(model, write_scenes(tmp_path, count=6))
+    index.update()
+    text = "a large red star"
+    hits = index.query(text, 6)
+    found = rerank_images(model, hits, text, weight=1.0)
+    assert {*found} == {*hits}
+    records = [Record(i, hit.path, (text,)) for i, hit in enumerate(hits)]
+    tokens = model.tokenizer([text])
+    images = torch.cat([build_transform(**model.preprocessing)(record.image())[None] for record in records])
+    expected = [model.log_likelihood(image[None], tokens).item() for image in images]
+    assert found == [hits[i] for i in sorted(range(6), key=lambda i: -expected[i])]
+    assert rerank_images(model, hits, text, weight=0.0) == hits
 
 
 def test_greedy_writes_one_and_sampling_follows_its_seed(model):

@@ -12,6 +12,12 @@ from coca_lit.demo.builtin import write_scenes
 from coca_lit.inference.search import ImageIndex
 from coca_lit.models import create_model
 
+# Keeps what the buttons have said, however briefly.
+SEE_BUTTONS = """() => {
+    window.seen = [];
+    new MutationObserver(() => document.querySelectorAll("button").forEach((b) => window.seen.push(b.innerText)))
+        .observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -84,10 +90,16 @@ def message(page):
 
 
 def test_captions_of_an_uploaded_photo_follow_the_slider(page, photo, tmp_path):
-    assert "built-in demo model" in page.locator("#banner").inner_text()
+    banner = page.locator("#banner").inner_text()
+    assert "built-in demo model" in banner
+    assert "1.3 M parameters, images of 32 pixels" in banner
     upload(page, photo)
     rows = captions(page)
     assert len(rows) == 5
+    best = page.locator("#captions .best").inner_text()
+    assert " ".join(page.locator("#captions .maps figcaption").all_inner_texts()) == best
+    assert "Why not the second: it is " in page.locator("#captions").inner_text()
+    assert "the cosine of photo and caption" in page.locator("#captions").inner_text()
     assert page.locator("#captions .best").inner_text() == rows[0][0]
     assert [float(row[3]) for row in rows] == sorted((float(row[3]) for row in rows), reverse=True)
     page.locator("#weight input[type=number]").fill("0")
@@ -130,11 +142,26 @@ def test_search_by_text_and_by_photo(page, photo):
     page.locator("#query textarea, #query input").fill("a large red star")
     page.get_by_role("button", name="Search", exact=True).click()
     page.locator("#found img").nth(11).wait_for()
+    page.locator("#rerank input").check()
+    page.evaluate(SEE_BUTTONS)
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.wait_for_function("window.seen.includes('Searching …')")  # busy, and then ready again
+    page.get_by_role("button", name="Search", exact=True).wait_for()
+    assert page.locator("#found img").count() >= 12
     upload(page, photo)
     page.locator("#photo img").wait_for()
     page.get_by_role("button", name="Images like the photo").click()
     page.wait_for_selector("#found >> text=1.000")
     assert f"1.000 · {photo.name}" in page.locator("#found .caption-label").first.text_content()
+
+
+def test_a_phone_scrolls_in_one_direction_only(page, photo):
+    page.set_viewport_size({"width": 390, "height": 800})
+    upload(page, photo)
+    captions(page)
+    for tab in ("Classification", "Search", "Captions"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_files_that_are_no_photo_are_refused_and_the_page_goes_on(page, photo, tmp_path):
