@@ -137,7 +137,7 @@ class WandbLog(WandbLogger):
 
     Args:
         save_dir: the run folder.
-        settings: of `wandb.init`, too: `tags`, `entity`, `group` (by default what precedes the last slash in `name`), ….
+        settings: of `wandb.init`, too: `tags`, `entity`, `group` (by default what precedes the last slash of `name`).
     """
 
     def __init__(self, save_dir: str | Path, same_run: bool = False, **settings: Any) -> None:

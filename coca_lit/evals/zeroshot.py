@@ -58,8 +58,9 @@ class ZeroShotScores(Evaluation):
 
     def _cosines(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> Tensor:
         """(I, C) of images and classes."""
-        prompts = embed_texts(model, self.prompts, settings.batch_size).unflatten(0, (len(self.class_names), -1))  # (C, P, E)
-        return embed_images(model, records, settings.batch_size, settings.workers) @ class_features(prompts).T
+        prompts = embed_texts(model, self.prompts, settings.batch_size)  # (C · P, E)
+        classes = class_features(prompts.unflatten(0, (len(self.class_names), -1)))  # (C, E)
+        return embed_images(model, records, settings.batch_size, settings.workers) @ classes.T
 
     def _log_likelihoods(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, Tensor]:
         """(I, C) of images and classes, means over the prompts of a class; with and without p(prompt)."""
