@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_everything_works_on_a_simulated_gpu() -> None:
     paths = os.pathsep.join([str(SIMULATED), str(ROOT), os.environ.get("PYTHONPATH", "")])
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    # `-c` and the plugin's name: the library has to be loaded before PyTorch, and so before any conftest.py.
+    # As a plugin that pytest loads first: the library has to be there before PyTorch, and so before any conftest.py.
     command = [sys.executable, "-m", "pytest", "-p", "simulated_gpu", "-p", "no:cacheprovider", "-n", "0", "-x", "-q"]
     done = subprocess.run(
         [*command, str(SIMULATED)], cwd=ROOT, env=inherited | {"PYTHONPATH": paths}, capture_output=True, text=True

@@ -20,6 +20,7 @@ def test_the_others_need_no_gpu(name: str) -> None:
     assert not re.search("GPU|A100|H100", needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ON_GPUS))
 def test_it_fits_its_gpus(name: str) -> None:
     count, memory = ON_GPUS[name].groups()

@@ -8,7 +8,7 @@ from simulated_gpu import SimulatedGpu
 
 from coca_lit.cli.gpu_check import gpu_check
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 def test_every_check_passes_or_says_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
