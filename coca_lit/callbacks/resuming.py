@@ -18,6 +18,9 @@ from coca_lit.seeding import stable_seed
 class StepSeeds(L.Callback):
     """Seeds PyTorch's generators of the CPU and the GPUs before every batch by (seed, epoch, batch, rank), so that
     dropout depends on the step and not on what the process did before.
+
+    Args:
+        seed: of the run.
     """
 
     def __init__(self, seed: int) -> None:

@@ -138,6 +138,8 @@ def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: _De
     if defaults.config != "plan":  # which needs no weights and no data
         check_places(cfg)
     use_current_folder()  # in a process that a launcher started
+    if defaults.config != "train" and sys.stderr.isatty() and is_first_process():  # a training prints its name
+        print(f"coca-{defaults.config}: loading libraries …", file=sys.stderr, flush=True)
     if cfg.imports:
         from coca_lit.models.registry import import_modules
 

@@ -120,7 +120,7 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
 
     Args:
-        name: see `preset`.
+        name: a preset of `PRESETS`, such as coca_vit_b32, see `preset`.
         imports: modules that register image encoders or text towers.
         overrides: arguments of `CoCa`; None leaves the value of the preset. `tokenizer` may also name one of
             `VOCABULARIES`.

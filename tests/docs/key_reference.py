@@ -1,0 +1,188 @@
+"""The key reference of a training run, `conf/KEYS.md`, from the comments of `conf/train.yaml` and the docstrings of the
+constructors that a run builds.
+
+    python tests/docs/key_reference.py      writes the file; a test compares it
+"""
+
+import ast
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from coca_lit.cli.checks import written
+from coca_lit.cli.command import CONF, compose
+from coca_lit.models.generation.options import OPTIONS, describe
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "conf" / "KEYS.md"
+OBJECTS = {"net", "optimizer", "tokenizer", "micro_batch_size", "output_dir", "answerer", "kwargs", "imports"}
+INTRODUCTION = """\
+# All keys of a training run
+
+Written by `python tests/docs/key_reference.py` from the constructors; a test keeps it current. The defaults belong to a
+run without overrides, or with the option in the heading. What to set for a task: [README.md](README.md).
+"""
+
+
+class Row(NamedTuple):
+    key: str
+    default: Any
+    meaning: str
+
+
+def main() -> None:
+    FILE.write_text(reference())
+
+
+def reference() -> str:
+    return "\n".join([INTRODUCTION, *(_section(heading, rows) for heading, rows in _sections())])
+
+
+def _sections() -> Iterator[tuple[str, list[Row]]]:
+    base = _plain()
+    yield "The run (`conf/train.yaml`)", _commented(CONF / "train.yaml", base)
+    yield "`scoring`", _commented(CONF / "scoring.yaml", base["scoring"], "scoring.")
+    generate = [
+        Row(f"scoring.generate.{name}", option.default, describe(name))
+        for name, option in OPTIONS.items()
+        if option.key
+    ]
+    yield "`scoring.generate`, also `generate` of `coca-caption`", generate
+    yield "`model`", _rows("model", base["model"])
+    yield "`model.net`", _rows("model.net", base["model"]["net"])
+    yield "`model.optimizer`", _rows("model.optimizer", base["model"]["optimizer"])
+    yield "`lora`", _rows("lora", base["lora"])
+    for option, heading in (("scenes", "built-in scenes"), ("mscoco", "MS-COCO"), ("laion", "shards")):
+        yield f"`data={option}`: {heading}", _rows("data", _plain(f"data={option}", "evals=[]")["data"])
+    yield (
+        "`trainer`, with any argument of Lightning's `Trainer`",
+        _commented(CONF / "trainer" / "auto.yaml", base["trainer"], "trainer."),
+    )
+    callbacks = [
+        row
+        for name, node in base["callbacks"].items()
+        if node["_target_"].startswith("coca_lit.")
+        for row in _rows(f"callbacks.{name}", node)
+    ]
+    yield "`callbacks`", callbacks
+    yield "`evals.NAME`", _rows("evals.NAME", {"_target_": "coca_lit.evals.captions.CaptionScores"})
+
+
+def _plain(*overrides: str) -> dict[str, Any]:
+    plain = OmegaConf.to_container(compose("train", overrides), resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _rows(path: str, node: dict[str, Any]) -> list[Row]:
+    """A row for each argument of the constructor that a user sets."""
+    defaults, meanings = _constructor(node["_target_"])
+    if node["_target_"] == "coca_lit.models.create_model":  # which hands its arguments on
+        further, words = _constructor("coca_lit.models.coca.CoCa")
+        defaults, meanings = defaults | further, words | meanings
+    names = [name for name in defaults if name not in OBJECTS or (name == "tokenizer" and path == "model.net")]
+    return [Row(f"{path}.{name}", node.get(name, defaults[name]), meanings.get(name, "")) for name in names]
+
+
+# Read from the source, not imported: a test of documentation need not wait for PyTorch
+
+
+def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arguments of a class or function with their defaults (`...` for none, or one that is no literal), and what the
+    docstrings, of base classes too, say about each.
+    """
+    found = _definition(name)
+    if found is None:
+        return {}, {}
+    node, module = found
+    inherited: tuple[dict[str, Any], dict[str, str]] = ({}, {})
+    for base in node.bases if isinstance(node, ast.ClassDef) else ():
+        inherited = tuple(a | b for a, b in zip(_constructor(f"{module}.{ast.unparse(base)}"), inherited, strict=True))
+    meanings = inherited[1] | _meanings(ast.get_docstring(node) or "")
+    functions = node.body if isinstance(node, ast.ClassDef) else [node]
+    made = next((f for f in functions if isinstance(f, ast.FunctionDef) and f.name in ("__init__", node.name)), None)
+    if made is None:
+        return inherited[0], meanings
+    listed = [*made.args.posonlyargs, *made.args.args]
+    values = [None] * (len(listed) - len(made.args.defaults)) + made.args.defaults + made.args.kw_defaults
+    defaults = {
+        argument.arg: _literal(value)
+        for argument, value in zip([*listed, *made.args.kwonlyargs], values, strict=True)
+        if argument.arg != "self"
+    }
+    if made.args.kwarg is not None and isinstance(made.args.kwarg.annotation, ast.Subscript):  # Unpack[…]
+        shared = _fields(f"{module}.{ast.unparse(made.args.kwarg.annotation.slice)}")
+        defaults |= {key: inherited[0].get(key, ...) for key in shared}
+    return defaults, meanings
+
+
+def _fields(name: str) -> list[str]:
+    """The keys of a TypedDict."""
+    found = _definition(name)
+    if found is None or not isinstance(found[0], ast.ClassDef):
+        return []
+    own = [field.target.id for field in found[0].body if isinstance(field, ast.AnnAssign)]  # type: ignore[union-attr]
+    return [*(key for base in found[0].bases for key in _fields(f"{found[1]}.{ast.unparse(base)}")), *own]
+
+
+@functools.cache
+def _definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
+    """A class or function of coca_lit by its full name, and its module; None for others."""
+    module, _, leaf = name.rpartition(".")
+    place = ROOT.joinpath(*module.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    if not module.startswith("coca_lit") or not file.is_file():
+        return None
+    for node in ast.walk(ast.parse(file.read_text())):  # outermost first
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == leaf:
+            return node, module
+        if isinstance(node, ast.ImportFrom) and node.module and leaf in [alias.name for alias in node.names]:
+            return _definition(f"{node.module}.{leaf}")
+    return None
+
+
+def _literal(node: ast.expr | None) -> Any:
+    try:
+        return ast.literal_eval(node) if node is not None else ...
+    except ValueError:
+        return ...
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    arguments = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
+    meanings: dict[str, str] = {}
+    for names, text in re.findall(
+        r"^    (\w[\w, ]*): (.*?)(?=^    \w|\Z)", arguments[1] if arguments else "", re.MULTILINE | re.DOTALL
+    ):
+        meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return meanings
+
+
+def _commented(file: Path, node: dict[str, Any], prefix: str = "") -> list[Row]:
+    """The keys of a file at its two outermost levels that have a comment."""
+    rows, parent, values = [], "", node
+    for indent, key, comment in re.findall(r"^(  )?(\w+):.*?(?: # (.*))?$", file.read_text(), re.MULTILINE):
+        if not indent:
+            parent, values = f"{key}.", node.get(key) if isinstance(node.get(key), dict) else {}
+        if comment and not key.startswith("_") and (not indent or values):
+            rows.append(Row(f"{prefix}{parent if indent else ''}{key}", (values if indent else node).get(key), comment))
+    return rows
+
+
+def _section(heading: str, rows: list[Row]) -> str:
+    lines = [f"## {heading}", "", "| key | default | meaning |", "|---|---|---|"]
+    for row in rows:
+        plain = list(row.default) if isinstance(row.default, tuple) else row.default
+        shown = ""
+        if plain is None or isinstance(plain, bool | int | float | str | list):
+            shown = f"`{written(plain)}`" if len(written(plain)) < 40 else "…"
+        lines.append(f"| `{row.key}` | {shown} | {row.meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Every link in the Markdown files leads somewhere, every command in them is one that runs, and generated parts are
+current.
+"""
+
+import functools
+import importlib
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import key_reference
+import pytest
+
+from coca_lit.cli.checks import check, check_numbers, unresolved
+from coca_lit.cli.command import _parsed, compose, split_arguments, to_override
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    path.relative_to(ROOT)
+    for folder in ("", "outputs", "coca_lit/**", "conf/**", "experiments/**", "tests/**")
+    for path in sorted(ROOT.glob(f"{folder}/*.md" if folder else "*.md"))
+]
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def text_of(page: Path) -> str:
+    return (ROOT / page).read_text()
+
+
+# Links
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).strip().replace(" ", "-")
+        while slug in found:
+            slug += "-1"
+        found.add(slug)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", text_of(page)))
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page}: {target}"
+
+
+# Commands
+
+COMMANDS = {"train": (), "evaluate": (), "caption": "images", "search": ("index", "query"), "plan": (), "demo": ()}
+COMMANDS |= {"export": ()}
+# What cannot be checked by composing its configuration, and why.
+ELSEWHERE = {
+    **dict.fromkeys(("apt-get", "git", "docker", "uv"), "other programs that change the machine"),
+    **dict.fromkeys(("hf", "img2dataset", "sed"), "they fetch or change data from the web"),
+    **dict.fromkeys(("ray", "moto_server", "gcp-storage-emulator", "mlflow"), "they start a service"),
+    **dict.fromkeys(("export", "eval", "source", "cd"), "they set up a shell"),
+    **dict.fromkeys(("pytest", "ruff", "mypy", "lint-imports", "pre-commit"), "the check itself"),
+    **dict.fromkeys(
+        ("coca-score", "coca-report", "coca-data"), "they read files; tests/cli, tests/report and tests/data run them"
+    ),
+}
+
+
+def lines_of(page: Path) -> Iterator[str]:
+    """The command lines in the shell blocks of a page."""
+    for language, block in FENCE.findall(text_of(page)):
+        if language in ("bash", "sh"):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                for part in line.split(" && "):
+                    if part.strip() and not part.lstrip().startswith("#"):
+                        yield part.strip()
+
+
+BLOCKS = [(page, line) for line, page in {line: page for page in PAGES for line in lines_of(page)}.items()]
+
+
+@pytest.mark.parametrize(("page", "line"), BLOCKS, ids=[f"{page}: {line[:60]}" for page, line in BLOCKS])
+def test_command_is_one_that_runs(page: Path, line: str) -> None:
+    words = [word for word in shlex.split(line, comments=True) if word != "…"]
+    while words and re.fullmatch(r"[A-Z_0-9]+=\S*", words[0]):  # variables before the command
+        words = words[1:]
+    if not words or words[0] in ELSEWHERE or words[:2] == ["python", "-c"]:
+        return
+    if words[:2] == ["pip", "install"]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = re.findall(r"(?:coca_lit|\.)\[([\w,]+)\]", line)
+        assert all(extra in extras for names in named for extra in names.split(",")), line
+    elif (found := command_of(words)) is not None:
+        check_command(*found)
+    elif words[0] in ("python", "bash", "sh") or "/" in words[0]:
+        script = next(word for word in words if word.endswith((".py", ".sh")) or word == "-m")
+        assert script == "-m" or (ROOT / script).is_file() or ((ROOT / page).parent / script).is_file(), line
+    else:
+        pytest.fail(f"{page}: nobody checks '{line}'")
+
+
+def command_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """Name and arguments of a command of coca_lit, whatever starts it."""
+    for i, word in enumerate(words[:8]):
+        if word.startswith("coca-") and (name := word.removeprefix("coca-")) in COMMANDS and i == 0:
+            return name, words[1:]
+        if word.endswith(("train.py", "train.sbatch")) and "/benchmarks/" not in word:
+            return "train", words[i + 1 :]
+        if word.startswith("coca_lit.cli."):
+            return word.removeprefix("coca_lit.cli."), words[i + 1 :]
+    return None
+
+
+def check_command(name: str, arguments: list[str]) -> None:
+    """Raises for an override that no config or constructor knows."""
+    importlib.import_module(f"coca_lit.cli.{name}")
+    flags, overrides = split_arguments(arguments, COMMANDS[name])
+    known = {"-m", "--help", "--version", "--cfg", "job", "--config-dir"}
+    for i, flag in enumerate(flags):
+        assert flag in known or flags[i - 1] == "--config-dir", flag
+    if "--config-dir" in flags:
+        folder = ROOT / flags[flags.index("--config-dir") + 1]
+        if not folder.is_dir():  # a user's
+            return
+        overrides = [*overrides, f"hydra.searchpath=[file://{folder}]"]
+    if any("/path/to" in override for override in overrides):
+        return
+    single = []
+    for override in overrides:
+        parsed = _parsed(override)
+        if parsed is not None and parsed.is_sweep_override():
+            if not parsed.is_choice_sweep():
+                continue
+            override = f"{parsed.key_or_group}={next(iter(parsed.sweep_string_iterator()))}"
+        single.append(override)
+    node, defaults = unresolved(compose(name, single)), defaults_of(name)  # composing asks the constructors, too
+    check({key: value for key, value in node.items() if value != "???"}, defaults)
+    check_numbers(node, defaults)
+
+
+@functools.cache
+def defaults_of(name: str) -> dict[str, object]:
+    return unresolved(compose(name))
+
+
+KEYS = [
+    code
+    for row in re.findall(
+        r"^\| .*", text_of(Path("conf/README.md")).partition("## Keys by task")[2].partition("\n## ")[0], re.M
+    )
+    for code in re.findall(r"`([^`]+=[^`]+)`", row)
+    if "." in code.partition("=")[0]  # tests/cli/test_config.py composes all options of all groups
+]
+
+
+@pytest.mark.parametrize("code", KEYS)
+def test_key_of_a_task_composes(code: str) -> None:
+    overrides = [to_override(word) for word in shlex.split(code)]
+    for data in ((), ("data=laion",), ("evals=mscoco",), ("evals=clip_benchmark",)):
+        try:
+            compose("train", [*data, *overrides])
+        except Exception as error:
+            last = error
+        else:
+            return
+    raise last
+
+
+# Python
+
+
+def blocks(page: str) -> list[str]:
+    return [block for language, block in FENCE.findall(text_of(Path(page))) if language == "python"]
+
+
+def test_python_compiles() -> None:
+    for page in PAGES:
+        for block in blocks(str(page)):
+            compile(block, str(page), "exec")
+
+
+# Generated
+
+
+def test_key_reference_is_current() -> None:
+    assert key_reference.FILE.read_text() == key_reference.reference(), "run python tests/docs/key_reference.py"
+
+
+def test_every_key_is_explained() -> None:
+    missing = [row.key for _, rows in key_reference._sections() for row in rows if not row.meaning]
+    assert not missing
