@@ -277,17 +277,21 @@ class SubmittedJob:
     """A job in the hands of submitit, which replaces handlers of signals and starts it again after preemption."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.requeued = job, False
 
     def __call__(self) -> JobReturn:
         signal.signal(signal.SIGTERM, _stop)  # submitit ignores it
-        return self.job()
+        result = self.job()
+        if self.requeued:  # SLURM's SIGTERM came before submitit had ended this process: what counts is the next start
+            raise SystemExit(128 + signal.SIGTERM)
+        return result
 
     def checkpoint(self) -> Any:
         """Called by submitit before it requeues: the job resumes from its own checkpoint."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        self.requeued = True
+        return DelayedSubmission(SubmittedJob(self.job))
 
 
 def _stop(number: int, frame: Any) -> None:

@@ -3,6 +3,7 @@
 Heavy packages are imported inside functions, so that `--help` and most typing errors are answered at once.
 """
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from coca_lit.cli.assembly import (
 )
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
-from coca_lit.cli.sweep import check_direction, check_processes
+from coca_lit.cli.sweep import SWEEP_VARIABLE, check_direction, check_processes
 from coca_lit.errors import ConfigError, error_context, suggest
 from coca_lit.report.scores import headline
 from coca_lit.runs.launch import is_first_process, launched_processes
@@ -91,7 +92,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         with worker_errors():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # stopped by a signal, with everything saved
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep
             print(f"resume with: {resume_command(cfg.name)}", flush=True)
         raise
     facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}

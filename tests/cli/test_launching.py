@@ -4,6 +4,7 @@ need a cluster are in tests/clusters.
 
 import csv
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_exit_codes() -> None:
     assert launchers.death(-11) == launchers.death(128 + 11) == "killed by SIGSEGV"
     assert "memory" in launchers.death(-9)
     assert "exit code 3" in launchers.death(3)
+
+
+def test_a_job_that_is_requeued_has_no_result() -> None:
+    """Even if SLURM's SIGTERM, which comes with it, ends the run first: else the sweep would be over for this job."""
+    pytest.importorskip("submitit")
+    before = signal.getsignal(signal.SIGTERM)
+    submitted = launchers.SubmittedJob(lambda: submitted.checkpoint())  # type: ignore[arg-type]
+    try:
+        with pytest.raises(SystemExit):
+            submitted()
+        assert not submitted.checkpoint().function.requeued
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_one_process_launchers_refuse_large_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
