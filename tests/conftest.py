@@ -1,23 +1,21 @@
 """What several test files share: a small model, the folder of real data, and real process groups."""
 
+import gc
 import os
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import timedelta
 from multiprocessing import set_start_method
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from forking import FORKSERVER
 
-from coca_lit.models import CoCa, create_model
-
-torch.set_num_threads(1)  # tests run in two processes side by side, and on tensors too small to share among cores
+if TYPE_CHECKING:  # else functions import what takes seconds: the process that hands out the tests needs none of it
+    from coca_lit.models import CoCa
 
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -25,11 +23,48 @@ SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parent
 os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
 
 
-@pytest.fixture
-def tiny_model() -> Callable[..., CoCa]:
-    """`tiny_model(**overrides)`: the smallest preset, in evaluation mode, with the same weights every time."""
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Two processes run tests side by side, and on tensors too small to share among cores."""
+    import torch
 
-    def build(**overrides: Any) -> CoCa:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_garbage() -> None:
+    """Torch, transformers and the like are a million objects that stay. The collector need not visit them all the time,
+    which takes a tenth of the suite's time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _independent_of_other_tests() -> Iterator[None]:
+    """The same random numbers for a test, and what a run changes for its whole process only until the test ends."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    threads, before = torch.get_num_threads(), dict(os.environ)
+    yield
+    torch.set_num_threads(threads)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture
+def tiny_model() -> "Callable[..., CoCa]":
+    """`tiny_model(**overrides)`: the smallest preset, in evaluation mode, with the same weights every time."""
+    import torch
+
+    from coca_lit.models import create_model
+
+    def build(**overrides: Any) -> "CoCa":
         torch.manual_seed(0)
         return create_model("coca_tiny", **overrides).eval()
 
@@ -43,6 +78,8 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     The processes live as long as the test session, each call has a process group of its own. A process has the same
     rank in all of them: PyTorch remembers how large a rank's parts are by the mesh and not by the rank.
     """
+    from forking import FORKSERVER
+
     with ExitStack() as stack:
         # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
         ranks = [
@@ -64,6 +101,9 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 
 
 def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
+    import torch
+    import torch.distributed as dist
+
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timeout)

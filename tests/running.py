@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as L
 import pytest
@@ -19,10 +20,14 @@ from coca_lit.cli import train as cli
 from coca_lit.distributed import rank, world_size
 from coca_lit.evals import captions
 from coca_lit.metrics.captions import CaptionMetric
+from coca_lit.report import page
 
 ROOT = Path(__file__).resolve().parents[1]
 # Any experiment as a check of two steps with the smallest network; scenes are what the exported data sets hold.
-TINY = ("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "scoring.images=8")
+TINY = (
+    *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "scoring.images=8"),
+    *("++model.net.text_layers=1", "++model.net.decoder_layers=1"),
+)
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -30,9 +35,12 @@ def compose(*overrides: str) -> DictConfig:
     return command.compose("train", overrides)
 
 
-def run(folder: Path, *overrides: str) -> dict[str, float]:
-    """What `python train.py *overrides` does in the run folder `folder`; returns the final scores."""
-    return cli.run(compose(f"output_dir={folder}", "name=test", *overrides))
+def run(folder: Path, *overrides: str, curves: bool = False) -> dict[str, float]:
+    """What `python train.py *overrides` does in the run folder `folder`; returns the final scores. To draw the curves
+    takes a fifth of a short run.
+    """
+    with nullcontext() if curves else mock.patch.object(page, "curves_figure", return_value=None):
+        return cli.run(compose(f"output_dir={folder}", "name=test", *overrides))
 
 
 @contextmanager

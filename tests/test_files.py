@@ -1,36 +1,34 @@
 """Files on disks that are full, and on systems that lack symbolic links."""
 
+import io
+import logging
 import os
 import resource
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import called
 
 from coca_lit.errors import DataError
 from coca_lit.files import Waiting, append_lines, atomic_link, write_waiting
 
 
-@pytest.fixture
-def at_most(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`at_most(n)`: this process can write no file longer than n bytes, and a write beyond that is cut off, as on a
-    full disk; `at_most(None)` ends it.
+def at_most(size: int | None) -> None:
+    """This process can write no file longer than that, and a write beyond it is cut off, as on a full disk. Only for
+    processes of their own: whatever else a process writes is cut off too.
     """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then it is an error, EFBIG
-
-    def limit(size: int | None) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
-
-    yield limit
-    limit(None)
-    signal.signal(signal.SIGXFSZ, handler)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then it is an error, EFBIG
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
 
 
-def test_lines_are_appended_all_or_none(tmp_path: Path, at_most: Callable[[int | None], None]) -> None:
-    path = tmp_path / "rows.csv"
+def test_lines_are_appended_all_or_none(tmp_path: Path) -> None:
+    called(append_two, tmp_path / "rows.csv")
+
+
+def append_two(path: Path) -> None:
     append_lines(path, ["first"])
     at_most(12)  # of which the second line fits, and half of the third
     with pytest.raises(DataError, match=r"^cannot write .*rows\.csv: File too large$"):
@@ -41,28 +39,29 @@ def test_lines_are_appended_all_or_none(tmp_path: Path, at_most: Callable[[int |
     assert path.read_text() == "first\nnext\nmore\n"
 
 
-def test_rows_wait_for_the_disk(
-    tmp_path: Path, at_most: Callable[[int | None], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "rows.csv"
+def test_rows_wait_for_the_disk(tmp_path: Path) -> None:
+    called(write_rows, tmp_path / "rows.csv")
+
+
+def write_rows(path: Path) -> None:
+    logging.getLogger().addHandler(logging.StreamHandler(log := io.StringIO()))
     waiting: Waiting[str] = Waiting(path, lambda rows: append_lines(path, rows))
     waiting.add("0")
     at_most(2)
     for row in "1234":
         waiting.add(row)
-    assert caplog.text.count("wait in memory") == 1
+    assert log.getvalue().count("wait in memory") == 1
     with pytest.raises(DataError, match=r"rows\.csv, for which 4 rows wait"):
         write_waiting()
     at_most(None)
     waiting.add("5")
     assert path.read_text().split() == list("012345")
-    assert "can be written again: 5 rows were added" in caplog.text
+    assert "can be written again: 5 rows were added" in log.getvalue()
     write_waiting()
     at_most(2)
     waiting.add("6")
     waiting.flush(last=True)
-    at_most(None)  # pytest writes, too
-    assert "1 rows are lost" in caplog.text
+    assert "1 rows are lost" in log.getvalue()
 
 
 @pytest.mark.parametrize("hard", [True, False])

@@ -123,12 +123,17 @@ class _Defaults(NamedTuple):
 
 
 def _defaults(config: str, overrides: Sequence[str]) -> _Defaults:
-    general = unresolved(compose(config))
+    general = _composed(config)
     try:
-        chosen = unresolved(compose(config, _Options(config, overrides).choices()))
+        chosen = _composed(config, *_Options(config, overrides).choices())
     except HydraException:  # the run itself will say what is wrong
         chosen = general
     return _Defaults(config, general, chosen)
+
+
+@functools.cache
+def _composed(config: str, *overrides: str) -> Any:
+    return unresolved(compose(config, overrides))
 
 
 def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: _Defaults) -> Any:

@@ -196,6 +196,15 @@ def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
         assert (tmp_path / "3" / file).read_text() == (tmp_path / "1" / file).read_text()
 
 
+def test_lightning_is_never_imported(checkpoint, tmp_path, monkeypatch):
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("lightning", "pytorch_lightning"):
+            monkeypatch.setitem(sys.modules, name, None)
+    evals = "evals=[scenes_retrieval,scenes_zeroshot]"
+    assert "scenes/top1" in run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=4", evals))
+
+
+@pytest.mark.slow
 def test_lightning_is_never_loaded(checkpoint, tmp_path):
     choice = [f"checkpoint={checkpoint}", "scoring.images=4", "evals=[scenes_retrieval,scenes_zeroshot]"]
     code = (

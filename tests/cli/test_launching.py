@@ -203,6 +203,7 @@ def test_search_spaces_follow_the_grammar_of_hydra() -> None:
     assert {text: distribution(parser.parse_override(f"x={text}")) for text in wanted} == wanted
 
 
+@pytest.mark.slow
 def test_optuna_study_without_a_survivor(run: Run) -> None:
     pytest.importorskip("optuna")
     study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=interval(2,3)", "hydra.sweeper.n_trials=2")

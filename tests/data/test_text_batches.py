@@ -24,6 +24,7 @@ from coca_lit.weights.load import load_model
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "data.train_count=32", "data.batch_size=8"),
     *("trainer.log_every_n_steps=1", "model.warmup_steps=2", "evals=[]", "model.net.dropout=0.1"),
+    *("+model.net.text_layers=1", "+model.net.decoder_layers=1"),
 )
 
 
@@ -40,9 +41,8 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
 
 def test_a_run_with_texts_goes_on_with_the_same_bits(tmp_path: Path, texts: str) -> None:
     """4 batches of pairs and 2 of texts in an epoch; stopped within the first and the second."""
-    mixture = (*SHORT, texts, "data.text_every=3", "callbacks.checkpoint.every_n_steps=1")
-    mixture = (*mixture, "callbacks.checkpoint.keep_last=20")
-    run(tmp_path / "whole", *mixture)
+    mixture = (*SHORT, texts, "data.text_every=3")
+    run(tmp_path / "whole", *mixture, "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=20")
     log = (tmp_path / "whole" / "metrics.csv").read_text()
     assert "train/text_loss" in log
     assert (tmp_path / "whole" / "checkpoints" / "step_12.ckpt").is_file()

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -19,12 +20,30 @@ def code_cells(notebook):
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def test_runs_with_any_model_of_the_scenes(tmp_path, monkeypatch):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
     torch.manual_seed(0)
     save_model(create_model("coca_tiny"), tmp_path / "tiny.safetensors")
     monkeypatch.setenv("COCA_CHECKPOINT", str(tmp_path / "tiny.safetensors"))
+
+
+@pytest.mark.usefixtures("checkpoint")
+def test_cells_run_one_after_another(monkeypatch, capsys):
+    """With any model of the scenes."""
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    names = {}
+    for cell in code_cells(json.loads(NOTEBOOK.read_text())):
+        exec("".join(line for line in cell["source"] if not line.startswith("%")), names)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-7:]][:5] == [
+        *("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "CIDEr")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("checkpoint")
+def test_runs_in_jupyter(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shutil.copy(NOTEBOOK, tmp_path)

@@ -38,7 +38,13 @@ TRANSFORMER = {
 }
 
 
-@pytest.fixture(scope="module", params=[(CONVOLUTIONAL, 2.0), (TRANSFORMER, 4.0)], ids=["single", "cascade"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((CONVOLUTIONAL, 2.0), id="single", marks=pytest.mark.slow),
+        pytest.param((TRANSFORMER, 4.0), id="cascade"),
+    ],
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[CoCa, Path]:
     """A model that ends captions at many places, and its export; the second keeps its graphs' weights beside them."""
     arguments, end = request.param

@@ -130,6 +130,7 @@ def test_hostile_file_names(checkpoint: str, tmp_path: Path) -> None:
     assert [row["path"] for row in lines(tmp_path / "c.jsonl")] == [str(path) for path in paths]
 
 
+@pytest.mark.slow
 def test_words_of_a_real_command(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
     names = [os.fsencode(name) for name in HOSTILE if "/" not in name]
     for i, name in enumerate(names):

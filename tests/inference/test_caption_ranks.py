@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def printed(folder: Path) -> str:
+    """What one process prints; its files are in one/."""
+    return write(folder, "one")[0]
+
+
 def write(folder: Path, into: str) -> tuple[str, str]:
     """Every kind of output in a folder; returns what this process printed, as captions and as reports."""
     same = (f"checkpoint={folder}/tiny.safetensors", "batch_size=2", "generate.strategy=sample")
@@ -43,19 +50,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_results_of_several_processes(world: int, folder: Path, on_ranks: Callable) -> None:
-    expected, _ = write(folder, "one")
-    results = on_ranks(world, write, folder, f"world{world}")
-    assert [out for out, _ in results] == [expected] + [""] * (world - 1)
-    assert files(folder / f"world{world}") == files(folder / "one")
+def test_results_of_several_processes(folder: Path, printed: str, on_ranks: Callable) -> None:
+    results = on_ranks(3, write, folder, "three")
+    assert [out for out, _ in results] == [printed, "", ""]
+    assert files(folder / "three") == files(folder / "one")
     assert sum(reports.count("4.png is not a readable image") for _, reports in results) == 3
     assert "6 images in " in results[0][1]  # over all processes
 
 
+@pytest.mark.usefixtures("printed")
 def test_other_processes_go_on_with_what_was_left(folder: Path, on_ranks: Callable) -> None:
-    write(folder, "one")
-    write(folder, "left")
+    shutil.copytree(folder / "one", folder / "left")
     lines = (folder / "left" / "c.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "left" / "c.jsonl").write_bytes(b"".join(lines[:2]) + b'{"pa')
     (folder / "left" / "c.jsonl.rank2").write_bytes(lines[5] + lines[7] + b'{"path": "torn')

@@ -142,6 +142,7 @@ def test_table_has_spice_of_every_domain_and_its_intervals(jars):
 
 
 @needs_jars
+@pytest.mark.slow
 def test_killed_java_costs_spice_alone(jars):
     captions = {i: f"a dog and {i} cats sit on a table" for i in range(33)}
     references = {i: [f"{text} near a man"] for i, text in captions.items()}
@@ -163,6 +164,7 @@ def test_silent_java_is_killed(jars, monkeypatch):
 
 
 @needs_jars
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_a_warning(jars, tmp_path, monkeypatch):
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / "data.mdb").write_bytes(b"no database" * 1000)

@@ -60,13 +60,15 @@ def test_four_threads() -> None:
     assert_repeats(build())
 
 
-@pytest.mark.parametrize("preset", ["coca_tiny", "coca_efficientnet", "coca_vit_b32", "coca_base", "clip_vit_b32"])
+@pytest.mark.parametrize("preset", ["coca_efficientnet", "coca_vit_b32", "clip_vit_b32"])
 def test_presets(preset: str) -> None:
     assert_repeats(build(preset))
 
 
-@pytest.mark.parametrize("pooler", get_args(Pooler))
-@pytest.mark.parametrize(("cls_mask", "full"), [("correct", False), ("legacy", True)], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("pooler", "cls_mask", "full"),
+    [*((pooler, "correct", False) for pooler in get_args(Pooler)), ("single", "legacy", True)],
+)
 def test_poolers_masks_and_packing(pooler: Pooler, cls_mask: ClsMask, full: bool) -> None:
     assert_repeats(build(pooler=pooler, cls_mask=cls_mask), full)
 

@@ -250,6 +250,7 @@ for name, dies in (("whole", False), ("killed", True), ("killed", False)):
 """
 
 
+@pytest.mark.slow
 def test_trains_and_resumes_without_what_windows_lacks(tmp_path: Path) -> None:
     """No fcntl, no user signals, no symbolic links: the same bits after a kill."""
     (tmp_path / "hidden.py").write_text(HIDDEN)

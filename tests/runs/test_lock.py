@@ -21,7 +21,7 @@ from pathlib import Path
 from coca_lit.runs.lock import in_use
 with in_use(Path(sys.argv[1])):
     if sys.argv[2:] and os.fork() == 0:  # a data worker, which notices the end of its parent late
-        time.sleep(4)
+        time.sleep(1)
         os._exit(0)
     print("held", flush=True)
     time.sleep(60)

@@ -19,7 +19,6 @@ from running import ROOT, compose, results, run, watched
 
 from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
-from coca_lit.cli import train as cli
 from coca_lit.cli.assembly import argument_defaults, plain
 from coca_lit.cli.runtime import finish_run
 from coca_lit.data.scenes.export import export_scenes
@@ -63,7 +62,7 @@ def _train(folder: Path, overrides: tuple[str, ...], watch: L.Callback | None, e
     folder.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (folder.parent / f"{folder.name}.log").open("a", buffering=1)
     with watched(*[watch] if watch is not None else []):
-        cli.run(compose(*TINY, f"output_dir={folder}", *overrides))
+        run(folder, *TINY, *overrides)
 
 
 def _requeue_like_submitit(number: int, frame: Any) -> None:
@@ -147,7 +146,7 @@ def test_killed_twice_in_an_epoch(
     extra = tuple(word.format(texts=texts) for word in extra)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
-    for batches in (3, 5, 12):
+    for batches in {"map": (3, 5, 12), "indexed": (3, 12), "stream": (5,)}[data]:
         assert train(tmp_path / "killed", *overrides, watch=Die(batches)) == -signal.SIGKILL
     assert train(tmp_path / "killed", *overrides) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
@@ -245,6 +244,7 @@ def test_under_submitit_its_own_handler_comes_after_saving(tmp_path: Path) -> No
     assert said.index("stopping after step 2") < said.index("submitit was here")
 
 
+@pytest.mark.slow
 def test_signal_to_one_of_two_ranks_stops_both_and_one_goes_on(tmp_path: Path) -> None:
     """Lightning's own launcher, which starts a second `train.py`; the signal reaches rank 0 alone."""
     ranks = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=200")

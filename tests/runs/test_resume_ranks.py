@@ -84,7 +84,7 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([[float(row[name]) for name in columns] for row in rows], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("data", ["records", "indexed"])
+@pytest.mark.parametrize("data", ["indexed", pytest.param("records", marks=pytest.mark.slow)])
 def test_two_ranks_become_three(on_ranks, tmp_path: Path, data: str) -> None:
     """Same samples in every global batch, and the losses of the run that went on undisturbed."""
     source = ("data.train_count=24",) if data == "records" else (*shards(tmp_path), "data.indexed=true")

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forking import Program
 from PIL import Image, JpegImagePlugin
+from running import ROOT
 
 from coca_lit.data.scenes.export import WRITERS, export_scenes, write_shards
 from coca_lit.data.scenes.render import (
@@ -134,12 +136,11 @@ print(content.hexdigest())
 
 
 def test_another_process_gets_the_same_scenes():
-    root = Path(__file__).resolve().parents[3]
     digests = {
         subprocess.run(
             [sys.executable, "-c", DIGEST],
-            cwd=root,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
             check=True,
             capture_output=True,
         ).stdout
@@ -320,13 +321,11 @@ def test_a_folder_with_content_is_refused_and_a_failure_leaves_nothing(tmp_path,
 
 
 def test_command_writes_and_explains_errors(tmp_path):
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, "-m", "coca_lit.data.scenes.export", "shards", str(tmp_path / "out")]
-    options = ["--count", "4", "--size", "16"]
-    first = subprocess.run(command + options, cwd=root, capture_output=True, text=True)
+    words = ("-m", "coca_lit.data.scenes.export", "shards", str(tmp_path / "out"), "--count", "4", "--size", "16")
+    first = Program(*words, cwd=ROOT, environment=os.environ).wait()
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "out" / "00000.tar").is_file()
-    second = subprocess.run(command + options, cwd=root, capture_output=True, text=True)
+    second = Program(*words, cwd=ROOT, environment=os.environ).wait()
     assert second.returncode == 2
     assert "not an empty folder" in second.stderr
     assert "Traceback" not in second.stderr
