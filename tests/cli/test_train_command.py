@@ -206,8 +206,7 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("experiment", "extra"),
     [
-        ("scst_mscoco", ("data.train_count=16",)),
-        *((name, ()) for name in ("finetune_vqa", "scenes_vqa")),
+        *((name, ()) for name in ("scst_mscoco", "finetune_vqa", "scenes_vqa")),
         ("pretrain_mammut_b32", ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")),
         *((name, FEW_PHOTOS) for name in ("flickr8k_two_hours", "flickr8k_frozen", "scst_flickr8k")),
     ],
