@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import random
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
@@ -16,6 +17,9 @@ import pytest
 
 if TYPE_CHECKING:  # else functions import what takes seconds: the process that hands out the tests needs none of it
     from coca_lit.models import CoCa
+
+# They need a process of their own: tests/gpu/test_simulation.py starts it.
+collect_ignore = [] if "simulated_gpu" in sys.modules else ["gpu/simulated"]
 
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

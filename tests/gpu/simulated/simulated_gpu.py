@@ -48,6 +48,7 @@ def _build() -> Path:
 
 ctypes.CDLL(str(_build()))  # before PyTorch, which asks once what devices there are
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
@@ -441,3 +442,12 @@ def counted() -> Iterator[Recorder]:
     """The device, and what happens on it."""
     with SimulatedGpu(), Recorder() as recorder:
         yield recorder
+
+
+@pytest.fixture(autouse=True)
+def plain_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on, which a run may have switched off; no fused loss, as Triton knows nothing of the simulated device."""
+    from coca_lit.models import kernels
+
+    kernels.enable()
+    monkeypatch.setattr("coca_lit.losses.caption._has_fused_kernel", lambda hidden: False)
