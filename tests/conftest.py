@@ -1,6 +1,7 @@
 """What several test files share: a small model, the folder of real data, and real process groups."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 import random
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from datetime import timedelta
-from multiprocessing import set_start_method
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,12 +86,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 
     with ExitStack() as stack:
         # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
-        ranks = [
-            stack.enter_context(
-                ProcessPoolExecutor(1, FORKSERVER, initializer=set_start_method, initargs=("fork", True))
-            )
-            for _ in range(3)
-        ]
+        ranks = [stack.enter_context(ProcessPoolExecutor(1, FORKSERVER, initializer=_fork_workers)) for _ in range(3)]
 
         def run(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
             store = tmp_path_factory.mktemp("group") / "store"
@@ -102,6 +97,11 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
             return [pickle.loads(future.result(timeout=120)) for future in [*failed, *futures]][len(failed) :]
 
         yield run
+
+
+def _fork_workers() -> None:
+    # Not as an initializer itself: it is a method, which would arrive with a copy of what it changes.
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
