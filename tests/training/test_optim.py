@@ -12,7 +12,7 @@ from torch import nn
 
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
-from coca_lit.training.optim import AdamW, Grouped, Timm, decays, warmup_cosine, warmup_stable_decay
+from coca_lit.training.optim import AdamW, Timm, decays, warmup_cosine, warmup_stable_decay
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -230,8 +230,8 @@ def test_muon_is_for_matrices_that_transform(tiny_model: Build) -> None:
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.2, 0.0}
 
 
-@pytest.mark.parametrize("make", [Timm(name, lr=1e-2) for name in ("muon", "lion", "adopt", "nadamw", "mars")], ids=str)
-def test_an_optimizer_goes_on_from_its_state(make: Grouped) -> None:
+@pytest.mark.parametrize("name", ["muon", "lion", "adopt", "nadamw", "mars"])
+def test_an_optimizer_goes_on_from_its_state(name: str) -> None:
     """Five steps in one go, and three and two over a state that was saved: the same bits."""
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
@@ -245,6 +245,7 @@ def test_an_optimizer_goes_on_from_its_state(make: Grouped) -> None:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 4))
 
+    make = Timm(name, lr=1e-2)
     whole, first, second = network(), network(), network()
     steps(whole, make(whole), range(5))
     before = make(first)
