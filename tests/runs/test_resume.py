@@ -307,7 +307,10 @@ def test_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
 
 def test_spike_is_noted_with_its_samples(tmp_path: Path) -> None:
     guard = NonFiniteGuard(tmp_path)
-    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
+    logs = SimpleNamespace(should_update_logs=True)
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=1, global_step=0, estimated_stepping_batches=100, _logger_connector=logs
+    )
     module: Any = SimpleNamespace(log=lambda *_: None, modules=list)
     for step, loss in enumerate([*(4 - 0.02 * i for i in range(30)), 9.0, 3.4]):
         trainer.global_step = step

@@ -143,6 +143,7 @@ def test_weighted_terms_are_added_and_logged_raw(questions: Batch, monkeypatch: 
     torch.nn.init.ones_(objective.head.bias)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
+    monkeypatch.setattr(module, "_is_logged", lambda: True)
     loss = module.training_step(questions, 0)
     own = {f"train/{name}_loss": term.detach() for name, term in objective(net, questions).items()}
     assert own["train/shift_loss"] == 1
