@@ -13,6 +13,7 @@ SIMULATED = Path(__file__).parent / "simulated"
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the simulated GPU needs the compiler g++")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the simulated GPU needs a CPU build of PyTorch")
 def test_everything_works_on_a_simulated_gpu() -> None:
