@@ -43,20 +43,18 @@ def tables() -> dict[str, str]:
 
 def table(path: Path) -> str:
     """Markdown of a CSV that `record` wrote."""
-    newest: dict[tuple[str, ...], Row] = {}
-    for row in read_rows(path):
-        case = tuple(row.get(column) or "" for column in CASES)
-        newest.pop(case, None)
-        newest[case] = row
-    rows = list(newest.values())
+    everything = read_rows(path)
+    # A case that was measured again keeps its place.
+    rows = list({tuple(row.get(column) or "" for column in CASES): row for row in everything}.values())
     families: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         measured = tuple(c for c in row if row[c] and c not in (*ABOUT, *MAY_LACK))
         families.setdefault(measured, []).append(row)
     parts = [_family(family) for family in families.values()]
-    last = rows[-1]
+    last = everything[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    about = f"`{last['command'].split(' --')[0]}` at commit {commits}, {last['machine']}, {last['versions']}."
+    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
+    about = f"`{last['command'].split(' --')[0]}` at commit {commits}, {machines}; {last['versions']}."
     return "\n\n".join([*parts, about])
 
 
