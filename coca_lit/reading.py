@@ -63,14 +63,22 @@ def read_json(path: Path, kind: type = object, limit: int = MAX_JSON, keep_surro
     Raises:
         DataError: there is no such file, or it is no regular file, too large, no JSON, or of another kind.
     """
+    content = read_bounded(path, limit, "is not a readable JSON file")
+    return parse_json(content, str(path), kind, keep_surrogates)
+
+
+def read_bounded(path: Path, limit: int, problem: str) -> bytes:
+    """The decompressed content of a file; raises `DataError` with `problem` and the reason if it cannot be read or
+    holds more than `limit` bytes.
+    """
     try:
         with open_data(path) as file:
             content = file.read(limit + 1)
     except (OSError, EOFError, zlib.error, UnsafeError) as error:
-        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+        raise DataError(f"{path} {problem}: {error}") from error
     if len(content) > limit:
-        raise DataError(f"{path} is not a readable JSON file: it holds more than {limit:,} bytes")
-    return parse_json(content, str(path), kind, keep_surrogates)
+        raise DataError(f"{path} {problem}: it holds more than {limit:,} bytes")
+    return content
 
 
 def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrogates: bool = False) -> Any:

@@ -264,6 +264,16 @@ class AttentionalPooler(QueryPooler):
         return self.norm_out(super().forward(context, queries))
 
 
+def layers_from_the_top(blocks: nn.ModuleList, *embeddings: str) -> dict[str, int]:
+    """{parameter of a text tower: layers from the top}: 1 in the last block, one more in each before it, and in the
+    embeddings one more than in the first.
+    """
+    depths = {
+        f"blocks.{i}.{name}": len(blocks) - i for i, block in enumerate(blocks) for name, _ in block.named_parameters()
+    }
+    return depths | dict.fromkeys(embeddings, len(blocks) + 1)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
 

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
-from coca_lit.models.layers import Cache, CrossBlock, KeysValues, OpenClipNames, SelfBlock, by_image, normalize_once
+from coca_lit.models.layers import (
+    Cache,
+    CrossBlock,
+    KeysValues,
+    OpenClipNames,
+    SelfBlock,
+    by_image,
+    layers_from_the_top,
+    normalize_once,
+)
 from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, run
 
@@ -78,13 +87,7 @@ class TwoPassTower(nn.Module):
 
     def depths(self) -> dict[str, int]:
         """{parameter: layers from the top}, as of `TextTower`."""
-        layers = len(self.blocks)
-        blocks = {
-            f"blocks.{i}.{name}": layers - i
-            for i, block in enumerate(self.blocks)
-            for name, _ in block.named_parameters()
-        }
-        return blocks | dict.fromkeys(("token_embedding.weight", "position_embedding"), layers + 1)
+        return layers_from_the_top(self.blocks, "token_embedding.weight", "position_embedding")
 
     def contrastive_layout(
         self, lengths: Tensor, packed: bool | None, max_length: int | None, device: torch.device

@@ -22,6 +22,7 @@ from coca_lit.models.layers import (
     OpenClipNames,
     attend_cached,
     by_image,
+    layers_from_the_top,
     merge_heads,
     split_heads,
 )
@@ -313,13 +314,7 @@ class ModernTextTower(nn.Module):
 
     def depths(self) -> dict[str, int]:
         """{parameter: layers from the top}, as of `TextTower`."""
-        layers = len(self.blocks)
-        blocks = {
-            f"blocks.{i}.{name}": layers - i
-            for i, block in enumerate(self.blocks)
-            for name, _ in block.named_parameters()
-        }
-        return blocks | {"token_embedding.weight": layers + 1}
+        return layers_from_the_top(self.blocks, "token_embedding.weight")
 
     def forward(
         self,

@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
-from coca_lit.models.layers import Cache, CrossBlock, KeysValues, OpenClipNames, SelfBlock, by_image, normalize_once
+from coca_lit.models.layers import (
+    Cache,
+    CrossBlock,
+    KeysValues,
+    OpenClipNames,
+    SelfBlock,
+    by_image,
+    layers_from_the_top,
+    normalize_once,
+)
 from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.registry import TEXT_TOWERS
 
@@ -100,14 +109,7 @@ class TextTower(nn.Module):
         """{parameter: layers from the top}: 1 in the last block, one more in each before it, the embeddings deepest.
         Norm and projection stand on the tower.
         """
-        layers = len(self.blocks)
-        blocks = {
-            f"blocks.{i}.{name}": layers - i
-            for i, block in enumerate(self.blocks)
-            for name, _ in block.named_parameters()
-        }
-        embeddings = ("token_embedding.weight", "position_embedding", "cls_embedding")
-        return blocks | dict.fromkeys(embeddings, layers + 1)
+        return layers_from_the_top(self.blocks, "token_embedding.weight", "position_embedding", "cls_embedding")
 
     def forward(
         self,

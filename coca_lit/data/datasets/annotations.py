@@ -1,6 +1,5 @@
 """Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps) and COCO results."""
 
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any
 
 from coca_lit.data.records import Listing
 from coca_lit.errors import DataError
-from coca_lit.reading import UnsafeError, is_int64, open_data, parse_json, printable, read_json
+from coca_lit.reading import is_int64, parse_json, printable, read_bounded, read_json
 
 MAX_BYTES = 512 * 2**20  # of JSON; the largest known file, the training answers of VQA v2, has 366 MB
 
@@ -91,14 +90,8 @@ def read_results(path: Path) -> dict[int | str, str]:
 
 def read_json_lines(path: Path) -> Iterator[Any]:
     """The values of a file with one JSON value a line. Raises `DataError`."""
-    try:
-        with open_data(path) as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error, UnsafeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if len(content) > MAX_BYTES:
-        raise DataError(f"{path} cannot be read: it holds more than {MAX_BYTES:,} bytes")
-    for number, line in enumerate(content.splitlines(), start=1):
+    lines = read_bounded(path, MAX_BYTES, "cannot be read").splitlines()
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield parse_json(line, f"line {number} of {path}")
 
