@@ -194,7 +194,7 @@ def _objects_group() -> Any:
 
 
 def _sendable(numbers: Sequence[float]) -> Tensor:
-    """Numbers as a tensor where the process group takes tensors from: NCCL refuses those of the host."""
+    """Numbers as a tensor where the process group takes tensors from: NCCL refuses host tensors."""
     dtype = torch.float32 if any(isinstance(x, float) for x in numbers) else torch.int64
     x = torch.tensor(numbers, dtype=dtype)
     if dist.get_backend() != "nccl":

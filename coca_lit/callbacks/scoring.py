@@ -211,7 +211,7 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     """The network as evaluations need it. Evaluations leave the random state of training untouched.
 
     It is whole on every rank, and not compiled: a cache that grows with every token would be recompiled at each token.
-    fp32 is exact, so that scores are those of `coca-evaluate`. Low-rank updates are added to their weights once, not at
+    fp32 is exact, so that scores equal `coca-evaluate`'s. Low-rank updates are added to their weights once, not at
     every token.
     """
     net = module.net

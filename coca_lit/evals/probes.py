@@ -17,7 +17,7 @@ from coca_lit.models import DualEncoder
 
 class ProbeScores(Evaluation):
     """Accuracy of classes that are learned from the features of training images: "knn/top1" by a vote of the nearest
-    ones, "linear/top1" by logistic regression. The features are those of retrieval, of unit length.
+    ones, "linear/top1" by logistic regression. The features are the ones that retrieval uses, of unit length.
 
     Args:
         images: the images that are classified.

@@ -1,6 +1,6 @@
 """CHAIR: objects that a caption names and the image does not show (Rohrbach et al. 2018, arXiv 1809.02156).
 
-The rules are those of the authors' code, github.com/LisaAnne/Hallucination, utils/chair.py:
+The rules follow the authors' code, github.com/LisaAnne/Hallucination, utils/chair.py:
 
 - Two words that are one object count as one ("fire hydrant", "hot dog", "home plate"), "baby" and "adult" before an
   animal and "passenger" before "jet" and "train" are no persons.

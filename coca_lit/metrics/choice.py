@@ -18,7 +18,7 @@ def is_right(scores: Sequence[Tensor]) -> np.ndarray:
     """Whether (N,) the first score of each image is above all its others; a text without rivals is right.
 
     Args:
-        scores: for each image those of its texts (K,), the right text first.
+        scores: for each image one per text (K,), the right text first.
 
     Raises:
         ValueError: NaN, or an image without texts.

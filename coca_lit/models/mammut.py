@@ -34,7 +34,7 @@ class TwoPassTower(nn.Module):
     """MaMMUT's text tower. It has no projection: the mean state is the text feature."""
 
     contrastive_only: Sequence[str] = ()
-    cached_layers = 0  # those of the decoder are all there is
+    cached_layers = 0  # only the decoder's layers are cached
     open_clip_version = "4"
     open_clip_config: ClassVar[dict[str, Any]] = {}  # it has none besides its decoder's
     open_clip_names: ClassVar[OpenClipNames] = (

@@ -79,7 +79,7 @@ def on_gpu(net: CoCa, spent: Cost, caption_tokens: int, bytes_of_number: int) ->
     text_on_grid = 0 if half and sizes["cls_mask"] == "correct" else sizes["text_layers"]
     decoders_on_grid = 0 if half else decoders
     layers = [(text_on_grid, longest + 1, caption_tokens + 1), (decoders_on_grid, longest - 1, caption_tokens - 1)]
-    products, rows = 0, 0  # of a sample, beyond those of its tokens
+    products, rows = 0, 0  # of a sample, in addition to its tokens'
     for count, wide, narrow in layers:
         products += count * 4 * width * (wide**2 - narrow**2)
         rows += count * 4 * (wide - narrow)  # of queries, keys, values and results

@@ -29,7 +29,7 @@ def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None, **facts: A
     archived.
 
     Args:
-        facts: for `environment.json`, besides those of `environment`.
+        facts: for `environment.json`, in addition to `environment`'s.
     """
     if not is_first_process():
         return

@@ -50,7 +50,7 @@ class Grouped:
         """The trainable parameters by weight decay and learning rate.
 
         Args:
-            key: of a group, True in those of `FALLBACK` and of what does not decay.
+            key: of a group, True in the groups of `FALLBACK` and in those without decay.
         """
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:

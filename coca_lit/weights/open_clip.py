@@ -227,7 +227,7 @@ def _pooling_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     queries, embed_dim = theirs["visual.attn_pool.query"].shape
     pooler = "single"
     if (context := theirs.get("visual.attn_pool_contrastive.ln_k.weight")) is not None:
-        # Of equal widths, the tensors are those of both; then the config decides.
+        # With equal widths both have the same tensors; then the config decides.
         pooler = "openclip_cascade" if len(context) == embed_dim else "openclip_parallel"
     else:
         embed_dim = theirs["visual.proj"].shape[1]
@@ -283,7 +283,7 @@ def _depth(theirs: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _names(model: CoCa) -> OpenClipNames:
-    """The names that each part of a model knows for its tensors, and those of the model itself."""
+    """The names that each part of a model knows for its tensors, and the model's own."""
     parts = {part: getattr(model, part) for part in ("image_encoder", "pooling", "text", "decoder")}
     named = {part: getattr(module, "open_clip_names", ()) for part, module in parts.items()}
     return (

@@ -316,7 +316,7 @@ def _rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> N
 
 
 class Soak:
-    """Runs of random configurations under random faults, until so many faults were tried."""
+    """Runs of random configurations under random faults, until this many faults were tried."""
 
     def __init__(self, work: Path, seed: int) -> None:
         self.work, self.seed = work, seed

@@ -21,7 +21,7 @@ QUICK = {"WANDB_SILENT": "true", "WANDB__DISABLE_STATS": "true", "WANDB__DISABLE
 
 
 def loggers(folder: Path, *names: str) -> list[str]:
-    """Overrides for these loggers in one run; those of packages that are missing are skipped, visibly if it is one."""
+    """Overrides for these loggers in one run; loggers whose packages are missing are skipped, visibly if it is one."""
     store = f"tracking_uri: 'sqlite:///{folder.parent}/mlflow.db', artifact_location: 'file://{folder.parent}/mlruns'"
     nodes = {
         "tensorboard": f"{{_target_: {PART}.TensorBoardLog, save_dir: '{folder}'}}",

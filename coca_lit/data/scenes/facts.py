@@ -45,7 +45,7 @@ class Statement(NamedTuple):
 
     Attributes:
         things: from left to right or from top to bottom, if there is an axis; else as they come.
-        axis: "row" or "column"; None if the words around the objects are those of no wording, and state no relation.
+        axis: "row" or "column"; None if the words around the objects match no wording, and state no relation.
     """
 
     things: tuple[Mention, ...]

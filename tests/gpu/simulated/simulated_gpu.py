@@ -1,7 +1,7 @@
 """A GPU without one: tensors on `cuda:0` whose operators run on the CPU, with the same values.
 
 It finds what would fail or wait on a GPU: operators that get tensors of two devices, reads that make the host wait for
-the device, collectives that NCCL refuses. It knows nothing about time, and its kernels are those of the CPU.
+the device, collectives that NCCL refuses. It knows nothing about time, and its kernels are the CPU's.
 
 Importing it changes PyTorch for the whole process, so the tests with it run in a process of their own, as a plugin that
 pytest loads first: tests/gpu/test_simulation.py starts it. `device.cpp` gives a CPU build of PyTorch what its autograd

@@ -1,4 +1,4 @@
-"""Captions on a simulated GPU: those of the CPU, and one look at the device in eight tokens."""
+"""Captions on a simulated GPU: equal to the CPU's, with one look at the device in eight tokens."""
 
 import copy
 from typing import Any
