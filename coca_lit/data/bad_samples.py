@@ -32,6 +32,10 @@ class BadSampleError(Exception):
         self.sample = sample
 
 
+class LostShardError(BadSampleError):
+    """None of the samples of a shard can be used."""
+
+
 class BadSamples:
     """One worker's count per reason and per shard; `seen` counts good samples too.
 

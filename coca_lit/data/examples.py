@@ -34,8 +34,8 @@ class TrainingExamples(Dataset[Example]):
         """Raises `BadSampleError` if the sample cannot be used."""
         raise NotImplementedError
 
-    def replacement(self, i: int, rng: random.Random) -> int:
-        """The index of a sample to use instead of `i`."""
+    def replacement(self, i: int, rng: random.Random, error: BadSampleError) -> int:
+        """The index of a sample to use instead of `i`, which raised the error."""
         return rng.randrange(len(self))
 
     def __getitem__(self, index: tuple[int, int]) -> Example:
@@ -47,7 +47,7 @@ class TrainingExamples(Dataset[Example]):
                 return self.example(epoch, i)._replace(bad=self.bad.take())
             except BadSampleError as error:
                 self.bad.catch(error)
-            i = self.replacement(i, rng)
+                i = self.replacement(i, rng, error)
         raise DataError(f"no usable image in {self.max_tries} tries: {self.bad.summary()}")
 
 

@@ -3,19 +3,30 @@
 import glob
 import hashlib
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from coca_lit.data.shards.store import PATIENCE, ask
+from coca_lit.data.shards.store import PATIENCE, Stored, ask, stored
 from coca_lit.errors import DataError
+from coca_lit.files import append_lines, csv_line
 
 LOCK, READER = ".lock", ".reader"  # of the process that downloads a file, and of each that reads it
 ROOM, PARTIAL = ".room", ".partial"  # reserved for a download, and fetched so far
+FETCHED = "fetched.csv"  # time, url, bytes and seconds of everything that was fetched
+
+
+class CacheFullError(DataError):
+    """There is no room for another file."""
+
+
+class ChangedError(Exception):
+    """A remote file is not the one that was listed."""
 
 
 class ShardCache(NamedTuple):
@@ -30,25 +41,43 @@ class ShardCache(NamedTuple):
     patience: float = PATIENCE  # seconds without an answer of the store
 
     @contextmanager
-    def open(self, url: str) -> Iterator[Path]:
+    def open(
+        self, url: str, expected: Stored | None = None, check: Callable[[Path], None] | None = None
+    ) -> Iterator[Path]:
         """A local copy of `url` that stays there within the block.
 
+        Args:
+            expected: the file to fetch, if not whatever is there.
+            check: raises an error if the content of a file that was fetched is wrong.
+
         Raises:
-            DataError: the cache is too small.
+            CacheFullError: the cache is too small.
+            ChangedError: the store has another file than was expected.
             StoreError, DataNotFoundError, FileNotFoundError: as `ask`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
-        reader = FileLock(_beside(path, f".{uuid.uuid4().hex}{READER}"))
+        path = self.path(url, expected)
+        reader = FileLock(_beside(path, f".{uuid.uuid4().hex}{READER}"), thread_local=False)
         try:
             while not self._hold(path, reader):
                 with FileLock(_beside(path, LOCK)):  # one process downloads, the others wait
                     if not path.exists():
-                        self._download(url, path)
+                        self._download(url, path, expected, check)
             yield path
         finally:
             reader.release()
             Path(reader.lock_file).unlink(missing_ok=True)
+
+    def path(self, url: str, expected: Stored | None = None) -> Path:
+        """Where the copy is, or will be."""
+        key = f"{url}\n{expected.version}" if expected and expected.version else url
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
+
+    def record(self, url: str, size: int, began: float) -> None:
+        """Notes bytes that were fetched since then, by `time.time`, in a table that people can add up."""
+        line = csv_line([time.strftime("%Y-%m-%d %H:%M:%S"), url, size, round(time.time() - began, 3)])
+        with self.accounts(), suppress(DataError):  # on a full disk
+            append_lines(self.folder / FETCHED, [line])
 
     def accounts(self) -> AbstractContextManager[Any]:
         """Held by the one process of a machine that adds up or changes what takes room."""
@@ -63,17 +92,23 @@ class ShardCache(NamedTuple):
             os.utime(path)
             return True
 
-    def _download(self, url: str, path: Path) -> None:
+    def _download(self, url: str, path: Path, expected: Stored | None, check: Callable[[Path], None] | None) -> None:
         """By the process that holds the download lock of `path`."""
         partial, room = _beside(path, PARTIAL), _beside(path, ROOM)
 
         def fetch(store: Any) -> None:
-            size = store.size(url)
+            began, found = time.time(), stored(store, url)
+            if expected not in (None, found):
+                raise ChangedError(f"{url} has changed since it was listed")
+            size = found.bytes
             try:
                 self._reserve(url, room, size)
                 store.get_file(url, str(partial))
+                self.record(url, partial.stat().st_size, began)
                 if partial.stat().st_size != size:
                     raise ConnectionError(f"{url} came with {partial.stat().st_size} of {size} bytes")
+                if check:
+                    check(partial)
                 with self.accounts():  # others count either the reservation or the file
                     partial.replace(path)
                     room.unlink(missing_ok=True)
@@ -96,7 +131,7 @@ class ShardCache(NamedTuple):
                     used -= status.st_size
             if used + size > self.max_bytes:
                 limit, wanted = (f"{number / 1e9:.3g} GB" for number in (self.max_bytes, size))
-                raise DataError(
+                raise CacheFullError(
                     f"the cache {self.folder} of {limit} has no room for {url} ({wanted}) beside the shards that are "
                     "being read: raise data.cache_gb, at least to one shard per worker"
                 )
@@ -106,7 +141,7 @@ class ShardCache(NamedTuple):
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """What takes room: complete files, and the reservations of downloads."""
         for path in self.folder.iterdir():
-            if path.suffix not in (LOCK, PARTIAL, READER) and not path.is_dir():
+            if path.suffix not in (LOCK, PARTIAL, READER) and path.name != FETCHED and not path.is_dir():
                 with suppress(FileNotFoundError):
                     yield path, path.stat()
 

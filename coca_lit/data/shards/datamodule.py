@@ -1,12 +1,14 @@
 """Pre-training on LAION or any other image-text shards in the format of img2dataset.
 
-Local shards up to `AUTO_BYTES` are indexed and read in any order; others are streamed.
+Shards are indexed: local ones up to `AUTO_BYTES` are read in any order, others in windows. Compressed ones are a stream.
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -23,6 +25,7 @@ from coca_lit.data.shards.mixture import Source, check_weights
 from coca_lit.data.shards.reader import Preprocess
 from coca_lit.data.shards.store import PATIENCE
 from coca_lit.data.shards.stream import ShardBatches, ShardOrder
+from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,11 @@ class LAIONDataModule(CaptionDataModule):
             number of samples, which is found as for `epoch_samples`.
         caption_keys: "txt", or a field of each sample's JSON; for several {key: probability}, one of which is drawn
             for each sample in every pass.
-        indexed: True uses `coca_lit.data.shards.indexed`, False `coca_lit.data.shards.stream`; "auto" indexes local
-            .tar files of up to `AUTO_BYTES`.
+        indexed: True uses `coca_lit.data.shards.indexed`, False `coca_lit.data.shards.stream`; "auto" indexes all but
+            compressed shards. Remote shards, and with "auto" local ones of more than `AUTO_BYTES`, are shuffled in
+            windows, see `coca_lit.data.shards.windows`; others all at once.
+        window, window_gb: samples that are shuffled at a time in windows, and GB of shards; the smaller one counts.
+        readers: logical readers of windows, with a part of the shards each; at most as many as divide `batch_size`.
         shuffle_buffer: samples of a stream that each worker shuffles, kept encoded in memory: as many as fit into
             `coca_lit.data.shards.stream.MAX_BUFFER` bytes.
         max_bad_fraction: of broken samples, and of torn or empty shards, above which the training stops.
@@ -60,6 +66,9 @@ class LAIONDataModule(CaptionDataModule):
         weights: Mapping[str, float] | None = None,
         caption_keys: str | Mapping[str, float] = "txt",
         indexed: bool | Literal["auto"] = "auto",
+        window: int = 2**18,
+        window_gb: float = 10,
+        readers: int = 16,
         shuffle_buffer: int = 1000,
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
@@ -72,6 +81,8 @@ class LAIONDataModule(CaptionDataModule):
             raise ValueError(f"shuffle_buffer must be at least 1 (no shuffling within a shard), not {shuffle_buffer}")
         if indexed not in (True, False, "auto"):
             raise ValueError(f"indexed must be true, false or auto, not {indexed!r}")
+        if min(window, window_gb, readers) <= 0:
+            raise ValueError(f"window, window_gb and readers must be above 0, not {window}, {window_gb}, {readers}")
         if cache_gb <= 0:
             raise ValueError(f"cache_gb must be above 0, not {cache_gb}")
         if not store_patience >= 0:
@@ -85,6 +96,7 @@ class LAIONDataModule(CaptionDataModule):
             names = " and ".join(", ".join(map(repr, names)) for names in (self.patterns, self.weights))
             raise ValueError(f"shards and weights must have the same names, not {names}")
         self._epoch_samples, self._indexed = epoch_samples, indexed
+        self.windows = Windows(window, window_gb * 1e9, math.gcd(readers, self.batch_size))
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
         self.cache = ShardCache(Path(cache_dir).expanduser(), int(cache_gb * 1e9), store_patience)
 
@@ -100,17 +112,33 @@ class LAIONDataModule(CaptionDataModule):
         return {name: find_shards(patterns, self.cache) for name, patterns in self.patterns.items()}
 
     @cached_property
+    def order(self) -> Literal["all", "windows", "stream"]:
+        """What is shuffled at a time: all samples, windows of them, or what passes by."""
+        shards = [shard for of_source in self.shards.values() for shard in of_source]
+        packed = next((shard.name for shard in shards if not shard.name.endswith(".tar")), None)
+        if self._indexed is True and packed:
+            raise DataError(
+                f"data.indexed=true needs uncompressed .tar files, unlike {packed}: unpack it, or use a stream"
+            )
+        if packed or not self._indexed:
+            return "stream"
+        remote = [shard.stored.bytes for shard in shards if shard.stored]
+        if not remote:
+            small = self._indexed is True or sum(os.path.getsize(shard.name) for shard in shards) <= AUTO_BYTES
+            return "all" if small else "windows"
+        needed = min(sum(remote), self.windows.cache_bytes(max(remote)))
+        if needed > self.cache.max_bytes:
+            limit, wanted, largest = (f"{n / 1e9:.3g} GB" for n in (self.cache.max_bytes, needed, max(remote)))
+            raise DataError(
+                f"windows of shards of up to {largest} need a cache of {wanted}, not of {limit}: raise data.cache_gb, "
+                "lower data.window_gb or data.readers, or use a stream with data.indexed=false"
+            )
+        return "windows"
+
+    @property
     def indexed(self) -> bool:
         """Whether the shards are indexed, rather than streamed."""
-        shards = [shard for of_source in self.shards.values() for shard in of_source]
-        unfit = next((shard.name for shard in shards if shard.cache or not shard.name.endswith(".tar")), None)
-        if self._indexed is True and unfit:
-            raise DataError(
-                f"data.indexed=true needs local, uncompressed .tar files, unlike {unfit}: copy it, or use a stream"
-            )
-        if self._indexed == "auto":
-            return not unfit and sum(os.path.getsize(shard.name) for shard in shards) <= AUTO_BYTES
-        return self._indexed
+        return self.order != "stream"
 
     @property
     def world_size_invariant(self) -> bool:
@@ -119,8 +147,9 @@ class LAIONDataModule(CaptionDataModule):
     @cached_property
     def indexes(self) -> dict[str, list[TarIndex]]:
         """By the name of their source; raises `DataError` when too much is missing in the shards."""
-        fallback_dir = self.cache.folder / "indexes"
-        indexes = {name: tar_indexes(shards, fallback_dir) for name, shards in self.shards.items()}
+        all_shards = [shard for shards in self.shards.values() for shard in shards]
+        found = iter(tar_indexes(all_shards, self.cache.folder / "indexes"))
+        indexes = {name: [*islice(found, len(shards))] for name, shards in self.shards.items()}
         bad = BadSamples(self.max_bad_fraction)
         pairs = [pair for name in indexes for pair in zip(self.shards[name], indexes[name], strict=True)]
         bad.seen = sum(len(index) for _, index in pairs)
@@ -178,11 +207,17 @@ class LAIONDataModule(CaptionDataModule):
     def _indexed_loader(self, rank: int, world: int) -> TrainLoader:
         sources = [Source(source.name, self.indexes[source.name], source.weight) for source in self.sources]
         preprocess = Preprocess(self.train_transform(), self.tokenizer, self.caption_keys, self.seed)
-        examples, steps = IndexedShards(sources, preprocess, self.max_bad_fraction), self.steps_per_epoch
+        in_windows, steps = self.order == "windows", self.steps_per_epoch
+        examples = IndexedShards(sources, preprocess, self.max_bad_fraction, near=in_windows)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
-            first, stop = epoch * steps + start, (epoch + 1) * steps
-            batches = IndexedBatches(sources, self.batch_size, self.seed, first, stop, rank, world)
+            position = (epoch * steps + start, (epoch + 1) * steps, rank, world)
+            batches = IndexedBatches(sources, self.batch_size, self.seed, *position)
+            if in_windows:
+                behind = 2 * self.num_workers  # each worker prepares two batches ahead
+                batches = WindowedBatches(
+                    sources, self.batch_size, self.seed, *position, windows=self.windows, behind=behind
+                )
             return load(examples, batches, self.tokenizer.pad_id, self.num_workers)
 
         return TrainLoader(steps, open_at, self.position)

@@ -1,8 +1,9 @@
-"""Local shards as a map-style data set: shuffling over all samples at once, and access to any batch.
+"""Shards as a map-style data set: shuffling over all samples at once, and access to any batch.
 
 An index holds where the samples of a shard lie. It is made in one pass over the headers and kept beside its shard as
 `.00000.tar.index`, or in the cache where that folder cannot be written, and is valid as long as size, modification
-time and manifest entry of the shard stay the same.
+time and manifest entry of the shard stay the same. That of a remote shard is kept in the cache, and valid as long as
+the store lists the same version. It is fetched if it lies beside the shard and belongs to what the manifest records.
 
 The order depends on the seed alone, not on the number of ranks and workers. The samples are read in passes, each in
 its own order; epochs are cut from the passes one after the other, whatever their length.
@@ -12,12 +13,15 @@ import hashlib
 import json
 import os
 import random
+import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, islice
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from filelock import FileLock
@@ -27,19 +31,22 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError, quiet
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import TrainingExamples
 from coca_lit.data.loader import epoch_order, per_rank
-from coca_lit.data.shards.listing import Shard, parallel_map
+from coca_lit.data.shards.cache import ChangedError
+from coca_lit.data.shards.listing import REQUESTS, Shard, index_name, parallel_map
 from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
 from coca_lit.data.shards.reader import IMAGE_SUFFIXES, Preprocess, read_fields, read_limit, sample_of
+from coca_lit.data.shards.store import RangeFile, ask, read_range
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.errors import DataError
-from coca_lit.files import replacing
+from coca_lit.files import atomic_write, replacing
 from coca_lit.reading import open_regular, parse_json, printable
 
 SUFFIX, LOCK = ".index", ".lock"
+CHANGED = "shard changed after it was indexed"
 VERSION = 2
 PER_PROCESS = 2 * 10**9  # bytes of shards for which a further process pays
 FILES = (IMAGE_SUFFIXES, ("txt",), ("json",))  # of a sample; the first of each that is there
@@ -50,8 +57,8 @@ class Stamp(NamedTuple):
 
     version: int
     bytes: int
-    changed_at: int  # modification time in ns
-    sha256: str  # from its manifest, "" if it has none
+    changed_at: int  # modification time in ns, 0 of a remote one
+    content: str  # sha256 from its manifest, else the version of a remote one, else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +71,7 @@ class TarIndex:
     key_ends: NDArray[np.int64]  # (N) in `keys`
     places: NDArray[np.int64]  # (N, 3, 2) offset and size of image, .txt and .json, 0 where there is none
     faults: Sequence[BadSample]  # found while reading the headers; without a key: of the shard as a whole
+    remote: Shard | None = None  # where a shard comes from that is not local
 
     def __len__(self) -> int:
         return len(self.places)
@@ -77,32 +85,47 @@ class TarIndex:
         return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
 
     def read(self, i: int) -> dict[str, Any]:
-        """The members of sample `i` as in `read_fields`; `BadSampleError` if the shard is gone or has changed."""
+        """The members of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or has changed."""
         key = self.key(i)
         fields: dict[str, Any] = {"__key__": key}
         try:
-            with open_regular(self.shard) as file:
+            with self._open() as file:
                 status = os.fstat(file.fileno())
-                if (status.st_size, status.st_mtime_ns) != (self.stamp.bytes, self.stamp.changed_at):
-                    raise BadSampleError(BadSample(self.shard, key, "shard changed after it was indexed"))
+                changed_at = 0 if self.remote else status.st_mtime_ns
+                if (status.st_size, changed_at) != (self.stamp.bytes, self.stamp.changed_at):
+                    raise ChangedError
                 for names, (offset, size) in zip(FILES, self.places[i].tolist(), strict=True):
                     if size:
                         file.seek(offset)
                         fields[names[0]] = file.read(min(size, read_limit(f".{names[0]}")))
+        except ChangedError as error:
+            raise LostShardError(BadSample(self.shard, key, CHANGED)) from error
         except OSError as error:
-            raise BadSampleError(BadSample(self.shard, key, "unreadable shard", str(error))) from error
+            raise LostShardError(BadSample(self.shard, key, "unreadable shard", str(error))) from error
         return fields
+
+    def _open(self) -> BinaryIO:
+        """The local copy of a remote shard is fetched if it is not there."""
+        if not (self.remote and self.remote.cache):
+            return open_regular(self.shard)
+        try:
+            return open_regular(self.remote.cache.path(self.remote.name, self.remote.stored))
+        except FileNotFoundError:
+            with self.remote.local(verify=True) as path:
+                return open_regular(path)
 
 
 def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
     """The index of each shard; missing ones are made, by one process of a machine.
 
     Args:
-        shards: local, not compressed.
-        fallback_dir: folder of this machine, for the indexes of shards whose own folder cannot be written.
+        shards: not compressed.
+        fallback_dir: folder of this machine, for the indexes of remote shards and of those whose own folder cannot be
+            written.
 
     Raises:
         DataError: a shard does not match its manifest, or an index cannot be written.
+        StoreError: the store of a remote shard does not answer.
     """
     found = {shard: load_index(shard, fallback_dir) for shard in shards}
     made: dict[str, TarIndex] = {}
@@ -125,13 +148,17 @@ class IndexedShards(TrainingExamples):
 
     max_tries = 100  # at the 5 % of bad samples that are usual on the web, even ten in a row occur
 
-    def __init__(self, sources: Sequence[Source[TarIndex]], preprocess: Preprocess, max_bad_fraction: float) -> None:
+    def __init__(
+        self, sources: Sequence[Source[TarIndex]], preprocess: Preprocess, max_bad_fraction: float, near: bool = False
+    ) -> None:
+        """With `near` a sample is replaced by one of its shard, or of the next one if that is lost."""
         super().__init__(preprocess.seed, max_bad_fraction)
-        self.preprocess = preprocess
+        self.preprocess, self.near = preprocess, near
         self.indexes = [index for source in sources for index in source.shards]
         self.names = [source.name for source in sources]
         self.shard_ends = [*accumulate(map(len, self.indexes))]
         self.source_ends = [*accumulate(map(count_samples, sources))]
+        self._lost: dict[int, LostShardError] = {}  # remote shards, for which the store need not be asked again
         self.bad.found += [fault for index in self.indexes for fault in index.faults]  # for the first example
 
     def __len__(self) -> int:
@@ -140,14 +167,29 @@ class IndexedShards(TrainingExamples):
     def example(self, epoch: int, i: int) -> Example:
         shard = bisect_right(self.shard_ends, i)
         index = self.indexes[shard]
-        fields = index.read(i - self.shard_ends[shard] + len(index))
+        row = i - self.shard_ends[shard] + len(index)
+        if shard in self._lost:
+            raise LostShardError(self._lost[shard].sample._replace(key=index.key(row)))
+        try:
+            fields = index.read(row)
+        except LostShardError as error:
+            if index.remote:
+                self._lost[shard] = error
+            raise
         sample = sample_of(fields, self.preprocess.caption_keys, index.shard)
         return self.preprocess(sample, self.names[bisect_right(self.source_ends, i)], epoch)
 
-    def replacement(self, i: int, rng: random.Random) -> int:
+    def replacement(self, i: int, rng: random.Random, error: BadSampleError) -> int:
         """A sample of the same source."""
         source = bisect_right(self.source_ends, i)
-        return rng.randrange(self.source_ends[source - 1] if source else 0, self.source_ends[source])
+        start, end = self.source_ends[source - 1] if source else 0, self.source_ends[source]
+        if self.near:
+            shard = bisect_right(self.shard_ends, i)
+            if isinstance(error, LostShardError):
+                after = self.shard_ends[shard]
+                shard = bisect_right(self.shard_ends, after if after < end else start)
+            start, end = self.shard_ends[shard] - len(self.indexes[shard]), self.shard_ends[shard]
+        return rng.randrange(start, end)
 
 
 class IndexedBatches(Sampler[list[tuple[int, int]]]):
@@ -203,43 +245,109 @@ def load_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
     """None if there is none that matches the shard as it is now. It may come from a stranger, who can put anything into
     it: what is not an index of this shard in every detail is made again.
     """
-    path = _path(shard, fallback_dir)
-    if not path.is_file():  # also a FIFO, which would block
-        return None
-    try:
-        with safe_open(path, framework="np") as file:
-            keys, key_ends, places = (file.get_tensor(name) for name in ("keys", "key_ends", "places"))
-            stamp, faults = parse_json((file.metadata() or {})["about"], str(path), list)
-        index = TarIndex(shard.name, Stamp(*stamp), keys, key_ends, places, [BadSample(*fault) for fault in faults])
-        return index if index.stamp == _stamp(shard) and _sound(index) else None
-    except Exception:  # there is none yet, or it is damaged, or forged
-        return None
+    index = _load(shard, _path(shard, fallback_dir))
+    return index if index and index.stamp == _stamp(shard) else None
 
 
-def make_index(shard: Shard, fallback_dir: Path) -> TarIndex:
-    """Makes and stores the index of a shard, which is compared with its manifest if it has one."""
+def make_index(shard: Shard, fallback_dir: Path, file: RangeFile | None = None) -> TarIndex:
+    """Makes and stores the index of a shard, which is compared with its manifest if it has one.
+
+    Args:
+        file: a remote shard of which only the headers are read.
+    """
     bad, stamp = BadSamples(1.0), _stamp(shard)
     with quiet():
         rows = [
             (fields["__key__"].encode(), _places(fields))
-            for fields in read_fields(shard, bad, verify=True, content=False)
+            for fields in read_fields(shard, bad, verify=True, content=False, file=cast(BinaryIO, file))
         ]
     keys = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.uint8)
     key_ends = np.cumsum([len(key) for key, _ in rows], dtype=np.int64)
     places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(FILES), 2)
-    about = json.dumps([stamp, bad.found])
-    with replacing(_path(shard, fallback_dir)) as temporary:
-        save_file({"keys": keys, "key_ends": key_ends, "places": places}, temporary, {"about": about})
-    return TarIndex(shard.name, stamp, keys, key_ends, places, bad.found)
+    index = TarIndex(shard.name, stamp, keys, key_ends, places, bad.found, shard if shard.cache else None)
+    _save(index, _path(shard, fallback_dir))
+    return index
 
 
 def _make_all(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
     from rich.console import Console
     from rich.progress import track
 
-    workers = min(os.cpu_count() or 1, 1 + sum(_stamp(shard).bytes for shard in shards) // PER_PROCESS)
-    made = parallel_map(make_index, shards, fallback_dir, workers)
-    yield from track(made, "indexing shards", len(shards), console=Console(stderr=True), disable=workers == 1)
+    local = [shard for shard in shards if not shard.cache]
+    remote = [shard for shard in shards if shard.cache]
+    size = sum(_stamp(shard).bytes for shard in shards)
+    workers = min(os.cpu_count() or 1, 1 + sum(_stamp(shard).bytes for shard in local) // PER_PROCESS)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        fetched = pool.map(partial(_remote_index, fallback_dir=fallback_dir, whole=_fit_together(remote)), remote)
+        made = chain(parallel_map(make_index, local, fallback_dir, workers), fetched)
+        console = Console(stderr=True)
+        yield from track(made, "indexing shards", len(shards), console=console, disable=size < PER_PROCESS)
+
+
+def _fit_together(remote: Sequence[Shard]) -> bool:
+    """Whether the cache has room for all shards: then they are fetched now rather than in the first pass."""
+    sizes = sum(shard.stored.bytes for shard in remote if shard.stored)
+    return all(shard.cache and sizes <= shard.cache.max_bytes for shard in remote)
+
+
+def _remote_index(shard: Shard, fallback_dir: Path, whole: bool) -> TarIndex:
+    """That beside the shard, else made: of the `whole` shard, which the cache keeps, or of its headers alone."""
+    assert shard.cache
+    assert shard.stored
+    if index := _shipped_index(shard, fallback_dir):
+        return index
+    if whole:
+        return make_index(shard, fallback_dir)
+    began, file = time.time(), RangeFile(shard.name, shard.stored.bytes, shard.cache.patience)
+    index = make_index(shard, fallback_dir, file)
+    shard.cache.record(shard.name, file.fetched, began)
+    return index
+
+
+def _shipped_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
+    """None if there is none beside the shard, or not of what the manifest records."""
+    assert shard.cache
+    if not shard.entry or not shard.index or shard.index.bytes > shard.entry.bytes:
+        return None
+    folder, _, name = shard.name.rpartition("/")
+    url, size, began = f"{folder}/{index_name(name)}", shard.index.bytes, time.time()
+    try:
+        content = ask(url, shard.cache.patience, lambda store: read_range(store, url, 0, size))
+    except FileNotFoundError:
+        return None
+    shard.cache.record(url, len(content), began)
+    path = _path(shard, fallback_dir)
+    atomic_write(path, content)
+    index = _load(shard, path)
+    if not index or index.stamp._replace(changed_at=0) != _stamp(shard):
+        return None
+    faults = [fault._replace(shard=shard.name) for fault in index.faults]  # named as where it was made
+    index = replace(index, stamp=_stamp(shard), faults=faults)
+    _save(index, path)
+    return index
+
+
+def _load(shard: Shard, path: Path) -> TarIndex | None:
+    """A sound index of a shard of the size that it names; None if the file is none."""
+    if not path.is_file():  # also a FIFO, which would block
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            keys, key_ends, places = (file.get_tensor(name) for name in ("keys", "key_ends", "places"))
+            stamp, faults = parse_json((file.metadata() or {})["about"], str(path), list)
+        found = [BadSample(*fault) for fault in faults]
+        remote = shard if shard.cache else None
+        index = TarIndex(shard.name, Stamp(*stamp), keys, key_ends, places, found, remote)
+        return index if _sound(index) else None
+    except Exception:  # there is none yet, or it is damaged, or forged
+        return None
+
+
+def _save(index: TarIndex, path: Path) -> None:
+    about = json.dumps([index.stamp, index.faults])
+    with replacing(path) as temporary:
+        tensors = {"keys": index.keys, "key_ends": index.key_ends, "places": index.places}
+        save_file(tensors, temporary, {"about": about})
 
 
 def count_samples(source: Source[TarIndex]) -> int:
@@ -251,8 +359,11 @@ def _places(fields: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def _stamp(shard: Shard) -> Stamp:
+    sha256 = shard.entry.sha256 if shard.entry else ""
+    if shard.stored:
+        return Stamp(VERSION, shard.stored.bytes, 0, sha256 or shard.stored.version)
     status = os.stat(shard.name)
-    return Stamp(VERSION, status.st_size, status.st_mtime_ns, shard.entry.sha256 if shard.entry else "")
+    return Stamp(VERSION, status.st_size, status.st_mtime_ns, sha256)
 
 
 def _sound(index: TarIndex) -> bool:
@@ -275,6 +386,7 @@ def _sound(index: TarIndex) -> bool:
 
 def _path(shard: Shard, fallback_dir: Path) -> Path:
     path = Path(shard.name).absolute()
-    if os.access(path.parent, os.W_OK):
-        return path.with_name(f".{path.name}{SUFFIX}")
-    return fallback_dir / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}-{path.name}{SUFFIX}"
+    if not shard.cache and os.access(path.parent, os.W_OK):
+        return path.with_name(index_name(path.name))
+    key = os.fsencode(shard.name if shard.cache else path)
+    return fallback_dir / f"{hashlib.sha256(key).hexdigest()[:16]}-{path.name}{SUFFIX}"

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from multiprocessing import get_context
@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 
 from coca_lit.data.records import not_found
 from coca_lit.data.shards.cache import ShardCache
-from coca_lit.data.shards.store import PATIENCE, SCHEMES, is_remote, list_folder
+from coca_lit.data.shards.store import PATIENCE, SCHEMES, Stored, is_remote, list_folder
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write
 from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable
@@ -36,6 +36,7 @@ Result = TypeVar("Result")
 Shared = TypeVar("Shared")
 
 MANIFEST = "manifest.json"
+REQUESTS = 32  # to a store at a time
 _HOW = (
     "write LAION or other image-text pairs with img2dataset --output_format webdataset, "
     "and name its folder or FOLDER/*.tar"
@@ -64,10 +65,25 @@ class Shard(NamedTuple):
     name: str  # a path, or a URL
     entry: ManifestEntry | None = None
     cache: ShardCache | None = None  # for a remote one
+    stored: Stored | None = None  # a remote one, when it was listed
+    index: Stored | None = None  # the file with its index, if the store has one and a manifest to compare it with
 
-    def local(self) -> AbstractContextManager[Path]:
-        """A local file that stays there within the block."""
-        return self.cache.open(self.name) if self.cache else nullcontext(Path(self.name))
+    def local(self, verify: bool = False) -> AbstractContextManager[Path]:
+        """A local file that stays there within the block; raises as `ShardCache.open`.
+
+        Args:
+            verify: compare a remote one with its manifest when it is fetched; raises `DataError` if it differs.
+        """
+        if not self.cache:
+            return nullcontext(Path(self.name))
+        entry = self.entry if verify else None
+        check = functools.partial(check_digest, self.name, entry=entry) if entry else None
+        return self.cache.open(self.name, self.stored, check)
+
+
+def index_name(name: str) -> str:
+    """Of the file beside a shard that holds its index, see `coca_lit.data.shards.indexed`."""
+    return f".{name}.index"
 
 
 def find_shards(shards: str | Sequence[str], cache: ShardCache | None = None) -> list[Shard]:
@@ -167,7 +183,7 @@ def parallel_map(
 
 
 class _Folder(NamedTuple):
-    sizes: Callable[[str], int | None]  # of a file, None if there is no such file
+    file: Callable[[str], Stored | None]  # None if there is no such file
     names: Callable[[str], list[str]]  # that match a pattern
     manifest: Manifest
 
@@ -175,25 +191,28 @@ class _Folder(NamedTuple):
 def _look_into(folder: str, patience: float = PATIENCE) -> _Folder:
     if is_remote(folder):
         listing = list_folder(folder, patience)
-        content = listing.read(MANIFEST) if MANIFEST in listing.sizes else None
-        manifest = parse_manifest(content, f"{folder}/{MANIFEST}") if content is not None else {}
-        return _Folder(listing.sizes.get, listing.matches, manifest)
+        found = listing.file(MANIFEST)
+        manifest = parse_manifest(listing.read(MANIFEST, found.bytes), f"{folder}/{MANIFEST}") if found else {}
+        return _Folder(functools.cache(listing.file), listing.matches, manifest)
     path = Path(folder)
 
-    def size(name: str) -> int | None:
-        return (path / name).stat().st_size if (path / name).is_file() else None
+    def file(name: str) -> Stored | None:
+        return Stored((path / name).stat().st_size, "") if (path / name).is_file() else None
 
     def names(pattern: str) -> list[str]:
         return [file.name for file in path.glob(pattern) if file.is_file()]
 
-    return _Folder(size, names, read_manifest(path))
+    return _Folder(file, names, read_manifest(path))
 
 
 def _names(shards: str | Sequence[str], folders: Callable[[str], _Folder]) -> list[str]:
     patterns = [shards] if isinstance(shards, str) else list(shards)
     expanded = [name for pattern in patterns for name in braceexpand(_accepted(pattern))]
     names = list(dict.fromkeys(match for name in expanded for match in _matches(name, folders)))
-    missing = [name for name in names if (split := _split(name)) and folders(split[0]).sizes(split[1]) is None]
+    asked = [(folders(folder), last) for folder, last in map(_split, names)]
+    with ThreadPoolExecutor(REQUESTS) as pool:  # a web server is asked for each of them
+        found = pool.map(lambda of: of[0].file(of[1]), asked)
+        missing = [name for name, file in zip(names, found, strict=True) if file is None]
     if missing or not names:
         what = f"{len(missing)} of {len(names)} shards" if missing else "shards"
         raise not_found(what, missing[:1] or patterns, _HOW)
@@ -223,16 +242,17 @@ def _join(name: str, folders: Callable[[str], _Folder], cache: ShardCache | None
     folder, last = _split(name)
     found = folders(folder)
     cache = cache if is_remote(name) else None
+    file = found.file(last) or Stored(0, "")
     if not found.manifest:
-        return Shard(name, None, cache)
+        return Shard(name, None, cache, file if cache else None)
     if last not in found.manifest:
         raise DataError(
             f"{name} is not in the {MANIFEST} of its folder: remove it, or accept it with coca-data check --update"
         )
-    entry, size = found.manifest[last], found.sizes(last) or 0
-    if size != entry.bytes:
-        raise DataError(f"{name} has {size:,} bytes, but {entry.bytes:,} {_REFUSED}")
-    return Shard(name, entry, cache)
+    entry = found.manifest[last]
+    if file.bytes != entry.bytes:
+        raise DataError(f"{name} has {file.bytes:,} bytes, but {entry.bytes:,} {_REFUSED}")
+    return Shard(name, entry, cache, file, found.file(index_name(last))) if cache else Shard(name, entry)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -8,8 +8,9 @@ import logging
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
@@ -100,18 +101,21 @@ def sample_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str)
     raise BadSampleError(BadSample(shard, fields["__key__"], missing))
 
 
-def read_fields(shard: Shard, bad: BadSamples, verify: bool = False, content: bool = True) -> Iterator[dict[str, Any]]:
+def read_fields(
+    shard: Shard, bad: BadSamples, verify: bool = False, content: bool = True, file: BinaryIO | None = None
+) -> Iterator[dict[str, Any]]:
     """The members of each sample by suffix, and its "__key__"; counts samples, and faults of the shard as a whole.
 
     Args:
         content: False gives the (offset, size) in bytes of each member in place of its content.
+        file: the open shard, which is then not compared with its manifest; by default a local copy is opened.
     """
     read, error = 0, None
     try:
-        with shard.local() as path:
-            if verify and shard.entry:
-                check_digest(shard.name, path, shard.entry)
-            for fields in group_members(_members(path, shard.name, bad, content), content):
+        with nullcontext(file) if file else shard.local() as source:
+            if verify and shard.entry and isinstance(source, Path):
+                check_digest(shard.name, source, shard.entry)
+            for fields in group_members(_members(source, shard.name, bad, content), content):
                 read += 1
                 bad.seen += 1
                 if TWICE in fields:
@@ -149,8 +153,8 @@ def read_limit(member: str) -> int:
     return (MAX_TEXT if found[1].lower() in ("txt", "json") else MAX_IMAGE) + 1
 
 
-def _members(path: Path, shard: str, bad: BadSamples, content: bool) -> Iterator[Member]:
-    for member in tar_members(path, read_limit if content else lambda name: 0):
+def _members(source: Path | BinaryIO, shard: str, bad: BadSamples, content: bool) -> Iterator[Member]:
+    for member in tar_members(source, read_limit if content else lambda name: 0):
         if _WANTED.fullmatch(member.name):
             yield member
         elif holds_code(member.name):

@@ -1,4 +1,4 @@
-"""Object stores (s3, gs, hf) through fsspec: one place that reads them, waits for them and explains what is wrong.
+"""Object stores (s3, gs, hf, https) through fsspec: one place that reads them, waits for them and says what is wrong.
 
 A store that does not answer is no damage to the data: a request is repeated with growing waits, and after the patience
 is over the run stops. It never continues with other data. What waiting cannot fix (a bucket that does not exist,
@@ -13,6 +13,8 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from io import SEEK_CUR, BufferedIOBase
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from coca_lit.errors import DataError, DataNotFoundError
@@ -23,7 +25,9 @@ logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback at 
 
 T = TypeVar("T")
 
-SCHEMES = ("s3", "gs", "hf", "memory")  # memory: for tests
+SCHEMES = ("s3", "gs", "hf", "https", "memory")  # memory: for tests
+VERSIONS = ("ETag", "etag", "blob_id", "Last-Modified", "created")  # what tells two versions of a file apart
+BLOCK = 2**19  # bytes that a store sends in about the time in which it answers a request
 PATIENCE = 600.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
 _used: dict[int, Any] = {}  # for good: a forked worker would close the connections of its parent, with a traceback
@@ -45,22 +49,68 @@ class StoreError(DataError):
     """An object store that does not answer, or refuses."""
 
 
+class Stored(NamedTuple):
+    """A remote file as its store lists it."""
+
+    bytes: int
+    version: str  # changes with the content; "" if the store does not tell
+
+
 class RemoteFolder(NamedTuple):
-    """The listing of a folder on an object store."""
+    """The listing of a folder on an object store. A web server has none: it is asked for each file."""
 
     url: str
-    sizes: Mapping[str, int]  # by file name
+    files: Mapping[str, Stored]  # by name
     patience: float
 
-    def matches(self, pattern: str) -> list[str]:
-        return sorted(name for name in self.sizes if fnmatch.fnmatchcase(name, pattern))
-
-    def read(self, name: str) -> bytes:
-        """A small file."""
+    def file(self, name: str) -> Stored | None:
+        if not _is_web(self.url):
+            return self.files.get(name)
         url = f"{self.url}/{name}"
-        if self.sizes[name] > MAX_JSON:
-            raise DataError(f"{url} has {self.sizes[name]:,} bytes, more than {MAX_JSON:,}")
-        return ask(url, self.patience, lambda store: store.cat_file(url))
+        try:
+            return ask(url, self.patience, lambda store: stored(store, url))
+        except FileNotFoundError:
+            return None
+
+    def matches(self, pattern: str) -> list[str]:
+        if _is_web(self.url):
+            raise DataError(f"{self.url} cannot be listed: name the files, as in {self.url}/{{00000..00099}}.tar")
+        return sorted(name for name in self.files if fnmatch.fnmatchcase(name, pattern))
+
+    def read(self, name: str, size: int) -> bytes:
+        """A small file of that size."""
+        url = f"{self.url}/{name}"
+        if size > MAX_JSON:
+            raise DataError(f"{url} has {size:,} bytes, more than {MAX_JSON:,}")
+        return ask(url, self.patience, lambda store: read_range(store, url, 0, size))
+
+
+class RangeFile(BufferedIOBase):
+    """A remote file of which at least `BLOCK` bytes are read at a time, and what is skipped is not fetched."""
+
+    def __init__(self, url: str, size: int, patience: float = PATIENCE) -> None:
+        self._url, self._size, self._patience = url, size, patience
+        self._position = self._start = self.fetched = 0
+        self._block = b""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Raises as `ask`."""
+        left = max(0, self._size - self._position)
+        size = left if size is None or size < 0 else min(size, left)
+        if not self._start <= self._position <= self._position + size <= self._start + len(self._block):
+            start, end = self._position, self._position + max(size, min(BLOCK, left))
+            self._block = ask(self._url, self._patience, lambda store: read_range(store, self._url, start, end))
+            self._start, self.fetched = start, self.fetched + len(self._block)
+        first = self._position - self._start
+        self._position += size
+        return self._block[first : first + size]
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (self._position if whence == SEEK_CUR else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
 
 
 def is_remote(name: str) -> bool:
@@ -70,11 +120,30 @@ def is_remote(name: str) -> bool:
 def list_folder(url: str, patience: float = PATIENCE) -> RemoteFolder:
     """A folder that does not exist is empty; raises as `ask`."""
     try:
-        rows = ask(url, patience, lambda store: store.ls(url, detail=True))
+        rows = [] if _is_web(url) else ask(url, patience, lambda store: store.ls(url, detail=True))
     except FileNotFoundError:
         rows = []
-    sizes = {row["name"].rpartition("/")[2]: row["size"] for row in rows if row["type"] == "file"}
-    return RemoteFolder(url, sizes, patience)
+    files = {row["name"].rpartition("/")[2]: _stored(row) for row in rows if row["type"] == "file"}
+    return RemoteFolder(url, files, patience)
+
+
+def stored(store: Any, url: str) -> Stored:
+    """A file as it is now, whatever fsspec remembers of it."""
+    store.invalidate_cache()
+    found = store.info(url)
+    if found["size"] is None:
+        raise StoreError(f"{url}: the server does not tell its size, which reading it needs: copy it to a local disk")
+    return _stored(found)
+
+
+def read_range(store: Any, url: str, start: int, end: int) -> bytes:
+    """The bytes from `start` to `end`, at most as many as a server may send."""
+    content: bytes = store.cat_file(url, start=start, end=end) if end > start else b""
+    if len(content) > end - start:
+        raise StoreError(f"{url}: the server sends the whole file where a part of it is asked for: copy it")
+    if len(content) < end - start:
+        raise ConnectionError(f"{url} came with {len(content)} of {end - start} bytes")
+    return content
 
 
 def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
@@ -125,8 +194,9 @@ def fault_of(error: BaseException) -> Fault:
     names = [type(cause).__name__ for cause in chain]
     if any(isinstance(c, OSError) and (c.errno in _FULL or isinstance(c.filename, str)) for c in chain[:1]):
         return "local"  # the cache folder, not the store
-    if "NoSuchBucket" in codes or 404 in codes or isinstance(error, FileNotFoundError):
-        return "missing"
+    because_of_network = len(chain) > 1 and chain[1] is error.__cause__ and _is_of_network(chain[1])
+    if "NoSuchBucket" in codes or 404 in codes or (isinstance(error, FileNotFoundError) and not because_of_network):
+        return "missing"  # fsspec takes any failure of a web server for a missing file
     if any(word in str(code) for code in codes for word in _THROTTLING) or codes & {429, 503}:
         return "throttled"
     if isinstance(error, BlockingIOError) or getattr(error, "errno", None) == errno.EBUSY:  # so s3fs says SlowDown
@@ -146,6 +216,15 @@ def fault_of(error: BaseException) -> Fault:
 def bucket_of(url: str) -> str:
     scheme, _, path = url.partition("://")
     return f"{scheme}://{path.partition('/')[0]}"
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith("http")
+
+
+def _stored(row: Mapping[str, Any]) -> Stored:
+    version = next((row[name] for name in VERSIONS if row.get(name)), "")
+    return Stored(row["size"], str(version.timestamp() if isinstance(version, datetime) else version))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -197,7 +276,9 @@ def _missing(url: str, patience: float) -> Exception:
     """Whether it is the file or the whole bucket that is gone: a bucket is not one of many shards."""
     bucket = bucket_of(url)
     _forget(url)
-    if not url.startswith("hf://") and not ask(bucket, patience, lambda store: _exists(store, bucket)):
+    if not (url.startswith("hf://") or _is_web(url)) and not ask(
+        bucket, patience, lambda store: _exists(store, bucket)
+    ):
         return DataNotFoundError(f"{url}: there is no bucket {bucket}, or it cannot be seen with these credentials")
     return FileNotFoundError(f"{url} does not exist")
 

@@ -7,7 +7,7 @@ reads headers alone, and every read is bounded.
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -37,10 +37,11 @@ class Member(NamedTuple):
     content: bytes  # as much of it as was asked for
 
 
-def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Iterator[Member]:
+def tar_members(path: Path | BinaryIO, limit: Callable[[str], int] = lambda name: 0) -> Iterator[Member]:
     """The regular files in tar order.
 
     Args:
+        path: or an open file that is not compressed.
         limit: name -> how many bytes of the content are read, at most.
 
     Raises:
@@ -50,7 +51,7 @@ def tar_members(path: Path, limit: Callable[[str], int] = lambda name: 0) -> Ite
         OSError, EOFError, tarfile.TarError, zlib.error: the file cannot be read, or is truncated. Other errors of
             Python's reader, such as `ValueError`, are possible.
     """
-    with open_data(path) as file:
+    with open_data(path) if isinstance(path, Path) else nullcontext(path) as file:
         headers = _Headers(file)
         tar: Any = tarfile.TarFile(fileobj=headers)  # it has nothing to close but the file
         for member in tar:

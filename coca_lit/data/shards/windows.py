@@ -1,0 +1,296 @@
+"""The order of sets that are too large, or too far away, to be read at random: samples are shuffled in windows.
+
+The shards of a source, in an order drawn once for all passes, are divided evenly among logical readers. In every pass
+a reader permutes its shards, cuts their samples into windows of limited number and size, and shuffles each window.
+Item j of a global batch comes from reader j // (batch_size / readers), whatever process asks for it. The order depends
+on the seed, the readers and the limits alone, and any batch is computed without the batches before it.
+
+Processes take neighbouring items, and so neighbouring readers: where the number of machines divides that of readers,
+each machine reads shards of its own, the same ones in every pass. (The readers are what MosaicML's Streaming calls
+canonical nodes.) A shard is fetched by two machines if it was divided between their readers, or if they share a reader.
+"""
+
+import random
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate, count, islice, pairwise
+from operator import itemgetter
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from coca_lit.data.loader import epoch_order
+from coca_lit.data.shards.cache import CacheFullError
+from coca_lit.data.shards.indexed import IndexedBatches, TarIndex
+from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
+from coca_lit.data.shards.store import StoreError
+from coca_lit.seeding import stable_seed
+
+THREADS = 4  # of a process that fetch shards
+PAUSE = 5.0  # seconds until a shard that could not be fetched ahead is tried again
+
+
+class Windows(NamedTuple):
+    """How much is shuffled at a time; shared by all readers, and in a mixture by each source alone."""
+
+    samples: int
+    bytes: float
+    readers: int  # a divisor of the batch size
+
+    def cache_bytes(self, largest: int) -> float:
+        """Room for three windows in a row of each reader, which are read, awaited by workers, and fetched ahead; each
+        may begin and end within a shard of the `largest` size.
+        """
+        return 3 * self.bytes + 2 * self.readers * largest
+
+
+class Piece(NamedTuple):
+    """Neighbouring samples of a shard."""
+
+    shard: int  # in its source
+    first: int
+    count: int
+
+
+class Pass(NamedTuple):
+    """What a reader reads in one pass."""
+
+    windows: list[list[Piece]]
+    starts: list[int]  # of each window, in samples of the reader
+
+
+class SourceOrder:
+    """Which sample of a source each reader reads k-th.
+
+    Args:
+        first: index of the first sample of the source among those of all sources.
+    """
+
+    def __init__(self, source: Source[TarIndex], windows: Windows, seed: int, first: int) -> None:
+        self.source, self.seed = source, seed
+        self.max_samples, self.max_bytes = windows.samples / windows.readers, windows.bytes / windows.readers
+        self.counts = [len(index) for index in source.shards]
+        self.starts = [*accumulate(self.counts, initial=first)]
+        shards = list(range(len(self.counts)))
+        self._rng("readers").shuffle(shards)
+        ends = [*accumulate(self.counts[shard] for shard in shards)]
+        cuts = [ends[-1] * reader // windows.readers for reader in range(windows.readers + 1)]
+        self.pieces = [self._between(shards, ends, start, max(start + 1, end)) for start, end in pairwise(cuts)]
+        self.per_pass = [sum(piece.count for piece in pieces) for pieces in self.pieces]  # one sample more or less
+        self._passes: dict[int, dict[int, Pass]] = {reader: {} for reader in range(windows.readers)}  # the last two
+        self._shuffled: dict[int, tuple[tuple[int, int], list[int]]] = {}  # of each reader: its window
+
+    def sample(self, reader: int, k: int) -> tuple[int, int]:
+        """(pass, i) of the `k`-th sample of a reader, from 0."""
+        turn, number, place = self._place(reader, k)
+        if self._shuffled.get(reader, (None,))[0] != (turn, number):
+            self._shuffled[reader] = (turn, number), self._shuffle(reader, turn, number).tolist()
+        return turn, self._shuffled[reader][1][place]
+
+    def shards(self, reader: int, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(windows from here, shard) from the window of sample `first` to one window after that of sample `last`."""
+        turn, number, _ = self._place(reader, first)
+        end = self._place(reader, last)[:2]
+        for distance in count():
+            yield from ((distance, piece.shard) for piece in self._pass(reader, turn).windows[number])
+            if (turn, number) > end:
+                return
+            number += 1
+            if number == len(self._pass(reader, turn).windows):
+                turn, number = turn + 1, 0
+
+    def _place(self, reader: int, k: int) -> tuple[int, int, int]:
+        """(pass, window, place in the window)"""
+        turn, place = divmod(k, self.per_pass[reader])
+        starts = self._pass(reader, turn).starts
+        number = bisect_right(starts, place) - 1
+        return turn, number, place - starts[number]
+
+    def _pass(self, reader: int, turn: int) -> Pass:
+        known = self._passes[reader]
+        if turn not in known:
+            if len(known) == 2:
+                del known[min(known)]
+            pieces = list(self.pieces[reader])
+            self._rng("shards", turn, reader).shuffle(pieces)
+            # Two readers share a shard that is divided between them: both read it early, so that it is fetched once.
+            pieces.sort(key=lambda piece: piece.count == self.counts[piece.shard])
+            windows = list(self._cut(pieces))
+            lengths = (sum(piece.count for piece in window) for window in windows)
+            known[turn] = Pass(windows, [*accumulate(lengths, initial=0)][:-1])
+        return known[turn]
+
+    def _cut(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+        """Windows within the limits, but of at least one sample."""
+        window: list[Piece] = []
+        samples, size = self.max_samples, self.max_bytes  # that are left
+        for shard, first, left in pieces:
+            each = self.source.shards[shard].stamp.bytes / self.counts[shard]
+            while left:
+                taken = min(left, max(int(min(samples, size / each)), 0 if window else 1))
+                if not taken:
+                    yield window
+                    window, samples, size = [], self.max_samples, self.max_bytes
+                    continue
+                window.append(Piece(shard, first, taken))
+                first, left, samples, size = first + taken, left - taken, samples - taken, size - taken * each
+        if window:
+            yield window
+
+    def _shuffle(self, reader: int, turn: int, number: int) -> Tensor:
+        """The samples of a window."""
+        window = self._pass(reader, turn).windows[number]
+        samples = torch.cat([self.starts[piece.shard] + piece.first + torch.arange(piece.count) for piece in window])
+        return samples[epoch_order(len(samples), self.seed, turn, self.source.name, str(reader), str(number))]
+
+    def _between(self, shards: Sequence[int], ends: Sequence[int], start: int, end: int) -> list[Piece]:
+        """The samples from `start` to `end` of the shards in this order."""
+        pieces = []
+        while start < end:
+            place = bisect_right(ends, start)
+            shard = shards[place]
+            first = start - ends[place] + self.counts[shard]
+            pieces.append(Piece(shard, first, min(self.counts[shard] - first, end - start)))
+            start += pieces[-1].count
+        return pieces
+
+    def _rng(self, what: str, *of: int) -> random.Random:
+        return random.Random(stable_seed(what, self.seed, self.source.name, *of))
+
+
+class WindowedBatches(IndexedBatches):
+    """A rank's batches of (pass, i), from global batch `start` to `stop`, whose shards are fetched ahead.
+
+    Every reader takes from the sources by their weights, all of them in the same turn.
+
+    Args:
+        behind: batches that workers may still have to read when a later one is asked for.
+        others: see `IndexedBatches`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source[TarIndex]],
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        windows: Windows,
+        behind: int = 0,
+    ) -> None:
+        super().__init__(sources, batch_size, seed, start, stop, rank, world)
+        self.behind, self.of_reader = behind, batch_size // windows.readers  # samples of a batch
+        self.orders = [
+            SourceOrder(source, windows, seed, first) for source, first in zip(sources, self.starts, strict=False)
+        ]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.batch_size // self.world
+        mine = range(self.rank * size, (self.rank + 1) * size)
+        ahead = Ahead()
+        try:
+            for number in range(self.start, self.stop):
+                turns = self._turns(number)
+                ahead.need(number, self._shards(mine, turns))
+                ahead.release(number - self.behind)
+                yield self._samples(mine, turns)
+        finally:
+            ahead.close()
+
+    def global_batch(self, number: int) -> list[tuple[int, int]]:
+        return self._samples(range(self.batch_size), self._turns(number))
+
+    def _turns(self, number: int) -> list[tuple[int, int]]:
+        """(source, k) of what each reader contributes to a batch."""
+        before = counts_after(number * self.of_reader, self.weights)
+        return list(islice(weighted_round_robin(self.weights, before), self.of_reader))
+
+    def _samples(self, items: range, turns: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        places = (divmod(item, self.of_reader) for item in items)
+        return [self.orders[source].sample(reader, k) for reader, i in places for source, k in (turns[i],)]
+
+    def _shards(self, items: range, turns: Sequence[tuple[int, int]]) -> list[Shard]:
+        """The remote shards of a batch, and of what follows it."""
+        readers = range(items[0] // self.of_reader, items[-1] // self.of_reader + 1)
+        found: list[tuple[int, Shard]] = []
+        for number, (source, order) in enumerate(zip(self.sources, self.orders, strict=True)):
+            if of_source := [k for i, k in turns if i == number]:
+                for distance, shard in (x for r in readers for x in order.shards(r, of_source[0], of_source[-1])):
+                    if remote := source.shards[shard].remote:
+                        found.append((distance, remote))
+        return [shard for _, shard in sorted(found, key=itemgetter(0))]
+
+
+class Ahead:
+    """Fetches shards in threads, and keeps them in the cache until they are done with.
+
+    What cannot be fetched is left to the worker that needs it, which reports it.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[Shard, int] = {}  # the last batch that needs each shard
+        self._held: dict[Shard, AbstractContextManager[Path]] = {}
+        self._lock = Lock()
+        self._queue: SimpleQueue[Shard | None] = SimpleQueue()
+        self._threads: list[Thread] = []
+
+    def need(self, number: int, shards: Iterable[Shard]) -> None:
+        """Shards that batch `number` needs, or what follows it, the most urgent first."""
+        with self._lock:
+            wanted = dict.fromkeys(shards, number)
+            new = [shard for shard in wanted if shard not in self._last]
+            self._last |= wanted
+        for shard in new:
+            self._queue.put(shard)
+        if new and not self._threads:  # daemons: a store that is away must not keep a process from ending
+            self._threads = [Thread(target=self._fetch, daemon=True) for _ in range(THREADS)]
+            for thread in self._threads:
+                thread.start()
+
+    def release(self, number: int) -> None:
+        """Lets go of shards that no batch from `number` on needs."""
+        with self._lock:
+            done = [shard for shard, last in self._last.items() if last < number]
+            for shard in done:
+                del self._last[shard]
+            held = [self._held.pop(shard) for shard in done if shard in self._held]
+        for context in held:
+            context.__exit__(None, None, None)
+
+    def close(self) -> None:
+        with self._lock:
+            last = max(self._last.values(), default=0)
+        self.release(last + 1)
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _fetch(self) -> None:
+        while shard := self._queue.get():
+            assert shard.cache
+            context = shard._replace(cache=shard.cache._replace(patience=0)).local(verify=True)
+            try:
+                with self._lock:
+                    if shard not in self._last or shard in self._held:
+                        continue
+                context.__enter__()
+            except (StoreError, CacheFullError):
+                time.sleep(PAUSE)
+                self._queue.put(shard)
+            except Exception:
+                continue
+            else:
+                with self._lock:
+                    if wanted := shard in self._last and shard not in self._held:
+                        self._held[shard] = context
+                if not wanted:
+                    context.__exit__(None, None, None)

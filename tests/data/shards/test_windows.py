@@ -1,0 +1,356 @@
+"""Windows: an order that a naive loop gives too, equal on any number of processes, and shards that are fetched once."""
+
+import csv
+import gzip
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from test_datamodules import TOKENIZER
+from test_shards import contents, spoil, write_shards
+
+from coca_lit.cli.data import data as coca_data
+from coca_lit.data.shards import windows as windowed
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.indexed import Stamp, TarIndex, make_index
+from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.mixture import Source, weighted_round_robin
+from coca_lit.data.shards.windows import WindowedBatches, Windows
+from coca_lit.errors import DataError
+from coca_lit.seeding import stable_seed
+
+COUNTS = {"a": [7, 5, 0, 11, 8, 3, 9, 4, 6, 10], "b": [5, 9, 2]}  # samples of each shard
+SEED = 3
+
+
+# The order
+
+
+def index(name: str, count: int) -> TarIndex:
+    """Samples of 1024 bytes."""
+    nothing = np.zeros(0, np.uint8), np.zeros(count, np.int64), np.zeros((count, 3, 2), np.int64)
+    return TarIndex(name, Stamp(2, 1024 * count, 0, ""), *nothing, faults=[])
+
+
+def sources(weights: dict[str, float]) -> list[Source[TarIndex]]:
+    return [
+        Source(name, [index(f"{name}{i}", count) for i, count in enumerate(COUNTS[name])], weight)
+        for name, weight in weights.items()
+    ]
+
+
+def batches(windows: Windows, weights: dict[str, float], rank: int = 0, world: int = 1) -> WindowedBatches:
+    return WindowedBatches(sources(weights), 24, SEED, 0, 30, rank, world, windows=windows)
+
+
+def naive_reader(name: str, first: int, windows: Windows, reader: int) -> Iterator[tuple[int, int]]:
+    """All (pass, i) that a reader reads, one sample after the other."""
+    counts = COUNTS[name]
+    shards = list(range(len(counts)))
+    random.Random(stable_seed("readers", SEED, name)).shuffle(shards)
+    rows = [(shard, row) for shard in shards for row in range(counts[shard])]
+    mine = rows[len(rows) * reader // windows.readers : len(rows) * (reader + 1) // windows.readers]
+    turn = 0
+    while True:
+        pieces = [[row for row in mine if row[0] == shard] for shard in dict.fromkeys(shard for shard, _ in mine)]
+        random.Random(stable_seed("shards", SEED, name, turn, reader)).shuffle(pieces)
+        divided = [piece for piece in pieces if len(piece) < counts[piece[0][0]]]
+        plan = [*chain(*divided), *chain(*(piece for piece in pieces if piece not in divided))]
+        size = int(min(windows.samples / windows.readers, windows.bytes / windows.readers / 1024))
+        for number, start in enumerate(range(0, len(plan), size)):
+            window = plan[start : start + size]
+            seed = stable_seed("order", SEED, turn, name, str(reader), str(number))
+            for i in torch.randperm(len(window), generator=torch.Generator().manual_seed(seed)).tolist():
+                yield turn, first + sum(counts[: window[i][0]]) + window[i][1]
+        turn += 1
+
+
+def naive_batches(windows: Windows, weights: dict[str, float]) -> Iterator[list[tuple[int, int]]]:
+    starts = dict(zip(weights, (0, sum(COUNTS["a"])), strict=False))
+    readers = [
+        {name: naive_reader(name, starts[name], windows, reader) for name in weights}
+        for reader in range(windows.readers)
+    ]
+    turns = weighted_round_robin(list(weights.values()), [0] * len(weights))
+    while True:
+        batch = [list(weights)[source] for source, _ in islice(turns, 24 // windows.readers)]
+        yield [next(streams[name]) for streams in readers for name in batch]
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 0.7, "b": 0.3}])
+@pytest.mark.parametrize(
+    "windows", [Windows(32, 1e9, 4), Windows(10**6, 20 * 1024, 2), Windows(9, 1e9, 1), Windows(10**6, 1e9, 12)]
+)
+def test_the_order_is_that_of_a_naive_loop(windows, weights):
+    expected = list(islice(naive_batches(windows, weights), 30))
+    assert list(batches(windows, weights)) == expected
+    anywhere = batches(windows, weights)
+    for number in (29, 3, 17, 4, 0):
+        assert anywhere.global_batch(number) == expected[number]
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 24])
+def test_ranks_share_the_batches_of_one(world):
+    windows, weights = Windows(32, 1e9, 4), {"a": 0.7, "b": 0.3}
+    parts = zip(*(batches(windows, weights, rank, world) for rank in range(world)), strict=True)
+    assert [list(chain(*part)) for part in parts] == list(batches(windows, weights))
+
+
+@pytest.mark.parametrize("windows", [Windows(24, 1e9, 3), Windows(10**6, 18 * 1024, 3), Windows(1, 1, 2)])
+def test_every_pass_of_a_reader_is_cut_into_windows_within_the_limits(windows):
+    (order,) = batches(windows, {"a": 1.0}).orders
+    limit = max(1, int(min(windows.samples, windows.bytes / 1024) / windows.readers))
+    assert sum(order.per_pass) == sum(COUNTS["a"])
+    for turn in range(3):
+        found = []
+        for reader, count in enumerate(order.per_pass):
+            drawn = [order.sample(reader, turn * count + k) for k in range(count)]
+            assert {found_turn for found_turn, _ in drawn} == {turn}
+            lengths = [sum(piece.count for piece in window) for window in order._pass(reader, turn).windows]
+            assert max(lengths) <= limit
+            found += [i for _, i in drawn]
+        assert sorted(found) == list(range(sum(COUNTS["a"])))
+
+
+def test_machines_read_shards_of_their_own_in_every_pass():
+    """Four of two readers each; only shards that are divided between neighbours are read by two."""
+    windows = Windows(64, 1e9, 8)
+    ends = np.cumsum(COUNTS["a"])
+    shards = [set() for _ in range(4)]
+    for machine in range(4):
+        for batch in batches(windows, {"a": 1.0}, machine, 4):
+            shards[machine] |= {int(np.searchsorted(ends, i, "right")) for _, i in batch}
+    read = Counter(chain(*shards))
+    assert len(read) == 9
+    assert sum(read.values()) <= 9 + 3
+
+
+def test_fewer_samples_than_readers():
+    few = [Source("", [index("x", 3)])]
+    found = WindowedBatches(few, 8, SEED, 0, 3, windows=Windows(16, 1e9, 8))
+    assert {i for batch in found for _, i in batch} == {0, 1, 2}
+
+
+# Remote shards
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """memory://set with twelve shards, their manifest and indexes, and the same on disk."""
+    local = tmp_path / "local"
+    local.mkdir()
+    write_shards(local, 12, 4)
+    coca_data(["check", str(local), "--workers", "1"])
+    filesystem = fsspec.filesystem("memory")
+    for path in local.iterdir():
+        filesystem.pipe_file(f"/set/{path.name}", path.read_bytes())
+    monkeypatch.setattr(windowed, "PAUSE", 0.02)
+    yield filesystem, local
+    filesystem.rm("/set", recursive=True)
+
+
+def laion(tmp_path: Path, shards: str | dict[str, str] = "memory://set", **more) -> LAIONDataModule:
+    """Windows of six samples for each of two readers."""
+    more = {"cache_dir": str(tmp_path / "cache"), "window": 12, "readers": 2, "window_gb": 1e-3, "seed": SEED} | more
+    more = {"epoch_samples": 96, "batch_size": 4} | more
+    return LAIONDataModule(shards, tokenizer=TOKENIZER, image_size=16, **more)
+
+
+def read(data: LAIONDataModule, start: int = 0, rank: int = 0, world: int = 1, stop: int | None = None) -> list:
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+    return list(islice(data.train_dataloader().open_at(0, start), None if stop is None else stop - start))
+
+
+def fetched(tmp_path: Path) -> list[tuple[str, int]]:
+    with (tmp_path / "cache" / "fetched.csv").open(newline="") as file:
+        return [(url.rpartition("/")[2], int(size)) for _, url, size, _ in csv.reader(file)]
+
+
+def size_of(filesystem) -> int:
+    return filesystem.size("/set/00000.tar")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_batches_are_equal_on_other_ranks_and_workers_and_after_a_resume(store, tmp_path, workers):
+    data = laion(tmp_path, epoch_samples=48)
+    whole = [contents(batch) for batch in read(data)]
+    assert data.world_size_invariant
+    assert len({key for keys, *_ in whole for key in keys}) == 48
+    order = WindowedBatches([Source("", data.indexes[""])], 4, SEED, 0, 12, windows=Windows(12, 1e6, 2))
+    keys = [f"memory://set/{i:05d}.tar/{i}{row:04d}" for i in range(12) for row in range(4)]
+    assert [found for found, *_ in whole] == [[keys[i] for _, i in batch] for batch in order]
+    ranks = [read(laion(tmp_path / "other", epoch_samples=48, num_workers=workers), 5, rank, 2) for rank in range(2)]
+    parts = [[contents(batch) for batch in found] for found in ranks]
+    assert [tuple(a + b for a, b in zip(*both, strict=True)) for both in zip(*parts, strict=True)] == whole[5:]
+
+
+def test_every_byte_is_fetched_once_through_a_cache_that_is_smaller_than_the_set(store, tmp_path):
+    filesystem, _ = store
+    data = laion(
+        tmp_path, window=8, window_gb=8 / 4 * size_of(filesystem) / 1e9, cache_gb=11 * size_of(filesystem) / 1e9
+    )
+    assert len({key for batch in read(data, stop=12) for key in batch.keys}) == 48
+    used = sum(row["size"] for row in filesystem.ls("/set", detail=True) if row["name"].endswith(".tar"))
+    assert sum(size for _, size in fetched(tmp_path)) <= 1.05 * used
+    assert Counter(name for name, _ in fetched(tmp_path) if name.endswith(".tar")).most_common(1)[0][1] == 1
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= data.cache.max_bytes
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_index_is_shipped_or_made_of_what_is_fetched(store, tmp_path, monkeypatch, whole):
+    filesystem, local = store
+    expected = [make_index(Shard(str(path)), tmp_path) for path in sorted(local.glob("*.tar"))]
+
+    def arrays(indexes: list[TarIndex]) -> list:
+        return [(found.keys.tolist(), found.key_ends.tolist(), found.places.tolist()) for found in indexes]
+
+    assert arrays(laion(tmp_path).indexes[""]) == arrays(expected)
+    assert {name for name, _ in fetched(tmp_path)} == {f".{i:05d}.tar.index" for i in range(12)}
+    for path in local.glob(".*.index"):
+        filesystem.rm_file(f"/set/{path.name}")
+    filesystem.rm_file("/set/manifest.json")
+    if not whole:
+        monkeypatch.setattr("coca_lit.data.shards.store.BLOCK", 512)
+    data = laion(tmp_path / "new", cache_gb=(12 if whole else 11.9) * size_of(filesystem) / 1e9, window_gb=1e-6)
+    assert arrays(data.indexes[""]) == arrays(expected)
+    sizes = [size for _, size in fetched(tmp_path / "new")]
+    assert len(sizes) == 12
+    assert sum(sizes) == 12 * size_of(filesystem) if whole else sum(sizes) < 9 * size_of(filesystem)
+    assert arrays(laion(tmp_path / "new").indexes[""]) == arrays(expected)
+    assert len(fetched(tmp_path / "new")) == 12
+
+
+def test_an_index_of_other_content_is_not_believed(store, tmp_path):
+    """It has the size of the shard, but another digest, or is damaged."""
+    filesystem, local = store
+    (tmp_path / "other").mkdir()
+    other = make_index(Shard(str(write_shards(tmp_path / "other", 1, 4)[0])), tmp_path)  # without a manifest
+    assert other.stamp.bytes == size_of(filesystem)
+    filesystem.pipe_file("/set/.00000.tar.index", (tmp_path / "other" / ".00000.tar.index").read_bytes())
+    filesystem.pipe_file("/set/.00001.tar.index", b"junk")
+    indexes = laion(tmp_path).indexes[""]
+    assert [found.key(0) for found in indexes] == [f"{i}0000" for i in range(12)]
+    assert {"00000.tar", "00001.tar"} <= {name for name, _ in fetched(tmp_path)}
+
+
+def test_what_comes_next_is_fetched_ahead_and_what_is_done_goes(store, tmp_path, monkeypatch):
+    """Nobody reads, and still the shards of the next window come, as soon as the store is back."""
+    filesystem, _ = store
+    fetch, faults = type(filesystem).get_file, [OSError("reset")] * 3
+
+    def get_file(self, *arguments):
+        if faults:
+            raise faults.pop()
+        fetch(self, *arguments)
+
+    monkeypatch.setattr(type(filesystem), "get_file", get_file)
+    data = laion(tmp_path)
+    sampler = data.train_dataloader().open_at(0, 0).batch_sampler
+    batch = iter(sampler)
+
+    def wait_for(count: int) -> set[str]:
+        end = time.monotonic() + 5
+        while len(found := set((tmp_path / "cache").glob("*.tar"))) < count and time.monotonic() < end:
+            time.sleep(0.01)
+        return {path.name for path in found}
+
+    next(batch)
+    (order,) = sampler.orders
+    wanted = {shard for reader in range(2) for _, shard in order.shards(reader, 0, 1)}
+    assert len(wait_for(len(wanted))) == len(wanted) < 12
+    for _ in range(11):
+        next(batch)
+    assert len(wait_for(12)) == 12
+    readers = len([*(tmp_path / "cache").glob("*.reader")])
+    batch.close()
+    assert readers > len([*(tmp_path / "cache").glob("*.reader")]) == 0
+
+
+def test_a_changed_shard_is_refused(store, tmp_path):
+    """With a manifest the run ends; without one its samples are bad ones, as on a local disk."""
+    filesystem, local = store
+    data = laion(tmp_path)
+    data.prepare_data()
+    spoil(local / "00007.tar", {"70000.txt": b"the same size!"[:14]})
+    changed = (local / "00007.tar").read_bytes()
+    assert len(changed) == size_of(filesystem)
+    filesystem.pipe_file("/set/00007.tar", changed)
+    with pytest.raises(DataError, match=r"00007\.tar has another sha256 than according to its manifest"):
+        read(laion(tmp_path / "again"))
+    data.max_bad_fraction = 0.5
+    found = read(data)
+    assert {(bad.shard, bad.reason) for batch in found for bad in batch.bad} == {
+        ("memory://set/00007.tar", "shard changed after it was indexed")
+    }
+
+
+def test_a_lost_shard_is_replaced_by_the_next_and_asked_for_once(store, tmp_path, monkeypatch):
+    filesystem, _ = store
+    data = laion(tmp_path, max_bad_fraction=0.5)
+    undisturbed = read(laion(tmp_path / "other"))
+    data.prepare_data()
+    filesystem.rm_file("/set/00011.tar")
+    found = read(data)
+    assert [(bad.shard, bad.reason) for batch in found for bad in batch.bad] == [
+        ("memory://set/00011.tar", "unreadable shard")
+    ] * 8
+    for before, after in zip(undisturbed, found, strict=True):
+        assert [key for key in before.keys if "00011" not in key] == [
+            key for key, old in zip(after.keys, before.keys, strict=True) if "00011" not in old
+        ]
+        assert all("00000.tar" in key for key, old in zip(after.keys, before.keys, strict=True) if "00011" in old)
+
+
+def test_a_bad_sample_is_replaced_by_one_of_its_shard(store, tmp_path):
+    filesystem, local = store
+    spoil(local / "00002.tar", {"20001.jpg": b"junk"})
+    filesystem.pipe_file("/sad/00002.tar", (local / "00002.tar").read_bytes())
+    filesystem.pipe_file("/sad/00003.tar", (local / "00003.tar").read_bytes())
+    found = read(laion(tmp_path, "memory://sad", max_bad_fraction=1.0))
+    filesystem.rm("/sad", recursive=True)
+    assert {(bad.key, bad.reason) for batch in found for bad in batch.bad} == {("20001", "unreadable image")}
+    keys = Counter(key.rpartition("/")[2] for batch in found for key in batch.keys)
+    assert keys["20001"] == 0
+    assert sum(count for key, count in keys.items() if key[0] == "2") == 48
+
+
+def test_a_mixture_of_near_and_far_keeps_its_shares(store, tmp_path):
+    _, local = store
+    shards = {"far": "memory://set", "near": str(local)}
+    found = read(laion(tmp_path, shards, batch_size=20, epoch_samples=80, weights={"far": 0.7, "near": 0.3}))
+    assert [Counter(batch.sources) for batch in found] == [{"far": 14, "near": 6}] * 4
+
+
+# Which order
+
+
+def test_what_is_read_how(store, tmp_path, monkeypatch):
+    _, local = store
+    assert laion(tmp_path, str(local)).order == "all"
+    assert laion(tmp_path).order == "windows"
+    assert laion(tmp_path, indexed=False).order == "stream"
+    packed = tmp_path / "x.tar.gz"
+    packed.write_bytes(gzip.compress((local / "00000.tar").read_bytes()))
+    assert laion(tmp_path, str(packed)).order == "stream"
+    with pytest.raises(DataError, match=r"windows of shards of up to .* need a cache of .*: raise data\.cache_gb"):
+        laion(tmp_path, cache_gb=1e-5).prepare_data()
+    with pytest.raises(ValueError, match="window, window_gb and readers must be above 0, not 0"):
+        laion(tmp_path, window=0)
+    near = read(laion(tmp_path, str(local)))
+    monkeypatch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 1000)
+    assert laion(tmp_path, str(local)).order == "windows"
+    assert laion(tmp_path, str(local), indexed=True).order == "all"
+    far = read(laion(tmp_path, str(local)))
+    assert far != near
+    assert [key.rpartition("/")[2] for batch in far for key in batch.keys] == [
+        key.rpartition("/")[2] for batch in read(laion(tmp_path)) for key in batch.keys
+    ]
