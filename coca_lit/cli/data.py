@@ -16,12 +16,13 @@ T = TypeVar("T")
 
 PREPARE = """\
 Writes a .csv, .tsv or .parquet file of local images and captions, a COCO or Flickr folder, a folder of NAME.jpg and
-NAME.txt, or the .tar files of img2dataset as shards with a manifest. Images are decoded once and copied as they are;
-broken ones are left out. An interrupted command resumes where it stopped."""
+NAME.txt, or the .tar files of img2dataset as shards with a manifest and indexes. Images are decoded once and copied as
+they are; broken ones are left out. An interrupted command resumes where it stopped."""
 CHECK = """\
 Decodes every image and caption of a set of shards, names what is broken, and writes manifest.json beside the shards:
-samples, bytes and sha256 of each. Training then refuses a shard that has changed. An existing manifest is compared
-first. An interrupted check resumes where it stopped."""
+samples, bytes and sha256 of each, and an index of each. Training then refuses a shard that has changed, and begins at
+once, also on a copy of the folder on an object store. An existing manifest is compared first. An interrupted check
+resumes where it stopped."""
 SPICE = """\
 Fetches Stanford CoreNLP 3.6.0 (400 MB, GPL 3), by which SPICE parses captions, and keeps its two jars. An interrupted
 download resumes where it stopped."""
@@ -86,7 +87,20 @@ def _check(options: argparse.Namespace) -> None:
         others = {name: entry for name, entry in read_manifest(folder).items() if (folder / name).is_file()}
         print(f"wrote {write_manifest(folder, others | entries)}")
     shard_check.forget_journals(set(folders))
+    of_all = {folder / name: entry for folder, entries in folders.items() for name, entry in entries.items()}
+    _write_indexes(of_all, options.workers)
     _print_total([report.entry for report in reports], bad)
+
+
+def _write_indexes(entries: "Mapping[Path, ManifestEntry]", workers: int) -> None:
+    """Beside the shards, for training on these and on copies of the folder on an object store."""
+    from coca_lit.data.shards.indexed import load_index, make_index
+    from coca_lit.data.shards.listing import Shard, parallel_map
+
+    shards = [Shard(str(path), entry) for path, entry in entries.items() if path.suffix == ".tar"]
+    if missing := [shard for shard in shards if not load_index(shard, Path(shard.name).parent)]:
+        folder = Path(missing[0].name).parent
+        _with_progress("indexing", parallel_map(make_index, missing, folder, workers), len(missing))
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -122,6 +136,7 @@ def _prepare(options: argparse.Namespace) -> None:
     _judge(good, bad, options.max_bad_fraction)
     entries = {shard.name: shard.entry for shard in shards if shard.entry.samples}
     print(f"wrote {write_manifest(options.output, entries)}")
+    _write_indexes({options.output / name: entry for name, entry in entries.items()}, options.workers)
     _print_total(list(entries.values()), bad)
     print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
 

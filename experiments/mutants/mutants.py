@@ -504,15 +504,41 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
         (
             "forged_index",
-            "if index.stamp == _stamp(shard) and _sound(index) else None",
-            "if index.stamp == _stamp(shard) else None",
+            "return index if _sound(index) else None",
+            "return index",
             "data/shards/test_indexed_shards.py -k stranger",
         ),
         (
             "changed_shard",
-            "(status.st_size, status.st_mtime_ns) != (self.stamp.bytes, self.stamp.changed_at)",
+            "(status.st_size, changed_at) != (self.stamp.bytes, self.stamp.changed_at)",
             "status.st_size != self.stamp.bytes",
             "data/shards/test_indexed_shards.py -k during",
+        ),
+        (
+            "foreign_index",
+            "if not index or index.stamp._replace(changed_at=0) != _stamp(shard):",
+            "if not index or index.stamp.bytes != _stamp(shard).bytes:",
+            "data/shards/test_windows.py -k believed",
+        ),
+    ],
+    "data/shards/windows.py": [
+        (
+            "shared_shards_first",
+            "            pieces.sort(key=lambda piece: piece.samples == self.counts[piece.shard])\n",
+            "",
+            "data/shards/test_windows.py -k naive",
+        ),
+        (
+            "window_bytes",
+            "int(min(samples, size / each))",
+            "int(samples)",
+            "data/shards/test_windows.py -k limits",
+        ),
+        (
+            "kept_ahead",
+            "self._held[shard] = context",
+            "context.__exit__(None, None, None)",
+            "data/shards/test_windows.py -k ahead",
         ),
     ],
     "data/shards/cache.py": [
@@ -521,6 +547,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "                if not _in_use(path):\n",
             "                if True:\n",
             "data/shards/test_cache.py -k make_room",
+        ),
+        (
+            "cache_changed",
+            "if expected not in (None, found):",
+            "if False:",
+            "data/shards/test_windows.py -k changed_shard",
         ),
         (
             "cache_whole",

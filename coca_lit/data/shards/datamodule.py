@@ -1,6 +1,6 @@
 """Pre-training on LAION or any other image-text shards in the format of img2dataset.
 
-Shards are indexed: local ones up to `AUTO_BYTES` are read in any order, others in windows. Compressed ones are a stream.
+Uncompressed shards are indexed: local ones up to `AUTO_BYTES` are shuffled as a whole, others in windows.
 """
 
 import logging

@@ -307,10 +307,10 @@ def _remote_index(shard: Shard, fallback_dir: Path, whole: bool) -> TarIndex:
 def _shipped_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
     """None if there is none beside the shard, or not of what the manifest records."""
     assert shard.cache
-    if not shard.entry or not shard.index or shard.index.bytes > shard.entry.bytes:
+    if not shard.entry or not shard.index_file or shard.index_file.bytes > shard.entry.bytes:
         return None
     folder, _, name = shard.name.rpartition("/")
-    url, size, began = f"{folder}/{index_name(name)}", shard.index.bytes, time.time()
+    url, size, began = f"{folder}/{index_name(name)}", shard.index_file.bytes, time.time()
     try:
         content = ask(url, shard.cache.patience, lambda store: read_range(store, url, 0, size))
     except FileNotFoundError:
@@ -346,7 +346,7 @@ def _load(shard: Shard, path: Path) -> TarIndex | None:
 def _save(index: TarIndex, path: Path) -> None:
     about = json.dumps([index.stamp, index.faults])
     with replacing(path) as temporary:
-        tensors = {"keys": index.keys, "key_ends": index.key_ends, "places": index.places}
+        tensors: dict[str, NDArray[Any]] = {"keys": index.keys, "key_ends": index.key_ends, "places": index.places}
         save_file(tensors, temporary, {"about": about})
 
 

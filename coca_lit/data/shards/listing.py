@@ -66,7 +66,7 @@ class Shard(NamedTuple):
     entry: ManifestEntry | None = None
     cache: ShardCache | None = None  # for a remote one
     stored: Stored | None = None  # a remote one, when it was listed
-    index: Stored | None = None  # the file with its index, if the store has one and a manifest to compare it with
+    index_file: Stored | None = None  # with its index, if the store has one and a manifest to compare it with
 
     def local(self, verify: bool = False) -> AbstractContextManager[Path]:
         """A local file that stays there within the block; raises as `ShardCache.open`.

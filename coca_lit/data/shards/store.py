@@ -49,6 +49,10 @@ class StoreError(DataError):
     """An object store that does not answer, or refuses."""
 
 
+class DeniedError(StoreError):
+    """A file that may not be read."""
+
+
 class Stored(NamedTuple):
     """A remote file as its store lists it."""
 
@@ -69,7 +73,7 @@ class RemoteFolder(NamedTuple):
         url = f"{self.url}/{name}"
         try:
             return ask(url, self.patience, lambda store: stored(store, url))
-        except FileNotFoundError:
+        except (FileNotFoundError, DeniedError):  # as S3 answers those who may not list
             return None
 
     def matches(self, pattern: str) -> list[str]:
@@ -194,9 +198,8 @@ def fault_of(error: BaseException) -> Fault:
     names = [type(cause).__name__ for cause in chain]
     if any(isinstance(c, OSError) and (c.errno in _FULL or isinstance(c.filename, str)) for c in chain[:1]):
         return "local"  # the cache folder, not the store
-    because_of_network = len(chain) > 1 and chain[1] is error.__cause__ and _is_of_network(chain[1])
-    if "NoSuchBucket" in codes or 404 in codes or (isinstance(error, FileNotFoundError) and not because_of_network):
-        return "missing"  # fsspec takes any failure of a web server for a missing file
+    if "NoSuchBucket" in codes or 404 in codes or (isinstance(error, FileNotFoundError) and not _hides(error)):
+        return "missing"
     if any(word in str(code) for code in codes for word in _THROTTLING) or codes & {429, 503}:
         return "throttled"
     if isinstance(error, BlockingIOError) or getattr(error, "errno", None) == errno.EBUSY:  # so s3fs says SlowDown
@@ -240,6 +243,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _hides(error: FileNotFoundError) -> bool:
+    """Whether it stands for another one: fsspec takes any failure of a web server for a missing file."""
+    cause = error.__cause__
+    return isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+
+
 def _is_of_network(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _NETWORK
 
@@ -269,7 +278,7 @@ def _final(url: str, fault: Fault, error: Exception, patience: float) -> Excepti
         return _missing(url, patience)
     if fault == "local" and isinstance(error, OSError):
         return DataError(f"no local copy of {url} can be written: {error.strerror} ({error.filename})")
-    return StoreError(f"{url} cannot be read: check the address and the credentials ({_reason(error)})")
+    return DeniedError(f"{url} cannot be read: check the address and the credentials ({_reason(error)})")
 
 
 def _missing(url: str, patience: float) -> Exception:

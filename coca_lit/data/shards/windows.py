@@ -56,7 +56,7 @@ class Piece(NamedTuple):
 
     shard: int  # in its source
     first: int
-    count: int
+    samples: int
 
 
 class Pass(NamedTuple):
@@ -83,7 +83,7 @@ class SourceOrder:
         ends = [*accumulate(self.counts[shard] for shard in shards)]
         cuts = [ends[-1] * reader // windows.readers for reader in range(windows.readers + 1)]
         self.pieces = [self._between(shards, ends, start, max(start + 1, end)) for start, end in pairwise(cuts)]
-        self.per_pass = [sum(piece.count for piece in pieces) for pieces in self.pieces]  # one sample more or less
+        self.per_pass = [sum(piece.samples for piece in pieces) for pieces in self.pieces]  # one sample more or less
         self._passes: dict[int, dict[int, Pass]] = {reader: {} for reader in range(windows.readers)}  # the last two
         self._shuffled: dict[int, tuple[tuple[int, int], list[int]]] = {}  # of each reader: its window
 
@@ -121,9 +121,9 @@ class SourceOrder:
             pieces = list(self.pieces[reader])
             self._rng("shards", turn, reader).shuffle(pieces)
             # Two readers share a shard that is divided between them: both read it early, so that it is fetched once.
-            pieces.sort(key=lambda piece: piece.count == self.counts[piece.shard])
+            pieces.sort(key=lambda piece: piece.samples == self.counts[piece.shard])
             windows = list(self._cut(pieces))
-            lengths = (sum(piece.count for piece in window) for window in windows)
+            lengths = (sum(piece.samples for piece in window) for window in windows)
             known[turn] = Pass(windows, [*accumulate(lengths, initial=0)][:-1])
         return known[turn]
 
@@ -147,7 +147,7 @@ class SourceOrder:
     def _shuffle(self, reader: int, turn: int, number: int) -> Tensor:
         """The samples of a window."""
         window = self._pass(reader, turn).windows[number]
-        samples = torch.cat([self.starts[piece.shard] + piece.first + torch.arange(piece.count) for piece in window])
+        samples = torch.cat([self.starts[piece.shard] + piece.first + torch.arange(piece.samples) for piece in window])
         return samples[epoch_order(len(samples), self.seed, turn, self.source.name, str(reader), str(number))]
 
     def _between(self, shards: Sequence[int], ends: Sequence[int], start: int, end: int) -> list[Piece]:
@@ -158,7 +158,7 @@ class SourceOrder:
             shard = shards[place]
             first = start - ends[place] + self.counts[shard]
             pieces.append(Piece(shard, first, min(self.counts[shard] - first, end - start)))
-            start += pieces[-1].count
+            start += pieces[-1].samples
         return pieces
 
     def _rng(self, what: str, *of: int) -> random.Random:

@@ -100,7 +100,8 @@ class FaultyStore:
     def _request(self, method: str, path: str, content: bytes = b"") -> None:
         backend = HTTPConnection(*self.backend)
         kind = "application/json" if method == "POST" else "application/octet-stream"
-        backend.request(method, f"/{path}", content, {"Authorization": AUTHORIZATION, "Content-Type": kind})
+        headers = {"Authorization": AUTHORIZATION, "Content-Type": kind, "x-amz-acl": "public-read"}
+        backend.request(method, f"/{path}", content, headers)
         answer = backend.getresponse()
         assert answer.status < 300, answer.read()
         backend.close()

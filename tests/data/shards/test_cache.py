@@ -46,15 +46,15 @@ def copies(cache: ShardCache) -> list[str]:
 
 
 def laion(shards: str, tmp_path: Path, **more) -> LAIONDataModule:
-    return LAIONDataModule(
-        shards, None, tokenizer=TOKENIZER, batch_size=4, image_size=16, cache_dir=str(tmp_path / "cache"), **more
-    )
+    """A stream; windows are in test_windows.py."""
+    more |= {"cache_dir": str(tmp_path / "cache"), "indexed": False}
+    return LAIONDataModule(shards, None, tokenizer=TOKENIZER, batch_size=4, image_size=16, **more)
 
 
 @pytest.mark.parametrize("pattern", ["memory://set", "memory://set/*.tar", "memory://set/{00000..00003}.tar"])
 def test_training_reads_the_same_from_afar(store, tmp_path, pattern):
     _, local = store
-    far, near = laion(pattern, tmp_path), laion(str(local), tmp_path, indexed=False)
+    far, near = laion(pattern, tmp_path), laion(str(local), tmp_path)
     assert far.steps_per_epoch == near.steps_per_epoch == 6
     assert [s.name.rpartition("/")[2] for s in far.sources[0].shards] == [f"{i:05d}.tar" for i in range(4)]
     # The order of shards is drawn by position, so the batches are the same.
@@ -97,7 +97,7 @@ def test_changed_lost_and_foreign_shards(store, tmp_path):
     ["simplecache::memory://set/*.tar", "memory://a::pipe://set", "http://h/x.tar", "ftp://h/x.tar", "github://x"],
 )
 def test_other_schemes_and_chains_are_refused(url):
-    with pytest.raises(DataError, match=r"from local paths and from s3://, gs://, hf:// only"):
+    with pytest.raises(DataError, match=r"from local paths and from s3://, gs://, hf://, https:// only"):
         find_shards(url)
 
 

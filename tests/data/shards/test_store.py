@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from test_shards import contents, write_shards
 from coca_lit.callbacks import Checkpoints
 from coca_lit.cli.data import data as coca_data
 from coca_lit.data.shards import store as object_store
+from coca_lit.data.shards import windows as windowed
 from coca_lit.data.shards.cache import PARTIAL, ShardCache
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import find_shards
@@ -82,6 +83,8 @@ def store(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
             monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(object_store, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(object_store, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(object_store, "SCHEMES", (*object_store.SCHEMES, "http"))
+    monkeypatch.setattr(windowed, "PAUSE", 0.05)
     fsspec.get_filesystem_class(server.scheme).clear_instance_cache()  # and its listings
     yield server
     if server.is_away:
@@ -90,7 +93,7 @@ def store(server: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
 
 
 def laion(tmp_path: Path, root: str = "s3://", **more) -> LAIONDataModule:
-    more = {"shuffle_buffer": 5, "cache_dir": str(tmp_path / "cache")} | more
+    more = {"indexed": False, "shuffle_buffer": 5, "cache_dir": str(tmp_path / "cache")} | more
     return LAIONDataModule(f"{root}bucket/set", 48, tokenizer=TOKENIZER, batch_size=4, image_size=16, **more)
 
 
@@ -163,6 +166,78 @@ def test_random_faults_and_resumes_change_nothing(store, tmp_path, expected):
         assert found == expected
         while store.is_away:
             time.sleep(0.05)
+
+
+@ON_ALL
+def test_windows_are_those_of_the_local_set_whatever_fails(store, tmp_path, windows):
+    """The index is fetched, and the shards, with any fault in between. It is the same over plain HTTP."""
+    roots = {store.root: FAULTS[:-1] if store.scheme == "s3" else ("reset", "cut")}
+    if store.scheme == "s3":
+        roots |= {f"{store.url}/": ("reset", "cut", "internal")}
+    for root, faults in roots.items():
+        for fault in faults:
+            data = in_windows(tmp_path / fault / root[:4], root)
+            times = 3 if fault == "slow" else store.attempts + 2
+            store.faults.extend([fault] * times)
+            data.prepare_data()
+            store.faults.extend([fault] * times)
+            assert batches(data) == named(windows, root)
+            store.faults.clear()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_windows_are_equal_on_other_ranks_and_workers_after_random_faults(store, tmp_path, windows):
+    """Started again after every few batches, on one to four ranks and with workers or none, often on a new machine."""
+    rng = random.Random(1)
+    drawn = 0
+    while drawn < DRAWN:
+        found: list[tuple] = []
+        while len(found) < len(windows):
+            cache, stop = tmp_path / f"cache{rng.randrange(3)}", min(len(found) + rng.randint(2, 6), 12)
+            for _ in range(rng.randint(0, 2)):
+                fault = rng.choice(FAULTS)
+                drawn += 1
+                if fault == "away" and not store.is_away:
+                    store.stop()
+                    threading.Timer(rng.uniform(0.05, 0.5), store.start).start()
+                elif fault != "away":
+                    store.faults.extend([""] * rng.randint(0, 2) + [fault] * rng.randint(1, 3))
+            parts = []
+            world, workers = rng.choice((1, 2, 4)), rng.choice((0, 0, 2))
+            for rank in range(world):
+                data = in_windows(cache, num_workers=workers)
+                data.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+                parts.append(batches(data, len(found), stop))
+            for ranks in zip(*parts, strict=True):
+                found.append(tuple(list(chain(*fields)) for fields in zip(*ranks, strict=True)))
+        assert found == named(windows, "s3://")
+        while store.is_away:
+            time.sleep(0.05)
+
+
+def in_windows(tmp_path: Path, root: str = "s3://", **more) -> LAIONDataModule:
+    """Six samples at a time of each of two readers."""
+    more = {"indexed": "auto", "window": 12, "readers": 2} | more
+    if not root.startswith("http"):
+        return laion(tmp_path, root, **more)
+    data = laion(tmp_path, **more)
+    data.patterns = {"": f"{root}bucket/set/{{00000..00003}}.tar"}
+    return data
+
+
+def named(found: list[tuple], root: str) -> list[tuple]:
+    """With the keys that the samples have there."""
+    return [([f"{root}bucket/{key[key.index('set/') :]}" for key in keys], *rest) for keys, *rest in found]
+
+
+@pytest.fixture(scope="module")
+def windows(local: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
+    """Twelve batches of the local set, two passes, read in windows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 0)
+        data = in_windows(tmp_path_factory.mktemp("windows"))
+        data.patterns = {"": str(local)}
+        return batches(data)
 
 
 def test_a_download_that_is_killed_is_begun_again(store, tmp_path, local):
@@ -240,6 +315,7 @@ def test_a_lost_shard_is_counted_and_a_lost_bucket_stops_the_run(store, tmp_path
     store.put("brief", {f"set/{path.name}": path.read_bytes() for path in local.glob("*.tar")})
     shards = "s3://brief/set"
     options = {"tokenizer": TOKENIZER, "batch_size": 4, "image_size": 16, "cache_dir": str(tmp_path / "cache")}
+    options["indexed"] = False
     data = LAIONDataModule(shards, 24, max_bad_fraction=0.5, shuffle_buffer=1, **options)
     data.prepare_data()
     store.delete("brief/set/00002.tar")
