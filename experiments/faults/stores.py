@@ -80,7 +80,7 @@ class Store(FaultyStore):
 def overrides(workers: int, cache: Path) -> tuple[str, ...]:
     return (
         *(*TINY, "data=laion", f"data.shards=s3://{BUCKET}/set/*.tar", "data.epoch_samples=32"),
-        *("data.shuffle_buffer=4", "data.max_bad_fraction=0", f"data.num_workers={workers}"),
+        *("data.indexed=false", "data.shuffle_buffer=4", "data.max_bad_fraction=0", f"data.num_workers={workers}"),
         *(f"data.cache_dir={cache}", f"data.cache_gb={CACHE / 1e9}"),
     )
 
