@@ -12,9 +12,15 @@ from pathlib import Path
 
 import key_reference
 import pytest
+import torch
+from hub_server import Hub, Repository
+from huggingface_hub import constants
+from PIL import Image
 
 from coca_lit.cli.checks import check, check_numbers, unresolved
 from coca_lit.cli.command import _parsed, compose, split_arguments, to_override
+from coca_lit.export.open_clip import write_open_clip
+from coca_lit.models import create_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -182,7 +188,48 @@ def blocks(page: str) -> list[str]:
     return [block for language, block in FENCE.findall(text_of(Path(page))) if language == "python"]
 
 
-def test_python_compiles() -> None:
+@pytest.fixture
+def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The current folder holds photos, and a Hub on the loopback interface a small model under the released name."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    folder = tmp_path / "released"
+    folder.mkdir()
+    encoder = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    sizes = {"image_size": 32, "embed_dim": 32, "pooler_queries": 3, "text_width": 32, "text_heads": 2}
+    sizes |= {"text_layers": 1, "decoder_layers": 1}
+    write_open_clip(create_model("coca_vit_b32", image_encoder_args=encoder, cls_mask="legacy", **sizes), folder)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((90, 60), 80).convert("RGB").save("photo.jpg")
+    Image.open("photo.jpg").save("photos/1.jpg")
+    with Hub() as hub:
+        hub.repositories["laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"] = Repository(files)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield
+
+
+def execute(page: str, names: dict[str, object]) -> None:
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.usefixtures("released")
+def test_python_of_the_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    execute("README.md", names)
+    assert "\ntensor([[" in capsys.readouterr().out  # two similarities, after a caption
+    execute("coca_lit/inference/README.md", names)
+    assert names["likelihood"].shape == (2,)  # type: ignore[attr-defined]
+    assert [path for _, path in names["hits"]] == ["1.jpg"]  # type: ignore[attr-defined]
+
+
+def test_other_python_compiles() -> None:
     for page in PAGES:
         for block in blocks(str(page)):
             compile(block, str(page), "exec")
