@@ -95,6 +95,7 @@ def test_every_step_once_in_one_run_after_a_kill(killed: tuple[Path, list[str]],
     assert steps(killed[0], tracker) == [[*range(12)]]
 
 
+@pytest.mark.slow
 def test_a_new_start_is_a_new_run(killed: tuple[Path, list[str]]) -> None:
     folder, overrides = killed
     assert train(folder, *overrides, "ckpt_path=null", "trainer.max_epochs=1", environment=QUICK) == 0

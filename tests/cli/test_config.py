@@ -508,6 +508,7 @@ class MyCallback(L.Callback):
 """
 
 
+@pytest.mark.slow
 def test_a_users_folder(tmp_path: Path) -> None:
     """A module, an experiment and a config group outside any package, in the folder that a command is started from."""
     (tmp_path / "my_module.py").write_text(GUEST)

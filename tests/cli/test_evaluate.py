@@ -188,6 +188,7 @@ def all_kinds(folder, checkpoint):
     return results
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
     expected = all_kinds(tmp_path / "1", checkpoint)
     assert {"scenes/CIDEr", "scenes/novel", "scenes/CLIPScore", "scenes/i2t_recall@1", "scenes/top1"} <= expected.keys()

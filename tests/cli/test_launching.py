@@ -157,6 +157,7 @@ def test_one_process_launchers_refuse_large_jobs(monkeypatch: pytest.MonkeyPatch
 # Optuna
 
 
+@pytest.mark.slow
 def test_optuna_study_survives_failures_and_goes_on(run: Run, tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     study = ("hydra/sweeper=optuna_study", "model.optimizer.lr=0.5,0.6,7", "hydra.sweeper.n_trials=5")

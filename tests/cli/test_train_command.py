@@ -207,9 +207,11 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("experiment", "extra"),
     [
-        *((name, ()) for name in ("scst_mscoco", "finetune_vqa", "scenes_vqa")),
+        ("scenes_vqa", ()),
         ("pretrain_mammut_b32", ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")),
-        *((name, FEW_PHOTOS) for name in ("flickr8k_two_hours", "flickr8k_frozen", "scst_flickr8k")),
+        *(pytest.param(name, (), marks=pytest.mark.slow) for name in ("scst_mscoco", "finetune_vqa")),
+        ("flickr8k_frozen", FEW_PHOTOS),
+        *(pytest.param(name, FEW_PHOTOS, marks=pytest.mark.slow) for name in ("flickr8k_two_hours", "scst_flickr8k")),
     ],
 )
 def test_any_experiment_runs_on_scenes(

@@ -92,7 +92,7 @@ def scenes(folder: Path, num_workers: int) -> ScenesDataModule:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("make", [scenes, laion, streamed])
+@pytest.mark.parametrize("make", [pytest.param(scenes, marks=pytest.mark.slow), laion, streamed])
 def test_a_resumed_training_sees_the_same_batches(tmp_path, make, num_workers):
     whole = fit(make(tmp_path, num_workers), tmp_path / "whole")
     assert [epoch for epoch, *_ in whole] == [0] * 4 + [1] * 4 + [2] * 4

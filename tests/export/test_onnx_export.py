@@ -231,6 +231,7 @@ def test_what_int8_loses_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
         assert score == pytest.approx(100 * Cider().compute_score(references, own)[0], abs=0.06)
 
 
+@pytest.mark.slow
 def test_int8_is_refused_above_the_stated_loss(
     exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,7 +80,7 @@ def half_a_line(path: Path, rows: Any) -> None:
         file.write('{"path": "photos/x.png", "capt')
 
 
-@pytest.mark.parametrize("output", ["lines.jsonl", "coco.json"])
+@pytest.mark.parametrize("output", ["lines.jsonl", pytest.param("coco.json", marks=pytest.mark.slow)])
 def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, kills = tmp_path / output, 0
     for at in (1, 2, 1, 2):

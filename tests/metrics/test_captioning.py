@@ -245,6 +245,7 @@ def test_killed_meteor_is_an_error_not_a_hang():
     assert not meteor._process.alive()
 
 
+@pytest.mark.slow
 def test_killed_meteor_costs_meteor_alone():
     shared = shared_meteor()
     shared.score([["a dog"]], ["a dog"])  # it is loaded and waits

@@ -158,6 +158,7 @@ def test_masks_texts_and_validation_are_compiled_without_breaks_and_only_once(mo
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of the CPU needs g++")
+@pytest.mark.slow
 def test_block_compiled_for_the_cpu_gives_the_same() -> None:
     torch.manual_seed(0)
     layout = Layout(torch.tensor([2, 5]))

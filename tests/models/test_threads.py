@@ -55,6 +55,7 @@ def assert_repeats(model: CoCa, full: bool = False) -> None:
         assert not different
 
 
+@pytest.mark.slow
 def test_four_threads() -> None:
     torch.set_num_threads(4)
     assert_repeats(build())

@@ -130,9 +130,9 @@ EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
 @pytest.mark.parametrize(
     ("data", "workers", "extra"),
     [
-        ("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS)),
+        pytest.param("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS), marks=pytest.mark.slow),
         ("indexed", 2, EMA_AND_ACCUMULATION),
-        ("stream", 2, EMA_AND_ACCUMULATION),
+        pytest.param("stream", 2, EMA_AND_ACCUMULATION, marks=pytest.mark.slow),
     ],
 )
 def test_killed_twice_in_an_epoch(
@@ -184,6 +184,7 @@ class SignalInValidation(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
     """And the validation is repeated: twice the one within the epoch, since a kill comes before the next checkpoint,
     and the one at its end.

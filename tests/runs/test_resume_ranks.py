@@ -99,6 +99,7 @@ def test_two_ranks_become_three(on_ranks, tmp_path: Path, data: str) -> None:
     assert state(tmp_path / "three")[RUN_KEY]["samples"] == 48
 
 
+@pytest.mark.slow
 def test_shards_on_other_ranks_and_workers(on_ranks, tmp_path: Path) -> None:
     """One sentence says that samples may come twice; the order is the same whenever this happens."""
     overrides = (*shards(tmp_path), "data.indexed=false", *SIX, "trainer.max_epochs=1")
@@ -203,6 +204,7 @@ def train_sharded(folder: Path) -> None:
     train(folder / "damaged", overrides)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_from_its_newest_whole_checkpoint(on_ranks, tmp_path: Path) -> None:
     on_ranks(2, train_sharded, tmp_path)
     whole, damaged = state(tmp_path / "whole"), state(tmp_path / "damaged")

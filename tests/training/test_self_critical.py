@@ -119,6 +119,7 @@ def test_captions_are_drawn_from_the_model_and_images_encoded_once() -> None:
     assert net.image_encoder.trunk.conv1[0].weight.grad is not None  # trained, if it is not frozen
 
 
+@pytest.mark.slow
 def test_rewards_grow() -> None:
     """A network that has begun to learn the captions of eight images finds better ones by its own attempts."""
     net, images, self_critical = network().train(), torch.stack(PIXELS), ready(samples=8)

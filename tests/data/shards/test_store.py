@@ -46,7 +46,8 @@ from faulty_store import FaultyGoogleStore, FaultyHub, FaultyStore, faulty_store
 
 FAULTS = ("reset", "cut", "slow", "slow down", "internal", "away")
 DRAWN = int(os.environ.get("COCA_STORE_FAULTS", 4))
-ON_ALL = pytest.mark.parametrize("server", [FaultyStore, FaultyGoogleStore, FaultyHub], indirect=True)
+OTHERS = [pytest.param(store, marks=pytest.mark.slow) for store in (FaultyGoogleStore, FaultyHub)]
+ON_ALL = pytest.mark.parametrize("server", [FaultyStore, *OTHERS], indirect=True)
 
 
 @pytest.fixture(scope="module")
