@@ -4,6 +4,7 @@ record(Path(__file__).with_suffix(".csv"), [{"case": "beam", "seconds": 1.2}])
 """
 
 import csv
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ def record(csv_path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def provenance() -> dict[str, str]:
     """Date (UTC), command, commit, machine, threads and versions of the running script."""
-    found = environment()
+    found = _at_start()
     releases = {"python": found["python"]} | {name: _release(name) for name in PACKAGES}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
@@ -49,6 +50,12 @@ def provenance() -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""),
         "versions": " ".join(f"{name}={release}" for name, release in releases.items() if release),
     }
+
+
+@functools.cache
+def _at_start() -> dict[str, Any]:
+    """Once: the rows that a script appends would make the commit of its next rows a dirty one."""
+    return environment()
 
 
 def _release(package: str) -> str:
