@@ -132,6 +132,7 @@ def test_compiled_blocks_give_the_same_and_stop_compiling(monkeypatch: pytest.Mo
     assert graphs[2:] == [graphs[2]] * 4
 
 
+@pytest.mark.slow
 def test_masks_texts_and_validation_are_compiled_without_breaks_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs of every kind of batch are there after the seventh."""
     torch._dynamo.reset()

@@ -124,6 +124,7 @@ def pages_of_steps(keep: bool) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+@pytest.mark.slow
 def test_freed_memory_stays_with_the_process() -> None:
     """Most pages of a step are of steps before it. Not all: whether a freed block fits a request depends on glibc."""
     returned, kept = (called(pages_of_steps, keep) for keep in (False, True))
