@@ -226,7 +226,7 @@ def test_python_of_the_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\ntensor([[" in capsys.readouterr().out  # two similarities, after a caption
     execute("coca_lit/inference/README.md", names)
     assert names["likelihood"].shape == (2,)  # type: ignore[attr-defined]
-    assert [path for _, path in names["hits"]] == ["1.jpg"]  # type: ignore[attr-defined]
+    assert [path for _, path in names["hits"]] == [Path("photos/1.jpg")]  # type: ignore[attr-defined]
 
 
 def test_other_python_compiles() -> None:
