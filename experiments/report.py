@@ -3,22 +3,27 @@
     python experiments/report.py STUDY [RUN_FOLDERS…]
 
 Run folders are added to the study's results.csv first, in place of rows with the same name. A study is listed below, or
-has a `report.py` of its own with `tables() -> {name: Markdown}` and, if it has a figure, `draw()`.
+has a `report.py` of its own with `tables() -> {name: Markdown}` and, if it has them, `draw()` for figures and
+`add_curves(run_folders)` for scores along the way.
 """
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.study import (
     EXPERIMENTS,
+    Row,
     TableStudy,
     VariantStudy,
     add_runs,
     as_they_are,
     by_seed,
+    by_variant,
     read_rows,
+    renamed,
     write_rows,
     write_tables,
 )
@@ -29,10 +34,26 @@ SCENE_SCORES = {
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
 }
+NEGATIVE = {
+    "1to2": "as it is",
+    "pooler_parallel": "two poolers side by side",
+    "pooler_cascade": "two poolers in a cascade",
+    "image_decoder_weight1": "draws the image, weight 1",
+    "image_decoder_weight10": "draws the image, weight 10",
+    "text_pairs": "few pairs: alone",
+    "text_pretrained": "few pairs: texts first",
+    "text_alternating": "few pairs: texts between",
+    "text_both": "few pairs: both",
+}
 
 
 def results(name: str) -> Path:
     return EXPERIMENTS / name / "results.csv"
+
+
+def negative(rows: Sequence[Row]) -> str:
+    """The studies that changed nothing in one table, with the runs that they share with the study of loss weights."""
+    return by_variant(renamed([*read_rows(results("loss_weights")), *rows], NEGATIVE), SCENE_SCORES)
 
 
 STUDIES: dict[str, Any] = {
@@ -40,26 +61,12 @@ STUDIES: dict[str, Any] = {
     "faults": TableStudy(results("faults"), as_they_are),
     "flickr8k": TableStudy(results("flickr8k"), by_seed),
     "generation_equality": TableStudy(results("generation_equality"), by_seed),
-    "image_decoder": VariantStudy(
-        results("image_decoder"),
-        {"none": "no image decoder", "weight1": "weight 1", "weight10": "weight 10"},
-        SCENE_SCORES,
-        borrowed={"none": ("poolers", "single")},
-    ),
     "loss_weights": VariantStudy(
         results("loss_weights"),
         {"1to0": "1 : 0", "2to1": "2 : 1", "1to2": "1 : 2", "1to4": "1 : 4", "0to1": "0 : 1"},
         SCENE_SCORES,
-        borrowed={"1to2": ("poolers", "single")},
     ),
-    "poolers": VariantStudy(
-        results("poolers"), {name: name for name in ("single", "parallel", "cascade")}, SCENE_SCORES
-    ),
-    "text_pretraining": VariantStudy(
-        results("text_pretraining"),
-        {"pairs": "pairs alone", "pretrained": "texts first", "alternating": "texts between", "both": "both"},
-        SCENE_SCORES,
-    ),
+    "negative": TableStudy(results("negative"), negative),
 }
 STUDIES |= {
     path.parent.name: importlib.import_module(f"experiments.{path.parent.name}.report")
@@ -72,10 +79,12 @@ def main() -> None:
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("runs", nargs="*", type=Path, help="run folders whose rows are added or replaced first")
     options = parser.parse_args()
+    study = STUDIES[options.study]
     if options.runs:
         file = results(options.study)
         write_rows(file, add_runs(read_rows(file), options.runs))
-    study = STUDIES[options.study]
+        if hasattr(study, "add_curves"):
+            study.add_curves(options.runs)
     if tables := study.tables():
         write_tables(tables)
         if hasattr(study, "draw"):

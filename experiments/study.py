@@ -10,7 +10,6 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from coca_lit.report.scores import data_name, in_print_units, score_name
@@ -43,13 +42,11 @@ class VariantStudy(NamedTuple):
         results: its CSV; table and figure are named after the folder.
         names: {variant: name for readers}, in their order.
         scores: {column: title}
-        borrowed: {variant: (study, its variant)}: runs of another study with the same settings.
     """
 
     results: Path
     names: Mapping[str, str]
     scores: Mapping[str, str]
-    borrowed: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     def tables(self) -> dict[str, str]:
         rows = self._rows()
@@ -59,10 +56,7 @@ class VariantStudy(NamedTuple):
         draw_variants(self._rows(), self.scores, self.results.with_name(f"{self.results.parent.name}.png"))
 
     def _rows(self) -> list[Row]:
-        rows = read_rows(self.results)
-        for variant, (study, there) in self.borrowed.items():
-            rows += renamed(read_rows(EXPERIMENTS / study / "results.csv"), {there: variant})
-        return renamed(rows, self.names)
+        return renamed(read_rows(self.results), self.names)
 
 
 # Rows

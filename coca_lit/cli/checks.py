@@ -18,6 +18,7 @@ FILES = ("checkpoint", "interpolate_with", "init_from", "image_weights", "ckpt_p
 NAMES = ("auto", "builtin", "efficientnet_lite0", "efficientnet_lite2")  # what may stand there besides a model
 WHAT = "what belongs there: coca_lit/data/README.md"
 WITHOUT_DATA = "data=scenes needs no files"
+OR_NULL = ("scoring.every_n_epochs",)  # null has a meaning besides the number that is their default
 WITHOUT_EVALUATION = "scoring.skip_missing=true leaves such evaluations out, evals=[] all of them"
 
 
@@ -46,7 +47,7 @@ def check(node: Any, defaults: Any, path: str = "") -> None:
         if isinstance(default, dict) and isinstance(value, dict):
             if default and not _builds_objects(default):
                 check(value, default, f"{name}.")
-        elif not _fits(value, default):
+        elif not _fits(value, default) and not (value is None and name in OR_NULL):
             kind = _kind(default)
             raise ConfigError(f"{name} must be {kind}, the default is {written(default)}; got {written(value)}")
 

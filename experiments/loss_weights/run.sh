@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# usage: run.sh; SEEDS="0 1 2". Finished runs are skipped. The ratio 1 : 2 is the single pooler of experiments/poolers.
+# usage: run.sh; SEEDS="0 1 2". Finished runs are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs=outputs/loss_weights
 
 for seed in ${SEEDS:-0 1 2}; do
-  for ratio in 0:1 1:0 2:1 1:4; do # contrastive : caption, scaled to a sum of 3
+  for ratio in 0:1 1:0 2:1 1:2 1:4; do # contrastive : caption, scaled to a sum of 3
     name=${ratio/:/to}_seed$seed
     weights=$(awk -F: '{printf "model.contrastive_weight=%.4g model.caption_weight=%.4g", 3 * $1 / ($1 + $2), 3 * $2 / ($1 + $2)}' <<<"$ratio")
     # shellcheck disable=SC2086  # two words

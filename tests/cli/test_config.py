@@ -259,6 +259,14 @@ def test_cheap_mistakes_are_found_in_the_config(overrides: tuple[str, ...], said
     assert "\n" not in str(caught.value)
 
 
+def test_null_is_accepted_where_it_has_a_meaning() -> None:
+    words = ["scoring.every_n_epochs=null", "scoring.every_n_steps=100"]
+    assert (
+        command._start(lambda cfg: cfg.scoring.every_n_epochs, compose(*words), command._defaults("train", words))
+        is None
+    )
+
+
 def test_cheap_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     program = f"""
 import sys

@@ -94,22 +94,5 @@ def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytes
     assert (results.parent / "letters.png").stat().st_size > 1000
 
 
-def test_study_borrows_what_another_one_ran(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = dict.fromkeys(study.ABOUT, "x")
-    for folder, run, score in (
-        ("mine", "b_seed0", "0.2"),
-        ("other", "plain_seed0", "0.5"),
-        ("other", "plain_seed1", "0.7"),
-    ):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        path = tmp_path / folder / "results.csv"
-        study.write_rows(path, [*study.read_rows(path), about | {"run": run, "score": score}])
-    monkeypatch.setattr(study, "EXPERIMENTS", tmp_path)
-    results = tmp_path / "mine" / "results.csv"
-    variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"score": "Score"}, {"a": ("other", "plain")})
-    _, _, first, second, *_ = variants.tables()["mine"].splitlines()
-    assert (first, second) == ("| first | 2 | 60.00 ± 14.14 |", "| second | 1 | 20.00 |")
-
-
 def test_study_that_was_not_run_has_no_table(tmp_path) -> None:
     assert study.VariantStudy(tmp_path / "results.csv", {"a": "a"}, {"score": "Score"}).tables() == {}
