@@ -17,7 +17,7 @@ from webdataset.filters import _shuffle  # what webdataset.shuffle and OpenCLIP'
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.shards.listing import Shard
 from coca_lit.data.shards.mixture import Source
-from coca_lit.data.shards.stream import ShardOrder
+from coca_lit.data.shards.stream import OPEN_SHARDS, SHUFFLE_BUFFER, ShardOrder
 from experiments.scale.report import record
 from experiments.scale.scale import IMAGE, SHARDS
 
@@ -45,18 +45,20 @@ def in_order(shards: Sequence[int]) -> Iterator[int]:
     return (shard * SAMPLES + i for shard in shards for i in range(SAMPLES))
 
 
-def ours(buffer: int) -> Order:
+def ours(buffer: int, at_once: int = OPEN_SHARDS) -> Order:
     """The reader itself; of a shard it only sees numbers."""
 
     def mixed(shards: Sequence[int]) -> Iterator[int]:
-        order = ShardOrder([Source("", [Shard(str(shard)) for shard in shards])], shuffle_buffer=buffer)
+        sources = [Source("", [Shard(str(shard)) for shard in shards])]
+        order = ShardOrder(sources, shuffle_buffer=buffer, open_shards=at_once)
         with patch(
             "coca_lit.data.shards.stream.read_shard", lambda shard, *_, **__: map(Sample, in_order([int(shard.name)]))
         ):
             found = order.samples(0, 0, 1, BadSamples(1.0))
             yield from (sample.sample for sample in islice(found, len(shards) * SAMPLES))  # type: ignore[misc]
 
-    name = f"shuffle_buffer={buffer}" + (" (default)" if buffer == 1000 else "")
+    default = " (default)" if (buffer, at_once) == (SHUFFLE_BUFFER, OPEN_SHARDS) else ""
+    name = f"{at_once} open {'shard' if at_once == 1 else 'shards'}, shuffle_buffer={buffer}{default}"
     return Order(name, buffer, lambda: random.Random(0).sample(range(SHARDS), SHARDS), mixed)
 
 
@@ -145,10 +147,12 @@ def draw(orders: Sequence[tuple[str, np.ndarray]]) -> None:
 
 
 def main() -> None:
-    orders = [*map(ours, (1, 1000, 10_000, 50_000)), open_clip(False), open_clip(True), permuted(), whole_set()]
+    one_by_one = [ours(1, 1), ours(1000, 1), ours(SHUFFLE_BUFFER, 1)]
+    several = [ours(1000), ours(SHUFFLE_BUFFER, OPEN_SHARDS // 2), ours(SHUFFLE_BUFFER), ours(10_000), ours(50_000)]
+    orders = [*one_by_one, *several, open_clip(False), open_clip(True), permuted(), whole_set()]
     found = {order.name: quality(order) for order in orders}
     record("shuffle", [row for row, _ in found.values()])
-    shown = (orders[1], orders[3], orders[4], orders[6])
+    shown = (orders[1], orders[5], orders[8], orders[10])
     draw([(order.name, found[order.name][1]) for order in shown])
 
 

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from coca_lit.data.shards.stream import SHUFFLE_BUFFER
 from experiments.scale import counted, report, scale, shuffle
 from experiments.study import read_rows
 
@@ -53,7 +54,7 @@ def test_pairs_of_one_shard_are_counted() -> None:
 
 
 def test_recorded_shuffling_is_that_of_the_reader() -> None:
-    row, samples = shuffle.quality(shuffle.ours(1000))
+    row, samples = shuffle.quality(shuffle.ours(SHUFFLE_BUFFER))
     assert len(set(samples)) == len(samples)
     (recorded,) = (r for r in read_rows(report.FOLDER / "shuffle.csv") if r["order"] == row["order"])
     assert [float(value) for value in [*recorded.values()][1:]] == pytest.approx([*row.values()][1:])

@@ -24,7 +24,9 @@ from coca_lit.data.transforms import TrainTransform
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 
+SHUFFLE_BUFFER = 5000  # samples, as many as OpenCLIP's
 MAX_BUFFER = 512 * 2**20  # bytes of encoded samples that a worker shuffles; photos of LAION have 20 to 100 kB
+OPEN_SHARDS = 8  # each holds a sample in memory besides the buffer
 
 
 class StreamSample(NamedTuple):
@@ -38,15 +40,17 @@ class StreamSample(NamedTuple):
 class ShardOrder(NamedTuple):
     """Which samples a logical worker reads, in which order.
 
-    A worker makes endless passes over its shards of each source, each in a different order, and shuffles the samples
-    within a buffer. Sources are interleaved by their weights. `rank` and `world` count training processes.
+    A worker makes endless passes over its shards of each source, each in a different order. It reads several shards at
+    a time, a sample of one of them at random, and shuffles what it read within a buffer. Sources are interleaved by
+    their weights and share the buffer and the open shards by them. `rank` and `world` count training processes.
     """
 
     sources: Sequence[Source[Shard]]
     seed: int = 0
     rank: int = 0
     world: int = 1
-    shuffle_buffer: int = 1000  # samples of all sources, still encoded
+    shuffle_buffer: int = SHUFFLE_BUFFER  # samples of all sources, still encoded
+    open_shards: int = OPEN_SHARDS  # that a worker reads at a time
     caption_keys: Mapping[str, float] = MappingProxyType({"txt": 1.0})  # with the probability of each
 
     def samples(self, epoch: int, worker: int, workers: int, bad: BadSamples) -> Iterator[StreamSample]:
@@ -63,12 +67,13 @@ class ShardOrder(NamedTuple):
         random.Random(stable_seed("shards", *seed)).shuffle(plan)
         mine = plan[self.rank * workers + worker :: self.world * workers]
         share = source.weight / sum(other.weight for other in self.sources)
-        buffer, max_bytes = max(1, round(self.shuffle_buffer * share)), round(MAX_BUFFER * share)
+        buffer, open_shards = (max(1, round(n * share)) for n in (self.shuffle_buffer, self.open_shards))
         for turn in count():
             rng = random.Random(stable_seed("samples", *seed, turn, self.rank, worker))
             rng.shuffle(mine)
-            one_pass = (s for shard in mine for s in read_shard(shard, self.caption_keys, bad, verify=turn == 0))
-            yield from (StreamSample(source.name, turn, s) for s in _shuffled(one_pass, buffer, max_bytes, rng))
+            shards = (read_shard(shard, self.caption_keys, bad, verify=turn == 0) for shard in mine)
+            one_pass = _shuffled(_mixed(shards, open_shards, rng), buffer, round(MAX_BUFFER * share), rng)
+            yield from (StreamSample(source.name, turn, sample) for sample in one_pass)
             bad.end_of_pass()
 
 
@@ -121,6 +126,17 @@ class ShardBatches(IterableDataset[Batch]):
             yield collate(examples, self.preprocess.tokenizer.pad_id)._replace(bad=bad.take())
             for _ in range(self.batch_size):
                 window.popleft()
+
+
+def _mixed(shards: Iterator[Iterator[ShardSample]], at_once: int, rng: random.Random) -> Iterator[ShardSample]:
+    """The samples of all shards, each from a random one of the `at_once` that are open. As one ends, the next opens."""
+    being_read = [*islice(shards, at_once)]
+    while being_read:
+        i = rng.randrange(len(being_read))
+        if (sample := next(being_read[i], None)) is not None:
+            yield sample
+        else:
+            being_read[i : i + 1] = islice(shards, 1)
 
 
 def _shuffled(samples: Iterator[ShardSample], size: int, max_bytes: int, rng: random.Random) -> Iterator[ShardSample]:

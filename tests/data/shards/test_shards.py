@@ -6,6 +6,8 @@ import logging
 import random
 import tarfile
 import traceback
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -214,6 +216,33 @@ def test_the_shuffle_buffer_is_bounded_in_bytes(tmp_path):
     assert [sample.key for sample in given] != [str(i) for i in range(300)]
     wide = [s.key for s in _shuffled(samples(sizes), 50, 10**9, random.Random(1))]
     assert wide == [s.key for s in _by_count(samples(sizes), 50, random.Random(1))]
+
+
+def test_the_open_shards_and_the_buffer_take_no_more_memory_than_they_may(tmp_path, monkeypatch):
+    image = random.Random(0).randbytes(200_000)
+    for shard in range(6):
+        names = [f"{shard}{i}.{suffix}" for i in range(12) for suffix in ("jpg", "txt")]
+        write_tar(tmp_path / f"{shard}.tar", {name: image if name.endswith("jpg") else b"a" for name in names})
+    monkeypatch.setattr("coca_lit.data.shards.stream.MAX_BUFFER", 2_000_000)
+    order = ShardOrder([Source("", find_shards(f"{tmp_path}/*.tar"))], open_shards=4)
+    samples = order.samples(0, 0, 1, BadSamples(0))
+    tracemalloc.start()
+    seen = Counter(next(samples).sample.shard for _ in range(72))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [*seen.values()] == [12] * 6
+    assert 2_000_000 < peak < 2_000_000 + (2 * 4 + 2) * 200_000 + 300_000  # an open shard has read up to two images
+
+
+def test_several_shards_are_read_at_a_time(tmp_path):
+    paths = write_shards(tmp_path, 6, 20)
+    order = ShardOrder([Source("", local(paths))], shuffle_buffer=1, open_shards=3)
+    keys = [sample.key for *_, sample in islice(order.samples(0, 0, 1, BadSamples(0)), 120)]
+    assert sorted(keys) == sorted(f"{s}{i:04d}" for s in range(6) for i in range(20))
+    assert len({key[0] for key in keys[:20]}) == 3
+    for shard in range(6):  # each in its own order
+        own = [key for key in keys if key[0] == str(shard)]
+        assert own == sorted(own)
 
 
 def _by_count(samples: Iterator[ShardSample], size: int, rng: random.Random) -> Iterator[ShardSample]:
