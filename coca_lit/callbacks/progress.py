@@ -6,17 +6,24 @@ import sys
 import time
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 from coca_lit.data.batch import Batch
+from coca_lit.data.loader import TrainLoader
 from coca_lit.distributed import totals_over_ranks, world_size
+from coca_lit.runs.run_folder import add_facts
+
+MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
 
 
 class RunSummary(L.Callback):
-    """Prints what is about to be trained, on what, for how long, and which scores will be computed.
+    """Prints what is about to be trained, on what, for how long, and which scores will be computed. Commits of the data
+    sets on the Hub are also recorded in the run folder.
 
     Args:
         output_dir: the run folder.
@@ -45,6 +52,9 @@ class RunSummary(L.Callback):
             "scores": ", ".join(f"{e.name} ({type(e).__name__})" for e in evals) or "none",
             "folder": self.output_dir,
         }
+        if commits := getattr(data, "commits", {}):  # of data sets on the Hub
+            lines["commits"] = ", ".join(f"{name} is {commit[:10]}" for name, commit in commits.items())
+            add_facts(Path(self.output_dir), {"data_commits": commits})
         print("\n".join(f"{name:8}{value}" for name, value in lines.items()), flush=True)
 
 
@@ -97,26 +107,65 @@ class PlainProgress(ProgressBar):
 
 
 class Throughput(L.Callback):
-    """Logs samples per second over all ranks, measured between two logged steps."""
+    """Logs samples per second over all ranks, and `train/data_wait`, the share of the time that the first process
+    waited for its loader, both between two logged steps. If it waited for more than `MAX_WAIT` of the whole training,
+    the last line says so and what to do.
+
+    A wait does not count while a GPU still computes the step before: only an idle GPU is a loss. The wait for the first
+    batch of the process, for which workers start, does not count either.
+    """
 
     def __init__(self) -> None:
         self._since = 0.0
         self._samples = 0
+        self._waited = 0.0  # seconds
+        self._first_at: float | None = None  # when this process got its first batch; None if its loader times nothing
+        self._waited_in_all = 0.0
+        self._computed: torch.cuda.Event | None = None  # at the end of the newest step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since, self._samples = time.monotonic(), 0  # a run that resumes within an epoch has no start of it
+        self._restart()  # a run that resumes within an epoch has no start of it
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._since, self._samples = time.monotonic(), 0
+        self._restart()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if not isinstance(loader := trainer.train_dataloader, TrainLoader):
+            return
+        if self._first_at is None:
+            self._first_at = time.monotonic()
+        elif self._computed is None or self._computed.query():
+            self._waited += loader.waited
+            self._waited_in_all += loader.waited
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._samples += len(batch.images) * world_size()
+        if pl_module.device.type == "cuda":
+            self._computed = torch.cuda.Event()
+            self._computed.record()
         if _is_logged(trainer):
-            now = time.monotonic()
-            pl_module.log("samples/s", self._samples / (now - self._since), prog_bar=True)
-            self._since, self._samples = now, 0
+            seconds = time.monotonic() - self._since
+            pl_module.log("samples/s", self._samples / seconds, prog_bar=True)
+            if self._first_at is not None:
+                pl_module.log("train/data_wait", self._waited / seconds)
+            self._restart()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and self._first_at is not None:
+            share = self._waited_in_all / (time.monotonic() - self._first_at)
+            if share > MAX_WAIT:
+                print(
+                    f"training waited for data {share:.0%} of the time (train/data_wait): raise data.num_workers up to "
+                    "the number of CPU cores, or store smaller images, such as shards resized to 256 pixels",
+                    flush=True,
+                )
+
+    def _restart(self) -> None:
+        self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
 
 
 class SamplesSeen(L.Callback):

@@ -7,6 +7,7 @@ holds. Batch sizes are global, so the order of a data set depends on the seed an
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from multiprocessing.util import Finalize
@@ -29,7 +30,12 @@ class TrainLoader:
         steps: batches of a complete epoch.
         open_at: (epoch, batches done) -> the batches from there on, at least to the end of the epoch.
         position: () -> (epoch, batches done).
+
+    Attributes:
+        waited: seconds for which the caller waited for the newest batch.
     """
+
+    waited = 0.0
 
     def __init__(
         self,
@@ -44,10 +50,14 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator, so that this runs at the first next(): at iter() the trainer has not restored its counters yet.
+        asked_at = time.monotonic()
         epoch, done = self.position()
         batches = iter(self.open_at(epoch, done))
         for _ in range(done, self.steps):
-            yield next(batches)
+            batch = next(batches)
+            self.waited = time.monotonic() - asked_at
+            yield batch
+            asked_at = time.monotonic()
 
     # Their presence tells Lightning that the loader is resumable. There is nothing to store, see above.
     def state_dict(self) -> dict[str, Any]:

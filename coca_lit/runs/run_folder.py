@@ -90,14 +90,21 @@ def write_results(
     Args:
         facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
     """
-    path = folder / ENVIRONMENT
-    known = read_json(path, dict) if path.exists() else environment()  # the folder may have been deleted
-    known["seconds"] = round(time.time() - known["started"])
     (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-    atomic_write(path, _json(known | (facts or {})))
+    known = add_facts(folder, facts or {})
+    seconds = round(time.time() - known["started"])
+    add_facts(folder, {"seconds": seconds})
     atomic_write(folder / RESULTS, _json(results))
     atomic_write(folder / "not_run.json", _json(not_run))
-    return known["seconds"]
+    return seconds
+
+
+def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Adds what is known by now to `environment.json`; returns all of it."""
+    path = folder / ENVIRONMENT
+    known = (read_json(path, dict) if path.exists() else environment()) | facts  # the folder may have been deleted
+    atomic_write(path, _json(known))
+    return known
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -41,7 +41,7 @@ MOST_FAULTS = 12  # in one run, which then ends undisturbed
 DISK = 96  # MB of the disk of a run; 64 stay free beside a checkpoint
 BROKEN = "broken samples and shards in the data all the time"
 KILLED, SAVED = "ended by `kill -9`", "saved, exit code 143"  # columns of the table
-TIMES = ("samples/s", "train/scoring_share")  # in metrics.csv, never the same
+TIMES = ("samples/s", "train/data_wait", "train/scoring_share")  # in metrics.csv, never the same
 
 # Two epochs of eight batches of the smallest network that has everything; a checkpoint at every fourth batch.
 TINY = (

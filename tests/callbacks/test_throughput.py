@@ -1,0 +1,97 @@
+"""The share of the time for which training waits for data, on a clock that loader and step move."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coca_lit.callbacks import Throughput
+from coca_lit.data.batch import Batch
+from coca_lit.data.loader import TrainLoader
+
+
+class Clock:
+    """The real one, with hours added to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hours, real = 0.0, time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: real() + 3600 * self.hours)
+
+
+class Module(L.LightningModule):
+    def __init__(self, clock: Clock, hours: float) -> None:
+        super().__init__()
+        self.clock, self.hours, self.layer = clock, hours, nn.Linear(1, 1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.clock.hours += self.hours
+        return self.layer(torch.ones(1)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch
+
+
+def train(folder: Path, clock: Clock, loading: float, computing: float) -> list[float]:
+    """The shares that two epochs of four steps log, every second one. A batch and a step take so many hours."""
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        for step in range(start, 4):
+            clock.hours += 50 if epoch == step == 0 else loading  # workers start
+            yield Batch(torch.zeros(8, 3, 2, 2), torch.zeros(8, 2), torch.ones(8), [str(step)] * 8)
+
+    shares = []
+
+    class Log(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step % 2 == 0:
+                shares.append(trainer.callback_metrics["train/data_wait"].item())
+
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=2,
+        log_every_n_steps=2,
+        callbacks=[Throughput(), Log()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = TrainLoader(4, batches, lambda: (trainer.current_epoch, 0))
+    trainer.fit(Module(clock, computing), loader)
+    return shares
+
+
+def test_the_share_of_the_wait_is_logged_and_leads_to_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = train(tmp_path, Clock(monkeypatch), 1, 3)
+    # The first two hours of six are in an interval with the 50 for which workers started, which are no wait.
+    assert shares == pytest.approx([1 / 57, 1 / 4, 1 / 4, 1 / 4], rel=0.01)
+    assert "training waited for data 23% of the time" in capsys.readouterr().out  # 7 of 31 hours
+
+
+def test_no_advice_where_data_are_there_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, Clock(monkeypatch), 1, 30)[-1] == pytest.approx(1 / 31, rel=0.01)
+    assert "waited" not in capsys.readouterr().out
+
+
+def test_a_wait_behind_which_a_gpu_computes_is_none() -> None:
+    throughput, loader = Throughput(), TrainLoader(1, lambda *_: [], lambda: (0, 0))
+    trainer: Any = SimpleNamespace(train_dataloader=loader)
+    for waited, is_done in ((9.0, True), (1.0, True), (2.0, False), (4.0, True)):
+        loader.waited = waited
+        throughput._computed = SimpleNamespace(query=lambda is_done=is_done: is_done)  # type: ignore[assignment]
+        throughput.on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
+    assert throughput._waited == 5.0
