@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
@@ -111,6 +112,20 @@ def test_train_loader_asks_for_the_position_at_the_first_batch():
     position = (2, 3)  # what restoring a checkpoint does after iter()
     assert list(iterator) == [(2, 3), (2, 4)]
     assert len(loader) == 5
+
+
+def test_a_worker_writes_a_batch_where_the_training_process_reads_it():
+    pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    examples = [Example(image, [1, 2], "") for image in pixels]
+
+    def as_worker(examples: list[Example]) -> Batch:
+        batch = collate(examples, 0)
+        return batch._replace(keys=[str(batch.images.is_shared())])
+
+    (batch,) = DataLoader(examples, batch_size=2, num_workers=1, collate_fn=as_worker)
+    assert batch.keys == ["True"]
+    assert torch.equal(batch.images, pixels)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "world", "expected"), [(23, 4, 1, 5), (23, 4, 2, 5), (3, 8, 2, 1)])
