@@ -29,6 +29,7 @@ class Repository:
 
     def __init__(self, files: dict[str, bytes] | None = None, gated: bool = False) -> None:
         self.commits: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[str, str] = {}  # further ones, with their commit
         self.gated = gated
         self.private = False
         self.commit(files or {})
@@ -40,7 +41,7 @@ class Repository:
         return sha
 
     def revision(self, name: str) -> tuple[str, dict[str, bytes]] | None:
-        sha = list(self.commits)[-1] if name == "main" else name
+        sha = list(self.commits)[-1] if name == "main" else self.branches.get(name, name)
         return (sha, self.commits[sha]) if sha in self.commits else None
 
     @property
@@ -102,10 +103,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(*found.groups())
         elif found := re.fullmatch(r"/storage/(\w+)", path):
             self._send_stored(found[1])
-        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)", path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
             if commit := self._commit(found[1], found[2]):
-                tree = [{"type": "file", "path": p, "size": len(c), "oid": _sha1(c)} for p, c in commit[1].items()]
-                self._answer(200, tree)
+                folder = f"{unquote(found[3])}/" if found[3] else ""
+                inside = {p: c for p, c in commit[1].items() if p.startswith(folder)}
+                tree = [{"type": "file", "path": p, "size": len(c), "oid": _sha1(c)} for p, c in inside.items()]
+                if inside:
+                    self._answer(200, tree)
+                else:
+                    self._answer(404, headers={"X-Error-Code": "EntryNotFound"})
         elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             if commit := self._commit(found[1], found[2] or "main"):
                 siblings = [{"rfilename": name} for name in commit[1]]

@@ -133,7 +133,7 @@ class ShardCache(NamedTuple):
                 limit, wanted = (f"{number / 1e9:.3g} GB" for number in (self.max_bytes, size))
                 raise CacheFullError(
                     f"the cache {self.folder} of {limit} has no room for {url} ({wanted}) beside the shards that are "
-                    "being read: raise data.cache_gb, at least to one shard per worker"
+                    "being read: raise data.cache_gb, at least to four shards per worker"
                 )
             with room.open("wb") as file:
                 file.truncate(size)  # takes no blocks on the disk

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 from torch.utils.data import DataLoader
 
@@ -24,7 +24,7 @@ from coca_lit.data.shards.listing import Shard, find_shards
 from coca_lit.data.shards.mixture import Source, check_weights
 from coca_lit.data.shards.reader import Preprocess
 from coca_lit.data.shards.store import PATIENCE
-from coca_lit.data.shards.stream import ShardBatches, ShardOrder
+from coca_lit.data.shards.stream import OPEN_SHARDS, SHUFFLE_BUFFER, ShardBatches, ShardOrder
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.errors import DataError
 
@@ -38,8 +38,10 @@ class LAIONDataModule(CaptionDataModule):
     """Endless passes over the shards, cut into epochs of `epoch_samples`; there is no validation set.
 
     Args:
-        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER" or a list of these; for a mixture
-            {name: the same}. A stream needs a shard of each source for every process.
+        shards: "FOLDER/{00000..00099}.tar", "FOLDER/*.tar", "s3://BUCKET/FOLDER", "hf://datasets/ORG/NAME/*.tar" or a
+            list of these; for a mixture {name: the same}. A data set on the Hub is read at the commit that its revision
+            (NAME@REVISION, else main) has when the run starts, also after a resume. A stream needs a shard of each
+            source for every process.
         epoch_samples: of all processes together; need not be one pass over the shards. None takes the number of
             samples in the indexes or, for a stream, in the manifests of the shards.
         weights: {name: share} of a mixture, kept in every stretch of the training. None makes them proportional to the
@@ -51,8 +53,8 @@ class LAIONDataModule(CaptionDataModule):
             windows, see `coca_lit.data.shards.windows`; others all at once.
         window, window_gb: samples that are shuffled at a time in windows, and GB of shards; the smaller one counts.
         readers: logical readers of windows, with a part of the shards each; at most as many as divide `batch_size`.
-        shuffle_buffer: samples of a stream that each worker shuffles, kept encoded in memory: as many as fit into
-            `coca_lit.data.shards.stream.MAX_BUFFER` bytes.
+        shuffle_buffer: samples of a stream that each worker shuffles, read from several shards at a time and kept
+            encoded in memory: as many as fit into `coca_lit.data.shards.stream.MAX_BUFFER` bytes.
         max_bad_fraction: of broken samples, and of torn or empty shards, above which the training stops.
         cache_dir, cache_gb: local copies of shards on an object store, shared by the processes of a machine.
         store_patience: seconds that an object store may be away before the run stops, see `coca_lit.data.shards.store`.
@@ -69,7 +71,7 @@ class LAIONDataModule(CaptionDataModule):
         window: int = 2**18,
         window_gb: float = 10,
         readers: int = 16,
-        shuffle_buffer: int = 1000,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
@@ -98,6 +100,7 @@ class LAIONDataModule(CaptionDataModule):
         self._epoch_samples, self._indexed = epoch_samples, indexed
         self.windows = Windows(window, window_gb * 1e9, math.gcd(readers, self.batch_size))
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
+        self.commits: dict[str, str] = {}  # at which data sets on the Hub are read, by "ORG/NAME@REVISION"
         self.cache = ShardCache(Path(cache_dir).expanduser(), int(cache_gb * 1e9), store_patience)
 
     def training_captions(self) -> dict[str, tuple[str, ...]]:
@@ -109,7 +112,7 @@ class LAIONDataModule(CaptionDataModule):
     @cached_property
     def shards(self) -> dict[str, list[Shard]]:
         """By the name of their source."""
-        return {name: find_shards(patterns, self.cache) for name, patterns in self.patterns.items()}
+        return {name: find_shards(patterns, self.cache, self.commits) for name, patterns in self.patterns.items()}
 
     @cached_property
     def order(self) -> Literal["all", "windows", "stream"]:
@@ -201,6 +204,23 @@ class LAIONDataModule(CaptionDataModule):
         _ = self.sources, self.indexed and self.indexes
         super().prepare_data()
 
+    def setup(self, stage: str) -> None:
+        """All processes read the commits that the first one found."""
+        if self.trainer and "hf://" in str(self.patterns):
+            self._read_at(self.trainer.strategy.broadcast(self.commits))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"commits": self.commits} if self.commits else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._read_at(state_dict["commits"])
+
+    def _read_at(self, commits: dict[str, str]) -> None:
+        if commits != self.commits:
+            self.commits = commits
+            for name in ("shards", "order", "indexes", "sources"):  # what was listed before
+                self.__dict__.pop(name, None)
+
     def pair_loader(self, rank: int, world: int) -> TrainLoader:
         return self._indexed_loader(rank, world) if self.indexed else self._stream_loader(rank, world)
 
@@ -224,7 +244,9 @@ class LAIONDataModule(CaptionDataModule):
 
     def _stream_loader(self, rank: int, world: int) -> TrainLoader:
         workers = min(usable_workers(source, world, self.num_workers) for source in self.sources)
-        order = ShardOrder(self.sources, self.seed, rank, world, self.shuffle_buffer, self.caption_keys)
+        cached = any(shard.cache for source in self.sources for shard in source.shards)
+        open_shards = OPEN_SHARDS // 2 if cached else OPEN_SHARDS  # each stays in the cache while it is read
+        order = ShardOrder(self.sources, self.seed, rank, world, self.shuffle_buffer, open_shards, self.caption_keys)
         transform, batch_size = self.train_transform(), per_rank(self.batch_size, world)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:

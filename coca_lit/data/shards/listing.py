@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 
 from coca_lit.data.records import not_found
 from coca_lit.data.shards.cache import ShardCache
-from coca_lit.data.shards.store import PATIENCE, SCHEMES, Stored, is_remote, list_folder
+from coca_lit.data.shards.store import PATIENCE, SCHEMES, Stored, at_commit, is_remote, list_folder
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write
 from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable
@@ -34,8 +34,6 @@ from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, print
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Shared = TypeVar("Shared")
-# A function, items, and what all calls share -> `function(item, shared)` of each item, as it is done.
-Run = Callable[[Callable[[Any, Any], Any], Sequence[Any], Any], Iterator[Any]]
 
 MANIFEST = "manifest.json"
 REQUESTS = 32  # to a store at a time
@@ -67,10 +65,6 @@ class Shard(NamedTuple):
     name: str  # a path, or a URL
     entry: ManifestEntry | None = None
     cache: ShardCache | None = None  # for a remote one
-
-    def __str__(self) -> str:
-        return self.name
-
     stored: Stored | None = None  # a remote one, when it was listed
     index_file: Stored | None = None  # with its index, if the store has one and a manifest to compare it with
 
@@ -92,24 +86,28 @@ def index_name(name: str) -> str:
     return f".{name}.index"
 
 
-def find_shards(shards: str | Sequence[str], cache: ShardCache | None = None) -> list[Shard]:
+def find_shards(
+    shards: str | Sequence[str], cache: ShardCache | None = None, commits: dict[str, str] | None = None
+) -> list[Shard]:
     """The shards of "data/{00000..00099}.tar", "data/*.tar", a folder or a list of these, in order and each once, with
     their entries in the manifests of their folders.
 
     Args:
         cache: for shards on an object store, such as "s3://bucket/laion/*.tar".
+        commits: at which data sets on the Hub are read, see `at_commit`; all of them stay at one commit.
 
     Raises:
         DataNotFoundError: a shard that is named, or that matches and is in the manifest, does not exist.
         DataError: a scheme that is not accepted, or a shard that does not match its manifest.
     """
-    folders = functools.cache(functools.partial(_look_into, patience=cache.patience if cache else PATIENCE))
-    return [_join(name, folders, cache) for name in _names(shards, folders)]
+    patience, commits = cache.patience if cache else PATIENCE, {} if commits is None else commits
+    folders = functools.cache(functools.partial(_look_into, patience=patience))
+    return [_join(name, folders, cache) for name in _names(shards, folders, commits, patience)]
 
 
 def local_shards(shards: str | Sequence[str]) -> list[Path]:
     """As `find_shards`, on local disks only and without comparing with a manifest."""
-    names = _names(shards, functools.cache(lambda folder: _look_into(folder)._replace(manifest={})))
+    names = _names(shards, functools.cache(lambda folder: _look_into(folder)._replace(manifest={})), {})
     if remote := [name for name in names if is_remote(name)]:
         raise DataError(f"{remote[0]} is not on a local disk: copy the shards first")
     return [Path(name) for name in names]
@@ -211,9 +209,11 @@ def _look_into(folder: str, patience: float = PATIENCE) -> _Folder:
     return _Folder(file, names, read_manifest(path))
 
 
-def _names(shards: str | Sequence[str], folders: Callable[[str], _Folder]) -> list[str]:
+def _names(
+    shards: str | Sequence[str], folders: Callable[[str], _Folder], commits: dict[str, str], patience: float = PATIENCE
+) -> list[str]:
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    expanded = [name for pattern in patterns for name in braceexpand(_accepted(pattern))]
+    expanded = [at_commit(name, commits, patience) for pattern in patterns for name in braceexpand(_accepted(pattern))]
     names = list(dict.fromkeys(match for name in expanded for match in _matches(name, folders)))
     asked = [(folders(folder), last) for folder, last in map(_split, names)]
     with ThreadPoolExecutor(REQUESTS) as pool:  # a web server is asked for each of them

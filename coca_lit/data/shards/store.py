@@ -11,11 +11,13 @@ import errno
 import fnmatch
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from io import SEEK_CUR, BufferedIOBase
 from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.reading import MAX_JSON, printable
@@ -42,6 +44,8 @@ _NETWORK |= {"h11", "http", "ssl", "socket", "asyncio", "anyio", "fsspec", "s3fs
 _DENIED = ("Credential", "Token", "Login", "Auth", "Gated", "Certificate")
 _MISTAKEN = ("Validation", "Region", "Profile", "Config", "InvalidURL", "InvalidUrl", "HttpUrl", "Schem", "Offline")
 _THROTTLING = ("SlowDown", "Throttl", "RequestLimitExceeded", "TooManyRequests", "ServiceUnavailable")
+_ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(/.*)?", re.DOTALL)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
@@ -148,6 +152,37 @@ def read_range(store: Any, url: str, start: int, end: int) -> bytes:
     if len(content) < end - start:
         raise ConnectionError(f"{url} came with {len(content)} of {end - start} bytes")
     return content
+
+
+def at_commit(url: str, commits: dict[str, str], patience: float = PATIENCE) -> str:
+    """A URL of a data set on the Hub with the hash of a commit as its revision: a branch may move while a training
+    lasts. Other URLs stay as they are.
+
+    Args:
+        commits: the hash by data set and revision, "ORG/NAME@main". One that is not there yet is asked for and added.
+    """
+    if not (found := _ON_HUB.fullmatch(url)):
+        return url
+    name, revision, path = found[1], found[2] or "main", found[3] or ""
+    if not _COMMIT.fullmatch(revision) and (key := f"{name}@{revision}") not in commits:
+
+        def newest(store: Any) -> str:
+            from huggingface_hub import HfApi
+            from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+            try:
+                api = HfApi(endpoint=store.endpoint, token=store.token)
+                return str(api.dataset_info(name, revision=unquote(revision)).sha)
+            except GatedRepoError:
+                raise
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                raise FileNotFoundError(url) from None
+
+        try:
+            commits[key] = ask(url, patience, newest)
+        except FileNotFoundError:
+            return url  # its listing tells
+    return f"hf://datasets/{name}@{commits.get(f'{name}@{revision}', revision)}{path}"
 
 
 def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
