@@ -1,5 +1,6 @@
 """Progress of a command, on standard error because standard output is for results."""
 
+import multiprocessing
 import sys
 import time
 from datetime import timedelta
@@ -14,20 +15,22 @@ LINE_INTERVAL = 10  # seconds
 
 
 class ProgressBar:
-    """A bar in a terminal from the first `advance` on, else a line every few seconds; on rank 0 only. Messages are
-    printed by every rank.
+    """A bar in a terminal from the first `advance` on, else a line every few seconds; on rank 0 only, and not in a
+    process of `multiprocessing`, whose parent has a bar. Messages are printed by every process.
 
     Args:
         what: the activity, such as "captioning".
+        things: what is counted.
     """
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.images = 0
+    def __init__(self, what: str, things: str = "images") -> None:
+        self.what, self.things = what, things
+        self.count = 0
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._start = self._last = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        shown = sys.stderr.isatty() and rank() == 0
+        self._silent = rank() > 0 or multiprocessing.parent_process() is not None
+        shown = sys.stderr.isatty() and not self._silent
         self._bar = Progress(*columns, console=self._console) if shown else None
         self._task = self._bar.add_task(what, total=1.0) if self._bar else None
 
@@ -40,22 +43,22 @@ class ProgressBar:
         if self._bar:
             self._bar.stop()
 
-    def advance(self, images: int, share: float) -> None:
-        """Counts further `images`; `share` of all work is done now."""
-        self.images += images
+    def advance(self, count: int, share: float) -> None:
+        """Counts further things; `share` of all work is done now."""
+        self.count += count
         seconds = time.monotonic() - self._start
-        text = f"{self.what} · {self.images} images · {self.images / max(seconds, 1e-9):.1f}/s"
+        text = f"{self.what} · {self.count} {self.things} · {self.count / max(seconds, 1e-9):.1f}/s"
         if self._bar and self._task is not None:
             self._bar.start()
             self._bar.update(self._task, completed=share, description=text)
-        elif rank() == 0 and time.monotonic() - self._last > LINE_INTERVAL:
+        elif not self._silent and time.monotonic() - self._last > LINE_INTERVAL:
             self._last = time.monotonic()
             left = timedelta(seconds=round(seconds * (1 - share) / max(share, 1e-9)))
             self.print(f"{text} · {share:.0%} · ETA {left}")
 
-    def reach(self, images: int, total: int) -> None:
-        """Sets the count to `images` of `total`."""
-        self.advance(images - self.images, images / total)
+    def reach(self, count: int, total: int) -> None:
+        """Sets the count to `count` of `total`."""
+        self.advance(count - self.count, count / total)
 
     def print(self, message: str) -> None:
         """A line, above the bar if there is one."""

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ from coca_lit.data.prepare.write import JOURNAL, plan_shards, prepare
 from coca_lit.data.records import MAX_IMAGE, ImageFile, Record, decode_image
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import tar_indexes
-from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards
+from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards, parallel_map
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.data.text_batches import read_texts
@@ -547,10 +548,11 @@ def _captions(folder: Path) -> object:
     return open_writer(str(folder / "out.jsonl"), [], {})
 
 
+HERE = partial(parallel_map, workers=1)
 READERS: dict[str, Callable[[Path], object]] = {
     MANIFEST: lambda folder: find_shards(str(folder)),
-    CHECK_JOURNAL: lambda folder: [*check_shards([write_tar(folder / "x.tar", good())], "txt", 1)],
-    JOURNAL: lambda folder: [*prepare(plan_shards([]), folder, 1)],
+    CHECK_JOURNAL: lambda folder: [*check_shards([write_tar(folder / "x.tar", good())], "txt", HERE)],
+    JOURNAL: lambda folder: [*prepare(plan_shards([]), folder, HERE)],
     "captions.json": lambda folder: coco_folder_records(folder),
     "results.json": lambda folder: read_run(folder),
     "out.jsonl": _captions,

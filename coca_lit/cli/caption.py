@@ -1,20 +1,34 @@
 """Captions from the command line: `coca-caption IMAGE_OR_FOLDER_OR_SHARDS…`.
 
-Under torchrun the work is split over the processes; the result is the same.
+Under torchrun the work is split over the processes; shards also go to GPUs and clusters (`engine=`). The result is the
+same.
 """
 
 import os
 import sys
+import time
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from coca_lit.cli.assembly import build
 from coca_lit.cli.command import command
+from coca_lit.cli.engines import Engine, Machine, Work
 from coca_lit.cli.runtime import best_precision, chosen_checkpoint, configure_libraries
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.models.generation.options import OPTIONS, describe
+
+if TYPE_CHECKING:
+    import torch
+
+    from coca_lit.inference.caption import Totals
+    from coca_lit.inference.inputs import Unit
+    from coca_lit.models import CoCa
 
 
 def generate_help() -> str:
@@ -36,33 +50,98 @@ def caption() -> None:
 
 def run(cfg: DictConfig) -> None:
     """Captions as configured."""
-    import torch
-
     from coca_lit.distributed import process_group, rank
     from coca_lit.inference.caption import caption
     from coca_lit.inference.inputs import find_inputs
     from coca_lit.inference.outputs import open_writer
-    from coca_lit.weights.digest import fingerprint
-    from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
     units = find_inputs([str(word) for word in cfg.images], cfg.batch_size)
-    options = {str(key): value for key, value in cfg.generate.items() if value is not None}
-    bf16 = _bf16(cfg.precision)
+    engine = build(cfg.engine, "engine")
+    if not (isinstance(engine, Machine) and engine.devices is None):
+        return _run_on(engine, cfg, units)
     with process_group(timeout=timedelta(days=7)) as device:  # processes wait for each other only at the very end
-        with error_context("checkpoint"):
-            model = load_model(chosen_checkpoint(cfg.checkpoint))
-        if model.decoder is None:
-            raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
-        settings = {"model": fingerprint(model), "seed": cfg.seed}
-        settings |= {f"generate.{key}": value for key, value in options.items()}
-        model = model.to(device, torch.bfloat16 if bf16 else None)
-        with error_context("generate"):  # options that exclude each other fail now, and not after the first images
-            model.generate(torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8), **options)
-        writer = open_writer(cfg.output, units, settings)
-        totals = caption(model, units, writer, options, cfg.batch_size, decoders(cfg.num_workers), cfg.seed)
+        model, digest = _load(chosen_checkpoint(cfg.checkpoint), cfg.precision, device)
+        _try_options(model, cfg)
+        writer = open_writer(cfg.output, units, _settings(cfg, digest))
+        totals = caption(model, units, writer, _options(cfg), cfg.batch_size, decoders(cfg.num_workers), cfg.seed)
         if rank() == 0:
             print(totals, file=sys.stderr)
+
+
+def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
+    """New captions for shards, on an engine."""
+    from coca_lit.inference.caption import total
+    from coca_lit.inference.inputs import Shard
+    from coca_lit.inference.outputs import open_writer
+
+    shards = [unit for unit in units if isinstance(unit, Shard)]
+    if not cfg.output or cfg.output.endswith((".json", ".jsonl")) or len(shards) < len(units):
+        raise ConfigError("an engine recaptions shards: give .tar files and output=FOLDER/, or set engine=local")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("an engine starts its own processes: run the command without torchrun, or set engine=local")
+    cfg.checkpoint, start = chosen_checkpoint(cfg.checkpoint), time.monotonic()
+    model, digest = _load(cfg.checkpoint, "fp32", "cpu")  # what is wrong is told here, before any job starts
+    _try_options(model, cfg)
+    writer = open_writer(cfg.output, units, _settings(cfg, digest))
+    del model
+    work, todo = Work(engine, "captioning"), [shard.path for shard in shards if not writer.has_unit(shard)]
+    if parts := [*work(caption_shard, todo, cfg)]:
+        print(total(parts)._replace(seconds=time.monotonic() - start), file=sys.stderr)
+    work.close(len(units))
+
+
+def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
+    """New captions for one shard, in whatever process. It keeps its model for the next shard."""
+    from coca_lit.distributed import process_group
+    from coca_lit.inference.caption import caption
+    from coca_lit.inference.inputs import Shard
+    from coca_lit.inference.outputs import Recaptioned
+    from coca_lit.models.registry import import_modules
+
+    import_modules(cfg.imports)
+    configure_libraries(cfg.threads)
+    with process_group() as device:
+        model, digest = _loaded(cfg.checkpoint, cfg.precision, device)
+        writer = Recaptioned(Path(cfg.output), [Shard(path)], _settings(cfg, digest))
+        workers = decoders(cfg.num_workers)
+        return caption(model, [Shard(path)], writer, _options(cfg), cfg.batch_size, workers, cfg.seed)
+
+
+def _load(checkpoint: str, precision: str, device: "torch.device | str") -> "tuple[CoCa, str]":
+    """The model on a device, and the digest of its weights in the file."""
+    import torch
+
+    from coca_lit.weights.digest import fingerprint
+    from coca_lit.weights.load import load_model
+
+    bf16 = _bf16(precision)
+    with error_context("checkpoint"):
+        model = load_model(checkpoint)
+    if model.decoder is None:
+        raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
+    digest = fingerprint(model)
+    return model.to(device, torch.bfloat16 if bf16 else None), digest
+
+
+_loaded = lru_cache(maxsize=1)(_load)
+
+
+def _options(cfg: DictConfig) -> dict[str, Any]:
+    return {str(key): value for key, value in cfg.generate.items() if value is not None}
+
+
+def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:
+    """What a result depends on."""
+    return {"model": digest, "seed": cfg.seed} | {f"generate.{key}": value for key, value in _options(cfg).items()}
+
+
+def _try_options(model: "CoCa", cfg: DictConfig) -> None:
+    """Options that exclude each other fail now, and not after the first images."""
+    import torch
+
+    with error_context("generate"):
+        model.generate(torch.zeros(1, 3, model.image_size, model.image_size, dtype=torch.uint8), **_options(cfg))
 
 
 def decoders(num_workers: int | None) -> int:
@@ -81,5 +160,7 @@ def _bf16(precision: str) -> bool:
     return known[precision]
 
 
-if __name__ == "__main__":
-    caption()
+if __name__ == "__main__":  # as a module with its own name, which processes can import
+    from coca_lit.cli import caption as module
+
+    module.caption()

@@ -1,19 +1,22 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
 `coca-data spice` fetches what SPICE needs.
+
+Where shards are worked on is a key as of other commands, engine=slurm engine.partition=cpu, see `coca_lit.cli.engines`.
 """
 
 import argparse
-import os
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from coca_lit.cli.engines import Work
     from coca_lit.data.shards.listing import ManifestEntry
 
-T = TypeVar("T")
-
+ENGINE = "engine=local|gpus|slurm|ray and engine.KEY=VALUE: where the work is done (default: cores of this machine)"
 PREPARE = """\
 Writes a .csv, .tsv or .parquet file of local images and captions, a COCO or Flickr folder, a folder of NAME.jpg and
 NAME.txt, or the .tar files of img2dataset as shards with a manifest and indexes. Images are decoded once and copied as
@@ -35,7 +38,12 @@ def data(arguments: Sequence[str] | None = None) -> None:
     _add_prepare(commands)
     _add_check(commands)
     _add_spice(commands)
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    engine = [word for word in words if re.match(r"engine(\.[\w.]+)?=", word)]
+    options = parser.parse_args([word for word in words if word not in engine])
+    if engine and "workers" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(engine)}")
+    options.engine = engine
 
     from coca_lit.errors import UserError
 
@@ -48,7 +56,8 @@ def data(arguments: Sequence[str] | None = None) -> None:
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("check", help="decode every sample and write a manifest", description=CHECK)
+    about = "decode every sample and write a manifest"
+    parser = commands.add_parser("check", help=about, description=CHECK, epilog=ENGINE)
     parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
     parser.add_argument(
         "--caption-key", default="txt", help="field of the samples' JSON that holds the caption (default: the .txt)"
@@ -63,12 +72,11 @@ def _check(options: argparse.Namespace) -> None:
     from coca_lit.data.shards.listing import local_shards, read_manifest, write_manifest
     from coca_lit.errors import DataError
 
-    paths = local_shards(options.shards)
-    reports = _with_progress(
-        "checking", shard_check.check_shards(paths, options.caption_key, options.workers), len(paths)
-    )
+    paths, work = local_shards(options.shards), _work(options, "checking")
+    reports = [*shard_check.check_shards(paths, options.caption_key, work)]
     for report in sorted(reports):
         _print_faults(report.path, report.bad, report.examples)
+    work.close(len(paths))
     if broken := [report for report in reports if report.broken]:
         raise DataError(
             f"{len(broken)} of {len(reports)} shards cannot be used, e.g. {broken[0].path} ({broken[0].broken}): "
@@ -88,23 +96,24 @@ def _check(options: argparse.Namespace) -> None:
         print(f"wrote {write_manifest(folder, others | entries)}")
     shard_check.forget_journals(set(folders))
     of_all = {folder / name: entry for folder, entries in folders.items() for name, entry in entries.items()}
-    _write_indexes(of_all, options.workers)
+    _write_indexes(of_all, options)
     _print_total([report.entry for report in reports], bad)
 
 
-def _write_indexes(entries: "Mapping[Path, ManifestEntry]", workers: int) -> None:
+def _write_indexes(entries: "Mapping[Path, ManifestEntry]", options: argparse.Namespace) -> None:
     """Beside the shards, for training on these and on copies of the folder on an object store."""
     from coca_lit.data.shards.indexed import load_index, make_index
-    from coca_lit.data.shards.listing import Shard, parallel_map
+    from coca_lit.data.shards.listing import Shard
 
     shards = [Shard(str(path), entry) for path, entry in entries.items() if path.suffix == ".tar"]
     if missing := [shard for shard in shards if not load_index(shard, Path(shard.name).parent)]:
-        folder = Path(missing[0].name).parent
-        _with_progress("indexing", parallel_map(make_index, missing, folder, workers), len(missing))
+        work = _work(options, "indexing")
+        deque(work(make_index, missing, Path(missing[0].name).parent), maxlen=0)
+        work.close(len(missing))
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("prepare", help="write captioned images as shards", description=PREPARE)
+    parser = commands.add_parser("prepare", help="write captioned images as shards", description=PREPARE, epilog=ENGINE)
     parser.add_argument(
         "source", type=Path, help="table, COCO or Flickr folder, folder of images and texts, or of tars"
     )
@@ -129,14 +138,16 @@ def _prepare(options: argparse.Namespace) -> None:
     else:
         pairs = read_pairs(options.source, options.image_column, options.caption_column, options.split)
         tasks = prepare.plan_pairs(pairs, options.samples_per_shard)
-    shards = _with_progress("writing", prepare.prepare(tasks, options.output, options.workers), len(tasks))
+    work = _work(options, "writing")
+    shards = [*prepare.prepare(tasks, options.output, work)]
     for shard in sorted(shards):
         _print_faults(str(options.output / shard.name), shard.bad, shard.examples)
+    work.close(len(tasks))
     good, bad = sum(shard.entry.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
     _judge(good, bad, options.max_bad_fraction)
     entries = {shard.name: shard.entry for shard in shards if shard.entry.samples}
     print(f"wrote {write_manifest(options.output, entries)}")
-    _write_indexes({options.output / name: entry for name, entry in entries.items()}, options.workers)
+    _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
     print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
 
@@ -178,7 +189,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="fraction of bad samples above which no manifest is written (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=_positive, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument(
+        "--workers", type=_positive, help="processes of this machine, or of each SLURM job (default: one per core)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -196,11 +209,10 @@ def _judge(good: int, bad: int, limit: float) -> None:
         )
 
 
-def _with_progress(verb: str, items: Iterable[T], total: int) -> list[T]:
-    from rich.console import Console
-    from rich.progress import track
+def _work(options: argparse.Namespace, doing: str) -> "Work":
+    from coca_lit.cli.engines import Work, engine_from
 
-    return list(track(items, verb, total, console=Console(stderr=True)))
+    return Work(engine_from(options.engine, options.workers), doing)
 
 
 def _print_faults(name: str, bad: Mapping[str, int], examples: Sequence[str]) -> None:

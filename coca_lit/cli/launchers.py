@@ -2,7 +2,7 @@
 
 Hydra's own plugins for these are no longer kept up, and lose all results when one process dies. A launcher here takes
 picklable jobs and returns for each its result, or the reason why its process ended without one. A dead job is recorded
-as failed; all others run to their end.
+as failed; all others run to their end. `coca_lit.cli.engines` runs other jobs with them.
 """
 
 import logging
@@ -13,12 +13,12 @@ import signal
 import subprocess
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
@@ -41,6 +41,12 @@ def require(choice: str, extra: str, package: str) -> None:
     """Raises `ConfigError` if an optional package is not installed."""
     if find_spec(package) is None:
         raise ConfigError(f"{choice} needs {package}: pip install -e '.[{extra}]' (or 'coca_lit[{extra}]')")
+
+
+class Runnable(Protocol):
+    """A picklable job."""
+
+    def __call__(self) -> Any: ...
 
 
 class Job(NamedTuple):
@@ -82,7 +88,14 @@ class Job(NamedTuple):
 
 
 class JobsLauncher(Launcher):
-    """What the launchers have in common."""
+    """What the launchers have in common.
+
+    Attributes:
+        choice, key: how the command line chooses this launcher, and where its options are.
+    """
+
+    choice: str
+    key = "hydra.launcher"
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.context, self.function = config, hydra_context, task_function
@@ -96,7 +109,9 @@ class JobsLauncher(Launcher):
         for job in jobs:
             log.info("#%d: %s", job.number, " ".join(filter_overrides(job.overrides)))
         results = []
-        for job, outcome in zip(jobs, self.run(jobs), strict=True):
+        outcomes = dict(self.run(jobs))
+        for i, job in enumerate(jobs):
+            outcome = outcomes[i]
             if isinstance(outcome, str):
                 record_death(job.compose(), outcome)
                 outcome = job.without_result()
@@ -104,8 +119,8 @@ class JobsLauncher(Launcher):
         return results
 
     @abstractmethod
-    def run(self, jobs: Sequence[Job]) -> list[JobReturn | str]:
-        """Of each job its result, or the reason why its process ended without one."""
+    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
+        """As each job ends, its number and its result, or the reason (a str) why its process ended without one."""
 
 
 def death(code: int) -> str:
@@ -124,17 +139,18 @@ def death(code: int) -> str:
 class JoblibLauncher(JobsLauncher):
     """A process for each job, `n_jobs` at a time; -1: as many as there are cores."""
 
+    choice = "hydra/launcher=joblib_jobs"
+
     def __init__(self, n_jobs: int = 2) -> None:
         if n_jobs != -1 and n_jobs < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs must be at least 1, or -1 for all cores; got {n_jobs}")
-        require("hydra/launcher=joblib_jobs", "joblib", "cloudpickle")
+            raise ConfigError(f"{self.key}.n_jobs must be at least 1, or -1 for all cores; got {n_jobs}")
+        require(self.choice, "joblib", "cloudpickle")
         self.n_jobs = n_jobs if n_jobs > 0 else os.cpu_count() or 1
 
-    def run(self, jobs: Sequence[Job]) -> list[JobReturn | str]:
+    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
         import cloudpickle
 
         spawn = multiprocessing.get_context("spawn")
-        outcomes: dict[int, JobReturn | str] = {}
         waiting, running = [*range(len(jobs))], dict[int, tuple[int, Any]]()  # by the sentinel of the process
         with TemporaryDirectory() as folder:
             results = [Path(folder) / str(i) for i in waiting]
@@ -149,12 +165,11 @@ class JoblibLauncher(JobsLauncher):
                         i, process = running.pop(sentinel)
                         process.join()
                         done = results[i].exists()
-                        outcomes[i] = pickle.loads(results[i].read_bytes()) if done else death(process.exitcode)
+                        yield i, pickle.loads(results[i].read_bytes()) if done else death(process.exitcode)
             except KeyboardInterrupt:  # which the terminal sends to the jobs, too: they stop and save
                 for _, process in running.values():
                     process.join()
                 raise
-        return [outcomes[i] for i in range(len(jobs))]
 
 
 def _call(job: bytes, result: Path) -> None:
@@ -176,12 +191,14 @@ class RayLauncher(JobsLauncher):
         ray: arguments of `ray.init` and of `ray.remote`.
     """
 
+    choice = "hydra/launcher=ray_jobs"
+
     def __init__(self, ray: Mapping[str, Mapping[str, Any]]) -> None:
-        require("hydra/launcher=ray_jobs", "ray", "ray")
+        require(self.choice, "ray", "ray")
         settings: Any = OmegaConf.to_container(OmegaConf.create(dict(ray)), resolve=True)
         self.init, self.remote = settings.get("init") or {}, settings.get("remote") or {}
 
-    def run(self, jobs: Sequence[Job]) -> list[JobReturn | str]:
+    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
         import ray
 
         started_here = not ray.is_initialized()  # a sweeper launches several batches
@@ -189,25 +206,28 @@ class RayLauncher(JobsLauncher):
             try:
                 ray.init(**{name: value for name, value in self.init.items() if value is not None})
             except (ConnectionError, ValueError, TypeError) as error:
-                raise ConfigError(f"hydra.launcher.ray.init: {error}") from error
+                raise ConfigError(f"{self.key}.ray.init: {error}") from error
         try:
             call = ray.remote(**{"max_calls": 1, **self.remote})(_run)  # the next job gets a new process
-            return [_result(reference) for reference in [call.remote(job) for job in jobs]]
+            waiting = {call.remote(job): i for i, job in enumerate(jobs)}
+            while waiting:
+                ended, _ = ray.wait([*waiting], num_returns=len(waiting), timeout=1.0)  # all that end within a second
+                for reference in ended:
+                    yield waiting.pop(reference), _result(reference)
         finally:
             if started_here:
                 ray.shutdown()
 
 
-def _run(job: Job) -> JobReturn:
+def _run(job: Runnable) -> Any:
     return job()
 
 
-def _result(reference: Any) -> JobReturn | str:
+def _result(reference: Any) -> Any:
     import ray
 
     try:
-        result: JobReturn = ray.get(reference)
-        return result
+        return ray.get(reference)
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {' '.join(lines)[:500]}"
@@ -223,31 +243,29 @@ SHARED = {  # options that submitit knows without the prefix `slurm_`
 class SlurmLauncher(JobsLauncher):
     """A SLURM job for each job, by submitit, whose options it takes."""
 
+    choice = "hydra/launcher=slurm_jobs"
+
     def __init__(self, submitit_folder: str, max_num_timeout: int = 0, **options: Any) -> None:
-        require("hydra/launcher=slurm_jobs", "slurm", "submitit")
+        require(self.choice, "slurm", "submitit")
         self.folder, self.max_num_timeout = submitit_folder, max_num_timeout
         self.options: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(options), resolve=True)  # type: ignore
 
-    def run(self, jobs: Sequence[Job]) -> list[JobReturn | str]:
+    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
         submitted = self._submit(jobs)
         waiting, pause = [*range(len(jobs))], 1.0
-        outcomes: dict[int, JobReturn | str] = {}
         while waiting:
             queued = _queued([submitted[i].job_id for i in waiting])  # before the results are looked for
             for i in [*waiting]:
                 task = submitted[i].task(0)
-                if task.paths.result_pickle.exists():
-                    outcomes[i] = _submitit_result(task)
-                elif queued is not None and submitted[i].job_id not in queued:
-                    outcomes[i] = _late_result(task)
-                if i in outcomes:
+                finished = task.paths.result_pickle.exists()
+                if finished or (queued is not None and submitted[i].job_id not in queued):
                     waiting.remove(i)
+                    yield i, _submitit_result(task) if finished else _late_result(task)
             if waiting:
                 time.sleep(pause)
                 pause = min(1.2 * pause, 30.0)
-        return [outcomes[i] for i in range(len(jobs))]
 
-    def _submit(self, jobs: Sequence[Job]) -> "list[submitit.Job[Any]]":
+    def _submit(self, jobs: Sequence[Runnable]) -> "list[submitit.Job[Any]]":
         import submitit
 
         try:
@@ -260,14 +278,14 @@ class SlurmLauncher(JobsLauncher):
         except submitit.core.utils.FailedJobError as error:
             raise ConfigError(self._refusal(str(error))) from error
         except (RuntimeError, ValueError, NameError) as error:  # no srun, or an option that submitit lacks
-            raise ConfigError(f"hydra/launcher=slurm_jobs: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{self.choice}: {' '.join(str(error).split())}") from error
 
     def _refusal(self, text: str) -> str:
         gpus = self.options.get("gpus_per_node")
         if gpus is not None and "generic resource" in text:
             return (
                 f"SLURM has no node with the GPUs that each job asks for (gpus_per_node={gpus}): set "
-                "hydra.launcher.gpus_per_node=null to train without, or hydra.launcher.partition to one that has GPUs"
+                f"{self.key}.gpus_per_node=null to do without, or {self.key}.partition to one that has GPUs"
             )
         lines = [line for line in text.splitlines() if "error:" in line] or text.splitlines()[-1:]
         return f"SLURM refused the jobs: {' '.join(lines)}"
@@ -276,10 +294,10 @@ class SlurmLauncher(JobsLauncher):
 class SubmittedJob:
     """A job in the hands of submitit, which replaces handlers of signals and starts it again after preemption."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Runnable) -> None:
         self.job, self.requeued = job, False
 
-    def __call__(self) -> JobReturn:
+    def __call__(self) -> Any:
         signal.signal(signal.SIGTERM, _stop)  # submitit ignores it
         result = self.job()
         if self.requeued:  # SLURM's SIGTERM came before submitit had ended this process: what counts is the next start
@@ -308,7 +326,7 @@ def _queued(numbers: Sequence[str]) -> set[str] | None:
     return set(done.stdout.split())
 
 
-def _late_result(task: "submitit.Job[Any]", seconds: float = 5.0) -> JobReturn | str:
+def _late_result(task: "submitit.Job[Any]", seconds: float = 5.0) -> Any:
     """The result of a job that is over; a shared file system may show it some seconds later."""
     until = time.monotonic() + seconds
     while not task.paths.result_pickle.exists() and time.monotonic() < until:
@@ -316,12 +334,11 @@ def _late_result(task: "submitit.Job[Any]", seconds: float = 5.0) -> JobReturn |
     return _submitit_result(task) if task.paths.result_pickle.exists() else _slurm_death(task)
 
 
-def _submitit_result(task: "submitit.Job[Any]") -> JobReturn | str:
+def _submitit_result(task: "submitit.Job[Any]") -> Any:
     from submitit.core.utils import FailedJobError
 
     try:
-        result: JobReturn = task.result()
-        return result
+        return task.result()
     except FailedJobError as error:  # which holds the traceback
         lines = [line for line in str(error).split("-" * 22)[1].splitlines() if line.strip()]
         return f"{lines[-1]}, see {task.paths.stdout}"

@@ -95,7 +95,8 @@ def caption(
             captioned, unreadable = captioned + len(new), unreadable + len(broken)
             progress.advance(len(new), batch.share)
         writer.finish()
-    return _total(captioned, unreadable, time.perf_counter() - start, inside)
+    seconds = time.perf_counter() - start
+    return total(gather_objects(Totals(captioned, unreadable, seconds, inside / max(seconds, 1e-9))))
 
 
 def _plan(
@@ -138,8 +139,8 @@ def _generate(model: Captioner, pixels: Tensor, options: Mapping[str, Any], seed
     ]
 
 
-def _total(images: int, unreadable: int, seconds: float, inside: float) -> Totals:
-    parts = gather_objects(Totals(images, unreadable, seconds, inside / max(seconds, 1e-9)))
+def total(parts: Sequence[Totals]) -> Totals:
+    """Of processes, or of shards, side by side."""
     time_inside = sum(part.seconds * part.model_share for part in parts)
     return Totals(
         sum(part.images for part in parts),

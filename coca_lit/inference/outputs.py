@@ -71,6 +71,8 @@ def open_writer(output: str | None, units: Sequence[Unit], settings: dict[str, A
     if path.suffix and not path.is_dir() and not output.endswith("/"):
         known = "expected .jsonl, .json, or a folder for shards"
         raise DataError(f"unknown suffix '{path.suffix}' of output={output}: {known}")
+    if rank() == 0:
+        remove_leftovers(path)
     return Recaptioned(path, units, settings)
 
 
@@ -214,8 +216,6 @@ class Recaptioned(Writer):
                 raise DataError(f"{names[path.name]} and {path} would both become {folder / path.name}")
             if path.resolve() == (folder / path.name).resolve():
                 raise DataError(f"{path} would replace itself: choose another folder as output")
-        if rank() == 0:
-            remove_leftovers(folder)
         _claim(folder / SETTINGS, folder.exists() and any(folder.iterdir()), settings)
         self.folder = folder
         self.captions: dict[str, Captions] = {}  # of the current shard, by the name of the image

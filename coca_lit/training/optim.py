@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from timm.optim import Muon, create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from coca_lit.errors import ConfigError, suggest
 
 # Learned positions and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
+WHOLE = ("mars", "kron", "adamuon", "nvnovograd")  # of timm 1.0.28: operations that PyTorch lacks for sharded tensors
 FALLBACK = ("token_embedding.weight", "vocabulary.weight")  # tables of words, whose rows are no transformation either
 
 
@@ -107,7 +109,8 @@ class Timm(Grouped):
     decay get the AdamW that they bring along.
 
     Args:
-        name: one of `timm.optim.list_optimizers()`, such as muon, lion, adopt, nadamw, mars, kron.
+        name: one of `timm.optim.list_optimizers()`. Recommended, and tested on sharded weights (`trainer=fsdp`): muon,
+            lion, adopt, nadamw.
         arguments: of that optimizer.
 
     Raises:
@@ -137,6 +140,12 @@ class Timm(Grouped):
         self.name, self.arguments = name, dict(arguments)
 
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Raises `ConfigError` if the weights are sharded and the optimizer cannot have that."""
+        sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+        if sharded and any(part in self.name for part in WHOLE):
+            raise ConfigError(
+                f"timm's {self.name} does not work on sharded weights: use muon, lion, adopt or nadamw, or trainer=ddp"
+            )
         groups = self.groups(module, "use_fallback" if issubclass(self.kind, Muon) else None)
         return create_optimizer_v2(groups, self.name, self.lr, self.weight_decay, **self.arguments)
 

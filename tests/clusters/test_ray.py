@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from running import ROOT
+from shard_jobs import RECAPTION, contents, shards_to_caption
 
 from experiments.slurm.requeues import free_port
 
@@ -56,3 +57,25 @@ def test_a_sweep_of_which_jobs_are_killed(environment: dict[str, str], tmp_path:
     assert rows["109"]["error"].startswith("WorkerCrashedError")
     assert rows["2"]["error"] == "no model survives 2.0"
     assert "best scenes/CIDEr: 30.00" in done.stdout
+
+
+def test_shards_of_which_a_worker_is_killed(environment: dict[str, str], tmp_path: Path) -> None:
+    """`engine=ray`: the task of a dead worker starts again, the bytes are those of one process, and what is finished is
+    not written again.
+    """
+    expected = shards_to_caption(tmp_path)
+    engine = ("engine=ray", "engine.ray.init.address=auto")
+    command = (sys.executable, "-m", "coca_lit.cli.caption", *RECAPTION, *engine)
+    done, again = (
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        for _ in range(2)
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    assert "6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr
+    assert contents(tmp_path / "new") == expected
+    assert "6 shards: 0 done, 6 skipped (finished before), 0 failed" in again.stderr
+    check = (sys.executable, "-m", "coca_lit.cli.data", "check", "new", *engine)
+    done = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert "6 shards, 12 samples" in done.stdout, done.stderr
+    assert "6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr

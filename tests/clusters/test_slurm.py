@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from running import ROOT
+from shard_jobs import RECAPTION, contents, shards_to_caption
 
 from experiments.slurm.requeues import LOGS, SHORT, SIZES, Cluster, cluster, curve, differences, requeue
 
@@ -126,5 +128,31 @@ def test_gpus_that_no_node_has_are_one_sentence(call: Call) -> None:
     app = (sys.executable, str(ROOT / "tests" / "sweep_app.py"), "-m", *ON_ONE_NODE)
     done = call(*app, "model.optimizer.lr=0.1,0.2")
     assert done.returncode == 1
-    assert "set hydra.launcher.gpus_per_node=null to train without" in done.stderr
+    assert "set hydra.launcher.gpus_per_node=null to do without" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# Shards
+
+
+def test_shards_of_which_jobs_are_preempted_and_killed(call: Call, tmp_path: Path) -> None:
+    """`engine=slurm`: a preempted job is requeued and goes on after its finished shards; those of a killed one are
+    reported, and the same command does the rest. The bytes are those of one process.
+    """
+    pytest.importorskip("submitit")
+    expected = shards_to_caption(tmp_path)
+    engine = ("engine=slurm", "engine.cpus_per_task=1", "engine.shards_per_job=3")
+    command = (sys.executable, "-m", "coca_lit.cli.caption", *RECAPTION, *engine)
+    done = call(*command, KILLING=str(int(signal.SIGUSR2)))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    assert "6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr
+    assert contents(tmp_path / "new") == expected
+    (tmp_path / "killed").unlink()
+    killed, resumed = (call(*command, "output=again") for _ in range(2))
+    assert killed.returncode == 1
+    assert "killed by SIGKILL" in killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert killed.stderr.rstrip().endswith("error: 3 of 6 shards failed: the same command tries them again")
+    assert "6 shards: 2 done, 4 skipped (finished before), 0 failed" in resumed.stderr
+    assert contents(tmp_path / "again") == expected

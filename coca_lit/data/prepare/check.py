@@ -12,9 +12,9 @@ from coca_lit.data.records import decode_image
 from coca_lit.data.shards.listing import (
     MANIFEST,
     ManifestEntry,
+    Run,
     Shard,
     entry_of,
-    parallel_map,
     read_manifest,
     sha256_of,
 )
@@ -58,9 +58,12 @@ def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
     return ShardReport(str(path), os.stat(path).st_mtime_ns, entry, dict(bad.reasons), examples, broken)
 
 
-def check_shards(paths: Sequence[Path], caption_key: str, workers: int) -> Iterator[ShardReport]:
+def check_shards(paths: Sequence[Path], caption_key: str, run: Run) -> Iterator[ShardReport]:
     """Reports in the order in which they are ready. Each is recorded in a journal beside its shard, so that an
     interrupted check resumes where it stopped; call `forget_journals` when all is done.
+
+    Args:
+        run: calls `check_shard` for all paths, anywhere.
     """
     known = _journals({path.parent for path in paths}, caption_key)
     todo = []
@@ -70,7 +73,7 @@ def check_shards(paths: Sequence[Path], caption_key: str, workers: int) -> Itera
             yield report
         else:
             todo.append(path)
-    for report in parallel_map(check_shard, todo, caption_key, workers):
+    for report in run(check_shard, todo, caption_key):
         append_lines(Path(report.path).parent / JOURNAL, [json.dumps([caption_key, report])])
         yield report
 

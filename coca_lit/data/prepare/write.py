@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.prepare.pairs import Pair
 from coca_lit.data.records import MAX_IMAGE, decode_image
-from coca_lit.data.shards.listing import ManifestEntry, Shard, entry_of, parallel_map, sha256_of
+from coca_lit.data.shards.listing import ManifestEntry, Run, Shard, entry_of, sha256_of
 from coca_lit.data.shards.reader import MAX_TEXT, image_of, read_fields
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError
@@ -32,6 +32,9 @@ class Task(NamedTuple):
 
     number: int
     content: tuple[Pair, ...] | Path
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def name(self) -> str:
@@ -63,8 +66,11 @@ def plan_shards(paths: Sequence[Path]) -> list[Task]:
     return [Task(number, path) for number, path in enumerate(paths)]
 
 
-def prepare(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Written]:
+def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
     """Writes all shards that do not exist yet; yields them as they are ready, existing ones first.
+
+    Args:
+        run: calls `write_shard` for all tasks, anywhere.
 
     Raises:
         DataError: the folder holds something else.
@@ -73,7 +79,7 @@ def prepare(tasks: Sequence[Task], output: Path, workers: int) -> Iterator[Writt
     remove_leftovers(output)
     yield from done.values()
     todo = [task for task in tasks if task.name not in done]
-    for written in parallel_map(write_shard, todo, output, workers):
+    for written in run(write_shard, todo, output):
         append_lines(output / JOURNAL, [json.dumps(written)])
         yield written
 

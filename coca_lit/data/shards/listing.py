@@ -34,6 +34,8 @@ from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, print
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Shared = TypeVar("Shared")
+# A function, items, and what all calls share -> `function(item, shared)` of each item, as it is done.
+Run = Callable[[Callable[[Any, Any], Any], Sequence[Any], Any], Iterator[Any]]
 
 MANIFEST = "manifest.json"
 REQUESTS = 32  # to a store at a time
@@ -65,6 +67,10 @@ class Shard(NamedTuple):
     name: str  # a path, or a URL
     entry: ManifestEntry | None = None
     cache: ShardCache | None = None  # for a remote one
+
+    def __str__(self) -> str:
+        return self.name
+
     stored: Stored | None = None  # a remote one, when it was listed
     index_file: Stored | None = None  # with its index, if the store has one and a manifest to compare it with
 
