@@ -186,8 +186,10 @@ class Work:
     def __call__(self, function: Callable[[Any, Any], Any], shards: Sequence[Any], settings: Any) -> Iterator[Any]:
         """The results of `function(shard, settings)`, as they are ready, of those shards that do not fail."""
         jobs = [_Job(function, shard, settings, os.getcwd()) for shard in shards]
+        if not jobs:  # then no cluster is needed
+            return
         with ProgressBar(self.doing, "shards") as bar:
-            bar.reach(0, max(len(jobs), 1))
+            bar.reach(0, len(jobs))
             for i, outcome in self.engine.run(jobs):
                 bar.advance(1, (self.done + len(self.failed) + 1) / len(jobs))
                 if isinstance(outcome, str):
