@@ -20,6 +20,7 @@ from running import launched, run, watched
 from test_parallel_training import DDP, SHARDED, SHORT
 from test_resume import MAP, Signal, _train, state
 
+from coca_lit.cli.data import data as coca_data
 from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import rank
 from coca_lit.errors import TrainingError
@@ -84,6 +85,22 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([[float(row[name]) for name in columns] for row in rows], dtype=torch.float64)
 
 
+def train_from_s3(url: str, folder: Path, overrides: tuple[str, ...]) -> tuple[dict[int, list[str]], str]:
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(names, (url, "k", "s", "us-east-1"), strict=True):
+            patch.setenv(name, value)
+        return train(folder, overrides)
+
+
+def became_three(two: list[tuple[dict[int, list[str]], str]], three: list[tuple[dict[int, list[str]], str]]) -> None:
+    assert "note: 2 processes became 3" in three[0][1]
+    assert "every batch holds the same samples as before" in three[0][1]
+    expected, found = global_batches(two), global_batches(three)
+    assert list(expected) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert found == {step: keys for step, keys in expected.items() if step > 3}
+
+
 @pytest.mark.parametrize("data", ["indexed", pytest.param("records", marks=pytest.mark.slow)])
 def test_two_ranks_become_three(on_ranks, tmp_path: Path, data: str) -> None:
     """Same samples in every global batch, and the losses of the run that went on undisturbed."""
@@ -91,12 +108,34 @@ def test_two_ranks_become_three(on_ranks, tmp_path: Path, data: str) -> None:
     overrides = (*source, *SIX)
     two = on_ranks(2, train, tmp_path / "two", overrides)
     three = on_ranks(3, train, begun(tmp_path / "three", tmp_path / "two", 3), overrides)
-    assert "note: 2 processes became 3: every batch holds the same samples as before" in three[0][1]
-    expected, found = global_batches(two), global_batches(three)
-    assert list(expected) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert found == {step: keys for step, keys in expected.items() if step > 3}
+    became_three(two, three)
     torch.testing.assert_close(losses(tmp_path / "three"), losses(tmp_path / "two"), rtol=1e-4, atol=0)
     assert state(tmp_path / "three")[RUN_KEY]["samples"] == 48
+
+
+@pytest.mark.slow  # beside the windows of tests/data/shards
+def test_two_ranks_become_three_that_read_from_a_store_on_another_machine(on_ranks, tmp_path: Path) -> None:
+    """With a worker each, an empty cache, and a store that fails now and then."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    from faulty_store import FaultyStore
+
+    _, _, *source = shards(tmp_path)
+    coca_data(["check", str(tmp_path / "shards"), "--workers", "1"])
+    source = ["data=laion", "data.shards=s3://bucket/set", "data.window=8", "data.readers=2", *source]
+    store = FaultyStore()
+    try:
+        store.put("bucket", {f"set/{path.name}": path.read_bytes() for path in (tmp_path / "shards").iterdir()})
+        overrides = (*source, *SIX, f"data.cache_dir={tmp_path}/cache2")
+        two = on_ranks(2, train_from_s3, store.url, tmp_path / "two", overrides)
+        store.faults.extend(["", "", "slow down", "", "reset", "cut", "", "internal"])
+        elsewhere = (*source, *SIX, f"data.cache_dir={tmp_path}/cache3", "data.num_workers=1")
+        three = on_ranks(3, train_from_s3, store.url, begun(tmp_path / "three", tmp_path / "two", 3), elsewhere)
+    finally:
+        store.close()
+    became_three(two, three)
+    assert not store.faults
+    torch.testing.assert_close(losses(tmp_path / "three"), losses(tmp_path / "two"), rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow

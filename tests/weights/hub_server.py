@@ -183,13 +183,14 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.server.storage[oid]
         if self.server.tampered:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        headers = {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, stop = (int(found[1]), int(found[2] or len(content)) + 1) if found else (0, len(content))
+        headers, part = {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}, content[start:stop]
+        if found:
+            headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
         cut = self.server.breaks > 0 and self.command == "GET"
         self.server.breaks -= cut
-        self._answer(206 if start else 200, content[start:], headers, cut)
+        self._answer(206 if found else 200, part, headers, cut)
 
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"

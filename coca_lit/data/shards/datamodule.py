@@ -129,7 +129,7 @@ class LAIONDataModule(CaptionDataModule):
         if not remote:
             small = self._indexed is True or sum(os.path.getsize(shard.name) for shard in shards) <= AUTO_BYTES
             return "all" if small else "windows"
-        needed = min(sum(remote), self.windows.cache_bytes(max(remote)))
+        needed = min(sum(remote), self.windows.cache_bytes(max(remote), len(self.shards)))
         if needed > self.cache.max_bytes:
             limit, wanted, largest = (f"{n / 1e9:.3g} GB" for n in (self.cache.max_bytes, needed, max(remote)))
             raise DataError(

@@ -280,4 +280,6 @@ def _accepted(pattern: str) -> str:
             f"shards are read from local paths and from {', '.join(f'{scheme}://' for scheme in SCHEMES[:-1])} only, "
             f"not from {scheme.group()!r} as in {pattern!r}: copy or mount them first"
         )
+    if pattern.startswith("https://") and "@" in pattern.split("/")[2]:
+        raise DataError("a URL of shards is printed and stored, so it must not hold a user and a password")
     return pattern

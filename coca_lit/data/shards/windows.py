@@ -38,17 +38,17 @@ PAUSE = 5.0  # seconds until a shard that could not be fetched ahead is tried ag
 
 
 class Windows(NamedTuple):
-    """How much is shuffled at a time; shared by all readers, and in a mixture by each source alone."""
+    """How much is shuffled at a time: of all readers and, by their weights, all sources together."""
 
     samples: int
-    bytes: float
+    bytes: float  # of shards
     readers: int  # a divisor of the batch size
 
-    def cache_bytes(self, largest: int) -> float:
+    def cache_bytes(self, largest: int, sources: int) -> float:
         """Room for three windows in a row of each reader, which are read, awaited by workers, and fetched ahead; each
         may begin and end within a shard of the `largest` size.
         """
-        return 3 * self.bytes + 2 * self.readers * largest
+        return 3 * self.bytes + 2 * self.readers * sources * largest
 
 
 class Piece(NamedTuple):
@@ -70,12 +70,13 @@ class SourceOrder:
     """Which sample of a source each reader reads k-th.
 
     Args:
+        share: of the windows.
         first: index of the first sample of the source among those of all sources.
     """
 
-    def __init__(self, source: Source[TarIndex], windows: Windows, seed: int, first: int) -> None:
+    def __init__(self, source: Source[TarIndex], windows: Windows, share: float, seed: int, first: int) -> None:
         self.source, self.seed = source, seed
-        self.max_samples, self.max_bytes = windows.samples / windows.readers, windows.bytes / windows.readers
+        self.max_samples, self.max_bytes = (limit * share / windows.readers for limit in windows[:2])
         self.counts = [len(index) for index in source.shards]
         self.starts = [*accumulate(self.counts, initial=first)]
         shards = list(range(len(self.counts)))
@@ -191,7 +192,8 @@ class WindowedBatches(IndexedBatches):
         super().__init__(sources, batch_size, seed, start, stop, rank, world)
         self.behind, self.of_reader = behind, batch_size // windows.readers  # samples of a batch
         self.orders = [
-            SourceOrder(source, windows, seed, first) for source, first in zip(sources, self.starts, strict=False)
+            SourceOrder(source, windows, source.weight / sum(self.weights), seed, first)
+            for source, first in zip(sources, self.starts, strict=False)
         ]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

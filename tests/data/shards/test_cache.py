@@ -101,6 +101,12 @@ def test_other_schemes_and_chains_are_refused(url):
         find_shards(url)
 
 
+def test_a_password_is_refused_before_it_is_printed():
+    with pytest.raises(DataError, match="must not hold a user and a password") as error:
+        find_shards("https://me:secret@host/x.tar")
+    assert "secret" not in str(error.value)
+
+
 def test_a_missing_backend_is_one_sentence(monkeypatch):
     def absent(scheme: str) -> None:
         raise ImportError("Install s3fs to access S3")

@@ -35,8 +35,9 @@ from coca_lit.data.shards import store as object_store
 from coca_lit.data.shards import windows as windowed
 from coca_lit.data.shards.cache import PARTIAL, ShardCache
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.store import StoreError, fault_of
+from coca_lit.data.shards.indexed import make_index
+from coca_lit.data.shards.listing import Shard, find_shards
+from coca_lit.data.shards.store import RangeFile, StoreError, fault_of
 from coca_lit.errors import DataError, DataNotFoundError
 
 s3fs = pytest.importorskip("s3fs")
@@ -184,6 +185,17 @@ def test_windows_are_those_of_the_local_set_whatever_fails(store, tmp_path, wind
             store.faults.extend([fault] * times)
             assert batches(data) == named(windows, data.shards[""][0].name.rpartition("/")[0])
             store.faults.clear()
+
+
+@ON_ALL
+def test_an_index_is_made_of_headers_whatever_fails(store, tmp_path, local, monkeypatch):
+    monkeypatch.setattr(object_store, "BLOCK", 512)
+    expected = make_index(Shard(str(local / "00001.tar")), tmp_path)
+    (shard,) = find_shards(f"{store.root}bucket/set/00001.tar", ShardCache(tmp_path / "cache", 10**6))
+    headers = RangeFile(shard.name, shard.stored.bytes)
+    store.faults.extend(["", "", "reset", "", "cut", "internal"])
+    assert make_index(shard, tmp_path, headers).places.tolist() == expected.places.tolist()
+    assert headers.fetched < 0.7 * shard.stored.bytes
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

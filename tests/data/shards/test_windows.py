@@ -51,7 +51,7 @@ def batches(windows: Windows, weights: dict[str, float], rank: int = 0, world: i
     return WindowedBatches(sources(weights), 24, SEED, 0, 30, rank, world, windows=windows)
 
 
-def naive_reader(name: str, first: int, windows: Windows, reader: int) -> Iterator[tuple[int, int]]:
+def naive_reader(name: str, first: int, share: float, windows: Windows, reader: int) -> Iterator[tuple[int, int]]:
     """All (pass, i) that a reader reads, one sample after the other."""
     counts = COUNTS[name]
     shards = list(range(len(counts)))
@@ -64,7 +64,7 @@ def naive_reader(name: str, first: int, windows: Windows, reader: int) -> Iterat
         random.Random(stable_seed("shards", SEED, name, turn, reader)).shuffle(pieces)
         divided = [piece for piece in pieces if len(piece) < counts[piece[0][0]]]
         plan = [*chain(*divided), *chain(*(piece for piece in pieces if piece not in divided))]
-        size = int(min(windows.samples / windows.readers, windows.bytes / windows.readers / 1024))
+        size = int(min(windows.samples, windows.bytes / 1024) * share / windows.readers)
         for number, start in enumerate(range(0, len(plan), size)):
             window = plan[start : start + size]
             seed = stable_seed("order", SEED, turn, name, str(reader), str(number))
@@ -76,7 +76,7 @@ def naive_reader(name: str, first: int, windows: Windows, reader: int) -> Iterat
 def naive_batches(windows: Windows, weights: dict[str, float]) -> Iterator[list[tuple[int, int]]]:
     starts = dict(zip(weights, (0, sum(COUNTS["a"])), strict=False))
     readers = [
-        {name: naive_reader(name, starts[name], windows, reader) for name in weights}
+        {name: naive_reader(name, starts[name], share, windows, reader) for name, share in weights.items()}
         for reader in range(windows.readers)
     ]
     turns = weighted_round_robin(list(weights.values()), [0] * len(weights))
