@@ -1,4 +1,4 @@
-"""Texts to token ids and back: CLIP's byte-pair encoding, or one id per word of a closed vocabulary.
+"""Texts to token ids and back: the byte-pair encodings of CLIP and GPT-2, or one id per word of a closed vocabulary.
 
 The tokenizer is the one place that knows vocabulary size, context length and special ids; the model reads them from
 here. Text is never parsed for special tokens: a caption that contains "<end_of_text>" is encoded as these characters.
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import ftfy
 import torch
@@ -19,7 +20,8 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
-CLIP_MERGES = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
+ASSETS = Path(__file__).parent / "assets"
+CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
 WORD = r"[^\W_]+(?:['’-][^\W_]+)*"  # of `WordTokenizer`, in lower case
 # CLIP splits text into English contractions, runs of letters, single digits and runs of anything else.
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -34,6 +36,8 @@ class Tokenizer(ABC):
     unk_id: int | None = None  # of words that a closed vocabulary lacks
     vocab_size: int
     token_bytes: list[bytes]  # of each id; joined for the ids of a text, they are the text in UTF-8
+    open_clip_version: ClassVar[str | None] = None  # the first version of OpenCLIP that has it
+    open_clip_config: ClassVar[dict[str, Any]] = {}  # its keys in OpenCLIP's `text_cfg`
 
     def __init__(self, context_length: int = 76) -> None:
         if context_length < 3:
@@ -98,10 +102,11 @@ class CLIPTokenizer(Tokenizer):
     """
 
     pad_id = 0
+    open_clip_version = "3.3"
 
     def __init__(self, context_length: int = 76) -> None:
         super().__init__(context_length)
-        merges = [_pair(line) for line in gzip.decompress(CLIP_MERGES.read_bytes()).decode().split("\n")]
+        merges = _read_merges(CLIP_MERGES)
         byte_of = _byte_of_symbol()
         symbols = list(byte_of)
         tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
@@ -123,6 +128,40 @@ class CLIPTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.bpe.encode_batch([clean_text(text) for text in texts])]
+
+
+class R50kTokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding, tiktoken's r50k_base, as OpenCLIP 4 uses it: 50,260 tokens with end 50257, pad 50258
+    and start 50259. Case is kept. GPT-2's own end of text, 50256, is in no text.
+    """
+
+    open_clip_version = "4"
+    open_clip_config: ClassVar[dict[str, Any]] = {
+        "pad_id": 50258,
+        "bos_id": 50259,
+        "eos_id": 50257,
+        "tokenizer_type": "tiktoken",
+        "tiktoken_name": "r50k_base",
+        "tokenizer_kwargs": {"clean": "whitespace"},
+    }
+    eot_id, pad_id, sot_id = 50257, 50258, 50259
+    vocab_size = 50260
+
+    def __init__(self, context_length: int = 76) -> None:
+        super().__init__(context_length)
+        merges, byte_of = _read_merges(GPT2_MERGES), _byte_of_symbol()
+        tokens = [*byte_of, *map("".join, merges)]
+        self.bpe = HFTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+        self.bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits as GPT-2 does
+        special = self.vocab_size - len(tokens)
+        self.token_bytes = [*(_token_bytes(token, byte_of) for token in tokens), *[b""] * special]
+
+    @property
+    def spec(self) -> str:
+        return "r50k"
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.bpe.encode_batch([clean_whitespace(text) for text in texts])]
 
 
 class WordTokenizer(Tokenizer):
@@ -161,40 +200,46 @@ def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:
     return sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
 
 
+BYTE_PAIRS: dict[str, type[CLIPTokenizer | R50kTokenizer]] = {"clip": CLIPTokenizer, "r50k": R50kTokenizer}
+
+
 def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) -> Tokenizer:
-    """CLIP's tokenizer for "clip", a `WordTokenizer` for a list of words.
+    """The byte pairs of a name of `BYTE_PAIRS`, a `WordTokenizer` for a list of words.
 
     Raises:
         ValueError: another name.
     """
     if not isinstance(spec, str):
         return WordTokenizer(spec, context_length)
-    if spec != "clip":
-        raise ValueError(f"unknown tokenizer '{spec}': expected 'clip' or a list of words")
-    return _clip(context_length)
+    if spec not in BYTE_PAIRS:
+        raise ValueError(f"unknown tokenizer '{spec}': expected {', '.join(map(repr, BYTE_PAIRS))} or a list of words")
+    return _byte_pairs(spec, context_length)
 
 
 @lru_cache(maxsize=4)
-def _clip(context_length: int) -> CLIPTokenizer:
-    return CLIPTokenizer(context_length)  # building the merge table takes a moment, so it is shared
+def _byte_pairs(name: str, context_length: int) -> Tokenizer:
+    return BYTE_PAIRS[name](context_length)  # building the merge table takes a moment, so it is shared
 
 
 def clean_text(text: str) -> str:
-    """OpenCLIP's cleaning: repaired Unicode, no control characters, HTML entities resolved twice, single blanks,
-    lower case.
-    """
+    """`clean_whitespace` in lower case."""
+    return clean_whitespace(text).lower()  # here, not in the tokenizer library, which gets a final Greek sigma wrong
+
+
+def clean_whitespace(text: str) -> str:
+    """OpenCLIP's cleaning: repaired Unicode, no control characters, HTML entities resolved twice, single blanks."""
     if not (text.isascii() and text.isprintable()) or "&" in text:  # other texts need none of the first three
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()  # here, not in the tokenizer library, which gets a final Greek sigma wrong
+    return " ".join(text.split())
 
 
 def split_words(text: str) -> list[str]:
     return re.findall(WORD, text.lower())
 
 
-def _pair(line: str) -> tuple[str, str]:
-    left, right = line.split()
-    return left, right
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    return [(left, right) for left, right in map(str.split, lines)]
 
 
 def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
@@ -203,7 +248,7 @@ def _token_bytes(token: str, byte_of: dict[str, int]) -> bytes:
 
 
 def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable character for each of the 256 bytes, in the order of CLIP's vocabulary."""
+    """GPT-2's printable character for each of the 256 bytes, in the order of both vocabularies."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

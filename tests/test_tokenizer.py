@@ -1,5 +1,8 @@
 """Token ids against OpenCLIP's own tokenizer, decoding, padding, and the word vocabulary."""
 
+import base64
+import hashlib
+import itertools
 import json
 import random
 import unicodedata
@@ -7,10 +10,19 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import regex
 import torch
 from conftest import SHARED
 
-from coca_lit.tokenizer import CLIPTokenizer, Tokenizer, WordTokenizer, clean_text, get_tokenizer
+from coca_lit.tokenizer import (
+    CLIPTokenizer,
+    R50kTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    clean_text,
+    clean_whitespace,
+    get_tokenizer,
+)
 
 TRICKY = [
     "",
@@ -158,13 +170,50 @@ def test_words_become_ids_and_words_again(words: WordTokenizer) -> None:
     assert words.decode(words("dog runs")[0, :3]) == "dog runs"
 
 
+@pytest.fixture(scope="module")
+def r50k() -> R50kTokenizer:
+    return R50kTokenizer(context_length=400)
+
+
+def test_r50k_is_the_vocabulary_of_tiktoken(r50k: R50kTokenizer) -> None:
+    """The file r50k_base.tiktoken, made of our merges, has the SHA-256 that tiktoken expects."""
+    lines = (base64.b64encode(token) + f" {i}\n".encode() for i, token in enumerate(r50k.token_bytes[:50256]))
+    digest = hashlib.sha256(b"".join(lines)).hexdigest()
+    assert digest == "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+    assert r50k.token_bytes[50256:] == [b""] * 4
+    assert (r50k.vocab_size, r50k.eot_id, r50k.pad_id, r50k.sot_id) == (50260, 50257, 50258, 50259)
+
+
+def test_r50k_encodes_as_tiktoken_does(r50k: R50kTokenizer) -> None:
+    """Its algorithm in plain Python: in each piece the neighbours whose join has the lowest rank are joined first."""
+    pieces = regex.compile(r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""")
+    ranks = {token: i for i, token in enumerate(r50k.token_bytes[:50256])}
+    for text in [*TRICKY, "A dog and TWO cats' 1234 toys\u2026 <|endoftext|>"]:
+        expected = []
+        for piece in pieces.findall(clean_whitespace(text)):
+            parts = [bytes([byte]) for byte in piece.encode()]
+            while True:
+                joins = [(ranks.get(a + b, 99999), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+                if not joins or min(joins)[0] == 99999:
+                    break
+                i = min(joins)[1]
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            expected += [ranks[part] for part in parts]
+        ids = r50k.encode(text)
+        assert ids == [50259, *expected, 50257][:399] + [50257] * (len(expected) > 397), text
+        if len(expected) < 397:
+            assert r50k.decode(ids) == clean_whitespace(text)
+    assert r50k.encode("Hello, world!") == [50259, 15496, 11, 995, 0, 50257]  # GPT-2's, as published
+    assert R50kTokenizer(4).encode("a b c d")[-1] == 50257
+
+
 def test_vocabulary_from_captions_is_ordered_by_count() -> None:
     tokenizer = WordTokenizer.from_captions(["A dog runs.", "a DOG", "a cat", "b"], min_count=2, context_length=9)
     assert tokenizer.spec == ["a", "dog"]
     assert tokenizer.context_length == 9
 
 
-@pytest.mark.parametrize("spec", ["clip", ["b", "a"]])
+@pytest.mark.parametrize("spec", ["clip", "r50k", ["b", "a"]])
 def test_spec_builds_the_same_tokenizer(spec: str | list[str]) -> None:
     tokenizer = get_tokenizer(spec, context_length=12)
     again = get_tokenizer(json.loads(json.dumps(tokenizer.spec)), tokenizer.context_length)
@@ -174,7 +223,7 @@ def test_spec_builds_the_same_tokenizer(spec: str | list[str]) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="unknown tokenizer 'bert': expected 'clip' or a list of words"):
+    with pytest.raises(ValueError, match="unknown tokenizer 'bert': expected 'clip', 'r50k' or a list of words"):
         get_tokenizer("bert")
     with pytest.raises(ValueError, match="lists a word twice"):
         WordTokenizer(["a", "b", "a"])

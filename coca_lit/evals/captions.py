@@ -143,7 +143,7 @@ def _clip_scores(
         from coca_lit.weights.load import load_dual_encoder
 
         judge = load_dual_encoder(settings.clip_score_model).to(model.device)
-    prompt = PROMPT if judge.tokenizer.spec == "clip" else ""  # a closed vocabulary lacks its words
+    prompt = PROMPT if judge.tokenizer.unk_id is None else ""  # a closed vocabulary lacks its words
     images, references, image_of_reference = embed_pairs(judge, records, settings.batch_size, settings.workers, prompt)
     written = embed_texts(judge, [prompt + caption for caption in captions], settings.batch_size)
     return clip_scores_of_images(images, written, references, image_of_reference)

@@ -148,7 +148,7 @@ def _mixed(checkpoint: Path, mixture: Mixture) -> str:
 
 def _architecture(model: CoCa) -> dict[str, Any]:
     config = model.config
-    words = "CLIP's byte pairs" if config["tokenizer"] == "clip" else "words"
+    words = {"clip": "CLIP's byte pairs", "r50k": "byte pairs of GPT-2"}.get(str(config["tokenizer"]), "words")
     decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
     poolers = f"{config['pooler']}, {config['pooler_queries']} queries, {config['pooler_heads']} heads"
     arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
