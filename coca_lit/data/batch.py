@@ -1,6 +1,7 @@
 """`Batch` is the contract between data, LightningModule and evaluations."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,13 +10,15 @@ from torch.utils.data import default_collate
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.models.packing import to_device
+from coca_lit.models.patches import Images, Patches, stack_images
 
 
 class Batch(NamedTuple):
     """B captioned images, or questions with an answer, or texts alone."""
 
-    images: Tensor  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
-    # (0, 3, H, W) for texts alone; cached features of the image encoder are (B, S, C) fp16
+    images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
+    # or `Patches`, padded to the longest image; (0, 3, H, W) for texts alone; cached features of the image encoder are
+    # (B, S, C) fp16
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end; on the host, see `to`
     keys: list[str]  # sample ids, for error reports
@@ -28,13 +31,18 @@ class Batch(NamedTuple):
         """With images and tokens on the device. Lengths stay on the host, where the layout of the texts is computed:
         to read them from a GPU, the host would wait for it.
         """
-        return self._replace(images=to_device(self.images, device), tokens=to_device(self.tokens, device))
+        images = self.images
+        if isinstance(images, Patches):
+            images = replace(images, rows=to_device(images.rows, device))
+        else:
+            images = to_device(images, device)
+        return self._replace(images=images, tokens=to_device(self.tokens, device))
 
 
 class Example(NamedTuple):
     """One training pair, the input of `collate`."""
 
-    image: Tensor  # (3, H, W) uint8, or (S, C) fp16
+    image: Images  # (3, H, W) uint8, or `Patches`, or (S, C) fp16
     tokens: list[int]  # with start and end, not padded
     key: str
     bad: tuple[BadSample, ...] = ()  # samples that this one replaces
@@ -56,13 +64,16 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers)
 
 
-def _stack(images: Sequence[Tensor]) -> Tensor:
-    """Pixels (B, 3, H, W) channels last, or cached features (B, S, C). In a worker they are written into memory that
-    the training process shares, which saves a copy.
+def _stack(images: Sequence[Images]) -> Images:
+    """Pixels (B, 3, H, W) channels last, `Patches`, or cached features (B, S, C). In a worker they are written into
+    memory that the training process shares, which saves a copy.
     """
-    if images[0].ndim == 2:
-        return default_collate([*images])
-    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    tensors = [image for image in images if isinstance(image, Tensor)]
+    if not tensors:
+        return stack_images(images)
+    if tensors[0].ndim == 2:
+        return default_collate(tensors)
+    return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2)
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

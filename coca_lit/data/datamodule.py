@@ -6,7 +6,7 @@ The reader of a data set is imported by its DataModule alone.
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack, cast
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
@@ -14,9 +14,18 @@ from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
-from coca_lit.data.loader import TrainLoader, open_epoch, per_rank, validation_loader
+from coca_lit.data.loader import Schedule, TrainLoader, open_epoch, per_rank, validation_loader
 from coca_lit.data.records import Record, trainable
-from coca_lit.data.transforms import RandomCrop, TrainTransform, Transform, build_transform, whole
+from coca_lit.data.transforms import (
+    CropToPatches,
+    RandomCrop,
+    TrainTransform,
+    Transform,
+    build_transform,
+    random_box,
+    whole,
+    whole_box,
+)
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import Tokenizer
 
@@ -35,6 +44,7 @@ class LoaderArguments(TypedDict, total=False):
     seed: int
     text: str | Sequence[str] | None
     text_every: int
+    patches: Sequence[int]
 
 
 class SharedArguments(LoaderArguments, total=False):
@@ -56,6 +66,8 @@ class CaptionDataModule(LightningDataModule):
         seed: of order and augmentation.
         text: files of texts without images, see `read_texts`; None for none.
         text_every: every N-th batch is one of texts alone; 1 for all of them.
+        patches: for a model that takes images of any shape: budgets of patches of an image, one of which is drawn for
+            each batch, see `coca_lit.data.loader.Schedule`; empty: always the model's own.
     """
 
     texts: "TextBatches | None" = None
@@ -69,6 +81,7 @@ class CaptionDataModule(LightningDataModule):
         seed: int = 0,
         text: str | Sequence[str] | None = None,
         text_every: int = 2,
+        patches: Sequence[int] = (),
     ) -> None:
         super().__init__()
         per_rank(batch_size, world=1)
@@ -78,6 +91,7 @@ class CaptionDataModule(LightningDataModule):
             raise ValueError(f"text_every must be a whole number of at least 1, got {text_every!r}")
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
         self.num_workers, self.seed, self.text_every = num_workers, seed, text_every
+        self.patches = tuple(patches)
         if text is not None:
             from coca_lit.data.text_batches import TextBatches
 
@@ -101,13 +115,33 @@ class CaptionDataModule(LightningDataModule):
         """Whether every global batch holds the same samples on any number of processes and workers."""
         return True
 
+    def schedule(self, samples: int) -> Schedule:
+        """The batches of an epoch of that many samples."""
+        return Schedule(samples, self.batch_size, self.patches, self.seed)
+
+    whole_images: ClassVar[bool] = False  # for training too: nothing is cropped
+
     def train_transform(self) -> TrainTransform:
-        return RandomCrop(self.image_size)
+        expected = self.preprocessing
+        if "patch_size" in expected:
+            box = whole_box if self.whole_images else random_box
+            return CropToPatches(expected["patch_size"], expected["max_patches"], box)
+        if self.patches:
+            raise DataError(
+                "data.patches is for a model that takes images of any shape: choose one, such as"
+                " model.net.name=coca2-moderntext-naflex_ViT-B-32, or leave it out"
+            )
+        return whole if self.whole_images else RandomCrop(self.image_size)
 
     def plain_transform(self) -> Transform:
         """That of evaluations: what the network that is trained was made for."""
-        net = getattr(self.trainer and self.trainer.lightning_module, "net", None)
-        return build_transform(**getattr(net, "preprocessing", {}) | {"size": self.image_size})
+        return build_transform(**self.preprocessing | {"size": self.image_size})
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """That of the network that is trained; nothing if there is none yet."""
+        net = getattr(getattr(self.trainer, "lightning_module", None), "net", None)
+        return getattr(net, "preprocessing", {})
 
     def prepare_data(self) -> None:
         """Finds the training data, or raises `DataError`: called before anything slow begins."""
@@ -184,7 +218,7 @@ class RecordsDataModule(CaptionDataModule):
                 f"the split {self.train_split!r} has {len(self.train_records)} images, less than one batch of "
                 f"{self.batch_size}: choose a smaller batch_size"
             )
-        return len(self.train_records) // self.batch_size
+        return len(self.schedule(len(self.train_records)))
 
     def setup(self, stage: str) -> None:
         """Encodes what is to be cached and is not yet: now the network exists, still whole on every process."""
@@ -214,7 +248,7 @@ class RecordsDataModule(CaptionDataModule):
             dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
-            return open_epoch(dataset, self.batch_size, epoch, start, rank, world, self.num_workers)
+            return open_epoch(dataset, self.batch_size, epoch, start, rank, world, self.num_workers, self.patches)
 
         return TrainLoader(self.steps_per_epoch, open_at, self.position)
 
@@ -307,8 +341,7 @@ class ScenesDataModule(RecordsDataModule):
         except ValueError as error:
             raise DataError(f"built-in scenes: {error}") from error
 
-    def train_transform(self) -> TrainTransform:
-        return whole  # a random crop could cut away an object that the caption names
+    whole_images = True  # a random crop could cut away an object that the caption names
 
 
 class SceneQuestionsDataModule(ScenesDataModule):

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
@@ -11,12 +10,13 @@ from coca_lit.data.batch import Example
 from coca_lit.data.records import MAX_MISSING, Record
 from coca_lit.data.transforms import TrainTransform, Transform, load_pixels
 from coca_lit.errors import DataError
+from coca_lit.models.patches import Images
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 
 
 class TrainingExamples(Dataset[Example]):
-    """Examples indexed by (epoch, i), the same on any worker of any rank, before and after a resume.
+    """Examples indexed as in `coca_lit.data.loader`, the same on any worker of any rank, before and after a resume.
 
     A sample that cannot be used is replaced by a random one, drawn with a seed of its own; more than `max_bad_fraction`
     of them stop the training.
@@ -30,7 +30,7 @@ class TrainingExamples(Dataset[Example]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def example(self, epoch: int, i: int) -> Example:
+    def example(self, epoch: int, i: int, *patches: int) -> Example:
         """Raises `BadSampleError` if the sample cannot be used."""
         raise NotImplementedError
 
@@ -38,13 +38,13 @@ class TrainingExamples(Dataset[Example]):
         """The index of a sample to use instead of `i`, which raised the error."""
         return rng.randrange(len(self))
 
-    def __getitem__(self, index: tuple[int, int]) -> Example:
-        epoch, i = index
+    def __getitem__(self, index: tuple[int, ...]) -> Example:
+        epoch, i, *patches = index
         rng = random.Random(stable_seed("stand-in", self.seed, epoch, i))
         for _ in range(self.max_tries):
             self.bad.seen += 1
             try:
-                return self.example(epoch, i)._replace(bad=self.bad.take())
+                return self.example(epoch, i, *patches)._replace(bad=self.bad.take())
             except BadSampleError as error:
                 self.bad.catch(error)
                 i = self.replacement(i, rng, error)
@@ -64,19 +64,19 @@ class CaptionDataset(TrainingExamples):
     def __len__(self) -> int:
         return len(self.records)
 
-    def example(self, epoch: int, i: int) -> Example:
+    def example(self, epoch: int, i: int, *patches: int) -> Example:
         record = self.records[i]
         rng = random.Random(stable_seed(self.seed, epoch, record.id))
         choice = rng.randrange(len(record.captions))
         try:
-            image, record = self.image(i, record, rng)
+            image, record = self.image(i, record, rng, *patches)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
         return _example(image, record.captions[choice], record, self.tokenizer)
 
-    def image(self, i: int, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
+    def image(self, i: int, record: Record, rng: random.Random, *patches: int) -> tuple[Images, Record]:
         """The image, and the record with the texts that go with it."""
-        return self.transform(load_pixels(record.image), rng), record
+        return self.transform(load_pixels(record.image), rng, *patches), record
 
 
 class FirstCaptionDataset(Dataset[Example]):
@@ -95,11 +95,11 @@ class FirstCaptionDataset(Dataset[Example]):
         record = self.records[i]
         return _example(self._image(i), record.captions[0], record, self.tokenizer)
 
-    def _image(self, i: int) -> Tensor:
+    def _image(self, i: int) -> Images:
         return self.transform(self.records[i].image())
 
 
-def _example(image: Tensor, caption: str, record: Record, tokenizer: Tokenizer) -> Example:
+def _example(image: Images, caption: str, record: Record, tokenizer: Tokenizer) -> Example:
     """With the caption as text; for a question with the question and this answer."""
     if not record.question:
         return Example(image, tokenizer.encode(caption), str(record.id))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ class FeatureCache:
         """(images done so far, features (b, S, C) of the last batch in fp16); NaN for an image that is broken."""
         encoder, done = self.encoder.to(device).eval(), 0
         pixels = _Pixels(records, functools.partial(self._view, view))
-        blank = self.plain(Image.new("RGB", (32, 32)))
+        blank = cast(Tensor, self.plain(Image.new("RGB", (32, 32))))
         for batch in DataLoader(pixels, BATCH, num_workers=num_workers, collate_fn=list):
             broken = [i for i, image in enumerate(batch) if image is None]
             images = torch.stack([blank if image is None else image for image in batch])  # (b, 3, H, W)
@@ -132,10 +132,10 @@ class FeatureCache:
 
     def _view(self, view: int, record: Record) -> Tensor:
         if view < 2:
-            pixels = self.plain(record.image())
+            pixels = cast(Tensor, self.plain(record.image()))
         else:
             rng = random.Random(stable_seed("view", self.seed, view, record.id))
-            pixels = self.crop(load_pixels(record.image), rng)
+            pixels = cast(Tensor, self.crop(load_pixels(record.image), rng))
         return pixels.flip(-1) if is_mirrored(view) else pixels
 
 
@@ -216,7 +216,7 @@ class CachedCaptionDataset(CaptionDataset):
         super().__init__(records, whole, tokenizer, seed)
         self.views = views
 
-    def image(self, i: int, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
+    def image(self, i: int, record: Record, rng: random.Random, *patches: int) -> tuple[Tensor, Record]:
         view = rng.randrange(len(self.views))
         return read_features(self.views[view], i), mirrored(record) if is_mirrored(view) else record
 

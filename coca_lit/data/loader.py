@@ -2,16 +2,21 @@
 
 The position (epoch, batches done) is not stored twice: it is read from the trainer's counters, which every checkpoint
 holds. Batch sizes are global, so the order of a data set depends on the seed and not on the number of ranks.
+
+An index of an example is (epoch, i), or (epoch, i, patches) where a budget of patches was drawn for the images of each
+batch.
 """
 
 import multiprocessing
 import os
+import random
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,20 +120,90 @@ def per_rank(batch_size: int, world: int) -> int:
     return batch_size // world
 
 
+class Planned(NamedTuple):
+    """A global batch."""
+
+    first: int  # samples of all batches before it
+    size: int
+    patches: tuple[int, ...] = ()  # the budget of its images, if they become patches of a drawn one
+
+
+class Schedule:
+    """The sizes of all batches: `batch_size` samples each, or filled by patches. Then a budget is drawn for each batch,
+    which has `batch_size` images at the largest one, and k times as many where k times the budget is no larger. All
+    batches so hold about as many patches, and can be split over as many processes.
+
+    The budgets are drawn once, and each epoch has the same ones in another order; so all epochs are equally long.
+
+    Args:
+        samples: of an epoch, at most.
+        patches: budgets; none for batches of one size.
+
+    Raises:
+        ValueError: a budget is below 1.
+    """
+
+    def __init__(self, samples: int, batch_size: int, patches: Sequence[int] = (), seed: int = 0) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self.samples = samples - samples % batch_size  # of an epoch
+        self._drawn: list[tuple[int, int]] = []  # (size, budget) of each batch of an epoch
+        self._epoch: tuple[int, list[Planned]] = (-1, [])
+        if not patches:
+            return
+        if not all(isinstance(budget, int) and budget > 0 for budget in patches):
+            raise ValueError(f"patches must be whole numbers of at least 1, got {list(patches)}")
+        rng, self.samples, largest = random.Random(stable_seed("patches", seed)), 0, max(patches)
+        while True:
+            budget = rng.choice(patches)
+            size = batch_size * (largest // budget)
+            if self.samples + size > samples:
+                break
+            self._drawn.append((size, budget))
+            self.samples += size
+        if not self._drawn:
+            raise DataError(f"an epoch has {samples} samples, less than a batch of {size}: choose a smaller batch_size")
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._drawn) or self.samples // self.batch_size
+
+    def at(self, number: int) -> Planned:
+        """Batch `number`, counted over all epochs."""
+        if not self._drawn:
+            return Planned(number * self.batch_size, self.batch_size)
+        epoch, step = divmod(number, len(self))
+        if self._epoch[0] != epoch:
+            order = self._drawn.copy()
+            random.Random(stable_seed("patches", self.seed, epoch)).shuffle(order)
+            starts = accumulate((size for size, _ in order), initial=epoch * self.samples)
+            planned = [Planned(first, size, (budget,)) for first, (size, budget) in zip(starts, order, strict=False)]
+            self._epoch = (epoch, planned)
+        return self._epoch[1][step]
+
+
 def epoch_batches(
-    count: int, batch_size: int, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1
-) -> list[list[tuple[int, int]]]:
-    """A rank's batches of (epoch, index) from batch `start` on.
+    count: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    patches: Sequence[int] = (),
+) -> list[list[tuple[int, ...]]]:
+    """A rank's batches of indices from batch `start` on.
 
     One seeded permutation is cut into global batches, each of which is split over the ranks, so global batch k holds
-    the same samples for every world size. An incomplete last batch is dropped.
+    the same samples for every world size. An incomplete last batch is dropped. `patches` as of `Schedule`.
     """
     per_rank(batch_size, world)
-    order = epoch_order(count, seed, epoch).tolist()
-    return [
-        [(epoch, i) for i in order[step * batch_size + rank : (step + 1) * batch_size : world]]
-        for step in range(start, count // batch_size)
-    ]
+    order, schedule = epoch_order(count, seed, epoch).tolist(), Schedule(count, batch_size, patches, seed)
+    batches = []
+    for step in range(start, len(schedule)):
+        planned = schedule.at(epoch * len(schedule) + step)
+        first = planned.first - epoch * schedule.samples
+        batches.append([(epoch, i, *planned.patches) for i in order[first + rank : first + planned.size : world]])
+    return batches
 
 
 def epoch_order(count: int, seed: int, epoch: int, *of: str) -> Tensor:
@@ -138,9 +213,9 @@ def epoch_order(count: int, seed: int, epoch: int, *of: str) -> Tensor:
 
 
 def load(
-    examples: TrainingExamples, batches: Iterable[list[tuple[int, int]]], pad_id: int, num_workers: int
+    examples: TrainingExamples, batches: Iterable[list[tuple[int, ...]]], pad_id: int, num_workers: int
 ) -> DataLoader[Batch]:
-    """The DataLoader of these batches of (epoch, index)."""
+    """The DataLoader of these batches of indices."""
     return DataLoader(
         examples,  # type: ignore[arg-type]  # of examples, which are collated to batches
         batch_sampler=batches,
@@ -157,9 +232,10 @@ def open_epoch(
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
+    patches: Sequence[int] = (),
 ) -> DataLoader:
     """This rank's DataLoader over one epoch from batch `start` on; `batch_size` is global."""
-    batches = epoch_batches(len(dataset), batch_size, dataset.seed, epoch, start, rank, world)
+    batches = epoch_batches(len(dataset), batch_size, dataset.seed, epoch, start, rank, world, patches)
     return load(dataset, batches, dataset.tokenizer.pad_id, num_workers)
 
 

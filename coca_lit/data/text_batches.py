@@ -85,7 +85,7 @@ class TextBatches:
     def __init__(self, files: TextFiles, tokenizer: Tokenizer, batch_size: int, image_size: int, seed: int = 0) -> None:
         self.files, self.tokenizer, self.batch_size = files, tokenizer, batch_size
         self.image_size, self.seed = image_size, seed
-        self._pass: tuple[tuple[int, int, int], list[list[tuple[int, int]]]] | None = None
+        self._pass: tuple[tuple[int, int, int], list[list[tuple[int, ...]]]] | None = None
 
     @cached_property
     def texts(self) -> list[str]:
@@ -101,13 +101,13 @@ class TextBatches:
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of global batch `number`, counted over all passes."""
         number_of_pass, place = divmod(number, len(self))
-        indices = [i for _, i in self._order(number_of_pass, rank, world)[place]]
+        indices = [i for _, i, *_ in self._order(number_of_pass, rank, world)[place]]
         rows = self.tokenizer.encode_batch([self.texts[i] for i in indices])
         tokens, lengths = padded(rows, self.tokenizer.pad_id)
         images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return Batch(images, tokens, lengths, [f"text {i}" for i in indices])
 
-    def _order(self, number: int, rank: int, world: int) -> list[list[tuple[int, int]]]:
+    def _order(self, number: int, rank: int, world: int) -> list[list[tuple[int, ...]]]:
         """The batches of one pass, kept until the next one."""
         if self._pass is None or self._pass[0] != (number, rank, world):
             order = epoch_batches(len(self.texts), self.batch_size, self.seed, number, rank=rank, world=world)

@@ -1,4 +1,5 @@
-"""OpenCLIP's image preprocessing without the normalisation: uint8 out, the model normalises on the device.
+"""OpenCLIP's image preprocessing without the normalisation: uint8 out, the model normalises on the device. Models for
+images of any shape get `Patches`: a photo keeps its aspect ratio and becomes as many patches as its budget allows.
 
 Evaluation goes through Pillow, so that pixels, and with them scores, equal `open_clip.transform`'s to the last bit.
 For training, ordinary JPEGs are decoded by libjpeg-turbo straight into an array, anything else by Pillow; both give
@@ -18,6 +19,7 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
+from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
@@ -25,11 +27,12 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 
 from coca_lit.data.records import MAX_IMAGE, ImageFile, check_bytes, check_shape, decode_image
 from coca_lit.errors import DataError
+from coca_lit.models.patches import Images, Patches
 from coca_lit.models.preprocessing import Interpolation, ResizeMode, preprocessing
 from coca_lit.reading import open_regular
 
-Transform = Callable[[Image.Image], Tensor]  # any PIL image -> (3, size, size) uint8
-TrainTransform = Callable[[Tensor, random.Random], Tensor]  # (3, H, W) -> (3, size, size), both uint8
+Transform = Callable[[Image.Image], Images]  # any PIL image -> (3, size, size) uint8, or patches
+TrainTransform = Callable[..., Images]  # (3, H, W) uint8, random.Random and for patches their number -> the same
 
 SCALE = (0.9, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
@@ -38,17 +41,26 @@ JPEG = b"\xff\xd8\xff"  # the first bytes of one
 
 
 def build_transform(
-    size: int = 224, interpolation: Interpolation = "bicubic", resize_mode: ResizeMode = "shortest"
+    size: int = 224,
+    interpolation: Interpolation = "bicubic",
+    resize_mode: ResizeMode = "shortest",
+    patch_size: int | None = None,
+    max_patches: int | None = None,
 ) -> Transform:
-    """For evaluation: photo -> (3, size, size). `build_transform(**model.preprocessing)` is that of a model.
+    """For evaluation: photo -> (3, size, size), or `Patches`. `build_transform(**model.preprocessing)` is that of a
+    model.
 
     Args:
         resize_mode: shortest: the shorter side becomes `size`, and the centre is kept. longest: the longer side becomes
             `size`, and the rest is black. squash: both sides become `size`.
+        patch_size, max_patches: the whole photo in its own shape, as at most so many patches; `size` and `resize_mode`
+            then have no effect.
     """
     _check(size)
     preprocessing(size, interpolation, resize_mode)
     mode = InterpolationMode(interpolation)
+    if patch_size is not None and max_patches is not None:
+        return Compose([_to_rgb, ToPatches(patch_size, max_patches, mode)])
     if resize_mode == "longest":
         return Compose([_to_rgb, Letterbox(size, mode)])
     if resize_mode == "squash":
@@ -75,6 +87,28 @@ class Letterbox:
         return pixels
 
 
+class ToPatches:
+    """The whole photo in its own shape, see `patch_grid`."""
+
+    def __init__(self, patch_size: int, max_patches: int, interpolation: InterpolationMode) -> None:
+        self.patch_size, self.max_patches, self.interpolation = patch_size, max_patches, interpolation
+
+    def __repr__(self) -> str:
+        return f"ToPatches({self.patch_size}, {self.max_patches}, {self.interpolation})"
+
+    def __call__(self, image: Image.Image) -> Patches:
+        height_width = patch_grid(image.height, image.width, self.patch_size, self.max_patches)
+        return Patches.of(pil_to_tensor(resize(image, list(height_width), self.interpolation)), self.patch_size)
+
+
+def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
+    """The height and width in pixels, multiples of the patch size, to which OpenCLIP resizes an image directly: the
+    largest of at most `max_patches` patches that has its aspect ratio, up to a patch; sides grow 100 times at most.
+    """
+    _, size = get_image_size_for_seq((height, width), patch_size, max_patches)
+    return size
+
+
 class Box(NamedTuple):
     """A part of an image, in pixels."""
 
@@ -94,7 +128,7 @@ class RandomCrop:
     def __call__(self, pixels: Tensor, rng: random.Random) -> Tensor:
         """pixels (3, H, W) uint8 -> (3, size, size) uint8."""
         height, width = pixels.shape[1:]
-        return resized(pixels, random_box(height, width, rng), self.size)
+        return resized(pixels, random_box(height, width, rng), (self.size, self.size))
 
 
 def whole(pixels: Tensor, rng: random.Random) -> Tensor:
@@ -102,26 +136,49 @@ def whole(pixels: Tensor, rng: random.Random) -> Tensor:
     return pixels
 
 
-def random_box(height: int, width: int, rng: random.Random) -> Box:
+def whole_box(height: int, width: int, rng: random.Random, aspect: float = 1.0) -> Box:
+    return Box(0, 0, height, width)
+
+
+def random_box(height: int, width: int, rng: random.Random, aspect: float = 1.0) -> Box:
     """torchvision's `RandomResizedCrop.get_params` without a tensor for every number: most photos take several tries,
-    as only a mild crop of about their own shape fits.
+    as only a mild crop of about their own shape fits. The box has about the aspect ratio `aspect`, width to height.
     """
     area, (low, high) = height * width, map(math.log, RATIO)
     for _ in range(TRIES):
-        target, ratio = area * rng.uniform(*SCALE), math.exp(rng.uniform(low, high))
+        target, ratio = area * rng.uniform(*SCALE), aspect * math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             return Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
     w, h = width, height  # none fits: as much of the centre as the ratio allows
-    if width < min(RATIO) * height:
-        h = round(width / min(RATIO))
-    elif width > max(RATIO) * height:
-        w = round(height * max(RATIO))
+    if width < min(RATIO) * aspect * height:
+        h = round(width / (min(RATIO) * aspect))
+    elif width > max(RATIO) * aspect * height:
+        w = round(height * max(RATIO) * aspect)
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def resized(pixels: Tensor, box: Box, size: int) -> Tensor:
-    """The box of pixels (3, H, W) as (3, size, size), bicubic with antialiasing as Pillow does it.
+class CropToPatches:
+    """For training: a random part of the image, about in the image's own shape, as patches.
+
+    Args:
+        max_patches: where a call names no number.
+        box: (height, width, rng, aspect ratio) -> the part.
+    """
+
+    def __init__(self, patch_size: int, max_patches: int, box: Callable[..., Box] = random_box) -> None:
+        self.patch_size, self.max_patches, self.box = patch_size, max_patches, box
+
+    def __call__(self, pixels: Tensor, rng: random.Random, max_patches: int | None = None) -> Patches:
+        """pixels (3, H, W) uint8 -> at most `max_patches` patches."""
+        height, width = pixels.shape[1:]
+        box = self.box(height, width, rng, width / height)
+        size = patch_grid(box.height, box.width, self.patch_size, max_patches or self.max_patches)
+        return Patches.of(resized(pixels, box, size), self.patch_size)
+
+
+def resized(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """The box of pixels (3, H, W) with another height and width, bicubic with antialiasing as Pillow does it.
 
     Cropping comes first, so that no pixel from outside the box contributes. Scaling while a JPEG is decoded would be
     faster for large photos but is another filter, with differences of 40 of 255 and more.
@@ -129,7 +186,7 @@ def resized(pixels: Tensor, box: Box, size: int) -> Tensor:
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]  # (1, 3, height, width)
     part = part.contiguous(memory_format=torch.channels_last)  # torch has a fast path for it
-    return interpolate(part, (size, size), mode="bicubic", antialias=True)[0]
+    return interpolate(part, size, mode="bicubic", antialias=True)[0]
 
 
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:

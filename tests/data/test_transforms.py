@@ -84,7 +84,7 @@ def test_nothing_outside_of_the_box_gets_into_the_crop():
     box = Box(top=10, left=20, height=40, width=30)
     inside = (slice(None), slice(10, 50), slice(20, 50))
     changed[inside] = pixels[inside]
-    assert torch.equal(resized(pixels, box, 16), resized(changed, box, 16))
+    assert torch.equal(resized(pixels, box, (16, 16)), resized(changed, box, (16, 16)))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_every_mode_becomes_rgb(mode):
 def test_an_image_of_the_right_size_is_unchanged():
     image = noise(32, 32)
     assert torch.equal(build_transform(size=32)(image), pixels_of(image))
-    assert torch.equal(resized(pixels_of(image), Box(0, 0, 32, 32), 32), pixels_of(image))
+    assert torch.equal(resized(pixels_of(image), Box(0, 0, 32, 32), (32, 32)), pixels_of(image))
 
 
 def test_transforms_travel_to_spawned_workers():

@@ -198,7 +198,7 @@ class LAIONDataModule(CaptionDataModule):
     def steps_per_epoch(self) -> int:
         if self.epoch_samples < self.batch_size:
             raise DataError(f"epoch_samples {self.epoch_samples} is less than one batch of {self.batch_size}")
-        return self.epoch_samples // self.batch_size
+        return len(self.schedule(self.epoch_samples))
 
     def prepare_data(self) -> None:
         _ = self.sources, self.indexed and self.indexes
@@ -227,30 +227,29 @@ class LAIONDataModule(CaptionDataModule):
     def _indexed_loader(self, rank: int, world: int) -> TrainLoader:
         sources = [Source(source.name, self.indexes[source.name], source.weight) for source in self.sources]
         preprocess = Preprocess(self.train_transform(), self.tokenizer, self.caption_keys, self.seed)
-        in_windows, steps = self.order == "windows", self.steps_per_epoch
+        in_windows, steps, schedule = self.order == "windows", self.steps_per_epoch, self.schedule(self.epoch_samples)
         examples = IndexedShards(sources, preprocess, self.max_bad_fraction, near=in_windows)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
             position = (epoch * steps + start, (epoch + 1) * steps, rank, world)
-            batches = IndexedBatches(sources, self.batch_size, self.seed, *position)
+            batches = IndexedBatches(sources, schedule, self.seed, *position)
             if in_windows:
                 behind = 2 * self.num_workers  # each worker prepares two batches ahead
-                batches = WindowedBatches(
-                    sources, self.batch_size, self.seed, *position, windows=self.windows, behind=behind
-                )
+                batches = WindowedBatches(sources, schedule, self.seed, *position, windows=self.windows, behind=behind)
             return load(examples, batches, self.tokenizer.pad_id, self.num_workers)
 
         return TrainLoader(steps, open_at, self.position)
 
     def _stream_loader(self, rank: int, world: int) -> TrainLoader:
         workers = min(usable_workers(source, world, self.num_workers) for source in self.sources)
+        per_rank(self.batch_size, world)
         cached = any(shard.cache for source in self.sources for shard in source.shards)
         open_shards = OPEN_SHARDS // 2 if cached else OPEN_SHARDS  # each stays in the cache while it is read
         order = ShardOrder(self.sources, self.seed, rank, world, self.shuffle_buffer, open_shards, self.caption_keys)
-        transform, batch_size = self.train_transform(), per_rank(self.batch_size, world)
+        transform, schedule = self.train_transform(), self.schedule(self.epoch_samples)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
-            batches = ShardBatches(order, transform, self.tokenizer, batch_size, epoch, start, self.max_bad_fraction)
+            batches = ShardBatches(order, transform, self.tokenizer, schedule, epoch, start, self.max_bad_fraction)
             return DataLoader(batches, batch_size=None, **loading(workers))
 
         return TrainLoader(self.steps_per_epoch, open_at, self.position)

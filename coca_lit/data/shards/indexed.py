@@ -34,7 +34,7 @@ from torch.utils.data import Sampler
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, LostShardError, quiet
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import TrainingExamples
-from coca_lit.data.loader import epoch_order, per_rank
+from coca_lit.data.loader import Schedule, epoch_order, per_rank
 from coca_lit.data.shards.cache import ChangedError
 from coca_lit.data.shards.listing import REQUESTS, Shard, index_name, parallel_map
 from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
@@ -164,7 +164,7 @@ class IndexedShards(TrainingExamples):
     def __len__(self) -> int:
         return self.shard_ends[-1]
 
-    def example(self, epoch: int, i: int) -> Example:
+    def example(self, epoch: int, i: int, *patches: int) -> Example:
         shard = bisect_right(self.shard_ends, i)
         index = self.indexes[shard]
         row = i - self.shard_ends[shard] + len(index)
@@ -177,7 +177,7 @@ class IndexedShards(TrainingExamples):
                 self._lost[shard] = error
             raise
         sample = sample_of(fields, self.preprocess.caption_keys, index.shard)
-        return self.preprocess(sample, self.names[bisect_right(self.source_ends, i)], epoch)
+        return self.preprocess(sample, self.names[bisect_right(self.source_ends, i)], epoch, patches=patches)
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError) -> int:
         """A sample of the same source."""
@@ -192,21 +192,21 @@ class IndexedShards(TrainingExamples):
         return rng.randrange(start, end)
 
 
-class IndexedBatches(Sampler[list[tuple[int, int]]]):
-    """A rank's batches of (pass, i), from global batch `start` to `stop`, counted over all epochs."""
+class IndexedBatches(Sampler[list[tuple[int, ...]]]):
+    """A rank's batches of (pass, i), from global batch `start` to `stop` of a schedule, counted over all epochs."""
 
     def __init__(
         self,
         sources: Sequence[Source[TarIndex]],
-        batch_size: int,
+        schedule: Schedule,
         seed: int,
         start: int,
         stop: int,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        per_rank(batch_size, world)
-        self.sources, self.batch_size, self.seed = sources, batch_size, seed
+        per_rank(schedule.batch_size, world)
+        self.sources, self.schedule, self.seed = sources, schedule, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
         self.weights = [source.weight for source in sources]
         self.starts = [0, *accumulate(map(count_samples, sources))]
@@ -215,14 +215,15 @@ class IndexedBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         for number in range(self.start, self.stop):
             yield self.global_batch(number)[self.rank :: self.world]
 
-    def global_batch(self, number: int) -> list[tuple[int, int]]:
+    def global_batch(self, number: int) -> list[tuple[int, ...]]:
         """The same for any number of ranks; computed without the batches before it."""
-        order = weighted_round_robin(self.weights, counts_after(number * self.batch_size, self.weights))
-        return [self._sample(source, k) for source, k in islice(order, self.batch_size)]
+        first, size, patches = self.schedule.at(number)
+        order = weighted_round_robin(self.weights, counts_after(first, self.weights))
+        return [(*self._sample(source, k), *patches) for source, k in islice(order, size)]
 
     def _sample(self, source: int, k: int) -> tuple[int, int]:
         """(pass, i) of the `k`-th sample of a source, from 0."""
@@ -232,7 +233,8 @@ class IndexedBatches(Sampler[list[tuple[int, int]]]):
     def _per_pass(self, source: int) -> int:
         """All samples; with a single source only whole batches of them, as with records."""
         count = count_samples(self.sources[source])
-        return count - count % self.batch_size if len(self.sources) == 1 and count >= self.batch_size else count
+        batch_size = self.schedule.batch_size
+        return count - count % batch_size if len(self.sources) == 1 and count >= batch_size else count
 
     def _order(self, source: int, epoch: int) -> Tensor:
         if self._orders.get(source, (None,))[0] != epoch:

@@ -7,7 +7,7 @@ read, and those that could hold code count as bad samples.
 import logging
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -55,14 +55,14 @@ class Preprocess(NamedTuple):
     caption_keys: Mapping[str, float]  # with the probability of each
     seed: int
 
-    def __call__(self, sample: ShardSample, source: str, *turn: int) -> Example:
+    def __call__(self, sample: ShardSample, source: str, *turn: int, patches: Sequence[int] = ()) -> Example:
         """Crop and caption depend on seed, turn and key alone. Raises `BadSampleError` for an unreadable image."""
         try:
             pixels = decode_pixels(sample.image, f"{sample.key} in {sample.shard}")
         except DataError as error:
             raise BadSampleError(BadSample(sample.shard, sample.key, "unreadable image", str(error))) from error
         seed: tuple[int | str, ...] = (self.seed, *turn, sample.key)
-        crop = self.transform(pixels, random.Random(stable_seed("image", *seed)))
+        crop = self.transform(pixels, random.Random(stable_seed("image", *seed)), *patches)
         caption = draw(sample.captions, self.caption_keys, random.Random(stable_seed("caption", *seed)))
         return Example(crop, self.tokenizer.encode(caption), f"{sample.shard}/{sample.key}", source=source)
 

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.batch import Batch, Example, collate
+from coca_lit.data.loader import Planned, Schedule
 from coca_lit.data.shards.listing import Shard
 from coca_lit.data.shards.mixture import Source, interleave
 from coca_lit.data.shards.reader import Preprocess, ShardSample, read_shard
@@ -78,9 +79,9 @@ class ShardOrder(NamedTuple):
 
 
 class ShardBatches(IterableDataset[Batch]):
-    """This rank's batches of `batch_size` (per rank) samples, from batch `start` of an epoch on; endless.
+    """This rank's part of the batches of a schedule, from batch `start` of an epoch on; endless.
 
-    A batch is the next `batch_size` samples of its worker. A sample that cannot be decoded is replaced by one of the
+    A batch is the next samples of its worker. A sample that cannot be decoded is replaced by one of the
     following batch, which shows it again: every batch is full, and the position does not depend on what can be decoded.
     """
 
@@ -89,42 +90,48 @@ class ShardBatches(IterableDataset[Batch]):
         order: ShardOrder,
         transform: TrainTransform,
         tokenizer: Tokenizer,
-        batch_size: int,
+        schedule: Schedule,
         epoch: int = 0,
         start: int = 0,
         max_bad_fraction: float = 0.05,
     ):
         self.preprocess = Preprocess(transform, tokenizer, order.caption_keys, order.seed)
-        self.order, self.batch_size, self.max_bad_fraction = order, batch_size, max_bad_fraction
+        self.order, self.schedule, self.max_bad_fraction = order, schedule, max_bad_fraction
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         process, workers = (info.id, info.num_workers) if info else (0, 1)
         worker = (process + self.start) % workers
-        delivered = self.start // workers + (worker < self.start % workers)  # batches of this logical worker
+        delivered = sum(self._planned(step).size for step in range(worker, self.start, workers))  # by this worker
+        first = self.start + (worker - self.start) % workers
         bad = BadSamples(self.max_bad_fraction)
         samples = self.order.samples(self.epoch, worker, workers, bad)
-        rest = islice(samples, delivered * self.batch_size, None)
-        return self._batches(rest, bad)
+        planned = (self._planned(step) for step in count(first, workers))
+        return self._batches(islice(samples, delivered, None), planned, bad)
 
-    def _batches(self, samples: Iterator[StreamSample], bad: BadSamples) -> Iterator[Batch]:
+    def _planned(self, step: int) -> Planned:
+        """This rank's part of a batch of the epoch."""
+        planned = self.schedule.at(self.epoch * len(self.schedule) + step)
+        return planned._replace(size=planned.size // self.order.world)
+
+    def _batches(self, samples: Iterator[StreamSample], plan: Iterator[Planned], bad: BadSamples) -> Iterator[Batch]:
         window: deque[StreamSample] = deque()  # the current batch, and replacements for its bad samples
-        while True:
+        for _, size, patches in plan:
             examples: list[Example] = []
             i = 0
-            while len(examples) < self.batch_size:
+            while len(examples) < size:
                 if i == len(window):
                     window.append(next(samples))
                 try:
                     source, turn, sample = window[i]
-                    examples.append(self.preprocess(sample, source, self.epoch, turn))
+                    examples.append(self.preprocess(sample, source, self.epoch, turn, patches=patches))
                 except BadSampleError as error:
-                    if i < self.batch_size:  # a bad replacement is counted in its own batch
+                    if i < size:  # a bad replacement is counted in its own batch
                         bad.catch(error)
                 i += 1
             yield collate(examples, self.preprocess.tokenizer.pad_id)._replace(bad=bad.take())
-            for _ in range(self.batch_size):
+            for _ in range(size):
                 window.popleft()
 
 

@@ -2,7 +2,7 @@
 
 The shards of a source, in an order drawn once for all passes, are divided evenly among logical readers. In every pass
 a reader permutes its shards, cuts their samples into windows of limited number and size, and shuffles each window.
-Item j of a global batch comes from reader j // (batch_size / readers), whatever process asks for it. The order depends
+Item j of a global batch comes from reader j // (size of the batch / readers), whatever process asks for it. The order depends
 on the seed, the readers and the limits alone, and any batch is computed without the batches before it.
 
 Processes take neighbouring items, and so neighbouring readers: where the number of machines divides that of readers,
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coca_lit.data.loader import epoch_order
+from coca_lit.data.loader import Schedule, epoch_order
 from coca_lit.data.shards.cache import CacheFullError
 from coca_lit.data.shards.indexed import IndexedBatches, TarIndex
 from coca_lit.data.shards.listing import Shard
@@ -179,7 +179,7 @@ class WindowedBatches(IndexedBatches):
     def __init__(
         self,
         sources: Sequence[Source[TarIndex]],
-        batch_size: int,
+        schedule: Schedule,
         seed: int,
         start: int,
         stop: int,
@@ -189,41 +189,43 @@ class WindowedBatches(IndexedBatches):
         windows: Windows,
         behind: int = 0,
     ) -> None:
-        super().__init__(sources, batch_size, seed, start, stop, rank, world)
-        self.behind, self.of_reader = behind, batch_size // windows.readers  # samples of a batch
+        super().__init__(sources, schedule, seed, start, stop, rank, world)
+        self.behind, self.readers = behind, windows.readers
         self.orders = [
             SourceOrder(source, windows, source.weight / sum(self.weights), seed, first)
             for source, first in zip(sources, self.starts, strict=False)
         ]
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.batch_size // self.world
-        mine = range(self.rank * size, (self.rank + 1) * size)
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         ahead = Ahead()
         try:
             for number in range(self.start, self.stop):
+                _, size, patches = self.schedule.at(number)
+                mine = range(self.rank * size // self.world, (self.rank + 1) * size // self.world)
                 turns = self._turns(number)
                 ahead.need(number, self._shards(mine, turns))
                 ahead.release(number - self.behind)
-                yield self._samples(mine, turns)
+                yield [(*sample, *patches) for sample in self._samples(mine, turns)]
         finally:
             ahead.close()
 
-    def global_batch(self, number: int) -> list[tuple[int, int]]:
-        return self._samples(range(self.batch_size), self._turns(number))
+    def global_batch(self, number: int) -> list[tuple[int, ...]]:
+        _, size, patches = self.schedule.at(number)
+        return [(*sample, *patches) for sample in self._samples(range(size), self._turns(number))]
 
     def _turns(self, number: int) -> list[tuple[int, int]]:
         """(source, k) of what each reader contributes to a batch."""
-        before = counts_after(number * self.of_reader, self.weights)
-        return list(islice(weighted_round_robin(self.weights, before), self.of_reader))
+        first, size, _ = self.schedule.at(number)
+        before = counts_after(first // self.readers, self.weights)
+        return list(islice(weighted_round_robin(self.weights, before), size // self.readers))
 
     def _samples(self, items: range, turns: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        places = (divmod(item, self.of_reader) for item in items)
+        places = (divmod(item, len(turns)) for item in items)
         return [self.orders[source].sample(reader, k) for reader, i in places for source, k in (turns[i],)]
 
     def _shards(self, items: range, turns: Sequence[tuple[int, int]]) -> list[Shard]:
         """The remote shards of a batch, and of what follows it."""
-        readers = range(items[0] // self.of_reader, items[-1] // self.of_reader + 1)
+        readers = range(items[0] // len(turns), items[-1] // len(turns) + 1)
         found: list[tuple[int, Shard]] = []
         for number, (source, order) in enumerate(zip(self.sources, self.orders, strict=True)):
             if of_source := [k for i, k in turns if i == number]:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
+from coca_lit.data.loader import Schedule
 from coca_lit.data.shards.datamodule import LAIONDataModule, usable_workers
 from coca_lit.data.shards.listing import Shard, find_shards
 from coca_lit.data.shards.mixture import Source
@@ -81,7 +82,7 @@ def read(path: Path, caption_key: str = "txt") -> tuple[list[str], dict[str, int
 
 
 def batches(order: ShardOrder, start: int = 0, num_workers: int = 0, max_bad: float = 0.5) -> Iterator[Batch]:
-    stream = ShardBatches(order, RandomCrop(16), TOKENIZER, 4, 0, start, max_bad)
+    stream = ShardBatches(order, RandomCrop(16), TOKENIZER, Schedule(1000, 4 * order.world), 0, start, max_bad)
     return iter(DataLoader(stream, batch_size=None, num_workers=num_workers))
 
 

@@ -18,6 +18,7 @@ from test_datamodules import TOKENIZER
 from test_shards import contents, spoil, write_shards
 
 from coca_lit.cli.data import data as coca_data
+from coca_lit.data.loader import Schedule
 from coca_lit.data.shards import windows as windowed
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import Stamp, TarIndex, make_index
@@ -48,7 +49,7 @@ def sources(weights: dict[str, float]) -> list[Source[TarIndex]]:
 
 
 def batches(windows: Windows, weights: dict[str, float], rank: int = 0, world: int = 1) -> WindowedBatches:
-    return WindowedBatches(sources(weights), 24, SEED, 0, 30, rank, world, windows=windows)
+    return WindowedBatches(sources(weights), Schedule(720, 24), SEED, 0, 30, rank, world, windows=windows)
 
 
 def naive_reader(name: str, first: int, share: float, windows: Windows, reader: int) -> Iterator[tuple[int, int]]:
@@ -135,7 +136,7 @@ def test_machines_read_shards_of_their_own_in_every_pass():
 
 def test_fewer_samples_than_readers():
     few = [Source("", [index("x", 3)])]
-    found = WindowedBatches(few, 8, SEED, 0, 3, windows=Windows(16, 1e9, 8))
+    found = WindowedBatches(few, Schedule(24, 8), SEED, 0, 3, windows=Windows(16, 1e9, 8))
     assert {i for batch in found for _, i in batch} == {0, 1, 2}
 
 
@@ -185,7 +186,7 @@ def test_global_batches_are_equal_on_other_ranks_and_workers_and_after_a_resume(
     whole = [contents(batch) for batch in read(data)]
     assert data.world_size_invariant
     assert len({key for keys, *_ in whole for key in keys}) == 48
-    order = WindowedBatches([Source("", data.indexes[""])], 4, SEED, 0, 12, windows=Windows(12, 1e6, 2))
+    order = WindowedBatches([Source("", data.indexes[""])], Schedule(48, 4), SEED, 0, 12, windows=Windows(12, 1e6, 2))
     keys = [f"memory://set/{i:05d}.tar/{i}{row:04d}" for i in range(12) for row in range(4)]
     assert [found for found, *_ in whole] == [[keys[i] for _, i in batch] for batch in order]
     ranks = [read(laion(tmp_path / "other", epoch_samples=48, num_workers=workers), 5, rank, 2) for rank in range(2)]

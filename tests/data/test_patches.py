@@ -1,0 +1,262 @@
+"""Images of any shape on their way to the model: sizes as timm's, padding, and batches of a budget of patches that are
+the same on any number of ranks and workers and after a resume.
+"""
+
+import random
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from coca_lit.models.patches import Patches, stack_images
+from PIL import Image
+from timm.data import naflex_transforms
+from torch.utils.data import DataLoader
+
+from coca_lit.data.batch import Batch
+from coca_lit.data.datamodule import RecordsDataModule
+from coca_lit.data.examples import CaptionDataset
+from coca_lit.data.loader import Schedule, open_epoch
+from coca_lit.data.records import Record
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.indexed import IndexedBatches
+from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.mixture import Source
+from coca_lit.data.shards.stream import ShardBatches, ShardOrder
+from coca_lit.data.shards.windows import WindowedBatches, Windows
+from coca_lit.data.transforms import CropToPatches, build_transform, patch_grid, random_box, whole_box
+from coca_lit.errors import DataError
+from coca_lit.evals.inference import caption_images, embed_images, image_batches, log_likelihoods
+from coca_lit.evals.samples import attention_samples
+from coca_lit.lit_module import CoCaLit
+from coca_lit.models import CoCa, create_model
+from coca_lit.plan.trace import count_flops
+from coca_lit.tokenizer import WordTokenizer
+from coca_lit.training.optim import AdamW
+
+TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
+CAPTIONS = ("a", "a b", "a b c", "a b c dog")
+BUDGETS = (12, 6, 3)
+
+
+def noise(i: int) -> Image.Image:
+    """From wide to tall."""
+    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (20 + 5 * i, 90 - 3 * i, 3), dtype=np.uint8))
+
+
+RECORDS = [Record(f"r{i}", partial(noise, i), CAPTIONS) for i in range(23)]
+
+
+def tiny(**overrides: object) -> CoCa:
+    torch.manual_seed(0)
+    encoder = {"patch_size": 8, "pos_embed_grid_size": [3, 3], "embed_dim": 24, "depth": 1, "num_heads": 2}
+    sizes = {"image_size": 32, "embed_dim": 16, "pooler_queries": 4, "pooler_heads": 2, "text_width": 16}
+    sizes |= {"text_layers": 1, "text_heads": 2, "decoder_layers": 1, "context_length": 8}
+    tokenizer = {"tokenizer": ["a", "b", "c", "dog"]}
+    return create_model("coca2-moderntext-naflex_ViT-B-32", image_encoder_args=encoder, **sizes | tokenizer | overrides)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "patch_size", "budget", "expected"),
+    [
+        (480, 640, 32, 64, (224, 288)),
+        (427, 640, 16, 256, (208, 304)),
+        (224, 224, 32, 64, (256, 256)),
+        (100, 800, 32, 64, (96, 672)),
+        (1, 5000, 32, 64, (32, 2048)),
+        (2, 1, 32, 64, (224, 128)),
+    ],
+)
+def test_sizes_of_images(height: int, width: int, patch_size: int, budget: int, expected: tuple[int, int]) -> None:
+    assert patch_grid(height, width, patch_size, budget) == expected
+
+
+def test_evaluation_equals_timm() -> None:
+    transform = build_transform(patch_size=8, max_patches=20)
+    for record in RECORDS[::5]:
+        patches = transform(record.image())
+        resized = naflex_transforms.ResizeToSequence(8, 20)(record.image())
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        rows, coords, valid = naflex_transforms.patchify_image(pixels, (8, 8))
+        assert torch.equal(patches.rows, rows)
+        assert torch.equal(patches.coords, coords)
+        assert torch.equal(patches.valid, valid)
+        assert torch.equal(patches.pixels(), pixels)
+        assert 12 < len(patches) <= 20
+
+
+def test_training_crops_equal_timm() -> None:
+    """The same draws make the same box, in the shape of the image and not of a square."""
+    for seed in range(30):
+        height, width = 50 + 7 * seed, 400 - 11 * seed
+        random.seed(seed)
+        box, size, _ = naflex_transforms.RandomResizedCropToSequence.get_params(
+            torch.empty(3, height, width), (0.9, 1.0), (3 / 4, 4 / 3), patch_h=8, patch_w=8, max_seq_len=20
+        )
+        assert random_box(height, width, random.Random(seed), width / height) == box
+        patches = CropToPatches(8, 64)(torch.zeros(3, height, width, dtype=torch.uint8), random.Random(seed), 20)
+        assert tuple(patches.grids * 8) == size
+    pixels = torch.randint(0, 256, (3, 16, 48), dtype=torch.uint8)
+    assert torch.equal(CropToPatches(8, 12, whole_box)(pixels, random.Random(0)).pixels(), pixels)
+
+
+def test_a_batch_of_different_shapes() -> None:
+    images = [Patches.of(torch.randint(1, 256, (3, h, w), dtype=torch.uint8), 8) for h, w in ((16, 24), (8, 8))]
+    batch = stack_images(images)
+    assert (batch.rows.shape, batch.grids.tolist()) == ((2, 6, 192), [[2, 3], [1, 1]])
+    assert batch.valid.tolist() == [[True] * 6, [True] + [False] * 5]
+    assert batch.coords[0].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert batch.coords[1].tolist() == [[0, 0]] * 6
+    assert torch.equal(batch[1].pixels(), images[1].pixels())
+    assert [len(part) for part in batch.split(1)] == [1, 1]
+    assert images[0][None].key_mask() is None
+    assert batch.key_mask(prefix=1)[1].flatten().tolist() == [True, True, *[False] * 5]
+    assert torch.equal(batch[[1, 0]].rows[1], batch.rows[0])
+
+
+def test_a_schedule_fills_batches() -> None:
+    schedule = Schedule(1000, 4, BUDGETS, seed=1)
+    epochs = [[schedule.at(epoch * len(schedule) + step) for step in range(len(schedule))] for epoch in (0, 1)]
+    planned = list(chain(*epochs))
+    assert {(size, *patches) for _, size, patches in planned} == {(4, 12), (8, 6), (16, 3)}
+    assert [batch.first for batch in planned[1:]] == [batch.first + batch.size for batch in planned[:-1]]
+    assert planned[len(schedule)].first == schedule.samples > 980
+    sizes = [[size for _, size, _ in epoch] for epoch in epochs]
+    assert sizes[0] != sizes[1]
+    assert sorted(sizes[0]) == sorted(sizes[1])
+    assert [Schedule(1000, 4, BUDGETS, seed=1).at(i) for i in range(9)] == planned[:9]
+    assert [Schedule(1000, 4, BUDGETS, seed=2).at(i) for i in range(9)] != planned[:9]
+    assert (len(Schedule(23, 4)), Schedule(23, 4).at(7)) == (5, (28, 4, ()))
+    with pytest.raises(DataError, match="an epoch has 3 samples, less than a batch of"):
+        Schedule(3, 4, BUDGETS)
+    with pytest.raises(ValueError, match="patches must be whole numbers of at least 1"):
+        Schedule(30, 4, [0])
+
+
+def contents(batches: list[Batch]) -> list[tuple]:
+    """By sample: ranks and workers change its place, never its content."""
+    return [
+        {key: (image.pixels().tolist(), tokens[:length].tolist()) for key, image, tokens, length in rows}
+        for rows in (zip(b.keys, b.images, b.tokens, b.lengths.tolist(), strict=True) for b in batches)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_batches_of_records_do_not_depend_on_ranks_workers_or_resuming() -> None:
+    dataset = CaptionDataset(RECORDS, CropToPatches(8, 99), TOKENIZER, seed=5)
+    open_at = partial(open_epoch, dataset, 2, 3, patches=BUDGETS)
+    whole = contents(list(open_at()))
+    assert {len(batch) for batch in whole} == {2, 4, 8}
+    for batch in open_at():
+        assert batch.images.counts.max() <= 24 // len(batch.images)
+    assert contents(list(open_at(num_workers=2))) == whole
+    assert contents(list(open_at(start=2))) == whole[2:]
+    halves = [contents(list(open_at(rank=rank, world=2))) for rank in range(2)]
+    assert [first | second for first, second in zip(*halves, strict=True)] == whole
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Shard]:
+    from shards.test_shards import write_shards
+
+    return [Shard(str(path)) for path in write_shards(tmp_path_factory.mktemp("shards"), 4, 10)]
+
+
+def test_batches_of_shards(shards: list[Shard]) -> None:
+    """Indexed ones are the same on any number of ranks; streams resume at the batch."""
+    data = LAIONDataModule([shard.name for shard in shards], None, tokenizer=TOKENIZER, batch_size=2, patches=BUDGETS)
+    schedule, sources = data.schedule(40), [Source("", data.indexes[""])]
+    assert data.steps_per_epoch == len(schedule)
+    whole = list(IndexedBatches(sources, schedule, 0, 0, 12))
+    planned = [schedule.at(number) for number in range(12)]
+    assert [{(len(batch), patches) for _, _, patches in batch} for batch in whole] == [
+        {(size, *patches)} for _, size, patches in planned
+    ]
+    halves = [list(IndexedBatches(sources, schedule, 0, 0, 12, rank, 2)) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in whole]
+    assert list(IndexedBatches(sources, schedule, 0, 5, 12)) == whole[5:]
+    seen = [i for batch in whole for _, i, _ in batch]
+    assert len(set(seen[:40])) == 40
+
+    windows = partial(WindowedBatches, sources, schedule, 0, windows=Windows(12, 1e6, 2))
+    whole = list(windows(0, 12))
+    assert [(len(batch), *{patches for _, _, patches in batch}) for batch in whole] == [
+        (size, *patches) for _, size, patches in planned
+    ]
+    assert [a + b for a, b in zip(windows(0, 12, 0, 2), windows(0, 12, 1, 2), strict=True)] == whole
+    assert list(windows(5, 12)) == whole[5:]
+    assert len({i for batch in whole for _, i, _ in batch[: len(batch)]}) == 40
+
+    order, transform = ShardOrder([Source("", shards)], seed=3), CropToPatches(8, 99)
+    for workers in (0, 2):
+        streams = [
+            islice(DataLoader(stream, batch_size=None, num_workers=workers), 7 - start)
+            for start in (0, 3)
+            for stream in [ShardBatches(order, transform, TOKENIZER, schedule, 0, start)]
+        ]
+        all_batches, rest = map(list, streams)
+        assert contents(all_batches[3:]) == contents(rest)
+        assert [len(batch.images) for batch in all_batches] == [schedule.at(i).size for i in range(7)]
+
+
+def test_a_run_trains_and_scores() -> None:
+    """Lightning's loop, micro-batches and validation; then everything that evaluations ask of a model."""
+    net = tiny()
+    data = RecordsDataModule(
+        {"train": RECORDS, "val": RECORDS[:4]}, tokenizer=net.tokenizer, batch_size=2, image_size=32, patches=BUDGETS
+    )
+    module = CoCaLit(net, AdamW(lr=1e-2), micro_batch_size=1)
+    before = net.image_encoder.trunk.embeds.proj.weight.clone()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", **quiet)
+    trainer.fit(module, data)
+    assert trainer.global_step == data.steps_per_epoch
+    assert trainer.callback_metrics["val/caption_loss"].isfinite()
+    assert not torch.equal(net.image_encoder.trunk.embeds.proj.weight, before)
+    with pytest.raises(DataError, match=r"data\.patches is for a model that takes images of any shape"):
+        RecordsDataModule({}, tokenizer=net.tokenizer, batch_size=2, patches=BUDGETS).train_transform()
+
+    net.eval()
+    sizes = [tuple(len(part) for part in batch) for batch in image_batches(net, RECORDS[:5], 3, 0)]
+    assert sizes == [(3, 3), (2, 2)]
+    features = embed_images(net, RECORDS[:5], batch_size=3)
+    alone = torch.cat([embed_images(net, [record]) for record in RECORDS[:5]])
+    torch.testing.assert_close(features, alone, atol=1e-5, rtol=0)
+    captions = caption_images(net, RECORDS[:5], batch_size=5, options={"max_length": 5})
+    assert captions == {r.id: caption_images(net, [r], options={"max_length": 5})[r.id] for r in RECORDS[:5]}
+    scores = log_likelihoods(net, RECORDS[:3], ["a b", "dog"], lambda i: [0, 1][: 1 + i % 2])
+    torch.testing.assert_close(scores[1], log_likelihoods(net, RECORDS[1:2], ["a b", "dog"], lambda i: [0, 1])[0])
+    (sample,) = attention_samples(net, RECORDS[:1], 1, {"max_length": 5})
+    assert sample["image"].startswith("data:image")
+
+
+def test_a_plan_counts_full_images() -> None:
+    with torch.device("meta"):
+        net = tiny()
+    flops = count_flops(net, {"contrastive": 1.0, "caption": 1.0}, 6, None, batch=2).forward["image encoder"]
+    width, tokens = 24, 16 + 4
+    products = 16 * 192 * width + tokens * (4 + 8) * width * width + 2 * tokens * tokens * width
+    assert flops == 2 * 2 * products
+
+
+def test_a_file_in_the_folder_is_searched(tmp_path: Path) -> None:
+    from coca_lit.demo.answers import write_captions
+    from coca_lit.inference.search import ImageIndex
+
+    for i in range(3):
+        noise(i).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    net = tiny().eval()
+    index = ImageIndex(net, tmp_path)
+    index.update(batch_size=2)
+    assert len(index) == 3
+    assert index.query(noise(1), k=1)[0].path.name == "1.png"
+    assert len(write_captions(net, noise(2), "greedy", 1)) == 1
