@@ -33,6 +33,8 @@ def load_model(
     quick_gelu = True if model_name.endswith("-quickgelu") else None  # None: what the file says
     with error_context("--pretrained"):
         model = load_dual_encoder(pretrained, quick_gelu).to(device)
+        if model.image_encoder.takes_patches:
+            raise ValueError("CLIP_benchmark stacks images of one shape: use coca-evaluate evals=clip_benchmark")
     if model.decoder is not None and not isinstance(model.tokenizer, CLIPTokenizer):
         _write_byte_pairs(model)
     return model, build_transform(**model.preprocessing), model.tokenizer

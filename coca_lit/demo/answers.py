@@ -12,10 +12,11 @@ from coca_lit.data.records import FORMATS, MAX_PIXELS
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.retrieval import reranked
-from coca_lit.evals.samples import maps_of_captions, overlay, thumbnail
+from coca_lit.evals.samples import maps_of_captions, overlay, picture_of, thumbnail
 from coca_lit.inference.inputs import open_upright
 from coca_lit.inference.search import Hit, check_query
 from coca_lit.models import Captions, CoCa
+from coca_lit.models.patches import Images, stack_images
 
 Strategy = Literal["beam", "sample", "greedy"]
 TOP_P = 0.9  # samples without the unlikely tail, which spoils captions
@@ -101,7 +102,8 @@ def rerank_images(model: CoCa, hits: Sequence[Hit], text: str, weight: float = 0
     Raises:
         DataError: an image has gone since it was indexed.
     """
-    images = torch.cat([_batch(model, read_photo(hit.path)) for hit in hits])  # (I, 3, H, W)
+    transform = build_transform(**model.preprocessing)
+    images = stack_images([transform(read_photo(hit.path)) for hit in hits]).to(model.device)
     tokens = model.tokenizer([text]).to(model.device).expand(len(hits), -1)  # (I, L)
     likelihood = model.log_likelihood(images, tokens).float().cpu()[:, None]  # (I, 1)
     similarity = model.logit_scale.exp().item() * torch.tensor([hit.score for hit in hits])[:, None]
@@ -129,14 +131,14 @@ def classify(model: CoCa, photo: Image.Image, labels: Sequence[str], template: s
     return dict(zip(labels, probabilities.tolist(), strict=True))
 
 
-def _candidates(model: CoCa, images: torch.Tensor, captions: Captions) -> list[Candidate]:
-    """images (1, 3, H, W) and their captions (1, N, L); repeated samples and unused beams are left out."""
+def _candidates(model: CoCa, images: Images, captions: Captions) -> list[Candidate]:
+    """A batch of one image and its captions (1, N, L); repeated samples and unused beams are left out."""
     assert captions.scores is not None
     assert captions.log_probs is not None
     assert captions.attention is not None
     ids = captions.ids[0]  # (N, L)
     pixels = images[0]
-    seen = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    seen = picture_of(pixels)
     looked = [
         tuple((word, thumbnail(overlay(seen, part))) for word, part in zip(words, maps, strict=True))
         for words, maps in maps_of_captions(model, pixels, ids, captions.attention[0])
@@ -152,8 +154,8 @@ def _candidates(model: CoCa, images: torch.Tensor, captions: Captions) -> list[C
     return list(found.values())
 
 
-def _batch(model: CoCa, photo: Image.Image) -> torch.Tensor:
-    return build_transform(**model.preprocessing)(photo)[None].to(model.device)  # (1, 3, H, W)
+def _batch(model: CoCa, photo: Image.Image) -> Images:
+    return build_transform(**model.preprocessing)(photo)[None].to(model.device)  # (1, …)
 
 
 def _encode(model: CoCa, texts: Sequence[str]) -> torch.Tensor:

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.loader import loading
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import build_transform
+from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.patches import Images, stack_images
 
 MEAN_COLOUR = (123, 117, 104)  # of the pixels that OpenAI trained CLIP with
 
@@ -36,7 +37,7 @@ def caption_images(
     `options` are passed to `CoCa.generate`.
     """
 
-    def write(_: Sequence[Record], images: Tensor) -> Iterable[str]:
+    def write(_: Sequence[Record], images: Images) -> Iterable[str]:
         return map(model.tokenizer.decode, model.generate(images, **options))
 
     return write_texts(model, records, write, batch_size, num_workers)
@@ -45,7 +46,7 @@ def caption_images(
 def write_texts(
     model: CoCa,
     records: Sequence[Record],
-    write: Callable[[Sequence[Record], Tensor], Iterable[str]],
+    write: Callable[[Sequence[Record], Images], Iterable[str]],
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[int | str, str]:
@@ -154,7 +155,7 @@ def blind_log_likelihoods(model: CoCa, texts: Sequence[str], batch_size: int = 6
 
 
 @torch.no_grad()
-def evaluating(model: DualEncoder, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
+def evaluating(model: DualEncoder, function: Callable[[Any], Any], argument: Any) -> Any:
     """function(argument) without gradient and with the model in evaluation mode, whatever it is in."""
     was_training = model.training
     model.eval()
@@ -164,8 +165,8 @@ def evaluating(model: DualEncoder, function: Callable[[Tensor], Tensor], argumen
         model.train(was_training)
 
 
-class _Images(Dataset[tuple[int, Tensor]]):
-    def __init__(self, records: Sequence[Record], transform: Callable[[Image.Image], Tensor]) -> None:
+class _Images(Dataset[tuple[int, Images]]):
+    def __init__(self, records: Sequence[Record], transform: Transform) -> None:
         self.records = records
         self.positions = range(rank(), len(records), world_size())
         self.transform = transform
@@ -173,13 +174,19 @@ class _Images(Dataset[tuple[int, Tensor]]):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
+    def __getitem__(self, index: int) -> tuple[int, Images]:
         position = self.positions[index]
         return position, self.transform(self.records[position].image())
 
 
-def image_batches(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
-    """This rank's positions in `records` and their pixels (B, 3, H, W), on the model's device."""
+def _collate(items: list[tuple[int, Images]]) -> tuple[list[int], Images]:
+    return [position for position, _ in items], stack_images([image for _, image in items])
+
+
+def image_batches(
+    model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int
+) -> Iterator[tuple[list[int], Images]]:
+    """This rank's positions in `records` and their pixels (B, 3, H, W), or `Patches`, on the model's device."""
     images = _Images(records, build_transform(**model.preprocessing))
-    for positions, pixels in DataLoader(images, batch_size=batch_size, **loading(num_workers)):
-        yield positions.tolist(), pixels.to(model.device, non_blocking=True)
+    for positions, pixels in DataLoader(images, batch_size=batch_size, collate_fn=_collate, **loading(num_workers)):
+        yield positions, pixels.to(model.device, non_blocking=True)

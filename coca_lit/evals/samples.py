@@ -23,6 +23,7 @@ from coca_lit.evals.inference import evaluating
 from coca_lit.metrics.captions import is_reference
 from coca_lit.metrics.diversity import WORD
 from coca_lit.models import CoCa
+from coca_lit.models.patches import Images, Patches
 from coca_lit.tokenizer import Tokenizer
 
 THUMBNAIL = 240  # pixels of the longer side
@@ -248,35 +249,44 @@ def attention_samples(
     transform = build_transform(**model.preprocessing)
     samples = []
     for record in spread(records, count):
-        pixels = transform(record.image())  # (3, H, W) uint8
+        pixels = transform(record.image())  # (3, H, W) uint8, or patches
         words, maps = word_maps(model, pixels, options)
-        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        picture = picture_of(pixels)
         drawn = [thumbnail(overlay(picture, part)) for part in maps]
         rows = [{"word": word, "map": image} for word, image in zip(words, drawn, strict=True)]
         samples.append({"image": thumbnail(picture), "caption": " ".join(words), "words": rows})
     return samples
 
 
-def word_maps(model: CoCa, pixels: Tensor, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
-    """The words of the caption of an image (3, H, W), and where the model looked for each: (words, G, G), sums of 1."""
+def picture_of(image: Images) -> Image.Image:
+    """As the model sees it."""
+    pixels = image.pixels() if isinstance(image, Patches) else image  # (3, H, W)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def word_maps(model: CoCa, pixels: Images, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
+    """The words of the caption of an image (3, H, W), or of its patches, and where the model looked for each:
+    (words, h, w), sums of 1.
+    """
     captions = model.generate(pixels[None], **options, return_attention=True)
     assert captions.attention is not None
     return maps_of_captions(model, pixels, captions.ids, captions.attention)[0]
 
 
-def maps_of_captions(model: CoCa, pixels: Tensor, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
-    """As `word_maps`, of several captions (N, L) of an image (3, H, W), with their attention (N, L, Q)."""
+def maps_of_captions(model: CoCa, pixels: Images, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
+    """As `word_maps`, of several captions (N, L) of an image, with their attention (N, L, Q)."""
     images = pixels[None].to(model.device)
     pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images)
     places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens
-    grid = math.isqrt(places.shape[1])
+    side = math.isqrt(places.shape[1])
+    grid = pixels.grids.tolist() if isinstance(pixels, Patches) else (side, side)
     found = []
     for row, weights in zip(ids.tolist(), attention, strict=True):
         maps = (weights @ places).cpu()  # (L, S)
         words = words_of(model.tokenizer, row)
         per_word = torch.stack([maps[positions].mean(dim=0) for _, positions in words]) if words else maps[:0]
         per_word = per_word / per_word.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        found.append(([word for word, _ in words], per_word.unflatten(1, (grid, grid))))
+        found.append(([word for word, _ in words], per_word.unflatten(1, tuple(grid))))
     return found
 
 
@@ -300,9 +310,9 @@ def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[i
 
 
 def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
-    """The picture in grey, with a map (G, G) over it in colours that cover it the more, the greater the attention."""
+    """The picture in grey, with a map (h, w) over it in colours that cover it the more, the greater the attention."""
     scaled = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
-    size = (OVERLAY, OVERLAY)
+    size = (OVERLAY * picture.width // max(picture.size), OVERLAY * picture.height // max(picture.size))
     strength = Image.fromarray((scaled * 255).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
     colours = Image.fromarray(colormaps["plasma"](np.asarray(strength), bytes=True)).convert("RGB")
     grey = picture.resize(size, Image.Resampling.BICUBIC).convert("L").convert("RGB")

@@ -5,7 +5,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
@@ -16,6 +15,7 @@ from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.patches import Images
 from coca_lit.tokenizer import Tokenizer
 
 MAX_ANSWER = 10  # tokens, the end included
@@ -124,7 +124,7 @@ def generate_answers(
     """
     tokenizer = model.tokenizer
 
-    def write(part: Sequence[Record], images: Tensor) -> Iterable[str]:
+    def write(part: Sequence[Record], images: Images) -> Iterable[str]:
         questions = [fitting(tokenizer, record.question) for record in part]
         begun = [len(ids) - 1 for ids in tokenizer.encode_batch(questions)]
         room = {"max_length": min(max(begun) + MAX_ANSWER, tokenizer.context_length)}

@@ -71,8 +71,11 @@ def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0) -> Exporte
         max_int8_loss: the largest share of CIDEr on built-in scenes that the int8 graphs may lose; 0 writes none.
 
     Raises:
-        ValueError: a graph computes something else than the model, or int8 loses more than that.
+        ValueError: a graph computes something else than the model, int8 loses more than that, or the model takes images
+            of any shape.
     """
+    if model.image_encoder.takes_patches:
+        raise ValueError("format=onnx has graphs for images of one shape: export format=safetensors or open_clip")
     graphs = graphs_of(model)
     differences = {}
     for name, graph in graphs.items():

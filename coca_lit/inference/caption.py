@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.inference.inputs import OpenShard, Shard, Source, Unit, load_images
 from coca_lit.inference.outputs import Captions, Writer
 from coca_lit.models import kernels
+from coca_lit.models.patches import Images
 from coca_lit.models.preprocessing import Preprocessing
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
@@ -33,7 +34,7 @@ class Captioner(Protocol):
 
     @property
     def generate(self) -> Callable[..., Any]:
-        """images (B, 3, S, S) uint8 and options -> ids (B, L), or (B, N, L) with num_captions."""
+        """images (B, 3, S, S) uint8, or `Patches`, and options -> ids (B, L), or (B, N, L) with num_captions."""
 
 
 class Totals(NamedTuple):
@@ -121,8 +122,8 @@ def _plan(
                 yield batch
 
 
-def _generate(model: Captioner, pixels: Tensor, options: Mapping[str, Any], seed: int) -> list[Captions]:
-    """Captions of images (B, 3, S, S), with white space normalised to single blanks.
+def _generate(model: Captioner, pixels: Images, options: Mapping[str, Any], seed: int) -> list[Captions]:
+    """Captions of images, with white space normalised to single blanks.
 
     As many for each image as were requested, even if a draw has no words; fewer only where beam search found fewer.
     """

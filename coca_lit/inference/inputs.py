@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from braceexpand import braceexpand
 from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.records import MAX_IMAGE, decode_image, open_image
@@ -23,6 +22,7 @@ from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.inference.shards import Sample, scan_shard
+from coca_lit.models.patches import Images, stack_images
 from coca_lit.models.preprocessing import Preprocessing
 from coca_lit.reading import open_regular
 
@@ -77,7 +77,7 @@ class ImageBatch(NamedTuple):
     """The decoded images of a list of sources."""
 
     positions: list[int]  # of the decoded images in the list
-    pixels: Tensor  # (B, 3, S, S) uint8, one for each position
+    pixels: Images  # (B, 3, S, S) uint8, or `Patches`, one for each position
     broken: dict[int, str]  # position of an image that cannot be read -> reason
 
 
@@ -177,13 +177,13 @@ def load_images(
     )
 
 
-class _Decoded(Dataset[Tensor | str]):
-    """source -> pixels (3, S, S), or the reason why it cannot be read."""
+class _Decoded(Dataset[Images | str]):
+    """source -> pixels (3, S, S), or patches, or the reason why it cannot be read."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.transform = build_transform(**preprocessing)
 
-    def __getitem__(self, source: Source) -> Tensor | str:
+    def __getitem__(self, source: Source) -> Images | str:
         try:
             return self.transform(_decode(source))
         except DataError as error:
@@ -202,8 +202,8 @@ def _decode(source: Source) -> Image.Image:
     return ImageOps.exif_transpose(decode_image(BytesIO(content), source.name))
 
 
-def _collate(items: list[Tensor | str]) -> ImageBatch:
-    good = {i: item for i, item in enumerate(items) if isinstance(item, Tensor)}
+def _collate(items: list[Images | str]) -> ImageBatch:
+    good = {i: item for i, item in enumerate(items) if not isinstance(item, str)}
     broken = {i: item for i, item in enumerate(items) if isinstance(item, str)}
-    pixels = torch.stack([*good.values()]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    pixels = stack_images([*good.values()]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     return ImageBatch([*good], pixels, broken)

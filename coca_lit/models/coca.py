@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from coca_lit.models.freezing import Freezable
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.generation.state import DecodingStep, static_step
-from coca_lit.models.image import ImageEncoder, Pooler, build_pooling
+from coca_lit.models.image import Pooler, build_image_encoder, build_pooling
 from coca_lit.models.init import init_projection
 from coca_lit.models.layers import CrossBlock, SelfBlock
 from coca_lit.models.mammut import TwoPassTower, TwoPassTowerWithPads
 from coca_lit.models.modern import ModernBlock, ModernTextTower
+from coca_lit.models.naflex import NaFlexEncoder
 from coca_lit.models.packing import to_device
+from coca_lit.models.patches import Images
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, register_text_tower
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, register_image_encoder, register_text_tower
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
 from coca_lit.tokenizer import get_tokenizer
 
+register_image_encoder("naflex")(NaFlexEncoder)
 register_text_tower("modern")(ModernTextTower)
 register_text_tower("two_pass")(TwoPassTower)
 register_text_tower("two_pass_with_pads")(TwoPassTowerWithPads)
@@ -83,16 +86,19 @@ class CoCa(Freezable):
     """Contrastive captioner.
 
     Args:
-        image_encoder: name of a timm model or of an encoder registered with `register_image_encoder`.
+        image_encoder: name of a timm model or of an encoder registered with `register_image_encoder`, such as "naflex"
+            for images of any shape, see `NaFlexEncoder`.
         image_encoder_args: its arguments (depth, embed_dim, …; for a vision transformer `patch_drop_rate`, the share of
             patches that each training step leaves out).
-        image_size: side of the square input in pixels.
+        image_size: side of the square input in pixels; for images of any shape, that of a square of as many patches.
         embed_dim: width of the common space and of the image tokens.
         pooler: single | parallel | cascade, see `ImagePooling`; openclip_parallel | openclip_cascade, see
-            `OpenClipCascade`; mean | mean_all, without and with the class token, see `MeanPooling`.
+            `OpenClipCascade`; masked_parallel | masked_cascade, of naflex, see `MaskedCascade`; mean | mean_all,
+            without and with the class token, see `MeanPooling`.
         pooler_queries: learned queries of the (generative) pooler.
         pooler_heads: attention heads of the poolers.
-        tokenizer: "clip" or a word list, for `get_tokenizer`; it defines vocabulary and special ids.
+        tokenizer: "clip", "r50k" (GPT-2's byte pairs) or a word list, for `get_tokenizer`; it defines vocabulary and
+            special ids.
         context_length: tokens of a text at most, start and end included.
         cls_mask: correct | legacy, see `TextTower`.
         text_width, text_layers, text_heads: sizes of the text tower; the decoder has its width and heads.
@@ -143,7 +149,7 @@ class CoCa(Freezable):
                 "the single pooler needs at least 2 queries: one for the contrastive vector, the rest for the decoder"
             )
         self.tokenizer = get_tokenizer(tokenizer, context_length)
-        self.image_encoder = ImageEncoder(image_encoder, image_size, **(image_encoder_args or {}))
+        self.image_encoder = build_image_encoder(image_encoder, image_size, **(image_encoder_args or {}))
         sizes_of_pooling = (embed_dim, pooler_queries, pooler_heads, text_width)
         self.pooling = build_pooling(pooler, self.image_encoder, *sizes_of_pooling)
         self.image_projection: nn.Module = nn.Identity()
@@ -162,6 +168,7 @@ class CoCa(Freezable):
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = nn.Parameter(torch.empty(1)) if contrastive == "siglip" else None
         self.preprocessing: Preprocessing = preprocessing(image_size, interpolation, resize_mode)
+        self.preprocessing.update(self.image_encoder.preprocessing)  # type: ignore[typeddict-item]
         # Plain values that build this model again; they are stored in every checkpoint.
         self.config: dict[str, Any] = arguments | {
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
@@ -203,7 +210,7 @@ class CoCa(Freezable):
 
     def forward(
         self,
-        images: Tensor | None,
+        images: Images | None,
         tokens: Tensor,
         lengths: Tensor | None = None,
         *,
@@ -215,8 +222,8 @@ class CoCa(Freezable):
         """Features and caption states of a batch of pairs.
 
         Args:
-            images: (B, 3, H, W), uint8, or normalised floats; or tokens (B, S, C) from the image encoder or its
-                `frozen_part`. None: texts alone, which have no features and pass the decoder without its
+            images: (B, 3, H, W), uint8, or normalised floats, or `Patches`; or what the image encoder or its
+                `frozen_part` makes of them. None: texts alone, which have no features and pass the decoder without its
                 cross blocks, as in a language model.
             tokens: (B, L) ids, padded at the end to any L. Without the contrastive part there may be several texts of
                 each image, side by side.
@@ -264,7 +271,7 @@ class CoCa(Freezable):
         predicted = to_device(predicted, tokens.device)
         return (predicted if self.tokenizer.unk_id is None else predicted & (tokens != self.tokenizer.unk_id)).sum()
 
-    def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
+    def encode_image(self, images: Images, normalize: bool = True) -> Tensor:
         """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""
         vector, _ = self.pooling(self.image_encoder(images), captioning=False)
         features = self.image_projection(vector)
@@ -275,7 +282,7 @@ class CoCa(Freezable):
         _, features, _ = self.text(tokens, self._lengths(tokens, lengths))
         return F.normalize(features, dim=-1) if normalize else features
 
-    def log_likelihood(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def log_likelihood(self, images: Images, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """log p(text | image) (T,) of texts (T, L), in nats: the sum over their tokens after the start, without words
         that the vocabulary lacks.
 
@@ -290,7 +297,7 @@ class CoCa(Freezable):
         text = to_device(torch.arange(len(lengths)).repeat_interleave(lengths - 1), losses.device)  # (N,)
         return losses.new_zeros(len(lengths)).index_add(0, text, -losses)
 
-    def multimodal_state(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def multimodal_state(self, images: Images, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
         decoder = self._check_decoder()
         lengths = self._lengths(tokens, lengths)

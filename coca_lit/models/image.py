@@ -15,13 +15,24 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from coca_lit.models import kernels
-from coca_lit.models.init import init_pooler, init_projection, init_query_pooler
+from coca_lit.models.init import init_normal, init_pooler, init_projection, init_query_pooler
 from coca_lit.models.layers import AttentionalPooler, OpenClipNames, QueryPooler
+from coca_lit.models.patches import EncodedPatches
 from coca_lit.models.preprocessing import expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS
 from coca_lit.models.sync_batch_norm import use_global_batch_norms
 
-Pooler = Literal["single", "parallel", "cascade", "openclip_parallel", "openclip_cascade", "mean", "mean_all"]
+Pooler = Literal[
+    "single",
+    "parallel",
+    "cascade",
+    "openclip_parallel",
+    "openclip_cascade",
+    "masked_parallel",
+    "masked_cascade",
+    "mean",
+    "mean_all",
+]
 CLIP_NORMALISATION = {
     "mean": [0.48145466, 0.4578275, 0.40821073],
     "std": [0.26862954, 0.26130258, 0.27577711],
@@ -48,6 +59,13 @@ class Normalise(nn.Module):
         if images.dtype != torch.uint8:
             return images.to(self.mean.dtype)
         return (images.to(self.mean.dtype, memory_format=torch.contiguous_format) / 255 - self.mean) / self.std
+
+    def patches(self, rows: Tensor) -> Tensor:
+        """rows (B, N, P·P·3), the channel fastest, -> the same shape"""
+        if rows.dtype != torch.uint8:
+            return rows.to(self.mean.dtype)
+        mean, std = self.mean.flatten(), self.std.flatten()
+        return ((rows.unflatten(-1, (-1, 3)).to(mean.dtype) / 255 - mean) / std).flatten(-2)
 
 
 _TRUNK_BLOCK = {
@@ -85,6 +103,9 @@ class ImageEncoder(nn.Module):
         ("trunk.norm.", "visual.ln_post.", {}),  # of a CLIP
     )
 
+    takes_patches = False  # rather than images of one shape
+    open_clip_version = "3.3"
+
     def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
         super().__init__()
         self._build = partial(_build_trunk, name, image_size, arguments)
@@ -96,9 +117,28 @@ class ImageEncoder(nn.Module):
         self.normalise = Normalise(*(getattr(trunk, key, normalisation[key]) for key in ("mean", "std")))
 
     @property
+    def preprocessing(self) -> dict[str, int]:
+        """What the transform of photos needs to know besides their size."""
+        return {}
+
+    @property
     def prefix_tokens(self) -> int:
         """How many tokens without a position, such as a class token, precede the grid."""
         return int(getattr(self.trunk, "num_prefix_tokens", 0))
+
+    @property
+    def open_clip_config(self) -> dict[str, Any]:
+        """Its keys in OpenCLIP's `vision_cfg`, if it is one of CLIP's vision transformers."""
+        trunk: Any = self.trunk
+        width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
+        return {
+            "image_size": self.image_size,
+            "layers": len(trunk.blocks),
+            "width": width,
+            "head_width": width // heads,
+            "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
+            "patch_size": trunk.patch_embed.patch_size[0],
+        }
 
     def init_parameters(self) -> None:
         """Copies the values of a second trunk, because every encoder family initialises itself when it is built."""
@@ -167,6 +207,16 @@ class FrozenStages(nn.Module):
         return _tokens(self.stages(self.normalise(images)))
 
 
+def build_image_encoder(name: str, image_size: int, **arguments: Any) -> ImageEncoder:
+    """The encoder of a timm model or of a registered name. What is registered makes a trunk, or is an `ImageEncoder`
+    itself.
+    """
+    factory = IMAGE_ENCODERS.get(name)
+    if isinstance(factory, type) and issubclass(factory, ImageEncoder):
+        return factory(image_size=image_size, **arguments)
+    return ImageEncoder(name, image_size, **arguments)
+
+
 def _build_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
     if name in IMAGE_ENCODERS or not timm.is_model(name):
         trunk = IMAGE_ENCODERS.build(name, timm.list_models(), image_size=image_size, **arguments)
@@ -204,13 +254,17 @@ def build_pooling(
 ) -> "Pooling":
     """The pooling of a name, from tokens of the encoder to a vector, and tokens of `width` or the text's width."""
     context_width = encoder.width
+    if variant in get_args(Pooler) and encoder.takes_patches != variant.startswith("masked_"):
+        raise ValueError(
+            "the image encoder naflex has pooler=masked_parallel or masked_cascade, and other encoders have the other"
+            f" poolers: got pooler={variant} with a {type(encoder).__name__}"
+        )
     if variant in ("mean", "mean_all"):
         return MeanPooling(context_width, text_width, encoder.prefix_tokens if variant == "mean" else 0)
     if variant in ("single", "parallel", "cascade"):
         return ImagePooling(variant, context_width, width, queries, heads)
-    if variant in ("openclip_parallel", "openclip_cascade"):
-        kind = OpenClipParallel if variant == "openclip_parallel" else OpenClipCascade
-        return kind(context_width, width, queries, heads)
+    if variant in _OPEN_CLIP_POOLINGS:
+        return _OPEN_CLIP_POOLINGS[variant](context_width, width, queries, heads)
     raise ValueError(f"pooler must be {' or '.join(map(repr, get_args(Pooler)))}, got '{variant}'")
 
 
@@ -310,7 +364,12 @@ class OpenClipCascade(nn.Module):
         self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         """tokens (B, S, C) -> contrastive vector (B, E) and decoder tokens (B, Q, E), None where switched off."""
-        image_tokens = self.generative(self.norm(tokens))
+        return self._pool(self.norm(tokens), None, contrastive, captioning)
+
+    def _pool(
+        self, normed: Tensor, mask: Tensor | None, contrastive: bool, captioning: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        image_tokens = self.generative(normed, mask=mask)
         vector = self.contrastive(image_tokens)[:, 0] if contrastive else None
         return vector, (image_tokens if captioning else None)
 
@@ -330,12 +389,49 @@ class OpenClipParallel(OpenClipCascade):
     def parts_of_loss(self, loss: str) -> list[str]:
         return ["contrastive"] if loss == "contrastive" else ["generative"]
 
-    def forward(
-        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
+    def _pool(
+        self, normed: Tensor, mask: Tensor | None, contrastive: bool, captioning: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        normed = self.norm(tokens)
-        vector = self.contrastive(normed)[:, 0] if contrastive else None
-        return vector, (self.generative(normed) if captioning else None)
+        vector = self.contrastive(normed, mask=mask)[:, 0] if contrastive else None
+        return vector, (self.generative(normed, mask=mask) if captioning else None)
+
+
+class MaskedCascade(OpenClipCascade):
+    """As `OpenClipCascade`, for images of any shape: padding is never looked at. In OpenCLIP these poolers stand beside
+    timm's encoders, not inside, and their queries start smaller.
+    """
+
+    open_clip_names: ClassVar[OpenClipNames] = (
+        ("norm.", "pool_norm.", {}),
+        ("generative.", "attn_pool.", QueryPooler.open_clip_names),
+        ("contrastive.", "attn_pool_contrastive.", QueryPooler.open_clip_names),
+    )
+
+    def init_parameters(self) -> None:
+        super().init_parameters()
+        for pooler in (self.generative, self.contrastive):
+            init_normal(pooler.query, pooler.query.shape[1] ** -0.5)
+
+    def forward(  # type: ignore[override]
+        self, tokens: EncodedPatches, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return self._pool(self.norm(tokens.rows), tokens.key_mask(), contrastive, captioning)
+
+    def attention(self, tokens: EncodedPatches) -> Tensor:  # type: ignore[override]
+        """Where each of the decoder's tokens looks among patches: (B, Q, N), rows add up to 1, padding has 0."""
+        return self.generative.weights(self.norm(tokens.rows), mask=tokens.key_mask())
+
+
+class MaskedParallel(MaskedCascade, OpenClipParallel):
+    """As `MaskedCascade`, but both poolers attend to the normed image tokens."""
+
+
+_OPEN_CLIP_POOLINGS = {
+    "openclip_parallel": OpenClipParallel,
+    "openclip_cascade": OpenClipCascade,
+    "masked_parallel": MaskedParallel,
+    "masked_cascade": MaskedCascade,
+}
 
 
 class MeanPooling(nn.Module):

@@ -126,22 +126,25 @@ class CrossAttention(nn.Module):
         context: Tensor | KeysValues,
         norm: nn.LayerNorm | None = None,
         layout: Layout | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, D), or rows packed as `layout` says, -> the same shape.
 
         Args:
             context: (B, S, C), or its keys and values, which go with padded x only.
             norm: the norm that the context still has to pass, if it has passed `normalize_once`.
+            mask: (B, 1, 1, S), True where keys and values may be attended to; goes with keys and values only.
         """
         q = self.q(x)
         if isinstance(context, Tensor):
             return self.out(kernels.cross_attention(q, context, *self._folded(norm), self.heads, layout))
-        return self.out(merge_heads(kernels.attention(split_heads(q, self.heads), *context)))
+        return self.out(merge_heads(kernels.attention(split_heads(q, self.heads), *context, mask)))
 
-    def weights(self, x: Tensor, keys_values: KeysValues) -> Tensor:
+    def weights(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None) -> Tensor:
         """How much each position of x (B, T, D) attends to each of the context: (B, H, T, S), rows add up to 1."""
         q, k = split_heads(self.q(x), self.heads), keys_values[0]
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
 
     def _folded(self, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         """Weight and bias of `kv` with those of the norm before it: W (g x + h) + b = (W g) x + (W h + b)."""
@@ -239,13 +242,13 @@ class QueryPooler(nn.Module):
         self.norm_context = nn.LayerNorm(context_width)
         self.attention = CrossAttention(width, context_width, heads)
 
-    def forward(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
-        """context (B, S, C) -> (B, Q, E), for the given slice of the queries."""
-        return self.attention(*self._inputs(context, queries))
+    def forward(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
+        """context (B, S, C) -> (B, Q, E), for the given slice of the queries; `mask` as of `CrossAttention`."""
+        return self.attention(*self._inputs(context, queries), mask=mask)
 
-    def weights(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
+    def weights(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
         """Where each query looks: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
-        return self.attention.weights(*self._inputs(context, queries)).mean(dim=1)
+        return self.attention.weights(*self._inputs(context, queries), mask).mean(dim=1)
 
     def _inputs(self, context: Tensor, queries: slice) -> tuple[Tensor, KeysValues]:
         """The queries (B, Q, E), and keys and values of the context."""
@@ -260,8 +263,8 @@ class AttentionalPooler(QueryPooler):
         super().__init__(context_width, width, queries, heads)
         self.norm_out = nn.LayerNorm(width)
 
-    def forward(self, context: Tensor, queries: slice = slice(None)) -> Tensor:
-        return self.norm_out(super().forward(context, queries))
+    def forward(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
+        return self.norm_out(super().forward(context, queries, mask))
 
 
 def layers_from_the_top(blocks: nn.ModuleList, *embeddings: str) -> dict[str, int]:

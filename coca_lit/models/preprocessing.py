@@ -1,6 +1,6 @@
 """How a photo becomes the pixels that a model was trained on. The network cannot know; it travels with the weights."""
 
-from typing import Literal, TypedDict, get_args
+from typing import Literal, NotRequired, TypedDict, get_args
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ class Preprocessing(TypedDict):
     size: int
     interpolation: Interpolation
     resize_mode: ResizeMode
+    patch_size: NotRequired[int]  # of a model for images of any shape
+    max_patches: NotRequired[int]
 
 
 def expect_pixels(images: Tensor) -> None:

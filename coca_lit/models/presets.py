@@ -10,6 +10,7 @@ from typing import Any
 from coca_lit.errors import suggest
 from coca_lit.models.coca import CoCa
 from coca_lit.models.registry import import_modules
+from coca_lit.tokenizer import BYTE_PAIRS
 
 # The words of the built-in scenes, `coca_lit.data.scenes`: in captions, and in questions and answers as well. The order
 # is that of the token ids.
@@ -58,6 +59,20 @@ def _paper(image_encoder: str, width: int, heads: int, layers: int) -> dict[str,
 # OpenCLIP 4's, with the two poolers of the paper; its initial values count no cross blocks.
 _COCA2: dict[str, Any] = _B32 | {"pooler": "openclip_cascade", "decoder_args": {"init_depth": 12}}
 
+# The same for images of any shape, with GPT-2's byte pairs.
+_NAFLEX: dict[str, Any] = _B32 | {
+    "image_encoder": "naflex",
+    "image_encoder_args": {"patch_size": 32, "pre_norm": True, "pos_embed_grid_size": [8, 8]},
+    "image_size": 256,
+    "pooler": "masked_parallel",
+    "pooler_queries": 128,
+    "tokenizer": "r50k",
+    "context_length": 128,
+    "text_tower": "modern",
+    "text_tower_args": {"pool": "mean", "qk_norm": True},
+    "decoder_args": {"qk_norm": True},
+}
+
 # MaMMUT: no poolers, and the text tower, read with a context of 77, is the decoder.
 _MAMMUT: dict[str, Any] = {"pooler": "mean", "text_tower": "two_pass", "context_length": 77}
 
@@ -66,6 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "coca_vit_l14": _L14,
     "coca2_vit_b32": _COCA2,
     "coca2_moderntext_vit_b32": _COCA2 | {"text_tower": "modern", "decoder_args": None},
+    "coca2_moderntext_naflex_vit_b32": _NAFLEX,
     "mammut2_vit_b32": _B32 | _MAMMUT,
     "mammut2_vit_l14": _L14 | _MAMMUT,
     "openmammut_vit_l14": _L14 | _MAMMUT | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"},
@@ -137,8 +153,8 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
     tokenizer = arguments.get("tokenizer", "clip")
     if isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
         arguments["tokenizer"] = VOCABULARIES[tokenizer]
-    elif isinstance(tokenizer, str) and tokenizer != "clip":
-        names = ["clip", *VOCABULARIES]
+    elif isinstance(tokenizer, str) and tokenizer not in BYTE_PAIRS:
+        names = [*BYTE_PAIRS, *VOCABULARIES]
         raise ValueError(
             f"unknown tokenizer '{tokenizer}'{suggest(tokenizer, names)} Expected {', '.join(names)} or a list of words"
         )

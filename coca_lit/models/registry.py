@@ -47,6 +47,10 @@ class Registry:
 
         return decorate
 
+    def get(self, spec: str) -> Factory | None:
+        """The factory called "name" or "module:name"; None if there is none."""
+        return self._factories.get(spec.rpartition(":")[2])
+
     def __contains__(self, spec: str) -> bool:
         return spec.rpartition(":")[2] in self._factories
 

@@ -13,6 +13,7 @@ from coca_lit.evals.vqa import fitting
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 from coca_lit.models.packing import to_device
+from coca_lit.models.patches import Images
 from coca_lit.training.objectives import Objective
 
 
@@ -66,7 +67,7 @@ class AnswerClassifier(Objective):
     ) -> dict[int | str, str]:
         """The most likely answer to each question, by question id, on every rank."""
 
-        def write(part: Sequence[Record], images: Tensor) -> Iterable[str]:
+        def write(part: Sequence[Record], images: Images) -> Iterable[str]:
             questions = [fitting(net.tokenizer, record.question) for record in part]
             rows = [ids[:-1] for ids in net.tokenizer.encode_batch(questions)]
             tokens, lengths = padded(rows, net.tokenizer.pad_id)

@@ -24,12 +24,13 @@ from coca_lit.distributed import sum_over_ranks
 from coca_lit.losses import caption_loss, contrastive_term
 from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.models.patches import Images
 
 
 class MicroBatch(NamedTuple):
     """Some pairs of the batch."""
 
-    images: Tensor  # (b, 3, H, W)
+    images: Images  # (b, 3, H, W), or `Patches`
     tokens: Tensor  # (b, L)
     lengths: Tensor  # (b,)
     prefix_lengths: Tensor  # (b,), leading tokens that are not predicted
@@ -38,7 +39,7 @@ class MicroBatch(NamedTuple):
 
 def cached_loss(
     net: CoCa,
-    images: Tensor,
+    images: Images,
     tokens: Tensor,
     lengths: Tensor,
     size: int,
@@ -84,7 +85,7 @@ def cached_loss(
 
 
 def micro_batches(
-    images: Tensor, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor, size: int
+    images: Images, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor, size: int
 ) -> list[MicroBatch]:
     seeds = torch.randint(2**62, (len(images) // size,)).tolist()
     tensors = (part.split(size) for part in (images, tokens, lengths, prefix_lengths))

@@ -21,7 +21,17 @@ ARGUMENTS = (
 )
 # Constants that matter in training alone, say how large an input is, or how fast the same is computed.
 _TRAINING = ("training", "momentum", "inplace", "grad_checkpointing", "weight_init_mode", "fix_init", "fused_attn")
-_SIZES = ("image_size", "img_size", "grid_size", "num_patches", "size", "input_resolution", "feat_size", "seq_len")
+_SIZES = (
+    "image_size",
+    "img_size",
+    "grid_size",
+    "num_patches",
+    "size",
+    "input_resolution",
+    "feat_size",
+    "seq_len",
+    "max_patches",
+)
 _CONSTANT = 16  # numbers in a buffer; larger ones are tables that follow from the sizes
 _REGULARISERS = (nn.Identity, nn.Dropout)
 

@@ -6,6 +6,8 @@ transposed there, the packed query/key/value projection of a cross-attention is 
 bias of the contrastive logits are scalars there and vectors of one here. Without a decoder the counterpart of CoCa is
 OpenCLIP's `CustomTextCLIP`.
 
+With timm's NaFlexVit, the encoder for images of any shape, the two poolers stand beside `visual`.
+
 CLIP comes in two layouts: the text tower at the root (`CLIP`), or under `text.` (`CustomTextCLIP`). Both hold the same
 tensors. Files with other towers are refused.
 """
@@ -24,15 +26,19 @@ from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION, MeanPooling
 from coca_lit.models.layers import OpenClipNames, SelfBlock
 from coca_lit.models.mammut import TwoPassTower
+from coca_lit.models.naflex import DEFAULTS
+from coca_lit.tokenizer import get_tokenizer
 from coca_lit.weights.open_clip_keys import (
     CLIP_KEYS,
     COCA_KEYS,
+    FILE,
     MODERN_KEYS,
     POOLER_KEYS,
     TWO_PASS_KEYS,
     OpenClipConfig,
     count,
     read_config,
+    with_tokenizer,
 )
 
 _COCA_TRANSPOSED = {
@@ -68,6 +74,7 @@ _OTHER_TOWERS = {
 }
 _TOWERS = ("TextTower", "ModernTextTower", "TwoPassTower", "TwoPassTowerWithPads")
 VERSIONS = ("3.3", "4")  # of OpenCLIP, whose files can be written
+_NAFLEX = "visual.trunk.embeds.proj.weight"  # a tensor that shows timm's NaFlexVit
 _BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
@@ -79,8 +86,8 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     """
     if model.pooling.open_clip_config is None or not hasattr(model.image_encoder.trunk, "norm_pre"):
         raise ValueError(
-            "only a CoCa with a CLIP vision transformer and the single pooler, or those of OpenCLIP 4, has an OpenCLIP"
-            " counterpart"
+            "only a CoCa with a CLIP vision transformer or naflex, and the single pooler or those of OpenCLIP 4, has an"
+            " OpenCLIP counterpart"
         )
     state, names = model.state_dict(), _names(model)
     converted = {_rename(name, names): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)}
@@ -88,9 +95,9 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
         converted |= _join_cross_attention(state, ours, _rename(f"{ours}.", names))
     for name in converted.keys() & _COCA_TRANSPOSED:
         converted[name] = converted[name].T.contiguous()
-    converted["visual.class_embedding"] = converted["visual.class_embedding"].flatten()
-    converted["visual.positional_embedding"] = converted["visual.positional_embedding"][0]
-    for name in ("logit_scale", "logit_bias"):
+    if "visual.class_embedding" in converted:
+        converted["visual.class_embedding"] = converted["visual.class_embedding"].flatten()
+    for name in ("visual.positional_embedding", "logit_scale", "logit_bias"):
         if name in converted:
             converted[name] = converted[name][0]
     return converted
@@ -111,10 +118,11 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     theirs = _plain_state(state)
     if relative := _relative(theirs):
         raise ValueError(
-            f"this is {relative}; of OpenCLIP's captioners those with CLIP's vision transformer and vocabulary can be "
-            "read (coca_ViT-L-14, coca2_ViT-B-32, coca2-moderntext_ViT-B-32, mammut2_ViT-L-14, openMaMMUT, other sizes)"
+            f"this is {relative}; of OpenCLIP's captioners these can be read, in any size: coca_ViT-L-14, "
+            "coca2_ViT-B-32, coca2-moderntext_ViT-B-32, coca2-moderntext-naflex_ViT-B-32, mammut2_ViT-L-14, openMaMMUT"
         )
-    needed = ["visual.attn_pool.query"] if "map_viz2txt_kv" not in theirs else []
+    pooler = "attn_pool.query" if _NAFLEX in theirs else "visual.attn_pool.query"
+    needed = [pooler] if "map_viz2txt_kv" not in theirs else []
     if needed and "text.blocks.0.attn.qkv.weight" not in theirs:
         needed.append("text.cls_emb")
     if missing := [key for key in needed if key not in theirs]:
@@ -175,20 +183,17 @@ def _relative(theirs: Mapping[str, Tensor]) -> str | None:
         return None
     if has(*(prefix for prefix in _OTHER_TOWERS if prefix.startswith("text.transformer."))):
         return "a coca_roberta-ViT-B-32, whose text tower is a Hugging Face model and sees the tokens it should predict"
-    if has("visual.trunk.", "visual.layer1."):
+    if _NAFLEX not in theirs and has("visual.trunk.", "visual.layer1."):
         return "a CoCa whose image tower is not a CLIP vision transformer (timm_model_name, or a ResNet)"
-    if not has("visual.attn_pool."):
+    if not has("visual.attn_pool.", "attn_pool."):
         return "a coca_base, which has no attentional pooler"
     return None
 
 
 def _sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `CoCa` that the tensors show."""
-    image_width, _, patch, _ = theirs["visual.conv1.weight"].shape
-    grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["text.token_embedding.weight"].shape
-    _check_vocabulary(vocab_size)
-    mlp_width = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+    tokenizer = _tokenizer(vocab_size)
     pooling = _pooling_sizes(theirs)
     if "map_viz2txt_kv" in theirs:
         text = _two_pass_sizes(theirs)
@@ -202,20 +207,54 @@ def _sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     else:
         text = _modern_sizes(theirs, text_width)
     return {
-        "image_encoder": "vit_base_patch32_clip_224",
-        "image_encoder_args": {
-            "patch_size": patch,
-            "embed_dim": image_width,
-            "depth": _depth(theirs, "visual.transformer.resblocks"),
-            "num_heads": max(image_width // 64, 1),
-            **({"mlp_ratio": mlp_width / image_width} if mlp_width != 4 * image_width else {}),
-        },
-        "image_size": grid * patch,
+        **(_naflex_sizes(theirs) if _NAFLEX in theirs else _image_sizes(theirs)),
         **pooling,
         "text_width": text_width,
         "text_heads": max(text_width // 64, 1),
+        **({"tokenizer": tokenizer} if tokenizer != "clip" else {}),
         **text,
         "contrastive": "siglip" if "logit_bias" in theirs else "softmax",
+    }
+
+
+def _image_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of CLIP's vision transformer."""
+    width, _, patch, _ = theirs["visual.conv1.weight"].shape
+    mlp_width = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+    return {
+        "image_encoder": "vit_base_patch32_clip_224",
+        "image_encoder_args": {
+            "patch_size": patch,
+            "embed_dim": width,
+            "depth": _depth(theirs, "visual.transformer.resblocks"),
+            "num_heads": max(width // 64, 1),
+            **({"mlp_ratio": mlp_width / width} if mlp_width != 4 * width else {}),
+        },
+        "image_size": math.isqrt(len(theirs["visual.positional_embedding"]) - 1) * patch,
+    }
+
+
+def _naflex_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of timm's NaFlexVit. The size of images is not in its tensors: without a config they fill the learned grid."""
+    width, pixels = theirs[_NAFLEX].shape
+    _, height, columns, _ = theirs["visual.trunk.embeds.pos_embed"].shape
+    patch = math.isqrt(pixels // 3)
+    registers = theirs.get("visual.trunk.embeds.reg_token")
+    found = {
+        "embed_dim": width,
+        "depth": _depth(theirs, "visual.trunk.blocks"),
+        "mlp_ratio": len(theirs["visual.trunk.blocks.0.mlp.fc1.weight"]) / width,
+        "reg_tokens": 0 if registers is None else registers.shape[1],
+    }
+    return {
+        "image_encoder": "naflex",
+        "image_encoder_args": {
+            "patch_size": patch,
+            "pre_norm": "visual.trunk.norm_pre.weight" in theirs,
+            "pos_embed_grid_size": [height, columns],
+            **{name: value for name, value in found.items() if value != DEFAULTS[name]},
+        },
+        "image_size": height * patch,
     }
 
 
@@ -224,11 +263,12 @@ def _pooling_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
         # The released openMaMMUT, whose tensors have older names, averages the class token too.
         pooler = "mean" if "text.lm_head" in theirs else "mean_all"
         return {"embed_dim": theirs["visual.proj"].shape[1], "pooler": pooler}
-    queries, embed_dim = theirs["visual.attn_pool.query"].shape
+    where, kind = ("", "masked") if _NAFLEX in theirs else ("visual.", "openclip")
+    queries, embed_dim = theirs[f"{where}attn_pool.query"].shape
     pooler = "single"
-    if (context := theirs.get("visual.attn_pool_contrastive.ln_k.weight")) is not None:
+    if (context := theirs.get(f"{where}attn_pool_contrastive.ln_k.weight")) is not None:
         # With equal widths both have the same tensors; then the config decides.
-        pooler = "openclip_cascade" if len(context) == embed_dim else "openclip_parallel"
+        pooler = f"{kind}_cascade" if len(context) == embed_dim else f"{kind}_parallel"
     else:
         embed_dim = theirs["visual.proj"].shape[1]
     return {"embed_dim": embed_dim, "pooler": pooler, "pooler_queries": queries}
@@ -244,11 +284,12 @@ def _modern_sizes(theirs: Mapping[str, Tensor], width: int) -> dict[str, Any]:
         return {name: value for name, value in found.items() if (name, value) != ("mlp_width", 4 * width)}
 
     head = theirs.get("text.blocks.0.attn.q_norm.weight")
+    pool = "mean" if _NAFLEX in theirs else "eos"  # as in OpenCLIP's models; the config says what it is
     layers = _depth(theirs, "text_decoder.blocks")
     crossed = sum(name.endswith(".xattn.kv.weight") for name in theirs)
     return {
         "text_tower": "modern",
-        "text_tower_args": {"pool": "map" if "text.pool.query" in theirs else "eos", **style("text")},
+        "text_tower_args": {"pool": "map" if "text.pool.query" in theirs else pool, **style("text")},
         "text_layers": _depth(theirs, "text.blocks"),
         **({"text_heads": width // max(len(head), 1)} if head is not None else {}),
         "decoder_layers": layers,
@@ -272,9 +313,14 @@ def _every(layers: int, crossed: int) -> dict[str, int]:
     return {"cross_attention_every": max(-(-layers // max(crossed, 1)), 1)}
 
 
-def _check_vocabulary(size: int) -> None:
-    if size != 49408:
-        raise ValueError(f"the checkpoint has a vocabulary of {size} tokens; only CLIP's 49408 can be read")
+def _tokenizer(vocab_size: int) -> str:
+    known = {49408: "clip", 50260: "r50k"}
+    if vocab_size not in known:
+        raise ValueError(
+            f"the checkpoint has a vocabulary of {vocab_size} tokens; only CLIP's 49408 and the 50260 of r50k_base with"
+            " three special ids can be read"
+        )
+    return known[vocab_size]
 
 
 def _depth(theirs: Mapping[str, Tensor], prefix: str) -> int:
@@ -392,7 +438,8 @@ def _clip_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     width, _, patch, _ = theirs["visual.conv1.weight"].shape
     grid = math.isqrt(len(theirs["visual.positional_embedding"]) - 1)
     vocab_size, text_width = theirs["token_embedding.weight"].shape
-    _check_vocabulary(vocab_size)
+    if _tokenizer(vocab_size) != "clip":
+        raise ValueError(f"the checkpoint has a vocabulary of {vocab_size} tokens; of a CLIP only 49408 can be read")
     hidden = len(theirs["visual.transformer.resblocks.0.mlp.c_fc.bias"])
     return {
         "image_encoder_args": {
@@ -417,7 +464,7 @@ def _clip_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     found = read_config(config, CLIP_KEYS, _shown(sizes))
     return {
-        "image_encoder_args": _image_arguments(found, sizes),
+        **_image_arguments(found, sizes),
         "text_heads": count(found.text, "heads", 8),
         "quick_gelu": found.quick_gelu,
         "interpolation": found.interpolation,
@@ -440,14 +487,8 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
     if reason := obstacle_to_open_clip(model, version):
         raise ValueError(f"OpenCLIP cannot build this model: {reason}")
     ours, trunk = model.config, model.image_encoder.trunk
-    width, heads = trunk.embed_dim, trunk.blocks[0].attn.num_heads
     vision = {
-        "image_size": ours["image_size"],
-        "layers": len(trunk.blocks),
-        "width": width,
-        "head_width": width // heads,
-        "mlp_ratio": trunk.blocks[0].mlp.fc1.out_features / width,
-        "patch_size": trunk.patch_embed.patch_size[0],
+        **model.image_encoder.open_clip_config,
         "output_tokens": model.decoder is not None,
         **(model.pooling.open_clip_config or {}),
     }
@@ -458,8 +499,10 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         "vocab_size": model.tokenizer.vocab_size,
         "width": ours["text_width"],
         "heads": ours["text_heads"],
+        **{key: value for key, value in model.tokenizer.open_clip_config.items() if key.endswith("_id")},
     }
     text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **model.text.open_clip_config}
+    text |= model.tokenizer.open_clip_config
     if version == "3.3":
         text.pop("correct_cls_mask", None)
     towers = {} if isinstance(model.text, TwoPassTower) else {"text_cfg": {**both, **text}}
@@ -484,8 +527,8 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
 def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
     """Why OpenCLIP's CoCa cannot be this model, whatever its CLS mask; None if it can."""
     ours = model.config
-    if ours["tokenizer"] != "clip":
-        return "it has a word tokenizer, and OpenCLIP's CoCa only reads CLIP's byte pairs"
+    if model.tokenizer.open_clip_version is None:
+        return "it has a word tokenizer, and OpenCLIP's CoCa only reads byte pairs"
     if model.pooling.open_clip_config is None:
         return (
             f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
@@ -497,12 +540,13 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
         return "in OpenCLIP a two-pass text tower and the mean of all image tokens go together"
     if isinstance(model.text, TwoPassTower) and model.decoder is None:
         return "OpenCLIP has no MaMMUT without its decoder"
-    if version == "3.3" and "4" in (model.pooling.open_clip_version, model.text.open_clip_version):
-        return "its pooler or text tower needs OpenCLIP 4: export it with version=4"
-    if not _is_clip_transformer(model.image_encoder.trunk):
+    parts = (model.pooling, model.text, model.tokenizer, model.image_encoder)
+    if version == "3.3" and any(part.open_clip_version == "4" for part in parts):
+        return "its pooler, tokenizer, image encoder or text tower needs OpenCLIP 4: export it with version=4"
+    if not model.image_encoder.takes_patches and not _is_clip_transformer(model.image_encoder.trunk):
         return (
             f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
-            " (vit_*_clip_*, without QuickGELU)"
+            " (vit_*_clip_*, without QuickGELU), and with version=4 naflex"
         )
     if model.decoder is not None and ours["embed_dim"] != ours["text_width"]:
         return (
@@ -533,19 +577,22 @@ def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `CoCa` that only the config shows: numbers of heads, how pixels are prepared, masks and pooling.
 
     Args:
-        config: content of `open_clip_config.json`; None yields no arguments.
+        config: content of `open_clip_config.json`; None yields what all of OpenCLIP's models of this kind have.
         sizes: the arguments that follow from the tensors.
 
     Raises:
         ValueError: the config asks for something that CoCa lacks.
     """
     if config is None:
-        return {}
+        return {"context_length": 128} if sizes["image_encoder"] == "naflex" else {}
     tower = sizes.get("text_tower")
     keys = COCA_KEYS._replace(vision=POOLER_KEYS.get(sizes["pooler"], COCA_KEYS.vision))
     if tower is not None:
         keys = (MODERN_KEYS if tower == "modern" else TWO_PASS_KEYS)._replace(vision=keys.vision)
-    found = read_config(config, keys, _shown(sizes))
+    tokenizer = get_tokenizer(sizes.get("tokenizer", "clip"))
+    found = read_config(config, with_tokenizer(keys, tokenizer), _shown(sizes))
+    if missing := [key for key in tokenizer.open_clip_config if key not in found.text]:
+        raise ValueError(f"{FILE} lacks text_cfg.{missing[0]}, which the tokenizer {tokenizer.spec} needs")
     text_heads = count(found.text, "heads", 8)  # these defaults are OpenCLIP's
     decoder_heads = count(found.decoder, "heads", 8 if sizes["decoder_layers"] else text_heads)
     if not found.text and tower is not None:
@@ -557,8 +604,9 @@ def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         )
     if found.quick_gelu:
         raise ValueError("the config asks for QuickGELU, but CoCa is built with GELU")
+    image = _naflex_arguments(found, sizes) if sizes["image_encoder"] == "naflex" else _image_arguments(found, sizes)
     arguments = {
-        "image_encoder_args": _image_arguments(found, sizes),
+        **image,
         "text_heads": text_heads,
         "interpolation": found.interpolation,
         "resize_mode": found.resize_mode,
@@ -577,7 +625,7 @@ def _coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
     kind = found.vision.get("attentional_pool")
     return arguments | {
         "pooler_heads": count(found.vision, "attn_pooler_heads", 8),
-        **({"pooler": f"openclip_{kind}"} if isinstance(kind, str) else {}),
+        **({"pooler": f"{sizes['pooler'].partition('_')[0]}_{kind}"} if isinstance(kind, str) else {}),
     }
 
 
@@ -595,20 +643,46 @@ def _image_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[s
         raise ValueError(f"the config asks for heads of {head_width}, but the image tower is {image['embed_dim']} wide")
     if config.normalisation != CLIP_NORMALISATION:
         image["pretrained_cfg_overlay"] = config.normalisation
-    return image
+    return {"image_encoder_args": image}
+
+
+def _naflex_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    shown = DEFAULTS | {"pre_norm": False, "pos_embed_grid_size": [16, 16]} | sizes["image_encoder_args"]
+    given = config.vision.get("timm_model_kwargs") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{FILE}: vision_cfg.timm_model_kwargs must be a dictionary, not a {type(given).__name__}")
+    image, heads = dict(sizes["image_encoder_args"]), count(given, "num_heads", DEFAULTS["num_heads"])
+    for key, value in given.items():
+        if key not in shown:
+            raise ValueError(f"{FILE} asks for vision_cfg.timm_model_kwargs.{key}, which coca_lit does not know")
+        if key != "num_heads" and value != shown[key]:
+            raise ValueError(
+                f"{FILE} belongs to other weights: its vision_cfg.timm_model_kwargs.{key} is {value!r}, and the tensors"
+                f" show {shown[key]!r}"
+            )
+    if heads != DEFAULTS["num_heads"]:
+        image["num_heads"] = heads
+    image_size = count(config.vision, "image_size", 224)
+    budget = (image_size // image["patch_size"]) ** 2
+    if config.vision.get("image_seq_len") is not None and count(config.vision, "image_seq_len", budget) != budget:
+        image["max_patches"] = config.vision["image_seq_len"]
+    if config.normalisation != CLIP_NORMALISATION:
+        image["pretrained_cfg_overlay"] = config.normalisation
+    return {"image_encoder_args": image, "image_size": image_size}
 
 
 def _shown(sizes: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Sizes that the tensors show, by their keys in OpenCLIP's config."""
     image = sizes["image_encoder_args"]
+    vision = {
+        "image_size": sizes["image_size"],
+        "patch_size": image["patch_size"],
+        "width": image.get("embed_dim"),
+        "layers": image.get("depth"),
+    }
     return {
         "model_cfg": {"embed_dim": sizes["embed_dim"]},
-        "vision_cfg": {
-            "image_size": sizes["image_size"],
-            "patch_size": image["patch_size"],
-            "width": image["embed_dim"],
-            "layers": image["depth"],
-        },
+        "vision_cfg": {} if sizes.get("image_encoder") == "naflex" else vision,
         "multimodal_cfg" if str(sizes.get("text_tower")).startswith("two_pass") else "text_cfg": {
             key: sizes[ours] for key, ours in _TEXT_SIZES.items() if ours in sizes
         },

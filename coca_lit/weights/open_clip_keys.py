@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from coca_lit.errors import suggest
 from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.models.naflex import TIMM_NAME
+from coca_lit.tokenizer import Tokenizer
 
 FILE = "open_clip_config.json"
 _Allowed = Mapping[str, tuple[Any, ...] | None]  # None: any value
@@ -121,6 +123,12 @@ _MEAN: _Allowed = {
     "pool_type": ("avg", "avg_all"),
     "final_ln_after_pool": (True,),
 }
+_NAFLEX: _Allowed = {
+    **_TWO_POOLERS,
+    "timm_model_name": (TIMM_NAME,),
+    "timm_model_kwargs": None,  # read here
+    "ls_init_value": None,  # of OpenCLIP's own transformer
+}
 _NOTHING: _Allowed = {}
 
 
@@ -138,8 +146,15 @@ MODERN_KEYS = Keys(_VISION, _MODERN_TEXT, _MODERN_DECODER)
 TWO_PASS_KEYS = Keys(_MEAN, _NOTHING, _TWO_PASS_DECODER)
 POOLER_KEYS = {  # of our names of poolers
     **dict.fromkeys(("openclip_parallel", "openclip_cascade"), _TWO_POOLERS),
+    **dict.fromkeys(("masked_parallel", "masked_cascade"), _NAFLEX),
     **dict.fromkeys(("mean", "mean_all"), _MEAN),
 }
+
+
+def with_tokenizer(known: Keys, tokenizer: Tokenizer) -> Keys:
+    """The keys of a model with this tokenizer, whose values are known."""
+    own = {key: (value,) for key, value in tokenizer.open_clip_config.items()}
+    return known._replace(text={**known.text, **own}, decoder={**known.decoder, **own})
 
 
 class OpenClipConfig(NamedTuple):
@@ -175,7 +190,7 @@ def read_config(config: Any, known: Keys, sizes: Mapping[str, Mapping[str, int]]
     keys = {"vision_cfg": known.vision, "text_cfg": known.text, "multimodal_cfg": known.decoder}
     keys["preprocess_cfg"] = _PREPROCESS
     sections = {"vision_cfg": vision, "text_cfg": text, "multimodal_cfg": decoder, "preprocess_cfg": given}
-    if known.vision is _TWO_POOLERS and "attentional_pool" not in vision:
+    if known.vision in (_TWO_POOLERS, _NAFLEX) and "attentional_pool" not in vision:
         raise ValueError(f"{FILE} lacks vision_cfg.attentional_pool, and the weights have two attentional poolers")
     _check({k: v for k, v in model.items() if model is not config or k not in ("preprocess_cfg", "coca_lit")}, _MODEL)
     for name, section in sections.items():

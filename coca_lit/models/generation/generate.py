@@ -19,6 +19,7 @@ from coca_lit.models.generation.state import (
     StaticDecoding,
     encode_prompts,
 )
+from coca_lit.models.patches import Images, Patches
 from coca_lit.models.preprocessing import expect_pixels
 
 
@@ -38,7 +39,7 @@ class Captions(NamedTuple):
 @overload
 def write_captions(
     model: Captioner,
-    images: Tensor,
+    images: Images,
     *,
     return_scores: Literal[False] = False,
     return_attention: Literal[False] = False,
@@ -49,7 +50,7 @@ def write_captions(
 @overload
 def write_captions(
     model: Captioner,
-    images: Tensor,
+    images: Images,
     *,
     return_scores: Literal[True],
     return_attention: bool = False,
@@ -60,7 +61,7 @@ def write_captions(
 @overload
 def write_captions(
     model: Captioner,
-    images: Tensor,
+    images: Images,
     *,
     return_scores: bool = False,
     return_attention: Literal[True],
@@ -71,13 +72,14 @@ def write_captions(
 @torch.no_grad()
 def write_captions(
     model: Captioner,
-    images: Tensor,
+    images: Images,
     *,
     return_scores: bool = False,
     return_attention: bool = False,
     **options: Unpack[GenerateOptions],
 ) -> Tensor | Captions:
-    expect_pixels(images)
+    if not isinstance(images, Patches):
+        expect_pixels(images)
     complete_options = complete(options)
     if model.decoder is None:
         raise ValueError(
@@ -103,7 +105,7 @@ def write_captions(
 
 
 _OPTION_LINES = "\n    ".join(f"{name}: {describe(name)}" for name in OPTIONS)
-write_captions.__doc__ = f"""Captions of images (B, 3, H, W) as ids (B, L), padded, ended by the end id.
+write_captions.__doc__ = f"""Captions of images (B, 3, H, W), or `Patches`, as ids (B, L), padded, ended by the end id.
 
 `model.tokenizer.decode(row)` gives the text.
 
@@ -114,7 +116,7 @@ Args:
         1, and are 0 for start and padding.
 
 Raises:
-    TypeError: images that are no tensor, or an unknown option; the message suggests the right one.
+    TypeError: images that are neither, or an unknown option; the message suggests the right one.
     ValueError: options that do not go together or are out of range, prompts that are empty or too long, or a model
         without decoder.
 """

@@ -1,0 +1,117 @@
+"""Images of any shape: rows of patches, padded to the longest where several make a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coca_lit.models.packing import to_device
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """An image, or with a dimension B in front of all tensors a batch of them, cut into square patches.
+
+    Attributes:
+        rows: (B, N, P·P·3) uint8, or normalised floats: the patches row by row, padded at the end. Within a patch the
+            channel changes fastest, then x.
+        grids: (B, 2), height and width in patches. On the host, as lengths of texts: positions and masks follow from
+            them, and to read them from a GPU the host would wait for it.
+    """
+
+    rows: Tensor
+    grids: Tensor
+
+    @classmethod
+    def of(cls, pixels: Tensor, patch_size: int) -> Self:
+        """pixels (…, 3, H, W), of an image or a batch, -> their patches.
+
+        Raises:
+            ValueError: a side is no multiple of the patch size.
+        """
+        height, width = pixels.shape[-2:]
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"images must have sides that are multiples of {patch_size} pixels, got {height} x {width}"
+            )
+        grid = (height // patch_size, width // patch_size)
+        cells = pixels.unflatten(-2, (grid[0], patch_size)).unflatten(-1, (grid[1], patch_size))  # (…, 3, h, P, w, P)
+        rows = cells.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)
+        return cls(rows, torch.tensor(grid).expand(*pixels.shape[:-3], 2))
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,), patches of each image."""
+        return self.grids.prod(dim=-1)
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, N) on the host, False where there is padding."""
+        return torch.arange(self.rows.shape[-2]) < self.counts[..., None]
+
+    @property
+    def coords(self) -> Tensor:
+        """(B, N, 2) on the host, (y, x) of each patch, 0 where there is padding."""
+        places, width = torch.arange(self.rows.shape[-2]), self.grids[..., 1, None]
+        coords = torch.stack([places // width, places % width], dim=-1)
+        return coords.masked_fill(~self.valid[..., None], 0)
+
+    def key_mask(self, prefix: int = 0) -> Tensor | None:
+        """(B, 1, 1, prefix + N) on the device, False where there is padding; None if there is none."""
+        valid = self.valid
+        if bool(valid.all()):
+            return None
+        mask = F.pad(valid, (prefix, 0), value=True)[:, None, None]
+        return to_device(mask, self.rows.device)
+
+    def pixels(self) -> Tensor:
+        """(3, H, W) of an image, the opposite of `of`."""
+        height, width = self.grids.tolist()
+        side = round((self.rows.shape[-1] / 3) ** 0.5)
+        cells = self.rows[: height * width].unflatten(-1, (side, side, 3)).unflatten(0, (height, width))
+        return cells.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
+
+    # What a batch of pixels, a tensor, does too.
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | None) -> Self:
+        """Some images of a batch, or one; with None a batch of one image."""
+        return replace(self, rows=self.rows[index], grids=self.grids[index])
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return replace(self, rows=self.rows.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return replace(self, rows=self.rows.pin_memory())
+
+    def detach(self) -> Self:
+        return replace(self, rows=self.rows.detach())
+
+    def split(self, size: int) -> list[Self]:
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+
+class EncodedPatches(Patches):
+    """The same after an image encoder: `rows` are tokens (B, N, width)."""
+
+
+Images = Tensor | Patches
+
+
+def stack_images(images: Sequence[Images]) -> Images:
+    """Images of one shape as a tensor (B, 3, H, W), patches padded to the longest image as `Patches`."""
+    patches = [image for image in images if isinstance(image, Patches)]
+    if not patches:
+        return torch.stack([image for image in images if isinstance(image, Tensor)])
+    longest = max(len(image) for image in patches)
+    rows = [F.pad(image.rows, (0, 0, 0, longest - len(image))) for image in patches]
+    return Patches(torch.stack(rows), torch.stack([image.grids for image in patches]))
