@@ -154,7 +154,7 @@ POOLER_KEYS = {  # of our names of poolers
 def with_tokenizer(known: Keys, tokenizer: Tokenizer) -> Keys:
     """The keys of a model with this tokenizer, whose values are known."""
     own = {key: (value,) for key, value in tokenizer.open_clip_config.items()}
-    return known._replace(text={**known.text, **own}, decoder={**known.decoder, **own})
+    return known._replace(text={**known.text, **own}, decoder={**known.decoder, **own}) if own else known
 
 
 class OpenClipConfig(NamedTuple):

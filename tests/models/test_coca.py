@@ -14,7 +14,7 @@ from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model, text_length
 from coca_lit.models.image import Pooler
 from coca_lit.models.text import ClsMask, GradCheckpointing, legacy_attention_mask
 
-POOLERS: tuple[Pooler, ...] = get_args(Pooler)
+POOLERS: tuple[Pooler, ...] = tuple(name for name in get_args(Pooler) if not name.startswith("masked_"))
 CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
 TINY_VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 # One of each kind of output: tokens, a grid with and without a norm or a convolution in the head, a grid with

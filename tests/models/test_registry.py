@@ -57,12 +57,12 @@ Import = Callable[[], ModuleType]
 
 @pytest.fixture(autouse=True)
 def forget_guests() -> Iterator[None]:
-    built_in = dict(TEXT_TOWERS._factories)
+    built_in = [(registry, dict(registry._factories)) for registry in (IMAGE_ENCODERS, TEXT_TOWERS)]
     yield
     sys.modules.pop("their_package", None)
-    IMAGE_ENCODERS._factories.clear()
-    TEXT_TOWERS._factories.clear()
-    TEXT_TOWERS._factories.update(built_in)
+    for registry, factories in built_in:
+        registry._factories.clear()
+        registry._factories.update(factories)
 
 
 @pytest.fixture(autouse=True)

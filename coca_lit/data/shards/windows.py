@@ -2,8 +2,8 @@
 
 The shards of a source, in an order drawn once for all passes, are divided evenly among logical readers. In every pass
 a reader permutes its shards, cuts their samples into windows of limited number and size, and shuffles each window.
-Item j of a global batch comes from reader j // (size of the batch / readers), whatever process asks for it. The order depends
-on the seed, the readers and the limits alone, and any batch is computed without the batches before it.
+Item j of a global batch of B comes from reader j // (B / readers), whatever process asks for it. The order depends on
+the seed, the readers and the limits alone, and any batch is computed without the batches before it.
 
 Processes take neighbouring items, and so neighbouring readers: where the number of machines divides that of readers,
 each machine reads shards of its own, the same ones in every pass. (The readers are what MosaicML's Streaming calls
