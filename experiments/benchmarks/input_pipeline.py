@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import open_clip_train.data
+import simplejpeg
 import torch
 import webdataset as wds
 from harness import interleaved, ratio
@@ -34,7 +35,7 @@ from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.reader import ShardSample, sample_of
-from coca_lit.data.transforms import RandomCrop, decode_pixels, random_box
+from coca_lit.data.transforms import Box, RandomCrop, decode_pixels, random_box, resized
 from coca_lit.tokenizer import get_tokenizer
 
 # webdataset 1.0 marks the end of a shard by an empty sample, of which OpenCLIP 3.3 does not know.
@@ -64,6 +65,8 @@ def main() -> None:
             record(CSV, [{"case": case, **row, "largest difference": difference}])
     for row in sizes(args.repetitions) if not args.photos else ():
         record(CSV, [{"case": "decode, crop and resize synthetic photos", **row}])
+    for row in fractions(args.repetitions) if not args.photos else ():
+        record(CSV, [{"case": "decode synthetic photos at a fraction of their size", **row}])
 
 
 def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
@@ -137,6 +140,34 @@ def sizes(repetitions: int) -> Iterator[dict[str, object]]:
         }
         seconds = interleaved(variants, repetitions)
         yield {"what": f"shorter side {short}", **result(seconds, "ours", PHOTOS)}
+
+
+def fractions(repetitions: int) -> Iterator[dict[str, object]]:
+    """Decoding at a fraction of the size by a smaller DCT, where something is left to resize: time, and what it changes
+    in crops. A crop begins and ends where both have a pixel.
+    """
+    for short, fraction in ((448, 2), (896, 2), (896, 4), (1792, 2), (1792, 4), (3584, 2), (3584, 4), (3584, 8)):
+        encoded, largest = [synthetic_photo(seed, short) for seed in range(PHOTOS // 4)], 0
+
+        def decode(content: bytes, fraction: int = 1) -> torch.Tensor:
+            height, width, *_ = simplejpeg.decode_jpeg_header(content)
+            least = (-(-height // fraction), -(-width // fraction))
+            pixels = simplejpeg.decode_jpeg(content, "RGB", False, False, *least, fraction)
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+
+        for seed, content in enumerate(encoded):
+            full, small = decode(content), decode(content, fraction)
+            height, width = (side // fraction for side in full.shape[1:])
+            box = random_box(height, width, random.Random(seed))
+            expected = resized(full, Box(*(fraction * side for side in box)), SIZE).int()
+            largest = max(largest, int((resized(small, box, SIZE).int() - expected).abs().max()))
+        variants: dict[str, Callable[[], object]] = {
+            "full": lambda encoded=encoded, decode=decode: [*map(decode, encoded)],
+            "reduced": lambda encoded=encoded, decode=decode, n=fraction: [decode(content, n) for content in encoded],
+        }
+        seconds = interleaved(variants, repetitions)
+        times = ratio(seconds["full"], seconds["reduced"])
+        yield {"what": f"shorter side {short} at 1/{fraction}", "times the speed": times, "largest difference": largest}
 
 
 def result(seconds: dict[str, list[float]], ours: str, count: int) -> dict[str, object]:
