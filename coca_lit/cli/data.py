@@ -212,7 +212,7 @@ def _judge(good: int, bad: int, limit: float) -> None:
 def _work(options: argparse.Namespace, doing: str) -> "Work":
     from coca_lit.cli.engines import Work, engine_from
 
-    return Work(engine_from(options.engine, options.workers), doing)
+    return Work(engine_from(options.engine, ["cpu"] * options.workers if options.workers else "cores"), doing)
 
 
 def _print_faults(name: str, bad: Mapping[str, int], examples: Sequence[str]) -> None:

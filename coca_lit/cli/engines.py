@@ -231,13 +231,12 @@ class _Job(NamedTuple):
             return f"{type(error).__name__}: {error}"
 
 
-def engine_from(words: Sequence[str], processes: int | None = None) -> Any:
+def engine_from(words: Sequence[str], devices: str | Sequence[int | str] | None = None) -> Any:
     """The engine of a command without Hydra, from words such as engine=slurm and engine.partition=gpu.
 
     Args:
-        processes: how many work on a machine, unless the words choose devices; None for one per core.
+        devices: of a `Machine` for which the words choose none.
     """
-    devices = ["cpu"] * processes if processes else "cores"
     if not words:
         return Machine(devices)
     try:

@@ -72,10 +72,12 @@ def test_gpus_that_are_not_there_are_one_sentence(gpus: int, monkeypatch: pytest
 
 def test_keys_of_launchers_are_keys_of_engines() -> None:
     pytest.importorskip("submitit")
-    engine = engine_from(["engine=slurm", "engine.partition=gpu", "engine.timeout_min=7", "engine.shards_per_job=3"], 4)
+    words = ["engine=slurm", "engine.partition=gpu", "engine.timeout_min=7", "engine.shards_per_job=3"]
+    engine = engine_from(words, ["cpu", "cpu"])
     assert isinstance(engine, Slurm)
     assert (engine.options["partition"], engine.options["timeout_min"], engine.size) == ("gpu", 7, 3)
-    assert engine.machine.devices == ["cpu"] * 4  # of `coca-data … --workers 4`
+    assert engine.machine.devices == ["cpu", "cpu"]  # of `coca-data check … --workers 2`
+    assert engine_from(words).machine.devices is None  # a model has the GPU of its job
 
 
 def test_a_shard_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
