@@ -445,8 +445,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/loader.py": [
         (
             "ranks_share_batches",
-            "order[step * batch_size + rank : (step + 1) * batch_size : world]",
-            "order[step * batch_size : (step + 1) * batch_size : world]",
+            "order[first + rank : first + planned.size : world]",
+            "order[first : first + planned.size : world]",
             "data/test_loader.py",
         ),
     ],
@@ -470,14 +470,14 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "data/shards/stream.py": [
         (
             "replacement_counted_once",
-            "if i < self.batch_size:",
+            "if i < size:",
             "if i < len(window):",
             "data/shards/test_shards.py -k counted_once",
         ),
         (
             "stream_position",
-            "delivered = self.start // workers + (worker < self.start % workers)",
-            "delivered = self.start // workers",
+            "for step in range(worker, self.start, workers)",
+            "for step in range(0, self.start, workers)",
             "data/shards/test_shards.py -k resumed_stream",
         ),
         (
