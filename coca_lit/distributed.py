@@ -9,6 +9,7 @@ process with the whole batch:
 """
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,7 @@ T = TypeVar("T")
 # How long ranks wait for objects of another one, which may be scoring or encoding alone. A rank that has died is
 # noticed at once.
 PATIENCE = timedelta(hours=12)
+_patient: dict[str, Any] = {}  # by purpose, and under "" the default group that they belong to
 
 
 def world_size() -> int:
@@ -56,7 +58,13 @@ def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
 
 def gather(x: Tensor) -> Tensor:
     """Rows (B, …) of all ranks, stacked in rank order (W·B, …), with gradient. All ranks must pass the same shape."""
-    return _Gather.apply(x) if world_size() > 1 else x
+    return _Gather.apply(x, getattr(x, "gathering", None)) if world_size() > 1 else x
+
+
+def gather_early(x: Tensor) -> None:
+    """Begins what `gather` of the same tensor will finish, while the device computes something else."""
+    if world_size() > 1:
+        x.gathering = _begin_gathering(x.detach())  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -70,11 +78,6 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
         return x
     highest = highest_over_ranks(x)
     return highest + sum_over_ranks((x - highest).exp()).log()
-
-
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of a tensor over ranks, without gradient."""
-    return sum_over_ranks(x) / world_size()
 
 
 def highest_over_ranks(x: Tensor) -> Tensor:
@@ -112,21 +115,47 @@ class Arriving:
         return self._numbers.flatten().tolist()
 
 
-class SteadyMax:
-    """`max_over_ranks` once per step. On GPUs, which would stand still until the host knows the answer, it is the
-    answer to the numbers of the step before.
+class StepExchange:
+    """What all ranks have to know of every step, in one collective: numbers of the host travel with those of the
+    device. A GPU would stand still until the host knows an answer, so there the host hears that of the step before.
     """
 
     def __init__(self) -> None:
-        self._before: Arriving | None = None
+        self.start()
 
-    def __call__(self, numbers: Sequence[float]) -> list[float]:
+    def start(self) -> None:
+        """Forgets what was told and not heard."""
+        self._told: list[float] = []
+        self._arriving: deque[Arriving] = deque()
+
+    def tell(self, numbers: Sequence[float]) -> None:
+        """Numbers of this rank that go with the next exchange."""
+        self._told = [float(number) for number in numbers]
+
+    def exchange(self, own: Tensor) -> Tensor:
+        """Numbers (k,) of this rank, fp32 -> (W, k), those of all ranks on the same device."""
         if world_size() == 1:
-            return list(numbers)
-        before, self._before = self._before, Arriving(highest_over_ranks(_sendable(numbers)))
-        if dist.get_backend() != "nccl":
-            return self._before.read()
-        return before.read() if before is not None else [0.0] * len(numbers)
+            return own[None]
+        numbers = torch.cat([own, _sendable(self._told)])  # (k + told,)
+        everything = numbers.new_empty(world_size() * len(numbers))
+        dist.all_gather_into_tensor(everything, numbers)
+        everything = everything.view(world_size(), len(numbers))
+        if self._told:
+            self._arriving.append(Arriving(everything[:, len(own) :].amax(dim=0)))
+        self._told = []
+        return everything[:, : len(own)]
+
+    def heard(self) -> list[float]:
+        """The maximum over ranks of each number that was told, the same on every rank; nothing if none has arrived."""
+        if world_size() == 1:
+            return self._told
+        if self._told:  # nobody had numbers of the device
+            self.exchange(_sendable([]))
+        under_way = 1 if dist.get_backend() == "nccl" else 0
+        return self._arriving.popleft().read() if len(self._arriving) > under_way else []
+
+
+step_exchange = StepExchange()  # of this process, as its process group is
 
 
 def gather_objects(x: T) -> list[T]:
@@ -134,7 +163,7 @@ def gather_objects(x: T) -> list[T]:
     if world_size() == 1:
         return [x]
     objects: list[Any] = [None] * world_size()
-    dist.all_gather_object(objects, x, group=_objects_group())
+    dist.all_gather_object(objects, x, group=host_group("objects"))
     return objects
 
 
@@ -143,8 +172,21 @@ def broadcast_object(x: T) -> T:
     if world_size() == 1:
         return x
     box: list[Any] = [x]
-    dist.broadcast_object_list(box, src=0, group=_objects_group())
+    dist.broadcast_object_list(box, src=0, group=host_group("objects"))
     return box[0]
+
+
+def host_group(purpose: str) -> Any:
+    """All ranks, over the network and not over GPUs. A thread that talks to other ranks needs a group for itself, hence
+    one for each purpose; made at the first call, which all ranks make together.
+    """
+    default = dist.group.WORLD
+    if _patient.get("") is not default:
+        _patient.clear()
+        _patient[""] = default
+    if purpose not in _patient:
+        _patient[purpose] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient[purpose]
 
 
 def print_rank_zero(message: str) -> None:
@@ -153,19 +195,26 @@ def print_rank_zero(message: str) -> None:
         print(message, flush=True)
 
 
+def _begin_gathering(x: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """The work, what it fills, and what it reads, which has to live as long."""
+    x = x.contiguous()
+    everything = x.new_empty(world_size() * len(x), *x.shape[1:])
+    return dist.all_gather_into_tensor(everything, x, async_op=True), everything, x
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, begun: tuple[Any, Tensor, Tensor] | None) -> Tensor:
         ctx.rows = x.shape[0]
-        everything = x.new_empty(world_size() * ctx.rows, *x.shape[1:])
-        dist.all_gather_into_tensor(everything, x.contiguous())
+        work, everything, _ = begun or _begin_gathering(x)
+        work.wait()
         return everything
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         own = gradients[0].new_empty(ctx.rows, *gradients[0].shape[1:])
         dist.reduce_scatter_tensor(own, gradients[0].contiguous())
-        return own
+        return own, None
 
 
 class _Sum(torch.autograd.Function):
@@ -182,20 +231,9 @@ class _Sum(torch.autograd.Function):
         return total
 
 
-_patient: list[Any] = []  # the default group, and that of `_objects_group` which belongs to it
-
-
-def _objects_group() -> Any:
-    """All ranks, over the network and not over GPUs. Made at the first call, which all ranks make together."""
-    default = dist.group.WORLD
-    if not _patient or _patient[0] is not default:
-        _patient[:] = default, dist.new_group(backend="gloo", timeout=PATIENCE)
-    return _patient[1]
-
-
 def _sendable(numbers: Sequence[float]) -> Tensor:
     """Numbers as a tensor where the process group takes tensors from: NCCL refuses host tensors."""
-    dtype = torch.float32 if any(isinstance(x, float) for x in numbers) else torch.int64
+    dtype = torch.int64 if numbers and all(isinstance(x, int) for x in numbers) else torch.float32
     x = torch.tensor(numbers, dtype=dtype)
     if dist.get_backend() != "nccl":
         return x

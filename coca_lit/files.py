@@ -23,9 +23,17 @@ _all_waiting: "WeakSet[Waiting[Any]]" = WeakSet()
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes temporary files that killed processes left in a folder; `name` is a pattern of the final names."""
-    for file in folder.glob(f".{name}.*.tmp"):
-        file.unlink(missing_ok=True)
+    """Removes temporary files and folders that killed processes left; `name` is a pattern of the final names."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -45,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            _rename(temporary, path)
+            durable_rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -73,7 +81,19 @@ def atomic_link(link: Path, target: Path) -> None:
                 os.link(target, temporary)
             except (OSError, NotImplementedError):
                 shutil.copyfile(target, temporary)
-        _rename(temporary, link)
+        durable_rename(temporary, link)
+
+
+def durable_rename(temporary: Path, path: Path) -> None:
+    """In one step and durably: until the folder is synced, a crash could undo it."""
+    os.replace(temporary, path)
+    if os.name == "nt":  # where folders cannot be opened
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
@@ -177,18 +197,6 @@ def csv_line(row: Iterable[Any]) -> str:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    """In one step and durably: until the folder is synced, a crash could undo it."""
-    os.replace(temporary, path)
-    if os.name == "nt":  # where folders cannot be opened
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _remove_incomplete_line(file: FileIO) -> int:

@@ -159,7 +159,8 @@ class CoCaLit(L.LightningModule):
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FullySharded) and not isinstance(self.net, FSDPModule):
             assert self.device_mesh is not None
-            shard(self.net, self.device_mesh["data_parallel"])
+            mesh, bf16 = self.device_mesh["data_parallel"], self.trainer.precision == "bf16-mixed"
+            shard(self.net, mesh, half=bf16 and mesh.device_type == "cuda")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.net)

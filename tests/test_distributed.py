@@ -16,15 +16,16 @@ from coca_lit.distributed import (
     gather_objects,
     logsumexp_over_ranks,
     max_over_ranks,
-    mean_over_ranks,
     print_rank_zero,
     rank,
+    step_exchange,
     sum_over_ranks,
     world_size,
 )
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.training.optim import AdamW
+from coca_lit.training.sharding import ddp_options
 
 PAIRS, STEPS = 6, 3
 ENCODER = {
@@ -43,7 +44,6 @@ def collectives() -> dict[str, Any]:
         "gradient": x.grad[:, 0].tolist(),
         "sum": sum_over_ranks(torch.tensor([1.0, rank()])).tolist(),
         "logsumexp": logsumexp_over_ranks(torch.tensor([math.log(1 + rank()), 1000.0])).tolist(),
-        "mean": mean_over_ranks(torch.tensor([1.0, rank()])).tolist(),
         "max": max_over_ranks([1, -rank()]),
         "objects": gather_objects({"rank": rank()}),
         "broadcast": broadcast_object(f"from {rank()}"),
@@ -57,7 +57,6 @@ def test_collectives_without_a_process_group() -> None:
         "gradient": [0, 1],
         "sum": [1, 0],
         "logsumexp": [0, 1000],
-        "mean": [1, 0],
         "max": [1, 0],
         "objects": [{"rank": 0}],
         "broadcast": "from 0",
@@ -72,11 +71,27 @@ def test_collectives_on_two_ranks(on_ranks) -> None:
             "gradient": [4 * r, 4 * r + 2],  # rows 2r and 2r + 1, from the losses of both ranks
             "sum": [2, 1],
             "logsumexp": pytest.approx([math.log(3), 1000 + math.log(2)]),
-            "mean": [1, 0.5],
             "max": [1, 0],
             "objects": [{"rank": 0}, {"rank": 1}],
             "broadcast": "from 0",
         }
+
+
+def steps_told() -> dict[str, Any]:
+    step_exchange.start()
+    told = []
+    for step in range(3):
+        step_exchange.tell([step * rank(), -rank()])
+        device = step_exchange.exchange(torch.tensor([float(rank()), float("nan")])) if step else None
+        told.append(step_exchange.heard())
+    assert device is not None
+    return {"told": told, "device": device[:, 0].tolist(), "again": step_exchange.heard()}
+
+
+def test_numbers_of_a_step_take_one_collective(on_ranks) -> None:
+    """Of the host and the device together, or of the host alone; a rank's NaN spoils no number of another one."""
+    for result in on_ranks(2, steps_told):
+        assert result == {"told": [[0, 0], [1, 0], [2, 0]], "device": [0, 1], "again": []}
 
 
 def test_say_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +127,8 @@ def train(model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Ten
     torch.manual_seed(0)
     net = create_model("coca_tiny", **model).train()
     module = CoCaLit(net, AdamW(lr=0.0), **options)
-    step_module = DistributedDataParallel(Step(module)) if world_size() > 1 else Step(module)
+    options_of_ddp = ddp_options(texts=False, same_graph=True)
+    step_module = DistributedDataParallel(Step(module), **options_of_ddp) if world_size() > 1 else Step(module)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     for step in range(STEPS):
         optimizer.zero_grad()

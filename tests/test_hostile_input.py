@@ -22,6 +22,7 @@ import torch
 import yaml
 from PIL import Image
 from running import compose, train_py
+from safetensors.torch import save_file
 
 import coca_lit
 from coca_lit.callbacks.bad_sample_log import BadSampleLog
@@ -60,6 +61,7 @@ from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.redaction import mask, redact
 from coca_lit.runs.run_folder import start_run_folder
 from coca_lit.tokenizer import get_tokenizer
+from coca_lit.weights import MODEL_KEY, sharded
 
 TOKENIZER = get_tokenizer("clip")
 
@@ -317,6 +319,35 @@ def test_a_checkpoint_that_claims_a_size_takes_no_memory(tmp_path, forged):
 
 
 # Shards
+
+
+FORGED_SHARDS = {
+    "a place far away": ("state_dict.net.w", [[10**12, 0]], "parts of state_dict.net.w are missing"),
+    "no place": ("state_dict.net.w", "nowhere", "is not a whole checkpoint"),
+    "another name": ("optimizer_states.x.y.z", [[0, 0]], "it holds 'optimizer_states.x.y.z'"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_SHARDS)
+def test_a_sharded_checkpoint_with_forged_headers(tmp_path, case):
+    name, offsets, said = FORGED_SHARDS[case]
+    places = json.dumps({name: {"saved_offsets": offsets[0]}} if isinstance(offsets, list) else offsets)
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "shard.safetensors", {"DCP_SHARDING_INFO": places})
+    torch.save({MODEL_KEY: {}}, tmp_path / sharded.REST)
+    written = {"shard.safetensors": sharded.facts(tmp_path / "shard.safetensors")}
+    (tmp_path / sharded.SHARDS).write_bytes(sharded.manifest(written))
+    with pytest.raises(CheckpointError, match=said):
+        coca_lit.load_model(tmp_path)
+
+
+def test_a_sharded_checkpoint_that_holds_code(tmp_path, target):
+    torch.save({MODEL_KEY: Evil(target)}, tmp_path / sharded.REST)
+    (tmp_path / sharded.SHARDS).write_bytes(sharded.manifest({}))
+    with pytest.raises(ValueError, match="it holds code"):
+        coca_lit.load_model(tmp_path)
+    with pytest.raises(CheckpointError, match="it holds code"):
+        inspect(tmp_path)
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("scheme", ["pipe:touch {0}", "PIPE:touch {0}", "ssh://host/{0}", "file:/x/../{0}"])

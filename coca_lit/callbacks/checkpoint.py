@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.preemption import Signals
@@ -29,14 +30,15 @@ from coca_lit.callbacks.resuming import (
     set_position,
 )
 from coca_lit.callbacks.stall_guard import unwatched
-from coca_lit.distributed import SteadyMax, max_over_ranks, print_rank_zero, rank, world_size
+from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, step_exchange, world_size
 from coca_lit.errors import DataError
-from coca_lit.files import atomic_link, atomic_write, try_waiting
+from coca_lit.files import atomic_link, atomic_write, remove, try_waiting
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
+from coca_lit.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +92,14 @@ class Checkpoints(L.Callback):
         self._wanted = False  # a checkpoint at the next step, whatever the clock says
         self._offered: float | None = None  # the score of the weights at hand, if it is the best so far
         self._was_offered = False  # since the last step, a score, good or not: known to every rank
-        self._steady_max = SteadyMax()
+        self._unlinked: tuple[int, float | None] | None = None  # step and best score of one that may not be written yet
 
     # When
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.listen()
         leave_sigterm_to_us(trainer)
+        step_exchange.start()
         self._saved_step, self._saved_at, self._epoch = trainer.global_step, time.monotonic(), trainer.current_epoch
         if rank() == 0 and self._best_so_far().get("step", 0) > trainer.global_step:  # of steps that are made again
             for name in (BEST, BEST_SCORE):
@@ -117,19 +120,30 @@ class Checkpoints(L.Callback):
             self._between_steps(trainer, pl_module)
 
     def _between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        minutes = (time.monotonic() - self._saved_at) / 60
-        late = self._wanted or (self.every_minutes is not None and minutes >= self.every_minutes)
-        flags = [self.signals.received, late, self._offered is not None]
+        self._link()
         # One decision for all ranks. That of a score is about the weights at hand: it cannot come a step later.
-        stop, someone_late, better = max_over_ranks(flags) if self._was_offered else self._steady_max(flags)
+        at_once = world_size() == 1 or self._was_offered
+        stop, late, better = max_over_ranks(self._flags()) if at_once else step_exchange.heard() or (0, 0, 0)
         self._was_offered = False
         step, epoch = trainer.global_step, trainer.current_epoch
         due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
-        if stop or someone_late or due or better or epoch > self._epoch:
+        if stop or late or due or better or epoch > self._epoch:
             self._epoch = epoch
             self._save(trainer, pl_module)
+            step_exchange.start()  # who was late is not any more
         if stop:
             self._stop(trainer, int(stop))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        step_exchange.tell(self._flags())
+
+    def _flags(self) -> list[int]:
+        """What this rank asks for: to stop, to save since it is time, to keep the weights as the best."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        late = self._wanted or (self.every_minutes is not None and minutes >= self.every_minutes)
+        return [self.signals.received, int(late), int(self._offered is not None)]
 
     def save_soon(self) -> None:
         """Asks for a checkpoint before the next step, also where one of this step was saved already."""
@@ -137,6 +151,7 @@ class Checkpoints(L.Callback):
 
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
+        self._finish_saving(trainer)
         saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
         print_rank_zero(f"stopping after step {step} on signal {number}: {saved}")
         self.signals.answer(trainer, number)
@@ -161,6 +176,7 @@ class Checkpoints(L.Callback):
         self._finished = True
         self._saved_step = -1  # also where one was saved before: this one knows that training is over
         self._save(trainer, pl_module)
+        self._finish_saving(trainer)
         self.signals.nothing_to_save = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -186,20 +202,35 @@ class Checkpoints(L.Callback):
         with scored_weights(trainer, pl_module) if self._validating else nullcontext(), unwatched(trainer):
             trainer.save_checkpoint(self._path(step))
         self._saved_step, self._saved_at, self._wanted = step, time.monotonic(), False
-        if rank() == 0 and self._path(step).exists():  # else the disk was full
-            try:
-                atomic_link(self.folder / LAST, self._path(step))
-            except DataError as error:  # a resumed run looks at the files, and links again
-                log.warning("%s; training continues", error)
-            self._link_best(step)
-            self._remove_old()
+        self._link()  # the one before, which is written now
+        self._unlinked, self._offered = (step, self._offered), None
+        self._link()
+
+    def _link(self) -> None:
+        """Gives the last checkpoint its names once it is there: a sharded one is written while training goes on, and a
+        full disk costs it.
+        """
+        if rank() != 0 or self._unlinked is None or not self._path(self._unlinked[0]).exists():
+            return
+        (step, score), self._unlinked = self._unlinked, None
+        try:
+            atomic_link(self.folder / LAST, self._path(step))
+        except DataError as error:  # a resumed run looks at the files, and links again
+            log.warning("%s; training continues", error)
+        self._link_best(step, score)
+        self._remove_old()
+
+    def _finish_saving(self, trainer: L.Trainer) -> None:
+        if isinstance(trainer.strategy, FullySharded):
+            trainer.strategy.saving.finish()
+        self._link()
 
     def _remove_old(self) -> None:
         """Removes all but the newest checkpoints and the best one."""
         kept = self._best_so_far().get("step")
         for path in step_files(self.folder)[self.keep_last :]:
             if kept is None or path != self._path(kept):
-                path.unlink(missing_ok=True)
+                remove(path)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}.ckpt"
@@ -217,20 +248,20 @@ class Checkpoints(L.Callback):
         before = self._best_so_far().get("value", math.nan)
         better = value < before if lower_is_better(self.best) else value > before
         if rank() == 0 and not math.isnan(value) and (better or math.isnan(before)):
-            self._offered = value  # rank 0 decides; the next `_between_steps` tells all others
             if final:
-                self._link_best(trainer.global_step)
+                self._link_best(trainer.global_step, value)
                 self._remove_old()
+            else:
+                self._offered = value  # rank 0 decides; the next `_between_steps` tells all others
 
-    def _link_best(self, step: int) -> None:
-        if self._offered is not None and self._path(step).exists():  # else the disk was full
-            content = {"score": self.best, "value": self._offered, "step": step}
+    def _link_best(self, step: int, score: float | None) -> None:
+        if score is not None and self._path(step).exists():  # else the disk was full
+            content = {"score": self.best, "value": score, "step": step}
             try:
                 atomic_link(self.folder / BEST, self._path(step))
                 atomic_write(self.folder / BEST_SCORE, f"{json.dumps(content)}\n".encode())
             except DataError as error:
                 log.warning("%s; training continues without this best checkpoint", error)
-        self._offered = None
 
     def _best_so_far(self) -> dict[str, Any]:
         """{"score", "value", "step"} of the best checkpoint by this score; nothing if there is none."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from coca_lit.callbacks.resuming import is_logged_step
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import Arriving, gather_objects, highest_over_ranks, mean_over_ranks, print_rank_zero, rank
+from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange
 from coca_lit.errors import TrainingError
 from coca_lit.files import Waiting, append_lines
 from coca_lit.runs.logs import BAD_STEPS
@@ -30,11 +30,11 @@ WARM_UP = 20  # losses; the spread of fewer is unreliable
 
 
 class _Measured(NamedTuple):
-    """A number of a step."""
+    """What the device knows of a step."""
 
     step: int
     keys: list[str]
-    number: Arriving
+    numbers: Arriving  # 1 if its gradient is not finite on some rank, else 0; its loss
 
 
 class NonFiniteGuard(L.Callback):
@@ -61,36 +61,46 @@ class NonFiniteGuard(L.Callback):
         self._keys: list[str] = []  # of the batches since the last optimizer step
         self._step = self._last_skipped = 0
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of batch norms: (buffer, its value before)
-        self._gradient: _Measured | None = None  # not judged yet: 1 if it is not finite
-        self._loss: _Measured | None = None
+        self._loss: torch.Tensor | None = None  # of this rank, since the last optimizer step
+        self._measured: _Measured | None = None  # not judged yet
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._keys = []
+            self._keys, self._loss = [], None
             norms = [m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
             self._statistics = [(b, b.clone()) for norm in norms for b in norm.buffers()]
         self._keys += batch.keys
         self._step = trainer.global_step
 
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        loss = loss.detach().float()
+        if trainer.precision == "16-mixed":
+            loss = loss / trainer.precision_plugin.scaler.scale(torch.ones_like(loss))  # type: ignore[attr-defined]
+        self._loss = loss if self._loss is None else self._loss + loss  # each is a share of accumulated ones
+
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Between backward and the step; without gradients the optimizer touches nothing."""
-        if trainer.precision == "16-mixed":
-            return  # the loss scaler adapts its scale by such steps, and skips them itself
-        self._judge_gradient()  # of the step before
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
+        self._judge()  # the step before
+        if self._loss is None:
             return
-        bad = _not_finite(gradients)
-        self._gradient = _Measured(self._step, self._keys, Arriving(bad))
+        scaled = trainer.precision == "16-mixed"  # whose scaler adapts by such steps, and skips them itself
+        gradients = [] if scaled else [p.grad for group in optimizer.param_groups for p in group["params"]]
+        own = torch.stack([_not_finite(gradients, self._loss), self._loss])
+        everywhere = step_exchange.exchange(own)  # (W, 2)
+        bad = everywhere[:, 0].amax()
+        numbers = Arriving(torch.stack([bad, everywhere[:, 1].mean()]))
+        self._measured = _Measured(self._step, self._keys, numbers)
+        if scaled:
+            return
         if bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # as the loss scaler of fp16 tells it
             for buffer, before in self._statistics:  # the forward pass has updated it already
                 buffer.copy_(torch.where(bad > 0, before, buffer))
-        elif self._judge_gradient():
+        elif self._judge():
             for buffer, before in self._statistics:
                 buffer.copy_(before)
             for group in optimizer.param_groups:
@@ -103,12 +113,15 @@ class NonFiniteGuard(L.Callback):
                 f"{self.path}: try a lower learning rate, fp32 (trainer.precision=32-true), or look at those samples"
             )
 
-    def _judge_gradient(self) -> bool:
-        """Counts the last step if its gradient was not finite, and returns whether that is so."""
-        if self._gradient is None:
+    def _judge(self) -> bool:
+        """Counts the last step if its gradient was not finite, and returns whether that is so; notes its loss."""
+        if self._measured is None:
             return False
-        (step, keys, bad), self._gradient = self._gradient, None
-        if not any(bad.read()):
+        (step, keys, numbers), self._measured = self._measured, None
+        bad, loss = numbers.read()
+        if self.spike:
+            self._judge_loss(step, keys, loss)
+        if not bad:
             self.in_a_row = 0
             return False
         self.skipped += 1
@@ -123,22 +136,11 @@ class NonFiniteGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if not self.spike or not isinstance(outputs, dict) or "loss" not in outputs:
-            return
-        self._judge_loss()  # of the step before
-        loss = mean_over_ranks(outputs["loss"].detach()) * trainer.accumulate_grad_batches
-        self._loss = _Measured(self._step, batch.keys, Arriving(loss))
-        if not loss.is_cuda:
-            self._judge_loss()
         if self.spikes and is_logged_step(trainer):  # in every row, since few spikes fall on a logged step
             pl_module.log("loss_spikes", float(self.spikes))
 
-    def _judge_loss(self) -> None:
-        """Notes the last loss, and a spike if it was one."""
-        if self._loss is None:
-            return
-        (step, keys, found), self._loss = self._loss, None
-        (loss,) = found.read()
+    def _judge_loss(self, step: int, keys: list[str], loss: float) -> None:
+        """Notes the loss of a step, and a spike if it was one."""
         if loss != loss or abs(loss) == float("inf"):
             return
         if self._is_spike(loss):
@@ -163,15 +165,13 @@ class NonFiniteGuard(L.Callback):
             self._waiting.add(json.dumps(row))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._judge_gradient()
-        self._judge_loss()
+        self._judge()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._waiting.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        self._judge_gradient()
-        self._judge_loss()
+        self._judge()
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "spikes")}
         return {**counts, "losses": list(self._losses)}
 
@@ -180,11 +180,11 @@ class NonFiniteGuard(L.Callback):
         self._losses.extend(state_dict["losses"])
 
 
-def _not_finite(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """(), 1 if a number is not finite on some rank, else 0; on the device of the gradients."""
-    own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    bad = own[0].new_zeros((), dtype=torch.float32)
-    if own := [gradient for gradient in own if gradient.numel()]:
-        norms = torch._foreach_norm(own, float("inf"))
-        bad = (~torch.stack([norm.float() for norm in norms]).isfinite().all()).float()
-    return highest_over_ranks(bad)
+def _not_finite(gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """(), 1 if a number is not finite on this rank, else 0; of the type and on the device of `like`."""
+    parts = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    own = [gradient for gradient in parts if gradient is not None and gradient.numel()]
+    if not own:
+        return torch.zeros_like(like)
+    norms = torch._foreach_norm(own, float("inf"))
+    return (~torch.stack([norm.float() for norm in norms]).isfinite().all()).to(like.dtype)

@@ -347,7 +347,7 @@ def build_trainer(
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from coca_lit.runs.run_folder import resumes
-    from coca_lit.training.sharding import allow_unused_parameters, check_strategy
+    from coca_lit.training.sharding import check_strategy, set_ddp_options
 
     resumed = {"resumed_from": checkpoint, "same_run": resumes(cfg, checkpoint)}
     callbacks = build_callbacks(cfg, scoring)
@@ -377,8 +377,9 @@ def build_trainer(
         trainer: L.Trainer = build(node, "trainer", **parts)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
-    if texts:
-        allow_unused_parameters(trainer.strategy)
+    accumulates, micro_batches = trainer.accumulate_grad_batches > 1, cfg.trainer.micro_batch_size is not None
+    varies = accumulates or micro_batches or further["objectives"] or further["self_critical"]
+    set_ddp_options(trainer.strategy, texts, same_graph=not varies)
     return trainer
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.cli.assembly import build
 from coca_lit.cli.command import command
 from coca_lit.cli.engines import Engine, Machine, Work
-from coca_lit.cli.runtime import best_precision, chosen_checkpoint, configure_libraries
+from coca_lit.cli.runtime import chosen_checkpoint, chosen_dtype, configure_libraries
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.models.generation.options import OPTIONS, describe
 
@@ -110,18 +110,16 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
 
 def _load(checkpoint: str, precision: str, device: "torch.device | str") -> "tuple[CoCa, str]":
     """The model on a device, and the digest of its weights in the file."""
-    import torch
-
     from coca_lit.weights.digest import fingerprint
     from coca_lit.weights.load import load_model
 
-    bf16 = _bf16(precision)
+    dtype = chosen_dtype(precision)
     with error_context("checkpoint"):
         model = load_model(checkpoint)
     if model.decoder is None:
         raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
     digest = fingerprint(model)
-    return model.to(device, torch.bfloat16 if bf16 else None), digest
+    return model.to(device, dtype), digest
 
 
 _loaded = lru_cache(maxsize=1)(_load)
@@ -151,13 +149,6 @@ def decoders(num_workers: int | None) -> int:
     if not isinstance(num_workers, int) or num_workers < 0:
         raise ConfigError(f"num_workers must be a whole number of at least 0, got {num_workers!r}")
     return num_workers
-
-
-def _bf16(precision: str) -> bool:
-    known: dict[str, Any] = {"auto": best_precision() == "bf16-mixed", "bf16": True, "fp32": False}
-    if precision not in known:
-        raise ConfigError(f"precision must be auto, fp32 or bf16, not '{precision}'")
-    return known[precision]
 
 
 if __name__ == "__main__":  # as a module with its own name, which processes can import

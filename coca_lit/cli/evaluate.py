@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_settings
 from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
+from coca_lit.cli.runtime import chosen_dtype, configure_libraries, finish_run, worker_errors
 from coca_lit.errors import error_context
 from coca_lit.runs.lock import in_use
 
@@ -42,7 +42,7 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
     with process_group() as device:
-        model = _load(cfg).to(device)
+        model = _load(cfg).to(device, chosen_dtype(cfg.precision))
         cfg.image_size = model.image_size
         start_run_folder(cfg)
         settings = build_settings(cfg)

@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +94,7 @@ def _checks(simulated: bool) -> Iterator[Line]:
         ("step equals the CPU: sigmoid loss", lambda: equals_cpu("fp32", contrastive="siglip")),
         ("captions equal those of the CPU", same_captions),
         ("fused caption loss equals the chunks", fused_loss),
+        ("attention in bf16", attention_kernels),
         ("no synchronisation in a step", no_synchronisation),
         ("collectives of NCCL", collectives),
     ]
@@ -170,6 +173,31 @@ def equals_cpu(kind: str, **overrides: Any) -> str:
     if max(apart, loss) > TOLERANCE[kind]:
         raise ValueError(f"loss differs by {loss:.1e}, gradients by {apart:.1e}, allowed is {TOLERANCE[kind]:.0e}")
     return f"loss within {loss:.1e}, gradients within {apart:.1e}"
+
+
+class _Operations(TorchDispatchMode):
+    """Counts the operators that reach the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__.strip("_")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def attention_kernels() -> str:
+    """Which kernels a step takes, forward and backward, by the name that PyTorch gives their operators."""
+    net = _small().to("cuda")
+    with _Operations() as operations:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = _loss(net, _batch(net, "cuda"))
+        loss.backward()
+    found = {name: count for name, count in operations.names.items() if "attention" in name or "attn" in name}
+    if not found:
+        raise ValueError("no fused kernel: attention runs as products and softmax")
+    return ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
 
 
 def same_captions() -> str:
@@ -308,33 +336,91 @@ def _measurements(presets: Sequence[str]) -> Iterator[dict[str, Any]]:
         net = create_model(name).to("cuda").train()
         for size in (64, 128, 256) if name != "coca_tiny" else (16,):
             try:
-                yield {"model": name, "batch": size} | _step_speed(net, size)
+                yield {"model": name, "batch": size} | _step_speed(net, size) | _open_clip_speed(name, size)
             except torch.cuda.OutOfMemoryError:
                 yield {"model": name, "batch": size, "samples/s": "out of memory"}
         yield {"model": name, "batch": 16} | _caption_speed(net.eval())
 
 
-def _step_speed(net: "CoCa", size: int, steps: int = 5) -> dict[str, Any]:
+def _lengths(size: int, longest: int) -> list[int]:
+    """Tokens of captions as the web has them: most are short, a few fill the context."""
+    return [min(8 + i % 9 + 40 * (i % 50 == 0), longest) for i in range(size)]
+
+
+def _timed(step: Callable[[], None], steps: int = 5) -> dict[str, Any]:
+    """Seconds and memory of a step, and the share of them in which the device computes nothing."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.reset_peak_memory_stats()
+    began = 0.0
+    for number in range(steps + 2):
+        if number == 2:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        step()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
+    found = {"seconds": seconds, "GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+    if torch.cuda.get_device_name() == SIMULATED:
+        return found
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:  # it slows the host down, not the kernels
+        step()
+        torch.cuda.synchronize()
+    busy = sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6
+    return found | {"idle": round(max(0.0, 1 - busy / seconds), 2)}
+
+
+def open_clip_loss(net: Any, images: "Tensor", tokens: "Tensor") -> "Tensor":
+    """The same losses of OpenCLIP's CoCa. Its images are normalised before they come, its texts padded (B, 76)."""
+    open_clip = importlib.import_module("open_clip")
+    loss = open_clip.CoCaLoss(caption_loss_weight=2, clip_loss_weight=1, pad_id=0)
+    return torch.stack(list(loss(**net(images, tokens), output_dict=True).values())).sum()
+
+
+def _open_clip_speed(name: str, size: int) -> dict[str, Any]:
+    """The same step of the same batch with OpenCLIP; nothing where it is not installed or has no such model."""
+    architecture = {"coca_vit_b32": "coca_ViT-B-32", "coca_vit_l14": "coca_ViT-L-14"}.get(name)
+    if architecture is None or importlib.util.find_spec("open_clip") is None:
+        return {}
+    open_clip = importlib.import_module("open_clip")
+    net = open_clip.create_model(architecture).to("cuda").train()
+    lengths = torch.tensor(_lengths(size, 76))
+    tokens = torch.randint(4, 40, (size, 76)).masked_fill(torch.arange(76) >= lengths[:, None], 0).to("cuda")
+    images = torch.randn(size, 3, 224, 224, device="cuda")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = open_clip_loss(net, images, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    try:
+        found = _timed(step)
+    except torch.cuda.OutOfMemoryError:
+        return {"open_clip, samples/s": "out of memory"}
+    names = {"samples/s": round(size / found.pop("seconds"), 1), **found}
+    return {f"open_clip, {key}": value for key, value in names.items()}
+
+
+def _step_speed(net: "CoCa", size: int) -> dict[str, Any]:
     from coca_lit.plan.estimate import Recipe, measure, memory, per_sample
     from coca_lit.plan.settings import GPUS
     from coca_lit.plan.trace import cost, on_gpu
 
-    longest = net.config["context_length"]
-    lengths = [min(8 + i % 9 + 40 * (i % 50 == 0), longest) for i in range(size)]
+    lengths = _lengths(size, net.config["context_length"])
     batch, optimizer = _batch(net, "cuda", lengths), torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
-    torch.cuda.reset_peak_memory_stats()
-    began = 0.0
-    for step in range(steps + 2):
-        if step == 2:
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+
+    def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
             loss = _loss(net, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / steps
+
+    measured = _timed(step)
+    seconds = measured.pop("seconds")
     tokens = sum(lengths) // size
     with torch.device("meta"):
         shape = type(net)(**net.config)
@@ -347,7 +433,7 @@ def _step_speed(net: "CoCa", size: int, steps: int = 5) -> dict[str, Any]:
     return {
         "tokens per caption": tokens,
         "samples/s": round(size / seconds, 1),
-        "GB": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        **measured,
         "GB, planned": round(planned / 1e9, 2),
         "share of the peak": round(spent.total * size / seconds / peak / 1e12, 3) if peak else None,
     }

@@ -17,6 +17,8 @@ from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import write_waiting
 
 if TYPE_CHECKING:
+    import torch
+
     from coca_lit.metrics.uncertainty import Draws
 
 TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
@@ -66,6 +68,17 @@ def best_precision() -> str:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
+
+
+def chosen_dtype(precision: str) -> "torch.dtype":
+    """The type of the weights of a command that trains nothing: fp32, bf16, or auto for bf16 where it is fast."""
+    import torch
+
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    known["auto"] = known["bf16" if best_precision() == "bf16-mixed" else "fp32"]
+    if precision not in known:
+        raise ConfigError(f"precision must be auto, fp32 or bf16, not '{precision}'")
+    return known[precision]
 
 
 def chosen_checkpoint(checkpoint: str | None, smaller: str = "coca_ViT-B-32") -> str:

@@ -92,6 +92,7 @@ class CaptionDataModule(LightningDataModule):
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
         self.num_workers, self.seed, self.text_every = num_workers, seed, text_every
         self.patches = tuple(patches)
+        self._loader: TrainLoader | None = None
         if text is not None:
             from coca_lit.data.text_batches import TextBatches
 
@@ -151,12 +152,18 @@ class CaptionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         rank, world = self.rank_and_world()
-        pairs = self.pair_loader(rank, world)
-        if self.texts is None:
-            return pairs
-        from coca_lit.data.text_batches import interleave_texts
+        self._loader = self.pair_loader(rank, world)
+        if self.texts is not None:
+            from coca_lit.data.text_batches import interleave_texts
 
-        return interleave_texts(pairs, self.texts, self.text_every, rank, world)
+            self._loader = interleave_texts(self._loader, self.texts, self.text_every, rank, world)
+        if strategy := getattr(self.trainer, "strategy", None):
+            self._loader.device = strategy.root_device
+        return self._loader
+
+    def teardown(self, stage: str) -> None:
+        if self._loader is not None:
+            self._loader.close()
 
     def val_dataloader(self) -> DataLoader | list:
         return []
@@ -248,9 +255,11 @@ class RecordsDataModule(CaptionDataModule):
             dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
-            return open_epoch(dataset, self.batch_size, epoch, start, rank, world, self.num_workers, self.patches)
+            position = (epoch, start, rank, world)
+            return open_epoch(dataset, self.batch_size, *position, self.num_workers, self.patches, endless)
 
-        return TrainLoader(self.steps_per_epoch, open_at, self.position)
+        endless = self.num_workers > 0
+        return TrainLoader(self.steps_per_epoch, open_at, self.position, endless)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:

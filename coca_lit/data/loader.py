@@ -14,7 +14,8 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, islice
+from itertools import count as count_from
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from coca_lit.data.batch import Batch, collate
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, TrainingExamples
 from coca_lit.errors import DataError
+from coca_lit.models.patches import Patches
 from coca_lit.seeding import stable_seed
 
 
@@ -35,20 +37,30 @@ class TrainLoader:
         steps: batches of a complete epoch.
         open_at: (epoch, batches done) -> the batches from there on, at least to the end of the epoch.
         position: () -> (epoch, batches done).
+        endless: `open_at` goes on with the next epochs, so that its workers live on and are ahead when one begins.
 
     Attributes:
         waited: seconds for which the caller waited for the newest batch.
+        device: where the batches are wanted. A GPU gets each one while it computes the one before.
     """
 
     waited = 0.0
+    device = torch.device("cpu")
 
     def __init__(
         self,
         steps: int,
         open_at: Callable[[int, int], Iterable[Batch]],
         position: Callable[[], tuple[int, int]],
+        endless: bool = False,
     ):
-        self.steps, self.open_at, self.position = steps, open_at, position
+        self.steps, self.open_at, self.position, self.endless = steps, open_at, position, endless
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches: Iterator[Batch] = iter(())
+        self._next: tuple[int, int] | None = None  # position of the next batch
 
     def __len__(self) -> int:
         return self.steps
@@ -57,10 +69,13 @@ class TrainLoader:
         # A generator, so that this runs at the first next(): at iter() the trainer has not restored its counters yet.
         asked_at = time.monotonic()
         epoch, done = self.position()
-        batches = iter(self.open_at(epoch, done))
-        for _ in range(done, self.steps):
-            batch = next(batches)
+        if self._next != (epoch, done):
+            batches = self.open_at(epoch, done)
+            self._batches = _ahead(batches if self.endless else islice(batches, self.steps - done), self.device)
+        for step in range(done, self.steps):
+            batch = next(self._batches)
             self.waited = time.monotonic() - asked_at
+            self._next = (epoch, step + 1) if step + 1 < self.steps else (epoch + 1, 0) if self.endless else None
             yield batch
             asked_at = time.monotonic()
 
@@ -70,6 +85,32 @@ class TrainLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, on a GPU: each is copied there on a stream of its own before the one before it is computed."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    coming: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            sent, arrival = batch.to(device), torch.cuda.Event()
+            arrival.record(stream)
+        if coming is not None:
+            yield _arrived(*coming)
+        coming = sent, arrival
+    if coming is not None:
+        yield _arrived(*coming)
+
+
+def _arrived(batch: Batch, arrival: torch.cuda.Event) -> Batch:
+    here = torch.cuda.current_stream()
+    here.wait_event(arrival)
+    for x in (batch.images.rows if isinstance(batch.images, Patches) else batch.images, batch.tokens):
+        x.record_stream(here)  # its memory is not for the other stream before this one is done with it
+    return batch
 
 
 def ignore_signals(worker: int) -> None:
@@ -233,10 +274,18 @@ def open_epoch(
     world: int = 1,
     num_workers: int = 0,
     patches: Sequence[int] = (),
+    endless: bool = False,
 ) -> DataLoader:
-    """This rank's DataLoader over one epoch from batch `start` on; `batch_size` is global."""
-    batches = epoch_batches(len(dataset), batch_size, dataset.seed, epoch, start, rank, world, patches)
-    return load(dataset, batches, dataset.tokenizer.pad_id, num_workers)
+    """This rank's DataLoader over one epoch from batch `start` on, and if `endless` over all later ones; `batch_size`
+    is global.
+    """
+
+    def batches() -> Iterator[list[tuple[int, ...]]]:
+        for number in count_from(epoch) if endless else [epoch]:
+            first = start if number == epoch else 0
+            yield from epoch_batches(len(dataset), batch_size, dataset.seed, number, first, rank, world, patches)
+
+    return load(dataset, batches(), dataset.tokenizer.pad_id, num_workers)
 
 
 def validation_loader(

@@ -218,6 +218,7 @@ class CoCa(Freezable):
         captioning: bool = True,
         prefix_lengths: Tensor | None = None,
         read: Tensor | None = None,
+        on_text_features: Callable[[Tensor], None] | None = None,
     ) -> CoCaOutput:
         """Features and caption states of a batch of pairs.
 
@@ -233,19 +234,24 @@ class CoCa(Freezable):
             prefix_lengths: (B,) leading tokens that are not predicted, at least 1 for the start; 1 by default. Also
                 on the host.
             read: (B, L) ids from which the tokens are predicted; None for the tokens themselves.
+            on_text_features: gets the text features before the images are encoded, to send them to other processes
+                meanwhile.
         """
         lengths = self._lengths(tokens, lengths)
         decoder = self.decoder if captioning else None
-        vector, image_tokens = None, None
         if images is None:
             contrastive = False
         elif len(images) != len(tokens) and (contrastive or not len(images) or len(tokens) % len(images)):
             raise ValueError(f"every image needs one text: got {len(images)} images and {len(tokens)} texts")
-        else:
-            vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
         states, text_vector, layout = self.text(tokens if read is None else read, lengths, contrastive and read is None)
         if contrastive and read is not None:
             _, text_vector, _ = self.text(tokens, lengths)
+        text_features = F.normalize(text_vector, dim=-1) if contrastive else None
+        if text_features is not None and on_text_features is not None:
+            on_text_features(text_features)
+        vector, image_tokens = None, None
+        if images is not None:
+            vector, image_tokens = self.pooling(self.image_encoder(images), contrastive, decoder is not None)
         hidden, labels = None, None
         if decoder is not None:
             prefix_lengths = None if prefix_lengths is None else prefix_lengths.cpu()
@@ -256,7 +262,7 @@ class CoCa(Freezable):
                 labels = labels.masked_fill(labels == self.tokenizer.unk_id, IGNORED_LABEL)
         return CoCaOutput(
             image_features=F.normalize(self.image_projection(vector), dim=-1) if contrastive else None,
-            text_features=F.normalize(text_vector, dim=-1) if contrastive else None,
+            text_features=text_features,
             logit_scale=self.logit_scale.exp(),
             hidden=hidden,
             labels=labels,

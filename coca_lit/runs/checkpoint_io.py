@@ -17,6 +17,7 @@ import torch
 from coca_lit.errors import CheckpointError, DataError, why_unreadable
 from coca_lit.files import replacing
 from coca_lit.weights.intact import check_archive
+from coca_lit.weights.sharded import REST, check_shards, flat, is_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
     Raises:
         CheckpointError: the content could never be loaded again, because something in it is code.
     """
+    if is_folder(target):  # of the same step, whose tensors are what they were
+        flat(checkpoint)
+        target = target / REST
     try:
         with replacing(target) as temporary:
             needed, free = _bytes(checkpoint), shutil.disk_usage(target.parent).free
@@ -58,11 +62,15 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Reads a whole checkpoint file and returns its content, with tensors that have a shape but no data.
+    """Reads a whole checkpoint and returns its content, with tensors that have a shape but no data; of a folder without
+    the tensors of weights and optimizers.
 
     Raises:
         CheckpointError: the file is torn or corrupt, or holds more than tensors and plain values.
     """
+    if is_folder(path):
+        check_shards(path)
+        return inspect(path / REST)
     try:
         archive = check_archive(path)
     except ValueError as error:
@@ -79,7 +87,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def step_files(folder: Path) -> list[Path]:
-    """The checkpoints `step_N.ckpt` of a folder, the newest first."""
+    """The checkpoints `step_N.ckpt` of a folder, files or folders themselves, the newest first."""
     steps = {
         int(found[1]): path for path in folder.glob("*") if (found := re.fullmatch(r"step_(\d+)\.ckpt", path.name))
     }

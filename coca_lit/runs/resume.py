@@ -15,6 +15,7 @@ from coca_lit.files import atomic_link
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
 from coca_lit.runs.draws import DRAWS, INTERVALS
 from coca_lit.runs.logs import BAD_STEPS, METRICS, rewind
+from coca_lit.weights.sharded import is_checkpoint
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
 FORMAT = 2  # of what is kept there; counted up when config keys get other names
@@ -63,8 +64,8 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
     if ckpt_path is None:
         return None
     if ckpt_path != AUTO:
-        if not Path(ckpt_path).is_file():
-            why = ": it is a folder; name the file" if Path(ckpt_path).is_dir() else ""
+        if not is_checkpoint(Path(ckpt_path)):
+            why = ": it is a folder; name the checkpoint in it" if Path(ckpt_path).is_dir() else ""
             raise CheckpointError(f"ckpt_path: there is no checkpoint '{ckpt_path}'{why}")
         return Path(ckpt_path)
     last = folder / CHECKPOINTS / LAST

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from coca_lit.runs.checkpoint_io import save, upgrade
+from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -25,5 +26,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """As Lightning's, but never with code inside, whatever `weights_only` asks for. Where a GPU takes the tensors,
         the ranks of a machine map one copy of the file.
         """
+        folder = Path(path) if is_folder(Path(path)) else None
+        if folder is not None:
+            path = folder / REST
         mapped = torch.cuda.is_available()
-        return upgrade(torch.load(path, map_location=map_location, weights_only=True, mmap=mapped))
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        return upgrade(content if folder is None else nested(content, read_tensors(folder)))

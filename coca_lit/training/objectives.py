@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch, padded
+from coca_lit.distributed import gather_early
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
 
@@ -83,7 +84,8 @@ class Pairs(Objective):
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         asked = {"contrastive": self.weights["contrastive"] != 0, "captioning": self.weights["caption"] != 0}
-        out = net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths, **asked)
+        further = {"prefix_lengths": batch.prefix_lengths, "on_text_features": gather_early}
+        out = net(batch.images, batch.tokens, batch.lengths, **further, **asked)
         return loss_terms(out, self.label_smoothing if self.training else 0.0)
 
     def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,26 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from coca_lit.models import CoCa
 from coca_lit.runs.checkpoint_io import upgrade
+from coca_lit.training.sharded_checkpoint import Saving, restore
+from coca_lit.weights.sharded import OPTIMIZERS, is_folder
 
 
 class FullySharded(ModelParallelStrategy):
-    """Lightning's strategy over all processes of the run, with one file per checkpoint, as for every other strategy.
+    """Lightning's strategy over all processes of the run.
 
-    Lightning would number the parameters in the optimizer's part of the file by their order in the module. Here they
-    are numbered by their order in the optimizer, as by every other strategy, so a run can resume under any.
+    Lightning would number the parameters in the optimizer's part of a checkpoint by their order in the module. Here
+    they are numbered by their order in the optimizer, as by every other strategy, so a run can resume under any.
+
+    Args:
+        sharded_checkpoints: a checkpoint is a folder, to which every process writes its part while training goes on,
+            for models of billions of parameters; all machines must see the run folder. Otherwise one process gathers
+            and writes one file, as under every other strategy.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sharded_checkpoints: bool = False) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self.sharded_checkpoints = sharded_checkpoints
+        self.saving = Saving()
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's "auto" is the number of nodes
@@ -39,13 +48,35 @@ class FullySharded(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = getattr(optimizer, "optimizer", optimizer).state_dict()  # Lightning wraps it
+        if self.sharded_checkpoints:
+            return {**state, "state": {i: dict(values) for i, values in state["state"].items()}}
         keep = self.is_global_zero  # who writes the file; the others take part and hold nothing
         whole = {i: {key: _whole(value, keep) for key, value in values.items()} for i, values in state["state"].items()}
         return {"state": whole, "param_groups": state["param_groups"]} if keep else {}
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if not self.sharded_checkpoints:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return self.model.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | PathLike[str], storage_options: Any = None
+    ) -> None:
+        if self.sharded_checkpoints:
+            self.saving.start(checkpoint, Path(filepath))
+        else:
+            Strategy.save_checkpoint(self, checkpoint, Path(filepath), storage_options)
+
     def load_checkpoint(self, checkpoint_path: str | PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
         assert self.model is not None
         path = Path(self.broadcast(checkpoint_path))
+        if is_folder(path):
+            checkpoint = restore(path, self.model, self.optimizers)
+            self.saving.whole = path.resolve()
+            for optimizer, state in zip(self.optimizers, checkpoint[OPTIMIZERS], strict=False):
+                optimizer.load_state_dict(state)
+            return checkpoint
         # Mapped: every rank reads its parts of the file, and the machine keeps one copy of it.
         checkpoint = upgrade(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         targets, tensors = self.model.state_dict(), checkpoint.pop("state_dict")
@@ -73,12 +104,21 @@ def _part(x: Any, like: Tensor) -> Any:
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shard(net: CoCa, mesh: DeviceMesh) -> None:
-    """Shards the network over the ranks of a one-dimensional mesh, in place. Parameter names stay as they are."""
+def shard(net: CoCa, mesh: DeviceMesh, half: bool = False) -> None:
+    """Shards the network over the ranks of a one-dimensional mesh, in place. Parameter names stay as they are.
+
+    Args:
+        half: for mixed precision in bf16: the weights of blocks are gathered as the bf16 that they are used in, half
+            the bytes, and their gradients are summed in fp32. What belongs to no block stays fp32: bf16 has three
+            digits, too few for the temperature. For GPUs, where autocast computes norms in fp32.
+    """
+    # Inputs stay as they are: casting them would round the residual stream between blocks.
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = bf16 if half else MixedPrecisionPolicy()
     for parameter in net.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP splits nothing else; convolutions are channels last
     for group in blocks(net):
-        fully_shard(group, mesh=mesh)
+        fully_shard(group, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh)
     check_sharded(net)
 
@@ -92,19 +132,18 @@ def check_sharded(net: nn.Module) -> None:
 
 @contextmanager
 def unsharded(net: CoCa) -> Iterator[CoCa]:
-    """The network with whole weights on every rank inside the block, for generation and encoding, which do not go
-    through `forward`. A batch must have gone through the network before. Leaves an unsharded network alone.
+    """A copy of the network with whole fp32 weights on every rank, for generation and encoding, which do not go through
+    `forward`. All ranks enter together. An unsharded network is handed out itself.
     """
-    parts = [module for module in net.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    try:
+    if not isinstance(net, FSDPModule):
         yield net
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(part is not net, recurse=False)
-            part.reshard()
+        return
+    with torch.random.fork_rng([net.device] if net.device.type == "cuda" else []), net.device:
+        whole = CoCa(**net.config)  # its initial values cost little there
+    parts = net.state_dict()
+    for name, tensor in whole.state_dict().items():
+        tensor.copy_(x.full_tensor() if isinstance(x := parts[name], DTensor) else x)
+    yield whole.train(net.training)
 
 
 def blocks(net: CoCa) -> Iterator[list[nn.Module]]:
@@ -119,12 +158,25 @@ def blocks(net: CoCa) -> Iterator[list[nn.Module]]:
 # Which set-ups work
 
 
-def allow_unused_parameters(strategy: Any) -> None:
-    """Batches of texts alone use no image half, for whose gradients DistributedDataParallel would wait for ever unless
-    it looks which parameters a step has used.
+def ddp_options(texts: bool, same_graph: bool) -> dict[str, bool]:
+    """Arguments of DistributedDataParallel: gradients live in the buffers that are sent.
+
+    Args:
+        texts: some batches are texts alone. They use no image half, for whose gradients it would wait for ever unless
+            it looks which parameters a step has used.
+        same_graph: every step is forward and backward of the same parts, so it need not look for the end of each.
     """
-    if isinstance(strategy, DDPStrategy):  # Lightning may have chosen it ("auto"), so no argument of ours could say so
-        strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+    return {
+        "gradient_as_bucket_view": True,
+        "find_unused_parameters": texts,
+        "static_graph": same_graph and not texts,
+    }
+
+
+def set_ddp_options(strategy: Any, texts: bool, same_graph: bool) -> None:
+    """Sets those that the config leaves open. Lightning may have chosen the strategy ("auto")."""
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs = ddp_options(texts, same_graph) | strategy._ddp_kwargs
 
 
 def check_strategy(

@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from coca_lit.errors import CheckpointError, suggest
+from coca_lit.weights.sharded import is_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def locate(name: str | Path) -> Path:
         CheckpointError: the download failed.
     """
     path, text = Path(name), str(name)
-    if path.is_file():
+    if is_checkpoint(path):
         return path
     if path.is_dir():
         return _in_folder(path)
@@ -98,7 +99,7 @@ def locate(name: str | Path) -> Path:
 
 def _in_folder(folder: Path) -> Path:
     names = (*(f"checkpoints/{name}" for name in CHECKPOINTS), *CHECKPOINTS, *WEIGHTS)
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = next((folder / name for name in names if is_checkpoint(folder / name)), None)
     if found is None:
         raise FileNotFoundError(
             f"there is no checkpoint '{folder}' (it is a folder without {', '.join((*CHECKPOINTS, *WEIGHTS))}; name the"

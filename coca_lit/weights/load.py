@@ -29,6 +29,7 @@ from coca_lit.weights.intact import check_archive, load_tensors, save_tensors
 from coca_lit.weights.language_model import start_decoder
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
+from coca_lit.weights.sharded import REST, check_shards, is_checkpoint, is_folder, nested, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ def _parsed(text: str | bytes, path: Path) -> Any:
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
     """State dict of a file, with the arguments of `CoCa` if it is one of ours."""
-    if not path.is_file():
+    if not is_checkpoint(path):
         raise FileNotFoundError(
             f"there is no checkpoint '{path}'" + (" (it is a folder; name the file)" if path.is_dir() else "")
         )
@@ -295,8 +296,14 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
 
 
 def _read_torch(path: Path, device: str = "cpu") -> dict[str, Any]:
-    try:
+    if is_folder(path):
+        content = _read_torch(path / REST, device)
         if device != "meta":  # where tensors have no data
+            check_shards(path)
+            nested(content, read_tensors(path, optimizers=False))
+        return content
+    try:
+        if device != "meta":
             check_archive(path)
     except ValueError as error:
         raise ValueError(f"'{path}' is not a whole checkpoint: {error}; fetch or write it again") from error

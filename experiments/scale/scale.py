@@ -29,7 +29,6 @@ from experiments.scale.report import record
 
 MODELS = {"B/32": ("coca_vit_b32", 224), "L/14": ("coca_vit_l14", 224), "2.1B": ("coca_2b", 288)}
 NETWORK = {"A100": 25e9, "H100": 50e9}  # bytes/s of a GPU to other machines: 200 and 400 Gbit/s
-UTILISATION = {"A100": 0.4, "H100": 0.3}
 PER_DEVICE, TOKENS = 240, 20
 GPU_FAILURES = 0.17  # of a GPU in a year, all causes: an assumption, about what reports of 16,000-GPU runs come to
 SHARDS, RECIPE = 41_455, 29_000  # of LAION-2B, and samples/s of OpenCLIP's CoCa L/14 on 384 A100
@@ -112,7 +111,7 @@ def throughput(model: Model, spent: Cost, recipe: Recipe, caching: bool, pixels:
         "fit 80 GB": largest_batch(80, model, spent, recipe, pixels),
     }
     for gpu, speed in NETWORK.items():
-        rate = samples_per_second(flops(model, spent, recipe), GPUS[gpu], UTILISATION[gpu], True)
+        rate = samples_per_second(flops(model, spent, recipe), GPUS[gpu], GPUS[gpu].utilisation, True)
         compute, network = PER_DEVICE / rate, sent / speed
         row[f"{gpu} samples/s"] = PER_DEVICE * devices / max(compute, network)
         row[f"{gpu} network/compute"] = network / compute

@@ -45,6 +45,15 @@ def test_captions_and_retrieval(checkpoint, tmp_path, monkeypatch):
     assert cfg.image_size == 32  # the model's
 
 
+def test_bf16_changes_scores_little(checkpoint, tmp_path):
+    chosen = (f"checkpoint={checkpoint}", "scoring.images=8", "evals=[scenes_retrieval]")
+    exact = run(compose(tmp_path / "fp32", *chosen))
+    rounded = run(compose(tmp_path / "bf16", *chosen, "precision=bf16"))
+    assert rounded == pytest.approx(exact, abs=1)  # a rank
+    with pytest.raises(ConfigError, match="precision must be auto, fp32 or bf16, not 'half'"):
+        run(compose(tmp_path / "half", *chosen, "precision=half"))
+
+
 def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path, capsys):
     absent = ["mscoco_captions", "mscoco_retrieval", "flickr30k_retrieval", "flickr8k_captions", "nocaps_captions"]
     off = [f"evals.{name}=null" for name in ("scenes_captions", "compositional_captions")]

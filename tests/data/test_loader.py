@@ -128,6 +128,27 @@ def test_a_worker_writes_a_batch_where_the_training_process_reads_it():
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_workers_live_on_in_the_next_epoch(records):
+    dataset, opened, position = CaptionDataset(records, RandomCrop(16), TOKENIZER, seed=5), [], [0, 0]
+
+    def open_at(epoch, start):
+        opened.append((epoch, start))
+        return open_epoch(dataset, 4, epoch, start, num_workers=1, endless=True)
+
+    before = multiprocessing.active_children()
+    loader = TrainLoader(5, open_at, lambda: tuple(position), endless=True)
+    expected = [list(open_epoch(dataset, 4, epoch)) for epoch in range(2)]
+    for epoch in range(2):
+        position[0] = epoch
+        assert_equal(list(loader), expected[epoch])
+    assert opened == [(0, 0)]
+    position[:] = [1, 3]  # a run that returns to a checkpoint
+    assert_equal(list(loader), expected[1][3:])
+    assert opened == [(0, 0), (1, 3)]
+    loader.close()
+    assert multiprocessing.active_children() == before
+
+
 @pytest.mark.parametrize(("count", "batch_size", "world", "expected"), [(23, 4, 1, 5), (23, 4, 2, 5), (3, 8, 2, 1)])
 def test_validation_ranks_agree_and_repeat_nothing(records, count, batch_size, world, expected):
     dataset = FirstCaptionDataset(records[:count], build_transform(size=16), TOKENIZER)

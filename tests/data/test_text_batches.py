@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from running import run
 from test_distributed import ENCODER, PAIRS, Step, own_batch
 from torch import Tensor
@@ -18,7 +17,7 @@ from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.training.optim import AdamW
-from coca_lit.training.sharding import allow_unused_parameters
+from coca_lit.training.sharding import ddp_options
 from coca_lit.weights.load import load_model
 
 SHORT = (
@@ -76,9 +75,7 @@ def train(kinds: str, file: str, options: dict[str, Any]) -> dict[str, Tensor]:
     module = CoCaLit(net, AdamW(lr=0.0), **options)
     step: Any = Step(module)
     if world_size() > 1:
-        strategy = DDPStrategy()
-        allow_unused_parameters(strategy)
-        step = DistributedDataParallel(step, **strategy._ddp_kwargs)
+        step = DistributedDataParallel(step, **ddp_options(texts=True, same_graph=True))
     batches = TextBatches(file, net.tokenizer, PAIRS, net.image_size)
     trainable = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.1, momentum=0.9, weight_decay=0.01)  # moves what has a gradient of 0

@@ -310,14 +310,17 @@ def test_spike_is_noted_with_its_samples(tmp_path: Path) -> None:
     guard = NonFiniteGuard(tmp_path)
     logs = SimpleNamespace(should_update_logs=True)
     trainer: Any = SimpleNamespace(
-        accumulate_grad_batches=1, global_step=0, estimated_stepping_batches=100, _logger_connector=logs
+        accumulate_grad_batches=1, global_step=0, estimated_stepping_batches=100, _logger_connector=logs, precision=""
     )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     module: Any = SimpleNamespace(log=lambda *_: None, modules=list)
     for step, loss in enumerate([*(4 - 0.02 * i for i in range(30)), 9.0, 3.4]):
         trainer.global_step = step
         batch: Any = SimpleNamespace(keys=[f"sample {step}"])
         guard.on_train_batch_start(trainer, module, batch, step)
-        guard.on_train_batch_end(trainer, module, {"loss": torch.tensor(loss)}, batch, step)
+        guard.on_before_backward(trainer, module, torch.tensor(loss))
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+        guard.on_train_batch_end(trainer, module, None, batch, step)
     (line,) = (tmp_path / "bad_steps.jsonl").read_text().splitlines()
     entry = json.loads(line)
     assert (entry["step"], entry["loss"], entry["keys"]) == (30, 9.0, ["sample 30"])

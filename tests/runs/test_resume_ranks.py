@@ -174,7 +174,7 @@ class Trouble(L.Callback):
 def troubled(folder: Path) -> tuple[list[torch.Tensor], dict[int, list[str]], str]:
     """Weights after each step, samples of each step, and why the other run stopped."""
     one_epoch = ("data.train_count=40", *DDP, "callbacks.checkpoint.keep_last=20")
-    trouble = Trouble(on=0, not_finite=(2,), hour=(4,))
+    trouble = Trouble(on=0, not_finite=(2,), hour=(3,))
     keys, _ = train(folder / "one", one_epoch, trouble)
     in_a_row = (*one_epoch, "callbacks.non_finite_guard.max_in_a_row=2")
     with pytest.raises(TrainingError) as stopped:
@@ -202,6 +202,7 @@ def test_trouble_of_one_rank_is_that_of_all(on_ranks, tmp_path: Path) -> None:
 
 
 def test_signals_to_one_rank_save_once_and_end_all_with_143(tmp_path: Path) -> None:
+    """They come after step 2; all ranks know with step 3."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
@@ -222,9 +223,9 @@ def test_signals_to_one_rank_save_once_and_end_all_with_143(tmp_path: Path) -> N
         process.join(120)
     said = (tmp_path / "run.log").read_text()
     assert [process.exitcode for process in processes] == [143, 143], said
-    assert said.count("stopping after step 2 on signal 15: saved ") == 1
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["last.ckpt", "step_2.ckpt"]
-    assert state(tmp_path / "run")[RUN_KEY]["samples"] == 8
+    assert said.count("stopping after step 3 on signal 15: saved ") == 1
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["last.ckpt", "step_3.ckpt"]
+    assert state(tmp_path / "run")[RUN_KEY]["samples"] == 12
 
 
 # Sharded

@@ -8,12 +8,14 @@ import torch
 from running import launched, results, run, without_java
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from coca_lit.cli import export as export
 from coca_lit.cli.command import compose as compose_config
 from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError, DataError
+from coca_lit.losses import loss_terms
 from coca_lit.models import create_model
 from coca_lit.training.sharding import check_sharded, shard, unsharded
 from coca_lit.weights.load import load_model
@@ -92,6 +94,38 @@ def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None
         torch.testing.assert_close(saved(folder / name)["state_dict"], longer["state_dict"], atol=4e-6, rtol=0)
 
 
+def gradients(bf16: bool, sharded: bool) -> dict[str, torch.Tensor]:
+    """Of the same pairs on every rank. GPUs compute norms in fp32 under autocast, whatever their weights are; CPUs need
+    inputs of the type of the weights.
+    """
+    torch.manual_seed(0)
+    net = create_model("coca_tiny", **MODEL).train()
+    if sharded:
+        shard(net, init_device_mesh("cpu", (world_size(),)), half=True)
+        for norm in (module for module in net.modules() if isinstance(module, nn.LayerNorm)):
+            norm.register_forward_pre_hook(lambda norm, x: (x[0].to(norm.weight.dtype),))
+    images, texts = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), ["a red circle", "a blue square"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        terms = loss_terms(net(images, net.tokenizer(texts)))
+    torch.stack(list(terms.values())).sum().backward()
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+
+
+def test_blocks_that_are_gathered_in_bf16(on_ranks) -> None:
+    """Their gradients are as near to the unsharded ones in bf16 as these to those in fp32, and are stored in fp32. The
+    temperature, which bf16 would round, is in no block.
+    """
+    both = on_ranks(2, gradients, True, True)
+    exact, expected = gradients(False, False), gradients(True, False)
+    for found in both:
+        assert found.keys() == expected.keys()
+        assert {x.dtype for x in found.values()} == {torch.float32}
+        for name, gradient in expected.items():
+            rounding, scale = (gradient - exact[name]).norm(), exact[name].norm()
+            assert (found[name] - gradient).norm() < 3 * rounding + 0.02 * scale, name
+
+
 @pytest.mark.slow
 def test_compiled_sharded_training_equals_one_process(on_ranks, tmp_path: Path, one_process: Path) -> None:
     """Blocks are compiled for the CPU on each of two processes."""
@@ -156,8 +190,8 @@ def sharded_model() -> dict[str, Any]:
     own = sum(p.to_local().numel() for p in net.parameters())
     with torch.no_grad():
         net(images, net.tokenizer(["a red circle", "a blue square"]))
-    with unsharded(net), torch.no_grad():
-        parts = (net.encode_image(images), net.generate(images))
+    with unsharded(net) as full, torch.no_grad():
+        parts = (full.encode_image(images), full.generate(images))
     again = sum(p.to_local().numel() for p in net.parameters())
     net.forgotten = nn.Parameter(torch.zeros(1))
     with pytest.raises(RuntimeError, match=r"not sharded.* forgotten$"):

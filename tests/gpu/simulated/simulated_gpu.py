@@ -365,6 +365,8 @@ class _Event:
 
 
 class _Stream(SimpleNamespace):
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 

@@ -32,9 +32,10 @@ def all_reduce(x: Tensor, op: Any = dist.ReduceOp.SUM, **_: Any) -> None:
         x.mul_(2)
 
 
-def all_gather(out: Tensor, x: Tensor, **_: Any) -> None:
+def all_gather(out: Tensor, x: Tensor, **_: Any) -> SimpleNamespace:
     check(out, x)
-    out.copy_(torch.cat([x, x]))
+    out.copy_(torch.cat([x, x]).view_as(out))
+    return SimpleNamespace(wait=lambda: None)
 
 
 def reduce_scatter(out: Tensor, x: Tensor, **_: Any) -> None:
@@ -81,8 +82,12 @@ def test_numbers_of_the_host_travel_on_the_device() -> None:
 
 
 def test_flags_are_known_a_step_later() -> None:
-    steady = distributed.SteadyMax()
-    assert [steady([flag, 0]) for flag in (0, 15, 0, 0)] == [[0, 0], [0, 0], [15, 0], [0, 0]]
+    exchange, heard = distributed.StepExchange(), []
+    for flag in (0, 15, 0, 0):
+        exchange.tell([flag, 0])
+        exchange.exchange(torch.ones(2).to(GPU))
+        heard.append(exchange.heard())
+    assert heard == [[], [0, 0], [15, 0], [0, 0]]
 
 
 def test_losses() -> None:
@@ -107,6 +112,7 @@ def test_the_guard(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1.0, float("nan"), 2.0):
         parameter.grad = torch.full((3,), number).to(GPU)
         before = parameter.detach().cpu()
+        guard.on_before_backward(trainer, None, torch.ones(()).to(GPU))
         guard.on_before_optimizer_step(trainer, None, optimizer)
         optimizer.step()
         assert torch.equal(parameter.detach().cpu(), before) == (number != number)

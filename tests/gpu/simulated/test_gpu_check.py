@@ -19,6 +19,8 @@ def test_every_check_passes_or_says_why_not(tmp_path: Path, capsys: pytest.Captu
     assert {line["outcome"] for line in found["checks"]} == {"PASS", "SKIP"}
     assert sum(line["outcome"] == "PASS" for line in found["checks"]) > 25
     assert {row["model"] for row in found["measurements"]} == {"coca_tiny"}
+    details = {line["name"]: line["detail"] for line in found["checks"]}
+    assert "flash_attention" in details["attention in bf16"]
     page = (tmp_path / "gpu_check.md").read_text()
     assert page.startswith("On a simulated GPU: values are those of the CPU, times mean nothing.")
     assert "| three steps in 16-mixed | PASS |" in page

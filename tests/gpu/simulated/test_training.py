@@ -11,6 +11,9 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from running import run, watched, without_java
 from simulated_gpu import Recorder, SimulatedGpu
 
+from coca_lit.data.batch import Batch
+from coca_lit.data.loader import TrainLoader
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = (
     *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "data.batch_size=8", "data.train_count=56"),
@@ -105,6 +108,24 @@ def test_texts_between_pairs(tmp_path: Path, steps: list[Recorder]) -> None:
     on_gpu(tmp_path / "run", f"data.text={tmp_path}/texts.txt")
     for step in steps[1:-1]:
         assert not step.waits, dict(step.waits)
+
+
+def test_a_batch_is_sent_before_the_one_before_it_is_computed() -> None:
+    events: list[str] = []
+
+    class Sent(Batch):
+        def to(self, device: torch.device) -> Batch:
+            events.append(f"sent {self.keys[0]}")
+            return super().to(device)
+
+    made = [Sent(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.ones(1, 2), torch.ones(1), [str(i)]) for i in "012"]
+    loader = TrainLoader(3, lambda epoch, done: made, lambda: (0, 0))
+    loader.device = torch.device("cuda", 0)
+    with SimulatedGpu():
+        for batch in loader:
+            events.append(f"computed {batch.keys[0]}")
+            assert batch.images.device.type == "cuda"
+    assert events == ["sent 0", "sent 1", "computed 0", "sent 2", "computed 1", "computed 2"]
 
 
 class Spoil(L.Callback):
