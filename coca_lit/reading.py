@@ -8,15 +8,20 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedIOBase, BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from coca_lit.errors import DataError
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 MAX_JSON = 64 * 2**20  # bytes of a file that a program wrote: settings, scores, a manifest, a line of a journal
+MAX_FOOTER = 64 * 2**20  # bytes of the metadata of a Parquet file, and of any text in it
+MAX_GROUP, MAX_GROUP_BYTES = 2**24, 2**30  # rows and bytes of the part of a Parquet file that is read at once
 MAX_EXPANSION = 50  # times its size that a compressed file may grow to; shards of JPEGs grow by a tenth, JSON by five
 ALWAYS = 64 * 2**20  # bytes that it may grow to in any case
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open}
@@ -79,6 +84,37 @@ def read_bounded(path: Path, limit: int, problem: str) -> bytes:
     if len(content) > limit:
         raise DataError(f"{path} {problem}: it holds more than {limit:,} bytes")
     return content
+
+
+@contextmanager
+def open_parquet(path: Path, texts: Sequence[str] = ()) -> "Iterator[ParquetFile]":
+    """A regular Parquet file; its rows are read within the block, a row group at a time.
+
+    Args:
+        texts: columns of texts that repeat; a row of them takes a number and not a copy, however many a file claims.
+
+    Raises:
+        DataError: it is none, also where that shows in the block, it has larger row groups than `MAX_GROUP`, or the
+            package that reads it is missing.
+    """
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise DataError(f"{path} needs an optional package: pip install 'coca_lit[prepare]'") from error
+    limits = {"thrift_string_size_limit": MAX_FOOTER, "thrift_container_size_limit": MAX_FOOTER}
+    try:
+        with open_regular(path) as file:
+            found = ParquetFile(file, read_dictionary=list(texts) or None, **limits)
+            groups = [found.metadata.row_group(number) for number in range(found.num_row_groups)]
+            if any(group.num_rows > MAX_GROUP or group.total_byte_size > MAX_GROUP_BYTES for group in groups):
+                raise DataError(
+                    f"{path} has row groups of more than {MAX_GROUP:,} rows or {MAX_GROUP_BYTES:,} bytes: write it "
+                    "with smaller ones"
+                )
+            yield found
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 
 def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrogates: bool = False) -> Any:

@@ -17,10 +17,13 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import yaml
 from PIL import Image
+from pyarrow import parquet
 from running import compose, train_py
 from safetensors.torch import save_file
 
@@ -29,6 +32,8 @@ from coca_lit.callbacks.bad_sample_log import BadSampleLog
 from coca_lit.cli.train import run, train
 from coca_lit.data.bad_samples import BadSample, BadSamples
 from coca_lit.data.batch import Batch
+from coca_lit.data.curate.choose import filter_scores
+from coca_lit.data.curate.scores import read_about
 from coca_lit.data.datasets.choice import (
     SUGARCREPE,
     aro_order_records,
@@ -47,6 +52,7 @@ from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import tar_indexes
 from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards, parallel_map
 from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.selection import read_selection
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import load_pixels
@@ -592,6 +598,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "x.jpg": lambda folder: decode_image(folder / "x.jpg", "x.jpg"),
     "x.png": lambda folder: load_pixels(ImageFile(folder / "x.png")),
     "texts.jsonl": lambda folder: read_texts(str(folder / "texts.jsonl")),
+    "kept.parquet": lambda folder: read_selection(folder / "kept.parquet"),
+    "x.scores.parquet": lambda folder: read_about(folder / "x.scores.parquet"),
 }
 
 
@@ -600,6 +608,49 @@ def test_a_fifo_does_not_block(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=re.escape(name)):
         READERS[name](tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(40) + b"PAR1", b"PAR1" + b"\xff" * 40 + b"PAR1"])
+@pytest.mark.parametrize("name", ["kept.parquet", "x.scores.parquet"])
+def test_what_is_no_parquet(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"^[^\n]*{re.escape(name)} is not a readable parquet file: [^\n]+$"):
+        READERS[name](tmp_path)
+    with pytest.raises(DataError, match=r"^[^\n]+$"):
+        filter_scores([tmp_path / name], tmp_path / "new.parquet")
+
+
+def test_parquet_of_other_columns(tmp_path):
+    parquet.write_table(pa.table({"shard": [1], "key": [2]}), tmp_path / "kept.parquet")
+    with pytest.raises(DataError, match="is not a selection of samples, which has the texts shard and key as columns"):
+        read_selection(tmp_path / "kept.parquet")
+    (tmp_path / "kept.parquet").rename(tmp_path / "x.scores.parquet")
+    with pytest.raises(DataError, match="exists and coca-data score did not write it: choose another output, or"):
+        read_about(tmp_path / "x.scores.parquet")
+    with pytest.raises(DataError, match=r"^[^\n]+$"):
+        filter_scores([tmp_path / "x.scores.parquet"], tmp_path / "new.parquet", "similarity > 1")
+
+
+def test_a_selection_of_a_few_bytes_that_claims_gigabytes(tmp_path):
+    path, rows = tmp_path / "kept.parquet", 4_000_000
+    table = pa.table({"shard": _repeated("a.tar", rows), "key": _repeated("x" * 10_000, rows)})  # 40 GB as texts
+    parquet.write_table(table, path, row_group_size=rows)
+    assert path.stat().st_size < 20_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = read_selection(path)
+    assert (found.counts, found.keys("a.tar")) == ({"a.tar": rows}, {"x" * 10_000})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # kB
+
+
+def test_a_row_group_of_too_many_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("coca_lit.reading.MAX_GROUP", 10)
+    parquet.write_table(pa.table({"shard": ["a"] * 11, "key": ["b"] * 11}), tmp_path / "kept.parquet")
+    with pytest.raises(DataError, match="has row groups of more than 10 rows or 1,073,741,824 bytes: write it with"):
+        read_selection(tmp_path / "kept.parquet")
+
+
+def _repeated(text: str, rows: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), [text])
 
 
 def test_a_fifo_is_no_shard_and_no_index(tmp_path):

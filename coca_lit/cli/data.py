@@ -1,5 +1,5 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
-`coca-data spice` fetches what SPICE needs.
+`coca-data spice` fetches what SPICE needs; `score`, `filter` and `dedup` choose samples, see `coca_lit.cli.choose`.
 
 Where shards are worked on is a key as of other commands, engine=slurm engine.partition=cpu, see `coca_lit.cli.engines`.
 """
@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coca_lit.cli.choose import Words, add_dedup, add_filter, add_score
+
 if TYPE_CHECKING:
+    from coca_lit.cli.choose import Commands
     from coca_lit.cli.engines import Work
     from coca_lit.data.shards.listing import ManifestEntry
 
@@ -33,15 +36,20 @@ download resumes where it stopped."""
 
 def data(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `coca-data`. A `UserError` is one sentence on standard error and exit code 1."""
-    parser = argparse.ArgumentParser("coca-data", description="Prepares and checks data, fetches what scores need.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        "coca-data", description="Prepares, checks and chooses data, fetches what scores of captions need."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Words)
     _add_prepare(commands)
     _add_check(commands)
+    add_score(commands, ENGINE)
+    add_filter(commands)
+    add_dedup(commands)
     _add_spice(commands)
     words = sys.argv[1:] if arguments is None else arguments
     engine = [word for word in words if re.match(r"engine(\.[\w.]+)?=", word)]
     options = parser.parse_args([word for word in words if word not in engine])
-    if engine and "workers" not in options:
+    if engine and "engine" not in options:
         parser.error(f"unrecognized arguments: {' '.join(engine)}")
     options.engine = engine
 
@@ -55,7 +63,7 @@ def data(arguments: Sequence[str] | None = None) -> None:
         sys.exit("interrupted: the same command resumes from here")
 
 
-def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_check(commands: "Commands") -> None:
     about = "decode every sample and write a manifest"
     parser = commands.add_parser("check", help=about, description=CHECK, epilog=ENGINE)
     parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
@@ -75,7 +83,7 @@ def _check(options: argparse.Namespace) -> None:
     paths, work = local_shards(options.shards), _work(options, "checking")
     reports = [*shard_check.check_shards(paths, options.caption_key, work)]
     for report in sorted(reports):
-        _print_faults(report.path, report.bad, report.examples)
+        print_faults(report.path, report.bad, report.examples)
     work.close(len(paths))
     if broken := [report for report in reports if report.broken]:
         raise DataError(
@@ -112,7 +120,7 @@ def _write_indexes(entries: "Mapping[Path, ManifestEntry]", options: argparse.Na
         work.close(len(missing))
 
 
-def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_prepare(commands: "Commands") -> None:
     parser = commands.add_parser("prepare", help="write captioned images as shards", description=PREPARE, epilog=ENGINE)
     parser.add_argument(
         "source", type=Path, help="table, COCO or Flickr folder, folder of images and texts, or of tars"
@@ -141,7 +149,7 @@ def _prepare(options: argparse.Namespace) -> None:
     work = _work(options, "writing")
     shards = [*prepare.prepare(tasks, options.output, work)]
     for shard in sorted(shards):
-        _print_faults(str(options.output / shard.name), shard.bad, shard.examples)
+        print_faults(str(options.output / shard.name), shard.bad, shard.examples)
     work.close(len(tasks))
     good, bad = sum(shard.entry.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
     _judge(good, bad, options.max_bad_fraction)
@@ -152,7 +160,7 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
 
 
-def _add_spice(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_spice(commands: "Commands") -> None:
     parser = commands.add_parser("spice", help="fetch the two jars that SPICE needs", description=SPICE)
     parser.add_argument(
         "folder", type=Path, nargs="?", help="default: ~/.cache/coca_lit/spice, where SPICE looks first"
@@ -215,7 +223,7 @@ def _work(options: argparse.Namespace, doing: str) -> "Work":
     return Work(engine_from(options.engine, ["cpu"] * options.workers if options.workers else "cores"), doing)
 
 
-def _print_faults(name: str, bad: Mapping[str, int], examples: Sequence[str]) -> None:
+def print_faults(name: str, bad: Mapping[str, int], examples: Sequence[str]) -> None:
     if bad:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in bad.items())
         print(f"{name}: {reasons} ({'; '.join(examples)})")

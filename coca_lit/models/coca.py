@@ -81,6 +81,20 @@ class CoCaOutput(NamedTuple):
             )
         return F.linear(self.hidden, self.vocabulary)
 
+    def log_likelihoods(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(text | image) (T,) of the texts in nats, summed over their tokens after the start without words that
+        the vocabulary lacks, and the number of these tokens (T,).
+
+        Args:
+            lengths: (T,) number of tokens of each text, on the host.
+        """
+        logits, labels = self.logits.float(), self.labels
+        assert labels is not None  # there are logits
+        losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)  # (N,)
+        text = to_device(torch.arange(len(lengths)).repeat_interleave(lengths - 1), losses.device)  # (N,)
+        totals = losses.new_zeros(len(lengths)).index_add(0, text, -losses)
+        return totals, torch.zeros_like(totals).index_add(0, text, (labels != IGNORED_LABEL).float())
+
 
 class CoCa(Freezable):
     """Contrastive captioner.
@@ -297,11 +311,7 @@ class CoCa(Freezable):
         """
         self._check_decoder()
         lengths = self._lengths(tokens, lengths)
-        out = self(images, tokens, lengths, contrastive=False)
-        assert out.labels is not None
-        losses = F.cross_entropy(out.logits.float(), out.labels, reduction="none", ignore_index=IGNORED_LABEL)  # (N,)
-        text = to_device(torch.arange(len(lengths)).repeat_interleave(lengths - 1), losses.device)  # (N,)
-        return losses.new_zeros(len(lengths)).index_add(0, text, -losses)
+        return self(images, tokens, lengths, contrastive=False).log_likelihoods(lengths)[0]
 
     def multimodal_state(self, images: Images, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""

@@ -12,6 +12,7 @@ from coca_lit.data.datasets.coco import mscoco_records
 from coca_lit.data.datasets.flickr import flickr_records
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.reading import open_parquet
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "file")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
@@ -102,15 +103,15 @@ def _open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
             return reader.fieldnames or [], list(reader)
     if path.suffix != ".parquet":
         raise DataError(f"{path} is not a .csv, .tsv or .parquet file")
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise DataError(f"{path} needs an optional package: pip install 'coca_lit[prepare]'") from error
-    try:
-        table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
-    return table.schema_arrow.names, (row for batch in table.iter_batches() for row in batch.to_pylist())
+    with open_parquet(path) as table:
+        names = table.schema_arrow.names
+    return names, _parquet_rows(path)
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open_parquet(path) as table:
+        for batch in table.iter_batches():
+            yield from batch.to_pylist()
 
 
 def _column(path: Path, columns: Sequence[str], option: str, wanted: str | None, usual: Sequence[str]) -> str:

@@ -20,9 +20,10 @@ from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
 from coca_lit.data.loader import TrainLoader, load, loading, per_rank
 from coca_lit.data.shards.cache import ShardCache
 from coca_lit.data.shards.indexed import IndexedBatches, IndexedShards, TarIndex, tar_indexes
-from coca_lit.data.shards.listing import Shard, find_shards
+from coca_lit.data.shards.listing import Shard, find_shards, selected
 from coca_lit.data.shards.mixture import Source, check_weights
 from coca_lit.data.shards.reader import Preprocess
+from coca_lit.data.shards.selection import read_selection
 from coca_lit.data.shards.store import PATIENCE
 from coca_lit.data.shards.stream import OPEN_SHARDS, SHUFFLE_BUFFER, ShardBatches, ShardOrder
 from coca_lit.data.shards.windows import WindowedBatches, Windows
@@ -46,6 +47,8 @@ class LAIONDataModule(CaptionDataModule):
             samples in the indexes or, for a stream, in the manifests of the shards.
         weights: {name: share} of a mixture, kept in every stretch of the training. None makes them proportional to the
             number of samples, which is found as for `epoch_samples`.
+        selection: file of the samples to read, see `coca_lit.data.shards.selection`; for a mixture {name: file}, where
+            sets without one are read whole. None reads all.
         caption_keys: "txt", or a field of each sample's JSON; for several {key: probability}, one of which is drawn
             for each sample in every pass.
         indexed: True uses `coca_lit.data.shards.indexed`, False `coca_lit.data.shards.stream`; "auto" indexes all but
@@ -66,6 +69,7 @@ class LAIONDataModule(CaptionDataModule):
         shards: Patterns | Mapping[str, Patterns],
         epoch_samples: int | None,
         weights: Mapping[str, float] | None = None,
+        selection: str | Mapping[str, str] | None = None,
         caption_keys: str | Mapping[str, float] = "txt",
         indexed: bool | Literal["auto"] = "auto",
         window: int = 2**18,
@@ -97,6 +101,11 @@ class LAIONDataModule(CaptionDataModule):
         if self.weights is not None and self.weights.keys() != self.patterns.keys():
             names = " and ".join(", ".join(map(repr, names)) for names in (self.patterns, self.weights))
             raise ValueError(f"shards and weights must have the same names, not {names}")
+        self.selections = dict(selection) if isinstance(selection, Mapping) else {"": selection} if selection else {}
+        if unknown := sorted(self.selections.keys() - self.patterns.keys()):
+            what = f"one for {unknown[0]!r}" if unknown[0] else "one without a name"
+            known = ", ".join(filter(None, self.patterns)) or "no names"
+            raise ValueError(f"a selection belongs to a set of shards: got {what}, but the shards have {known}")
         self._epoch_samples, self._indexed = epoch_samples, indexed
         self.windows = Windows(window, window_gb * 1e9, math.gcd(readers, self.batch_size))
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
@@ -111,8 +120,9 @@ class LAIONDataModule(CaptionDataModule):
 
     @cached_property
     def shards(self) -> dict[str, list[Shard]]:
-        """By the name of their source."""
-        return {name: find_shards(patterns, self.cache, self.commits) for name, patterns in self.patterns.items()}
+        """By the name of their source; without those of which nothing is selected."""
+        found = {name: find_shards(patterns, self.cache, self.commits) for name, patterns in self.patterns.items()}
+        return found | {name: selected(found[name], read_selection(Path(p))) for name, p in self.selections.items()}
 
     @cached_property
     def order(self) -> Literal["all", "windows", "stream"]:
@@ -164,8 +174,7 @@ class LAIONDataModule(CaptionDataModule):
                     bad.seen += 1
                     bad.add(fault.reason, fault.shard, fault.key, fault.detail)
                 else:
-                    expected = shard.entry.samples if shard.entry else None
-                    bad.lose(fault.reason, fault.shard, expected, len(index), fault.detail)
+                    bad.lose(fault.reason, fault.shard, shard.samples, len(index), fault.detail)
         bad.end_of_pass()
         return indexes
 
@@ -186,13 +195,13 @@ class LAIONDataModule(CaptionDataModule):
         if self.indexed:
             return sum(map(len, self.indexes[source]))
         shards = self.shards[source]
-        if not all(shard.entry for shard in shards):
+        if any(shard.samples is None for shard in shards):
             what = f"of {source!r} " if source else ""
             raise DataError(
                 f"the shards {what}have no manifest that says how many samples they hold: write it with coca-data "
                 f"check, or set {otherwise}"
             )
-        return sum(shard.entry.samples for shard in shards if shard.entry)
+        return sum(shard.samples or 0 for shard in shards)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -15,7 +15,7 @@ import os
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,6 +84,22 @@ class TarIndex:
     def key(self, i: int) -> str:
         return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
 
+    def keep(self, keys: Collection[str]) -> "TarIndex":
+        """The samples with these keys alone; raises `DataError` if the shard is whole and lacks some of them."""
+        names = [self.key(i) for i in range(len(self))]
+        rows = [i for i, name in enumerate(names) if name in keys]
+        faults = [fault for fault in self.faults if not fault.key or fault.key in keys]
+        lost = set(keys).difference(names, (fault.key for fault in faults))
+        if lost and not self.is_torn:
+            raise DataError(
+                f"{self.shard} lacks {len(lost)} samples of the selection, e.g. {printable(min(lost))}: choose again, "
+                "by scores of the shard as it is now"
+            )
+        kept = [names[i].encode() for i in rows]
+        ends = np.cumsum([len(key) for key in kept], dtype=np.int64)
+        packed = np.frombuffer(b"".join(kept), dtype=np.uint8)
+        return replace(self, keys=packed, key_ends=ends, places=self.places[rows], faults=faults)
+
     def read(self, i: int) -> dict[str, Any]:
         """The members of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or has changed."""
         key = self.key(i)
@@ -116,7 +132,8 @@ class TarIndex:
 
 
 def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
-    """The index of each shard; missing ones are made, by one process of a machine.
+    """The index of each shard, of its selected samples if there is a selection; missing ones are made, by one process
+    of a machine.
 
     Args:
         shards: not compressed.
@@ -127,7 +144,8 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
         DataError: a shard does not match its manifest, or an index cannot be written.
         StoreError: the store of a remote shard does not answer.
     """
-    found = {shard: load_index(shard, fallback_dir) for shard in shards}
+    whole = [shard._replace(selection=None) for shard in shards]
+    found = {shard: load_index(shard, fallback_dir) for shard in whole}
     made: dict[str, TarIndex] = {}
     if missing := [shard for shard, index in found.items() if index is None]:
         try:
@@ -140,7 +158,11 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
             found |= {shard: load_index(shard, fallback_dir) for shard in missing}
             todo = [shard for shard in missing if found[shard] is None]
             made = {index.shard: index for index in _make_all(todo, fallback_dir)}
-    return [made[shard.name] if (index := found[shard]) is None else index for shard in shards]
+    indexes = [made[shard.name] if (index := found[shard]) is None else index for shard in whole]
+    return [
+        index.keep(shard.selection.keys(shard.file_name)) if shard.selection else index
+        for shard, index in zip(shards, indexes, strict=True)
+    ]
 
 
 class IndexedShards(TrainingExamples):

@@ -26,6 +26,7 @@ from braceexpand import braceexpand
 
 from coca_lit.data.records import not_found
 from coca_lit.data.shards.cache import ShardCache
+from coca_lit.data.shards.selection import Selection
 from coca_lit.data.shards.store import PATIENCE, SCHEMES, Stored, at_commit, is_remote, list_folder
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write
@@ -73,6 +74,18 @@ class Shard(NamedTuple):
 
     stored: Stored | None = None  # a remote one, when it was listed
     index_file: Stored | None = None  # with its index, if the store has one and a manifest to compare it with
+    selection: Selection | None = None  # of the samples to read; None for all
+
+    @property
+    def file_name(self) -> str:
+        return _split(self.name)[1]
+
+    @property
+    def samples(self) -> int | None:
+        """Number of usable samples to read, if a selection or a manifest says it."""
+        if self.selection is not None:
+            return self.selection.counts[self.file_name]
+        return self.entry.samples if self.entry else None
 
     def local(self, verify: bool = False) -> AbstractContextManager[Path]:
         """A local file that stays there within the block; raises as `ShardCache.open`.
@@ -109,6 +122,25 @@ def find_shards(
     patience, commits = cache.patience if cache else PATIENCE, {} if commits is None else commits
     folders = functools.cache(functools.partial(_look_into, patience=patience))
     return [_join(name, folders, cache) for name in _names(shards, folders, commits, patience)]
+
+
+def selected(shards: Sequence[Shard], selection: Selection) -> list[Shard]:
+    """The shards that hold samples of a selection.
+
+    Raises:
+        DataError: there are none, or two shards have the same file name.
+    """
+    names: dict[str, str] = {}
+    for shard in shards:
+        if names.setdefault(shard.file_name, shard.name) != shard.name:
+            raise DataError(
+                f"{names[shard.file_name]} and {shard.name} have the same file name, by which a selection knows "
+                "shards: name the sets as a mixture, each with its own selection"
+            )
+    found = [shard._replace(selection=selection) for shard in shards if shard.file_name in selection.counts]
+    if not found:
+        raise DataError(f"{selection.path} selects no sample of the {len(shards)} shards: it is about other ones")
+    return found
 
 
 def local_shards(shards: str | Sequence[str]) -> list[Path]:

@@ -104,18 +104,22 @@ def sample_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str)
 def read_fields(
     shard: Shard, bad: BadSamples, verify: bool = False, content: bool = True, file: BinaryIO | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The members of each sample by suffix, and its "__key__"; counts samples, and faults of the shard as a whole.
+    """The members of each selected sample by suffix, and its "__key__"; counts these samples, and faults of the shard
+    as a whole.
 
     Args:
         content: False gives the (offset, size) in bytes of each member in place of its content.
         file: the open shard, which is then not compared with its manifest; by default a local copy is opened.
     """
     read, error = 0, None
+    kept = shard.selection.keys(shard.file_name) if shard.selection else None
     try:
         with nullcontext(file) if file else shard.local() as source:
             if verify and shard.entry and isinstance(source, Path):
                 check_digest(shard.name, source, shard.entry)
             for fields in group_members(_members(source, shard.name, bad, content), content):
+                if kept is not None and fields["__key__"] not in kept:
+                    continue
                 read += 1
                 bad.seen += 1
                 if TWICE in fields:
@@ -126,7 +130,7 @@ def read_fields(
         raise
     except Exception as broken:  # tarfile, zlib, gzip and fsspec raise many types
         error = str(broken) or type(broken).__name__
-    expected = shard.entry.samples if shard.entry else None
+    expected = shard.samples
     if error:
         log.warning("%s is broken or truncated: %s", shard.name, error)
         bad.lose("broken or truncated shard", shard.name, expected, read, error)

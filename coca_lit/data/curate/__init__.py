@@ -1,0 +1,1 @@
+"""Choosing among the samples of shards by their scores, without copying them."""

@@ -1,0 +1,278 @@
+"""Choosing samples by their scores: SQL over the Parquet files by DuckDB, which needs no server and spills to disk what
+does not fit into memory. The result is a selection, see `coca_lit.data.shards.selection`.
+
+The statements are plain SQL over the columns of `coca_lit.data.curate.scores`; paths and keys never become part of
+them, formulas of the user do.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from coca_lit.data.curate.scores import made_by
+from coca_lit.data.shards.selection import GROUP, read_selection, write_selection
+from coca_lit.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from duckdb import DuckDBPyConnection
+
+FLAT = 200_000  # embeddings that are compared one by one; more are sorted into cells, of which the nearest are searched
+CELLS = 32  # that are searched
+BATCH = 1024  # embeddings that are searched for together
+_MISSING = "{} needs an optional package: pip install 'coca_lit[curate]'"
+
+
+class Chosen(NamedTuple):
+    """What a choice has left."""
+
+    kept: int
+    total: int
+    how: dict[str, Any]  # in the metadata of the selection, too
+
+
+def filter_scores(
+    scores: Sequence[Path],
+    output: Path,
+    where: str = "true",
+    top: float | None = None,
+    by: str | None = None,
+    selection: Path | None = None,
+    memory_gb: float | None = None,
+) -> Chosen:
+    """Selects the samples for which a condition holds, and of these the best.
+
+    Args:
+        where: a condition in SQL, such as "similarity > 0.2 AND words > 2". Unknown values fulfil none.
+        top: the share of them that is kept; samples that equal the last one are kept, too.
+        by: what the best ones have most of: a column, or a formula in SQL.
+        selection: of an earlier choice; only its samples are considered.
+        memory_gb: that DuckDB may take; None for most of what there is.
+
+    Raises:
+        DataError: a formula is wrong, or a file cannot be read or written.
+    """
+    if (top is None) != (by is None):
+        raise DataError("the best samples need both a share and a score: top=0.3 by=similarity")
+    if top is not None and not 0 < top <= 1:
+        raise DataError(f"top must be a share above 0 and up to 1, not {top}")
+    with _opened(output, memory_gb) as db:
+        total = _view(db, "scores", scores, selection)
+        condition = f"({_expression('where', where)})"
+        if by is not None:
+            score = f"CAST(({_expression('by', by)}) AS DOUBLE)"
+            (count,) = _row(db, f"SELECT count({score}) FROM scores WHERE {condition}")
+            place = max(1, round(count * (top or 1)))
+            ranked = f"SELECT {score} AS score FROM scores WHERE {condition} AND {score} IS NOT NULL"
+            (last,) = _row(db, f"SELECT max(score) FROM ({ranked} ORDER BY score DESC LIMIT 1 OFFSET {place - 1})")
+            condition += f" AND {score} >= {last or 0:.17e}"
+        statement = f"SELECT shard, key FROM scores WHERE {condition} ORDER BY shard, key"
+        how = {"statement": statement, "selection": str(selection) if selection else None}
+        return Chosen(write_selection(output, _batches(db, statement, GROUP), how), total, how)
+
+
+def dedup_scores(
+    scores: Sequence[Path],
+    output: Path,
+    against: Sequence[Path] = (),
+    hash_distance: int | None = 0,
+    cosine: float | None = None,
+    best: str = "similarity",
+    selection: Path | None = None,
+    memory_gb: float | None = None,
+) -> Chosen:
+    """Selects samples no two of which are near-duplicates of each other, and none of which is one of another set's.
+
+    First one of all samples with the same perceptual hash stays, then one of those with similar hashes, then one of
+    those with similar embeddings. It is the one with the most of `best`; ties are broken by shard and key. Samples are
+    taken in that order, and one stays unless a near-duplicate has stayed before.
+
+    Args:
+        against: scores of other sets, of which no near-duplicate may stay: earlier data, or the images of evaluations.
+        hash_distance: bits of 64 in which the hashes of near-duplicates differ at most; None compares no hashes.
+        cosine: of embeddings, from which on images are near-duplicates; None compares no embeddings.
+        best: a column, or a formula in SQL.
+        selection, memory_gb: as in `filter_scores`. The embeddings that stay are in memory besides.
+
+    Raises:
+        DataError: as in `filter_scores`.
+    """
+    if hash_distance is None and cosine is None:
+        raise DataError("near-duplicates are found by hash_distance, by cosine or by both: give one of them")
+    if hash_distance is not None and not 0 <= hash_distance < 16:
+        raise DataError(f"hash_distance must be between 0 and 15 of 64 bits, not {hash_distance}")
+    if cosine is not None and not 0 < cosine <= 1:
+        raise DataError(f"cosine must be above 0 and up to 1, not {cosine}")
+    with _opened(output, memory_gb) as db:
+        total = _view(db, "scores", scores, selection)
+        _view(db, "others", against or scores[:1])
+        if not against:
+            db.execute("CREATE OR REPLACE TEMP VIEW others AS SELECT * FROM scores WHERE false")
+        order = f"({_expression('best', best)}) DESC NULLS LAST, shard, key"
+        distinct = "PARTITION BY phash" if hash_distance is not None else "PARTITION BY shard, key"
+        # `priority` counts from 1 in the order in which samples are taken.
+        db.execute(
+            "CREATE TEMP TABLE left_over AS "
+            f"SELECT shard, key, phash, row_number() OVER (ORDER BY {order}) AS priority FROM "
+            f" (SELECT * FROM scores QUALIFY row_number() OVER ({distinct} ORDER BY {order}) = 1)"
+        )
+        if hash_distance is not None:
+            _drop(db, _similar_hashes(db, hash_distance))
+        if cosine is not None:
+            _drop(db, _similar_embeddings(db, cosine))
+        how = {"hash_distance": hash_distance, "cosine": cosine, "best": best, "against": [*map(str, against)]}
+        how["selection"] = str(selection) if selection else None
+        rows = _batches(db, "SELECT shard, key FROM left_over ORDER BY shard, key", GROUP)
+        return Chosen(write_selection(output, rows, how), total, how)
+
+
+@contextmanager
+def _opened(output: Path, memory_gb: float | None) -> "Iterator[DuckDBPyConnection]":
+    """A database in memory, whose temporary files are beside the output; its errors become `DataError`s."""
+    try:
+        import duckdb
+    except ImportError as error:
+        raise DataError(_MISSING.format("choosing samples")) from error
+    config: dict[str, Any] = {"temp_directory": str(output.with_name(f".{output.name}.spilled"))}
+    config |= {"autoinstall_known_extensions": "false"} | ({"memory_limit": f"{memory_gb}GB"} if memory_gb else {})
+    try:
+        with duckdb.connect(config=config) as db:
+            yield db
+    except duckdb.Error as error:
+        raise DataError(" ".join(str(error).partition("\n\n")[0].split())) from error
+
+
+def _view(db: "DuckDBPyConnection", name: str, paths: Sequence[Path], selection: Path | None = None) -> int:
+    """Makes the rows of files a view, of which only a selection is seen; returns the number of all rows."""
+    makers = {made: path for path in paths if (made := made_by(path))}
+    if len(makers) > 1:
+        one, other = [*makers.values()][:2]
+        raise DataError(f"{one} and {other} were scored by different models or captions: score them alike")
+    rows = db.read_parquet([str(path.absolute()) for path in paths], union_by_name=True)
+    rows.create_view(f"all_{name}")
+    chosen = ""
+    if selection is not None:
+        read_selection(selection)  # says in one sentence if it is none
+        db.read_parquet(str(selection.absolute())).create_view("selected")
+        chosen = "SEMI JOIN selected USING (shard, key)"
+    db.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM all_{name} {chosen}")
+    return int(_row(db, f"SELECT count(*) FROM all_{name}")[0])
+
+
+def _row(db: "DuckDBPyConnection", statement: str) -> tuple[Any, ...]:
+    """The only row of a statement."""
+    (row,) = db.execute(statement).fetchall()
+    return tuple(row)
+
+
+def _batches(db: "DuckDBPyConnection", statement: str, size: int) -> "Iterator[pa.RecordBatch]":
+    """The rows of a statement; the next one has to wait for their end."""
+    rows: Any = db.sql(statement)  # whose type lacks this method
+    yield from rows.to_arrow_reader(size)
+
+
+def _expression(name: str, text: str) -> str:
+    """The text, if it is one expression in SQL."""
+    import duckdb
+
+    try:
+        duckdb.SQLExpression(text)
+    except duckdb.Error as error:
+        raise DataError(f"{name}={text!r} is not a formula in SQL: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def _drop(db: "DuckDBPyConnection", priorities: Sequence[int]) -> None:
+    import pyarrow as pa
+
+    db.register("dropped", pa.table({"priority": pa.array(priorities, pa.int64())}))
+    db.execute("DELETE FROM left_over WHERE priority IN (SELECT priority FROM dropped)")
+    db.unregister("dropped")
+
+
+def _similar_hashes(db: "DuckDBPyConnection", distance: int) -> list[int]:
+    """Priorities of the samples whose hash is within `distance` bits of one that stays, or of another set.
+
+    Two hashes that differ in d bits are equal in at least one of d + 1 groups of bits (the pigeonhole principle), so
+    only those that share a group are compared.
+    """
+    bounds = [round(64 * i / (distance + 1)) for i in range(distance + 2)]
+    groups = " UNION ALL ".join(
+        f"SELECT *, {i} AS part, (phash >> {start}) & {(1 << (stop - start)) - 1 if stop - start < 64 else -1} AS bits "
+        "FROM hashes"
+        for i, (start, stop) in enumerate(pairwise(bounds))
+    )
+    pairs = _batches(
+        db,
+        f"""WITH hashes AS (
+            SELECT phash, priority FROM left_over
+            UNION ALL SELECT DISTINCT phash, 0 FROM others
+        ), parts AS ({groups})
+        SELECT DISTINCT a.priority, b.priority FROM parts a JOIN parts b USING (part, bits)
+        WHERE a.priority < b.priority AND bit_count(xor(a.phash, b.phash)) <= {distance}
+        ORDER BY a.priority, b.priority""",
+        GROUP,
+    )
+    dropped: set[int] = set()
+    for batch in pairs:
+        for stays, other in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+            if stays not in dropped:  # known by now: all pairs of better samples came before
+                dropped.add(other)
+    return sorted(dropped)
+
+
+def _similar_embeddings(db: "DuckDBPyConnection", cosine: float) -> list[int]:
+    """Priorities of the samples whose embedding is within `cosine` of one that stays, or of another set."""
+    samples = "left_over JOIN scores USING (shard, key)"
+    index = _index(db, samples)
+    dropped: list[int] = []
+    for statement in (
+        "SELECT 0, embedding FROM others",
+        f"SELECT priority, embedding FROM {samples} ORDER BY priority",
+    ):
+        for batch in _batches(db, statement, BATCH):
+            priorities, vectors = batch.column(0).to_numpy(), _vectors(batch.column(1))
+            if vectors.shape[1] != index.d:
+                raise DataError("the embeddings have different widths: score all sets with the same model")
+            if priorities[0] == 0:
+                index.add(vectors)
+                continue
+            near = index.search(vectors, 1)[0][:, 0] >= cosine
+            alike = vectors @ vectors.T >= cosine  # within the batch
+            for i in range(len(vectors)):
+                near[i] |= bool((alike[i, :i] & ~near[:i]).any())
+            index.add(vectors[~near])
+            dropped += priorities[near].tolist()
+    return dropped
+
+
+def _index(db: "DuckDBPyConnection", samples: str) -> Any:
+    """An empty index for the inner products of all embeddings: of up to `FLAT` with all of them, of more with those of
+    the nearest cells.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise DataError(_MISSING.format("comparing embeddings")) from error
+    own, others, width = _row(db, f"SELECT count(*), (SELECT count(*) FROM others), max(len(embedding)) FROM {samples}")
+    if own + others <= FLAT:
+        return faiss.IndexFlatIP(width)
+    cells = int(4 * (own + others) ** 0.5)
+    index: Any = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    some = f"SELECT embedding FROM {samples} WHERE priority % {max(1, own // (64 * cells))} = 0 ORDER BY priority"
+    index.train(np.concatenate([_vectors(batch.column(0)) for batch in _batches(db, some, BATCH)]))
+    index.nprobe = CELLS
+    return index
+
+
+def _vectors(column: Any) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """The rows of a column of lists (B, E), scaled to unit length."""
+    rows = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    if column.null_count or not len(column) or len(rows) % len(column):
+        raise DataError("some samples have no embedding: score them with --embeddings")
+    vectors = rows.reshape(len(column), -1)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)

@@ -1,0 +1,92 @@
+"""A selection of samples: a Parquet file with a row (shard, key) for each sample that is kept. `coca-data filter` and
+`coca-data dedup` write it, and any engine can.
+
+Training on shards with a selection equals training on copies of the shards that hold these samples alone. Shards go by
+their file names, so that they can be moved. Of the keys, only those of one shard are in memory.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coca_lit.errors import DataError
+from coca_lit.files import replacing
+from coca_lit.reading import open_parquet, printable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHARD, KEY = COLUMNS = ("shard", "key")
+GROUP = 2**16  # samples in a row group that we write, the smallest part that is read
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples that are kept of a set of shards."""
+
+    path: Path
+    counts: Mapping[str, int] = field(hash=False, repr=False)  # of samples, by the file name of their shard
+    groups: Mapping[str, list[int]] = field(hash=False, repr=False)  # the row groups that hold them
+
+    def keys(self, shard: str) -> frozenset[str]:
+        """Of the samples that are kept of the shard with this file name."""
+        from pyarrow import compute
+
+        found: set[str] = set()
+        with open_parquet(self.path, COLUMNS) as file:
+            for group in self.groups.get(shard, ()):
+                for batch in file.read_row_group(group, list(COLUMNS)).to_batches():
+                    names = batch.column(SHARD)
+                    if shard in (known := names.dictionary.to_pylist()):
+                        rows = batch.column(KEY).filter(compute.equal(names.indices, known.index(shard)))
+                        found.update(rows.unique().to_pylist())
+        return frozenset(found)
+
+
+def read_selection(path: Path) -> Selection:
+    """Which shards a selection is about; keys are read shard by shard.
+
+    Raises:
+        DataError: it cannot be read, or is not a selection.
+    """
+    counts: Counter[str] = Counter()
+    groups: dict[str, list[int]] = {}
+    with open_parquet(path, COLUMNS) as file:
+        kinds = {name: str(file.schema_arrow.field(name).type) for name in COLUMNS if name in file.schema_arrow.names}
+        if any("string" not in kinds.get(name, "") for name in COLUMNS):
+            raise DataError(
+                f"{path} is not a selection of samples, which has the texts {SHARD} and {KEY} as columns: write it "
+                "with coca-data filter or coca-data dedup"
+            )
+        for group in range(file.num_row_groups):
+            for row in file.read_row_group(group, [SHARD]).column(SHARD).value_counts().to_pylist():
+                name = printable(row["values"] or "")
+                counts[name] += row["counts"]
+                groups.setdefault(name, []).append(group)
+    return Selection(path, dict(counts), groups)
+
+
+def write_selection(path: Path, batches: "Iterable[pa.RecordBatch]", about: Mapping[str, Any]) -> int:
+    """Writes rows (shard, key), sorted by shard; returns their number.
+
+    Args:
+        about: how they were chosen; kept in the metadata.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema(
+        [(SHARD, pa.string()), (KEY, pa.string())], metadata={"coca_lit": json.dumps(about, ensure_ascii=True)}
+    )
+    rows = 0
+    with replacing(path) as temporary, parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for batch in batches:
+            writer.write_table(pa.Table.from_batches([batch]).cast(schema), row_group_size=GROUP)
+            rows += batch.num_rows
+    return rows

@@ -1,0 +1,230 @@
+"""Judging pairs: what a model and the pixels say about each sample of a shard, as Parquet beside the shard.
+
+Samples are read as a training reads them, so what counts as broken here is what a training would skip. A file is
+complete or absent, and a repeated command skips the shards that have one.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
+from coca_lit.data.curate.scores import read_about, scores_path, write_scores
+from coca_lit.data.loader import loading
+from coca_lit.data.records import decode_image
+from coca_lit.data.shards.indexed import TarIndex, load_index, make_index
+from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.reader import sample_of
+from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.errors import DataError, error_context
+from coca_lit.models import DualEncoder, text_lengths
+from coca_lit.weights.digest import fingerprint
+from coca_lit.weights.load import load_dual_encoder
+
+
+class Judgement(NamedTuple):
+    """How shards are judged; plain values, which any engine can send to its workers.
+
+    Args:
+        checkpoint: for `load_dual_encoder`; without a decoder there is no likelihood.
+        output: folder of the Parquet files; None writes them beside the shards.
+        caption_key: "txt", or the field of the samples' JSON that holds the caption; of several the first is judged.
+        embeddings: whether to keep the image features, by which near-duplicates are found.
+        language: whether to identify the language of the captions.
+        batch_size: pairs at a time; batches do not cross shards, so a score depends on nothing but its shard.
+        num_workers: processes that decode images; 0 decodes in this one.
+        bf16: whether the model computes in bfloat16.
+        device: of the model; None for a GPU if there is one.
+        imports: modules to import first, see `load_model`.
+    """
+
+    checkpoint: str
+    output: Path | None = None
+    caption_key: str = "txt"
+    embeddings: bool = False
+    language: bool = False
+    batch_size: int = 64
+    num_workers: int = 0
+    bf16: bool = False
+    device: str | None = None
+    imports: tuple[str, ...] = ()
+
+
+class JudgedShard(NamedTuple):
+    """The result for one shard."""
+
+    path: Path  # of the Parquet file
+    samples: int  # in it
+    bad: dict[str, int]  # number of samples left out, by reason
+    examples: list[str]  # the first few of them, with what is wrong
+    skipped: bool  # whether the file was there already
+
+
+def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
+    """Scores each pair of a local, uncompressed tar, unless that is done.
+
+    Raises:
+        DataError: the file exists and was made by another model or otherwise, or cannot be written.
+    """
+    model, made_by = _model(judgement.checkpoint, judgement.device, judgement.bf16, judgement.imports)
+    path = scores_path(shard, judgement.output)
+    status = shard.stat()
+    settings = {
+        "model": made_by,
+        "precision": "bf16" if judgement.bf16 else "fp32",
+        "caption_key": judgement.caption_key,
+        "embeddings": judgement.embeddings,
+        "language": judgement.language,
+    }
+    stamp = [status.st_size, status.st_mtime_ns]
+    if path.exists():
+        known = read_about(path)
+        for key, value in settings.items():
+            if known.about.get(key) != value:
+                raise DataError(
+                    f"{path} was made with {key}={known.about.get(key)}, but now it is {value}: choose another output, "
+                    "or remove it"
+                )
+        if known.about["shard"] == stamp:
+            return JudgedShard(path, known.rows, known.about["bad"], known.about["examples"], skipped=True)
+    bad = BadSamples(1.0)
+    with quiet():
+        index = load_index(Shard(str(shard)), path.parent) or make_index(Shard(str(shard)), path.parent)
+        for fault in index.faults:
+            bad.add(fault.reason, fault.shard, fault.key, fault.detail)
+        batches = list(_judged(model, index, judgement, bad))
+    columns: dict[str, Any] = {
+        name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())
+    }
+    examples = [f"{found.key} {found.detail or found.reason}".strip() for found in bad.found[:3]]
+    left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": examples}
+    write_scores(path, shard.name, columns, {**settings, "shard": stamp, **left_out})
+    return JudgedShard(path, len(columns["key"]) if columns else 0, **left_out, skipped=False)
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits, as a signed integer, that survive scaling and recompression: which of the 8 x 8 lowest frequencies of
+    the grey picture lie above their median. The same bits as `phash` of the package ImageHash.
+    """
+    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = _COSINES @ grey @ _COSINES.T  # (8, 8)
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big", signed=True)
+
+
+_SIDE = 32  # pixels
+# The first 8 rows of the discrete cosine transform of type II, (8, 32).
+_COSINES = 2 * np.cos(math.pi / (2 * _SIDE) * np.outer(np.arange(8), 2 * np.arange(_SIDE) + 1))
+
+
+class _Pair(NamedTuple):
+    key: str
+    caption: str
+    width: int
+    height: int
+    phash: int
+
+
+class _Pairs(Dataset[tuple[_Pair, Tensor] | BadSample]):
+    """The samples of a shard, decoded as for an evaluation."""
+
+    def __init__(self, index: TarIndex, caption_key: str, transform: Transform) -> None:
+        self.index, self.caption_key, self.transform = index, caption_key, transform
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[_Pair, Tensor] | BadSample:
+        shard = self.index.shard
+        try:
+            sample = sample_of(self.index.read(i), [self.caption_key], shard)
+            image = ImageOps.exif_transpose(decode_image(BytesIO(sample.image), "it"))
+        except BadSampleError as error:
+            return error.sample
+        except DataError as error:
+            return BadSample(shard, self.index.key(i), "unreadable image", str(error))
+        caption = sample.captions[self.caption_key][0]
+        pair = _Pair(sample.key, caption, image.width, image.height, perceptual_hash(image))
+        return pair, self.transform(image)
+
+
+def _collate(items: list[tuple[_Pair, Tensor] | BadSample]) -> tuple[list[_Pair], Tensor, list[BadSample]]:
+    good = [item for item in items if not isinstance(item, BadSample)]
+    pixels = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)  # (B, 3, S, S) uint8
+    return [pair for pair, _ in good], pixels, [item for item in items if isinstance(item, BadSample)]
+
+
+def _judged(
+    model: DualEncoder, index: TarIndex, judgement: Judgement, bad: BadSamples
+) -> Iterator[dict[str, Sequence[Any] | np.ndarray]]:
+    """The columns of each batch."""
+    pairs = _Pairs(index, judgement.caption_key, build_transform(**model.preprocessing))
+    for batch, pixels, broken in DataLoader(
+        pairs, judgement.batch_size, collate_fn=_collate, **loading(judgement.num_workers)
+    ):
+        for sample in broken:
+            bad.add(sample.reason, sample.shard, sample.key, sample.detail)
+        if not batch:
+            continue
+        captions = [pair.caption for pair in batch]
+        width, height = (np.array(sides, np.int32) for sides in zip(*((p.width, p.height) for p in batch), strict=True))
+        columns: dict[str, Sequence[Any] | np.ndarray] = {
+            "key": [pair.key for pair in batch],
+            "words": np.array([len(caption.split()) for caption in captions], np.int32),
+            "characters": np.array([*map(len, captions)], np.int32),
+            "width": width,
+            "height": height,
+            "aspect": (np.maximum(width, height) / np.minimum(width, height)).astype(np.float32),
+            "phash": np.array([pair.phash for pair in batch], np.int64),
+        }
+        found = _scores(model, pixels, captions)
+        columns |= {name: values.float().cpu().numpy() for name, values in found.items()}
+        embeddings = columns.pop("embedding")
+        if judgement.embeddings:
+            columns["embedding"] = np.asarray(embeddings, np.float16)
+        if judgement.language:
+            columns["language"] = _languages(captions)
+        yield columns
+
+
+@torch.inference_mode()
+def _scores(model: DualEncoder, pixels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """The cosine of image and text (B,), the log-likelihood of the text per token (B,) in nats if the model has a
+    decoder, and the image features (B, E).
+    """
+    pixels, tokens = pixels.to(model.device), model.tokenizer(captions)
+    if model.decoder is None:
+        images, texts = model.encode_image(pixels), model.encode_text(tokens.to(model.device))
+        return {"similarity": (images * texts).sum(dim=1), "embedding": images}
+    lengths = text_lengths(tokens, model.tokenizer.pad_id)
+    out = model(pixels, tokens.to(model.device), lengths)
+    totals, counts = out.log_likelihoods(lengths)
+    similarity = (out.image_features * out.text_features).sum(dim=1)
+    return {"similarity": similarity, "likelihood": totals / counts.clamp(min=1), "embedding": out.image_features}
+
+
+def _languages(captions: Sequence[str]) -> list[str]:
+    """ISO 639-1 codes."""
+    try:
+        import py3langid
+    except ImportError as error:
+        raise DataError("language needs an optional package: pip install 'coca_lit[curate]'") from error
+    return [py3langid.classify(caption)[0] for caption in captions]
+
+
+@lru_cache(maxsize=1)
+def _model(checkpoint: str, device: str | None, bf16: bool, imports: tuple[str, ...]) -> tuple[DualEncoder, str]:
+    """The model and its fingerprint, once for all shards that this process judges."""
+    with error_context("checkpoint"):
+        model = load_dual_encoder(checkpoint, imports=imports)
+    made_by = fingerprint(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device, torch.bfloat16 if bf16 else None), made_by

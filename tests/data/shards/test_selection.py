@@ -1,0 +1,125 @@
+"""Training on a selection is training on copies of the shards that hold the selected samples alone."""
+
+import tarfile
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+from test_shards import TOKENIZER, write_shards, write_tar
+
+from coca_lit.cli.data import data as coca_data
+from coca_lit.data.batch import Batch
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.selection import read_selection
+from coca_lit.errors import DataError
+
+BOTH = pytest.mark.parametrize("indexed", [True, False])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four shards of seven samples."""
+    folder = tmp_path / "all"
+    folder.mkdir()
+    write_shards(folder, 4, 7)
+    return folder
+
+
+KEPT = {0: [0, 2, 3], 1: [], 2: [0, 1, 2, 3, 4, 5, 6], 3: [6, 1]}  # of each shard
+
+
+def rows() -> list[tuple[str, str]]:
+    return [(f"{shard:05d}.tar", f"{shard}{i:04d}") for shard, kept in KEPT.items() for i in kept]
+
+
+def select(path: Path, chosen: list[tuple[str, str]], **more) -> str:
+    shards, keys = zip(*chosen, strict=True)
+    parquet.write_table(pa.table({"shard": shards, "key": keys}), path, **more)
+    return str(path)
+
+
+def copy(source: Path, target: Path, chosen: list[tuple[str, str]]) -> Path:
+    target.mkdir()
+    for path in sorted(source.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            files = {info.name: tar.extractfile(info).read() for info in tar}
+        kept = {name: data for name, data in files.items() if (path.name, name.partition(".")[0]) in chosen}
+        if kept:
+            write_tar(target / path.name, kept)
+    return target
+
+
+def batches(tmp_path: Path, shards: Path | list | dict, rank: int = 0, world: int = 1, **more) -> list[Batch]:
+    """Those of two epochs."""
+    shards = str(shards) if isinstance(shards, Path) else shards
+    more = {"epoch_samples": 24, "seed": 3, "image_size": 16, "cache_dir": str(tmp_path / "cache")} | more
+    data = LAIONDataModule(shards, tokenizer=TOKENIZER, batch_size=4, **more)
+    data.prepare_data()
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+    return [
+        batch for epoch in (0, 1) for batch in islice(data.train_dataloader().open_at(epoch, 0), data.steps_per_epoch)
+    ]
+
+
+def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert [key.rpartition("/")[2] for key in a.keys] == [key.rpartition("/")[2] for key in b.keys]
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.tokens, b.tokens)
+
+
+@BOTH
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches_are_those_of_copied_shards(folder, tmp_path, indexed, rank):
+    chosen, copied = select(tmp_path / "kept.parquet", rows()), copy(folder, tmp_path / "copied", rows())
+    found = batches(tmp_path, folder, rank, 2, selection=chosen, indexed=indexed)
+    assert_equal(found, batches(tmp_path, copied, rank, 2, indexed=indexed))
+    seen = {key.rpartition("/")[2] for batch in found for key in batch.keys}
+    assert seen <= {key for _, key in rows()}
+
+
+@BOTH
+def test_a_mixture(folder, tmp_path, indexed):
+    chosen, copied = select(tmp_path / "kept.parquet", rows()), copy(folder, tmp_path / "copied", rows())
+    weights = {"weights": {"a": 0.6, "b": 0.4}, "indexed": indexed}
+    found = batches(tmp_path, {"a": str(folder), "b": str(folder)}, selection={"b": chosen}, **weights)
+    assert_equal(found, batches(tmp_path, {"a": str(folder), "b": str(copied)}, **weights))
+
+
+@BOTH
+def test_samples_are_counted_by_the_selection(folder, tmp_path, indexed):
+    coca_data(["check", str(folder), "--workers", "1"])  # a manifest, which counts all samples
+    data = LAIONDataModule(
+        str(folder), None, selection=select(tmp_path / "k.parquet", rows()), indexed=indexed,
+        tokenizer=TOKENIZER, batch_size=4, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert data.epoch_samples == len(rows())
+    assert [shard.file_name for shard in data.shards[""]] == ["00000.tar", "00002.tar", "00003.tar"]
+
+
+@pytest.mark.parametrize("more", [{"row_group_size": 3}, {"use_dictionary": False}, {"data_page_version": "2.0"}])
+def test_selections_of_any_program(tmp_path, more):
+    chosen = rows()[::-1]
+    shuffled = chosen[1::2] + chosen[::2]
+    found = read_selection(Path(select(tmp_path / "k.parquet", shuffled, **more)))
+    assert found.counts == {"00000.tar": 3, "00002.tar": 7, "00003.tar": 2}
+    for shard in ("00000.tar", "00001.tar", "00003.tar"):
+        assert found.keys(shard) == {key for name, key in chosen if name == shard}
+
+
+def test_what_does_not_fit_is_one_sentence(folder, tmp_path):
+    path = tmp_path / "k.parquet"
+    with pytest.raises(DataError, match=r"00000\.tar lacks 1 samples of the selection, e\.g\. new: choose again"):
+        batches(tmp_path, folder, selection=select(path, [*rows(), ("00000.tar", "new")]))
+    with pytest.raises(DataError, match=r"k\.parquet selects no sample of the 4 shards: it is about other ones"):
+        batches(tmp_path, folder, selection=select(path, [("7.tar", "1")]))
+    with pytest.raises(ValueError, match="a selection belongs to a set of shards: got one without a name, but the"):
+        batches(tmp_path, {"a": str(folder)}, selection=str(path))
+    copied = copy(folder, tmp_path / "copied", rows())
+    with pytest.raises(DataError, match="have the same file name, by which a selection knows shards"):
+        batches(tmp_path, [str(folder), str(copied)], selection=select(path, rows()))
