@@ -114,7 +114,7 @@ def open_parquet(path: Path, texts: Sequence[str] = ()) -> "Iterator[ParquetFile
                 )
             yield found
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+        raise DataError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
 
 
 def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrogates: bool = False) -> Any:
