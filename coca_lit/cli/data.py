@@ -197,6 +197,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="fraction of bad samples above which no manifest is written (default: %(default)s)",
     )
+    parser.set_defaults(engine=[])
     parser.add_argument(
         "--workers", type=_positive, help="processes of this machine, or of each SLURM job (default: one per core)"
     )
