@@ -113,7 +113,7 @@ def open_parquet(path: Path, texts: Sequence[str] = ()) -> "Iterator[ParquetFile
                     "with smaller ones"
                 )
             yield found
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeError) as error:
         raise DataError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from error
 
 

@@ -27,6 +27,8 @@ from test_shards import jpeg, members, write_shards
 import coca_lit
 from coca_lit.callbacks.bad_sample_log import read_bad_samples
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
+from coca_lit.data.curate.choose import filter_scores
+from coca_lit.data.curate.scores import read_about, write_scores
 from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
 from coca_lit.data.datasets.choice import (
     SUGARCREPE,
@@ -45,6 +47,7 @@ from coca_lit.data.prepare.write import JOURNAL, _open_journal
 from coca_lit.data.shards.indexed import load_index, make_index
 from coca_lit.data.shards.listing import MANIFEST, Shard, parallel_map, read_manifest, write_manifest
 from coca_lit.data.shards.reader import read_shard, sample_of
+from coca_lit.data.shards.selection import read_selection
 from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import decode_pixels
 from coca_lit.errors import UserError
@@ -389,6 +392,34 @@ def test_annotations_of_evaluations(folder, data):
             for record in reader():
                 if name.startswith("visual_genome"):
                     record.image()
+
+
+# Scores and selections of samples
+
+
+@pytest.fixture(scope="module")
+def chosen(folder) -> dict[str, bytes]:
+    columns = {"key": ["1", "2"], "similarity": [0.1, 0.2], "phash": [1, 2]}
+    about = {"shard": [1, 1], "bad": {}, "examples": [], "model": "m"}
+    write_scores(folder / "a.scores.parquet", "a.tar", columns, about)
+    filter_scores([folder / "a.scores.parquet"], folder / "kept.parquet")
+    return {name: (folder / name).read_bytes() for name in ("a.scores.parquet", "kept.parquet")}
+
+
+@settings(fuzz, max_examples=COUNT or 25)  # a database is opened for each
+@given(st.data())
+def test_scores_and_selections(folder, chosen, data):
+    scores, kept = folder / "forged.scores.parquet", folder / "forged.parquet"
+    scores.write_bytes(data.draw(damaged(chosen["a.scores.parquet"])))
+    kept.write_bytes(data.draw(damaged(chosen["kept.parquet"])))
+    with bounded():
+        read_about(scores)
+    with bounded():
+        found = read_selection(kept)
+        for shard in found.counts:
+            found.keys(shard)
+    with bounded():
+        filter_scores([scores], folder / "new.parquet", selection=kept)
 
 
 # Images, checkpoints and search indexes

@@ -1,0 +1,51 @@
+"""Tables and figure of choosing data."""
+
+from pathlib import Path
+
+from coca_lit.report.tables import Table, markdown
+from experiments.study import Row, as_they_are, by_variant, draw_variants, mean_std, read_rows, renamed
+
+RESULTS = Path(__file__).with_name("results.csv")
+CHOICES = {
+    "all": "everything",
+    "distinct": "no near-duplicates",
+    "similarity": "of these the most similar",
+    "likelihood": "of these the likeliest",
+    "clean": "the truth",
+}
+NAMES = {f"noise{noise}_{choice}": f"{noise} %: {name}" for noise in (10, 30, 50) for choice, name in CHOICES.items()}
+SCORES = {
+    "scenes/CIDEr": "CIDEr",
+    "scenes/t2i_recall@1": "text to image R@1",
+    "scenes/i2t_recall@1": "image to text R@1",
+}
+LEFT_OUT = ("mismatches before", "mismatches after", "mismatches found", "copies left")
+
+
+def tables() -> dict[str, str]:
+    """What training on each choice gives, what each choice leaves out, and what choosing costs."""
+    found = {}
+    if rows := read_rows(RESULTS):
+        found["curation"] = by_variant(renamed(rows, NAMES), SCORES)
+    if chosen := read_rows(RESULTS.with_name("choices.csv")):
+        found["curation/choices"] = _left_out(chosen)
+    if measured := read_rows(RESULTS.with_name("rows.csv")):
+        found["curation/rows"] = as_they_are(measured)
+    return found
+
+
+def draw() -> None:
+    draw_variants(renamed(read_rows(RESULTS), NAMES), SCORES, RESULTS.with_name("curation.png"))
+
+
+def _left_out(rows: list[Row]) -> str:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(NAMES[f"noise{float(row['noise']) * 100:.0f}_{row['choice']}"], []).append(row)
+    lines = [
+        [name, str(len(group)), mean_std([float(row["kept"]) for row in group])]
+        + [mean_std([100 * float(row[column]) for row in group]) for column in LEFT_OUT]
+        for name, group in groups.items()
+    ]
+    header = ["choice", "n", "samples", *(f"{column}, %" for column in LEFT_OUT)]
+    return markdown(Table("", header, lines))

@@ -1,0 +1,74 @@
+"""Time and memory of `coca-data filter` on synthetic scores.
+
+python experiments/curation/rows.py FOLDER --rows 100_000_000 --memory-gb 4
+"""
+
+import argparse
+import csv
+import resource
+import time
+from pathlib import Path
+
+import duckdb
+
+from coca_lit.data.curate.choose import filter_scores
+from coca_lit.data.curate.scores import find_scores
+from coca_lit.runs.run_folder import environment
+
+PER_FILE, PER_SHARD = 1_000_000, 10_000
+RESULTS = Path(__file__).with_name("rows.csv")
+WHERE, TOP, BY = "words > 2 AND aspect < 3", 0.3, "similarity"
+
+
+def write(folder: Path, rows: int) -> None:
+    """Files of `PER_FILE` rows, with the columns that a decoder's scores have, without embeddings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with duckdb.connect() as db:
+        for start in range(0, rows, PER_FILE):
+            path = folder / f"{start // PER_FILE:05d}.scores.parquet"
+            if not path.exists():
+                db.sql(
+                    f"""SELECT printf('%05d.tar', i // {PER_SHARD}) AS shard, printf('%09d', i) AS key,
+                    CAST(0.2 + 0.2 * (random() + random() + random() - 1.5) AS FLOAT) AS similarity,
+                    CAST(-6 * random() AS FLOAT) AS likelihood, CAST(1 + 20 * random() AS INTEGER) AS words,
+                    CAST(5 + 100 * random() AS INTEGER) AS characters, CAST(256 + 100 * random() AS INTEGER) AS width,
+                    CAST(256 AS INTEGER) AS height, CAST(1 + 3 * random() AS FLOAT) AS aspect,
+                    CAST(9e18 * (2 * random() - 1) AS BIGINT) AS phash
+                    FROM range({start}, {min(start + PER_FILE, rows)}) AS t(i)"""
+                ).write_parquet(str(path), compression="zstd")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=100_000_000)
+    parser.add_argument("--memory-gb", type=float, default=4)
+    options = parser.parse_args()
+    began = time.perf_counter()
+    write(options.folder, options.rows)
+    written = time.perf_counter()
+    scores, output = find_scores([options.folder]), options.folder / "kept.parquet"
+    found = filter_scores(scores, output, WHERE, TOP, BY, memory_gb=options.memory_gb)
+    facts = environment()
+    row = {
+        "rows": options.rows,
+        "GB of scores": f"{sum(path.stat().st_size for path in scores) / 1e9:.2f}",
+        "seconds to write them": f"{written - began:.0f}",
+        "memory limit, GB": options.memory_gb,
+        "seconds to filter": f"{time.perf_counter() - written:.0f}",
+        "peak memory, GB": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f}",
+        "kept": found.kept,
+        "GB of the selection": f"{output.stat().st_size / 1e9:.2f}",
+        "duckdb": duckdb.__version__,
+        **{key: facts[key] for key in ("commit", "torch", "machine", "command")},
+    }
+    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*(other for other in old if other["rows"] != str(options.rows)), row])
+    print(row)
+
+
+if __name__ == "__main__":
+    main()
