@@ -26,7 +26,9 @@ from coca_lit.data.shards.listing import Shard
 from coca_lit.data.shards.reader import sample_of
 from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.errors import DataError, error_context
+from coca_lit.evals.inference import evaluating
 from coca_lit.models import DualEncoder, text_lengths
+from coca_lit.models.patches import Images, stack_images
 from coca_lit.weights.digest import fingerprint
 from coca_lit.weights.load import load_dual_encoder
 
@@ -133,7 +135,7 @@ class _Pair(NamedTuple):
     phash: int
 
 
-class _Pairs(Dataset[tuple[_Pair, Tensor] | BadSample]):
+class _Pairs(Dataset[tuple[_Pair, Images] | BadSample]):
     """The samples of a shard, decoded as for an evaluation."""
 
     def __init__(self, index: TarIndex, caption_key: str, transform: Transform) -> None:
@@ -142,7 +144,7 @@ class _Pairs(Dataset[tuple[_Pair, Tensor] | BadSample]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, i: int) -> tuple[_Pair, Tensor] | BadSample:
+    def __getitem__(self, i: int) -> tuple[_Pair, Images] | BadSample:
         shard = self.index.shard
         try:
             sample = sample_of(self.index.read(i), [self.caption_key], shard)
@@ -156,9 +158,9 @@ class _Pairs(Dataset[tuple[_Pair, Tensor] | BadSample]):
         return pair, self.transform(image)
 
 
-def _collate(items: list[tuple[_Pair, Tensor] | BadSample]) -> tuple[list[_Pair], Tensor, list[BadSample]]:
+def _collate(items: list[tuple[_Pair, Images] | BadSample]) -> tuple[list[_Pair], Images, list[BadSample]]:
     good = [item for item in items if not isinstance(item, BadSample)]
-    pixels = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)  # (B, 3, S, S) uint8
+    pixels = stack_images([pixels for _, pixels in good]) if good else torch.empty(0)  # (B, 3, S, S), or patches
     return [pair for pair, _ in good], pixels, [item for item in items if isinstance(item, BadSample)]
 
 
@@ -196,13 +198,14 @@ def _judged(
 
 
 @torch.inference_mode()
-def _scores(model: DualEncoder, pixels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+def _scores(model: DualEncoder, pixels: Images, captions: Sequence[str]) -> dict[str, Tensor]:
     """The cosine of image and text (B,), the log-likelihood of the text per token (B,) in nats if the model has a
     decoder, and the image features (B, E).
     """
     pixels, tokens = pixels.to(model.device), model.tokenizer(captions)
     if model.decoder is None:
-        images, texts = model.encode_image(pixels), model.encode_text(tokens.to(model.device))
+        images: Tensor = evaluating(model, model.encode_image, pixels)
+        texts = model.encode_text(tokens.to(model.device))
         return {"similarity": (images * texts).sum(dim=1), "embedding": images}
     lengths = text_lengths(tokens, model.tokenizer.pad_id)
     out = model(pixels, tokens.to(model.device), lengths)
