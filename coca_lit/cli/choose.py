@@ -53,10 +53,12 @@ def add_score(commands: "Commands", engine: str) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from coca_lit.cli.caption import bf16, decoders
+    import torch
+
+    from coca_lit.cli.caption import decoders
     from coca_lit.cli.data import print_faults
     from coca_lit.cli.engines import Machine, Work, engine_from
-    from coca_lit.cli.runtime import chosen_checkpoint, configure_libraries
+    from coca_lit.cli.runtime import chosen_checkpoint, chosen_dtype, configure_libraries
     from coca_lit.data.shards.listing import local_shards
     from coca_lit.inference.judge import Judgement, judge_shard
 
@@ -70,7 +72,7 @@ def _score(options: argparse.Namespace) -> None:
         options.language,
         options.batch_size,
         decoders(options.num_workers),
-        bf16(options.precision),
+        chosen_dtype(options.precision) is torch.bfloat16,
     )
     work = Work(engine_from(options.engine) if options.engine else Machine(), "scoring")
     shards = sorted(work(judge_shard, paths, judgement))
