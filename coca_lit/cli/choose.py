@@ -57,7 +57,7 @@ def _score(options: argparse.Namespace) -> None:
 
     from coca_lit.cli.caption import decoders
     from coca_lit.cli.data import print_faults
-    from coca_lit.cli.engines import Machine, Work, engine_from
+    from coca_lit.cli.engines import Work, engine_from
     from coca_lit.cli.runtime import chosen_checkpoint, chosen_dtype, configure_libraries
     from coca_lit.data.shards.listing import local_shards
     from coca_lit.inference.judge import Judgement, judge_shard
@@ -74,7 +74,7 @@ def _score(options: argparse.Namespace) -> None:
         decoders(options.num_workers),
         chosen_dtype(options.precision) is torch.bfloat16,
     )
-    work = Work(engine_from(options.engine) if options.engine else Machine(), "scoring")
+    work = Work(engine_from(options.engine), "scoring")
     shards = sorted(work(judge_shard, paths, judgement))
     for shard in shards:
         print_faults(str(shard.path), shard.bad, shard.examples)
