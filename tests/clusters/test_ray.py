@@ -79,3 +79,7 @@ def test_shards_of_which_a_worker_is_killed(environment: dict[str, str], tmp_pat
     done = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert "6 shards, 12 samples" in done.stdout, done.stderr
     assert "6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr
+    score = (sys.executable, "-m", "coca_lit.cli.data", "score", "new", "checkpoint=tiny.safetensors", *engine)
+    done = subprocess.run(score, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert "scoring 6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr, done.stderr
+    assert len([*(tmp_path / "new").glob("*.scores.parquet")]) == 6
