@@ -68,7 +68,7 @@ def training_row(way: str, net: nn.Module, step: Step) -> dict[str, Any]:
     if way == "open_clip":  # whose images are normalised before
         images = images.float()
     net = to_gpu(net.train())
-    optimizer = AdamW(lr=1e-4)(net) if way == "coca_lit" else torch.optim.AdamW(net.parameters(), lr=1e-4)
+    optimizer = AdamW(lr=1e-4)(net) if way == "coca_lit" else torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
     for _ in range(2):  # the first step creates the optimizer's state
         with counted() as counts:
             with torch.autocast("cuda", torch.bfloat16):
@@ -88,7 +88,8 @@ def our_captions(net: Any, length: int) -> None:
 
 def their_captions(net: Any, length: int) -> None:
     """Sampling among the one most likely token, which is greedy; the model reads all tokens again for each."""
-    net.generate(to_device(images().float(), GPU), seq_len=length, min_seq_len=length, generation_type="top_k", top_k=1)
+    options = {"seq_len": length, "min_seq_len": length - 1, "generation_type": "top_k", "top_k": 1}
+    net.generate(to_device(images().float(), GPU), **options)
 
 
 def images() -> Tensor:
