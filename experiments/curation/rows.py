@@ -44,23 +44,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--memory-gb", type=float, default=4)
     options = parser.parse_args()
-    began = time.perf_counter()
     write(options.folder, options.rows)
-    written = time.perf_counter()
+    began = time.perf_counter()
     scores, output = find_scores([options.folder]), options.folder / "kept.parquet"
     found = filter_scores(scores, output, WHERE, TOP, BY, memory_gb=options.memory_gb)
     facts = environment()
     row = {
         "rows": options.rows,
         "GB of scores": f"{sum(path.stat().st_size for path in scores) / 1e9:.2f}",
-        "seconds to write them": f"{written - began:.0f}",
         "memory limit, GB": options.memory_gb,
-        "seconds to filter": f"{time.perf_counter() - written:.0f}",
+        "seconds to filter": f"{time.perf_counter() - began:.0f}",
         "peak memory, GB": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f}",
         "kept": found.kept,
         "GB of the selection": f"{output.stat().st_size / 1e9:.2f}",
         "duckdb": duckdb.__version__,
-        **{key: facts[key] for key in ("commit", "torch", "machine", "command")},
+        **{key: facts[key] for key in ("commit", "torch", "machine")},
+        "command": f"python experiments/curation/rows.py FOLDER --rows {options.rows}",
     }
     old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
     with RESULTS.open("w", newline="") as file:
