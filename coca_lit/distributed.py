@@ -116,8 +116,8 @@ class Arriving:
 
 
 class StepExchange:
-    """What all ranks have to know of every step, in one collective: numbers of the host travel with those of the
-    device. A GPU would stand still until the host knows an answer, so there the host hears that of the step before.
+    """What all ranks have to know of every step, in one collective: numbers from the host and numbers on the device.
+    A GPU would idle until the host has read the result, so on GPUs the host reads the result of the step before.
     """
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ class Saving:
         writer = _Writer(target, rest.getvalue())
         self._target = target
         written = async_save(tensors, storage_writer=writer, process_group=host_group("checkpoints"))
-        assert isinstance(written, Future)  # its other answer is for stagers of one's own
+        assert isinstance(written, Future)  # it returns something else for custom stagers only
         self._written = written
 
     def finish(self) -> None:

@@ -86,7 +86,7 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     """
     if model.pooling.open_clip_config is None or not hasattr(model.image_encoder.trunk, "norm_pre"):
         raise ValueError(
-            "only a CoCa with a CLIP vision transformer or naflex, and the single pooler or those of OpenCLIP 4, has an"
+            "only a CoCa with a CLIP vision transformer or naflex, and the single pooler or one of OpenCLIP 4, has an"
             " OpenCLIP counterpart"
         )
     state, names = model.state_dict(), _names(model)

@@ -120,7 +120,7 @@ class LAIONDataModule(CaptionDataModule):
 
     @cached_property
     def shards(self) -> dict[str, list[Shard]]:
-        """By the name of their source; without those of which nothing is selected."""
+        """By the name of their source; shards of which nothing is selected are left out."""
         found = {name: find_shards(patterns, self.cache, self.commits) for name, patterns in self.patterns.items()}
         return found | {name: selected(found[name], read_selection(Path(p))) for name, p in self.selections.items()}
 
