@@ -329,7 +329,7 @@ def _experiments(known: "_Known") -> str:
         lines = re.findall(r"^#\s?(?!\s*@package)(.*)", found.read_text() if found is not None else "", re.M)
         text = " ".join(itertools.takewhile(lambda line: not re.match(r"[A-Z]\w+:\s", line), lines))
         task = next((line.removeprefix("Task:").strip() for line in lines if line.startswith("Task:")), "others")
-        tasks.setdefault(task, []).append(f"    {name:22}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")
+        tasks.setdefault(task, []).append(f"    {name:26}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")
     return "\n".join("\n".join([f"  {task}", *experiments]) for task, experiments in tasks.items())
 
 

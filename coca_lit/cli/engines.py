@@ -27,7 +27,6 @@ from coca_lit.cli.assembly import build
 from coca_lit.cli.command import compose, explain, use_current_folder
 from coca_lit.cli.launchers import RayLauncher, Runnable, SlurmLauncher
 from coca_lit.errors import ConfigError, DataError, UserError
-from coca_lit.progress import ProgressBar
 
 ATTEMPTS = 3  # at a shard whose process dies
 
@@ -185,6 +184,8 @@ class Work:
 
     def __call__(self, function: Callable[[Any, Any], Any], shards: Sequence[Any], settings: Any) -> Iterator[Any]:
         """The results of `function(shard, settings)`, as they are ready, of those shards that do not fail."""
+        from coca_lit.progress import ProgressBar
+
         jobs = [_Job(function, shard, settings, os.getcwd()) for shard in shards]
         if not jobs:  # then no cluster is needed
             return

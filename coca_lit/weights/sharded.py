@@ -15,13 +15,13 @@ import re
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from coca_lit.errors import CheckpointError, DataError
 from coca_lit.reading import open_regular, read_json
+
+if TYPE_CHECKING:  # a wrong path is found before torch is imported
+    from torch import Tensor
 
 REST, SHARDS = "checkpoint.ckpt", "shards.json"
 STATE, OPTIMIZERS = "state_dict", "optimizer_states"  # in a checkpoint that is one file, too
@@ -37,8 +37,10 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_file() or is_folder(path)
 
 
-def flat(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+def flat(checkpoint: dict[str, Any]) -> dict[str, "Tensor"]:
     """Removes the tensors of weights and optimizers from a checkpoint and returns them by their names in a folder."""
+    from torch import Tensor
+
     tensors = {f"{STATE}.{name}": tensor for name, tensor in checkpoint.pop(STATE).items()}
     for number, optimizer in enumerate(checkpoint.get(OPTIMIZERS, [])):
         for parameter, values in optimizer["state"].items():
@@ -47,7 +49,7 @@ def flat(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def nested(checkpoint: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def nested(checkpoint: dict[str, Any], tensors: dict[str, "Tensor"]) -> dict[str, Any]:
     """The inverse of `flat`: puts the tensors back into the checkpoint, and returns it."""
     checkpoint[STATE] = {}
     for key, tensor in tensors.items():
@@ -110,7 +112,7 @@ def sizes(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def read_tensors(folder: Path, optimizers: bool = True) -> dict[str, Tensor]:
+def read_tensors(folder: Path, optimizers: bool = True) -> dict[str, "Tensor"]:
     """The whole tensors of a folder, on the CPU, for `nested`.
 
     Args:
@@ -119,6 +121,7 @@ def read_tensors(folder: Path, optimizers: bool = True) -> dict[str, Tensor]:
     Raises:
         CheckpointError: it is not whole.
     """
+    import torch
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
     wanted = {name: about for name, about in sizes(folder).items() if optimizers or name.startswith(f"{STATE}.")}

@@ -506,7 +506,7 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it is a folder; name the file"):
+    with pytest.raises(CheckpointError, match="it is a folder; name the checkpoint in it"):
         find_checkpoint(tmp_path, str(tmp_path), first_process=True)
 
 

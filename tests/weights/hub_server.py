@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
                 folder = f"{unquote(found[3])}/" if found[3] else ""
                 inside = {p: c for p, c in commit[1].items() if p.startswith(folder)}
                 tree = [{"type": "file", "path": p, "size": len(c), "oid": _sha1(c)} for p, c in inside.items()]
-                if inside:
+                if inside or not folder:
                     self._answer(200, tree)
                 else:
                     self._answer(404, headers={"X-Error-Code": "EntryNotFound"})

@@ -51,7 +51,9 @@ def test_training_and_recaptioning_refuse_the_same(tmp_path, bad, reason):
     path = good_and(tmp_path / "x.tar", bad)
     keys, reasons = read(path)
     samples, problem = scan_shard(path)
-    assert reason in problem
+    assert (
+        reason in problem or "something in it is damaged" in problem
+    )  # newer Pythons refuse negative sizes themselves
     assert [sample.key for sample in samples] == keys
     assert keys[:2] == ["0", "1"]
     assert reasons == {"broken or truncated shard": 1}
