@@ -691,6 +691,7 @@ def test_odd_json_is_one_sentence(tmp_path, name, text):
 # Secrets
 
 
+@pytest.mark.slow
 def test_no_secret_in_what_a_run_prints_and_writes(tmp_path, monkeypatch):
     secrets = {"WANDB_API_KEY": "from-environment-1", "HF_TOKEN": "from-environment-2"}
     arguments = (

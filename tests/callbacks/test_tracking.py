@@ -90,6 +90,7 @@ def _installed(package: str) -> bool:
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
+@pytest.mark.slow
 def test_every_step_once_in_one_run_after_a_kill(killed: tuple[Path, list[str]], tracker: str) -> None:
     pytest.importorskip(tracker)
     assert steps(killed[0], tracker) == [[*range(12)]]

@@ -74,6 +74,7 @@ def tokens(references, captions):
 
 
 @needs_jars
+@pytest.mark.slow
 def test_scores_of_images_with_and_without_the_cache(jars, cache):
     pairs = tokens(*fakecap(len(FIRST)))
     heard = []

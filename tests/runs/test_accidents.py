@@ -53,6 +53,7 @@ def test_killed_worker_is_one_sentence(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_stopped_worker_is_said_and_ends_the_run(tmp_path: Path) -> None:
     limits = ("callbacks.stall_guard.minutes=0.05", "callbacks.stall_guard.end_minutes=0.1")
     overrides = (*MAP, "data.num_workers=1", "data.batch_size=2")
@@ -169,6 +170,7 @@ def logged(folder: Path) -> list[dict[str, str]]:
         ]
 
 
+@pytest.mark.slow
 def test_full_disk_costs_nothing_but_checkpoints(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

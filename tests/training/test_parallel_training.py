@@ -139,6 +139,7 @@ def train_and_score(folder: Path) -> dict[str, float]:
         return run(folder, *SCORED, *SHARDED)
 
 
+@pytest.mark.slow
 def test_a_sharded_experiment_is_scored_and_exported(on_ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step to a file for other programs: scores and captions equal a single process's."""
     without_java(monkeypatch)
