@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -219,22 +220,31 @@ def kill_at_step_3(temporary: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def die(folder: Path) -> None:
+def train_alone(folder: Path) -> None:
     torch.set_num_threads(1)
+    run(folder, *STEPS, *FOLDERS, "trainer.devices=1")
+
+
+def die(folder: Path) -> None:
     with mock.patch.object(sharded_checkpoint, "durable_rename", kill_at_step_3):
-        run(folder, *STEPS, *FOLDERS, "trainer.devices=1")
+        train_alone(folder)
+
+
+def exit_code(target: Callable[[Path], None], folder: Path) -> int | None:
+    """Of a process of its own."""
+    process = FORKSERVER.Process(target=target, args=(folder,))
+    process.start()
+    process.join(120)
+    return process.exitcode
 
 
 @pytest.mark.slow
-def test_a_kill_in_a_save_leaves_the_older_one(on_ranks, tmp_path: Path) -> None:
-    """A process of its own, really killed; then it resumes and ends with the bits of an undisturbed run."""
-    process = FORKSERVER.Process(target=die, args=(tmp_path / "killed",))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+def test_a_kill_in_a_save_leaves_the_older_one(tmp_path: Path) -> None:
+    """The process is really killed; another one resumes and ends with the bits of an undisturbed run."""
+    assert exit_code(die, tmp_path / "killed") == -signal.SIGKILL
     found = newest_valid(tmp_path / "killed" / "checkpoints")
     assert found is not None
     assert found[0].name == "step_2.ckpt"
     for name in ("killed", "whole"):
-        on_ranks(1, train, tmp_path / name, *FOLDERS)
+        assert exit_code(train_alone, tmp_path / name) == 0
     assert_same(content(last(tmp_path / "killed")), content(last(tmp_path / "whole")), rtol=0, atol=0)
