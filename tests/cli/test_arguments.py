@@ -142,7 +142,7 @@ def test_help_lists_the_users_experiments_by_task(
         command.command("train", lambda cfg: None, multirun=True)
         lines = capsys.readouterr().out.splitlines()
         start = lines.index("  caption finetuning")
-        assert "    mine                  My model on my data" in lines[start : start + 6]
+        assert "    mine                      My model on my data" in lines[start : start + 6]
         assert lines[lines.index("  others") + 1].strip() == "bare"
 
 
