@@ -133,7 +133,7 @@ class StepExchange:
         self._told = [float(number) for number in numbers]
 
     def exchange(self, own: Tensor) -> Tensor:
-        """Numbers (k,) of this rank, fp32 -> (W, k), those of all ranks on the same device."""
+        """Numbers (k,) of this rank, fp32 -> the numbers of all ranks (W, k), on the same device."""
         if world_size() == 1:
             return own[None]
         numbers = torch.cat([own, _sendable(self._told)])  # (k + told,)

@@ -53,8 +53,8 @@ def build_transform(
     Args:
         resize_mode: shortest: the shorter side becomes `size`, and the centre is kept. longest: the longer side becomes
             `size`, and the rest is black. squash: both sides become `size`.
-        patch_size, max_patches: the whole photo in its own shape, as at most so many patches; `size` and `resize_mode`
-            then have no effect.
+        patch_size, max_patches: the whole photo in its own shape, in at most `max_patches` patches; `size` and
+            `resize_mode` then have no effect.
     """
     _check(size)
     preprocessing(size, interpolation, resize_mode)

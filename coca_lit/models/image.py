@@ -397,8 +397,8 @@ class OpenClipParallel(OpenClipCascade):
 
 
 class MaskedCascade(OpenClipCascade):
-    """As `OpenClipCascade`, for images of any shape: padding is never looked at. In OpenCLIP these poolers stand beside
-    timm's encoders, not inside, and their queries start smaller.
+    """As `OpenClipCascade`, for images of any shape: padding is never looked at. In OpenCLIP these poolers are
+    siblings of timm's encoder, not parts of it, and their queries start smaller.
     """
 
     open_clip_names: ClassVar[OpenClipNames] = (

@@ -6,7 +6,7 @@ transposed there, the packed query/key/value projection of a cross-attention is 
 bias of the contrastive logits are scalars there and vectors of one here. Without a decoder the counterpart of CoCa is
 OpenCLIP's `CustomTextCLIP`.
 
-With timm's NaFlexVit, the encoder for images of any shape, the two poolers stand beside `visual`.
+With timm's NaFlexVit, the encoder for images of any shape, the two poolers are siblings of `visual`.
 
 CLIP comes in two layouts: the text tower at the root (`CLIP`), or under `text.` (`CustomTextCLIP`). Both hold the same
 tensors. Files with other towers are refused.

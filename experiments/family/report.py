@@ -1,7 +1,7 @@
 """Tables and figures of the family: scores of its members at equal steps and at equal seconds, and what a step costs.
 
-A run of member M with seed N on data D is named D_M_seedN. Seconds are those of costs.csv times the steps: CPU seconds
-of training on one thread, without scoring.
+A run of member M with seed N on data D is named D_M_seedN. Seconds are the cost of a step in costs.csv times the
+steps: CPU seconds of training on one thread, without scoring.
 """
 
 from collections.abc import Mapping, Sequence

@@ -251,8 +251,8 @@ def _similar_embeddings(db: "DuckDBPyConnection", cosine: float) -> list[int]:
 
 
 def _index(db: "DuckDBPyConnection", samples: str) -> Any:
-    """An empty index for the inner products of all embeddings: of up to `FLAT` with all of them, of more with those of
-    the nearest cells.
+    """An empty index for inner products of embeddings: up to `FLAT` are compared with all others, more with the nearest
+    cells alone.
     """
     try:
         import faiss

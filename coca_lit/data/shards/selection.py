@@ -2,7 +2,7 @@
 `coca-data dedup` write it, and any engine can.
 
 Training on shards with a selection equals training on copies of the shards that hold these samples alone. Shards go by
-their file names, so that they can be moved. Of the keys, only those of one shard are in memory.
+their file names, so that they can be moved. Only the keys of one shard at a time are in memory.
 """
 
 import json

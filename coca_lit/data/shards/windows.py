@@ -71,7 +71,7 @@ class SourceOrder:
 
     Args:
         share: of the windows.
-        first: index of the first sample of the source among those of all sources.
+        first: index of the first sample of the source, counted over all sources.
     """
 
     def __init__(self, source: Source[TarIndex], windows: Windows, share: float, seed: int, first: int) -> None:

@@ -147,6 +147,16 @@ def test_a_store_that_is_away_and_comes_back_changes_nothing(store, tmp_path, ex
     timer.join()
 
 
+def have_a_fault(store: FaultyStore, rng: random.Random) -> None:
+    """One at random, soon."""
+    fault = rng.choice(FAULTS)
+    if fault == "away" and not store.is_away:
+        store.stop()
+        threading.Timer(rng.uniform(0.05, 0.5), store.start).start()
+    elif fault != "away":
+        store.faults.extend([""] * rng.randint(0, 2) + [fault] * rng.randint(1, 3))
+
+
 def test_random_faults_and_resumes_change_nothing(store, tmp_path, expected):
     rng = random.Random(0)
     drawn = 0
@@ -157,13 +167,8 @@ def test_random_faults_and_resumes_change_nothing(store, tmp_path, expected):
             if rng.random() < 0.3:
                 cache = str(tmp_path / f"cache{drawn}-{len(found)}")
             for _ in range(rng.randint(0, 3)):
-                fault = rng.choice(FAULTS)
                 drawn += 1
-                if fault == "away" and not store.is_away:
-                    store.stop()
-                    threading.Timer(rng.uniform(0.05, 0.5), store.start).start()
-                elif fault != "away":
-                    store.faults.extend([""] * rng.randint(0, 2) + [fault] * rng.randint(1, 3))
+                have_a_fault(store, rng)
             found += batches(laion(tmp_path, cache_dir=cache), len(found), min(len(found) + rng.randint(1, 5), 12))
         assert found == expected
         while store.is_away:
@@ -208,13 +213,8 @@ def test_windows_are_equal_on_other_ranks_and_workers_after_random_faults(store,
         while len(found) < len(windows):
             cache, stop = tmp_path / f"cache{rng.randrange(3)}", min(len(found) + rng.randint(2, 6), 12)
             for _ in range(rng.randint(0, 2)):
-                fault = rng.choice(FAULTS)
                 drawn += 1
-                if fault == "away" and not store.is_away:
-                    store.stop()
-                    threading.Timer(rng.uniform(0.05, 0.5), store.start).start()
-                elif fault != "away":
-                    store.faults.extend([""] * rng.randint(0, 2) + [fault] * rng.randint(1, 3))
+                have_a_fault(store, rng)
             parts = []
             world, workers = rng.choice((1, 2, 4)), rng.choice((0, 0, 2))
             for rank in range(world):
