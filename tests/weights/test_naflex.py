@@ -110,13 +110,14 @@ def test_padding_changes_nothing(images: list[Tensor], precision: torch.dtype | 
     with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
         outs = [model(patches, tokens) for patches in (batch, longer)]
         alone = [model(batch_of([image]), tokens[i : i + 1]) for i, image in enumerate(images)]
-    atol = 1e-9 if precision is None else 0.2  # of logits up to 20
+    tolerance = 1e-9 if precision is None else 0.02  # bf16 keeps 8 bits, and each processor sums in an order of its own
     for other in (outs[1], alone):
         parts = [other] if other is outs[1] else other
         for name in ("image_features", "text_features", "logits"):
             expected = torch.cat([getattr(part, name) for part in parts])
             assert expected.isfinite().all()
-            torch.testing.assert_close(getattr(outs[0], name), expected, atol=atol, rtol=atol)
+            difference = getattr(outs[0], name) - expected
+            assert difference.norm() <= tolerance * expected.norm()
 
 
 @torch.no_grad()
