@@ -1,112 +1,180 @@
-"""Tables of the benchmarks: the newest row of every case of their CSVs.
+"""Tables of the benchmarks, from the newest row of every case in their CSVs: a table for each question, laid out below.
 
-Cases that measured different things have a table each, so that no cell is empty for that reason. What is the same in
-all rows is below the table.
+The CSVs hold more columns than the tables, versions of all packages among them.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from coca_lit.report.scores import score_name
 from coca_lit.report.tables import Table, markdown
 from experiments.study import Row, read_rows
 
 FOLDER = Path(__file__).resolve().parent
-# Columns that name what was measured.
-CASES = ("case", "what", "way", "score", "model", "strategy", "batch", "precision", "engine", "workers")
-ABOUT = ("date", "command", "commit", "machine", "OMP_NUM_THREADS", "versions")
-DIFFERENCES = ("loss_difference", "gradient_difference", "difference")  # from OpenCLIP; shown in one column
-MAY_LACK = ("target", *DIFFERENCES)  # not every case of a table has them
-RANGE = ("ratio", "lowest_ratio", "highest_ratio")  # of one number with its range
-NAMES = {
-    "seconds_per_caption": "s per caption",
-    "peak_MB": "peak memory, MB",
-    "equal": "captions equal to OpenCLIP's",
-    "repetitions": "turns",
-    "speed": "times the speed",
-    "memory": "share of the memory",
-    "score": "",
-    "case": "",
-    "seconds": "s",
-    "theirs s": "theirs, s",
-    "ours s": "ours, s",
-    "their CLIP s": "their CLIP, s",
-    "our CLIP s": "our CLIP, s",
+SIDES = ("engine", "way")  # columns that say which program a row measured
+PACKAGES = ("torch", "open_clip_torch")
+SPELLED = {"Bleu": "BLEU-1 to BLEU-4", "ROUGE_L": "ROUGE-L"}
+
+
+class Layout(NamedTuple):
+    """What a table shows of a CSV.
+
+    Attributes:
+        names: {column: title} of the cells that name a row.
+        values: {title: column}, or {title: (column, side)} where the rows of several sides stand in one. A title that
+            ends with "%" takes a share of 1.
+        only: {column: values}; other rows stay in the CSV.
+    """
+
+    names: Mapping[str, str]
+    values: Mapping[str, str | tuple[str, str]]
+    only: Mapping[str, Sequence[str]] = {}
+
+
+FASTER = "times as fast"
+LAYOUTS: dict[str, Layout] = {
+    "train_step": Layout(
+        {"case": "step"},
+        {"OpenCLIP, s": "theirs s", "coca_lit, s": "ours s", FASTER: "ratio", "target": "target"},
+        {"what": ("", "OpenCLIP's / ours")},
+    ),
+    "train_step/clip": Layout(
+        {"case": "step", "what": "ratio of"},
+        {"time": "ratio", "target": "target"},
+        {"what": ("our CoCa / OpenCLIP's CLIP", "our CoCa / our CLIP")},
+    ),
+    "native_aspect": Layout(
+        {"case": "batch of"},
+        {
+            "images": "images",
+            "image tokens": "image tokens",
+            "padding, %": "padding",
+            "CPU s": "CPU s",
+            "images/s": "images/s",
+            "time, times that of squares": "time of squares",
+        },
+    ),
+    "memory": Layout(
+        {"precision": "precision", "engine": "variant"},
+        {
+            "OpenCLIP, MiB/sample": "OpenCLIP MiB/sample",
+            "coca_lit, MiB/sample": "MiB/sample",
+            "ratio": "ratio",
+            "target": "target",
+        },
+    ),
+    "convolutional": Layout(
+        {"case": "encoder"},
+        {
+            "timm, images/s": ("images/s", "timm"),
+            "coca_lit, images/s": ("images/s", "ours"),
+            FASTER: ("ratio", "ours"),
+            "without keeping freed memory": ("ratio", "ours, memory given back"),
+        },
+    ),
+    "gpu_operations": Layout(
+        {"case": "for each"},
+        {
+            f"{title}, {name}": (column, side)
+            for title, column in (("operations", "operations"), ("waits", "waits"), ("MB", "MB"))
+            for name, side in (("OpenCLIP", "open_clip"), ("coca_lit", "coca_lit"))
+        },
+    ),
+    "input_pipeline": Layout(
+        {"case": "data", "what": "stage"},
+        {"OpenCLIP, µs/sample": "theirs µs", "coca_lit, µs/sample": "ours µs", FASTER: "ratio"},
+        {"case": ("synthetic photos, short side 256-512", "photos in flickr8k")},
+    ),
+    "input_pipeline/sizes": Layout(
+        {"what": "synthetic photos"},
+        {"OpenCLIP, µs/sample": "theirs µs", "coca_lit, µs/sample": "ours µs", FASTER: "ratio"},
+        {"case": ("decode, crop and resize synthetic photos",)},
+    ),
+    "contrastive": Layout(
+        {"case": "loss", "batch": "batch"},
+        {"tiled, s": "tiled s", FASTER: "speed", "tiled, MiB": "tiled MiB", "memory, % of the other's": "memory"},
+    ),
+    "gradient_caching": Layout(
+        {"case": "batch of 64"},
+        {
+            "memory, MiB": "MiB",
+            "memory, %": "memory",
+            "CPU s": "CPU s",
+            "time, times": "time",
+            "loss difference": "loss difference",
+        },
+    ),
+    "generation": Layout(
+        {"strategy": "strategy", "batch": "images"},
+        {
+            "OpenCLIP, s/caption": ("seconds_per_caption", "open_clip"),
+            "fp32, s/caption": ("seconds_per_caption", "fp32"),
+            f"fp32, {FASTER}": ("ratio", "fp32"),
+            "bf16, s/caption": ("seconds_per_caption", "bf16"),
+            f"bf16, {FASTER}": ("ratio", "bf16"),
+        },
+    ),
+    "generation/memory": Layout(
+        {"strategy": "strategy", "batch": "images"},
+        {
+            "OpenCLIP, MB": ("peak_MB", "open_clip"),
+            "fp32, MB": ("peak_MB", "fp32"),
+            "bf16, MB": ("peak_MB", "bf16"),
+            "fp32 captions equal to OpenCLIP's": ("equal", "fp32"),
+            "bf16 captions equal": ("equal", "bf16"),
+        },
+    ),
+    "scoring": Layout({"score": "score"}, {"s": "seconds"}),
+    "retrieval": Layout({"way": "recall by"}, {"s": "seconds", "extra peak memory, MB": "extra peak MB"}),
+    "caption_folder": Layout(
+        {column: column for column in ("model", "precision", "strategy", "batch", "workers")},
+        {"images": "images", "images/s": "images/s", "time inside the model, %": "inside the model"},
+    ),
+    "startup": Layout({"case": "command"}, {"s": "wall s", "target, s": "target"}),
 }
-SEVERAL = 3  # rows of one case in a row have a heading
 
 
 def tables() -> dict[str, str]:
-    return {f"benchmarks/{path.stem}": table(path) for path in sorted(FOLDER.glob("*.csv"))}
+    return {f"benchmarks/{name}": table(name, layout) for name, layout in LAYOUTS.items()}
 
 
-def table(path: Path) -> str:
-    """Markdown of a CSV that `record` wrote."""
-    everything = read_rows(path)
-    # A case that was measured again keeps its place.
-    rows = list({tuple(row.get(column) or "" for column in CASES): row for row in everything}.values())
-    families: dict[tuple[str, ...], list[Row]] = {}
+def table(name: str, layout: Layout) -> str:
+    """Markdown of a layout and, below it, the command and where its rows were measured."""
+    everything = read_rows(FOLDER / f"{name.partition('/')[0]}.csv")
+    rows = [row for row in everything if all(row[column] in kept for column, kept in layout.only.items())]
+    side = next((column for column in SIDES if column in rows[0] and column not in layout.names), None)
+    newest: dict[tuple[str, ...], dict[str, Row]] = {}  # a case that was measured again keeps its place
     for row in rows:
-        measured = tuple(c for c in row if row[c] and c not in (*ABOUT, *MAY_LACK))
-        families.setdefault(measured, []).append(row)
-    parts = [_family(family) for family in families.values()]
-    last = everything[-1]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    machines = ", ".join(dict.fromkeys(row["machine"] for row in rows))
-    about = f"`{last['command'].split(' --')[0]}` at commit {commits}, {machines}; {last['versions']}."
-    return "\n\n".join([*parts, about])
+        newest.setdefault(tuple(row[column] for column in layout.names), {})[row[side] if side else ""] = row
+    lines = []
+    for names, sides in newest.items():
+        cells = [(title, *((at, "") if isinstance(at, str) else at)) for title, at in layout.values.items()]
+        lines.append([*map(_cell, names), *(_cell(_value(sides[of], column), title) for title, column, of in cells)])
+    shown = [row for sides in newest.values() for row in sides.values()]
+    return f"{markdown(Table('', [*layout.names.values(), *layout.values], lines))}\n\n{_about(shown)}"
 
 
-def _family(rows: Sequence[Row]) -> str:
-    """A table of rows with the same columns, and below it what is the same in all of them."""
-    rows = [_merged(row) for row in rows]
-    columns = [c for c in rows[0] if c not in ABOUT and any(row[c] for row in rows)]
-    same = {c: rows[0][c] for c in columns if len(rows) > 1 and len({row[c] for row in rows}) == 1 and c != "ratio"}
-    columns = sorted((c for c in columns if c not in same), key=lambda c: c not in CASES)  # names first
-    heading = columns[0] if _repeats(columns[0], rows) else None
-    if heading is not None:
-        columns.remove(heading)
-    lines: list[list[str]] = []
-    for i, row in enumerate(rows):
-        if heading is not None and (i == 0 or rows[i - 1][heading] != row[heading]):
-            lines.append([row[heading]])
-        lines.append([_cell(c, row[c]) for c in columns])
-    shared = "; ".join(f"{_name(c)}: {_cell(c, value)}".removeprefix(": ") for c, value in same.items())
-    text = markdown(Table("", [_name(c) for c in columns], lines))
-    return f"{text}\n\nIn all rows: {shared}." if shared else text
+def _about(rows: Sequence[Row]) -> str:
+    commits, machines = (", ".join(dict.fromkeys(row[column] for row in rows)) for column in ("commit", "machine"))
+    releases = dict(package.split("=") for package in rows[-1]["versions"].split())
+    versions = ", ".join(f"{name} {releases[name]}" for name in PACKAGES)
+    return f"`{rows[-1]['command'].split(' --')[0]}` at commit {commits}, {machines}, {versions}."
 
 
-def _merged(row: Row) -> Row:
-    """The row with one column for the ratio and its range, and one for all differences from OpenCLIP."""
-    middle, low, high = (row.get(column) or "" for column in RANGE)
-    merged = {c: value for c, value in row.items() if c not in (*RANGE[1:], *DIFFERENCES)}
-    if high:
-        merged[RANGE[0]] = f"{float(middle):.3g} ({float(low):.3g}-{float(high):.3g})"
-    found = {_plain(c).removesuffix("difference"): row[c] for c in DIFFERENCES if row.get(c)}
-    if any(c in row for c in DIFFERENCES):
-        merged["difference"] = ", ".join(f"{name}{_cell(name, value)}" for name, value in found.items())
-    return merged
+def _value(row: Row, column: str) -> str:
+    if column == "ratio" and row.get("lowest_ratio"):  # others write the range into the cell
+        return "{:.2f} ({:.2f}-{:.2f})".format(
+            *(float(row[name]) for name in ("ratio", "lowest_ratio", "highest_ratio"))
+        )
+    return row[column]
 
 
-def _repeats(column: str, rows: Sequence[Row]) -> bool:
-    counts = [sum(row[column] == other[column] for other in rows) for row in rows]
-    return column in CASES and min(counts) >= SEVERAL and len({row[column] for row in rows}) > 1
-
-
-def _name(column: str) -> str:
-    return score_name(column) if "recall@" in column else NAMES.get(column, _plain(column))
-
-
-def _plain(column: str) -> str:
-    return column.replace("_", " ")
-
-
-def _cell(column: str, text: str) -> str:
-    """Numbers with four significant digits at most, thousands set apart, recall in percent."""
+def _cell(text: str, title: str = "") -> str:
+    """Numbers with four significant digits at most, thousands set apart, shares in percent."""
     if not re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", text):
-        return text
-    value = float(text) * (100 if "recall@" in column else 1)
-    if value and (abs(value) < 1e-3):
+        return SPELLED.get(text, text)
+    value = float(text) * (100 if "%" in title else 1)
+    if value and abs(value) < 1e-3:
         return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import report, study
+from experiments.benchmarks import report as benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv"))
@@ -96,3 +97,32 @@ def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytes
 
 def test_study_that_was_not_run_has_no_table(tmp_path) -> None:
     assert study.VariantStudy(tmp_path / "results.csv", {"a": "a"}, {"score": "Score"}).tables() == {}
+
+
+def test_table_of_a_benchmark_has_the_newest_row_of_each_case(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {
+        "command": "python speed.py --repetitions 2",
+        "machine": "m",
+        "versions": "torch=2 open_clip_torch=3 pillow=1",
+    }
+    measured = (("a", "theirs", 4.0, 1.0, "old"), ("a", "ours", 2.0, 0.5, "old"), ("b", "ours", 9.0, 0.9, "old"))
+    measured += (
+        ("b", "theirs", 12345.6, 1.0, "new"),
+        ("a", "ours", 1.00006, 0.25, "new"),
+        ("c", "ours", 1.0, 1.0, "new"),
+    )
+    columns = ("case", "engine", "seconds", "memory", "commit")
+    study.write_rows(
+        tmp_path / "speed.csv", [dict(zip(columns, map(str, row), strict=True)) | about for row in measured]
+    )
+    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
+    values = {"theirs, s": ("seconds", "theirs"), "ours, s": ("seconds", "ours"), "memory, %": ("memory", "ours")}
+    layout = benchmarks.Layout({"case": "step"}, values, {"case": ("a", "b")})
+    assert benchmarks.table("speed", layout).splitlines() == [
+        "| step | theirs, s | ours, s | memory, % |",
+        "| --- | --- | --- | --- |",
+        "| a | 4 | 1 | 25 |",
+        "| b | 12,346 | 9 | 90 |",
+        "",
+        "`python speed.py` at commit old, new, m, torch 2, open_clip_torch 3.",
+    ]
