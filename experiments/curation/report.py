@@ -11,6 +11,7 @@ CHOICES = {
     "distinct": "no near-duplicates",
     "similarity": "of these the most similar",
     "likelihood": "of these the likeliest",
+    "recaptioned": "of these the rest with new captions",
     "clean": "the truth",
 }
 NAMES = {f"noise{noise}_{choice}": f"{noise} %: {name}" for noise in (10, 30, 50) for choice, name in CHOICES.items()}
