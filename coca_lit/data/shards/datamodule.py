@@ -23,7 +23,7 @@ from coca_lit.data.shards.indexed import IndexedBatches, IndexedShards, TarIndex
 from coca_lit.data.shards.listing import Shard, find_shards, selected
 from coca_lit.data.shards.mixture import Source, check_weights
 from coca_lit.data.shards.reader import Preprocess
-from coca_lit.data.shards.selection import read_selection
+from coca_lit.data.shards.selection import Selection, read_selection
 from coca_lit.data.shards.store import PATIENCE
 from coca_lit.data.shards.stream import OPEN_SHARDS, SHUFFLE_BUFFER, ShardBatches, ShardOrder
 from coca_lit.data.shards.windows import WindowedBatches, Windows
@@ -122,7 +122,12 @@ class LAIONDataModule(CaptionDataModule):
     def shards(self) -> dict[str, list[Shard]]:
         """By the name of their source; shards of which nothing is selected are left out."""
         found = {name: find_shards(patterns, self.cache, self.commits) for name, patterns in self.patterns.items()}
-        return found | {name: selected(found[name], read_selection(Path(p))) for name, p in self.selections.items()}
+        return found | {name: selected(found[name], chosen) for name, chosen in self.chosen.items()}
+
+    @cached_property
+    def chosen(self) -> dict[str, Selection]:
+        """The selections, by the name of their source."""
+        return {name: read_selection(Path(path)) for name, path in self.selections.items()}
 
     @cached_property
     def order(self) -> Literal["all", "windows", "stream"]:
@@ -219,10 +224,19 @@ class LAIONDataModule(CaptionDataModule):
             self._read_at(self.trainer.strategy.broadcast(self.commits))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"commits": self.commits} if self.commits else {}
+        digests = {name: chosen.digest for name, chosen in self.chosen.items()}
+        state = {"commits": self.commits, "selections": digests}
+        return {name: value for name, value in state.items() if value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._read_at(state_dict["commits"])
+        """Raises `DataError` if a selection is not the one that the run began with."""
+        for name, digest in state_dict.get("selections", {}).items():
+            if name in self.chosen and self.chosen[name].digest != digest:
+                raise DataError(
+                    f"{self.selections[name]} is not the selection that the checkpoint was trained on: restore the "
+                    "file, or give the run another name"
+                )
+        self._read_at(state_dict.get("commits", self.commits))
 
     def _read_at(self, commits: dict[str, str]) -> None:
         if commits != self.commits:

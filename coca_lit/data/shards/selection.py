@@ -5,6 +5,7 @@ Training on shards with a selection equals training on copies of the shards that
 their file names, so that they can be moved. Only the keys of one shard at a time are in memory.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
-from coca_lit.reading import open_parquet, printable
+from coca_lit.reading import open_parquet, open_regular, printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +29,7 @@ class Selection:
     """The samples that are kept of a set of shards."""
 
     path: Path
+    digest: str  # of the file
     counts: Mapping[str, int] = field(hash=False, repr=False)  # of samples, by the file name of their shard
     groups: Mapping[str, list[int]] = field(hash=False, repr=False)  # the row groups that hold them
 
@@ -55,6 +57,8 @@ def read_selection(path: Path) -> Selection:
     counts: Counter[str] = Counter()
     groups: dict[str, list[int]] = {}
     with open_parquet(path, COLUMNS) as file:
+        with open_regular(path) as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
         kinds = {name: str(file.schema_arrow.field(name).type) for name in COLUMNS if name in file.schema_arrow.names}
         if any("string" not in kinds.get(name, "") for name in COLUMNS):
             raise DataError(
@@ -66,7 +70,7 @@ def read_selection(path: Path) -> Selection:
                 name = printable(row["values"] or "")
                 counts[name] += row["counts"]
                 groups.setdefault(name, []).append(group)
-    return Selection(path, dict(counts), groups)
+    return Selection(path, digest, dict(counts), groups)
 
 
 def write_selection(path: Path, batches: "Iterable[pa.RecordBatch]", about: Mapping[str, Any]) -> int:

@@ -83,6 +83,22 @@ def test_batches_are_those_of_copied_shards(folder, tmp_path, indexed, rank):
     assert seen <= {key for _, key in rows()}
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_are_those_of_copied_shards_on_any_ranks_and_workers(folder, tmp_path, monkeypatch, workers):
+    """Four samples at a time of each of two readers."""
+    monkeypatch.setattr("coca_lit.data.shards.datamodule.AUTO_BYTES", 0)
+    chosen, copied = select(tmp_path / "kept.parquet", rows()), copy(folder, tmp_path / "copied", rows())
+    windows = {"window": 8, "readers": 2}
+    expected = batches(tmp_path, copied, **windows)
+    ranks = [batches(tmp_path, folder, rank, 2, selection=chosen, num_workers=workers, **windows) for rank in (0, 1)]
+    joined = [
+        a._replace(keys=a.keys + b.keys, images=torch.cat([a.images, b.images]), tokens=torch.cat([a.tokens, b.tokens]))
+        for a, b in zip(*ranks, strict=True)
+    ]
+    assert_equal(joined, expected)
+
+
 @BOTH
 def test_a_mixture(folder, tmp_path, indexed):
     chosen, copied = select(tmp_path / "kept.parquet", rows()), copy(folder, tmp_path / "copied", rows())
@@ -100,6 +116,22 @@ def test_samples_are_counted_by_the_selection(folder, tmp_path, indexed):
     )  # fmt: skip
     assert data.epoch_samples == len(rows())
     assert [shard.file_name for shard in data.shards[""]] == ["00000.tar", "00002.tar", "00003.tar"]
+
+
+def test_another_selection_is_not_resumed(folder, tmp_path):
+    """Neither of the same number of samples, under the same name."""
+    path = tmp_path / "k.parquet"
+
+    def data() -> LAIONDataModule:
+        others = {"tokenizer": TOKENIZER, "batch_size": 4, "cache_dir": str(tmp_path / "cache")}
+        return LAIONDataModule(str(folder), None, selection=select(path, chosen), **others)
+
+    chosen = rows()
+    state = data().state_dict()
+    data().load_state_dict(state)
+    chosen = [*rows()[:-1], ("00003.tar", "30002")]
+    with pytest.raises(DataError, match=r"k\.parquet is not the selection that the checkpoint was trained on: restore"):
+        data().load_state_dict(state)
 
 
 @pytest.mark.parametrize("more", [{"row_group_size": 3}, {"use_dictionary": False}, {"data_page_version": "2.0"}])
