@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from coca_lit.data.shards.store import PATIENCE, Stored, ask, stored
+from coca_lit.data.shards.store import PATIENCE, Stored, ask, fetch, stored
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, csv_line
 
@@ -96,14 +96,14 @@ class ShardCache(NamedTuple):
         """By the process that holds the download lock of `path`."""
         partial, room = _beside(path, PARTIAL), _beside(path, ROOM)
 
-        def fetch(store: Any) -> None:
+        def download(store: Any) -> None:
             began, found = time.time(), stored(store, url)
             if expected not in (None, found):
                 raise ChangedError(f"{url} has changed since it was listed")
             size = found.bytes
             try:
                 self._reserve(url, room, size)
-                store.get_file(url, str(partial))
+                fetch(store, url, partial, size)
                 self.record(url, partial.stat().st_size, began)
                 if partial.stat().st_size != size:
                     raise ConnectionError(f"{url} came with {partial.stat().st_size} of {size} bytes")
@@ -116,7 +116,7 @@ class ShardCache(NamedTuple):
                 partial.unlink(missing_ok=True)
                 room.unlink(missing_ok=True)
 
-        ask(url, self.patience, fetch)
+        ask(url, self.patience, download)
 
     def _reserve(self, url: str, room: Path, size: int) -> None:
         """Reserves room by a file of that size, which other processes count; removes files until there is enough."""

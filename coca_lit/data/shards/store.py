@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from io import SEEK_CUR, BufferedIOBase
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 
@@ -153,6 +154,19 @@ def read_range(store: Any, url: str, start: int, end: int) -> bytes:
     if len(content) < end - start:
         raise ConnectionError(f"{url} came with {len(content)} of {end - start} bytes")
     return content
+
+
+def fetch(store: Any, url: str, path: Path, size: int) -> None:
+    """Copies a file of that size. A web server that begins to send more is not listened to: it may have no end."""
+    if not _is_web(url):
+        return store.get_file(url, str(path))
+    from fsspec.callbacks import Callback
+
+    def check(announced: int | None, received: int) -> None:
+        if max(announced or 0, received) > size:
+            raise ConnectionError(f"{url} comes with more than {size} bytes")
+
+    store.get_file(url, str(path), callback=Callback(hooks={"size": check}))
 
 
 def at_commit(url: str, commits: dict[str, str], patience: float = PATIENCE) -> str:

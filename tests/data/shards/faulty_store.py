@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,11 +27,13 @@ AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=k/20260101/us-east-1/s3/aws4_reques
 class FaultyStore:
     """Answers with the next of `faults`, then with `always`, if that is one, and else as the server behind it.
 
-    Faults: "reset" (of the connection), "cut" (in the middle of the body), "slow" (a body in pieces), and `CODES`.
+    Faults: "reset" (of the connection), "cut" (in the middle of the body), "slow" (a body in pieces), "endless" (the
+    body of a GET goes on for 64 MB), and `CODES`.
 
     Attributes:
         root: of the URLs of buckets.
         attempts: at most, that the client makes before it raises an error.
+        sent: bytes of the last endless body.
     """
 
     root, attempts = "s3://", 1
@@ -40,7 +42,7 @@ class FaultyStore:
         self.backend, self._exit = self._serve()
         self.faults: deque[str] = deque()
         self.always = ""
-        self.requests = 0
+        self.requests = self.sent = 0
         self._proxy: ThreadingHTTPServer | None = None
         self.port = 0
         self.start()
@@ -183,11 +185,13 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "HEAD":
                 self.send_header("Content-Length", answer.getheader("Content-Length") or "0")
             backend.close()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and fault != "endless":
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return None
+        if fault == "endless":
+            return self._go_on()
         if fault == "cut":
             self.wfile.write(body[: len(body) // 2])
             return self._hang_up()
@@ -201,6 +205,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def _go_on(self) -> None:
+        self.store.sent, self.close_connection = 0, True
+        with suppress(OSError):
+            while self.store.sent < 2**26:
+                self.store.sent += self.wfile.write(bytes(2**16))
 
     def _hang_up(self) -> None:
         self.wfile.flush()

@@ -253,6 +253,15 @@ def windows(local: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple
         return batches(data)
 
 
+def test_a_web_server_that_sends_without_end_is_left(store, tmp_path, local):
+    """The cache has room for what it announced; the next attempt gets that."""
+    cache, url = ShardCache(tmp_path / "cache", 10**6), f"{store.url}/bucket/set/00001.tar"
+    store.faults.extend(["", "endless"])
+    with cache.open(url) as path:
+        assert path.read_bytes() == (local / "00001.tar").read_bytes()
+    assert 0 < store.sent < 2**25
+
+
 def test_a_download_that_is_killed_is_begun_again(store, tmp_path, local):
     cache = ShardCache(tmp_path / "cache", 10**6)
     store.always = "slow"
