@@ -79,9 +79,8 @@ def _score(options: argparse.Namespace) -> None:
     for shard in shards:
         print_faults(str(shard.path), shard.bad, shard.examples)
     good, bad = sum(shard.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
-    done = sum(shard.skipped for shard in shards)
-    print(f"{len(shards):,} shards ({done:,} were done), {good:,} samples scored, {bad:,} bad ones left out")
-    work.close(len(paths))
+    print(f"{good:,} samples have scores, {bad:,} bad ones are left out")
+    work.close(len(paths), found=sum(shard.skipped for shard in shards))
 
 
 def add_filter(commands: "Commands") -> None:

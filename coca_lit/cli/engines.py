@@ -199,15 +199,18 @@ class Work:
                     self.done += 1
                     yield outcome
 
-    def close(self, total: int) -> None:
+    def close(self, total: int, found: int = 0) -> None:
         """Prints what became of `total` shards, of which `Work` got those that were not finished before.
+
+        Args:
+            found: of those that it got, how many a process found to be finished.
 
         Raises:
             DataError: some failed.
         """
         for shard, reason in self.failed.items():
             print(f"failed: {shard}: {reason}", file=sys.stderr)
-        done, failed = self.done, len(self.failed)
+        done, failed = self.done - found, len(self.failed)
         counts = f"{done:,} done, {total - done - failed:,} skipped (finished before), {failed:,} failed"
         print(f"{self.doing} {total:,} shards: {counts}", file=sys.stderr)
         if failed:

@@ -115,11 +115,13 @@ def test_a_repeated_command_scores_what_is_new(work, tmp_path, capsys, monkeypat
     naive = judge._scores
     monkeypatch.setattr(judge, "_scores", lambda *given: scored.append(len(given[2])) or naive(*given))
     coca_data(words)
-    assert "2 shards (0 were done), 10 samples scored, 0 bad ones left out" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "10 samples have scores, 0 bad ones are left out" in said.out
+    assert "scoring 2 shards: 2 done, 0 skipped (finished before), 0 failed" in said.err
     content = [path.read_bytes() for path in sorted(work.shards[0].parent.glob("*.parquet"))]
     work.shards[0].with_name("00001.scores.parquet").unlink()
     coca_data(words)
-    assert "2 shards (1 were done)" in capsys.readouterr().out
+    assert "scoring 2 shards: 1 done, 1 skipped (finished before), 0 failed" in capsys.readouterr().err
     assert content == [path.read_bytes() for path in sorted(work.shards[0].parent.glob("*.parquet"))]
     spoil(work.shards[0], {"000000.json": b"{}"})
     coca_data(words)
