@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,30 @@ def test_killed_twice_in_an_epoch(
             assert [bool(row[f"train/{name}"]) for name in ("policy_loss", "reward", "contrastive_loss")] == [
                 not text
             ] * 3
+
+
+@pytest.mark.slow
+def test_windows_of_a_store_are_resumed_with_other_workers(tmp_path: Path, shards: tuple[str, ...]) -> None:
+    """Shards on a real S3 server: killed with two workers, then finished by one."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    from faulty_store import FaultyStore
+
+    local = sorted(Path(shards[1].partition("=")[2].partition("*")[0]).glob("*/*.tar"))
+    with closing(FaultyStore()) as store:
+        store.put("bucket", {f"set/{i}.tar": path.read_bytes() for i, path in enumerate(local)})
+        keys = {"AWS_ENDPOINT_URL": store.url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+        windows = (
+            *("data=laion", "data.shards=s3://bucket/set/*.tar", "data.epoch_samples=24", "data.window=12"),
+            *("data.readers=2", f"data.cache_dir={tmp_path}/cache", "callbacks.checkpoint.every_n_steps=1"),
+        )
+        assert train(tmp_path / "whole", *windows, "data.num_workers=0", environment=keys) == 0
+        killed = train(tmp_path / "killed", *windows, "data.num_workers=2", watch=Die(8), environment=keys)
+        assert killed == -signal.SIGKILL
+        assert train(tmp_path / "killed", *windows, "data.num_workers=1", environment=keys) == 0
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
+    weights = [state(tmp_path / name)["state_dict"] for name in ("whole", "killed")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_stopped_early_is_finished(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from coca_lit.cli.data import data as coca_data
 from coca_lit.data.loader import Schedule
 from coca_lit.data.shards import windows as windowed
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import Stamp, TarIndex, make_index
+from coca_lit.data.shards.indexed import IndexedBatches, Stamp, TarIndex, make_index
 from coca_lit.data.shards.listing import Shard
 from coca_lit.data.shards.mixture import Source, weighted_round_robin
 from coca_lit.data.shards.windows import WindowedBatches, Windows
@@ -119,6 +119,26 @@ def test_every_pass_of_a_reader_is_cut_into_windows_within_the_limits(windows):
             assert max(lengths) <= limit
             found += [i for _, i in drawn]
         assert sorted(found) == list(range(sum(COUNTS["a"])))
+
+
+def test_a_batch_is_mixed_from_the_shards_of_its_windows():
+    """The defaults at a hundredth of their size: windows of 2,621 samples of 16 readers, and 200 shards of 100. Of the
+    pairs in a batch of a permutation one in 200 is of one shard.
+    """
+    one, schedule = [Source("", [index(str(i), 100) for i in range(200)])], Schedule(20_000, 928)
+
+    def mixing(batches: IndexedBatches) -> tuple[float, float]:
+        """Shards in a batch, and the share of its pairs that are of one shard."""
+        found = [Counter(i // 100 for _, i in batches.global_batch(number)) for number in range(20)]
+        pairs = [sum(n * (n - 1) for n in counts.values()) / (928 * 927) for counts in found]
+        return float(np.mean([len(counts) for counts in found])), float(np.mean(pairs))
+
+    shards, pairs = mixing(WindowedBatches(one, schedule, SEED, 0, 20, windows=Windows(2621, 1e9, 16)))
+    assert 42 <= shards <= 1.25 * 42
+    assert 1 / 42 <= pairs <= 1 / 26
+    shards, pairs = mixing(IndexedBatches(one, schedule, SEED, 0, 20))
+    assert shards > 190
+    assert pairs == pytest.approx(1 / 200, rel=0.05)
 
 
 def test_machines_read_shards_of_their_own_in_every_pass():
