@@ -63,6 +63,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(file), f"{page}: {target}"
 
 
+def test_tests_that_pages_name_exist() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", text_of(page))}
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named <= set(re.findall(r"def (test_\w+)\(", code))
+
+
 # Commands
 
 COMMANDS = {"train": (), "evaluate": (), "caption": "images", "search": ("index", "query"), "plan": (), "demo": ()}
