@@ -164,7 +164,7 @@ def draw_lines(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], x:
 def by_seed(rows: Sequence[Row]) -> str:
     """Markdown for a study of few runs: a line per score, a column per run, mean ± std where there are several."""
     several = len(rows) > 1
-    names = [f"seed {row['seed']}" if several else row["run"] for row in rows]
+    names = [f"seed {row['seed']}" for row in rows]
     end = ["mean ± std"] if several else []
     header = ["score", *names, *end]
     lines = [["seconds, all included", *(row["seconds"] for row in rows), *[""] * several]]
@@ -185,7 +185,17 @@ def by_variant(rows: Sequence[Row], scores: Mapping[str, str]) -> str:
 def as_they_are(rows: Sequence[Row]) -> str:
     """Markdown of the columns of the CSV: a line per row."""
     columns = [key for key in rows[0] if key not in ABOUT]
-    return with_about(columns, [[row[key] for key in columns] for row in rows], rows)
+    return with_about(columns, [[readable(row[key]) for key in columns] for row in rows], rows)
+
+
+def readable(text: str, factor: float = 1) -> str:
+    """A number times the factor, with at most four significant digits and commas at thousands; other text as it is."""
+    if not re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", text):
+        return text
+    value = float(text) * factor
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 or not value else f"{value:.2g}"
 
 
 def unit(score: str, title: str) -> str:

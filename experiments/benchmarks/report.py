@@ -3,13 +3,12 @@
 The CSVs hold more columns than the tables, versions of all packages among them.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from coca_lit.report.tables import Table, markdown
-from experiments.study import Row, read_rows
+from experiments.study import Row, read_rows, readable
 
 FOLDER = Path(__file__).resolve().parent
 SIDES = ("engine", "way")  # columns that say which program a row measured
@@ -171,10 +170,4 @@ def _value(row: Row, column: str) -> str:
 
 
 def _cell(text: str, title: str = "") -> str:
-    """Numbers with four significant digits at most, thousands set apart, shares in percent."""
-    if not re.fullmatch(r"-?\d+(\.\d+)?(e[+-]?\d+)?", text):
-        return SPELLED.get(text, text)
-    value = float(text) * (100 if "%" in title else 1)
-    if value and abs(value) < 1e-3:
-        return f"{value:.2g}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return SPELLED.get(text) or readable(text, 100 if "%" in title else 1)

@@ -10,18 +10,20 @@ SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "exact_match": "exact match, %"}
 
 
 def tables() -> dict[str, str]:
-    """A table per data set: a line for each strategy and weight."""
+    """A table per data set: a line for each model, kind of candidates and score, a column for each weight."""
     found = {}
     for data in dict.fromkeys(row["data"] for row in read_rows(RESULTS)):
         rows = [row for row in read_rows(RESULTS) if row["data"] == data]
-        lines = []
-        for row in rows:
-            if row["weight"] in SHOWN:
-                candidates = f"{row['candidates']} {'beams' if row['strategy'] == 'beam' else 'draws'}"
-                lines.append([row["model"], candidates, row["weight"], *(mean_std(numbers([row], s)) for s in SCORES)])
-        header = ["model", "candidates", "weight", *SCORES.values()]
+        lines: dict[tuple[str, str, str], list[str]] = {}
+        for score, title in SCORES.items():
+            for row in rows:
+                if row["weight"] in SHOWN and any(numbers(rows, score)):
+                    candidates = f"{row['candidates']} {'beams' if row['strategy'] == 'beam' else 'draws'}"
+                    lines.setdefault((title, row["model"], candidates), []).append(mean_std(numbers([row], score)))
+        header = ["score", "model", "candidates", *(f"weight {weight}" for weight in SHOWN)]
         name = f"contrastive_reranking/{data}"
-        found[name] = with_about(header, lines, rows, "experiments/contrastive_reranking/run.sh")
+        cells = [[*names, *values] for names, values in lines.items()]
+        found[name] = with_about(header, cells, rows, "experiments/contrastive_reranking/run.sh")
     return found
 
 

@@ -1,25 +1,46 @@
-"""Table and figure of two hours on Flickr8k."""
+"""Tables and figure of two hours on Flickr8k."""
 
 from pathlib import Path
 
 from coca_lit.report.scores import score_name
-from experiments.study import by_variant, draw_variants, read_rows
+from experiments.study import Row, by_variant, draw_variants, read_rows, renamed
 
 RESULTS = Path(__file__).with_name("results.csv")
-SCORES = {
-    "seconds": "seconds",
-    **{f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")},
-    **{f"flickr8k/{side}_recall@{k}": f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)},
-    **{f"flickr8k/reranked_{side}_recall@1": f"{side} R@1 re-ranked" for side in ("i2t", "t2i")},
+BEAMS = "8 beams chosen by similarity"
+NAMES = {
+    "frozen_captions": "frozen",
+    "frozen_rewards": "frozen, rewards",
+    "frozen_rewards_8beams_reranked": f"frozen, rewards, {BEAMS}",
+    "captions": "captions",
+    "rewards": "captions, rewards",
+    "captions_8beams_reranked": f"captions, {BEAMS}",
 }
+SEARCHES = {name: NAMES[name] for name in ("frozen_captions", "frozen_rewards", "captions", "rewards")} | {
+    "reranked": "captions, re-ranked by the decoder"
+}
+CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
+SIDES = {"i2t": "image to text", "t2i": "text to image"}
+RECALL = {f"flickr8k/{side}_recall@{k}": f"{title} R@{k}" for side, title in SIDES.items() for k in (1, 5, 10)}
 
 
 def tables() -> dict[str, str]:
     rows = read_rows(RESULTS)
-    return {"flickr8k_two_hours": by_variant(rows, SCORES)} if rows else {}
+    if not rows:
+        return {}
+    name = RESULTS.parent.name
+    return {
+        name: by_variant(renamed(rows, NAMES), {"seconds": "seconds"} | CAPTIONS),
+        f"{name}/retrieval": by_variant(renamed([*rows, *map(_reranked, rows)], SEARCHES), RECALL),
+    }
+
+
+def _reranked(row: Row) -> Row:
+    """The row of the scores after re-ranking, named so if it has them."""
+    scores = {score: row[score.replace("/", "/reranked_")] for score in RECALL}
+    return row | scores | {"run": f"reranked_seed{row['seed']}" if all(scores.values()) else ""}
 
 
 def draw() -> None:
     shown = ("Bleu_4", "METEOR", "CIDEr", "i2t_recall@1", "t2i_recall@1")
-    scores = {f"flickr8k/{score}": SCORES[f"flickr8k/{score}"] for score in shown}
+    scores = {score: title for score, title in (CAPTIONS | RECALL).items() if score.partition("/")[2] in shown}
     draw_variants(read_rows(RESULTS), scores, RESULTS.with_name("flickr8k_two_hours.png"))
