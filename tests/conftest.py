@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,28 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _files_of_conf_are_read_once() -> Iterator[None]:
+    """Tests compose hundreds of configs, and a third of the time would go into parsing the same files."""
+    from omegaconf import OmegaConf
+
+    from coca_lit.cli.command import CONF
+
+    load, shipped = OmegaConf.load, {}
+
+    def load_once(file: Any) -> Any:
+        path = str(getattr(file, "name", file))
+        if not path.startswith(f"{CONF}/"):  # a test's own
+            return load(file)
+        if path not in shipped:
+            shipped[path] = load(file)
+        return deepcopy(shipped[path])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", load_once)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -54,6 +54,7 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module or ""
 
 
+@pytest.mark.slow
 def test_plain_parts_load_no_framework() -> None:
     (loaded,) = loaded_by(PLAIN)
     assert "torch" in loaded

@@ -722,6 +722,7 @@ def test_no_secret_in_what_a_run_prints_and_writes(tmp_path, monkeypatch):
     assert "typed-" not in wrong.stderr
 
 
+@pytest.mark.slow
 def test_no_secret_of_a_sweep(tmp_path):
     """In Hydra's record, the log lines of its launcher, our records, and names of folders."""
     words = ("-m", "seed=1,2", "++logger.csv.token=typed-1", "model.net.name=nothing", "hydra.sweep.subdir=${seed}")

@@ -268,6 +268,7 @@ def test_null_is_accepted_where_it_has_a_meaning() -> None:
     )
 
 
+@pytest.mark.slow
 def test_cheap_mistakes_are_found_before_torch_is_imported(tmp_path: Path) -> None:
     program = f"""
 import sys

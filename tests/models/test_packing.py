@@ -114,6 +114,7 @@ def test_packed_equals_padded_under_bf16(batch: tuple, monkeypatch: pytest.Monke
     assert_close(packed, padded, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_and_stop_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths that were not seen before compile nothing."""
     torch.manual_seed(0)

@@ -169,7 +169,7 @@ SHORT = (
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, precision: str) -> None:
     saved = {}
     for size in ("null", "2"):

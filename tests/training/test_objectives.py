@@ -187,6 +187,7 @@ def test_objectives_that_cannot_join_are_refused(
 SMALL = ("trainer=smoke", "scoring.images=8", "data.train_count=16")
 
 
+@pytest.mark.slow
 def test_a_run_that_answers(tmp_path: Path) -> None:
     results = run(tmp_path, "experiment=scenes_vqa", *SMALL)
     kinds = {"colour", "shape", "count", "place", "classifier", "blind"}

@@ -291,6 +291,7 @@ def test_cooldown_by_hand() -> None:
         rates(5, 4)
 
 
+@pytest.mark.slow
 def test_a_branch_cools_down_from_a_trunk_with_the_same_bits(tmp_path: Path) -> None:
     """A trunk of 4 steps and a branch of 2 from its checkpoint are one run of 6 steps, with Muon's state."""
     options = (

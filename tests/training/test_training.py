@@ -75,6 +75,7 @@ def tensors(net: CoCa) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
+@pytest.mark.slow
 def test_overfits_eight_scenes(tmp_path: Path) -> None:
     one_batch = ("data.train_count=8", "trainer.max_epochs=40", "model.optimizer.lr=4e-3", "callbacks.checkpoint=null")
     run(tmp_path, *SHORT, *one_batch)

@@ -261,7 +261,7 @@ def _by_count(samples: Iterator[ShardSample], size: int, rng: random.Random) -> 
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("num_workers", [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3))])
 def test_a_resumed_stream_continues_with_the_same_batches(tmp_path, num_workers):
     paths = write_shards(tmp_path, 7, 9)
     spoil(paths[0], {"00001.jpg": b"junk", "00004.txt": None})  # bad samples must not shift the position

@@ -275,6 +275,7 @@ def __getattr__(name: str) -> Any: ...
 NEEDED = ("__init__", "coca", "generation/generate", "generation/options")
 
 
+@pytest.mark.slow
 def test_the_call_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "typed.py"
     file.write_text(TYPED)
