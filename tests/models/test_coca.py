@@ -59,17 +59,14 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_builds_and_builds_again_from_its_config(name: str) -> None:
+def test_every_preset_builds(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
-        again = CoCa(**json.loads(json.dumps(model.config)))
     assert sum(p.numel() for p in model.parameters()) > 0
-    assert again.config == model.config
-    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_runs_when_made_small(name: str) -> None:
+def test_every_preset_runs_when_made_small_and_builds_again_from_its_config(name: str) -> None:
     small = {"embed_dim": 32, "pooler_heads": 4, "text_width": 32, "text_heads": 4, "text_layers": 1}
     arguments = PRESETS[name]
     if arguments["image_encoder"].startswith("vit_"):
@@ -82,6 +79,9 @@ def test_every_preset_runs_when_made_small(name: str) -> None:
         assert out.hidden is None
     else:
         assert out.logits.shape == (3 + 5, model.tokenizer.vocab_size)
+    again = CoCa(**json.loads(json.dumps(model.config)))
+    assert again.config == model.config
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
 def test_the_decoder_of_b32_sees_255_image_tokens() -> None:

@@ -74,7 +74,7 @@ def test_greedy_equals_the_uncached_loop(model: CoCa, count: int, prompt: str, r
     assert torch.equal(captions, padded(expected, model.tokenizer.pad_id))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("width", [2, 3])  # one beam is greedy, see below
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("rules", [{}, {"least": 6, "penalty": 1.5, "ngram": 2}], ids=["free", "constrained"])
