@@ -133,7 +133,10 @@ def test_faults_that_pass_change_nothing(store, tmp_path, expected, caplog):
 
 @pytest.mark.parametrize(
     ("server", "workers"),
-    [(FaultyStore, 0), (FaultyStore, 2), (FaultyGoogleStore, 2), (FaultyHub, 2)],
+    [
+        *((FaultyStore, count) for count in (0, 2)),
+        *(pytest.param(other, 2, marks=pytest.mark.slow) for other in (FaultyGoogleStore, FaultyHub)),
+    ],
     indirect=["server"],
 )
 def test_a_store_that_is_away_and_comes_back_changes_nothing(store, tmp_path, expected, workers):
