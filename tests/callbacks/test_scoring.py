@@ -213,6 +213,7 @@ def test_the_best_so_far_survives_a_resumed_run(tmp_path: Path) -> None:
     assert best(tmp_path) == (10, 6)
 
 
+@pytest.mark.slow
 def test_steps_that_are_made_again_do_not_hold_the_best(tmp_path: Path) -> None:
     keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=9")
     train(tmp_path, *keep, evals=[Planned(1, 2, 7, 0, 3)], **STEPS)

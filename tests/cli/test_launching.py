@@ -89,6 +89,7 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
     assert f"best scenes/i2t_median_rank: 0.6 in {sweep.relative_to(tmp_path)}/model.optimizer.lr=0.4" in done.stdout
 
 
+@pytest.mark.slow
 def test_processes_side_by_side_of_which_one_is_killed(run: Run, tmp_path: Path) -> None:
     """All others are awaited and shown; the dead one has its reason, also where it had begun."""
     pytest.importorskip("cloudpickle")

@@ -69,7 +69,7 @@ def test_every_preset_builds(name: str) -> None:
 def test_every_preset_runs_when_made_small_and_builds_again_from_its_config(name: str) -> None:
     small = {"embed_dim": 32, "pooler_heads": 4, "text_width": 32, "text_heads": 4, "text_layers": 1}
     arguments = PRESETS[name]
-    if arguments["image_encoder"].startswith("vit_"):
+    if arguments["image_encoder"].startswith(("vit_", "naflex")):
         vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
         small["image_encoder_args"] = arguments.get("image_encoder_args", {}) | vit
     model = create_model(name, **small, decoder_layers=min(1, arguments.get("decoder_layers", 1))).eval()

@@ -54,7 +54,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("micro_batch_size", ["null", "2"])
+@pytest.mark.parametrize("micro_batch_size", ["null", pytest.param("2", marks=pytest.mark.slow)])
 def test_ddp_equals_one_process(on_ranks, tmp_path: Path, one_process: Path, micro_batch_size: str) -> None:
     micro = f"trainer.micro_batch_size={micro_batch_size}"
     on_ranks(2, train, tmp_path, "data.train_count=16", micro, *DDP)
