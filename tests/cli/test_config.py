@@ -1,6 +1,5 @@
 """Every config composes and builds; a mistake in one is a sentence that says what was meant."""
 
-import itertools
 import os
 import subprocess
 import sys
