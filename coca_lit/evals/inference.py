@@ -20,6 +20,7 @@ from coca_lit.data.records import Record
 from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.likelihood import ReadTexts, image_keys_values
 from coca_lit.models.patches import Images, stack_images
 
 MEAN_COLOUR = (123, 117, 104)  # of the pixels that OpenAI trained CLIP with
@@ -127,21 +128,22 @@ def log_likelihoods(
         texts_of: position of a record -> numbers of the texts that are scored beside its image, one or more.
         batch_size: images that are encoded, and pairs that the decoder reads, at a time.
     """
-    tokens = model.tokenizer(texts)  # (T, L)
+    tokens = model.tokenizer(texts).to(model.device)  # (T, L)
+    read = evaluating(model, partial(ReadTexts, model, batch_size=batch_size), tokens)
     own: list[tuple[int, Tensor]] = []
     for positions, images in image_batches(model, records, batch_size, num_workers):
-        encoded = evaluating(model, model.image_encoder, images)  # (B, S, C)
-        wanted = [list(texts_of(position)) for position in positions]
+        encoded = evaluating(model, partial(image_keys_values, model), images)
+        wanted = [torch.tensor(texts_of(position)) for position in positions]
         for count, group in groupby(range(len(positions)), key=lambda row: len(wanted[row])):
             alike, at_once = list(group), max(batch_size // count, 1)
             for rows in (alike[start : start + at_once] for start in range(0, len(alike), at_once)):
-                numbers = torch.tensor([wanted[row] for row in rows])  # (R, K)
-                score = partial(model.log_likelihood, encoded[rows])
-                parts = [
-                    evaluating(model, score, tokens[part.flatten()].to(model.device)).cpu().view(part.shape)
-                    for part in numbers.split(max(batch_size // len(rows), 1), dim=1)
-                ]
-                own += zip([positions[row] for row in rows], torch.cat(parts, dim=1), strict=True)
+                score = partial(read.log_likelihoods, [(keys[rows], values[rows]) for keys, values in encoded])
+                numbers = torch.stack([wanted[row] for row in rows])  # (R, K)
+                by_length = read.lengths[numbers].argsort(dim=1, stable=True)  # less padding, same result
+                parts = numbers.gather(1, by_length).split(max(batch_size // len(rows), 1), dim=1)
+                scored = torch.cat([evaluating(model, score, part).cpu() for part in parts], dim=1)
+                scored = torch.empty_like(scored).scatter(1, by_length, scored)
+                own += zip([positions[row] for row in rows], scored, strict=True)
     found = dict(pair for part in gather_objects(own) for pair in part)
     return [found[i] for i in range(len(records))]
 

@@ -26,9 +26,9 @@ def records() -> list[Record]:
     return [Record(f"image {i}", partial(noise, i), captions[i]) for i in range(7)]
 
 
-def make_model() -> CoCa:
+def make_model(**overrides: Any) -> CoCa:
     torch.manual_seed(0)
-    model = create_model("coca_tiny", tokenizer=WORDS)
+    model = create_model("coca_tiny", tokenizer=WORDS, **overrides)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)  # so that images and texts differ clearly
