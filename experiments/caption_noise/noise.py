@@ -1,14 +1,12 @@
-"""How far caption scores scatter: over images, tokenizers and references, and over seeds and beams of our own models.
+"""How far caption scores scatter over images, tokenizers and references, from published captions.
 
     python -m experiments.caption_noise.noise example FOLDER
     python -m experiments.caption_noise.noise test FOLDER
-    python -m experiments.caption_noise.noise runs CHECKPOINT CHECKPOINT
 
-`example` scores coco-caption's example (1,000 images, SPICE included), `test` the captions of a published model for the
-5,000 images of COCO's Karpathy test split; FOLDER holds fakecap_refs.json and fakecap_results.json, or
-coco_karpathy_test_generated.json. `runs` has models of one recipe that differ in their seed describe scenes with unseen
-combinations. Rows are added to results.csv, in place of earlier ones of the same data: a score with the interval of
-draws of so many images, or the difference of two systems on the same draws.
+`example` scores coco-caption's example (1,000 images), with SPICE if its jars are there, `test` the captions of a
+published model for the 5,000 images of COCO's Karpathy test split. FOLDER holds fakecap_refs.json and
+fakecap_results.json, or coco_karpathy_test_generated.json. Rows are added to results.csv, in place of earlier ones of
+the same data: a score with the interval of draws of so many images, or the difference of two systems on the same draws.
 """
 
 import argparse
@@ -19,15 +17,12 @@ import numpy as np
 import torch
 
 from coca_lit.data.datasets.annotations import read_references, read_results
-from coca_lit.data.scenes.render import scene_records
-from coca_lit.evals.inference import caption_images
 from coca_lit.metrics.captions import SCORERS, STANDARD, Tokens, score_tokens, tokenize_captions
 from coca_lit.metrics.diversity import WORD
 from coca_lit.metrics.java.spice import SpiceError, spice_jars
 from coca_lit.metrics.uncertainty import DRAWS, Draws, difference
 from coca_lit.reading import read_json
 from coca_lit.runs.run_folder import environment
-from coca_lit.weights.load import load_model
 from experiments.study import Row, read_rows, write_rows
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -38,7 +33,6 @@ PAIRS = (
     ("model", "model, 4 references"),
     ("model, 4 references", "person, 4 references"),
 )
-BEAMS = (1, 4, 8)
 
 References = Mapping[int | str, Sequence[str]]
 Captions = Mapping[int | str, str]
@@ -150,31 +144,13 @@ def test(folder: Path) -> Iterator[Row]:
         yield from compared(f"{data}, a fifth", (first, second), found[first], found[second])
 
 
-def runs(checkpoints: Sequence[Path]) -> Iterator[Row]:
-    """Models that differ in their seed alone, each with greedy search and with beams."""
-    data, systems = "unseen combinations", {}
-    for checkpoint in checkpoints:
-        model, seed = load_model(checkpoint).eval(), checkpoint.resolve().parents[1].name.rpartition("_")[2]
-        records = scene_records("compositional", size=model.image_size)
-        references = {record.id: list(record.captions) for record in records}
-        for beams in BEAMS:
-            options = {} if beams == 1 else {"strategy": "beam", "num_beams": beams}
-            tokens = tokenize_captions(references, caption_images(model, records, options=options))
-            name = f"{seed}, {'greedy' if beams == 1 else f'{beams} beams'}"
-            systems[name] = measured(tokens, [len(records)])
-            yield from scattered(data, name, systems[name])
-    (base, first), *others = systems.items()
-    for name, system in others:
-        yield from compared(data, (base, name), first, system)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["example", "test", "runs"])
-    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("what", choices=["example", "test"])
+    parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = runs(args.paths) if args.what == "runs" else {"example": example, "test": test}[args.what](*args.paths)
+    found = (example if args.what == "example" else test)(args.folder)
     about = {name: str(environment()[name]) for name in ("commit", "machine", "torch")}
     new = [each | about for each in found]
     sets = {each["data"] for each in new}

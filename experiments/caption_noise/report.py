@@ -23,18 +23,22 @@ def tables() -> dict[str, str]:
     scores = lines([row for row in rows if not row["against"] and row["low"]], "data", "captions", "images")
     fifths = lines([row for row in rows if not row["low"]], "data", "captions", "images")
     differences = lines([row for row in rows if row["against"]], "data", "captions", "against", "images")
-    about = (rows, "experiments/caption_noise/run.sh")
-    found = {
-        "caption_noise": with_about(
-            ["data", "captions", "images", *SCORES.values()],
-            [*cells(scores, lambda own: pair(value(own[0]), half_width(own[0]))), *cells(fifths, of_parts)],
-            *about,
-        ),
-        "caption_noise/differences": with_about(
-            ["data", "captions", "minus", "images", *SCORES.values()], cells(differences, difference), *about
+    found = cells(scores, lambda own: pair(value(own[0]), half_width(own[0])))
+    found += cells([*fifths, (("scenes, unseen combinations", "three seeds", "512"), of_seeds())], of_parts)
+    return {
+        "caption_noise": table(["data", "captions", "images"], found, rows),
+        "caption_noise/differences": table(
+            ["data", "captions", "minus", "images"], cells(differences, difference), rows
         ),
     }
-    return found
+
+
+def table(names: Sequence[str], body: Sequence[Sequence[str]], rows: Sequence[Row]) -> str:
+    """Markdown of the lines, without scores that no line has."""
+    header = [*names, *SCORES.values()]
+    kept = [i for i in range(len(header)) if any(line[i] for line in body)]
+    lines = [[line[i] for i in kept] for line in body]
+    return with_about([header[i] for i in kept], lines, rows, "experiments/caption_noise/run.sh")
 
 
 def lines(rows: Sequence[Row], *named_by: str) -> list[Line]:
@@ -53,8 +57,16 @@ def cells(found: Sequence[Line], shown: Callable[[Sequence[Row]], str]) -> list[
     ]
 
 
+def of_seeds() -> list[Row]:
+    """The scores of the three seeds of the demo, a row for each."""
+    runs = read_rows(RESULTS.parents[1] / "demo" / "results.csv")
+    return [
+        {"score": score, "value": own} for run in runs for score in SCORES if (own := run.get(f"compositional/{score}"))
+    ]
+
+
 def of_parts(own: Sequence[Row]) -> str:
-    """Mean of disjoint sets of images, and the half-width of an interval as wide as they scatter."""
+    """Mean of disjoint sets of images, or of seeds, and the half-width of an interval as wide as they scatter."""
     values = [value(row) for row in own]
     return pair(statistics.mean(values), 1.96 * statistics.stdev(values))
 
@@ -65,7 +77,7 @@ def difference(own: Sequence[Row]) -> str:
 
 
 def pair(center: float, half: float) -> str:
-    return f"{center:.2f} ± {half:.2f}"
+    return f"{round(center, 2) + 0:.2f} ± {half:.2f}"  # + 0: no negative zero
 
 
 def value(row: Mapping[str, str]) -> float:
@@ -95,12 +107,15 @@ def draw() -> None:
             ratio = value(row) / max(half_width(row), 1e-9)
             axes.plot(ratio, place + shift, marker, color=COLOURS[row["score"]], markersize=6)
     axes.axvspan(-1, 1, color="0.85", zorder=0)
-    axes.set_xscale("symlog", linthresh=2)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("difference, in half-widths of its 95 % interval (grey: noise)")
     axes.grid(axis="x", alpha=0.3)
-    handles = [plt.Line2D([], [], marker=m, ls="", color=COLOURS[n], label=SCORES[n]) for n, m, _ in MARKS]
+    handles = [
+        plt.Line2D([], [], marker=m, ls="", color=COLOURS[n], label=SCORES[n])
+        for n, m, _ in MARKS
+        if any(row["score"] == n for row in rows)
+    ]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     figure.savefig(RESULTS.with_name("caption_noise.png"), dpi=110)
     plt.close(figure)
