@@ -19,8 +19,10 @@ from PIL import Image
 
 from coca_lit.cli.checks import check, check_numbers, unresolved
 from coca_lit.cli.command import _parsed, compose, split_arguments, to_override
+from coca_lit.data import Record
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import create_model
+from coca_lit.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -235,7 +237,16 @@ def test_python_of_the_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert [path for _, path in names["hits"]] == [Path("photos/1.jpg")]  # type: ignore[attr-defined]
 
 
+def test_python_of_the_page_on_data_runs() -> None:
+    split = [Record(f"{i}", Path(f"{i}.jpg"), [f"photo {i}"]) for i in range(64)]
+    names: dict[str, object] = {"records": split, "others": split[:8], "tokenizer": get_tokenizer("clip")}
+    execute("coca_lit/data/README.md", names)
+    assert names["my_records"]("train")[0].captions[1] == "a dog by the sea"  # type: ignore[operator]
+    assert names["data"].steps_per_epoch == 2  # type: ignore[attr-defined]
+
+
 def test_other_python_compiles() -> None:
+    """What is left needs a Spark session."""
     for page in PAGES:
         for block in blocks(str(page)):
             compile(block, str(page), "exec")
