@@ -35,19 +35,19 @@ class CoCaLit(L.LightningModule):
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
         contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
             only it trains.
-        text_weight: factor of the caption loss of batches that are texts alone.
-        label_smoothing: of the caption loss, see `Pairs`.
-        self_critical: trains captions by their CIDEr-D instead of the caption loss, whose weight it then has.
-        contrastive: which contrastive loss, softmax or siglip: that of the network.
-        freeze: further parts of the network that are not trained, see `CoCa.freeze`.
+        text_weight: factor of the caption loss on batches of texts without images.
+        label_smoothing: in the caption loss, see `Pairs`.
+        self_critical: trains captions by their CIDEr-D; replaces the caption loss and takes its weight.
+        contrastive: softmax or siglip, the contrastive loss that the network was built for.
+        freeze: further parts of the network to freeze, see `CoCa.freeze`.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
         compile: run the transformer blocks through `torch.compile`.
         micro_batch_size: pairs that a process sends through the network at a time, see `gradient_caching`; None for
             the whole batch.
-        objectives: further losses of pairs, by a name of your choice. None in place of an objective leaves it out.
-        cooldown_steps: a constant rate in the place of the cosine, with a cooldown in the last steps, see
-            `warmup_stable_decay`; 0 for none, as for a trunk from which runs of several lengths branch.
+        objectives: further losses on pairs, {name of your choice: objective}; None leaves one out.
+        cooldown_steps: replaces the cosine by a constant rate and a cooldown of this many steps, see
+            `warmup_stable_decay`. 0: no cooldown, as for a trunk from which runs of several lengths branch.
     """
 
     def __init__(

@@ -56,10 +56,10 @@ class Checkpoints(L.Callback):
         dirpath: folder of the checkpoints.
         every_n_steps: optimizer steps between two checkpoints; None for none.
         every_minutes: minutes between two checkpoints; None for none.
-        keep_last: how many are kept; at least 1. The best one is kept besides.
-        best: score by which the best checkpoint is kept, e.g. `mscoco/CIDEr`; None for no such checkpoint. Compared are
-            the scores during training, which `ScoreDuringTraining` computes on its first few images
-            (`mscoco_256/CIDEr` in the logs), at the end of training too.
+        keep_last: how many are kept, at least 1, in addition to the best.
+        best: score by which the best checkpoint is kept, e.g. `mscoco/CIDEr`; None for no such checkpoint. The scores
+            compared are those during training, on the first few images (`mscoco_256/CIDEr` in the logs), the last one
+            included.
 
     Attributes:
         config: the `coca_lit.runs.resume.resume_keys` of the run, stored for comparison when it resumes.
@@ -89,7 +89,7 @@ class Checkpoints(L.Callback):
         self._finished = False
         self._validating = False
         self._loaded: dict[str, Any] = {}
-        self._wanted = False  # a checkpoint at the next step, whatever the clock says
+        self._wanted = False  # a checkpoint at the next step, regardless of the clock
         self._offered: float | None = None  # the score of the weights at hand, if it is the best so far
         self._was_offered = False  # since the last step, a score, good or not: known to every rank
         self._unlinked: tuple[int, float | None] | None = None  # step and best score of one that may not be written yet
@@ -207,7 +207,7 @@ class Checkpoints(L.Callback):
         self._link()
 
     def _link(self) -> None:
-        """Gives the last checkpoint its names once it is there: a sharded one is written while training goes on, and a
+        """Gives the last checkpoint its names once it exists: a sharded one is written in the background, and a
         full disk costs it.
         """
         if rank() != 0 or self._unlinked is None or not self._path(self._unlinked[0]).exists():

@@ -1,4 +1,4 @@
-"""From the words on a command line to a composed config, and one sentence about whatever is wrong with them.
+"""From the words on a command line to a composed config, or one sentence on what is wrong with them.
 
 Read from the top: `command` is what every entry point calls. Words become overrides in Hydra's grammar
 (`split_arguments`), Hydra composes them with `conf/` (`compose`, or `hydra.main` where there are sweeps),
@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -288,7 +289,7 @@ def _quote_primitive(found: re.Match[str]) -> str:
 
 
 def quote(word: str) -> str:
-    """A string of Hydra's grammar that means `word`, whatever characters it holds."""
+    """A string in Hydra's grammar for `word`, with any characters."""
     literal = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", word)  # no interpolation
     return QuotedString(literal, Quote.double).with_quotes()
 
@@ -309,10 +310,15 @@ def _parsed(override: str) -> Override | None:
 def _help(config: str, overrides: Sequence[str]) -> str:
     """What `--help` prints: the template in `conf/hydra/help`, with the options of all config groups."""
     known = _Known(config, [word for word in overrides if word.startswith("hydra.searchpath=")])
-    groups = [group for group in known.options("", ObjectType.GROUP) if group != "hydra"]
-    listed = "\n".join(f"{group}: {', '.join(known.options(group))}" for group in sorted(groups))
+    groups = [group for group in known.options("", ObjectType.GROUP) if group not in ("hydra", "experiment")]
     template = str(compose(config, with_hydra=True).hydra.help.template)
-    return template.replace("$APP_CONFIG_GROUPS", listed).replace("$EXPERIMENTS", _experiments(known))
+    for place, listed in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
+        lines = [
+            textwrap.fill(f"{group}: {', '.join(known.options(group))}", width=140, subsequent_indent="  ")
+            for group in listed
+        ]
+        template = template.replace(place, "\n".join(lines))
+    return template.replace("$EXPERIMENTS", _experiments(known))
 
 
 def _example(config: str) -> str:

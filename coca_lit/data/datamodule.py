@@ -65,7 +65,7 @@ class CaptionDataModule(LightningDataModule):
         num_workers: processes that load and decode, per training process; 0 loads in the training process.
         seed: of order and augmentation.
         text: files of texts without images, see `read_texts`; None for none.
-        text_every: every N-th batch is one of texts alone; 1 for all of them.
+        text_every: every N-th batch has texts without images; 1 for all.
         patches: for a model that takes images of any shape: budgets of patches of an image, one of which is drawn for
             each batch, see `coca_lit.data.loader.Schedule`; empty: always the model's own.
     """
@@ -184,9 +184,9 @@ class RecordsDataModule(CaptionDataModule):
     Args:
         records: split -> its records, called when the run starts; or {split: records}. Raises `DataError` when the
             data are missing or malformed.
-        train_split, val_split: splits to train and to validate on; None for no validation.
-        cached_augmentations: 0 sends every image through the image encoder in every step. N stores the output of its
-            frozen stages for N augmented views of every training image, once for all runs, and trains on these, see
+        train_split, val_split: splits for training and validation; None for no validation.
+        cached_augmentations: 0 encodes every image in every step. N stores the output of the encoder's frozen stages
+            for N augmented views of every training image, once for all runs, and trains on these, see
             `coca_lit.data.feature_cache`.
         cache_dir: folder of the stored features.
         shared: see `CaptionDataModule`.

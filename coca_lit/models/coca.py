@@ -104,7 +104,7 @@ class CoCa(Freezable):
             for images of any shape, see `NaFlexEncoder`.
         image_encoder_args: its arguments (depth, embed_dim, …; for a vision transformer `patch_drop_rate`, the share of
             patches that each training step leaves out).
-        image_size: side of the square input in pixels; for images of any shape, that of a square of as many patches.
+        image_size: side of the square input in pixels. Images of any shape have as many patches as that square.
         embed_dim: width of the common space and of the image tokens.
         pooler: single | parallel | cascade, see `ImagePooling`; openclip_parallel | openclip_cascade, see
             `OpenClipCascade`; masked_parallel | masked_cascade, of naflex, see `MaskedCascade`; mean | mean_all,
@@ -116,16 +116,16 @@ class CoCa(Freezable):
         context_length: tokens of a text at most, start and end included.
         cls_mask: correct | legacy, see `TextTower`.
         text_width, text_layers, text_heads: sizes of the text tower; the decoder has its width and heads.
-        decoder_layers: pairs of self and cross blocks; 0 builds a CLIP with the same towers and no captioner.
-        dropout: in the text tower and the decoder, while training.
-        contrastive: softmax (CLIP), or siglip, whose loss needs a learned bias beside the temperature.
+        decoder_layers: pairs of self- and cross-attention blocks; 0 builds a CLIP with the same towers.
+        dropout: of the text tower and the decoder.
+        contrastive: softmax (CLIP), or siglip, which adds a learned bias to the temperature.
         tied_embeddings: whether the vocabulary projection is the token embedding (Press and Wolf 2017).
         text_tower: name of a tower registered with `register_text_tower`; None for `TextTower`, "modern" for
             `ModernTextTower`, "two_pass" for MaMMUT's `TwoPassTower`.
         text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
         decoder_args: further arguments of the decoder that goes with the text tower, see its `make_decoder`.
-        interpolation, resize_mode: how photos are brought to `image_size`, see `build_transform`. The network computes
-            the same; they travel with its weights, which were trained on such pixels.
+        interpolation, resize_mode: how images are resized to `image_size`, see `build_transform`. They do not change
+            the network, but travel with its weights, which were trained on such pixels.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Words on the command line that name no key: whatever they hold, they arrive as they were typed."""
+"""Words on the command line that name no key arrive exactly as typed."""
 
 import importlib
+import re
 import shlex
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_help_lists_the_users_experiments_by_task(
         start = lines.index("  caption finetuning")
         assert "    mine                      My model on my data" in lines[start : start + 6]
         assert lines[lines.index("  others") + 1].strip() == "bare"
+
+
+def test_help_of_evaluations_lists_them_and_no_other_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["coca-evaluate", "--help"])
+    command.command("evaluate", lambda cfg: None, multirun=True)
+    shown = capsys.readouterr().out
+    names = re.findall(r"[\w]+", shown.partition("\nevals: ")[2].partition("\nSingle values")[0])
+    assert sorted(names) == sorted(p.stem for p in (CONF / "evals").glob("*.yaml") if not p.stem.startswith("_"))
+    assert "logger: " not in shown
 
 
 def test_a_word_without_a_key_is_no_override(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,7 +368,7 @@ def test_help(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for path in (CONF / "experiment").glob("*.yaml"):
         assert f"\n    {path.stem} " in done.stdout
-    groups = ("callbacks: ", "data: ", "evals: ", "experiment: ", "logger: ", "model: ", "trainer: ")
+    groups = ("callbacks: ", "data: ", "evals: ", "logger: ", "model: ", "trainer: ")
     assert all(f"\n{group}" in done.stdout for group in groups)
     assert "_records" not in done.stdout
     assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 8

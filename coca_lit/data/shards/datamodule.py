@@ -45,8 +45,8 @@ class LAIONDataModule(CaptionDataModule):
             source for every process.
         epoch_samples: of all processes together; need not be one pass over the shards. None takes the number of
             samples in the indexes or, for a stream, in the manifests of the shards.
-        weights: {name: share} of a mixture, kept in every stretch of the training. None makes them proportional to the
-            number of samples, which is found as for `epoch_samples`.
+        weights: {name: share} of a mixture, held throughout training. None makes them proportional to the number of
+            samples, found as for `epoch_samples`.
         selection: file of the samples to read, see `coca_lit.data.shards.selection`; for a mixture {name: file}, where
             sets without one are read whole. None reads all.
         caption_keys: "txt", or a field of each sample's JSON; for several {key: probability}, one of which is drawn
@@ -54,13 +54,14 @@ class LAIONDataModule(CaptionDataModule):
         indexed: True uses `coca_lit.data.shards.indexed`, False `coca_lit.data.shards.stream`; "auto" indexes all but
             compressed shards. Remote shards, and with "auto" local ones of more than `AUTO_BYTES`, are shuffled in
             windows, see `coca_lit.data.shards.windows`; others all at once.
-        window, window_gb: samples that are shuffled at a time in windows, and GB of shards; the smaller one counts.
-        readers: logical readers of windows, with a part of the shards each; at most as many as divide `batch_size`.
+        window, window_gb: size of a shuffled window in samples and in GB of shards; the smaller limit applies.
+        readers: logical readers of windows, each with its own shards; reduced to a divisor of `batch_size`.
         shuffle_buffer: samples of a stream that each worker shuffles, read from several shards at a time and kept
             encoded in memory: as many as fit into `coca_lit.data.shards.stream.MAX_BUFFER` bytes.
-        max_bad_fraction: of broken samples, and of torn or empty shards, above which the training stops.
-        cache_dir, cache_gb: local copies of shards on an object store, shared by the processes of a machine.
-        store_patience: seconds that an object store may be away before the run stops, see `coca_lit.data.shards.store`.
+        max_bad_fraction: share of broken samples, or of torn or empty shards, above which training stops.
+        cache_dir, cache_gb: folder and size of the cache of remote shards, shared by the processes of a machine.
+        store_patience: seconds that an object store may be unreachable before the run stops, see
+            `coca_lit.data.shards.store`.
         shared: see `CaptionDataModule`.
     """
 

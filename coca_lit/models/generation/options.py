@@ -49,46 +49,43 @@ class GenerateOptions(TypedDict, total=False):
 
     strategy: Annotated[
         Strategy,
-        Option(
-            "greedy: the likeliest token each time; beam: the likeliest of several captions; sample: draws", "greedy"
-        ),
+        Option("greedy: the most likely token each time; beam: beam search; sample: random tokens", "greedy"),
     ]
-    prompt: Annotated[str | Sequence[str] | None, Option("how every caption begins, or in Python how each one begins")]
+    prompt: Annotated[str | Sequence[str] | None, Option("how every caption begins; in Python also one for each")]
     num_beams: Annotated[int | None, Option("captions that beam search keeps for each image", 2, "beam", at_least=1)]
     num_captions: Annotated[
         int | None,
         Option(
-            "captions for each image: the best beams first, or draws in order unless reranked; makes ids (B, N, L)",
+            "captions per image, best beams first, samples in order unless reranked; the ids are then (B, N, L)",
             at_least=1,
         ),
     ]
-    temperature: Annotated[
-        float | None, Option("divides the scores of tokens, before top_k and top_p", 1.0, "sample", above=0)
-    ]
-    top_k: Annotated[int | None, Option("draws from this many likeliest tokens", None, "sample", at_least=1)]
+    temperature: Annotated[float | None, Option("divides the logits, before top_k and top_p", 1.0, "sample", above=0)]
+    top_k: Annotated[int | None, Option("only among the k most likely tokens", None, "sample", at_least=1)]
     top_p: Annotated[
         float | None,
-        Option("draws from the likeliest tokens with this probability together", None, "sample", above=0, at_most=1),
+        Option("only among the most likely tokens up to this total probability", None, "sample", above=0, at_most=1),
     ]
     min_length: Annotated[
         int | None,
         Option(
-            "no end before this many tokens, start included (OpenCLIP's min_seq_len); default 0, 5 in its scoring",
+            "minimum number of tokens, start included (OpenCLIP's min_seq_len); default 0, or 5 with its scoring",
             at_least=0,
         ),
     ]
     max_length: Annotated[
-        int | None, Option("most tokens, start and end included; default 30, or the context length if that is shorter")
+        int | None,
+        Option("maximum number of tokens, start and end included; default 30, or the context length if shorter"),
     ]
     length_penalty: Annotated[
         float | None,
         Option("beams compare sum / length ** length_penalty; larger favours longer captions", 1.0, "beam"),
     ]
     repetition_penalty: Annotated[
-        float | None, Option("above 1 makes tokens less likely that the caption already contains", 1.0, above=0)
+        float | None, Option("above 1 makes tokens that the caption already contains less likely", 1.0, above=0)
     ]
     no_repeat_ngram: Annotated[
-        int | None, Option("no run of this many tokens occurs twice; 0 allows all", 0, at_least=0)
+        int | None, Option("no n-gram of this many tokens occurs twice; 0 allows all", 0, at_least=0)
     ]
     generator: Annotated[
         "torch.Generator | None", Option("source of random numbers, on the model's device", None, "sample", key=False)
@@ -96,19 +93,19 @@ class GenerateOptions(TypedDict, total=False):
     scoring: Annotated[
         Scoring | None,
         Option(
-            "log_prob; openclip: captions of OpenCLIP 4, where one of max_length has no end; openclip_legacy: captions"
-            " of OpenCLIP 3's beam search, which adds logits",
+            "log_prob; openclip: as OpenCLIP 4, where a caption of max_length has no end; openclip_legacy: as OpenCLIP"
+            " 3's beam search, which adds logits",
             "log_prob",
         ),
     ]
     rerank: Annotated[
         Rerank | None,
         Option(
-            "contrastive: orders all beams or draws by w · exp(logit_scale) · cosine(image, caption)"
+            "contrastive: orders beams or samples by w · exp(logit_scale) · cosine(image, caption)"
             " + (1 - w) · mean log-probability"
         ),
     ]
-    # The default is near the best for scenes and for photos, see experiments/rerank.
+    # The default is near the best for scenes and for photos, see experiments/contrastive_reranking.
     rerank_weight: Annotated[float | None, Option("the weight w of rerank", 0.2, at_least=0, at_most=1)]
 
 
@@ -167,7 +164,7 @@ class Options:
 
 
 def complete(options: Mapping[str, Any]) -> Options:
-    """The options with defaults in the place of what is missing or None.
+    """The options, with defaults for what is missing or None.
 
     Raises:
         TypeError: an unknown option; the message suggests the right one.
