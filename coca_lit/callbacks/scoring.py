@@ -103,7 +103,7 @@ class ScoreDuringTraining(L.Callback):
         if not _ends(trainer, last_batch) and (due := self._due(self._step, self.every_n_steps)):
             scores = self._score(trainer, pl_module, due)
             pl_module.log_dict(scores, logger=False, rank_zero_only=False, sync_dist=False, batch_size=1)
-            for logger in trainer.loggers:  # now, whatever log_every_n_steps is; rows count steps from 0
+            for logger in trainer.loggers:  # now, regardless of log_every_n_steps; rows count steps from 0
                 logger.log_metrics(scores, step=self._step - 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

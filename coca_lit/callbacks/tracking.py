@@ -34,7 +34,7 @@ class LogRunFacts(L.Callback):
     """Tells every logger beside the CSV, also one of the user's own, what is trained: as hyperparameters.
 
     Args:
-        config: returns that of the run, resolved and without secrets.
+        config: returns the run's config, resolved and without secrets.
     """
 
     def __init__(self, config: Callable[[], dict[str, Any]]) -> None:

@@ -230,7 +230,7 @@ class _Job(NamedTuple):
             return self.function(self.shard, self.settings)
         except (UserError, OSError) as error:
             return str(error) or type(error).__name__
-        except Exception as error:  # of one shard; the others go on
+        except Exception as error:  # of one shard; the others continue
             traceback.print_exc()
             return f"{type(error).__name__}: {error}"
 

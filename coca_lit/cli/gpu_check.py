@@ -115,7 +115,7 @@ def _checks(simulated: bool) -> Iterator[Line]:
             line = Line(name, "PASS", check())
         except SkippedError as reason:
             line = Line(name, "SKIP", str(reason))
-        except Exception as error:  # whatever a device may do: the other checks go on
+        except Exception as error:  # any error of a device: the other checks continue
             line = Line(name, "FAIL", f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}")
         print(f"{line.outcome}  {line.name}: {line.detail}", flush=True)
         yield line

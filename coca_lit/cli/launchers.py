@@ -50,7 +50,7 @@ class Runnable(Protocol):
 
 
 class Job(NamedTuple):
-    """A job that composes its config and runs in whatever process calls it."""
+    """A job that composes its config and runs in the process that calls it."""
 
     overrides: Sequence[str]
     number: int

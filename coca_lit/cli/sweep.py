@@ -1,6 +1,6 @@
 """Sweeps, with any launcher and sweeper: records of their jobs, and at the end a table, a page and the best run.
 
-The process that runs a job, on whatever machine, keeps a record in the job's folder. A sweep consists of all jobs in
+The process that runs a job, on any machine, keeps a record in the job's folder. A sweep consists of all jobs in
 its folder with the same fixed values and the same varied keys: a sweep that is started again, or that continues an
 Optuna study, also shows its earlier jobs.
 """

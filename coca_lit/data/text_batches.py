@@ -1,6 +1,6 @@
 """Texts without images, to train the decoder alone: batches of texts between batches of captioned images.
 
-A batch is a function of its number alone, so that a resumed run needs nothing but the trainer's position.
+A batch is a function of its number alone, so that a resumed run needs only the trainer's position.
 """
 
 import glob

@@ -40,7 +40,7 @@ def train_demo_model(outputs: Path) -> Path:
 
 
 def knows_only_scenes(model: CoCa) -> bool:
-    """Whether the vocabulary of a model is that of the built-in scenes, so that it cannot describe photos."""
+    """Whether a model has the vocabulary of the built-in scenes, so that it cannot describe photos."""
     return model.tokenizer.spec == list(VOCABULARY)
 
 

@@ -158,7 +158,7 @@ def blind_log_likelihoods(model: CoCa, texts: Sequence[str], batch_size: int = 6
 
 @torch.no_grad()
 def evaluating(model: DualEncoder, function: Callable[[Any], Any], argument: Any) -> Any:
-    """function(argument) without gradient and with the model in evaluation mode, whatever it is in."""
+    """function(argument) without gradients and with the model in evaluation mode, which is reset afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The folder of an export: it appears whole or not at all, and replaces nothing but an earlier export."""
+"""The folder of an export: it appears whole or not at all, and replaces only an earlier export."""
 
 import os
 import shutil

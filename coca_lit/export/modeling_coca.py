@@ -417,7 +417,7 @@ class CoCaImageProcessor(BaseImageProcessor):
     Args:
         crop_size: of the result.
         resample: of Pillow, 3 for bicubic and 2 for bilinear.
-        resize_mode: shortest: the shorter side becomes that of the result, and the centre is kept. longest: the longer
+        resize_mode: shortest: the shorter side becomes the size, and the centre is kept. longest: the longer
             side does, and the rest is black. squash: both do.
     """
 

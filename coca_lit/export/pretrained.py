@@ -38,7 +38,7 @@ def push_to_hub(model: CoCa, repo: str, private: bool = False) -> str:
         The name that loads it, "hf-hub:ORG/REPO".
 
     Raises:
-        CheckpointError: one sentence about whatever went wrong.
+        CheckpointError: one sentence on what went wrong.
     """
     hub.check_push(repo)
     with TemporaryDirectory() as folder:

@@ -132,7 +132,7 @@ def _generate(model: Captioner, pixels: Images, options: Mapping[str, Any], seed
         options["generator"] = torch.Generator(model.device).manual_seed(seed)
     ids = model.generate(pixels.to(model.device), **options)  # (B, L), or (B, N, L) with num_captions
     rows = ids if ids.ndim == 3 else ids[:, None]
-    written = rows[:, :, 0] != model.tokenizer.pad_id  # (B, N); a beam without a caption is nothing but padding
+    written = rows[:, :, 0] != model.tokenizer.pad_id  # (B, N); a beam without a caption is all padding
     written[:, 0] = True
     return [
         [" ".join(model.tokenizer.decode(row).split()) for row in captions[kept]]

@@ -28,7 +28,7 @@ def policy_loss(hidden: Tensor, vocabulary: Tensor, labels: Tensor, lengths: Ten
         advantages: (R,) reward minus baseline.
 
     Returns:
-        A scalar whose mean over ranks is that of the global batch. Its gradient is -∇ E[reward]; its value means
+        A scalar whose mean over ranks is the mean over the global batch. Its gradient is -∇ E[reward]; its value means
         nothing.
     """
     count = sum_over_ranks(torch.full((), len(advantages), device=advantages.device))

@@ -120,7 +120,7 @@ SCORERS: dict[str, Callable[[References, Hypotheses], Scored]] = {
     "CIDEr": _cider,
     "SPICE": _spice,
 }
-STANDARD = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")  # they need nothing but this package's dependencies
+STANDARD = ("Bleu", "METEOR", "ROUGE_L", "CIDEr")  # they need only this package's dependencies
 
 
 def caption_scores(

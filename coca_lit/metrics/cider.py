@@ -48,7 +48,7 @@ class CiderD:
         counts: Counter[NGram] = Counter()
         for captions in references.values():
             counts.update({ngram for words in captions for ngram in _ngrams(words)})
-        self._log_frequency = {ngram: math.log(n) for ngram, n in counts.items() if n > 1}  # log 1 is that of new ones
+        self._log_frequency = {ngram: math.log(n) for ngram, n in counts.items() if n > 1}  # new ones have log 1 = 0
         self._vectors: OrderedDict[Hashable, list[Vector]] = OrderedDict()
 
     def __call__(self, image: Hashable, captions: Sequence[Sequence[str]]) -> list[float]:

@@ -1,4 +1,4 @@
-"""How far a score would move on other images of the same kind: the bootstrap (Efron and Tibshirani 1993).
+"""How much a score would vary on other images of the same kind: the bootstrap (Efron and Tibshirani 1993).
 
 A resample draws as many images as there are, with replacement; the score of many resamples scatters as the score itself
 would. A score states how to compute it from images drawn any number of times, see `Resampled`: as sums of statistics of
@@ -30,7 +30,7 @@ class Draws(NamedTuple):
 
     Attributes:
         values: (D,)
-        score: that of the units themselves.
+        score: of the units themselves.
         units: a digest of the units in their order. Draws with the same digest are of the same resamples.
     """
 
@@ -67,7 +67,7 @@ class Difference(NamedTuple):
 
     @property
     def noise(self) -> bool:
-        """Whether the images at hand do not tell the scores apart."""
+        """Whether these images cannot distinguish the scores."""
         return not self.p < 1 - LEVEL  # also for NaN
 
 

@@ -1,4 +1,4 @@
-"""The accuracy of VQA (Antol et al. 2015, arXiv 1505.00468), number for number that of the official evaluation.
+"""The accuracy of VQA (Antol et al. 2015, arXiv 1505.00468), equal to the official evaluation to the last digit.
 
 An answer is right as far as three of the people asked gave it. Whom to compare with is arbitrary, so the score is the
 mean over the ways to leave one of the (usually ten) people out. Before that both sides are brought into one form,
@@ -95,7 +95,7 @@ def questions_by_score(ids: Iterable[Id], kinds: Mapping[Id, str | None] | None 
 
 
 def blind_answers(questions: Mapping[Id, str], training: Iterable[tuple[str, str]]) -> dict[Id, str]:
-    """What somebody would answer who never looks: the most frequent answer to training questions of the same words,
+    """What one would answer without looking: the most frequent answer to training questions of the same words,
     and to a question that is new the most frequent answer to all of them.
 
     Args:

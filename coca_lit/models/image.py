@@ -118,7 +118,7 @@ class ImageEncoder(nn.Module):
 
     @property
     def preprocessing(self) -> dict[str, int]:
-        """What the transform of photos needs to know besides their size."""
+        """What the image transform needs besides the size."""
         return {}
 
     @property
@@ -173,7 +173,7 @@ class ImageEncoder(nn.Module):
         return _tokens(features, getattr(self.trunk, "output_fmt", "NCHW") == "NHWC")
 
     def frozen_part(self) -> nn.Module:
-        """What always gives the same output for an image while the rest is trained: images (B, 3, H, W) -> tokens
+        """The part whose output for an image stays the same while the rest is trained: images (B, 3, H, W) -> tokens
         (B, S, C).
 
         It shares its parameters with the encoder, and is the encoder itself if that is frozen or trained as a whole.

@@ -247,7 +247,7 @@ class QueryPooler(nn.Module):
         return self.attention(*self._inputs(context, queries), mask=mask)
 
     def weights(self, context: Tensor, queries: slice = slice(None), mask: Tensor | None = None) -> Tensor:
-        """Where each query looks: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
+        """Attention of each query: (B, Q, S) over the context (B, S, C), the mean over heads; rows add up to 1."""
         return self.attention.weights(*self._inputs(context, queries), mask).mean(dim=1)
 
     def _inputs(self, context: Tensor, queries: slice) -> tuple[Tensor, KeysValues]:

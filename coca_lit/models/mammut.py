@@ -132,7 +132,7 @@ class TwoPassTower(nn.Module):
 
 
 class TwoPassTowerWithPads(TwoPassTower):
-    """That of the released openMaMMUT: its contrastive pass reads and averages all positions of the context, the pads
+    """The released openMaMMUT's: its contrastive pass reads and averages all positions of the context, the pads
     (id 0) after the text included.
     """
 

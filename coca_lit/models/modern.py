@@ -33,7 +33,7 @@ TextPool = Literal["eos", "mean", "map"]
 
 
 class Style(NamedTuple):
-    """What the blocks of a tower have in common.
+    """Settings shared by the blocks of a tower.
 
     Args:
         mlp_width: hidden width of the MLPs.

@@ -1,4 +1,4 @@
-"""How a photo becomes the pixels that a model was trained on. The network cannot know; it travels with the weights."""
+"""How an image becomes the pixels that a model was trained on; it travels with the weights."""
 
 from typing import Literal, NotRequired, TypedDict, get_args
 

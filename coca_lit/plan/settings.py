@@ -34,7 +34,7 @@ class Settings:
     """
     Args:
         gpus: keys of `GPUS`.
-        utilisation: share of the peak that a training step reaches; None for that of each GPU in `GPUS`.
+        utilisation: share of the peak that a training step reaches; None for each GPU's own in `GPUS`.
         caption_tokens: mean length of the captions, start and end included.
         devices: number of GPUs in the run; None takes it from the trainer if that has a number, else 8.
         samples: samples in the whole training; None takes them from the config.

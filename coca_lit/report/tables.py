@@ -82,7 +82,7 @@ def plain(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text as code in Markdown, whatever backticks it holds."""
+    """Text as code in Markdown, backticks included."""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"

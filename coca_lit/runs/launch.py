@@ -49,7 +49,7 @@ def launched_devices() -> int | str:
                 f"srun started {tasks} tasks on {nodes} nodes, which get unequal numbers of them: "
                 "use --ntasks-per-node in place of --ntasks"
             )
-        return tasks // nodes  # not SLURM_NTASKS_PER_NODE, which may be that of the allocation
+        return tasks // nodes  # not SLURM_NTASKS_PER_NODE, which may describe the allocation
     return "auto"
 
 

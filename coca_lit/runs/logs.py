@@ -42,5 +42,5 @@ def _rows_before(logged_steps: int, validating: bool, rows: list[list[str]]) -> 
 
 
 def _validated(header: list[str], row: list[str]) -> bool:
-    """Whether a row of metrics.csv is that of a validation."""
+    """Whether a row of metrics.csv comes from a validation."""
     return any(value for name, value in zip(header, row, strict=True) if name.startswith("val/"))

@@ -2,7 +2,7 @@
 
 `Pairs` is CoCa's own pair of losses, `Texts` the caption loss of batches that are texts alone,
 `coca_lit.training.self_critical.SelfCritical` takes the place of `Pairs` in training, and further objectives join by
-name: `model.objectives.NAME._target_=my_package.MyObjective`. Captioning alone is `model.contrastive_weight=0`.
+name: `model.objectives.NAME._target_=my_package.MyObjective`. For captioning only, set `model.contrastive_weight=0`.
 """
 
 from abc import ABC, abstractmethod
@@ -25,8 +25,8 @@ class Objective(nn.Module, ABC):
         weights: the factor of each term in the training loss, by the name of the term.
 
     Attributes:
-        trains: the parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen for
-            want of another loss that trains them.
+        trains: the parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen
+            when no other loss trains them.
         measures: numbers to log besides the terms of the last batch, by name.
     """
 
@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        """Raw terms, scalars of this rank whose mean over ranks is that of the global batch."""
+        """Raw terms: scalars of this rank, whose mean over ranks is the mean over the global batch."""
 
     def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the terms, to be differentiated, and the terms themselves."""

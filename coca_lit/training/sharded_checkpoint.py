@@ -1,4 +1,4 @@
-"""Sharded checkpoints, written while training goes on: every rank copies its part to the host, and a thread writes it.
+"""Sharded checkpoints, written in the background: every rank copies its part to the host, and a thread writes it.
 
 A folder gets its name when all ranks have written their files and have read them again, so a kill or a full disk costs
 this checkpoint alone. `coca_lit.weights.sharded` describes the folder.
@@ -121,7 +121,7 @@ def restore(folder: Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> 
     """Reads the parts of this rank, of however many ranks wrote them, and returns the content with them.
 
     Raises:
-        CheckpointError: it is not whole, or is that of another model.
+        CheckpointError: it is not whole, or belongs to another model.
     """
     content: dict[str, Any] = torch.load(folder / REST, map_location="cpu", weights_only=True)
     tensors: dict[str, Tensor] = {f"{STATE}.{name}": tensor for name, tensor in model.state_dict().items()}

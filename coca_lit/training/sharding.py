@@ -32,7 +32,7 @@ class FullySharded(ModelParallelStrategy):
     they are numbered by their order in the optimizer, as by every other strategy, so a run can resume under any.
 
     Args:
-        sharded_checkpoints: a checkpoint is a folder, to which every process writes its part while training goes on,
+        sharded_checkpoints: a checkpoint is a folder, to which every process writes its part in the background,
             for models of billions of parameters; all machines must see the run folder. Otherwise one process gathers
             and writes one file, as under every other strategy.
     """

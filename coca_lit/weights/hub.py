@@ -133,7 +133,7 @@ def download(repo: str, revision: str | None = None, sha256: Mapping[str, str] =
         sha256: what files must have, by name.
 
     Raises:
-        CheckpointError: one sentence about whatever went wrong.
+        CheckpointError: one sentence on what went wrong.
     """
     with _hub_errors(repo, revision):
         unreachable: LocalEntryNotFoundError | None = None
@@ -213,7 +213,7 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
         private: of a new repository.
 
     Raises:
-        CheckpointError: one sentence about whatever went wrong.
+        CheckpointError: one sentence on what went wrong.
     """
     check_push(repo)
     with _hub_errors(repo):

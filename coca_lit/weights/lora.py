@@ -75,7 +75,7 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
 
 
 def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of an ordinary model: with the sum in the place of W, A and B."""
+    """The state dict of an ordinary model: the sum replaces W, A and B."""
     found = {name: tensor for name, tensor in state.items() if _INSIDE not in name}
     for name in state:
         module, inside, last = name.partition(_INSIDE)

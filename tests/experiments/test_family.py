@@ -1,4 +1,4 @@
-"""The study of the family: its members are of one size, and its scores and readings are those of naive ones."""
+"""The study of the family: its members have one size, and its scores and readings equal naive ones."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ def caption(*overrides: str) -> None:
 
 @torch.no_grad()
 def naive_captions(model: CoCa, path: Path, **options: Any) -> list[str]:
-    """Captions of one image by nothing but the model."""
+    """Captions of one image, from the model directly."""
     pixels = build_transform(size=model.image_size)(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
     ids = model.generate(pixels[None], **{"strategy": "beam"} | options)
     return [model.tokenizer.decode(row) for row in ids.flatten(0, -2)]

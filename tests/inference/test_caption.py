@@ -1,4 +1,4 @@
-"""`coca-caption` from its configuration to its output: each caption is that of the model for the image alone."""
+"""`coca-caption` from its configuration to its output: each caption equals the model's for the image alone."""
 
 import io
 import json

@@ -121,7 +121,7 @@ def test_captions_are_drawn_from_the_model_and_images_encoded_once() -> None:
 
 @pytest.mark.slow
 def test_rewards_grow() -> None:
-    """A network that has begun to learn the captions of eight images finds better ones by its own attempts."""
+    """A partly trained network improves its captions of eight images by its own samples."""
     net, images, self_critical = network().train(), torch.stack(PIXELS), ready(samples=8)
     net.freeze("image_encoder")
     features, tokens = net.image_encoder(images), net.tokenizer([record.captions[0] for record in RECORDS])

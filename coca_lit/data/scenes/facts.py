@@ -66,7 +66,7 @@ class Statement(NamedTuple):
 
 
 def statement(caption: str) -> Statement:
-    """What a caption states, whatever wrote it."""
+    """The facts that a caption states."""
     text = " ".join(caption.lower().split())
     things = tuple(Mention(shape, tuple(words.split())) for words, shape in _THING.findall(text))
     axis, backwards = _frames(len(things)).get(_THING.sub("*", text), (None, False))

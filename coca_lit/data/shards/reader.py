@@ -141,7 +141,7 @@ def read_fields(
 
 
 def holds_code(member: str) -> bool:
-    """Whether the name of a member is that of a pickle, a script or a binary."""
+    """Whether the name of a member belongs to a pickle, a script or a binary."""
     return _CODE.fullmatch(member) is not None
 
 

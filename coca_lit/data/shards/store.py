@@ -137,7 +137,7 @@ def list_folder(url: str, patience: float = PATIENCE) -> RemoteFolder:
 
 
 def stored(store: Any, url: str) -> Stored:
-    """A file as it is now, whatever fsspec remembers of it."""
+    """The present state of a file, not the one that fsspec has cached."""
     store.invalidate_cache()
     found = store.info(url)
     if found["size"] is None:
@@ -368,7 +368,7 @@ def _forget(url: str) -> None:
     """Listings and sizes that fsspec remembers may be of before."""
     try:
         _filesystem(url).invalidate_cache()
-    except Exception:  # whatever is wrong, the next attempt says it
+    except Exception:  # the next attempt reports what is wrong
         return
 
 

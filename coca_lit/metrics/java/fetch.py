@@ -26,7 +26,7 @@ def fetch_jars(folder: Path, progress: Callable[[int, int], None], url: str = AR
         progress: hears of the bytes that are there, of how many.
 
     Returns:
-        The jars whose content is not that of Maven's, which may work all the same.
+        The jars that differ from Maven's, which may still work.
 
     Raises:
         SpiceError: the archive cannot be fetched or written, or holds something else; what is there is kept.

@@ -71,7 +71,7 @@ class SpiceError(JavaError):
 
 
 def spice_jars() -> Path:
-    """The folder with the two jars: that of ``COCA_SPICE_JARS``, else the first of ``FOLDER``, a Maven cache and
+    """The folder with the two jars: ``COCA_SPICE_JARS``, else the first of ``FOLDER``, a Maven cache and
     pycocoevalcap's own that has both.
 
     Raises:

@@ -128,7 +128,7 @@ class BeamSearch:
         """
         counted = torch.full_like(prompts.lengths, position + 1)  # (B,)
         if self.scoring != "openclip_legacy":
-            counted = (counted - prompts.lengths).clamp(min=1)  # inside a prompt nothing ends, whatever the divisor
+            counted = (counted - prompts.lengths).clamp(min=1)  # no caption ends in a prompt: any divisor will do
         scores = candidates.scores / counted[:, None] ** self.length_penalty  # (B, 2K)
         best = Candidates(*(part[:, : self.num_beams] for part in candidates))
         ids = _at(opened.ids, best.source)

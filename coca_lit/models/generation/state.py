@@ -19,7 +19,7 @@ from coca_lit.models.layers import KeysValues, KVCache, StaticKVCache
 from coca_lit.models.text import Decoder, TextTower
 from coca_lit.tokenizer import Tokenizer
 
-UNFORCED = -1  # in the place of a token that is chosen freely
+UNFORCED = -1  # marks a token that is chosen freely
 LOOK_EVERY = 8  # tokens; between two looks at a GPU, captions that have ended are computed with the others
 
 DecodingStep = Callable[..., Tensor]  # with the signature of `static_step`

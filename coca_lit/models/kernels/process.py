@@ -20,7 +20,7 @@ _on = True
 def enable(on: bool = True) -> None:
     """Switches all kernels on or off in this process, for models that exist already as well.
 
-    With them off, nothing but plain PyTorch computes. What a process has done to its memory stays.
+    When off, only plain PyTorch computes. Settings of the process's memory stay.
     """
     global _on
     _on = on

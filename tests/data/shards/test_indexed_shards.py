@@ -1,4 +1,4 @@
-"""Shards at random: the order of map-style data, whatever the ranks and workers, and the faults that a stream finds."""
+"""Indexed shards: the order of map-style data on any ranks and workers, and the faults that a stream finds."""
 
 import gzip
 import json
