@@ -16,47 +16,27 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from coca_lit.models.freezing import Freezable
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.generation.state import DecodingStep, static_step
 from coca_lit.models.image import Pooler, build_image_encoder, build_pooling
 from coca_lit.models.init import init_projection
-from coca_lit.models.layers import CrossBlock, SelfBlock
-from coca_lit.models.mammut import TwoPassTower, TwoPassTowerWithPads
-from coca_lit.models.modern import ModernBlock, ModernTextTower
-from coca_lit.models.naflex import NaFlexEncoder
-from coca_lit.models.packing import to_device
+from coca_lit.models.packing import text_lengths, to_device
+from coca_lit.models.parts import Freezable
 from coca_lit.models.patches import Images
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, register_image_encoder, register_text_tower
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
 from coca_lit.tokenizer import get_tokenizer
 
-register_image_encoder("naflex")(NaFlexEncoder)
-register_text_tower("modern")(ModernTextTower)
-register_text_tower("two_pass")(TwoPassTower)
-register_text_tower("two_pass_with_pads")(TwoPassTowerWithPads)
-
 Contrastive = Literal["softmax", "siglip"]
 
+# Defaults of the arguments that files of earlier versions lack. They are not stored: a digest of the model covers them.
+LATER = {"interpolation": "bicubic", "resize_mode": "shortest"} | dict.fromkeys(
+    ("text_tower", "text_tower_args", "decoder_args")
+)
 IGNORED_LABEL = -100
 RECOMPILE_LIMIT = 32  # graphs of a block
 MAX_LOGIT_SCALE = 4.605170185988092  # ln 100, the bound that CLIP puts on the temperature
-
-
-def part_sizes(model: nn.Module) -> dict[str, int]:
-    """Parameters of the image encoder with its pooling, the text encoder and the text decoder, as Table 3 of OpenCLIP's
-    CoCa report counts them; of a CoCa or a CLIP.
-    """
-    sizes = {"image encoder": 0, "text encoder": 0, "text decoder": 0}
-    for name, parameter in model.named_parameters():
-        if name.startswith(("image_", "pooling")):
-            sizes["image encoder"] += parameter.numel()
-        elif name.startswith("decoder"):
-            sizes["text decoder"] += parameter.numel()
-        elif not name.startswith("logit_"):
-            sizes["text encoder"] += parameter.numel()
-    return {part: size for part, size in sizes.items() if size}
 
 
 class CoCaOutput(NamedTuple):
@@ -164,18 +144,17 @@ class CoCa(Freezable):
             )
         self.tokenizer = get_tokenizer(tokenizer, context_length)
         self.image_encoder = build_image_encoder(image_encoder, image_size, **(image_encoder_args or {}))
-        sizes_of_pooling = (embed_dim, pooler_queries, pooler_heads, text_width)
-        self.pooling = build_pooling(pooler, self.image_encoder, *sizes_of_pooling)
+        self.pooling = build_pooling(pooler, self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width)
         self.image_projection: nn.Module = nn.Identity()
         if self.pooling.projected:
             self.image_projection = nn.Linear(self.pooling.vector_width, embed_dim, bias=False)
-        vocab_size = self.tokenizer.vocab_size
-        sizes = (vocab_size, context_length, text_width, text_layers, text_heads, embed_dim, cls_mask, dropout)
-        self.text = build_text_tower(text_tower, *sizes, **(text_tower_args or {}))
+        sizes = (context_length, text_width, text_layers, text_heads, embed_dim)
+        text_arguments = (self.tokenizer.vocab_size, *sizes, cls_mask, dropout)
+        self.text = build_text_tower(text_tower, *text_arguments, **(text_tower_args or {}))
         self.decoder: Decoder | None = None
         if decoder_layers:
-            sides = (self.pooling.token_width, decoder_layers, text_heads, dropout)
-            self.decoder = self.text.make_decoder(*sides, **(decoder_args or {}))
+            width = self.pooling.token_width
+            self.decoder = self.text.make_decoder(width, decoder_layers, text_heads, dropout, **(decoder_args or {}))
         if tied_embeddings and self.decoder is not None:
             self.decoder.vocabulary.weight = self.text.token_embedding.weight
         # One dimension, not zero: sharding engines split along the first.
@@ -184,17 +163,13 @@ class CoCa(Freezable):
         self.preprocessing: Preprocessing = preprocessing(image_size, interpolation, resize_mode)
         self.preprocessing.update(self.image_encoder.preprocessing)  # type: ignore[typeddict-item]
         # Plain values that build this model again; they are stored in every checkpoint.
-        self.config: dict[str, Any] = arguments | {
+        config = arguments | {
             "image_encoder": IMAGE_ENCODERS.spec(image_encoder),
             "image_encoder_args": dict(image_encoder_args or {}),
             "tokenizer": self.tokenizer.spec,
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
         }
-        later: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"}
-        later |= dict.fromkeys(("text_tower", "text_tower_args", "decoder_args"))
-        for name, default in later.items():
-            if self.config[name] == default:  # as in files of earlier versions; a fingerprint of the model covers them
-                del self.config[name]
+        self.config = {key: value for key, value in config.items() if key not in LATER or value != LATER[key]}
         self.static_step: DecodingStep | None = None  # see `compile_generation`
         self.static_buffers: dict[Any, list[Tensor]] = {}
         self.init_parameters()
@@ -367,9 +342,10 @@ class CoCa(Freezable):
         that PyTorch allows a function.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        for module in self.modules():
-            if isinstance(module, SelfBlock | CrossBlock | ModernBlock | Block):
-                module.compile(backend=backend)
+        of_image = (module for module in self.image_encoder.modules() if isinstance(module, Block))
+        of_decoder = self.decoder.layers() if self.decoder is not None else []
+        for block in (*of_image, *self.text.blocks, *(module for layer in of_decoder for module in layer)):
+            block.compile(backend=backend)
 
     # Files are the business of layers above this one; these methods reach them by the package's own interface.
 
@@ -412,11 +388,3 @@ class CoCa(Freezable):
                 f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}"
             )
         return lengths
-
-
-def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
-    """Number of tokens (B,) up to the last one that is not padding, at least 1. Ids equal to `pad_id` inside a text
-    count as text.
-    """
-    positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-    return (positions * (tokens != pad_id)).amax(dim=1).clamp(min=1)

@@ -93,6 +93,14 @@ class Layout:
         return rows if kept.all() else _Rows.apply(rows, to_device(kept.nonzero().squeeze(1), rows.device))
 
 
+def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
+    """Number of tokens (B,) up to the last one that is not padding, at least 1. Ids equal to `pad_id` inside a text
+    count as text.
+    """
+    positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return (positions * (tokens != pad_id)).amax(dim=1).clamp(min=1)
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the device, without waiting for it: the copy runs from pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -1,4 +1,4 @@
-"""Image encoders and text towers from outside the package, registered by name.
+"""Image encoders and text towers by name: the package's own, imported when one is asked for, and those of others.
 
 A checkpoint stores the name of a registered part together with the module that registered it ("module:name"), as data:
 reading a checkpoint never imports that module. Import it first, or pass `imports=["module"]` to what reads or builds
@@ -7,6 +7,7 @@ the model.
 
 import difflib
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,10 +21,12 @@ class Registry:
 
     Args:
         kind: what the factories make, for messages.
+        own: where the factories of this package are, "module:class", by name.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, **own: str) -> None:
         self.kind = kind
+        self._own = own
         self._factories: dict[str, Factory] = {}
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
@@ -36,7 +39,7 @@ class Registry:
             raise ValueError(f"the name of a {self.kind} must not contain a colon, got '{name}'")
 
         def decorate(factory: Factory) -> Factory:
-            known = self._factories.get(name)
+            known = self.get(name)
             if known is not None and (known.__module__, known.__qualname__) != (
                 factory.__module__,
                 factory.__qualname__,
@@ -49,15 +52,18 @@ class Registry:
 
     def get(self, spec: str) -> Factory | None:
         """The factory called "name" or "module:name"; None if there is none."""
-        return self._factories.get(spec.rpartition(":")[2])
+        name = spec.rpartition(":")[2]
+        if name in self._own and name not in self._factories:
+            self._factories[name] = pkgutil.resolve_name(self._own[name])
+        return self._factories.get(name)
 
     def __contains__(self, spec: str) -> bool:
-        return spec.rpartition(":")[2] in self._factories
+        return self.get(spec) is not None
 
     def spec(self, spec: str) -> str:
         """A registered name in the form that checkpoints store, "module:name"; other names unchanged."""
-        name = spec.rpartition(":")[2]
-        return f"{self._factories[name].__module__}:{name}" if name in self._factories else spec
+        factory = self.get(spec)
+        return spec if factory is None else f"{factory.__module__}:{spec.rpartition(':')[2]}"
 
     def build(self, spec: str, known: Iterable[str] = (), **arguments: Any) -> nn.Module:
         """What the factory called `spec` ("name" or "module:name") makes of the arguments.
@@ -68,15 +74,15 @@ class Registry:
         Raises:
             ValueError: there is no such factory; the message says which module registered it, or suggests a name.
         """
+        if (factory := self.get(spec)) is not None:
+            return factory(**arguments)
         module, _, name = spec.rpartition(":")
-        if name in self._factories:
-            return self._factories[name](**arguments)
         if module:
             raise ValueError(
                 f"the {self.kind} '{name}' is not registered: the module '{module}' registers it, so import that first "
                 f"or pass imports=['{module}']"
             )
-        names = [*self._factories, *known]
+        names = [*self._own, *self._factories, *known]
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
 
@@ -96,7 +102,12 @@ def import_modules(modules: Iterable[str]) -> None:
             raise ValueError(f"imports: there is no module '{module}'; is its package installed?") from error
 
 
-IMAGE_ENCODERS = Registry("image encoder")
-TEXT_TOWERS = Registry("text tower")
+IMAGE_ENCODERS = Registry("image encoder", naflex="coca_lit.models.naflex:NaFlexEncoder")
+TEXT_TOWERS = Registry(
+    "text tower",
+    modern="coca_lit.models.modern:ModernTextTower",
+    two_pass="coca_lit.models.mammut:TwoPassTower",
+    two_pass_with_pads="coca_lit.models.mammut:TwoPassTowerWithPads",
+)
 register_image_encoder = IMAGE_ENCODERS.register
 register_text_tower = TEXT_TOWERS.register

@@ -1,4 +1,4 @@
-"""Networks of which parts can be frozen by name."""
+"""The parts of a network by name: how large they are, and which of them are frozen."""
 
 from fnmatch import fnmatchcase
 from typing import Self
@@ -6,7 +6,24 @@ from typing import Self
 from torch import nn
 
 
+def part_sizes(model: nn.Module) -> dict[str, int]:
+    """Parameters of the image encoder with its pooling, the text encoder and the text decoder, as Table 3 of OpenCLIP's
+    CoCa report counts them; of a CoCa or a CLIP.
+    """
+    sizes = {"image encoder": 0, "text encoder": 0, "text decoder": 0}
+    for name, parameter in model.named_parameters():
+        if name.startswith(("image_", "pooling")):
+            sizes["image encoder"] += parameter.numel()
+        elif name.startswith("decoder"):
+            sizes["text decoder"] += parameter.numel()
+        elif not name.startswith("logit_"):
+            sizes["text encoder"] += parameter.numel()
+    return {part: size for part, size in sizes.items() if size}
+
+
 class Freezable(nn.Module):
+    """A network of which parts can be frozen for good."""
+
     def __init__(self) -> None:
         super().__init__()
         self._frozen: set[str] = set()  # names of modules
