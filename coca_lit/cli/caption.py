@@ -110,7 +110,7 @@ def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
 
 def _load(checkpoint: str, precision: str, device: "torch.device | str") -> "tuple[CoCa, str]":
     """The model on a device, and the digest of its weights in the file."""
-    from coca_lit.weights.digest import fingerprint
+    from coca_lit.weights.computation import fingerprint
     from coca_lit.weights.load import load_model
 
     dtype = chosen_dtype(precision)

@@ -32,7 +32,7 @@ from coca_lit.files import replacing
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
-from coca_lit.weights.digest import digest
+from coca_lit.weights.intact import digest
 
 BATCH = 32  # images that are encoded at a time
 BYTES = 2  # of a number in fp16

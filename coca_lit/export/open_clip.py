@@ -10,7 +10,8 @@ from coca_lit.export.card import Exported
 from coca_lit.models import CoCa
 from coca_lit.weights.intact import save_tensors
 from coca_lit.weights.load import OPEN_CLIP_CONFIG, load_model, unshared_copies
-from coca_lit.weights.open_clip import VERSIONS, open_clip_config, to_open_clip
+from coca_lit.weights.open_clip import to_open_clip
+from coca_lit.weights.open_clip.config import VERSIONS, open_clip_config
 
 WEIGHTS = "open_clip_model.safetensors"
 TOLERANCE = 1e-5

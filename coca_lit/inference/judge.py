@@ -29,7 +29,7 @@ from coca_lit.errors import DataError, error_context
 from coca_lit.evals.inference import evaluating
 from coca_lit.models import DualEncoder, text_lengths
 from coca_lit.models.patches import Images, stack_images
-from coca_lit.weights.digest import fingerprint
+from coca_lit.weights.computation import fingerprint
 from coca_lit.weights.load import load_dual_encoder
 
 

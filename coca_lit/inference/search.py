@@ -22,7 +22,7 @@ from coca_lit.files import replacing
 from coca_lit.inference.inputs import SUFFIXES, Source, find_images, load_images
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import Tokenizer, WordTokenizer, split_words
-from coca_lit.weights.digest import fingerprint
+from coca_lit.weights.computation import fingerprint
 
 FORMAT = "coca_lit image index 1"
 DTYPES = {"folder": torch.uint8, "names": torch.uint8, "stamps": torch.int64, "features": torch.float32}

@@ -31,7 +31,7 @@ from coca_lit.tokenizer import get_tokenizer
 Contrastive = Literal["softmax", "siglip"]
 
 # Defaults of the arguments that files of earlier versions lack. They are not stored: a digest of the model covers them.
-LATER = {"interpolation": "bicubic", "resize_mode": "shortest"} | dict.fromkeys(
+LATER: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"} | dict.fromkeys(
     ("text_tower", "text_tower_args", "decoder_args")
 )
 IGNORED_LABEL = -100

@@ -4,6 +4,7 @@ Two models with equal tensors can compute different things. Weights are therefor
 models compute alike, and a run that starts from weights takes these facts from them.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from coca_lit.models.clip import CLIP, DualEncoder
-from coca_lit.models.coca import CoCa
+from coca_lit.models.coca import LATER, CoCa
 from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.weights.intact import digest
 
 # Arguments of `CoCa` whose values its tensors do not show.
 ARGUMENTS = (
@@ -51,6 +53,14 @@ def facts(model: nn.Module) -> dict[str, Any]:
         if name not in stored and buffer.numel() <= _CONSTANT:
             found[name] = [round(value, 6) for value in buffer.double().flatten().tolist()]
     return found
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The digest of a model: equal for the same architecture with the same weights, whatever file they came from.
+    Results computed with other weights or other settings get another name and are never mixed.
+    """
+    about = getattr(model, "config", None) or facts(model)  # a CLIP has no `config`
+    return digest(json.dumps(about, sort_keys=True), model.state_dict().items())
 
 
 def _constants(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -95,9 +105,7 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
     config = source.config if isinstance(source, CoCa) else source
     if not config:
         return {}
-    defaults: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"}
-    defaults |= dict.fromkeys(("text_tower", "text_tower_args", "decoder_args"))
-    found = {name: config.get(name, defaults.get(name)) for name in ARGUMENTS if name in config or name in defaults}
+    found = {name: config.get(name, LATER.get(name)) for name in ARGUMENTS if name in config or name in LATER}
     encoder = found.get("image_encoder_args") or {}
     found["image_encoder_args"] = {name: value for name, value in encoder.items() if "drop" not in name}
     return found

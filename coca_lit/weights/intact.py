@@ -4,17 +4,17 @@ PyTorch's files are zip archives whose checksums PyTorch never reads. Safetensor
 their metadata. PyTorch's files from before 1.6 and safetensors of others have nothing to compare with.
 """
 
+import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
-
-from coca_lit.weights.digest import digest
 
 ZIP = b"PK\x03\x04"  # the first bytes of one
 DIGEST_KEY = "coca_lit_digest"
@@ -72,6 +72,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if expected is not None and expected != _digest(state, metadata):
         raise ValueError(f"'{path}' is damaged: its content is not what was written; fetch or export it again")
     return state, metadata
+
+
+def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """32 hexadecimal digits, equal for equal descriptions and tensors that are equal by name and bit for bit."""
+    found = hashlib.sha256(about.encode())
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
 
 
 def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

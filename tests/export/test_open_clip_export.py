@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from coca_lit.data.transforms import build_transform
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights import open_clip_keys
 from coca_lit.weights.load import load_model
-from coca_lit.weights.open_clip import from_open_clip
+from coca_lit.weights.open_clip import from_open_clip, keys
 
 Build = Callable[..., CoCa]
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
@@ -239,13 +238,13 @@ def test_keys_that_are_honoured(exported: tuple[dict[str, Any], dict[str, Any]])
 
 def test_every_key_of_open_clip_is_known() -> None:
     known = {
-        CLIPVisionCfg: open_clip_keys._VISION,
-        CLIPTextCfg: open_clip_keys._COCA_TEXT,
-        MultimodalCfg: open_clip_keys._DECODER,
-        PreprocessCfg: open_clip_keys._PREPROCESS,
+        CLIPVisionCfg: keys._VISION,
+        CLIPTextCfg: keys._COCA_TEXT,
+        MultimodalCfg: keys._DECODER,
+        PreprocessCfg: keys._PREPROCESS,
     }
-    for section, keys in known.items():
-        assert {field.name for field in fields(section)} <= keys.keys()
+    for section, allowed in known.items():
+        assert {field.name for field in fields(section)} <= allowed.keys()
 
 
 def test_a_damaged_config(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model, save_model
-from coca_lit.weights.open_clip import from_open_clip, open_clip_config, to_open_clip
+from coca_lit.weights.open_clip import from_open_clip, to_open_clip
+from coca_lit.weights.open_clip.config import open_clip_config
 
 HEADS = {"image": 3, "pooler": 4, "text": 2}
 SMALL: dict[str, Any] = {

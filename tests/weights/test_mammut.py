@@ -18,7 +18,8 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import blocks
 from coca_lit.weights.load import load_model, save_model
-from coca_lit.weights.open_clip import from_open_clip, open_clip_config, to_open_clip
+from coca_lit.weights.open_clip import from_open_clip, to_open_clip
+from coca_lit.weights.open_clip.config import open_clip_config
 
 ARGUMENTS = {k: v for k, v in SMALL.items() if not k.startswith("pooler")}
 HEADS, LAYERS = 2, 3

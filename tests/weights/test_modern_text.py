@@ -15,7 +15,8 @@ from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.modern import rotary_table, rotate
 from coca_lit.weights.load import load_model, save_model
-from coca_lit.weights.open_clip import from_open_clip, open_clip_config, to_open_clip
+from coca_lit.weights.open_clip import from_open_clip, to_open_clip
+from coca_lit.weights.open_clip.config import open_clip_config
 
 STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
 MODERN: dict[str, Any] = {

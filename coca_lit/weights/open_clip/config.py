@@ -1,0 +1,265 @@
+"""`open_clip_config.json`: written for a model of ours, and read for what the tensors beside it do not show.
+
+Each part of a model knows its own keys (`open_clip_config`), `keys` which of them may have which values.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from coca_lit.models.coca import CoCa
+from coca_lit.models.image import CLIP_NORMALISATION, MeanPooling
+from coca_lit.models.mammut import TwoPassTower
+from coca_lit.models.naflex import DEFAULTS
+from coca_lit.tokenizer import get_tokenizer
+from coca_lit.weights.open_clip.keys import (
+    CLIP_KEYS,
+    COCA_KEYS,
+    FILE,
+    MODERN_KEYS,
+    POOLER_KEYS,
+    TWO_PASS_KEYS,
+    OpenClipConfig,
+    count,
+    read_config,
+    with_tokenizer,
+)
+
+VERSIONS = ("3.3", "4")  # of OpenCLIP, whose files can be written
+_TOWERS = ("TextTower", "ModernTextTower", "TwoPassTower", "TwoPassTowerWithPads")
+_TEXT_SIZES = {"context_length": "context_length", "width": "text_width", "layers": "text_layers"}
+_BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
+    """What `open_clip.create_model("local-dir:…")` needs beside the weights.
+
+    OpenCLIP 3.3 has no key for the CLS mask: it always computes the legacy one. The section `coca_lit`, which it
+    ignores, stores the mask that the model was trained with. OpenCLIP 4 has a key, at which 3.3 would stop.
+
+    Args:
+        version: of OpenCLIP, one of `VERSIONS`.
+
+    Raises:
+        ValueError: OpenCLIP cannot build such a model; the message says why.
+    """
+    if reason := obstacle_to_open_clip(model, version):
+        raise ValueError(f"OpenCLIP cannot build this model: {reason}")
+    ours, trunk = model.config, model.image_encoder.trunk
+    vision = {
+        **model.image_encoder.open_clip_config,
+        "output_tokens": model.decoder is not None,
+        **(model.pooling.open_clip_config or {}),
+    }
+    if not isinstance(model.pooling, MeanPooling):
+        vision |= {"attn_pooler_queries": ours["pooler_queries"], "attn_pooler_heads": ours["pooler_heads"]}
+    both = {
+        "context_length": ours["context_length"],
+        "vocab_size": model.tokenizer.vocab_size,
+        "width": ours["text_width"],
+        "heads": ours["text_heads"],
+        **{key: value for key, value in model.tokenizer.open_clip_config.items() if key.endswith("_id")},
+    }
+    text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **model.text.open_clip_config}
+    text |= model.tokenizer.open_clip_config
+    if version == "3.3":
+        text.pop("correct_cls_mask", None)
+    towers = {} if isinstance(model.text, TwoPassTower) else {"text_cfg": {**both, **text}}
+    if model.decoder is not None:
+        towers["multimodal_cfg"] = {**both, "layers": ours["decoder_layers"], **model.decoder.open_clip_config}
+    normalisation = {key: list(trunk.pretrained_cfg[key]) for key in CLIP_NORMALISATION}
+    return {
+        "model_cfg": {
+            "embed_dim": ours["embed_dim"],
+            "vision_cfg": vision,
+            **towers,
+            **({"custom_text": True} if "text_cfg" in towers else {}),
+        },
+        "preprocess_cfg": {
+            **normalisation,
+            **{key: model.preprocessing[key] for key in ("interpolation", "resize_mode")},
+        },
+        **({"coca_lit": {"cls_mask": ours["cls_mask"]}} if version == "3.3" else {}),
+    }
+
+
+def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
+    """Why OpenCLIP's CoCa cannot be this model, whatever its CLS mask; None if it can."""
+    ours = model.config
+    if model.tokenizer.open_clip_version is None:
+        return "it has a word tokenizer, and OpenCLIP's CoCa only reads byte pairs"
+    if model.pooling.open_clip_config is None:
+        return (
+            f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
+            " openclip_parallel, openclip_cascade and MaMMUT's means"
+        )
+    if type(model.text).__name__ not in _TOWERS:
+        return f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
+    if isinstance(model.text, TwoPassTower) != isinstance(model.pooling, MeanPooling):
+        return "in OpenCLIP a two-pass text tower and the mean of all image tokens go together"
+    if isinstance(model.text, TwoPassTower) and model.decoder is None:
+        return "OpenCLIP has no MaMMUT without its decoder"
+    parts = (model.pooling, model.text, model.tokenizer, model.image_encoder)
+    if version == "3.3" and any(part.open_clip_version == "4" for part in parts):
+        return "its pooler, tokenizer, image encoder or text tower needs OpenCLIP 4: export it with version=4"
+    if not model.image_encoder.takes_patches and not _is_clip_transformer(model.image_encoder.trunk):
+        return (
+            f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
+            " (vit_*_clip_*, without QuickGELU), and with version=4 naflex"
+        )
+    if model.decoder is not None and ours["embed_dim"] != ours["text_width"]:
+        return (
+            f"OpenCLIP's decoder reads image tokens of its own width, and this one reads tokens of {ours['embed_dim']}"
+            f" with a width of {ours['text_width']}"
+        )
+    return None
+
+
+def _is_clip_transformer(trunk: nn.Module) -> bool:
+    """Whether it computes what OpenCLIP's own VisionTransformer does, up to the pooler."""
+    if not isinstance(trunk, VisionTransformer) or trunk.pos_embed is None or len(trunk.blocks) == 0:
+        return False
+    expected = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm_pre.weight", "norm_pre.bias"}
+    for i in range(len(trunk.blocks)):
+        expected |= {f"blocks.{i}.{part}.{kind}" for part in _BLOCK_PARTS for kind in ("weight", "bias")}
+    block: Any = trunk.blocks[0]
+    positions = trunk.pos_embed.shape[1]
+    return (
+        trunk.state_dict().keys() == expected
+        and type(block.mlp.act).__name__ == "GELU"
+        and block.norm1.eps == 1e-5
+        and positions == math.isqrt(positions - 1) ** 2 + 1
+    )
+
+
+def coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `CoCa` that only the config shows: numbers of heads, how pixels are prepared, masks and pooling.
+
+    Args:
+        config: content of `open_clip_config.json`; None yields what all of OpenCLIP's models of this kind have.
+        sizes: the arguments that follow from the tensors.
+
+    Raises:
+        ValueError: the config asks for something that CoCa lacks.
+    """
+    if config is None:
+        return {"context_length": 128} if sizes["image_encoder"] == "naflex" else {}
+    tower = sizes.get("text_tower")
+    keys = COCA_KEYS._replace(vision=POOLER_KEYS.get(sizes["pooler"], COCA_KEYS.vision))
+    if tower is not None:
+        keys = (MODERN_KEYS if tower == "modern" else TWO_PASS_KEYS)._replace(vision=keys.vision)
+    tokenizer = get_tokenizer(sizes.get("tokenizer", "clip"))
+    found = read_config(config, with_tokenizer(keys, tokenizer), _shown(sizes))
+    if missing := [key for key in tokenizer.open_clip_config if key not in found.text]:
+        raise ValueError(f"{FILE} lacks text_cfg.{missing[0]}, which the tokenizer {tokenizer.spec} needs")
+    text_heads = count(found.text, "heads", 8)  # these defaults are OpenCLIP's
+    decoder_heads = count(found.decoder, "heads", 8 if sizes["decoder_layers"] else text_heads)
+    if not found.text and tower is not None:
+        text_heads = decoder_heads
+    if text_heads != decoder_heads:
+        raise ValueError(
+            f"the config asks for {text_heads} heads in the text tower and {decoder_heads} in the decoder, but CoCa has"
+            " the same number in both"
+        )
+    if found.quick_gelu:
+        raise ValueError("the config asks for QuickGELU, but CoCa is built with GELU")
+    image = _naflex_arguments(found, sizes) if sizes["image_encoder"] == "naflex" else _image_arguments(found, sizes)
+    arguments = {
+        **image,
+        "text_heads": text_heads,
+        "interpolation": found.interpolation,
+        "resize_mode": found.resize_mode,
+    }
+    if tower is None:
+        arguments["cls_mask"] = found.cls_mask
+    elif tower == "modern":
+        pool = {"argmax": "eos"}.get(found.text.get("pool_type", "argmax"), found.text.get("pool_type"))
+        arguments["context_length"] = count(found.text, "context_length", 77)
+        arguments["text_tower_args"] = {**sizes["text_tower_args"], "pool": pool, **_style(found.text)}
+        if sizes["decoder_args"] is not None:
+            arguments["decoder_args"] = {**sizes["decoder_args"], **_style(found.decoder)}
+    else:
+        arguments["text_tower"] = "two_pass" if found.decoder.get("use_pad_mask", True) else "two_pass_with_pads"
+        return arguments | {"pooler": "mean" if found.vision.get("pool_type") == "avg" else "mean_all"}
+    kind = found.vision.get("attentional_pool")
+    return arguments | {
+        "pooler_heads": count(found.vision, "attn_pooler_heads", 8),
+        **({"pooler": f"{sizes['pooler'].partition('_')[0]}_{kind}"} if isinstance(kind, str) else {}),
+    }
+
+
+def clip_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `CLIP` that only OpenCLIP's config shows; its defaults are OpenCLIP's."""
+    if config is None:
+        return {}
+    found = read_config(config, CLIP_KEYS, _shown(sizes))
+    return {
+        **_image_arguments(found, sizes),
+        "text_heads": count(found.text, "heads", 8),
+        "quick_gelu": found.quick_gelu,
+        "interpolation": found.interpolation,
+        "resize_mode": found.resize_mode,
+    }
+
+
+def _style(section: Mapping[str, Any]) -> dict[str, float]:
+    """What the tensors of modern blocks do not show, where it is not the default."""
+    found = {"norm_eps": section.get("norm_eps", 1e-6), "rope_base": section.get("rope_temperature", 10000.0)}
+    return {name: float(value) for name, value in found.items() if value not in (1e-6, 10000)}
+
+
+def _image_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    image = dict(sizes["image_encoder_args"])
+    head_width = count(config.vision, "head_width", 64)
+    image["num_heads"] = image["embed_dim"] // head_width
+    if not image["num_heads"]:
+        raise ValueError(f"the config asks for heads of {head_width}, but the image tower is {image['embed_dim']} wide")
+    if config.normalisation != CLIP_NORMALISATION:
+        image["pretrained_cfg_overlay"] = config.normalisation
+    return {"image_encoder_args": image}
+
+
+def _naflex_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    shown = DEFAULTS | {"pre_norm": False, "pos_embed_grid_size": [16, 16]} | sizes["image_encoder_args"]
+    given = config.vision.get("timm_model_kwargs") or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{FILE}: vision_cfg.timm_model_kwargs must be a dictionary, not a {type(given).__name__}")
+    image, heads = dict(sizes["image_encoder_args"]), count(given, "num_heads", DEFAULTS["num_heads"])
+    for key, value in given.items():
+        if key not in shown:
+            raise ValueError(f"{FILE} asks for vision_cfg.timm_model_kwargs.{key}, which coca_lit does not know")
+        if key != "num_heads" and value != shown[key]:
+            raise ValueError(
+                f"{FILE} belongs to other weights: its vision_cfg.timm_model_kwargs.{key} is {value!r}, and the tensors"
+                f" show {shown[key]!r}"
+            )
+    if heads != DEFAULTS["num_heads"]:
+        image["num_heads"] = heads
+    image_size = count(config.vision, "image_size", 224)
+    budget = (image_size // image["patch_size"]) ** 2
+    if config.vision.get("image_seq_len") is not None and count(config.vision, "image_seq_len", budget) != budget:
+        image["max_patches"] = config.vision["image_seq_len"]
+    if config.normalisation != CLIP_NORMALISATION:
+        image["pretrained_cfg_overlay"] = config.normalisation
+    return {"image_encoder_args": image, "image_size": image_size}
+
+
+def _shown(sizes: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Sizes that the tensors show, by their keys in OpenCLIP's config."""
+    image = sizes["image_encoder_args"]
+    vision = {
+        "image_size": sizes["image_size"],
+        "patch_size": image["patch_size"],
+        "width": image.get("embed_dim"),
+        "layers": image.get("depth"),
+    }
+    return {
+        "model_cfg": {"embed_dim": sizes["embed_dim"]},
+        "vision_cfg": {} if sizes.get("image_encoder") == "naflex" else vision,
+        "multimodal_cfg" if str(sizes.get("text_tower")).startswith("two_pass") else "text_cfg": {
+            key: sizes[ours] for key, ours in _TEXT_SIZES.items() if ours in sizes
+        },
+    }
