@@ -182,10 +182,6 @@ class WordTokenizer(Tokenizer):
         self.vocab_size = 4 + len(words)
         self.token_bytes = [b""] * 4 + [f"{word} ".encode() for word in words]
 
-    @classmethod
-    def from_captions(cls, captions: Iterable[str], min_count: int = 5, context_length: int = 76) -> "WordTokenizer":
-        return cls(frequent_words(captions, min_count), context_length)
-
     @property
     def spec(self) -> list[str]:
         return self._words

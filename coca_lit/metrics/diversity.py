@@ -24,11 +24,6 @@ def caption_statistics(captions: Collection[str]) -> dict[str, float]:
     }
 
 
-def novel_share(captions: Collection[str], training_captions: Collection[str]) -> float:
-    """Share of captions that are in no training caption word for word, in [0, 1]."""
-    return sum(are_novel(captions, training_captions)) / max(len(captions), 1)
-
-
 def are_novel(captions: Iterable[str], training_captions: Collection[str]) -> list[bool]:
     """Whether each caption differs from all training captions in a word."""
     known = {tuple(WORD.findall(text.lower())) for text in training_captions}

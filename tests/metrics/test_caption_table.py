@@ -5,7 +5,7 @@ import torch
 
 from coca_lit.metrics.captions import caption_scores, caption_table
 from coca_lit.metrics.clipscore import clip_scores
-from coca_lit.metrics.diversity import caption_statistics, novel_share
+from coca_lit.metrics.diversity import are_novel, caption_statistics
 
 
 def test_statistics_by_hand():
@@ -17,8 +17,8 @@ def test_statistics_by_hand():
     assert caption_statistics([""])["mean_length"] == 0
 
 
-def test_novel_share_by_hand():
-    assert novel_share(["A dog.", "a cat", "a cow"], ["a dog", "the cow"]) == pytest.approx(2 / 3)
+def test_novelty_by_hand():
+    assert are_novel(["A dog.", "a cat", "a cow"], ["a dog", "the cow"]) == [False, True, True]
 
 
 def test_clip_scores_by_hand():
