@@ -14,7 +14,8 @@ from torch import Tensor
 
 from coca_lit.models.generation.constraints import NEVER, Constraints, force_token
 from coca_lit.models.generation.options import Scoring
-from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, looks
+from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, look
+from coca_lit.models.packing import to_device
 
 
 class Candidates(NamedTuple):
@@ -60,15 +61,20 @@ class BeamSearch:
             opened, source = self._extend(opened, candidates, position)
             if position == length - 1:
                 break
-            look = looks(position, length - 1, done.device)
-            if look and done.any():
-                _put(result, active[done], closed, done)
-                active, opened, closed = active[~done], _rows(opened, ~done), _rows(closed, ~done)
-                if len(active) == 0:
+            rows = source + torch.arange(len(source), device=source.device)[:, None] * self.num_beams  # (B, K)
+            going_on = look(~done, position)  # images
+            if going_on is None or going_on.all():
+                # On a CPU a comparison takes less time than the caches; a GPU would have to wait for it.
+                if rows.is_cuda or not torch.equal(rows.flatten(), torch.arange(rows.numel(), device=rows.device)):
+                    decoding.select(rows.flatten())
+            else:
+                gone, kept = (to_device(part.nonzero()[:, 0], rows.device) for part in (~going_on, going_on))
+                _put(result, active[gone], _rows(closed, gone))
+                if len(kept) == 0:
                     return result
-            self._reorder(decoding, source, done, look)
-            if look:
-                done = done[~done]
+                decoding.select(rows[kept].flatten(), kept)
+                active, done = active[kept], done[kept]
+                opened, closed = _rows(opened, kept), _rows(closed, kept)
             logits = decoding.step(opened.ids[:, :, position].reshape(-1, 1))
         if self.scoring != "log_prob":
             counted = length if self.scoring == "openclip_legacy" else (length - prompts.lengths[active])[:, None]
@@ -152,20 +158,6 @@ class BeamSearch:
         ids[:, :, position] = tokens
         return Hypotheses(ids, scores, log_probs), source
 
-    def _reorder(self, decoding: Decoding, source: Tensor, done: Tensor, look: bool) -> None:
-        """Reorders the rows of the caches as the extended captions need them, without the images that are done.
-
-        Args:
-            look: whether the host may look which are done, and whether any row moves.
-        """
-        rows = source + torch.arange(len(source), device=source.device)[:, None] * self.num_beams  # (B, K)
-        if not look:
-            decoding.select(rows.flatten())
-        elif done.any():
-            decoding.select(rows[~done].flatten(), (~done).nonzero()[:, 0])
-        elif not torch.equal(rows.flatten(), torch.arange(rows.numel(), device=rows.device)):
-            decoding.select(rows.flatten())
-
 
 def _best(some: Hypotheses, others: Hypotheses) -> Hypotheses:
     """The K best of two sets of K captions for each image."""
@@ -190,7 +182,7 @@ def _rows(captions: Hypotheses, images: Tensor) -> Hypotheses:
     return Hypotheses(*(part[images] for part in captions))
 
 
-def _put(result: Hypotheses, images: Tensor, captions: Hypotheses, which: Tensor | slice = slice(None)) -> None:
+def _put(result: Hypotheses, images: Tensor, captions: Hypotheses) -> None:
     """Writes the captions of some images where they belong."""
     for target, part in zip(result, captions, strict=True):
-        target[images] = part[which]
+        target[images] = part

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from coca_lit.models.generation.constraints import Constraints, keep_top_k, keep_top_p
-from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, looks
+from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, look
+from coca_lit.models.packing import to_device
 
 Choice = Callable[[Tensor], Tensor]  # scores (R, V) -> ids (R,)
 
@@ -71,13 +72,15 @@ def decode(
         log_probs[active] += model_scores.gather(1, chosen[:, None])[:, 0].where(free, 0)
 
         unfinished = unfinished & (chosen != end_id)
-        images = unfinished.view(len(unfinished) // count, count).any(dim=1)
-        look = looks(position, length - 1, ids.device)
-        if position == length - 1 or (look and not images.any()):
+        if position == length - 1:
             break
-        if look and not images.all():
-            kept = images.repeat_interleave(count)
-            decoding.select(kept.nonzero()[:, 0], images.nonzero()[:, 0])
+        going_on = look(unfinished.view(-1, count).any(dim=1), position)  # images
+        if going_on is not None and not going_on.any():
+            break
+        if going_on is not None and not going_on.all():
+            images = to_device(going_on.nonzero()[:, 0], ids.device)
+            kept = to_device(going_on.repeat_interleave(count).nonzero()[:, 0], ids.device)
+            decoding.select(kept, images)
             active, unfinished, chosen = active[kept], unfinished[kept], chosen[kept]
         logits = decoding.step(chosen[:, None])
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coca_lit.models.image import ImageEncoder, Pooling
 from coca_lit.models.layers import KeysValues, KVCache, StaticKVCache
+from coca_lit.models.packing import to_device
 from coca_lit.models.text import Decoder, TextTower
 from coca_lit.tokenizer import Tokenizer
 
@@ -180,9 +181,9 @@ class StaticDecoding(Decoding):
             keys_values.copy_(keys_values[:, order])
 
 
-def looks(position: int, last: int, device: torch.device) -> bool:
-    """Whether the host looks which captions have ended: a GPU has to finish all its work for that."""
-    return device.type != "cuda" or position % LOOK_EVERY == 0 or position == last
+def look(mask: Tensor, position: int) -> Tensor | None:
+    """A mask on the host, or None where it stays on the device: a GPU has to finish all its work for a look."""
+    return None if mask.is_cuda and position % LOOK_EVERY else mask.cpu()
 
 
 def encode_prompts(model: Captioner, prompt: str | Sequence[str] | None, count: int, max_length: int) -> Prompts:
@@ -208,4 +209,4 @@ def encode_prompts(model: Captioner, prompt: str | Sequence[str] | None, count: 
     for row, start in zip(ids, rows, strict=True):
         row[: len(start)] = torch.tensor(start)
     lengths = torch.tensor([len(start) for start in rows])
-    return Prompts(ids.to(model.device), lengths.to(model.device), min(map(len, rows), default=1))
+    return Prompts(to_device(ids, model.device), to_device(lengths, model.device), min(map(len, rows), default=1))
