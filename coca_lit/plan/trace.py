@@ -4,6 +4,9 @@ Weights, images and everything computed from them are fake (`FakeTensorMode`). T
 so that code which reads their values runs as in training. Frozen parts, loss weights, precision, recomputation and any
 image encoder therefore count as they do in training. PyTorch's `FlopCounterMode` counts the FLOPs; memory is the most
 that the step holds at once. All captions have the same, mean length: packed captions cost what their tokens cost.
+
+The kernels for CPUs are off. What is left differs from a GPU's step in the layout of the texts alone: `on_gpu` adds the
+grid of attention where there is one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import CHUNK, GPU_CHUNK
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, kernels
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
 PARTS = {  # part of the plan -> modules of the network
@@ -30,12 +33,13 @@ PARTS = {  # part of the plan -> modules of the network
 }
 
 
-class Flops(NamedTuple):
-    """FLOPs of a training step; a multiply-add counts as 2."""
+class Step(NamedTuple):
+    """A training step of some batch, without the optimizer. A multiply-add counts as 2 FLOPs."""
 
-    forward: dict[str, int]  # by part
-    total: int  # of forward and backward pass, recomputation included
-    operations: int  # that a device is given, whatever the number of samples
+    forward: dict[str, int]  # FLOPs by part
+    total: int  # FLOPs of forward and backward pass, recomputation included
+    operations: int  # that a device is given
+    peak: int  # bytes of activations and temporary tensors, without weights, gradients and inputs
 
 
 class Cost(NamedTuple):
@@ -58,11 +62,10 @@ def cost(net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast:
         autocast: type of mixed precision; None computes in the type of the weights.
     """
     few, many = BATCHES
-    low, high = (peak_memory(net, weights, caption_tokens, autocast, batch) for batch in BATCHES)
-    slope = (high - low) / (many - few)
-    step = count_flops(net, weights, caption_tokens, autocast, few)
-    forward = {part: flops / few for part, flops in step.forward.items()}
-    return Cost(forward, step.total / few, slope, max(low - few * slope, 0.0), step.operations)
+    low, high = (trace(net, weights, caption_tokens, autocast, batch) for batch in BATCHES)
+    slope = (high.peak - low.peak) / (many - few)
+    forward = {part: flops / few for part, flops in low.forward.items()}
+    return Cost(forward, low.total / few, slope, max(low.peak - few * slope, 0.0), low.operations)
 
 
 def on_gpu(net: CoCa, spent: Cost, caption_tokens: int, bytes_of_number: int) -> Cost:
@@ -93,11 +96,11 @@ def on_gpu(net: CoCa, spent: Cost, caption_tokens: int, bytes_of_number: int) ->
     )
 
 
-def count_flops(
+def trace(
     net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None, batch: int
-) -> Flops:
-    """FLOPs of a step with `batch` samples, without the contrastive logits, which grow with the global batch; other
-    arguments as for `cost`.
+) -> Step:
+    """A step with `batch` samples. Its FLOPs are without the contrastive logits, which grow with the global batch.
+    Arguments as for `cost`.
     """
     totals: dict[str, int] = {}
     modules: dict[str, int] = {}
@@ -107,29 +110,19 @@ def count_flops(
         if end_of == "network":
             modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
 
+    inputs = _inputs(net, caption_tokens, batch)
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
     # In this order: the counter of FLOPs hands on the parts of an operation in its place.
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, _Operations() as operations:
-        _step(net, weights, _inputs(net, caption_tokens, batch), autocast, mark)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with kernels.disabled(), counter, _Recorder([*inputs, *net.parameters(), *net.buffers()], grads) as recorder:
+        _step(net, weights, inputs, autocast, mark)
     vocabulary = totals["caption"] - totals["network"]
     parts = [part for part in PARTS if part != "decoder" or vocabulary]
     root = type(net).__name__
     forward = {part: sum(modules.get(f"{root}.{name}", 0) for name in PARTS[part]) for part in parts}
     forward |= {"vocabulary, with its gradients": vocabulary} if vocabulary else {}
     total = counter.get_total_flops() - (totals["contrastive"] - totals["caption"])
-    return Flops(forward, total, operations.count)
-
-
-def peak_memory(
-    net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None, batch: int
-) -> int:
-    """Bytes of activations and temporary tensors that a step with `batch` samples holds at its peak, without weights,
-    gradients and inputs; other arguments as for `cost`.
-    """
-    inputs = _inputs(net, caption_tokens, batch)
-    given = [*inputs, *net.parameters(), *net.buffers(), *(p.grad for p in net.parameters() if p.grad is not None)]
-    with _PeakMemory(given) as memory:
-        _step(net, weights, inputs, autocast)
-    return memory.peak
+    return Step(forward, total, recorder.operations, recorder.peak)
 
 
 def _step(
@@ -137,7 +130,7 @@ def _step(
     weights: Mapping[str, float],
     inputs: tuple[Tensor, Tensor, Tensor],
     autocast: torch.dtype | None,
-    mark: Callable[[str], None] = lambda end_of: None,
+    mark: Callable[[str], None],
 ) -> None:
     """A training step; `mark` is called at the end of the network and of each loss, computed or not."""
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -172,29 +165,28 @@ def _to_fake(net: nn.Module) -> None:
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts what a device would be given: views and empty tensors are made by the host alone."""
+class _Recorder(TorchDispatchMode):
+    """What a device would be given, and the most bytes that tensors made inside the block occupied at once.
 
-    def __init__(self) -> None:
+    Views and empty tensors are made by the host alone. Gradients are not added to those of an earlier step: they are
+    there before the step only because they are no part of its peak.
+    """
+
+    def __init__(self, given: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
         super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not (func.is_view or "empty" in func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-class _PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made inside the block occupied at once."""
-
-    def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._given = [t.untyped_storage() for t in given]  # kept alive: their addresses must not be reused
+        self.operations = self.now = self.peak = 0
+        self._grads = {id(grad): grad for grad in grads}
+        # Kept alive: their addresses must not be reused.
+        self._given = [t.untyped_storage() for t in (*given, *self._grads.values())]
         self._known = {storage._cdata for storage in self._given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # a fake tensor is asked several times in each operation
+            return args[0].fake_device
         out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        adds_gradients = packet is torch.ops.aten.add_ and id(args[0]) in self._grads
+        self.operations += not (func.is_view or "empty" in packet.__name__ or adds_gradients)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._hold(tensor.untyped_storage())

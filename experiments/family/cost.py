@@ -19,7 +19,7 @@ from coca_lit.cli.command import compose
 from coca_lit.cli.plan import build_without_weights
 from coca_lit.data.batch import Batch
 from coca_lit.lit_module import CoCaLit
-from coca_lit.plan.trace import count_flops
+from coca_lit.plan.trace import trace
 from coca_lit.runs.run_folder import environment
 from experiments.benchmarks.harness import interleaved, ratio
 from experiments.study import write_rows
@@ -108,7 +108,7 @@ def flops_of_pair(cfg: DictConfig, tokens: int) -> float:
     weights = dict(module.pairs.weights)
     if not any(weights.values()):  # parallel prediction: the work of the caption loss
         weights["caption"] = 1.0
-    found = count_flops(module.net, weights, tokens, None, BATCH)
+    found = trace(module.net, weights, tokens, None, BATCH)
     frozen = not any(p.requires_grad for p in module.net.image_encoder.parameters())
     return (found.total - (found.forward["image encoder"] if frozen else 0)) / BATCH
 

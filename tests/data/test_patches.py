@@ -33,7 +33,7 @@ from coca_lit.evals.samples import attention_samples
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.patches import Patches, stack_images
-from coca_lit.plan.trace import count_flops
+from coca_lit.plan.trace import trace
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.training.optim import AdamW
 
@@ -240,7 +240,7 @@ def test_a_run_trains_and_scores() -> None:
 def test_a_plan_counts_full_images() -> None:
     with torch.device("meta"):
         net = tiny()
-    flops = count_flops(net, {"contrastive": 1.0, "caption": 1.0}, 6, None, batch=2).forward["image encoder"]
+    flops = trace(net, {"contrastive": 1.0, "caption": 1.0}, 6, None, batch=2).forward["image encoder"]
     width, tokens = 24, 16 + 4
     products = 16 * 192 * width + tokens * (4 + 8) * width * width + 2 * tokens * tokens * width
     assert flops == 2 * 2 * products

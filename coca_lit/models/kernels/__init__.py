@@ -1,8 +1,8 @@
 """Faster ways to compute what plain PyTorch computes, behind one door and one switch.
 
 Model code calls the functions and layers exported here and knows nothing of what is behind them. Each has a fall-back
-in plain PyTorch with the same result up to rounding; `enable(False)` switches everything to the fall-backs. Timings are
-in experiments/benchmarks/README.md.
+in plain PyTorch with the same result up to rounding; `enable(False)` switches everything to the fall-backs, and
+`disabled()` does so within a block. Timings are in experiments/benchmarks/README.md.
 
 - `Linear`, `linear`, `packed_weights`: matrix products of few rows at inference on a CPU.
 - `attention`, `self_attention`, `cross_attention`: packed texts one by one, and few queries, on a CPU; packed texts
@@ -15,6 +15,7 @@ in experiments/benchmarks/README.md.
 from coca_lit.models.kernels.cpu_attention import attention, cross_attention, self_attention
 from coca_lit.models.kernels.cpu_linear import Linear, linear, packed_weights
 from coca_lit.models.kernels.process import (
+    disabled,
     enable,
     enabled,
     exact_fp32,
@@ -28,6 +29,7 @@ __all__ = [
     "Linear",
     "attention",
     "cross_attention",
+    "disabled",
     "enable",
     "enabled",
     "exact_fp32",

@@ -75,7 +75,8 @@ def cross_attention(
         return out + bias.chunk(2)[1].to(q.dtype)
     kv = linear(context, weight, bias).unflatten(-1, (2, heads, -1))  # (B, S, 2, H, W)
     if layout is not None and goes_without_grid(q, layout):
-        return attend_to_images(q.unflatten(-1, (heads, -1)), kv[:, :, 0], kv[:, :, 1], layout)
+        keys, values = kv.unbind(2)
+        return attend_to_images(q.unflatten(-1, (heads, -1)), keys, values, layout)
     q = q if layout is None else layout.unpack(q)
     k, v = kv.transpose(1, 3).unbind(2)
     out = attention(q.unflatten(-1, (heads, -1)).transpose(1, 2), k, v).transpose(1, 2).flatten(2)

@@ -32,6 +32,17 @@ def enabled() -> bool:
     return _on
 
 
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Within, nothing but plain PyTorch computes. The library of fp32 products stays."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
+
+
 def keep_freed_memory() -> None:
     """Keeps freed blocks in the process, from here to its end.
 

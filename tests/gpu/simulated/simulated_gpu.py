@@ -407,6 +407,8 @@ def _install() -> None:
     cuda.synchronize = lambda *_, **__: _waits("synchronize")
     cuda.Event, cuda.Stream, cuda.stream = _Event, _Stream, lambda *_: contextlib.nullcontext()
     cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    # One launch for all parameters, of clipping too.
+    importlib.import_module("torch.utils._foreach_utils")._foreach_supported_types.append(DeviceTensor)
     accelerator: Any = torch.accelerator
     accelerator.is_available = lambda: True
     accelerator.current_accelerator = lambda *_, **__: torch.device("cuda")

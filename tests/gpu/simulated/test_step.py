@@ -13,6 +13,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.presets import PRESETS
+from coca_lit.plan.trace import trace
 from coca_lit.training.gradient_caching import cached_loss
 
 LENGTHS = [5, 9, 17, 6, 7, 12, 24, 4]  # of captions; more than a tenth of the grid would be padding
@@ -158,6 +159,17 @@ def test_recomputation(recomputed: Any) -> None:
     for net in nets:
         net.set_grad_checkpointing(recomputed)
     compare(nets, make_batch(nets[0]), plain_step, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_plan_counts_these_operations(kind: torch.dtype | None) -> None:
+    """Packing is what the plan, with texts of one length, does not see: of fp32, grids too, in each attention."""
+    net = create_model("coca_tiny").train()
+    with torch.device("meta"):
+        shape = create_model("coca_tiny")
+    planned = trace(shape, {"contrastive": 1.0, "caption": 1.0}, 12, kind, len(LENGTHS))
+    recorder = compare((net, to_gpu(copy.deepcopy(net))), make_batch(net), plain_step, kind)
+    assert planned.operations == pytest.approx(recorder.launches.total(), rel=0.05 if kind else 0.15)
 
 
 @pytest.mark.parametrize("lengths", [[7] * 4, [24, 23], [1, 2, 1]], ids=str)
