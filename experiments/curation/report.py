@@ -1,20 +1,22 @@
 """Tables and figure of choosing data."""
 
 from pathlib import Path
+from statistics import fmean
 
 from coca_lit.report.tables import Table, markdown
-from experiments.study import Row, as_they_are, by_variant, draw_variants, mean_std, read_rows, renamed
+from experiments.study import Row, as_they_are, by_variant, draw_lines, mean_std, numbers, read_rows, renamed, variants
 
 RESULTS = Path(__file__).with_name("results.csv")
+SHARES = (10, 30, 50)  # % of noise
 CHOICES = {
     "all": "everything",
     "distinct": "no near-duplicates",
-    "similarity": "of these the most similar",
-    "likelihood": "of these the likeliest",
-    "recaptioned": "of these the rest with new captions",
+    "similarity": "distinct, the most similar",
+    "likelihood": "distinct, the likeliest",
+    "recaptioned": "distinct, the others recaptioned",
     "clean": "the truth",
 }
-NAMES = {f"noise{noise}_{choice}": f"{noise} %: {name}" for noise in (10, 30, 50) for choice, name in CHOICES.items()}
+NAMES = {f"noise{noise}_{choice}": f"{noise} %: {name}" for noise in SHARES for choice, name in CHOICES.items()}
 SCORES = {
     "scenes/CIDEr": "CIDEr",
     "scenes/t2i_recall@1": "text to image R@1",
@@ -36,7 +38,18 @@ def tables() -> dict[str, str]:
 
 
 def draw() -> None:
-    draw_variants(renamed(read_rows(RESULTS), NAMES), SCORES, RESULTS.with_name("curation.png"))
+    """The mean of each score over the share of noise, a line for each choice."""
+    groups = variants(read_rows(RESULTS))
+
+    def points(choice: str, score: str) -> list[tuple[float, float]]:
+        of_shares = {noise: groups.get(f"noise{noise}_{choice}", []) for noise in SHARES}
+        return [(noise, fmean(numbers(rows, score))) for noise, rows in of_shares.items() if rows]
+
+    panels = {
+        title: {name: found for choice, name in CHOICES.items() if (found := points(choice, score))}
+        for score, title in SCORES.items()
+    }
+    draw_lines(panels, "noise, %", "", RESULTS.with_name("curation.png"))
 
 
 def _left_out(rows: list[Row]) -> str:
@@ -46,7 +59,7 @@ def _left_out(rows: list[Row]) -> str:
     lines = [
         [name, str(len(group)), mean_std([float(row["kept"]) for row in group])]
         + [mean_std([100 * float(row[column]) for row in group]) for column in LEFT_OUT]
-        for name, group in groups.items()
+        for name, group in sorted(groups.items(), key=lambda item: [*NAMES.values()].index(item[0]))
     ]
     header = ["choice", "n", "samples", *(f"{column}, %" for column in LEFT_OUT)]
     return markdown(Table("", header, lines))
