@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from coca_lit.report.tables import Table, markdown
-from experiments.study import Row, by_variant, read_rows, renamed, unit, variants, write_rows
+from experiments.study import Row, by_variant, read_rows, renamed, unit, variants, with_about, write_rows
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.csv"
@@ -28,15 +27,15 @@ SCORES = {
     "scenes": {
         **{"scenes/exact_match": "exact captions", "scenes/CIDEr": "CIDEr"},
         **{f"scenes/{score}": title for score, title in RECALL.items()},
-        **{f"scenes_128/decoder_{score}": f"by the decoder: {title}, %" for score, title in RECALL.items()},
+        **{f"scenes_128/decoder_{score}": f"{title}, %" for score, title in RECALL.items()},
         "scenes/top1": "zero-shot top-1",
-        "scenes/likelihood/top1": "by likelihood",
-        "scenes/pmi/top1": "by PMI",
+        "scenes/likelihood/top1": "zero-shot by likelihood",
+        "scenes/pmi/top1": "zero-shot by PMI",
     },
     "flickr8k": {
         **{"flickr8k/CIDEr": "CIDEr", "flickr8k/Bleu_4": "BLEU-4"},
         **{f"flickr8k/{score}": title for score, title in RECALL.items()},
-        **{f"flickr8k_100/decoder_{score}": f"by the decoder: {title}, %" for score, title in RECALL.items()},
+        **{f"flickr8k_100/decoder_{score}": f"{title}, %" for score, title in RECALL.items()},
     },
 }
 ALONG = {  # scores that curves have, in the figures the first two
@@ -47,7 +46,7 @@ COSTS = {
     "trained": "trained parameters, M",
     "GFLOP": "GFLOP per pair",
     "seconds": "CPU ms per step",
-    "ratio": "of CoCa's",
+    "ratio": "times CoCa's",
 }
 ABOUT_RUN = ("run", "seed", "commit", "machine", "torch", "command")
 MARKERS = "osD^vP"
@@ -73,11 +72,17 @@ def _points(folder: Path) -> list[Row]:
 
 
 def tables() -> dict[str, str]:
-    found = {"family/cost": cost_table()} if costs() else {}
+    found = {}
     for data, scores in SCORES.items():
+        if costs(data):
+            found[f"family/{data}_cost"] = cost_table(data)
         if not (rows := rows_of(data)):
             continue
-        found[f"family/{data}"] = by_variant(renamed(rows, MEMBERS), scores)
+        named = renamed(rows, MEMBERS)
+        for kind, by_decoder in ((data, False), (f"{data}_decoder", True)):
+            found[f"family/{kind}"] = by_variant(
+                named, {k: v for k, v in scores.items() if of_decoder(k) == by_decoder}
+            )
         if costs(data):
             found[f"family/{data}_seconds"] = by_variant(
                 renamed(at_equal_seconds(data, rows), MEMBERS), {name: scores[name] for name in ALONG[data]}
@@ -85,25 +90,19 @@ def tables() -> dict[str, str]:
     return found
 
 
-def costs(data: str | None = None) -> list[Row]:
-    rows = [row for row in read_rows(FOLDER / "costs.csv") if data in (None, row["data"])]
-    return sorted(rows, key=lambda row: (row["data"], [*MEMBERS].index(row["member"])))
+def costs(data: str) -> list[Row]:
+    rows = [row for row in read_rows(FOLDER / "costs.csv") if row["data"] == data]
+    return sorted(rows, key=lambda row: [*MEMBERS].index(row["member"]))
 
 
 def seconds_per_step(data: str) -> dict[str, float]:
     return {row["member"]: float(row["seconds"]) for row in costs(data)}
 
 
-def cost_table() -> str:
-    by_data = {data: {row["member"]: row for row in costs(data)} for data in SCORES}
-    header = ["", *(f"{data}: {what}" for data, rows in by_data.items() if rows for what in COSTS.values())]
-    lines = [
-        [title, *(_shown(what, rows[member][what]) for rows in by_data.values() if rows for what in COSTS)]
-        for member, title in MEMBERS.items()
-    ]
-    row = costs()[0]
-    about = f"`{row['command']}` at commit {row['commit']}, torch {row['torch']}, {row['machine']}."
-    return f"{markdown(Table('', header, lines))}\n\n{about}"
+def cost_table(data: str) -> str:
+    rows = costs(data)
+    lines = [[MEMBERS[row["member"]], *(_shown(what, row[what]) for what in COSTS)] for row in rows]
+    return with_about(["", *COSTS.values()], lines, rows)
 
 
 def _shown(what: str, value: str) -> str:
@@ -126,8 +125,13 @@ def _named_after_members(rows: Sequence[Row], data: str) -> list[Row]:
     return found
 
 
+def of_decoder(score: str) -> bool:
+    """Retrieval and classification by what the decoder says of a pair."""
+    return any(way in score for way in ("decoder", "likelihood", "pmi"))
+
+
 def _of_cosines(score: str) -> bool:
-    return score.endswith(("/top1", "_recall@1")) and not any(way in score for way in ("decoder", "likelihood", "pmi"))
+    return score.endswith(("/top1", "_recall@1")) and not of_decoder(score)
 
 
 def curves(data: str) -> dict[str, dict[str, Points]]:
