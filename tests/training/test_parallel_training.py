@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import launched, results, run, without_java
+from running import NAFLEX, launched, results, run, without_java
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -172,9 +172,10 @@ def test_openclips_recipe_for_mscoco_runs_on_two_ranks(on_ranks, tmp_path: Path)
 MAMMUT = ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")
 
 
-def test_blocks_that_two_passes_share_are_sharded(on_ranks, tmp_path: Path) -> None:
-    """MaMMUT's blocks run twice in a step and get one gradient."""
-    options = ("data.train_count=16", *MAMMUT)
+@pytest.mark.parametrize("model", [MAMMUT, NAFLEX], ids=["MaMMUT", "any shape"])
+def test_other_members_of_the_family_are_sharded(on_ranks, tmp_path: Path, model: tuple[str, ...]) -> None:
+    """MaMMUT's blocks run twice in a step and get one gradient; batches of patches have several sizes."""
+    options = ("data.train_count=32", *model)
     run(tmp_path / "one", *SHORT, *options)
     on_ranks(2, train, tmp_path / "sharded", *options, *SHARDED)
     found, expected = saved(tmp_path / "sharded")["state_dict"], saved(tmp_path / "one")["state_dict"]

@@ -17,6 +17,7 @@ import torch
 from hub_server import TOKEN, Hub, Repository
 from PIL import Image
 from safetensors.torch import save
+from test_mammut import released_files
 
 from coca_lit.cli import caption as caption_cli
 from coca_lit.cli import export as export_cli
@@ -37,6 +38,7 @@ SMALL = {
     **{"context_length": 20, "text_layers": 1, "decoder_layers": 1, "cls_mask": "legacy"},
 }
 L14, B32 = "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k", "laion/CoCa-ViT-B-32-laion2B-s13B-b90k"
+OPENMAMMUT = "laion/openMaMMUT-ViT-L-14-DataComp-1.4B-s12.8B-b180K"
 SAFE, BIN = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 
 
@@ -111,6 +113,20 @@ def test_a_model_by_name_is_that_of_its_file(
     assert_equal(load_model(name), model)
     assert names_in(cache) == {SAFE}  # and neither the same weights twice nor another library's
     assert not hub.asked_for("GET", "README")
+
+
+def test_openmammut_by_its_name(hub: Hub) -> None:
+    """In the layout of the code that trained it; random weights of a small one."""
+    model, state, config = released_files()
+    preprocess = {**CLIP_NORMALISATION, "interpolation": "bicubic", "resize_mode": "shortest"}
+    files = {"open_clip_config.json": json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}).encode()}
+    hub.repositories[OPENMAMMUT] = Repository({SAFE: save(state), **files})
+    found = load_model(f"hf-hub:{OPENMAMMUT}")
+    assert_equal(found, model)
+    assert found.preprocessing == model.preprocessing
+    image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    assert torch.equal(found.generate(image), model.generate(image))
+    assert torch.equal(found.encode_text(found.tokenizer(["a dog"])), model.encode_text(model.tokenizer(["a dog"])))
 
 
 @pytest.mark.slow

@@ -70,15 +70,24 @@ def test_mammut_equals_the_oracle(images: Tensor, released: bool) -> None:
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
-@torch.no_grad()
-def test_file_of_the_released_openmammut(images: Tensor) -> None:
-    """Older names of one tensor and of the config's keys."""
+def released_files() -> tuple[CoCa, State, dict[str, Any]]:
+    """A small openMaMMUT; its tensors and its config with the names of the code that trained the released one."""
     model, state, _ = make(**RELEASED)
     old = {("text.text_projection" if name == "text.lm_head" else name): t for name, t in state.items()}
     config = open_clip_config(model, "4")["model_cfg"]
     text = {key: value for key, value in config.pop("multimodal_cfg").items() if key != "proj_type"}
     del config["vision_cfg"]["final_ln_after_pool"], config["vision_cfg"]["pool_type"]
-    fork = {**config, "text_cfg": {**text, "does_full_decoding": True, "output_tokens": True}, "custom_text": True}
+    return (
+        model,
+        old,
+        {**config, "text_cfg": {**text, "does_full_decoding": True, "output_tokens": True}, "custom_text": True},
+    )
+
+
+@torch.no_grad()
+def test_file_of_the_released_openmammut(images: Tensor) -> None:
+    """Older names of one tensor and of the config's keys."""
+    model, old, fork = released_files()
     for found in (from_open_clip(old, deepcopy(fork)), from_open_clip(old, text_heads=HEADS, **HEADS_OF_IMAGE)):
         assert {key: found.config[key] for key in RELEASED} | {"text_tower": ""} == RELEASED | {"text_tower": ""}
         assert found.config["text_tower"].endswith(":two_pass_with_pads")

@@ -50,7 +50,10 @@ def naive(model: CoCa, image: Tensor, prompt: str, max_length: int) -> list[int]
     return ids + [tokenizer.pad_id] * (max_length - len(ids))
 
 
-@pytest.mark.parametrize("arguments", [{}, {"pooler": "parallel"}, {"pooler": "cascade", "cls_mask": "legacy"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"pooler": "parallel"}, {"pooler": "cascade", "cls_mask": "legacy"}, {"pooler": "openclip_cascade"}],
+)
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("max_length", [3, 9, 24])
 def test_equals_the_uncached_loop(tiny_model: Build, arguments: dict[str, Any], count: int, max_length: int) -> None:
