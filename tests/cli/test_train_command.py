@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from running import TINY, compose, results, run, train_py, without_java
+from running import NAFLEX, TINY, compose, results, run, train_py, without_java
 
 from coca_lit.cli.assembly import build_data, build_evals
 from coca_lit.cli.command import CONF, to_override
@@ -213,6 +213,7 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
             pytest.param(name, extra, marks=pytest.mark.slow)
             for name, extra in {
                 "pretrain_mammut_b32": ("+model.net.pooler=mean", "+model.net.text_tower=two_pass"),
+                "pretrain_coca2_naflex_b32": NAFLEX,
                 **dict.fromkeys(("scst_mscoco", "finetune_vqa"), ()),
                 **dict.fromkeys(("flickr8k_frozen", "flickr8k_two_hours", "scst_flickr8k"), FEW_PHOTOS),
             }.items()
