@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import naflex_transforms
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
@@ -31,6 +32,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals.inference import caption_images, embed_images, image_batches, log_likelihoods
 from coca_lit.evals.samples import attention_samples
 from coca_lit.lit_module import CoCaLit
+from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.patches import Patches, stack_images
 from coca_lit.plan.trace import trace
@@ -235,6 +237,29 @@ def test_a_run_trains_and_scores() -> None:
     torch.testing.assert_close(scores[1], log_likelihoods(net, RECORDS[1:2], ["a b", "dog"], lambda i: [0, 1])[0])
     (sample,) = attention_samples(net, RECORDS[:1], 1, {"max_length": 5})
     assert sample["image"].startswith("data:image")
+
+
+def test_compiled_blocks_give_the_same_and_stop_compiling() -> None:
+    """Shapes and padding that were not seen before compile nothing."""
+    plain, model = tiny().train(), tiny().train()
+    model.compile_blocks("eager")
+    graphs = []
+    for shapes in (
+        *([(24, 8), (8, 8), (16, 16)], [(24, 16), (24, 16), (8, 48)]),  # with padding, without
+        *([(32, 24), (8, 16), (8, 8)], [(32, 16), (8, 64), (16, 32)]),
+        *([(40, 16), (8, 8), (16, 24)], [(8, 40), (40, 8), (8, 40)]),
+    ):
+        images = stack_images([Patches.of(torch.randint(0, 256, (3, *s), dtype=torch.uint8), 8) for s in shapes])
+        tokens, found = TOKENIZER(["a b", "dog", "c a b"]), []
+        for net in (plain, model):
+            net.zero_grad()
+            torch.stack([*loss_terms(net(images, tokens)).values()]).sum().backward()
+            found.append([p.grad for p in net.parameters() if p.grad is not None])
+        assert len(found[0]) > 40
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[4:] == [graphs[4]] * 2
 
 
 def test_a_plan_counts_full_images() -> None:
