@@ -16,7 +16,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from forking import FORKSERVER, Program
-from running import ROOT, compose, results, run, watched
+from running import NAFLEX, ROOT, compose, results, run, watched
 
 from coca_lit.callbacks import NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
@@ -123,9 +123,10 @@ BY_STEPS = ("scoring.every_n_steps=2", "callbacks.checkpoint.best=scenes/t2i_med
 # Every third batch is one of texts: its row has no loss of pairs, and no reward.
 TEXTS_AND_REWARDS = (
     *("data.text={texts}", "data.text_every=3", "model.net.dropout=0"),
-    "model.self_critical={{_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}}",
+    "model.self_critical={_target_: coca_lit.training.self_critical.SelfCritical, samples: 2, max_length: 6}",
 )
 EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
+OF_ANY_SHAPE = (*NAFLEX, "data.batch_size=2", "trainer.accumulate_grad_batches=2")  # batches of two and of four images
 
 
 @pytest.mark.parametrize(
@@ -134,20 +135,21 @@ EMA_AND_ACCUMULATION = ("ema=0.9", "trainer.accumulate_grad_batches=2")
         pytest.param("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS), marks=pytest.mark.slow),
         ("indexed", 2, EMA_AND_ACCUMULATION),
         pytest.param("stream", 2, EMA_AND_ACCUMULATION, marks=pytest.mark.slow),
+        pytest.param("patches", 2, OF_ANY_SHAPE, marks=pytest.mark.slow),
     ],
 )
 def test_killed_twice_in_an_epoch(
     tmp_path: Path, request: pytest.FixtureRequest, data: str, workers: int, extra: tuple[str, ...]
 ) -> None:
     """Batch 3 is within an accumulation of two, 5 after the validation within the epoch, 12 the very last."""
-    indexed = f"data.indexed={str(data == 'indexed').lower()}"
+    indexed = f"data.indexed={str(data in ('indexed', 'patches')).lower()}"
     source = MAP if data == "map" else (*request.getfixturevalue("shards"), indexed)
     texts = tmp_path / "texts.txt"  # of TEXTS_AND_REWARDS
     texts.write_text("".join(f"{record.captions[0]}\n" for record in scene_records("val", count=5)))
-    extra = tuple(word.format(texts=texts) for word in extra)
+    extra = tuple(word.replace("{texts}", str(texts)) for word in extra)
     overrides = (*source, f"data.num_workers={workers}", "callbacks.checkpoint.every_n_steps=1", *extra)
     assert train(tmp_path / "whole", *overrides) == 0
-    for batches in {"map": (3, 5, 12), "indexed": (3,), "stream": (5,)}[data]:
+    for batches in {"map": (3, 5, 12), "indexed": (3,), "stream": (5,), "patches": (3, 5)}[data]:
         assert train(tmp_path / "killed", *overrides, watch=Die(batches)) == -signal.SIGKILL
     assert train(tmp_path / "killed", *overrides) == 0
     assert_same(tmp_path / "whole", tmp_path / "killed")
