@@ -314,9 +314,10 @@ def build_settings(cfg: DictConfig) -> "Settings":
     import torch
 
     from coca_lit.evals import Settings
-    from coca_lit.weights.hub import locate
 
     if cfg.scoring.clip_score_model is not None:
+        from coca_lit.weights.hub import locate
+
         with error_context("scoring.clip_score_model"):  # now, and not when training is over
             locate(cfg.scoring.clip_score_model)
     node = _without(cfg.scoring, *WHEN, "skip_missing")
@@ -370,11 +371,15 @@ def build_trainer(
         "plugins": build_plugins(),
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),  # no default one
     }
-    node = cfg.trainer.copy()
-    with open_dict(node):
-        del node.micro_batch_size  # an argument of the module
+    defaults = {
+        "default_root_dir": cfg.output_dir,
+        "use_distributed_sampler": False,  # the DataModules split batches over ranks exactly
+        "enable_model_summary": False,  # there is `RunSummary`
+        "num_sanity_val_steps": 0,
+    }
+    node = _without(cfg.trainer, "micro_batch_size")  # an argument of the module
     try:
-        trainer: L.Trainer = build(node, "trainer", **parts)
+        trainer: L.Trainer = build(node, "trainer", defaults, **parts)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
     accumulates, micro_batches = trainer.accumulate_grad_batches > 1, cfg.trainer.micro_batch_size is not None
@@ -390,7 +395,8 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
     from coca_lit.callbacks import Averaging, Checkpoints, LogRunFacts, RunSummary
     from coca_lit.runs.resume import resume_keys
 
-    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node]
+    offered = {"output_dir": cfg.output_dir}
+    callbacks = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
     checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
     for callback in checkpoints:  # no argument: Hydra would build the targets within
         callback.config = resume_keys(plain(cfg))

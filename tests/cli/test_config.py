@@ -66,6 +66,7 @@ def test_every_file_is_an_option_or_known() -> None:
     brought = {
         "small": compose("trainer=smoke").data.batch_size == 8,
         "skip_missing": evaluates_all().scoring.skip_missing,
+        "roots": compose().roots.mscoco == evaluates_all().roots.mscoco == "data/mscoco",
         "scoring": compose().scoring.quick == 256 and evaluates_all().scoring.split == "test",
     }
     assert {name for name in others if not name.startswith("hydra/")} == {*commands, *engines, *brought}
