@@ -19,6 +19,7 @@ NAMES = ("auto", "builtin", "efficientnet_lite0", "efficientnet_lite2")  # what 
 WHAT = "what belongs there: coca_lit/data/README.md"
 WITHOUT_DATA = "data=scenes needs no files"
 OR_NULL = ("scoring.every_n_epochs",)  # null has a meaning besides the number that is their default
+NOT_ONLY_NUMBERS = ("trainer.devices",)  # Lightning takes auto and a list of devices, too
 WITHOUT_EVALUATION = "scoring.skip_missing=true leaves such evaluations out, evals=[] all of them"
 
 
@@ -71,6 +72,8 @@ def check_numbers(node: Any, defaults: Any, path: str = "", own: bool = False) -
                 check_numbers(value, default, f"{path}{key}.", ours)
             continue
         if not _is_number(default) or value is None or (isinstance(value, str) and "${" in value):
+            continue
+        if f"{path}{key}" in NOT_ONLY_NUMBERS:
             continue
         if not _is_number(value) or (own and value < 0 <= default):
             least = " of at least 0" if own and default >= 0 else ""

@@ -262,12 +262,16 @@ def test_cheap_mistakes_are_found_in_the_config(overrides: tuple[str, ...], said
     assert "\n" not in str(caught.value)
 
 
-def test_null_is_accepted_where_it_has_a_meaning() -> None:
-    words = ["scoring.every_n_epochs=null", "scoring.every_n_steps=100"]
-    assert (
-        command._start(lambda cfg: cfg.scoring.every_n_epochs, compose(*words), command._defaults("train", words))
-        is None
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("scoring.every_n_epochs=null", "scoring.every_n_steps=100"),
+        ("trainer=cpu", "trainer.devices=auto"),
+        ("trainer=cpu", "trainer.devices=[0,1]"),
+    ],
+)
+def test_what_is_no_number_is_accepted_where_it_has_a_meaning(words: tuple[str, ...]) -> None:
+    assert command._start(lambda cfg: True, compose(*words), command._defaults("train", list(words)))
 
 
 @pytest.mark.slow
