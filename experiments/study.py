@@ -80,7 +80,10 @@ def read_run(folder: Path) -> Row:
     environment = json.loads((folder / "environment.json").read_text())
     config = (folder / "config.yaml").read_text()
     seed = re.search(r"^seed: (\d+)$", config, flags=re.MULTILINE) or re.search(r"_seed(\d+)$", folder.name)
-    environment["command"] = re.sub(r"=/\S+", "=PATH", environment.get("command", ""))  # paths of one machine
+    command = environment.get("command", "")
+    # Hydra gets --config-dir as an absolute path. Other paths are those of one machine, too.
+    command = re.sub(r"""'hydra\.searchpath=\["file://\S*/(experiments/\w+)"\]'""", r"--config-dir \1", command)
+    environment["command"] = re.sub(r"=/\S+", "=PATH", command)
     row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}
     if speeds := numbers(read_rows(folder / "metrics.csv"), "samples/s"):
         row["samples/s"] = f"{statistics.median(speeds):.1f}"

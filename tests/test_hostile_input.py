@@ -779,6 +779,13 @@ def test_names_of_secrets(text, shown):
     assert redact(text) == shown
 
 
+def test_the_shell_names_its_folder_like_a_password(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/me/work")
+    monkeypatch.setenv("OLDPWD", "/home/me/data")
+    monkeypatch.setenv("MYSQL_PWD", "hunter2")
+    assert redact("/home/me/work/a /home/me/data/b hunter2") == "/home/me/work/a /home/me/data/b <hidden>"
+
+
 def test_everything_under_a_secret_name_is_one():
     config = {"auth": {"user": "me", "pin": 12, "key": "${oc.env:KEY}"}, "urls": ["s3://me:pw@host"], "token": None}
     masked = {"user": "<hidden>", "pin": "<hidden>", "key": "${oc.env:KEY}"}

@@ -26,6 +26,7 @@ _ASSIGNMENT = re.compile(
 )
 _URL_PASSWORD = re.compile(r"(?P<start>\b[a-zA-Z][\w+.-]*://[^\s/:@]*:)(?!\$\{)[^\s/@]+(?=@)")
 _SHORTEST = 6  # characters; anything shorter also occurs in harmless words
+_FOLDERS = ("PWD", "OLDPWD")  # where the shell is, no passwords
 
 
 def redact(text: str) -> str:
@@ -34,7 +35,7 @@ def redact(text: str) -> str:
     """
     typed = (word.lstrip("+").partition("=")[::2] for word in sys.argv[1:])
     for name, value in (*os.environ.items(), *typed):
-        if len(value) >= _SHORTEST and _KEY.fullmatch(name) and "${" not in value:
+        if len(value) >= _SHORTEST and name not in _FOLDERS and _KEY.fullmatch(name) and "${" not in value:
             text = text.replace(value, HIDDEN)
     return _ASSIGNMENT.sub(_hide_value, _URL_PASSWORD.sub(rf"\g<start>{HIDDEN}", text))
 

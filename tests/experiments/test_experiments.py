@@ -37,7 +37,8 @@ def test_a_study_has_all_that_the_contract_asks_for(name: str) -> None:
 def make_run(folder: Path, seed: int, results: dict[str, float] | None) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(f"name: x\nseed: {seed}\n")
-    about = {"command": "python train.py data.root=/a/b", "seconds": 7, "commit": "abc", "machine": "m", "torch": "t"}
+    command = """python train.py data.root=/a/b 'hydra.searchpath=["file:///a/experiments/x"]'"""
+    about = {"command": command, "seconds": 7, "commit": "abc", "machine": "m", "torch": "t"}
     (folder / "environment.json").write_text(json.dumps(about))
     if results:
         (folder / "results.json").write_text(json.dumps(results))
@@ -54,7 +55,7 @@ def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
         ("a_seed3", "3", "7", "1.2500"),
         ("b_seed4", "4", "7", ""),
     ]
-    assert rows[0]["command"] == "python train.py data.root=PATH"
+    assert rows[0]["command"] == "python train.py data.root=PATH --config-dir experiments/x"
     (good / "results.json").write_text('{"scenes/CIDEr": 2}')
     assert [row.get("scenes/CIDEr") for row in study.add_runs(rows, [good])] == ["2.0000", ""]
     assert "| built-in scenes: CIDEr | 125.0 |  |  |" in study.by_seed(rows)
@@ -69,7 +70,7 @@ def test_seeds_of_a_variant_are_put_together(tmp_path: Path) -> None:
         "| plain | 3 | 200.0 ± 100.0 |",
         "| other | 1 | 500.0 |",
         "",
-        "`python train.py data.root=PATH` at commit abc, torch t, m.",
+        "`python train.py data.root=PATH --config-dir experiments/x` at commit abc, torch t, m.",
     ]
 
 
