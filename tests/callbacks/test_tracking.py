@@ -140,6 +140,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SHEETS = ("samples/scenes", "samples/scenes_retrieval")
 
 
+@pytest.mark.slow
 def test_tensorboard_has_scores_config_and_samples(scored: Path) -> None:
     pytest.importorskip("tensorboard")
     events = scalars(scored)
@@ -152,6 +153,7 @@ def test_tensorboard_has_scores_config_and_samples(scored: Path) -> None:
     assert "commit:" in text
 
 
+@pytest.mark.slow
 def test_wandb_has_scores_config_samples_group_and_tags(scored: Path) -> None:
     ((name, records),) = wandb_runs(scored).items()
     assert name == (scored / "wandb_run").read_text().strip()
@@ -170,6 +172,7 @@ def test_wandb_has_scores_config_samples_group_and_tags(scored: Path) -> None:
     assert len([*scored.glob("wandb/offline-*/files/media/images/samples/*.png")]) == 3
 
 
+@pytest.mark.slow
 def test_mlflow_has_scores_config_and_samples(scored: Path) -> None:
     client, (only,) = mlflow_runs(scored)
     assert only.info.run_id == (scored / "mlflow_run").read_text().strip()

@@ -156,6 +156,7 @@ def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, workers):
         run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals))
 
 
+@pytest.mark.slow
 def test_novel_captions_generation_options_and_attention(checkpoint, tmp_path, monkeypatch):
     without_java(monkeypatch)
     options = [

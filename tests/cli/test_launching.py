@@ -71,6 +71,7 @@ def assert_complete(done: subprocess.CompletedProcess[str], sweep: Path) -> None
 # Launchers
 
 
+@pytest.mark.slow
 def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> None:
     """Fixed values name the sweep, varied ones its jobs; a second command adds to the same table."""
     sweep = tmp_path / "outputs" / "sweeps" / "demo,+logger.x.api_key=_hidden_,model.freeze=_a_b_,seed=1"

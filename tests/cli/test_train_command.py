@@ -364,6 +364,7 @@ def test_sweep_with_a_failing_job(
 # Real processes
 
 
+@pytest.mark.slow
 def test_help(tmp_path: Path) -> None:
     done = train_py("--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

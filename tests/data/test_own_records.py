@@ -97,6 +97,7 @@ def test_shared_arguments_are_those_of_the_constructors() -> None:
     ("option", "targets"),
     [("scenes", [CaptionDataModule, RecordsDataModule]), ("laion", [CaptionDataModule, LAIONDataModule])],
 )
+@pytest.mark.slow
 def test_yaml_has_the_defaults_of_the_constructors(option: str, targets: list[type]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose("train", [f"data={option}", "experiment=demo"]).data

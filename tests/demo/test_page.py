@@ -12,6 +12,8 @@ from coca_lit.demo.builtin import write_scenes
 from coca_lit.inference.search import ImageIndex
 from coca_lit.models import create_model
 
+pytestmark = pytest.mark.slow  # a real browser
+
 # Keeps what the buttons have said, however briefly.
 SEE_BUTTONS = """() => {
     window.seen = [];

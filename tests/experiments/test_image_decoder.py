@@ -80,6 +80,7 @@ def test_the_sheet_shows_images_beside_drawings() -> None:
     assert page.getpixel((160, 60)) == (255, 255, 255)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line_draws(tmp_path: Path) -> None:
     done = train_py(
         *("--config-dir", str(ROOT / "experiments" / "image_decoder"), "experiment=image_decoder", "trainer=smoke"),

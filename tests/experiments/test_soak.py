@@ -19,6 +19,7 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return soak
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(soak: ModuleType, tmp_path: Path) -> None:
     overrides = (*soak.TINY, "data.train_count=16", "trainer.max_epochs=1", "trainer.limit_val_batches=0")
     runs = []

@@ -26,6 +26,8 @@ from coca_lit.export.onnx_captioner import Captioner
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import save_model
 
+pytestmark = pytest.mark.slow  # exports whole graphs
+
 CONVOLUTIONAL = {"text_layers": 1, "decoder_layers": 1}
 TRANSFORMER = {
     **CONVOLUTIONAL,
@@ -81,7 +83,6 @@ def other(name: str) -> CoCa:
     return model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_graphs_of_other_text_sides(name: str, tmp_path: Path) -> None:
     """Features and greedy captions, of a batch that is larger than the exporter's example."""
@@ -231,7 +232,6 @@ def test_what_int8_loses_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
         assert score == pytest.approx(100 * Cider().compute_score(references, own)[0], abs=0.06)
 
 
-@pytest.mark.slow
 def test_int8_is_refused_above_the_stated_loss(
     exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

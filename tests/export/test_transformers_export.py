@@ -29,6 +29,8 @@ pytest.importorskip("transformers")
 from coca_lit.export import modeling_coca  # need that package
 from coca_lit.export import transformers as writer
 
+pytestmark = pytest.mark.slow  # imports transformers and exports whole models
+
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
     "image_encoder_args": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},

@@ -50,6 +50,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_results_of_several_processes(folder: Path, printed: str, on_ranks: Callable) -> None:
     results = on_ranks(3, write, folder, "three")
     assert [out for out, _ in results] == [printed, "", ""]
@@ -59,6 +60,7 @@ def test_results_of_several_processes(folder: Path, printed: str, on_ranks: Call
 
 
 @pytest.mark.usefixtures("printed")
+@pytest.mark.slow
 def test_other_processes_go_on_with_what_was_left(folder: Path, on_ranks: Callable) -> None:
     shutil.copytree(folder / "one", folder / "left")
     lines = (folder / "left" / "c.jsonl").read_bytes().splitlines(keepends=True)

@@ -134,6 +134,7 @@ def test_what_was_added_is_captioned(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "c.jsonl").read_text().splitlines()[1] == first
 
 
+@pytest.mark.slow
 def test_command_killed_from_outside(folder: Path, tmp_path: Path) -> None:
     words = [f"checkpoint={folder}/tiny.safetensors", "num_workers=2", "precision=fp32", "batch_size=1"]
     command = ("-m", "coca_lit.cli.caption", str(folder / "photos"), *words, f"output={tmp_path}/c.jsonl")

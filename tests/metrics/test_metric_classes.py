@@ -57,6 +57,7 @@ def caption_metric(table: bool) -> tuple[dict[str, float], dict[str, str], dict[
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("table", [False, True])
+@pytest.mark.slow
 def test_captions(on_ranks, world: int, table: bool) -> None:
     predictions, references = (dict(zip(IDS, part, strict=True)) for part in texts())
     if table:

@@ -90,6 +90,7 @@ def test_scores_of_images_with_and_without_the_cache(jars, cache):
 
 
 @needs_jars
+@pytest.mark.slow
 def test_categories_by_hand(jars):
     references = [["a big red dog and two cats"], ["a man"], ["it is"], ["a red dog on a table"]]
     captions = ["a small red dog and three cats", "", "it is", "a red dog"]

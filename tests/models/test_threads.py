@@ -12,6 +12,8 @@ from coca_lit.models import PRESETS, CoCa, create_model
 from coca_lit.models.image import Pooler
 from coca_lit.models.text import ClsMask
 
+pytestmark = pytest.mark.slow  # each case repeats its steps ten times
+
 SMALL = {
     **{"image_size": 32, "embed_dim": 48, "pooler_heads": 4, "pooler_queries": 8, "text_width": 96, "text_heads": 4},
     **{"text_layers": 1, "decoder_layers": 1, "tokenizer": "scenes"},
@@ -55,7 +57,6 @@ def assert_repeats(model: CoCa, full: bool = False) -> None:
         assert not different
 
 
-@pytest.mark.slow
 def test_four_threads() -> None:
     torch.set_num_threads(4)
     assert_repeats(build())

@@ -61,6 +61,7 @@ def test_flops_are_those_of_a_real_step(overrides: dict[str, Any], freeze: bool)
     assert sum(step.forward.values()) < step.total
 
 
+@pytest.mark.slow
 def test_flops_of_a_large_model_are_those_of_the_formulas() -> None:
     """By hand, from the shapes: 33.1 GFLOP forward and 99.4 in training for B/32 with 76 tokens."""
     found = trace(without_weights("coca_vit_b32"), WEIGHTS, 76, None, BATCH)
@@ -87,6 +88,7 @@ def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None) -> None
     assert trace(without_weights(), WEIGHTS, TOKENS, precision, BATCH).peak == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_a_real_step() -> None:
     """Without the CPU's kernels, and however large the batch is, once the caption loss goes in chunks."""
 

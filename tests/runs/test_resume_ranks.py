@@ -102,6 +102,7 @@ def became_three(two: list[tuple[dict[int, list[str]], str]], three: list[tuple[
 
 
 @pytest.mark.parametrize("data", ["indexed", pytest.param("records", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_two_ranks_become_three(on_ranks, tmp_path: Path, data: str) -> None:
     """Same samples in every global batch, and the losses of the run that went on undisturbed."""
     source = ("data.train_count=24",) if data == "records" else (*shards(tmp_path), "data.indexed=true")

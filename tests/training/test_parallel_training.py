@@ -78,6 +78,7 @@ def sharded(on_ranks, tmp_path_factory: pytest.TempPathFactory, one_process: Pat
     return folder, on_ranks(2, train_sharded, folder, one_process)
 
 
+@pytest.mark.slow
 def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None:
     """With clipping; and over a checkpoint, a file like any other, of a sharded run and of one process."""
     folder, _ = sharded
@@ -173,6 +174,7 @@ MAMMUT = ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")
 
 
 @pytest.mark.parametrize("model", [MAMMUT, NAFLEX], ids=["MaMMUT", "any shape"])
+@pytest.mark.slow
 def test_other_members_of_the_family_are_sharded(on_ranks, tmp_path: Path, model: tuple[str, ...]) -> None:
     """MaMMUT's blocks run twice in a step and get one gradient; batches of patches have several sizes."""
     options = ("data.train_count=32", *model)

@@ -19,6 +19,8 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.training.optim import Timm
 from coca_lit.training.sharding import FullySharded, shard
 
+pytestmark = pytest.mark.slow  # five optimizers on two processes
+
 LR, SAMPLES, STEPS = 1e-3, 4, 2
 IN_FP32 = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
 NAMES = ("muon", "lion", "adopt", "nadamw")

@@ -77,6 +77,7 @@ def test_wrong_lora_is_one_sentence() -> None:
         build_trainer(compose("trainer=fsdp", "trainer.accelerator=cpu", "lora.rank=2", "output_dir=x"), [])
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_trains() -> None:
     module = build_without_weights(compose(*SHORT, "lora.rank=2"))
     trained = sum(p.numel() for p in module.net.parameters() if p.requires_grad)

@@ -182,6 +182,7 @@ def read_often(cache: ShardCache, local: Path, seed: int) -> None:
                 assert sum(file.stat().st_size for file in cache.folder.glob("*.tar")) <= cache.max_bytes
 
 
+@pytest.mark.slow
 def test_many_processes_share_a_small_cache(store, tmp_path):
     _, local = store
     cache = ShardCache(tmp_path / "cache", 3 * size_of(local) + 100)
