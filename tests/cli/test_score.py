@@ -35,6 +35,7 @@ def results(path, captions):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="shared caption data not present")
 @pytest.mark.parametrize("meteor", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_published_scores(tmp_path, monkeypatch, capsys, meteor):
     metrics = ("Bleu", *(["METEOR"] if meteor else []), "ROUGE_L", "CIDEr", "SPICE")
     monkeypatch.setattr("coca_lit.metrics.captions.caption_table", functools.partial(caption_table, metrics=metrics))

@@ -182,6 +182,7 @@ def metrics(folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("frozen", ["image_encoder", "image_encoder.trunk.*1,image_encoder.trunk.layer2"])
+@pytest.mark.slow
 def test_a_cached_run_trains_as_one_that_encodes(frozen: str, tmp_path: Path) -> None:
     """All of the encoder is frozen, or the convolution and norm at its beginning and two of its four layers."""
     cache = (f"data.cache_dir={tmp_path}/views", f"model.freeze=[{frozen}]")

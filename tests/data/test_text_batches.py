@@ -38,6 +38,7 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
     return load_model(folder / "checkpoints" / name).state_dict()
 
 
+@pytest.mark.slow
 def test_a_run_with_texts_goes_on_with_the_same_bits(tmp_path: Path, texts: str) -> None:
     """4 batches of pairs and 2 of texts in an epoch; stopped within the first and the second."""
     mixture = (*SHORT, texts, "data.text_every=3")

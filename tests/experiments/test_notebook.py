@@ -12,6 +12,8 @@ import torch
 from coca_lit.models import create_model
 from coca_lit.weights.load import save_model
 
+pytestmark = pytest.mark.slow  # a Jupyter kernel
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "experiments" / "notebooks" / "quickstart.ipynb"
 
@@ -39,7 +41,6 @@ def test_cells_run_one_after_another(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("checkpoint")
 def test_runs_in_jupyter(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")

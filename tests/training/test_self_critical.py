@@ -152,6 +152,7 @@ RUN = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_rewards_and_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     run(tmp_path / "whole", *RUN, "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=9")
     run(tmp_path / "again", *RUN, f"ckpt_path={tmp_path}/whole/checkpoints/step_1.ckpt")

@@ -54,6 +54,7 @@ def test_a_lora_run_changes_what_it_may(adapted: Path, start: Path) -> None:
     assert {"decoder.norm.weight", "decoder.vocabulary.weight", "logit_scale"} <= changed
 
 
+@pytest.mark.slow
 def test_a_lora_run_goes_on_exactly(adapted: Path, start: Path, tmp_path: Path) -> None:
     same = ("lora.rank=2", "lora.parts=[image_encoder,text]", "ema=0.5", f"init_from={start}")
     run(tmp_path, *SHORT, *same, f"ckpt_path={adapted}/checkpoints/step_2.ckpt")
@@ -93,6 +94,7 @@ def evaluation(folder: Path, *overrides: str) -> dict[str, float]:
     return evaluate.run(compose_config("evaluate", [*settings, *overrides]))
 
 
+@pytest.mark.slow
 def test_weights_between_two_checkpoints_are_scored_and_exported(adapted: Path, start: Path, tmp_path: Path) -> None:
     last = adapted / "checkpoints" / "last.ckpt"
     both = (f"checkpoint={last}", f"interpolate_with={start}")

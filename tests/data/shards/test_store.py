@@ -45,6 +45,8 @@ pytest.importorskip("moto.server")
 
 from faulty_store import FaultyGoogleStore, FaultyHub, FaultyStore, faulty_store  # noqa: E402  it needs moto
 
+pytestmark = pytest.mark.slow  # real servers whose faults are waited for
+
 FAULTS = ("reset", "cut", "slow", "slow down", "internal", "away")
 DRAWN = int(os.environ.get("COCA_STORE_FAULTS", 4))
 OTHERS = [pytest.param(store, marks=pytest.mark.slow) for store in (FaultyGoogleStore, FaultyHub)]
