@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Row:
     config = (folder / "config.yaml").read_text()
     seed = re.search(r"^seed: (\d+)$", config, flags=re.MULTILINE) or re.search(r"_seed(\d+)$", folder.name)
     command = environment.get("command", "")
-    # Hydra gets --config-dir as an absolute path. Other paths are those of one machine, too.
+    # Hydra gets --config-dir as an absolute path. Other paths mean something on one machine only.
     command = re.sub(r"""'hydra\.searchpath=\["file://\S*/(experiments/\w+)"\]'""", r"--config-dir \1", command)
     environment["command"] = re.sub(r"=/\S+", "=PATH", command)
     row = {key: str(environment.get(key, "")) for key in ABOUT} | {"run": folder.name, "seed": seed[1] if seed else ""}

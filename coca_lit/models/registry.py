@@ -1,4 +1,4 @@
-"""Image encoders and text towers by name: the package's own, imported when one is asked for, and those of others.
+"""Image encoders and text towers by name: the package's own, imported on demand, and registered ones from outside.
 
 A checkpoint stores the name of a registered part together with the module that registered it ("module:name"), as data:
 reading a checkpoint never imports that module. Import it first, or pass `imports=["module"]` to what reads or builds

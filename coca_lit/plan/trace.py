@@ -168,8 +168,8 @@ def _to_fake(net: nn.Module) -> None:
 class _Recorder(TorchDispatchMode):
     """What a device would be given, and the most bytes that tensors made inside the block occupied at once.
 
-    Views and empty tensors are made by the host alone. Gradients are not added to those of an earlier step: they are
-    there before the step only because they are no part of its peak.
+    Views and empty tensors are made by the host alone. Adding to the gradients of an earlier step does
+    not count: they exist beforehand only to be no part of the peak.
     """
 
     def __init__(self, given: Iterable[Tensor], grads: Iterable[Tensor]) -> None:

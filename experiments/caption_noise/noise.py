@@ -6,7 +6,7 @@
 `example` scores coco-caption's example (1,000 images), with SPICE if its jars are there, `test` the captions of a
 published model for the 5,000 images of COCO's Karpathy test split. FOLDER holds fakecap_refs.json and
 fakecap_results.json, or coco_karpathy_test_generated.json. Rows are added to results.csv, in place of earlier ones of
-the same data: a score with the interval of draws of so many images, or the difference of two systems on the same draws.
+the same data: a score with its interval for draws of that size, or the difference of two systems on the same draws.
 """
 
 import argparse

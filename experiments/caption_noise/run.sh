@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: run.sh FOLDER, which holds fakecap_refs.json and fakecap_results.json (from tylin/coco-caption) and coco_karpathy_test_generated.json; SPICE needs
-# its jars. The scores of three seeds are those of experiments/demo.
+# its jars. The scores of three seeds come from experiments/demo.
 set -euo pipefail
 captions=$(realpath "${1:?usage: run.sh FOLDER}")
 cd "$(dirname "$0")/../.."
