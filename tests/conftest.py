@@ -115,8 +115,10 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
             store = tmp_path_factory.mktemp("group") / "store"
             call = pickle.dumps((function, arguments))  # as bytes: tensors would otherwise travel as open files
             futures = [ranks[rank].submit(_on_rank, rank, world, store, call) for rank in range(world)]
-            wait(futures, timeout=120, return_when=FIRST_EXCEPTION)  # the others then wait for that one in vain
+            wait(futures, timeout=120, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception()]
+            if failed:  # the others wait for that one in vain, and must be free for the next call
+                wait(futures, timeout=120)
             return [pickle.loads(future.result(timeout=120)) for future in [*failed, *futures]][len(failed) :]
 
         yield run
