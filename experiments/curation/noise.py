@@ -1,7 +1,7 @@
 """Web-like noise on the built-in scenes, and how much of it a choice removes.
 
 python experiments/curation/noise.py make SHARDS --share 0.3 --seed 0
-python experiments/curation/noise.py judge SHARDS SELECTION --name likelihood
+python experiments/curation/noise.py judge SHARDS SELECTION --name likelihood --output choices.csv
 """
 
 import argparse
@@ -23,7 +23,6 @@ from coca_lit.runs.run_folder import environment
 
 PAIRS, PER_SHARD, SIZE = 6000, 1000, 32
 QUALITY, COPY_SIZE = 75, 48  # of the near-duplicates, which are scaled up and compressed more
-RESULTS = Path(__file__).with_name("choices.csv")
 
 
 def make(folder: Path, share: float, seed: int) -> None:
@@ -55,8 +54,8 @@ def make(folder: Path, share: float, seed: int) -> None:
     write_selection(folder / "clean.parquet", [pa.record_batch({"shard": shards, "key": keys})], {"how": "the truth"})
 
 
-def judge(folder: Path, selection: Path, share: float, name: str, seed: int) -> None:
-    """Adds a row to the CSV: precision and recall of what the selection leaves out."""
+def judge(folder: Path, selection: Path, share: float, name: str, seed: int, output: Path) -> None:
+    """Adds a row to the CSV `output`: precision and recall of what the selection leaves out."""
     chosen = read_selection(selection)
     left: list[dict[str, object]] = []
     out: list[dict[str, object]] = []
@@ -83,10 +82,10 @@ def judge(folder: Path, selection: Path, share: float, name: str, seed: int) -> 
         "copies left": several / max(len(left), 1),
     }
     row |= {key: facts[key] for key in ("commit", "torch", "machine")}
-    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
+    old = list(csv.DictReader(output.open(newline=""))) if output.exists() else []
     same = ("noise", "seed", "choice")
     rows = [other for other in old if any(other[key] != str(row[key]) for key in same)]
-    with RESULTS.open("w", newline="") as file:
+    with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(
@@ -115,12 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("selection", type=Path, nargs="?")
     parser.add_argument("--share", type=float, default=0.3, help="of mismatched captions, and of near-duplicates")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="")
+    parser.add_argument("--name", default="", help="of the choice")
+    parser.add_argument("--output", type=Path, help="CSV of the judgements")
     options = parser.parse_args(arguments)
     if options.action == "make":
         make(options.shards, options.share, options.seed)
     else:
-        judge(options.shards, options.selection, options.share, options.name, options.seed)
+        judge(options.shards, options.selection, options.share, options.name, options.seed, options.output)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ CHOICES = {
     "similarity": "distinct, the most similar",
     "likelihood": "distinct, the likeliest",
     "recaptioned": "distinct, the others recaptioned",
+    "mixed": "distinct, old or new caption",
     "clean": "the truth",
 }
 NAMES = {f"noise{noise}_{choice}": f"{noise} %: {name}" for noise in SHARES for choice, name in CHOICES.items()}

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # usage: run.sh; NOISE="10 30 50" SEEDS="0" CHOICES="similarity recaptioned". Finished steps are skipped; one core.
+# Tracked files change at the end alone: runs record the commit, and whether the tree differs from it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-runs=outputs/curation
+runs=outputs/curation choices=$runs/choices.csv
+mkdir -p $runs && cp experiments/curation/choices.csv $choices
 
 train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2
@@ -24,18 +26,25 @@ for seed in ${SEEDS:-0}; do
       coca-data filter "$data" selection="$data/distinct.parquet" top="$kept" by=$score output="$data/$score.parquet"
     done
     for choice in distinct similarity likelihood clean; do
-      python experiments/curation/noise.py judge "$data" "$data/$choice.parquet" --share "$share" --seed "$seed" --name $choice
+      python experiments/curation/noise.py judge "$data" "$data/$choice.parquet" --share "$share" --seed "$seed" --name $choice \
+        --output $choices
     done
-    for choice in ${CHOICES:-distinct similarity likelihood recaptioned clean}; do
+    for choice in ${CHOICES:-distinct similarity likelihood recaptioned mixed clean}; do
+      if [ "$choice" = recaptioned ] || [ "$choice" = mixed ]; then # the old captions stay in the JSON
+        coca-caption "$data/*.tar" checkpoint="$judge" output="$data/recaptioned/" generate.strategy=greedy precision=fp32 threads=1 num_workers=0
+      fi
       if [ "$choice" = recaptioned ]; then # the pairs that similarity leaves out come back with captions of the judge
         coca-data filter "$data" selection="$data/distinct.parquet" top="$share" by=-similarity output="$data/rest.parquet"
-        coca-caption "$data/*.tar" checkpoint="$judge" output="$data/recaptioned/" generate.strategy=greedy precision=fp32 threads=1 num_workers=0
         train "noise${noise}_recaptioned" "$seed" "data.shards={kept: $data, new: $data/recaptioned}" \
           "data.selection={kept: $data/similarity.parquet, new: $data/rest.parquet}"
+      elif [ "$choice" = mixed ]; then # of each picture the old caption or the judge's, drawn in every pass
+        train "noise${noise}_mixed" "$seed" data.shards="$data/recaptioned" data.selection="$data/distinct.parquet" \
+          'data.caption_keys={original_caption: 0.5, txt: 0.5}'
       else
         train "noise${noise}_$choice" "$seed" data.shards="$data" data.selection="$data/$choice.parquet"
       fi
     done
   done
 done
+cp $choices experiments/curation
 python experiments/report.py curation "$runs"/noise*_seed*
