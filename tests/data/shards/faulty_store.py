@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moto.core.model_instances import reset_model_data
 from moto.server import ThreadedMotoServer
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else gcsfs asks by gRPC, for a minute, what a bucket can do
@@ -52,12 +51,11 @@ class FaultyStore:
         """Address of the server behind the proxy, and how to stop it."""
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         server.start()
-
-        def stop() -> None:
-            server.stop()
-            reset_model_data()  # moto keeps its buckets in the process: the next server would serve them
-
-        return server.get_host_and_port(), stop
+        backend = HTTPConnection(*server.get_host_and_port())
+        backend.request("POST", "/moto-api/reset")  # moto keeps its buckets in the process, for the next server too
+        assert backend.getresponse().status == 200
+        backend.close()
+        return server.get_host_and_port(), server.stop
 
     @property
     def url(self) -> str:
