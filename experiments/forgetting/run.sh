@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. The models before are those of experiments/demo and, with the folder of
-# photos, of experiments/flickr8k_two_hours.
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2" MODELS="demo modern". Finished runs are skipped. The models before are those of experiments/demo, a CoCa2 with
+# the modern text side that is trained alike and, with the folder of photos, that of experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
 runs=outputs/forgetting
-tenths=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9
+model=()
 
 train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2
   shift 2
-  [ -s "$runs/$name/results.json" ] || python train.py name="forgetting/$name" seed="$seed" trainer=cpu threads=1 "$@"
+  [ -s "$runs/$name/results.json" ] || python train.py "${model[@]}" name="forgetting/$name" seed="$seed" trainer=cpu threads=1 "$@"
 }
 
 score() { # NAME SEED CHECKPOINT OVERRIDES…
@@ -27,28 +27,34 @@ between() { # NAME SEED BEFORE WEIGHTS OVERRIDES…: points between BEFORE and t
     hydra.sweep.dir="$runs" hydra.sweep.subdir="${name}_wise\${weight}_seed$seed" "$@"
 }
 
+towers='lora.parts=[image_encoder,pooling,image_projection,text]'
 for seed in ${SEEDS:-0 1 2}; do
-  evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
-  before=outputs/demo_seed$seed/checkpoints/last.ckpt
-  [ -s "outputs/demo_seed$seed/results.json" ] || python train.py seed="$seed" name="demo_seed$seed"
-  score before "$seed" "$before" "$evals"
-  tune() { # NAME OVERRIDES…: caption finetuning in the other style
-    local name=$1
-    shift
-    train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=5e-3 \
-      model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every=0 "$@"
-  }
-  towers='lora.parts=[image_encoder,pooling,image_projection,text]'
-  tune c0 model.contrastive_weight=0
-  tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
-  tune c0.3 model.contrastive_weight=0.3
-  tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
-  between c0 "$seed" "$before" "$tenths" "$evals"
-  tune c0.1 model.contrastive_weight=0.1
-  tune c1 model.contrastive_weight=1
-  between c0.3 "$seed" "$before" "$tenths" "$evals"
-  tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
-  tune decay model.contrastive_weight=0 model.optimizer.layer_decay=0.5
+  for start in ${MODELS:-demo modern}; do
+    evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
+    before=outputs/${start}_seed$seed/checkpoints/last.ckpt
+    if [ "$start" = modern ]; then
+      prefix=modern_
+      model=(--config-dir experiments/family +member=coca2_modern)
+    else
+      prefix=
+      model=()
+    fi
+    tune() { # NAME OVERRIDES…: caption finetuning in the other style
+      local name=$prefix$1
+      shift
+      train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=5e-3 \
+        model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every=0 "$@"
+    }
+    [ -s "outputs/${start}_seed$seed/results.json" ] || python train.py "${model[@]}" seed="$seed" name="${start}_seed$seed"
+    score "${prefix}before" "$seed" "$before" "$evals"
+    tune c0 model.contrastive_weight=0
+    tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
+    tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
+    tune c0.3 model.contrastive_weight=0.3
+    tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
+    between "${prefix}c0" "$seed" "$before" 0.3,0.5,0.7 "$evals"
+  done
+  model=()
   python experiments/report.py forgetting "$runs"/*_seed*
 done
 
