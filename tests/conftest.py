@@ -115,11 +115,11 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
             store = tmp_path_factory.mktemp("group") / "store"
             call = pickle.dumps((function, arguments))  # as bytes: tensors would otherwise travel as open files
             futures = [ranks[rank].submit(_on_rank, rank, world, store, call) for rank in range(world)]
-            wait(futures, timeout=120, return_when=FIRST_EXCEPTION)
+            wait(futures, timeout=600, return_when=FIRST_EXCEPTION)
             failed = [future for future in futures if future.done() and future.exception()]
             if failed:  # the others wait for that one in vain, and must be free for the next call
-                wait(futures, timeout=120)
-            return [pickle.loads(future.result(timeout=120)) for future in [*failed, *futures]][len(failed) :]
+                wait(futures, timeout=600)
+            return [pickle.loads(future.result(timeout=600)) for future in [*failed, *futures]][len(failed) :]
 
         yield run
 
@@ -134,7 +134,7 @@ def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=180)
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timeout)
     os.environ["RANK"] = str(rank)  # as torchrun does: who prepares a run folder asks before there is a group
     try:

@@ -35,7 +35,7 @@ FORKSERVER.set_forkserver_preload(
 def called(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a picklable function returns in a process of its own."""
     with ProcessPoolExecutor(1, FORKSERVER) as pool:
-        return pool.submit(function, *arguments).result(timeout=120)
+        return pool.submit(function, *arguments).result(timeout=600)
 
 
 class Program:
@@ -56,7 +56,7 @@ class Program:
         """Standard output and standard error so far."""
         return "".join(path.read_text() for path in self.outputs if path.exists())
 
-    def wait(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def wait(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()

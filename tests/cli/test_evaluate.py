@@ -224,7 +224,7 @@ def test_lightning_is_never_loaded(checkpoint, tmp_path):
         "print('loaded:', sorted({m.split('.')[0] for m in sys.modules} & {'lightning', 'pytorch_lightning'}))"
     )
     command = [sys.executable, "-c", code, *choice, f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "loaded: []"
     assert "scenes/t2i_recall@1" in json.loads((tmp_path / "results.json").read_text())

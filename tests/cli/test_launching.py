@@ -39,7 +39,7 @@ def run(tmp_path: Path) -> Run:
         env = inherited | own | environment
         if command[0].endswith(".py"):
             return Program(*command, cwd=tmp_path, environment=env, ranks=ranks).wait()
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
 
     return call
 

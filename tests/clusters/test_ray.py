@@ -47,7 +47,7 @@ def test_a_sweep_of_which_jobs_are_killed(environment: dict[str, str], tmp_path:
     app = (sys.executable, str(ROOT / "tests" / "sweep_app.py"), "-m", "hydra/launcher=ray_jobs")
     settings = ("hydra.launcher.ray.init.address=auto", "hydra.launcher.ray.remote.max_retries=1")
     command = [*app, *settings, "model.optimizer.lr=0.1,109,2,0.3,209"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stderr
     sweep = tmp_path / "outputs" / "sweeps" / "demo"
     with (sweep / "results.csv").open(newline="") as file:
@@ -67,7 +67,7 @@ def test_shards_of_which_a_worker_is_killed(environment: dict[str, str], tmp_pat
     engine = ("engine=ray", "engine.ray.init.address=auto")
     command = (sys.executable, "-m", "coca_lit.cli.caption", *RECAPTION, *engine)
     done, again = (
-        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         for _ in range(2)
     )
     assert done.returncode == 0, done.stderr
@@ -76,10 +76,10 @@ def test_shards_of_which_a_worker_is_killed(environment: dict[str, str], tmp_pat
     assert contents(tmp_path / "new") == expected
     assert "6 shards: 0 done, 6 skipped (finished before), 0 failed" in again.stderr
     check = (sys.executable, "-m", "coca_lit.cli.data", "check", "new", *engine)
-    done = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(check, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert "6 shards, 12 samples" in done.stdout, done.stderr
     assert "6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr
     score = (sys.executable, "-m", "coca_lit.cli.data", "score", "new", "checkpoint=tiny.safetensors", *engine)
-    done = subprocess.run(score, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(score, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert "scoring 6 shards: 6 done, 0 skipped (finished before), 0 failed" in done.stderr, done.stderr
     assert len([*(tmp_path / "new").glob("*.scores.parquet")]) == 6

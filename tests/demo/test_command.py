@@ -68,7 +68,7 @@ def test_the_training_command_is_that_of_a_run(tmp_path, monkeypatch):
     real, shown = subprocess.run, []
 
     def show(command):
-        shown.append(real([*command, "--cfg", "job"], capture_output=True, text=True, timeout=60))
+        shown.append(real([*command, "--cfg", "job"], capture_output=True, text=True, timeout=600))
         return shown[0]
 
     monkeypatch.chdir(tmp_path)

@@ -57,7 +57,7 @@ def browser():
 def page(address, browser):
     """The page, open; the test fails if it asked another machine for anything or reported an error of its own."""
     tab = browser.new_page(viewport={"width": 1400, "height": 1000})
-    tab.set_default_timeout(20_000)
+    tab.set_default_timeout(120_000)
     asked, broken = [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: broken.append(str(error)))

@@ -200,7 +200,7 @@ def test_mistakes(checkpoint: Path, tmp_path: Path, arguments: list[str], messag
 
 def test_mistakes_on_the_command_line_are_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "coca_lit.cli.export", "checkpoint=a.ckpt", "format=onnx", "outputs=b"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: there is no key 'outputs'; did you mean 'output'?")
     assert list(tmp_path.iterdir()) == []

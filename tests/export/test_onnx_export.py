@@ -162,7 +162,7 @@ def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path)
     model, folder = exported
     Image.fromarray(images_of(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
     command = [sys.executable, str(folder / "captioner.py"), "photo.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.stdout == f"photo.png\t{model.tokenizer.decode(model.generate(images_of(1))[0])}\n", done.stderr
 
 
@@ -176,7 +176,7 @@ def test_the_card_lists_the_files_and_its_code_runs_without_pytorch(exported: tu
     image = Image.effect_noise((32, 32), 99).convert("RGB")
     image.save(folder.parent / "photo.jpg", quality=95)
     code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0] + "assert 'torch' not in sys.modules\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, timeout=600)
     pixels = build_transform(size=32)(Image.open(folder.parent / "photo.jpg"))[None]
     assert done.stdout.startswith(f"{model.tokenizer.decode(model.generate(pixels)[0])}\n[["), done.stderr
 

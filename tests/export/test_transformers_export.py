@@ -81,7 +81,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, C
         env={**os.environ, "PYTHONPATH": "", "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return folder, models, json.loads((folder / "found.json").read_text())

@@ -19,7 +19,7 @@ BIN = os.environ.get("COCA_LIT_BIN")
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a command in the folder of the guest package, which is on nobody's path."""
     if BIN:
-        return subprocess.run([f"{BIN}/{name}", *arguments], cwd=GUESTS, capture_output=True, text=True, timeout=240)
+        return subprocess.run([f"{BIN}/{name}", *arguments], cwd=GUESTS, capture_output=True, text=True, timeout=600)
     from forking import Program
 
     train = str(GUESTS.parents[1] / "train.py")

@@ -136,7 +136,7 @@ def test_words_of_a_real_command(model: CoCa, checkpoint: str, tmp_path: Path) -
     for i, name in enumerate(names):
         render(i).save(os.path.join(tmp_path, os.fsdecode(name)))
     command = [sys.executable, "-m", "coca_lit.cli.caption", checkpoint, "num_workers=1", "precision=fp32"]
-    done = subprocess.run([*command, *names[:-1], "--", names[-1]], cwd=tmp_path, capture_output=True, timeout=120)
+    done = subprocess.run([*command, *names[:-1], "--", names[-1]], cwd=tmp_path, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     expected = [naive_captions(model, tmp_path / os.fsdecode(name))[0].encode() for name in names]
     shown = [name.replace(b"\n", b"\\n").replace(b"\t", b"\\t") for name in names]

@@ -77,7 +77,7 @@ def train(
     """Exit code of a run in a process of its own; what it says goes to FOLDER.log."""
     process = FORKSERVER.Process(target=_train, args=(folder, overrides, watch, environment or {}))
     process.start()
-    process.join(300)
+    process.join(600)
     assert process.exitcode is not None
     return process.exitcode
 

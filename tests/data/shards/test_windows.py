@@ -286,7 +286,7 @@ def test_what_comes_next_is_fetched_ahead_and_what_is_done_goes(store, tmp_path,
         wanted = {
             shard for reader in range(2) for _, shard in sampler.orders[0].shards(reader, 2 * number, 2 * number + 1)
         }
-        end = time.monotonic() + 5
+        end = time.monotonic() + 120
         names = {f"{shard:05d}.tar" for shard in wanted}
         while not names <= {path.name[17:] for path in (tmp_path / "cache").glob("*.tar")}:
             assert time.monotonic() < end
