@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from coca_lit.callbacks.resuming import forget_last_step, is_logged_step
 from coca_lit.data.batch import Batch
 from coca_lit.models import CoCa
-from coca_lit.models.coca import Contrastive
 from coca_lit.models.text import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
 from coca_lit.training.objectives import Objective, Pairs, Texts, check_pairs, named_objectives
@@ -38,7 +37,6 @@ class CoCaLit(L.LightningModule):
         text_weight: factor of the caption loss on batches of texts without images.
         label_smoothing: in the caption loss, see `Pairs`.
         self_critical: trains captions by their CIDEr-D; replaces the caption loss and takes its weight.
-        contrastive: softmax or siglip, the contrastive loss that the network was built for.
         freeze: further parts of the network to freeze, see `CoCa.freeze`.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
@@ -60,7 +58,6 @@ class CoCaLit(L.LightningModule):
         text_weight: float = 1.0,
         label_smoothing: float = 0.0,
         self_critical: "SelfCritical | None" = None,
-        contrastive: Contrastive = "softmax",
         freeze: Sequence[str] = (),
         grad_checkpointing: GradCheckpointing = "none",
         compile: bool = False,
@@ -69,8 +66,6 @@ class CoCaLit(L.LightningModule):
         cooldown_steps: int | None = None,
     ) -> None:
         super().__init__()
-        if contrastive != net.config["contrastive"]:
-            raise ValueError(f"contrastive is '{contrastive}', but the network has '{net.config['contrastive']}'")
         if cooldown_steps is not None and (not isinstance(cooldown_steps, int) or cooldown_steps < 0):
             raise ValueError(f"cooldown_steps must be a whole number of at least 0, got {cooldown_steps!r}")
         self.net = net

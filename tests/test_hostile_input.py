@@ -255,7 +255,7 @@ def test_a_caption_that_is_a_fifo_does_not_block(tmp_path):
 # Files that are code
 
 
-@pytest.mark.parametrize("key", ["init_from", "image_weights", "ckpt_path"])
+@pytest.mark.parametrize("key", ["init_from", "init_parts.image_encoder", "ckpt_path"])
 def test_pickle_as_checkpoint_of_a_training(tmp_path, target, key):
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Evil(target)))
     cfg = compose("trainer=smoke", f"{key}={tmp_path}/evil.ckpt", f"output_dir={tmp_path}/run", "name=x")

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import step_files
-from coca_lit.runs.resume import FORMAT, LAST, RUN_KEY
+from coca_lit.runs.resume import CHECKPOINTS, FORMAT, LAST, RUN_KEY
 from coca_lit.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
@@ -53,35 +54,33 @@ class Checkpoints(L.Callback):
     what the others log for a step then comes after the checkpoint before it.
 
     Args:
-        dirpath: folder of the checkpoints.
+        output_dir: the run folder; its folder `checkpoints` is for them.
         every_n_steps: optimizer steps between two checkpoints; None for none.
         every_minutes: minutes between two checkpoints; None for none.
         keep_last: how many are kept, at least 1, in addition to the best.
         best: score by which the best checkpoint is kept, e.g. `mscoco/CIDEr`; None for no such checkpoint. The scores
             compared are those during training, on the first few images (`mscoco_256/CIDEr` in the logs), the last one
             included.
-
-    Attributes:
-        config: the `coca_lit.runs.resume.resume_keys` of the run, stored for comparison when it resumes.
+        run_config: returns the `coca_lit.runs.resume.resume_keys` of the run, stored for comparison when it resumes.
     """
 
     def __init__(
         self,
-        dirpath: str | Path,
+        output_dir: str | Path,
         every_n_steps: int | None = None,
         every_minutes: float | None = 15.0,
         keep_last: int = 2,
         best: str | None = None,
+        run_config: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, or null for never, got {value}")
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-        self.folder = Path(dirpath)
+        self.folder = Path(output_dir) / CHECKPOINTS
         self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last
-        self.best = best
-        self.config: dict[str, Any] = {}
+        self.best, self.run_config = best, run_config
         self.signals = Signals()
         self._saved_step = 0  # nothing to save before the first step
         self._saved_at = 0.0
@@ -279,7 +278,7 @@ class Checkpoints(L.Callback):
         seen = samples_seen(trainer)
         checkpoint[RUN_KEY] = {
             "format": FORMAT,
-            "config": self.config,
+            "config": self.run_config(),
             "step": trainer.global_step,
             "logged_steps": logged_steps(trainer) + self._validating,
             "max_epochs": trainer.max_epochs,

@@ -19,12 +19,12 @@ class MetricsLog(Logger):
     """Appends a row per logged step to `metrics.csv`. A metric that appears later becomes a further column.
 
     Args:
-        save_dir: the run folder.
+        output_dir: the run folder.
     """
 
-    def __init__(self, save_dir: str | Path) -> None:
+    def __init__(self, output_dir: str | Path) -> None:
         super().__init__()
-        self.path = Path(save_dir) / METRICS
+        self.path = Path(output_dir) / METRICS
         self._columns: list[str] = []
         self._waiting: Waiting[dict[str, Any]] = Waiting(self.path, self._write)
 

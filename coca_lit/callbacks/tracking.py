@@ -70,16 +70,16 @@ class TensorBoardLog(TensorBoardLogger):
     """Lightning's, whose readers drop everything that an earlier process wrote from the resumed step on.
 
     Args:
-        save_dir: the run folder.
+        output_dir: the run folder.
         resumed_from: the checkpoint that the run resumes from, if it does.
     """
 
     def __init__(
-        self, save_dir: str | Path, name: str = "tensorboard", version: str = "", resumed_from: Path | None = None
+        self, output_dir: str | Path, name: str = "tensorboard", version: str = "", resumed_from: Path | None = None
     ) -> None:
         resumes = resumed_from is not None and is_first_process()
         step = read_run(resumed_from).get("logged_steps", 0) if resumes and resumed_from is not None else 0
-        super().__init__(save_dir, name, version, default_hp_metric=False, purge_step=step)
+        super().__init__(output_dir, name, version, default_hp_metric=False, purge_step=step)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -136,16 +136,16 @@ class WandbLog(WandbLogger):
     has, and what `metrics.csv` has besides is sent when the run resumes.
 
     Args:
-        save_dir: the run folder.
+        output_dir: the run folder.
         settings: of `wandb.init`, too: `tags`, `entity`, `group` (by default what precedes the last slash of `name`).
     """
 
-    def __init__(self, save_dir: str | Path, same_run: bool = False, **settings: Any) -> None:
-        self.folder = Path(save_dir)
+    def __init__(self, output_dir: str | Path, same_run: bool = False, **settings: Any) -> None:
+        self.folder = Path(output_dir)
         self.kept = KeptRun(self.folder / "wandb_run", same_run)
         group = str(settings.get("name") or "").rpartition("/")[0] or None
         own = {"id": self.kept.name or uuid4().hex[:8], "resume": "allow", "group": group}
-        super().__init__(save_dir=save_dir, **{**own, **settings})
+        super().__init__(save_dir=output_dir, **{**own, **settings})
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -218,13 +218,13 @@ class MLflowLog(MLFlowLogger):
     """Lightning's, in the same MLflow run after a kill.
 
     Args:
-        folder: the run folder.
+        output_dir: the run folder.
         tracking_uri: a store, such as `sqlite:///mlflow.db`, or the address of a server.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        output_dir: str | Path,
         tracking_uri: str,
         experiment_name: str = "coca_lit",
         run_name: str | None = None,
@@ -232,9 +232,9 @@ class MLflowLog(MLFlowLogger):
         artifact_location: str | None = None,
         same_run: bool = False,
     ) -> None:
-        self.kept = KeptRun(Path(folder) / "mlflow_run", same_run)
+        self.kept = KeptRun(Path(output_dir) / "mlflow_run", same_run)
         if self.kept.name is not None:  # before the rows of the steps that are repeated are dropped
-            self.kept.logged = {(step, name) for step, row in logged_rows(Path(folder)) for name in row}
+            self.kept.logged = {(step, name) for step, row in logged_rows(Path(output_dir)) for name in row}
         super().__init__(
             experiment_name=experiment_name,
             run_name=run_name,

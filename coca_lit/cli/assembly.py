@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_t
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.checks import WITHOUT_DATA, WITHOUT_EVALUATION, place_of_data, place_of_evaluation
+from coca_lit.cli.checks import RENAMED, WITHOUT_DATA, WITHOUT_EVALUATION, place_of_data, place_of_evaluation
 from coca_lit.cli.runtime import best_precision
 from coca_lit.errors import ConfigError, DataNotFoundError, error_context, suggest
 from coca_lit.runs.launch import launched_devices, under_srun
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from coca_lit.models import CoCa, DualEncoder
     from coca_lit.tokenizer import Tokenizer
 
-WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that concern training alone
-
+WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that the callback takes
+NOT_SETTINGS = (*WHEN, "objective", "skip_missing")
 
 # Keys that `hydra.utils.instantiate` reads itself.
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
@@ -74,7 +74,8 @@ def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
         arguments = _arguments(resolve_target(node["_target_"], path))
         for key in [*node, *objects]:
             if arguments is not None and key not in (*arguments, *HYDRA_KEYS):
-                hint = f"{suggest(key, arguments)} Its keys: {', '.join(arguments)}"
+                renamed = {old.removeprefix(f"{path}."): new for old, new in RENAMED.items()}
+                hint = f"{suggest(key, arguments, renamed)} Its keys: {', '.join(arguments)}"
                 raise ConfigError(f"{path} has no key '{key}'{hint}")
 
 
@@ -181,31 +182,40 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
         with error_context("ckpt_path"):
             cfg = with_facts(cfg, _architecture(checkpoint), checkpoint)
     elif cfg.init_from is not None:
-        from coca_lit.weights.load import copy_weights, load_dual_encoder
+        from coca_lit.weights.load import load_dual_encoder
 
         with error_context("init_from"):
             source = load_dual_encoder(cfg.init_from)
             cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
     module = build(cfg.model, "model", optimizer=optimizer, micro_batch_size=cfg.trainer.micro_batch_size)
-    if cfg.image_weights is not None:
-        from coca_lit.weights.load import load_image_weights
-
-        with error_context("image_weights"):
-            load_image_weights(module.net, cfg.image_weights)
-    given: list[str] = []
-    if source is not None:
-        with error_context("init_from"):
-            given = copy_weights(source, module.net, cfg.init_from)
-    if cfg.init_decoder_from is not None and checkpoint is None:
-        from coca_lit.weights.load import load_language_model
-
-        with error_context("init_decoder_from"):
-            load_language_model(module.net, cfg.init_decoder_from, given)
+    if checkpoint is None:
+        initialise(cfg, module.net, source)
     add_adapters(cfg, module.net)
     if not any(p.requires_grad for p in module.net.parameters()):
         raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
     return module
+
+
+def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None) -> None:
+    """Starts the network from the weights that the config names.
+
+    Args:
+        source: the model in `init_from`.
+    """
+    from coca_lit.weights.load import copy_weights, load_image_weights, load_language_model
+
+    parts = cfg.init_parts
+    given: list[str] = []
+    if parts.image_encoder is not None:
+        with error_context("init_parts.image_encoder"):
+            load_image_weights(net, parts.image_encoder)
+    if source is not None:
+        with error_context("init_from"):
+            given = copy_weights(source, net, cfg.init_from)
+    if parts.decoder is not None:
+        with error_context("init_parts.decoder"):
+            load_language_model(net, parts.decoder, given)
 
 
 def _architecture(checkpoint: Path) -> dict[str, Any]:
@@ -313,17 +323,14 @@ def build_settings(cfg: DictConfig) -> "Settings":
     """What the evaluations share."""
     import torch
 
-    from coca_lit.evals import Settings
-
-    if cfg.scoring.clip_score_model is not None:
+    if (judge := cfg.scoring.get("clip_score_model")) is not None:
         from coca_lit.weights.hub import locate
 
         with error_context("scoring.clip_score_model"):  # now, and not when training is over
-            locate(cfg.scoring.clip_score_model)
-    node = _without(cfg.scoring, *WHEN, "skip_missing")
+            locate(judge)
+    node = _without(cfg.scoring, *NOT_SETTINGS)
     if node.workers is None:
         node.workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
-    node._target_ = f"{Settings.__module__}.{Settings.__qualname__}"
     return build(node, "scoring", output_dir=cfg.output_dir)
 
 
@@ -350,7 +357,11 @@ def build_trainer(
     from coca_lit.runs.run_folder import resumes
     from coca_lit.training.sharding import check_strategy, set_ddp_options
 
-    resumed = {"resumed_from": checkpoint, "same_run": resumes(cfg, checkpoint)}
+    for_loggers = {
+        "output_dir": cfg.output_dir,
+        "resumed_from": checkpoint,
+        "same_run": resumes(cfg, checkpoint),
+    }
     callbacks = build_callbacks(cfg, scoring)
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
     strategy = cfg.trainer.strategy
@@ -365,7 +376,7 @@ def build_trainer(
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
     parts = {
         "callbacks": callbacks,
-        "logger": [build(node, f"logger.{name}", resumed) for name, node in cfg.logger.items() if node],
+        "logger": [build(node, f"logger.{name}", for_loggers) for name, node in cfg.logger.items() if node],
         "precision": precision,
         "strategy": strategy,
         "plugins": build_plugins(),
@@ -392,19 +403,19 @@ def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.
     """In the order in which they must act. Averaged weights replace the trained ones when training ends: after the
     last checkpoint, before the final scores.
     """
-    from coca_lit.callbacks import Averaging, Checkpoints, LogRunFacts, RunSummary
+    from coca_lit.callbacks import Averaging, Checkpoints, LogRunFacts, RunSummary, SamplesSeen, SourceCounts
     from coca_lit.runs.resume import resume_keys
 
-    offered = {"output_dir": cfg.output_dir}
+    # The config as a function: in a dictionary Hydra would build the targets.
+    offered = {"output_dir": cfg.output_dir, "run_config": lambda: resume_keys(plain(cfg))}
     callbacks = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
     checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
-    for callback in checkpoints:  # no argument: Hydra would build the targets within
-        callback.config = resume_keys(plain(cfg))
+    others = [callback for callback in callbacks if callback not in checkpoints]
     with error_context("ema"):
         averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
-    others = [callback for callback in callbacks if callback not in checkpoints]
     facts = LogRunFacts(partial(plain, cfg, resolve=True))
-    return [*checkpoints, *averaging, scoring, *others, facts, RunSummary(cfg.output_dir)]
+    always = [SamplesSeen(), SourceCounts(), facts, RunSummary(cfg.output_dir)]
+    return [*checkpoints, *averaging, scoring, *others, *always]
 
 
 def build_plugins() -> list[Any]:

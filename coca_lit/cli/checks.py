@@ -14,11 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.errors import ConfigError, DataNotFoundError, suggest
 
-FILES = ("checkpoint", "interpolate_with", "init_from", "image_weights", "ckpt_path", "scoring.clip_score_model")
+FILES = (
+    *("checkpoint", "interpolate_with", "init_from", "ckpt_path", "scoring.clip_score_model"),
+    *("init_parts.image_encoder", "init_parts.decoder"),
+)
 NAMES = ("auto", "builtin", "efficientnet_lite0", "efficientnet_lite2")  # what may stand there besides a model
+RENAMED = {  # keys of earlier versions
+    "objective": "scoring.objective",
+    "image_weights": "init_parts.image_encoder",
+    "init_decoder_from": "init_parts.decoder",
+    "model.contrastive": "model.net.contrastive",
+}
 WHAT = "what belongs there: coca_lit/data/README.md"
 WITHOUT_DATA = "data=scenes needs no files"
-OR_NULL = ("scoring.every_n_epochs",)  # null has a meaning besides the number that is their default
 NOT_ONLY_NUMBERS = ("trainer.devices",)  # Lightning takes auto and a list of devices, too
 WITHOUT_EVALUATION = "scoring.skip_missing=true leaves such evaluations out, evals=[] all of them"
 
@@ -39,7 +47,7 @@ def check(node: Any, defaults: Any, path: str = "") -> None:
     for key, value in node.items():
         name = f"{path}{key}"
         if key not in defaults:
-            raise ConfigError(f"there is no key '{name}'{suggest(key, defaults)}")
+            raise ConfigError(f"there is no key '{name}'{suggest(key, defaults, RENAMED)}")
         default = defaults[key]
         if value == "???":
             raise MissingValueError(f"{name} is missing: set {name}=VALUE")
@@ -48,13 +56,13 @@ def check(node: Any, defaults: Any, path: str = "") -> None:
         if isinstance(default, dict) and isinstance(value, dict):
             if default and not _builds_objects(default):
                 check(value, default, f"{name}.")
-        elif not _fits(value, default) and not (value is None and name in OR_NULL):
+        elif not _fits(value, default):
             kind = _kind(default)
             raise ConfigError(f"{name} must be {kind}, the default is {written(default)}; got {written(value)}")
 
 
-def check_numbers(node: Any, defaults: Any, path: str = "", own: bool = False) -> None:
-    """Compares the numbers in all nodes with their defaults.
+def check_scalars(node: Any, defaults: Any, path: str = "", own: bool = False) -> None:
+    """Compares the numbers and truth values in all nodes with their defaults.
 
     Args:
         node, defaults: plain values with interpolations as they stand; the defaults of the options chosen.
@@ -62,23 +70,25 @@ def check_numbers(node: Any, defaults: Any, path: str = "", own: bool = False) -
             default is not negative.
 
     Raises:
-        ConfigError: something else than a number stands where the default is one, or a negative number.
+        ConfigError: something else than a number, or than true or false, stands where the default is one; or a
+            negative number.
     """
     for key, value in node.items():
         default = defaults.get(key)
         if isinstance(value, dict) and isinstance(default, dict):
             if value.get("_target_") == default.get("_target_"):
                 ours = str(value["_target_"]).startswith("coca_lit.") if "_target_" in value else own
-                check_numbers(value, default, f"{path}{key}.", ours)
+                check_scalars(value, default, f"{path}{key}.", ours)
             continue
-        if not _is_number(default) or value is None or (isinstance(value, str) and "${" in value):
+        if value is None or (isinstance(value, str) and "${" in value) or f"{path}{key}" in NOT_ONLY_NUMBERS:
             continue
-        if f"{path}{key}" in NOT_ONLY_NUMBERS:
-            continue
-        if not _is_number(value) or (own and value < 0 <= default):
-            least = " of at least 0" if own and default >= 0 else ""
-            kind = f"a number{least}, the default is {written(default)}"
-            raise ConfigError(f"{path}{key} must be {kind}; got {written(value)}")
+        kind = None
+        if isinstance(default, bool) and not isinstance(value, bool):
+            kind = _kind(default)
+        elif _is_number(default) and (not _is_number(value) or (own and value < 0 <= default)):
+            kind = f"a number{' of at least 0' if own and default >= 0 else ''}"
+        if kind is not None:
+            raise ConfigError(f"{path}{key} must be {kind}, the default is {written(default)}; got {written(value)}")
 
 
 def check_places(cfg: DictConfig) -> None:

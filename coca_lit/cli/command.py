@@ -31,7 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from coca_lit import __version__
 from coca_lit.cli.assembly import has_argument, known_arguments
-from coca_lit.cli.checks import MissingValueError, check, check_numbers, check_places, unresolved
+from coca_lit.cli.checks import RENAMED, MissingValueError, check, check_places, check_scalars, unresolved
 from coca_lit.cli.sweep import job_record, print_sweep
 from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.runs.launch import is_first_process, job_folder, launched_devices, launched_nodes, run_id
@@ -140,7 +140,7 @@ def _composed(config: str, *overrides: str) -> Any:
 def _start(function: Callable[[DictConfig], Any], cfg: DictConfig, defaults: _Defaults) -> Any:
     node = unresolved(cfg)
     check(node, defaults.general)
-    check_numbers(node, defaults.chosen)
+    check_scalars(node, defaults.chosen)
     if defaults.config != "plan":  # which needs no weights and no data
         check_places(cfg)
     use_current_folder()  # in a process that a launcher started
@@ -450,7 +450,7 @@ class _Known(_Options):
 
     def hint(self, key: str) -> str:
         """The end of a sentence about a key that is not there, see `suggest`."""
-        hint = suggest(key, [*self.names, *self.arguments(key)], self.leaves)
+        hint = suggest(key, [*self.names, *self.arguments(key)], self.leaves | RENAMED)
         if hint != "." or "." in key:
             return hint
         builders = [name for name, node in self.nodes.items() if isinstance(node, dict) and "_target_" in node]

@@ -69,7 +69,7 @@ class SweepCallback(Callback):
                 fixed=_values(map(_text, fixed)),
                 keys={_key(o) for o in overrides},
                 left_out=left_out,
-                objective=OmegaConf.select(config, "objective"),
+                objective=OmegaConf.select(config, "scoring.objective"),
                 may_fail="max_failure_rate" in config.hydra.sweeper,
             )
         )
@@ -158,7 +158,7 @@ def check_direction(objective: str | None) -> None:
     direction = HydraConfig.get().sweeper.get("direction")
     wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
     if isinstance(direction, str) and direction != wanted:
-        raise ConfigError(f"objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
+        raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
 
 
 def check_processes(count: int) -> None:

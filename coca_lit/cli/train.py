@@ -39,13 +39,14 @@ def train() -> None:
 
 
 def train_job(cfg: DictConfig) -> float | None:
-    """`run` for Hydra, whose sweepers ask for one number: the score called `cfg.objective`."""
-    check_direction(cfg.objective)
+    """`run` for Hydra, whose sweepers ask for one number: the score called `scoring.objective`."""
+    objective = cfg.scoring.objective
+    check_direction(objective)
     results = run(cfg)
-    score = cfg.objective or headline(results)
+    score = objective or headline(results)
     if results and score is not None and score not in results:
         raise ConfigError(
-            f"objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
+            f"scoring.objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
         )
     return results[score] if results and score is not None else None
 

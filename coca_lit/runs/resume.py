@@ -29,7 +29,7 @@ FILES = (
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
 RESUME_KEYS = (
-    *("seed", "image_size", "vocabulary", "ema", "lora", "init_from", "image_weights"),
+    *("seed", "image_size", "vocabulary", "ema", "lora", "init_from", "init_parts"),
     *("model", "data", "trainer", "callbacks"),
 )
 CALLBACK_KEYS = ("step_seeds", "non_finite_guard")
@@ -104,7 +104,7 @@ def check_same_run(
         CheckpointError: the file is not whole, or the config has changed.
     """
     run = read_run(checkpoint)
-    before = run.get("config", {})  # may lack a group that was not compared when it was written
+    before = _renamed(run.get("config", {}))  # may lack a group that was not compared when it was written
     now, known = ({key: part[key] for key in before if key in part} for part in (config, defaults))
     if run and run.get("format", 1) != FORMAT:
         changed = f"{checkpoint} was written by another version of coca_lit, whose config has other keys"
@@ -169,6 +169,16 @@ def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
             yield from changed_keys(before.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif before != now:
         yield key, before, now
+
+
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config in a checkpoint of an earlier version of this `FORMAT`, with the names that its keys have now."""
+    config = dict(config)
+    if "image_weights" in config:
+        config["init_parts"] = {"image_encoder": config.pop("image_weights")}
+    if "contrastive" in (model := dict(config.get("model", {}))):
+        config["model"] = model | {"net": model["net"] | {"contrastive": model.pop("contrastive")}}
+    return config
 
 
 def _filled(config: Any, defaults: Any) -> Any:

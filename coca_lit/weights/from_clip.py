@@ -91,7 +91,7 @@ def _check_same_computation(clip: CLIP, model: CoCa) -> None:
     if not isinstance(model.text, TextTower):
         raise ValueError(
             f"a CLIP only starts the built-in text tower, and this model has a {type(model.text).__name__}: leave out"
-            " model.net.text_tower, or use image_weights for the image encoder alone"
+            " model.net.text_tower, or use init_parts.image_encoder for the image encoder alone"
         )
     heads = [
         ("image encoder", theirs.blocks[0].attn.num_heads, trunk.blocks[0].attn.num_heads),

@@ -21,6 +21,6 @@ rerank captions_seed0 captions_8beams_reranked_seed0 evals=flickr8k scoring.rera
 # The first attempt, with all of a smaller encoder frozen
 train frozen_captions_seed0 flickr8k_frozen
 train frozen_rewards_seed0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt data.cache_views=4 \
-  image_weights=efficientnet_lite0 model.net.image_encoder=tf_efficientnet_lite0 model.net.pooler=single 'model.freeze=[image_encoder]'
+  init_parts.image_encoder=efficientnet_lite0 model.net.image_encoder=tf_efficientnet_lite0 model.net.pooler=single 'model.freeze=[image_encoder]'
 rerank frozen_rewards_seed0 frozen_rewards_8beams_reranked_seed0 evals=flickr8k_captions
 python experiments/report.py flickr8k_two_hours $runs/*_seed0

@@ -64,7 +64,7 @@ if [ -n "$root" ]; then
   tune() { # NAME OVERRIDES…: two epochs of captions
     local name=flickr8k_$1
     shift
-    train "$name" 0 experiment=flickr8k_frozen trainer=auto data.root="$root" image_weights=null init_from="$before" ema=null \
+    train "$name" 0 experiment=flickr8k_frozen trainer=auto data.root="$root" init_parts.image_encoder=null init_from="$before" ema=null \
       trainer.max_epochs=2 model.optimizer.lr=1e-3 model.warmup_steps=10 model.caption_weight=1 scoring.generate=null \
       evals.flickr8k_captions.every=0 evals.flickr8k_retrieval.every=0 "$@"
   }

@@ -24,10 +24,10 @@ def loggers(folder: Path, *names: str) -> list[str]:
     """Overrides for these loggers in one run; loggers whose packages are missing are skipped, visibly if it is one."""
     store = f"tracking_uri: 'sqlite:///{folder.parent}/mlflow.db', artifact_location: 'file://{folder.parent}/mlruns'"
     nodes = {
-        "tensorboard": f"{{_target_: {PART}.TensorBoardLog, save_dir: '{folder}'}}",
-        "wandb": f"{{_target_: {PART}.WandbLog, save_dir: '{folder}', project: tests, tags: [small], "
+        "tensorboard": f"{{_target_: {PART}.TensorBoardLog, output_dir: '{folder}'}}",
+        "wandb": f"{{_target_: {PART}.WandbLog, output_dir: '{folder}', project: tests, tags: [small], "
         "offline: true, name: demo/first}",
-        "mlflow": f"{{_target_: {PART}.MLflowLog, folder: '{folder}', run_name: first, {store}}}",
+        "mlflow": f"{{_target_: {PART}.MLflowLog, output_dir: '{folder}', run_name: first, {store}}}",
     }
     return [f"+logger.{name}={nodes[name]}" for name in names]
 

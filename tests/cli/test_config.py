@@ -177,6 +177,10 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         ("label_smoothing=0.1", "there is no key 'label_smoothing'; did you mean 'model.label_smoothing'?"),
         ("dta=laion", "there is no key 'dta'; did you mean 'data'?"),
         ("experiments=demo", "there is no key 'experiments'; did you mean 'experiment'?"),
+        ("objective=scenes/CIDEr", "there is no key 'objective'; did you mean 'scoring.objective'?"),
+        ("image_weights=x.pt", "there is no key 'image_weights'; did you mean 'init_parts.image_encoder'?"),
+        ("model.contrastive=siglip", "there is no key 'model.contrastive'; did you mean 'model.net.contrastive'?"),
+        ("+image_weights=x.pt", "there is no key 'image_weights'; did you mean 'init_parts.image_encoder'?"),
         ("xyzzy=1", "there is no key 'xyzzy'."),
         ("+xyzzy=1", "there is no key 'xyzzy'."),
         ("~xyzzy", "Could not delete from config. 'xyzzy' does not exist."),
@@ -231,10 +235,14 @@ CHEAP = [
     (("model.optimizer.lr=abc",), r"model\.optimizer\.lr must be a number of at least 0, the default is .*; got abc"),
     (("data.batch_size=-3",), r"data\.batch_size must be a number of at least 0, the default is 64; got -3"),
     (("data.num_workers=true",), r"data\.num_workers must be a number of at least 0, the default is 0; got true"),
+    (
+        ("evals=[folder_zeroshot]", "evals.folder_zeroshot.likelihood=maybe"),
+        r"evals\.\S+ must be true or false, .* maybe",
+    ),
     (("trainer.max_epochs=many",), r"trainer\.max_epochs must be a number, the default is 6; got many"),
     (("experiment=finetune_mscoco", "data.batch_size=big", "data.root=."), r"data\.batch_size .* is 128; got big"),
     (("init_from=/nowhere.pt",), r"init_from: there is no checkpoint '/nowhere\.pt'"),
-    (("image_weights=/nowhere.pt",), r"image_weights: there is no checkpoint"),
+    (("init_parts.image_encoder=/nowhere.pt",), r"init_parts\.image_encoder: there is no checkpoint"),
     (("ckpt_path=/nowhere.ckpt",), r"ckpt_path: there is no checkpoint"),
     (("scoring.clip_score_model=/nowhere.pt",), r"scoring\.clip_score_model: there is no checkpoint"),
     (
@@ -306,7 +314,7 @@ sys.exit("torch" in sys.modules or "lightning" in sys.modules)
             "lora.alpha=0.5",
             "trainer.gradient_clip_val=null",
         ),
-        ("image_weights=efficientnet_lite0", "data.text=null", "trainer.devices=2", "trainer.max_epochs=-1"),
+        ("init_parts.image_encoder=efficientnet_lite0", "data.text=null", "trainer.devices=2", "trainer.max_epochs=-1"),
         ("experiment=pretrain_b32", "data.shards=s3://bucket/{0..3}.tar", "evals=[]"),
         (
             "experiment=pretrain_b32",
@@ -382,6 +390,7 @@ def test_mistake_in_an_experiment_file(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("+model.contrastive=siglip", r"^model has no key 'contrastive'; did you mean 'model\.net\.contrastive'\?"),
         ("+model.warmup_stepz=1", r"^model has no key 'warmup_stepz'; did you mean 'warmup_steps'\? Its keys: net, "),
         ("+model.optimizer.lrate=1", r"^model\.optimizer has no key 'lrate'.* Its keys: lr, betas"),
         ("+model.net.poler=cascade", r"^model: CoCa has no argument 'poler'; did you mean 'pooler'\?"),
@@ -392,7 +401,7 @@ def test_mistake_in_an_experiment_file(
         ("model.caption_weight=much", r"^model: caption_weight must be a number of at least 0, got 'much'"),
         ("model.freeze=[image_encodr]", r"^model: nothing in the model is called image_encodr; parts .*image_encoder"),
         ("model.optimizer.lr=abc", r"^model\.optimizer: lr must be a number of at least 0, got 'abc'"),
-        ("image_weights=/dev/null/x", r"^image_weights: |there is no checkpoint"),
+        ("init_parts.image_encoder=/dev/null/x", r"^init_parts\.image_encoder: |there is no checkpoint"),
     ],
 )
 def test_wrong_model_is_one_sentence(override: str, said: str) -> None:
@@ -428,7 +437,7 @@ def test_wrong_trainer_is_one_sentence(override: str, said: str, tmp_path: Path)
 
 def test_weights_of_another_model_are_blamed_on_their_key(tmp_path: Path) -> None:
     torch.save({"conv1.0.weight": torch.zeros(1)}, tmp_path / "other.pt")
-    for key in ("init_from", "image_weights"):
+    for key in ("init_from", "init_parts.image_encoder"):
         with pytest.raises(ConfigError, match=rf"^{key}: ") as caught:
             build_module(compose(*TINY, f"{key}={tmp_path / 'other.pt'}"))
         assert "\n" not in str(caught.value)

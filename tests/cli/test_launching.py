@@ -79,7 +79,7 @@ def test_one_after_another_then_more_of_the_same(run: Run, tmp_path: Path) -> No
     first = run(APP, "-m", RATES, *fixed)
     assert_complete(first, sweep)
     assert len(first.stderr.splitlines()) == 1
-    objective = "objective=scenes/i2t_median_rank"
+    objective = "scoring.objective=scenes/i2t_median_rank"
     done = run(APP, "-m", "model.optimizer.lr=0.2,0.4", *fixed, objective)
     assert done.returncode == 0, done.stderr
     assert [row["model.optimizer.lr"] for row in rows_of(sweep)] == ["0.1", "2", "0.3", "0.2", "0.4"]

@@ -35,7 +35,7 @@ RETRIEVAL = {f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)} 
 CLIP = ("model.net.decoder_layers=0", "+model.net.pooler_queries=1")
 # An untrained encoder of the experiment, in place of the tiny one, and little text.
 FEW_PHOTOS = (
-    *("image_weights=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8"),
+    *("init_parts.image_encoder=null", "+model.net.image_encoder_args={}", "data.train_count=8", "data.batch_size=8"),
     *("model.net.text_width=96", "model.net.text_heads=4"),
 )
 
@@ -180,7 +180,8 @@ def test_fine_tuning_on_mscoco(
 @pytest.mark.usefixtures("no_java")
 def test_flickr8k(data_sets: Path, tmp_path: Path) -> None:
     root = f"data.root={data_sets / 'flickr8k'}"
-    run(tmp_path, *TINY, "experiment=flickr8k", root, "data.num_workers=0", "image_weights=null", "model.freeze=[]")
+    scratch = ("init_parts.image_encoder=null", "model.freeze=[]")
+    run(tmp_path, *TINY, "experiment=flickr8k", root, "data.num_workers=0", *scratch)
     assert set(results(tmp_path)) == named("flickr8k", CAPTION, RETRIEVAL)
 
 

@@ -19,7 +19,9 @@ from coca_lit.models.generation.options import OPTIONS, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "conf" / "KEYS.md"
-OBJECTS = {"net", "optimizer", "tokenizer", "micro_batch_size", "output_dir", "answerer", "kwargs", "imports"}
+OBJECTS = {
+    *("net", "optimizer", "tokenizer", "micro_batch_size", "output_dir", "run_config", "answerer", "kwargs", "imports")
+}
 INTRODUCTION = """\
 # All keys of a training run
 
@@ -45,7 +47,9 @@ def reference() -> str:
 def _sections() -> Iterator[tuple[str, list[Row]]]:
     base = _plain()
     yield "The run (`conf/train.yaml`)", _commented(CONF / "train.yaml", base)
-    yield "`scoring`", _commented(CONF / "scoring.yaml", base["scoring"], "scoring.")
+    listed = _commented(CONF / "scoring.yaml", base["scoring"], "scoring.")
+    others = [row for row in _rows("scoring", base["scoring"]) if row.key not in [known.key for known in listed]]
+    yield "`scoring`", listed + others
     generate = [
         Row(f"scoring.generate.{name}", option.default, describe(name))
         for name, option in OPTIONS.items()
@@ -105,8 +109,9 @@ def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     meanings = inherited[1] | _meanings(ast.get_docstring(node) or "")
     functions = node.body if isinstance(node, ast.ClassDef) else [node]
     made = next((f for f in functions if isinstance(f, ast.FunctionDef) and f.name in ("__init__", node.name)), None)
-    if made is None:
-        return inherited[0], meanings
+    if made is None:  # a dataclass has its arguments as fields
+        fields = [f for f in functions if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        return inherited[0] | {ast.unparse(f.target): _literal(f.value) for f in fields}, meanings
     listed = [*made.args.posonlyargs, *made.args.args]
     values = [None] * (len(listed) - len(made.args.defaults)) + made.args.defaults + made.args.kw_defaults
     defaults = {

@@ -17,7 +17,7 @@ from hub_server import Hub, Repository
 from huggingface_hub import constants
 from PIL import Image
 
-from coca_lit.cli.checks import check, check_numbers, unresolved
+from coca_lit.cli.checks import check, check_scalars, unresolved
 from coca_lit.cli.command import _parsed, compose, split_arguments, to_override
 from coca_lit.data import Record
 from coca_lit.export.open_clip import write_open_clip
@@ -158,7 +158,7 @@ def check_command(name: str, arguments: list[str]) -> None:
         single.append(override)
     node, defaults = unresolved(compose(name, single)), defaults_of(name)  # composing asks the constructors, too
     check({key: value for key, value in node.items() if value != "???"}, defaults)
-    check_numbers(node, defaults)
+    check_scalars(node, defaults)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Real processes, really killed: a run resumed from a checkpoint ends with the same bits as an undisturbed one."""
 
+import copy
 import csv
 import json
 import multiprocessing
@@ -462,7 +463,7 @@ def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None
         ("experiment=finetune_mscoco", "image_size"),
         ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches"),
         ("init_from=/other.pt", "init_from"),
-        ("image_weights=efficientnet_lite0", "image_weights"),
+        ("init_parts.image_encoder=efficientnet_lite0", "init_parts.image_encoder"),
         ("callbacks.non_finite_guard.max_in_a_row=3", "callbacks.non_finite_guard.max_in_a_row"),
         ("callbacks.non_finite_guard=null", "callbacks.non_finite_guard"),
         ("callbacks.step_seeds=null", "callbacks.step_seeds"),
@@ -501,6 +502,20 @@ def test_what_an_older_checkpoint_did_not_keep_is_not_compared(tmp_path: Path) -
     check_same_run(save(tmp_path, 1, config=before), now | {"init_from": "x"}, strict=True)
 
 
+def test_keys_that_had_other_names(tmp_path: Path) -> None:
+    words = ("init_parts.image_encoder=efficientnet_lite0", "model.net.contrastive=siglip")
+    now = resume_keys(plain(compose(f"output_dir={tmp_path}", *words)))
+    before = copy.deepcopy(now)
+    before["image_weights"] = before.pop("init_parts")["image_encoder"]
+    before["model"] |= {"contrastive": "siglip"}
+    before["model"]["net"]["contrastive"] = "${model.contrastive}"
+    path = save(tmp_path, 1, config=before)
+    check_same_run(path, now, strict=True)
+    now["model"]["net"]["contrastive"] = "softmax"
+    with pytest.raises(CheckpointError, match=r"^model.net.contrastive was 'siglip' when .* and is now 'softmax': "):
+        check_same_run(path, now, strict=True)
+
+
 def test_checkpoints_of_an_earlier_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their config keys had other names, so nothing can be compared; when named, they load."""
     path = save(tmp_path, 1, format=1, config={"model": {"auxiliary": {}}})
@@ -529,6 +544,7 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     start_run_folder(cfg, path)
     finish_run(tmp_path, {"scenes/CIDEr": 1.0}, {})
     (tmp_path / lost).unlink(missing_ok=True)
+    cfg.scoring.objective = "scenes/CIDEr"  # ranks scores and computes none
     assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
 
 

@@ -243,4 +243,4 @@ def test_more_processes_than_shards_are_refused(on_ranks, tmp_path: Path) -> Non
 
 def test_a_contrastive_loss_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="contrastive must be 'softmax' or 'siglip', got 'sigmoid'"):
-        run(tmp_path, *SHORT, "model.contrastive=sigmoid")
+        run(tmp_path, *SHORT, "model.net.contrastive=sigmoid")

@@ -122,7 +122,7 @@ def test_as_a_key_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     save_model(build(), tmp_path / "coca.safetensors")
     save_model(build(decoder_layers=0), tmp_path / "towers.safetensors")
     given = ("data=scenes", *(f"+model.net.{key}={value}" for key, value in SIZES.items()))
-    given = (*given, f"init_decoder_from={tmp_path / 'gpt2.bin'}")
+    given = (*given, f"init_parts.decoder={tmp_path / 'gpt2.bin'}")
     net = build_module(compose(*given)).net
     printed = capsys.readouterr().out
     assert "gpt2.bin: decoder.norm, text.token_embedding, decoder.vocabulary, decoder.self_blocks" in printed
@@ -133,5 +133,5 @@ def test_as_a_key_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     tower = load_model(tmp_path / "towers.safetensors").text.token_embedding.weight
     assert torch.equal(net.text.token_embedding.weight, tower)  # on which the tower was trained
     assert torch.equal(net.decoder.vocabulary.weight, wte)
-    with pytest.raises(ConfigError, match="init_decoder_from: init_from gives the decoder already"):
+    with pytest.raises(ConfigError, match=r"init_parts\.decoder: init_from gives the decoder already"):
         build_module(compose(*given, f"init_from={tmp_path / 'coca.safetensors'}"))

@@ -301,7 +301,7 @@ def test_patience_ends_and_the_run_stops_saved(store, tmp_path, fault, said, mon
 
     def fit(module: Recorder, resume: Path | None = None, **more) -> None:
         data = laion(tmp_path, shuffle_buffer=1, **more)
-        saving = Checkpoints(tmp_path / "checkpoints")
+        saving = Checkpoints(tmp_path)
         Trainer(accelerator="cpu", max_epochs=1, callbacks=[saving], **quiet).fit(module, data, ckpt_path=resume)
 
     stopped, resumed, alone = Recorder(), Recorder(), Recorder()

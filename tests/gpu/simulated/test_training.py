@@ -70,7 +70,7 @@ SETUPS: dict[str, tuple[str, ...]] = {
     "fp16 without clipping": ("trainer.precision=16-mixed", "trainer.gradient_clip_val=null"),
     "bf16 weights": ("trainer.precision=bf16-true",),
     "legacy mask": ("trainer.precision=bf16-mixed", "+model.net.cls_mask=legacy"),
-    "sigmoid": ("trainer.precision=bf16-mixed", "model.contrastive=siglip"),
+    "sigmoid": ("trainer.precision=bf16-mixed", "model.net.contrastive=siglip"),
     "micro-batches": ("trainer.precision=bf16-mixed", "trainer.micro_batch_size=4"),
     "adapters": ("lora.rank=2",),
     "clip": ("+model.net.decoder_layers=0",),
