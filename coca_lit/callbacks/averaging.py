@@ -1,11 +1,13 @@
 """Averaged weights, which are scored during training in place of the trained ones."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from coca_lit.callbacks.find import callbacks_of
 
 
 class Averaging(WeightAveraging):
@@ -32,12 +34,7 @@ class Averaging(WeightAveraging):
         self._copy_average_to_current(pl_module)
 
 
-@contextmanager
-def scored_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+def scored_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> AbstractContextManager[None]:
     """Within the block the module holds the weights to be scored during training: the average if there is one."""
-    averaging = next((c for c in getattr(trainer, "callbacks", []) if isinstance(c, Averaging)), None)
-    if averaging is None:
-        yield
-    else:
-        with averaging.swapped(pl_module):
-            yield
+    averaging = callbacks_of(trainer, Averaging)
+    return averaging[0].swapped(pl_module) if averaging else nullcontext()

@@ -13,6 +13,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from coca_lit.callbacks.find import callbacks_of
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from coca_lit.distributed import totals_over_ranks, world_size
@@ -93,17 +94,12 @@ class PlainProgress(ProgressBar):
         if trainer.is_global_zero and (_is_logged(trainer) or step == total):
             began, first = self._start
             seconds_left = (time.monotonic() - began) / max(step - first, 1) * (total - step)
-            metrics = {
-                k: v
-                for k, v in self.get_metrics(trainer, pl_module).items()
-                if k != "v_num" and not k.startswith("val/")
-            }
-            values = [f"{name} {value:.4g}" for name, value in metrics.items()]
+            metrics = self.get_metrics(trainer, pl_module)
+            shown = [name for name in metrics if name != "v_num" and not name.startswith("val/")]
+            values = [f"{name} {metrics[name]:.4g}" for name in shown]
             eta = timedelta(seconds=round(seconds_left))
-            print(
-                " · ".join([f"step {step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {eta}", *values]),
-                flush=True,
-            )
+            parts = [f"step {step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {eta}", *values]
+            print(" · ".join(parts), flush=True)
 
 
 class Throughput(L.Callback):
@@ -226,5 +222,4 @@ def _is_logged(trainer: L.Trainer) -> bool:
 
 def samples_seen(trainer: L.Trainer) -> dict[str, int]:
     """The counts of the trainer's `SamplesSeen`; empty if it has none. All ranks must call it."""
-    callbacks: list[L.Callback] = getattr(trainer, "callbacks", [])
-    return next((callback.total() for callback in callbacks if isinstance(callback, SamplesSeen)), {})
+    return next((seen.total() for seen in callbacks_of(trainer, SamplesSeen)), {})

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.callbacks.find import callbacks_of
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write
@@ -46,6 +47,5 @@ class RunFolderGuard(L.Callback):
                 atomic_write(self.folder / name, content)
         except DataError as error:
             log.warning("%s", error)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoints):
-                callback.save_soon()
+        for checkpoints in callbacks_of(trainer, Checkpoints):
+            checkpoints.save_soon()

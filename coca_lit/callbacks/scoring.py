@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.callbacks.find import callbacks_of
 from coca_lit.callbacks.stall_guard import unwatched
 from coca_lit.callbacks.tracking import log_pictures
 from coca_lit.distributed import print_rank_zero
@@ -64,7 +65,7 @@ class ScoreDuringTraining(L.Callback):
         self._finished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for checkpoints in _checkpoints(trainer):
+        for checkpoints in callbacks_of(trainer, Checkpoints):
             self._check_score(checkpoints.best)
 
     def _check_score(self, score: str | None) -> None:
@@ -74,7 +75,7 @@ class ScoreDuringTraining(L.Callback):
         key, (name, _, measure) = "callbacks.checkpoint.best", score.partition("/")
         if self.every_n_epochs is None and self.every_n_steps is None:
             raise ConfigError(f"{key}: nothing is scored during training: set scoring.every_n_epochs or every_n_steps")
-        scored = [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]
+        scored = self._named(name)
         if not scored:
             names = dict.fromkeys(e.name for e in self.evals)
             raise ConfigError(
@@ -89,6 +90,10 @@ class ScoreDuringTraining(L.Callback):
             raise ConfigError(
                 f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
             )
+
+    def _named(self, name: str) -> list[Evaluation]:
+        """The evaluations whose scores begin with a name, such as mscoco or, during training, mscoco_256."""
+        return [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -139,20 +144,14 @@ class ScoreDuringTraining(L.Callback):
     def _score_all(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finished = True
         # To find the best checkpoint, the last weights are scored on the same few images as all weights before.
-        wanted = {checkpoints.best.partition("/")[0] for checkpoints in _checkpoints(trainer) if checkpoints.best}
+        wanted = [c.best.partition("/")[0] for c in callbacks_of(trainer, Checkpoints) if c.best]
+        rivals = [e for name in wanted for e in self._named(name) if e.every]
         with _scorable(pl_module) as net:
             settings = self._settings(pl_module)
-            names = {evaluation: evaluation.quick_name(settings, self.quick) for evaluation in self.evals}
-            rivals = [e for e in self.evals if e.every and wanted & {e.name, names[e]}]
             few: dict[str, float] = {}
-            for (
-                evaluation
-            ) in rivals:  # before the scores of all images, whose predictions are to stay in the run folder
-                few |= (
-                    evaluation.evaluate_quickly(net, settings, self.quick)
-                    if names[evaluation] != evaluation.name
-                    else {}
-                )
+            for evaluation in rivals:  # first: the predictions of all images are to stay in the run folder
+                if evaluation.quick_name(settings, self.quick) != evaluation.name:
+                    few |= evaluation.evaluate_quickly(net, settings, self.quick)
             for evaluation in self.evals:
                 scores = evaluation.evaluate(net, settings)
                 self.results |= scores
@@ -180,11 +179,11 @@ class ScoreDuringTraining(L.Callback):
         Raises:
             ConfigError: there is no such score, though all evaluations of that name were run.
         """
-        for checkpoints in _checkpoints(trainer):
+        for checkpoints in callbacks_of(trainer, Checkpoints):
             if checkpoints.best is None:
                 continue
             name, _, measure = checkpoints.best.partition("/")
-            named = [e for e in self.evals if e.every and name in (e.name, e.quick_name(self.settings, self.quick))]
+            named = [e for e in self._named(name) if e.every]
             keys = [f"{e.quick_name(self.settings, self.quick)}/{measure}" for e in named]
             if found := [scores[key] for key in keys if key in scores]:
                 checkpoints.offer(trainer, found[0], final)
@@ -200,10 +199,6 @@ def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
     """Whether training ends here, so that the scores of all images follow."""
     last_epoch = last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.should_stop or last_epoch or 0 <= trainer.max_steps <= trainer.global_step
-
-
-def _checkpoints(trainer: L.Trainer) -> list[Checkpoints]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from coca_lit.callbacks.find import callbacks_of
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import DataError, TrainingError
 from coca_lit.reading import read_json
@@ -230,9 +231,8 @@ class StallGuard(L.Callback):
 def unwatched(trainer: L.Trainer) -> Iterator[None]:
     """For what may take its time between two steps, such as scores."""
     with ExitStack() as stack:
-        for callback in getattr(trainer, "callbacks", ()):
-            if isinstance(callback, StallGuard):
-                stack.enter_context(callback.paused())
+        for guard in callbacks_of(trainer, StallGuard):
+            stack.enter_context(guard.paused())
         yield
 
 

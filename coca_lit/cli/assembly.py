@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that the callback takes
 NOT_SETTINGS = (*WHEN, "objective", "skip_missing")
-
-# Keys that `hydra.utils.instantiate` reads itself.
-HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")
+HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
 
 
 def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None, **objects: Any) -> Any:

@@ -25,7 +25,6 @@ RENAMED = {  # keys of earlier versions
     "init_decoder_from": "init_parts.decoder",
     "model.contrastive": "model.net.contrastive",
 }
-WHAT = "what belongs there: coca_lit/data/README.md"
 WITHOUT_DATA = "data=scenes needs no files"
 NOT_ONLY_NUMBERS = ("trainer.devices",)  # Lightning takes auto and a list of devices, too
 WITHOUT_EVALUATION = "scoring.skip_missing=true leaves such evaluations out, evals=[] all of them"
@@ -92,7 +91,8 @@ def check_scalars(node: Any, defaults: Any, path: str = "", own: bool = False) -
 
 
 def check_places(cfg: DictConfig) -> None:
-    """
+    """Looks for the files and folders that a config names.
+
     Raises:
         ConfigError: a file that is named does not exist.
         DataNotFoundError: the folder of the training data or of an evaluation does not exist.
@@ -119,7 +119,8 @@ def _check_folders(key: str, value: Any, otherwise: str) -> None:
         folder = parts[0] if len(parts) == 1 else parts[0].rpartition("/")[0] or ("/" if place[0] == "/" else ".")
         if "://" not in place and not Path(folder).expanduser().exists():
             raise DataNotFoundError(
-                f"{key}: there is no folder '{folder}' ({WHAT}); set {key}=PLACE to where the data are; {otherwise}"
+                f"{key}: there is no folder '{folder}' (what belongs there: coca_lit/data/README.md); "
+                f"set {key}=PLACE to where the data are; {otherwise}"
             )
 
 

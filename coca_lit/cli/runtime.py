@@ -27,11 +27,12 @@ OUTPUTS = Path("outputs")
 
 
 def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bool = False) -> None:
-    """
+    """Sets up PyTorch, and quietens Lightning.
+
     Args:
-        tf32: let GPUs round the inputs of fp32 products to 10 bits, as a training may; scores are exact.
         threads: of PyTorch on the CPU; None for its own choice.
         fast_kernels: see `coca_lit.models.kernels`.
+        tf32: let GPUs round the inputs of fp32 products to 10 bits, as a training may; scores are exact.
     """
     import torch
 

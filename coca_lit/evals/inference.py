@@ -64,11 +64,8 @@ def write_texts(
 def embed_pairs(
     model: DualEncoder, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0, prompt: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of all images (I, E) and of all their captions (T, E), and the image of each caption (T,).
-
-    They are on the CPU of every rank.
-
-    `prompt` goes before every caption.
+    """Features of all images (I, E) and of all their captions (T, E), with `prompt` before each, and the image of each
+    caption (T,); on the CPU of every rank.
     """
     texts = [prompt + caption for record in records for caption in record.captions]
     image_of_text = torch.tensor([i for i, record in enumerate(records) for _ in record.captions])
@@ -105,9 +102,7 @@ def _image_features(model: DualEncoder, records: Sequence[Record], batch_size: i
 
 def _text_features(model: DualEncoder, texts: Sequence[str], batch_size: int) -> Batches:
     own = range(rank(), len(texts), world_size())
-    by_length = sorted(
-        own, key=lambda i: len(texts[i])
-    )  # texts of like length share a batch: less padding, same result
+    by_length = sorted(own, key=lambda i: len(texts[i]))  # less padding, same result
     for start in range(0, len(by_length), batch_size):
         positions = by_length[start : start + batch_size]
         tokens = model.tokenizer([texts[i] for i in positions]).to(model.device)

@@ -155,6 +155,7 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def spread(items: Sequence[Any], count: int) -> Sequence[Any]:
+    """At most `count` of the items, at equal distances from the first one on."""
     return items[:: max(len(items) // count, 1)][:count]
 
 
@@ -203,8 +204,7 @@ def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], ed
 
 def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], count: int = 12) -> Image.Image:
     """Picture of `count` images spread over the records. A caption that equals a reference is green."""
-    step = max(len(records) // count, 1)
-    chosen = records[::step][:count]
+    chosen = spread(records, count)
     rows = -(-len(chosen) // COLUMNS)
     height = CARD + 7 * LINE + MARGIN
     sheet = Image.new("RGB", (COLUMNS * (CARD + MARGIN) + MARGIN, rows * height + MARGIN), "white")

@@ -176,11 +176,6 @@ def unshared_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
-def load_weights(model: CoCa, path: str | Path) -> None:
-    """Starts `model` from the weights in a file: see `copy_weights`. Raises as that and `load_dual_encoder`."""
-    copy_weights(load_dual_encoder(path), model, path)
-
-
 def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str]:
     """Starts `model` from the weights of a model of the same architecture, which `path` names in messages, and returns
     the names of the tensors that it gave.

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights import MODEL_KEY
-from coca_lit.weights.load import EFFICIENTNETS, load_image_weights, load_model, load_weights, save_model
+from coca_lit.weights.load import (
+    EFFICIENTNETS,
+    copy_weights,
+    load_dual_encoder,
+    load_image_weights,
+    load_model,
+    save_model,
+)
 from coca_lit.weights.open_clip import to_open_clip
 
 Build = Callable[..., CoCa]
@@ -153,7 +160,7 @@ def test_load_weights(tiny_model: Build, tmp_path: Path) -> None:
     save_model(source, tmp_path / "model.safetensors")
     torch.manual_seed(7)
     model = create_model("coca_tiny", cls_mask="legacy", dropout=0.3)  # which training alone sees
-    load_weights(model, tmp_path / "model.safetensors")
+    copy_weights(load_dual_encoder(tmp_path / "model.safetensors"), model, tmp_path / "model.safetensors")
     assert_equal(model, source)
 
 
@@ -185,13 +192,17 @@ def test_equal_tensors_that_compute_something_else(
 ) -> None:
     save_model(tiny_model(**theirs), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"model.safetensors computes something else: .*{fact}"):
-        load_weights(tiny_model(), tmp_path / "model.safetensors")
+        copy_weights(load_dual_encoder(tmp_path / "model.safetensors"), tiny_model(), tmp_path / "model.safetensors")
 
 
 def test_tied_embeddings_do_not_start_from_two_matrices(tiny_model: Build, tmp_path: Path) -> None:
     save_model(tiny_model(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has a vocabulary projection of its own"):
-        load_weights(tiny_model(tied_embeddings=True), tmp_path / "model.safetensors")
+        copy_weights(
+            load_dual_encoder(tmp_path / "model.safetensors"),
+            tiny_model(tied_embeddings=True),
+            tmp_path / "model.safetensors",
+        )
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,7 @@ def test_load_weights_names_what_does_not_fit(tiny_model: Build, tmp_path: Path,
     model = tiny_model(**{"text_width": 96, "text_heads": 3} | arguments)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=rf"model.safetensors has another architecture: {message}"):
-        load_weights(model, tmp_path / "model.safetensors")
+        copy_weights(load_dual_encoder(tmp_path / "model.safetensors"), model, tmp_path / "model.safetensors")
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.from_clip import parts
-from coca_lit.weights.load import load_weights, save_model
+from coca_lit.weights.load import copy_weights, load_dual_encoder, save_model
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat!"]
 VISION = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "head_width": 64}
@@ -73,7 +73,7 @@ def text_features(model: CoCa, texts: list[str]) -> Tensor:
 def test_towers_compute_what_clip_does(clip: Any, clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_coca()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    load_weights(model, clip_file)
+    copy_weights(load_dual_encoder(clip_file), model, clip_file)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(image_features(model, clip, images), clip.encode_image(images), atol=1e-5, rtol=0)
@@ -89,7 +89,7 @@ def test_towers_compute_what_clip_does(clip: Any, clip_file: Path, capsys: pytes
 
 def test_positions_are_fitted(clip: Any, clip_file: Path) -> None:
     model = make_coca(image_size=64, context_length=20)
-    load_weights(model, clip_file)
+    copy_weights(load_dual_encoder(clip_file), model, clip_file)
     larger, state = make_clip(image_size=64), clip.state_dict()
     resize_pos_embed(state, larger)
     larger.load_state_dict(state)
@@ -103,7 +103,7 @@ def test_positions_are_fitted(clip: Any, clip_file: Path) -> None:
 def test_a_longer_context_has_new_positions(clip: Any, clip_file: Path) -> None:
     model = make_coca(context_length=90)
     beyond = model.text.position_embedding[77:].clone()
-    load_weights(model, clip_file)
+    copy_weights(load_dual_encoder(clip_file), model, clip_file)
     assert torch.equal(model.text.position_embedding[:77], clip.positional_embedding)
     assert torch.equal(model.text.position_embedding[77:], beyond)
 
@@ -111,7 +111,7 @@ def test_a_longer_context_has_new_positions(clip: Any, clip_file: Path) -> None:
 def test_what_stays_random_is_said(clip_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_coca()
     model.freeze("text")
-    load_weights(model, clip_file)
+    copy_weights(load_dual_encoder(clip_file), model, clip_file)
     assert "note: random and frozen: text.cls_embedding" in capsys.readouterr().out
 
 
@@ -137,7 +137,7 @@ def test_other_architectures_are_refused(clip_file: Path, overrides: dict[str, A
     model = make_coca(**overrides)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        load_weights(model, clip_file)
+        copy_weights(load_dual_encoder(clip_file), model, clip_file)
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 
@@ -145,7 +145,7 @@ def test_quick_gelu_is_refused(tmp_path: Path) -> None:
     torch.save(make_clip(quick_gelu=True).state_dict(), tmp_path / "clip.pt")
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"quick_gelu": true, "text_cfg": {"heads": 1}}}')
     with pytest.raises(ValueError, match="computes QuickGELU"):
-        load_weights(make_coca(), tmp_path / "clip.pt")
+        copy_weights(load_dual_encoder(tmp_path / "clip.pt"), make_coca(), tmp_path / "clip.pt")
 
 
 def test_a_clip_of_our_own_keeps_its_features(
@@ -156,7 +156,7 @@ def test_a_clip_of_our_own_keeps_its_features(
     torch.manual_seed(5)
     model = create_model("coca_tiny").eval()
     queries = model.pooling.generative.query[1:].clone()
-    load_weights(model, tmp_path / "clip.safetensors")
+    copy_weights(load_dual_encoder(tmp_path / "clip.safetensors"), model, tmp_path / "clip.safetensors")
     images, tokens = torch.randn(2, 3, 32, 32), model.tokenizer(["a red circle", "a blue ring"])
     with torch.no_grad():
         torch.testing.assert_close(model.encode_image(images), clip.encode_image(images))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights.load import MODEL_KEY, load_image_weights, load_model, load_weights, save_model
+from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_image_weights, load_model, save_model
 
 Build = Callable[..., CoCa]
 FLIPS = 60
@@ -85,7 +85,7 @@ def test_every_way_in_is_checked(model: CoCa, tmp_path: Path) -> None:
     write(model, tmp_path / "model.ckpt")
     trunk = {name: tensor.clone() for name, tensor in model.image_encoder.trunk.state_dict().items()}
     torch.save(trunk, tmp_path / "encoder.pt")
-    for name, load in (("model.ckpt", load_weights), ("encoder.pt", load_image_weights)):
+    for name, load in (("model.ckpt", lambda _, path: load_dual_encoder(path)), ("encoder.pt", load_image_weights)):
         content = (tmp_path / name).read_bytes()
         at = content.index(trunk["bn1.running_var"].numpy().tobytes())
         (tmp_path / name).write_bytes(flip(content, at, 0))

@@ -115,24 +115,24 @@ def is_clip(state: Mapping[str, Any]) -> bool:
     return "logit_scale" in names and not any(name.startswith(captioner) for name in names)
 
 
-def _plain_state(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _plain_state(state: Mapping[str, Any]) -> "_Tensors":
     """The tensors of a state dict or a training checkpoint, without the prefixes that wrappers add to their names."""
     state = state.get("state_dict", state)
     if not isinstance(state, Mapping):
         raise ValueError(f"the checkpoint's state_dict is a {type(state).__name__}, expected a dictionary of tensors")
-    names = {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor
-        for name, tensor in state.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-    masks = ("text.attn_mask", "text_decoder.attn_mask")  # constants that some versions stored
-    return _Tensors((name, tensor) for name, tensor in names.items() if name not in masks)
+    found = _Tensors({})
+    for name, tensor in state.items():
+        if isinstance(name, str) and isinstance(tensor, Tensor):
+            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+            if name not in ("text.attn_mask", "text_decoder.attn_mask"):  # constants that some versions stored
+                found[name] = tensor
+    return found
 
 
 class _Tensors(dict[str, Tensor]):
     """Tensors by name, which know which of them were read."""
 
-    def __init__(self, tensors: Any) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
         self.read: set[str] = set()
 
