@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import BUILTIN, OUTPUTS, chosen_checkpoint, configure_libraries
-from coca_lit.errors import ConfigError, error_context
+from coca_lit.errors import ConfigError, DataError, error_context
 
 if TYPE_CHECKING:
     from coca_lit.inference.search import ImageIndex
@@ -52,20 +52,17 @@ def run(cfg: DictConfig) -> None:
 
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     """The features of the images in the folder, up to date, in the index file that `coca-search` uses."""
-    from rich.progress import Progress
+    from coca_lit.inference.search import ImageIndex, index_file
+    from coca_lit.progress import ProgressBar
 
-    from coca_lit.errors import DataError
-    from coca_lit.inference.search import ImageIndex
-
-    file = folder.absolute().parent / f"{folder.absolute().name}.index.safetensors"
+    file = index_file(folder)
     try:
         index = ImageIndex.load(file, model)
         index.folder = folder  # as the user wrote it
     except DataError:  # there is none, or it belongs to another model
         index = ImageIndex(model, folder)
-    with Progress() as bar:
-        task = bar.add_task(f"images of {folder}", total=None)
-        changes = index.update(progress=lambda done, total: bar.update(task, completed=done, total=total))
+    with ProgressBar("embedding") as bar:
+        changes = index.update(progress=bar.reach)
     for reason in changes.unreadable.values():
         print(f"not searched: {reason}")
     try:

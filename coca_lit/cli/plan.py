@@ -1,13 +1,20 @@
 """What a training run needs, before it is started: `coca-plan experiment=pretrain_b32 gpus=[H100] devices=64`."""
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from coca_lit.cli.assembly import add_adapters, build
 from coca_lit.cli.command import command
 from coca_lit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from coca_lit.lit_module import CoCaLit
+    from coca_lit.plan.estimate import Model, Recipe
+    from coca_lit.plan.settings import Settings
+    from coca_lit.plan.trace import Cost
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "auto": "bfloat16"}
 
@@ -30,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
 
 
-def estimate(cfg: DictConfig, settings: Any) -> tuple[Any, Any, Any]:
+def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recipe]":
     """Model, cost and recipe of a run, for the functions of `coca_lit.plan.estimate`."""
     import torch
 
@@ -49,7 +56,12 @@ def estimate(cfg: DictConfig, settings: Any) -> tuple[Any, Any, Any]:
     return model, spent, read_recipe(cfg, settings, weights, half)
 
 
-def read_settings(cfg: DictConfig) -> Any:
+def read_settings(cfg: DictConfig) -> "Settings":
+    """What the command asks for besides the run.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+    """
     from coca_lit.plan.settings import Settings
 
     try:
@@ -58,7 +70,8 @@ def read_settings(cfg: DictConfig) -> Any:
         raise ConfigError(str(error)) from error
 
 
-def build_without_weights(cfg: DictConfig) -> Any:
+def build_without_weights(cfg: DictConfig) -> "CoCaLit":
+    """The module of a run, its tensors without memory."""
     import torch
 
     node = cfg.model.copy()
@@ -71,7 +84,8 @@ def build_without_weights(cfg: DictConfig) -> Any:
     return module
 
 
-def read_recipe(cfg: DictConfig, settings: Any, weights: dict[str, float], half: bool) -> Any:
+def read_recipe(cfg: DictConfig, settings: "Settings", weights: Mapping[str, float], half: bool) -> "Recipe":
+    """How the run trains: batch, devices, precision, samples."""
     from coca_lit.plan.estimate import Recipe
 
     trainer = cfg.trainer

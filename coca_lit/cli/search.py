@@ -64,7 +64,9 @@ def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
             raise ConfigError(f"index: '{path}' is a folder; with images=FOLDER it is the file of the index")
         return path, Path(str(cfg.images))
     if path.is_dir():
-        return path.absolute().parent / f"{path.absolute().name}.index.safetensors", path
+        from coca_lit.inference.search import index_file
+
+        return index_file(path), path
     return path, None
 
 

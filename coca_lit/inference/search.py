@@ -48,6 +48,11 @@ class Changes(NamedTuple):
     unreadable: dict[Path, str]  # with the reason; not in the index, tried again next time
 
 
+def index_file(folder: Path) -> Path:
+    """Where the index of a folder of images is kept: beside the folder."""
+    return folder.absolute().with_name(f"{folder.absolute().name}.index.safetensors")
+
+
 class ImageIndex:
     """An index of the images in `folder` for `model`, empty until `update`.
 
