@@ -111,11 +111,11 @@ def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     made = next((f for f in functions if isinstance(f, ast.FunctionDef) and f.name in ("__init__", node.name)), None)
     if made is None:  # a dataclass has its arguments as fields
         fields = [f for f in functions if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-        return inherited[0] | {ast.unparse(f.target): _literal(f.value) for f in fields}, meanings
+        return inherited[0] | {ast.unparse(f.target): _literal(f.value, module) for f in fields}, meanings
     listed = [*made.args.posonlyargs, *made.args.args]
     values = [None] * (len(listed) - len(made.args.defaults)) + made.args.defaults + made.args.kw_defaults
     defaults = {
-        argument.arg: _literal(value)
+        argument.arg: _literal(value, module)
         for argument, value in zip([*listed, *made.args.kwonlyargs], values, strict=True)
         if argument.arg != "self"
     }
@@ -150,7 +150,15 @@ def _definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
     return None
 
 
-def _literal(node: ast.expr | None) -> Any:
+def _literal(node: ast.expr | None, module: str) -> Any:
+    """A default as a plain value, also that of a constant of the module or of one that it imports from."""
+    file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    if isinstance(node, ast.Name) and file.is_file():
+        for line in ast.parse(file.read_text()).body:
+            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == node.id:
+                return _literal(line.value, module)
+            if isinstance(line, ast.ImportFrom) and line.module and node.id in [alias.name for alias in line.names]:
+                return _literal(node, line.module)
     try:
         return ast.literal_eval(node) if node is not None else ...
     except ValueError:

@@ -73,7 +73,7 @@ class LAIONDataModule(CaptionDataModule):
         selection: str | Mapping[str, str] | None = None,
         caption_keys: str | Mapping[str, float] = "txt",
         indexed: bool | Literal["auto"] = "auto",
-        window: int = 2**18,
+        window: int = 262_144,
         window_gb: float = 10,
         readers: int = 16,
         shuffle_buffer: int = SHUFFLE_BUFFER,
