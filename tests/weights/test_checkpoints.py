@@ -155,7 +155,7 @@ def test_other_contents(tmp_path: Path, content: Any, message: str) -> None:
 # ---------------------------------------------------------------- weights for a model that is there already
 
 
-def test_load_weights(tiny_model: Build, tmp_path: Path) -> None:
+def test_copy_weights(tiny_model: Build, tmp_path: Path) -> None:
     source = tiny_model(cls_mask="legacy")
     save_model(source, tmp_path / "model.safetensors")
     torch.manual_seed(7)
