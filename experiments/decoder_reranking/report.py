@@ -3,7 +3,7 @@
 Rows that differ in the seed of the model alone are one line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,28 +12,44 @@ from experiments.study import Row, mean_std, numbers, read_rows, unit, with_abou
 
 RESULTS = Path(__file__).with_name("results.csv")
 DEFAULT = "0.5"  # weight in coca-evaluate
+SHOWN = ("0.0", "0.1", "0.2", "0.3", "0.5", "0.7", "1.0")  # of the weights, in tables
 COUNTS = {"scenes": "16", "compositional": "16", "flickr8k": "8"}  # candidates where weights are compared
 RECALLS = {f"{way}_recall@{k}": f"{arrow} R@{k}" for k in (1, 5) for way, arrow in (("t2i", "t→i"), ("i2t", "i→t"))}
 ACCURACIES = {"accuracy": "all"} | {f"{kind}_accuracy": kind for kind in ("order", "colour", "shape")}
+
+COSTS = {"pairs": ("pairs read", ",.0f"), "times": ("CPU time", ".1f")}  # column: title, format
 
 
 def tables() -> dict[str, str]:
     found = {}
     for name, keys, rows, costs, scores in (
-        ("", ("data", "count"), _read(), {"pairs": "pairs read", "times": "CPU time"}, RECALLS),
-        ("/views", ("data", "count"), _of("views"), {"times": "CPU time"}, RECALLS),
-        ("/weights", ("data", "weight"), _compared(), {}, RECALLS),
-        ("/choices", ("data", "way", "weight"), _of("likelihood", "pmi"), {}, ACCURACIES),
+        ("", {"data": "", "count": "candidates"}, _read(), COSTS, RECALLS),
+        ("/views", {"data": "", "count": "views"}, _of("views"), {"times": COSTS["times"]}, RECALLS),
+        ("/weights", {"data": "", "weight": "weight"}, _shown(_compared()), {}, RECALLS),
+        ("/choices", {"data": "", "way": "decoder", "weight": "weight"}, _shown(_choices()), {}, ACCURACIES),
     ):
         if rows:
             lines = [
-                [*key, str(len(of)), *(f"{_mean(of, cost):,.4g}" for cost in costs)]
+                [*key, str(len(of)), *(f"{_mean(of, cost):{form}}" for cost, (_, form) in costs.items())]
                 + [mean_std(numbers(of, score)) for score in scores]
-                for key, of in _grouped(rows, keys).items()
+                for key, of in _grouped(rows, tuple(keys)).items()
             ]
-            header = [*keys, "n", *costs.values(), *(unit(score, title) for score, title in scores.items())]
+            header = [
+                *keys.values(),
+                "n",
+                *(title for title, _ in costs.values()),
+                *(unit(score, title) for score, title in scores.items()),
+            ]
             found[f"decoder_reranking{name}"] = with_about(header, lines, rows, "experiments/decoder_reranking/run.sh")
     return found
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["weight"] in SHOWN]
+
+
+def _choices() -> list[Row]:
+    return _of("likelihood", "pmi")
 
 
 def _of(*ways: str) -> list[Row]:
@@ -67,7 +83,7 @@ def _mean(rows: Sequence[Row], column: str) -> float:
 
 
 def draw() -> None:
-    """Recall@1 against the CPU time and against the weight; accuracy of choices against the weight."""
+    """Recall@1 against the CPU time, what each weight adds to it, and right choices by weight."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -75,16 +91,29 @@ def draw() -> None:
 
     figure, ((left, right), (below, choices)) = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
     for axis, data in ((left, "scenes"), (right, "compositional")):
-        for label, rows in (("decoder re-ranking", _read()), ("views averaged", [*_alone(), *_of("views")])):
-            _line(axis, [row for row in rows if row["data"] == data], "times", tuple(RECALLS)[:2], label)
+        alone = [row for row in _read() if row["count"] == "0"]
+        for label, rows in (
+            ("decoder re-ranking, 2 candidates and more", _read()),
+            ("2 views and more, averaged", [*alone, *_of("views")]),
+        ):
+            _line(axis, [row for row in rows if row["data"] == data], "times", _recall_at_1, label)
         axis.set_xscale("log")
-        axis.set(title=f"{data}: candidates or views", xlabel="times the CPU time of retrieval", ylabel="recall@1, %")
-    for data in COUNTS:
+        axis.set_xticks(ticks := [1, 2, 5, 10, 20], [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set(title=data, xlabel="CPU time, times that of the embeddings alone", ylabel="recall@1, %")
+    for data, count in COUNTS.items():
         rows = [row for row in _compared() if row["data"] == data]
-        _line(below, rows, "weight", tuple(RECALLS)[:2], f"{data}, {COUNTS[data]} candidates")
-    below.set(title="recall by weight", xlabel="weight of the decoder", ylabel="recall@1, %")
-    for (data, way), rows in _grouped(_of("likelihood", "pmi"), ("data", "way")).items():
-        _line(choices, rows, "weight", ("accuracy",), f"{data}, {way}")
+        start = {row["model"]: _recall_at_1(row) for row in rows if row["weight"] == "0.0"}
+        _line(
+            below,
+            rows,
+            "weight",
+            lambda row, at=start: _recall_at_1(row) - at[row["model"]],
+            f"{data}, {count} candidates",
+        )
+    below.set(title="what the decoder adds", xlabel="weight of the decoder", ylabel="recall@1, points gained")
+    for (data, way), rows in _grouped(_choices(), ("data", "way")).items():
+        _line(choices, rows, "weight", lambda row: 100 * float(row["accuracy"]), f"{data}, {way}")
     choices.set(title="choice between two texts", xlabel="weight of the decoder", ylabel="right, %")
     for axis in (left, right, below, choices):
         axis.grid(alpha=0.3)
@@ -93,17 +122,17 @@ def draw() -> None:
     plt.close(figure)
 
 
-def _alone() -> list[Row]:
-    return [row for row in _read() if row["count"] == "0"]
+def _recall_at_1(row: Row) -> float:
+    """Mean over both directions, in %."""
+    return 50 * (float(row["t2i_recall@1"]) + float(row["i2t_recall@1"]))
 
 
-def _line(axis: Any, rows: Sequence[Row], x: str, scores: Sequence[str], label: str) -> None:
-    """The mean of the scores against x, with the standard deviation over seeds."""
-    places, values, bars = [], [], []
-    for of in _grouped(rows, ("count", "weight") if x == "times" else (x,)).values():
-        means = [fmean(own) for own in zip(*(numbers(of, score) for score in scores), strict=True)]
-        places.append(_mean(of, x))
-        values.append(fmean(means))
-        bars.append(stdev(means) if len(means) > 1 else 0)
-    if places:
-        axis.errorbar(places, values, bars, marker=".", capsize=2, label=label)
+def _line(axis: Any, rows: Sequence[Row], x: str, y: Callable[[Row], float], label: str) -> None:
+    """The mean of y against x, with the standard deviation over seeds, where all seeds were scored."""
+    found = _grouped(rows, ("count", "weight")).values()
+    groups = [of for of in found if len(of) == max(map(len, found))]
+    values = [[y(row) for row in of] for of in groups]
+    bars = [stdev(of) if len(of) > 1 else 0 for of in values]
+    axis.errorbar(
+        [_mean(of, x) for of in groups], [fmean(of) for of in values], bars, marker=".", capsize=2, label=label
+    )

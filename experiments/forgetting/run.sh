@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2" MODELS="demo modern". Finished runs are skipped. The models before are those of experiments/demo, a CoCa2 with
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. The models before are those of experiments/demo, a CoCa2 with
 # the modern text side that is trained alike and, with the folder of photos, that of experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
 runs=outputs/forgetting
-model=()
 
 train() { # NAME SEED OVERRIDES…
   local name=$1_seed$2 seed=$2
@@ -27,36 +26,35 @@ between() { # NAME SEED BEFORE WEIGHTS OVERRIDES…: points between BEFORE and t
     hydra.sweep.dir="$runs" hydra.sweep.subdir="${name}_wise\${weight}_seed$seed" "$@"
 }
 
+tune() { # NAME OVERRIDES…: caption finetuning of scenes in the other style
+  local name=$prefix$1
+  shift
+  train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=5e-3 \
+    model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every=0 "$@"
+}
+
+compare() { # MODEL PREFIX OVERRIDES…: the model before, trained unless it is there, and the captions alone with and without protection
+  before=outputs/$1_seed$seed/checkpoints/last.ckpt
+  prefix=$2
+  model=("${@:3}")
+  [ -s "outputs/$1_seed$seed/results.json" ] || python train.py "${model[@]}" seed="$seed" name="$1_seed$seed"
+  score "${prefix}before" "$seed" "$before" "$evals"
+  tune c0 model.contrastive_weight=0
+  tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
+  tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
+}
+
+evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
 towers='lora.parts=[image_encoder,pooling,image_projection,text]'
 for seed in ${SEEDS:-0 1 2}; do
-  for start in ${MODELS:-demo modern}; do
-    evals='evals=[narrated_captions,narrated_retrieval,scenes_retrieval]'
-    before=outputs/${start}_seed$seed/checkpoints/last.ckpt
-    if [ "$start" = modern ]; then
-      prefix=modern_
-      model=(--config-dir experiments/family +member=coca2_modern)
-    else
-      prefix=
-      model=()
-    fi
-    tune() { # NAME OVERRIDES…: caption finetuning in the other style
-      local name=$prefix$1
-      shift
-      train "$name" "$seed" init_from="$before" data.style=narrated data.train_count=2000 trainer.max_epochs=4 model.optimizer.lr=5e-3 \
-        model.warmup_steps=10 model.caption_weight=1 "$evals" evals.scenes_retrieval.every=0 "$@"
-    }
-    [ -s "outputs/${start}_seed$seed/results.json" ] || python train.py "${model[@]}" seed="$seed" name="${start}_seed$seed"
-    score "${prefix}before" "$seed" "$before" "$evals"
-    tune c0 model.contrastive_weight=0
-    tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
-    tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
-    tune c0.3 model.contrastive_weight=0.3
-    tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
-    between "${prefix}c0" "$seed" "$before" 0.3,0.5,0.7 "$evals"
-  done
-  model=()
+  compare demo ''
+  tune c0.3 model.contrastive_weight=0.3
+  tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
+  between c0 "$seed" "$before" 0.3,0.5,0.7 "$evals"
+  compare modern modern_ --config-dir experiments/family +member=coca2_modern
   python experiments/report.py forgetting "$runs"/*_seed*
 done
+model=()
 
 if [ -n "$root" ]; then
   before=outputs/flickr8k_two_hours/frozen_captions_seed0/checkpoints/last.ckpt
