@@ -13,7 +13,6 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from coca_lit.data.prepare.check import JOURNAL as CHECK_JOURNAL
 from coca_lit.data.prepare.check import _journals, check_shards
 from coca_lit.data.prepare.write import JOURNAL, _open_journal
 from coca_lit.data.shards.indexed import load_index, make_index
-from coca_lit.data.shards.listing import MANIFEST, Shard, parallel_map, read_manifest, write_manifest
+from coca_lit.data.shards.listing import MANIFEST, Shard, read_manifest, write_manifest
 from coca_lit.data.shards.reader import read_shard, sample_of
 from coca_lit.data.shards.selection import read_selection
 from coca_lit.data.text_batches import read_texts
@@ -256,7 +255,8 @@ def test_journals(folder, data):
     with bounded():
         for known in _journals({folder}, "txt").values():
             assert known.bad_samples == sum(known.bad.values())
-        assert len([*check_shards([path], "txt", partial(parallel_map, workers=1))]) == 1
+        reports = check_shards([path], "txt", lambda check, paths, key: (check(path, key) for path in paths))
+        assert len([*reports]) == 1
     output = folder / "output"
     output.mkdir(exist_ok=True)
     written = ["00000.tar", [1, 2, "0" * 64], {"missing caption": 1}, ["a what"]]

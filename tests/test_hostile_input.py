@@ -12,7 +12,6 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +49,7 @@ from coca_lit.data.prepare.write import JOURNAL, plan_shards, prepare
 from coca_lit.data.records import MAX_IMAGE, ImageFile, Record, decode_image
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import tar_indexes
-from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards, parallel_map
+from coca_lit.data.shards.listing import MANIFEST, Shard, find_shards
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.selection import read_selection
 from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
@@ -585,11 +584,15 @@ def _captions(folder: Path) -> object:
     return open_writer(str(folder / "out.jsonl"), [], {})
 
 
-HERE = partial(parallel_map, workers=1)
+def here(function, items, shared):
+    """Works through the items in this process."""
+    return (function(item, shared) for item in items)
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     MANIFEST: lambda folder: find_shards(str(folder)),
-    CHECK_JOURNAL: lambda folder: [*check_shards([write_tar(folder / "x.tar", good())], "txt", HERE)],
-    JOURNAL: lambda folder: [*prepare(plan_shards([]), folder, HERE)],
+    CHECK_JOURNAL: lambda folder: [*check_shards([write_tar(folder / "x.tar", good())], "txt", here)],
+    JOURNAL: lambda folder: [*prepare(plan_shards([]), folder, here)],
     "captions.json": lambda folder: coco_folder_records(folder),
     "results.json": lambda folder: read_run(folder),
     "out.jsonl": _captions,

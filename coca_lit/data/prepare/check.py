@@ -8,16 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples, quiet
+from coca_lit.data.prepare import Run
 from coca_lit.data.records import decode_image
-from coca_lit.data.shards.listing import (
-    MANIFEST,
-    ManifestEntry,
-    Run,
-    Shard,
-    entry_of,
-    read_manifest,
-    sha256_of,
-)
+from coca_lit.data.shards.listing import MANIFEST, ManifestEntry, Shard, entry_of, read_manifest, sha256_of
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, whole_lines

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.prepare import Run
 from coca_lit.data.prepare.pairs import Pair
 from coca_lit.data.records import MAX_IMAGE, decode_image
-from coca_lit.data.shards.listing import ManifestEntry, Run, Shard, entry_of, sha256_of
+from coca_lit.data.shards.listing import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.reader import MAX_TEXT, image_of, read_fields
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError

@@ -16,10 +16,11 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -36,7 +37,7 @@ from coca_lit.data.batch import Example
 from coca_lit.data.examples import TrainingExamples
 from coca_lit.data.loader import Schedule, epoch_order, per_rank
 from coca_lit.data.shards.cache import ChangedError
-from coca_lit.data.shards.listing import REQUESTS, Shard, index_name, parallel_map
+from coca_lit.data.shards.listing import REQUESTS, Shard, index_name
 from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
 from coca_lit.data.shards.reader import IMAGE_SUFFIXES, Preprocess, read_fields, read_limit, sample_of
 from coca_lit.data.shards.store import RangeFile, ask, read_range
@@ -48,7 +49,7 @@ from coca_lit.reading import open_regular, parse_json, printable
 SUFFIX, LOCK = ".index", ".lock"
 CHANGED = "shard changed after it was indexed"
 VERSION = 2
-PER_PROCESS = 2 * 10**9  # bytes of shards for which a further process pays
+PER_PROCESS = 2 * 10**9  # bytes of local shards for which a further process pays
 FILES = (IMAGE_SUFFIXES, ("txt",), ("json",))  # of a sample; the first of each that is there
 
 
@@ -214,24 +215,22 @@ class IndexedShards(TrainingExamples):
         return rng.randrange(start, end)
 
 
+@dataclass(eq=False)
 class IndexedBatches(Sampler[list[tuple[int, ...]]]):
     """A rank's batches of (pass, i), from global batch `start` to `stop` of a schedule, counted over all epochs."""
 
-    def __init__(
-        self,
-        sources: Sequence[Source[TarIndex]],
-        schedule: Schedule,
-        seed: int,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        per_rank(schedule.batch_size, world)
-        self.sources, self.schedule, self.seed = sources, schedule, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
-        self.weights = [source.weight for source in sources]
-        self.starts = [0, *accumulate(map(count_samples, sources))]
+    sources: Sequence[Source[TarIndex]]
+    schedule: Schedule
+    seed: int
+    start: int
+    stop: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        per_rank(self.schedule.batch_size, self.world)
+        self.weights = [source.weight for source in self.sources]
+        self.starts = [0, *accumulate(map(count_samples, self.sources))]  # of each source, in samples
         self._orders: dict[int, tuple[int, Tensor]] = {}  # of each source: its current pass and the order of that
 
     def __len__(self) -> int:
@@ -266,8 +265,8 @@ class IndexedBatches(Sampler[list[tuple[int, ...]]]):
 
 
 def load_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
-    """None if there is none that matches the shard as it is now. It may come from a stranger, who can put anything into
-    it: what is not an index of this shard in every detail is made again.
+    """None if no index matches the shard as it is now. The file may come from a stranger, who can put anything into it:
+    what is not an index of this shard in every detail counts as none.
     """
     index = _load(shard, _path(shard, fallback_dir))
     return index if index and index.stamp == _stamp(shard) else None
@@ -300,12 +299,22 @@ def _make_all(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]
     local = [shard for shard in shards if not shard.cache]
     remote = [shard for shard in shards if shard.cache]
     size = sum(_stamp(shard).bytes for shard in shards)
-    workers = min(os.cpu_count() or 1, 1 + sum(_stamp(shard).bytes for shard in local) // PER_PROCESS)
     with ThreadPoolExecutor(REQUESTS) as pool:
         fetched = pool.map(partial(_remote_index, fallback_dir=fallback_dir, whole=_fit_together(remote)), remote)
-        made = chain(parallel_map(make_index, local, fallback_dir, workers), fetched)
+        made = chain(_local_indexes(local, fallback_dir), fetched)
         console = Console(stderr=True)
         yield from track(made, "indexing shards", len(shards), console=console, disable=size < PER_PROCESS)
+
+
+def _local_indexes(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
+    """Made in several processes if the shards are large, in the order in which they are ready."""
+    workers = min(os.cpu_count() or 1, len(shards), 1 + sum(_stamp(shard).bytes for shard in shards) // PER_PROCESS)
+    if workers < 2:
+        yield from (make_index(shard, fallback_dir) for shard in shards)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for made in as_completed([pool.submit(make_index, shard, fallback_dir) for shard in shards]):
+            yield made.result()
 
 
 def _fit_together(remote: Sequence[Shard]) -> bool:
@@ -315,7 +324,9 @@ def _fit_together(remote: Sequence[Shard]) -> bool:
 
 
 def _remote_index(shard: Shard, fallback_dir: Path, whole: bool) -> TarIndex:
-    """That beside the shard, else made: of the `whole` shard, which the cache keeps, or of its headers alone."""
+    """The index that lies beside the shard. If there is none it is made: from the `whole` shard, which the cache then
+    keeps, or from its headers alone.
+    """
     assert shard.cache
     assert shard.stored
     if index := _shipped_index(shard, fallback_dir):
@@ -329,7 +340,7 @@ def _remote_index(shard: Shard, fallback_dir: Path, whole: bool) -> TarIndex:
 
 
 def _shipped_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
-    """None if there is none beside the shard, or not of what the manifest records."""
+    """The index that lies beside the shard; None if there is none, or it is not that of the shard in the manifest."""
     assert shard.cache
     if not shard.entry or not shard.index_file or shard.index_file.bytes > shard.entry.bytes:
         return None

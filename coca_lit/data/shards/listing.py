@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
@@ -31,12 +30,6 @@ from coca_lit.data.shards.store import PATIENCE, SCHEMES, Stored, at_commit, is_
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write
 from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, printable
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Shared = TypeVar("Shared")
-# A function, items, and what all calls share -> `function(item, shared)` of each item, as it is done.
-Run = Callable[[Callable[[Any, Any], Any], Sequence[Any], Any], Iterator[Any]]
 
 MANIFEST = "manifest.json"
 REQUESTS = 32  # to a store at a time
@@ -63,18 +56,17 @@ Manifest = Mapping[str, ManifestEntry]  # by file name
 
 
 class Shard(NamedTuple):
-    """A tar file, and its entry in the manifest if it has one."""
+    """A tar file, with its entry in the manifest of its folder if there is one."""
 
     name: str  # a path, or a URL
     entry: ManifestEntry | None = None
-    cache: ShardCache | None = None  # for a remote one
+    cache: ShardCache | None = None  # of a remote shard
+    stored: Stored | None = None  # a remote shard as its store listed it
+    index_file: Stored | None = None  # beside a remote shard, if there is a manifest to compare it with
+    selection: Selection | None = None  # of the samples to read; None for all
 
     def __str__(self) -> str:
         return self.name
-
-    stored: Stored | None = None  # a remote one, when it was listed
-    index_file: Stored | None = None  # with its index, if the store has one and a manifest to compare it with
-    selection: Selection | None = None  # of the samples to read; None for all
 
     @property
     def file_name(self) -> str:
@@ -210,18 +202,6 @@ def check_digest(shard: str, path: Path, entry: ManifestEntry) -> None:
     """Raises `DataError` if the content is not what the manifest records."""
     if sha256_of(path) != entry.sha256:
         raise DataError(f"{shard} has another sha256 than {_REFUSED}")
-
-
-def parallel_map(
-    function: Callable[[Item, Shared], Result], items: Sequence[Item], shared: Shared, workers: int
-) -> Iterator[Result]:
-    """`function(item, shared)` of each item as it is done, in `workers` processes; in this one if they are one."""
-    if min(workers, len(items)) < 2:
-        yield from (function(item, shared) for item in items)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(function, item, shared) for item in items]):
-            yield done.result()
 
 
 class _Folder(NamedTuple):

@@ -266,11 +266,6 @@ def fault_of(error: BaseException) -> Fault:
     return "away" if _is_of_network(chain[-1]) or isinstance(error, OSError | EOFError) else "unknown"
 
 
-def bucket_of(url: str) -> str:
-    scheme, _, path = url.partition("://")
-    return f"{scheme}://{path.partition('/')[0]}"
-
-
 def _is_web(url: str) -> bool:
     return url.startswith("http")
 
@@ -333,7 +328,7 @@ def _final(url: str, fault: Fault, error: Exception, patience: float) -> Excepti
 
 def _missing(url: str, patience: float) -> Exception:
     """Whether it is the file or the whole bucket that is gone: a bucket is not one of many shards."""
-    bucket = bucket_of(url)
+    bucket = "/".join(url.split("/")[:3])
     _forget(url)
     if not (url.startswith("hf://") or _is_web(url)) and not ask(
         bucket, patience, lambda store: _exists(store, bucket)

@@ -15,6 +15,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import accumulate, count, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coca_lit.data.loader import Schedule, epoch_order
+from coca_lit.data.loader import epoch_order
 from coca_lit.data.shards.cache import CacheFullError
 from coca_lit.data.shards.indexed import IndexedBatches, TarIndex
 from coca_lit.data.shards.listing import Shard
@@ -166,34 +167,24 @@ class SourceOrder:
         return random.Random(stable_seed(what, self.seed, self.source.name, *of))
 
 
+@dataclass(eq=False, kw_only=True)
 class WindowedBatches(IndexedBatches):
-    """A rank's batches of (pass, i), from global batch `start` to `stop`, whose shards are fetched ahead.
+    """The same in the order of windows, with the shards fetched ahead.
 
-    Every reader takes from the sources by their weights, all of them in the same turn.
+    All readers take from the same source at a time, from each by its weight.
 
     Args:
         behind: batches that workers may still have to read when a later one is asked for.
-        others: see `IndexedBatches`.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source[TarIndex]],
-        schedule: Schedule,
-        seed: int,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        world: int = 1,
-        *,
-        windows: Windows,
-        behind: int = 0,
-    ) -> None:
-        super().__init__(sources, schedule, seed, start, stop, rank, world)
-        self.behind, self.readers = behind, windows.readers
+    windows: Windows
+    behind: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.orders = [
-            SourceOrder(source, windows, source.weight / sum(self.weights), seed, first)
-            for source, first in zip(sources, self.starts, strict=False)
+            SourceOrder(source, self.windows, source.weight / sum(self.weights), self.seed, first)
+            for source, first in zip(self.sources, self.starts, strict=False)
         ]
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
@@ -216,8 +207,9 @@ class WindowedBatches(IndexedBatches):
     def _turns(self, number: int) -> list[tuple[int, int]]:
         """(source, k) of what each reader contributes to a batch."""
         first, size, _ = self.schedule.at(number)
-        before = counts_after(first // self.readers, self.weights)
-        return list(islice(weighted_round_robin(self.weights, before), size // self.readers))
+        readers = self.windows.readers
+        before = counts_after(first // readers, self.weights)
+        return list(islice(weighted_round_robin(self.weights, before), size // readers))
 
     def _samples(self, items: range, turns: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         places = (divmod(item, len(turns)) for item in items)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow
 import pytest
-from forking import FORKSERVER
 from PIL import Image
 from pyarrow import parquet
 from test_shards import TOKENIZER, members, write_tar
@@ -21,7 +20,6 @@ from coca_lit.cli.data import data as coca_data
 from coca_lit.data.prepare import write as prepare
 from coca_lit.data.prepare.check import check_shard
 from coca_lit.data.scenes.export import export_scenes
-from coca_lit.data.shards import listing
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import MANIFEST, read_manifest
 
@@ -161,8 +159,7 @@ def test_shards_of_img2dataset(tmp_path):
     )
 
 
-def test_equal_sources_give_equal_bytes_with_any_number_of_workers(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(listing, "get_context", lambda _: FORKSERVER)  # which have imported everything
+def test_equal_sources_give_equal_bytes_with_any_number_of_workers(photos, tmp_path):
     rows = [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)] + [("photos/x.bmp", "number")]
     source = table(tmp_path / "t.csv", rows)
     run(source, tmp_path / "a", "--samples-per-shard", "3")

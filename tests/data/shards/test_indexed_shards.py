@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forking import FORKSERVER
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
@@ -243,6 +244,21 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     os.utime(tmp_path / "00001.tar", ns=(0, 12345))
     tar_indexes(shards, tmp_path / "cache")
     assert made == [shards[1]]
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_indexes_of_one(folder, tmp_path, monkeypatch):
+    write_shards(tmp_path, 3, 7)
+    started = []
+    monkeypatch.setattr(indexed_shards, "PER_PROCESS", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(indexed_shards, "get_context", lambda method: started.append(method) or FORKSERVER)
+    made = tar_indexes(find_shards(str(tmp_path)), tmp_path / "cache")
+    assert started == ["spawn"]
+    expected = tar_indexes(find_shards(str(folder)), tmp_path / "cache")
+    assert [Path(index.shard).name for index in made] == ["00000.tar", "00001.tar", "00002.tar"]
+    for index, other in zip(made, expected, strict=True):
+        assert (index.keys.tolist(), index.places.tolist()) == (other.keys.tolist(), other.places.tolist())
 
 
 def test_a_shard_that_does_not_fit_its_manifest_is_refused(tmp_path):
