@@ -156,7 +156,8 @@ def draw_lines(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], x:
             axis.plot(*zip(*points, strict=True), marker=".", label=label)
         axis.set(title=title, xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
