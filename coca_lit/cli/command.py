@@ -102,13 +102,12 @@ def accept_arguments(config: str, overrides: Sequence[str]) -> list[str]:
     files need not repeat the defaults of the constructors.
     """
     keys = {word: word.partition("=")[0] for word in overrides if re.match(r"[A-Za-z_][\w-]*\.[\w.-]+=", word)}
-    unlisted = keys and {word: key for word, key in keys.items() if key not in _listed(config, ())}
-    if not unlisted:
+    if not keys:
         return [*overrides]
     known = _Known(config, overrides)
     without_targets = _Known(config, [word for word in overrides if "._target_=" not in word])
     accepted = set()
-    for word, key in unlisted.items():
+    for word, key in keys.items():
         node = without_targets if key.endswith("._target_") else known
         if not node.has(key) and node.is_argument(key):
             accepted.add(word)

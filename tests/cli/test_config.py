@@ -222,6 +222,11 @@ def test_argument_of_a_constructor_needs_no_entry_in_a_file(override: str, value
     assert OmegaConf.select(compose(override), override.partition("=")[0]) == value
 
 
+def test_argument_that_only_another_option_lists() -> None:
+    """The file of `data=scenes`, the default, lists `cache_dir`; that of `data=laion` leaves it to the constructor."""
+    assert compose("data=laion", "data.cache_dir=/x").data.cache_dir == "/x"
+
+
 def test_arguments_of_the_target_that_is_named_beside_them() -> None:
     words = ("data=records", "data.records._target_=coca_lit.data.datasets.coco.coco_folder_records")
     cfg = compose(*words, "data.records.annotations=val.json", "data.val_split=null")
