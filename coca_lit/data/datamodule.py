@@ -3,6 +3,7 @@
 The reader of a data set is imported by its DataModule alone.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -92,7 +93,7 @@ class CaptionDataModule(LightningDataModule):
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
         self.num_workers, self.seed, self.text_every = num_workers, seed, text_every
         self.patches = tuple(patches)
-        self._loader: TrainLoader | None = None
+        self._loader: weakref.ref[TrainLoader] | None = None
         if text is not None:
             from coca_lit.data.text_batches import TextBatches
 
@@ -152,18 +153,21 @@ class CaptionDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         rank, world = self.rank_and_world()
-        self._loader = self.pair_loader(rank, world)
+        loader = self.pair_loader(rank, world)
         if self.texts is not None:
             from coca_lit.data.text_batches import interleave_texts
 
-            self._loader = interleave_texts(self._loader, self.texts, self.text_every, rank, world)
+            loader = interleave_texts(loader, self.texts, self.text_every, rank, world)
         if strategy := getattr(self.trainer, "strategy", None):
-            self._loader.device = strategy.root_device
-        return self._loader
+            loader.device = strategy.root_device
+        # Weak, as the loader holds this module: left in a cycle, its workers would end only when the collector comes,
+        # which closes their queues first, and PyTorch would wait five seconds for each of them.
+        self._loader = weakref.ref(loader)
+        return loader
 
     def teardown(self, stage: str) -> None:
-        if self._loader is not None:
-            self._loader.close()
+        if self._loader is not None and (loader := self._loader()) is not None:
+            loader.close()
 
     def val_dataloader(self) -> DataLoader | list:
         return []

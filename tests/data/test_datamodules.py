@@ -1,5 +1,7 @@
 """DataModules on exported scenes and on the shared photos, and resuming inside a real Trainer."""
 
+import gc
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -141,6 +143,20 @@ def test_scenes_are_never_cropped():
     for batch in data.train_dataloader():
         for key, image in zip(batch.keys, batch.images, strict=True):
             assert torch.equal(image, pixels[key])
+
+
+def test_workers_end_with_their_loader_and_wait_for_no_collector():
+    before = set(multiprocessing.active_children())
+    data = ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, image_size=32, train_count=8, num_workers=1)
+    gc.disable()
+    try:
+        loader = data.train_dataloader()
+        next(iter(loader))
+        assert set(multiprocessing.active_children()) > before
+        del loader
+        assert set(multiprocessing.active_children()) == before
+    finally:
+        gc.enable()
 
 
 def test_numbers_that_cannot_work_are_refused():
