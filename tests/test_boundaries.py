@@ -61,6 +61,15 @@ def test_plain_parts_load_no_framework() -> None:
     assert not loaded & FRAMEWORKS
 
 
+@pytest.mark.slow
+def test_training_from_random_weights_loads_no_reader_of_weights() -> None:
+    build = "assembly.build_module(command.compose('train', ['model.net.name=coca_tiny', 'output_dir=x', 'name=x']))"
+    program = f"import sys\nfrom coca_lit.cli import assembly, command\n{build}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "coca_lit.models.coca" in done.stdout.split()
+    assert "coca_lit.weights.load" not in done.stdout.split()
+
+
 def test_command_line_loads_no_torch() -> None:
     heavy = {"torch", "lightning", "timm", "numpy", "matplotlib", "pycocoevalcap", "webdataset", "gradio"}
     for command, loaded in zip(COMMANDS, loaded_by(*([f"coca_lit.cli.{name}"] for name in COMMANDS)), strict=True):

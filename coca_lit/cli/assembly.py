@@ -201,9 +201,12 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
     Args:
         source: the model in `init_from`.
     """
+    parts = cfg.init_parts
+    if source is None and parts.image_encoder is None and parts.decoder is None:
+        return  # as most trainings do, which need not import a dozen modules for this
+
     from coca_lit.weights.load import copy_weights, load_image_weights, load_language_model
 
-    parts = cfg.init_parts
     given: list[str] = []
     if parts.image_encoder is not None:
         with error_context("init_parts.image_encoder"):
