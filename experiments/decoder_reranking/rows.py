@@ -108,7 +108,7 @@ def choice_rows(model: CoCa, records: Sequence[Record]) -> Iterator[Row]:
 
 
 def cost(before: float, more: float) -> Row:
-    """CPU seconds that come to those of retrieval by embeddings alone, and by how much that multiplies its time."""
+    """CPU seconds in addition to retrieval by embeddings alone, and by how much that multiplies its time."""
     return {"CPU seconds": f"{more:.1f}", "times": f"{1 + more / before:.2f}"}
 
 

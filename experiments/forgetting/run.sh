@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. The models before are those of experiments/demo, a CoCa2 with
-# the modern text side that is trained alike and, with the folder of photos, that of experiments/flickr8k_two_hours.
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. The models before finetuning come from experiments/demo, from a CoCa2 with
+# the modern text side that is trained alike and, with the folder of photos, from experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
