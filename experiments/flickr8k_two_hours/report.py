@@ -14,9 +14,13 @@ NAMES = {
     "captions": "captions",
     "rewards": "captions, rewards",
     "captions_8beams_reranked": f"captions, {BEAMS}",
+    "long": "twice the steps",
+    "long_rewards": "twice the steps, rewards",
+    "long_8beams_reranked": f"twice the steps, {BEAMS}",
 }
-SEARCHES = {name: NAMES[name] for name in ("frozen_captions", "frozen_rewards", "captions", "rewards")} | {
-    "reranked": "captions, re-ranked by the decoder"
+SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
+    "captions_reranked": "captions, re-ranked by the decoder",
+    "long_reranked": "twice the steps, re-ranked by the decoder",
 }
 CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
 SIDES = {"i2t": "image to text", "t2i": "text to image"}
@@ -37,7 +41,7 @@ def tables() -> dict[str, str]:
 def _reranked(row: Row) -> Row:
     """The row of the scores after re-ranking, named so if it has them."""
     scores = {score: row[score.replace("/", "/reranked_")] for score in RECALL}
-    return row | scores | {"run": f"reranked_seed{row['seed']}" if all(scores.values()) else ""}
+    return row | scores | {"run": row["run"].replace("8beams_", "") if all(scores.values()) else ""}
 
 
 def draw() -> None:

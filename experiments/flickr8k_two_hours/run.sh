@@ -1,26 +1,42 @@
 #!/usr/bin/env bash
-# Flickr8k's folder is the first argument (dataset_flickr8k.json and images/). Finished rows are skipped.
+# usage: run.sh FLICKR8K_FOLDER, which holds dataset_flickr8k.json and images/; SEEDS="0 1 2" of the long recipe; PROCESSES=2, of one thread each: any
+# number sees the same batches. Finished rows are skipped.
 set -euo pipefail
 root=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
 cd "$(dirname "$0")/../.."
 runs=outputs/flickr8k_two_hours
-rarely="evals.flickr8k_captions.every=10 evals.flickr8k_retrieval.every=5"
-train() { # NAME EXPERIMENT OVERRIDES…
-  [ -s "$runs/$1/results.json" ] ||
-    python train.py experiment="$2" data.root="$root" seed=0 name="flickr8k_two_hours/$1" $rarely "${@:3}"
+
+train() { # NAME SEED EXPERIMENT OVERRIDES…
+  local name=$1_seed$2 seed=$2 experiment=$3
+  shift 3
+  [ -s "$runs/$name/results.json" ] || torchrun --nproc-per-node="${PROCESSES:-2}" train.py experiment="$experiment" data.root="$root" seed="$seed" \
+    name="flickr8k_two_hours/$name" threads=1 evals.flickr8k_captions.every=20 evals.flickr8k_retrieval.every=10 "$@"
 }
-rerank() { # RUN NAME OVERRIDES…: eight beams, chosen by similarity
-  [ -s "$runs/$2/results.json" ] ||
-    coca-evaluate checkpoint="$runs/$1/checkpoints/last.ckpt" scoring.split=val name="flickr8k_two_hours/$2" "${@:3}" \
-      evals.flickr8k_captions.records.root="$root" 'scoring.generate={strategy: beam, num_beams: 8, rerank: contrastive}'
+
+rerank() { # RUN NAME SEED OVERRIDES…: eight beams, chosen by similarity
+  local run=$1_seed$3 name=$2_seed$3
+  shift 3
+  [ -s "$runs/$name/results.json" ] || coca-evaluate checkpoint="$runs/$run/checkpoints/last.ckpt" scoring.split=val name="flickr8k_two_hours/$name" \
+    evals.flickr8k_captions.records.root="$root" 'scoring.generate={strategy: beam, num_beams: 8, rerank: contrastive}' "$@"
 }
-train captions_seed0 flickr8k_two_hours
-train rewards_seed0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt
-rerank captions_seed0 captions_8beams_reranked_seed0 evals=flickr8k scoring.rerank=8 evals.flickr8k_retrieval.records.root="$root"
+
+searches=(evals=flickr8k evals.flickr8k_retrieval.records.root="$root" scoring.rerank=8)
+
+# The whole two hours: twice the steps, on views as fresh as before, then rewards at a tenth of the rate
+for seed in ${SEEDS:-0 1 2}; do
+  train long "$seed" flickr8k_two_hours trainer.max_epochs=40 data.cached_augmentations=10
+  train long_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" model.optimizer.lr=2e-5 trainer.max_epochs=4
+  rerank long long_8beams_reranked "$seed" "${searches[@]}"
+done
+
+# Half the steps, and rewards at the rate of the experiment
+train captions 0 flickr8k_two_hours
+train rewards 0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt
+rerank captions captions_8beams_reranked 0 "${searches[@]}"
 
 # The first attempt, with all of a smaller encoder frozen
-train frozen_captions_seed0 flickr8k_frozen
-train frozen_rewards_seed0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt data.cache_views=4 \
+train frozen_captions 0 flickr8k_frozen
+train frozen_rewards 0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt data.cached_augmentations=4 \
   init_parts.image_encoder=efficientnet_lite0 model.net.image_encoder=tf_efficientnet_lite0 model.net.pooler=single 'model.freeze=[image_encoder]'
-rerank frozen_rewards_seed0 frozen_rewards_8beams_reranked_seed0 evals=flickr8k_captions
-python experiments/report.py flickr8k_two_hours $runs/*_seed0
+rerank frozen_rewards frozen_rewards_8beams_reranked 0 evals=flickr8k_captions
+python experiments/report.py flickr8k_two_hours $runs/*_seed*

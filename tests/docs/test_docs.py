@@ -1,11 +1,15 @@
-"""Every link in the Markdown files leads somewhere, every command in them is one that runs, and generated parts are
-current.
+"""Every link in the Markdown files leads somewhere, every command in them and in the scripts of the studies is one that
+runs, and generated parts are current.
 """
 
 import functools
 import importlib
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +163,44 @@ def check_command(name: str, arguments: list[str]) -> None:
     node, defaults = unresolved(compose(name, single)), defaults_of(name)  # composing asks the constructors, too
     check({key: value for key, value in node.items() if value != "???"}, defaults)
     check_scalars(node, defaults)
+
+
+# Takes the place of every program that a script starts, and writes down how it was called. "python -c" runs.
+RECORDER = """#!/bin/sh
+[ "$1" != -c ] || exec {python} "$@"
+for word in "${{0##*/}}" "$@"; do printf '%s\\0' "$word" >>{record}; done
+echo >>{record}
+"""
+PROGRAMS = ("python", "torchrun", *(f"coca-{name}" for name in ("train", "evaluate", "caption", "data")))
+
+
+def calls_of(script: Path, folder: Path) -> list[list[str]]:
+    """The programs that a study's script starts when nothing has run yet, as lists of words; none of them runs."""
+    study = folder / script.parent.relative_to(ROOT)
+    study.mkdir(parents=True)
+    for file in (script, *script.parent.glob("*.csv")):
+        shutil.copy(file, study)
+    (folder / "bin").mkdir()
+    for name in PROGRAMS:
+        (folder / "bin" / name).write_text(RECORDER.format(python=sys.executable, record=folder / "calls"))
+        (folder / "bin" / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SEEDS": "0"}
+    environment |= {"NOISE": "10", "FLICKR8K": str(folder)}
+    subprocess.run(["bash", study / script.name, folder], env=environment, check=True, timeout=60)
+    return [line.split("\0")[:-1] for line in (folder / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("experiments/*/run.sh")), ids=lambda path: path.parent.name)
+def test_script_of_a_study_starts_what_runs(script: Path, tmp_path: Path) -> None:
+    for words in calls_of(script, tmp_path):
+        if (found := command_of(words)) is not None:
+            check_command(*found)
+        elif words[0] == "python":
+            module = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+            source = (ROOT / module).read_text()
+            assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
+        else:
+            assert words[0] in ELSEWHERE, words
 
 
 @functools.cache
