@@ -127,7 +127,7 @@ class CLIPTokenizer(Tokenizer):
         return "clip"
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.bpe.encode_batch([clean_text(text) for text in texts])]
+        return [encoding.ids for encoding in self.bpe.encode_batch_fast([clean_text(text) for text in texts])]
 
 
 class R50kTokenizer(Tokenizer):
@@ -161,7 +161,7 @@ class R50kTokenizer(Tokenizer):
         return "r50k"
 
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.bpe.encode_batch([clean_whitespace(text) for text in texts])]
+        return [encoding.ids for encoding in self.bpe.encode_batch_fast([clean_whitespace(text) for text in texts])]
 
 
 class WordTokenizer(Tokenizer):

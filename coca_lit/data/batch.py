@@ -78,8 +78,7 @@ def _stack(images: Sequence[Images]) -> Images:
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids (B, L), padded to the longest row, and lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), pad_id)
-    for target, row in zip(tokens, rows, strict=True):
-        target[: len(row)] = torch.tensor(row)
-    return tokens, lengths
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    tokens = [[*row, *[pad_id] * (longest - len(row))] for row in rows]
+    return torch.tensor(tokens), torch.tensor(lengths)

@@ -40,13 +40,14 @@ class TrainingExamples(Dataset[Example]):
 
     def __getitem__(self, index: tuple[int, ...]) -> Example:
         epoch, i, *patches = index
-        rng = random.Random(stable_seed("stand-in", self.seed, epoch, i))
+        rng: random.Random | None = None
         for _ in range(self.max_tries):
             self.bad.seen += 1
             try:
                 return self.example(epoch, i, *patches)._replace(bad=self.bad.take())
             except BadSampleError as error:
                 self.bad.catch(error)
+                rng = rng or random.Random(stable_seed("stand-in", self.seed, *index[:2]))
                 i = self.replacement(i, rng, error)
         raise DataError(f"no usable image in {self.max_tries} tries: {self.bad.summary()}")
 

@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+from coca_lit.seeding import stable_seed
+
 T = TypeVar("T")
 ShardT = TypeVar("ShardT")
 
@@ -51,9 +53,12 @@ def counts_after(n: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def draw(options: Mapping[str, Sequence[T]], weights: Mapping[str, float], rng: random.Random) -> T:
-    """An item of an option: the option by the weights of those present, the item uniformly."""
+def draw(options: Mapping[str, Sequence[T]], weights: Mapping[str, float], *seed: int | str) -> T:
+    """An item of an option: the option by the weights of those present, the item uniformly, both by the seed."""
     names = list(options)
+    if len(names) == 1 and len(options[names[0]]) == 1:
+        return options[names[0]][0]  # as of most images: to seed a generator takes longer than to tokenise
+    rng = random.Random(stable_seed(*seed))
     (name,) = rng.choices(names, [weights[name] for name in names])
     return rng.choice(options[name])
 

@@ -63,7 +63,7 @@ class Preprocess(NamedTuple):
             raise BadSampleError(BadSample(sample.shard, sample.key, "unreadable image", str(error))) from error
         seed: tuple[int | str, ...] = (self.seed, *turn, sample.key)
         crop = self.transform(pixels, random.Random(stable_seed("image", *seed)), *patches)
-        caption = draw(sample.captions, self.caption_keys, random.Random(stable_seed("caption", *seed)))
+        caption = draw(sample.captions, self.caption_keys, "caption", *seed)
         return Example(crop, self.tokenizer.encode(caption), f"{sample.shard}/{sample.key}", source=source)
 
 

@@ -43,14 +43,11 @@ def test_shares_are_kept_in_every_stretch(weights):
 
 
 def test_captions_are_drawn_by_the_weights_of_those_that_are_there():
-    import random
-
-    rng = random.Random(0)
     options = {"txt": ("short",), "long": ("long 1", "long 2")}
-    drawn = Counter(draw(options, {"txt": 0.2, "long": 0.8, "absent": 5}, rng) for _ in range(2000))
+    drawn = Counter(draw(options, {"txt": 0.2, "long": 0.8, "absent": 5}, "caption", seed) for seed in range(2000))
     assert drawn["short"] == pytest.approx(400, abs=60)
     assert drawn["long 1"] == pytest.approx(800, abs=80)
-    assert draw({"txt": ("short",)}, {"txt": 0.2, "long": 0.8}, rng) == "short"
+    assert draw({"txt": ("short",)}, {"txt": 0.2, "long": 0.8}, "caption", 0) == "short"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
