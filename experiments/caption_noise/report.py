@@ -21,10 +21,10 @@ def tables() -> dict[str, str]:
     if not rows:
         return {}
     scores = lines([row for row in rows if not row["against"] and row["low"]], "data", "captions", "images")
-    fifths = lines([row for row in rows if not row["low"]], "data", "captions", "images")
+    parts = lines([row for row in rows if not row["low"]], "data", "captions", "images")
     differences = lines([row for row in rows if row["against"]], "data", "captions", "against", "images")
     found = cells(scores, lambda own: pair(value(own[0]), half_width(own[0])))
-    found += cells([*fifths, (("scenes, unseen combinations", "three seeds", "512"), of_seeds())], of_parts)
+    found += cells(parts, of_parts)
     return {
         "caption_noise": table(["data", "captions", "images"], found, rows),
         "caption_noise/differences": table(
@@ -54,14 +54,6 @@ def cells(found: Sequence[Line], shown: Callable[[Sequence[Row]], str]) -> list[
     return [
         [*names, *(shown(own) if (own := [row for row in rows if row["score"] == score]) else "" for score in SCORES)]
         for names, rows in found
-    ]
-
-
-def of_seeds() -> list[Row]:
-    """The scores of the three seeds of the demo, a row for each."""
-    runs = read_rows(RESULTS.parents[1] / "demo" / "results.csv")
-    return [
-        {"score": score, "value": own} for run in runs for score in SCORES if (own := run.get(f"compositional/{score}"))
     ]
 
 
@@ -97,11 +89,10 @@ def draw() -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in read_rows(RESULTS) if row["against"]]
-    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    compared = lines(rows, "data", "captions", "against", "images")
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.7 * len(compared)), layout="constrained")
     names = []
-    for place, ((data, captions, against, images), own) in enumerate(
-        lines(rows, "data", "captions", "against", "images")
-    ):
+    for place, ((data, captions, against, images), own) in enumerate(compared):
         names.append(f"{captions} minus {against}\n{data}, {int(images):,} images")
         for row, marker, shift in ((r, m, s) for r in own for n, m, s in MARKS if r["score"] == n):
             ratio = value(row) / max(half_width(row), 1e-9)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # usage: run.sh FOLDER, which holds fakecap_refs.json and fakecap_results.json (from tylin/coco-caption) and coco_karpathy_test_generated.json; SPICE needs
-# its jars. The scores of three seeds come from experiments/demo.
+# its jars. The three models are those of experiments/demo.
 set -euo pipefail
 captions=$(realpath "${1:?usage: run.sh FOLDER}")
 cd "$(dirname "$0")/../.."
 for what in example test; do
   python -m experiments.caption_noise.noise $what "$captions"
 done
+python -m experiments.caption_noise.noise scenes outputs
 python experiments/report.py caption_noise
