@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_t
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.checks import RENAMED, WITHOUT_DATA, WITHOUT_EVALUATION, place_of_data, place_of_evaluation
+from coca_lit.cli.checks import (
+    RENAMED,
+    WITHOUT_DATA,
+    WITHOUT_EVALUATION,
+    check_scalars,
+    place_of_data,
+    place_of_evaluation,
+)
 from coca_lit.cli.runtime import best_precision
 from coca_lit.errors import ConfigError, DataNotFoundError, error_context, suggest
 from coca_lit.runs.launch import launched_devices, under_srun
@@ -36,7 +43,7 @@ HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # 
 
 
 def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None, **objects: Any) -> Any:
-    """Instantiates a config node with Hydra, after checking its keys against the signatures of all its targets.
+    """Instantiates a config node with Hydra, after checking its keys and numbers against the signatures of its targets.
 
     Args:
         path: key of the node, for errors.
@@ -75,6 +82,8 @@ def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
                 renamed = {old.removeprefix(f"{path}."): new for old, new in RENAMED.items()}
                 hint = f"{suggest(key, arguments, renamed)} Its keys: {', '.join(arguments)}"
                 raise ConfigError(f"{path} has no key '{key}'{hint}")
+        if str(node["_target_"]).startswith("coca_lit."):
+            check_scalars(node, argument_defaults({"_target_": node["_target_"]}, path), f"{path}.", own=True)
 
 
 def resolve_target(target: Any, path: str) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ class Cluster(NamedTuple):
         own = {"SLURM_CONF": str(self.config), "PYTHONPATH": str(ROOT), "COLUMNS": "200", "SRUN_CPUS_PER_TASK": "1"}
         env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PL_"))}
         return subprocess.run(
-            command, cwd=self.folder, env=env | own | environment, capture_output=True, text=True, timeout=240
+            command, cwd=self.folder, env=env | own | environment, capture_output=True, text=True, timeout=600
         )
 
     def submit(self, *words: str) -> "Submitted":

@@ -1,5 +1,6 @@
 """Whole runs through Lightning on two gloo processes, under DDP and sharded, against one process."""
 
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.losses import loss_terms
-from coca_lit.models import create_model
+from coca_lit.models import CoCa, create_model
 from coca_lit.training.sharding import check_sharded, shard, unsharded
 from coca_lit.weights.load import load_model
 
@@ -127,10 +128,16 @@ def test_blocks_that_are_gathered_in_bf16(on_ranks) -> None:
             assert (found[name] - gradient).norm() < 3 * rounding + 0.02 * scale, name
 
 
+def train_compiled(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # to code for the CPU takes a minute and a half; see test_packing.py
+        patch.setattr(CoCa, "compile_blocks", partialmethod(CoCa.compile_blocks, backend="aot_eager"))
+        train(folder, "data.train_count=16", *SHARDED, "+model.compile=true")
+
+
 @pytest.mark.slow
 def test_compiled_sharded_training_equals_one_process(on_ranks, tmp_path: Path, one_process: Path) -> None:
-    """Blocks are compiled for the CPU on each of two processes."""
-    on_ranks(2, train, tmp_path, "data.train_count=16", *SHARDED, "+model.compile=true")
+    """The compiled graphs, forward and backward, see whole weights on each of two processes."""
+    on_ranks(2, train_compiled, tmp_path)
     torch.testing.assert_close(saved(tmp_path)["state_dict"], saved(one_process)["state_dict"], atol=5e-6, rtol=0)
 
 
