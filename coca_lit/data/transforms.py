@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -37,7 +37,8 @@ TrainTransform = Callable[..., Images]  # (3, H, W) uint8, random.Random and for
 SCALE = (0.9, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
 TRIES = 10
-JPEG = b"\xff\xd8\xff"  # the first bytes of one
+JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"  # the first and the last bytes of one
+REDUCED_SIDES = 4  # times the wanted pixels on each side that a JPEG decoded at a fraction of its size must keep
 
 
 def build_transform(
@@ -131,6 +132,51 @@ class RandomCrop:
         return resized(pixels, random_box(height, width, rng), (self.size, self.size))
 
 
+class EncodedCrop(NamedTuple):
+    """A JPEG that is still to be decoded, and the part of it to resize to `size`."""
+
+    content: bytes
+    box: Box
+    size: int
+
+
+class CropOfEncoded:
+    """`RandomCrop` of an encoded image, with the same boxes. Other images than ordinary JPEGs are decoded as usual.
+
+    Args:
+        decode: reduced: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box keeps `REDUCED_SIDES` times the
+            wanted pixels; its edges then move to the nearest pixel that is left, by at most an eighth of a pixel of
+            the crop. device: a complete JPEG is not decoded at all but becomes an `EncodedCrop`.
+    """
+
+    def __init__(self, size: int, decode: Literal["reduced", "device"]) -> None:
+        _check(size)
+        self.size, self.decode = size, decode
+
+    def __call__(self, content: bytes, name: str, rng: random.Random) -> Tensor | EncodedCrop:
+        """(3, size, size) uint8, or what is to become that. Raises `DataError` as `decode_pixels` does."""
+        check_bytes(len(content), name)
+        shape = _jpeg_shape(content, name)
+        if shape is None:
+            return RandomCrop(self.size)(decode_pixels(content, name), rng)
+        box, fraction = random_box(*shape, rng), 1
+        if self.decode == "device" and content.endswith(JPEG_END):
+            return EncodedCrop(content, box, self.size)
+        most = min(box.height, box.width) // (REDUCED_SIDES * self.size) if self.decode == "reduced" else 1
+        while fraction < 8 and 2 * fraction <= most:
+            fraction *= 2
+        try:
+            # At least the sides that libjpeg rounds up to, so that it takes this fraction and no smaller one.
+            least = [-(-side // fraction) for side in shape]
+            pixels = _as_tensor(simplejpeg.decode_jpeg(content, "RGB", False, False, *least, fraction))
+        except ValueError:
+            pixels, fraction = decode_pixels(content, name), 1
+        top, left, bottom, right = (
+            round(edge / fraction) for edge in (box.top, box.left, box.top + box.height, box.left + box.width)
+        )
+        return resized(pixels, Box(top, left, bottom - top, right - left), (self.size, self.size))
+
+
 def whole(pixels: Tensor, rng: random.Random) -> Tensor:
     """No crop, for images that are made at the right size and must stay complete."""
     return pixels
@@ -180,13 +226,15 @@ class CropToPatches:
 def resized(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """The box of pixels (3, H, W) with another height and width, bicubic with antialiasing as Pillow does it.
 
-    Cropping comes first, so that no pixel from outside the box contributes. Scaling while a JPEG is decoded would be
-    faster for large photos but is another filter, with differences of 40 of 255 and more.
+    Cropping comes first, so that no pixel from outside the box contributes. On a GPU torch has no such filter for
+    bytes: floats are resized and rounded.
     """
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]  # (1, 3, height, width)
     part = part.contiguous(memory_format=torch.channels_last)  # torch has a fast path for it
-    return interpolate(part, size, mode="bicubic", antialias=True)[0]
+    if part.device.type == "cpu":
+        return interpolate(part, size, mode="bicubic", antialias=True)[0]
+    return interpolate(part.float(), size, mode="bicubic", antialias=True)[0].round_().clamp_(0, 255).to(part.dtype)
 
 
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:
@@ -207,20 +255,30 @@ def decode_pixels(content: bytes, name: str | Path) -> Tensor:
     As in OpenCLIP's training the orientation in EXIF data is ignored. Raises `DataError` as `decode_image` does.
     """
     check_bytes(len(content), name)
-    pixels = _ordinary_jpeg(content, name) if content.startswith(JPEG) else None
+    pixels = _ordinary_jpeg(content, name)
     return _as_tensor(pixels if pixels is not None else np.array(decode_image(BytesIO(content), name)))
 
 
 def _ordinary_jpeg(content: bytes, name: str | Path) -> np.ndarray | None:
     """(H, W, 3) of a complete JPEG in the usual colour space; None for others, which Pillow decodes or refuses."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours != "YCbCr":
-            return None
-        check_shape(width, height, name)
-        return simplejpeg.decode_jpeg(content, "RGB")
+        return simplejpeg.decode_jpeg(content, "RGB") if _jpeg_shape(content, name) else None
     except ValueError:
         return None
+
+
+def _jpeg_shape(content: bytes, name: str | Path) -> tuple[int, int] | None:
+    """Height and width of a JPEG in the usual colour space by its header, None for any other image."""
+    if not content.startswith(JPEG):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    if colours != "YCbCr":
+        return None
+    check_shape(width, height, name)
+    return height, width
 
 
 def _as_tensor(pixels: np.ndarray) -> Tensor:

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 from torch.utils.data import DataLoader
 
 from coca_lit.data.bad_samples import BadSamples
-from coca_lit.data.batch import Batch
+from coca_lit.data.batch import Batch, check_decoder
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
 from coca_lit.data.loader import TrainLoader, load, loading, per_rank
 from coca_lit.data.shards.cache import ShardCache
@@ -27,11 +27,13 @@ from coca_lit.data.shards.selection import Selection, read_selection
 from coca_lit.data.shards.store import PATIENCE
 from coca_lit.data.shards.stream import OPEN_SHARDS, SHUFFLE_BUFFER, ShardBatches, ShardOrder
 from coca_lit.data.shards.windows import WindowedBatches, Windows
+from coca_lit.data.transforms import CropOfEncoded, RandomCrop, TrainTransform
 from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Patterns = str | Sequence[str]
+Decode = Literal["full", "reduced", "device"]
 AUTO_BYTES = 100 * 10**9  # of shards: what page caches and SSDs still serve in any order
 
 
@@ -60,6 +62,9 @@ class LAIONDataModule(CaptionDataModule):
             encoded in memory: as many as fit into `coca_lit.data.shards.stream.MAX_BUFFER` bytes.
         max_bad_fraction: share of broken samples, or of torn or empty shards, above which training stops.
         cache_dir, cache_gb: folder and size of the cache of remote shards, shared by the processes of a machine.
+        decode: full: workers decode whole JPEGs. reduced: workers decode large ones at 1/2, 1/4 or 1/8 of their size,
+            where the crop keeps four times the wanted pixels on each side. device: workers read and check, and the
+            device decodes, crops and resizes (nvJPEG on a GPU). For square images.
         store_patience: seconds that an object store may be unreachable before the run stops, see
             `coca_lit.data.shards.store`.
         shared: see `CaptionDataModule`.
@@ -80,6 +85,7 @@ class LAIONDataModule(CaptionDataModule):
         max_bad_fraction: float = 0.05,
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
+        decode: Decode = "full",
         store_patience: float = PATIENCE,
         **shared: Unpack[LoaderArguments],
     ) -> None:
@@ -92,6 +98,8 @@ class LAIONDataModule(CaptionDataModule):
             raise ValueError(f"window, window_gb and readers must be above 0, not {window}, {window_gb}, {readers}")
         if cache_gb <= 0:
             raise ValueError(f"cache_gb must be above 0, not {cache_gb}")
+        if decode not in get_args(Decode):
+            raise ValueError(f"decode must be one of {', '.join(get_args(Decode))}, not {decode!r}")
         if not store_patience >= 0:
             raise ValueError(f"store_patience must be at least 0 seconds, not {store_patience}")
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
@@ -107,7 +115,7 @@ class LAIONDataModule(CaptionDataModule):
             what = f"one for {unknown[0]!r}" if unknown[0] else "one without a name"
             known = ", ".join(filter(None, self.patterns)) or "no names"
             raise ValueError(f"a selection belongs to a set of shards: got {what}, but the shards have {known}")
-        self._epoch_samples, self._indexed = epoch_samples, indexed
+        self._epoch_samples, self._indexed, self.decode = epoch_samples, indexed, decode
         self.windows = Windows(window, window_gb * 1e9, math.gcd(readers, self.batch_size))
         self.shuffle_buffer, self.max_bad_fraction = shuffle_buffer, max_bad_fraction
         self.commits: dict[str, str] = {}  # at which data sets on the Hub are read, by "ORG/NAME@REVISION"
@@ -245,12 +253,22 @@ class LAIONDataModule(CaptionDataModule):
             for name in ("shards", "order", "indexes", "sources"):  # what was listed before
                 self.__dict__.pop(name, None)
 
+    def _transform(self) -> TrainTransform | CropOfEncoded:
+        plain = self.train_transform()
+        if self.decode == "full":
+            return plain
+        if not isinstance(plain, RandomCrop):
+            raise DataError(f"data.decode={self.decode} makes square images, not those of any shape: take full")
+        if self.decode == "device" and self.trainer:
+            check_decoder(self.trainer.strategy.root_device)
+        return CropOfEncoded(plain.size, self.decode)
+
     def pair_loader(self, rank: int, world: int) -> TrainLoader:
         return self._indexed_loader(rank, world) if self.indexed else self._stream_loader(rank, world)
 
     def _indexed_loader(self, rank: int, world: int) -> TrainLoader:
         sources = [Source(source.name, self.indexes[source.name], source.weight) for source in self.sources]
-        preprocess = Preprocess(self.train_transform(), self.tokenizer, self.caption_keys, self.seed)
+        preprocess = Preprocess(self._transform(), self.tokenizer, self.caption_keys, self.seed)
         in_windows, steps, schedule = self.order == "windows", self.steps_per_epoch, self.schedule(self.epoch_samples)
         examples = IndexedShards(sources, preprocess, self.max_bad_fraction, near=in_windows)
 
@@ -270,7 +288,7 @@ class LAIONDataModule(CaptionDataModule):
         cached = any(shard.cache for source in self.sources for shard in source.shards)
         open_shards = OPEN_SHARDS // 2 if cached else OPEN_SHARDS  # each stays in the cache while it is read
         order = ShardOrder(self.sources, self.seed, rank, world, self.shuffle_buffer, open_shards, self.caption_keys)
-        transform, schedule = self.train_transform(), self.schedule(self.epoch_samples)
+        transform, schedule = self._transform(), self.schedule(self.epoch_samples)
 
         def open_at(epoch: int, start: int) -> DataLoader[Batch]:
             batches = ShardBatches(order, transform, self.tokenizer, schedule, epoch, start, self.max_bad_fraction)

@@ -18,8 +18,9 @@ from coca_lit.data.records import MAX_IMAGE, check_bytes, clean_captions
 from coca_lit.data.shards.listing import Shard, check_digest
 from coca_lit.data.shards.mixture import draw
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
-from coca_lit.data.transforms import TrainTransform, decode_pixels
+from coca_lit.data.transforms import CropOfEncoded, EncodedCrop, TrainTransform, decode_pixels
 from coca_lit.errors import DataError
+from coca_lit.models.patches import Images
 from coca_lit.reading import parse_json
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -50,19 +51,23 @@ class ShardSample(NamedTuple):
 class Preprocess(NamedTuple):
     """Decodes and crops the image, draws one of the captions and tokenises it."""
 
-    transform: TrainTransform
+    transform: TrainTransform | CropOfEncoded
     tokenizer: Tokenizer
     caption_keys: Mapping[str, float]  # with the probability of each
     seed: int
 
     def __call__(self, sample: ShardSample, source: str, *turn: int, patches: Sequence[int] = ()) -> Example:
         """Crop and caption depend on seed, turn and key alone. Raises `BadSampleError` for an unreadable image."""
+        seed: tuple[int | str, ...] = (self.seed, *turn, sample.key)
+        rng, name = random.Random(stable_seed("image", *seed)), f"{sample.key} in {sample.shard}"
+        crop: Images | EncodedCrop
         try:
-            pixels = decode_pixels(sample.image, f"{sample.key} in {sample.shard}")
+            if isinstance(self.transform, CropOfEncoded):
+                crop = self.transform(sample.image, name, rng)
+            else:
+                crop = self.transform(decode_pixels(sample.image, name), rng, *patches)
         except DataError as error:
             raise BadSampleError(BadSample(sample.shard, sample.key, "unreadable image", str(error))) from error
-        seed: tuple[int | str, ...] = (self.seed, *turn, sample.key)
-        crop = self.transform(pixels, random.Random(stable_seed("image", *seed)), *patches)
         caption = draw(sample.captions, self.caption_keys, "caption", *seed)
         return Example(crop, self.tokenizer.encode(caption), f"{sample.shard}/{sample.key}", source=source)
 

@@ -21,7 +21,7 @@ from coca_lit.data.loader import Planned, Schedule
 from coca_lit.data.shards.listing import Shard
 from coca_lit.data.shards.mixture import Source, interleave
 from coca_lit.data.shards.reader import Preprocess, ShardSample, read_shard
-from coca_lit.data.transforms import TrainTransform
+from coca_lit.data.transforms import CropOfEncoded, TrainTransform
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ class ShardBatches(IterableDataset[Batch]):
     def __init__(
         self,
         order: ShardOrder,
-        transform: TrainTransform,
+        transform: TrainTransform | CropOfEncoded,
         tokenizer: Tokenizer,
         schedule: Schedule,
         epoch: int = 0,
