@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: run.sh; NOISE="10 30 50" SEEDS="0" CHOICES="similarity recaptioned". Finished steps are skipped; one core.
+# usage: run.sh; NOISE="10 30 50" SEEDS="0 1 2" CHOICES="similarity recaptioned". Finished steps are skipped; one core.
 # Tracked files change at the end alone: runs record the commit, and whether the tree differs from it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,7 +14,7 @@ train() { # NAME SEED OVERRIDES…
     scoring.every_n_epochs=2 'evals=[scenes_captions,scenes_retrieval]' "$@"
 }
 
-for seed in ${SEEDS:-0}; do
+for seed in ${SEEDS:-0 1 2}; do
   for noise in ${NOISE:-10 30 50}; do
     data=$runs/data/noise${noise}_seed$seed share=0.$noise kept=$(python -c "print(1 - 0.$noise)")
     [ -s "$data/clean.parquet" ] || python experiments/curation/noise.py make "$data" --share "$share" --seed "$seed"
