@@ -19,7 +19,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BufferedReader, FileIO
 from itertools import accumulate, chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,8 +106,7 @@ class TarIndex:
         key = self.key(i)
         fields: dict[str, Any] = {"__key__": key}
         try:
-            with self._open() as buffered:
-                file = cast(FileIO, buffered.raw)  # a buffer would cost more than it saves
+            with self._open() as file:
                 status = os.fstat(file.fileno())
                 changed_at = 0 if self.remote else status.st_mtime_ns
                 if (status.st_size, changed_at) != (self.stamp.bytes, self.stamp.changed_at):
@@ -123,7 +121,7 @@ class TarIndex:
             raise LostShardError(BadSample(self.shard, key, "unreadable shard", str(error))) from error
         return fields
 
-    def _open(self) -> BufferedReader:
+    def _open(self) -> BinaryIO:
         """The local copy of a remote shard is fetched if it is not there."""
         if not (self.remote and self.remote.cache):
             return open_regular(self.shard)
