@@ -67,7 +67,7 @@ def test_a_lora_run_goes_on_exactly(adapted: Path, start: Path, tmp_path: Path) 
 def test_wrong_lora_is_one_sentence() -> None:
     for override, said in (
         ("+lora.rnk=2", "lora has no key 'rnk'; did you mean 'rank'"),
-        ("lora.rank=two", "lora: rank must be a whole number of at least 1, got 'two'"),
+        ("lora.rank=two", r"lora\.rank must be a number of at least 0, the default is 8; got two"),
         ("lora.parts=[txt]", "lora: parts: nothing in the model is called txt"),
     ):
         with pytest.raises(ConfigError, match=said):
