@@ -43,7 +43,7 @@ HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # 
 
 
 def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None, **objects: Any) -> Any:
-    """Instantiates a config node with Hydra, after checking its keys and numbers against the signatures of its targets.
+    """Instantiates a config node with Hydra, after checking its keys and values against the signatures of its targets.
 
     Args:
         path: key of the node, for errors.

@@ -18,11 +18,11 @@ from coca_lit.errors import DataError
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images, Patches, stack_images
 
-_PLACE = re.compile(r".*\.(cpp|cu|h):\d+, ")  # in torchvision, before what it says
+_PLACE = re.compile(r".*\.(cpp|cu|h):\d+, ")  # the source line with which torchvision begins its messages
 
 
 class EncodedCrops(NamedTuple):
-    """The JPEGs of a batch, and the part of each to resize."""
+    """The JPEGs of a batch, and the part of each that becomes the crop."""
 
     content: Tensor  # uint8, all files one after the other, on the host
     sizes: list[int]  # of each file in bytes
@@ -43,12 +43,12 @@ class Batch(NamedTuple):
     sources: tuple[str, ...] = ()  # (B) the source of each sample in a mixture
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
     answers: tuple[tuple[str, ...], ...] = ()  # (B) all answers to each question
-    encoded: EncodedCrops | None = None  # images to decode on the device, see `to`; `images` then holds only the others
+    encoded: EncodedCrops | None = None  # images that `to` decodes on the device; `images` then holds only the others
 
     def to(self, device: torch.device) -> "Batch":
         """With images and tokens on the device. Lengths stay on the host, where the layout of the texts is computed:
-        to read them from a GPU, the host would wait for it. A JPEG that cannot be decoded there counts as bad, and
-        another pair of the batch takes its place; raises `DataError` if none can.
+        to read them from a GPU, the host would wait for it. Encoded images are decoded on the device. Another pair of
+        the batch replaces one that cannot be decoded, which is listed in `bad`; raises `DataError` if none can be.
         """
         if self.encoded is not None:
             return _decoded(self, self.encoded, device).to(device)
@@ -86,8 +86,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def _stack(images: Sequence[Images | EncodedCrop]) -> tuple[Images, EncodedCrops | None]:
-    """Pixels (B, 3, H, W) channels last, `Patches`, or cached features (B, S, C); and what is still encoded. In a
-    worker they are written into memory that the training process shares, which saves a copy.
+    """Pixels (B, 3, H, W) channels last, `Patches`, or cached features (B, S, C); and JPEGs that are still encoded. A
+    worker writes pixels and features into memory that the training process shares, which saves a copy.
     """
     tensors = [image for image in images if isinstance(image, Tensor)]
     if jpegs := {place: image for place, image in enumerate(images) if isinstance(image, EncodedCrop)}:
@@ -145,7 +145,7 @@ def _decode(jpegs: list[Tensor], device: torch.device) -> list[Tensor | str]:
         return decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # of one of them; which one, it does not tell
+    except RuntimeError as error:  # at least one is damaged; the error does not tell which
         if len(jpegs) == 1:
             return [_PLACE.sub("", str(error).splitlines()[0])]
         return [found for jpeg in jpegs for found in _decode([jpeg], device)]

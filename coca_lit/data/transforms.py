@@ -38,7 +38,7 @@ SCALE = (0.9, 1.0)  # of the image's area
 RATIO = (3 / 4, 4 / 3)  # width to height
 TRIES = 10
 JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"  # the first and the last bytes of one
-REDUCED_SIDES = 4  # times the wanted pixels on each side that a JPEG decoded at a fraction of its size must keep
+REDUCED_SIDES = 4  # a box in a JPEG decoded at a fraction of its size keeps this many times the wanted pixels
 
 
 def build_transform(
@@ -133,7 +133,7 @@ class RandomCrop:
 
 
 class EncodedCrop(NamedTuple):
-    """A JPEG that is still to be decoded, and the part of it to resize to `size`."""
+    """A JPEG that is not decoded yet, and the part of it to resize to `size`."""
 
     content: bytes
     box: Box
@@ -141,12 +141,12 @@ class EncodedCrop(NamedTuple):
 
 
 class CropOfEncoded:
-    """`RandomCrop` of an encoded image, with the same boxes. Other images than ordinary JPEGs are decoded as usual.
+    """`RandomCrop` of an encoded image, with the same boxes. Images other than ordinary JPEGs are decoded as usual.
 
     Args:
-        decode: reduced: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box keeps `REDUCED_SIDES` times the
-            wanted pixels; its edges then move to the nearest pixel that is left, by at most an eighth of a pixel of
-            the crop. device: a complete JPEG is not decoded at all but becomes an `EncodedCrop`.
+        decode: reduced: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box keeps `REDUCED_SIDES` times the
+            wanted pixels on each side; the edges of the box then move to the nearest remaining pixel, by at most an
+            eighth of a pixel of the crop. device: a complete JPEG stays encoded, as an `EncodedCrop`.
     """
 
     def __init__(self, size: int, decode: Literal["reduced", "device"]) -> None:
@@ -154,7 +154,7 @@ class CropOfEncoded:
         self.size, self.decode = size, decode
 
     def __call__(self, content: bytes, name: str, rng: random.Random) -> Tensor | EncodedCrop:
-        """(3, size, size) uint8, or what is to become that. Raises `DataError` as `decode_pixels` does."""
+        """(3, size, size) uint8, or an `EncodedCrop` of that size. Raises `DataError` as `decode_pixels` does."""
         check_bytes(len(content), name)
         shape = _jpeg_shape(content, name)
         if shape is None:
@@ -227,7 +227,7 @@ def resized(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """The box of pixels (3, H, W) with another height and width, bicubic with antialiasing as Pillow does it.
 
     Cropping comes first, so that no pixel from outside the box contributes. On a GPU torch has no such filter for
-    bytes: floats are resized and rounded.
+    uint8: pixels are resized as floats and rounded.
     """
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]  # (1, 3, height, width)
@@ -268,7 +268,7 @@ def _ordinary_jpeg(content: bytes, name: str | Path) -> np.ndarray | None:
 
 
 def _jpeg_shape(content: bytes, name: str | Path) -> tuple[int, int] | None:
-    """Height and width of a JPEG in the usual colour space by its header, None for any other image."""
+    """Height and width in the header of a JPEG in the usual colour space; None for any other image."""
     if not content.startswith(JPEG):
         return None
     try:

@@ -5,11 +5,11 @@
     python -m experiments.caption_noise.noise scenes outputs
 
 `example` scores coco-caption's example (1,000 images), `test` the captions of a published model for the 5,000 images of
-COCO's Karpathy test split, `scenes` those that the three models of experiments/demo write with 1, 2, 4 and 8 beams.
-FOLDER holds fakecap_refs.json and fakecap_results.json, or coco_karpathy_test_generated.json. SPICE is scored if its
-jars are there, except on 5,000 images: a quarter of an hour of parsing. Rows are added to results.csv, in place of
-earlier ones of the same data: a score with its interval for draws of that size, or the difference of two systems on the
-same draws.
+COCO's Karpathy test split, `scenes` the captions that the three models of experiments/demo write with 1, 2, 4 and 8
+beams. FOLDER holds fakecap_refs.json and fakecap_results.json, or coco_karpathy_test_generated.json; outputs holds the
+runs of experiments/demo. SPICE is scored if its jars are there, except on 5,000 images: a quarter of an hour of
+parsing. Rows in results.csv replace earlier ones of the same data: a score with its interval for draws of that size, or
+the difference of two systems on the same draws.
 """
 
 import argparse
@@ -63,9 +63,7 @@ def metrics() -> tuple[str, ...]:
 
 
 def measured(tokens: Tokens, sizes: Sequence[Size], metrics: Sequence[str] = STANDARD) -> System:
-    """Scores of tokenised captions, without SPICE's categories, for draws of each of the sizes, with replacement, from
-    all images.
-    """
+    """Scores of tokenised captions, without SPICE's categories, for draws with replacement of each size."""
     count = len(tokens.references)
     scored = [SCORERS[name](*tokens) for name in metrics]
     once = {name: score for each in scored for name, score in each.scores.items() if not name.startswith("SPICE_")}
@@ -79,7 +77,7 @@ def measured(tokens: Tokens, sizes: Sequence[Size], metrics: Sequence[str] = STA
 
 
 def mean(systems: Sequence[System]) -> System:
-    """The system whose scores are the means of those of several, draw by draw."""
+    """A system whose scores are the means over several systems, draw by draw."""
     found: System = {}
     for size, first in systems[0].items():
         found[size] = {}
@@ -105,7 +103,7 @@ def compared(data: str, names: tuple[str, str], first: System, second: System) -
 
 
 def row(data: str, captions: str, against: str, images: Size, score: str, *numbers: float, p: str = "") -> Row:
-    """Of a value with its interval, if that is known."""
+    """A row of results.csv: a value, and its interval if that is known."""
     found = dict(zip(("value", "low", "high"), (f"{number:.5f}" for number in numbers), strict=False))
     return {
         "data": data,
@@ -124,14 +122,14 @@ def plain(texts: Sequence[str]) -> list[str]:
 
 
 def swapped(captions: Captions, share: float) -> dict[int | str, str]:
-    """The captions, of which a share is handed on to the next image of a random choice."""
+    """The captions, but a random share of the images take that of the next image drawn."""
     chosen = np.random.default_rng(0).permutation(len(captions))[: round(share * len(captions))]
     keys = [list(captions)[i] for i in chosen]
     return {**captions, **{key: captions[other] for key, other in zip(keys, keys[1:] + keys[:1], strict=True)}}
 
 
 def example(folder: Path) -> Iterator[Row]:
-    """A published model with all scores, and the same captions with words split otherwise."""
+    """A published model with all scores, and the same captions with words split by one regular expression."""
     data, captions = "example", read_results(folder / "fakecap_results.json")
     references = {item.id: item.captions for item in read_references(folder / "fakecap_refs.json", "test")}
     system, otherwise = (
@@ -142,8 +140,8 @@ def example(folder: Path) -> Iterator[Row]:
 
 
 def test(folder: Path) -> Iterator[Row]:
-    """A published model, its scores on fifths of the images, and on one fifth the same model with some captions swapped
-    or with fewer references, and a person: the last reference, which leaves four for both.
+    """A published model, and its scores on fifths of the images. On one fifth also the same model with some captions
+    swapped, the same model on four references, and a person: the fifth reference, scored on the other four.
     """
     data, rows = "COCO test", read_json(folder / "coco_karpathy_test_generated.json")
     ids = [int(Path(item["image_name"]).stem.rpartition("_")[2]) for item in rows]
@@ -172,8 +170,8 @@ def test(folder: Path) -> Iterator[Row]:
 
 
 def scenes(outputs: Path) -> Iterator[Row]:
-    """Unseen combinations, captioned by three models that differ in their seed: the mean of the models for each number
-    of beams and its difference to fewer, and one model against another.
+    """Unseen combinations, captioned by three models that differ in their seed: their mean for each number of beams and
+    its difference from the next smaller number, and each seed against the first.
     """
     data, found = "scenes, unseen combinations", {}
     for seed in SEEDS:

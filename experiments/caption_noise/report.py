@@ -58,7 +58,7 @@ def cells(found: Sequence[Line], shown: Callable[[Sequence[Row]], str]) -> list[
 
 
 def of_parts(own: Sequence[Row]) -> str:
-    """Mean of disjoint sets of images, or of seeds, and the half-width of an interval as wide as they scatter."""
+    """Mean over disjoint sets of images, or over seeds, ± 1.96 of their standard deviations."""
     values = [value(row) for row in own]
     return pair(statistics.mean(values), 1.96 * statistics.stdev(values))
 

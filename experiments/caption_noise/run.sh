@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# usage: run.sh FOLDER, which holds fakecap_refs.json and fakecap_results.json (from tylin/coco-caption) and coco_karpathy_test_generated.json; SPICE needs
-# its jars. The three models are those of experiments/demo.
+# usage: run.sh FOLDER, which holds fakecap_refs.json and fakecap_results.json (from tylin/coco-caption) and coco_karpathy_test_generated.json.
+# COCA_SPICE_JARS names the folder of SPICE's jars. The three models come from experiments/demo/run.sh: run it first.
 set -euo pipefail
 captions=$(realpath "${1:?usage: run.sh FOLDER}")
 cd "$(dirname "$0")/../.."

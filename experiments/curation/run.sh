@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# usage: run.sh; NOISE="10 30 50" SEEDS="0 1 2" CHOICES="similarity recaptioned". Finished steps are skipped; one core.
-# Tracked files change at the end alone: runs record the commit, and whether the tree differs from it.
+# usage: [NOISE="10 30 50"] [SEEDS="0 1 2"] [CHOICES="similarity recaptioned"] run.sh. Finished steps are skipped; one core.
+# Tracked files change only at the end, because runs record the commit and whether the tree differs from it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs=outputs/curation choices=$runs/choices.csv

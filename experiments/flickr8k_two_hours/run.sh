@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# usage: run.sh FLICKR8K_FOLDER, which holds dataset_flickr8k.json and images/; SEEDS="0 1 2" of the long recipe; PROCESSES=2, of one thread each: any
-# number sees the same batches. Finished rows are skipped.
+# usage: [SEEDS="0 1 2"] [PROCESSES=2] run.sh FLICKR8K_FOLDER, which holds dataset_flickr8k.json and images/. SEEDS are those of the long recipe. Each process
+# has one thread; any number of processes sees the same batches. Finished runs are skipped.
 set -euo pipefail
 root=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
 cd "$(dirname "$0")/../.."
@@ -22,14 +22,14 @@ rerank() { # RUN NAME SEED OVERRIDES…: eight beams, chosen by similarity
 
 searches=(evals=flickr8k evals.flickr8k_retrieval.records.root="$root" scoring.rerank=8)
 
-# The whole two hours: twice the steps, on views as fresh as before, then rewards at a tenth of the rate
+# The whole two hours: twice the steps, each view seen about as often as before, then rewards at a tenth of the learning rate
 for seed in ${SEEDS:-0 1 2}; do
   train long "$seed" flickr8k_two_hours trainer.max_epochs=40 data.cached_augmentations=10
   train long_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" model.optimizer.lr=2e-5 trainer.max_epochs=4
   rerank long long_8beams_reranked "$seed" "${searches[@]}"
 done
 
-# Half the steps, and rewards at the rate of the experiment
+# Half the steps, and rewards at the learning rate of the experiment
 train captions 0 flickr8k_two_hours
 train rewards 0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt
 rerank captions captions_8beams_reranked 0 "${searches[@]}"

@@ -22,7 +22,7 @@ def environment() -> Iterator[dict[str, str]]:
     """With which `address=auto` finds the cluster."""
     pytest.importorskip("ray", reason="needs the extra [ray]")
     own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200", "RAY_AUTH_MODE": "disabled"}
-    own["RAY_worker_niceness"] = "0"  # Ray's 15 would let its jobs wait for every other program of the machine
+    own["RAY_worker_niceness"] = "0"  # with Ray's default, 15, jobs would wait for every other program of the machine
     port = free_port()
     start = ("start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--block")
     sizes = ("--object-store-memory=100000000", "--disable-usage-stats")

@@ -1,5 +1,5 @@
-"""Every link in the Markdown files leads somewhere, every command in them and in the scripts of the studies is one that
-runs, and generated parts are current.
+"""Every link in the Markdown files leads somewhere, every command in them and in the studies' scripts is valid, and
+generated parts are current.
 """
 
 import functools
@@ -165,7 +165,7 @@ def check_command(name: str, arguments: list[str]) -> None:
     check_scalars(node, defaults)
 
 
-# Takes the place of every program that a script starts, and writes down how it was called. "python -c" runs.
+# Stands in for every program that a script starts, and records the call. Only "python -c" really runs.
 RECORDER = """#!/bin/sh
 [ "$1" != -c ] || exec {python} "$@"
 for word in "${{0##*/}}" "$@"; do printf '%s\\0' "$word" >>{record}; done
@@ -175,7 +175,7 @@ PROGRAMS = ("python", "torchrun", *(f"coca-{name}" for name in ("train", "evalua
 
 
 def calls_of(script: Path, folder: Path) -> list[list[str]]:
-    """The programs that a study's script starts when nothing has run yet, as lists of words; none of them runs."""
+    """The calls of programs by a study's script when nothing has run yet, each a list of words; none of them runs."""
     study = folder / script.parent.relative_to(ROOT)
     study.mkdir(parents=True)
     for file in (script, *script.parent.glob("*.csv")):

@@ -129,7 +129,7 @@ def test_blocks_that_are_gathered_in_bf16(on_ranks) -> None:
 
 
 def train_compiled(folder: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:  # to code for the CPU takes a minute and a half; see test_packing.py
+    with pytest.MonkeyPatch.context() as patch:  # Inductor would take a minute and a half; test_packing.py covers it
         patch.setattr(CoCa, "compile_blocks", partialmethod(CoCa.compile_blocks, backend="aot_eager"))
         train(folder, "data.train_count=16", *SHARDED, "+model.compile=true")
 

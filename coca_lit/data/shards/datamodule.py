@@ -63,8 +63,8 @@ class LAIONDataModule(CaptionDataModule):
         max_bad_fraction: share of broken samples, or of torn or empty shards, above which training stops.
         cache_dir, cache_gb: folder and size of the cache of remote shards, shared by the processes of a machine.
         decode: full: workers decode whole JPEGs. reduced: workers decode large ones at 1/2, 1/4 or 1/8 of their size,
-            where the crop keeps four times the wanted pixels on each side. device: workers read and check, and the
-            device decodes, crops and resizes (nvJPEG on a GPU). For square images.
+            if the crop keeps four times the wanted pixels on each side. device: workers only read and check; the
+            device of the training decodes, crops and resizes (nvJPEG on a GPU). Images of any shape need full.
         store_patience: seconds that an object store may be unreachable before the run stops, see
             `coca_lit.data.shards.store`.
         shared: see `CaptionDataModule`.
@@ -258,7 +258,9 @@ class LAIONDataModule(CaptionDataModule):
         if self.decode == "full":
             return plain
         if not isinstance(plain, RandomCrop):
-            raise DataError(f"data.decode={self.decode} makes square images, not those of any shape: take full")
+            raise DataError(
+                f"data.decode={self.decode} makes square images; for images of any shape take data.decode=full"
+            )
         if self.decode == "device" and self.trainer:
             check_decoder(self.trainer.strategy.root_device)
         return CropOfEncoded(plain.size, self.decode)

@@ -54,10 +54,10 @@ def counts_after(n: int, weights: Sequence[float]) -> list[int]:
 
 
 def draw(options: Mapping[str, Sequence[T]], weights: Mapping[str, float], *seed: int | str) -> T:
-    """An item of an option: the option by the weights of those present, the item uniformly, both by the seed."""
+    """Draws an option by the weights of those present, then one of its items uniformly, both from the seed."""
     names = list(options)
     if len(names) == 1 and len(options[names[0]]) == 1:
-        return options[names[0]][0]  # as of most images: to seed a generator takes longer than to tokenise
+        return options[names[0]][0]  # true of most images; seeding a generator takes longer than tokenising
     rng = random.Random(stable_seed(*seed))
     (name,) = rng.choices(names, [weights[name] for name in names])
     return rng.choice(options[name])

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth: waves of a fifth of the shorter side and more."""
+    """Smooth: no wave is shorter than a fifth of the shorter side."""
     down, across = np.mgrid[0:height, 0:width] / min(height, width)
     phases = np.random.default_rng(seed).uniform(0, 6, 3)
     waves = [np.sin(20 * down + phase) + np.cos(25 * across - 9 * down + phase) for phase in phases]
@@ -37,7 +37,7 @@ def encoded(pixels: np.ndarray, form: str = "JPEG", **options) -> bytes:
 
 
 def undecodable(jpeg: bytes) -> bytes:
-    """Its header is whole, but it lacks its quantisation tables."""
+    """The JPEG with a whole header but without its quantisation tables."""
     kept, at = jpeg[:2], 2
     while jpeg[at + 1] != 0xDA:
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
@@ -101,7 +101,7 @@ def batches(pattern: str, decode: str, cache: Path, samples: int | None = None, 
 def test_a_device_makes_the_crops_of_workers(tmp_path, more):
     images = [("jpg", encoded(photo(60 + n, 90 - n, n), quality=80 + n)) for n in range(9)]
     images += [("png", encoded(photo(60, 90), "PNG")), ("jpg", encoded(photo(60, 90)[..., 0]))]
-    images += [("jpg", images[0][1] + bytes(3))]  # does not end where a JPEG does: left to the worker
+    images += [("jpg", images[0][1] + bytes(3))]  # bytes after the end marker: left to the worker
     pattern = shards(tmp_path, images)
     whole, device = (batches(pattern, decode, tmp_path, **more) for decode in ("full", "device"))
     assert len(whole) == 3
@@ -147,7 +147,7 @@ def test_a_torchvision_that_cannot_decode_there_is_refused(device):
 
 
 def test_a_device_other_than_the_cpu_gets_the_same_crops():
-    """It resizes floats, as this one does when it is told that it is another."""
+    """Other devices resize floats. A tensor on the CPU that claims another device takes the same path."""
     pixels = decode_pixels(encoded(photo(300, 400), quality=95), "")
     box = transforms.random_box(300, 400, random.Random(0))
     expected = transforms.resized(pixels, box, (64, 64))
