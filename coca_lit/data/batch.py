@@ -128,7 +128,8 @@ def _decoded(batch: Batch, encoded: EncodedCrops, device: torch.device) -> Batch
         place, detail = next(iter(failed.items()))
         raise DataError(f"{batch.keys[place]} and all others of its batch: {detail}; try data.decode=full")
     take = [good[place % len(good)] if place in failed else place for place in places]
-    bad = (BadSample("", batch.keys[place], "unreadable image", why) for place, why in failed.items())
+    names = {place: batch.keys[place].rpartition("/") for place in failed}  # SHARD/KEY
+    bad = (BadSample(names[place][0], names[place][2], "unreadable image", why) for place, why in failed.items())
     return batch._replace(
         images=images[take],
         tokens=batch.tokens[take],

@@ -126,7 +126,7 @@ def test_a_jpeg_that_the_device_cannot_decode_is_replaced_and_reported(tmp_path)
     simplejpeg.decode_jpeg_header(images[2])  # workers see nothing wrong
     (batch,) = batches(shards(tmp_path, [("jpg", image) for image in images]), "device", tmp_path)
     ((shard, key, reason, detail),) = batch.bad
-    assert (shard, Path(key).name, reason) == ("", "0002", "unreadable image")
+    assert (Path(shard).name, key, reason) == ("0.tar", "0002", "unreadable image")
     assert "uantization table" in detail
     names = [Path(key).name for key in batch.keys]
     assert sorted({*names}) == ["0000", "0001", "0003"]
