@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: [SEEDS="0 1 2"] [PROCESSES=2] run.sh FLICKR8K_FOLDER, which holds dataset_flickr8k.json and images/. SEEDS are those of the long recipe. Each process
+# usage: [SEEDS="0 1 2"] [PROCESSES=2] run.sh FLICKR8K_FOLDER, which holds dataset_flickr8k.json and images/. SEEDS apply to the long recipe. Each process
 # has one thread; any number of processes sees the same batches. Finished runs are skipped.
 set -euo pipefail
 root=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
