@@ -3,6 +3,7 @@
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from coca_lit.cli import export as export
 from coca_lit.cli.command import compose as compose_config
+from coca_lit.data import batch
 from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import world_size
 from coca_lit.errors import ConfigError, DataError
@@ -246,6 +248,19 @@ def starve(folder: Path) -> None:
 def test_more_processes_than_shards_are_refused(on_ranks, tmp_path: Path) -> None:
     write_shards(tmp_path, 8, 32)
     on_ranks(2, starve, tmp_path)
+
+
+def test_jpegs_that_the_training_processes_decode(on_ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.decode=device`, from shards to weights: two processes end where one does."""
+    decode = mock.Mock(wraps=batch.decode_jpeg)
+    monkeypatch.setattr(batch, "decode_jpeg", decode)
+    write_shards(tmp_path / "shards", 16, 32)
+    data = ("data=laion", f"data.shards={tmp_path}/shards", "data.epoch_samples=16", "data.decode=device")
+    run(tmp_path / "one", *SHORT, *data)
+    assert [len(call.args[0]) for call in decode.call_args_list] == [1, 8, 8]  # whether it can, then two steps
+    on_ranks(2, train, tmp_path / "two", *data, *DDP)
+    expected, found = saved(tmp_path / "one"), saved(tmp_path / "two")
+    torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
 
 
 def test_a_contrastive_loss_that_does_not_exist_is_refused(tmp_path: Path) -> None:
