@@ -9,13 +9,13 @@ from experiments.study import Row, as_they_are, by_variant, draw_lines, mean_std
 RESULTS = Path(__file__).with_name("results.csv")
 SHARES = (10, 30, 50)  # % of noise
 CHOICES = {
-    "all": "everything",
-    "distinct": "no near-duplicates",
-    "similarity": "distinct, the most similar",
-    "likelihood": "distinct, the likeliest",
-    "recaptioned": "distinct, the others recaptioned",
-    "mixed": "distinct, old or new caption",
-    "clean": "the truth",
+    "all": "all pairs",
+    "distinct": "deduplicated",
+    "similarity": "deduplicated, by similarity",
+    "likelihood": "deduplicated, by likelihood",
+    "recaptioned": "by similarity, the rest recaptioned",
+    "mixed": "deduplicated, old or new caption",
+    "clean": "oracle",
 }
 NAMES = {f"noise{noise}_{choice}": f"{noise} %: {name}" for noise in SHARES for choice, name in CHOICES.items()}
 SCORES = {

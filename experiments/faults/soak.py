@@ -405,8 +405,19 @@ def summary(events: list[dict[str, str]]) -> list[dict[str, str]]:
         for name, title in (titles | {"broken_data": BROKEN}).items()
     }
     groups["all"] = ("all", events)
+    phrases = {
+        "scenes": "on scenes",
+        "streamed": "on streamed shards",
+        "indexed": "on indexed shards",
+        "mixture": "on mixtures of shards",
+        "broken": "with broken samples",
+        "texts": "with texts without images",
+        "accumulation": "with gradient accumulation",
+        "scores": "with scores during training",
+    }
     for part in ("scenes", "streamed", "indexed", "mixture", "broken", "2 workers", *PARTS):
-        groups[part] = (f"of these, with {part}", [event for event in events if part in event["case"]])
+        title = phrases.get(part, f"with {part}")
+        groups[part] = (f"of these, {title}", [event for event in events if part in event["case"]])
     return [{"run": name, "fault": title, **_counts(found)} for name, (title, found) in groups.items() if found]
 
 

@@ -33,7 +33,7 @@ PER_DEVICE, TOKENS = 240, 20
 GPU_FAILURES = 0.17  # of a GPU in a year, all causes: an assumption, about what reports of 16,000-GPU runs come to
 SHARDS, RECIPE = 41_455, 29_000  # of LAION-2B, and samples/s of OpenCLIP's CoCa L/14 on 384 A100
 IMAGE = 28_000  # bytes of a stored image: photos of Flickr8k with 256 pixels on the shorter side, JPEG of quality 95
-DECODED = 680  # samples/s of a core, shards to batches, on a Xeon: benchmarks/input_pipeline.csv
+DECODED = 820  # samples/s of a core, shards to batches, on an AMD EPYC: benchmarks/input_pipeline.csv
 
 
 def ddp_bytes(trained: float, devices: int) -> float:

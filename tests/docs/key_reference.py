@@ -25,8 +25,9 @@ OBJECTS = {
 INTRODUCTION = """\
 # All keys of a training run
 
-Written by `python tests/docs/key_reference.py` from the constructors; a test keeps it current. The defaults belong to a
-run without overrides, or with the option in the heading. What to set for a task: [README.md](README.md).
+Written by `python tests/docs/key_reference.py` from the constructors; a test keeps it current. Defaults are those of a
+run without overrides (`experiment=demo`) or of the option in the heading. Below `model.net` they are the constructor's;
+the preset that `model.net.name` names has its own. What to set for a task: [README.md](README.md).
 """
 
 
@@ -55,7 +56,7 @@ def _sections() -> Iterator[tuple[str, list[Row]]]:
         for name, option in OPTIONS.items()
         if option.key
     ]
-    yield "`scoring.generate`, also `generate` of `coca-caption`", generate
+    yield "`scoring.generate`, also `generate` of `coca-caption`, whose default strategy is beam", generate
     yield "`model`", _rows("model", base["model"])
     yield "`model.net`", _rows("model.net", base["model"]["net"])
     yield "`model.optimizer`", _rows("model.optimizer", base["model"]["optimizer"])
@@ -193,7 +194,8 @@ def _section(heading: str, rows: list[Row]) -> str:
         shown = ""
         if plain is None or isinstance(plain, bool | int | float | str | list):
             shown = f"`{written(plain)}`" if len(written(plain)) < 40 else "…"
-        lines.append(f"| `{row.key}` | {shown} | {row.meaning.replace('|', chr(92) + '|')} |")
+        meaning = re.sub(r"\bNone\b", "null", row.meaning).replace("|", r"\|")  # as YAML writes it
+        lines.append(f"| `{row.key}` | {shown} | {meaning} |")
     return "\n".join([*lines, ""])
 
 

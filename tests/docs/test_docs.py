@@ -297,6 +297,11 @@ def test_other_python_compiles() -> None:
 # Generated
 
 
+def test_every_extra_is_explained() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [name for name in extras if name != "test" and f"`{name}`" not in text_of(Path("README.md"))] == []
+
+
 def test_key_reference_is_current() -> None:
     assert key_reference.FILE.read_text() == key_reference.reference(), "run python tests/docs/key_reference.py"
 

@@ -105,7 +105,7 @@ class GenerateOptions(TypedDict, total=False):
             " + (1 - w) · mean log-probability"
         ),
     ]
-    # The default is near the best for scenes and for photos, see experiments/contrastive_reranking.
+    # The default is near the best weight on scenes and on photos, see experiments/contrastive_reranking.
     rerank_weight: Annotated[float | None, Option("the weight w of rerank", 0.2, at_least=0, at_most=1)]
 
 
