@@ -138,7 +138,7 @@ class StepExchange:
             return own[None]
         numbers = torch.cat([own, _sendable(self._told)])  # (k + told,)
         everything = numbers.new_empty(world_size() * len(numbers))
-        dist.all_gather_into_tensor(everything, numbers)
+        _all_gather(everything, numbers)
         everything = everything.view(world_size(), len(numbers))
         if self._told:
             self._arriving.append(Arriving(everything[:, len(own) :].amax(dim=0)))
@@ -190,8 +190,9 @@ def host_group(purpose: str) -> Any:
 
 
 def print_rank_zero(message: str) -> None:
-    """Prints a line on rank 0."""
-    if rank() == 0:
+    """Prints a line on rank 0. Before there is a process group, the environment tells which process that will be."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    if rank() == 0 if _active() else all(os.environ.get(name, "0") == "0" for name in names):
         print(message, flush=True)
 
 
@@ -199,7 +200,12 @@ def _begin_gathering(x: Tensor) -> tuple[Any, Tensor, Tensor]:
     """The work, what it fills, and what it reads, which has to live as long."""
     x = x.contiguous()
     everything = x.new_empty(world_size() * len(x), *x.shape[1:])
-    return dist.all_gather_into_tensor(everything, x, async_op=True), everything, x
+    return _all_gather(everything, x, async_op=True), everything, x
+
+
+def _all_gather(gathered: Tensor, x: Tensor, async_op: bool = False) -> Any:
+    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.13
+    return function(gathered, x, async_op=async_op)
 
 
 class _Gather(torch.autograd.Function):
@@ -213,7 +219,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         own = gradients[0].new_empty(ctx.rows, *gradients[0].shape[1:])
-        dist.reduce_scatter_tensor(own, gradients[0].contiguous())
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(own, gradients[0].contiguous())
         return own, None
 
 

@@ -94,9 +94,13 @@ def test_numbers_of_a_step_take_one_collective(on_ranks) -> None:
         assert result == {"told": [[0, 0], [1, 0], [2, 0]], "device": [0, 1], "again": []}
 
 
-def test_say_prints_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_zero_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before there is a process group."""
     print_rank_zero("hello")
     assert capsys.readouterr().out == "hello\n"
+    monkeypatch.setenv("RANK", "1")
+    print_rank_zero("hello")
+    assert capsys.readouterr().out == ""
 
 
 class Step(nn.Module):

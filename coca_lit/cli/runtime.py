@@ -60,6 +60,8 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # with whole weights only
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
+    # Strides of 1 × 1 convolutions, which have several names for one layout
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def best_precision() -> str:

@@ -109,7 +109,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "distributed.py": [
         (
             "gather_backward",
-            "dist.reduce_scatter_tensor(own, gradients[0].contiguous())",
+            "reduce_scatter(own, gradients[0].contiguous())",
             "own.copy_(gradients[0].chunk(world_size())[rank()])",
             "test_distributed.py::test_collectives_on_two_ranks",
         ),

@@ -52,9 +52,11 @@ def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "all_reduce": all_reduce,
         "all_gather_into_tensor": all_gather,
         "reduce_scatter_tensor": reduce_scatter,
+        "all_gather_single": all_gather,  # their names from PyTorch 2.13 on
+        "reduce_scatter_single": reduce_scatter,
     }
     for name, function in collectives.items():
-        monkeypatch.setattr(dist, name, function)
+        monkeypatch.setattr(dist, name, function, raising=False)
     for name in ("all_gather", "reduce_scatter", "broadcast", "all_gather_object", "broadcast_object_list"):
         monkeypatch.setattr(dist, name, None)  # not to be called
     with SimulatedGpu():
