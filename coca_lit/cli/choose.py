@@ -59,10 +59,12 @@ def _score(options: argparse.Namespace) -> None:
     from coca_lit.cli.data import print_faults
     from coca_lit.cli.engines import Work, engine_from
     from coca_lit.cli.runtime import chosen_checkpoint, chosen_dtype, configure_libraries
+    from coca_lit.data.curate.scores import check_shards
     from coca_lit.data.shards.listing import local_shards
     from coca_lit.inference.judge import Judgement, judge_shard
 
     paths = local_shards(options.shards)
+    check_shards(paths, options.output)
     configure_libraries(None)
     judgement = Judgement(
         chosen_checkpoint(options.checkpoint),

@@ -1,5 +1,6 @@
 """`coca-data score`: what it says about a pair is what model and picture alone say, and nothing is scored twice."""
 
+import gzip
 import io
 import tarfile
 from dataclasses import dataclass
@@ -126,6 +127,21 @@ def test_a_repeated_command_scores_what_is_new(work, tmp_path, capsys, monkeypat
     spoil(work.shards[0], {"000000.json": b"{}"})
     coca_data(words)
     assert scored == [4, 2, 4, 4, 4, 2]
+
+
+def test_shards_that_cannot_be_scored_together(work, tmp_path):
+    other = tmp_path / "other" / work.shards[0].name
+    other.parent.mkdir()
+    other.write_bytes(work.shards[1].read_bytes())
+    folders = [str(work.shards[0].parent), str(other.parent)]
+    with pytest.raises(SystemExit, match=r"of .*shards/00000\.tar and .*other/00000\.tar would both become .*out/0000"):
+        coca_data(["score", *folders, f"checkpoint={work.checkpoint}", f"output={tmp_path / 'out'}"])
+    coca_data(["score", *folders, f"checkpoint={work.checkpoint}", "num_workers=0"])  # beside the shards
+    assert [len(rows(path)) for path in sorted(tmp_path.glob("*/*.scores.parquet"))] == [4, 6, 4]
+    packed = tmp_path / "00000.tar.gz"
+    packed.write_bytes(gzip.compress(work.shards[0].read_bytes()))
+    with pytest.raises(SystemExit, match=r"00000\.tar\.gz is not an uncompressed \.tar file"):
+        coca_data(["score", str(packed), f"checkpoint={work.checkpoint}"])
 
 
 def test_scores_of_another_model_are_refused(work, tmp_path):

@@ -96,7 +96,7 @@ def dedup_scores(
         hash_distance: bits of 64 in which the hashes of near-duplicates differ at most; None compares no hashes.
         cosine: of embeddings, from which on images are near-duplicates; None compares no embeddings.
         best: a column, or a formula in SQL.
-        selection, memory_gb: as in `filter_scores`. The embeddings that stay are in memory besides.
+        selection, memory_gb: as in `filter_scores`. The embeddings that stay are held in memory on top of that.
 
     Raises:
         DataError: as in `filter_scores`.
@@ -107,6 +107,8 @@ def dedup_scores(
         raise DataError(f"hash_distance must be between 0 and 15 of 64 bits, not {hash_distance}")
     if cosine is not None and not 0 < cosine <= 1:
         raise DataError(f"cosine must be above 0 and up to 1, not {cosine}")
+    if cosine is not None:  # embeddings of other models cannot be compared; captions do not matter
+        _check_alike([*scores, *against], "model", "precision")
     with _opened(output, memory_gb) as db:
         total = _view(db, "scores", scores, selection)
         _view(db, "others", against or scores[:1])
@@ -148,19 +150,24 @@ def _opened(output: Path, memory_gb: float | None) -> "Iterator[DuckDBPyConnecti
 
 def _view(db: "DuckDBPyConnection", name: str, paths: Sequence[Path], selection: Path | None = None) -> int:
     """Makes the rows of files a view, of which only a selection is seen; returns the number of all rows."""
-    makers = {made: path for path in paths if (made := made_by(path))}
-    if len(makers) > 1:
-        one, other = [*makers.values()][:2]
-        raise DataError(f"{one} and {other} were scored by different models or captions: score them alike")
+    _check_alike(paths, "model", "precision", "caption_key")
     rows = db.read_parquet([str(path.absolute()) for path in paths], union_by_name=True)
     rows.create_view(f"all_{name}")
     chosen = ""
     if selection is not None:
-        read_selection(selection)  # says in one sentence if it is none
+        read_selection(selection)  # raises one clear sentence if the file is not a selection
         db.read_parquet(str(selection.absolute())).create_view("selected")
         chosen = "SEMI JOIN selected USING (shard, key)"
     db.execute(f"CREATE TEMP VIEW {name} AS SELECT * FROM all_{name} {chosen}")
     return int(_row(db, f"SELECT count(*) FROM all_{name}")[0])
+
+
+def _check_alike(paths: Sequence[Path], *settings: str) -> None:
+    """Raises `DataError` for scores that were made with different settings."""
+    makers = {made: path for path in paths if (made := made_by(path, *settings))}
+    if len(makers) > 1:
+        one, other = [*makers.values()][:2]
+        raise DataError(f"{one} and {other} were scored with another {' or another '.join(settings)}: score them alike")
 
 
 def _row(db: "DuckDBPyConnection", statement: str) -> tuple[Any, ...]:

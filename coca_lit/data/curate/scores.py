@@ -41,6 +41,20 @@ def scores_path(shard: Path, folder: Path | None = None) -> Path:
     return (folder or shard.parent) / f"{shard.name.removesuffix('.tar')}{SUFFIX}"
 
 
+def check_shards(shards: Sequence[Path], folder: Path | None = None) -> None:
+    """Raises `DataError` for a shard that is not an uncompressed .tar, and for two whose scores would be one file."""
+    owners: dict[Path, Path] = {}
+    for shard in shards:
+        if shard.suffix != ".tar":
+            raise DataError(f"{shard} is not an uncompressed .tar file: decompress it before scoring")
+        path = scores_path(shard, folder)
+        if owners.setdefault(path, shard) != shard:
+            raise DataError(
+                f"the scores of {owners[path]} and {shard} would both become {path}: score each set with an output of "
+                "its own"
+            )
+
+
 def write_scores(path: Path, shard: str, columns: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Writes the columns of a shard, with its name as a further one; a matrix becomes a column of lists.
 
@@ -101,9 +115,9 @@ def find_scores(words: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def made_by(path: Path) -> str | None:
-    """The model and the captions that the scores of a file are about; None if another program wrote it."""
+def made_by(path: Path, *settings: str) -> str | None:
+    """These settings of the scores of a file; None if another program wrote it."""
     with open_parquet(path) as file:
         about = (file.schema_arrow.metadata or {}).get(ABOUT)
-    settings = parse_json(about, str(path), dict) if about else {}
-    return json.dumps([settings.get(key) for key in ("model", "precision", "caption_key")]) if settings else None
+    known = parse_json(about, str(path), dict) if about else {}
+    return json.dumps([known.get(key) for key in settings]) if known else None

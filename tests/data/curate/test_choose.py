@@ -188,11 +188,26 @@ def test_scores_that_do_not_belong_together(rows, tmp_path):
         find_scores([tmp_path / "a", tmp_path / "b"])
     columns = {"key": ["1"], "similarity": [0.5], "phash": [3]}
     write_scores(tmp_path / "a" / "9.scores.parquet", "9.tar", columns, ABOUT | {"model": "another"})
-    with pytest.raises(DataError, match="were scored by different models or captions: score them alike"):
+    with pytest.raises(
+        DataError, match="were scored with another model or another precision or another caption_key: score"
+    ):
         filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet")
     write_scores(tmp_path / "a" / "9.scores.parquet", "9.tar", columns, ABOUT)
     with pytest.raises(DataError, match="some samples have no embedding: score them with --embeddings"):
         dedup_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", cosine=0.9)
+
+
+def test_embeddings_of_different_models_are_not_compared(rows, tmp_path):
+    write(tmp_path / "b", count=5)
+    (other,) = find_scores([tmp_path / "b"])
+    columns = {"key": ["1"], "similarity": [0.5], "phash": [3], "embedding": rows[0]["embedding"][None]}
+    given = (find_scores([tmp_path / "a"]), tmp_path / "k.parquet", [other])
+    write_scores(other, "9.tar", columns, ABOUT | {"caption_key": "json"})
+    dedup_scores(*given, cosine=0.9)
+    write_scores(other, "9.tar", columns, ABOUT | {"model": "another"})
+    with pytest.raises(DataError, match="were scored with another model or another precision: score them alike"):
+        dedup_scores(*given, cosine=0.9)
+    dedup_scores(*given, hash_distance=3)  # hashes are of the images alone
 
 
 def test_names_of_files_are_no_patterns_and_no_sql(rows, tmp_path):
