@@ -36,6 +36,7 @@ CALLBACK_KEYS = ("step_seeds", "non_finite_guard")
 TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 FREE = (
     *("data.num_workers", "data.root", "data.max_bad_fraction", "data.cache_dir", "data.cache_gb"),
+    "data.store_patience",
     *("model.grad_checkpointing", "model.compile"),
     "callbacks.non_finite_guard.output_dir",  # in checkpoints of earlier versions
     "model.net.cls_mask",  # null: the checkpoint's, and no other is accepted

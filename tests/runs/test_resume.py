@@ -469,6 +469,7 @@ def test_another_length_is_announced(capsys: pytest.CaptureFixture[str]) -> None
         ("callbacks.step_seeds=null", "callbacks.step_seeds"),
         ("callbacks.checkpoint.keep_last=9", None),
         ("data.num_workers=5", None),
+        ("+data.store_patience=3600", None),
         ("trainer.max_epochs=9", None),
     ],
 )
