@@ -177,8 +177,11 @@ def test_training_refuses_new_and_lost_shards(shards):
         laion(shards).prepare_data()
     laion(shards / "{00000..00001}.tar").prepare_data()
     (shards / MANIFEST).write_text("[]")
-    with pytest.raises(DataError, match=r"manifest\.json is not a manifest of shards"):
+    with pytest.raises(DataError, match=r"manifest\.json is not a manifest of shards: remove it, then write it again"):
         laion(shards).prepare_data()
+    (shards / MANIFEST).unlink()
+    check(str(shards))
+    laion(shards).prepare_data()
 
 
 def test_check_compares_with_the_manifest(shards, capsys):

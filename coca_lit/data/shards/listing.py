@@ -166,7 +166,7 @@ def entry_of(values: Any) -> ManifestEntry:
 
 
 def _no_manifest(where: str) -> DataError:
-    return DataError(f"{where} is not a manifest of shards: write it again with coca-data check")
+    return DataError(f"{where} is not a manifest of shards: remove it, then write it again with coca-data check")
 
 
 def read_manifest(folder: Path) -> Manifest:
