@@ -173,7 +173,7 @@ class CocoResults(JsonLines):
 
     def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
         owners: dict[int | str, str] = {}
-        for source in (source for unit in units if isinstance(unit, Files) for source in unit.sources):
+        for source in _all_sources(units):
             other = owners.setdefault(self._id(source), source.name)
             if other != source.name:
                 raise DataError(f"{other} and {source.name} have the same image id: write .jsonl, which has paths")

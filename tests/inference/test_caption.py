@@ -162,6 +162,14 @@ def test_coco_results(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
         caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/q.json", "generate.num_captions=2")
 
 
+def test_images_of_shards_with_the_same_coco_id_are_refused(checkpoint: str, shards: Path, tmp_path: Path) -> None:
+    one = next(shards.glob("*.tar"))
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(one.read_bytes())
+    with pytest.raises(DataError, match=r"a\.tar/\d+ and .*b\.tar/\d+ have the same image id: write \.jsonl"):
+        caption(checkpoint, f"images=[{tmp_path}/a.tar,{tmp_path}/b.tar]", f"output={tmp_path}/r.json")
+
+
 def test_shards_keep_everything_but_the_caption(
     model: CoCa, checkpoint: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
