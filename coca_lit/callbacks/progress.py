@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 from coca_lit.callbacks.find import callbacks_of
+from coca_lit.callbacks.resuming import accumulates
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from coca_lit.distributed import totals_over_ranks, world_size
@@ -216,9 +217,9 @@ class SourceCounts(L.Callback):
 
 
 def _is_logged(trainer: L.Trainer) -> bool:
-    """Whether Lightning logs this step: every `log_every_n_steps`."""
+    """Whether Lightning logs the step that this batch ends: every `log_every_n_steps`."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and trainer.global_step % every == 0
+    return every > 0 and trainer.global_step % every == 0 and not accumulates(trainer)
 
 
 def samples_seen(trainer: L.Trainer) -> dict[str, int]:

@@ -79,9 +79,14 @@ def is_between_steps(trainer: L.Trainer) -> bool:
     return batches["processed"] == batches["completed"] and stepped and at_a_step
 
 
+def accumulates(trainer: L.Trainer) -> bool:
+    """Whether the gradients of the current batch wait for more batches, so that it ends no step."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
 def can_repeat_validation(trainer: L.Trainer) -> bool:
     """Not while gradients wait for more batches, nor after the last step: Lightning would consider the run finished."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate() and not 0 <= trainer.max_steps <= trainer.global_step
+    return not accumulates(trainer) and not 0 <= trainer.max_steps <= trainer.global_step
 
 
 def set_position(checkpoint: dict[str, Any], validating: bool, finished: bool) -> None:

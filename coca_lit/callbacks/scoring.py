@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
 from coca_lit.callbacks.find import callbacks_of
+from coca_lit.callbacks.resuming import accumulates
 from coca_lit.callbacks.stall_guard import unwatched
 from coca_lit.callbacks.tracking import log_pictures
 from coca_lit.distributed import print_rank_zero
@@ -61,7 +62,6 @@ class ScoreDuringTraining(L.Callback):
         self.results: dict[str, float] = {}
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}
-        self._step = 0  # the last one that `on_train_batch_end` has seen
         self._finished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -95,21 +95,18 @@ class ScoreDuringTraining(L.Callback):
         """The evaluations whose scores begin with a name, such as mscoco or, during training, mscoco_256."""
         return [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # gradients are being accumulated
+        if accumulates(trainer):
             return
-        self._step = trainer.global_step
+        step = trainer.global_step
         last_batch = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
-        if not _ends(trainer, last_batch) and (due := self._due(self._step, self.every_n_steps)):
+        if not _ends(trainer, last_batch) and (due := self._due(step, self.every_n_steps)):
             scores = self._score(trainer, pl_module, due)
             pl_module.log_dict(scores, logger=False, rank_zero_only=False, sync_dist=False, batch_size=1)
             for logger in trainer.loggers:  # now, regardless of log_every_n_steps; rows count steps from 0
-                logger.log_metrics(scores, step=self._step - 1)
+                logger.log_metrics(scores, step=step - 1)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         scored = self._due(trainer.global_step, self.every_n_steps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.callbacks import Throughput
+from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 
@@ -40,8 +41,10 @@ class Module(L.LightningModule):
         return batch
 
 
-def train(folder: Path, clock: Clock, loading: float, computing: float) -> list[float]:
-    """The shares that two epochs of four steps log, every second one. A batch and a step take so many hours."""
+def train(folder: Path, clock: Clock, loading: float, computing: float, accumulated: int = 1) -> list[float]:
+    """The shares that two epochs of four batches log, at every second step. Loading and computing a batch take so many
+    hours.
+    """
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
         for step in range(start, 4):
@@ -52,7 +55,7 @@ def train(folder: Path, clock: Clock, loading: float, computing: float) -> list[
 
     class Log(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_step % 2 == 0:
+            if trainer.global_step % 2 == 0 and "train/data_wait" in trainer.callback_metrics:
                 shares.append(trainer.callback_metrics["train/data_wait"].item())
 
     trainer = L.Trainer(
@@ -60,10 +63,10 @@ def train(folder: Path, clock: Clock, loading: float, computing: float) -> list[
         accelerator="cpu",
         max_epochs=2,
         log_every_n_steps=2,
-        callbacks=[Throughput(), Log()],
+        accumulate_grad_batches=accumulated,
+        callbacks=[Throughput(), Log(), PlainProgress()],
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
     )
     loader = TrainLoader(4, batches, lambda: (trainer.current_epoch, 0))
@@ -85,6 +88,17 @@ def test_no_advice_where_data_are_there_in_time(
 ) -> None:
     assert train(tmp_path, Clock(monkeypatch), 1, 30)[-1] == pytest.approx(1 / 31, rel=0.01)
     assert "waited" not in capsys.readouterr().out
+
+
+def test_accumulated_batches_are_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, Clock(monkeypatch), 1, 3, accumulated=2)
+    lines = [line.split(" · ") for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line[0] for line in lines] == ["step 2/4", "step 4/4"]
+    speeds = [float(line[-1].removeprefix("samples/s ")) for line in lines]
+    # 32 samples in an interval; the workers start in the first, see above.
+    assert speeds == pytest.approx([32 / (65 * 3600), 32 / (16 * 3600)], rel=0.01)
 
 
 def test_a_wait_behind_which_a_gpu_computes_is_none() -> None:
