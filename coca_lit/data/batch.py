@@ -28,6 +28,7 @@ class EncodedCrops(NamedTuple):
     sizes: list[int]  # of each file in bytes
     boxes: list[Box]
     places: list[int]  # in the batch
+    shards: list[str]  # that the files come from
 
 
 class Batch(NamedTuple):
@@ -93,9 +94,9 @@ def _stack(images: Sequence[Images | EncodedCrop]) -> tuple[Images, EncodedCrops
     if jpegs := {place: image for place, image in enumerate(images) if isinstance(image, EncodedCrop)}:
         content = torch.frombuffer(bytearray().join(jpeg.content for jpeg in jpegs.values()), dtype=torch.uint8)
         sizes, boxes = [len(jpeg.content) for jpeg in jpegs.values()], [jpeg.box for jpeg in jpegs.values()]
-        size = next(iter(jpegs.values())).size
+        shards, size = [jpeg.shard for jpeg in jpegs.values()], next(iter(jpegs.values())).size
         others = torch.stack(tensors) if tensors else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return others, EncodedCrops(content, sizes, boxes, [*jpegs])
+        return others, EncodedCrops(content, sizes, boxes, [*jpegs], shards)
     if not tensors:
         return stack_images(cast(Sequence[Patches], images)), None
     if tensors[0].ndim == 2:
@@ -106,11 +107,10 @@ def _stack(images: Sequence[Images | EncodedCrop]) -> tuple[Images, EncodedCrops
 def _decoded(batch: Batch, encoded: EncodedCrops, device: torch.device) -> Batch:
     """The batch with all images on the device."""
     others = cast(Tensor, batch.images)
-    size = others.shape[-2:]
     places = range(len(batch.keys))
-    images = torch.empty(
-        len(places), 3, *size, dtype=torch.uint8, device=device, memory_format=torch.channels_last
-    )  # (B, 3, H, W)
+    height, width = others.shape[-2:]
+    shape = (len(places), 3, height, width)
+    images = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
     if rest := sorted(set(places).difference(encoded.places)):
         images[rest] = to_device(others, device)
     failed: dict[int, str] = {}
@@ -119,17 +119,22 @@ def _decoded(batch: Batch, encoded: EncodedCrops, device: torch.device) -> Batch
         if isinstance(pixels, str):
             failed[place] = pixels
         else:
-            images[place] = resized(pixels, box, (size[0], size[1]))
+            images[place] = resized(pixels, box, (height, width))
     batch = batch._replace(images=images, encoded=None)
     if not failed:
         return batch
     good = [place for place in places if place not in failed]
     if not good:
         place, detail = next(iter(failed.items()))
-        raise DataError(f"{batch.keys[place]} and all others of its batch: {detail}; try data.decode=full")
+        raise DataError(
+            f"no image of a batch can be decoded on {device}, e.g. {batch.keys[place]}: {detail}; set data.decode=full"
+        )
     take = [good[place % len(good)] if place in failed else place for place in places]
-    names = {place: batch.keys[place].rpartition("/") for place in failed}  # SHARD/KEY
-    bad = (BadSample(names[place][0], names[place][2], "unreadable image", why) for place, why in failed.items())
+    shards = dict(zip(encoded.places, encoded.shards, strict=True))
+    bad = (
+        BadSample(shards[place], batch.keys[place].removeprefix(f"{shards[place]}/"), "unreadable image", why)
+        for place, why in failed.items()
+    )
     return batch._replace(
         images=images[take],
         tokens=batch.tokens[take],
@@ -158,7 +163,7 @@ def check_decoder(device: torch.device) -> None:
     (found,) = _decode([jpeg], device)
     if isinstance(found, str) or found.device.type != device.type:
         why = f": {found}" if isinstance(found, str) else ""
-        raise DataError(f"this torchvision does not decode JPEGs on {device}{why}; take data.decode=full")
+        raise DataError(f"this torchvision does not decode JPEGs on {device}{why}; set data.decode=full")
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,7 @@ class EncodedCrop(NamedTuple):
     content: bytes
     box: Box
     size: int
+    shard: str = ""  # for error reports
 
 
 class CropOfEncoded:

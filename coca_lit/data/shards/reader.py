@@ -64,6 +64,8 @@ class Preprocess(NamedTuple):
         try:
             if isinstance(self.transform, CropOfEncoded):
                 crop = self.transform(sample.image, name, rng)
+                if isinstance(crop, EncodedCrop):
+                    crop = crop._replace(shard=sample.shard)
             else:
                 crop = self.transform(decode_pixels(sample.image, name), rng, *patches)
         except DataError as error:

@@ -83,10 +83,11 @@ def test_small_and_other_images_are_not_reduced(form):
     assert torch.equal(reduced, RandomCrop(64)(decode_pixels(content, ""), random.Random(0)))
 
 
-def shards(folder: Path, images: list[tuple[str, bytes]]) -> str:
+def shards(folder: Path, images: list[tuple[str, bytes]], within: str = "") -> str:
     files = {}
     for number, (suffix, content) in enumerate(images):
-        files |= {f"{number:04d}.{suffix}": content, f"{number:04d}.txt": b"a dog" + b" number" * (number % 3)}
+        key = f"{within}{number:04d}"
+        files |= {f"{key}.{suffix}": content, f"{key}.txt": b"a dog" + b" number" * (number % 3)}
     return str(write_tar(folder / "0.tar", files))
 
 
@@ -120,13 +121,15 @@ def test_workers_leave_jpegs_encoded(tmp_path):
     assert sorted(batch.encoded.sizes) == sorted(len(content) for _, content in images[:3])
 
 
-def test_a_jpeg_that_the_device_cannot_decode_is_replaced_and_reported(tmp_path):
+@pytest.mark.parametrize("within", ["", "./", "a/b/"])
+def test_a_jpeg_that_the_device_cannot_decode_is_replaced_and_reported(tmp_path, within):
     images = [encoded(photo(60, 90, n)) for n in range(4)]
     images[2] = undecodable(images[2])
     simplejpeg.decode_jpeg_header(images[2])  # workers see nothing wrong
-    (batch,) = batches(shards(tmp_path, [("jpg", image) for image in images]), "device", tmp_path)
+    pattern = shards(tmp_path, [("jpg", image) for image in images], within)
+    (batch,) = batches(pattern, "device", tmp_path)
     ((shard, key, reason, detail),) = batch.bad
-    assert (Path(shard).name, key, reason) == ("0.tar", "0002", "unreadable image")
+    assert (shard, key, reason) == (pattern, f"{within}0002", "unreadable image")
     assert "uantization table" in detail
     names = [Path(key).name for key in batch.keys]
     assert sorted({*names}) == ["0000", "0001", "0003"]
@@ -134,7 +137,9 @@ def test_a_jpeg_that_the_device_cannot_decode_is_replaced_and_reported(tmp_path)
     a, b = (place for place, name in enumerate(names) if name == twice)
     assert torch.equal(batch.images[a], batch.images[b])
     assert torch.equal(batch.tokens[a], batch.tokens[b])
-    with pytest.raises(DataError, match=r"all others of its batch: Quantization table.*data\.decode=full"):
+    with pytest.raises(
+        DataError, match=r"no image of a batch .* on cpu, e\.g\. .*: Quantization table.*; set data\.decode=full"
+    ):
         batches(shards(tmp_path, [("jpg", images[2])] * 4), "device", tmp_path)
 
 
@@ -142,7 +147,7 @@ def test_a_jpeg_that_the_device_cannot_decode_is_replaced_and_reported(tmp_path)
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for a build without CUDA")
 def test_a_torchvision_that_cannot_decode_there_is_refused(device):
     check_decoder(CPU)
-    with pytest.raises(DataError, match=rf"does not decode JPEGs on {device}.*take data\.decode=full"):
+    with pytest.raises(DataError, match=rf"does not decode JPEGs on {device}.*set data\.decode=full"):
         check_decoder(torch.device(device))
 
 
