@@ -121,7 +121,9 @@ def numbers(rows: Sequence[Row], column: str) -> list[float]:
 
 
 def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) -> None:
-    """Draws a panel for each of `scores`, {column: title}: a dot per run and a line at the mean of each variant."""
+    """Draws a panel for each of `scores`, {column: title}: a dot per run and a line at the mean of each variant with
+    the score.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -131,11 +133,11 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
     shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 2.8), **shape)
     for axis, (score, title) in zip(axes[0], scores.items(), strict=True):
-        for place, runs in enumerate(groups.values()):
-            if values := numbers(runs, score):
-                axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
-                axis.hlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
-        axis.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right", fontsize=8)
+        scored = {name: values for name, runs in groups.items() if (values := numbers(runs, score))}
+        for place, values in enumerate(scored.values()):
+            axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
+            axis.hlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
+        axis.set_xticks(range(len(scored)), list(scored), rotation=30, ha="right", fontsize=8)
         axis.set_title(unit(score, title), fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
