@@ -81,7 +81,7 @@ def _read_folder(root: Path) -> Iterator[Pair]:
             path = Path(folder, name)
             if path.suffix.lower() in IMAGES:
                 text = path.with_suffix(".txt")
-                yield Pair(path, _clean([text.read_text(errors="replace")] if text.is_file() else []))
+                yield Pair(path, _clean([text.read_text("utf-8-sig", "replace")] if text.is_file() else []))
 
 
 def _read_table(path: Path, image_column: str | None, caption_column: str | None) -> list[Pair]:
@@ -92,15 +92,18 @@ def _read_table(path: Path, image_column: str | None, caption_column: str | None
     captions: dict[str, list[str]] = {}
     for row in rows:
         texts = row[caption]
-        captions.setdefault(str(row[image]), []).extend(texts if isinstance(texts, list) else [texts])
+        captions.setdefault(str(row[image] or ""), []).extend(texts if isinstance(texts, list) else [texts])
     return [Pair(path.parent / name, _clean(texts)) for name, texts in captions.items() if name.strip()]
 
 
 def _open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
     if path.suffix in (".csv", ".tsv"):
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-            return reader.fieldnames or [], list(reader)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+                return reader.fieldnames or [], list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} is not a readable table: {error}; save it in UTF-8, with quotes closed") from error
     if path.suffix != ".parquet":
         raise DataError(f"{path} is not a .csv, .tsv or .parquet file")
     with open_parquet(path) as table:

@@ -141,9 +141,10 @@ def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple
         caption = fields.get("txt", b"")[:MAX_TEXT].decode("utf-8", errors="replace").strip()
         meta = {**meta, "source_key": fields["__key__"]}
         yield fields["__key__"], image_of(fields), (caption,) if caption else (), meta
+    details = {found.reason: found.detail for found in reversed(counted.found)}  # the first of each reason
     for reason, count in counted.reasons.items():
         bad.seen += count
-        bad.add(reason, "", str(path), counted.found[0].detail, count)
+        bad.add(reason, "", str(path), details[reason], count)
 
 
 def _members(key: str, sample: Sample) -> dict[str, Any]:

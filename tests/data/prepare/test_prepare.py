@@ -19,9 +19,11 @@ from test_shards import TOKENIZER, members, write_tar
 from coca_lit.cli.data import data as coca_data
 from coca_lit.data.prepare import write as prepare
 from coca_lit.data.prepare.check import check_shard
+from coca_lit.data.prepare.pairs import Pair, read_pairs
 from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.listing import MANIFEST, read_manifest
+from coca_lit.errors import DataError
 
 
 def run(source: Path, output: Path, *more: str) -> None:
@@ -134,6 +136,21 @@ def test_folder_of_images_and_texts(photos, tmp_path):
     assert suffixes == [*["jpg"] * 5, "jpg", "jpg", "png", "webp", "jpg"]
 
 
+def test_rows_without_a_name_are_left_out(photos, tmp_path):
+    (tmp_path / "t.csv").write_text("caption,image\na dog,photos/1.jpg\nshort\nempty,\n")
+    assert read_pairs(tmp_path / "t.csv") == [Pair(photos / "1.jpg", ("a dog",))]
+
+
+def test_texts_are_in_utf_8(photos, tmp_path):
+    (photos / "1.txt").write_bytes("Straße".encode("utf-8-sig"))
+    assert Pair(photos / "1.jpg", ("Straße",)) in read_pairs(photos)
+    for content, said in (("café".encode("latin-1"), "can't decode byte 0xe9"), (b"x" * 200_000, "field larger than")):
+        (tmp_path / "t.csv").write_bytes(b"image,caption\nphotos/1.jpg," + content + b"\n")
+        with pytest.raises(DataError, match=rf"t\.csv is not a readable table: .*{said}.*; save it in UTF-8") as caught:
+            read_pairs(tmp_path / "t.csv")
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("format", ["coco", "karpathy", "flickr8k"])
 def test_known_folders(tmp_path, format):
     export_scenes(format, tmp_path / "set", 24, 16)
@@ -157,6 +174,16 @@ def test_shards_of_img2dataset(tmp_path):
     assert (meta["key"], meta["source_key"], meta["recaption"], meta["caption"]) == (
         *("0000100003", "10004", "a dog", "a dog number"),
     )
+
+
+def test_each_fault_of_a_raw_shard_has_its_own_detail(tmp_path):
+    with tarfile.open(tmp_path / "raw.tar", "w") as tar:
+        for name in ("1.jpg", "1.jpg", "1.txt", "2.py", "3.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    written = prepare.write_shard(prepare.Task(0, tmp_path / "raw.tar"), tmp_path)
+    assert written.bad == {"missing caption": 1, "two members of the same name": 1, "code in a shard": 1}
+    faults = {example.removeprefix(f"{tmp_path / 'raw.tar'} ") for example in written.examples}
+    assert faults == {"3 missing caption", "1.jpg", "code in a shard"}
 
 
 def test_equal_sources_give_equal_bytes_with_any_number_of_workers(photos, tmp_path):
