@@ -260,6 +260,8 @@ def broken(folder: Path, what: str) -> None:
         (folder / "test" / "1.tar").unlink()
     elif what == "no number of shards":
         (folder / "test" / "nshards.txt").write_text("-1")
+    elif what == "zero shards":
+        (folder / "test" / "nshards.txt").write_text("0\n")
     elif what == "a class beyond the names":
         (folder / "classnames.txt").write_text("rose\n")
     elif what == "a template without a place":
@@ -276,6 +278,7 @@ def broken(folder: Path, what: str) -> None:
     [
         ("a missing shard", DataNotFoundError, "one of 5 shards not found .*1.tar"),
         ("no number of shards", DataError, "must be a whole number below .*, got '-1'"),
+        ("zero shards", DataError, "nshards.txt says that there are no shards: expected the webdataset layout"),
         ("a class beyond the names", DataError, "class of .* must be a whole number below 1, got"),
         ("a template without a place", DataError, r"must hold {c} for the name of the class, got 'a photo'"),
         ("labels of another kind", DataError, "expected one class per image, but .* says multilabel"),
@@ -287,6 +290,18 @@ def test_damaged_data_sets(root: Path, tmp_path: Path, what: str, error: type[Ex
     broken(tmp_path / "flowers", what)
     with pytest.raises(error, match=message):
         clip_benchmark(tmp_path)
+
+
+def test_images_without_a_caption_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    samples = [{"__key__": f"s{i}", "png": encoded(i, "png"), "txt": text} for i, text in enumerate(["", "a\nb"])]
+    write(tmp_path, samples, 2)
+    assert [(record.id, record.captions) for record in captioned_shards(tmp_path)] == [("0/s1", ("a", "b"))]
+    assert "skipped 1 of 2 images without a caption" in caplog.text
+    shutil.rmtree(tmp_path / "test")
+    write(tmp_path, samples[:1], 2)
+    with pytest.raises(DataError, match="test has no caption for any of its 1 images"):
+        captioned_shards(tmp_path)
 
 
 def test_there_is_no_data_set(tmp_path: Path) -> None:

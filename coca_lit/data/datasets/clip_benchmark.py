@@ -6,6 +6,7 @@ The samples of a shard are KEY.webp (or .jpg, .png) with KEY.cls, the number of 
 KEY.txt instead, a caption in each line, and "retrieval" in a file dataset_type.txt. Nothing is unpacked.
 """
 
+import logging
 import random
 import re
 from collections.abc import Hashable, Iterator
@@ -20,6 +21,8 @@ from coca_lit.data.records import Record, decode_image, not_found
 from coca_lit.data.shards.reader import MAX_TEXT
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
+
+log = logging.getLogger(__name__)
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 IMAGES = ("webp", "png", "jpg", "jpeg")
@@ -74,11 +77,20 @@ def classified_shards(root: str | Path, split: str = "test") -> Classification:
 
 
 def captioned_shards(root: str | Path, split: str = "test") -> list[Record]:
-    """The images of a split with all their captions; arguments and errors as in `classified_shards`."""
+    """The images of a split with all their captions, without those that have none; arguments and errors as in
+    `classified_shards`.
+    """
     root = local_copy(root, split)
     if (kind := kind_of(root)) != "retrieval":
         raise DataError(f"expected captions (retrieval in {root / TYPE}), but the data set is one of {kind}")
-    return [Record(id, image, text.splitlines()) for id, image, text in _samples(root / split, "txt")]
+    records = [Record(id, image, text.splitlines()) for id, image, text in _samples(root / split, "txt")]
+    captioned = [record for record in records if record.captions]
+    if not captioned:
+        raise DataError(f"{root / split} has no caption for any of its {len(records)} images")
+    if len(captioned) < len(records):
+        skipped = len(records) - len(captioned)
+        log.warning("skipped %d of %d images without a caption in %s", skipped, len(records), root / split)
+    return captioned
 
 
 def local_copy(root: str | Path, split: str) -> Path:
@@ -107,6 +119,8 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
     if not (folder / "nshards.txt").is_file():
         raise not_found("shards", [folder / "nshards.txt"], HOW)
     count = _number(_text(folder / "nshards.txt"), MAX_SHARDS, f"number of shards in {folder / 'nshards.txt'}")
+    if not count:
+        raise DataError(f"{folder / 'nshards.txt'} says that there are no shards: {HOW}")
     for shard in (folder / f"{i}.tar" for i in range(count)):
         if not shard.is_file():
             raise not_found(f"one of {count} shards", [shard], HOW)
