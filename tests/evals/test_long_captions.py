@@ -51,6 +51,11 @@ def test_the_first_entries_of_a_list_that_goes_on(root: Path, tmp_path: Path) ->
     (root / "out.json").write_text(json.dumps([{"image": "../x.jpg", "conversations": []}]))
     with pytest.raises(DataError, match="leads out of the folder"):
         sharegpt4v_records(root, "out.json")
+    talk = [{"value": "What?"}, {"value": "a dog"}]
+    named = [{"image": f"{name}.jpg", "conversations": talk} for name in ("x/1", "y/1", "x/9")]
+    (root / "twice.json").write_text(json.dumps(named))
+    with pytest.raises(DataError, match=r"twice\.json names two images '1\.jpg'"):
+        sharegpt4v_records(root, "twice.json")
     with pytest.raises(DataError, match="no split 'val'"):
         docci_records(root, "val")
     for read in (urban1k_records, docci_records, sharegpt4v_records):

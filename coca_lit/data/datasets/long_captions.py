@@ -1,9 +1,10 @@
 """Images with captions of several sentences, longer than the context of most models: Urban1k, DOCCI, ShareGPT4V.
 
-What a model does not read is told by `RetrievalScores`.
+`RetrievalScores` reports what a model does not read.
 """
 
 import json
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,8 +73,8 @@ def sharegpt4v_records(
             folders[root / place.parent] = None
             _, answer, *_ = case["conversations"]
             listings.append(listing(f"{i}", place.name, (answer["value"].replace("\n", " "),)))
-    if len({item.filename for item in listings}) < len(listings):
-        raise DataError(f"{path} names two images {max(item.filename for item in listings)!r}")
+    if twice := [name for name, count in Counter(item.filename for item in listings).items() if count > 1]:
+        raise DataError(f"{path} names two images {twice[0]!r}")
     return records_on_disk(listings, [*folders], path, how)
 
 
