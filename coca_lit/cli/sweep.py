@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError
+from coca_lit.files import atomic_write
 from coca_lit.reading import read_json
 from coca_lit.report.scores import best_run, cell, headline, lower_is_better
 from coca_lit.runs.launch import is_first_process, job_folder
@@ -252,7 +253,7 @@ def _values(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def _write_record(job: Path, record: dict[str, Any]) -> None:
-    (job / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    atomic_write(job / RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:

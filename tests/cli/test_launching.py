@@ -3,6 +3,7 @@ need a cluster are in tests/clusters.
 """
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -10,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forking import Program
+from forking import Program, called
 from running import ROOT, TINY, compose, results
+from test_files import at_most
 
 from coca_lit.cli import launchers
 from coca_lit.cli import train as cli
 from coca_lit.cli.study import OptunaSweeper, distribution
-from coca_lit.cli.sweep import check_processes
-from coca_lit.errors import ConfigError
+from coca_lit.cli.sweep import RECORD, _write_record, check_processes
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.report.scores import best_run, headline
 from coca_lit.runs.launch import job_folder, run_id
 
@@ -307,3 +309,16 @@ def test_best_run() -> None:
     assert best_run(results, "y/CIDEr") is None
     assert headline(["x/i2t_recall@1", "x/CIDEr", "y/CIDEr"]) == "x/CIDEr"
     assert headline(["x/Bleu_4"]) is None
+
+
+def test_a_full_disk_leaves_the_earlier_record_of_a_job(tmp_path: Path) -> None:
+    called(record_twice, tmp_path)
+
+
+def record_twice(job: Path) -> None:
+    _write_record(job, {"status": "unfinished"})
+    at_most(10)
+    with pytest.raises(DataError, match=r"cannot write .*job\.json"):
+        _write_record(job, {"status": "ok"})
+    at_most(None)
+    assert json.loads((job / RECORD).read_text()) == {"status": "unfinished"}
