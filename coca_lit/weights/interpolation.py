@@ -36,6 +36,6 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
         tied = [m.config["tied_embeddings"] for m in (model, before)]
         if tied[0] != tied[1]:
             raise ValueError(f"the models have different architectures: tied_embeddings is {tied[0]} and {tied[1]}")
-    for name, tensor in ours.items():
-        if tensor.is_floating_point():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # tied tensors once, unlike the state dict
+        if name in theirs and tensor.is_floating_point():
             tensor.copy_(torch.lerp(theirs[name], tensor, weight))

@@ -22,6 +22,16 @@ def test_a_quarter_of_the_way(tiny_model: Callable[..., CoCa]) -> None:
     assert after.get_buffer(norm).unique().tolist() == [2.0]
 
 
+def test_a_tied_matrix_is_mixed_once(tiny_model: Callable[..., CoCa]) -> None:
+    before, after = tiny_model(tied_embeddings=True), tiny_model(tied_embeddings=True)
+    for model, value in ((before, 1.0), (after, 3.0)):
+        model.text.token_embedding.weight.data.fill_(value)
+    interpolate(after, before, 0.5)
+    assert after.text.token_embedding.weight.unique().tolist() == [2.0]
+    assert after.decoder is not None
+    assert after.decoder.vocabulary.weight is after.text.token_embedding.weight
+
+
 @pytest.mark.parametrize("weight", [0, 1])
 def test_both_ends_are_exact(tiny_model: Callable[..., CoCa], weight: float) -> None:
     before, after = tiny_model(), tiny_model()
