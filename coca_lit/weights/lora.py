@@ -5,6 +5,7 @@ training checkpoint stores W, A and B, so that a run resumes exactly; reading th
 (`merged`), an ordinary model.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,7 +40,8 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str] = PARTS) -> list[str]:
     """Freezes `parts` of the network but for low-rank updates of their matrices and convolution kernels, whose names it
-    returns. Other parts train as before, and frozen ones stay frozen.
+    returns. Other parts train as before, and frozen ones stay frozen. A matrix that modules share, as with tied
+    embeddings, gets no update.
 
     Args:
         rank: r; matrices with at most this many rows or columns keep their values.
@@ -57,11 +59,13 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     if unknown := [part for part in parts if part not in inside]:
         known = ", ".join(name for name, module in net.named_children() if [*module.parameters()])
         raise ValueError(f"parts: nothing in the model is called {', '.join(unknown)}; its parts: {known}")
+    uses: Counter[Tensor] = Counter(parameter for _, parameter in net.named_parameters(remove_duplicate=False))
     matrices = {
         name: module
         for name, module in inside.items()
         if isinstance(module, nn.Linear | nn.Conv2d)
         and module.weight.requires_grad
+        and uses[module.weight] == 1  # else the other modules that share it would not have the update
         and rank < min(len(module.weight), module.weight[0].numel())
     }
     if not matrices:

@@ -90,8 +90,9 @@ def test_matrices_kernels_and_norms(tiny_model: Build) -> None:
     assert model.text.dropout.training
 
 
-def test_whoever_reads_the_file_gets_the_sum(tiny_model: Build, tmp_path: Path) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("tied", [False, True])
+def test_whoever_reads_the_file_gets_the_sum(tiny_model: Build, tmp_path: Path, tied: bool) -> None:
+    model = tiny_model(tied_embeddings=tied)
     names = add_lora(model, rank=3, alpha=6)
     disturb(model)
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
