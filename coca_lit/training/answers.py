@@ -38,7 +38,8 @@ class AnswerClassifier(Objective):
     def build(self, net: CoCa) -> None:
         if net.decoder is None:
             raise ValueError("answers need a decoder, which a model with decoder_layers=0 lacks")
-        self.trains = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
+        of_decoder = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
+        self.trains = of_decoder + [part for part in net.parameters_of_loss("caption") if part != "decoder"]
         self.head = nn.Linear(net.config["text_width"], len(self.answers))
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.constant_(self.head.bias, -5.0)  # at first every answer counts as wrong, as most are

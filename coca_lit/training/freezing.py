@@ -30,11 +30,12 @@ def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], traine
 
 
 def _without(net: CoCa, part: str, trained: Collection[str]) -> Iterator[str]:
-    """The part itself, or its untrained children if some of its children are trained; nothing if all of it is."""
-    if part in trained:
+    """The part itself, or those of its parts that are not trained; nothing if all of it is."""
+    if any(f"{part}.".startswith(f"{name}.") for name in trained):
         return
     if not any(name.startswith(f"{part}.") for name in trained):
         yield part
         return
-    children = (f"{part}.{name}" for name, _ in net.get_submodule(part).named_children())
-    yield from (child for child in children if child not in trained)
+    inside = (n.removeprefix(f"{part}.") for n, _ in net.named_parameters() if n.startswith(f"{part}."))
+    for child in dict.fromkeys(name.partition(".")[0] for name in inside):  # modules and parameters
+        yield from _without(net, f"{part}.{child}", trained)

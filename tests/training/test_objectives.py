@@ -98,6 +98,47 @@ def test_a_classifier_keeps_the_decoder_from_freezing() -> None:
     assert not net.logit_scale.requires_grad
 
 
+def test_a_classifier_keeps_a_pooler_of_the_decoder_alone_from_freezing(questions: Batch) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_vqa", pooler="parallel")
+    model = CoCaLit(net, OPTIMIZER, 0, 1.0, 0.0, objectives={"answers": AnswerClassifier(ANSWERS)})
+    model.training_step(questions, 0).backward()
+    assert all(p.grad is not None for p in net.pooling.generative.parameters())
+
+
+class OfParts(Objective):
+    """Says that it trains some parts."""
+
+    def __init__(self, *trains: str) -> None:
+        super().__init__(parts=1.0)
+        self.trains = trains
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        return {"parts": net.logit_scale.sum()}
+
+
+@pytest.mark.parametrize(
+    ("trains", "weights", "tied"),
+    [
+        ("text", (0, 1), False),
+        ("text.norm", (0, 1), False),
+        ("decoder", (1, 0), False),
+        ("decoder.self_blocks.0", (1, 0), False),
+        ("decoder.self_blocks.0.norm_1.bias", (1, 0), False),
+        ("decoder.norm", (1, 0), True),
+    ],
+)
+def test_what_an_objective_trains_is_not_frozen_at_any_depth(
+    trains: str, weights: tuple[float, float], tied: bool
+) -> None:
+    net = create_model("coca_tiny", tied_embeddings=tied)
+    alone = create_model("coca_tiny", tied_embeddings=tied)
+    CoCaLit(net, OPTIMIZER, 0, *weights, objectives={"parts": OfParts(trains)})
+    CoCaLit(alone, OPTIMIZER, 0, *weights)
+    found, before = ({n for n, p in model.named_parameters() if not p.requires_grad} for model in (net, alone))
+    assert found == {name for name in before if not f"{name}.".startswith(f"{trains}.")}
+    assert found < before
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
