@@ -1,5 +1,6 @@
 """CoCa2 with OpenCLIP 4's modern text side computes what a second implementation computes from the same file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import oracle
 import pytest
 import torch
 from oracle import State
+from safetensors.torch import save_file
 from test_coca2 import SMALL, TEXTS, make, same
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from coca_lit.export.open_clip import write_open_clip
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.modern import rotary_table, rotate
-from coca_lit.weights.load import load_model, save_model
+from coca_lit.weights.load import load_dual_encoder, load_model, save_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 
@@ -200,6 +202,25 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
     assert load_model(tmp_path / "ours.safetensors").config == model.config
     with pytest.raises(ValueError, match="needs OpenCLIP 4"):
         write_open_clip(model, tmp_path)
+
+
+def test_a_file_without_a_decoder_is_no_clip(tmp_path: Path) -> None:
+    model, _, _ = modern(decoder_layers=0)
+    save_file(to_open_clip(model), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(open_clip_config(model, "4")))
+    for load in (load_model, load_dual_encoder):
+        loaded = load(tmp_path / "open_clip_model.safetensors")
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_config_without_numbers_has_the_default_ones() -> None:
+    model, state, _ = modern()
+    config = open_clip_config(model, "4")
+    for section in ("text_cfg", "multimodal_cfg"):
+        config["model_cfg"][section] |= {"norm_eps": None, "rope_temperature": None}
+    loaded = from_open_clip(state, config)
+    assert loaded.config == model.config
+    assert loaded.text.norm.eps == 1e-6
 
 
 def test_a_config_that_asks_for_another_modern_tower() -> None:

@@ -21,7 +21,7 @@ from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import OpenClipNames, SelfBlock
 from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments
-from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes
+from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes, has_modern_towers
 
 _TRANSPOSED = {
     *("visual.proj", "text.text_projection", "text_decoder.text_projection"),
@@ -112,7 +112,11 @@ def is_clip(state: Mapping[str, Any]) -> bool:
     """
     names = _plain_state(state)
     captioner = ("text_decoder.", "text.cls_emb", "map_viz2txt_kv")
-    return "logit_scale" in names and not any(name.startswith(captioner) for name in names)
+    return (
+        "logit_scale" in names
+        and not has_modern_towers(names)
+        and not any(name.startswith(captioner) for name in names)
+    )
 
 
 def _plain_state(state: Mapping[str, Any]) -> "_Tensors":

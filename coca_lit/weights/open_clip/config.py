@@ -13,6 +13,7 @@ from torch import nn
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION, MeanPooling
 from coca_lit.models.mammut import TwoPassTower
+from coca_lit.models.modern import Style
 from coca_lit.models.naflex import DEFAULTS
 from coca_lit.tokenizer import get_tokenizer
 from coca_lit.weights.open_clip.keys import (
@@ -207,8 +208,12 @@ def clip_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _style(section: Mapping[str, Any]) -> dict[str, float]:
     """What the tensors of modern blocks do not show, where it is not the default."""
-    found = {"norm_eps": section.get("norm_eps", 1e-6), "rope_base": section.get("rope_temperature", 10000.0)}
-    return {name: float(value) for name, value in found.items() if value not in (1e-6, 10000)}
+    found = {"norm_eps": section.get("norm_eps"), "rope_base": section.get("rope_temperature")}
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if value is not None and value != Style._field_defaults[name]
+    }
 
 
 def _image_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:

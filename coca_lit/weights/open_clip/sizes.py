@@ -39,9 +39,8 @@ def coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
             f"this is {relative}; of OpenCLIP's captioners these can be read, in any size: coca_ViT-L-14, "
             "coca2_ViT-B-32, coca2-moderntext_ViT-B-32, coca2-moderntext-naflex_ViT-B-32, mammut2_ViT-L-14, openMaMMUT"
         )
-    pooler = "attn_pool.query" if _NAFLEX in theirs else "visual.attn_pool.query"
-    needed = [pooler] if "map_viz2txt_kv" not in theirs else []
-    if needed and "text.blocks.0.attn.qkv.weight" not in theirs:
+    needed = [_pooler_of(theirs)] if "map_viz2txt_kv" not in theirs else []
+    if needed and not has_modern_towers(theirs):
         needed.append("text.cls_emb")
     if missing := [key for key in needed if key not in theirs]:
         raise ValueError(f"this is not an OpenCLIP CoCa checkpoint: it has no tensor '{missing[0]}'")
@@ -68,6 +67,16 @@ def coca_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
         **text,
         "contrastive": "siglip" if "logit_bias" in theirs else "softmax",
     }
+
+
+def has_modern_towers(theirs: Mapping[str, Tensor]) -> bool:
+    """Whether it pools images by attention and has OpenCLIP 4's modern text tower: a CoCa, also without a decoder."""
+    return _pooler_of(theirs) in theirs and "text.blocks.0.attn.qkv.weight" in theirs
+
+
+def _pooler_of(theirs: Mapping[str, Tensor]) -> str:
+    """A tensor that an attentional pooler has."""
+    return "attn_pool.query" if _NAFLEX in theirs else "visual.attn_pool.query"
 
 
 def at_the_root(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
