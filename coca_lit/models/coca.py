@@ -151,6 +151,7 @@ class CoCa(Freezable):
         sizes = (context_length, text_width, text_layers, text_heads, embed_dim)
         text_arguments = (self.tokenizer.vocab_size, *sizes, cls_mask, dropout)
         self.text = build_text_tower(text_tower, *text_arguments, **(text_tower_args or {}))
+        self.text.pad_id = self.tokenizer.pad_id
         self.decoder: Decoder | None = None
         if decoder_layers:
             width = self.pooling.token_width

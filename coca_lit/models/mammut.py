@@ -43,6 +43,7 @@ class TwoPassTower(nn.Module):
         ("norm.", "text.ln_final.", {}),
         ("token_embedding.", "text.token_embedding.", {}),
     )
+    pad_id = 0  # `CoCa` sets its tokenizer's
     pad_mask = True
 
     def __init__(
@@ -125,7 +126,8 @@ class TwoPassTower(nn.Module):
         return self.token_embedding(tokens)
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
-        tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, T); a negative padding cuts
+        added = layout.max_length - tokens.shape[1]  # a negative padding cuts
+        tokens = F.pad(tokens, (0, added), value=self.pad_id)  # (B, T)
         positions = to_device(layout.pack_on_host(layout.positions.expand(layout.batch_size, -1)), layout.device)
         # Not an index: on several threads the gradient of that adds in no fixed order.
         return self.dropout(self.token_embedding(layout.pack(tokens)) + F.embedding(positions, self.position_embedding))
@@ -133,7 +135,7 @@ class TwoPassTower(nn.Module):
 
 class TwoPassTowerWithPads(TwoPassTower):
     """The released openMaMMUT's: its contrastive pass reads and averages all positions of the context, the pads
-    (id 0) after the text included.
+    after the text included.
     """
 
     pad_mask = False

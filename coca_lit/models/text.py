@@ -42,6 +42,7 @@ class TextTower(nn.Module):
     """
 
     contrastive_only: Sequence[str] = ("cls_embedding", "norm", "projection")  # what captioning does not use
+    pad_id = 0  # `CoCa` sets its tokenizer's
     open_clip_version = "3.3"  # the first that has such a tower
     open_clip_names: ClassVar[OpenClipNames] = (
         ("blocks.", "text.transformer.resblocks.", SelfBlock.open_clip_names),
@@ -131,7 +132,7 @@ class TextTower(nn.Module):
             must not read those after them.
         """
         lengths, device = lengths.cpu(), tokens.device
-        # Only a legacy CLS sees what stands at the first pad, and it was trained with id 0 there.
+        # Only a legacy CLS sees what stands at the first pad.
         cls_at = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
         layout = Layout(cls_at + contrastive, packed, max_length, device)
         positions = layout.positions.expand(lengths.shape[0], -1)  # (B, L)
@@ -143,7 +144,8 @@ class TextTower(nn.Module):
                 fills_context = lengths == self.context_length
                 mask = legacy_attention_mask(to_device(is_cls, device), to_device(fills_context, device))
             is_cls = to_device(layout.pack_on_host(is_cls), device)
-        tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, L); a negative padding cuts
+        added = layout.max_length - tokens.shape[1]  # a negative padding cuts
+        tokens = F.pad(tokens, (0, added), value=self.pad_id)  # (B, L)
         positions = to_device(layout.pack_on_host(positions), device)
         x = self._embed(layout.pack(tokens), positions, is_cls)
         for block in self.blocks:

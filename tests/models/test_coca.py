@@ -253,6 +253,24 @@ def test_the_pad_id_inside_a_text_is_a_token(tiny_model: Build, cls_mask: ClsMas
     assert (out.logits - other.logits)[1:].abs().amax(dim=1).min() > 1e-5
 
 
+@pytest.mark.parametrize(
+    "tower",
+    [
+        {"cls_mask": "legacy"},
+        {"text_tower": "two_pass_with_pads", "pooler": "mean", "text_width": 96, "text_layers": 1, "decoder_layers": 1},
+    ],
+    ids=["legacy", "two_pass_with_pads"],
+)
+@pytest.mark.parametrize("tokenizer", ["clip", "r50k"])
+def test_pads_are_the_tokenizers_however_long_the_rows_are(
+    tiny_model: Build, tokenizer: str, tower: dict[str, Any]
+) -> None:
+    model = tiny_model(tokenizer=tokenizer, embed_dim=96, **tower)
+    padded = model.tokenizer(["a dog"])  # to the context length
+    length = torch.tensor([len(model.tokenizer.encode("a dog"))])
+    assert_close(model.encode_text(padded[:, : int(length)], length), model.encode_text(padded, length))
+
+
 def test_text_lengths() -> None:
     tokens = torch.tensor([[1, 5, 2, 0], [1, 0, 0, 2], [0, 0, 2, 0], [0, 0, 0, 0]])
     assert text_lengths(tokens, pad_id=0).tolist() == [3, 4, 3, 1]
