@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from coca_lit.callbacks.resuming import forget_last_step, is_logged_step
 from coca_lit.data.batch import Batch
+from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
 from coca_lit.models.text import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
@@ -148,6 +149,11 @@ class CoCaLit(L.LightningModule):
         self.net.clamp_logit_scale()
 
     def setup(self, stage: str) -> None:
+        if (algorithm := self.trainer.gradient_clip_algorithm) not in (None, "norm"):
+            raise ConfigError(
+                f"trainer.gradient_clip_algorithm must be norm or null, got {algorithm.value}: gradients are clipped by"
+                " their global norm alone"
+            )
         if self.self_critical is not None and stage == "fit":
             self.self_critical.read(self.trainer.datamodule.training_captions())  # type: ignore[attr-defined]
 

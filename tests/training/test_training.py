@@ -20,6 +20,7 @@ from coca_lit.callbacks import ScoreDuringTraining, progress_bar
 from coca_lit.callbacks.progress import PlainProgress
 from coca_lit.cli.assembly import build, build_module, build_trainer
 from coca_lit.data.batch import Batch
+from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import contrastive_loss
@@ -55,6 +56,11 @@ def fit(folder: Path, *overrides: str, watch: L.Callback | None = None) -> CoCaL
     trainer.callbacks += [watch] if watch else []
     trainer.fit(module, datamodule=data, ckpt_path=None if cfg.ckpt_path == "auto" else cfg.ckpt_path)
     return module
+
+
+def test_values_are_not_clipped_one_by_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.gradient_clip_algorithm must be norm or null, got value"):
+        fit(tmp_path, "+trainer.gradient_clip_algorithm=value")
 
 
 class AfterStep(L.Callback):
