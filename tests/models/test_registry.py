@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import coca_lit
 from coca_lit.losses import loss_terms
-from coca_lit.models import CoCa, create_model, register_image_encoder
-from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
+from coca_lit.models import CoCa, create_model, register_image_encoder, register_text_tower
+from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
 
 PACKAGE = '''
 import torch
@@ -113,6 +113,38 @@ def test_a_file_stores_names_and_plain_arguments(tmp_path: Path) -> None:
     assert torch.equal(again.encode_image(images), model.encode_image(images))
     assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
     assert again.config == model.config
+
+
+def test_a_name_of_another_package_is_another_part(tmp_path: Path) -> None:
+    model = guest()
+    assert IMAGE_ENCODERS.get("their_package.moved:patches") is IMAGE_ENCODERS.get("patches")
+    assert IMAGE_ENCODERS.get("other_package:patches") is None
+    model.config["image_encoder"] = "other_package:patches"
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="the module 'other_package' registers it, so import that first"):
+        coca_lit.load_model(tmp_path / "model.safetensors")
+
+
+def test_arguments_of_guests_are_their_own(tmp_path: Path) -> None:
+    """Neither names nor numbers are taken for timm's; only what may name a file is refused."""
+    import_modules(["their_package"])
+    patches, shifted = IMAGE_ENCODERS.get("patches"), TEXT_TOWERS.get("shifted")
+
+    @register_image_encoder("free")
+    def _(image_size: int, feature_dim: int, theta: float, **rest: object) -> nn.Module:
+        return patches(image_size, width=feature_dim)
+
+    register_text_tower("free")(lambda theta, **sizes: shifted(theta, **sizes))
+    arguments = {"image_encoder_args": {"feature_dim": 24, "theta": 1e6}, "text_tower_args": {"theta": 1e6}}
+    model = create_model("coca_tiny", image_encoder="free", text_tower="free", **arguments).eval()
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    loaded = coca_lit.load_model(tmp_path / "model.safetensors")
+    images, _ = inputs(model)
+    assert torch.equal(loaded.encode_image(images), model.encode_image(images))
+    model.config["image_encoder_args"]["checkpoint_path"] = "evil.pth"
+    coca_lit.save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"hands image_encoder_args\.checkpoint_path to timm"):
+        coca_lit.load_model(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])

@@ -57,6 +57,12 @@ def make(**overrides: Any) -> tuple[CoCa, State, State]:
     return model, state, {name: t.double() for name, t in state.items()}
 
 
+def test_a_budget_of_many_patches_is_no_forged_size(tmp_path: Path) -> None:
+    arguments = SMALL["image_encoder_args"] | {"max_patches": 60_000}
+    save_model(create_model(NAME, **SMALL | {"image_encoder_args": arguments}), tmp_path / "model.safetensors")
+    assert load_model(tmp_path / "model.safetensors").image_encoder.preprocessing["max_patches"] == 60_000
+
+
 @pytest.fixture(scope="module")
 def images() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
