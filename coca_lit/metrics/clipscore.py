@@ -4,7 +4,6 @@ The published scores use OpenAI's CLIP ViT-B/32. With the features of another mo
 Shapes: I images, T references, D features; all features of unit length.
 """
 
-import torch
 from torch import Tensor
 
 WEIGHT = 2.5  # stretches the cosines of CLIP, which seldom exceed 0.4, over [0, 1]
@@ -33,6 +32,6 @@ def clip_scores_of_images(
         )
     fit = WEIGHT * (images * captions).sum(dim=1).clamp(min=0)  # (I,)
     cosines = (captions[image_of_reference] * references).sum(dim=1)  # (T,)
-    nearest = torch.zeros(len(images)).scatter_reduce(0, image_of_reference, cosines, "amax")  # (I,), at least 0
+    nearest = cosines.new_zeros(len(images)).scatter_reduce(0, image_of_reference, cosines, "amax")  # (I,), at least 0
     harmonic = 2 * fit * nearest / (fit + nearest).clamp(min=1e-12)
     return {"CLIPScore": fit, "RefCLIPScore": harmonic}

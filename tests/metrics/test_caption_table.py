@@ -40,6 +40,12 @@ def test_a_caption_far_from_all_references_fits_them_at_zero():
     assert scores == pytest.approx({"CLIPScore": 1.5, "RefCLIPScore": 0})  # 2 · 1.5 · -1 / 0.5 = -6 without max(cos, 0)
 
 
+def test_clip_scores_of_doubles():
+    image = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+    scores = clip_scores(image, image, image, torch.tensor([0]))
+    assert scores == pytest.approx({"CLIPScore": 2.5, "RefCLIPScore": 2 * 2.5 / 3.5}, abs=1e-12)
+
+
 def test_domains_are_sets_of_their_own():
     """CIDEr's document frequencies come from the domain alone."""
 
