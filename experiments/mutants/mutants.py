@@ -303,8 +303,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "metrics/clipscore.py": [
         (
             "ref_clip_score_clamp",
-            "torch.zeros(len(images)).scatter_reduce",
-            "torch.full((len(images),), -1.0).scatter_reduce",
+            "cosines.new_zeros(len(images)).scatter_reduce",
+            "cosines.new_full((len(images),), -1.0).scatter_reduce",
             "metrics/test_caption_table.py",
         ),
         ("clip_score_clamp", ".sum(dim=1).clamp(min=0)", ".sum(dim=1)", "metrics/test_caption_table.py"),
