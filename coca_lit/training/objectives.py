@@ -15,6 +15,7 @@ from coca_lit.data.batch import Batch, padded
 from coca_lit.distributed import gather_early
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
+from coca_lit.models.packing import to_device
 
 
 class Objective(nn.Module, ABC):
@@ -152,7 +153,6 @@ class PrefixPrompts(Objective):
     """
 
     ids: Tensor
-    lengths: Tensor
 
     def __init__(self, prompts: Sequence[str], weight: float = 1.0) -> None:
         super().__init__(prefixed=weight)
@@ -165,29 +165,31 @@ class PrefixPrompts(Objective):
         rows = [ids[1:-1] for ids in net.tokenizer.encode_batch(self.prompts)]
         if max(map(len, rows)) > net.tokenizer.context_length // 2:
             raise ValueError(f"a prompt takes more than half of the context of {net.tokenizer.context_length} tokens")
-        ids, lengths = padded(rows, net.tokenizer.pad_id)
-        self.register_buffer("ids", ids, persistent=False)  # (P, p)
-        self.register_buffer("lengths", lengths, persistent=False)  # (P,)
+        ids, self.lengths = padded(rows, net.tokenizer.pad_id)  # (P, p), and (P,), which stays on the host
+        self.register_buffer("ids", ids, persistent=False)
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         count = len(batch.tokens)
-        device = batch.tokens.device
-        which = torch.randint(len(self.prompts), (count,), device=device) if self.training else [0] * count
+        which = torch.randint(len(self.prompts), (count,)) if self.training else torch.zeros(count, dtype=torch.long)
         return {"prefixed": _caption_term(net, self.with_prompts(net, batch, which))}
 
-    def with_prompts(self, net: CoCa, batch: Batch, which: Tensor | list[int]) -> Batch:
-        """The batch with a prompt between the start and the rest of each text; texts that become too long are cut."""
+    def with_prompts(self, net: CoCa, batch: Batch, which: Tensor) -> Batch:
+        """The batch with a prompt between the start and the rest of each text; texts that become too long are cut.
+
+        Args:
+            which: (B,) number of the prompt of each text, on the host.
+        """
         tokens, context = batch.tokens, net.tokenizer.context_length
-        prompts, added = self.ids[which], self.lengths[which, None]  # (B, p), (B, 1)
+        lengths = (batch.lengths + self.lengths[which]).clamp(max=context)
+        prefix_lengths = self.lengths[which] + (1 if batch.prefix_lengths is None else batch.prefix_lengths)
+        prompts = self.ids[to_device(which, tokens.device)]  # (B, p)
+        added, ends = (to_device(x, tokens.device)[:, None] for x in (self.lengths[which], lengths))  # (B, 1)
         positions = torch.arange(min(tokens.shape[1] + prompts.shape[1], context), device=tokens.device)  # (T,)
         from_prompt = prompts.gather(1, (positions - 1).clamp(0, prompts.shape[1] - 1).expand(len(tokens), -1))
         from_text = tokens.gather(1, (positions - added).clamp(0, tokens.shape[1] - 1))
-        lengths = (batch.lengths.to(tokens.device) + added[:, 0]).clamp(max=context)
         new = torch.where((positions >= 1) & (positions <= added), from_prompt, from_text)
-        new = new.scatter(1, lengths[:, None] - 1, net.tokenizer.eot_id)
-        new = new.masked_fill(positions >= lengths[:, None], net.tokenizer.pad_id)
-        before = 1 if batch.prefix_lengths is None else batch.prefix_lengths.to(tokens.device)
-        return batch._replace(tokens=new, lengths=lengths, prefix_lengths=before + added[:, 0])
+        new = new.scatter(1, ends - 1, net.tokenizer.eot_id).masked_fill(positions >= ends, net.tokenizer.pad_id)
+        return batch._replace(tokens=new, lengths=lengths, prefix_lengths=prefix_lengths)
 
 
 def _caption_parts(net: CoCa) -> list[str]:

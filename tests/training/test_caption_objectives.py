@@ -80,7 +80,7 @@ def test_prompts_by_hand(net: CoCa) -> None:
     objective.build(net)
     encode, words = net.tokenizer.encode, "a large red circle"
     long = " ".join(["red"] * 30)
-    batch = objective.with_prompts(net, make_batch(net, [words, long]), [0, 1])
+    batch = objective.with_prompts(net, make_batch(net, [words, long]), torch.tensor([0, 1]))
     first = encode(f"we see {words}")
     assert batch.tokens[0, : len(first)].tolist() == first
     assert (batch.tokens[0, len(first) :] == net.tokenizer.pad_id).all()
@@ -91,7 +91,7 @@ def test_prompts_by_hand(net: CoCa) -> None:
     plain = loss_terms(net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths))["caption"]
     with torch.no_grad():
         found = objective.eval()(net, make_batch(net, [words, words]))["prefixed"]
-    one = objective.with_prompts(net, make_batch(net, [words, words]), [0, 0])
+    one = objective.with_prompts(net, make_batch(net, [words, words]), torch.tensor([0, 0]))
     expected = loss_terms(net(one.images, one.tokens, one.lengths, prefix_lengths=one.prefix_lengths))["caption"]
     torch.testing.assert_close(found, expected.detach())
     assert plain.item() > 0

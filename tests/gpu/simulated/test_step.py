@@ -12,9 +12,11 @@ from torch import Tensor
 from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.packing import to_device
 from coca_lit.models.presets import PRESETS
 from coca_lit.plan.trace import trace
 from coca_lit.training.gradient_caching import cached_loss
+from coca_lit.training.objectives import PrefixPrompts
 
 LENGTHS = [5, 9, 17, 6, 7, 12, 24, 4]  # of captions; more than a tenth of the grid would be padding
 VIT = {"image_encoder": "vit_tiny_patch16_224", "image_encoder_args": {"depth": 1, "embed_dim": 32, "num_heads": 2}}
@@ -135,9 +137,17 @@ def in_micro_batches(net: CoCa, batch: Batch) -> Tensor:
     return cached_loss(net, batch.images, batch.tokens, batch.lengths, 4, weights, batch.prefix_lengths)[0]
 
 
+def behind_prompts(net: CoCa, batch: Batch) -> Tensor:
+    objective = PrefixPrompts(["we see", "the small picture of"])
+    objective.build(net)
+    objective.ids = to_device(objective.ids, net.device)  # as Lightning does before the first step
+    torch.manual_seed(0)
+    return objective(net, batch)["prefixed"]
+
+
 @pytest.mark.parametrize(
     "step",
-    [smoothed, alone, contrastive_only, caption_only, questions, in_micro_batches],
+    [smoothed, alone, contrastive_only, caption_only, questions, in_micro_batches, behind_prompts],
     ids=lambda step: step.__name__,
 )
 @pytest.mark.parametrize("kind", [None, torch.bfloat16], ids=["fp32", "bf16"])
