@@ -36,7 +36,8 @@ def siglip_loss(
     scale, bias = wide(logit_scale), wide(logit_bias)
     inputs = (images, texts, scale, bias)
     differentiate = any(map(wants_gradient, inputs))
-    grad_images, grad_texts, grad_bias = torch.zeros_like(images), torch.zeros_like(texts), torch.zeros_like(bias)
+    if differentiate:
+        grad_images, grad_texts, grad_bias = torch.zeros_like(images), torch.zeros_like(texts), torch.zeros_like(bias)
     own, share = rank() * len(images), 1 / len(images)
     total = images.new_zeros(())
     with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
@@ -49,8 +50,8 @@ def siglip_loss(
                 torch.mm(p, texts, out=grad_images[rows])
                 grad_texts.addmm_(p.T, images[rows])
                 grad_bias += p.sum()
+        if not differentiate:
+            return total * share
         grad_scale = (grad_images * images).sum().view(1)
         gradients = [grad_images * scale, grad_texts * scale, grad_scale, grad_bias]
-    if not differentiate:
-        return total * share
     return with_gradients(total * share, [g.mul_(share) for g in gradients], inputs)

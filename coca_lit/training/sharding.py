@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from coca_lit.models import CoCa
 from coca_lit.runs.checkpoint_io import upgrade
-from coca_lit.training.sharded_checkpoint import Saving, restore
 from coca_lit.weights.sharded import OPTIMIZERS, is_folder
 
 
@@ -38,6 +37,8 @@ class FullySharded(ModelParallelStrategy):
     """
 
     def __init__(self, sharded_checkpoints: bool = False) -> None:
+        from coca_lit.training.sharded_checkpoint import Saving  # imports what no other training needs
+
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
         self.sharded_checkpoints = sharded_checkpoints
         self.saving = Saving()
@@ -72,6 +73,8 @@ class FullySharded(ModelParallelStrategy):
         assert self.model is not None
         path = Path(self.broadcast(checkpoint_path))
         if is_folder(path):
+            from coca_lit.training.sharded_checkpoint import restore
+
             checkpoint = restore(path, self.model, self.optimizers)
             self.saving.whole = path.resolve()
             for optimizer, state in zip(self.optimizers, checkpoint[OPTIMIZERS], strict=False):
