@@ -230,7 +230,8 @@ class IndexedBatches(Sampler[list[tuple[int, ...]]]):
     def __post_init__(self) -> None:
         per_rank(self.schedule.batch_size, self.world)
         self.weights = [source.weight for source in self.sources]
-        self.starts = [0, *accumulate(map(count_samples, self.sources))]  # of each source, in samples
+        self.counts = [count_samples(source) for source in self.sources]  # a sum over all shards
+        self.starts = [0, *accumulate(self.counts)]  # of each source, in samples
         self._orders: dict[int, tuple[int, Tensor]] = {}  # of each source: its current pass and the order of that
 
     def __len__(self) -> int:
@@ -238,13 +239,17 @@ class IndexedBatches(Sampler[list[tuple[int, ...]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         for number in range(self.start, self.stop):
-            yield self.global_batch(number)[self.rank :: self.world]
+            yield self._part(number, self.rank, self.world)
 
     def global_batch(self, number: int) -> list[tuple[int, ...]]:
         """The same for any number of ranks; computed without the batches before it."""
+        return self._part(number, 0, 1)
+
+    def _part(self, number: int, rank: int, world: int) -> list[tuple[int, ...]]:
+        """The samples of a rank in a global batch."""
         first, size, patches = self.schedule.at(number)
         order = weighted_round_robin(self.weights, counts_after(first, self.weights))
-        return [(*self._sample(source, k), *patches) for source, k in islice(order, size)]
+        return [(*self._sample(source, k), *patches) for source, k in islice(order, rank, size, world)]
 
     def _sample(self, source: int, k: int) -> tuple[int, int]:
         """(pass, i) of the `k`-th sample of a source, from 0."""
@@ -253,14 +258,13 @@ class IndexedBatches(Sampler[list[tuple[int, ...]]]):
 
     def _per_pass(self, source: int) -> int:
         """All samples; with a single source only whole batches of them, as with records."""
-        count = count_samples(self.sources[source])
-        batch_size = self.schedule.batch_size
+        count, batch_size = self.counts[source], self.schedule.batch_size
         return count - count % batch_size if len(self.sources) == 1 and count >= batch_size else count
 
     def _order(self, source: int, epoch: int) -> Tensor:
         if self._orders.get(source, (None,))[0] != epoch:
             name = [self.sources[source].name] if self.sources[source].name else []
-            self._orders[source] = epoch, epoch_order(count_samples(self.sources[source]), self.seed, epoch, *name)
+            self._orders[source] = epoch, epoch_order(self.counts[source], self.seed, epoch, *name)
         return self._orders[source][1]
 
 

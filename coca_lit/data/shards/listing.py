@@ -218,6 +218,7 @@ def _look_into(folder: str, patience: float = PATIENCE) -> _Folder:
         return _Folder(functools.cache(listing.file), listing.matches, manifest)
     path = Path(folder)
 
+    @functools.cache
     def file(name: str) -> Stored | None:
         return Stored((path / name).stat().st_size, "") if (path / name).is_file() else None
 
