@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
                 raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-            inspect(temporary)
+            _read(temporary)
     except (DataError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
         reason = str(error.__cause__ or error).splitlines()[0]
         log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
@@ -63,7 +64,8 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
 
 def inspect(path: Path) -> dict[str, Any]:
     """Reads a whole checkpoint and returns its content, with tensors that have a shape but no data; of a folder without
-    the tensors of weights and optimizers.
+    the tensors of weights and optimizers. As long as it does not change it is read once, and all callers share the
+    content: resuming asks several times.
 
     Raises:
         CheckpointError: the file is torn or corrupt, or holds more than tensors and plain values.
@@ -71,6 +73,17 @@ def inspect(path: Path) -> dict[str, Any]:
     if is_folder(path):
         check_shards(path)
         return inspect(path / REST)
+    path = path.resolve()  # of last.ckpt
+    about = path.stat()
+    return _read_once(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _read_once(path: Path, size: int, changed: int) -> dict[str, Any]:
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         archive = check_archive(path)
     except ValueError as error:

@@ -410,7 +410,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "runs/checkpoint_io.py": [
         (
             "saved_is_read_back",
-            "            inspect(temporary)\n",
+            "            _read(temporary)\n",
             "            temporary.stat()\n",
             "runs/test_resume.py::test_what_could_not_be_loaded_is_not_saved",
         ),

@@ -391,6 +391,20 @@ def test_torn_and_corrupt_checkpoints_are_passed_over(tmp_path: Path, caplog: py
         newest_valid(folder)
 
 
+def test_a_resume_reads_its_checkpoint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, config = save(tmp_path, 1, config={"seed": 1}), checkpoint_io._read, {"seed": 1}
+    found: list[Path] = []
+    monkeypatch.setattr(checkpoint_io, "_read", lambda path: found.append(path) or read(path))
+    last = find_checkpoint(tmp_path, "auto", first_process=True)
+    assert last is not None
+    check_same_run(last, config, strict=True)
+    resume(tmp_path, last, roll_back=False)
+    assert found == [path.resolve()]
+    save(tmp_path, 1, config={"seed": 12345})
+    with pytest.raises(CheckpointError, match=r"^seed was 12345 when "):
+        check_same_run(last, config, strict=True)
+
+
 def test_nothing_but_whole_files_under_the_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of writing, by an exception that nobody catches; the file before stays as it was."""
     path = save(tmp_path, 1)
