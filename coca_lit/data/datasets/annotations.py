@@ -19,7 +19,10 @@ def read_karpathy(path: Path, split: str) -> list[Listing]:
     "train" includes COCO's "restval", as is customary (82,783 + 30,504 images). Ids are `cocoid` where present, else
     `imgid`. Raises `DataError` for malformed files and unknown splits.
     """
-    content = read_json(path, limit=MAX_BYTES)
+    return _karpathy_listings(read_json(path, limit=MAX_BYTES), path, split)
+
+
+def _karpathy_listings(content: Any, path: Path, split: str) -> list[Listing]:
     with schema(path, "Karpathy's"):
         images = content["images"]
         splits = sorted({image["split"] for image in images})
@@ -42,7 +45,10 @@ def read_coco(path: Path) -> list[Listing]:
 
     Raises `DataError` for malformed files, and for lists of images without captions, such as the test sets.
     """
-    content = read_json(path, limit=MAX_BYTES)
+    return _coco_listings(read_json(path, limit=MAX_BYTES), path)
+
+
+def _coco_listings(content: Any, path: Path) -> list[Listing]:
     with schema(path, "the COCO captions"):
         captions: dict[int | str, list[str]] = defaultdict(list)
         for annotation in content["annotations"]:
@@ -65,7 +71,7 @@ def read_references(path: Path, split: str) -> list[Listing]:
     """
     content = read_json(path, limit=MAX_BYTES)
     coco = isinstance(content, dict) and "annotations" in content
-    listings = read_coco(path) if coco else read_karpathy(path, split)
+    listings = _coco_listings(content, path) if coco else _karpathy_listings(content, path, split)
     if twice := [key for key, count in Counter(item.id for item in listings).items() if count > 1]:
         raise DataError(f"{path} lists image {twice[0]!r} twice")
     return listings
