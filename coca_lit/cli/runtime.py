@@ -62,6 +62,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
     # Strides of 1 × 1 convolutions, which have several names for one layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", message=".*logging on epoch level in distributed")  # scores are the same there
 
 
 def best_precision() -> str:
