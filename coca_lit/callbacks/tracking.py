@@ -31,7 +31,7 @@ from coca_lit.runs.run_folder import environment
 
 
 class LogRunFacts(L.Callback):
-    """Tells every logger beside the CSV, also one of the user's own, what is trained: as hyperparameters.
+    """Tells every logger besides the CSV, a user's own included, what is trained, as hyperparameters.
 
     Args:
         config: returns the run's config, resolved and without secrets.
@@ -77,8 +77,7 @@ class TensorBoardLog(TensorBoardLogger):
     def __init__(
         self, output_dir: str | Path, name: str = "tensorboard", version: str = "", resumed_from: Path | None = None
     ) -> None:
-        resumes = resumed_from is not None and is_first_process()
-        step = read_run(resumed_from).get("logged_steps", 0) if resumes and resumed_from is not None else 0
+        step = read_run(resumed_from).get("logged_steps", 0) if resumed_from is not None and is_first_process() else 0
         super().__init__(output_dir, name, version, default_hp_metric=False, purge_step=step)
 
     @rank_zero_only
@@ -226,7 +225,7 @@ class MLflowLog(MLFlowLogger):
         self,
         output_dir: str | Path,
         tracking_uri: str,
-        experiment_name: str = "coca_lit",
+        experiment_name: str,
         run_name: str | None = None,
         tags: dict[str, str] | None = None,
         artifact_location: str | None = None,

@@ -138,9 +138,7 @@ class Slurm(SlurmLauncher):
 
     choice, key = "engine=slurm", "engine"
 
-    def __init__(
-        self, shards_per_job: int = 8, devices: str | Sequence[int | str] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, shards_per_job: int, devices: str | Sequence[int | str] | None, **options: Any) -> None:
         if shards_per_job < 1:
             raise ConfigError(f"engine.shards_per_job must be at least 1, got {shards_per_job}")
         if (options.get("nodes") or 1) != 1 or (options.get("tasks_per_node") or 1) != 1:

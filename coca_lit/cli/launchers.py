@@ -141,7 +141,7 @@ class JoblibLauncher(JobsLauncher):
 
     choice = "hydra/launcher=joblib_jobs"
 
-    def __init__(self, n_jobs: int = 2) -> None:
+    def __init__(self, n_jobs: int) -> None:
         if n_jobs != -1 and n_jobs < 1:
             raise ConfigError(f"{self.key}.n_jobs must be at least 1, or -1 for all cores; got {n_jobs}")
         require(self.choice, "joblib", "cloudpickle")
@@ -245,7 +245,7 @@ class SlurmLauncher(JobsLauncher):
 
     choice = "hydra/launcher=slurm_jobs"
 
-    def __init__(self, submitit_folder: str, max_num_timeout: int = 0, **options: Any) -> None:
+    def __init__(self, submitit_folder: str, max_num_timeout: int, **options: Any) -> None:
         require(self.choice, "slurm", "submitit")
         self.folder, self.max_num_timeout = submitit_folder, max_num_timeout
         self.options: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(options), resolve=True)  # type: ignore

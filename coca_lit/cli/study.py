@@ -39,13 +39,13 @@ class OptunaSweeper(Sweeper):
     def __init__(
         self,
         sampler: DictConfig,
-        direction: Literal["maximize", "minimize"] = "maximize",
-        storage: str | None = None,
-        study_name: str | None = None,
-        n_trials: int = 20,
-        n_jobs: int = 1,
-        max_failure_rate: float = 1.0,
-        params: Mapping[str, Any] | None = None,
+        direction: Literal["maximize", "minimize"],
+        storage: str | None,
+        study_name: str | None,
+        n_trials: int,
+        n_jobs: int,
+        max_failure_rate: float,
+        params: Mapping[str, Any],
     ) -> None:
         require("hydra/sweeper=optuna_study", "optuna", "optuna")
         for name, value in (("n_trials", n_trials), ("n_jobs", n_jobs)):
@@ -61,7 +61,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        words = [*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments]
+        words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         overrides = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(words)}
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in overrides.items() if not o.is_sweep_override()]
         space = {key: distribution(o) for key, o in overrides.items() if o.is_sweep_override()}

@@ -27,7 +27,8 @@ def loggers(folder: Path, *names: str) -> list[str]:
         "tensorboard": f"{{_target_: {PART}.TensorBoardLog, output_dir: '{folder}'}}",
         "wandb": f"{{_target_: {PART}.WandbLog, output_dir: '{folder}', project: tests, tags: [small], "
         "offline: true, name: demo/first}",
-        "mlflow": f"{{_target_: {PART}.MLflowLog, output_dir: '{folder}', run_name: first, {store}}}",
+        "mlflow": f"{{_target_: {PART}.MLflowLog, output_dir: '{folder}', experiment_name: coca_lit, "
+        f"run_name: first, {store}}}",
     }
     return [f"+logger.{name}={nodes[name]}" for name in names]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from forking import Program, called
 from running import ROOT, TINY, compose, results
 from test_files import at_most
@@ -116,13 +117,14 @@ def test_processes_side_by_side_of_which_one_is_killed(run: Run, tmp_path: Path)
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "find_spec", lambda name: None)
-    slurm = {"submitit_folder": "x"}
-    for plugin, arguments, extra in (
-        (launchers.SlurmLauncher, slurm, "slurm"),
-        (launchers.JoblibLauncher, {}, "joblib"),
-        (launchers.RayLauncher, {"ray": {}}, "ray"),
-        (OptunaSweeper, {"sampler": {}}, "optuna"),
+    for plugin, group, extra in (
+        (launchers.SlurmLauncher, "launcher/slurm_jobs", "slurm"),
+        (launchers.JoblibLauncher, "launcher/joblib_jobs", "joblib"),
+        (launchers.RayLauncher, "launcher/ray_jobs", "ray"),
+        (OptunaSweeper, "sweeper/optuna_study", "optuna"),
     ):
+        config = yaml.safe_load((ROOT / f"conf/hydra/{group}.yaml").read_text())
+        arguments = {key: value for key, value in config.items() if key[0] != "_" and key != "defaults"}
         with pytest.raises(ConfigError, match=rf"pip install -e '\.\[{extra}\]'"):
             plugin(**arguments)
 
