@@ -84,7 +84,8 @@ def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
 
 
 def _query(query: str) -> "str | Image":
-    from coca_lit.inference.inputs import SUFFIXES, open_upright
+    from coca_lit.data.records import SUFFIXES
+    from coca_lit.inference.inputs import open_upright
 
     if Path(query).is_file():
         return open_upright(query)

@@ -99,6 +99,10 @@ class BadSamples:
         found, self.found = self.found, []
         return tuple(found)
 
+    def examples(self) -> list[str]:
+        """The first few bad samples, with what is wrong."""
+        return [f"{found.key} {found.detail or found.reason}".strip() for found in self.found[:3]]
+
     def summary(self) -> str:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common())
         shards = ", ".join(f"{name} ({count})" for name, count in self.shards.most_common(5) if name)

@@ -345,7 +345,7 @@ class ScenesDataModule(RecordsDataModule):
 
         super().__init__(self._render, **shared)
         self.train_count = train_count
-        self._scenes = partial(scene_records, objects=objects, style=style)
+        self._scenes: Callable[..., list[Record]] = partial(scene_records, objects=objects, style=style)
 
     def _render(self, split: str) -> list[Record]:
         count = self.train_count if split == self.train_split else None
@@ -368,4 +368,4 @@ class SceneQuestionsDataModule(ScenesDataModule):
         from coca_lit.data.scenes.questions import scene_question_records
 
         super().__init__(train_count, **shared)
-        self._scenes = partial(scene_question_records)
+        self._scenes = scene_question_records

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 MAX_IMAGE = 32 * 2**20  # bytes of an encoded image
 MAX_PIXELS = 40_000_000  # a photo of a good camera; a file of 20 KB can claim far more and exhaust the memory
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # pixels only: Pillow would run Ghostscript on an EPS named .jpg
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of files in these formats
 MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would enlarge the other beyond bounds
 MAX_MISSING = 0.01  # known copies lack a few files (Flickr8k lists one that never existed); more means a wrong folder
 

@@ -17,7 +17,7 @@ from braceexpand import braceexpand
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.records import MAX_IMAGE, decode_image, open_image
+from coca_lit.data.records import MAX_IMAGE, SUFFIXES, decode_image, open_image
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
@@ -26,7 +26,6 @@ from coca_lit.models.patches import Images, stack_images
 from coca_lit.models.preprocessing import Preprocessing
 from coca_lit.reading import open_regular
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SHARD = ".tar"
 EXPECTED = f"expected images ({', '.join(SUFFIXES)}), folders, or shards ({SHARD})"
 

@@ -107,8 +107,7 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
     columns: dict[str, Any] = {
         name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())
     }
-    examples = [f"{found.key} {found.detail or found.reason}".strip() for found in bad.found[:3]]
-    left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": examples}
+    left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
     write_scores(path, shard.name, columns, {**settings, "shard": stamp, **left_out})
     return JudgedShard(path, len(columns["key"]) if columns else 0, **left_out, skipped=False)
 

@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coca_lit.data.records import SUFFIXES
 from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import replacing
-from coca_lit.inference.inputs import SUFFIXES, Source, find_images, load_images
+from coca_lit.inference.inputs import Source, find_images, load_images
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import Tokenizer, WordTokenizer, split_words
 from coca_lit.weights.computation import fingerprint

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.records import Record, not_found
+from coca_lit.data.records import SUFFIXES, Record, not_found
 from coca_lit.data.scenes.render import (
     AXES,
     COLOURS,
@@ -29,7 +29,6 @@ from coca_lit.reading import read_json
 
 ASSETS = Path(__file__).parents[2] / "assets"
 TEMPLATES = ("a photo of a {}.",)
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 class Classification(NamedTuple):
@@ -71,7 +70,7 @@ def image_folder(root: str | Path, classes: str | Path | None = None, subset: bo
     if subset:
         names = {folder: name for folder, name in names.items() if folder in set(folders)}
     files = [(name, f"{name}/{file}") for name in folders for file in sorted(os.listdir(root / name))]
-    images = [(folder, file) for folder, file in files if file.lower().endswith(IMAGES)]
+    images = [(folder, file) for folder, file in files if file.lower().endswith(SUFFIXES)]
     if not images:
         raise not_found("classified images", [root / folders[0]], how)
     random.Random(0).shuffle(images)

@@ -18,14 +18,13 @@ from PIL import Image
 
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record, decode_image, not_found
-from coca_lit.data.shards.reader import MAX_TEXT
+from coca_lit.data.shards.reader import IMAGE_SUFFIXES, MAX_TEXT
 from coca_lit.data.shards.tar import tar_members
 from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
 
 CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
-IMAGES = ("webp", "png", "jpg", "jpeg")
 MAX_SHARDS = 100_000
 HUB = re.compile(r"(?:hf://|https://huggingface\.co/)datasets/([\w.-]+/[\w.-]+?)(?:(?:@|/tree/)([\w.-]+))?/?")
 HOW = "expected the webdataset layout of CLIP_benchmark, which clip_benchmark_export_wds writes"
@@ -131,7 +130,7 @@ def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
                 place, slash, file = member.name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 key = f"{place}{slash}{stem}"
-                if suffix.lower() in IMAGES:
+                if suffix.lower() in IMAGE_SUFFIXES:
                     images[key] = TarImage(shard, member.offset, member.size)
                 elif suffix.lower() == label and member.size <= MAX_TEXT:
                     texts[key] = member.content.decode()

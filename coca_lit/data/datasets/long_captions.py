@@ -9,8 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from coca_lit.data.datasets.annotations import listing, read_json_lines, schema
-from coca_lit.data.datasets.classification import IMAGES
-from coca_lit.data.records import Listing, Record, not_found, records_on_disk
+from coca_lit.data.records import SUFFIXES, Listing, Record, not_found, records_on_disk
 from coca_lit.errors import DataError
 from coca_lit.reading import is_int64, open_regular, parse_json
 
@@ -27,7 +26,9 @@ def urban1k_records(root: str | Path) -> list[Record]:
     if not files:
         raise not_found("captions of images", [root / "caption"], how)
     folders = [root / "image", root / "images"]
-    present = {path.stem: path.name for folder in folders for path in folder.glob("*") if path.suffix.lower() in IMAGES}
+    present = {
+        path.stem: path.name for folder in folders for path in folder.glob("*") if path.suffix.lower() in SUFFIXES
+    }
     listings = [Listing(path.stem, present.get(path.stem, f"{path.stem}.jpg"), (_caption(path),)) for path in files]
     return records_on_disk(listings, folders, root / "caption", how)
 

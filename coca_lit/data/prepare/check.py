@@ -47,8 +47,7 @@ def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
                 bad.add("unreadable image", str(path), sample.key, str(error))
     entry = ManifestEntry(good, os.path.getsize(path), sha256_of(path))
     broken = next((reason for reason in bad.reasons if reason in ("broken or truncated shard", "empty shard")), "")
-    examples = [f"{sample.key} {sample.detail or sample.reason}".strip() for sample in bad.found[:3]]
-    return ShardReport(str(path), os.stat(path).st_mtime_ns, entry, dict(bad.reasons), examples, broken)
+    return ShardReport(str(path), os.stat(path).st_mtime_ns, entry, dict(bad.reasons), bad.examples(), broken)
 
 
 def check_shards(paths: Sequence[Path], caption_key: str, run: Run) -> Iterator[ShardReport]:

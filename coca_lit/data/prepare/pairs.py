@@ -5,12 +5,11 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from coca_lit.data.datasets.classification import IMAGES
 from coca_lit.data.datasets.coco import mscoco_records
-from coca_lit.data.datasets.flickr import flickr_records
-from coca_lit.data.records import ImageFile, Record
+from coca_lit.data.datasets.flickr import FlickrName, flickr_records
+from coca_lit.data.records import SUFFIXES, ImageFile, Record
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.reading import open_parquet
 
@@ -56,17 +55,13 @@ def read_pairs(
 
 
 def _known_records(root: Path) -> Callable[[str], list[Record]] | None:
-    for name in ("flickr8k", "flickr30k"):
+    for name in get_args(FlickrName):
         if (root / f"dataset_{name}.json").is_file():
-            return functools.partial(_flickr, root, name)
+            return functools.partial(flickr_records, root, name=name)
     coco = (root / "dataset_coco.json", root / "annotations" / "dataset_coco.json")
     if any(path.is_file() for path in coco) or [*root.glob("annotations/captions_*.json")]:
         return functools.partial(mscoco_records, root)
     return None
-
-
-def _flickr(root: Path, name: Any, split: str) -> list[Record]:
-    return flickr_records(root, split, name)
 
 
 def _path_of(record: Record) -> Path:
@@ -79,7 +74,7 @@ def _read_folder(root: Path) -> Iterator[Pair]:
         folders.sort()
         for name in sorted(files):
             path = Path(folder, name)
-            if path.suffix.lower() in IMAGES:
+            if path.suffix.lower() in SUFFIXES:
                 text = path.with_suffix(".txt")
                 yield Pair(path, _clean([text.read_text("utf-8-sig", "replace")] if text.is_file() else []))
 

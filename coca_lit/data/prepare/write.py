@@ -96,8 +96,7 @@ def write_shard(task: Task, output: Path) -> Written:
     entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
     if not count:
         path.unlink()
-    examples = [f"{found.key} {found.detail or found.reason}".strip() for found in bad.found[:3]]
-    return Written(task.name, entry, dict(bad.reasons), examples)
+    return Written(task.name, entry, dict(bad.reasons), bad.examples())
 
 
 def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
