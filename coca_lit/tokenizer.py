@@ -22,6 +22,7 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
+CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
 WORD = r"[^\W_]+(?:['’-][^\W_]+)*"  # of `WordTokenizer`, in lower case
 # CLIP splits text into English contractions, runs of letters, single digits and runs of anything else.
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -39,7 +40,7 @@ class Tokenizer(ABC):
     open_clip_version: ClassVar[str | None] = None  # the first version of OpenCLIP that has it
     open_clip_config: ClassVar[dict[str, Any]] = {}  # its keys in OpenCLIP's `text_cfg`
 
-    def __init__(self, context_length: int = 76) -> None:
+    def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         if context_length < 3:
             raise ValueError(f"context_length must be at least 3 (start, one token, end), got {context_length}")
         self.context_length = context_length
@@ -104,7 +105,7 @@ class CLIPTokenizer(Tokenizer):
     pad_id = 0
     open_clip_version = "3.3"
 
-    def __init__(self, context_length: int = 76) -> None:
+    def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
         merges = _read_merges(CLIP_MERGES)
         byte_of = _byte_of_symbol()
@@ -147,7 +148,7 @@ class R50kTokenizer(Tokenizer):
     eot_id, pad_id, sot_id = 50257, 50258, 50259
     vocab_size = 50260
 
-    def __init__(self, context_length: int = 76) -> None:
+    def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
         merges, byte_of = _read_merges(GPT2_MERGES), _byte_of_symbol()
         tokens = [*byte_of, *map("".join, merges)]
@@ -173,7 +174,7 @@ class WordTokenizer(Tokenizer):
 
     pad_id, sot_id, eot_id, unk_id = 0, 1, 2, 3
 
-    def __init__(self, words: Sequence[str], context_length: int = 76) -> None:
+    def __init__(self, words: Sequence[str], context_length: int = CONTEXT_LENGTH) -> None:
         super().__init__(context_length)
         if len(set(words)) != len(words):
             raise ValueError("the vocabulary lists a word twice")
@@ -199,7 +200,7 @@ def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:
 BYTE_PAIRS: dict[str, type[CLIPTokenizer | R50kTokenizer]] = {"clip": CLIPTokenizer, "r50k": R50kTokenizer}
 
 
-def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = 76) -> Tokenizer:
+def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = CONTEXT_LENGTH) -> Tokenizer:
     """The byte pairs of a name of `BYTE_PAIRS`, a `WordTokenizer` for a list of words.
 
     Raises:

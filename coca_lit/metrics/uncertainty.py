@@ -38,7 +38,7 @@ class Draws(NamedTuple):
     score: float
     units: str
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """Limits between which the middle draws lie, moved so that their mean is the score; NaN if there are none.
 
         The mean differs from the score where a unit that is drawn twice changes what others are worth: CIDEr of 5,000
@@ -47,7 +47,7 @@ class Draws(NamedTuple):
         known = self.values[~np.isnan(self.values)]  # a rare category may be absent from a resample
         if not len(known):
             return float("nan"), float("nan")
-        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) + (self.score - known.mean())
+        low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + (self.score - known.mean())
         return float(low), float(high)
 
 
@@ -71,7 +71,7 @@ class Difference(NamedTuple):
         return not self.p < 1 - LEVEL  # also for NaN
 
 
-def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS, seed: int = SEED) -> dict[str, Draws]:
+def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS) -> dict[str, Draws]:
     """Draws of the scores, by name.
 
     Args:
@@ -80,7 +80,7 @@ def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS,
     of = hashlib.sha256(json.dumps(list(units), default=str).encode()).hexdigest()[:16]
     once = exact(len(units), *scores)
     parts: dict[str, list[np.ndarray]] = {}
-    for counts in resamples(len(units), draws, seed):
+    for counts in resamples(len(units), draws):
         for score in scores:
             for name, values in score(counts).items():
                 parts.setdefault(name, []).append(values)

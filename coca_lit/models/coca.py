@@ -25,8 +25,8 @@ from coca_lit.models.parts import Freezable
 from coca_lit.models.patches import Images
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
-from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower
-from coca_lit.tokenizer import get_tokenizer
+from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, build_text_tower, expect_decoder
+from coca_lit.tokenizer import CONTEXT_LENGTH, get_tokenizer
 
 Contrastive = Literal["softmax", "siglip"]
 
@@ -119,7 +119,7 @@ class CoCa(Freezable):
         pooler_queries: int = 256,
         pooler_heads: int = 8,
         tokenizer: str | Sequence[str] = "clip",
-        context_length: int = 76,
+        context_length: int = CONTEXT_LENGTH,
         cls_mask: ClsMask = "correct",
         text_width: int = 512,
         text_layers: int = 12,
@@ -136,8 +136,8 @@ class CoCa(Freezable):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        if contrastive not in ("softmax", "siglip"):
-            raise ValueError(f"contrastive must be 'softmax' or 'siglip', got '{contrastive}'")
+        if contrastive not in (kinds := get_args(Contrastive)):
+            raise ValueError(f"contrastive must be {' or '.join(map(repr, kinds))}, got '{contrastive}'")
         if decoder_layers and pooler == "single" and pooler_queries < 2:
             raise ValueError(
                 "the single pooler needs at least 2 queries: one for the contrastive vector, the rest for the decoder"
@@ -285,13 +285,13 @@ class CoCa(Freezable):
         Args:
             images: (B, 3, H, W) or tokens of the image encoder (B, S, C); T / B texts side by side for each.
         """
-        self._check_decoder()
+        expect_decoder(self.decoder)
         lengths = self._lengths(tokens, lengths)
         return self(images, tokens, lengths, contrastive=False).log_likelihoods(lengths)[0]
 
     def multimodal_state(self, images: Images, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
-        decoder = self._check_decoder()
+        decoder = expect_decoder(self.decoder)
         lengths = self._lengths(tokens, lengths)
         _, image_tokens = self.pooling(self.image_encoder(images), contrastive=False)
         states, _, layout = self.text(tokens, lengths, contrastive=False)
@@ -373,11 +373,6 @@ class CoCa(Freezable):
     def clamp_logit_scale(self) -> None:
         """Keeps the temperature in CLIP's range: a scale between 1 and 100."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-
-    def _check_decoder(self) -> Decoder:
-        if self.decoder is None:
-            raise ValueError("this model was built for retrieval only (decoder_layers=0) and has no decoder")
-        return self.decoder
 
     def _lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """(B,), on the host."""

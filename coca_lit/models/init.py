@@ -44,8 +44,8 @@ def init_query_pooler(pooler: QueryPooler) -> None:
     init_normal(pooler.query, 1.0)
     attention = pooler.attention
     width, context_width = attention.q.in_features, attention.kv.in_features
-    for linear, rows in ((attention.q, width), (attention.kv, width)):
-        rows = 3 * width if width == context_width else rows
+    rows = 3 * width if width == context_width else width
+    for linear in (attention.q, attention.kv):
         bound = (6 / (rows + linear.in_features)) ** 0.5
         nn.init.uniform_(linear.weight, -bound, bound)
     attention.out.reset_parameters()

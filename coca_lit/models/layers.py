@@ -154,9 +154,8 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    def __init__(self, width: int, ratio: float = 4.0, activation: type[nn.Module] = nn.GELU) -> None:
-        hidden = int(width * ratio)
-        super().__init__(kernels.Linear(width, hidden), activation(), kernels.Linear(hidden, width))
+    def __init__(self, width: int, activation: type[nn.Module] = nn.GELU) -> None:
+        super().__init__(kernels.Linear(width, 4 * width), activation(), kernels.Linear(4 * width, width))
 
 
 class SelfBlock(nn.Module):

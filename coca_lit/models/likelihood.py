@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from coca_lit.models.coca import CoCa, text_lengths
+from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import KeysValues, KVCache
+from coca_lit.models.packing import text_lengths
 from coca_lit.models.patches import Images
+from coca_lit.models.text import expect_decoder
 
 
 class ReadTexts:
@@ -43,8 +45,7 @@ class ReadTexts:
         Args:
             images: of `image_keys_values`.
         """
-        decoder, flat = self._model.decoder, numbers.flatten()
-        assert decoder is not None  # `image_keys_values` had it
+        decoder, flat = expect_decoder(self._model.decoder), numbers.flatten()
         states = pad_sequence([self._states[number] for number in flat.tolist()], batch_first=True)  # (B · K, t, D)
         hidden = decoder.step(states, images, [KVCache(states.shape[1]) for _ in range(decoder.cached_layers)])
         labels = self._tokens[flat, 1 : states.shape[1] + 1]  # (B · K, t)
@@ -58,7 +59,6 @@ class ReadTexts:
 
 def image_keys_values(model: CoCa, images: Images) -> list[KeysValues]:
     """What the decoder needs of images, or of tokens of the image encoder: keys and values of each layer."""
-    if model.decoder is None:
-        raise ValueError("this model was built for retrieval only (decoder_layers=0) and has no decoder")
+    decoder = expect_decoder(model.decoder)
     _, tokens = model.pooling(model.image_encoder(images), contrastive=False)
-    return model.decoder.keys_values(tokens)
+    return decoder.keys_values(tokens)

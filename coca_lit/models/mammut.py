@@ -27,7 +27,7 @@ from coca_lit.models.layers import (
     normalize_once,
 )
 from coca_lit.models.packing import Layout, to_device
-from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, run
+from coca_lit.models.text import ClsMask, Decoder, GradCheckpointing, keys_values_of, run
 
 
 class TwoPassTower(nn.Module):
@@ -128,9 +128,9 @@ class TwoPassTower(nn.Module):
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
         added = layout.max_length - tokens.shape[1]  # a negative padding cuts
         tokens = F.pad(tokens, (0, added), value=self.pad_id)  # (B, T)
-        positions = to_device(layout.pack_on_host(layout.positions.expand(layout.batch_size, -1)), layout.device)
         # Not an index: on several threads the gradient of that adds in no fixed order.
-        return self.dropout(self.token_embedding(layout.pack(tokens)) + F.embedding(positions, self.position_embedding))
+        positions = F.embedding(layout.row_positions(), self.position_embedding)
+        return self.dropout(self.token_embedding(layout.pack(tokens)) + positions)
 
 
 class TwoPassTowerWithPads(TwoPassTower):
@@ -196,9 +196,7 @@ class TwoPassDecoder(Decoder):
             init_projection(self.vocabulary)
 
     def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
-        normed = normalize_once(image_tokens)
-        pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
-        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+        return keys_values_of(cast("list[CrossBlock]", self.cross_blocks), image_tokens)
 
     def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
         image = None if image_tokens is None else normalize_once(image_tokens)

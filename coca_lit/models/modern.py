@@ -329,7 +329,7 @@ class ModernTextTower(nn.Module):
         layout = Layout(lengths, packed, max_length, tokens.device)
         tokens = F.pad(tokens, (0, layout.max_length - tokens.shape[1]))  # (B, T); a negative padding cuts
         x = self.dropout(self.token_embedding(layout.pack(tokens)))
-        table = rotary_table(positions_of(layout), self.head_width, self.style.rope_base)
+        table = rotary_table(layout.row_positions(), self.head_width, self.style.rope_base)
         recompute = self.training and self.grad_checkpointing == "blocks"
         for block in self.blocks:
             x = run(block, x, table, None, None, None, layout, recompute=recompute)
@@ -410,7 +410,7 @@ class ModernDecoder(Decoder):
         return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
 
     def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
-        positions = torch.arange(states.shape[1], device=states.device) if layout is None else positions_of(layout)
+        positions = torch.arange(states.shape[1], device=states.device) if layout is None else layout.row_positions()
         table = rotary_table(positions, self.head_width, self.style.rope_base)
         recompute = self.grad_checkpointing if self.training else "none"
         for i, block in enumerate(self.blocks):
@@ -442,13 +442,6 @@ class ModernDecoder(Decoder):
 
     def _blocks(self) -> list[ModernBlock]:
         return cast("list[ModernBlock]", list(self.blocks))
-
-
-def positions_of(layout: Layout) -> Tensor:
-    """The position of each row in its text: (N,) of packed rows, (T,) of a grid."""
-    if not layout.packed:
-        return to_device(layout.positions, layout.device)
-    return to_device(layout.pack_on_host(layout.positions.expand(layout.batch_size, -1)), layout.device)
 
 
 def _next_table(x: Tensor, caches: Sequence[Cache], head_width: int, base: float) -> Tensor:

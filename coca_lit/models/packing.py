@@ -67,6 +67,11 @@ class Layout:
         """`pack` for a grid that is on the host, and stays there."""
         return grid[self.mask] if self.packed else grid
 
+    def row_positions(self) -> Tensor:
+        """The position of each row in its text, on the device: (N,) of packed rows, (L,) of a grid."""
+        grid = self.positions.expand(self.batch_size, -1)
+        return to_device(self.pack_on_host(grid) if self.packed else self.positions, self.device)
+
     def unpack(self, rows: Tensor) -> Tensor:
         """(N, …) -> (B, L, …) with zeros where there is no row; a grid is returned unchanged."""
         if self._rows is None:

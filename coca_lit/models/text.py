@@ -2,8 +2,8 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,8 @@ class TextTower(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        if cls_mask not in ("correct", "legacy"):
-            raise ValueError(f"cls_mask must be 'correct' or 'legacy', got '{cls_mask}'")
+        if cls_mask not in get_args(ClsMask):
+            raise ValueError(f"cls_mask must be {' or '.join(map(repr, get_args(ClsMask)))}, got '{cls_mask}'")
         self.context_length = context_length
         self.cls_mask = cls_mask
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -206,6 +206,13 @@ def _without_cached_casts(function: Callable[..., Tensor]) -> Callable[..., Tens
     return call
 
 
+def keys_values_of(blocks: Iterable[CrossBlock], image_tokens: Tensor) -> list[KeysValues]:
+    """As `Decoder.keys_values`, of each block."""
+    normed = normalize_once(image_tokens)
+    pairs = (block.keys_values(normed) for block in blocks)
+    return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+
+
 class Decoder(nn.Module, ABC):
     """What turns the states of a text tower and image tokens into hidden states that predict the next token.
 
@@ -301,6 +308,13 @@ class Decoder(nn.Module, ABC):
         return layout.compact(hidden, predicted), tokens.flatten()[labels]
 
 
+def expect_decoder(decoder: Decoder | None) -> Decoder:
+    """The decoder of a model; raises ValueError if it has none."""
+    if decoder is None:
+        raise ValueError("this model was built for retrieval only (decoder_layers=0) and has no decoder")
+    return decoder
+
+
 class ClassicDecoder(Decoder):
     """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection.
 
@@ -348,9 +362,7 @@ class ClassicDecoder(Decoder):
             init_projection(self.vocabulary)
 
     def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
-        normed = normalize_once(image_tokens)
-        pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
-        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+        return keys_values_of(cast("list[CrossBlock]", self.cross_blocks), image_tokens)
 
     def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
         image = None if image_tokens is None else normalize_once(image_tokens)

@@ -21,6 +21,7 @@ from coca_lit.models.generation.state import (
 )
 from coca_lit.models.patches import Images, Patches
 from coca_lit.models.preprocessing import expect_pixels
+from coca_lit.models.text import expect_decoder
 
 
 class Captions(NamedTuple):
@@ -81,10 +82,7 @@ def write_captions(
     if not isinstance(images, Patches):
         expect_pixels(images)
     complete_options = complete(options)
-    if model.decoder is None:
-        raise ValueError(
-            "this model cannot caption: it was built for retrieval only (decoder_layers=0) and has no decoder"
-        )
+    expect_decoder(model.decoder)
     least, most = complete_options.lengths(model.tokenizer.context_length)
     prompts = encode_prompts(model, complete_options.prompt, len(images), most)
     was_training = model.training
