@@ -144,4 +144,6 @@ def _choose(options: argparse.Namespace, function: "Callable[..., Chosen]", **ch
 
 
 def _bits(text: str) -> int | None:
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of bits or none, not {text!r}")
     return None if text == "none" else int(text)

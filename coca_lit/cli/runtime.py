@@ -173,6 +173,6 @@ def worker_errors() -> Iterator[None]:
             raise
         which = f" (process {found[1]})" if found is not None else ""
         raise DataError(
-            f"a data worker{which} ended or was killed: most often the memory is full, so take fewer workers "
+            f"a data worker{which} ended or was killed, usually because memory ran out: use fewer workers "
             "(data.num_workers, scoring.workers); the same command resumes"
         ) from error

@@ -88,7 +88,7 @@ class TrainLoader:
 
 
 def _ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches, on a GPU: each is copied there on a stream of its own before the one before it is computed."""
+    """The batches; for a GPU each is copied on a second stream while the one before it is computed."""
     if device.type != "cuda":
         yield from batches
         return

@@ -30,9 +30,8 @@ from coca_lit.runs.run_folder import machine
 
 OPSET = 18
 TOLERANCE = 1e-3  # of the largest value of an output; ONNX Runtime adds up in another order
-ONE_FILE = (
-    1_500_000_000  # bytes; a file of protobuf holds at most 2 GB, so larger graphs keep their weights beside them
-)
+# Bytes. A file of protobuf holds at most 2 GB, so larger graphs keep their weights beside them.
+ONE_FILE = 1_500_000_000
 INT8 = "_int8"  # at the end of the names of those graphs
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # convolutions in int8 lose more than they gain
 SCENES, BATCH = 128, 32  # on which int8 is compared with fp32

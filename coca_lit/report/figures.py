@@ -109,9 +109,8 @@ def gaps(runs: Sequence[Run]) -> dict[str, float]:
     if len(runs) != 2:
         return {}
     first, second = (run.results for run in runs)
-    zero_shot = [
-        score for score in first if score.endswith(GAP) and score.count("/") == 1
-    ]  # not probes, nor the decoder
+    # Neither probes nor the decoder.
+    zero_shot = [score for score in first if score.endswith(GAP) and score.count("/") == 1]
     found = {score: 100 * (second[score] - first[score]) for score in zero_shot if score in second}
     found = {score: gap for score, gap in found.items() if not math.isnan(gap)}
     return dict(sorted(found.items(), key=lambda item: -item[1])) if len(found) >= SEVERAL else {}

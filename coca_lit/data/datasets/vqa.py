@@ -75,9 +75,8 @@ def _answers(path: Path) -> dict[int | str, tuple[tuple[str, ...], str]]:
 
 
 def _by_frequency(annotation: dict) -> tuple[str, ...]:
-    people = [
-        sys.intern(answer["answer"]) for answer in annotation["answers"]
-    ]  # a few strings make up millions of answers
+    # A few strings make up millions of answers.
+    people = [sys.intern(answer["answer"]) for answer in annotation["answers"]]
     first = annotation["multiple_choice_answer"]
     return tuple(sorted(people, key=lambda answer: (answer != first, -people.count(answer), answer)))
 

@@ -123,8 +123,8 @@ class LAIONDataModule(CaptionDataModule):
 
     def training_captions(self) -> dict[str, tuple[str, ...]]:
         raise DataError(
-            "shards do not list their captions, which a vocabulary of words and rewards need: take data=mscoco, "
-            "flickr30k, flickr8k or scenes"
+            "shards do not list their captions, and `vocabulary` and `model.self_critical` need all of them: use "
+            "data=mscoco, flickr30k, flickr8k or scenes"
         )
 
     @cached_property

@@ -141,7 +141,9 @@ def stored(store: Any, url: str) -> Stored:
     store.invalidate_cache()
     found = store.info(url)
     if found["size"] is None:
-        raise StoreError(f"{url}: the server does not tell its size, which reading it needs: copy it to a local disk")
+        raise StoreError(
+            f"{url}: the server does not report its size, without which it cannot be read: copy it to a local disk"
+        )
     return _stored(found)
 
 
@@ -150,7 +152,7 @@ def read_range(store: Any, url: str, start: int, end: int) -> bytes:
     more = {"cache_type": "none"} if url.startswith("hf://") else {}  # it would read 5 MB ahead
     content: bytes = store.cat_file(url, start=start, end=end, **more) if end > start else b""
     if len(content) > end - start:
-        raise StoreError(f"{url}: the server sends the whole file where a part of it is asked for: copy it")
+        raise StoreError(f"{url}: the server ignores range requests: copy the file to a local disk")
     if len(content) < end - start:
         raise ConnectionError(f"{url} came with {len(content)} of {end - start} bytes")
     return content

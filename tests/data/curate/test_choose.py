@@ -182,6 +182,23 @@ def test_mistakes_are_one_sentence(rows, tmp_path, words, said):
     assert not [*tmp_path.glob("*k.parquet*")]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["dedup", "a", "output=k.parquet", "hash-distance=x"],
+            "--hash-distance: must be a number of bits or none, not",
+        ),
+        (["check", "a", "workers=x"], "--workers: must be a whole number of at least 1, not 'x'"),
+        (["check", "a", "workers=0"], "--workers: must be a whole number of at least 1, not '0'"),
+    ],
+)
+def test_words_that_are_no_numbers(words, said, capsys):
+    with pytest.raises(SystemExit):
+        coca_data(words)
+    assert said in capsys.readouterr().err
+
+
 def test_scores_that_do_not_belong_together(rows, tmp_path):
     write(tmp_path / "b", count=5)
     with pytest.raises(DataError, match="are about shards of the same name: choose from one set at a time"):
