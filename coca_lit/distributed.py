@@ -4,8 +4,8 @@ Gradients: DDP averages gradients over ranks, `gather` and `sum_over_ranks` sum 
 whose mean over ranks is the loss of the global batch the two factors cancel, and the result is the gradient of one
 process with the whole batch:
 
-    rank 0:  x0 ─┐          ┌─ [x0 x1] ─ loss        backward of gather: the gradients of both ranks for x0 are added
-    on rank 0, rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss        DDP then divides by 2
+    rank 0:  x0 ─┐          ┌─ [x0 x1] ─ loss    backward of gather: rank 0 gets the sum of both ranks' gradients
+    rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss    for x0, rank 1 that for x1; DDP then divides by 2
 """
 
 import os
@@ -124,7 +124,7 @@ class StepExchange:
         self.start()
 
     def start(self) -> None:
-        """Forgets what was told and not heard."""
+        """Drops numbers that were told and not yet read."""
         self._told: list[float] = []
         self._arriving: deque[Arriving] = deque()
 

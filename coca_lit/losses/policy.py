@@ -2,8 +2,8 @@
 likelier.
 
 For a caption y drawn from the model, ∇ E[r(y)] = E[(r(y) - b) ∇ log p(y)] for any b that does not depend on y
-(REINFORCE, Williams 1992). b is the mean reward of the image's other samples: it needs no
-greedy caption, and its variance is smaller (Luo 2020, arXiv 2003.09971).
+(REINFORCE, Williams 1992). b is the mean reward of the image's other samples: it needs no greedy caption, and its
+variance is smaller (Luo 2020, arXiv 2003.09971).
 """
 
 import torch

@@ -151,7 +151,8 @@ def caption_scores(
 
 
 class CaptionTable(NamedTuple):
-    """
+    """Scores of captions, and how certain they are.
+
     Attributes:
         scores: by name.
         not_run: score -> why it could not be computed.
@@ -177,7 +178,8 @@ def caption_table(
     Adds to ``caption_scores``, which explains the arguments and the errors: SPICE if its jars are found, exact matches,
     and statistics of the captions. Where ``domains`` tells them apart, as in nocaps, the images of each domain are also
     scored as a set of their own, as the nocaps server does (CIDEr depends on the set): "in-domain/CIDEr" and so on.
-    A Java program that fails costs its own score only. ``progress`` hears of the images that SPICE has parsed.
+    A Java program that fails costs its own score only. ``progress`` is called with the images that SPICE has parsed
+    so far and their total.
     """
     if "METEOR" in metrics:
         warm_up()

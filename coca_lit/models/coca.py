@@ -30,7 +30,8 @@ from coca_lit.tokenizer import CONTEXT_LENGTH, get_tokenizer
 
 Contrastive = Literal["softmax", "siglip"]
 
-# Defaults of the arguments that files of earlier versions lack. They are not stored: a digest of the model covers them.
+# Defaults of the arguments that files of earlier versions lack. They are left out of `config`, so that the fingerprint
+# of an older model stays the same.
 LATER: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"} | dict.fromkeys(
     ("text_tower", "text_tower_args", "decoder_args")
 )
@@ -46,7 +47,7 @@ class CoCaOutput(NamedTuple):
 
     image_features: Tensor | None  # (B, E), unit length
     text_features: Tensor | None  # (B, E), unit length
-    logit_scale: Tensor  # (1,), exp of the learned temperature
+    logit_scale: Tensor  # (1,), the inverse temperature: exp of the parameter `logit_scale`
     hidden: Tensor | None  # (N, D), decoder states before the vocabulary projection, caption after caption
     labels: Tensor | None  # (N,), the token that follows each of them
     vocabulary: Tensor | None  # (V, D), weight of the vocabulary projection

@@ -256,8 +256,8 @@ def build_pooling(
     context_width = encoder.width
     if variant in get_args(Pooler) and encoder.takes_patches != variant.startswith("masked_"):
         raise ValueError(
-            "the image encoder naflex has pooler=masked_parallel or masked_cascade, and other encoders have the other"
-            f" poolers: got pooler={variant} with a {type(encoder).__name__}"
+            "pooler=masked_parallel and masked_cascade belong to naflex, the other poolers to all other image encoders:"
+            f" got pooler={variant} with a {type(encoder).__name__}"
         )
     if variant in ("mean", "mean_all"):
         return MeanPooling(context_width, text_width, encoder.prefix_tokens if variant == "mean" else 0)

@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
         self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
     ) -> Tensor:
         """x (B, T, D), or rows packed as `layout` says, -> the same shape. Causal unless a boolean `mask`
-        (B, 1, T, T), True where attention is allowed, says otherwise.
+        (B or 1, 1, T or 1, keys), True where attention is allowed, says otherwise.
         """
         qkv = self.qkv(x)
         if cache is None:

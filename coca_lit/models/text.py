@@ -242,7 +242,8 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def init_parameters(self, tied: bool = False) -> None:
-        """
+        """Overwrites all parameters with initial values.
+
         Args:
             tied: the vocabulary projection is the token embedding, and initialised with it.
         """

@@ -28,7 +28,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         trains: the parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen
             when no other loss trains them.
-        measures: numbers to log besides the terms of the last batch, by name.
+        measures: further numbers about the last batch, by name, logged beside its terms.
     """
 
     trains: Sequence[str] = ()

@@ -29,7 +29,7 @@ class Grouped:
     Matrices decay; biases, norms, the temperature, position embeddings and learned queries do not.
 
     Args:
-        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`.
+        lr, weight_decay: as for `torch.optim.AdamW`.
         layer_decay: factor of the learning rate from each layer of a tower to the one below it, as in BEiT (Bao et al.
             2021): the last layer learns with lr · layer_decay, what stands on the towers with lr.
         image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.
@@ -80,7 +80,11 @@ class Grouped:
 
 
 class AdamW(Grouped):
-    """`AdamW(lr=1e-3)(module)` is a `torch.optim.AdamW`; arguments and errors as `Grouped`."""
+    """`AdamW(lr=1e-3)(module)` is a `torch.optim.AdamW`; further arguments and errors as of `Grouped`.
+
+    Args:
+        betas, eps: as for `torch.optim.AdamW`.
+    """
 
     def __init__(
         self,
@@ -140,7 +144,7 @@ class Timm(Grouped):
         self.name, self.arguments = name, dict(arguments)
 
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
-        """Raises `ConfigError` if the weights are sharded and the optimizer cannot have that."""
+        """Raises `ConfigError` if the weights are sharded and the optimizer does not support that."""
         sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if sharded and any(part in self.name for part in WHOLE):
             raise ConfigError(

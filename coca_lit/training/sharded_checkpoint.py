@@ -31,11 +31,11 @@ class Saving:
     """The checkpoint that is being written, at most one at a time.
 
     Attributes:
-        whole: the last one that was written or read.
+        intact: the last checkpoint that is known to be whole.
     """
 
     def __init__(self) -> None:
-        self.whole: Path | None = None
+        self.intact: Path | None = None
         self._target = Path()
         self._written: Future[Any] | None = None
 
@@ -47,9 +47,9 @@ class Saving:
         target = Path(broadcast_object(str(target)))
         tensors, rest = flat(checkpoint), io.BytesIO()
         torch.save(checkpoint, rest)
-        if self.whole == target.resolve() and broadcast_object(is_folder(target)):
+        if self.intact == target.resolve() and broadcast_object(is_folder(target)):
             if rank() == 0:
-                _costs_one(target, lambda: atomic_write(target / REST, rest.getvalue()))
+                _try_to_write(target, lambda: atomic_write(target / REST, rest.getvalue()))
             return
         writer = _Writer(target, rest.getvalue())
         self._target = target
@@ -62,12 +62,14 @@ class Saving:
         `coca_lit.runs.checkpoint_io.save`.
         """
         written, self._written = self._written, None
-        if written is not None and _costs_one(self._target, written.result):
-            self.whole = self._target.resolve()
+        if written is not None and _try_to_write(self._target, written.result):
+            self.intact = self._target.resolve()
 
 
-def _costs_one(target: Path, write: Callable[[], Any]) -> bool:
-    """Whether it could be written."""
+def _try_to_write(target: Path, write: Callable[[], Any]) -> bool:
+    """Calls `write` and returns whether it succeeded. A disk that fails costs this checkpoint, not the run: rank 0
+    warns and removes what was begun.
+    """
     try:
         write()
         return True

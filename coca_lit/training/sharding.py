@@ -76,7 +76,7 @@ class FullySharded(ModelParallelStrategy):
             from coca_lit.training.sharded_checkpoint import restore
 
             checkpoint = restore(path, self.model, self.optimizers)
-            self.saving.whole = path.resolve()
+            self.saving.intact = path.resolve()
             for optimizer, state in zip(self.optimizers, checkpoint[OPTIMIZERS], strict=False):
                 optimizer.load_state_dict(state)
             return checkpoint
@@ -221,9 +221,13 @@ def check_strategy(
             "model.grad_checkpointing=blocks"
         )
     if sharded and lora:
-        raise ValueError("lora does not work with sharded weights: use trainer=ddp, its gradients need little memory")
+        raise ValueError(
+            "lora does not work with sharded weights; use trainer=ddp: with LoRA the gradients need little memory"
+        )
     if sharded and self_critical:
-        raise ValueError("self-critical training generates captions, which sharded weights cannot: use trainer=ddp")
+        raise ValueError(
+            "self-critical training generates captions, which does not work with sharded weights: use trainer=ddp"
+        )
     if sharded and precision == "16-mixed":
         raise ValueError("fp16 does not work with sharded weights: use trainer.precision=bf16-mixed")
     if precision == "16-mixed" and micro_batch_size is not None:

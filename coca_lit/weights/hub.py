@@ -194,7 +194,7 @@ def check_push(repo: str) -> None:
     """Finds what would make a push fail before any work is done.
 
     Raises:
-        CheckpointError: this is no name of a repository, or there is no token.
+        CheckpointError: this is not the name of a repository, or there is no token.
     """
     with _hub_errors(repo):
         validate_repo_id(repo)
@@ -233,7 +233,7 @@ def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise CheckpointError(f"'{repo}' is no name of a repository: expected ORG/REPO") from error
+        raise CheckpointError(f"'{repo}' is not the name of a repository: expected ORG/REPO") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no revision '{revision}'") from error
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
@@ -243,9 +243,9 @@ def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
 def _sentence(repo: str, error: Exception) -> str:
     hub, folder = constants.ENDPOINT, constants.HF_HUB_CACHE
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return f"'{repo}' is not in {folder}, and HF_HUB_OFFLINE forbids to download it: unset it once"
+        return f"'{repo}' is not in {folder}, and HF_HUB_OFFLINE forbids downloading it: unset it for one run"
     if isinstance(error, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE forbids to reach {hub} for '{repo}': unset it"
+        return f"HF_HUB_OFFLINE forbids reaching {hub} for '{repo}': unset it"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
         error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None

@@ -40,7 +40,7 @@ def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[st
         The names of the tensors that were taken, and of the decoder's and token embedding's that were not.
 
     Raises:
-        ValueError: this is no GPT-2, the model has no decoder or has it already, or nothing fits.
+        ValueError: this is not a GPT-2, the model has no decoder or has it already, or nothing fits.
     """
     if model.decoder is None:
         raise ValueError("the model has no decoder (decoder_layers=0)")
@@ -55,7 +55,7 @@ def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[st
     }
     layers = sorted({int(match[1]) for name in names if (match := re.match(r"h\.(\d+)\.attn\.c_attn\.weight$", name))})
     if not layers or "wte.weight" not in names:
-        raise ValueError("this is no GPT-2 with Transformers' names: expected wte.weight, h.0.attn.c_attn.weight, …")
+        raise ValueError("this is not a GPT-2 with Transformers' names: expected wte.weight, h.0.attn.c_attn.weight, …")
     width, ours = names["wte.weight"].shape[-1], model.config["text_width"]
     if width != ours:
         raise ValueError(f"this GPT-2 is {width} wide and the decoder {ours}: set +model.net.text_width={width}")

@@ -188,7 +188,7 @@ def test_torn_jars(tmp_path, monkeypatch):
     monkeypatch.setenv(module.JARS_VARIABLE, str(tmp_path))
     scores, not_run, _ = FAST({0: ["a red dog"]}, {0: "a red dog"})
     assert scores["Bleu_1"] == pytest.approx(1)
-    assert f"{JARS[1]} is torn or no jar at all: remove it, then run `coca-data spice`" in not_run["SPICE"]
+    assert f"{JARS[1]} is damaged or not a jar: remove it, then run `coca-data spice`" in not_run["SPICE"]
 
 
 def test_missing_jars_say_how_to_get_them(empty, monkeypatch):

@@ -267,7 +267,7 @@ def test_weights_of_others_without_their_config_are_not_guessed_at(
     hub.repositories[B32] = Repository(files)
     huggingface_hub.hf_hub_download(B32, BIN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE forbids to download it"):
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE forbids downloading it"):
         locate(f"hf-hub:{B32}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     locate(f"hf-hub:{B32}")
@@ -280,8 +280,8 @@ def test_weights_of_others_without_their_config_are_not_guessed_at(
         ("hf-hub:me/coca@v9", "'me/coca' has no revision 'v9'"),
         ("hf-hub:me/data", "'me/data' holds no weights that can be read; expected one of open_clip_model.safetensors"),
         ("hf-hub:me/gated", "'me/gated' is gated: accept its terms at {hub}/me/gated and set HF_TOKEN"),
-        ("hf-hub:a/b/c", "'a/b/c' is no name of a repository: expected ORG/REPO"),
-        ("hf-hub:../../etc", "'../../etc' is no name of a repository: expected ORG/REPO"),
+        ("hf-hub:a/b/c", "'a/b/c' is not the name of a repository: expected ORG/REPO"),
+        ("hf-hub:../../etc", "'../../etc' is not the name of a repository: expected ORG/REPO"),
     ],
 )
 @pytest.mark.parametrize("token", [None, "hf_of_a_stranger"])
@@ -426,9 +426,9 @@ def test_a_push_without_rights_is_one_sentence(hub: Hub, model: CoCa, monkeypatc
     with pytest.raises(CheckpointError, match=rf"^{hub.url} refuses access to 'me/my-coca' \(401\): HF_TOKEN is not"):
         model.push_to_hub("me/my-coca")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="'my-coca' is no name of a repository: expected ORG/REPO"):
+    with pytest.raises(CheckpointError, match="'my-coca' is not the name of a repository: expected ORG/REPO"):
         model.push_to_hub("my-coca")
-    with pytest.raises(CheckpointError, match=r"^HF_HUB_OFFLINE forbids to reach"):
+    with pytest.raises(CheckpointError, match=r"^HF_HUB_OFFLINE forbids reaching"):
         model.push_to_hub("me/my-coca")
 
 

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_new() -> None:
 @pytest.mark.parametrize(
     ("state", "overrides", "message"),
     [
-        ({"a": torch.ones(1)}, {}, r"this is no GPT-2 with Transformers' names: expected wte.weight, "),
+        ({"a": torch.ones(1)}, {}, r"this is not a GPT-2 with Transformers' names: expected wte.weight, "),
         (
             gpt2(1),
             {"text_width": 96, "text_heads": 3},

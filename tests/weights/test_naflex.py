@@ -249,7 +249,7 @@ def test_initial_values() -> None:
 
 
 def test_parts_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="the image encoder naflex has pooler=masked_parallel or masked_cascade"):
+    with pytest.raises(ValueError, match="pooler=masked_parallel and masked_cascade belong to naflex"):
         create_model(NAME, **SMALL | {"pooler": "single"})
     with pytest.raises(ValueError, match="got pooler=masked_parallel with a ImageEncoder"):
         create_model("coca_tiny", pooler="masked_parallel")

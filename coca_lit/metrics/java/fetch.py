@@ -23,7 +23,7 @@ def fetch_jars(folder: Path, progress: Callable[[int, int], None], url: str = AR
     """Downloads the archive, resuming an earlier attempt, and keeps the two jars.
 
     Args:
-        progress: hears of the bytes that are there, of how many.
+        progress: called with the bytes fetched so far and their total.
 
     Returns:
         The jars that differ from Maven's, which may still work.
@@ -44,7 +44,9 @@ def fetch_jars(folder: Path, progress: Callable[[int, int], None], url: str = AR
                 part.replace(folder / jar)
     except (zipfile.BadZipFile, KeyError) as error:
         archive.unlink(missing_ok=True)
-        raise SpiceError(f"{url} is no archive with {' and '.join(JARS)}: {error}; repeat the command") from error
+        raise SpiceError(
+            f"{url} is not an archive that holds {' and '.join(JARS)}: {error}; repeat the command"
+        ) from error
     except (OSError, EOFError) as error:
         raise SpiceError(f"cannot fetch {url} into {folder}: {error}; run the same command again to resume") from error
     archive.unlink()

@@ -25,7 +25,8 @@ STATISTICS = 23
 
 
 class MeteorScores(NamedTuple):
-    """
+    """METEOR of all captions, and what it is made of.
+
     Attributes:
         corpus: METEOR in [0, 1] of all captions.
         statistics: (captions, 23), whose sums make the score of any selection of captions, see `meteor_of_sums`.

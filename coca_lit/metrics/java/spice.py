@@ -48,7 +48,7 @@ OPEN_PACKAGES = tuple(
     f"--add-opens=java.base/java.{name}=ALL-UNNAMED"
     for name in ("lang", "math", "util", "util.concurrent", "net", "text")
 )
-# Calls into native code and old ways to memory are what JPype and the cache need; elder Javas do not know the flags.
+# Calls into native code and old ways to memory are what JPype and the cache need; older Java versions lack the flags.
 QUIET = ("--enable-native-access=ALL-UNNAMED", "--sun-misc-unsafe-memory-access=allow")
 SILENCE_LIMIT_S = 300.0  # between two answers; loading takes seconds, and so do the captions of one answer
 
@@ -63,7 +63,7 @@ CATEGORIES = {
     "Size": "SPICE_size",
 }
 
-Progress = Callable[[int, int], None]  # images that are scored, of how many
+Progress = Callable[[int, int], None]  # called with the images scored so far and their total
 
 
 class SpiceError(JavaError):
@@ -75,7 +75,7 @@ def spice_jars() -> Path:
     pycocoevalcap's own that has both.
 
     Raises:
-        SpiceError: there is none, or a jar is torn.
+        SpiceError: there is none, or a jar is damaged.
     """
     if chosen := os.environ.get(JARS_VARIABLE):
         folder = Path(chosen).expanduser()
@@ -89,7 +89,7 @@ def spice_jars() -> Path:
         folder = found[0]
     for name in JARS:
         if not zipfile.is_zipfile(folder / name):
-            raise SpiceError(f"{folder / name} is torn or no jar at all: remove it, then {HOW}")
+            raise SpiceError(f"{folder / name} is damaged or not a jar: remove it, then {HOW}")
     return folder.resolve()
 
 
@@ -113,7 +113,7 @@ class Spice:
         where neither the caption nor the references of an image have such a tuple; the whole is 0 there.
 
         Raises:
-            SpiceError: JPype, Java or the jars are missing or torn, or Java dies, fails or falls silent.
+            SpiceError: JPype, Java or the jars are missing or damaged, or Java dies, fails or falls silent.
         """
         jars = spice_jars()
         question = json.dumps([[list(r), caption] for r, caption in zip(references, hypotheses, strict=True)])

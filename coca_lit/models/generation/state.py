@@ -125,9 +125,9 @@ class StaticDecoding(Decoding):
     """A `Decoding` whose arrays keep their shapes, so one compiled graph serves every step and every batch of a size.
 
     The caches hold `max_length` positions from the start, and stay where they are in memory from batch to batch, as
-    CUDA graphs need it. The prompts are still read with their own shape. Nothing in
-    the step waits for the device. Captions that end stay in the batch until all have ended; strategies do not notice,
-    because their rows are mapped to fixed slots.
+    CUDA graphs need it. The prompts are still read with their own shape. Nothing in the step waits for the device.
+    Captions that end stay in the batch until all have ended; strategies do not notice, because their rows are mapped to
+    fixed slots.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ def self_attention(qkv: Tensor, heads: int, mask: Tensor | None = None, layout: 
 
     Args:
         qkv: queries, keys and values (B, T, 3·H·W), or rows (N, 3·H·W) if `layout` packs them.
-        mask: (B, 1, T, T), True where a row may attend; None for causal attention.
+        mask: (B, 1, T or 1, T), True where a row may attend; None for causal attention.
 
     Returns:
         (B, T, H·W), or (N, H·W)
@@ -115,7 +115,7 @@ def attend_without_kv(q: Tensor, context: Tensor, kv: Tensor, heads: int, length
 
 
 def _additive_masks(lengths: Sequence[int], allowed: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """What to add to the scores of each text: 0 where `allowed` (B, 1, T, T), -inf elsewhere; causal if it is None."""
+    """What to add to the scores of each text: 0 where `allowed` (B, 1, T or 1, T), -inf elsewhere; causal for None."""
     if allowed is not None:
         blocked = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
         return [mask[:, :n, :n] for mask, n in zip(blocked, lengths, strict=True)]

@@ -231,7 +231,7 @@ def _translated(model: Mapping[str, Any]) -> Mapping[str, Any]:
     if "multimodal_cfg" in model or not ("does_full_decoding" in text or "cross_attn_ratio" in text):
         return model
     if text.get("has_mlp", True) is not True:
-        raise ValueError(f"{FILE} asks for text_cfg.has_mlp = {text['has_mlp']!r}, and coca_lit computes True alone")
+        raise ValueError(f"{FILE} asks for text_cfg.has_mlp = {text['has_mlp']!r}, and coca_lit supports only True")
     left_out = ("does_full_decoding", "output_tokens", "has_mlp", "pool_type", "use_pad_mask", "proj_type")
     decoder = {key: value for key, value in text.items() if key not in left_out}
     vision = {**_section(model, "vision_cfg"), "pool_type": "avg_all", "final_ln_after_pool": True}
@@ -264,7 +264,7 @@ def _check(section: Mapping[str, Any], known: _Allowed, prefix: str = "") -> Non
         allowed = known[key]
         if allowed is not None and value not in allowed:
             computed = " or ".join(map(repr, allowed))
-            raise ValueError(f"{FILE} asks for {prefix}{key} = {value!r}, and coca_lit computes {computed} alone")
+            raise ValueError(f"{FILE} asks for {prefix}{key} = {value!r}, and coca_lit supports only {computed}")
 
 
 def _channels(section: Mapping[str, Any], key: str) -> list[float]:
