@@ -222,7 +222,7 @@ def check_strategy(
         )
     if sharded and lora:
         raise ValueError(
-            "lora does not work with sharded weights; use trainer=ddp: with LoRA the gradients need little memory"
+            "lora does not work with sharded weights: use trainer=ddp, where the gradients of LoRA need little memory"
         )
     if sharded and self_critical:
         raise ValueError(
