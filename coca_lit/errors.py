@@ -4,9 +4,13 @@ The commands print it and exit with code 1; every other exception is a bug and k
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
+from operator import ge, gt, le
+from typing import Any
 
 
 class UserError(Exception):
@@ -50,6 +54,26 @@ def why_unreadable(error: Exception) -> str:
     if "weights_only" in text or not isinstance(error, OSError | RuntimeError):
         return "it is not a file that torch.save writes"
     return text.splitlines()[0]
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    whole: bool = False,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Raises `ValueError` unless the value is a number, neither infinite nor NaN, within these bounds."""
+    bounds = (("of at least", at_least, ge), ("above", above, gt), ("at most", at_most, le))
+    given = [(words, bound, fits) for words, bound, fits in bounds if bound is not None]
+    kind: type = Integral if whole else Real
+    number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+    if not number or not all(fits(value, bound) for _, bound, fits in given):
+        expected = " and ".join(f"{words} {bound}" for words, bound, _ in given)
+        what = f"{'whole ' if whole else ''}number {expected}".rstrip()
+        raise ValueError(f"{name} must be a {what}, got {value!r}")
 
 
 def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from coca_lit.callbacks.resuming import forget_last_step, is_logged_step
 from coca_lit.data.batch import Batch
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.text import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
@@ -67,8 +67,8 @@ class CoCaLit(L.LightningModule):
         cooldown_steps: int | None = None,
     ) -> None:
         super().__init__()
-        if cooldown_steps is not None and (not isinstance(cooldown_steps, int) or cooldown_steps < 0):
-            raise ValueError(f"cooldown_steps must be a whole number of at least 0, got {cooldown_steps!r}")
+        if cooldown_steps is not None:
+            check_number("cooldown_steps", cooldown_steps, whole=True, at_least=0)
         self.net = net
         self.make_optimizer = optimizer
         self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps

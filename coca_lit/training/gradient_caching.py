@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.distributed import sum_over_ranks
+from coca_lit.errors import check_number
 from coca_lit.losses import caption_loss, contrastive_term
 from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
@@ -148,8 +149,7 @@ def _collected_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[list[Te
 
 def check_micro_batches(net: CoCa, size: int) -> None:
     """Raises ValueError for a network whose batch norms would see micro-batches instead of batches."""
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"micro_batch_size must be a whole number of at least 1, got {size!r}")
+    check_number("micro_batch_size", size, whole=True, at_least=1)
     net.train()
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in net.modules()):
         raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch, padded
 from coca_lit.distributed import gather_early
+from coca_lit.errors import check_number
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
 from coca_lit.models.packing import to_device
@@ -36,8 +37,7 @@ class Objective(nn.Module, ABC):
     def __init__(self, **weights: float) -> None:
         super().__init__()
         for name, weight in weights.items():
-            if not isinstance(weight, int | float) or isinstance(weight, bool) or weight < 0:
-                raise ValueError(f"{name}_weight must be a number of at least 0, got {weight!r}")
+            check_number(f"{name}_weight", weight, at_least=0)
         self.weights = weights
         self.measures: dict[str, float] = {}
 
@@ -126,8 +126,7 @@ class ParallelPrediction(Objective):
 
     def __init__(self, share: float = 0.75, weight: float = 1.0) -> None:
         super().__init__(parallel=weight)
-        if not 0 < share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
+        check_number("share", share, above=0, at_most=1)
         self.share = share
 
     def build(self, net: CoCa) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from coca_lit.errors import ConfigError, suggest
+from coca_lit.errors import ConfigError, check_number, suggest
 
 # Learned positions and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
@@ -39,12 +39,10 @@ class Grouped:
     """
 
     def __init__(self, lr: float, weight_decay: float, layer_decay: float, image_factor: float) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-        for name, value in (("layer_decay", layer_decay), ("image_factor", image_factor)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ValueError(f"{name} must be a number above 0 and at most 1, got {value!r}")
+        check_number("lr", lr, at_least=0)
+        check_number("weight_decay", weight_decay, at_least=0)
+        check_number("layer_decay", layer_decay, above=0, at_most=1)
+        check_number("image_factor", image_factor, above=0, at_most=1)
         self.lr, self.weight_decay = lr, weight_decay
         self.layer_decay, self.image_factor = layer_decay, image_factor
 
@@ -96,8 +94,7 @@ class AdamW(Grouped):
         image_factor: float = 1.0,
     ) -> None:
         super().__init__(lr, weight_decay, layer_decay, image_factor)
-        if not isinstance(eps, int | float) or isinstance(eps, bool) or eps < 0:
-            raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+        check_number("eps", eps, at_least=0)
         self.betas, self.eps = (betas[0], betas[1]), eps
 
     def __call__(self, module: nn.Module) -> torch.optim.AdamW:

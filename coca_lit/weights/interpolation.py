@@ -2,6 +2,7 @@
 
 import torch
 
+from coca_lit.errors import check_number
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
 from coca_lit.weights.computation import difference
@@ -19,8 +20,7 @@ def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
         ValueError: the weight is out of range, or the models do not have the same tensors, or compute different things
             with them.
     """
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= 1:
-        raise ValueError(f"weight must be a number between 0 and 1, got {weight!r}")
+    check_number("weight", weight, at_least=0, at_most=1)
     ours, theirs = model.state_dict(), before.state_dict()
     for name in [*ours, *theirs]:
         if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from coca_lit.errors import check_number
 from coca_lit.models.coca import CoCa
 
 _INSIDE = ".parametrizations.weight."
@@ -51,10 +52,8 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     Raises:
         ValueError: a number is out of range, or there is no matrix to update.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
-    if not isinstance(alpha, int | float) or not alpha > 0:
-        raise ValueError(f"alpha must be a number above 0, got {alpha!r}")
+    check_number("rank", rank, whole=True, at_least=1)
+    check_number("alpha", alpha, above=0)
     inside = {n: m for n, m in net.named_modules() if any(f"{n}.".startswith(f"{part}.") for part in parts)}
     if unknown := [part for part in parts if part not in inside]:
         known = ", ".join(name for name, module in net.named_children() if [*module.parameters()])

@@ -98,7 +98,7 @@ def test_prompts_by_hand(net: CoCa) -> None:
 
 
 def test_wrong_arguments(net: CoCa) -> None:
-    with pytest.raises(ValueError, match="share must be above 0 and at most 1, got 0"):
+    with pytest.raises(ValueError, match="share must be a number above 0 and at most 1, got 0"):
         ParallelPrediction(share=0)
     with pytest.raises(ValueError, match="prompts must be one or more texts"):
         PrefixPrompts([" "])

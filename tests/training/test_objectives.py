@@ -1,6 +1,7 @@
 """Objectives added to the network's own: the answer classifier, and a user's."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_what_an_objective_trains_is_not_frozen_at_any_depth(
         ({"answers": ["a"]}, "two or more different answers"),
         ({"answers": ["a", "a"]}, "two or more different answers"),
         ({"answers": ANSWERS, "weight": -1}, "answers_weight must be a number of at least 0, got -1"),
+        ({"answers": ANSWERS, "weight": math.nan}, "answers_weight must be a number of at least 0, got nan"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(options: dict[str, Any], said: str) -> None:

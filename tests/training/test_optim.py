@@ -162,6 +162,7 @@ def test_first_step_by_hand() -> None:
         ({"lr": -1e-3}, "lr must be a number of at least 0, got -0.001"),
         ({"lr": "1e-3"}, "lr must be a number of at least 0, got '1e-3'"),
         ({"lr": True}, "lr must be a number"),
+        ({"lr": float("inf")}, "lr must be a number of at least 0, got inf"),
         ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
         ({"lr": 1e-3, "layer_decay": 0}, "layer_decay must be a number above 0 and at most 1, got 0"),
         ({"lr": 1e-3, "layer_decay": 1.1}, "layer_decay must be a number above 0 and at most 1, got 1.1"),

@@ -100,7 +100,7 @@ def test_weights_between_two_checkpoints_are_scored_and_exported(adapted: Path, 
     both = (f"checkpoint={last}", f"interpolate_with={start}")
     assert evaluation(tmp_path / "0", *both, "weight=0") == evaluation(tmp_path / "before", f"checkpoint={start}")
     assert evaluation(tmp_path / "1", *both, "weight=1") == evaluation(tmp_path / "after", f"checkpoint={last}")
-    with pytest.raises(ConfigError, match="interpolate_with: weight must be a number between 0 and 1, got 2"):
+    with pytest.raises(ConfigError, match=r"interpolate_with: weight must be a number .* at most 1, got 2"):
         evaluation(tmp_path / "2", *both, "weight=2")
     mixed = [*both, "weight=0.25", "format=safetensors", f"output={tmp_path / 'mixed'}"]
     export(compose_config("export", mixed))

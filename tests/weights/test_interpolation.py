@@ -45,7 +45,7 @@ def test_both_ends_are_exact(tiny_model: Callable[..., CoCa], weight: float) -> 
 @pytest.mark.parametrize(
     ("weight", "other", "message"),
     [
-        (1.5, {}, "weight must be a number between 0 and 1, got 1.5"),
+        (1.5, {}, "weight must be a number of at least 0 and at most 1, got 1.5"),
         (0.5, {"text_layers": 3}, "the models have different architectures: 'text.blocks.2.norm_1.weight'"),
         (0.5, {"decoder_layers": 0}, "the models have different architectures: 'decoder"),
         (0.5, {"cls_mask": "legacy"}, "text.cls_mask is 'correct' in the one and 'legacy' in the other"),

@@ -7,10 +7,9 @@ Type checkers read its annotations. The defaults, the checks and the documentati
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args, get_origin
 
-from coca_lit.errors import suggest
+from coca_lit.errors import check_number, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -189,16 +188,9 @@ def _check_value(name: str, value: Any) -> None:
     if choices and value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
     kind = value_type(name)
-    if kind is not str and (isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real)):
-        raise ValueError(f"{name} must be a{' whole' if kind is int else ''} number, got {value!r}")
-    bounds = (
-        (option.at_least, "at least", lambda bound: value >= bound),
-        (option.above, "greater than", lambda bound: value > bound),
-        (option.at_most, "at most", lambda bound: value <= bound),
-    )
-    if any(bound is not None and not fits(bound) for bound, _, fits in bounds):
-        expected = " and ".join(f"{words} {bound}" for bound, words, _ in bounds if bound is not None)
-        raise ValueError(f"{name} must be {expected}, got {value}")
+    if kind is not str:
+        bounds = {"at_least": option.at_least, "above": option.above, "at_most": option.at_most}
+        check_number(name, value, whole=kind is int, **bounds)
 
 
 def _check_combination(options: Options, given: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from coca_lit.errors import suggest
+from coca_lit.errors import check_number, suggest
 from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.models.naflex import TIMM_NAME
 from coca_lit.tokenizer import Tokenizer
@@ -245,8 +245,7 @@ def _translated(model: Mapping[str, Any]) -> Mapping[str, Any]:
 def count(section: Mapping[str, Any], key: str, default: int) -> int:
     """A number of a section that must be whole and positive."""
     value = section.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{FILE}: {key} must be a whole number of at least 1, got {value!r}")
+    check_number(f"{FILE}: {key}", value, whole=True, at_least=1)
     return value
 
 
