@@ -68,7 +68,7 @@ def check_number(
     """Raises `ValueError` unless the value is a number, neither infinite nor NaN, within these bounds."""
     bounds = (("of at least", at_least, ge), ("above", above, gt), ("at most", at_most, le))
     given = [(words, bound, fits) for words, bound, fits in bounds if bound is not None]
-    kind: type = Integral if whole else Real
+    kind: Any = Integral if whole else Real
     number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
     if not number or not all(fits(value, bound) for _, bound, fits in given):
         expected = " and ".join(f"{words} {bound}" for words, bound, _ in given)
