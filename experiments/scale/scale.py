@@ -147,7 +147,7 @@ def shard_rows() -> list[dict[str, Any]]:
                 "GPUs": gpus,
                 "workers per GPU": workers,
                 "shards per worker": f"{few:,} or {many:,}",
-                "samples of the former come more often by, %": 100 * (many / few - 1),
+                "excess repetition of the smaller share, %": 100 * (many / few - 1),
             }
         )
     return rows
