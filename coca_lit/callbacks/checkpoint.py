@@ -32,7 +32,7 @@ from coca_lit.callbacks.resuming import (
 )
 from coca_lit.callbacks.stall_guard import unwatched
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, step_exchange, world_size
-from coca_lit.errors import DataError
+from coca_lit.errors import DataError, check_number
 from coca_lit.files import atomic_link, atomic_write, remove, try_waiting
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
@@ -76,8 +76,7 @@ class Checkpoints(L.Callback):
         for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, or null for never, got {value}")
-        if keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        check_number("keep_last", keep_last, whole=True, at_least=1)
         self.folder = Path(output_dir) / CHECKPOINTS
         self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last
         self.best, self.run_config = best, run_config

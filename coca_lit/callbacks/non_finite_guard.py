@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from coca_lit.callbacks.resuming import is_logged_step
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange
-from coca_lit.errors import TrainingError
+from coca_lit.errors import TrainingError, check_number
 from coca_lit.files import Waiting, append_lines
 from coca_lit.runs.logs import BAD_STEPS
 
@@ -49,10 +49,8 @@ class NonFiniteGuard(L.Callback):
     """
 
     def __init__(self, output_dir: str | Path, max_in_a_row: int = 10, spike: float = 10.0, window: int = 100) -> None:
-        if max_in_a_row < 1:
-            raise ValueError(f"max_in_a_row must be at least 1, got {max_in_a_row}")
-        if window < WARM_UP:
-            raise ValueError(f"window must be at least {WARM_UP}, got {window}")
+        check_number("max_in_a_row", max_in_a_row, whole=True, at_least=1)
+        check_number("window", window, whole=True, at_least=WARM_UP)
         self.path = Path(output_dir) / BAD_STEPS
         self._waiting: Waiting[str] = Waiting(self.path, partial(append_lines, self.path))
         self.max_in_a_row, self.spike = max_in_a_row, spike

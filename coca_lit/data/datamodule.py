@@ -27,7 +27,7 @@ from coca_lit.data.transforms import (
     whole,
     whole_box,
 )
-from coca_lit.errors import DataError
+from coca_lit.errors import DataError, check_number
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -86,10 +86,8 @@ class CaptionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         per_rank(batch_size, world=1)
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, not {num_workers}")
-        if not isinstance(text_every, int) or text_every < 1:
-            raise ValueError(f"text_every must be a whole number of at least 1, got {text_every!r}")
+        check_number("num_workers", num_workers, whole=True, at_least=0)
+        check_number("text_every", text_every, whole=True, at_least=1)
         self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
         self.num_workers, self.seed, self.text_every = num_workers, seed, text_every
         self.patches = tuple(patches)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import DataError, suggest
+from coca_lit.errors import DataError, check_number, suggest
 from coca_lit.files import atomic_write
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
@@ -71,9 +71,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("workers", 0), ("rerank", 0), ("attention", 0), ("images", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < lowest):
-                raise ValueError(f"{name} must be a whole number of at least {lowest}, got {value!r}")
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, whole=True, at_least=lowest)
         known = [name for name, option in OPTIONS.items() if option.key and name != "num_captions"]
         for name in self.generate or {}:
             if name not in known:
@@ -114,8 +113,7 @@ class Evaluation:
     score_names: Sequence[str] = ()
 
     def __init__(self, name: str, records: Sequence[Record], every: int = 1) -> None:
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(f"every must be a whole number of at least 0, got {every!r}")
+        check_number("every", every, whole=True, at_least=0)
         self.name, self.records, self.every = name, records, every
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}

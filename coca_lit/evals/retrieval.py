@@ -19,6 +19,7 @@ from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero, rank
+from coca_lit.errors import check_number
 from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs
@@ -47,7 +48,7 @@ class RetrievalScores(Evaluation):
 
     def __init__(self, name: str, records: Sequence[Record], rerank_weight: float = 0.5, every: int = 1) -> None:
         super().__init__(name, records, every)
-        check_weight(rerank_weight)
+        check_number("rerank_weight", rerank_weight, at_least=0, at_most=1)
         self.rerank_weight = rerank_weight
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
@@ -124,16 +125,10 @@ def decoder_rerank(
         raise ValueError("decoder re-ranking needs a model with a decoder, which decoder_layers=0 lacks")
     if candidates < 1:
         raise ValueError(f"decoder re-ranking needs at least 1 candidate, got {candidates}")
-    check_weight(weight)
+    check_number("rerank_weight", weight, at_least=0, at_most=1)
     similarity = model.logit_scale.exp().item() * image_features @ text_features.T  # (I, T)
     found = log_likelihoods(model, records, candidate_pairs(similarity, candidates), batch_size, num_workers)
     return reranked(similarity, found, weight)
-
-
-def check_weight(weight: float) -> None:
-    """Raises ValueError for a weight outside [0, 1]."""
-    if not 0 <= weight <= 1:
-        raise ValueError(f"rerank_weight must be a number from 0 to 1, got {weight!r}")
 
 
 def reranked(similarity: Tensor, log_likelihood: Tensor, weight: float) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coca_lit.errors import suggest
+from coca_lit.errors import check_number, suggest
 
 # Seconds of the host to launch an operation, gradients included: 5 to 10 µs in PyTorch without compilation or graphs.
 LAUNCH = 6e-6
@@ -51,14 +51,13 @@ class Settings:
         for name in gpus:
             if name not in GPUS:
                 raise ValueError(f"gpus: there is no '{name}'{suggest(name, GPUS)} Known: {', '.join(GPUS)}")
-        if utilisation is not None and (not isinstance(utilisation, int | float) or not 0 < utilisation <= 1):
-            raise ValueError(f"utilisation must be a share between 0 and 1, or null, got {utilisation!r}")
-        if not isinstance(caption_tokens, int) or caption_tokens < 2:
-            raise ValueError(f"caption_tokens must be a whole number of at least 2, got {caption_tokens!r}")
-        if devices is not None and (not isinstance(devices, int) or devices < 1):
-            raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
-        if samples is not None and (not isinstance(samples, int | float) or samples <= 0):
-            raise ValueError(f"samples must be a number above 0, got {samples!r}")
+        check_number("caption_tokens", caption_tokens, whole=True, at_least=2)
+        if utilisation is not None:
+            check_number("utilisation", utilisation, above=0, at_most=1)
+        if devices is not None:
+            check_number("devices", devices, whole=True, at_least=1)
+        if samples is not None:
+            check_number("samples", samples, above=0)
         self.gpus, self.utilisation, self.caption_tokens = list(gpus), utilisation, caption_tokens
         self.devices, self.samples = devices, samples
 

@@ -424,7 +424,7 @@ def test_wrong_model_is_one_sentence(override: str, said: str) -> None:
         ("+trainer.max_epoch=1", r"^trainer has no key 'max_epoch'; did you mean 'max_epochs'\?"),
         ("+callbacks.throughput.every=1", r"^callbacks\.throughput has no key 'every'"),
         ("+logger.csv.dir=x", r"^logger\.csv has no key 'dir'"),
-        ("callbacks.checkpoint.keep_last=0", r"^callbacks\.checkpoint: keep_last must be at least 1, got 0"),
+        ("callbacks.checkpoint.keep_last=0", r"^callbacks\.checkpoint: keep_last must be a whole number of at least 1"),
         ("callbacks.checkpoint._target_=ModelCheckpoint", r"^callbacks\.checkpoint: there is no 'ModelCheckpoint' \("),
         ("trainer.accelerator=mps", r"^trainer: .*MPS"),
         pytest.param(

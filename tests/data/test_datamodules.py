@@ -166,7 +166,7 @@ def test_numbers_that_cannot_work_are_refused():
         ScenesDataModule(tokenizer=TOKENIZER, batch_size=9, train_count=1_000_000).train_dataloader()
     with pytest.raises(DataError, match="batch_size 0"):
         ScenesDataModule(tokenizer=TOKENIZER, batch_size=0)
-    with pytest.raises(ValueError, match="num_workers must be 0 or more, not -1"):
+    with pytest.raises(ValueError, match="num_workers must be a whole number of at least 0, got -1"):
         ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, num_workers=-1)
 
 

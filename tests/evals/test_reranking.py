@@ -125,7 +125,7 @@ def test_mixture_by_hand() -> None:
 
 
 def test_wrong_arguments_are_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"rerank_weight must be a number from 0 to 1, got 2\.0"):
+    with pytest.raises(ValueError, match=r"rerank_weight must be a number of at least 0 and at most 1, got 2\.0"):
         RetrievalScores("seven", records(), rerank_weight=2.0)
     with pytest.raises(ValueError, match="rerank must be a whole number of at least 0, got -1"):
         Settings("unused", rerank=-1)
@@ -135,7 +135,7 @@ def test_wrong_arguments(tmp_path) -> None:
     model = make_model()
     images, texts, _ = embed_pairs(model, records())
     for candidates, weight in ((0, 0.5), (3, 1.5), (3, -0.1)):
-        with pytest.raises(ValueError, match=r"at least 1 candidate|from 0 to 1"):
+        with pytest.raises(ValueError, match=r"at least 1 candidate|at least 0 and at most 1"):
             decoder_rerank(model, records(), images, texts, candidates, weight)
     model.decoder = None
     with pytest.raises(ValueError, match="needs a model with a decoder"):

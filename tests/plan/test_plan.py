@@ -167,8 +167,8 @@ def test_a_recipe_is_read_from_the_config() -> None:
         ("utilization=0.4", "there is no key 'utilization'; did you mean 'utilisation'?"),
         ("gpus=[H10]", "gpus: there is no 'H10'; did you mean 'H100'?"),
         ("gpus=H100", "gpus must be a list, the default is [A100, H100]; got H100"),
-        ("utilisation=40", "utilisation must be a share between 0 and 1, or null, got 40"),
-        ("utilisation=high", "utilisation must be a share between 0 and 1, or null, got 'high'"),
+        ("utilisation=40", "utilisation must be a number above 0 and at most 1, got 40"),
+        ("utilisation=high", "utilisation must be a number above 0 and at most 1, got 'high'"),
         ("experiment=demoo", "'experiment' has no option 'demoo'; did you mean 'demo'?"),
     ],
 )
