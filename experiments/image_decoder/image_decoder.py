@@ -1,8 +1,8 @@
 """An extension of coca_lit from outside: an image decoder as an objective, with a callback and an experiment YAML.
 
 The last idea of OpenCLIP's CoCa report, in small: draw the image from its caption. Learned queries, one for each patch
-of a coarse grid, attend to the states of the caption in the text tower; the output becomes pixels. The mean squared error
-teaches the text tower what things look like. A caption leaves much open (of a scene the background and the exact
+of a coarse grid, attend to the states of the caption in the text tower; the output becomes pixels. The mean squared
+error teaches the text tower what things look like. A caption leaves much open (of a scene the background and the exact
 positions), so the best drawing is the mean of all images that the caption fits: edges stay soft.
 """
 
