@@ -131,15 +131,18 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
 
     groups = variants(rows)
     shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores), 2.8), **shape)
+    figure, axes = plt.subplots(1, len(scores), figsize=(2.2 + 2.4 * len(scores), 1 + 0.25 * len(groups)), **shape)
+    labels: list[str] = []  # of the panel to the left
     for axis, (score, title) in zip(axes[0], scores.items(), strict=True):
         scored = {name: values for name, runs in groups.items() if (values := numbers(runs, score))}
         for place, values in enumerate(scored.values()):
-            axis.plot([place] * len(values), values, "o", color="tab:blue", alpha=0.6)
-            axis.hlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
-        axis.set_xticks(range(len(scored)), list(scored), rotation=30, ha="right", fontsize=8)
+            axis.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
+            axis.vlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
+        axis.set_yticks(range(len(scored)), [""] * len(scored) if labels == [*scored] else [*scored], fontsize=8)
+        axis.invert_yaxis()
         axis.set_title(unit(score, title), fontsize=10)
-        axis.grid(axis="y", alpha=0.3)
+        axis.grid(alpha=0.3)
+        labels = [*scored]
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

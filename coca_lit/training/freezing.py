@@ -30,7 +30,7 @@ def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], traine
 
 
 def _without(net: CoCa, part: str, trained: Collection[str]) -> Iterator[str]:
-    """The part itself, or those of its parts that are not trained; nothing if all of it is."""
+    """The part itself, or its parts that are not trained; nothing if all of it is trained."""
     if any(f"{part}.".startswith(f"{name}.") for name in trained):
         return
     if not any(name.startswith(f"{part}.") for name in trained):

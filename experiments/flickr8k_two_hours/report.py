@@ -17,12 +17,15 @@ NAMES = {
     "long": "twice the steps",
     "long_rewards": "twice the steps, SCST",
     "long_8beams_reranked": f"twice the steps, {BEAMS}",
+    "long_rewards_8beams_reranked": f"twice the steps, SCST, {BEAMS}",
 }
 SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
     "captions_reranked": "captions, re-ranked",
     "long_reranked": "twice the steps, re-ranked",
+    "long_rewards_reranked": "twice the steps, SCST, re-ranked",
 }
 CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
+WORDS = {"flickr8k/mean_length": "words per caption", "flickr8k/vocabulary": "different words"}
 SIDES = {"i2t": "image to text", "t2i": "text to image"}
 RECALL = {f"flickr8k/{side}_recall@{k}": f"{title} R@{k}" for side, title in SIDES.items() for k in (1, 5, 10)}
 
@@ -31,7 +34,7 @@ def tables() -> dict[str, str]:
     captions, searches = _rows()
     name = RESULTS.parent.name
     return {
-        name: by_variant(captions, {"seconds": "seconds"} | CAPTIONS),
+        name: by_variant(captions, {"seconds": "seconds"} | CAPTIONS | WORDS),
         f"{name}/retrieval": by_variant(searches, RECALL),
     }
 

@@ -25,18 +25,20 @@ searches=(evals=flickr8k evals.flickr8k_retrieval.records.root="$root" scoring.r
 # The whole two hours: twice the steps, each view seen about as often as before, then rewards at a tenth of the learning rate
 for seed in ${SEEDS:-0 1 2}; do
   train long "$seed" flickr8k_two_hours trainer.max_epochs=40 data.cached_augmentations=10
-  train long_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" model.optimizer.lr=2e-5 trainer.max_epochs=4
+  train long_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt"
   rerank long long_8beams_reranked "$seed" "${searches[@]}"
+  rerank long_rewards long_rewards_8beams_reranked "$seed" "${searches[@]}"
 done
 
-# Half the steps, and rewards at the learning rate of the experiment
+# Half the steps, and rewards at ten times the learning rate
+faster=(model.optimizer.lr=2e-4 trainer.max_epochs=2)
 train captions 0 flickr8k_two_hours
-train rewards 0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt
+train rewards 0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt "${faster[@]}"
 rerank captions captions_8beams_reranked 0 "${searches[@]}"
 
 # The first attempt, with all of a smaller encoder frozen
 train frozen_captions 0 flickr8k_frozen
-train frozen_rewards 0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt data.cached_augmentations=4 \
+train frozen_rewards 0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt "${faster[@]}" data.cached_augmentations=4 \
   init_parts.image_encoder=efficientnet_lite0 model.net.image_encoder=tf_efficientnet_lite0 model.net.pooler=single 'model.freeze=[image_encoder]'
 rerank frozen_rewards frozen_rewards_8beams_reranked 0 evals=flickr8k_captions
 python experiments/report.py flickr8k_two_hours $runs/*_seed*
