@@ -124,7 +124,7 @@ class StepExchange:
         self.start()
 
     def start(self) -> None:
-        """Drops numbers that were told and not yet read."""
+        """Discards numbers that were reported but not yet read."""
         self._told: list[float] = []
         self._arriving: deque[Arriving] = deque()
 

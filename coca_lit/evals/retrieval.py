@@ -114,8 +114,8 @@ def decoder_rerank(
 
     Args:
         image_features, text_features: (I, E) and (T, E) of `embed_pairs`.
-        candidates: nearest images of each text that the decoder scores; of each image so many nearest texts that both
-            directions have equally many pairs.
+        candidates: nearest images of each text that the decoder scores; for each image, as many nearest texts as give
+            both directions the same number of pairs.
         weight: share of the log-likelihood, between 0 and 1.
 
     Raises:

@@ -41,7 +41,7 @@ NOT_ARCHITECTURE = (
     *READS_WEIGHTS,
     *("pruned", "feature", "model_cfg", "kwargs_filter", "scriptable", "exportable", "no_jit", "device", "dtype"),
 )
-# Arguments that are no sizes: a rotary base, and a budget of patches.
+# Arguments that are not sizes: a rotary base, and a budget of patches.
 _NO_SIZES = ("rope_base", "max_patches")
 NORMALISATION = "pretrained_cfg_overlay"  # timm's name for what replaces mean and deviation of the pixels
 _TOWERS = ("image_encoder", "pooling", "image_projection", "text", "interpolation", "resize_mode")
@@ -124,7 +124,7 @@ def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None
     It is first built without memory, where loading copies nothing and compares shapes.
     """
     largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
-    # What the arguments of parts from outside mean, only those know.
+    # Only an outside part knows what its own arguments mean.
     guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
     if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
         guests += ["text_tower_args", "decoder_args"]

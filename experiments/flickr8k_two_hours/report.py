@@ -6,7 +6,7 @@ from coca_lit.report.scores import score_name
 from experiments.study import Row, by_variant, draw_variants, read_rows, renamed
 
 RESULTS = Path(__file__).with_name("results.csv")
-BEAMS = "best of 8 beams"  # chosen by the similarity of image and caption
+BEAMS = "best of 8 beams"  # chosen with the similarity of image and caption
 NAMES = {
     "frozen_captions": "frozen",
     "frozen_rewards": "frozen, SCST",

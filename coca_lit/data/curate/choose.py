@@ -167,7 +167,9 @@ def _check_alike(paths: Sequence[Path], *settings: str) -> None:
     makers = {made: path for path in paths if (made := made_by(path, *settings))}
     if len(makers) > 1:
         one, other = [*makers.values()][:2]
-        raise DataError(f"{one} and {other} were scored with another {' or another '.join(settings)}: score them alike")
+        raise DataError(
+            f"{one} and {other} were scored with a different {' or '.join(settings)}: score both with the same settings"
+        )
 
 
 def _row(db: "DuckDBPyConnection", statement: str) -> tuple[Any, ...]:

@@ -48,7 +48,7 @@ OPEN_PACKAGES = tuple(
     f"--add-opens=java.base/java.{name}=ALL-UNNAMED"
     for name in ("lang", "math", "util", "util.concurrent", "net", "text")
 )
-# Calls into native code and old ways to memory are what JPype and the cache need; older Java versions lack the flags.
+# Calls into native code and legacy memory access are what JPype and the cache need; older Java versions lack the flags.
 QUIET = ("--enable-native-access=ALL-UNNAMED", "--sun-misc-unsafe-memory-access=allow")
 SILENCE_LIMIT_S = 300.0  # between two answers; loading takes seconds, and so do the captions of one answer
 
@@ -113,7 +113,7 @@ class Spice:
         where neither the caption nor the references of an image have such a tuple; the whole is 0 there.
 
         Raises:
-            SpiceError: JPype, Java or the jars are missing or damaged, or Java dies, fails or falls silent.
+            SpiceError: JPype, Java or the jars are missing or damaged, or Java dies, fails or stops responding.
         """
         jars = spice_jars()
         question = json.dumps([[list(r), caption] for r, caption in zip(references, hypotheses, strict=True)])

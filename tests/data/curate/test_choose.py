@@ -205,9 +205,7 @@ def test_scores_that_do_not_belong_together(rows, tmp_path):
         find_scores([tmp_path / "a", tmp_path / "b"])
     columns = {"key": ["1"], "similarity": [0.5], "phash": [3]}
     write_scores(tmp_path / "a" / "9.scores.parquet", "9.tar", columns, ABOUT | {"model": "another"})
-    with pytest.raises(
-        DataError, match="were scored with another model or another precision or another caption_key: score"
-    ):
+    with pytest.raises(DataError, match="were scored with a different model or precision or caption_key: score"):
         filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet")
     write_scores(tmp_path / "a" / "9.scores.parquet", "9.tar", columns, ABOUT)
     with pytest.raises(DataError, match="some samples have no embedding: score them with --embeddings"):
@@ -222,7 +220,9 @@ def test_embeddings_of_different_models_are_not_compared(rows, tmp_path):
     write_scores(other, "9.tar", columns, ABOUT | {"caption_key": "json"})
     dedup_scores(*given, cosine=0.9)
     write_scores(other, "9.tar", columns, ABOUT | {"model": "another"})
-    with pytest.raises(DataError, match="were scored with another model or another precision: score them alike"):
+    with pytest.raises(
+        DataError, match="were scored with a different model or precision: score both with the same settings"
+    ):
         dedup_scores(*given, cosine=0.9)
     dedup_scores(*given, hash_distance=3)  # hashes are of the images alone
 
