@@ -42,8 +42,8 @@ class Module(L.LightningModule):
 
 
 def train(folder: Path, clock: Clock, loading: float, computing: float, accumulated: int = 1) -> list[float]:
-    """The shares that two epochs of four batches log, at every second step. Loading and computing a batch take so many
-    hours.
+    """The shares that two epochs of four batches log, at every second step. Loading and computing a batch take
+    `loading` and `computing` hours.
     """
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:

@@ -25,9 +25,9 @@ OBJECTS = {
 INTRODUCTION = """\
 # All keys of a training run
 
-Written by `python tests/docs/key_reference.py` from the constructors; a test keeps it current. Defaults are those of a
-run without overrides (`experiment=demo`) or of the option in the heading. Below `model.net` they are the constructor's;
-the preset that `model.net.name` names has its own. What to set for a task: [README.md](README.md).
+Written by `python tests/docs/key_reference.py` from the constructors; a test keeps it current. A run without
+overrides (`experiment=demo`), or with the option in the heading, has these defaults. Below `model.net` they are the
+constructor's; the preset that `model.net.name` names has its own. What to set for a task: [README.md](README.md).
 """
 
 
