@@ -1,9 +1,9 @@
-"""Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model samples captions, CIDEr-D scores
-them, and those that beat the other samples of their image become more likely.
+"""Self-critical sequence training (Rennie et al. 2017, arXiv 1612.00563): the model samples captions, a reward scores
+them (CIDEr-D by default), and those that beat the other samples of their image become more likely.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.models.generation.sampling import caption_lengths
 from coca_lit.training.objectives import Objective, Pairs
 
+# Scores of several captions of an image, from its sample key and their words
+Reward = Callable[[Hashable, Sequence[Sequence[str]]], Sequence[float]]
+
 
 class SelfCritical(Objective):
     """Samples captions, rewards them and computes the policy loss that trains them, beside the contrastive loss.
@@ -26,16 +29,22 @@ class SelfCritical(Objective):
     Args:
         samples: captions that are sampled for each image; the baseline of each is the mean reward of the others.
         max_length: most tokens of a caption, start and end included; one that is cut off has no end.
+        reward: makes the reward from the words of all references, by sample key, when training starts.
     """
 
-    def __init__(self, samples: int = 5, max_length: int = DEFAULT_MAX_LENGTH) -> None:
+    def __init__(
+        self,
+        samples: int = 5,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        reward: Callable[[Mapping[Hashable, Sequence[Sequence[str]]]], Reward] = CiderD,
+    ) -> None:
         super().__init__(policy=1.0, contrastive=1.0)
         if samples < 2:
             raise ValueError(f"samples must be at least 2, as a sample's baseline is the mean of the others: {samples}")
         if max_length < 3:
             raise ValueError(f"max_length must be at least 3 (start, one token, end), got {max_length}")
-        self.samples, self.max_length = samples, max_length
-        self._reward: CiderD | None = None
+        self.samples, self.max_length, self._build_reward = samples, max_length, reward
+        self._reward: Reward | None = None
         self._step_began: float | None = None
 
     def replace(self, pairs: Pairs, net: CoCa) -> None:
@@ -63,8 +72,11 @@ class SelfCritical(Objective):
         return {"policy": policy} | loss_terms(net(images, batch.tokens, batch.lengths, captioning=False))
 
     def read(self, references: Mapping[str, Sequence[str]]) -> None:
-        """Takes the references of all training images, by sample key; they also give the document frequencies."""
-        self._reward = CiderD({key: [[*fast_words(text), END] for text in texts] for key, texts in references.items()})
+        """Takes the references of all training images, by sample key; CIDEr-D counts its document frequencies there."""
+        words: dict[Hashable, list[list[str]]] = {
+            key: [[*fast_words(text), END] for text in texts] for key, texts in references.items()
+        }
+        self._reward = self._build_reward(words)
 
     def policy(self, net: CoCa, images: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
         """Policy loss of sampled captions, and measures: the mean reward, the mean distance of rewards from their

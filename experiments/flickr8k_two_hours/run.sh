@@ -30,6 +30,11 @@ for seed in ${SEEDS:-0 1 2}; do
   rerank long_rewards long_rewards_8beams_reranked "$seed" "${searches[@]}"
 done
 
+# A reward that favours short captions less
+train long_mixed_rewards 0 scst_flickr8k init_from="$runs/long_seed0/checkpoints/last.ckpt" \
+  'model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
+rerank long_mixed_rewards long_mixed_rewards_8beams_reranked 0 "${searches[@]}"
+
 # Half the steps, and rewards at ten times the learning rate
 faster=(model.optimizer.lr=2e-4 trainer.max_epochs=2)
 train captions 0 flickr8k_two_hours

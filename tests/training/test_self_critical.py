@@ -90,6 +90,23 @@ def test_gradient_equals_captions_one_by_one() -> None:
     assert rewards[0] > rewards[1]
 
 
+def test_another_reward_takes_the_place_of_cider() -> None:
+    """A reward of the number of words, the end included where the caption has one."""
+    seen = {}
+
+    def lengths(references):
+        seen.update(references)
+        return lambda key, captions: [float(len(words)) for words in captions]
+
+    net, made = network(), Scripted(2, max_length=16, reward=lengths)
+    made.read(REFERENCES)
+    _, measures = made.policy(net, net.image_encoder(pixels()), KEYS)
+    captions = [caption for key in KEYS[:3] for caption in (REFERENCES[key][0], "a small green circle")]
+    cut_off = 2 * 14  # start and forced end are no words
+    assert measures["reward"] == (sum(len(caption.split()) + 1 for caption in captions) + cut_off) / 8
+    assert seen[KEYS[0]][0] == [*REFERENCES[KEYS[0]][0].split(), END]
+
+
 def test_two_ranks_give_the_gradient_of_one_process(on_ranks) -> None:
     expected, measures = scripted_gradient()
     results = on_ranks(2, scripted_gradient)

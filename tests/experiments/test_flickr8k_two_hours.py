@@ -1,0 +1,42 @@
+"""The mixed reward of the study: its parts against the official scorers and a hand-worked case."""
+
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from running import compose
+
+from coca_lit.cli import assembly
+from coca_lit.errors import ConfigError
+from coca_lit.metrics.cider import END, CiderD
+from experiments.flickr8k_two_hours.mixed_reward import MixedReward, word_f
+
+REFERENCES = {
+    "dogs": [["a", "brown", "dog", "runs", "through", "the", "snow", END], ["a", "dog", "in", "the", "snow", END]],
+    "boys": [["two", "boys", "play", "soccer", END], ["two", "boys", "kick", "a", "ball", END]],
+}
+CAPTIONS = [["a", "dog", "runs", "through", "the", "snow", END], ["a", "dog", END], ["two", "cats"], []]
+MIXED = "model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true"
+
+
+def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
+    found = MixedReward(REFERENCES, bleu=0.5, recall=3.0)("dogs", CAPTIONS)
+    references = {i: [" ".join(words) for words in REFERENCES["dogs"]] for i in range(len(CAPTIONS))}
+    bleu = Bleu(4).compute_score(references, {i: [" ".join(c)] for i, c in enumerate(CAPTIONS)}, verbose=0)[1][3]
+    cider = CiderD(REFERENCES)("dogs", CAPTIONS)
+    # Of the first reference 7 of 8 words are found by 7 words; 3 of 6 of the second by 3; nothing by the others.
+    best = [1 / (0.85 / 0.875 + 0.15), 1 / (0.85 / 0.5 + 0.15), 0.0, 0.0]
+    assert found == pytest.approx([c + 0.5 * b + 3 * f for c, b, f in zip(cider, bleu, best, strict=True)])
+    assert found[0] > found[1] > found[2]
+
+
+def test_a_word_counts_as_often_as_both_have_it() -> None:
+    assert word_f(["a", "a", "a"], ["a", "b"]) == pytest.approx(1 / (0.85 / (1 / 2) + 0.15 / (1 / 3)))
+
+
+def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
+    small = ("experiment=scst_mscoco", "data=scenes", "image_size=32", "model.net.name=coca_tiny")
+    objective = assembly.build_module(compose(*small, f"{MIXED}, bleu: 0}}")).self_critical
+    objective.read({"dogs": ["a dog runs", "the brown dog"], "boys": ["two boys"]})
+    words = {"dogs": [["a", "dog", "runs", END], ["the", "brown", "dog", END]], "boys": [["two", "boys", END]]}
+    assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])
+    with pytest.raises(ConfigError, match="did you mean 'bleu'"):
+        assembly.build_module(compose(*small, f"{MIXED}, blue: 0}}"))
