@@ -1,37 +1,55 @@
 """Tables and figure of contrastive re-ranking."""
 
+import statistics
 from pathlib import Path
 
-from experiments.study import draw_lines, mean_std, numbers, read_rows, with_about
+from experiments.study import Row, draw_lines, mean_std, numbers, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
 SHOWN = ("0.0", "0.1", "0.2", "0.5", "1.0")  # of the weights
 SCORES = {"CIDEr": "CIDEr", "Bleu_4": "BLEU-4", "exact_match": "exact match, %"}
+CANDIDATES = {"beam": "beams", "sample": "draws"}
+MODELS = {
+    "demo": "demo",
+    "demo_short": "demo, 2 epochs",
+    "flickr8k": "half an hour",
+    "long": "two hours",
+    "long_rewards": "two hours, SCST",
+}
+
+
+def groups() -> dict[tuple[str, str, str], list[Row]]:
+    """{(data, model, candidates): rows of all seeds and weights}"""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in sorted(read_rows(RESULTS), key=lambda row: list(MODELS).index(row["model"])):
+        candidates = f"{row['candidates']} {CANDIDATES[row['strategy']]}"
+        found.setdefault((row["data"], MODELS[row["model"]], candidates), []).append(row)
+    return found
 
 
 def tables() -> dict[str, str]:
     """A table per data set: a line for each model, kind of candidates and score, a column for each weight."""
     found = {}
-    for data in dict.fromkeys(row["data"] for row in read_rows(RESULTS)):
-        rows = [row for row in read_rows(RESULTS) if row["data"] == data]
-        lines: dict[tuple[str, str, str], list[str]] = {}
+    for data in dict.fromkeys(data for data, *_ in groups()):
+        lines, all_rows = [], []
         for score, title in SCORES.items():
-            for row in rows:
-                if row["weight"] in SHOWN and any(numbers(rows, score)):
-                    candidates = f"{row['candidates']} {'beams' if row['strategy'] == 'beam' else 'draws'}"
-                    lines.setdefault((title, row["model"], candidates), []).append(mean_std(numbers([row], score)))
-        header = ["score", "model", "candidates", *(f"weight {weight}" for weight in SHOWN)]
-        name = f"contrastive_reranking/{data}"
-        cells = [[*names, *values] for names, values in lines.items()]
-        found[name] = with_about(header, cells, rows, "experiments/contrastive_reranking/run.sh")
+            for (own, model, candidates), rows in groups().items():
+                if own == data and any(numbers(rows, score)):
+                    n = len({row["seed"] for row in rows})
+                    values = [[row for row in rows if row["weight"] == weight] for weight in SHOWN]
+                    lines.append([title, model, candidates, str(n), *(mean_std(numbers(v, score)) for v in values)])
+                    all_rows += rows
+        header = ["score", "model", "candidates", "n", *(f"weight {weight}" for weight in SHOWN)]
+        command = "experiments/contrastive_reranking/run.sh"
+        found[f"contrastive_reranking/{data}"] = with_about(header, lines, all_rows, command)
     return found
 
 
 def draw() -> None:
-    """CIDEr against the weight, a panel for each data set and model."""
+    """CIDEr against the weight, means of the seeds, a panel for each data set and model."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in sorted(read_rows(RESULTS), key=lambda row: (row["data"], row["model"], row["strategy"])):
-        line = f"{row['strategy']}, {row['candidates']} candidates"
-        points = panels.setdefault(f"{row['data']}, {row['model']}", {}).setdefault(line, [])
-        points.append((float(row["weight"]), *numbers([row], "CIDEr")))
+    for (data, model, candidates), rows in groups().items():
+        weights = dict.fromkeys(row["weight"] for row in rows)
+        means = {w: statistics.mean(numbers([row for row in rows if row["weight"] == w], "CIDEr")) for w in weights}
+        panels.setdefault(f"{data}, {model}", {})[candidates] = [(float(w), mean) for w, mean in means.items()]
     draw_lines(panels, "rerank_weight", "CIDEr", RESULTS.with_name("weights.png"))

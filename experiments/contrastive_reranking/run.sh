@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# FLICKR8K: the folder with dataset_flickr8k.json and images/. Needs the runs of experiments/demo and experiments/flickr8k.
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs of experiments/demo and, with the folder of photos, the longer ones of
+# experiments/flickr8k_two_hours; those of seeds that have no such run are left out.
 set -euo pipefail
+root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
-[ -s outputs/demo_short/results.json ] || python train.py name=demo_short trainer.max_epochs=2
-for data in scenes compositional; do
-  for model in demo_seed0 demo_short; do
-    python experiments/contrastive_reranking/weights.py "$data" "outputs/$model/checkpoints/last.ckpt"
+for seed in ${SEEDS:-0 1 2}; do
+  short=demo_short_seed$seed
+  [ -s "outputs/$short/results.json" ] || python train.py name="$short" seed="$seed" trainer.max_epochs=2 threads=1
+  for data in scenes compositional; do
+    for model in "demo_seed$seed" "$short"; do
+      python experiments/contrastive_reranking/weights.py "$data" "outputs/$model/checkpoints/last.ckpt"
+    done
+  done
+  for model in ${root:+long long_rewards}; do
+    checkpoint=outputs/flickr8k_two_hours/${model}_seed$seed/checkpoints/last.ckpt
+    [ ! -s "$checkpoint" ] || python experiments/contrastive_reranking/weights.py flickr8k "$checkpoint" --root "$root"
   done
 done
-python experiments/contrastive_reranking/weights.py flickr8k outputs/flickr8k_seed0/checkpoints/last.ckpt --root "$FLICKR8K"
 python experiments/report.py contrastive_reranking

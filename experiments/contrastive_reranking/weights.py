@@ -4,7 +4,8 @@
     python experiments/contrastive_reranking/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
 The candidates of an image are written once; each weight then chooses among them as `generate(rerank="contrastive")`
-does. Rows are added to results.csv in this folder; rows of the same data, model and candidates are replaced.
+does. Rows are added to results.csv in this folder; rows of the same data, model, seed and candidates are replaced. The
+run folder of the checkpoint is named MODEL_seedN.
 """
 
 import argparse
@@ -66,10 +67,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="of Flickr8k")
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--images", type=int, help="score the first N only")
-    parser.add_argument("--name", help="what to call the model; default, the name of the run folder")
     args = parser.parse_args()
     model = load_model(args.checkpoint).eval()
-    name = args.name or args.checkpoint.resolve().parents[1].name
+    name, seed = args.checkpoint.resolve().parents[1].name.rsplit("_seed", maxsplit=1)
     if args.data == "flickr8k":
         records = flickr_records(args.root, "val")[: args.images]
     else:
@@ -86,10 +86,10 @@ def main() -> None:
             best = mixed.argmax(dim=1)
             found = scores(model, records, ids[each, best], similarities[each, best])
             rows.append(
-                {"data": args.data, "model": name, "strategy": strategy, "candidates": args.candidates}
+                {"data": args.data, "model": name, "seed": seed, "strategy": strategy, "candidates": args.candidates}
                 | {"images": len(records), "weight": weight}
                 | {metric: f"{value:.4f}" for metric, value in found.items()}
-                | {"seed": 0, "seconds": seconds, "commit": environment()["commit"]}
+                | {"seconds": seconds, "commit": environment()["commit"]}
                 | {"machine": environment()["machine"], "torch": torch.__version__}
             )
             print(rows[-1], flush=True)
@@ -98,7 +98,7 @@ def main() -> None:
 
 def record(rows: list[dict[str, Any]]) -> None:
     def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[column]) for column in ("data", "model", "strategy", "candidates"))
+        return tuple(str(row[column]) for column in ("data", "model", "seed", "strategy", "candidates"))
 
     old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
     new = {key(row) for row in rows}
