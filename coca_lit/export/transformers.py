@@ -197,10 +197,11 @@ def _clip_tokenizer(tokenizer: CLIPTokenizer) -> HFTokenizer:
     content = json.loads(tokenizer.bpe.to_str())
     content["model"]["vocab"] |= {"<start_of_text>": tokenizer.sot_id, "<end_of_text>": tokenizer.eot_id}
     fast = HFTokenizer.from_str(json.dumps(content))
+    # Straight quotation marks, as ftfy writes them
     straight = [
         normalizers.Replace(Regex("[\u2018-\u201b]"), "'"),
         normalizers.Replace(Regex("[\u201c-\u201f]"), '"'),
-    ]  # as ftfy does
+    ]
     fast.normalizer = normalizers.Sequence([normalizers.NFC(), *straight, normalizers.Lowercase()])
     # Ġ is the byte-level name of a blank.
     fast.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel(), decoders.Strip(" ", 0, 1)])

@@ -92,9 +92,8 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor | Sequence[int], ks: S
 
 def similarity_ranks(similarity: Tensor, image_of_text: Tensor | Sequence[int]) -> Ranks:
     """Ranks by similarities (I, T); arguments and errors as for `recall_at_k`."""
-    images, image_of_text = _labels(
-        len(similarity), torch.as_tensor(image_of_text, device=similarity.device)
-    )  # (I,), (T,)
+    labels = torch.as_tensor(image_of_text, device=similarity.device)
+    images, image_of_text = _labels(len(similarity), labels)  # (I,), (T,)
     if similarity.ndim != 2 or similarity.shape[1] != len(image_of_text):
         raise ValueError(
             f"similarity must be (images, texts) with a column for each of the {len(image_of_text)} entries of "
