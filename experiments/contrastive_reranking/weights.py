@@ -4,8 +4,8 @@
     python experiments/contrastive_reranking/weights.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K
 
 The candidates of an image are written once; each weight then chooses among them as `generate(rerank="contrastive")`
-does. Rows are added to results.csv in this folder; rows of the same data, model, seed and candidates are replaced. The
-run folder of the checkpoint is named MODEL_seedN.
+does. Rows are added to the CSV; rows of the same data, model, seed and candidates are replaced. The run folder of the
+checkpoint is named MODEL_seedN.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from coca_lit.weights.load import load_model
 
 WEIGHTS = [i / 10 for i in range(11)]
 BATCH = 64
-RESULTS = Path(__file__).with_name("results.csv")
 
 
 def candidates(model: CoCa, records: Sequence[Record], strategy: str, count: int) -> tuple[Any, ...]:
@@ -66,6 +65,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--root", type=Path, help="of Flickr8k")
     parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"), help="the CSV")
     parser.add_argument("--images", type=int, help="score the first N only")
     args = parser.parse_args()
     model = load_model(args.checkpoint).eval()
@@ -93,16 +93,16 @@ def main() -> None:
                 | {"machine": environment()["machine"], "torch": torch.__version__}
             )
             print(rows[-1], flush=True)
-    record(rows)
+    record(rows, args.out)
 
 
-def record(rows: list[dict[str, Any]]) -> None:
+def record(rows: list[dict[str, Any]], path: Path) -> None:
     def key(row: dict[str, Any]) -> tuple[str, ...]:
         return tuple(str(row[column]) for column in ("data", "model", "seed", "strategy", "candidates"))
 
-    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
+    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
     new = {key(row) for row in rows}
-    with RESULTS.open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows([*(row for row in old if key(row) not in new), *rows])
