@@ -6,6 +6,7 @@ of any README of the repository. Runs are named VARIANT_seedN, which groups the 
 
 import csv
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -148,15 +149,19 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
 
 
 def draw_lines(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]], x: str, y: str, path: Path) -> None:
-    """Draws {panel: {line: its points}}."""
+    """Draws {panel: {line: its points}}, at most four panels side by side."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     shape: dict[str, Any] = {"squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), **shape)
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+    rows = math.ceil(len(panels) / 4)
+    columns = math.ceil(len(panels) / rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.6 * rows + 0.4), **shape)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for label, points in lines.items():
             axis.plot(*zip(*points, strict=True), marker=".", label=label)
         axis.set(title=title, xlabel=x, ylabel=y)

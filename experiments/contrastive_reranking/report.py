@@ -12,7 +12,6 @@ CANDIDATES = {"beam": "beams", "sample": "draws"}
 MODELS = {
     "demo": "demo",
     "demo_short": "demo, 2 epochs",
-    "flickr8k": "half an hour",
     "long": "two hours",
     "long_rewards": "two hours, SCST",
 }
