@@ -13,11 +13,11 @@ train() { # NAME SEED EXPERIMENT OVERRIDES…
     name="flickr8k_two_hours/$name" threads=1 evals.flickr8k_captions.every=20 evals.flickr8k_retrieval.every=10 "$@"
 }
 
-rerank() { # RUN NAME SEED OVERRIDES…: eight beams, chosen by similarity
-  local run=$1_seed$3 name=$2_seed$3
-  shift 3
+rerank() { # RUN NAME SEED WEIGHT OVERRIDES…: the best of eight beams, by similarity with this weight and likelihood
+  local run=$1_seed$3 name=$2_seed$3 weight=$4
+  shift 4
   [ -s "$runs/$name/results.json" ] || coca-evaluate checkpoint="$runs/$run/checkpoints/last.ckpt" scoring.split=val name="flickr8k_two_hours/$name" \
-    evals.flickr8k_captions.records.root="$root" 'scoring.generate={strategy: beam, num_beams: 8, rerank: contrastive}' "$@"
+    evals.flickr8k_captions.records.root="$root" "scoring.generate={strategy: beam, num_beams: 8, rerank: contrastive, rerank_weight: $weight}" "$@"
 }
 
 searches=(evals=flickr8k evals.flickr8k_retrieval.records.root="$root" scoring.rerank=8)
@@ -26,24 +26,25 @@ searches=(evals=flickr8k evals.flickr8k_retrieval.records.root="$root" scoring.r
 for seed in ${SEEDS:-0 1 2}; do
   train long "$seed" flickr8k_two_hours trainer.max_epochs=40 data.cached_augmentations=10
   train long_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt"
-  rerank long long_8beams_reranked "$seed" "${searches[@]}"
-  rerank long_rewards long_rewards_8beams_reranked "$seed" "${searches[@]}"
+  rerank long long_8beams_reranked "$seed" 0.2 "${searches[@]}"
+  rerank long_rewards long_rewards_8beams_reranked "$seed" 0.2 "${searches[@]}"
+  rerank long_rewards long_rewards_8beams_weight0.1 "$seed" 0.1 evals=flickr8k_captions
 done
 
 # A reward that favours short captions less
 train long_mixed_rewards 0 scst_flickr8k init_from="$runs/long_seed0/checkpoints/last.ckpt" \
   'model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
-rerank long_mixed_rewards long_mixed_rewards_8beams_reranked 0 "${searches[@]}"
+rerank long_mixed_rewards long_mixed_rewards_8beams_reranked 0 0.2 "${searches[@]}"
 
 # Half the steps, and rewards at ten times the learning rate
 faster=(model.optimizer.lr=2e-4 trainer.max_epochs=2)
 train captions 0 flickr8k_two_hours
 train rewards 0 scst_flickr8k init_from=$runs/captions_seed0/checkpoints/last.ckpt "${faster[@]}"
-rerank captions captions_8beams_reranked 0 "${searches[@]}"
+rerank captions captions_8beams_reranked 0 0.2 "${searches[@]}"
 
 # The first attempt, with all of a smaller encoder frozen
 train frozen_captions 0 flickr8k_frozen
 train frozen_rewards 0 scst_flickr8k init_from=$runs/frozen_captions_seed0/checkpoints/last.ckpt "${faster[@]}" data.cached_augmentations=4 \
   init_parts.image_encoder=efficientnet_lite0 model.net.image_encoder=tf_efficientnet_lite0 model.net.pooler=single 'model.freeze=[image_encoder]'
-rerank frozen_rewards frozen_rewards_8beams_reranked 0 evals=flickr8k_captions
+rerank frozen_rewards frozen_rewards_8beams_reranked 0 0.2 evals=flickr8k_captions
 python experiments/report.py flickr8k_two_hours $runs/*_seed*
