@@ -18,15 +18,13 @@ NAMES = {
     "long_rewards": "twice the steps, SCST",
     "long_8beams_reranked": f"twice the steps, {BEAMS}",
     "long_rewards_8beams_reranked": f"twice the steps, SCST, {BEAMS}",
-    "long_rewards_8beams_weight0.1": f"twice the steps, SCST, {BEAMS}, weight 0.1",
-    "long_mixed_rewards": "twice the steps, mixed reward",
-    "long_mixed_rewards_8beams_reranked": f"twice the steps, mixed reward, {BEAMS}",
+    "long_mixed_rewards": "twice the steps, mixed SCST",
+    "long_mixed_rewards_8beams_weight0.1": f"twice the steps, mixed SCST, {BEAMS} at 0.1",
 }
 SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
     "captions_reranked": "captions, re-ranked",
     "long_reranked": "twice the steps, re-ranked",
     "long_rewards_reranked": "twice the steps, SCST, re-ranked",
-    "long_mixed_rewards_reranked": "twice the steps, mixed reward, re-ranked",
 }
 CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
 WORDS = {"flickr8k/mean_length": "words per caption", "flickr8k/vocabulary": "different words"}
