@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs of experiments/demo and, with the folder of photos, the longer ones of
-# experiments/flickr8k_two_hours; those of seeds that have no such run are left out.
+# experiments/flickr8k_two_hours; seeds without such a run are left out.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."

@@ -15,7 +15,7 @@ RECALL = 0.85  # the share of recall in METEOR 1.5 (Denkowski and Lavie 2014)
 
 class MixedReward:
     """CIDEr-D, plus BLEU-4 of the single caption, plus the F score of its words as METEOR weights it, without METEOR's
-    stems, synonyms and penalty of order. CIDEr-D and BLEU-4 favour short captions, the F score favours recall.
+    stems, synonyms and penalty of order. CIDEr-D favours short captions, the F score long ones.
 
     Args:
         references: image -> words of each of its references.
