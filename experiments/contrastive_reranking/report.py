@@ -28,11 +28,11 @@ def groups() -> dict[tuple[str, str, str], list[Row]]:
 
 def tables() -> dict[str, str]:
     """A table per data set: a line for each model, kind of candidates and score, a column for each weight."""
-    found = {}
-    for data in dict.fromkeys(data for data, *_ in groups()):
+    found, all_groups = {}, groups()
+    for data in dict.fromkeys(data for data, *_ in all_groups):
         lines, all_rows = [], []
         for score, title in SCORES.items():
-            for (own, model, candidates), rows in groups().items():
+            for (own, model, candidates), rows in all_groups.items():
                 if own == data and any(numbers(rows, score)):
                     n = len({row["seed"] for row in rows})
                     values = [[row for row in rows if row["weight"] == weight] for weight in SHOWN]

@@ -29,9 +29,9 @@ class MixedReward:
 
     def __call__(self, image: Hashable, captions: Sequence[Sequence[str]]) -> list[float]:
         references = self.references[image]
-        scorer = BleuScorer(n=4)
+        scorer, texts = BleuScorer(n=4), [" ".join(words) for words in references]
         for caption in captions:
-            scorer += (" ".join(caption), [" ".join(words) for words in references])
+            scorer += (" ".join(caption), texts)
         bleu = scorer.compute_score(option="closest", verbose=0)[1][3]
         return [
             cider + self.bleu * b + self.recall * max(word_f(caption, words) for words in references)
