@@ -68,12 +68,18 @@ def read_rows(path: Path) -> list[Row]:
     return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a CSV with the columns of all rows; missing values stay empty."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def replace_rows(path: Path, rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> None:
+    """Adds rows to a CSV, in place of earlier ones that have the same values in the columns `by`."""
+    new = {tuple(str(row[column]) for column in by) for row in rows}
+    write_rows(path, [*(old for old in read_rows(path) if tuple(old[column] for column in by) not in new), *rows])
 
 
 def read_run(folder: Path) -> Row:

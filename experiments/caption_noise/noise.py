@@ -31,7 +31,7 @@ from coca_lit.metrics.uncertainty import DRAWS, Draws, difference
 from coca_lit.reading import read_json
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
-from experiments.study import Row, read_rows, write_rows
+from experiments.study import Row, replace_rows
 
 RESULTS = Path(__file__).with_name("results.csv")
 SIZES = (1000, 5000)  # images of a draw
@@ -202,9 +202,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {"example": example, "test": test, "scenes": scenes}[args.what](args.folder)
     about = {name: str(environment()[name]) for name in ("commit", "machine", "torch")}
-    new = [each | about for each in found]
-    sets = {each["data"] for each in new}
-    write_rows(RESULTS, [*(each for each in read_rows(RESULTS) if each["data"] not in sets), *new])
+    replace_rows(RESULTS, [each | about for each in found], by=["data"])
 
 
 if __name__ == "__main__":

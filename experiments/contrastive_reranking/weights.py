@@ -9,7 +9,6 @@ checkpoint is named MODEL_seedN.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from coca_lit.metrics.captions import caption_scores
 from coca_lit.models import CoCa
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
+from experiments.study import replace_rows
 
 WEIGHTS = [i / 10 for i in range(11)]
 BATCH = 64
@@ -93,19 +93,7 @@ def main() -> None:
                 | {"machine": environment()["machine"], "torch": torch.__version__}
             )
             print(rows[-1], flush=True)
-    record(rows, args.out)
-
-
-def record(rows: list[dict[str, Any]], path: Path) -> None:
-    def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[column]) for column in ("data", "model", "seed", "strategy", "candidates"))
-
-    old = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    new = {key(row) for row in rows}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows([*(row for row in old if key(row) not in new), *rows])
+    replace_rows(args.out, rows, by=("data", "model", "seed", "strategy", "candidates"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python experiments/curation/noise.py judge SHARDS SELECTION --name likelihood --
 """
 
 import argparse
-import csv
 import io
 import json
 import random
@@ -20,6 +19,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.shards.selection import read_selection, write_selection
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.runs.run_folder import environment
+from experiments.study import replace_rows
 
 PAIRS, PER_SHARD, SIZE = 6000, 1000, 32
 QUALITY, COPY_SIZE = 75, 48  # of the near-duplicates, which are scaled up and compressed more
@@ -76,27 +76,13 @@ def judge(folder: Path, selection: Path, share: float, name: str, seed: int, out
         "seed": seed,
         "choice": name,
         "kept": len(left),
-        "mismatches before": (removed + missed) / (len(left) + len(out)),
-        "mismatches after": missed / max(len(left), 1),
-        "mismatches found": removed / max(removed + missed, 1),
-        "copies left": several / max(len(left), 1),
+        "mismatches before": f"{(removed + missed) / (len(left) + len(out)):.4f}",
+        "mismatches after": f"{missed / max(len(left), 1):.4f}",
+        "mismatches found": f"{removed / max(removed + missed, 1):.4f}",
+        "copies left": f"{several / max(len(left), 1):.4f}",
+        **{key: facts[key] for key in ("commit", "torch", "machine")},
     }
-    row |= {key: facts[key] for key in ("commit", "torch", "machine")}
-    old = list(csv.DictReader(output.open(newline=""))) if output.exists() else []
-    same = ("noise", "seed", "choice")
-    rows = [other for other in old if any(other[key] != str(row[key]) for key in same)]
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            [
-                *rows,
-                {
-                    key: f"{value:.4f}" if key[0] in "msc" and isinstance(value, float) else value
-                    for key, value in row.items()
-                },
-            ]
-        )
+    replace_rows(output, [row], by=("noise", "seed", "choice"))
 
 
 def _jpeg(image: Image.Image, copied: bool) -> bytes:

@@ -4,7 +4,6 @@ python experiments/curation/rows.py FOLDER --rows 100_000_000 --memory-gb 4
 """
 
 import argparse
-import csv
 import resource
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import duckdb
 from coca_lit.data.curate.choose import filter_scores
 from coca_lit.data.curate.scores import find_scores
 from coca_lit.runs.run_folder import environment
+from experiments.study import replace_rows
 
 PER_FILE, PER_SHARD = 1_000_000, 10_000
 RESULTS = Path(__file__).with_name("rows.csv")
@@ -61,11 +61,7 @@ def main() -> None:
         **{key: facts[key] for key in ("commit", "torch", "machine")},
         "command": f"python experiments/curation/rows.py FOLDER --rows {options.rows}",
     }
-    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*(other for other in old if other["rows"] != str(options.rows)), row])
+    replace_rows(RESULTS, [row], by=["rows"])
     print(row)
 
 

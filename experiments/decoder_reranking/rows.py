@@ -37,7 +37,7 @@ from coca_lit.metrics.uncertainty import exact
 from coca_lit.models import CoCa
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
-from experiments.study import Row, read_rows, write_rows
+from experiments.study import Row, replace_rows
 
 WEIGHTS = [i / 10 for i in range(11)]
 COUNTS = (2, 4, 8, 16, 32, 64)
@@ -143,8 +143,7 @@ def main() -> None:
         for row in rows:
             found.append(own | row | {name: str(about[name]) for name in ("commit", "machine", "torch")})
             print(found[-1], flush=True)
-    old = [row for row in read_rows(RESULTS) if any(row[name] != value for name, value in own.items())]
-    write_rows(RESULTS, [*old, *found])
+    replace_rows(RESULTS, found, by=list(own))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,18 @@ def test_runs_become_rows_and_failed_ones_too(tmp_path: Path) -> None:
     assert "| built-in scenes: CIDEr | 125.0 |  |  |" in study.by_seed(rows)
 
 
+def test_rows_of_a_case_replace_its_earlier_ones(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    study.replace_rows(path, [{"data": "scenes", "seed": seed, "score": 1.5} for seed in (0, 1)], by=["data", "seed"])
+    study.replace_rows(path, [{"data": "scenes", "seed": 0, "score": 2.5}], by=["data", "seed"])
+    study.replace_rows(path, [{"data": "photos", "seed": 0, "score": 3.5, "machine": "new"}], by=["data"])
+    assert [tuple(row.values()) for row in study.read_rows(path)] == [
+        ("scenes", "1", "1.5", ""),
+        ("scenes", "0", "2.5", ""),
+        ("photos", "0", "3.5", "new"),
+    ]
+
+
 def test_seeds_of_a_variant_are_put_together(tmp_path: Path) -> None:
     values = {"plain_seed0": 1.0, "plain_seed1": 2.0, "plain_seed2": 3.0, "other_seed0": 5.0}
     folders = [make_run(tmp_path / name, 0, {"x/CIDEr": value}) for name, value in values.items()]
