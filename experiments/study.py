@@ -9,6 +9,7 @@ import json
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ EXPERIMENTS = Path(__file__).resolve().parent
 READMES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md")))
 MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
+DATA = {"scenes": "scenes", "compositional": "unseen combinations", "flickr8k": "photos"}
 SHOWN = re.compile(r"/(Bleu_4|METEOR|CIDEr|exact_match|\w+_recall@[15]|top1)$")  # the CSV has all scores
 
 
@@ -147,7 +149,7 @@ def draw_variants(rows: Sequence[Row], scores: Mapping[str, str], path: Path) ->
             axis.vlines(statistics.mean(values), place - 0.3, place + 0.3, color="tab:blue")
         axis.set_yticks(range(len(scored)), [""] * len(scored) if labels == [*scored] else [*scored], fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(unit(score, title), fontsize=10)
+        axis.set_title(textwrap.fill(unit(score, title), 28), fontsize=10)
         axis.grid(alpha=0.3)
         labels = [*scored]
     figure.savefig(path, dpi=110)

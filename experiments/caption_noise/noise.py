@@ -8,7 +8,7 @@
 COCO's Karpathy test split, `scenes` the captions that the three models of experiments/demo write with 1, 2, 4 and 8
 beams. FOLDER holds fakecap_refs.json and fakecap_results.json, or coco_karpathy_test_generated.json; outputs holds the
 runs of experiments/demo. SPICE is scored if its jars are there, except on 5,000 images: a quarter of an hour of
-parsing. Rows in results.csv replace earlier ones of the same data: a score with its interval for draws of that size, or
+parsing. Rows in the CSV replace earlier ones of the same data: a score with its interval for draws of that size, or
 the difference of two systems on the same draws.
 """
 
@@ -33,7 +33,6 @@ from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
 from experiments.study import Row, replace_rows
 
-RESULTS = Path(__file__).with_name("results.csv")
 SIZES = (1000, 5000)  # images of a draw
 SWAPPED = 0.03  # of the captions
 BEAMS = {"greedy": {}, **{f"{n} beams": {"strategy": "beam", "num_beams": n} for n in (2, 4, 8)}}
@@ -103,7 +102,7 @@ def compared(data: str, names: tuple[str, str], first: System, second: System) -
 
 
 def row(data: str, captions: str, against: str, images: Size, score: str, *numbers: float, p: str = "") -> Row:
-    """A row of results.csv: a value, and its interval if that is known."""
+    """A row of the CSV: a value, and its interval if that is known."""
     found = dict(zip(("value", "low", "high"), (f"{number:.5f}" for number in numbers), strict=False))
     return {
         "data": data,
@@ -152,7 +151,7 @@ def test(folder: Path) -> Iterator[Row]:
     fifths = [part.tolist() for part in np.array_split(np.random.default_rng(0).permutation(ids), 5)]
     for part in fifths:
         for score, value in score_tokens(tokens.of(part)).items():
-            yield row(data, "model, a fifth", "", len(part), score, value)
+            yield row(data, "model, mean of five fifths", "", len(part), score, value)
 
     fifth = fifths[0]
     references, captions = ({key: of[key] for key in fifth} for of in (references, captions))
@@ -162,7 +161,7 @@ def test(folder: Path) -> Iterator[Row]:
         "model, 4 references": (four := {key: texts[:-1] for key, texts in references.items()}, captions),
         "person, 4 references": (four, {key: texts[-1] for key, texts in references.items()}),
     }
-    data = f"{data}, a fifth"
+    data = f"{data}, first fifth"
     found = {name: measured(tokenize_captions(*system), [len(fifth)], metrics()) for name, system in systems.items()}
     yield from scattered(data, "model", found["model"])
     for first, second in PAIRS:
@@ -198,11 +197,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["example", "test", "scenes"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"), help="the CSV")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {"example": example, "test": test, "scenes": scenes}[args.what](args.folder)
     about = {name: str(environment()[name]) for name in ("commit", "machine", "torch")}
-    replace_rows(RESULTS, [each | about for each in found], by=["data"])
+    replace_rows(args.out, [each | about for each in found], by=["data"])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@
 set -euo pipefail
 captions=$(realpath "${1:?usage: run.sh FOLDER}")
 cd "$(dirname "$0")/../.."
+rows=outputs/caption_noise.csv # tracked files stay as they are until the end, so that rows name a commit
+cp experiments/caption_noise/results.csv $rows
 for what in example test; do
-  python -m experiments.caption_noise.noise $what "$captions"
+  python -m experiments.caption_noise.noise $what "$captions" --out $rows
 done
-python -m experiments.caption_noise.noise scenes outputs
+python -m experiments.caption_noise.noise scenes outputs --out $rows
+cp $rows experiments/caption_noise/results.csv
 python experiments/report.py caption_noise

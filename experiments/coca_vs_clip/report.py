@@ -11,7 +11,7 @@ RECALL = {"t2i_recall@1": "text to image R@1", "i2t_recall@1": "image to text R@
 SCORES = {
     "scenes/top1": "zero-shot top-1",
     **{f"scenes/{score}": title for score, title in RECALL.items()},
-    **{f"compositional/{score}": f"new pairs: {title}" for score, title in RECALL.items()},
+    **{f"compositional/{score}": f"unseen combinations: {title}" for score, title in RECALL.items()},
 }
 OF_PHOTOS = {f"flickr8k/{score}": title for score, title in RECALL.items()}
 

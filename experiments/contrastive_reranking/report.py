@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from experiments.study import Row, draw_lines, mean_std, numbers, read_rows, with_about
+from experiments.study import DATA, Row, draw_lines, mean_std, numbers, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
 SHOWN = ("0.0", "0.1", "0.2", "0.5", "1.0")  # of the weights
@@ -50,5 +50,5 @@ def draw() -> None:
     for (data, model, candidates), rows in groups().items():
         weights = dict.fromkeys(row["weight"] for row in rows)
         means = {w: statistics.mean(numbers([row for row in rows if row["weight"] == w], "CIDEr")) for w in weights}
-        panels.setdefault(f"{data}, {model}", {})[candidates] = [(float(w), mean) for w, mean in means.items()]
+        panels.setdefault(f"{DATA[data]}, {model}", {})[candidates] = [(float(w), mean) for w, mean in means.items()]
     draw_lines(panels, "rerank_weight", "CIDEr", RESULTS.with_name("weights.png"))

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 study=experiments/contrastive_reranking
 rows=outputs/contrastive_reranking.csv # tracked files stay as they are until the end, so that rows name a commit
 mkdir -p outputs
-[ -s "$rows" ] || cp "$study/results.csv" "$rows"
+cp "$study/results.csv" "$rows"
 weights() { # DATA RUN_FOLDER OPTIONS…
   python "$study/weights.py" "$1" "$2/checkpoints/last.ckpt" --out "$rows" "${@:3}"
 }

@@ -4,7 +4,18 @@ from pathlib import Path
 from statistics import fmean
 
 from coca_lit.report.tables import Table, markdown
-from experiments.study import Row, as_they_are, by_variant, draw_lines, mean_std, numbers, read_rows, renamed, variants
+from experiments.study import (
+    Row,
+    as_they_are,
+    by_variant,
+    draw_lines,
+    mean_std,
+    numbers,
+    read_rows,
+    renamed,
+    unit,
+    variants,
+)
 
 RESULTS = Path(__file__).with_name("results.csv")
 SHARES = (10, 30, 50)  # % of noise
@@ -47,7 +58,7 @@ def draw() -> None:
         return [(noise, fmean(numbers(rows, score))) for noise, rows in of_shares.items() if rows]
 
     panels = {
-        title: {name: found for choice, name in CHOICES.items() if (found := points(choice, score))}
+        unit(score, title): {name: found for choice, name in CHOICES.items() if (found := points(choice, score))}
         for score, title in SCORES.items()
     }
     draw_lines(panels, "noise, %", "", RESULTS.with_name("curation.png"))

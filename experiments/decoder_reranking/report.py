@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from experiments.study import Row, mean_std, numbers, read_rows, unit, with_about
+from experiments.study import DATA, Row, mean_std, numbers, read_rows, unit, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")
 DEFAULT = "0.5"  # weight in coca-evaluate
@@ -23,18 +23,19 @@ COSTS = {"pairs": ("pairs read", ",.0f"), "times": ("CPU time", ".1f")}  # colum
 def tables() -> dict[str, str]:
     found = {}
     for name, keys, rows, costs, scores in (
-        ("", {"data": "", "count": "candidates"}, _read(), COSTS, RECALLS),
-        ("/views", {"data": "", "count": "views"}, _of("views"), {"times": COSTS["times"]}, RECALLS),
-        ("/weights", {"data": "", "weight": "weight"}, _shown(_compared()), {}, RECALLS),
-        ("/choices", {"data": "", "way": "decoder", "weight": "weight"}, _shown(_choices()), {}, ACCURACIES),
+        ("", {"count": "candidates"}, _read(), COSTS, RECALLS),
+        ("/views", {"count": "views"}, _of("views"), {"times": COSTS["times"]}, RECALLS),
+        ("/weights", {"weight": "weight"}, _shown(_compared()), {}, RECALLS),
+        ("/choices", {"way": "decoder", "weight": "weight"}, _shown(_choices()), {}, ACCURACIES),
     ):
         if rows:
             lines = [
-                [*key, str(len(of)), *(f"{_mean(of, cost):{form}}" for cost, (_, form) in costs.items())]
+                [DATA[data], *key, str(len(of)), *(f"{_mean(of, cost):{form}}" for cost, (_, form) in costs.items())]
                 + [mean_std(numbers(of, score)) for score in scores]
-                for key, of in _grouped(rows, tuple(keys)).items()
+                for (data, *key), of in _grouped(rows, ("data", *keys)).items()
             ]
             header = [
+                "data",
                 *keys.values(),
                 "n",
                 *(title for title, _ in costs.values()),
@@ -98,9 +99,9 @@ def draw() -> None:
         ):
             _line(axis, [row for row in rows if row["data"] == data], "times", _recall_at_1, label)
         axis.set_xscale("log")
-        axis.set_xticks(ticks := [1, 2, 5, 10, 20], [str(tick) for tick in ticks])
+        axis.set_xticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.set(title=data, xlabel="CPU time, times that of the embeddings alone", ylabel="recall@1, %")
+        axis.set(title=DATA[data], xlabel="CPU time, times that of the embeddings alone", ylabel="recall@1, %")
     for data, count in COUNTS.items():
         rows = [row for row in _compared() if row["data"] == data]
         start = {row["model"]: _recall_at_1(row) for row in rows if row["weight"] == "0.0"}
@@ -109,15 +110,18 @@ def draw() -> None:
             rows,
             "weight",
             lambda row, at=start: _recall_at_1(row) - at[row["model"]],
-            f"{data}, {count} candidates",
+            f"{DATA[data]}, {count} candidates",
         )
     below.set(title="what the decoder adds", xlabel="weight of the decoder", ylabel="recall@1, points gained")
     for (data, way), rows in _grouped(_choices(), ("data", "way")).items():
-        _line(choices, rows, "weight", lambda row: 100 * float(row["accuracy"]), f"{data}, {way}")
+        _line(choices, rows, "weight", lambda row: 100 * float(row["accuracy"]), f"{DATA[data]}, {way}")
     choices.set(title="choice between two texts", xlabel="weight of the decoder", ylabel="right, %")
-    for axis in (left, right, below, choices):
+    for axis, place in ((left, "lower right"), (right, "lower right"), (below, "upper left"), (choices, "lower right")):
+        low, high = axis.get_ylim()
+        room = 0.3 * (high - low)  # for the legend
+        axis.set_ylim((low, high + room) if place == "upper left" else (low - room, high))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc=place)
     figure.savefig(RESULTS.with_name("decoder_reranking.png"), dpi=110)
     plt.close(figure)
 

@@ -7,7 +7,7 @@
 - The same time spent otherwise: recall of embeddings that are averaged over N views of each image.
 - Scenes: the choice between a right and a wrong text, by log p(text | image) and by log p(text | image) - log p(text).
 
-Rows are added to results.csv in this folder; rows of the same data and model are replaced.
+Rows are added to a CSV; rows of the same data and model are replaced.
 """
 
 import argparse
@@ -41,7 +41,6 @@ from experiments.study import Row, replace_rows
 
 WEIGHTS = [i / 10 for i in range(11)]
 COUNTS = (2, 4, 8, 16, 32, 64)
-RESULTS = Path(__file__).with_name("results.csv")
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -123,6 +122,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--root", type=Path, help="of Flickr8k")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="candidates that are read, and views")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"), help="the CSV")
     args = parser.parse_args()
     model = load_model(args.checkpoint).eval()
     split = "compositional" if args.data == "compositional" else "val"
@@ -143,7 +143,7 @@ def main() -> None:
         for row in rows:
             found.append(own | row | {name: str(about[name]) for name in ("commit", "machine", "torch")})
             print(found[-1], flush=True)
-    replace_rows(RESULTS, found, by=list(own))
+    replace_rows(args.out, found, by=list(own))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs of experiments/demo and, for photos, that of experiments/flickr8k_two_hours.
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Needs the runs of experiments/demo and, with the folder of photos, the longer ones of experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
+study=experiments/decoder_reranking
+rows=outputs/decoder_reranking.csv # tracked files stay as they are until the end, so that rows name a commit
+mkdir -p outputs
+cp "$study/results.csv" "$rows"
+read_pairs() { # DATA RUN_FOLDER OPTIONS…
+  python "$study/rows.py" "$1" "$2/checkpoints/last.ckpt" --out "$rows" "${@:3}"
+}
 for seed in ${SEEDS:-0 1 2}; do
   for data in scenes compositional; do
-    python experiments/decoder_reranking/rows.py $data "outputs/demo_seed$seed/checkpoints/last.ckpt"
+    read_pairs $data "outputs/demo_seed$seed"
   done
+  [ -z "$root" ] || read_pairs flickr8k "outputs/flickr8k_two_hours/long_seed$seed" --root "$root" --counts 8
 done
-if [ -n "$root" ]; then
-  python experiments/decoder_reranking/rows.py flickr8k outputs/flickr8k_two_hours/frozen_captions_seed0/checkpoints/last.ckpt --root "$root" --counts 8
-fi
+cp "$rows" "$study/results.csv"
 python experiments/report.py decoder_reranking

@@ -2,8 +2,9 @@
 
     python -m experiments.family.cost [FLICKR8K_FOLDER]
 
-writes costs.csv. The members take turns on one thread. A step is what training does between two batches: losses,
-gradients, clipping, optimizer. Photos enter as the output of the frozen encoder, as in the runs.
+writes costs.csv; without the folder its rows of photos stay. The members take turns on one thread. A step is what
+training does between two batches: losses, gradients, clipping, optimizer. Photos enter as the output of the frozen
+encoder, as in the runs.
 """
 
 import sys
@@ -22,7 +23,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.plan.trace import trace
 from coca_lit.runs.run_folder import environment
 from experiments.benchmarks.harness import interleaved, ratio
-from experiments.study import write_rows
+from experiments.study import replace_rows
 
 FOLDER = Path(__file__).resolve().parent
 MEMBERS = tuple(path.stem for path in sorted((FOLDER / "member").glob("*.yaml")))
@@ -37,9 +38,8 @@ def main() -> None:
     rows = measured("scenes", []) + (measured("flickr8k", photos) if photos else [])
     about = environment()
     command = {"command": "python -m experiments.family.cost FLICKR8K_FOLDER"}
-    write_rows(
-        FOLDER / "costs.csv", [row | command | {k: about[k] for k in ("commit", "machine", "torch")} for row in rows]
-    )
+    rows = [row | command | {k: about[k] for k in ("commit", "machine", "torch")} for row in rows]
+    replace_rows(FOLDER / "costs.csv", rows, by=["data", "member"])
 
 
 def measured(data: str, overrides: list[str]) -> list[dict[str, str]]:

@@ -173,7 +173,9 @@ def between(points: Points, steps: float) -> float:
 
 
 def draw() -> None:
-    """Captions above, retrieval below; against steps on the left, against seconds on the right."""
+    """Captions above, retrieval below; against steps on the left, against seconds on the right. Of several seeds, each
+    is a pale line and their mean a strong one.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -199,8 +201,9 @@ def draw() -> None:
         for axis in axes.flat:
             axis.grid(alpha=0.3)
         for axis in axes[:, 1]:
-            axis.axvline(equal_seconds(data), color="grey", linestyle=":")
+            axis.axvline(equal_seconds(data), color="grey", linestyle=":", label="equal seconds")
         axes[0, 0].legend(fontsize=8)
+        axes[0, 1].legend(handles=axes[0, 1].lines[-1:], fontsize=8)
         figure.savefig(FOLDER / f"{data}.png", dpi=110)
         plt.close(figure)
 

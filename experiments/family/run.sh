@@ -13,7 +13,6 @@ train() { # DATA MEMBER SEED OVERRIDES…
     name="family/$name" seed="$seed" trainer=cpu threads=1 "$@"
 }
 
-python -m experiments.family.cost ${root:+"$root"}
 first=1
 for seed in ${SEEDS:-0 1 2}; do
   for member in $members; do
@@ -23,5 +22,6 @@ for seed in ${SEEDS:-0 1 2}; do
     train flickr8k "$member" "$seed" data.root="$root" data.cache_dir=outputs/views
   done
   first=
-  python experiments/report.py family "$runs"/*_seed*
 done
+python -m experiments.family.cost ${root:+"$root"} # last: it writes a tracked file, and runs record whether such files differ from their commit
+python experiments/report.py family "$runs"/*_seed*

@@ -61,7 +61,7 @@ def draw() -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True, layout="constrained")
     for axis, prefix, title in zip(axes, ("", "modern_"), ("CoCa", "CoCa2, modern text side"), strict=True):
         rows = runs_of(prefix)
         seeds = len({row["seed"] for row in rows})
@@ -69,17 +69,17 @@ def draw() -> None:
         between = [name for name in points if "wise" in name]
         if between:
             line = [points[name][0] for name in ("before", *between, "c0")]
-            axis.plot(*zip(*line, strict=True), ":", color="grey", zorder=0)
+            label = "between before and weight 0, by share"
+            axis.plot(*zip(*line, strict=True), ":", color="grey", zorder=0, label=label)
         for name in between:
             place, (dx, dy) = points[name]
             axis.errorbar(*place, dy, dx, "d", color="grey", capsize=2)
-            text = f"share {name.removeprefix('c0_wise')} of weight 0"
-            axis.annotate(text, place, (6, -12), textcoords="offset points", fontsize=8)
+            axis.annotate(name.removeprefix("c0_wise"), place, (6, -12), textcoords="offset points", fontsize=8)
         for name, marker in MARKERS.items():
             if name in points:
                 (x, y), (dx, dy) = points[name]
                 axis.errorbar(x, y, dy, dx, marker, capsize=2, label=NAMES[name])
-        axis.axhline(95, color="black", linewidth=0.8, linestyle="--")
+        axis.axhline(95, color="black", linewidth=0.8, linestyle="--", label="aim: 95 %")
         axis.set(title=f"{title} ({seeds} {'seed' if seeds == 1 else 'seeds'})", xlabel="CIDEr of the new captions")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("recall@5 of the old captions that is kept, %")

@@ -52,7 +52,6 @@ for seed in ${SEEDS:-0 1 2}; do
   tune lora_c0.3 model.contrastive_weight=0.3 lora.rank=8 "$towers"
   between c0 "$seed" "$before" 0.3,0.5,0.7 "$evals"
   compare modern modern_ --config-dir experiments/family +member=coca2_modern
-  python experiments/report.py forgetting "$runs"/*_seed*
 done
 model=()
 
