@@ -318,7 +318,7 @@ def _confusion(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = "\n".join(
         f"<tr><td>{_image(s['image'])}</td><td>{escape(s['class'])}</td><td>{escape(s['taken_for'])}</td>"
-        f"<td>{s['images']} of {s['of']}</td></tr>"
+        f"<td>{escape(str(s['images']))} of {escape(str(s['of']))}</td></tr>"
         for s in samples
     )
     head = "<tr><th></th><th>class</th><th>taken for</th><th>images</th></tr>"
@@ -339,7 +339,7 @@ def _attention(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
     rows = "\n".join(
         f'<div class="words"><figure>{_image(sample["image"])}<figcaption>input</figcaption></figure>'
         + "".join(
-            f'<figure><img src="{part["map"]}" alt=""><figcaption>{escape(part["word"])}</figcaption></figure>'
+            f'<figure><img src="{_source(part["map"])}" alt=""><figcaption>{escape(part["word"])}</figcaption></figure>'
             for part in sample["words"]
         )
         + "</div>"
@@ -385,4 +385,9 @@ def _mark(answer: Mapping[str, Any]) -> str:
 
 def _image(source: str) -> str:
     pixels = ' class="pixels"' if source.startswith("data:image/png") else ""  # small: not smoothed
-    return f'<img src="{source}"{pixels} alt="">'
+    return f'<img src="{_source(source)}"{pixels} alt="">'
+
+
+def _source(text: str) -> str:
+    """Of a picture within the page; a stranger's run folder could name anything else."""
+    return escape(text) if text.startswith("data:image/") else ""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from coca_lit.errors import DataError
+from coca_lit.files import whole_lines
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.reading import read_json
 from coca_lit.runs.draws import read_draws
@@ -67,28 +68,40 @@ def read_run(folder: Path) -> Run:
 
 def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
     """The finished runs in the given folders, and the failed jobs, {name: reason}. A folder without results, such as
-    that of a sweep, is replaced by the runs and jobs inside it.
+    that of a sweep, is replaced by the runs and jobs inside it. Where two folders have one name, as jobs of two sweeps
+    do, all names begin with the folder above.
 
     Raises:
         DataError: a folder has neither, or no run is finished.
     """
-    runs: list[Run] = []
-    failed: dict[str, str] = {}
+    places: list[Path] = []
     for folder in folders:
         endings = ("results.json", *JOB_RECORDS)
         inside = sorted({path for path in folder.glob("*") if any((path / ending).is_file() for ending in endings)})
         alone = any((folder / ending).is_file() for ending in endings) or not inside
-        for place in [folder] if alone else inside:
-            records = (_json(place / name) for name in JOB_RECORDS if (place / name).is_file())
-            record: dict[str, Any] = next(records, {})
-            if record.get("status", "ok") == "ok":
-                runs.append(read_run(place))
-            else:
-                failed[place.name] = record.get("error") or record["status"]
+        places += [folder] if alone else inside
+    runs: list[Run] = []
+    failed: dict[str, str] = {}
+    for place, name in zip(places, _names(places), strict=True):
+        records = (_json(place / file) for file in JOB_RECORDS if (place / file).is_file())
+        record: dict[str, Any] = next(records, {})
+        if record.get("status", "ok") == "ok":
+            runs.append(read_run(place)._replace(name=name))
+        else:
+            failed[name] = record.get("error") or record["status"]
     if failed and not runs:
         name, reason = next(iter(failed.items()))
         raise DataError(f"no run is finished; {name}: {reason}")
     return runs, failed
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [place.absolute().parts for place in places]
+    depth = 1
+    while len({own[-depth:] for own in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(own[-depth:]) for own in parts]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -132,12 +145,11 @@ def _known(reference: re.Match[str], flat: Mapping[str, Any]) -> bool:
 def read_curves(metrics: Path) -> Curves:
     """The columns of the CSV logger's file over its column `step`; empty if there is no such file."""
     curves: Curves = {}
-    if metrics.is_file():
-        with metrics.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    for row in csv.DictReader(whole_lines(metrics)):
+        if row["step"]:  # Lightning also logs values that belong to no step
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
     return curves
 
 

@@ -54,7 +54,9 @@ DATA_SETS = {  # names of evaluations -> names for readers; others are shown as 
 DIRECTIONS = {"t2i_": "text to image", "i2t_": "image to text"}
 RERANKED = "reranked_"  # prefix of retrieval scores after decoder re-ranking
 STATISTICS = ("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel")  # neither good nor bad
-COUNTS = ("mean_length", "vocabulary", "median_rank")  # papers print all other scores times 100
+COUNTS = ("mean_length", "vocabulary", "median_rank")
+# Papers print these times 100, and recall@K and accuracies too.
+TIMES_100 = {"CIDEr", "METEOR", "SPICE", "CLIPScore", "RefCLIPScore", *NAMES} - {*COUNTS}
 
 
 def headlines(scores: Collection[str]) -> list[str]:
@@ -112,8 +114,11 @@ def score_name(score: str) -> str:
 
 
 def in_print_units(score: str, value: float) -> float:
-    """The value in the unit that `cell` prints."""
-    return value if score.endswith(COUNTS) else 100 * value
+    """The value in the unit that `cell` prints: the scores of papers times 100, counts and scores of one's own as they
+    are.
+    """
+    short = score.rpartition("/")[2]
+    return 100 * value if short in TIMES_100 or "recall@" in short or short.endswith("accuracy") else value
 
 
 def cell(score: str, value: float | None) -> str:

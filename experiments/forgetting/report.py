@@ -34,8 +34,8 @@ def tables() -> dict[str, str]:
 
 
 def runs_of(prefix: str) -> list[Row]:
-    """The scored runs of the models with this prefix, without it, and the share of recall@5 that is left of that of the
-    same seed before finetuning.
+    """The scored runs of the models with this prefix, without it, with the recall@5 that is left of that of the same
+    seed before finetuning, in %.
     """
     _, data = STARTS[prefix]
     others = tuple(other for other in STARTS if other and other != prefix)
@@ -43,7 +43,7 @@ def runs_of(prefix: str) -> list[Row]:
     scored = [row | {"run": row["run"].removeprefix(prefix)} for row in own if row.get(f"{data}/t2i_recall@5")]
     before = {row["seed"]: _recall_at_5(row, data) for row in scored if row["run"].startswith("before")}
     return [
-        row | {f"{data}/kept": f"{_recall_at_5(row, data) / before[row['seed']]:.4f}"}
+        row | {f"{data}/kept": f"{100 * _recall_at_5(row, data) / before[row['seed']]:.2f}"}
         for row in scored
         if row["seed"] in before
     ]

@@ -96,10 +96,10 @@ def test_study_of_variants_has_a_table_and_a_figure(tmp_path, monkeypatch: pytes
     results.parent.mkdir()
     about = dict.fromkeys(study.ABOUT, "x")
     runs = (("b_seed0", "0.2"), ("b_seed1", "0.4"), ("a_seed0", "0.5"), ("other_seed0", "0.9"))
-    study.write_rows(results, [about | {"run": run, "score": score} for run, score in runs])
-    variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"score": "Score"})
+    study.write_rows(results, [about | {"run": run, "x/METEOR": score} for run, score in runs])
+    variants = study.VariantStudy(results, {"a": "first", "b": "second"}, {"x/METEOR": "METEOR"})
     head, _, first, second, *_ = variants.tables()["letters"].splitlines()
-    assert (head, first) == ("| variant | n | Score |", "| first | 1 | 50.00 |")
+    assert (head, first) == ("| variant | n | METEOR |", "| first | 1 | 50.00 |")
     assert second == "| second | 2 | 30.00 ± 14.14 |"
     monkeypatch.setattr("sys.argv", ["report.py", "letters"])
     monkeypatch.setattr(study, "READMES", ())

@@ -24,6 +24,6 @@ def test_kept_is_relative_to_the_same_model_and_seed(tmp_path, monkeypatch: pyte
     study.write_rows(report.RESULTS, [*rows, {"run": "modern_failed_seed0", "seed": "0"}])
     kept = {prefix: {row["run"]: row["scenes/kept"] for row in report.runs_of(prefix)} for prefix in ("", "modern_")}
     assert kept == {
-        "": {"before_seed0": "1.0000", "c0_seed0": "0.2500", "before_seed1": "1.0000", "c0_seed1": "0.5000"},
-        "modern_": {"before_seed0": "1.0000", "c0_seed0": "0.3500"},
+        "": {"before_seed0": "100.00", "c0_seed0": "25.00", "before_seed1": "100.00", "c0_seed1": "50.00"},
+        "modern_": {"before_seed0": "100.00", "c0_seed0": "35.00"},
     }

@@ -240,6 +240,10 @@ def test_damaged_draws_are_one_sentence(tmp_path):
         ("mscoco/Bleu_4", 0.409, "BLEU-4", "40.90"),
         ("mscoco/mean_length", 9.876, "words per caption", "9.9"),
         ("mscoco/CIDEr", None, "CIDEr", ""),
+        ("nocaps/in-domain/CIDEr", 1.2345, "CIDEr", "123.45"),
+        ("choices/colour_accuracy", 0.5, "accuracy on colour, %", "50.00"),
+        ("imagenet/linear/top1", 0.5, "top-1, %", "50.00"),
+        ("mine/words", 10.5, "words", "10.50"),
     ],
 )
 def test_names_and_units(score, value, name, printed):
@@ -272,6 +276,35 @@ def test_sweep_is_a_curve_over_the_swept_value(tmp_path):
     page = write_comparison([tmp_path], tmp_path).read_text()
     assert "model.lr" in page
     assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path):
+    for sweep, score, error in (("a", 0.5, "disk is full"), ("b", 0.9, "out of memory")):
+        make_run(tmp_path / sweep / "seed=0", {"scenes/CIDEr": score})
+        (tmp_path / sweep / "seed=1").mkdir()
+        (tmp_path / sweep / "seed=1" / "job.json").write_text(json.dumps({"status": "failed", "error": error}))
+    runs, failed = find_runs([tmp_path / "a", tmp_path / "b"])
+    assert [run.name for run in runs] == ["a/seed=0", "b/seed=0"]
+    assert failed == {"a/seed=1": "disk is full", "b/seed=1": "out of memory"}
+    write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert "best built-in scenes CIDEr: 90.00 (b/seed=0)" in (tmp_path / "report.md").read_text()
+
+
+def test_rows_without_a_step_and_an_incomplete_line_are_not_drawn(tmp_path):
+    folder = make_run(tmp_path / "run", {"scenes/CIDEr": 0.5})
+    (folder / "metrics.csv").write_text("step,epoch,train/caption_loss\n1,0,2.5\n,,7.0\n2,0,1.5\n3,0,1.")
+    assert read_run(folder).curves == {"train/caption_loss": [(1, 2.5), (2, 1.5)]}
+
+
+def test_samples_from_anywhere_load_and_run_nothing(tmp_path):
+    bad = """x" onerror="alert(1)"""
+    confusion = [{"image": bad, "class": "a", "taken_for": "b", "images": "<script>", "of": "<script>"}]
+    attention = [{"image": "https://example.com/a.png", "words": [{"map": bad, "word": "a"}]}]
+    page = write_report(
+        make_run(tmp_path / "run", {"a/CIDEr": 1.0}, a_confusion=confusion, a_attention=attention)
+    ).read_text()
+    assert not re.search("onerror|<script>|example.com", page)
+    assert "&lt;script&gt; of &lt;script&gt;" in page
 
 
 def test_failed_jobs_are_on_the_comparison_page(tmp_path):
