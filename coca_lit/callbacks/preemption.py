@@ -13,7 +13,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -21,8 +20,6 @@ import lightning.pytorch as L
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from coca_lit.runs.signals import requeue, requeue_once, slurm_signal
-
-Handler = Callable[[int, FrameType | None], Any]
 
 
 class Signals:
