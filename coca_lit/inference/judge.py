@@ -22,7 +22,7 @@ from coca_lit.data.curate.scores import read_about, scores_path, write_scores
 from coca_lit.data.loader import loading
 from coca_lit.data.records import decode_image
 from coca_lit.data.shards.indexed import TarIndex, load_index, make_index
-from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.listing import Shard, read_manifest
 from coca_lit.data.shards.reader import sample_of
 from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.errors import DataError, error_context
@@ -75,7 +75,8 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
     """Scores each pair of a local, uncompressed tar, unless that is done.
 
     Raises:
-        DataError: the file exists and was made by another model or otherwise, or cannot be written.
+        DataError: the file exists and was made by another model or otherwise, or cannot be written; or the shard is
+            not what its manifest records.
     """
     model, made_by = _model(judgement.checkpoint, judgement.device, judgement.bf16, judgement.imports)
     path = scores_path(shard, judgement.output)
@@ -99,8 +100,9 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
         if known.about["shard"] == stamp:
             return JudgedShard(path, known.rows, known.about["bad"], known.about["examples"], skipped=True)
     bad = BadSamples(1.0)
+    listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))  # as in a training: one index for both
     with quiet():
-        index = load_index(Shard(str(shard)), path.parent) or make_index(Shard(str(shard)), path.parent)
+        index = load_index(listed, path.parent) or make_index(listed, path.parent)
         for fault in index.faults:
             bad.add(fault.reason, fault.shard, fault.key, fault.detail)
         batches = list(_judged(model, index, judgement, bad))

@@ -104,6 +104,17 @@ def test_broken_samples_are_counted_and_left_out(work, tmp_path):
     assert work.judge(tmp_path) == report._replace(skipped=True)
 
 
+def test_the_index_of_a_checked_shard_stays(work, tmp_path):
+    folder = work.shards[0].parent
+    coca_data(["check", str(folder), "--workers", "1"])
+    index = (folder / ".00000.tar.index").read_bytes()
+    work.judge(tmp_path)
+    assert (folder / ".00000.tar.index").read_bytes() == index
+    write_tar(work.shards[1], {"a.jpg": b"no image", "a.txt": b"a dog"})
+    with pytest.raises(DataError, match=r"00001\.tar has another sha256 than according to its manifest\.json"):
+        work.judge(tmp_path, 1)
+
+
 def test_all_samples_broken(work, tmp_path):
     write_tar(work.shards[0], {"a.jpg": b"no image", "a.txt": b"a dog"})
     assert work.judge(tmp_path).bad == {"unreadable image": 1}
