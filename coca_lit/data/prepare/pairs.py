@@ -86,8 +86,13 @@ def _read_table(path: Path, image_column: str | None, caption_column: str | None
     caption = _column(path, columns, "caption_column", caption_column, CAPTION_COLUMNS)
     captions: dict[str, list[str]] = {}
     for row in rows:
-        texts = row[caption]
-        captions.setdefault(str(row[image] or ""), []).extend(texts if isinstance(texts, list) else [texts])
+        texts, name = row[caption], row[image]
+        if not isinstance(name, str | None):  # such as the {bytes, path} of data sets on the Hub
+            raise DataError(
+                f"{path} holds no paths in its column {image!r}, but values of type {type(name).__name__}: "
+                "save the images as files, and name a column of their paths with --image-column"
+            )
+        captions.setdefault(name or "", []).extend(texts if isinstance(texts, list) else [texts])
     return [Pair(path.parent / name, _clean(texts)) for name, texts in captions.items() if name.strip()]
 
 

@@ -102,7 +102,7 @@ def write_shard(task: Task, output: Path) -> Written:
 def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
     """The usable samples: each image is decoded once."""
     content = task.content
-    source = _from_shard(content, bad) if isinstance(content, Path) else _from_pairs(content)
+    source = _from_shard(content, bad) if isinstance(content, Path) else _from_pairs(content, bad)
     for name, image, captions, meta in source:
         bad.seen += 1
         if not captions:
@@ -121,12 +121,18 @@ def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
         yield Sample(image, captions, {**meta, **size})
 
 
-def _from_pairs(pairs: Iterable[Pair]) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
+def _from_pairs(pairs: Iterable[Pair], bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
     for pair in pairs:
-        content = b""
-        if pair.image.is_file():
+        try:
             with open_regular(pair.image) as file:
                 content = file.read(MAX_IMAGE + 1)
+        except (OSError, ValueError) as error:  # not only of missing files: a caption in a wrong column is no path
+            bad.seen += 1
+            if isinstance(error, FileNotFoundError):
+                bad.add("missing image", "", str(pair.image))
+            else:
+                bad.add("unreadable image", "", str(pair.image), getattr(error, "strerror", "") or str(error))
+            continue
         yield str(pair.image), content, pair.captions, {"source": printable(pair.image.name)}
 
 

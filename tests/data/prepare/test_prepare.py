@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
 import tarfile
 import time
@@ -121,6 +122,24 @@ def test_tables_with_columns_of_other_names(photos, tmp_path, kind):
     run(path, tmp_path / "out", "--image-column", "where", "--caption-column", "says")
     (sample,) = samples(tmp_path / "out").values()
     assert json.loads(sample["json"])["captions"] == (["a dog"] if kind == "tsv" else ["a dog", "number"])
+
+
+def test_a_path_that_cannot_be_opened_is_one_bad_sample(photos, tmp_path, capsys):
+    (photos / "folder.jpg").mkdir()
+    names = ["photos/1.jpg", "a man in a red shirt " * 20, "photos/folder.jpg", "photos/2\0.jpg", "photos/3.jpg"]
+    source = table(tmp_path / "t.csv", [(name, "a dog") for name in names])
+    run(source, tmp_path / "out", "--samples-per-shard", "9", "--max-bad-fraction", "0.6")
+    assert len(samples(tmp_path / "out")) == 2
+    assert re.search(r"3 x unreadable image .*File name too long.*folder\.jpg Is a directory", capsys.readouterr().out)
+
+
+def test_images_in_a_table_are_refused(tmp_path):
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"image": [{"bytes": b"x", "path": "1.jpg"}], "caption": ["a dog"]}), path)
+    with pytest.raises(
+        SystemExit, match=r"holds no paths in its column 'image', but values of type dict: save the images as files"
+    ):
+        run(path, tmp_path / "out")
 
 
 def test_folder_of_images_and_texts(photos, tmp_path):
