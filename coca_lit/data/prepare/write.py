@@ -25,6 +25,7 @@ from coca_lit.reading import counts_of, open_regular, parse_json, printable, tex
 
 JOURNAL = ".prepare.journal"  # digest of the plan, then a line per shard; kept, so that a repetition finds all done
 DIGITS = 5  # of a shard's number, as img2dataset writes them
+_OWN = ("caption", "captions", "height", "key", "source_key", "width")  # of the JSON: written here, whatever the source
 _KNOWN = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
 
 
@@ -155,8 +156,15 @@ def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple
 def _members(key: str, sample: Sample) -> dict[str, Any]:
     suffix = next(suffix for start, suffix in _KNOWN if sample.image.startswith(start))
     meta = {**sample.meta, "key": key, "caption": sample.captions[0], "captions": sample.captions}
-    text = json.dumps(meta, indent=1, sort_keys=True, ensure_ascii=False)
-    return {"__key__": key, suffix: sample.image, "txt": sample.captions[0].encode(), "json": text.encode()}
+    text = _json(meta)
+    if len(text) > MAX_TEXT:  # more than is read of it: without what the source said
+        text = _json({name: value for name, value in meta.items() if name in _OWN})
+    return {"__key__": key, suffix: sample.image, "txt": sample.captions[0].encode(), "json": text}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    """On one line: an indent would multiply nested lists by their depth."""
+    return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
 
 
 def _digest(tasks: Sequence[Task]) -> str:

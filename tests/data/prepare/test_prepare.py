@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from test_shards import TOKENIZER, members, write_tar
+from test_shards import TOKENIZER, members, read, write_tar
 
 from coca_lit.cli.data import data as coca_data
 from coca_lit.data.prepare import write as prepare
@@ -193,6 +193,18 @@ def test_shards_of_img2dataset(tmp_path):
     assert (meta["key"], meta["source_key"], meta["recaption"], meta["caption"]) == (
         *("0000100003", "10004", "a dog", "a dog number"),
     )
+
+
+def test_json_of_a_stranger_does_not_grow_beyond_what_is_read(tmp_path):
+    deep = '{"a":' + "[" * 900 + ",".join("0" * 100_000) + "]" * 900 + "}"  # 180 MB with an indent
+    long = '{"a":[' + ",".join(["1e15"] * 200_000) + "]}"  # three times as long when it is written again
+    files = members("1", 1) | members("2", 2) | {"1.json": deep.encode(), "2.json": long.encode()}
+    written = prepare.write_shard(prepare.Task(0, write_tar(tmp_path / "raw.tar", files)), tmp_path / "out")
+    assert written.entry.samples == 2
+    assert read(tmp_path / "out" / written.name, "captions") == (["0000000000", "0000000001"], {})
+    kept, left_out = (json.loads(sample["json"]) for sample in samples(tmp_path / "out").values())
+    assert kept["a"]
+    assert left_out.keys() == {"caption", "captions", "height", "key", "source_key", "width"}
 
 
 def test_each_fault_of_a_raw_shard_has_its_own_detail(tmp_path):
