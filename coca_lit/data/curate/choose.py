@@ -54,12 +54,13 @@ def filter_scores(
         memory_gb: that DuckDB may take; None for most of what there is.
 
     Raises:
-        DataError: a formula is wrong, or a file cannot be read or written.
+        DataError: a formula is wrong, a file cannot be read or written, or the output is one of the scores.
     """
     if (top is None) != (by is None):
         raise DataError("the best samples need both a share and a score: top=0.3 by=similarity")
     if top is not None and not 0 < top <= 1:
         raise DataError(f"top must be a share above 0 and up to 1, not {top}")
+    _check_output(output, scores)
     with _opened(output, memory_gb) as db:
         total = _view(db, "scores", scores, selection)
         condition = f"({_expression('where', where)})"
@@ -107,6 +108,7 @@ def dedup_scores(
         raise DataError(f"hash_distance must be between 0 and 15 of 64 bits, not {hash_distance}")
     if cosine is not None and not 0 < cosine <= 1:
         raise DataError(f"cosine must be above 0 and up to 1, not {cosine}")
+    _check_output(output, [*scores, *against])
     if cosine is not None:  # embeddings of other models cannot be compared; captions do not matter
         _check_alike([*scores, *against], "model", "precision")
     with _opened(output, memory_gb) as db:
@@ -130,6 +132,12 @@ def dedup_scores(
         how["selection"] = str(selection) if selection else None
         rows = _batches(db, "SELECT shard, key FROM left_over ORDER BY shard, key", GROUP)
         return Chosen(write_selection(output, rows, how), total, how)
+
+
+def _check_output(output: Path, scores: Sequence[Path]) -> None:
+    """Raises `DataError` if the selection would replace scores, which take hours to make."""
+    if any(output.exists() and path.exists() and output.samefile(path) for path in scores):
+        raise DataError(f"{output} holds scores, which the selection would replace: choose another output")
 
 
 @contextmanager

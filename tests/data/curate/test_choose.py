@@ -182,6 +182,16 @@ def test_mistakes_are_one_sentence(rows, tmp_path, words, said):
     assert not [*tmp_path.glob("*k.parquet*")]
 
 
+@pytest.mark.parametrize("words", ["filter a output=a/{}", "dedup a output=a/../a/{}", "dedup a against=b output=b/{}"])
+def test_a_selection_replaces_no_scores(rows, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "b", count=5)
+    before = [path.read_bytes() for path in tmp_path.glob("*/*")]
+    with pytest.raises(SystemExit, match="holds scores, which the selection would replace: choose another output"):
+        coca_data(words.format("00000.scores.parquet").split())
+    assert [path.read_bytes() for path in tmp_path.glob("*/*")] == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
