@@ -65,12 +65,12 @@ def filter_scores(
         total = _view(db, "scores", scores, selection)
         condition = f"({_expression('where', where)})"
         if by is not None:
-            score = f"CAST(({_expression('by', by)}) AS DOUBLE)"
+            score = f"nullif(CAST(({_expression('by', by)}) AS DOUBLE), 'nan'::DOUBLE)"  # not a number: unknown
             (count,) = _row(db, f"SELECT count({score}) FROM scores WHERE {condition}")
             place = max(1, round(count * (top or 1)))
             ranked = f"SELECT {score} AS score FROM scores WHERE {condition} AND {score} IS NOT NULL"
             (last,) = _row(db, f"SELECT max(score) FROM ({ranked} ORDER BY score DESC LIMIT 1 OFFSET {place - 1})")
-            condition += f" AND {score} >= {last or 0:.17e}"
+            condition += f" AND {score} >= '{last or 0:.17e}'::DOUBLE"  # a text, as it may be infinite
         statement = f"SELECT shard, key FROM scores WHERE {condition} ORDER BY shard, key"
         how = {"statement": statement, "selection": str(selection) if selection else None}
         return Chosen(write_selection(output, _batches(db, statement, GROUP), how), total, how)
@@ -245,6 +245,8 @@ def _similar_hashes(db: "DuckDBPyConnection", distance: int) -> list[int]:
 def _similar_embeddings(db: "DuckDBPyConnection", cosine: float) -> list[int]:
     """Priorities of the samples whose embedding is within `cosine` of one that stays, or of another set."""
     samples = "left_over JOIN scores USING (shard, key)"
+    if not _row(db, "SELECT count(*) FROM left_over")[0]:
+        return []  # hashes have left none
     index = _index(db, samples)
     dropped: list[int] = []
     for statement in (

@@ -83,6 +83,13 @@ def test_the_best(rows, tmp_path, by):
     assert found.kept >= round(0.3 * len(scored))
 
 
+@pytest.mark.parametrize(("top", "words"), [(0.05, {5}), (0.9, {1, 2, 3, 5, 6, 7, 8})])
+def test_the_best_where_a_formula_divides_by_zero(rows, tmp_path, top, words):
+    by = "(words - 4) / greatest(words - 5, 0)"  # -inf below 4 words, NaN at 4, inf at 5
+    filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", top=top, by=by)
+    assert chosen(tmp_path / "k.parquet") == names([row for row in rows if row["words"] in words])
+
+
 def test_choices_are_made_one_after_the_other(rows, tmp_path):
     scores, first, second = find_scores([tmp_path / "a"]), tmp_path / "1.parquet", tmp_path / "2.parquet"
     filter_scores(scores, first, "words > 4")
@@ -140,6 +147,13 @@ def test_nothing_of_another_set_stays(rows, tmp_path, distance, cosine):
     expected = naive_dedup(rows, others, distance, cosine)
     assert names(expected) != names(naive_dedup(rows, [], distance, cosine))
     assert chosen(output) == names(expected)
+
+
+def test_embeddings_of_nothing(rows, tmp_path):
+    scores = find_scores([tmp_path / "a"])
+    assert dedup_scores(scores, tmp_path / "k.parquet", scores, cosine=0.9).kept == 0
+    filter_scores(scores, tmp_path / "none.parquet", "words > 100")
+    assert dedup_scores(scores, tmp_path / "k.parquet", cosine=0.9, selection=tmp_path / "none.parquet").kept == 0
 
 
 def test_cells_find_planted_duplicates(tmp_path, monkeypatch):
