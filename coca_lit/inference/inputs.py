@@ -130,10 +130,7 @@ def _paths(word: str) -> Iterator[Path]:
             raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
         yield path
     elif word.endswith(SHARD):
-        try:
-            yield from local_shards(word)
-        except ValueError as error:  # an unmatched brace
-            raise DataError(f"'{word}' is not a range of shards like {{00000..00099}}.tar: {error}") from error
+        yield from local_shards(word)
     else:
         matches = _matches(word)
         if not matches:

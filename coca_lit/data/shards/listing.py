@@ -109,7 +109,8 @@ def find_shards(
 
     Raises:
         DataNotFoundError: a shard that is named, or that matches and is in the manifest, does not exist.
-        DataError: a scheme that is not accepted, or a shard that does not match its manifest.
+        DataError: a scheme that is not accepted, a brace without its partner, or a shard that does not match its
+            manifest.
     """
     patience, commits = cache.patience if cache else PATIENCE, {} if commits is None else commits
     folders = functools.cache(functools.partial(_look_into, patience=patience))
@@ -232,7 +233,7 @@ def _names(
     shards: str | Sequence[str], folders: Callable[[str], _Folder], commits: dict[str, str], patience: float = PATIENCE
 ) -> list[str]:
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    expanded = [at_commit(name, commits, patience) for pattern in patterns for name in braceexpand(_accepted(pattern))]
+    expanded = [at_commit(name, commits, patience) for pattern in patterns for name in _expanded(_accepted(pattern))]
     names = list(dict.fromkeys(match for name in expanded for match in _matches(name, folders)))
     asked = [(folders(folder), last) for folder, last in map(_split, names)]
     with ThreadPoolExecutor(REQUESTS) as pool:  # a web server is asked for each of them
@@ -244,16 +245,30 @@ def _names(
     return names
 
 
+def _expanded(pattern: str) -> list[str]:
+    if os.path.exists(pattern):  # braces are part of its name
+        return [pattern]
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(
+            f"{pattern!r} is not a range of shards like {{00000..00099}}.tar: a brace lacks its partner"
+        ) from error
+
+
 def _matches(name: str, folders: Callable[[str], _Folder]) -> list[str]:
     """A pattern also covers the files that the manifest lists: a glob alone never notices that a shard is gone."""
     if not is_remote(name) and os.path.isdir(name):
         name = f"{name}/*.tar"
     elif is_remote(name) and not name.endswith((".tar", "]", "*")):
         name = f"{name.rstrip('/')}/*.tar"
-    folder, last = _split(name)
-    if not glob.has_magic(name):
+    if not glob.has_magic(name) or os.path.isfile(name):
         return [name]
-    if glob.has_magic(folder):
+    folder, last = _split(name)
+    if os.path.isdir(folder):  # brackets are part of its name
+        if not glob.has_magic(last):
+            return [name]
+    elif glob.has_magic(folder):
         if is_remote(folder):
             raise DataError(f"{name}: only the last part of a URL may hold * and ?")
         return [match for parent in sorted(glob.glob(folder)) for match in _matches(f"{parent}/{last}", folders)]
