@@ -32,20 +32,26 @@ def score(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if (options.synonyms is None) != (options.instances is None):
         parser.error("CHAIR needs both --synonyms and --instances")
+    if options.output and options.output.is_dir():
+        parser.error(f"--output must name a file, but {options.output} is a folder")
 
-    from coca_lit.errors import UserError
+    from coca_lit.errors import UserError, error_context
+    from coca_lit.files import atomic_write
     from coca_lit.report.tables import print_scores
 
     try:
+        if options.output:
+            with error_context("--output"):  # now, as SPICE can take hours
+                options.output.parent.mkdir(parents=True, exist_ok=True)
         files = (options.predictions, options.references)
         table = score_files(*files, options.split, options.synonyms, options.instances)
+        print_scores(table.scores, table.draws)
+        for name, reason in table.not_run.items():
+            print(f"{name} not run: {reason}")
+        if options.output:
+            atomic_write(options.output, (json.dumps(table.scores, indent=2) + "\n").encode())
     except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print_scores(table.scores, table.draws)
-    for name, reason in table.not_run.items():
-        print(f"{name} not run: {reason}")
-    if options.output:
-        options.output.write_text(json.dumps(table.scores, indent=2) + "\n")
 
 
 def score_files(

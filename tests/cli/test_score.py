@@ -123,6 +123,20 @@ def test_hallucinated_objects(tmp_path, monkeypatch, capsys):
         score(["p.json", "r.json", *files[:2]])
 
 
+def test_the_folder_of_the_output_is_made_or_refused_before_scoring(tmp_path, monkeypatch, capsys):
+    without_java = functools.partial(caption_table, metrics=("Bleu",), tokenize=list)
+    monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
+    captions, references = results(tmp_path / "p.json", REFERENCES.items()), coco(tmp_path / "coco.json")
+    score([str(captions), str(references), "--output", str(tmp_path / "new" / "scores.json")])
+    assert json.loads((tmp_path / "new" / "scores.json").read_text())["Bleu_1"] > 0.9
+    monkeypatch.delattr("coca_lit.cli.score.score_files")
+    with pytest.raises(SystemExit, match=r"error: --output: .*coco\.json"):
+        score([str(captions), str(references), "--output", str(references / "scores.json")])
+    with pytest.raises(SystemExit):
+        score([str(captions), str(references), "--output", str(tmp_path)])
+    assert f"--output must name a file, but {tmp_path} is a folder" in capsys.readouterr().err
+
+
 def test_an_empty_reference_counts_as_one(tmp_path, monkeypatch):
     """CIDEr is a mean over references, so the official tool notices an empty one."""
     monkeypatch.setattr(
