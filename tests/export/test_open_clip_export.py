@@ -66,11 +66,16 @@ def small(**overrides: Any) -> CoCa:
         {},
         {"cls_mask": "correct"},
         {"decoder_layers": 0, "pooler_queries": 1},
+        {"contrastive": "siglip"},
+        {"contrastive": "siglip", "decoder_layers": 0, "pooler_queries": 1},
         {"image_encoder_args": {**SMALL["image_encoder_args"], "pretrained_cfg_overlay": SHIFTED, "mlp_ratio": 3}},
         {"interpolation": "bilinear", "resize_mode": "squash"},
         {"resize_mode": "longest"},
     ],
-    ids=["captioner", "correct mask", "clip", "normalisation and width of the MLP", "squashed", "letterboxed"],
+    ids=[
+        *("captioner", "correct mask", "clip", "sigmoid", "sigmoid without a decoder"),
+        *("normalisation and width of the MLP", "squashed", "letterboxed"),
+    ],
 )
 def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrides: dict[str, Any]) -> None:
     ours = small(**overrides)
@@ -89,6 +94,8 @@ def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrid
             expected = theirs(their_images, tokens)
             same(out.logits, expected["logits"][expected["labels"] != 0])
             same(out.logit_scale[0], expected["logit_scale"])
+        if ours.logit_bias is not None:
+            same(ours.logit_bias[0], theirs.logit_bias)
         theirs.text.correct_cls_mask = not theirs.text.correct_cls_mask
         assert (out.text_features - theirs.encode_text(tokens, normalize=True)).abs().max() > 0.01  # so it matters
     again = load_model(tmp_path / "open_clip_model.safetensors")

@@ -78,6 +78,8 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
             "vision_cfg": vision,
             **towers,
             **({"custom_text": True} if "text_cfg" in towers else {}),
+            # OpenCLIP builds the bias only with an initial value; the weights replace it.
+            **({"init_logit_bias": -10.0} if model.logit_bias is not None else {}),
         },
         "preprocess_cfg": {
             **normalisation,
