@@ -113,6 +113,30 @@ def test_files_go_both_ways(tmp_path: Path, arguments: dict[str, Any]) -> None:
         write_open_clip(model, tmp_path)
 
 
+@pytest.mark.parametrize("ratio", [3, 4, 5])
+@torch.no_grad()
+def test_which_layers_look_at_the_image(images: Tensor, ratio: int) -> None:
+    """Two of six do in the tensors, with any of these numbers: the config says which."""
+    layers = {"text_layers": 6, "decoder_layers": 6, "decoder_args": {"cross_attention_every": ratio}}
+    model, _, s = make(**NEW | layers)
+    _, context = oracle.mammut_image(s, oracle.vision_tokens(s, images[0].double(), 3), class_token=False)
+    tokens = model.tokenizer(TEXTS[:1])
+    ids = tokens[0].tolist()
+    expected = oracle.mammut_logits(s, ids[: ids.index(49407)], context, HEADS, ratio)
+    same(model(images[:1], tokens).logits, expected)
+
+
+@pytest.mark.parametrize("given", [{"cross_attn_ratio": 1}, {"cross_attn_ratio": 4}, {}])
+def test_a_config_with_other_cross_attentions(given: dict[str, int]) -> None:
+    """OpenCLIP's default is 1."""
+    model, state, _ = make(**NEW)  # with every second layer of three
+    config = open_clip_config(model, "4")
+    del config["model_cfg"]["multimodal_cfg"]["cross_attn_ratio"]
+    config["model_cfg"]["multimodal_cfg"] |= given
+    with pytest.raises(ValueError, match=r"its cross_attn_ratio is \d, so that [13] of 3 layers look .* tensors 2 do"):
+        from_open_clip(state, config)
+
+
 def tiny(**overrides: Any) -> CoCa:
     torch.manual_seed(0)
     arguments = {"pooler": "mean", "text_tower": "two_pass", "text_layers": 3, "decoder_layers": 3}

@@ -45,9 +45,10 @@ def images() -> Tensor:
         (MODERN | {"text_tower_args": {"pool": "mean", **STYLE}}, "mean", 2, 10000.0),
         (MODERN | {"text_tower_args": {"pool": "map", **STYLE}}, "map", 2, 10000.0),
         (PLAIN, "eos", 1, 10000.0),
+        (MODERN | {"decoder_layers": 5, "decoder_args": {"cross_attention_every": 4, **STYLE}}, "eos", 4, 10000.0),
         ({**PLAIN, "text_tower_args": {"rope_base": 50.0}, "decoder_args": {"rope_base": 50.0}}, "eos", 1, 50.0),
     ],
-    ids=["eos", "mean", "map", "without gates and norms of heads", "another base"],
+    ids=["eos", "mean", "map", "without gates and norms of heads", "few cross-attentions", "another base"],
 )
 @torch.no_grad()
 def test_modern_text_equals_the_oracle(

@@ -183,8 +183,9 @@ def coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         arguments["context_length"] = count(found.text, "context_length", 77)
         arguments["text_tower_args"] = {**sizes["text_tower_args"], "pool": pool, **_style(found.text)}
         if sizes["decoder_args"] is not None:
-            arguments["decoder_args"] = {**sizes["decoder_args"], **_style(found.decoder)}
+            arguments["decoder_args"] = {**sizes["decoder_args"], **_style(found.decoder), **_every(found, sizes)}
     else:
+        arguments["decoder_args"] = _every(found, sizes)
         arguments["text_tower"] = "two_pass" if found.decoder.get("use_pad_mask", True) else "two_pass_with_pads"
         return arguments | {"pooler": "mean" if found.vision.get("pool_type") == "avg" else "mean_all"}
     kind = found.vision.get("attentional_pool")
@@ -216,6 +217,18 @@ def _style(section: Mapping[str, Any]) -> dict[str, float]:
         for name, value in found.items()
         if value is not None and value != Style._field_defaults[name]
     }
+
+
+def _every(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Every how many layers the decoder looks at the image; several numbers can fit the same tensors."""
+    every, shown = count(config.decoder, "cross_attn_ratio", 1), sizes["decoder_args"]["cross_attention_every"]
+    layers = range(sizes["decoder_layers"])
+    if len(layers[::every]) != len(layers[::shown]):
+        raise ValueError(
+            f"{FILE} belongs to other weights: its cross_attn_ratio is {every}, so that {len(layers[::every])} of"
+            f" {len(layers)} layers look at the image, and in the tensors {len(layers[::shown])} do"
+        )
+    return {"cross_attention_every": every}
 
 
 def _image_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:

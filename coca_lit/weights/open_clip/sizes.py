@@ -210,31 +210,28 @@ def _modern_sizes(theirs: Mapping[str, Tensor], width: int) -> dict[str, Any]:
     head = theirs.get("text.blocks.0.attn.q_norm.weight")
     pool = "mean" if _NAFLEX in theirs else "eos"  # as in OpenCLIP's models; the config says what it is
     layers = _depth(theirs, "text_decoder.blocks")
-    crossed = sum(name.endswith(".xattn.kv.weight") for name in theirs)
+    crossed = [i for i in range(layers) if f"text_decoder.blocks.{i}.xattn.kv.weight" in theirs]
+    every = crossed[1] if len(crossed) > 1 else layers
     return {
         "text_tower": "modern",
         "text_tower_args": {"pool": "map" if "text.pool.query" in theirs else pool, **style("text")},
         "text_layers": _depth(theirs, "text.blocks"),
         **({"text_heads": width // max(len(head), 1)} if head is not None else {}),
         "decoder_layers": layers,
-        "decoder_args": style("text_decoder") | _every(layers, crossed) if layers else None,
+        "decoder_args": style("text_decoder") | {"cross_attention_every": every} if layers else None,
     }
 
 
 def _two_pass_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
-    layers = _depth(theirs, "text.resblocks")
+    layers, crossed = _depth(theirs, "text.resblocks"), _depth(theirs, "text.cross_attn")
     return {
         "text_tower": "two_pass" if "text.lm_head" in theirs else "two_pass_with_pads",
         "context_length": len(theirs["text.positional_embedding"]),
         "text_layers": layers,
         "decoder_layers": layers,
-        "decoder_args": _every(layers, _depth(theirs, "text.cross_attn")),
+        # The smallest number that fits: two of six layers look at the image with every third, fourth and fifth.
+        "decoder_args": {"cross_attention_every": max(-(-layers // max(crossed, 1)), 1)},
     }
-
-
-def _every(layers: int, crossed: int) -> dict[str, int]:
-    """How often a layer of a decoder looks at the image, from their number and that of cross-attentions."""
-    return {"cross_attention_every": max(-(-layers // max(crossed, 1)), 1)}
 
 
 def _tokenizer(vocab_size: int) -> str:
