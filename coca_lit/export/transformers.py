@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from coca_lit.export import modeling_coca
 from coca_lit.export.card import Exported
@@ -19,7 +20,7 @@ from coca_lit.models import CoCa, text_lengths
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.models.image import ImagePooling
 from coca_lit.models.text import TextTower
-from coca_lit.tokenizer import WORD, CLIPTokenizer, Tokenizer
+from coca_lit.tokenizer import WORD, CLIPTokenizer, R50kTokenizer, Tokenizer
 from coca_lit.weights.load import unshared_copies
 
 CODE = "modeling_coca"
@@ -176,7 +177,10 @@ def _processor_config(model: CoCa) -> dict[str, Any]:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    fast = _clip_tokenizer(tokenizer) if isinstance(tokenizer, CLIPTokenizer) else _word_tokenizer(tokenizer)
+    if isinstance(tokenizer, CLIPTokenizer | R50kTokenizer):
+        fast = _byte_pair_tokenizer(tokenizer)
+    else:
+        fast = _word_tokenizer(tokenizer)
     special = {"bos_token": tokenizer.sot_id, "eos_token": tokenizer.eot_id}
     special |= {"pad_token": _special_ids(tokenizer)["pad_token_id"]}
     special |= {"unk_token": tokenizer.unk_id} if tokenizer.unk_id is not None else {}
@@ -193,18 +197,27 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     _write_json(folder / "tokenizer_config.json", {**config, **rest, **inputs})
 
 
-def _clip_tokenizer(tokenizer: CLIPTokenizer) -> HFTokenizer:
+def _byte_pair_tokenizer(tokenizer: CLIPTokenizer | R50kTokenizer) -> HFTokenizer:
     content = json.loads(tokenizer.bpe.to_str())
-    content["model"]["vocab"] |= {"<start_of_text>": tokenizer.sot_id, "<end_of_text>": tokenizer.eot_id}
-    fast = HFTokenizer.from_str(json.dumps(content))
     # Straight quotation marks, as ftfy writes them
-    straight = [
+    normal = [
+        normalizers.NFC(),
         normalizers.Replace(Regex("[\u2018-\u201b]"), "'"),
         normalizers.Replace(Regex("[\u201c-\u201f]"), '"'),
     ]
-    fast.normalizer = normalizers.Sequence([normalizers.NFC(), *straight, normalizers.Lowercase()])
-    # Ġ is the byte-level name of a blank.
-    fast.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel(), decoders.Strip(" ", 0, 1)])
+    special = {"<start_of_text>": tokenizer.sot_id, "<end_of_text>": tokenizer.eot_id}
+    if isinstance(tokenizer, CLIPTokenizer):
+        normal.append(normalizers.Lowercase())
+        # Ġ is the byte-level name of a blank.
+        decoder = [decoders.Replace("</w>", "Ġ"), decoders.ByteLevel(), decoders.Strip(" ", 0, 1)]
+    else:
+        normal += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        decoder = [decoders.ByteLevel(), decoders.Strip(" ", 1, 1)]
+        special |= {"<pad>": tokenizer.pad_id, "<|endoftext|>": 50256}  # the last one is in no text
+    content["model"]["vocab"] |= special
+    fast = HFTokenizer.from_str(json.dumps(content))
+    fast.add_special_tokens(list(special))
+    fast.normalizer, fast.decoder = normalizers.Sequence(normal), decoders.Sequence(decoder)
     return fast
 
 
@@ -231,7 +244,11 @@ def _name(ours: str) -> str:
 
 @torch.no_grad()
 def _difference(model: CoCa, folder: Path) -> float:
-    """Largest difference of features and next-token logits between the model and the code with the files written."""
+    """Largest difference of features and next-token logits between the model and the code with the files written.
+
+    Raises:
+        ValueError: the weights do not fit the code, or the tokenizer gives other ids.
+    """
     built = modeling_coca.CoCaModel(modeling_coca.CoCaConfig(**json.loads((folder / "config.json").read_text())))
     try:
         built.load_state_dict(load_file(folder / WEIGHTS))
@@ -239,9 +256,14 @@ def _difference(model: CoCa, folder: Path) -> float:
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"{FAILED}: {first}") from error
     built.eval()
+    texts = ["A photo of a dog's  toy", "two"]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for text, ids in zip(texts, tokenizer(texts, truncation=True)["input_ids"], strict=True):
+        if ids != model.tokenizer.encode(text):
+            raise ValueError(f"{FAILED}: {text!r} would be the tokens {ids} instead of {model.tokenizer.encode(text)}")
     size, noise = model.image_size, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise)
-    tokens = model.tokenizer(["a photo of a dog", "two"])
+    tokens = model.tokenizer(texts)
     lengths = text_lengths(tokens, model.tokenizer.pad_id)
     beginnings = tokens if model.decoder is not None else None
     found = built(model.image_encoder.normalise(images), tokens, decoder_input_ids=beginnings)

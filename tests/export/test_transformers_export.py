@@ -40,6 +40,7 @@ VIT = {
 MODELS: dict[str, dict[str, Any]] = {
     "open_clip": {"tokenizer": "clip", "cls_mask": "legacy"},
     "words": {"pooler": "cascade", "contrastive": "siglip", "tied_embeddings": True},
+    "r50k": {"tokenizer": "r50k"},
     "quick_gelu": {"image_encoder": "vit_base_patch32_clip_quickgelu_224", "pooler": "parallel", "decoder_layers": 0},
 }
 WITHOUT = (
@@ -52,6 +53,7 @@ TEXTS = [
     "it’s a “café” — ÉCOLE №5, 日本 12.5%",
     "!#$ <end_of_text> <|endoftext|> </w>",
     "dog " * 90,
+    "  blanks \t\n and Case ",
     "",
 ]
 
@@ -106,7 +108,7 @@ def images_of(folder: Path) -> torch.Tensor:
     return torch.stack([build_transform(size=32)(Image.open(folder / f"{name}.png")) for name in ("photo", "scene")])
 
 
-@pytest.mark.parametrize("name", ["open_clip", "words"])
+@pytest.mark.parametrize("name", ["open_clip", "words", "r50k"])
 def test_greedy_captions_token_for_token(exports: tuple[Path, dict[str, CoCa], dict[str, Any]], name: str) -> None:
     folder, models, all_found = exports
     model, found = models[name], all_found[name]
@@ -164,3 +166,10 @@ def test_what_the_code_lacks_is_refused(tmp_path: Path, tiny_model: Any, monkeyp
     ):
         cli.run(compose("export", choice))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_gives_other_ids_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "WORD", r"\w")  # letter by letter
+    model = create_model("coca_tiny", **VIT, tokenizer=["photo"])
+    with pytest.raises(ValueError, match=r"toy\" would be the tokens \[1, 3, 3, 3, .* instead of \[1, 3, 4, 3"):
+        writer.write_transformers(model.eval(), tmp_path)
