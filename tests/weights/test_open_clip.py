@@ -170,8 +170,28 @@ def test_other_checkpoints_are_refused() -> None:
     theirs, _ = make_pair()
     with pytest.raises(ValueError, match="no place in CoCa, the first is 'extra'"):
         from_open_clip(theirs.state_dict() | {"extra": torch.zeros(1)}, text_heads=4)
-    with pytest.raises(ValueError, match="has an OpenCLIP counterpart"):
-        to_open_clip(create_model("coca_tiny", pooler="parallel"))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *({"final_norm": True}, {"init_values": 0.1}, {"qk_norm": True}, {"reg_tokens": 2}),
+        {"class_token": False, "no_embed_class": True},
+        {"act_layer": "quick_gelu"},
+    ],
+    ids=lambda part: next(iter(part)),
+)
+def test_parts_that_open_clip_lacks_are_refused(part: dict[str, Any]) -> None:
+    _, ours = make_pair()
+    image = ours.config["image_encoder_args"] | part
+    with torch.device("meta"), pytest.raises(ValueError, match=r"OpenCLIP cannot .*without parts that CLIP lacks"):
+        to_open_clip(CoCa(**ours.config | {"image_encoder_args": image}))
+
+
+def test_models_that_open_clip_lacks_are_refused() -> None:
+    for overrides, reason in (({"pooler": "parallel"}, "it has the parallel"), ({"tokenizer": ["a"]}, "it has a word")):
+        with torch.device("meta"), pytest.raises(ValueError, match=f"OpenCLIP cannot build this model: {reason}"):
+            to_open_clip(create_model("coca_vit_b32", **overrides))
 
 
 def relative(**vision: Any) -> dict[str, Tensor]:

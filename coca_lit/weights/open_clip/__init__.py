@@ -20,7 +20,7 @@ from torch import Tensor
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
 from coca_lit.models.layers import OpenClipNames, SelfBlock
-from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments
+from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments, obstacle_to_open_clip
 from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes, has_modern_towers
 
 _TRANSPOSED = {
@@ -47,11 +47,8 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has parts that OpenCLIP's CoCa lacks.
     """
-    if model.pooling.open_clip_config is None or not hasattr(model.image_encoder.trunk, "norm_pre"):
-        raise ValueError(
-            "only a CoCa with a CLIP vision transformer or naflex, and the single pooler or one of OpenCLIP 4, has an"
-            " OpenCLIP counterpart"
-        )
+    if reason := obstacle_to_open_clip(model, "4"):
+        raise ValueError(f"OpenCLIP cannot build this model: {reason}")
     state, names = model.state_dict(), _names(model)
     converted = {_rename(name, names): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)}
     for ours in {match[1] for name in state if (match := _CROSS_ATTENTION.fullmatch(name))}:

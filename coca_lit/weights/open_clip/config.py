@@ -111,7 +111,7 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
     if not model.image_encoder.takes_patches and not _is_clip_transformer(model.image_encoder.trunk):
         return (
             f"its image encoder is {ours['image_encoder']}, and OpenCLIP's CoCa only has CLIP's vision transformer"
-            " (vit_*_clip_*, without QuickGELU), and with version=4 naflex"
+            " (vit_*_clip_*, without QuickGELU and without parts that CLIP lacks), and with version=4 naflex"
         )
     if model.decoder is not None and ours["embed_dim"] != ours["text_width"]:
         return (
