@@ -32,13 +32,20 @@ class Freezable(nn.Module):
         """Freezes the modules and parameters called `names` for good, and returns the names of the parameters.
 
         A name may be a pattern: `image_encoder.trunk.blocks.[0-4]` are five stages. Whole modules also stay in
-        evaluation mode, so that batch norms keep their statistics and dropout stays off.
+        evaluation mode, so that batch norms keep their statistics and dropout stays off. A parameter that modules
+        share belongs to the first of them, so that the tower above a frozen decoder trains; a name of its own in
+        another one freezes it too.
 
         Raises:
             ValueError: no parameter has such a name.
         """
-        parameters = [(n, p) for n, p in self.named_parameters() if any(_is_part(n, name) for name in names)]
-        if unknown := [name for name in names if not any(_is_part(n, name) for n, _ in parameters)]:
+        own, every = list(self.named_parameters()), list(self.named_parameters(remove_duplicate=False))
+        found = {
+            name: {n for n, _ in own if _is_part(n, name)} or {n for n, _ in every if _is_part(n, name)}
+            for name in names
+        }
+        parameters = [(n, p) for n, p in every if any(n in inside for inside in found.values())]
+        if unknown := [name for name, inside in found.items() if not inside]:
             parts = ", ".join(name for name, _ in self.named_children())
             raise ValueError(f"nothing in the model is called {', '.join(unknown)}; parts that can be frozen: {parts}")
         for _, parameter in parameters:

@@ -42,7 +42,7 @@ def _sum(weight: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str] = PARTS) -> list[str]:
     """Freezes `parts` of the network but for low-rank updates of their matrices and convolution kernels, whose names it
     returns. Other parts train as before, and frozen ones stay frozen. A matrix that modules share, as with tied
-    embeddings, gets no update.
+    embeddings, gets no update, and trains as before if one of them is in another part.
 
     Args:
         rank: r; matrices with at most this many rows or columns keep their values.
@@ -58,7 +58,9 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     if unknown := [part for part in parts if part not in inside]:
         known = ", ".join(name for name, module in net.named_children() if [*module.parameters()])
         raise ValueError(f"parts: nothing in the model is called {', '.join(unknown)}; its parts: {known}")
-    uses: Counter[Tensor] = Counter(parameter for _, parameter in net.named_parameters(remove_duplicate=False))
+    named = [*net.named_parameters(remove_duplicate=False)]
+    uses: Counter[Tensor] = Counter(parameter for _, parameter in named)
+    uses_inside = Counter(p for name, p in named if name.startswith(tuple(f"{part}." for part in parts)))
     matrices = {
         name: module
         for name, module in inside.items()
@@ -69,8 +71,9 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     }
     if not matrices:
         raise ValueError(f"no matrix in {', '.join(parts)} is trained and has more than {rank} rows and columns")
-    for module in inside.values():
-        module.requires_grad_(False)
+    for parameter, count in uses_inside.items():
+        if count == uses[parameter]:
+            parameter.requires_grad_(False)
     net.freeze(*(name for name, module in inside.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)))
     for module in matrices.values():
         parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))

@@ -458,6 +458,16 @@ def test_single_parameters_can_be_frozen(tiny_model: Build) -> None:
     assert model.text.training
 
 
+def test_a_matrix_that_modules_share_can_be_frozen_by_either_name(tiny_model: Build) -> None:
+    for name in ("decoder.vocabulary", "text.token_embedding"):
+        model = tiny_model(tied_embeddings=True)
+        assert model.freeze(name) == [f"{name}.weight"]
+        assert not model.text.token_embedding.weight.requires_grad
+    model = tiny_model(tied_embeddings=True)
+    model.freeze("decoder")
+    assert model.text.token_embedding.weight.requires_grad
+
+
 def test_freezing_what_is_not_there_names_what_is(tiny_model: Build) -> None:
     with pytest.raises(ValueError, match=r"nothing in the model is called image_encodr; .*image_encoder, pooling"):
         tiny_model().freeze("text", "image_encodr")

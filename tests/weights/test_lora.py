@@ -90,6 +90,15 @@ def test_matrices_kernels_and_norms(tiny_model: Build) -> None:
     assert model.text.dropout.training
 
 
+def test_an_embedding_that_another_part_shares_trains_on(tiny_model: Build) -> None:
+    model = tiny_model(tied_embeddings=True)
+    before = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("decoder.")}
+    add_lora(model, rank=2, parts=["decoder"])
+    assert {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("decoder.")} == before
+    add_lora(model, rank=2, parts=["text", "decoder.vocabulary"])
+    assert not model.text.token_embedding.weight.requires_grad
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_whoever_reads_the_file_gets_the_sum(tiny_model: Build, tmp_path: Path, tied: bool) -> None:
     model = tiny_model(tied_embeddings=tied)
