@@ -170,6 +170,9 @@ class WordTokenizer(Tokenizer):
 
     Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the unknown
     id, which decodes to nothing.
+
+    Raises:
+        ValueError: a word is listed twice, or is not one that is read.
     """
 
     pad_id, sot_id, eot_id, unk_id = 0, 1, 2, 3
@@ -178,6 +181,11 @@ class WordTokenizer(Tokenizer):
         super().__init__(context_length)
         if len(set(words)) != len(words):
             raise ValueError("the vocabulary lists a word twice")
+        if unread := [word for word in words if not isinstance(word, str) or split_words(word) != [word]]:
+            raise ValueError(
+                f"the vocabulary has {unread[0]!r}, which is not read as one word: expected letters and digits in lower"
+                " case with apostrophes or hyphens between them"
+            )
         self._words = list(words)
         self._ids = {word: i for i, word in enumerate(words, start=4)}
         self.vocab_size = 4 + len(words)
@@ -204,7 +212,7 @@ def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = CONT
     """The byte pairs of a name of `BYTE_PAIRS`, a `WordTokenizer` for a list of words.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or a list with words that are not read.
     """
     if not isinstance(spec, str):
         return WordTokenizer(spec, context_length)

@@ -226,6 +226,9 @@ def test_errors() -> None:
         get_tokenizer("bert")
     with pytest.raises(ValueError, match="lists a word twice"):
         WordTokenizer(["a", "b", "a"])
+    for word in ("Red", "hot dog", "-", "", "snake_case", 3):
+        with pytest.raises(ValueError, match=f"^the vocabulary has {word!r}, which is not read as one word: expected"):
+            get_tokenizer(["circle", word])
     for build in (CLIPTokenizer, lambda length: WordTokenizer(["a"], length)):
         with pytest.raises(ValueError, match=r"context_length must be at least 3 .*got 2"):
             build(2)
