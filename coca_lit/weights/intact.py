@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
+from coca_lit.files import replacing
+
 ZIP = b"PK\x03\x04"  # the first bytes of one
 DIGEST_KEY = "coca_lit_digest"
 
@@ -38,10 +40,14 @@ def check_archive(path: Path) -> bool:
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes safetensors with a digest of tensors and metadata, the same bytes for the same content. Tensors must not
     share memory.
+
+    Raises:
+        DataError: nothing can be written there.
     """
     written = dict(metadata or {})
-    save_file(dict(state), path, metadata={**written, DIGEST_KEY: _digest(state, written)})
-    _sort_metadata(path)
+    with replacing(path) as temporary:
+        save_file(dict(state), temporary, metadata={**written, DIGEST_KEY: _digest(state, written)})
+        _sort_metadata(temporary)
 
 
 def _sort_metadata(path: Path) -> None:

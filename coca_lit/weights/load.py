@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import why_unreadable
@@ -122,7 +122,7 @@ def _own_model(path: str | Path, state: Mapping[str, Tensor], config: Any) -> Co
 def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None:
     """Raises `RuntimeError` if the model does not have the sizes of its tensors, before a forged number takes memory.
 
-    It is first built without memory, where loading copies nothing and compares shapes.
+    It is first built without memory, to compare shapes.
     """
     largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
     # Only an outside part knows what its own arguments mean.
@@ -133,7 +133,20 @@ def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None
     if wrong := [number for number in _numbers(ours) if number > largest]:
         raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        CoCa(**arguments).load_state_dict(state)
+        _check_fit(CoCa(**arguments), state)
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises `RuntimeError` about the first tensor that does not fit; PyTorch's own message lists all of them."""
+    own = module.state_dict()
+    missing, left = [name for name in own if name not in state], [name for name in state if name not in own]
+    for problem, names in (("are missing", missing), ("have no place", left)):
+        if names:
+            raise RuntimeError(f"{len(names)} tensors {problem}, the first is '{names[0]}'")
+    for name, tensor in own.items():
+        shape = tuple(getattr(state[name], "shape", ()))
+        if shape != tuple(tensor.shape):
+            raise RuntimeError(f"'{name}' has the shape {shape} in the file, and the model needs {tuple(tensor.shape)}")
 
 
 def _numbers(node: Any) -> Iterator[float]:
@@ -256,11 +269,11 @@ def load_image_weights(model: CoCa, source: str | Path) -> None:
         found, _ = _read(Path(source))
         state = {name: tensor for name, tensor in found.items() if name in trunk.state_dict()}
     try:
+        _check_fit(trunk, state)
         trunk.load_state_dict(state)
     except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()  # of a list as long as the state dict
         raise ValueError(
-            f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {first}"
+            f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {error}"
         ) from error
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coca_lit.errors import DataError
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.load import (
@@ -52,6 +53,35 @@ def test_a_long_context_without_a_tensor_of_positions(tiny_model: Build, tmp_pat
     model = tiny_model(text_tower="modern", text_heads=4, context_length=5000)
     save_model(model, tmp_path / "model.safetensors")
     assert load_model(tmp_path / "model.safetensors").config == model.config
+
+
+def test_a_folder_that_is_missing_is_made(tiny_model: Build, tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "new" / "model.safetensors")
+    assert_equal(load_model(tmp_path / "new" / "model.safetensors"), tiny_model())
+    with pytest.raises(DataError, match=r"cannot write .*model\.safetensors/a\.safetensors: "):
+        save_model(tiny_model(), tmp_path / "new" / "model.safetensors" / "a.safetensors")
+
+
+def test_tensors_that_do_not_fit_are_counted_and_the_first_is_named(tiny_model: Build, tmp_path: Path) -> None:
+    model, path = tiny_model(), tmp_path / "last.ckpt"
+    whole, names = training_checkpoint(model), list(model.state_dict())
+    bias = whole["state_dict"]["net.text.norm.bias"]
+    for state, message in (
+        ({"net.logit_scale": torch.zeros(1)}, f"{len(names) - 1} tensors are missing, the first is '{names[1]}'"),
+        (whole["state_dict"] | {"net.x": bias, "net.y": bias}, "2 tensors have no place, the first is 'x'"),
+        (
+            whole["state_dict"] | {"net.text.norm.bias": bias[:5]},
+            rf"'text.norm.bias' has the shape \(5,\) in the file, and the model needs \({len(bias)},\)",
+        ),
+    ):
+        torch.save(whole | {"state_dict": state}, path)
+        with pytest.raises(ValueError, match=f"is damaged or from another version: {message}$"):
+            load_model(path)
+    torch.save({"model": model.image_encoder.trunk.state_dict()}, path)  # as timm's training scripts wrap it
+    with pytest.raises(
+        ValueError, match=r"do not fit the encoder resnet10t: \d+ tensors are missing, the first is '\S+'$"
+    ):
+        load_image_weights(model, path)
 
 
 def test_training_checkpoint(tiny_model: Build, tmp_path: Path) -> None:
