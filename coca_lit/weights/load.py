@@ -139,12 +139,14 @@ def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None
 def _check_fit(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raises `RuntimeError` about the first tensor that does not fit; PyTorch's own message lists all of them."""
     own = module.state_dict()
-    missing, left = [name for name in own if name not in state], [name for name in state if name not in own]
+    missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]  # of old files
+    left = [name for name in state if name not in own]
     for problem, names in (("are missing", missing), ("have no place", left)):
         if names:
-            raise RuntimeError(f"{len(names)} tensors {problem}, the first is '{names[0]}'")
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise RuntimeError(f"tensors {problem}: '{names[0]}'{more}")
     for name, tensor in own.items():
-        shape = tuple(getattr(state[name], "shape", ()))
+        shape = tuple(getattr(state.get(name, tensor), "shape", ()))
         if shape != tuple(tensor.shape):
             raise RuntimeError(f"'{name}' has the shape {shape} in the file, and the model needs {tuple(tensor.shape)}")
 
