@@ -56,16 +56,23 @@ class Normalise(nn.Module):
         """images (B, 3, H, W) -> (B, 3, H, W)"""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
-        if images.dtype != torch.uint8:
+        if not _is_raw(images):
             return images.to(self.mean.dtype)
         return (images.to(self.mean.dtype, memory_format=torch.contiguous_format) / 255 - self.mean) / self.std
 
     def patches(self, rows: Tensor) -> Tensor:
         """rows (B, N, P·P·3), the channel fastest, -> the same shape"""
-        if rows.dtype != torch.uint8:
+        if not _is_raw(rows):
             return rows.to(self.mean.dtype)
         mean, std = self.mean.flatten(), self.std.flatten()
         return ((rows.unflatten(-1, (-1, 3)).to(mean.dtype) / 255 - mean) / std).flatten(-2)
+
+
+def _is_raw(pixels: Tensor) -> bool:
+    """Whether pixels still have to be normalised; raises `TypeError` for integers other than uint8."""
+    if pixels.dtype != torch.uint8 and not pixels.is_floating_point():
+        raise TypeError(f"images must be torch.uint8, or normalised floats, got {pixels.dtype}")
+    return pixels.dtype == torch.uint8
 
 
 _TRUNK_BLOCK = {

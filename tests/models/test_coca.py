@@ -342,6 +342,14 @@ def test_uint8_pixels_equal_normalised_floats(tiny_model: Build) -> None:
     assert torch.equal(model.encode_image(channels_last), model.encode_image(images))
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64, torch.bool])
+def test_other_integers_are_no_pixels(tiny_model: Build, kind: torch.dtype) -> None:
+    naflex = {"image_encoder": "naflex", "image_encoder_args": TINY_VIT, "pooler": "masked_cascade"}
+    for model in (tiny_model(), tiny_model(**naflex)):
+        with pytest.raises(TypeError, match=f"images must be torch.uint8, or normalised floats, got {kind}"):
+            model.encode_image(pixels(model, 1).to(kind))
+
+
 def test_bfloat16_model_runs(tiny_model: Build) -> None:
     exact, model = tiny_model(), tiny_model().to(torch.bfloat16)
     images, tokens = pixels(model, 3), captions(model, [4, 24, 9])
