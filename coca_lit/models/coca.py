@@ -137,6 +137,8 @@ class CoCa(Freezable):
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        for name in ("image_encoder_args", "text_tower_args", "decoder_args"):
+            _expect_plain(name, arguments[name])
         if contrastive not in (kinds := get_args(Contrastive)):
             raise ValueError(f"contrastive must be {' or '.join(map(repr, kinds))}, got '{contrastive}'")
         if decoder_layers and pooler == "single" and pooler_queries < 2:
@@ -385,3 +387,18 @@ class CoCa(Freezable):
                 f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}"
             )
         return lengths
+
+
+def _expect_plain(name: str, value: Any) -> None:
+    """Raises `ValueError` unless a checkpoint can store the value of this argument."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            _expect_plain(f"{name}.{key}", child)
+    elif isinstance(value, list | tuple):
+        for child in value:
+            _expect_plain(name, child)
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(
+            f"{name} must be plain numbers and texts, as checkpoints store them (a layer by its name, such as 'silu'),"
+            f" got {value!r}"
+        )

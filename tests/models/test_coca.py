@@ -514,6 +514,11 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ({"pooler_heads": 5}, "must be a multiple of the number of heads"),
         ({"tokenizer": "klip"}, "unknown tokenizer 'klip'"),
         ({"context_length": 2}, "context_length must be at least 3"),
+        (
+            {"image_encoder_args": {"act_layer": torch.nn.SiLU}},
+            r"image_encoder_args\.act_layer must be plain .*, such as 'silu'",
+        ),
+        ({"decoder_args": {"init_depth": [torch.tensor(1)]}}, r"decoder_args\.init_depth must be plain numbers"),
         ({"poler": "single"}, "CoCa has no argument 'poler'; did you mean 'pooler'?"),
     ],
 )
