@@ -139,8 +139,9 @@ class CoCa(Freezable):
         super().__init__()
         for name in ("image_encoder_args", "text_tower_args", "decoder_args"):
             _expect_plain(name, arguments[name])
-        if contrastive not in (kinds := get_args(Contrastive)):
-            raise ValueError(f"contrastive must be {' or '.join(map(repr, kinds))}, got '{contrastive}'")
+        for name, kinds in (("contrastive", get_args(Contrastive)), ("cls_mask", get_args(ClsMask))):
+            if arguments[name] not in kinds:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, got '{arguments[name]}'")
         if decoder_layers and pooler == "single" and pooler_queries < 2:
             raise ValueError(
                 "the single pooler needs at least 2 queries: one for the contrastive vector, the rest for the decoder"

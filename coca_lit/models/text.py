@@ -3,7 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +65,6 @@ class TextTower(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        if cls_mask not in get_args(ClsMask):
-            raise ValueError(f"cls_mask must be {' or '.join(map(repr, get_args(ClsMask)))}, got '{cls_mask}'")
         self.context_length = context_length
         self.cls_mask = cls_mask
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -170,6 +168,10 @@ class TextTower(nn.Module):
 
 def build_text_tower(name: str | None, *sizes: Any, **arguments: Any) -> TextTower:
     """The registered tower called `name`, or a `TextTower` if it is None, from the arguments of `TextTower`."""
+    if name is None and arguments:
+        raise ValueError(
+            f"text_tower_args belong to a text_tower, such as 'modern', and none is named: got {arguments}"
+        )
     if name is None:
         return TextTower(*sizes)
     named = inspect.signature(TextTower).bind(*sizes).arguments

@@ -509,6 +509,8 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ),
         ({"pooler": "double"}, "pooler must be 'single' or .*, got 'double'"),
         ({"cls_mask": "right"}, "'correct' or 'legacy', got 'right'"),
+        ({"cls_mask": "right", "text_tower": "two_pass"}, "'correct' or 'legacy', got 'right'"),
+        ({"text_tower_args": {"pool": "mean"}}, "text_tower_args belong to a text_tower, .*, and none is named"),
         ({"pooler_queries": 1}, "at least 2 queries"),
         ({"text_heads": 5}, "must be a multiple of the number of heads"),
         ({"pooler_heads": 5}, "must be a multiple of the number of heads"),
