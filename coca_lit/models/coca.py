@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from coca_lit.errors import check_number
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.generation.state import DecodingStep, static_step
 from coca_lit.models.image import Pooler, build_image_encoder, build_pooling
@@ -34,6 +35,10 @@ Contrastive = Literal["softmax", "siglip"]
 # of an older model stays the same.
 LATER: dict[str, Any] = {"interpolation": "bicubic", "resize_mode": "shortest"} | dict.fromkeys(
     ("text_tower", "text_tower_args", "decoder_args")
+)
+SIZES = (  # arguments that are whole numbers of at least 1
+    *("image_size", "embed_dim", "pooler_queries", "pooler_heads"),
+    *("context_length", "text_width", "text_layers", "text_heads"),
 )
 IGNORED_LABEL = -100
 RECOMPILE_LIMIT = 32  # graphs of a block
@@ -139,6 +144,10 @@ class CoCa(Freezable):
         super().__init__()
         for name in ("image_encoder_args", "text_tower_args", "decoder_args"):
             _expect_plain(name, arguments[name])
+        for name in SIZES:
+            check_number(name, arguments[name], whole=True, at_least=1)
+        check_number("decoder_layers", decoder_layers, whole=True, at_least=0)
+        check_number("dropout", dropout, at_least=0, at_most=1)
         for name, kinds in (("contrastive", get_args(Contrastive)), ("cls_mask", get_args(ClsMask))):
             if arguments[name] not in kinds:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, got '{arguments[name]}'")

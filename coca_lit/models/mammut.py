@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
 from coca_lit.models.layers import (
@@ -163,6 +164,7 @@ class TwoPassDecoder(Decoder):
         self, tower: TwoPassTower, image_width: int, heads: int, dropout: float, cross_attention_every: int = 2
     ) -> None:
         super().__init__()
+        check_number("cross_attention_every", cross_attention_every, whole=True, at_least=1)
         self._shared = (tower,)  # a tuple: as an attribute, its tensors would be the decoder's as well
         vocab_size, width = tower.token_embedding.weight.shape
         self.every = cross_attention_every

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_normal, init_projection
 from coca_lit.models.layers import (
@@ -380,6 +381,7 @@ class ModernDecoder(Decoder):
         **style: Any,
     ) -> None:
         super().__init__()
+        check_number("cross_attention_every", cross_attention_every, whole=True, at_least=1)
         self.style = Style.of(width, **style)
         self.head_width, self.every = width // heads, cross_attention_every
         widths = [image_width if i % cross_attention_every == 0 else None for i in range(layers)]

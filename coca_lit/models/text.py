@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
 from coca_lit.models.layers import (
@@ -343,6 +344,8 @@ class ClassicDecoder(Decoder):
         init_depth: int | None = None,
     ) -> None:
         super().__init__()
+        if init_depth is not None:
+            check_number("init_depth", init_depth, whole=True, at_least=1)
         self._init_depth = init_depth
         self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model, text_lengths
+from coca_lit.models.coca import SIZES
 from coca_lit.models.image import Pooler
 from coca_lit.models.text import ClsMask, GradCheckpointing, legacy_attention_mask
 
@@ -27,6 +28,9 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "mobilenetv3_small_050": {},
     "swin_tiny_patch4_window7_224": {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
 }
+MODERN = {"text_tower": "modern", "text_heads": 4}
+TWO_PASS = {"text_tower": "two_pass"}
+NO_CROSS_BLOCKS = {"decoder_args": {"cross_attention_every": 0}}
 Build = Callable[..., CoCa]
 
 
@@ -509,7 +513,7 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ),
         ({"pooler": "double"}, "pooler must be 'single' or .*, got 'double'"),
         ({"cls_mask": "right"}, "'correct' or 'legacy', got 'right'"),
-        ({"cls_mask": "right", "text_tower": "two_pass"}, "'correct' or 'legacy', got 'right'"),
+        (TWO_PASS | {"cls_mask": "right"}, "'correct' or 'legacy', got 'right'"),
         ({"text_tower_args": {"pool": "mean"}}, "text_tower_args belong to a text_tower, .*, and none is named"),
         ({"pooler_queries": 1}, "at least 2 queries"),
         ({"text_heads": 5}, "must be a multiple of the number of heads"),
@@ -521,12 +525,24 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
             r"image_encoder_args\.act_layer must be plain .*, such as 'silu'",
         ),
         ({"decoder_args": {"init_depth": [torch.tensor(1)]}}, r"decoder_args\.init_depth must be plain numbers"),
+        ({"decoder_layers": -1}, "decoder_layers must be a whole number of at least 0, got -1"),
+        ({"dropout": float("nan")}, "dropout must be a number of at least 0 and at most 1, got nan"),
+        ({"decoder_args": {"init_depth": -1}}, "init_depth must be a whole number of at least 1, got -1"),
+        (MODERN | NO_CROSS_BLOCKS, "cross_attention_every must be a whole number of at least 1, got 0"),
+        (TWO_PASS | NO_CROSS_BLOCKS, "cross_attention_every must be a whole number of at least 1, got 0"),
         ({"poler": "single"}, "CoCa has no argument 'poler'; did you mean 'pooler'?"),
     ],
 )
 def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(**arguments)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -3, 1.5, "24", True])
+def test_sizes_are_whole_numbers(tiny_model: Build, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1, got {value!r}"):
+        tiny_model(**{name: value})
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:
