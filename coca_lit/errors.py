@@ -76,6 +76,15 @@ def check_number(
         raise ValueError(f"{name} must be a {what}, got {value!r}")
 
 
+def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `ValueError` for an argument that `owner` does not know; the message suggests the right one."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            arguments = ", ".join(known) or "none"
+            raise ValueError(f"{owner} has no argument '{name}'{suggest(name, known)} Its arguments: {arguments}")
+
+
 def suggest(word: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
     """The end of a sentence about an unknown name: "; did you mean 'NAME'?", or "." if nothing is similar.
 

@@ -5,7 +5,7 @@ pooling them for the two tasks.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import timm
 import torch
@@ -220,13 +220,13 @@ def build_image_encoder(name: str, image_size: int, **arguments: Any) -> ImageEn
     """
     factory = IMAGE_ENCODERS.get(name)
     if isinstance(factory, type) and issubclass(factory, ImageEncoder):
-        return factory(image_size=image_size, **arguments)
+        return cast(ImageEncoder, IMAGE_ENCODERS.build(name, {"image_size": image_size}, arguments))
     return ImageEncoder(name, image_size, **arguments)
 
 
 def _build_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
     if name in IMAGE_ENCODERS or not timm.is_model(name):
-        trunk = IMAGE_ENCODERS.build(name, timm.list_models(), image_size=image_size, **arguments)
+        trunk = IMAGE_ENCODERS.build(name, {"image_size": image_size}, arguments, timm.list_models())
         use_global_batch_norms(trunk)
         return trunk
     config = timm.get_pretrained_cfg(name)
@@ -234,7 +234,10 @@ def _build_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Mo
         arguments = {"img_size": image_size, **arguments}
     if name.startswith("vit_") and "_clip_" in name:  # as in OpenCLIP, tokens go to the pooler without a final norm
         arguments = {"final_norm": False, **arguments}
-    trunk = timm.create_model(name, num_classes=0, global_pool="", **arguments)
+    try:
+        trunk = timm.create_model(name, num_classes=0, global_pool="", **arguments)
+    except TypeError as error:
+        raise ValueError(f"image_encoder_args: {error}") from error
     use_global_batch_norms(trunk)
     kernels.replace_timm_layers(trunk)
     return trunk

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import check_number
+from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
 from coca_lit.models.layers import (
@@ -79,6 +79,7 @@ class TwoPassTower(nn.Module):
                 f"the decoder of a two-pass text tower has its layers: decoder_layers must be {len(self.blocks)},"
                 f" got {layers}"
             )
+        check_names("decoder_args", arguments, ["cross_attention_every"])
         return TwoPassDecoder(self, image_width, heads, dropout, **arguments)
 
     def init_parameters(self) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.errors import check_number
+from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_normal, init_projection
 from coca_lit.models.layers import (
@@ -274,6 +274,7 @@ class ModernTextTower(nn.Module):
         super().__init__()
         if pool not in get_args(TextPool):
             raise ValueError(f"pool must be one of {', '.join(get_args(TextPool))}, got {pool!r}")
+        check_names("text_tower_args", style, ("pool", *Style._fields))
         self.context_length = self.most_rows = context_length
         self.style = Style.of(width, **style)
         self.head_width = width // heads
@@ -381,6 +382,7 @@ class ModernDecoder(Decoder):
         **style: Any,
     ) -> None:
         super().__init__()
+        check_names("decoder_args", style, ("cross_attention_every", *Style._fields))
         check_number("cross_attention_every", cross_attention_every, whole=True, at_least=1)
         self.style = Style.of(width, **style)
         self.head_width, self.every = width // heads, cross_attention_every

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from coca_lit.errors import suggest
+from coca_lit.errors import check_names, suggest
 from coca_lit.models.coca import CoCa
 from coca_lit.models.registry import import_modules
 from coca_lit.tokenizer import BYTE_PAIRS
@@ -138,17 +138,18 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
     Args:
         name: a preset of `PRESETS`, such as coca_vit_b32, see `preset`.
         imports: modules that register image encoders or text towers.
-        overrides: arguments of `CoCa`; None leaves the value of the preset. `tokenizer` may also name one of
-            `VOCABULARIES`.
+        overrides: arguments of `CoCa`; None leaves the value of the preset, but another image encoder does not get
+            the preset's `image_encoder_args`. `tokenizer` may also name one of `VOCABULARIES`.
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
     """
-    arguments = preset(name) | {key: value for key, value in overrides.items() if value is not None}
-    known = list(inspect.signature(CoCa).parameters)
-    for key in overrides:
-        if key not in known:
-            raise ValueError(f"CoCa has no argument '{key}'{suggest(key, known)} Its arguments: {', '.join(known)}")
+    check_names("CoCa", overrides, inspect.signature(CoCa).parameters)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    defaults = preset(name)
+    if given.get("image_encoder", defaults["image_encoder"]) != defaults["image_encoder"]:
+        defaults = {**defaults, "image_encoder_args": None}  # these belong to the encoder of the preset
+    arguments = defaults | given
     import_modules(imports)
     tokenizer = arguments.get("tokenizer", "clip")
     if isinstance(tokenizer, str) and tokenizer in VOCABULARIES:

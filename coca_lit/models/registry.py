@@ -7,11 +7,14 @@ the model.
 
 import difflib
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
+
+from coca_lit.errors import check_names
 
 Factory = Callable[..., nn.Module]
 
@@ -74,24 +77,33 @@ class Registry:
         factory = self.get(spec)
         return spec if factory is None else f"{factory.__module__}:{spec.rpartition(':')[2]}"
 
-    def build(self, spec: str, known: Iterable[str] = (), **arguments: Any) -> nn.Module:
-        """What the factory called `spec` ("name" or "module:name") makes of the arguments.
+    def build(
+        self, spec: str, ours: Mapping[str, Any], given: Mapping[str, Any], known: Iterable[str] = ()
+    ) -> nn.Module:
+        """What the factory called `spec` ("name" or "module:name") makes of its arguments.
 
         Args:
+            ours: the arguments that every factory gets.
+            given: those that the user chose.
             known: further names to suggest.
 
         Raises:
-            ValueError: there is no such factory; the message says which module registered it, or suggests a name.
+            ValueError: there is no such factory; the message says which module registered it, or suggests a name. Or
+                it does not take a given argument; the message suggests one.
         """
         if (factory := self.get(spec)) is not None:
-            return factory(**arguments)
+            parameters = inspect.signature(factory).parameters.values()
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                names = [parameter.name for parameter in parameters if parameter.name not in ours]
+                check_names(f"{self.kind.replace(' ', '_')}_args", given, names)
+            return factory(**ours, **given)
         module, _, name = spec.rpartition(":")
         if module:
             raise ValueError(
                 f"the {self.kind} '{name}' is not registered: the module '{module}' registers it, so import that first "
                 f"or pass imports=['{module}']"
             )
-        names = [*self._own, *self._factories, *known]
+        names = list(dict.fromkeys([*self._own, *self._factories, *known]))
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
 

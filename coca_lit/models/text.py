@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coca_lit.errors import check_number
+from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_blocks, init_normal, init_projection
 from coca_lit.models.layers import (
@@ -87,6 +87,7 @@ class TextTower(nn.Module):
 
     def make_decoder(self, image_width: int, layers: int, heads: int, dropout: float, **arguments: Any) -> "Decoder":
         """The decoder that reads the states of this tower and image tokens of the given width."""
+        check_names("decoder_args", arguments, ["init_depth"])
         vocab_size, width = self.token_embedding.weight.shape
         return ClassicDecoder(vocab_size, width, image_width, layers, heads, dropout, **arguments)
 
@@ -176,7 +177,7 @@ def build_text_tower(name: str | None, *sizes: Any, **arguments: Any) -> TextTow
     if name is None:
         return TextTower(*sizes)
     named = inspect.signature(TextTower).bind(*sizes).arguments
-    return cast(TextTower, TEXT_TOWERS.build(name, **named, **arguments))
+    return cast(TextTower, TEXT_TOWERS.build(name, named, arguments))
 
 
 def legacy_attention_mask(is_cls: Tensor, fills_context: Tensor) -> Tensor:

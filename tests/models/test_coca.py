@@ -30,6 +30,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 MODERN = {"text_tower": "modern", "text_heads": 4}
 TWO_PASS = {"text_tower": "two_pass"}
+CROSS_EVRY = {"decoder_args": {"cross_attention_evry": 3}}
 NO_CROSS_BLOCKS = {"decoder_args": {"cross_attention_every": 0}}
 Build = Callable[..., CoCa]
 
@@ -530,6 +531,16 @@ def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
         ({"decoder_args": {"init_depth": -1}}, "init_depth must be a whole number of at least 1, got -1"),
         (MODERN | NO_CROSS_BLOCKS, "cross_attention_every must be a whole number of at least 1, got 0"),
         (TWO_PASS | NO_CROSS_BLOCKS, "cross_attention_every must be a whole number of at least 1, got 0"),
+        (MODERN | {"text_tower_args": {"qknorm": True}}, "text_tower_args has no argument 'qknorm'; .* 'qk_norm'"),
+        ({"decoder_args": {"init_dept": 3}}, "decoder_args has no argument 'init_dept'; did you mean 'init_depth'"),
+        (MODERN | CROSS_EVRY, "decoder_args has no argument 'cross_attention_evry'; .* 'cross_attention_every'"),
+        (TWO_PASS | CROSS_EVRY, "decoder_args has no argument 'cross_attention_evry'; .* 'cross_attention_every'"),
+        (
+            TWO_PASS | {"text_tower_args": {"pool": "mean"}},
+            "text_tower_args has no argument 'pool'. Its arguments: none",
+        ),
+        ({"image_encoder_args": {"chanels": 3}}, "image_encoder_args: .* unexpected keyword argument 'chanels'"),
+        ({"text_tower": "modren"}, "there is no text tower 'modren'; similar names: modern$"),
         ({"poler": "single"}, "CoCa has no argument 'poler'; did you mean 'pooler'?"),
     ],
 )
@@ -543,6 +554,12 @@ def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: 
 def test_sizes_are_whole_numbers(tiny_model: Build, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1, got {value!r}"):
         tiny_model(**{name: value})
+
+
+def test_another_image_encoder_has_its_own_arguments(tiny_model: Build) -> None:
+    preset = PRESETS["coca_tiny"]["image_encoder_args"]
+    assert tiny_model(image_encoder="resnet10t").config["image_encoder_args"] == preset
+    assert tiny_model(image_encoder="convnext_atto", image_size=64).config["image_encoder_args"] == {}
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:

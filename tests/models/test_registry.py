@@ -183,6 +183,8 @@ def test_errors() -> None:
         register_image_encoder("a:b")
     with pytest.raises(ValueError, match="there is no image encoder 'othr'; similar names: other"):
         create_model("coca_tiny", image_encoder="othr")
+    with pytest.raises(ValueError, match="image_encoder_args has no argument 'sze'; did you mean 'size'"):
+        create_model("coca_tiny", imports=["their_package"], image_encoder="patches", image_encoder_args={"sze": 4})
     with pytest.raises(ValueError, match="there is no text tower 'lstm'"):
         create_model("coca_tiny", text_tower="lstm")
     with pytest.raises(ValueError, match="imports: there is no module 'not_there'; is its package installed"):
