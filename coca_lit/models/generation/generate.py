@@ -130,7 +130,7 @@ def _write(model: Captioner, image_tokens: Tensor, prompts: Prompts, options: Op
             from coca_lit.models.generation.beam import BeamSearch
 
             search = BeamSearch(
-                options.num_beams, options.length_penalty, options.scoring, constraints, tokenizer.pad_id
+                options.num_beams, float(options.length_penalty), options.scoring, constraints, tokenizer.pad_id
             )
             return search.search(decoding, prompts)
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.generator)

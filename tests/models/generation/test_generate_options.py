@@ -233,6 +233,12 @@ def test_wrong_types_are_explained(model: CoCa, options: dict[str, Any]) -> None
         model.generate(make_images(1), strategy="sample", **options)
 
 
+@pytest.mark.parametrize("scoring", ["log_prob", "openclip", "openclip_legacy"])
+def test_a_length_penalty_may_be_a_negative_whole_number(model: CoCa, scoring: str) -> None:
+    whole, same = ({"strategy": "beam", "scoring": scoring, "length_penalty": penalty} for penalty in (-1, -1.0))
+    assert torch.equal(model.generate(make_images(2), **whole), model.generate(make_images(2), **same))
+
+
 def test_none_stands_for_the_default(model: CoCa) -> None:
     images = make_images(3)
     assert torch.equal(model.generate(images, **dict.fromkeys(OPTIONS)), model.generate(images))
