@@ -157,6 +157,8 @@ class ImageIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         features = self._image_feature(query) if isinstance(query, Image.Image) else self._text_feature(query)
+        if not self._stamps:
+            return []
         scores = self.features @ features  # (I,)
         best = scores.argsort(descending=True, stable=True)[:k].tolist()
         paths = self.paths

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from coca_lit.models.coca import CoCa
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.layers import SelfBlock
+from coca_lit.models.packing import expect_to_fit, expect_tokens
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.tokenizer import get_tokenizer
 
@@ -81,8 +82,10 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """tokens (B, L) -> text features (B, E), of unit length unless `normalize` is off."""
+        expect_tokens(tokens)
         ends = tokens.argmax(dim=1)  # (B,), the end token has the largest id
         tokens = tokens[:, : int(ends.max()) + 1]  # attention is causal: nothing before the end sees what follows it
+        expect_to_fit(tokens.shape[1], len(self.position_embedding))
         x = self.token_embedding(tokens) + self.position_embedding[: tokens.shape[1]]  # (B, T, D)
         for block in self.blocks:
             x = block(x)

@@ -21,7 +21,7 @@ from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.generation.state import DecodingStep, static_step
 from coca_lit.models.image import Pooler, build_image_encoder, build_pooling
 from coca_lit.models.init import init_projection
-from coca_lit.models.packing import text_lengths, to_device
+from coca_lit.models.packing import expect_to_fit, expect_tokens, text_lengths, to_device
 from coca_lit.models.parts import Freezable
 from coca_lit.models.patches import Images
 from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
@@ -389,13 +389,10 @@ class CoCa(Freezable):
 
     def _lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """(B,), on the host."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must have the shape (batch, length), got {tuple(tokens.shape)}")
+        expect_tokens(tokens)
         lengths = (text_lengths(tokens, self.tokenizer.pad_id) if lengths is None else lengths).cpu()
-        if tokens.shape[1] > self.text.context_length and int(lengths.max()) > self.text.context_length:
-            raise ValueError(
-                f"texts of {int(lengths.max())} tokens do not fit the context of {self.text.context_length}"
-            )
+        if tokens.shape[1] > self.text.context_length:
+            expect_to_fit(int(lengths.max()), self.text.context_length)
         return lengths
 
 

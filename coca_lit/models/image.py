@@ -18,7 +18,7 @@ from coca_lit.models import kernels
 from coca_lit.models.init import init_normal, init_pooler, init_projection, init_query_pooler
 from coca_lit.models.layers import AttentionalPooler, OpenClipNames, QueryPooler
 from coca_lit.models.patches import EncodedPatches
-from coca_lit.models.preprocessing import expect_pixels
+from coca_lit.models.preprocessing import expect_batch, expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS
 from coca_lit.models.sync_batch_norm import use_global_batch_norms
 
@@ -54,8 +54,7 @@ class Normalise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, 3, H, W)"""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
+        expect_batch(images)
         if not _is_raw(images):
             return images.to(self.mean.dtype)
         return (images.to(self.mean.dtype, memory_format=torch.contiguous_format) / 255 - self.mean) / self.std

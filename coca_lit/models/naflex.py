@@ -11,7 +11,7 @@ from torch import Tensor
 from coca_lit.models.image import CLIP_NORMALISATION, ImageEncoder
 from coca_lit.models.layers import OpenClipNames
 from coca_lit.models.patches import EncodedPatches, Patches
-from coca_lit.models.preprocessing import expect_pixels
+from coca_lit.models.preprocessing import expect_batch, expect_pixels
 
 TIMM_NAME = "naflexvit_base_patch16_gap"
 DEFAULTS: dict[str, Any] = {
@@ -99,7 +99,13 @@ class NaFlexEncoder(ImageEncoder):
             return images
         if not isinstance(images, Patches):
             expect_pixels(images)
+            expect_batch(images)
             images = Patches.of(images, self.patch_size)
+        if images.rows.ndim != 3:
+            raise ValueError(
+                f"patches must have the shape (batch, patches, values), got {tuple(images.rows.shape)}: images[None] is"
+                " a batch of one image"
+            )
         trunk: Any = self.trunk
         # Padding is no key. As a query it may see the image: what becomes of it is never read.
         mask = images.key_mask(trunk.num_prefix_tokens)

@@ -98,6 +98,23 @@ class Layout:
         return rows if kept.all() else _Rows.apply(rows, to_device(kept.nonzero().squeeze(1), rows.device))
 
 
+def expect_tokens(tokens: Tensor) -> None:
+    """Raises `TypeError` for texts in place of their ids, and `ValueError` for ids of another shape than (B, L)."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"tokens must be a tensor (batch, length), got {type(tokens).__name__}: model.tokenizer(texts) makes one of"
+            " texts"
+        )
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must have the shape (batch, length), got {tuple(tokens.shape)}")
+
+
+def expect_to_fit(longest: int, context_length: int) -> None:
+    """Raises `ValueError` for a text of more tokens than the model can read."""
+    if longest > context_length:
+        raise ValueError(f"texts of {longest} tokens do not fit the context of {context_length}")
+
+
 def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
     """Number of tokens (B,) up to the last one that is not padding, at least 1. Ids equal to `pad_id` inside a text
     count as text.

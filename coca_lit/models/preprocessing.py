@@ -27,6 +27,12 @@ def expect_pixels(images: Tensor) -> None:
         )
 
 
+def expect_batch(images: Tensor) -> None:
+    """Raises `ValueError` for pixels of another shape than (B, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
+
+
 def preprocessing(size: int, interpolation: Interpolation, resize_mode: ResizeMode) -> Preprocessing:
     """Raises `ValueError` for a name that does not exist."""
     if interpolation not in get_args(Interpolation):

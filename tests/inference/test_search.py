@@ -113,6 +113,7 @@ def test_index_elsewhere_finds_its_folder(folder: Path, tmp_path: Path, monkeypa
 
 def test_mistakes_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     index = indexed(folder)
+    assert ImageIndex(index.model, folder).query("a red circle") == []  # before any update
     index.save(tmp_path / "index.safetensors")
     with pytest.raises(DataError, match=r"index\.safetensors was made with another model"):
         ImageIndex.load(tmp_path / "index.safetensors", model(seed=1))

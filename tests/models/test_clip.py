@@ -102,6 +102,16 @@ def test_other_architectures_are_refused(state: dict[str, Any], message: str) ->
         clip_from_open_clip(good | {"extra": torch.zeros(1)})
 
 
+def test_texts_that_it_cannot_read() -> None:
+    clip = clip_from_open_clip(make().state_dict())
+    with pytest.raises(TypeError, match=r"tokens must be a tensor .*, got list: model\.tokenizer\(texts\) makes one"):
+        clip.encode_text(["a dog"])
+    with pytest.raises(ValueError, match=r"tokens must have the shape \(batch, length\), got \(5,\)"):
+        clip.encode_text(torch.ones(5, dtype=torch.long))
+    with pytest.raises(ValueError, match="texts of 80 tokens do not fit the context of 77"):
+        clip.encode_text(torch.arange(80)[None])
+
+
 def test_the_activation_is_said_by_the_user_or_by_the_file_beside(
     tmp_path: Path, batch: tuple[Tensor, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -584,6 +584,11 @@ def test_wrong_shapes(tiny_model: Build, images: tuple[int, ...], tokens: tuple[
         tiny_model()(torch.zeros(images), torch.full(tokens, 5))
 
 
+def test_texts_are_no_tokens(tiny_model: Build) -> None:
+    with pytest.raises(TypeError, match=r"tokens must be a tensor .*, got list: model\.tokenizer\(texts\) makes one"):
+        tiny_model().encode_text(["a red circle"])
+
+
 def test_unknown_loss_name(tiny_model: Build) -> None:
     with pytest.raises(ValueError, match="'contrastive' or 'caption', got 'clip'"):
         tiny_model().parameters_of_loss("clip")

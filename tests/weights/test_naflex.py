@@ -248,6 +248,13 @@ def test_initial_values() -> None:
     assert model.image_encoder.trunk.blocks[0].ls1.gamma.unique().tolist() == [pytest.approx(1e-5)]
 
 
+def test_one_image_is_no_batch(images: list[Tensor], model: CoCa) -> None:
+    with pytest.raises(ValueError, match=r"images must have the shape .*, got \(3, 24, 24\)"):
+        model.encode_image(images[0])
+    with pytest.raises(ValueError, match=r"patches must have the shape .*, got \(9, 192\): images\[None\] is a batch"):
+        model.encode_image(Patches.of(images[0], 8))
+
+
 def test_parts_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="pooler=masked_parallel and masked_cascade belong to naflex"):
         create_model(NAME, **SMALL | {"pooler": "single"})

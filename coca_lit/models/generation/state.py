@@ -190,11 +190,14 @@ def encode_prompts(model: Captioner, prompt: str | Sequence[str] | None, count: 
     """The beginnings of `count` captions.
 
     Raises:
-        ValueError: an empty prompt, another number of prompts than of images, or one that leaves no room for a caption.
+        ValueError: a prompt that is no text, is empty or leaves no room for a caption, or another number of prompts
+            than of images.
     """
     rows = [[model.tokenizer.sot_id]] * count
     if prompt is not None:
-        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] * count if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt must be a text, or a list with one for each image, got {prompt!r}")
         if len(prompts) != count:
             raise ValueError(f"got {len(prompts)} prompts for {count} images: give one for all, or one for each image")
         rows = [ids[:-1] for ids in model.tokenizer.encode_batch(prompts)]

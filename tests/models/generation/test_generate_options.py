@@ -210,6 +210,8 @@ def test_attention_is_that_of_the_cross_blocks(model: CoCa, monkeypatch: pytest.
         ({"max_length": 13}, r"max_length must lie between 2 and the context length of 12, got 13"),
         ({"max_length": 1}, "max_length must lie between 2"),
         ({"min_length": 12}, r"min_length \(12\) must be smaller than max_length \(12\)"),
+        ({"prompt": 5}, "prompt must be a text, or a list with one for each image, got 5"),
+        ({"prompt": ["a dog", 5]}, r"prompt must be a text, or a list with one for each image, got \['a dog', 5\]"),
         ({"prompt": ""}, "prompt 0 has no words"),
         ({"prompt": ["a dog", " . "]}, "prompt 1 has no words"),
         ({"prompt": ["a dog"]}, "got 1 prompts for 2 images"),
