@@ -112,8 +112,8 @@ def _own_model(path: str | Path, state: Mapping[str, Tensor], config: Any) -> Co
         _check_sizes(arguments, tensors)
         model = CoCa(**arguments)
         model.load_state_dict(tensors)
-    except ValueError:
-        raise
+    except ValueError as error:  # of the constructor
+        raise ValueError(f"'{path}': {error}") from error
     except Exception as error:  # of any kind: a stranger's values reach timm's constructors
         raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
     return model.eval()
