@@ -17,7 +17,7 @@ from coca_lit.callbacks.find import callbacks_of
 from coca_lit.callbacks.resuming import accumulates
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
-from coca_lit.distributed import totals_over_ranks, world_size
+from coca_lit.distributed import gather_objects, totals_over_ranks, world_size
 from coca_lit.runs.run_folder import add_facts
 
 MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
@@ -192,28 +192,32 @@ class SamplesSeen(L.Callback):
 
 
 class SourceCounts(L.Callback):
-    """Logs how many samples of each source of a mixture have been trained on, as `samples/NAME`, earlier processes of
-    the run included.
-
-    Every rank interleaves its sources in the same order, so the counts of one rank hold for all.
+    """Logs how many samples of each source of a mixture all ranks have trained on, as `samples/NAME`, earlier processes
+    of the run included.
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self._before: Counter[str] = Counter()  # by earlier processes of the run
+        self._own: Counter[str] = Counter()  # by this rank
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        for name, count in Counter(batch.sources).items():
-            self.counts[name] += count * world_size()
-        if self.counts and _is_logged(trainer):
-            pl_module.log_dict({f"samples/{name}": float(count) for name, count in self.counts.items()})
+        self._own.update(batch.sources)
+        if self._own and _is_logged(trainer):
+            pl_module.log_dict({f"samples/{name}": float(count) for name, count in self.total().items()})
 
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.counts)
+    def total(self) -> dict[str, int]:
+        """Samples of the whole run by source. All ranks must call it."""
+        if not self._own:  # then no rank has any: every batch of a mixture names its sources, and no other batch does
+            return dict(self._before)
+        return dict(sum(gather_objects(self._own), self._before))
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.counts = Counter(state_dict)
+    def state_dict(self) -> dict[str, int]:
+        return self.total()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._before = Counter(state_dict)
 
 
 def _is_logged(trainer: L.Trainer) -> bool:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from itertools import islice
+from unittest.mock import Mock
 
 import pytest
 from test_datamodules import TOKENIZER, fit
@@ -12,6 +13,7 @@ from coca_lit.callbacks import SourceCounts
 from coca_lit.cli.data import data as coca_data
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.mixture import draw, interleave
+from coca_lit.distributed import rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
 
@@ -125,6 +127,27 @@ def test_samples_of_each_source_are_logged_and_counted_on(folders, tmp_path):
     counts = SourceCounts()
     data = mixture(folders, weights={"a": 0.7, "b": 0.3})
     fit(data, tmp_path / "c", log=counts)  # three epochs of eight batches of ten
-    assert counts.counts == {"a": 168, "b": 72}
+    assert counts.total() == {"a": 168, "b": 72}
     fit(data, tmp_path / "d", tmp_path / "c" / "step=10.ckpt", log=(resumed := SourceCounts()))
-    assert resumed.counts == counts.counts
+    assert resumed.total() == counts.total()
+
+
+def counted(folders: dict[str, str]) -> tuple[dict[str, int], list[dict[str, float]], dict[str, int]]:
+    """Samples of this rank by source, what is logged after each step, and the state that is saved."""
+    loader = mixture(folders, weights={"a": 1, "b": 1}, indexed=True).pair_loader(rank(), world_size())
+    counts, own, logged = SourceCounts(), Counter(), []
+    counts.load_state_dict({"a": 20, "b": 20})  # as every version of it has saved
+    for step, batch in enumerate(loader.open_at(0, 0), start=1):
+        own.update(batch.sources)
+        trainer = Mock(global_step=step, log_every_n_steps=1)
+        trainer.fit_loop.epoch_loop._should_accumulate.return_value = False
+        counts.on_train_batch_end(trainer, Mock(log_dict=logged.append), None, batch, step)
+    return dict(own), logged, counts.state_dict()
+
+
+def test_sources_are_counted_on_the_rank_that_trains_on_them(folders, on_ranks):
+    """Equal weights alternate, so each of two ranks sees one source only."""
+    (own_a, *found), (own_b, *same) = on_ranks(2, counted, folders)
+    assert (own_a, own_b) == ({"a": 40}, {"b": 40})
+    logged = [{"samples/a": 20.0 + 5 * step, "samples/b": 20.0 + 5 * step} for step in range(1, 9)]
+    assert found == same == [logged, {"a": 60, "b": 60}]
