@@ -50,6 +50,7 @@ class Settings:
         workers: processes that load images.
         clip_score_model: checkpoint that judges CLIPScore; None for the scored model, which is then its own judge.
         generate: options of `CoCa.generate`, e.g. {"strategy": "beam", "num_beams": 4}; None for greedy captions.
+            A prompt is of captions only: an answer begins with its question.
         rerank: decoder re-ranking in retrieval: how many images are scored by the decoder for each text; 0 for none.
         attention: for how many images the report shows where the model looked as it wrote each word.
         answerer: of the model that is scored, if it has one; during training the callback knows.

@@ -1,6 +1,7 @@
 """Answers to questions about images: how the decoder writes them, and their scores."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -120,18 +121,24 @@ def generate_answers(
 ) -> dict[int | str, str]:
     """One answer per question, by question id: what the model writes when its caption begins with the question.
 
-    `options` are passed to `CoCa.generate`; answers have at most `MAX_ANSWER` tokens unless they set another limit.
+    `options` are passed to `CoCa.generate`, but for a prompt, which is of captions; answers have at most `MAX_ANSWER`
+    tokens unless the options set another limit.
     """
     tokenizer = model.tokenizer
+    questions = {record.id: fitting(tokenizer, record.question) for record in records}
+    begun = {id: len(tokenizer.encode(question)) - 1 for id, question in questions.items()}
 
-    def write(part: Sequence[Record], images: Images) -> Iterable[str]:
-        questions = [fitting(tokenizer, record.question) for record in part]
-        begun = [len(ids) - 1 for ids in tokenizer.encode_batch(questions)]
-        room = {"max_length": min(max(begun) + MAX_ANSWER, tokenizer.context_length)}
-        texts = model.generate(images, prompt=questions, **room | dict(options))
-        return [tokenizer.decode(ids[start:]) for ids, start in zip(texts, begun, strict=True)]
+    def write(part: Sequence[Record], images: Images) -> Iterator[str]:
+        for start, group in groupby(range(len(part)), key=lambda row: begun[part[row].id]):  # one limit holds for all
+            rows = list(group)
+            room = {"max_length": min(start + MAX_ANSWER, tokenizer.context_length)}
+            prompts = {"prompt": [questions[part[row].id] for row in rows]}
+            for ids in model.generate(images[rows], **room | dict(options) | prompts):
+                yield tokenizer.decode(ids[start:])
 
-    return write_texts(model, records, write, batch_size, num_workers)
+    by_length = sorted(records, key=lambda record: begun[record.id])  # so that a batch has few lengths
+    answers = write_texts(model, by_length, write, batch_size, num_workers)
+    return {record.id: answers[record.id] for record in records}
 
 
 def fitting(tokenizer: Tokenizer, question: str) -> str:

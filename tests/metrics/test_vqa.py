@@ -114,6 +114,20 @@ def _greedy(model, record: Record, tokens: int) -> list[int]:
     return written
 
 
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_an_answer_does_not_depend_on_the_other_questions(model, strategy: str) -> None:
+    """The model never ends an answer by itself. A prompt is of captions."""
+    records = scene_question_records("val", count=4)
+    found = generate_answers(model, records, options={"strategy": strategy, "prompt": "a picture of"})
+    assert list(found) == [record.id for record in records]
+    starts = [len(model.tokenizer.encode(record.question)) - 1 for record in records]
+    assert len(set(starts)) > 1
+    for record, start in zip(records, starts, strict=True):
+        image = build_transform(size=32)(record.image())[None]
+        (ids,) = model.generate(image, prompt=record.question, max_length=start + 10, strategy=strategy)
+        assert found[record.id] == model.tokenizer.decode(ids[start:])
+
+
 def test_a_question_that_is_too_long_loses_its_last_words(model) -> None:
     long = "what colour is the " + "small " * 30 + "ring"
     assert fitting(model.tokenizer, "where is the ring") == "where is the ring"
