@@ -107,7 +107,7 @@ def decoder_rerank(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> Tensor:
-    """Similarities (I, T) of images and all their captions, on the CPU of every rank.
+    """Similarities (I, T) of images and all their captions, in float64, on the CPU of every rank.
 
     A candidate pair has (1 - weight) · exp(logit_scale) · cosine + weight · log (p(text | image) / p(text)); all other
     pairs follow behind, in the order of their cosines.
@@ -132,13 +132,13 @@ def decoder_rerank(
 
 
 def reranked(similarity: Tensor, log_likelihood: Tensor, weight: float) -> Tensor:
-    """Scores of `decoder_rerank`, from similarities (I, T) and log-likelihoods (I, T) of the candidates; -inf marks all
-    other pairs.
+    """Scores (I, T) of `decoder_rerank`, from similarities (I, T) and log-likelihoods (I, T) of the candidates; -inf
+    marks all other pairs.
     """
     candidate = ~log_likelihood.isneginf()
     informative = log_likelihood - (log_likelihood.logsumexp(dim=0) - candidate.sum(dim=0).log())
-    similarity = (1 - weight) * similarity
-    return torch.where(candidate, similarity + weight * informative, similarity - BEHIND)
+    scores = (1 - weight) * similarity + weight * informative
+    return torch.where(candidate, scores, similarity.double() - BEHIND)  # float32 would merge cosines that far out
 
 
 def candidate_pairs(similarity: Tensor, candidates: int) -> Tensor:

@@ -45,7 +45,7 @@ def test_equals_a_loop_over_pairs() -> None:
     assert read.std(dim=0).min() > 0.01  # images make a difference
     prior = read.exp().mean(dim=0).log()
     expected = (1 - WEIGHT) * model.logit_scale.exp() * images @ texts.T + WEIGHT * (read - prior)
-    torch.testing.assert_close(look(candidates=7), expected.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(look(candidates=7), expected.detach().double(), atol=1e-4, rtol=1e-4)
     assert model.training
 
 
@@ -120,8 +120,19 @@ def test_mixture_by_hand() -> None:
     # p(text) is (0.5 + 0.25) / 2 for the first text, 0.1 for the second, which was read with one image only.
     log = torch.tensor([0.5 / 0.375, 0.25 / 0.375]).log()
     found = reranked(similarity, read, weight=0.5)
-    expected = torch.tensor([[1.5 + log[0] / 2, 0.5 - BEHIND], [1 + log[1] / 2, 2.0]])
+    expected = torch.tensor([[1.5 + log[0] / 2, 1.0 - BEHIND], [1 + log[1] / 2, 2.0]]).double()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_near_cosines_of_what_was_not_read_keep_their_order(weight: float) -> None:
+    """Fifty cosines as near as float32 can tell them apart."""
+    cosines = 0.3 + torch.arange(50) * 2.0**-25
+    assert cosines.diff().gt(0).all()
+    read = torch.full((50, 1), -torch.inf)
+    read[7] = -40.0
+    order = reranked(100 * cosines[:, None], read, weight)[:, 0].argsort(descending=True, stable=True)
+    assert order.tolist() == [7, *(i for i in range(49, -1, -1) if i != 7)]
 
 
 def test_wrong_arguments_are_refused_before_training() -> None:
