@@ -105,16 +105,28 @@ class Evaluation:
         records: the images with all their captions.
         every: during training it takes part in every N-th scoring; 0 for the end only.
 
+    Raises:
+        DataError: there are no records, or one lacks the captions that a `captioned` evaluation needs.
+
     Attributes:
+        captioned: whether every record needs a caption.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         not_run: score -> why the last `evaluate` could not compute it.
         draws: score -> its values for resampled images, of the last `evaluate`. Intervals come from them.
     """
 
+    captioned = False
     score_names: Sequence[str] = ()
 
     def __init__(self, name: str, records: Sequence[Record], every: int = 1) -> None:
         check_number("every", every, whole=True, at_least=0)
+        if not len(records):
+            raise DataError(f"the evaluation '{name}' needs one or more records, but got none: check what returns them")
+        if self.captioned and (bare := [record.id for record in records if not record.captions]):
+            raise DataError(
+                f"each record of the evaluation '{name}' needs a caption, but {len(bare)} of {len(records)} have none, "
+                f"e.g. {bare[0]!r}: leave them out"
+            )
         self.name, self.records, self.every = name, records, every
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}

@@ -39,6 +39,7 @@ class CaptionScores(Evaluation):
         measures: further scores, called with the records and the captions at the end, see `Measure`.
     """
 
+    captioned = True
     score_names = (*(f"Bleu_{n}" for n in range(1, 5)), "METEOR", "ROUGE_L", "CIDEr", "exact_match")
 
     def __init__(

@@ -28,6 +28,8 @@ class ChoiceScores(Evaluation):
         least: images that a kind needs to count in the mean over kinds.
     """
 
+    captioned = True
+
     def __init__(
         self, name: str, records: Sequence[Record], paired: bool = False, least: int = 1, every: int = 1
     ) -> None:

@@ -41,6 +41,7 @@ class RetrievalScores(Evaluation):
         rerank_weight: share of the decoder's score in re-ranking, between 0 and 1.
     """
 
+    captioned = True
     score_names = (
         *(f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)),
         *("t2i_median_rank", "i2t_median_rank"),

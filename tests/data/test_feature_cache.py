@@ -204,7 +204,7 @@ def test_the_network_is_as_before_and_scored_on_pixels(tmp_path: Path) -> None:
     cfg = compose(*SHORT, f"output_dir={tmp_path}", "data.cached_augmentations=1", f"data.cache_dir={tmp_path}/views")
     module = assembly.build_module(cfg)
     before = {name: tensor.clone() for name, tensor in module.net.image_encoder.state_dict().items()}
-    scoring = ScoreDuringTraining([Look("look", [])], Settings(tmp_path))
+    scoring = ScoreDuringTraining([Look("look", [Record("unseen", "1.png")])], Settings(tmp_path))
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
     assembly.build_trainer(cfg, scoring).fit(module, datamodule=data)
     assert scoring.results == {"look/width": module.net.image_encoder.width}

@@ -9,7 +9,13 @@ import torch
 from PIL import Image
 
 from coca_lit.data.records import Record
+from coca_lit.errors import DataError
+from coca_lit.evals import Evaluation
+from coca_lit.evals.captions import CaptionScores
+from coca_lit.evals.choice import ChoiceScores
 from coca_lit.evals.inference import caption_images, embed_pairs
+from coca_lit.evals.retrieval import RetrievalScores
+from coca_lit.evals.vqa import VQAScores
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.models import CoCa, create_model
 
@@ -70,3 +76,15 @@ def test_one_by_one_gives_the_same(alone: dict[str, Any]) -> None:
     torch.testing.assert_close(alone["texts"], torch.cat([model.encode_text(model.tokenizer(t)) for t in texts]))
     assert alone["image_of_text"].tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 4, 5, 5, 5, 6]
     assert alone["training"]
+
+
+@pytest.mark.parametrize("evaluation", [CaptionScores, RetrievalScores, VQAScores, ChoiceScores, Evaluation])
+def test_records_that_cannot_be_scored_are_refused_before_training(evaluation: type[Evaluation]) -> None:
+    with pytest.raises(DataError, match="the evaluation 'mine' needs one or more records, but got none"):
+        evaluation("mine", [])
+    bare = [record._replace(captions=()) if i in (2, 4) else record for i, record in enumerate(records())]
+    if evaluation in (VQAScores, Evaluation):  # a test set without public answers, and one's own scores
+        assert evaluation("mine", bare).records == bare
+        return
+    with pytest.raises(DataError, match=r"'mine' needs a caption, but 2 of 7 have none, e\.g\. 'image 2'"):
+        evaluation("mine", bare)

@@ -116,6 +116,9 @@ def test_folders(digits, tmp_path):
     (tmp_path / "more.json").write_text(json.dumps({"classes": {"d0": "zero"}, "templates": ["a digit"]}))
     with pytest.raises(DataError, match=r"one \{\} for the name of the class, got 'a digit'"):
         image_folder(digits, tmp_path / "more.json")
+    (tmp_path / "more.json").write_text(json.dumps({"classes": {"d0": "zero"}, "templates": []}))
+    with pytest.raises(DataError, match=r'"templates" must hold one or more texts .*, got none'):
+        image_folder(digits, tmp_path / "more.json")
     (tmp_path / "more.json").write_text("[]")
     with pytest.raises(DataError, match='"classes" is missing'):
         image_folder(digits, tmp_path / "more.json")

@@ -87,6 +87,10 @@ def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         raise DataError(f'{path} must hold {{"classes": {{folder: name}}, "templates": [...]}}, "classes" is missing')
     templates = content.get("templates", TEMPLATES)
     templates = tuple(templates) if isinstance(templates, list | tuple) else (templates,)
+    if not templates:
+        raise DataError(
+            f'{path}: "templates" must hold one or more texts with {{}} for the name of the class, got none'
+        )
     if wrong := [t for t in templates if not isinstance(t, str) or t.count("{}") != 1]:
         raise DataError(f"{path}: each template must hold one {{}} for the name of the class, got {wrong[0]!r}")
     return classes, templates
