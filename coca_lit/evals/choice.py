@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,8 @@ class ChoiceScores(Evaluation):
     ) -> None:
         super().__init__(name, records, every)
         self.paired, self.least = paired, least
-        self.score_names = ("text_score", "image_score", "group_score") if paired else ("accuracy",)
+        names = exact(len(records), choice_accuracy(np.zeros(len(records)), [r.domain for r in records], least))
+        self.score_names = ("text_score", "image_score", "group_score") if paired else tuple(names)
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         units = self._units(records)
@@ -58,7 +60,7 @@ class ChoiceScores(Evaluation):
     def _whole(self, records: Sequence[Record]) -> Sequence[Record]:
         """Without a last image whose other one has been cut off."""
         if self.paired and len(records) < 2:
-            raise DataError(f"{self.name} compares pairs of images: set scoring.images to 2 or more")
+            raise DataError(f"{self.name} compares pairs of images: set scoring.images and scoring.quick to 2 or more")
         return records[: len(records) // 2 * 2] if self.paired else records
 
     def _units(self, records: Sequence[Record]) -> list[int | str]:

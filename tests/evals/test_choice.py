@@ -151,6 +151,7 @@ def test_embeddings_and_decoder_equal_loops(sugarcrepe: tuple, tmp_path: Path, b
     assert evaluation.draws.keys() == scores.keys()
     assert len({scores[f"sugarcrepe/{way}accuracy"] for way in ("", "likelihood/", "pmi/")}) > 1
     quick = evaluation.evaluate_quickly(make_model(), Settings(tmp_path), 21)
+    assert {f"sugarcrepe/{name}" for name in evaluation.score_names} == quick.keys()
     assert quick == {name: value for name, value in scores.items() if name.count("/") == 1}
 
 
@@ -166,6 +167,8 @@ def test_winoground_equals_a_loop(root: Path, tmp_path: Path) -> None:
             assert scores[f"winoground/{way}{name}_score"] == pytest.approx(sum(values) / 9)
     few = ChoiceScores("winoground", records, paired=True).evaluate(make_model(), Settings(tmp_path, images=5))
     assert few["winoground/text_score"] in (0, 0.5, 1)  # two whole pairs
+    with pytest.raises(DataError, match=r"set scoring\.images and scoring\.quick to 2 or more"):
+        ChoiceScores("winoground", records, paired=True).evaluate_quickly(make_model(), Settings(tmp_path), 1)
 
 
 def test_equal_to_clip_benchmark(root: Path, tmp_path: Path) -> None:
