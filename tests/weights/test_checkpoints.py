@@ -78,9 +78,7 @@ def test_tensors_that_do_not_fit_are_counted_and_the_first_is_named(tiny_model: 
         with pytest.raises(ValueError, match=f"is damaged or from another version: {message}$"):
             load_model(path)
     torch.save({"model": model.image_encoder.trunk.state_dict()}, path)  # as timm's training scripts wrap it
-    with pytest.raises(
-        ValueError, match=r"do not fit the encoder resnet10t: tensors are missing: '\S+' and \d+ more$"
-    ):
+    with pytest.raises(ValueError, match=r"do not fit the encoder resnet10t: tensors are missing: '\S+' and \d+ more$"):
         load_image_weights(model, path)
 
 
@@ -271,7 +269,7 @@ def test_files_hand_nothing_but_architecture_to_timm(
 @pytest.mark.parametrize("config", [[], 3, {"image_encoder_args": [1]}, {"image_encoder_args": {"depth": "x"}}])
 def test_a_damaged_architecture(tiny_model: Build, tmp_path: Path, config: Any) -> None:
     torch.save(training_checkpoint(tiny_model()) | {MODEL_KEY: config}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"last.ckpt' is damaged"):
+    with pytest.raises(ValueError, match=r"last.ckpt'(:| is damaged)"):
         load_model(tmp_path / "last.ckpt")
 
 
