@@ -32,7 +32,7 @@ for seed in ${SEEDS:-0 1 2}; do
   # The same with a reward that favours short captions less
   train long_mixed_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" \
     'model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
-  rerank long_mixed_rewards long_mixed_rewards_8beams_weight0.1 "$seed" 0.1 evals=flickr8k_captions
+  rerank long_mixed_rewards long_mixed_rewards_8beams_weight0.1 "$seed" 0.1 "${searches[@]}"
 done
 
 # Half the steps, and rewards at ten times the learning rate

@@ -1,4 +1,6 @@
-"""The mixed reward of the study: its parts against the official scorers and a hand-worked case."""
+"""The study's mixed reward: its parts against the official scorers and a hand-worked case. Its table of levers."""
+
+from pathlib import Path
 
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
@@ -7,6 +9,8 @@ from running import compose
 from coca_lit.cli import assembly
 from coca_lit.errors import ConfigError
 from coca_lit.metrics.cider import END, CiderD
+from experiments import study
+from experiments.flickr8k_two_hours import report
 from experiments.flickr8k_two_hours.mixed_reward import MixedReward, word_f
 
 REFERENCES = {
@@ -40,3 +44,22 @@ def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
     assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])
     with pytest.raises(ConfigError, match="did you mean 'bleu'"):
         assembly.build_module(compose(*small, f"{MIXED}, blue: 0}}"))
+
+
+def test_levers_compare_runs_of_one_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cider = {"long_seed0": 0.50, "long_seed1": 0.60, "long_seed2": 0.99, "long_rewards_seed1": 0.61}
+    cider |= {"long_rewards_seed0": 0.53, "long_8beams_reranked_seed0": 0.49}
+    rows = [
+        dict.fromkeys([*study.ABOUT, *report.SHOWN, *(s.replace("/", "/reranked_") for s in report.RECALL)], "0.2")
+        | {"run": run, "seed": run[-1], "flickr8k/CIDEr": str(score)}
+        for run, score in cider.items()
+    ]
+    rows[-1]["flickr8k/reranked_t2i_recall@1"] = "0.3"
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.csv")
+    study.write_rows(report.RESULTS, rows)
+    same = "+0.0 ± 0.0"
+    assert report._levers().splitlines()[2:] == [
+        f"| SCST at 2e-5, four epochs, after 40 epochs | 2 | {same} | {same} | +2.0 ± 1.4 | {same} | {same} |",
+        "| best of 8 beams at weight 0.2, after 40 epochs | 1 | +0.0 | +0.0 | -1.0 |  |  |",
+        "| decoder re-ranking, after 40 epochs | 1 |  |  |  | +0.0 | +10.0 |",
+    ]
