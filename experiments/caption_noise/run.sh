@@ -5,6 +5,7 @@ set -euo pipefail
 captions=$(realpath "${1:?usage: run.sh FOLDER}")
 cd "$(dirname "$0")/../.."
 rows=outputs/caption_noise.csv # tracked files stay as they are until the end, so that rows name a commit
+mkdir -p outputs
 cp experiments/caption_noise/results.csv $rows
 for what in example test; do
   python -m experiments.caption_noise.noise $what "$captions" --out $rows
