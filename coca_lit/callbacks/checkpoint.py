@@ -289,7 +289,7 @@ class Checkpoints(L.Callback):
             "validating": self._validating,
             **seen,
         }
-        set_position(checkpoint, self._validating, self._finished)
+        set_position(trainer, checkpoint, self._validating, self._finished)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})

@@ -89,23 +89,29 @@ def can_repeat_validation(trainer: L.Trainer) -> bool:
     return not accumulates(trainer) and not 0 <= trainer.max_steps <= trainer.global_step
 
 
-def set_position(checkpoint: dict[str, Any], validating: bool, finished: bool) -> None:
-    """Corrects the loops' counters in a checkpoint that is taken in `on_train_batch_start`: the current batch has not
-    begun yet.
+def set_position(trainer: L.Trainer, checkpoint: dict[str, Any], validating: bool, finished: bool) -> None:
+    """Corrects the loops' counters in a checkpoint that is taken in `on_train_batch_start`, where the current batch has
+    not begun yet, or when training is over.
 
     Args:
         validating: it is taken within a validation, which will be repeated from its first batch.
-        finished: training is over; a further epoch, if one is asked for later, begins at its first batch.
+        finished: training is over. If more is asked for later, it begins at the batch after the last optimizer step.
     """
-    progress, validation = (
-        checkpoint["loops"]["fit_loop"][f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop.")
-    )
+    loops = checkpoint["loops"]["fit_loop"]
+    progress, validation = (loops[f"epoch_loop.{loop}batch_progress"] for loop in ("", "val_loop."))
     if validating:
         for count, batches in validation["current"].items():
             validation["total"][count] -= batches
         validation["current"] = dict.fromkeys(validation["current"], 0)
-    if finished:
+    if finished and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
         progress["current"] = dict.fromkeys(progress["current"], 0)
+    elif finished:  # within an epoch, which Lightning counts as done
+        without_step = progress["current"]["completed"] % trainer.accumulate_grad_batches  # their gradients are lost
+        for count in ("current", "total"):
+            progress[count]["completed"] -= without_step
+            for done in ("processed", "completed"):
+                loops["epoch_progress"][count][done] -= 1
+        checkpoint["epoch"] -= 1
     for counts in (progress["current"], progress["total"]):
         counts.update(dict.fromkeys(counts, counts["completed"]))
     progress["is_last_batch"] = False

@@ -200,6 +200,33 @@ def test_stopped_early_is_finished(tmp_path: Path) -> None:
         (tmp_path / "results.json").unlink()
 
 
+class StopEarly(L.Callback):
+    """Ends training with the batch that makes `batches` in all."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches
+
+
+@pytest.mark.parametrize("batches", [3, 4, 6])
+def test_a_run_that_had_ended_goes_on_where_it_was(tmp_path: Path, batches: int) -> None:
+    """Within the accumulation of a step, whose gradients are lost, after the second step, or with the epoch."""
+    overrides = (*TINY, *MAP, "trainer.accumulate_grad_batches=2", "trainer.limit_val_batches=0")
+    overrides = (*overrides, "scoring.every_n_epochs=null", "model.cooldown_steps=0")
+    run(tmp_path / "whole", *overrides)
+    with watched(StopEarly(batches)):
+        run(tmp_path / "longer", *overrides, "trainer.max_epochs=1")
+    assert state(tmp_path / "longer")["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == (batches == 6)
+    run(tmp_path / "longer", *overrides)
+    found, expected = state(tmp_path / "longer"), state(tmp_path / "whole")
+    assert found["loops"] == expected["loops"]
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+    assert rows(tmp_path / "longer") == rows(tmp_path / "whole")
+
+
 class SignalInValidation(L.Callback):
     """SIGTERM to its own process in the first batch of the validation after a step."""
 

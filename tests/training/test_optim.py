@@ -293,15 +293,18 @@ def test_cooldown_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_a_branch_cools_down_from_a_trunk_with_the_same_bits(tmp_path: Path) -> None:
-    """A trunk of 4 steps and a branch of 2 from its checkpoint are one run of 6 steps, with Muon's state."""
+@pytest.mark.parametrize("length", [("trainer.max_epochs=2",), ("trainer.max_epochs=9", "trainer.max_steps=3")])
+def test_a_branch_cools_down_from_a_trunk_with_the_same_bits(tmp_path: Path, length: tuple[str, ...]) -> None:
+    """A trunk that ends with an epoch, or within one, and a branch from its checkpoint are one run of 6 steps, with
+    Muon's state.
+    """
     options = (
         *("trainer=cpu", "trainer.limit_val_batches=0", "data.batch_size=8", "data.train_count=16", "evals=[]"),
         *("model.warmup_steps=1", "model.optimizer._target_=coca_lit.training.optim.Timm", "model.optimizer.name=muon"),
         *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.1"),
     )
     trunk, branch, straight = (tmp_path / name for name in ("trunk", "branch", "straight"))
-    run(trunk, *options, "trainer.max_epochs=2", "model.cooldown_steps=0")
+    run(trunk, *options, *length, "model.cooldown_steps=0")
     checkpoint = f"ckpt_path={trunk}/checkpoints/last.ckpt"
     run(branch, *options, "trainer.max_epochs=3", "model.cooldown_steps=2", checkpoint)
     run(straight, *options, "trainer.max_epochs=3", "model.cooldown_steps=2")
