@@ -26,6 +26,7 @@ from coca_lit.callbacks.resuming import (
     is_between_steps,
     leave_sigterm_to_us,
     logged_steps,
+    max_time,
     repeat_validation,
     set_logged_steps,
     set_position,
@@ -282,6 +283,7 @@ class Checkpoints(L.Callback):
             "logged_steps": logged_steps(trainer) + self._validating,
             "max_epochs": trainer.max_epochs,
             "max_steps": trainer.max_steps,
+            "max_time": max_time(trainer),
             "processes": world_size(),
             "workers": _workers(trainer),
             "fp32_matmul": kernels.fp32_matmul(),
@@ -294,7 +296,7 @@ class Checkpoints(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
         same_length = all(self._loaded.get(limit) == getattr(trainer, limit) for limit in LIMITS)
-        if self._loaded.get("finished") and same_length:
+        if self._loaded.get("finished") and same_length and self._loaded.get("max_time") == max_time(trainer):
             trainer.should_stop = True  # nothing is left to train, also where the run was stopped early
         before = self._loaded.get("fp32_matmul") or self._loaded.get("fp32_products", "").lower()  # the older name
         if before and before != kernels.fp32_matmul():  # the two libraries round differently

@@ -9,8 +9,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 
+from coca_lit.callbacks.find import callbacks_of
 from coca_lit.data.batch import Batch
 from coca_lit.seeding import stable_seed
 
@@ -87,6 +89,11 @@ def accumulates(trainer: L.Trainer) -> bool:
 def can_repeat_validation(trainer: L.Trainer) -> bool:
     """Not while gradients wait for more batches, nor after the last step: Lightning would consider the run finished."""
     return not accumulates(trainer) and not 0 <= trainer.max_steps <= trainer.global_step
+
+
+def max_time(trainer: L.Trainer) -> float | None:
+    """`trainer.max_time` in seconds, which the trainer does not keep."""
+    return next((timer._duration for timer in callbacks_of(trainer, Timer)), None)
 
 
 def set_position(trainer: L.Trainer, checkpoint: dict[str, Any], validating: bool, finished: bool) -> None:

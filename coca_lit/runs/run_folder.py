@@ -73,7 +73,7 @@ def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | No
     before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
     for read in (before, now):
         OmegaConf.update(read, "scoring.objective", None)  # which ranks the scores and computes none
-    keys = ("evals", "scoring", "trainer.max_epochs", "trainer.max_steps")
+    keys = ("evals", "scoring", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
     if any(OmegaConf.select(before, key) != OmegaConf.select(now, key) for key in keys):
         return None
     scores = read_json(results, dict)

@@ -17,9 +17,10 @@ import lightning.pytorch as L
 import pytest
 import torch
 from forking import FORKSERVER, Program
+from lightning.pytorch.callbacks import Timer
 from running import NAFLEX, ROOT, compose, results, run, watched
 
-from coca_lit.callbacks import NonFiniteGuard
+from coca_lit.callbacks import Checkpoints, NonFiniteGuard
 from coca_lit.callbacks.checkpoint import _announce
 from coca_lit.cli.assembly import argument_defaults, plain
 from coca_lit.cli.runtime import finish_run
@@ -221,7 +222,8 @@ def test_a_run_that_had_ended_goes_on_where_it_was(tmp_path: Path, batches: int)
     assert state(tmp_path / "longer")["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == (batches == 6)
     run(tmp_path / "longer", *overrides)
     found, expected = state(tmp_path / "longer"), state(tmp_path / "whole")
-    assert found["loops"] == expected["loops"]
+    for progress in ("epoch_progress", "epoch_loop.batch_progress"):
+        assert found["loops"]["fit_loop"][progress] == expected["loops"]["fit_loop"][progress]
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
     assert rows(tmp_path / "longer") == rows(tmp_path / "whole")
@@ -588,6 +590,27 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     (tmp_path / lost).unlink(missing_ok=True)
     cfg.scoring.objective = "scenes/CIDEr"  # ranks scores and computes none
     assert finished_results(cfg, path) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
+
+
+@pytest.mark.parametrize("length", [("max_epochs", 9), ("max_steps", 9), ("max_time", "00:01:00:00")])
+def test_a_longer_run_is_not_finished(tmp_path: Path, length: tuple[str, Any]) -> None:
+    cfg = compose(f"output_dir={tmp_path}", "+trainer.max_time=00:00:01:00")
+    path = save(tmp_path, 3, finished=True)
+    start_run_folder(cfg, path)
+    finish_run(tmp_path, {"scenes/CIDEr": 1.0}, {})
+    assert finished_results(cfg, path) is not None
+    cfg.trainer[length[0]] = length[1]
+    assert finished_results(cfg, path) is None
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(60, True), (90, False), (None, False)])
+def test_a_run_that_its_clock_ended_trains_on_with_more_time(tmp_path: Path, seconds: int | None, ends: bool) -> None:
+    clock = [Timer({"seconds": seconds})] if seconds is not None else []
+    trainer: Any = SimpleNamespace(max_epochs=4, max_steps=-1, callbacks=clock, should_stop=False)
+    run = {"finished": True, "max_epochs": 4, "max_steps": -1, "max_time": 60.0}
+    nothing: Any = None
+    Checkpoints(tmp_path).on_load_checkpoint(trainer, nothing, {RUN_KEY: run})
+    assert trainer.should_stop == ends
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
