@@ -47,6 +47,7 @@ class CoCaLit(L.LightningModule):
         objectives: further losses on pairs, {name of your choice: objective}; None leaves one out.
         cooldown_steps: replaces the cosine by a constant rate and a cooldown of this many steps, see
             `warmup_stable_decay`. 0: no cooldown, as for a trunk from which runs of several lengths branch.
+        texts: some batches are texts without images, which train the decoder even if `caption_weight` is 0.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class CoCaLit(L.LightningModule):
         micro_batch_size: int | None = None,
         objectives: Mapping[str, Objective | None] = MappingProxyType({}),
         cooldown_steps: int | None = None,
+        texts: bool = False,
     ) -> None:
         super().__init__()
         if cooldown_steps is not None:
@@ -79,7 +81,10 @@ class CoCaLit(L.LightningModule):
         self.objectives = nn.ModuleDict(further)
         for objective in (self.pairs, self.texts, *further.values()):
             objective.build(net)
-        freeze_parts(net, freeze, self.pairs.weights, {part for made in further.values() for part in made.trains})
+        trained = {part for made in further.values() for part in made.trains}
+        if texts and text_weight > 0:
+            trained.add("decoder")
+        freeze_parts(net, freeze, self.pairs.weights, trained)
         check_pairs(self.pairs, net, bool(further))
         if self_critical is not None:
             self_critical.replace(self.pairs, net)
@@ -92,6 +97,11 @@ class CoCaLit(L.LightningModule):
         forget_last_step(self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted sum of the losses of a batch, a scalar.
+
+        Raises:
+            ConfigError: texts train nothing of the network, since all that they reach is frozen.
+        """
         losses: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         for objective in self._objectives_of(batch):
@@ -103,7 +113,13 @@ class CoCaLit(L.LightningModule):
         if self._is_logged():
             self._log("train", _as_losses(terms), batch)
             self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
-        return torch.stack(losses).sum()
+        total = torch.stack(losses).sum()
+        if not len(batch.images) and not total.requires_grad:
+            raise ConfigError(
+                "data.text: the loss of texts reaches nothing that is trained; leave some of the text tower or the "
+                "decoder trainable (model.freeze, lora.parts), or set data.text=null"
+            )
+        return total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for objective in self._objectives_of(batch):

@@ -195,7 +195,8 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
             source = load_dual_encoder(cfg.init_from)
             cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
-    module = build(cfg.model, "model", optimizer=optimizer, micro_batch_size=cfg.trainer.micro_batch_size)
+    objects = {"optimizer": optimizer, "micro_batch_size": cfg.trainer.micro_batch_size}
+    module = build(cfg.model, "model", {"texts": cfg.data.get("text") is not None}, **objects)
     if checkpoint is None:
         initialise(cfg, module.net, source)
     add_adapters(cfg, module.net)

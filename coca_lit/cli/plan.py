@@ -79,7 +79,8 @@ def build_without_weights(cfg: DictConfig) -> "CoCaLit":
         node.compile = False  # the same work, and nothing to compile
     OmegaConf.resolve(node)
     with torch.device("meta"):
-        module = build(node, "model", micro_batch_size=cfg.trainer.micro_batch_size)
+        texts = {"texts": cfg.data.get("text") is not None}
+        module = build(node, "model", texts, micro_batch_size=cfg.trainer.micro_batch_size)
         add_adapters(cfg, module.net)
     return module
 

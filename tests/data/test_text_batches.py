@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from running import run
+from running import compose, run
 from test_distributed import ENCODER, PAIRS, Step, own_batch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from coca_lit.cli.assembly import build_module
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_training_captions
 from coca_lit.data.text_batches import TextBatches
 from coca_lit.distributed import rank, world_size
+from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.training.optim import AdamW
@@ -105,6 +107,19 @@ def test_a_step_of_texts_leaves_the_image_half_alone(texts: str) -> None:
         if name.startswith(kept):
             assert torch.equal(tensor, before[name]), name
     assert not torch.equal(after["decoder.vocabulary.weight"], before["decoder.vocabulary.weight"])
+
+
+@pytest.mark.parametrize(("text_weight", "trains"), [(1.0, True), (0.0, False)])
+def test_the_loss_of_texts_trains_the_decoder_without_a_caption_loss(text_weight: float, trains: bool) -> None:
+    overrides = ("model.caption_weight=0", f"model.text_weight={text_weight}", "data.text=texts.txt")
+    decoder = build_module(compose(*SHORT, *overrides)).net.decoder
+    assert decoder is not None
+    assert decoder.vocabulary.weight.requires_grad == trains
+
+
+def test_texts_that_train_nothing_are_refused(texts: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.text: the loss of texts reaches nothing that is trained"):
+        train("t", texts.removeprefix("data.text="), {"freeze": ["text", "decoder"]})
 
 
 def test_micro_batches_are_for_pairs(texts: str) -> None:

@@ -20,7 +20,8 @@ from coca_lit.models.generation.options import OPTIONS, describe
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "conf" / "KEYS.md"
 OBJECTS = {
-    *("net", "optimizer", "tokenizer", "micro_batch_size", "output_dir", "run_config", "answerer", "kwargs", "imports")
+    *("net", "optimizer", "tokenizer", "micro_batch_size", "texts", "output_dir", "run_config", "answerer"),
+    *("kwargs", "imports"),
 }
 INTRODUCTION = """\
 # All keys of a training run
