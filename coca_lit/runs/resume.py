@@ -35,8 +35,8 @@ RESUME_KEYS = (
 CALLBACK_KEYS = ("step_seeds", "non_finite_guard")
 TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "limit_train_batches")
 FREE = (
-    *("data.num_workers", "data.root", "data.max_bad_fraction", "data.cache_dir", "data.cache_gb"),
-    "data.store_patience",
+    *("data.num_workers", "data.root", "data.records.root", "data.max_bad_fraction", "data.store_patience"),
+    *("data.cache_dir", "data.cache_gb"),
     *("model.grad_checkpointing", "model.compile"),
     "callbacks.non_finite_guard.output_dir",  # in checkpoints of earlier versions
     "model.net.cls_mask",  # null: the checkpoint's, and no other is accepted
