@@ -381,7 +381,7 @@ def build_trainer(
     with error_context("trainer"):
         further = {
             "lora": bool(cfg.lora.rank),
-            "objectives": bool(cfg.model.get("objectives")),
+            "objectives": any(value is not None for value in (cfg.model.get("objectives") or {}).values()),
             "self_critical": cfg.model.get("self_critical") is not None,
         }
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)

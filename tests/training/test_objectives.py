@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from running import run
+from running import compose, run
 from torch import Tensor
 
+from coca_lit.cli.assembly import build_trainer
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import SceneQuestionsDataModule
 from coca_lit.data.scenes.export import export_scenes
@@ -256,6 +257,13 @@ def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
 def test_sharded_weights_and_further_losses_are_refused() -> None:
     with pytest.raises(ValueError, match="objectives do not work with sharded weights"):
         check_strategy(FullySharded(), "32-true", None, None, objectives=True)
+
+
+@pytest.mark.parametrize(("objective", "said"), [("null", "micro_batch_size does"), ("{weight: 1}", "objectives do")])
+def test_one_that_is_left_out_is_none(objective: str, said: str) -> None:
+    sharded = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.micro_batch_size=4", "output_dir=x")
+    with pytest.raises(ConfigError, match=f"{said} not work with sharded weights"):
+        build_trainer(compose(*sharded, f"+model.objectives.answers={objective}"), [])
 
 
 def test_texts_without_a_decoder_are_refused(tmp_path: Path) -> None:
