@@ -91,6 +91,24 @@ class ScoreDuringTraining(L.Callback):
                 f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
             )
 
+    def check_final_score(self, key: str, score: str) -> None:
+        """Raises `ConfigError`, which names `key`, for a score that no evaluation computes at the end."""
+        name, _, measure = score.partition("/")
+        scored = [e for e in self.evals if e.name == name]
+        if not scored:
+            names = dict.fromkeys(e.name for e in self.evals)
+            raise ConfigError(
+                f"{key}: there is no evaluation '{name}'{suggest(name, names)} The evaluations of this run: "
+                f"{', '.join(names) or 'none'}"
+            )
+        known = [known for e in scored for known in (*e.score_names, *(e.final_score_names or ()))]
+        open_ended = "/" in measure or any(not e.score_names or e.final_score_names is None for e in scored)
+        differs_in_case = measure.lower() in map(str.lower, known)
+        if measure not in known and (differs_in_case or not open_ended):
+            raise ConfigError(
+                f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
+            )
+
     def _named(self, name: str) -> list[Evaluation]:
         """The evaluations whose scores begin with a name, such as mscoco or, during training, mscoco_256."""
         return [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]

@@ -83,6 +83,8 @@ def _run(cfg: DictConfig) -> dict[str, float]:
     if has_texts and module.net.decoder is None:
         raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
     scoring = build_scoring(cfg, evals)
+    if cfg.scoring.objective is not None:
+        scoring.check_final_score("scoring.objective", cfg.scoring.objective)
     trainer = build_trainer(cfg, scoring, has_texts, checkpoint)
     check_trainer(cfg, trainer)
     if checkpoint is None:

@@ -24,7 +24,7 @@ from coca_lit.errors import DataError, check_number, suggest
 from coca_lit.files import atomic_write
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.models.generation.options import OPTIONS
+from coca_lit.models.generation.options import OPTIONS, complete
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Settings:
         answerer: of the model that is scored, if it has one; during training the callback knows.
 
     Raises:
-        ValueError: a number out of range, or an option that `CoCa.generate` does not have.
+        ValueError: a number out of range, or options of `CoCa.generate` that it does not take.
     """
 
     output_dir: str | Path
@@ -78,6 +78,10 @@ class Settings:
         for name in self.generate or {}:
             if name not in known:
                 raise ValueError(f"generate has no option '{name}' for an evaluation{suggest(name, known)}")
+        try:
+            complete(self.generate or {})
+        except ValueError as error:
+            raise ValueError(f"generate: {error}") from error
 
     def write_json(self, folder: str, name: str, content: Any) -> None:
         """Writes a file into a folder of the run folder, see `write`."""
@@ -111,12 +115,14 @@ class Evaluation:
     Attributes:
         captioned: whether every record needs a caption.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
+        final_score_names: names of the scores that only `all_scores` adds; None if they are not known beforehand.
         not_run: score -> why the last `evaluate` could not compute it.
         draws: score -> its values for resampled images, of the last `evaluate`. Intervals come from them.
     """
 
     captioned = False
     score_names: Sequence[str] = ()
+    final_score_names: Sequence[str] | None = None
 
     def __init__(self, name: str, records: Sequence[Record], every: int = 1) -> None:
         check_number("every", every, whole=True, at_least=0)

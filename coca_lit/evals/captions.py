@@ -41,6 +41,10 @@ class CaptionScores(Evaluation):
 
     captioned = True
     score_names = (*(f"Bleu_{n}" for n in range(1, 5)), "METEOR", "ROUGE_L", "CIDEr", "exact_match")
+    final_score_names: Sequence[str] | None = (
+        *("SPICE", *(f"SPICE_{part}" for part in ("object", "attribute", "relation", "color", "count", "size"))),
+        *("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel", "CLIPScore", "RefCLIPScore"),
+    )
 
     def __init__(
         self,
@@ -52,6 +56,8 @@ class CaptionScores(Evaluation):
     ) -> None:
         super().__init__(name, records, every)
         self.training_captions, self.measures = training_captions, dict(measures or {})
+        if self.measures:
+            self.final_score_names = None
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if model.decoder is None:

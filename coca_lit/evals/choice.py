@@ -30,6 +30,7 @@ class ChoiceScores(Evaluation):
     """
 
     captioned = True
+    final_score_names = ()
 
     def __init__(
         self, name: str, records: Sequence[Record], paired: bool = False, least: int = 1, every: int = 1

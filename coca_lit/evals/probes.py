@@ -30,6 +30,7 @@ class ProbeScores(Evaluation):
     """
 
     score_names = ("knn/top1", "linear/top1")
+    final_score_names = ()
 
     def __init__(
         self,

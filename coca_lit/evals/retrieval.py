@@ -46,6 +46,7 @@ class RetrievalScores(Evaluation):
         *(f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)),
         *("t2i_median_rank", "i2t_median_rank"),
     )
+    final_score_names = (*UNREAD, *(f"reranked_{name}" for name in score_names if "recall" in name))
 
     def __init__(self, name: str, records: Sequence[Record], rerank_weight: float = 0.5, every: int = 1) -> None:
         super().__init__(name, records, every)

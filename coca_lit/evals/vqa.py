@@ -35,6 +35,7 @@ class VQAScores(Evaluation):
     """
 
     score_names = ("accuracy",)
+    final_score_names = ()
 
     def __init__(
         self,

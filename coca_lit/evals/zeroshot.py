@@ -26,6 +26,7 @@ class ZeroShotScores(Evaluation):
     """
 
     score_names = ("top1", "top5", "mean_per_class_recall")
+    final_score_names = ()
 
     def __init__(self, name: str, images: Classification, likelihood: bool = False, every: int = 1) -> None:
         super().__init__(name, images.records, every)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from running import compose, run
+from running import compose, run, without_java
 
 from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli.assembly import build, build_module, build_trainer
@@ -19,7 +20,8 @@ from coca_lit.errors import ConfigError
 from coca_lit.evals import Evaluation, FunctionEvaluation, Settings
 from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.models import CoCa
+from coca_lit.metrics.java.spice import CATEGORIES
+from coca_lit.models import CoCa, create_model
 
 # Two epochs of four steps.
 SHORT = (
@@ -244,6 +246,59 @@ def test_a_wrong_score_is_refused_before_training(
 def test_a_wrong_score_of_an_own_metric_is_refused_when_it_is_known(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no score 'probe/valu'; did you mean 'probe/value'"):
         train(tmp_path, "callbacks.checkpoint.best=probe/valu", evals=[Probe(scale)])
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("scene/CIDEr", "there is no evaluation 'scene'; did you mean 'scenes'"),
+        ("scenes/CIDER", "'scenes' has no score 'CIDER'; did you mean 'CIDEr'"),
+        ("late/t2i_recal@1", "'late' has no score 't2i_recal@1'; did you mean 't2i_recall@1'"),
+        ("late_8/t2i_recall@1", "there is no evaluation 'late_8'"),  # at the end all images are scored
+        ("scenes/SPICE", None),
+        ("scenes/own_words", None),  # a measure of one's own
+        ("late/reranked_t2i_recall@1", None),
+        ("late/in-domain/t2i_recall@1", None),
+        ("probe/anything", None),
+    ],
+)
+def test_a_score_of_the_end_is_checked_before_training(score: str, message: str | None) -> None:
+    measured = CaptionScores("scenes", RECORDS, measures={"own": lambda records, captions: {}})
+    evals = [measured, RetrievalScores("late", RECORDS, every=0), Probe(scale)]
+    scoring = ScoreDuringTraining(evals, Settings("unused"), quick=8)
+    if message is None:
+        scoring.check_final_score("key", score)
+        return
+    with pytest.raises(ConfigError, match=f"key: {message}"):
+        scoring.check_final_score("key", score)
+
+
+def test_the_scores_of_the_end_are_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_java(monkeypatch)
+    evals = [
+        CaptionScores("scenes", RECORDS, training_captions=lambda: ["one"]),
+        RetrievalScores("scenes", RECORDS),
+    ]
+    scoring = ScoreDuringTraining(evals, settings := Settings(tmp_path, rerank=2))
+    for evaluation in evals:
+        scores = evaluation.evaluate(create_model("coca_tiny"), settings)
+        assert scores
+        for score in (*scores, *(f"scenes/{name}" for name in CATEGORIES.values())):
+            scoring.check_final_score("key", score)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scoring.objective=scenes/CIDER", "scoring.objective: 'scenes' has no score 'CIDER'; did you mean 'CIDEr'?"),
+        ("scoring.generate.num_beams=4", "scoring: generate: num_beams is an option of strategy='beam', but the"),
+        ("scoring.generate.strategy=beem", "scoring: generate: strategy must be 'greedy' or 'beam' or 'sample', got"),
+    ],
+)
+def test_wrong_values_of_scoring_are_refused_before_training(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run(tmp_path, "trainer=cpu", "data.train_count=16", "data.batch_size=8", f"++{override}")
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
