@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from coca_lit.callbacks.resuming import forget_last_step, is_logged_step
 from coca_lit.data.batch import Batch
-from coca_lit.errors import ConfigError, check_number
+from coca_lit.errors import ConfigError, check_number, error_context
 from coca_lit.models import CoCa
 from coca_lit.models.text import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
@@ -170,6 +170,9 @@ class CoCaLit(L.LightningModule):
                 f"trainer.gradient_clip_algorithm must be norm or null, got {algorithm.value}: gradients are clipped by"
                 " their global norm alone"
             )
+        if (norm := self.trainer.gradient_clip_val) is not None:
+            with error_context("trainer"):  # a negative norm would turn the gradients around
+                check_number("gradient_clip_val", norm, at_least=0)
         if self.self_critical is not None and stage == "fit":
             self.self_critical.read(self.trainer.datamodule.training_captions())  # type: ignore[attr-defined]
 

@@ -63,6 +63,12 @@ def test_values_are_not_clipped_one_by_one(tmp_path: Path) -> None:
         fit(tmp_path, "+trainer.gradient_clip_algorithm=value")
 
 
+@pytest.mark.parametrize("norm", ["-1", "nan"])
+def test_a_wrong_norm_is_refused(tmp_path: Path, norm: str) -> None:
+    with pytest.raises(ConfigError, match="trainer: gradient_clip_val must be a number of at least 0, got"):
+        fit(tmp_path, f"trainer.gradient_clip_val={norm}")
+
+
 class AfterStep(L.Callback):
     """Calls `look(net, step)` after every step; `final` are the weights when an evaluation would score them."""
 
