@@ -182,9 +182,15 @@ def set_ddp_options(strategy: Any, texts: bool, same_graph: bool) -> None:
         strategy._ddp_kwargs = ddp_options(texts, same_graph) | strategy._ddp_kwargs
 
 
+def full_precision_name(precision: str | int) -> str:
+    """Lightning's full name of a precision, which it also takes as a number or a short name: 16 -> "16-mixed"."""
+    short = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    return short.get(str(precision), str(precision))
+
+
 def check_strategy(
     strategy: Any,
-    precision: str,
+    precision: str | int,
     ema: float | None,
     micro_batch_size: int | None,
     lora: bool = False,
@@ -195,7 +201,7 @@ def check_strategy(
 
     Args:
         strategy: Lightning's name of a strategy, or the strategy.
-        precision: of Lightning's trainer.
+        precision: of Lightning's trainer, see `full_precision_name`.
         ema: decay of averaged weights.
         lora: whether low-rank updates are trained.
         objectives: whether there are further objectives, which may have parameters of their own.
@@ -228,9 +234,10 @@ def check_strategy(
         raise ValueError(
             "self-critical training generates captions, which does not work with sharded weights: use trainer=ddp"
         )
-    if sharded and precision == "16-mixed":
+    fp16 = full_precision_name(precision) == "16-mixed"
+    if sharded and fp16:
         raise ValueError("fp16 does not work with sharded weights: use trainer.precision=bf16-mixed")
-    if precision == "16-mixed" and micro_batch_size is not None:
+    if fp16 and micro_batch_size is not None:
         raise ValueError(
             "micro_batch_size does not work with fp16, whose loss scale comes after its gradients: use "
             "trainer.precision=bf16-mixed"

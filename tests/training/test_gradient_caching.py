@@ -198,6 +198,7 @@ def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, preci
         (("trainer.micro_batch_size=2",), r"batch norms of resnet10t.*model.freeze=\[image_encoder\]"),
         (("trainer.micro_batch_size=0", *VIT), r"micro_batch_size must be a whole number of at least 1"),
         (("trainer.micro_batch_size=2", "trainer.precision=16-mixed", *VIT), r"does not work with fp16"),
+        (("trainer.micro_batch_size=2", "trainer.precision=16", *VIT), r"does not work with fp16"),
     ],
 )
 def test_wrong_micro_batches_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:

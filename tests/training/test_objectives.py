@@ -266,6 +266,16 @@ def test_one_that_is_left_out_is_none(objective: str, said: str) -> None:
         build_trainer(compose(*sharded, f"+model.objectives.answers={objective}"), [])
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "16", 16])
+def test_fp16_by_any_name_is_refused_where_it_does_not_work(precision: str | int) -> None:
+    with pytest.raises(ValueError, match="fp16 does not work with sharded weights"):
+        check_strategy(FullySharded(), precision, None, None)
+    with pytest.raises(ValueError, match="micro_batch_size does not work with fp16"):
+        check_strategy("auto", precision, None, 4)
+    for other in ("bf16", "bf16-mixed", 32, "32-true", "16-true"):
+        check_strategy("auto", other, None, 4)
+
+
 def test_texts_without_a_decoder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a ring\n" * 16)
     clip = ("+model.net.decoder_layers=0", f"data.text={tmp_path}/texts.txt", "evals=[]")
