@@ -278,7 +278,9 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
     """Low-rank adaptation, if `lora.rank` is set: after weights have been loaded, because it renames them."""
     from coca_lit.distributed import print_rank_zero
 
-    if cfg.lora.rank:
+    if not cfg.lora.rank:  # perhaps because its key is misspelt
+        _check(OmegaConf.to_container(cfg.lora, resolve=True), "lora")
+    else:
         adapted = build(cfg.lora, "lora", net=net)
         parts = dict.fromkeys(name.partition(".")[0] for name in adapted)
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
