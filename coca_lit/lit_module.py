@@ -38,7 +38,7 @@ class CoCaLit(L.LightningModule):
         text_weight: factor of the caption loss on batches of texts without images.
         label_smoothing: in the caption loss, see `Pairs`.
         self_critical: trains captions by their CIDEr-D; replaces the caption loss and takes its weight.
-        freeze: further parts of the network to freeze, see `CoCa.freeze`.
+        freeze: further parts of the network to freeze, see `CoCa.freeze`; or a single one.
         grad_checkpointing: trade time for activation memory: none | cross_attention | blocks, see
             `CoCa.set_grad_checkpointing`.
         compile: run the transformer blocks through `torch.compile`.

@@ -12,10 +12,11 @@ def freeze(net: CoCa, parts: Sequence[str], weights: Mapping[str, float], traine
     A parameter that never gets a gradient must be frozen: DistributedDataParallel would wait for that gradient.
 
     Args:
-        parts: names or patterns, see `CoCa.freeze`.
+        parts: names or patterns, see `CoCa.freeze`; or a single one.
         weights: of the "contrastive" and the "caption" loss; what only a loss of weight 0 trains is frozen too.
         trained: parts that further objectives train, which stay trainable unless `parts` names them.
     """
+    parts = [parts] if isinstance(parts, str) else parts
     unused = [
         part
         for loss, weight in weights.items()

@@ -47,13 +47,14 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     Args:
         rank: r; matrices with at most this many rows or columns keep their values.
         alpha: the update is multiplied by alpha/r, so that a good learning rate depends little on the rank.
-        parts: names of modules, e.g. text.blocks.
+        parts: names of modules, e.g. text.blocks; or a single one.
 
     Raises:
         ValueError: a number is out of range, or there is no matrix to update.
     """
     check_number("rank", rank, whole=True, at_least=1)
     check_number("alpha", alpha, above=0)
+    parts = [parts] if isinstance(parts, str) else parts
     inside = {n: m for n, m in net.named_modules() if any(f"{n}.".startswith(f"{part}.") for part in parts)}
     if unknown := [part for part in parts if part not in inside]:
         known = ", ".join(name for name, module in net.named_children() if [*module.parameters()])

@@ -406,6 +406,7 @@ def test_mistake_in_an_experiment_file(
         ("model.caption_weight=much", r"^model\.caption_weight must be a number of at least 0, .* got much"),
         ("+model.compile=maybe", r"^model\.compile must be true or false, the default is false; got maybe"),
         ("model.freeze=[image_encodr]", r"^model: nothing in the model is called image_encodr; parts .*image_encoder"),
+        ("model.freeze=image_encodr", r"^model: nothing in the model is called image_encodr; parts .*image_encoder"),
         ("model.optimizer.lr=abc", r"^model\.optimizer: lr must be a number of at least 0, got 'abc'"),
         ("+lora.rnk=8", r"^lora has no key 'rnk'; did you mean 'rank'\? Its keys: net, rank, alpha, parts"),
         ("init_parts.image_encoder=/dev/null/x", r"^init_parts\.image_encoder: |there is no checkpoint"),

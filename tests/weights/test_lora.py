@@ -76,6 +76,10 @@ def test_only_the_updates_of_the_parts_train(tiny_model: Build, adapted: tuple[s
     assert {name for name in updates if name.startswith("text.")} <= moved  # a ResNet's branches end in zeros at first
 
 
+def test_a_single_part_needs_no_list(tiny_model: Build) -> None:
+    assert add_lora(tiny_model(), rank=2, parts="text") == add_lora(tiny_model(), rank=2, parts=["text"])
+
+
 def test_matrices_kernels_and_norms(tiny_model: Build) -> None:
     model = tiny_model()
     model.freeze("text.blocks.0")
