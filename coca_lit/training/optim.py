@@ -4,7 +4,8 @@ warm-up, then half a cosine, or a constant rate with a cooldown at the end.
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -95,6 +96,9 @@ class AdamW(Grouped):
     ) -> None:
         super().__init__(lr, weight_decay, layer_decay, image_factor)
         check_number("eps", eps, at_least=0)
+        pair = isinstance(betas, Sequence) and len(betas) == 2
+        if not pair or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas!r}")
         self.betas, self.eps = (betas[0], betas[1]), eps
 
     def __call__(self, module: nn.Module) -> torch.optim.AdamW:
@@ -115,7 +119,7 @@ class Timm(Grouped):
         arguments: of that optimizer.
 
     Raises:
-        ValueError: there is no such optimizer, or it has no such argument.
+        ValueError: there is no such optimizer, or it has no such argument, or refuses a value.
     """
 
     def __init__(
@@ -139,6 +143,10 @@ class Timm(Grouped):
                     f"timm's {name} has no argument '{key}'{suggest(key, known)} It has {', '.join(known)}"
                 )
         self.name, self.arguments = name, dict(arguments)
+        try:
+            self._make([{"params": [nn.Parameter(torch.zeros(1, 1, device="cpu"))]}])
+        except (TypeError, ValueError, LookupError) as error:
+            raise ValueError(f"timm's {name} refuses arguments={self.arguments}: {error}") from error
 
     def __call__(self, module: nn.Module) -> torch.optim.Optimizer:
         """Raises `ConfigError` if the weights are sharded and the optimizer does not support that."""
@@ -148,6 +156,9 @@ class Timm(Grouped):
                 f"timm's {self.name} does not work on sharded weights: use muon, lion, adopt or nadamw, or trainer=ddp"
             )
         groups = self.groups(module, "use_fallback" if issubclass(self.kind, Muon) else None)
+        return self._make(groups)
+
+    def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return create_optimizer_v2(groups, self.name, self.lr, self.weight_decay, **self.arguments)
 
 

@@ -168,11 +168,15 @@ def test_first_step_by_hand() -> None:
         ({"lr": 1e-3, "layer_decay": 1.1}, "layer_decay must be a number above 0 and at most 1, got 1.1"),
         ({"lr": 1e-3, "image_factor": 0}, "image_factor must be a number above 0 and at most 1, got 0"),
         ({"lr": 1e-3, "eps": None}, "eps must be a number of at least 0, got None"),
+        *(
+            ({"lr": 1e-3, "betas": betas}, r"betas must be two numbers of at least 0 and below 1, got")
+            for betas in ([0.9], [0.9, 1.5], [0.9, 0.98, 0.5], 0.9, "ab", [0.9, float("nan")])
+        ),
     ],
 )
 def test_wrong_numbers(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AdamW(**arguments)(nn.Linear(2, 2))
+        AdamW(**arguments)
 
 
 def test_nothing_to_train() -> None:
@@ -263,6 +267,9 @@ def test_an_optimizer_goes_on_from_its_state(name: str) -> None:
     [
         ({"name": "lyon"}, "timm has no optimizer 'lyon'; did you mean 'lion'"),
         ({"name": "lion", "arguments": {"beta": 1}}, "timm's lion has no argument 'beta'; did you mean 'betas'"),
+        ({"name": "lion", "arguments": {"betas": 3}}, r"timm's lion refuses arguments=\{'betas': 3\}: "),
+        ({"name": "adopt", "arguments": {"betas": [0.9]}}, r"timm's adopt refuses arguments=\{'betas': \[0.9\]\}: "),
+        ({"name": "nadamw", "arguments": {"betas": [0.9, 1.5]}}, "timm's nadamw refuses .* Invalid beta"),
         ({"name": "lion", "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
     ],
 )
