@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class Run(NamedTuple):
     results: dict[str, float]
     not_run: dict[str, str]  # score -> why it is missing
     config: dict[str, Any]  # flat: "model.optimizer.lr" -> value
+    unresolved: dict[str, Any]  # the same as the file has it, "${seed}" for a reference
     environment: dict[str, Any]  # command, commit, machine, versions, seconds
     curves: Curves
     captions: dict[str, list[dict[str, Any]]]  # data set -> `caption_samples`
@@ -48,13 +49,14 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no results.json: it is not the folder of a finished run, or of a sweep with one"
         )
     config = yaml.safe_load((folder / "config.yaml").read_text()) if (folder / "config.yaml").is_file() else {}
-    flat = resolved(flatten(config))
+    flat = flatten(config)
     return Run(
         folder=folder,
         name=folder.name,
         results=_scores(folder / "results.json"),
         not_run=_json(folder / "not_run.json"),
-        config=flat,
+        config=resolved(flat),
+        unresolved=flat,
         environment=_json(folder / "environment.json"),
         curves=read_curves(folder / "metrics.csv"),
         captions=_samples(folder, "_captions.json"),
@@ -105,10 +107,17 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Config keys in which the runs differ, with the value of each run."""
+    """Config keys in which the runs differ, with the value of each run. A key that refers to another one in all runs,
+    as `data.seed` does with "${seed}", is no difference of its own.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.config if not key.startswith(BOOKKEEPING))
-    values = {key: [run.config.get(key) for run in runs] for key in keys}
-    return {key: row for key, row in values.items() if len({repr(value) for value in row}) > 1}
+    differ = [key for key in keys if _several(run.unresolved.get(key) for run in runs)]
+    values = {key: [run.config.get(key) for run in runs] for key in differ}
+    return {key: row for key, row in values.items() if _several(row)}
+
+
+def _several(values: Iterable[Any]) -> bool:
+    return len({repr(value) for value in values}) > 1
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

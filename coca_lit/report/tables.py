@@ -357,7 +357,9 @@ def print_jobs(rows: Sequence[Mapping[str, Any]], title: str, objective: str | N
 
 
 def _short_names(keys: Sequence[str]) -> list[str]:
-    """The last parts of dotted keys, as few as tell them apart: "model.optimizer.lr" -> "lr"."""
+    """The last parts of dotted keys, as few as tell them apart: "model.optimizer.lr" -> "lr". A key that another one
+    ends with, as "data.seed" does with "seed", stays whole.
+    """
 
     def ending(key: str, parts: int) -> str:
         return ".".join(key.split(".")[-parts:])
@@ -365,7 +367,8 @@ def _short_names(keys: Sequence[str]) -> list[str]:
     names = []
     for key in keys:
         lengths = range(1, key.count(".") + 2)
-        names.append(next(ending(key, n) for n in lengths if [ending(k, n) for k in keys].count(ending(key, n)) == 1))
+        short = (ending(key, n) for n in lengths if [ending(k, n) for k in keys].count(ending(key, n)) == 1)
+        names.append(next(short, key))
     return names
 
 
