@@ -394,7 +394,8 @@ def _explain_composition(error: HydraException, config: str, overrides: Sequence
     if isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
         for override in known.overrides:
             key = override.key_or_group
-            if not (override.is_add() or override.is_force_add() or known.has(key)):
+            added = override.is_add() or override.is_force_add() or known.is_argument(key)
+            if not (added or known.has(key)):
                 return f"there is no key '{key}'{known.hint(key)}"
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error.__cause__, OmegaConfBaseException):

@@ -200,6 +200,11 @@ def test_wrong_override_is_one_sentence(refused: Callable[..., str], override: s
     assert refused(override) == said
 
 
+def test_an_argument_that_no_file_lists_is_not_blamed_for_a_typo_beside_it(refused: Callable[..., str]) -> None:
+    said = refused("data.train_count=64", "image_sze=32")
+    assert said == "there is no key 'image_sze'; did you mean 'image_size'?"
+
+
 # Arguments that no file lists
 
 
