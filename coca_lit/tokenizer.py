@@ -20,6 +20,8 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
+from coca_lit.errors import check_number
+
 ASSETS = Path(__file__).parent / "assets"
 CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
@@ -200,7 +202,12 @@ class WordTokenizer(Tokenizer):
 
 
 def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:
-    """All words that occur at least `min_count` times, the most frequent first: a vocabulary for `WordTokenizer`."""
+    """All words that occur at least `min_count` times, the most frequent first: a vocabulary for `WordTokenizer`.
+
+    Raises:
+        ValueError: `min_count` is no whole number of at least 1.
+    """
+    check_number("min_count", min_count, whole=True, at_least=1)
     counts = Counter(word for caption in captions for word in split_words(caption))
     return sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
 

@@ -8,14 +8,22 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from coca_lit.callbacks.find import callbacks_of
+from coca_lit.errors import check_number
 
 
 class Averaging(WeightAveraging):
     """An exponential average of the weights, in place of the trained weights in every score, checkpoint and at the
     end.
+
+    Args:
+        decay: from 0, for the trained weights themselves, to 1, for the initial ones.
+
+    Raises:
+        ValueError: `decay` is no such number.
     """
 
     def __init__(self, decay: float) -> None:
+        check_number("decay", decay, at_least=0, at_most=1)
         # Buffers follow the trained model. The average is `average + (1 - decay) · (weight - average)`, which leaves
         # frozen weights as they are; as `decay · average + (1 - decay) · weight`, Lightning's own, they would drift.
         super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))

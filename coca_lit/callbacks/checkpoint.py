@@ -74,9 +74,10 @@ class Checkpoints(L.Callback):
         best: str | None = None,
         run_config: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("every_minutes", every_minutes)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, or null for never, got {value}")
+        if every_n_steps is not None:
+            check_number("every_n_steps", every_n_steps, whole=True, at_least=1)
+        if every_minutes is not None:
+            check_number("every_minutes", every_minutes, above=0)
         check_number("keep_last", keep_last, whole=True, at_least=1)
         self.folder = Path(output_dir) / CHECKPOINTS
         self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last

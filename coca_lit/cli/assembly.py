@@ -23,7 +23,7 @@ from coca_lit.cli.checks import (
     place_of_evaluation,
 )
 from coca_lit.cli.runtime import best_precision
-from coca_lit.errors import ConfigError, DataNotFoundError, error_context, suggest
+from coca_lit.errors import ConfigError, DataNotFoundError, check_number, error_context, suggest
 from coca_lit.runs.launch import launched_devices, under_srun
 from coca_lit.runs.redaction import mask
 
@@ -364,7 +364,7 @@ def build_trainer(
         texts: whether some batches are texts alone.
         checkpoint: from which the run resumes, in its logs too.
     """
-    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from coca_lit.runs.run_folder import resumes
@@ -375,7 +375,10 @@ def build_trainer(
         "resumed_from": checkpoint,
         "same_run": resumes(cfg, checkpoint),
     }
+    loggers = [build(node, f"logger.{name}", for_loggers) for name, node in cfg.logger.items() if node]
     callbacks = build_callbacks(cfg, scoring)
+    if not loggers:  # the monitor would refuse to train
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
@@ -389,7 +392,7 @@ def build_trainer(
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
     parts = {
         "callbacks": callbacks,
-        "logger": [build(node, f"logger.{name}", for_loggers) for name, node in cfg.logger.items() if node],
+        "logger": loggers,
         "precision": precision,
         "strategy": strategy,
         "plugins": build_plugins(),
@@ -406,6 +409,8 @@ def build_trainer(
         trainer: L.Trainer = build(node, "trainer", defaults, **parts)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+    with error_context("trainer"):
+        check_number("accumulate_grad_batches", trainer.accumulate_grad_batches, whole=True, at_least=1)
     accumulates, micro_batches = trainer.accumulate_grad_batches > 1, cfg.trainer.micro_batch_size is not None
     varies = accumulates or micro_batches or further["objectives"] or further["self_critical"]
     set_ddp_options(trainer.strategy, texts, same_graph=not varies)

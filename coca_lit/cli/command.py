@@ -31,7 +31,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from coca_lit import __version__
 from coca_lit.cli.assembly import has_argument, known_arguments
-from coca_lit.cli.checks import RENAMED, MissingValueError, check, check_places, check_scalars, unresolved
+from coca_lit.cli.checks import RENAMED, MissingValueError, check, check_places, check_scalars, unresolved, written
 from coca_lit.cli.sweep import job_record, print_sweep
 from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.runs.launch import is_first_process, job_folder, launched_devices, launched_nodes, run_id
@@ -100,7 +100,11 @@ def compose(config: str, overrides: Sequence[str] = (), with_hydra: bool = False
 def accept_arguments(config: str, overrides: Sequence[str]) -> list[str]:
     """The overrides, with Hydra's `++` before keys that no file lists but the constructor of their node takes: the
     files need not repeat the defaults of the constructors.
+
+    Raises:
+        ConfigError: something else than a name or a list of names stands where an option is chosen, see `_Options`.
     """
+    _Options(config, overrides).check()
     keys = {word: word.partition("=")[0] for word in overrides if re.match(r"[A-Za-z_][\w-]*\.[\w.-]+=", word)}
     if not keys:
         return [*overrides]
@@ -422,6 +426,17 @@ class _Options:
         places = [str(place) for places in searched if isinstance(places, list) for place in places]
         folders = [CONF, *(Path(place.removeprefix("file://")) for place in places)]
         return next((path for folder in folders if (path := folder / group / f"{option}.yaml").is_file()), None)
+
+    def check(self) -> None:
+        """Raises `ConfigError` for a choice that Hydra refuses with a traceback, such as `logger=null`."""
+        for override in self.overrides:
+            value, group = override.value(), override.key_or_group
+            given = override.is_delete() or override.is_sweep_override() or isinstance(value, str | list)
+            if not given and self.options(group):
+                raise ConfigError(
+                    f"{group} must be the name of an option or a list of names, got {written(value)}: "
+                    f"{group}=[] chooses none"
+                )
 
     def choices(self) -> list[str]:
         """The overrides that choose an option: with them, `compose` has the defaults of all others."""

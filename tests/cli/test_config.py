@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 from running import ROOT, TINY, compose, train_py
 
@@ -193,6 +194,10 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             "'trainer' has no option 'smok'; did you mean 'smoke'? The options: auto, cpu, ddp, fsdp, smoke",
         ),
         ("model=cocoa", "'model' has no option 'cocoa'; did you mean 'coca'? The options: coca, coca_answers"),
+        *(
+            (f"{key}=null", f"{key} must be the name of an option or a list of names, got null: {key}=[] chooses none")
+            for key in ("evals", "experiment", "logger", "callbacks")
+        ),
         ("logger=zzz", "'logger' has no option 'zzz'. The options: csv, mlflow, tensorboard, wandb"),
     ],
 )
@@ -426,7 +431,21 @@ def test_wrong_model_is_one_sentence(override: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("ema=2", r"^ema: .*\[0,1\]"),
+        ("ema=2", r"^ema: decay must be a number of at least 0 and at most 1, got 2"),
+        ("ema=abc", r"^ema: decay must be a number of at least 0 and at most 1, got 'abc'"),
+        (
+            "trainer.accumulate_grad_batches=0",
+            r"^trainer: accumulate_grad_batches must be a whole number of at least 1",
+        ),
+        (
+            "callbacks.checkpoint.every_n_steps=abc",
+            r"^callbacks\.checkpoint: every_n_steps must be a whole number .*'abc",
+        ),
+        (
+            "callbacks.checkpoint.every_n_steps=0.5",
+            r"^callbacks\.checkpoint: every_n_steps must be a whole number .*0\.5",
+        ),
+        ("callbacks.checkpoint.every_minutes=0", r"^callbacks\.checkpoint: every_minutes must be a number above 0"),
         ("trainer.precision=half", r"^trainer: Precision 'half' is invalid"),
         ("+trainer.max_epoch=1", r"^trainer has no key 'max_epoch'; did you mean 'max_epochs'\?"),
         ("+callbacks.throughput.every=1", r"^callbacks\.throughput has no key 'every'"),
@@ -446,6 +465,13 @@ def test_wrong_trainer_is_one_sentence(override: str, said: str, tmp_path: Path)
     with pytest.raises(ConfigError, match=said) as caught:
         build_trainer(compose("trainer=cpu", f"output_dir={tmp_path}", override), [])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("nothing", ["logger=[]", "logger.csv=null"])
+def test_without_a_logger_nothing_monitors_the_learning_rate(nothing: str, tmp_path: Path) -> None:
+    """Lightning's monitor refuses to train without a logger."""
+    trainer = build_trainer(compose("trainer=cpu", f"output_dir={tmp_path}", nothing), [])
+    assert not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
 
 
 def test_weights_of_another_model_are_blamed_on_their_key(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from running import TINY, compose, run
 
 from coca_lit.cli import assembly
-from coca_lit.errors import DataError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import create_model
 from coca_lit.tokenizer import frequent_words
@@ -20,6 +20,12 @@ def test_words_by_frequency_then_alphabet() -> None:
     captions = ["A dog and a dog.", "the dog's ball", "the cat", "A CAT"]
     assert frequent_words(captions, 2) == ["a", "cat", "dog", "the"]
     assert frequent_words(captions, 3) == ["a"]
+
+
+def test_a_count_that_is_no_number_is_blamed_on_its_key() -> None:
+    for count in ("abc", "0", "2.5"):
+        with pytest.raises(ConfigError, match=r"^vocabulary: min_count must be a whole number of at least 1, got "):
+            assembly.with_vocabulary(compose(*TINY, f"vocabulary={count}"))
 
 
 def test_a_run_learns_its_words_and_its_checkpoint_knows_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
