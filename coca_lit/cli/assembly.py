@@ -61,7 +61,7 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
     target = resolve_target(values["_target_"], path)
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and _takes(target, key)}
-    _check(values, path, objects)
+    check_arguments(values, path, objects)
     try:
         return instantiate(node, _convert_="all", **objects)
     except InstantiationException as error:
@@ -71,10 +71,20 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
         raise ConfigError(f"{path}: {cause}") from error
 
 
-def _check(node: Any, path: str, objects: Iterable[str] = ()) -> None:
+def check_arguments(node: Any, path: str, objects: Iterable[str] = ()) -> None:
+    """Checks the keys and values in a node against the signatures of its targets.
+
+    Args:
+        node: plain values, resolved.
+        path: key of the node, for errors.
+        objects: names of further arguments.
+
+    Raises:
+        ConfigError: a target that does not exist, a key that its constructor lacks, or a value that it refuses.
+    """
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, child in children:
-        _check(child, f"{path}.{key}")
+        check_arguments(child, f"{path}.{key}")
     if isinstance(node, dict) and "_target_" in node:
         arguments = _arguments(resolve_target(node["_target_"], path))
         for key in [*node, *objects]:

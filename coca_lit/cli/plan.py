@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.assembly import add_adapters, build
+from coca_lit.cli.assembly import add_adapters, build, check_arguments, plain
 from coca_lit.cli.command import command
-from coca_lit.errors import ConfigError
+from coca_lit.errors import ConfigError, check_number, error_context
 
 if TYPE_CHECKING:
     from coca_lit.lit_module import CoCaLit
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from coca_lit.plan.settings import Settings
     from coca_lit.plan.trace import Cost
 
-AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16", "auto": "bfloat16"}
+AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+PRECISIONS = (*AUTOCAST, "bf16-true", "16-true", "32-true", "64-true")
+ALIASES = {  # all but the first are Lightning's
+    "auto": "bf16-mixed",
+    "bf16": "bf16-mixed",
+    "16": "16-mixed",
+    "32": "32-true",
+    "64": "64-true",
+    "None": "32-true",
+}
+NOT_COUNTED = ("model.self_critical", "model.objectives")
 
 
 def plan() -> None:
@@ -35,25 +45,60 @@ def run(cfg: DictConfig) -> None:
     settings = read_settings(cfg)
     model, spent, recipe = estimate(cfg, settings)
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
+    if left_out := [key for key in NOT_COUNTED if OmegaConf.select(cfg, key)]:
+        print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
 
 
 def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recipe]":
-    """Model, cost and recipe of a run, for the functions of `coca_lit.plan.estimate`."""
+    """Model, cost and recipe of a run, for the functions of `coca_lit.plan.estimate`.
+
+    Raises:
+        ConfigError: the model, the data or the trainer cannot be used, or captions are longer than the model's context.
+    """
     import torch
 
     from coca_lit.plan.estimate import measure
     from coca_lit.plan.trace import cost, on_gpu
 
+    check_unbuilt(cfg)
     module, tokens = build_without_weights(cfg), settings.caption_tokens
-    precision = str(cfg.trainer.precision)
+    with error_context("caption_tokens"):
+        check_number("the mean length of captions", tokens, at_most=module.net.config["context_length"])
+    precision = read_precision(cfg)
     autocast = AUTOCAST.get(precision)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
     weights, model = module.pairs.weights, measure(module.net)
-    half = not precision.startswith("32")
+    half = not precision.startswith(("32", "64"))
     spent = cost(module.net, weights, tokens, getattr(torch, autocast) if autocast else None)
     spent = on_gpu(module.net, spent, tokens, 2 if half else 4)
     return model, spent, read_recipe(cfg, settings, weights, half)
+
+
+def check_unbuilt(cfg: DictConfig) -> None:
+    """Checks what a training would build and a plan only reads.
+
+    Raises:
+        ConfigError: a key that the trainer does not take, or a batch without samples.
+    """
+    trainer = plain(cfg.trainer, resolve=True)
+    del trainer["micro_batch_size"]  # an argument of the module
+    check_arguments(trainer, "trainer")
+    with error_context("data"):
+        check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
+
+
+def read_precision(cfg: DictConfig) -> str:
+    """The precision by its full name; `auto` is that of a GPU.
+
+    Raises:
+        ConfigError: a precision that a plan does not know.
+    """
+    given = str(cfg.trainer.precision)
+    precision = ALIASES.get(given, given)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision must be auto or one of {', '.join(PRECISIONS)}, got '{given}'")
+    return precision
 
 
 def read_settings(cfg: DictConfig) -> "Settings":

@@ -38,6 +38,9 @@ class Settings:
         caption_tokens: mean length of the captions, start and end included.
         devices: number of GPUs in the run; None takes it from the trainer if that has a number, else 8.
         samples: samples in the whole training; None takes them from the config.
+
+    Raises:
+        ValueError: an unknown GPU or none, or a number out of its range.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Settings:
         devices: int | None,
         samples: float | None,
     ) -> None:
+        if not gpus:
+            raise ValueError(f"gpus must name at least one of {', '.join(GPUS)}")
         for name in gpus:
             if name not in GPUS:
                 raise ValueError(f"gpus: there is no '{name}'{suggest(name, GPUS)} Known: {', '.join(GPUS)}")

@@ -162,9 +162,25 @@ def test_a_recipe_is_read_from_the_config() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        *(("auto", "bf16-mixed"), ("bf16", "bf16-mixed"), ("16", "16-mixed"), ("'16'", "16-mixed")),
+        *(("32", "32-true"), ("bf16-true", "bf16-true"), ("null", "32-true")),
+    ],
+)
+def test_precision_has_lightnings_aliases(given: str, name: str) -> None:
+    assert cli.read_precision(compose("plan", [f"trainer.precision={given}"])) == name
+
+
+@pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("trainer.precision=foo", "trainer.precision must be auto or one of bf16-mixed, 16-mixed, "),
+        ("+trainer.max_stepss=5", "trainer has no key 'max_stepss'; did you mean 'max_steps'?"),  # as from a file
+        ("data.batch_size=0", "data: batch_size must be a whole number of at least 1, got 0"),
+        ("caption_tokens=100", "caption_tokens: the mean length of captions must be a number at most 24, got 100"),
         ("utilization=0.4", "there is no key 'utilization'; did you mean 'utilisation'?"),
+        ("gpus=[]", "gpus must name at least one of A100-40GB, A100, "),
         ("gpus=[H10]", "gpus: there is no 'H10'; did you mean 'H100'?"),
         ("gpus=H100", "gpus must be a list, the default is [A100, H100]; got H100"),
         ("utilisation=40", "utilisation must be a number above 0 and at most 1, got 40"),
@@ -184,6 +200,23 @@ def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     for words in ("image encoder", "AdamW states", "samples that fit on a device", "H100", "device-hours"):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], None),
+        (["model=coca_answers"], "model.objectives"),
+        (["+model.self_critical._target_=coca_lit.training.self_critical.SelfCritical"], "model.self_critical"),
+    ],
+)
+def test_a_plan_says_what_it_does_not_count(
+    overrides: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "estimate", lambda *_: (None, None, None))
+    monkeypatch.setattr("coca_lit.plan.report.print_plan", lambda *_: None)
+    cli.run(compose("plan", overrides))
+    assert capsys.readouterr().out == (f"Not counted, so the run needs more: {said}.\n" if said else "")
 
 
 def test_a_plan_leaves_nothing_behind(
