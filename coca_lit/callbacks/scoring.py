@@ -76,42 +76,35 @@ class ScoreDuringTraining(L.Callback):
         if self.every_n_epochs is None and self.every_n_steps is None:
             raise ConfigError(f"{key}: nothing is scored during training: set scoring.every_n_epochs or every_n_steps")
         scored = self._named(name)
-        if not scored:
-            names = dict.fromkeys(e.name for e in self.evals)
-            raise ConfigError(
-                f"{key}: there is no evaluation '{name}'{suggest(name, names)} The evaluations of this run: "
-                f"{', '.join(names) or 'none'}"
-            )
+        self._check_name(key, name, scored)
         if not any(e.every for e in scored):
             raise ConfigError(f"{key}: '{name}' is scored at the end only, so there is nothing to choose from")
         known = [known for e in scored if e.every for known in e.score_names]
         open_ended = any(not e.score_names or "/" in measure for e in scored)  # own metrics; kinds of answers
-        if measure not in known and not open_ended:
-            raise ConfigError(
-                f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
-            )
+        if not open_ended:
+            _check_measure(key, name, measure, known)
 
     def check_final_score(self, key: str, score: str) -> None:
         """Raises `ConfigError`, which names `key`, for a score that no evaluation computes at the end."""
         name, _, measure = score.partition("/")
         scored = [e for e in self.evals if e.name == name]
-        if not scored:
+        self._check_name(key, name, scored)
+        known = [known for e in scored for known in (*e.score_names, *(e.final_score_names or ()))]
+        open_ended = "/" in measure or any(not e.score_names or e.final_score_names is None for e in scored)
+        if not open_ended or measure.lower() in map(str.lower, known):
+            _check_measure(key, name, measure, known)
+
+    def _named(self, name: str) -> list[Evaluation]:
+        """The evaluations whose scores begin with a name, such as mscoco or, during training, mscoco_256."""
+        return [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]
+
+    def _check_name(self, key: str, name: str, found: Sequence[Evaluation]) -> None:
+        if not found:
             names = dict.fromkeys(e.name for e in self.evals)
             raise ConfigError(
                 f"{key}: there is no evaluation '{name}'{suggest(name, names)} The evaluations of this run: "
                 f"{', '.join(names) or 'none'}"
             )
-        known = [known for e in scored for known in (*e.score_names, *(e.final_score_names or ()))]
-        open_ended = "/" in measure or any(not e.score_names or e.final_score_names is None for e in scored)
-        differs_in_case = measure.lower() in map(str.lower, known)
-        if measure not in known and (differs_in_case or not open_ended):
-            raise ConfigError(
-                f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
-            )
-
-    def _named(self, name: str) -> list[Evaluation]:
-        """The evaluations whose scores begin with a name, such as mscoco or, during training, mscoco_256."""
-        return [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -208,6 +201,13 @@ class ScoreDuringTraining(L.Callback):
                 if not final and not any(e.not_run for e in named):
                     raise ConfigError(message)
                 print_rank_zero(message)  # it may come next time; and scores of a run that is over must not get lost
+
+
+def _check_measure(key: str, name: str, measure: str, known: Sequence[str]) -> None:
+    if measure not in known:
+        raise ConfigError(
+            f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
+        )
 
 
 def _ends(trainer: L.Trainer, last_batch: bool) -> bool:

@@ -289,7 +289,7 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
     from coca_lit.distributed import print_rank_zero
 
     if not cfg.lora.rank:  # perhaps because its key is misspelt
-        _check(OmegaConf.to_container(cfg.lora, resolve=True), "lora")
+        check_arguments(OmegaConf.to_container(cfg.lora, resolve=True), "lora")
     else:
         adapted = build(cfg.lora, "lora", net=net)
         parts = dict.fromkeys(name.partition(".")[0] for name in adapted)

@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 PRECISIONS = (*AUTOCAST, "bf16-true", "16-true", "32-true", "64-true")
-ALIASES = {  # all but the first are Lightning's
-    "auto": "bf16-mixed",
-    "bf16": "bf16-mixed",
-    "16": "16-mixed",
-    "32": "32-true",
-    "64": "64-true",
-    "None": "32-true",
-}
 NOT_COUNTED = ("model.self_critical", "model.objectives")
 
 
@@ -94,8 +86,10 @@ def read_precision(cfg: DictConfig) -> str:
     Raises:
         ConfigError: a precision that a plan does not know.
     """
-    given = str(cfg.trainer.precision)
-    precision = ALIASES.get(given, given)
+    from coca_lit.training.sharding import full_precision_name
+
+    given = cfg.trainer.precision
+    precision = "bf16-mixed" if given == "auto" else full_precision_name(given)
     if precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision must be auto or one of {', '.join(PRECISIONS)}, got '{given}'")
     return precision

@@ -182,15 +182,15 @@ def set_ddp_options(strategy: Any, texts: bool, same_graph: bool) -> None:
         strategy._ddp_kwargs = ddp_options(texts, same_graph) | strategy._ddp_kwargs
 
 
-def full_precision_name(precision: str | int) -> str:
+def full_precision_name(precision: str | int | None) -> str:
     """Lightning's full name of a precision, which it also takes as a number or a short name: 16 -> "16-mixed"."""
-    short = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    short = {"64": "64-true", "32": "32-true", "None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
     return short.get(str(precision), str(precision))
 
 
 def check_strategy(
     strategy: Any,
-    precision: str | int,
+    precision: str | int | None,
     ema: float | None,
     micro_batch_size: int | None,
     lora: bool = False,
