@@ -166,9 +166,11 @@ def swept_numbers(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def swept_value(runs: Sequence[Run]) -> tuple[str, list[float]] | None:
-    """The only config key in which the runs differ, if it holds a number in each of them."""
+    """The only config key in which the runs differ, if it holds a number in each of them. Not the seed: a curve over
+    seeds means nothing.
+    """
     swept = swept_numbers(runs)
-    return next(iter(swept.items())) if len(swept) == 1 else None
+    return next(iter(swept.items())) if len(swept) == 1 and "seed" not in swept else None
 
 
 def _number(value: Any) -> float | None:

@@ -222,6 +222,7 @@ def test_settings_that_follow_the_seed_do_not_tell_runs_apart(tmp_path):
     runs, _ = find_runs([tmp_path])
     assert runs[2].config["data.seed"] == 2
     assert differences(runs) == {"seed": [0, 1, 2]}
+    assert swept_value(runs) is None
     assert seed_tables(runs)[0].rows == [["built-in scenes CIDEr", "60.00 ± 10.00"]]
     assert "60.00 ± 10.00" in write_comparison([tmp_path], tmp_path).read_text()
 
