@@ -205,8 +205,7 @@ def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
             source = load_dual_encoder(cfg.init_from)
             cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
-    objects = {"optimizer": optimizer, "micro_batch_size": cfg.trainer.micro_batch_size}
-    module = build(cfg.model, "model", {"texts": cfg.data.get("text") is not None}, **objects)
+    module = make_module(cfg, cfg.model, optimizer=optimizer)
     if checkpoint is None:
         initialise(cfg, module.net, source)
     add_adapters(cfg, module.net)
@@ -282,6 +281,18 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
     with open_dict(cfg):
         cfg.model.net = net | merged
     return cfg
+
+
+def make_module(cfg: DictConfig, model: DictConfig, **objects: Any) -> "CoCaLit":
+    """What the node `model` describes, with all that it takes from the data and the trainer of the config."""
+    texts = {"texts": cfg.data.get("text") is not None}
+    module: CoCaLit = build(model, "model", texts, micro_batch_size=cfg.trainer.micro_batch_size, **objects)
+    return module
+
+
+def has_objectives(cfg: DictConfig) -> bool:
+    """Whether there are further objectives; one that is null is left out."""
+    return any(value is not None for value in (cfg.model.get("objectives") or {}).values())
 
 
 def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
@@ -396,7 +407,7 @@ def build_trainer(
     with error_context("trainer"):
         further = {
             "lora": bool(cfg.lora.rank),
-            "objectives": any(value is not None for value in (cfg.model.get("objectives") or {}).values()),
+            "objectives": has_objectives(cfg),
             "self_critical": cfg.model.get("self_critical") is not None,
         }
         check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)

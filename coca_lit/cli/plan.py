@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.assembly import add_adapters, build, check_arguments, plain
+from coca_lit.cli.assembly import add_adapters, check_arguments, has_objectives, make_module, plain
 from coca_lit.cli.command import command
 from coca_lit.errors import ConfigError, check_number, error_context
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 PRECISIONS = (*AUTOCAST, "bf16-true", "16-true", "32-true", "64-true")
-NOT_COUNTED = ("model.self_critical", "model.objectives")
 
 
 def plan() -> None:
@@ -37,7 +36,9 @@ def run(cfg: DictConfig) -> None:
     settings = read_settings(cfg)
     model, spent, recipe = estimate(cfg, settings)
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
-    if left_out := [key for key in NOT_COUNTED if OmegaConf.select(cfg, key)]:
+    self_critical = cfg.model.get("self_critical") is not None
+    not_counted = {"model.self_critical": self_critical, "model.objectives": has_objectives(cfg)}
+    if left_out := [key for key, given in not_counted.items() if given]:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
 
 
@@ -118,8 +119,7 @@ def build_without_weights(cfg: DictConfig) -> "CoCaLit":
         node.compile = False  # the same work, and nothing to compile
     OmegaConf.resolve(node)
     with torch.device("meta"):
-        texts = {"texts": cfg.data.get("text") is not None}
-        module = build(node, "model", texts, micro_batch_size=cfg.trainer.micro_batch_size)
+        module = make_module(cfg, node)
         add_adapters(cfg, module.net)
     return module
 

@@ -207,6 +207,7 @@ def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]
     [
         ([], None),
         (["model=coca_answers"], "model.objectives"),
+        (["model=coca_answers", "model.objectives.answers=null"], None),
         (["+model.self_critical._target_=coca_lit.training.self_critical.SelfCritical"], "model.self_critical"),
     ],
 )
