@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped. The models before finetuning come from experiments/demo, from a CoCa2 with
-# the modern text side that is trained alike and, with the folder of photos, from experiments/flickr8k_two_hours.
+# the modern text side that is trained alike and, with the folder of photos, the longer ones of experiments/flickr8k_two_hours.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
@@ -56,20 +56,21 @@ done
 model=()
 
 if [ -n "$root" ]; then
-  before=outputs/flickr8k_two_hours/frozen_captions_seed0/checkpoints/last.ckpt
   photos=(evals=flickr8k data_dir="$(dirname "$root")")
   tune() { # NAME OVERRIDES…: two epochs of captions
     local name=flickr8k_$1
     shift
-    train "$name" 0 experiment=flickr8k_frozen trainer=auto data.root="$root" init_parts.image_encoder=null init_from="$before" ema=null \
-      trainer.max_epochs=2 model.optimizer.lr=1e-3 model.warmup_steps=10 model.caption_weight=1 scoring.generate=null \
+    train "$name" "$seed" experiment=flickr8k_two_hours trainer=auto data.root="$root" data.cached_augmentations=10 init_parts.image_encoder=null init_from="$before" \
+      ema=null trainer.max_epochs=2 model.warmup_steps=10 model.caption_weight=1 scoring.generate=null \
       evals.flickr8k_captions.every=0 evals.flickr8k_retrieval.every=0 "$@"
   }
-  score flickr8k_before 0 "$before" "${photos[@]}"
-  tune c0 model.contrastive_weight=0
-  tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
-  tune c0.3 model.contrastive_weight=0.3
-  tune lora model.contrastive_weight=0 lora.rank=8 'lora.parts=[pooling,image_projection,text]'
-  between flickr8k_c0 0 "$before" 0.25,0.5,0.75 "${photos[@]}"
+  for seed in ${SEEDS:-0 1 2}; do
+    before=outputs/flickr8k_two_hours/long_seed$seed/checkpoints/last.ckpt
+    score flickr8k_before "$seed" "$before" "${photos[@]}"
+    tune c0 model.contrastive_weight=0
+    tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
+    tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
+    tune c0.3 model.contrastive_weight=0.3
+  done
 fi
 python experiments/report.py forgetting "$runs"/*_seed*
