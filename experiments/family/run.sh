@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2", of photos the first alone. Finished runs are skipped.
+# usage: run.sh [FLICKR8K_FOLDER]; SEEDS="0 1 2". Finished runs are skipped.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
@@ -13,15 +13,13 @@ train() { # DATA MEMBER SEED OVERRIDES…
     name="family/$name" seed="$seed" trainer=cpu threads=1 "$@"
 }
 
-first=1
 for seed in ${SEEDS:-0 1 2}; do
   for member in $members; do
     train scenes "$member" "$seed"
   done
-  for member in ${root:+${first:+$members}}; do
+  for member in ${root:+$members}; do
     train flickr8k "$member" "$seed" data.root="$root" data.cache_dir=outputs/views
   done
-  first=
 done
 python -m experiments.family.cost ${root:+"$root"} # last: it writes a tracked file, and runs record whether such files differ from their commit
 python experiments/report.py family "$runs"/*_seed*
