@@ -22,6 +22,7 @@ NAMES = {
     "long_8beams_reranked": f"40 epochs, {BEAMS}",
     "long_rewards_8beams_reranked": f"40 epochs, SCST, {BEAMS}",
     "long_mixed_rewards": "40 epochs, mixed SCST",
+    "long_mixed_rewards_5e-5": "40 epochs, mixed SCST, 4 more epochs at 5e-5",
     "long_mixed_rewards_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS} (weight 0.1)",
 }
 SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
@@ -47,6 +48,7 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
     "SCST at 2e-4, two epochs, after 20 epochs": ("captions", "rewards", SHOWN),
     "SCST at 2e-5, four epochs, after 40 epochs": ("long", "long_rewards", SHOWN),
     "the same with the mixed reward": ("long", "long_mixed_rewards", SHOWN),
+    "four more epochs of that at 5e-5": ("long_mixed_rewards", "long_mixed_rewards_5e-5", SHOWN),
     "best of 8 beams at weight 0.2, after 40 epochs": ("long", "long_8beams_reranked", WRITING),
     "best of 8 beams at weight 0.2, after SCST": ("long_rewards", "long_rewards_8beams_reranked", WRITING),
     "best of 8 beams at weight 0.1, after SCST with the mixed reward": (

@@ -20,6 +20,7 @@ rerank() { # RUN NAME SEED WEIGHT OVERRIDES…: the best of eight beams, by simi
     evals.flickr8k_captions.records.root="$root" "scoring.generate={strategy: beam, num_beams: 8, rerank: contrastive, rerank_weight: $weight}" "$@"
 }
 
+mixed='model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
 searches=(evals=flickr8k evals.flickr8k_retrieval.records.root="$root" scoring.rerank=8)
 
 # The whole two hours: twice the steps, each view seen about as often as before, then rewards at a tenth of the learning rate
@@ -30,10 +31,12 @@ for seed in ${SEEDS:-0 1 2}; do
   rerank long_rewards long_rewards_8beams_reranked "$seed" 0.2 "${searches[@]}"
 
   # The same with a reward that favours short captions less
-  train long_mixed_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" \
-    'model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
+  train long_mixed_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" "$mixed"
   rerank long_mixed_rewards long_mixed_rewards_8beams_weight0.1 "$seed" 0.1 "${searches[@]}"
 done
+
+# Four more epochs of that reward, at 2.5 times the learning rate
+train long_mixed_rewards_5e-5 0 scst_flickr8k init_from=$runs/long_mixed_rewards_seed0/checkpoints/last.ckpt "$mixed" model.optimizer.lr=5e-5
 
 # Half the steps, and rewards at ten times the learning rate
 faster=(model.optimizer.lr=2e-4 trainer.max_epochs=2)
