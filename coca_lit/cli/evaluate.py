@@ -43,7 +43,6 @@ def _run(cfg: DictConfig) -> dict[str, float]:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
     with process_group() as device:
         model = _load(cfg).to(device, chosen_dtype(cfg.precision))
-        cfg.image_size = model.image_size
         start_run_folder(cfg)
         settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
@@ -67,6 +66,10 @@ def _load(cfg: DictConfig) -> "DualEncoder":
     if cfg.interpolate_with is not None:
         with error_context("interpolate_with"):
             interpolate(model, load_dual_encoder(cfg.interpolate_with, cfg.quick_gelu), cfg.weight)
+    if cfg.image_size is not None:
+        with error_context("image_size"):
+            model.set_image_size(cfg.image_size)
+    cfg.image_size = model.image_size
     return model
 
 

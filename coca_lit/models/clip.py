@@ -71,6 +71,11 @@ class CLIP(nn.Module):
     def image_size(self) -> int:
         return self.image_encoder.image_size
 
+    def set_image_size(self, image_size: int) -> None:
+        """From now on the model takes images of this size, see `ImageEncoder.set_image_size`."""
+        self.image_encoder.set_image_size(image_size)
+        self.preprocessing["size"] = image_size
+
     @property
     def device(self) -> torch.device:
         return self.logit_scale.device

@@ -14,6 +14,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from coca_lit.errors import check_number
 from coca_lit.models import kernels
 from coca_lit.models.init import init_normal, init_pooler, init_projection, init_query_pooler
 from coca_lit.models.layers import AttentionalPooler, OpenClipNames, QueryPooler
@@ -92,7 +93,8 @@ class ImageEncoder(nn.Module):
     A registered encoder, see `register_image_encoder`, is a factory that takes `image_size` and the arguments and
     returns a module from normalised pixels (B, 3, H, W) to tokens (B, S, width) or a grid (B, width, H, W). The module
     has an integer `width`, and may have `mean` and `std`, three numbers each (default: CLIP's), `num_prefix_tokens`,
-    and `set_grad_checkpointing(on)`. Its batch norms are synchronised over ranks, as timm's are.
+    `set_grad_checkpointing(on)`, and `set_input_size(img_size)` if its weights depend on the size. Its batch norms are
+    synchronised over ranks, as timm's are.
 
     Args:
         name: of a timm model or a registered encoder.
@@ -114,9 +116,9 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, name: str, image_size: int, **arguments: Any) -> None:
         super().__init__()
-        self._build = partial(_build_trunk, name, image_size, arguments)
+        self._build = partial(_build_trunk, name, arguments)
         self.image_size = image_size
-        trunk: Any = self._build()  # each family of timm has its own class
+        trunk: Any = self._build(image_size)  # each family of timm has its own class
         self.trunk = trunk
         self.width: int = trunk.width if name in IMAGE_ENCODERS else trunk.head_hidden_size
         normalisation = getattr(trunk, "pretrained_cfg", CLIP_NORMALISATION)
@@ -148,7 +150,7 @@ class ImageEncoder(nn.Module):
 
     def init_parameters(self) -> None:
         """Copies the values of a second trunk, because every encoder family initialises itself when it is built."""
-        self.trunk.load_state_dict(self._build().state_dict())
+        self.trunk.load_state_dict(self._build(self.image_size).state_dict())
 
     def depths(self) -> dict[str, int]:
         """{parameter: layers from the top}: 1 in the last layer, one more in each before it. The layers are those that
@@ -158,6 +160,23 @@ class ImageEncoder(nn.Module):
             return {}
         groups = group_parameters(self.trunk, self.trunk.group_matcher(coarse=False))
         return {f"trunk.{name}": len(groups) - i for i, names in groups.items() for name in names}
+
+    def set_image_size(self, image_size: int) -> None:
+        """From now on the encoder takes images of this size. Position embeddings of a vision transformer are
+        interpolated, by timm; convolutional nets have none.
+
+        Raises:
+            ValueError: the encoder depends on the size of its images in another way.
+        """
+        check_number("image_size", image_size, whole=True, at_least=1)
+        if hasattr(self.trunk, "set_input_size"):
+            self.trunk.set_input_size(img_size=(image_size, image_size))
+        elif _shapes(self._build(image_size)) != _shapes(self.trunk):
+            raise ValueError(
+                f"the weights of this image encoder only fit images of {self.image_size} px, not {image_size}: a "
+                "registered encoder needs a method set_input_size(img_size) that changes them"
+            )
+        self.image_size = image_size
 
     def set_grad_checkpointing(self, on: bool) -> None:
         if hasattr(self.trunk, "set_grad_checkpointing"):
@@ -223,7 +242,7 @@ def build_image_encoder(name: str, image_size: int, **arguments: Any) -> ImageEn
     return ImageEncoder(name, image_size, **arguments)
 
 
-def _build_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
+def _build_trunk(name: str, arguments: dict[str, Any], image_size: int) -> nn.Module:
     if name in IMAGE_ENCODERS or not timm.is_model(name):
         trunk = IMAGE_ENCODERS.build(name, {"image_size": image_size}, arguments, timm.list_models())
         use_global_batch_norms(trunk)
@@ -240,6 +259,10 @@ def _build_trunk(name: str, image_size: int, arguments: dict[str, Any]) -> nn.Mo
     use_global_batch_norms(trunk)
     kernels.replace_timm_layers(trunk)
     return trunk
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _stages(trunk: nn.Module) -> list[nn.Module]:

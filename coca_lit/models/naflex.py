@@ -85,6 +85,11 @@ class NaFlexEncoder(ImageEncoder):
             "image_seq_len": self.max_patches,
         }
 
+    def set_image_size(self, image_size: int) -> None:
+        raise ValueError(
+            f"this model takes images of any shape, up to {self.max_patches} patches, so it has no image size to change"
+        )
+
     def frozen_part(self) -> Any:
         raise ValueError(
             "features of images of different shapes cannot be stored: set data.cached_augmentations=0, or choose an"

@@ -11,7 +11,6 @@ from itertools import accumulate
 from typing import cast
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from coca_lit.models.clip import CLIP, QuickGELU
@@ -20,7 +19,6 @@ from coca_lit.models.layers import SelfBlock
 from coca_lit.models.text import TextTower
 from coca_lit.weights.computation import difference
 
-_IMAGE_POSITIONS = "image_encoder.trunk.pos_embed"
 _QUERY = "pooling.generative.query"
 # (prefix in CLIP, prefix in CoCa)
 _TOWERS = (
@@ -36,8 +34,8 @@ _TOWERS = (
 def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
     """Tensors of `source`, which has no decoder, under their names in `model`.
 
-    Position embeddings of the image are interpolated to the grid of `model`, and of the text cut to its context.
-    Positions of a longer context and further queries of the pooler keep their values in `model`.
+    Position embeddings of the text are cut to the context of `model`. Positions of a longer context and further queries
+    of the pooler keep their values in `model`.
 
     Raises:
         ValueError: the towers compute something else than the model's. Shapes are not compared.
@@ -52,10 +50,6 @@ def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
             if name.startswith(theirs) and not name.startswith("image_encoder.trunk.norm."):
                 found[ours + name.removeprefix(theirs)] = tensor
     found["text.position_embedding"] = _rows(found["text.position_embedding"], target["text.position_embedding"])
-    positions, wanted = found[_IMAGE_POSITIONS], target.get(_IMAGE_POSITIONS)
-    if wanted is not None and wanted.shape != positions.shape:
-        grid = list(model.image_encoder.trunk.patch_embed.grid_size)
-        found[_IMAGE_POSITIONS] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=1)
     return found
 
 

@@ -209,6 +209,8 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str
     the names of the tensors that it gave.
 
     One without captioner, such as an OpenCLIP CLIP, starts the towers alone: see `coca_lit.weights.from_clip`.
+    Where `model` takes larger or smaller images, `source` is changed to their size, which interpolates its position
+    embeddings.
 
     Raises:
         ValueError: a tensor does not fit, or the models compute different things with equal tensors; the message names
@@ -216,6 +218,9 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str
     """
     if source.tokenizer.spec != model.tokenizer.spec:
         raise ValueError(f"{path} has another vocabulary: its token ids mean other words")
+    if source.image_size != model.image_size and not source.image_encoder.takes_patches:
+        print_rank_zero(f"{path} was trained on images of {source.image_size} px, this model takes {model.image_size}")
+        source.set_image_size(model.image_size)
     towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
     found = towers(source, model) if towers_only else source.state_dict()
     target = model.state_dict()

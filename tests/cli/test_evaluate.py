@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from forking import Program
+from omegaconf import OmegaConf
 from running import without_java
 
 from coca_lit.cli.command import compose as compose_config
@@ -16,7 +17,7 @@ from coca_lit.cli.evaluate import evaluate, run
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights.load import save_model
+from coca_lit.weights.load import load_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,19 @@ def test_bf16_changes_scores_little(checkpoint, tmp_path):
     assert rounded == pytest.approx(exact, abs=1)  # a rank
     with pytest.raises(ConfigError, match="precision must be auto, fp32 or bf16, not 'half'"):
         run(compose(tmp_path / "half", *chosen, "precision=half"))
+
+
+def test_another_image_size(checkpoint, tmp_path):
+    larger = load_model(checkpoint)
+    larger.set_image_size(48)
+    save_model(larger, tmp_path / "larger.safetensors")
+    chosen = ("scoring.images=64", "evals=[scenes_retrieval]")
+    expected = run(compose(tmp_path / "saved", f"checkpoint={tmp_path}/larger.safetensors", *chosen))
+    cfg = compose(tmp_path / "chosen", f"checkpoint={checkpoint}", "image_size=48", *chosen)
+    assert run(cfg) == expected != run(compose(tmp_path / "own", f"checkpoint={checkpoint}", *chosen))
+    assert OmegaConf.load(tmp_path / "chosen" / "config.yaml").image_size == 48
+    with pytest.raises(ConfigError, match="image_size must be a whole number of at least 1, got 0"):
+        run(compose(tmp_path / "none", f"checkpoint={checkpoint}", "image_size=0", *chosen))
 
 
 def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path, capsys):

@@ -125,6 +125,29 @@ def test_a_name_of_another_package_is_another_part(tmp_path: Path) -> None:
         coca_lit.load_model(tmp_path / "model.safetensors")
 
 
+def test_image_size_of_guests() -> None:
+    """A convolution takes any size; weights that depend on the size need a method that changes them."""
+    import_modules(["their_package"])
+    patches = IMAGE_ENCODERS.get("patches")
+
+    @register_image_encoder("placed")
+    class Placed(patches):
+        def __init__(self, image_size: int) -> None:
+            super().__init__(image_size)
+            self.positions = nn.Parameter(torch.zeros(48, image_size // 8, image_size // 8))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + self.positions
+
+    model = create_model("coca_tiny", **GUESTS)
+    model.set_image_size(48)
+    assert model.image_encoder(torch.zeros(1, 3, 48, 48)).shape == (1, 12 * 12, 48)
+    model = create_model("coca_tiny", image_encoder="placed", image_encoder_args={})
+    with pytest.raises(ValueError, match=r"only fit images of 32 px, not 48: .* needs a method set_input_size"):
+        model.set_image_size(48)
+    assert model.image_size == 32
+
+
 def test_arguments_of_guests_are_their_own(tmp_path: Path) -> None:
     """Neither names nor numbers are taken for timm's; only what may name a file is refused."""
     import_modules(["their_package"])

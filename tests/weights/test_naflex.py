@@ -255,6 +255,11 @@ def test_one_image_is_no_batch(images: list[Tensor], model: CoCa) -> None:
         model.encode_image(Patches.of(images[0], 8))
 
 
+def test_it_has_no_image_size_to_change(model: CoCa) -> None:
+    with pytest.raises(ValueError, match=r"takes images of any shape, up to \d+ patches, so it has no image size"):
+        model.set_image_size(64)
+
+
 def test_parts_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="pooler=masked_parallel and masked_cascade belong to naflex"):
         create_model(NAME, **SMALL | {"pooler": "single"})

@@ -10,11 +10,12 @@ import pytest
 import torch
 from open_clip.coca_model import CoCa as OpenClipCoCa
 from open_clip.loss import CoCaLoss
+from open_clip.model import resize_pos_embed
 from torch import Tensor
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights.load import load_dual_encoder, load_model
+from coca_lit.weights.load import copy_weights, load_dual_encoder, load_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat", "word " * 90]
@@ -73,6 +74,26 @@ def test_features_and_logits_are_equal(batch: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(out.labels, expected["labels"][real])
     torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), atol=1e-5, rtol=0)
+
+
+def test_another_image_size_interpolates_as_open_clip_does(batch: tuple[Tensor, Tensor]) -> None:
+    theirs, ours = make_pair()
+    state, vision = theirs.state_dict(), VISION | {"image_size": 48}
+    larger = OpenClipCoCa(64, vision_cfg=vision, text_cfg=TEXT, multimodal_cfg=DECODER).eval()
+    resize_pos_embed(state, larger)
+    larger.load_state_dict(state)
+    started = from_open_clip(larger.state_dict(), **(HEADS | {"text_heads": 4})).eval()
+    images, tokens = torch.randn(len(TEXTS), 3, 48, 48), batch[1]
+    with torch.no_grad():
+        started.image_encoder.trunk.pos_embed.zero_()
+        copy_weights(ours, started, "ours")
+        expected = larger(images, tokens)
+    assert (ours.image_size, ours.config["image_size"], ours.preprocessing["size"]) == (48, 48, 48)
+    for model in (ours, started, CoCa(**ours.config).eval()):
+        model.load_state_dict(started.state_dict())
+        out = model(images, tokens)
+        torch.testing.assert_close(out.image_features, expected["image_features"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.logits, expected["logits"][expected["labels"] != 0], atol=1e-5, rtol=0)
 
 
 def test_losses_and_gradients_are_equal(batch: tuple[Tensor, Tensor]) -> None:
