@@ -52,7 +52,9 @@ class ImageDecoder(Objective):
         self.pixels = nn.Linear(width, 3 * self.patch**2)
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error of the pixels, which lie in [0, 1]."""
+        """Mean squared error of the pixels, which lie in [0, 1]. Raises ValueError if the batch has none."""
+        if not isinstance(batch.images, Tensor) or batch.images.ndim != 4:
+            raise ValueError("the image decoder learns from pixels of one size, not from patches or cached features")
         images = F.adaptive_avg_pool2d(batch.images.to(self.query.dtype) / 255, self.size)
         drawn = self.draw(net, batch.tokens, batch.lengths)
         return {"image_decoder": F.mse_loss(drawn.float(), images.float())}
@@ -97,8 +99,9 @@ class Drawings(L.Callback):
         net = pl_module.net
         if decoder is None or self._batch is None or not trainer.is_global_zero or not isinstance(net, CoCa):
             return
-        images, tokens, lengths = (part[: self.count] for part in self._batch[:3])
-        drawn = decoder.eval().draw(net.eval(), tokens, lengths)
+        images, tokens = self._batch.images[: self.count], self._batch.tokens[: self.count]
+        assert isinstance(images, Tensor)  # or the decoder could not have learned from it
+        drawn = decoder.eval().draw(net.eval(), tokens, self._batch.lengths[: self.count])
         captions = [net.tokenizer.decode(row) for row in tokens]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         sheet(captions, images.float() / 255, drawn.float()).save(self.path)

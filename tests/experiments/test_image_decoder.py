@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from running import ROOT, train_py
 
+from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.models import CoCa, create_model
+from coca_lit.models.patches import Patches
 from coca_lit.weights.load import load_model
 from experiments.image_decoder.image_decoder import ImageDecoder, sheet
 
@@ -31,6 +33,13 @@ def test_sizes_that_do_not_fit_are_one_sentence(net: CoCa) -> None:
         ImageDecoder(size=30)
     with pytest.raises(ValueError, match=r"the text width \(96\) must be a multiple of heads \(5\)"):
         built(net, heads=5)
+
+
+def test_images_without_pixels_are_refused(net: CoCa) -> None:
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    for images in (Patches.of(pixels, 16), torch.zeros(2, 4, 96, dtype=torch.float16)):
+        with pytest.raises(ValueError, match="not from patches or cached features"):
+            built(net)(net, Batch(images, net.tokenizer(["a ring", "a star"]), torch.tensor([4, 4]), ["0", "1"]))
 
 
 def test_a_drawing_depends_on_the_caption_alone(net: CoCa) -> None:
