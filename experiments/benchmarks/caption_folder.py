@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from record import record
 
 from coca_lit.inference.caption import caption
 from coca_lit.inference.inputs import find_images, find_inputs
 from coca_lit.inference.outputs import open_writer
 from coca_lit.models import CoCa, create_model
+from experiments.benchmarks.record import record
 
 
 def main() -> None:

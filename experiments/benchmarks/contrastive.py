@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import in_own_process, interleaved, peak_memory, ratio
 from open_clip.loss import ClipLoss, SigLipLoss
-from record import record
 from torch import Tensor
 
 from coca_lit.losses import contrastive_loss, siglip_loss
+from experiments.benchmarks.harness import in_own_process, interleaved, peak_memory, ratio
+from experiments.benchmarks.record import record
 
 CSV = Path(__file__).with_suffix(".csv")
 WIDTH = 512  # of the features of ViT-B/32

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import timm
 import torch
-from harness import in_own_process, interleaved, ratio
-from record import record
 from torch import Tensor, nn
 
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.kernels import keep_freed_memory
+from experiments.benchmarks.harness import in_own_process, interleaved, ratio
+from experiments.benchmarks.record import record
 
 CSV = Path(__file__).with_suffix(".csv")
 ENGINES = ("timm", "ours, memory given back", "ours")

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import forget_peak, memory, open_clip_model
-from record import record
-from torch import Tensor, nn
+from torch import Tensor
 
-from coca_lit.models import CoCa
 from coca_lit.models.kernels import packed_weights
 from coca_lit.weights.open_clip import from_open_clip
+from experiments.benchmarks.harness import forget_peak, memory, open_clip_model
+from experiments.benchmarks.record import record
 
 STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # OpenCLIP's arguments, ours
     "greedy": ({"generation_type": "top_k"}, {"min_length": 5}),
@@ -92,7 +91,7 @@ def compare(name: str, strategy: str, batch: int, repetitions: int) -> list[dict
     return rows
 
 
-engine_model: tuple[CoCa | nn.Module, bool]  # of this process, and whether it is OpenCLIP's
+engine_model: tuple[Any, bool]  # of this process, and whether it is OpenCLIP's
 
 
 def prepare(name: str, engine: str, weights: Path) -> None:

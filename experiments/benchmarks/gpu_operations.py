@@ -18,7 +18,6 @@ from simulated_gpu import counted, to_gpu  # isort: skip  # before PyTorch
 
 import open_clip
 import torch
-from record import record
 from torch import Tensor, nn
 
 from coca_lit.cli.gpu_check import open_clip_loss
@@ -26,6 +25,7 @@ from coca_lit.losses import caption, loss_terms
 from coca_lit.models import create_model
 from coca_lit.models.packing import to_device
 from coca_lit.training.optim import AdamW
+from experiments.benchmarks.record import record
 
 LENGTHS = [12, 9, 17, 14, 11, 20, 13, 16]  # tokens, start and end included
 GPU = torch.device("cuda", 0)

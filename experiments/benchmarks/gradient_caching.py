@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import torch
-from harness import caption_batch, peak_memory
-from record import record
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import create_model, text_lengths
 from coca_lit.training.gradient_caching import cached_loss
+from experiments.benchmarks.harness import caption_batch, peak_memory
+from experiments.benchmarks.record import record
 
 CSV = Path(__file__).with_suffix(".csv")
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}

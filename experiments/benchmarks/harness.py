@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def memory(name: str) -> float:
     return int(status[name].split()[0]) / 1024
 
 
-def open_clip_model(name: str) -> nn.Module:
+def open_clip_model(name: str) -> Any:  # OpenCLIP has no types
     """OpenCLIP's model with random weights."""
     import open_clip  # here, so that it takes no memory of processes that do not use it
 

@@ -25,10 +25,8 @@ import open_clip_train.data
 import simplejpeg
 import torch
 import webdataset as wds
-from harness import interleaved, ratio
 from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
 from PIL import Image
-from record import record
 
 from coca_lit.data.batch import Example, collate
 from coca_lit.data.shards.datamodule import LAIONDataModule
@@ -37,6 +35,8 @@ from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.reader import ShardSample, sample_of
 from coca_lit.data.transforms import Box, RandomCrop, decode_pixels, random_box, resized
 from coca_lit.tokenizer import get_tokenizer
+from experiments.benchmarks.harness import interleaved, ratio
+from experiments.benchmarks.record import record
 
 # webdataset 1.0 marks the end of a shard by an empty sample, of which OpenCLIP 3.3 does not know.
 open_clip_train.data.tar_file_expander = partial(wds.tariterators.tar_file_expander, eof_value=None)
@@ -74,8 +74,15 @@ def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
     our_tokenizer, their_tokenizer = get_tokenizer("clip"), open_clip.get_tokenizer("coca_ViT-B-32")
 
     def ours(indexed: bool) -> None:
-        shared = {"tokenizer": our_tokenizer, "batch_size": BATCH, "image_size": SIZE}
-        data = LAIONDataModule(f"{folder}/*.tar", args.count, indexed=indexed, cache_dir=folder, **shared)
+        data = LAIONDataModule(
+            f"{folder}/*.tar",
+            args.count,
+            indexed=indexed,
+            cache_dir=folder,
+            tokenizer=our_tokenizer,
+            batch_size=BATCH,
+            image_size=SIZE,
+        )
         assert sum(len(batch.images) for batch in data.train_dataloader()) == args.count
 
     def theirs() -> None:
@@ -86,7 +93,7 @@ def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
         ).dataloader
         assert sum(len(images) for images, _ in loader) == args.count
 
-    variants = {"theirs": theirs, "indexed": partial(ours, True), "streamed": partial(ours, False)}
+    variants = {"theirs": theirs, "indexed": lambda: ours(True), "streamed": lambda: ours(False)}
     seconds = interleaved(variants, args.repetitions)
     yield {"what": "all, indexed shards", **result(seconds, "indexed", args.count), "target": "at least 3.5"}
     yield {"what": "all, streamed shards", **result(seconds, "streamed", args.count)}
@@ -131,14 +138,17 @@ def parts(folder: str, samples: Sequence[ShardSample], repetitions: int) -> Iter
 
 def sizes(repetitions: int) -> Iterator[dict[str, object]]:
     """From encoded photos to crops, by the size in which the photos are stored."""
-    theirs, ours, rng = image_transform(SIZE, True), RandomCrop(SIZE), random.Random(0)
+    transform, crop, rng = image_transform(SIZE, True), RandomCrop(SIZE), random.Random(0)
+
+    def theirs(encoded: Sequence[bytes]) -> list[torch.Tensor]:
+        return [transform(open_with_pillow(content)) for content in encoded]
+
+    def ours(encoded: Sequence[bytes]) -> list[torch.Tensor]:
+        return [crop(decode_pixels(content, ""), rng) for content in encoded]
+
     for short in (256, 512, 1024, 2048):
         encoded = [synthetic_photo(seed, short) for seed in range(PHOTOS)]
-        variants: dict[str, Callable[[], object]] = {
-            "theirs": lambda encoded=encoded: [theirs(open_with_pillow(content)) for content in encoded],
-            "ours": lambda encoded=encoded: [ours(decode_pixels(content, ""), rng) for content in encoded],
-        }
-        seconds = interleaved(variants, repetitions)
+        seconds = interleaved({"theirs": partial(theirs, encoded), "ours": partial(ours, encoded)}, repetitions)
         yield {"what": f"shorter side {short}", **result(seconds, "ours", PHOTOS)}
 
 
@@ -146,25 +156,25 @@ def fractions(repetitions: int) -> Iterator[dict[str, object]]:
     """Decoding at a fraction of the size by a smaller DCT, where something is left to resize: time, and what it changes
     in crops. A crop begins and ends where both have a pixel.
     """
+
+    def decode(content: bytes, fraction: int = 1) -> torch.Tensor:
+        height, width, *_ = simplejpeg.decode_jpeg_header(content)
+        least = (-(-height // fraction), -(-width // fraction))
+        pixels = simplejpeg.decode_jpeg(content, "RGB", False, False, *least, fraction)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def decode_all(encoded: Sequence[bytes], fraction: int = 1) -> list[torch.Tensor]:
+        return [decode(content, fraction) for content in encoded]
+
     for short, fraction in ((448, 2), (896, 2), (896, 4), (1792, 2), (1792, 4), (3584, 2), (3584, 4), (3584, 8)):
         encoded, largest = [synthetic_photo(seed, short) for seed in range(PHOTOS // 4)], 0
-
-        def decode(content: bytes, fraction: int = 1) -> torch.Tensor:
-            height, width, *_ = simplejpeg.decode_jpeg_header(content)
-            least = (-(-height // fraction), -(-width // fraction))
-            pixels = simplejpeg.decode_jpeg(content, "RGB", False, False, *least, fraction)
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-
         for seed, content in enumerate(encoded):
             full, small = decode(content), decode(content, fraction)
             height, width = (side // fraction for side in full.shape[1:])
             box = random_box(height, width, random.Random(seed))
-            expected = resized(full, Box(*(fraction * side for side in box)), SIZE).int()
-            largest = max(largest, int((resized(small, box, SIZE).int() - expected).abs().max()))
-        variants: dict[str, Callable[[], object]] = {
-            "full": lambda encoded=encoded, decode=decode: [*map(decode, encoded)],
-            "reduced": lambda encoded=encoded, decode=decode, n=fraction: [decode(content, n) for content in encoded],
-        }
+            expected = resized(full, Box(*(fraction * side for side in box)), (SIZE, SIZE)).int()
+            largest = max(largest, int((resized(small, box, (SIZE, SIZE)).int() - expected).abs().max()))
+        variants = {"full": partial(decode_all, encoded), "reduced": partial(decode_all, encoded, fraction)}
         seconds = interleaved(variants, repetitions)
         times = ratio(seconds["full"], seconds["reduced"])
         yield {"what": f"shorter side {short} at 1/{fraction}", "times the speed": times, "largest difference": largest}

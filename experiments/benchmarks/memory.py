@@ -8,9 +8,10 @@ import multiprocessing
 from pathlib import Path
 
 import torch
-from harness import caption_batch, open_clip_model, peak_memory, same_weights
-from record import record
-from train_step import our_step, their_step
+
+from experiments.benchmarks.harness import caption_batch, open_clip_model, peak_memory, same_weights
+from experiments.benchmarks.record import record
+from experiments.benchmarks.train_step import our_step, their_step
 
 CSV = Path(__file__).with_suffix(".csv")
 TARGETS = {"ours": {"fp32": 0.40, "bf16": 0.46}, "ours, cross-attention recomputed": {"fp32": 0.35, "bf16": 0.35}}

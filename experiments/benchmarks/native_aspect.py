@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import interleaved, ratio
-from record import record
 
 from coca_lit.data.transforms import CropToPatches
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.patches import Images, Patches, stack_images
+from experiments.benchmarks.harness import interleaved, ratio
+from experiments.benchmarks.record import record
 
 CSV = Path(__file__).with_suffix(".csv")
 SHAPES = [(480, 640), (640, 480), (427, 640), (360, 640), (500, 500), (640, 427), (333, 500), (375, 500)]  # of photos

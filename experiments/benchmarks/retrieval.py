@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import torch
-from harness import in_own_process, peak_memory
-from record import record
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from coca_lit.metrics.retrieval import retrieval_scores
+from experiments.benchmarks.harness import in_own_process, peak_memory
+from experiments.benchmarks.record import record
 
 KS = (1, 5, 10)
 
@@ -33,7 +33,7 @@ def main() -> None:
     rows, found = [], {}
     for way in ("coca_lit", "clip_benchmark"):
         seconds, megabytes, found[way] = in_own_process(measure, way, *size)
-        rows.append({"case": case, "way": way, "seconds": seconds, "extra peak MB": megabytes} | found[way])
+        rows.append({"case": case, "way": way, "seconds": seconds, "extra peak MB": megabytes, **found[way]})
     for name, value in found["clip_benchmark"].items():
         assert abs(found["coca_lit"][name] - value) < 1e-6, name
     record(Path(__file__).with_suffix(".csv"), rows)
@@ -63,7 +63,7 @@ def clip_benchmark_scores(image_features: Tensor, text_features: Tensor, image_o
     from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 
     scores = text_features @ image_features.T
-    positive = torch.zeros_like(scores, dtype=bool)
+    positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(scores)), image_of_text] = True
     found = {}
     for name, similarity, right in (("t2i", scores, positive), ("i2t", scores.T, positive.T)):

@@ -12,14 +12,14 @@ import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from record import record
 
 from coca_lit.metrics.captions import SCORERS, caption_scores, score_tokens, tokenize_captions
 from coca_lit.metrics.diversity import caption_statistics
 from coca_lit.metrics.java.meteor import shared_meteor
+from experiments.benchmarks.record import record
 
 IMAGES, REFERENCES = 5000, 5
 
@@ -35,7 +35,7 @@ def main() -> None:
     tokens, seconds = timed(lambda: tokenize_captions(references, predictions))
     rows: list[dict[str, Any]] = [{"case": case, "score": "PTB tokens", "seconds": seconds}]
     for name in ("Bleu", "ROUGE_L", "CIDEr"):
-        _, seconds = timed(lambda name=name: score_tokens(tokens, [name]))
+        _, seconds = timed(partial(score_tokens, tokens, [name]))
         rows.append({"case": case, "score": name, "seconds": seconds})
     _, seconds = timed(lambda: caption_statistics(list(predictions.values())))
     rows.append({"case": case, "score": "statistics", "seconds": seconds})

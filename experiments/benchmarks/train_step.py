@@ -14,13 +14,13 @@ from typing import Any
 
 import open_clip
 import torch
-from harness import Ratio, caption_batch, interleaved, open_clip_model, ratio, same_weights
-from record import record
 from torch import Tensor, nn
 
 from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.open_clip import to_open_clip
+from experiments.benchmarks.harness import Ratio, caption_batch, interleaved, open_clip_model, ratio, same_weights
+from experiments.benchmarks.record import record
 
 CSV = Path(__file__).with_suffix(".csv")
 # A narrow L/14: its 24 vision layers and 257 image tokens, at a width that two cores can train.
@@ -162,17 +162,22 @@ def agree(theirs: nn.Module, ours: CoCa, steps: dict[str, Step]) -> dict[str, fl
     expected = steps["theirs"]()
     loss = ((steps["ours"]() - expected).abs() / expected).item()
     with torch.no_grad():
-        for parameter in ours.parameters():  # gradients travel under the names of the weights
-            parameter.data, parameter.grad.data = parameter.grad.data, parameter.data
+        exchange_gradients(ours)  # they travel under the names of the weights
         ours_grads = {name: tensor.clone() for name, tensor in to_open_clip(ours).items()}
-        for parameter in ours.parameters():
-            parameter.data, parameter.grad.data = parameter.grad.data, parameter.data
+        exchange_gradients(ours)
     pairs = [(p.grad, ours_grads[name]) for name, p in theirs.named_parameters() if p.grad is not None]
     difference = sum((a - b.view_as(a)).double().square().sum() for a, b in pairs) ** 0.5
     gradient = float(difference / sum(a.double().square().sum() for a, _ in pairs) ** 0.5)
     if loss > 2e-6 or gradient > 1e-5:
         raise SystemExit(f"not the same step: losses differ by {loss:.1e}, gradients by {gradient:.1e} of their norm")
     return {"loss_difference": loss, "gradient_difference": gradient}
+
+
+def exchange_gradients(model: nn.Module) -> None:
+    """Each parameter becomes its gradient, and the other way round."""
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.data, parameter.grad.data = parameter.grad.data, parameter.data
 
 
 def result(

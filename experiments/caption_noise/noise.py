@@ -143,7 +143,7 @@ def test(folder: Path) -> Iterator[Row]:
     swapped, the same model on four references, and a person: the fifth reference, scored on the other four.
     """
     data, rows = "COCO test", read_json(folder / "coco_karpathy_test_generated.json")
-    ids = [int(Path(item["image_name"]).stem.rpartition("_")[2]) for item in rows]
+    ids: list[int | str] = [int(Path(item["image_name"]).stem.rpartition("_")[2]) for item in rows]
     references = {key: item["captions"] for key, item in zip(ids, rows, strict=True)}
     captions = {key: item["prediction"] for key, item in zip(ids, rows, strict=True)}
     tokens = tokenize_captions(references, captions)
@@ -155,7 +155,7 @@ def test(folder: Path) -> Iterator[Row]:
 
     fifth = fifths[0]
     references, captions = ({key: of[key] for key in fifth} for of in (references, captions))
-    systems = {
+    systems: dict[str, tuple[References, Captions]] = {
         "model": (references, captions),
         "model, some swapped": (references, swapped(captions, SWAPPED)),
         "model, 4 references": (four := {key: texts[:-1] for key, texts in references.items()}, captions),

@@ -23,6 +23,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.metrics.captions import caption_scores
 from coca_lit.models import CoCa
+from coca_lit.models.patches import stack_images
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
 from experiments.study import replace_rows
@@ -40,7 +41,7 @@ def candidates(model: CoCa, records: Sequence[Record], strategy: str, count: int
         options["generator"] = torch.Generator().manual_seed(0)
     transform, found = build_transform(size=model.image_size), []
     for start in range(0, len(records), BATCH):
-        images = torch.stack([transform(record.image()) for record in records[start : start + BATCH]])
+        images = stack_images([transform(record.image()) for record in records[start : start + BATCH]])
         found.append(model.generate(images, return_scores=True, **options))
     return tuple(torch.cat(parts) for parts in zip(*(each[:4] for each in found), strict=True))
 

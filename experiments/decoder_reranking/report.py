@@ -3,7 +3,8 @@
 Rows that differ in the seed of the model alone are one line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -105,13 +106,7 @@ def draw() -> None:
     for data, count in COUNTS.items():
         rows = [row for row in _compared() if row["data"] == data]
         start = {row["model"]: _recall_at_1(row) for row in rows if row["weight"] == "0.0"}
-        _line(
-            below,
-            rows,
-            "weight",
-            lambda row, at=start: _recall_at_1(row) - at[row["model"]],
-            f"{DATA[data]}, {count} candidates",
-        )
+        _line(below, rows, "weight", partial(_gained, start), f"{DATA[data]}, {count} candidates")
     below.set(title="what the decoder adds", xlabel="weight of the decoder", ylabel="recall@1, points gained")
     for (data, way), rows in _grouped(_choices(), ("data", "way")).items():
         _line(choices, rows, "weight", lambda row: 100 * float(row["accuracy"]), f"{DATA[data]}, {way}")
@@ -129,6 +124,11 @@ def draw() -> None:
 def _recall_at_1(row: Row) -> float:
     """Mean over both directions, in %."""
     return 50 * (float(row["t2i_recall@1"]) + float(row["i2t_recall@1"]))
+
+
+def _gained(start: Mapping[str, float], row: Row) -> float:
+    """Points of recall@1 above those of the same model at the start."""
+    return _recall_at_1(row) - start[row["model"]]
 
 
 def _line(axis: Any, rows: Sequence[Row], x: str, y: Callable[[Row], float], label: str) -> None:

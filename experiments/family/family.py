@@ -15,7 +15,8 @@ from coca_lit.evals.retrieval import decoder_rerank
 from coca_lit.metrics.captions import caption_scores, exact_match
 from coca_lit.metrics.java.ptb import ptb_tokenize
 from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.patches import Images
 
 
 class CaptionsAndCosines(Evaluation):
@@ -29,10 +30,11 @@ class CaptionsAndCosines(Evaluation):
         super().__init__(name, records, every)
         self.tokenize = list if tokenized else ptb_tokenize
 
-    def scores(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        assert isinstance(model, CoCa)
         features: list[Tensor] = []
 
-        def write(_: Sequence[Record], images: Tensor) -> list[str]:
+        def write(_: Sequence[Record], images: Images) -> list[str]:
             encoded = evaluating(model, model.image_encoder, images)
             features.append(evaluating(model, model.encode_image, encoded))
             return [model.tokenizer.decode(row) for row in model.generate(encoded)]
@@ -58,7 +60,8 @@ class DecoderRetrieval(Evaluation):
     def __init__(self, name: str, records: Sequence[Record], images: int = 128, every: int = 0) -> None:
         super().__init__(name, [r._replace(captions=r.captions[:1]) for r in records[:images]], every)
 
-    def scores(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        assert isinstance(model, CoCa)
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
         read = decoder_rerank(model, records, images, texts, len(records), 1.0, settings.batch_size, settings.workers)
         return {

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from victim import Trouble
+from experiments.faults.victim import Trouble
 
 if TYPE_CHECKING:
-    from soak import Run
+    from experiments.faults.soak import Run
 
 Fault = Callable[["Run"], str | None]
 FULL = ("could not save step_", "wait in memory", "trying again in")  # what a run says of a full disk

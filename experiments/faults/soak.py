@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+ROOT = str(HERE.parents[1])
+sys.path.insert(0, ROOT)
+os.environ["PYTHONPATH"] = ROOT  # of the fork server
 
-import faults  # noqa: E402  found by the line above
-import victim  # noqa: E402
-from victim import Trouble  # noqa: E402
+from experiments.faults import faults, victim  # noqa: E402  found by the lines above
+from experiments.faults.victim import Trouble  # noqa: E402
 
 FORKSERVER = get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["preload"])
+FORKSERVER.set_forkserver_preload(["experiments.faults.preload"])
 HANGS = 180  # seconds after which a process is taken for one that hangs
 MOST_FAULTS = 12  # in one run, which then ends undisturbed
 DISK = 96  # MB of the disk of a run; 64 stay free beside a checkpoint
@@ -116,7 +116,7 @@ class Case(NamedTuple):
 
 def drawn(rng: random.Random) -> Case:
     """A configuration; the parts that do not fit to those before are left out."""
-    (data,) = rng.choices(list(DATA), DATA.values())
+    (data,) = rng.choices(list(DATA), list(DATA.values()))
     parts: list[str] = []
     for part in rng.sample(list(PARTS), len(PARTS)):
         fits = data == "scenes" or part not in ONLY_SCENES
@@ -307,7 +307,8 @@ def write_data(folder: Path, broken: bool) -> None:
 
 def _rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
     with tarfile.open(path) as tar:
-        members = [change(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        files = [(member.name, tar.extractfile(member)) for member in tar]
+        members = [change(name, file.read()) for name, file in files if file is not None]
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[1] / "tests" / "data" / "shards")]
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "tests" / "data" / "shards")]
 
-import soak  # noqa: E402  found by the lines above
-from faulty_store import FaultyStore  # noqa: E402
-from soak import TINY, Run, difference, write_csv  # noqa: E402
+from faulty_store import FaultyStore  # noqa: E402  found by the lines above
+
+from experiments.faults import soak  # noqa: E402
+from experiments.faults.soak import TINY, Run, difference, write_csv  # noqa: E402
 
 soak.HANGS = 900  # seconds: a run waits for several outages
 SHARDS, SAMPLES = 16, 2  # of each

@@ -12,7 +12,6 @@ import time
 from io import BytesIO
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 WRITES = {"os.rename", "os.remove", "os.symlink", "os.truncate"}  # audit events, besides "open"
@@ -73,9 +72,9 @@ def _tell(training: Event) -> None:
 
     build = cli.build_trainer
 
-    def telling(*args: Any) -> L.Trainer:
-        trainer = build(*args)
-        trainer.callbacks.append(Tell())
+    def telling(*args: Any, **kwargs: Any) -> L.Trainer:
+        trainer = build(*args, **kwargs)
+        trainer.callbacks.append(Tell())  # type: ignore[attr-defined]  # Lightning sets it from elsewhere
         return trainer
 
     cli.build_trainer = telling
@@ -85,7 +84,8 @@ def make(trouble: Trouble, folder: Path, data: Path) -> None:
     if trouble.largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (trouble.largest_file, resource.RLIM_INFINITY))
     if trouble.free is not None:
-        shutil.disk_usage = lambda _: SimpleNamespace(free=trouble.free)  # type: ignore[assignment]
+        usage = shutil.disk_usage(folder.parent)._replace(free=trouble.free)
+        shutil.disk_usage = lambda path: usage
     if trouble.die_in_save is not None:
         _die_in_save(*trouble.die_in_save)
     if trouble.die_at_file is not None or trouble.slow:
@@ -101,13 +101,13 @@ def _die_in_save(number: int, part: float) -> None:
 
     save, calls = torch.save, iter(range(1, number + 1))
 
-    def torn(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+    def torn(obj: object, f: Any, *args: Any, **kwargs: Any) -> None:
         if next(calls, number) < number:
-            return save(content, file, *args, **kwargs)
+            return save(obj, f, *args, **kwargs)
         whole = BytesIO()
-        save(content, whole, *args, **kwargs)
-        file.write(whole.getvalue()[: int(part * whole.tell())])
-        file.flush()
+        save(obj, whole, *args, **kwargs)
+        f.write(whole.getvalue()[: int(part * whole.tell())])
+        f.flush()
         return die()
 
     torch.save = torn

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ def random_model(draw: "Draw", seed: int) -> CoCa:
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.5)
     assert model.decoder is not None
+    assert isinstance(model.decoder.norm, nn.LayerNorm)
     bias = model.decoder.norm.bias.data.normal_()
     model.decoder.vocabulary.weight.data[model.tokenizer.eot_id] += draw.between(0, 8) * bias / bias.square().sum()
     return model.eval()
@@ -117,7 +119,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     start, tried, equal = time.process_time(), Counter[str](), Counter[str]()
-    chosen = writing.decoding_for
     for case in range(args.cases):
         draw = Draw(case)
         if case % CASES_PER_MODEL == 0:
@@ -129,9 +130,8 @@ def main() -> None:
         for name, kind in (("cached", Decoding), ("static", StaticDecoding), ("uncached", Uncached)):
             if "generator" in options:
                 options["generator"].manual_seed(case)
-            writing.decoding_for = kind  # type: ignore[assignment]
-            found[name] = model.generate(images, **options)
-        writing.decoding_for = chosen
+            with patch.object(writing, "decoding_for", kind):
+                found[name] = model.generate(images, **options)
         for name in ("cached", "static"):
             key = f"{name}/{options['strategy']}"
             tried[key] += 1

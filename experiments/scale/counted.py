@@ -164,7 +164,7 @@ def peak(engine: str) -> int:
         train = prepared(engine)
         train(), train()
     now = most = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]  # it is there after the block
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)

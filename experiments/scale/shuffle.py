@@ -54,8 +54,8 @@ def ours(buffer: int, at_once: int = OPEN_SHARDS) -> Order:
         with patch(
             "coca_lit.data.shards.stream.read_shard", lambda shard, *_, **__: map(Sample, in_order([int(shard.name)]))
         ):
-            found = order.samples(0, 0, 1, BadSamples(1.0))
-            yield from (sample.sample for sample in islice(found, len(shards) * SAMPLES))  # type: ignore[misc]
+            found: Iterator[Any] = order.samples(0, 0, 1, BadSamples(1.0))  # of numbers, by the patch
+            yield from (sample.sample for sample in islice(found, len(shards) * SAMPLES))
 
     default = " (default)" if (buffer, at_once) == (SHUFFLE_BUFFER, OPEN_SHARDS) else ""
     name = f"{at_once} open {'shard' if at_once == 1 else 'shards'}, shuffle_buffer={buffer}{default}"

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,12 +132,16 @@ def curve(folder: Path) -> list[tuple[str, ...]]:
 
 def requeue(job: Submitted, times: int) -> list[dict[str, str]]:
     """A row per requeue: the first while Python starts, the others after a few more steps."""
+
+    def trained(after: int) -> bool:
+        return len(curve(job.run)) > after + 3 or job.state in OVER
+
     rows, seen, begun = [], 0, time.monotonic()
     for i in range(times):
         if i == 0:
             until(job.starts)
         else:
-            until(lambda seen=seen: len(curve(job.run)) > seen + 3 or job.state in OVER)
+            until(partial(trained, seen))
         job.signal()
         assert job.state not in OVER, job.log()
         now, stops = time.monotonic(), re.findall(r"stopping after step (\d+)", job.log())
@@ -174,8 +179,10 @@ def main() -> None:
         undisturbed = slurm.submit(*words)
         assert undisturbed.completes(), undisturbed.log()
         end = differences(job.run, undisturbed.run) or "same bits"
-        found = {"logs": len([*Path(folder).glob(f"slurm_{job.number}*")]), "requeued": job.log().count("requeued job")}
-        found |= {"resumed": job.log().count("resuming after step"), "steps": len(curve(job.run)), "end": end}
+        log = job.log()
+        found: dict[str, int | str] = {"logs": len([*Path(folder).glob(f"slurm_{job.number}*")])}
+        found |= {"requeued": log.count("requeued job"), "resumed": log.count("resuming after step")}
+        found |= {"steps": len(curve(job.run)), "end": end}
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *found, *about])
         writer.writeheader()

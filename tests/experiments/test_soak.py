@@ -12,9 +12,8 @@ from running import ROOT
 
 @pytest.fixture
 def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "faults"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    import soak
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the import sets
+    from experiments.faults import soak
 
     return soak
 

@@ -16,9 +16,8 @@ from faulty_store import AUTHORIZATION
 
 @pytest.fixture
 def stores(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "faults"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    import stores
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the import sets
+    from experiments.faults import stores
 
     return stores
 
