@@ -60,7 +60,7 @@ if [ -n "$root" ]; then
   tune() { # NAME OVERRIDES…: two epochs of captions
     local name=flickr8k_$1
     shift
-    train "$name" "$seed" experiment=flickr8k_two_hours trainer=auto data.root="$root" data.cached_augmentations=10 init_parts.image_encoder=null init_from="$before" \
+    train "$name" "$seed" experiment=flickr8k_two_hours trainer=auto data.root="$root" data.cached_augmentations=2 init_parts.image_encoder=null init_from="$before" \
       ema=null trainer.max_epochs=2 model.warmup_steps=10 model.caption_weight=1 scoring.generate=null \
       evals.flickr8k_captions.every=0 evals.flickr8k_retrieval.every=0 "$@"
   }
