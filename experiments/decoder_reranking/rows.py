@@ -4,7 +4,8 @@
     python experiments/decoder_reranking/rows.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K --counts 8
 
 - Recall after re-ranking, as `coca-evaluate scoring.rerank=N` does it, for some numbers N of candidates.
-- The same time spent otherwise: recall of embeddings that are averaged over N views of each image.
+- The same time spent otherwise: recall of embeddings that are averaged over N views of each image, until they take
+  longer than the most candidates.
 - Scenes: the choice between a right and a wrong text, by log p(text | image) and by log p(text | image) - log p(text).
 
 Rows are added to a CSV; rows of the same data and model are replaced.
@@ -72,8 +73,10 @@ def reranked_rows(model: CoCa, records: Sequence[Record], counts: Sequence[int])
             yield about | {"weight": str(weight)} | scores(recalls)
 
 
-def view_rows(model: CoCa, records: Sequence[Record], counts: Sequence[int]) -> Iterator[Row]:
-    """Recall of embeddings that are the mean over the whole image and random crops of it, for each number of views."""
+def view_rows(model: CoCa, records: Sequence[Record], counts: Sequence[int], most: float) -> Iterator[Row]:
+    """Recall of embeddings that are the mean over the whole image and random crops of it, for each number of views
+    until they have taken more than `most` CPU seconds.
+    """
     (images, texts, image_of_text), before = timed(embed_pairs, model, records)
     more, views = 0.0, 1
     for count in sorted(counts):
@@ -83,6 +86,8 @@ def view_rows(model: CoCa, records: Sequence[Record], counts: Sequence[int]) -> 
             images, more, views = images + found, more + seconds, views + 1
         recalls = recall_at_k(normalize(images, dim=1) @ texts.T, image_of_text)
         yield {"way": "views", "count": str(count)} | cost(before, more) | scores(recalls)
+        if more > most:
+            return
 
 
 def crop(record: Record, size: int, view: int) -> Any:
@@ -134,16 +139,11 @@ def main() -> None:
         choices = scene_choice_records(split, size=model.image_size)
     embed_pairs(model, records[:64])  # nothing is timed that happens once
     own, about = {"data": args.data, "model": args.checkpoint.resolve().parents[1].name}, environment()
-    found = []
-    for rows in (
-        reranked_rows(model, records, args.counts),
-        view_rows(model, records, args.counts),
-        choice_rows(model, choices) if choices else iter(()),
-    ):
-        for row in rows:
-            found.append(own | row | {name: str(about[name]) for name in ("commit", "machine", "torch")})
-            print(found[-1], flush=True)
-    replace_rows(args.out, found, by=list(own))
+    read = list(reranked_rows(model, records, args.counts))
+    views = view_rows(model, records, args.counts, most=float(read[-1]["CPU seconds"]))
+    rows = [*read, *views, *(choice_rows(model, choices) if choices else ())]
+    about = {name: str(about[name]) for name in ("commit", "machine", "torch")}
+    replace_rows(args.out, [own | row | about for row in rows], by=list(own))
 
 
 if __name__ == "__main__":
