@@ -14,7 +14,7 @@ from experiments.study import DATA, Row, mean_std, numbers, read_rows, unit, wit
 RESULTS = Path(__file__).with_name("results.csv")
 DEFAULT = "0.5"  # weight in coca-evaluate
 SHOWN = ("0.0", "0.1", "0.2", "0.3", "0.5", "0.7", "1.0")  # of the weights, in tables
-COUNTS = {"scenes": "16", "compositional": "16", "flickr8k": "8"}  # candidates where weights are compared
+COUNT = "16"  # candidates where weights are compared
 RECALLS = {f"{way}_recall@{k}": f"{arrow} R@{k}" for k in (1, 5) for way, arrow in (("t2i", "t→i"), ("i2t", "i→t"))}
 ACCURACIES = {"accuracy": "all"} | {f"{kind}_accuracy": kind for kind in ("order", "colour", "shape")}
 
@@ -60,17 +60,14 @@ def _of(*ways: str) -> list[Row]:
 
 def _compared() -> list[Row]:
     """Rows that differ in the weight, with the same number of candidates."""
-    return [row for row in _of("decoder") if row["count"] == COUNTS[row["data"]]]
+    return [row for row in _of("decoder") if row["count"] == COUNT]
 
 
 def _read() -> list[Row]:
     """Rows that differ in the number of candidates, with the same weight; none are the embeddings alone."""
     alone = [row | {"count": "0", "pairs": "0", "times": "1"} for row in _compared() if row["weight"] == "0.0"]
     rows = [*alone, *(row for row in _of("decoder") if row["weight"] == DEFAULT)]
-    timed = {row["data"] for row in rows if row["count"] != "0" and row["times"]}
-    return sorted(
-        (row for row in rows if row["data"] in timed), key=lambda row: ([*COUNTS].index(row["data"]), int(row["count"]))
-    )
+    return sorted(rows, key=lambda row: ([*DATA].index(row["data"]), int(row["count"])))
 
 
 def _grouped(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
@@ -91,8 +88,9 @@ def draw() -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, ((left, right), (below, choices)) = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
-    for axis, data in ((left, "scenes"), (right, "compositional")):
+    figure, places = plt.subplot_mosaic("aabbcc;dddeee", figsize=(11, 6.6), layout="constrained")
+    *above, weights, choices = places.values()
+    for axis, data in zip(above, DATA, strict=True):
         alone = [row for row in _read() if row["count"] == "0"]
         for label, rows in (
             ("decoder re-ranking, 2 candidates and more", _read()),
@@ -103,20 +101,23 @@ def draw() -> None:
         axis.set_xticks(ticks := [1, 2, 5, 10, 20, 50], [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.set(title=DATA[data], xlabel="CPU time, times that of the embeddings alone", ylabel="recall@1, %")
-    for data, count in COUNTS.items():
+    for data in DATA:
         rows = [row for row in _compared() if row["data"] == data]
         start = {row["model"]: _recall_at_1(row) for row in rows if row["weight"] == "0.0"}
-        _line(below, rows, "weight", partial(_gained, start), f"{DATA[data]}, {count} candidates")
-    below.set(title="what the decoder adds", xlabel="weight of the decoder", ylabel="recall@1, points gained")
+        _line(weights, rows, "weight", partial(_gained, start), DATA[data])
+    weights.set(
+        title=f"what the decoder adds, {COUNT} candidates",
+        xlabel="weight of the decoder",
+        ylabel="recall@1, points gained",
+    )
     for (data, way), rows in _grouped(_choices(), ("data", "way")).items():
         _line(choices, rows, "weight", lambda row: 100 * float(row["accuracy"]), f"{DATA[data]}, {way}")
     choices.set(title="choice between two texts", xlabel="weight of the decoder", ylabel="right, %")
-    for axis, place in ((left, "lower right"), (right, "lower right"), (below, "upper left"), (choices, "lower right")):
+    for axis in places.values():
         low, high = axis.get_ylim()
-        room = 0.3 * (high - low)  # for the legend
-        axis.set_ylim((low, high + room) if place == "upper left" else (low - room, high))
+        axis.set_ylim(low - 0.3 * (high - low), high)  # room for the legend
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc=place)
+        axis.legend(fontsize=8, loc="lower right")
     figure.savefig(RESULTS.with_name("decoder_reranking.png"), dpi=110)
     plt.close(figure)
 
