@@ -24,12 +24,14 @@ NAMES = {
     "long_mixed_rewards": "40 epochs, mixed SCST",
     "long_mixed_rewards_5e-5": "40 epochs, mixed SCST, 4 more epochs at 5e-5",
     "long_mixed_rewards_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS} (weight 0.1)",
+    "long_mixed_rewards_288px_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS} (weight 0.1), 288 px",
 }
 SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
     "captions_reranked": "20 epochs, re-ranked",
     "long_reranked": "40 epochs, re-ranked",
     "long_rewards_reranked": "40 epochs, SCST, re-ranked",
     "long_mixed_rewards_weight0.1": "40 epochs, mixed SCST, re-ranked",
+    "long_mixed_rewards_288px_weight0.1": "40 epochs, mixed SCST, 288 px, 16 re-ranked at weight 0.7",
 }
 CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
 WORDS = {"flickr8k/mean_length": "words per caption", "flickr8k/vocabulary": "different words"}
@@ -54,12 +56,18 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
     "best of 8 beams at weight 0.1, after SCST with the mixed reward": (
         ("long_mixed_rewards", "long_mixed_rewards_8beams_weight0.1", WRITING)
     ),
+    "288 px instead of 256, after that": (
+        ("long_mixed_rewards_8beams_weight0.1", "long_mixed_rewards_288px_8beams_weight0.1", WRITING)
+    ),
     "decoder re-ranking, after 40 epochs": ("long", "long_reranked", FINDING),
     "decoder re-ranking, after SCST": ("long_rewards", "long_rewards_reranked", FINDING),
     "decoder re-ranking, after SCST with the mixed reward": (
         "long_mixed_rewards",
         "long_mixed_rewards_weight0.1",
         FINDING,
+    ),
+    "16 candidates at weight 0.7 instead of 8 at 0.5, and 288 px, after that": (
+        ("long_mixed_rewards_weight0.1", "long_mixed_rewards_288px_weight0.1", FINDING)
     ),
 }
 

@@ -33,6 +33,8 @@ for seed in ${SEEDS:-0 1 2}; do
   # The same with a reward that favours short captions less
   train long_mixed_rewards "$seed" scst_flickr8k init_from="$runs/long_seed$seed/checkpoints/last.ckpt" "$mixed"
   rerank long_mixed_rewards long_mixed_rewards_8beams_weight0.1 "$seed" 0.1 "${searches[@]}"
+  rerank long_mixed_rewards long_mixed_rewards_288px_8beams_weight0.1 "$seed" 0.1 image_size=288 "${searches[@]}" scoring.rerank=16 \
+    evals.flickr8k_retrieval.rerank_weight=0.7
 done
 
 # Four more epochs of that reward, at 2.5 times the learning rate

@@ -76,7 +76,9 @@ def test_features_and_logits_are_equal(batch: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), atol=1e-5, rtol=0)
 
 
-def test_another_image_size_interpolates_as_open_clip_does(batch: tuple[Tensor, Tensor]) -> None:
+def test_another_image_size_interpolates_as_open_clip_does(
+    batch: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs, ours = make_pair()
     state, vision = theirs.state_dict(), VISION | {"image_size": 48}
     larger = OpenClipCoCa(64, vision_cfg=vision, text_cfg=TEXT, multimodal_cfg=DECODER).eval()
@@ -87,6 +89,7 @@ def test_another_image_size_interpolates_as_open_clip_does(batch: tuple[Tensor, 
     with torch.no_grad():
         started.image_encoder.trunk.pos_embed.zero_()
         copy_weights(ours, started, "ours")
+        assert "ours was trained on images of 32 px, this model takes 48" in capsys.readouterr().out
         expected = larger(images, tokens)
     assert (ours.image_size, ours.config["image_size"], ours.preprocessing["size"]) == (48, 48, 48)
     for model in (ours, started, CoCa(**ours.config).eval()):
