@@ -7,8 +7,7 @@
 `example` scores coco-caption's example (1,000 images), `test` the captions of a published model for the 5,000 images of
 COCO's Karpathy test split, `scenes` the captions that the three models of experiments/demo write with 1, 2, 4 and 8
 beams. FOLDER holds fakecap_refs.json and fakecap_results.json, or coco_karpathy_test_generated.json; outputs holds the
-runs of experiments/demo. SPICE is scored if its jars are there, except on 5,000 images: a quarter of an hour of
-parsing. Rows in the CSV replace earlier ones of the same data: a score with its interval for draws of that size, or
+runs of experiments/demo. SPICE is scored if its jars are there; it parses for half an hour. Rows in the CSV replace earlier ones of the same data: a score with its interval for draws of that size, or
 the difference of two systems on the same draws.
 """
 
@@ -147,7 +146,7 @@ def test(folder: Path) -> Iterator[Row]:
     references = {key: item["captions"] for key, item in zip(ids, rows, strict=True)}
     captions = {key: item["prediction"] for key, item in zip(ids, rows, strict=True)}
     tokens = tokenize_captions(references, captions)
-    yield from scattered(data, "model", measured(tokens, SIZES))
+    yield from scattered(data, "model", measured(tokens, SIZES, metrics()))
     fifths = [part.tolist() for part in np.array_split(np.random.default_rng(0).permutation(ids), 5)]
     for part in fifths:
         for score, value in score_tokens(tokens.of(part)).items():
