@@ -7,7 +7,7 @@
 `example` scores coco-caption's example (1,000 images), `test` the captions of a published model for the 5,000 images of
 COCO's Karpathy test split, `scenes` the captions that the three models of experiments/demo write with 1, 2, 4 and 8
 beams. FOLDER holds fakecap_refs.json and fakecap_results.json, or coco_karpathy_test_generated.json; outputs holds the
-runs of experiments/demo. SPICE is scored if its jars are there; of `test` it takes half an hour. Rows in the CSV
+runs of experiments/demo. SPICE is scored if its jars are there; `test` then takes a quarter of an hour. Rows in the CSV
 replace earlier ones of the same data: a score with its interval for draws of that size, or the difference of two
 systems on the same draws.
 """
