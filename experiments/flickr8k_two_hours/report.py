@@ -22,16 +22,16 @@ NAMES = {
     "long_8beams_reranked": f"40 epochs, {BEAMS}",
     "long_rewards_8beams_reranked": f"40 epochs, SCST, {BEAMS}",
     "long_mixed_rewards": "40 epochs, mixed SCST",
-    "long_mixed_rewards_5e-5": "40 epochs, mixed SCST, 4 more epochs at 5e-5",
-    "long_mixed_rewards_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS} (weight 0.1)",
-    "long_mixed_rewards_288px_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS} (weight 0.1), 288 px",
+    "long_mixed_rewards_5e-5": "40 epochs, longer mixed SCST",
+    "long_mixed_rewards_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS}",
+    "long_mixed_rewards_288px_8beams_weight0.1": f"40 epochs, mixed SCST, {BEAMS}, 288 px",
 }
 SEARCHES = {name: title for name, title in NAMES.items() if "8beams" not in name} | {
     "captions_reranked": "20 epochs, re-ranked",
     "long_reranked": "40 epochs, re-ranked",
     "long_rewards_reranked": "40 epochs, SCST, re-ranked",
     "long_mixed_rewards_weight0.1": "40 epochs, mixed SCST, re-ranked",
-    "long_mixed_rewards_288px_weight0.1": "40 epochs, mixed SCST, 288 px, 16 re-ranked at weight 0.7",
+    "long_mixed_rewards_288px_weight0.1": "40 epochs, mixed SCST, 16 re-ranked, 288 px",
 }
 CAPTIONS = {f"flickr8k/{score}": score_name(score) for score in ("Bleu_1", "Bleu_4", "METEOR", "CIDEr")}
 WORDS = {"flickr8k/mean_length": "words per caption", "flickr8k/vocabulary": "different words"}

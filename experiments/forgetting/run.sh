@@ -70,6 +70,7 @@ if [ -n "$root" ]; then
     tune c0 model.contrastive_weight=0
     tune frozen model.contrastive_weight=0 'model.freeze=[image_encoder,pooling,text]'
     tune lora model.contrastive_weight=0 lora.rank=8 "$towers"
+    tune c0.3 model.contrastive_weight=0.3
   done
 fi
 python experiments/report.py forgetting "$runs"/*_seed*
