@@ -52,6 +52,7 @@ class Settings:
         generate: options of `CoCa.generate`, e.g. {"strategy": "beam", "num_beams": 4}; None for greedy captions.
             A prompt is of captions only: an answer begins with its question.
         rerank: decoder re-ranking in retrieval: how many images are scored by the decoder for each text; 0 for none.
+            The decoder's share of the score is `evals.NAME.rerank_weight`, 0.5 by default.
         attention: for how many images the report shows where the model looked as it wrote each word.
         answerer: of the model that is scored, if it has one; during training the callback knows.
 

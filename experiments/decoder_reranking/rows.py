@@ -1,7 +1,7 @@
 """What the decoder adds to a trained model, for weights from 0 (embeddings alone) to 1 (the decoder alone).
 
     python experiments/decoder_reranking/rows.py scenes CHECKPOINT
-    python experiments/decoder_reranking/rows.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K --counts 8
+    python experiments/decoder_reranking/rows.py flickr8k CHECKPOINT --root FOLDER_OF_FLICKR8K --counts 2 4 8 16
 
 - Recall after re-ranking, as `coca-evaluate scoring.rerank=N` does it, for some numbers N of candidates.
 - The same time spent otherwise: recall of embeddings that are averaged over N views of each image, until they take

@@ -50,13 +50,13 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
     "SCST at 2e-4, two epochs, after 20 epochs": ("captions", "rewards", SHOWN),
     "SCST at 2e-5, four epochs, after 40 epochs": ("long", "long_rewards", SHOWN),
     "the same with the mixed reward": ("long", "long_mixed_rewards", SHOWN),
-    "four more epochs of that at 5e-5": ("long_mixed_rewards", "long_mixed_rewards_5e-5", SHOWN),
+    "four more epochs with the mixed reward at 5e-5": ("long_mixed_rewards", "long_mixed_rewards_5e-5", SHOWN),
     "best of 8 beams at weight 0.2, after 40 epochs": ("long", "long_8beams_reranked", WRITING),
     "best of 8 beams at weight 0.2, after SCST": ("long_rewards", "long_rewards_8beams_reranked", WRITING),
     "best of 8 beams at weight 0.1, after SCST with the mixed reward": (
         ("long_mixed_rewards", "long_mixed_rewards_8beams_weight0.1", WRITING)
     ),
-    "288 px instead of 256, after that": (
+    "288 px instead of 256 with these beams": (
         ("long_mixed_rewards_8beams_weight0.1", "long_mixed_rewards_288px_8beams_weight0.1", WRITING)
     ),
     "decoder re-ranking, after 40 epochs": ("long", "long_reranked", FINDING),
@@ -66,7 +66,7 @@ LEVERS = {  # name: runs without and with it, and the scores that it can change
         "long_mixed_rewards_weight0.1",
         FINDING,
     ),
-    "16 candidates at weight 0.7 instead of 8 at 0.5, and 288 px, after that": (
+    "16 candidates at weight 0.7 instead of 8 at 0.5, and 288 px, after SCST with the mixed reward": (
         ("long_mixed_rewards_weight0.1", "long_mixed_rewards_288px_weight0.1", FINDING)
     ),
 }
