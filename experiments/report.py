@@ -46,6 +46,16 @@ NEGATIVE = {
     "text_both": "few pairs: both",
 }
 
+OWN_PHOTOS = {f"photos_{count}": f"{count:,} photos" for count in (50, 500, 5000)}
+OWN_SCORES = {
+    "seconds": "seconds",
+    "my_photos/Bleu_4": "BLEU-4",
+    "my_photos/METEOR": "METEOR",
+    "my_photos/CIDEr": "CIDEr",
+    "my_photos/i2t_recall@5": "image to text R@5",
+    "my_photos/t2i_recall@5": "text to image R@5",
+}
+
 
 def results(name: str) -> Path:
     return EXPERIMENTS / name / "results.csv"
@@ -54,6 +64,11 @@ def results(name: str) -> Path:
 def negative(rows: Sequence[Row]) -> str:
     """The studies that changed nothing in one table, with the runs that they share with the study of loss weights."""
     return by_variant(renamed([*read_rows(results("loss_weights")), *rows], NEGATIVE), SCENE_SCORES)
+
+
+def own_photos(rows: Sequence[Row]) -> str:
+    """A line for each size of the folder."""
+    return by_variant(renamed(rows, OWN_PHOTOS), OWN_SCORES)
 
 
 STUDIES: dict[str, Any] = {
@@ -66,6 +81,7 @@ STUDIES: dict[str, Any] = {
         {"1to0": "1 : 0", "2to1": "2 : 1", "1to2": "1 : 2", "1to4": "1 : 4", "0to1": "0 : 1"},
         SCENE_SCORES,
     ),
+    "own_photos": TableStudy(results("own_photos"), own_photos),
     "negative": TableStudy(results("negative"), negative),
 }
 STUDIES |= {

@@ -14,13 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coca_lit.report.scores import data_name, in_print_units, score_name
-from coca_lit.report.tables import Table, markdown
+from coca_lit.runs.scores import data_name, in_print_units, score_name
+from coca_lit.tools.report.tables import Table, markdown
 
 Row = dict[str, str]
 
 EXPERIMENTS = Path(__file__).resolve().parent
-READMES = (EXPERIMENTS.parent / "README.md", EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md")))
+READMES = (
+    *(EXPERIMENTS.parent / "README.md", EXPERIMENTS.parent / "coca_lit" / "assets" / "photos" / "README.md"),
+    *(EXPERIMENTS / "README.md", *sorted(EXPERIMENTS.glob("*/README.md"))),
+)
 MARK = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 ABOUT = ("run", "seed", "seconds", "commit", "machine", "torch", "command")
 DATA = {"scenes": "scenes", "compositional": "unseen combinations", "flickr8k": "photos"}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from coca_lit.inference.caption import caption
-from coca_lit.inference.inputs import find_images, find_inputs
-from coca_lit.inference.outputs import open_writer
 from coca_lit.models import CoCa, create_model
+from coca_lit.tools.caption.captioner import caption_units
+from coca_lit.tools.caption.inputs import find_images, find_inputs
+from coca_lit.tools.caption.outputs import open_writer
 from experiments.benchmarks.record import record
 
 
@@ -45,7 +45,7 @@ def run(model: CoCa, photos: list[str], strategy: str, batch: int, workers: int)
     options = {"strategy": strategy, "min_length": min(30, model.tokenizer.context_length) - 1}
     with tempfile.TemporaryDirectory() as folder:
         writer = open_writer(f"{folder}/captions.jsonl", units, {})
-        totals = caption(model, units, writer, options, batch, workers)
+        totals = caption_units(model, units, writer, options, batch, workers)
     rate = totals.images / totals.seconds
     return {
         "workers": workers,

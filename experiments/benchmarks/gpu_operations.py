@@ -20,10 +20,10 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from coca_lit.cli.gpu_check import open_clip_loss
 from coca_lit.losses import caption, loss_terms
 from coca_lit.models import create_model
 from coca_lit.models.packing import to_device
+from coca_lit.tools.gpu_check.checks import open_clip_loss
 from coca_lit.training.optim import AdamW
 from experiments.benchmarks.record import record
 

@@ -29,11 +29,12 @@ from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_t
 from PIL import Image
 
 from coca_lit.data.batch import Example, collate
+from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import tar_indexes
+from coca_lit.data.shards.indexing import tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.reader import ShardSample, sample_of
-from coca_lit.data.transforms import Box, RandomCrop, decode_pixels, random_box, resized
+from coca_lit.data.shards.reader import Pair, pair_of
+from coca_lit.data.transforms import Box, RandomCrop, as_tensor, random_box, resized
 from coca_lit.tokenizer import get_tokenizer
 from experiments.benchmarks.harness import interleaved, ratio
 from experiments.benchmarks.record import record
@@ -73,11 +74,10 @@ def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
     """Shards to batches; the target is for local shards, which are indexed. Tokenizers are made before."""
     our_tokenizer, their_tokenizer = get_tokenizer("clip"), open_clip.get_tokenizer("coca_ViT-B-32")
 
-    def ours(indexed: bool) -> None:
+    def ours() -> None:
         data = LAIONDataModule(
             f"{folder}/*.tar",
             args.count,
-            indexed=indexed,
             cache_dir=folder,
             tokenizer=our_tokenizer,
             batch_size=BATCH,
@@ -93,22 +93,21 @@ def whole(folder: str, args: Namespace) -> Iterator[dict[str, object]]:
         ).dataloader
         assert sum(len(images) for images, _ in loader) == args.count
 
-    variants = {"theirs": theirs, "indexed": lambda: ours(True), "streamed": lambda: ours(False)}
+    variants = {"theirs": theirs, "indexed": ours}
     seconds = interleaved(variants, args.repetitions)
     yield {"what": "all, indexed shards", **result(seconds, "indexed", args.count), "target": "at least 3.5"}
-    yield {"what": "all, streamed shards", **result(seconds, "streamed", args.count)}
 
 
-def parts(folder: str, samples: Sequence[ShardSample], repetitions: int) -> Iterator[dict[str, object]]:
+def parts(folder: str, samples: Sequence[Pair], repetitions: int) -> Iterator[dict[str, object]]:
     """The same work in stages, each on the output of the stage before."""
-    encode, texts = get_tokenizer("clip").encode, [sample.captions["txt"][0] for sample in samples]
+    encode, texts = get_tokenizer("clip").encode, [captions["txt"][0] for _, captions in samples]
     their_tokens, their_transform, crop = (
         open_clip.get_tokenizer("coca_ViT-B-32"),
         image_transform(SIZE, True),
         RandomCrop(SIZE),
     )
-    pictures, rng = [open_with_pillow(sample.image) for sample in samples], random.Random(0)
-    decoded = [decode_pixels(sample.image, sample.key) for sample in samples]
+    pictures, rng = [open_with_pillow(image) for image, _ in samples], random.Random(0)
+    decoded = [as_tensor(decode_pixels(image, "it")) for image, _ in samples]
     floats = [their_transform(picture) for picture in pictures[:BATCH]]
     examples = [
         Example(crop(pixels, rng), encode(text), "") for pixels, text in zip(decoded[:BATCH], texts, strict=False)
@@ -118,8 +117,8 @@ def parts(folder: str, samples: Sequence[ShardSample], repetitions: int) -> Iter
     pieces: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "read": (lambda: [*wds.WebDataset(tar_names(folder), shardshuffle=False)], lambda: read_indexed(folder)),
         "decode": (
-            lambda: [open_with_pillow(sample.image) for sample in samples],
-            lambda: [decode_pixels(sample.image, sample.key) for sample in samples],
+            lambda: [open_with_pillow(image) for image, _ in samples],
+            lambda: [as_tensor(decode_pixels(image, "it")) for image, _ in samples],
         ),
         "crop and resize": (
             lambda: [their_transform(picture) for picture in pictures],
@@ -144,7 +143,7 @@ def sizes(repetitions: int) -> Iterator[dict[str, object]]:
         return [transform(open_with_pillow(content)) for content in encoded]
 
     def ours(encoded: Sequence[bytes]) -> list[torch.Tensor]:
-        return [crop(decode_pixels(content, ""), rng) for content in encoded]
+        return [crop(as_tensor(decode_pixels(content, "")), rng) for content in encoded]
 
     for short in (256, 512, 1024, 2048):
         encoded = [synthetic_photo(seed, short) for seed in range(PHOTOS)]
@@ -186,12 +185,12 @@ def result(seconds: dict[str, list[float]], ours: str, count: int) -> dict[str, 
     return {"ratio": ratio(seconds["theirs"], seconds[ours]), **{f"{k} µs": 1e6 * t for k, t in times.items()}, **rates}
 
 
-def check_pixels(samples: Sequence[ShardSample]) -> int:
+def check_pixels(samples: Sequence[Pair]) -> int:
     """The largest difference to OpenCLIP's transform, in grey levels; ends the run where it is above the tolerance."""
     theirs, largest = image_transform(SIZE, is_train=True), 0
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    for seed, sample in enumerate(samples):
-        pixels, picture = decode_pixels(sample.image, sample.key), open_with_pillow(sample.image)
+    for seed, (image, _) in enumerate(samples):
+        pixels, picture = as_tensor(decode_pixels(image, "it")), open_with_pillow(image)
         box = random_box(picture.height, picture.width, random.Random(seed))
         theirs.transforms[0].get_params = lambda *_, box=box: tuple(box)
         expected = ((theirs(picture) * std + mean) * 255).round().int()
@@ -201,9 +200,9 @@ def check_pixels(samples: Sequence[ShardSample]) -> int:
     return largest
 
 
-def read_indexed(folder: str) -> list[ShardSample]:
+def read_indexed(folder: str) -> list[Pair]:
     indexes = tar_indexes(find_shards(tar_names(folder)), Path(folder))
-    return [sample_of(index.read(i), ["txt"], index.shard) for index in indexes for i in range(len(index))]
+    return [pair_of(index.read(i), ["txt"], index.shard.name) for index in indexes for i in range(len(index))]
 
 
 def tar_names(folder: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from coca_lit.data.transforms import CropToPatches
+from coca_lit.data.any_shape import CropToPatches
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.patches import Images, Patches, stack_images

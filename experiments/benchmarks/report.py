@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.report.tables import Table, markdown
+from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import Row, read_rows, readable
 
 FOLDER = Path(__file__).resolve().parent
@@ -131,17 +131,25 @@ LAYOUTS: dict[str, Layout] = {
         {"images": "images", "images/s": "images/s", "time inside the model, %": "inside the model"},
     ),
     "startup": Layout({"case": "command"}, {"s": "wall s", "target, s": "target"}),
+    "busy": Layout(
+        {"case": "task", "other programs": "other programs"},
+        {f"{way}, samples/s": ("samples/s", way) for way in ("long waits", "as shipped", "one thread")},
+    ),
 }
 
 
 def tables() -> dict[str, str]:
-    return {f"benchmarks/{name}": table(name, layout) for name, layout in LAYOUTS.items()}
+    return {f"benchmarks/{name}": table(recorded(name), layout) for name, layout in LAYOUTS.items()}
 
 
-def table(name: str, layout: Layout) -> str:
+def recorded(name: str) -> list[Row]:
+    """All rows of the CSV that a table is made of, in the order in which they were measured."""
+    return read_rows(FOLDER / f"{name.partition('/')[0]}.csv")
+
+
+def table(recorded: Sequence[Row], layout: Layout) -> str:
     """Markdown of a layout and, below it, the command and where its rows were measured."""
-    everything = read_rows(FOLDER / f"{name.partition('/')[0]}.csv")
-    rows = [row for row in everything if all(row[column] in kept for column, kept in layout.only.items())]
+    rows = [row for row in recorded if all(row[column] in kept for column, kept in layout.only.items())]
     side = next((column for column in SIDES if column in rows[0] and column not in layout.names), None)
     newest: dict[tuple[str, ...], dict[str, Row]] = {}  # a case that was measured again keeps its place
     for row in rows:

@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coca_lit.metrics.captions import SCORERS, caption_scores, score_tokens, tokenize_captions
-from coca_lit.metrics.diversity import caption_statistics
+from coca_lit.metrics.captions import SCORERS, caption_scores, caption_statistics, score_tokens, tokenize_captions
 from coca_lit.metrics.java.meteor import shared_meteor
 from experiments.benchmarks.record import record
 

@@ -24,8 +24,7 @@ import torch
 from coca_lit.data.datasets.annotations import read_references, read_results
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.evals.inference import caption_images
-from coca_lit.metrics.captions import SCORERS, STANDARD, Tokens, score_tokens, tokenize_captions
-from coca_lit.metrics.diversity import WORD
+from coca_lit.metrics.captions import SCORERS, STANDARD, WORD, Tokens, score_tokens, tokenize_captions
 from coca_lit.metrics.java.spice import SpiceError, spice_jars
 from coca_lit.metrics.uncertainty import DRAWS, Draws, difference
 from coca_lit.reading import read_json
@@ -81,7 +80,7 @@ def mean(systems: Sequence[System]) -> System:
     for size, first in systems[0].items():
         found[size] = {}
         for name, draws in first.items():
-            values, scores, _ = zip(*(system[size][name] for system in systems), strict=True)
+            values, scores, *_ = zip(*(system[size][name] for system in systems), strict=True)
             found[size][name] = Draws(np.mean(values, axis=0), statistics.mean(scores), draws.units)
     return found
 

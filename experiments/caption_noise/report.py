@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from coca_lit.report.scores import NAMES
+from coca_lit.runs.scores import NAMES
 from experiments.study import Row, read_rows, with_about
 
 RESULTS = Path(__file__).with_name("results.csv")

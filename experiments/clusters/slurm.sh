@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real SLURM of one node on this machine, for tests and to try things out.
+# A real SLURM of one node on this machine, for tests and to try things out; in a shell of experiments/clusters/alone.sh,
+# as its daemons listen on all interfaces.
 #   apt-get install slurm-wlm munge                # once, as root
 #   experiments/clusters/slurm.sh start FOLDER     # controller and node daemon; state and logs in FOLDER
 #   experiments/clusters/slurm.sh stop FOLDER
@@ -8,11 +9,16 @@ set -euo pipefail
 action=${1:?start or stop} folder=$(realpath -m "${2:?a folder}")
 
 start() {
+    if ip -o address | grep -qv '^[0-9]*: lo '; then
+        echo "SLURM would listen on all interfaces: start it in experiments/clusters/alone.sh bash" >&2
+        return 1
+    fi
     mkdir -p "$folder"/{spool,state,log}
     if ! munge -n </dev/null >/dev/null 2>&1; then
         [ -s /etc/munge/munge.key ] || mungekey --create
         mkdir -p /run/munge && chown munge: /run/munge /etc/munge/munge.key
         su -s /bin/sh munge -c /usr/sbin/munged 2>/dev/null || runuser -u munge -- /usr/sbin/munged
+        cp /run/munge/munged.pid "$folder" || true # for `stop`, which leaves a munged that others started
     fi
     host=$(hostname -s)
     cat >"$folder/slurm.conf" <<CONF
@@ -59,11 +65,12 @@ CONF
 }
 
 stop() {
-    for daemon in slurmd slurmctld; do
+    for daemon in slurmd slurmctld munged; do
         [ -s "$folder/$daemon.pid" ] || continue
         pid=$(cat "$folder/$daemon.pid")
         kill "$pid" 2>/dev/null || continue
         timeout 10 tail --pid="$pid" -f /dev/null || true # until it is gone
+        rm -f "$folder/$daemon.pid"
     done
 }
 

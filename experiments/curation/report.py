@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import fmean
 
-from coca_lit.report.tables import Table, markdown
+from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import (
     Row,
     as_they_are,

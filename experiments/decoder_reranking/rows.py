@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import to_pil_image
 
-from coca_lit.data.datasets.flickr import flickr_records
+from coca_lit.data.datasets.captions import flickr_records
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import scene_choice_records
 from coca_lit.data.scenes.render import scene_records

@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_data, build_module, with_vocabulary
 from coca_lit.cli.command import compose
-from coca_lit.cli.plan import build_without_weights
 from coca_lit.data.batch import Batch
 from coca_lit.lit_module import CoCaLit
-from coca_lit.plan.trace import trace
 from coca_lit.runs.run_folder import environment
+from coca_lit.tools.plan.command import build_without_weights
+from coca_lit.tools.plan.trace import trace
 from experiments.benchmarks.harness import interleaved, ratio
 from experiments.study import replace_rows
 

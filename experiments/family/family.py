@@ -13,7 +13,7 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs, embed_texts, evaluating, write_texts
 from coca_lit.evals.retrieval import decoder_rerank
 from coca_lit.metrics.captions import caption_scores, exact_match
-from coca_lit.metrics.java.ptb import ptb_tokenize
+from coca_lit.metrics.java.runtime import ptb_tokenize
 from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.patches import Images

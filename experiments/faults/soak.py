@@ -46,15 +46,14 @@ TIMES = ("samples/s", "train/data_wait", "train/scoring_share")  # in metrics.cs
 # Two epochs of eight batches of the smallest network that has everything; a checkpoint at every fourth batch.
 TINY = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1"),
-    *("trainer.val_check_interval=4", "data.batch_size=4", "model.warmup_steps=2", "evals=[]", "threads=1"),
+    *("trainer.val_check_interval=4", "data.batch_size=4", "model.warmup_steps=2", "evals=[]"),
     *("+model.net.text_layers=1", "+model.net.decoder_layers=1", "model.net.dropout=0.2"),
     *("+model.net.embed_dim=32", "+model.net.text_width=32", "+model.net.text_heads=2", "+model.net.pooler_heads=2"),
     "+model.net.image_encoder_args={channels: [8, 8, 16, 16], output_stride: 8}",
     *("callbacks.checkpoint.every_n_steps=4", "callbacks.checkpoint.keep_last=3", "callbacks.progress=null"),
 )
 # How often each kind of data is drawn. All shards but the broken ones have manifests and may lose nothing.
-DATA = {"scenes": 4} | dict.fromkeys(("streamed shards", "indexed shards", "streamed mixture", "indexed mixture"), 2)
-DATA |= {"streamed broken shards": 1, "indexed broken shards": 1}
+DATA = {"scenes": 4, "indexed shards": 4, "indexed mixture": 4, "indexed broken shards": 2}
 SETS = ("a", "b")  # folders of shards, of the sources of a mixture
 # Parts of a configuration; {work} is a folder for all runs, {run} the name of this one.
 PARTS: dict[str, tuple[str, ...]] = {
@@ -70,7 +69,10 @@ PARTS: dict[str, tuple[str, ...]] = {
         "data.cache_dir={work}/{run}-views",
     ),
     "averaged weights": ("ema=0.9",),
-    "accumulation": ("trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=2"),
+    "accumulation": (
+        *("trainer.accumulate_grad_batches=2", "callbacks.checkpoint.every_n_steps=2"),
+        "model.caption_weight=0",  # losses over tokens are not accumulated
+    ),
     "early stopping": (  # at the end of the second epoch, if the loss falls
         "trainer.max_epochs=3",
         "+callbacks.stop={{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: train/contrastive_loss, "
@@ -82,7 +84,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
 }
 ONLY_SCENES = ("rewards", "cached features")  # these need the captions, or the images, of all samples
-NOT_BOTH = (("rewards", "micro-batches"),)
+NOT_BOTH = (("rewards", "micro-batches"), ("rewards", "accumulation"), ("texts", "accumulation"))
 PARTS_DRAWN = 3  # in the mean
 
 
@@ -91,20 +93,21 @@ class Case(NamedTuple):
 
     data: str
     workers: int
+    ranks: int
     parts: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        return ", ".join((self.data, f"{self.workers} workers", *self.parts))
+        return ", ".join((self.data, f"{self.workers} workers", f"{self.ranks} ranks", *self.parts))
 
     def overrides(self, work: Path, run: str) -> tuple[str, ...]:
         words = [*TINY, f"data.num_workers={self.workers}"]
+        words += [victim.RANKS, "trainer.strategy=ddp"] if self.ranks == 2 else []
         folder = folder_of(self.data, work)
         if self.data == "scenes":
             words += ["data.train_count=32"]
         else:
-            words += ["data=laion", "data.epoch_samples=32", "data.shuffle_buffer=4"]
-            words += [f"data.indexed={str('indexed' in self.data).lower()}"]
+            words += ["data=laion", "data.epoch_samples=32"]
             words += [f"data.max_bad_fraction={0.8 if 'broken' in self.data else 0.0}"]
             a, b = (f"'{folder}/{name}/*.tar'" for name in SETS)
             if "mixture" in self.data:
@@ -123,7 +126,7 @@ def drawn(rng: random.Random) -> Case:
         fits &= not any(part in pair and other in pair for pair in NOT_BOTH for other in parts)
         if fits and rng.random() < PARTS_DRAWN / len(PARTS):
             parts.append(part)
-    return Case(data, rng.choice((0, 2)), tuple(sorted(parts)))
+    return Case(data, rng.choice((0, 2)), rng.choice((1, 1, 2)), tuple(sorted(parts)))
 
 
 def folder_of(data: str, work: Path) -> Path:
@@ -193,8 +196,12 @@ class Run:
         return False
 
     def kill(self, with_workers: bool = True, allowed: tuple[int, ...] = ()) -> str | None:
+        leader, parts = self._leader(), victim.RANKS in self.overrides
         with contextlib.suppress(ProcessLookupError):  # over at this very moment
-            (os.killpg if with_workers else os.kill)(self._leader(), signal.SIGKILL)
+            if with_workers:
+                os.killpg(leader, signal.SIGKILL)
+            else:
+                os.kill(self.rng.choice((parts and victim.children(leader)) or [leader]), signal.SIGKILL)
         return self.ends(-signal.SIGKILL, *allowed)
 
     def terminate(self, again: float | None = None) -> str | None:
@@ -289,8 +296,8 @@ def _lines(path: Path) -> set[str]:
 
 def write_data(folder: Path, broken: bool) -> None:
     """Two folders of four shards of four scenes; with manifests, or with samples and shards that nobody can read."""
-    from coca_lit.cli.data import data
-    from coca_lit.data.scenes.export import write_shards
+    from coca_lit.tools.prepare.command import data
+    from coca_lit.tools.prepare.scenes import write_shards
 
     for name in SETS:
         (folder / name).mkdir(parents=True)
@@ -416,7 +423,7 @@ def summary(events: list[dict[str, str]]) -> list[dict[str, str]]:
         "accumulation": "with gradient accumulation",
         "scores": "with scores during training",
     }
-    for part in ("scenes", "streamed", "indexed", "mixture", "broken", "2 workers", *PARTS):
+    for part in ("scenes", "streamed", "indexed", "mixture", "broken", "2 workers", "2 ranks", *PARTS):
         title = phrases.get(part, f"with {part}")
         groups[part] = (f"of these, {title}", [event for event in events if part in event["case"]])
     return [{"run": name, "fault": title, **_counts(found)} for name, (title, found) in groups.items() if found]

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "tests" / "data" / "shards")]
-
-from faulty_store import FaultyStore  # noqa: E402  found by the lines above
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "tests")]
 
 from experiments.faults import soak  # noqa: E402
 from experiments.faults.soak import TINY, Run, difference, write_csv  # noqa: E402
+from helpers.faulty_store import FaultyStore  # noqa: E402  found by the lines above
 
 soak.HANGS = 900  # seconds: a run waits for several outages
 SHARDS, SAMPLES = 16, 2  # of each
@@ -80,14 +79,14 @@ class Store(FaultyStore):
 def overrides(workers: int, cache: Path) -> tuple[str, ...]:
     return (
         *(*TINY, "data=laion", f"data.shards=s3://{BUCKET}/set/*.tar", "data.epoch_samples=32"),
-        *("data.indexed=false", "data.shuffle_buffer=4", "data.max_bad_fraction=0", f"data.num_workers={workers}"),
+        *("data.window=8", "data.readers=2", "data.max_bad_fraction=0", f"data.num_workers={workers}"),
         *(f"data.cache_dir={cache}", f"data.cache_gb={CACHE / 1e9}"),
     )
 
 
 def upload(store: FaultyStore, folder: Path) -> None:
-    from coca_lit.cli.data import data
-    from coca_lit.data.scenes.export import write_shards
+    from coca_lit.tools.prepare.command import data
+    from coca_lit.tools.prepare.scenes import write_shards
 
     folder.mkdir()
     write_shards(folder, count=SHARDS * SAMPLES, size=32, per_shard=SAMPLES)

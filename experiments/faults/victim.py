@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from io import BytesIO
@@ -14,6 +15,8 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
+RANKS = "trainer.devices=2"  # of a run of two ranks
+GRACE = 30  # seconds that torchrun gives the other ranks when one has failed
 WRITES = {"os.rename", "os.remove", "os.symlink", "os.truncate"}  # audit events, besides "open"
 
 
@@ -40,22 +43,72 @@ def train(folder: Path, overrides: tuple[str, ...], data: Path, trouble: Trouble
     descriptor = os.open(folder.parent / f"{folder.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    make(trouble, folder, data)
+    if RANKS in overrides:
+        as_torchrun(2)
     import torch
 
-    from coca_lit.cli import runtime
+    from experiments.faults.preload import THREADS
+
+    if os.environ.get("RANK", "0") == "0":
+        make(trouble, folder, data)
     from coca_lit.cli import train as cli
     from coca_lit.cli.command import compose
     from coca_lit.errors import UserError
+    from coca_lit.runs import results
 
-    torch.set_num_threads(1)
-    runtime.PAUSE = 1  # second between two tries to write the scores on a full disk
+    torch.set_num_threads(1 if "RANK" in os.environ else THREADS)  # torchrun sets OMP_NUM_THREADS=1
+    results.PAUSE = 1  # second between two tries to write the scores on a full disk
     _tell(training)
     cfg = compose("train", [f"output_dir={folder}", "name=soak", *overrides])
     try:
         cli.run(cfg)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def as_torchrun(count: int) -> None:
+    """Forks this many ranks, in each of which this returns, with what torchrun tells a process. The first process waits
+    for them, passes SIGTERM on, ends the others when one fails, and then ends as the first that failed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "TORCHELASTIC_RUN_ID": "soak"}
+    told |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
+    running: set[int] = set()
+    for rank in range(count):
+        if (pid := os.fork()) == 0:
+            os.environ |= {name: str(value) for name, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            return
+        running.add(pid)
+
+    def send(number: int) -> None:
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    signal.signal(signal.SIGTERM, lambda *_: send(signal.SIGTERM))
+    signal.signal(signal.SIGALRM, lambda *_: send(signal.SIGKILL))
+    failed: list[int] = []
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        if code := os.waitstatus_to_exitcode(status):
+            if not failed:
+                send(signal.SIGTERM)
+                signal.alarm(GRACE)
+            failed.append(code)
+    first = failed[0] if failed else 0
+    if first < 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), -first)
+    os._exit(first)
+
+
+def children(process: int) -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:  # it has ended
+        return []
 
 
 def _tell(training: Event) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from coca_lit.report.scores import score_name
-from coca_lit.report.tables import Table, markdown
+from coca_lit.runs.scores import score_name
+from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import Row, by_variant, draw_variants, numbers, read_rows, renamed, unit, variants
 
 RESULTS = Path(__file__).with_name("results.csv")

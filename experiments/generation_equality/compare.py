@@ -7,16 +7,17 @@ import argparse
 import json
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa
-from coca_lit.models.generation import generate as writing
-from coca_lit.models.generation.state import Decoding, StaticDecoding
+from coca_lit.models.generation.generate import write
+from coca_lit.models.generation.state import Decoding
+from coca_lit.models.generation.static import StaticDecoding, static_step
 from coca_lit.runs.run_folder import environment
 
 WORDS = ["a", "red", "blue", "dog", "cat", "on", "grass"]
@@ -126,12 +127,13 @@ def main() -> None:
         count = draw.between(1, 5)
         images = torch.randn(count, 3, 16, 16, generator=draw.generator)
         options = random_options(draw, count, case)
-        found = {}
-        for name, kind in (("cached", Decoding), ("static", StaticDecoding), ("uncached", Uncached)):
+        found: dict[str, Any] = {}
+        static = partial(StaticDecoding, step=static_step, buffers={})
+        kinds: dict[str, Any] = {"cached": Decoding, "static": static, "uncached": Uncached}
+        for name, kind in kinds.items():
             if "generator" in options:
                 options["generator"].manual_seed(case)
-            with patch.object(writing, "decoding_for", kind):
-                found[name] = model.generate(images, **options)
+            found[name] = write(model, images, kind, False, False, options)
         for name in ("cached", "static"):
             key = f"{name}/{options['strategy']}"
             tried[key] += 1

@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from coca_lit import distributed
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.plan.estimate import Model, Recipe, measure, memory, per_sample
-from coca_lit.plan.trace import cost
+from coca_lit.tools.plan.estimate import Model, Recipe, measure, memory, per_sample
+from coca_lit.tools.plan.trace import cost
 from coca_lit.training.gradient_caching import cached_loss
 from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import shard

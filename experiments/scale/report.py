@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coca_lit.report.tables import Table, markdown
+from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import read_rows, write_rows, write_tables
 
 FOLDER = Path(__file__).resolve().parent

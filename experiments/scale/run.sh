@@ -5,5 +5,4 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 python experiments/scale/scale.py
 python experiments/scale/counted.py
-python experiments/scale/shuffle.py
 python experiments/report.py scale

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from coca_lit.models import create_model
-from coca_lit.plan.estimate import (
+from coca_lit.tools.plan.estimate import (
     Cost,
     Model,
     Recipe,
@@ -23,8 +23,8 @@ from coca_lit.plan.estimate import (
     memory,
     samples_per_second,
 )
-from coca_lit.plan.settings import GPUS
-from coca_lit.plan.trace import cost
+from coca_lit.tools.plan.settings import GPUS
+from coca_lit.tools.plan.trace import cost
 from experiments.scale.report import record
 
 MODELS = {"B/32": ("coca_vit_b32", 224), "L/14": ("coca_vit_l14", 224), "2.1B": ("coca_2b", 288)}

@@ -1,7 +1,7 @@
 """Requeues one job of train.sbatch again and again, on a real SLURM of one node (experiments/clusters), and compares it
 with an undisturbed job.
 
-    python experiments/slurm/requeues.py --times 10
+    experiments/clusters/alone.sh python experiments/slurm/requeues.py --times 10
 
 requeues.csv has a row for each requeue. Needs root, as the daemons do: apt-get install slurm-wlm munge
 """
@@ -99,8 +99,8 @@ class Submitted(NamedTuple):
 def cluster(folder: Path) -> Iterator[Path]:
     """The slurm.conf of a SLURM of one node that runs within the block; raises `RuntimeError` if it does not start."""
     env = os.environ | {"SLURM_TEST_PORT": str(free_port())}
-    started = subprocess.run([SCRIPT, "start", folder], env=env, stderr=subprocess.PIPE, text=True, timeout=90)
     try:
+        started = subprocess.run([SCRIPT, "start", folder], env=env, stderr=subprocess.PIPE, text=True, timeout=90)
         if started.returncode:
             raise RuntimeError(f"SLURM does not start: {' '.join(started.stderr.splitlines()[-3:])}")
         yield folder / "slurm.conf"
@@ -169,7 +169,7 @@ def main() -> None:
     from coca_lit.runs.run_folder import environment
 
     about = {key: environment()[key] for key in ("commit", "machine", "torch")}
-    about["command"] = f"python experiments/slurm/requeues.py --times {options.times}"
+    about["command"] = f"experiments/clusters/alone.sh python experiments/slurm/requeues.py --times {options.times}"
     words = (*SIZES, *SHORT, *LOGS, f"trainer.max_epochs={4 * options.times}")
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder, cluster(Path(folder) / "slurm") as config:
         slurm = Cluster(config, Path(folder))

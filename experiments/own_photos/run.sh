@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Trains on parts of Flickr8k of 50, 500 and 5,000 photos, laid out as a stranger's folder, with the command for own photos;
+# finished runs are skipped. Needs pip install -e '.[pretrained]'
+set -euo pipefail
+flickr=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
+cd "$(dirname "$0")/../.."
+runs=()
+for photos in 50 500 5000; do
+    folder=outputs/own_photos/folders/photos_$photos
+    run=photos_${photos}_seed0
+    [ -d "$folder" ] || python experiments/own_photos/subset.py "$flickr" "$folder" "$photos"
+    [ -s "outputs/own_photos/$run/results.json" ] ||
+        python train.py experiment=my_photos data.root="$folder" seed=0 name="own_photos/$run" data_dir=outputs/own_photos threads=1
+    runs+=("outputs/own_photos/$run")
+done
+python experiments/report.py own_photos "${runs[@]}"
