@@ -4,16 +4,21 @@ The names below are the stable Python interface. They are imported on first use,
 nothing.
 """
 
+import sys
 from importlib import import_module
+from os.path import dirname
 from typing import TYPE_CHECKING, Any
 
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] != dirname(dirname(__file__)):
+    del sys.path[0]  # `python -m coca_lit.…` puts the current folder first, where a torch.py may lie among photos
+
 if TYPE_CHECKING:
-    from coca_lit.data.transforms import build_transform
-    from coca_lit.export.pretrained import from_pretrained, push_to_hub, save_pretrained
+    from coca_lit.data.evaluation_transforms import build_transform
     from coca_lit.metrics.captions import caption_scores
     from coca_lit.metrics.retrieval import recall_at_k
     from coca_lit.models import CoCa, create_model
     from coca_lit.tokenizer import get_tokenizer
+    from coca_lit.weights.hub import list_models
     from coca_lit.weights.load import load_model, save_model
     from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 
@@ -22,15 +27,13 @@ __version__ = "0.2.0"
 _HOMES = {
     "CoCa": "coca_lit.models",
     "create_model": "coca_lit.models",
+    "list_models": "coca_lit.weights.hub",
     "load_model": "coca_lit.weights.load",
     "save_model": "coca_lit.weights.load",
-    "from_pretrained": "coca_lit.export.pretrained",
-    "save_pretrained": "coca_lit.export.pretrained",
-    "push_to_hub": "coca_lit.export.pretrained",
     "from_open_clip": "coca_lit.weights.open_clip",
     "to_open_clip": "coca_lit.weights.open_clip",
     "get_tokenizer": "coca_lit.tokenizer",
-    "build_transform": "coca_lit.data.transforms",
+    "build_transform": "coca_lit.data.evaluation_transforms",
     "caption_scores": "coca_lit.metrics.captions",
     "recall_at_k": "coca_lit.metrics.retrieval",
 }
@@ -41,13 +44,11 @@ __all__ = [
     "caption_scores",
     "create_model",
     "from_open_clip",
-    "from_pretrained",
     "get_tokenizer",
+    "list_models",
     "load_model",
-    "push_to_hub",
     "recall_at_k",
     "save_model",
-    "save_pretrained",
     "to_open_clip",
 ]
 

@@ -4,10 +4,13 @@ Everything that the project writes in order to resume from it later is written b
 """
 
 import csv
+import json
 import logging
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO, StringIO
 from pathlib import Path
@@ -15,17 +18,36 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
 from coca_lit.errors import DataError
-from coca_lit.reading import MAX_JSON, open_regular
+from coca_lit.reading import MAX_JSON, open_regular, printable, read_json
 
 T = TypeVar("T")
+TEMPORARY = ".coca_lit-tmp"  # ends names of unfinished files and folders; in these it is a file, too
+_OURS = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
 log = logging.getLogger(__name__)
 _all_waiting: "WeakSet[Waiting[Any]]" = WeakSet()
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a killed process of ours left this unfinished: a file with a name that only `replacing` gives, or a
+    folder with a mark as well, see `temporary_folder`.
+    """
+    if path.is_dir() and not path.is_symlink():
+        return path.name.endswith(TEMPORARY) and (path / TEMPORARY).is_file()
+    return _OURS.fullmatch(path.name) is not None
+
+
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes temporary files and folders that killed processes left; `name` is a pattern of the final names."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        remove(path)
+    """Removes what killed processes left unfinished in a folder that is ours; `name` is a pattern of final names."""
+    for path in folder.glob(f".{name}.*{TEMPORARY}"):
+        if is_leftover(path):
+            remove(path)
+
+
+def temporary_folder(path: Path) -> Path:
+    """Where several processes together write a folder that will become `path`. The first file in it is `TEMPORARY`,
+    which marks it for `remove_leftovers`; whoever gives it its name removes the mark.
+    """
+    return path.with_name(f".{path.name}.ranks{TEMPORARY}")
 
 
 def remove(path: Path) -> None:
@@ -62,6 +84,53 @@ def atomic_write(path: Path, content: bytes) -> None:
     """Writes a file that is complete or absent, also after a crash; raises as `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`atomic_write` of indented JSON."""
+    atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
+    """Records in `file`, beside an output, the settings that make it. Of several processes that begin at once, the
+    first one records its own.
+
+    Args:
+        taken: whether the output exists already: then the record must, too.
+
+    Raises:
+        DataError: the output is made with other settings, or is not ours; or nothing can be written there.
+    """
+    if not taken and _created(file, (json.dumps(settings, indent=2) + "\n").encode()):
+        return
+    if not file.exists():
+        raise DataError(f"the output exists and this command did not write it ({file} is missing): choose another")
+    known = read_json(file, dict)
+    for key in {**settings, **known}:
+        if known.get(key) != settings.get(key):
+            was, now = (printable(f"{key}={values.get(key)}") for values in (known, settings))
+            raise DataError(f"{file} says {was}, but now {now}: choose another output")
+
+
+def _created(path: Path, content: bytes) -> bool:
+    """Writes a new file, complete or not at all; False if there is one."""
+    temporary = _beside(path)
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            try:
+                os.link(temporary, path)  # unlike a renaming, it fails if the file exists
+            except FileExistsError:
+                return False
+            except (OSError, NotImplementedError):  # no hard links here
+                with path.open("xb") as file:
+                    file.write(content)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_link(link: Path, target: Path) -> None:
@@ -196,7 +265,7 @@ def csv_line(row: Iterable[Any]) -> str:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def _remove_incomplete_line(file: FileIO) -> int:

@@ -1,23 +1,22 @@
-"""The only LightningModule: batch -> network -> loss terms -> weighted sum, and the optimizer."""
+"""The only LightningModule: batch -> network -> weighted losses -> their sum, and the optimizer."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from coca_lit.callbacks.resuming import forget_last_step, is_logged_step
 from coca_lit.data.batch import Batch
-from coca_lit.errors import ConfigError, check_number, error_context
+from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
-from coca_lit.models.text import GradCheckpointing
+from coca_lit.models.parts import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
-from coca_lit.training.objectives import Objective, Pairs, Texts, check_pairs, named_objectives
+from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step
+from coca_lit.training.objectives import Objective, Pairs, Texts, named_objectives
 from coca_lit.training.optim import warmup_cosine, warmup_stable_decay
 from coca_lit.training.sharding import FullySharded, shard
 from coca_lit.weights import MODEL_KEY
@@ -33,8 +32,8 @@ class CoCaLit(L.LightningModule):
         net: the network.
         optimizer: makes an optimizer for the trainable parameters of a module, see `coca_lit.training.optim.AdamW`.
         warmup_steps: steps of linear warm-up before the cosine; the total comes from the trainer.
-        contrastive_weight, caption_weight: factors of the two losses. A weight of 0 skips the loss and freezes what
-            only it trains.
+        contrastive_weight: factor of the contrastive loss; 0 skips it and freezes what only it trains.
+        caption_weight: factor of the caption loss; 0 skips it and freezes what only it trains, the decoder.
         text_weight: factor of the caption loss on batches of texts without images.
         label_smoothing: in the caption loss, see `Pairs`.
         self_critical: trains captions by their CIDEr-D; replaces the caption loss and takes its weight.
@@ -44,7 +43,7 @@ class CoCaLit(L.LightningModule):
         compile: run the transformer blocks through `torch.compile`.
         micro_batch_size: pairs that a process sends through the network at a time, see `gradient_caching`; None for
             the whole batch.
-        objectives: further losses on pairs, {name of your choice: objective}; None leaves one out.
+        objectives: further losses on pairs, {name of your choice: objective or function}; None leaves one out.
         cooldown_steps: replaces the cosine by a constant rate and a cooldown of this many steps, see
             `warmup_stable_decay`. 0: no cooldown, as for a trunk from which runs of several lengths branch.
         texts: some batches are texts without images, which train the decoder even if `caption_weight` is 0.
@@ -64,7 +63,7 @@ class CoCaLit(L.LightningModule):
         grad_checkpointing: GradCheckpointing = "none",
         compile: bool = False,
         micro_batch_size: int | None = None,
-        objectives: Mapping[str, Objective | None] = MappingProxyType({}),
+        objectives: Mapping[str, Callable[..., Any] | None] = MappingProxyType({}),
         cooldown_steps: int | None = None,
         texts: bool = False,
     ) -> None:
@@ -74,7 +73,14 @@ class CoCaLit(L.LightningModule):
         self.net = net
         self.make_optimizer = optimizer
         self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
-        self.pairs = Pairs(contrastive_weight, caption_weight, label_smoothing, micro_batch_size)
+        caption_weight = 0.0 if net.decoder is None else caption_weight
+        weights = (contrastive_weight, caption_weight, label_smoothing)
+        if micro_batch_size is None:
+            self.pairs = Pairs(*weights)
+        else:
+            from coca_lit.training.gradient_caching import MicroBatchedPairs
+
+            self.pairs = MicroBatchedPairs(micro_batch_size, *weights)
         self.texts = Texts(text_weight, label_smoothing)
         self.self_critical = self_critical
         further = named_objectives(objectives or {})
@@ -85,13 +91,19 @@ class CoCaLit(L.LightningModule):
         if texts and text_weight > 0:
             trained.add("decoder")
         freeze_parts(net, freeze, self.pairs.weights, trained)
-        check_pairs(self.pairs, net, bool(further))
+        self.pairs.check(net, bool(further))
         if self_critical is not None:
-            self_critical.replace(self.pairs, net)
+            self_critical.check(net, self.pairs)
+            self_critical.weights = {"policy": caption_weight, "contrastive": contrastive_weight}
         if grad_checkpointing != "none":
             net.set_grad_checkpointing(grad_checkpointing)
         if compile:
             net.compile_blocks()
+
+    def further_objectives(self) -> dict[str, Objective]:
+        """Those besides `Pairs` and `Texts`, by the keys of their configuration."""
+        found = {f"model.objectives.{name}": cast(Objective, made) for name, made in self.objectives.items()}
+        return found | ({"model.self_critical": self.self_critical} if self.self_critical is not None else {})
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         forget_last_step(self.trainer)
@@ -103,29 +115,25 @@ class CoCaLit(L.LightningModule):
             ConfigError: texts train nothing of the network, since all that they reach is frozen.
         """
         losses: list[Tensor] = []
-        terms: dict[str, Tensor] = {}
-        for objective in self._objectives_of(batch):
-            loss, found = objective.loss(self.net, batch)
+        for objective in self.objectives_of(batch):
+            loss, terms = objective.loss(self.net, batch)
             losses.append(loss)
-            terms |= found
-            if self._is_logged():
-                self._log("train", objective.measures, batch)
-        if self._is_logged():
-            self._log("train", _as_losses(terms), batch)
+            if self.is_logged():
+                self.log_terms("train", terms, batch)
+                self.log_values("train", objective.measures, batch)
+        if self.is_logged():
             self.log("train/logit_scale", self.net.logit_scale.exp().squeeze())
         total = torch.stack(losses).sum()
         if not len(batch.images) and not total.requires_grad:
-            raise ConfigError(
-                "data.text: the loss of texts reaches nothing that is trained; leave some of the text tower or the "
-                "decoder trainable (model.freeze, lora.parts), or set data.text=null"
-            )
+            raise ConfigError("data.text: all that texts reach is frozen; see model.freeze and lora.parts")
         return total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for objective in self._objectives_of(batch):
-            self._log("val", _as_losses(objective(self.net, batch)), batch)
+        for objective in self.objectives_of(batch):
+            self.log_terms("val", objective(self.net, batch), batch)
 
-    def _objectives_of(self, batch: Batch) -> Iterator[Objective]:
+    def objectives_of(self, batch: Batch) -> Iterator[Objective]:
+        """What a batch is trained for, or measured by in evaluation."""
         if not len(batch.images):
             yield self.texts
             return
@@ -133,13 +141,16 @@ class CoCaLit(L.LightningModule):
             yield self.self_critical
         elif any(self.pairs.weights.values()):
             yield self.pairs
-        yield from self.objectives.values()  # type: ignore[misc]  # a ModuleDict does not know of what
+        yield from cast(Iterator[Objective], self.objectives.values())
 
-    def _is_logged(self) -> bool:
+    def is_logged(self) -> bool:
         """Values are averaged over ranks and read by the host at these steps only: either takes time."""
         return self._trainer is not None and is_logged_step(self.trainer)
 
-    def _log(self, stage: str, values: Mapping[str, Any], batch: Batch) -> None:
+    def log_terms(self, stage: str, terms: Mapping[str, Tensor], batch: Batch) -> None:
+        self.log_values(stage, {f"{name}_loss": term.detach() for name, term in terms.items()}, batch)
+
+    def log_values(self, stage: str, values: Mapping[str, Any], batch: Batch) -> None:
         named = {f"{stage}/{name}": value for name, value in values.items()}
         self.log_dict(named, prog_bar=True, sync_dist=True, batch_size=len(batch.tokens))
 
@@ -149,30 +160,13 @@ class CoCaLit(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the global norm and logs it. Lightning's own way refuses fused optimizers under mixed precision,
-        because they divide by the loss scale of fp16 in their step; here it is done before.
-        """
-        if not gradient_clip_val:
-            return
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):  # else it is done already
-            scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-        if self._is_logged():
-            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.net.clamp_logit_scale()
+        """Clips the global norm and logs it."""
+        if gradient_clip_val:
+            norm = clip_gradients(self.trainer, self, optimizer, gradient_clip_val)
+            if self.is_logged():
+                self.log("train/grad_norm", norm)
 
     def setup(self, stage: str) -> None:
-        if (algorithm := self.trainer.gradient_clip_algorithm) not in (None, "norm"):
-            raise ConfigError(
-                f"trainer.gradient_clip_algorithm must be norm or null, got {algorithm.value}: gradients are clipped by"
-                " their global norm alone"
-            )
-        if (norm := self.trainer.gradient_clip_val) is not None:
-            with error_context("trainer"):  # a negative norm would turn the gradients around
-                check_number("gradient_clip_val", norm, at_least=0)
         if self.self_critical is not None and stage == "fit":
             self.self_critical.read(self.trainer.datamodule.training_captions())  # type: ignore[attr-defined]
 
@@ -187,6 +181,8 @@ class CoCaLit(L.LightningModule):
         if any(p.requires_grad for p in self.objectives.parameters()):
             for group in self.make_optimizer(self.objectives).param_groups:
                 optimizer.add_param_group(group)
+        # Before any callback sees the weights, such as `Averaging`.
+        optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
         steps = (self.warmup_steps, int(self.trainer.estimated_stepping_batches))
         if self.cooldown_steps is None:
             scheduler = warmup_cosine(optimizer, *steps)
@@ -196,7 +192,3 @@ class CoCaLit(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[MODEL_KEY] = self.net.config  # plain values, so that the file explains itself and is safe to load
-
-
-def _as_losses(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{name}_loss": term.detach() for name, term in terms.items()}

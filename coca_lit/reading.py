@@ -1,4 +1,7 @@
-"""Reading files that may come from strangers: regular files only, of bounded size, as data and never as code."""
+"""Reading files that may come from strangers: regular files only, of bounded size, as data and never as code.
+
+The files of a run folder, which may be a stranger's, are read by `read_run_file` and its relatives.
+"""
 
 import bz2
 import errno
@@ -7,25 +10,30 @@ import json
 import os
 import re
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedIOBase, BufferedReader, FileIO
+from io import BufferedIOBase, BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from coca_lit.errors import DataError
+from coca_lit.errors import DataError, DataNotFoundError
 
 if TYPE_CHECKING:
+    import numpy as np
     from pyarrow.parquet import ParquetFile
 
 MAX_JSON = 64 * 2**20  # bytes of a file that a program wrote: settings, scores, a manifest, a line of a journal
+MAX_RUN_JSON, MAX_YAML = 16 * 2**20, 2**20  # bytes of the scores and samples of a run, and of its configuration
+MAX_NPZ = 64 * 2**20  # bytes of the arrays of a run, unpacked: 8,000 scores with 1,000 resamples
+MAX_DEPTH = 32  # lists and objects within each other in a file of a run
 MAX_FOOTER = 64 * 2**20  # bytes of the metadata of a Parquet file, and of any text in it
 MAX_GROUP, MAX_GROUP_BYTES = 2**24, 2**30  # rows and bytes of the part of a Parquet file that is read at once
 MAX_EXPANSION = 50  # times its size that a compressed file may grow to; shards of JPEGs grow by a tenth, JSON by five
 ALWAYS = 64 * 2**20  # bytes that it may grow to in any case
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open}
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
 
@@ -34,9 +42,16 @@ class UnsafeError(Exception):
     """A file holds what an honest one does not; reading stops there."""
 
 
-def open_regular(path: str | Path) -> BufferedReader:
-    """Opens a file for reading; raises `OSError` unless it is a regular one. A FIFO would block, a device never end."""
-    file = FileIO(path, opener=_without_waiting)
+def open_regular(path: str | Path, follow: bool = True) -> BufferedReader:
+    """Opens a file for reading; raises `OSError` unless it is a regular one. A FIFO would block, a device never end.
+
+    Args:
+        follow: also where the path is a symbolic link.
+    """
+    more = getattr(os, "O_NONBLOCK", 0)  # for a FIFO, of which nobody writes the other end
+    if not follow:
+        more |= getattr(os, "O_NOFOLLOW", 0)
+    file = FileIO(path, opener=lambda name, flags: os.open(name, flags | more))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -145,6 +160,128 @@ def parse_json(content: bytes | str, name: str, kind: type = object, keep_surrog
     return found
 
 
+def read_run_file(folder: Path, name: str, limit: int) -> bytes:
+    """The content of a file of a run folder.
+
+    Args:
+        name: the path within the folder, such as "samples/coco.png".
+        limit: bytes.
+
+    Raises:
+        DataNotFoundError: there is no such file.
+        DataError: it is no regular file, a link out of the folder, or larger.
+    """
+    path = folder / name
+    shown = printable(str(path))
+    try:
+        target = path.resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise DataError(f"{shown} is a link out of its folder, which is not followed: remove it")
+        with open_regular(target, follow=False) as file:  # nor a link that appears meanwhile
+            content = file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise DataNotFoundError(f"{shown} does not exist") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise DataError(f"{shown} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > limit:
+        raise DataError(f"{shown} holds more than {limit:,} bytes")
+    return content
+
+
+def read_run_json(folder: Path, name: str, kind: type = dict) -> Any:
+    """A JSON file of a run folder, or an empty `kind` if there is none; raises `DataError` as `read_run_file` and
+    `parse_json`, also if it is nested deeper than `MAX_DEPTH` or holds a whole number of more than 64 bits.
+    """
+    try:
+        content = read_run_file(folder, name, MAX_RUN_JSON)
+    except DataNotFoundError:
+        return kind()
+    shown = printable(str(folder / name))
+    found = parse_json(content, shown, kind)
+    _check_plain(found, shown)
+    return found
+
+
+def read_run_yaml(folder: Path, name: str) -> dict[str, Any]:
+    """The mapping in a YAML file of a run folder, empty if there is no such file: plain values, references such as
+    "${seed}" as they stand.
+
+    Raises:
+        DataError: as `read_run_file`, or it is no such YAML, has aliases, which could expand without end, or is nested
+            deeper than `MAX_DEPTH`.
+    """
+    import yaml
+
+    try:
+        content = read_run_file(folder, name, MAX_YAML)
+    except DataNotFoundError:
+        return {}
+    shown = printable(str(folder / name))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    try:
+        for event in yaml.parse(content, Loader=loader):
+            if isinstance(event, yaml.AliasEvent):
+                raise DataError(f"{shown} has an alias (*{printable(str(event.anchor))}), which is not followed")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise DataError(f"{shown} is nested deeper than {MAX_DEPTH} levels")
+        found = yaml.load(content, loader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"{shown} is not readable YAML: {printable(' '.join(str(error).split()))}") from error
+    found = {} if found is None else found
+    if not isinstance(found, dict):
+        raise DataError(f"{shown} holds {_KINDS.get(type(found), 'a value')}, not a mapping")
+    _check_plain(found, shown)
+    return found
+
+
+def read_run_npz(folder: Path, name: str) -> "dict[str, np.ndarray]":
+    """The arrays in a .npz file of a run folder, by name, read-only; none if there is no such file.
+
+    Raises:
+        DataError: as `read_run_file`, or it is no such archive, holds anything but numbers and texts, or more than
+            `MAX_NPZ` bytes when unpacked.
+    """
+    import numpy as np
+
+    try:
+        packed = read_run_file(folder, name, MAX_NPZ)
+    except DataNotFoundError:
+        return {}
+    shown = printable(str(folder / name))
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with zipfile.ZipFile(BytesIO(packed)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_NPZ:  # no member yields more than it claims
+                raise DataError(f"{shown} unpacks to more than {MAX_NPZ:,} bytes")
+            for member in archive.infolist():
+                content = BytesIO(archive.read(member))
+                if np.lib.format.read_magic(content) != (1, 0):
+                    raise ValueError(f"{member.filename} is an array of another format")
+                shape, by_columns, dtype = np.lib.format.read_array_header_1_0(content)
+                values = np.frombuffer(content.getbuffer()[content.tell() :], dtype)  # never an object
+                arrays[member.filename.removesuffix(".npy")] = values.reshape(shape, order="F" if by_columns else "C")
+    except (ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{shown} is not a readable .npz file: {printable(str(error))}") from error
+    return arrays
+
+
+def _check_plain(node: Any, name: str, depth: int = 0) -> None:
+    """Raises `DataError` unless a parsed file is made of texts, truth values, floats and whole numbers of 64 bits."""
+    if depth > MAX_DEPTH:
+        raise DataError(f"{name} is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(node, list):
+        for child in node:
+            _check_plain(child, name, depth + 1)
+    elif isinstance(node, dict):
+        for key, child in node.items():
+            _check_plain(key, name, depth + 1)
+            _check_plain(child, name, depth + 1)
+    elif not (node is None or isinstance(node, str | bool | float) or is_int64(node)):
+        raise DataError(f"{name} holds a {type(node).__name__} that is no text or number of 64 bits")
+
+
 def is_int64(value: Any) -> bool:
     """Whether a value from JSON is a whole number that fits 64 bits, as every id and count does."""
     return type(value) is int and -(2**63) <= value < 2**63
@@ -165,8 +302,8 @@ def texts_of(value: Any) -> list[str]:
 
 
 def printable(name: str) -> str:
-    """A name that any file and terminal takes: bytes that are not UTF-8, which Python reads as lone surrogates, and
-    control characters become escapes such as `\\xe9`.
+    """A name that any file and terminal takes: bytes that are not UTF-8, which Python reads as lone surrogates, control
+    characters and those that change the direction of writing become escapes such as `\\xe9`.
     """
     return _UNPRINTABLE.sub(_escaped, name)
 
@@ -176,10 +313,6 @@ def _escaped(found: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # for a FIFO, of which nobody writes the other end
 
 
 def _without_surrogates(node: Any) -> Any:

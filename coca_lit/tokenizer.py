@@ -1,15 +1,20 @@
-"""Texts to token ids and back: the byte-pair encodings of CLIP and GPT-2, or one id per word of a closed vocabulary.
+"""Texts to token ids and back: the byte-pair encodings of CLIP and GPT-2, one id per word of a closed vocabulary, or
+any `tokenizer.json` of the `tokenizers` library.
 
 The tokenizer is the one place that knows vocabulary size, context length and special ids; the model reads them from
 here. Text is never parsed for special tokens: a caption that contains "<end_of_text>" is encoded as these characters.
 """
 
+import base64
 import gzip
 import html
+import json
+import logging
 import re
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,12 +27,19 @@ from torch import Tensor
 
 from coca_lit.errors import check_number
 
+log = logging.getLogger(__name__)
+
 ASSETS = Path(__file__).parent / "assets"
 CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
+MAX_JSON = 64 * 2**20  # bytes of a tokenizer.json
+_DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
 WORD = r"[^\W_]+(?:['’-][^\W_]+)*"  # of `WordTokenizer`, in lower case
 # CLIP splits text into English contractions, runs of letters, single digits and runs of anything else.
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+Spec = str | list[str] | dict[str, str]
 
 
 class Tokenizer(ABC):
@@ -49,8 +61,8 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def spec(self) -> str | list[str]:
-        """What `get_tokenizer` needs to build this tokenizer again: a name or the list of words."""
+    def spec(self) -> Spec:
+        """What `get_tokenizer` needs to build this tokenizer again: a name, the list of words, or a packed file."""
 
     @abstractmethod
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -80,7 +92,11 @@ class Tokenizer(ABC):
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Token ids (B, context_length), int64, padded with `pad_id`."""
-        rows = self.encode_batch([texts] if isinstance(texts, str) else list(texts))
+        return self.tokens_of([texts] if isinstance(texts, str) else texts)
+
+    def tokens_of(self, texts: Sequence[str]) -> Tensor:
+        """As a call, but without a warning for words that the vocabulary lacks: for texts of data sets."""
+        rows = self.encode_batch(list(texts))
         tokens = torch.full((len(rows), self.context_length), self.pad_id, dtype=torch.long)  # (B, L)
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
@@ -171,7 +187,7 @@ class WordTokenizer(Tokenizer):
     """One id per word of a given vocabulary, for short captions in a closed vocabulary, such as the built-in scenes.
 
     Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the unknown
-    id, which decodes to nothing.
+    id, which decodes to nothing. A call warns of such words, of each once.
 
     Raises:
         ValueError: a word is listed twice, or is not one that is read.
@@ -184,12 +200,10 @@ class WordTokenizer(Tokenizer):
         if len(set(words)) != len(words):
             raise ValueError("the vocabulary lists a word twice")
         if unread := [word for word in words if not isinstance(word, str) or split_words(word) != [word]]:
-            raise ValueError(
-                f"the vocabulary has {unread[0]!r}, which is not read as one word: expected letters and digits in lower"
-                " case with apostrophes or hyphens between them"
-            )
+            raise ValueError(f"the vocabulary has {unread[0]!r}, which is not read as one word in lower case")
         self._words = list(words)
         self._ids = {word: i for i, word in enumerate(words, start=4)}
+        self._named: set[str] = set()  # unknown words that a warning has named
         self.vocab_size = 4 + len(words)
         self.token_bytes = [b""] * 4 + [f"{word} ".encode() for word in words]
 
@@ -197,8 +211,91 @@ class WordTokenizer(Tokenizer):
     def spec(self) -> list[str]:
         return self._words
 
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        words = split_words(texts if isinstance(texts, str) else " ".join(texts))
+        if new := [word for word in dict.fromkeys(words) if word not in self._ids and word not in self._named]:
+            self._named.update(new)
+            more = f" and {len(new) - 10:,} more" if len(new) > 10 else ""
+            named = ", ".join(map(repr, new[:10]))
+            log.warning("the model does not know %s%s: to it, all unknown words are the same", named, more)
+        return super().__call__(texts)
+
     def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[self._ids.get(word, self.unk_id) for word in split_words(text)] for text in texts]
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library, with its own cleaning, id for id.
+
+    Args:
+        packed: the file, see `pack`.
+        start, end, pad: its tokens for these, which no text contains: a text with "<s>" is encoded as these characters.
+
+    Raises:
+        ValueError: this is no such file, it lacks a special token, or its decoder is not one of `_DECODERS`.
+    """
+
+    def __init__(self, packed: str, start: str, end: str, pad: str, context_length: int = CONTEXT_LENGTH) -> None:
+        super().__init__(context_length)
+        self._spec = {"packed": packed, "start": start, "end": end, "pad": pad}
+        try:
+            unpacker = zlib.decompressobj()
+            content = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_JSON).decode()
+            self.bpe = HFTokenizer.from_str(content)
+            described = json.loads(content)
+        except Exception as error:  # the library raises plain exceptions
+            raise ValueError(f"this is not a tokenizer.json: {error}") from error
+        self.bpe.no_padding()
+        self.bpe.no_truncation()
+        self.bpe.encode_special_tokens = True
+        ids = self.bpe.get_vocab(with_added_tokens=True)
+        if missing := [token for token in (start, end, pad) if token not in ids]:
+            raise ValueError(f"the tokenizer has no token {missing[0]!r}")
+        if len({start, end, pad}) < 3:
+            raise ValueError(f"start, end and pad must be three tokens, got {start!r}, {end!r} and {pad!r}")
+        self.sot_id, self.eot_id, self.pad_id = ids[start], ids[end], ids[pad]
+        model = described["model"]
+        self.unk_id = model.get("unk_id", ids.get(model.get("unk_token")))
+        self.vocab_size = max(ids.values()) + 1
+        special = {token.content for token in self.bpe.get_added_tokens_decoder().values() if token.special}
+        read = _reader(described.get("decoder") or {})
+        self.token_bytes = [b""] * self.vocab_size
+        for token, i in ids.items():
+            if token not in special and i not in (self.sot_id, self.eot_id, self.pad_id, self.unk_id):
+                self.token_bytes[i] = read(token)
+
+    @property
+    def spec(self) -> dict[str, str]:
+        return self._spec
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def pack(file: Path) -> str:
+    """A `tokenizer.json` as a checkpoint stores it: compressed, in base64."""
+    content = file.read_bytes()
+    if len(content) > MAX_JSON:
+        raise ValueError(f"'{file}' is larger than {MAX_JSON:,} bytes")
+    return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def _reader(decoder: Mapping[str, Any]) -> Callable[[str], bytes]:
+    """What turns a token of a file into the bytes that it stands for."""
+    kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", []))}
+    byte_of = _byte_of_symbol()
+    if "ByteLevel" in kinds:
+        return lambda token: b"".join(bytes([byte_of[c]]) if c in byte_of else c.encode() for c in token)
+    if kinds & {"Metaspace", "ByteFallback"}:  # SentencePiece's
+        byte = re.compile("<0x([0-9A-F]{2})>")
+        return lambda token: (
+            bytes.fromhex(match[1]) if (match := byte.fullmatch(token)) else token.replace("▁", " ").encode()
+        )
+    if "WordPiece" in kinds:
+        return lambda token: token[2:].encode() if token.startswith("##") else f" {token}".encode()
+    if "BPEDecoder" in kinds:
+        return lambda token: token.replace("</w>", " ").encode()
+    raise ValueError(f"the tokenizer's decoder is {decoder.get('type')}: expected one of {', '.join(_DECODERS)}")
 
 
 def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:
@@ -212,15 +309,33 @@ def frequent_words(captions: Iterable[str], min_count: int = 5) -> list[str]:
     return sorted((w for w, n in counts.items() if n >= min_count), key=lambda w: (-counts[w], w))
 
 
+def unknown_words(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[list[str], int]:
+    """The words of texts that a closed vocabulary lacks, repeated as often as they occur, and the number of all words;
+    byte pairs know every word.
+    """
+    if not isinstance(tokenizer, WordTokenizer):
+        return [], 0
+    words = [word for text in texts for word in split_words(text)]
+    known = set(tokenizer.spec)
+    return [word for word in words if word not in known], len(words)
+
+
 BYTE_PAIRS: dict[str, type[CLIPTokenizer | R50kTokenizer]] = {"clip": CLIPTokenizer, "r50k": R50kTokenizer}
 
 
-def get_tokenizer(spec: str | Sequence[str] = "clip", context_length: int = CONTEXT_LENGTH) -> Tokenizer:
-    """The byte pairs of a name of `BYTE_PAIRS`, a `WordTokenizer` for a list of words.
+def get_tokenizer(
+    spec: str | Sequence[str] | Mapping[str, str] = "clip", context_length: int = CONTEXT_LENGTH
+) -> Tokenizer:
+    """The byte pairs of a name of `BYTE_PAIRS`, a `WordTokenizer` for a list of words, a `JsonTokenizer` for its
+    arguments.
 
     Raises:
-        ValueError: another name, or a list with words that are not read.
+        ValueError: another name, a list with words that are not read, or a file that cannot be used.
     """
+    if isinstance(spec, Mapping):
+        if spec.keys() != {"packed", "start", "end", "pad"} or not all(isinstance(v, str) for v in spec.values()):
+            raise ValueError(f"a tokenizer needs packed, start, end and pad, got {', '.join(map(str, spec))}")
+        return JsonTokenizer(**spec, context_length=context_length)
     if not isinstance(spec, str):
         return WordTokenizer(spec, context_length)
     if spec not in BYTE_PAIRS:

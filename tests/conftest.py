@@ -22,8 +22,6 @@ if TYPE_CHECKING:  # else functions import what takes seconds: the process that 
 # They need a process of their own: tests/gpu/test_simulation.py starts it.
 collect_ignore = [] if "simulated_gpu" in sys.modules else ["gpu/simulated"]
 
-SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-
 
 os.environ["COCA_SPICE_JARS"] = os.devnull  # else tests would parse for minutes where the user has the jars
 
@@ -36,9 +34,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+# These two are for speed alone; without them `pytest` takes a fifth longer.
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _files_of_conf_are_read_once() -> Iterator[None]:
-    """Tests compose hundreds of configs, and a third of the time would go into parsing the same files."""
+    """Tests compose hundreds of configs from the same files, and a third of the time would go into parsing them."""
     from omegaconf import OmegaConf
 
     from coca_lit.cli.command import CONF
@@ -60,9 +61,7 @@ def _files_of_conf_are_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _only_new_garbage() -> None:
-    """Torch, transformers and the like are a million objects that stay. The collector need not visit them all the time,
-    which takes a tenth of the suite's time.
-    """
+    """Libraries are a million objects that stay; a tenth of the time would go into looking for garbage among them."""
     gc.collect()
     gc.freeze()
 
@@ -82,6 +81,15 @@ def _independent_of_other_tests() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[Path]:
+    """A file that hostile input tries to make."""
+    path = tmp_path / "outside" / "ran"
+    path.parent.mkdir()
+    yield path
+    assert not path.exists()
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     The processes live as long as the test session, each call has a process group of its own. A process has the same
     rank in all of them: PyTorch remembers how large a rank's parts are by the mesh and not by the rank.
     """
-    from forking import FORKSERVER
+    from helpers.forking import FORKSERVER
 
     with ExitStack() as stack:
         # Workers of a rank are forked, as usual; else each rank would start a fork server of its own for them.
@@ -143,3 +151,10 @@ def _on_rank(rank: int, world: int, store: Path, call: bytes) -> bytes:
     finally:
         del os.environ["RANK"]
         dist.destroy_process_group()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tests of what an extra brings say which package they lack; how to get them all stands once."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if lacking := sum("could not import" in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(f"{lacking} tests or files of tests need packages of: pip install -e '.[dev]'")

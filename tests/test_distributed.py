@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from coca_lit.data.batch import Batch
 from coca_lit.distributed import (
     broadcast_object,
     gather,
@@ -25,13 +24,10 @@ from coca_lit.distributed import (
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.training.optim import AdamW
-from coca_lit.training.sharding import ddp_options
+from coca_lit.training.trainer import ddp_options
+from helpers.steps import ENCODER, Step, own_batch
 
-PAIRS, STEPS = 6, 3
-ENCODER = {
-    "image_encoder": "vit_base_patch32_clip_224",
-    "image_encoder_args": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2},
-}
+STEPS = 3
 
 
 def collectives() -> dict[str, Any]:
@@ -101,29 +97,6 @@ def test_only_rank_zero_prints(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setenv("RANK", "1")
     print_rank_zero("hello")
     assert capsys.readouterr().out == ""
-
-
-class Step(nn.Module):
-    """The training step as the forward pass, which is what Lightning wraps in DistributedDataParallel."""
-
-    def __init__(self, module: CoCaLit) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.module.training_step(batch, 0)
-
-
-def own_batch(model: nn.Module, step: int) -> Batch:
-    """This rank's part of six pairs with captions of very different lengths."""
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 256, (PAIRS, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    tokens = torch.randint(4, model.tokenizer.vocab_size, (PAIRS, 20), generator=generator)
-    lengths = torch.tensor([20, 12, 3, 5, 4, 9])
-    tokens[torch.arange(20) >= lengths[:, None]] = model.tokenizer.pad_id
-    share = PAIRS // world_size()
-    own = slice(rank() * share, (rank() + 1) * share)
-    return Batch(images[own], tokens[own, : lengths[own].max()], lengths[own], [""] * share)
 
 
 def train(model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Tensor]:

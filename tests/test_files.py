@@ -3,25 +3,25 @@
 import io
 import logging
 import os
-import resource
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forking import called
 
 from coca_lit.errors import DataError
-from coca_lit.files import Waiting, append_lines, atomic_link, write_waiting
-
-
-def at_most(size: int | None) -> None:
-    """This process can write no file longer than that, and a write beyond it is cut off, as on a full disk. Only for
-    processes of their own: whatever else a process writes is cut off too.
-    """
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then it is an error, EFBIG
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
+from coca_lit.files import (
+    TEMPORARY,
+    Waiting,
+    append_lines,
+    atomic_link,
+    claim,
+    remove_leftovers,
+    replacing,
+    temporary_folder,
+    write_waiting,
+)
+from helpers.disks import at_most
+from helpers.forking import called
 
 
 def test_lines_are_appended_all_or_none(tmp_path: Path) -> None:
@@ -78,3 +78,46 @@ def test_links_where_the_system_has_none(tmp_path: Path, monkeypatch: pytest.Mon
         assert (tmp_path / "last.ckpt").read_text() == str(number)
     assert (tmp_path / "last.ckpt").samefile(tmp_path / "step_1.ckpt") == hard
     assert len([*tmp_path.iterdir()]) == 3
+
+
+def test_a_claim_holds_where_the_system_has_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for _ in range(2):
+        claim(tmp_path / "settings.json", {"beams": 3})
+    with pytest.raises(DataError, match="beams=3"):
+        claim(tmp_path / "settings.json", {"beams": 4})
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    with replacing(tmp_path / "new\nline.tar") as left:
+        left.write_text("half")
+        kept = left.read_bytes()
+    left.write_bytes(kept)  # as after a kill
+    folder = temporary_folder(tmp_path / "step_1.ckpt")
+    folder.mkdir()
+    (folder / TEMPORARY).touch()
+    (folder / "part").touch()
+    mine = [".notes.2024.tmp", ".cache.v1.tmp/deep/precious", f".x.7{TEMPORARY}", f".y.1-{'0' * 8}{TEMPORARY}/precious"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / f".z.1-{'0' * 8}{TEMPORARY}").symlink_to(tmp_path / ".cache.v1.tmp")
+    remove_leftovers(tmp_path)
+    assert not left.exists()
+    assert not folder.exists()
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    assert (tmp_path / "new\nline.tar").exists()
+
+
+def test_an_output_is_made_with_the_settings_of_its_first_writer(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "settings.json"
+    claim(file, {"seed": 0})
+    claim(file, {"seed": 0}, taken=True)
+    with pytest.raises(DataError, match=r"seed=0, but now seed=1"):
+        claim(file, {"seed": 1})
+    with pytest.raises(DataError, match="none"):
+        claim(tmp_path / "none", {"seed": 0}, taken=True)
+    assert [path.name for path in file.parent.iterdir()] == ["settings.json"]

@@ -1,30 +1,64 @@
 """What happens around the training step: checkpoints, guards, averaging, progress."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+
 from coca_lit.callbacks.averaging import Averaging
-from coca_lit.callbacks.bad_sample_log import BadSampleLog
-from coca_lit.callbacks.checkpoint import Checkpoints
-from coca_lit.callbacks.non_finite_guard import NonFiniteGuard
-from coca_lit.callbacks.progress import RunSummary, SamplesSeen, SourceCounts, Throughput, progress_bar, samples_seen
-from coca_lit.callbacks.resuming import StepSeeds
-from coca_lit.callbacks.run_folder_guard import RunFolderGuard
+from coca_lit.callbacks.checkpoint import Checkpoints, StepSeeds
+from coca_lit.callbacks.guards import BadSampleLog, NonFiniteGuard, RunFolderGuard, StallGuard
+from coca_lit.callbacks.loggers import LogRunFacts, MetricsLog
+from coca_lit.callbacks.progress import (
+    RunSummary,
+    SamplesSeen,
+    SharedMachine,
+    SourceCounts,
+    Throughput,
+    progress_bar,
+    samples_seen,
+)
 from coca_lit.callbacks.scoring import ScoreDuringTraining
-from coca_lit.callbacks.stall_guard import StallGuard
-from coca_lit.callbacks.tracking import LogRunFacts
 
 __all__ = [
     "Averaging",
     "BadSampleLog",
     "Checkpoints",
     "LogRunFacts",
+    "MetricsLog",
     "NonFiniteGuard",
     "RunFolderGuard",
     "RunSummary",
     "SamplesSeen",
     "ScoreDuringTraining",
+    "SharedMachine",
     "SourceCounts",
     "StallGuard",
     "StepSeeds",
     "Throughput",
+    "in_order",
     "progress_bar",
     "samples_seen",
 ]
+
+
+def in_order(
+    chosen: Sequence[L.Callback],
+    scoring: L.Callback,
+    ema: float | None,
+    output_dir: str,
+    config: Callable[[], dict[str, Any]],
+) -> list[L.Callback]:
+    """All callbacks of a run in the order in which they must act. Averaged weights replace the trained ones when
+    training ends: after the last checkpoint, before the final scores.
+
+    Args:
+        chosen: those of the configuration.
+        ema: decay of averaged weights; None for none.
+        config: returns the run's config, resolved and without secrets, for the loggers.
+    """
+    checkpoints = [callback for callback in chosen if isinstance(callback, Checkpoints)]
+    others = [callback for callback in chosen if callback not in checkpoints]
+    averaging = [Averaging(ema)] if ema is not None else []
+    always = [SamplesSeen(), SourceCounts(), LogRunFacts(config), RunSummary(output_dir)]
+    return [*checkpoints, *averaging, scoring, *others, *always]

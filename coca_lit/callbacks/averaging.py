@@ -7,8 +7,8 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from coca_lit.callbacks.find import callbacks_of
 from coca_lit.errors import check_number
+from coca_lit.training.lightning_fixes import callbacks_of
 
 
 class Averaging(WeightAveraging):

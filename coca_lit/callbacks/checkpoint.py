@@ -6,46 +6,55 @@ the one before is completely done; a resumed run begins with that next batch. On
 wait for its end: the resumed run begins with that validation.
 """
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
 
 from coca_lit.callbacks.averaging import scored_weights
-from coca_lit.callbacks.preemption import Signals
 from coca_lit.callbacks.progress import samples_seen
-from coca_lit.callbacks.resuming import (
-    can_repeat_validation,
-    is_between_steps,
-    leave_sigterm_to_us,
-    logged_steps,
-    max_time,
-    repeat_validation,
-    set_logged_steps,
-    set_position,
-)
-from coca_lit.callbacks.stall_guard import unwatched
+from coca_lit.data.batch import Batch
 from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, step_exchange, world_size
 from coca_lit.errors import DataError, check_number
-from coca_lit.files import atomic_link, atomic_write, remove, try_waiting
+from coca_lit.files import atomic_link, remove, try_waiting, write_json
 from coca_lit.metrics import lower_is_better
 from coca_lit.models import kernels
 from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import step_files
-from coca_lit.runs.resume import CHECKPOINTS, FORMAT, LAST, RUN_KEY
+from coca_lit.runs.resume import LAST, RUN_KEY
+from coca_lit.runs.run_folder import CHECKPOINTS
+from coca_lit.runs.signals import Signals
+from coca_lit.seeding import stable_seed
+from coca_lit.training import lightning_fixes
 from coca_lit.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
 
 LIMITS = ("max_epochs", "max_steps")
 BEST, BEST_SCORE = "best.ckpt", "best.json"
+
+
+class StepSeeds(L.Callback):
+    """Seeds PyTorch's generators of the CPU and the GPUs before every batch by (seed, epoch, batch, rank), so that
+    dropout depends on the step and not on what the process did before.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        torch.manual_seed(stable_seed("step", self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
 
 
 class Checkpoints(L.Callback):
@@ -62,7 +71,7 @@ class Checkpoints(L.Callback):
         best: score by which the best checkpoint is kept, e.g. `mscoco/CIDEr`; None for no such checkpoint. The scores
             compared are those during training, on the first few images (`mscoco_256/CIDEr` in the logs), the last one
             included.
-        run_config: returns the `coca_lit.runs.resume.resume_keys` of the run, stored for comparison when it resumes.
+        identity: returns the `coca_lit.runs.resume.identity_of` the run, stored for comparison when it resumes.
     """
 
     def __init__(
@@ -72,7 +81,7 @@ class Checkpoints(L.Callback):
         every_minutes: float | None = 15.0,
         keep_last: int = 2,
         best: str | None = None,
-        run_config: Callable[[], dict[str, Any]] = dict,
+        identity: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         if every_n_steps is not None:
             check_number("every_n_steps", every_n_steps, whole=True, at_least=1)
@@ -81,56 +90,57 @@ class Checkpoints(L.Callback):
         check_number("keep_last", keep_last, whole=True, at_least=1)
         self.folder = Path(output_dir) / CHECKPOINTS
         self.every_n_steps, self.every_minutes, self.keep_last = every_n_steps, every_minutes, keep_last
-        self.best, self.run_config = best, run_config
+        self.best, self.identity = best, identity
         self.signals = Signals()
-        self._saved_step = 0  # nothing to save before the first step
-        self._saved_at = 0.0
-        self._epoch = -1
-        self._finished = False
-        self._validating = False
-        self._loaded: dict[str, Any] = {}
-        self._wanted = False  # a checkpoint at the next step, regardless of the clock
-        self._offered: float | None = None  # the score of the weights at hand, if it is the best so far
-        self._was_offered = False  # since the last step, a score, good or not: known to every rank
-        self._unlinked: tuple[int, float | None] | None = None  # step and best score of one that may not be written yet
+        self._phase: Literal["training", "validating", "finished"] = "training"
+        self._saved: tuple[int, str] | None = None  # step and phase of the last checkpoint
+        self.due_at = math.inf  # by the clock
+        self._loaded: dict[str, Any] = {}  # what the checkpoint held that the run resumes from
+        self._offered: float | None = None  # the score of the weights at hand, on every rank
+        self._unlinked: tuple[int, float | None] | None = None  # step and score of one that may not be written yet
 
     # When
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.listen()
-        leave_sigterm_to_us(trainer)
+        lightning_fixes.leave_sigterm_to_us(trainer)
         step_exchange.start()
-        self._saved_step, self._saved_at, self._epoch = trainer.global_step, time.monotonic(), trainer.current_epoch
+        self._saved = (trainer.global_step, self._phase)  # there is nothing to save before the first step
+        self._set_clock()
         if rank() == 0 and self._best_so_far().get("step", 0) > trainer.global_step:  # of steps that are made again
             for name in (BEST, BEST_SCORE):
                 (self.folder / name).unlink(missing_ok=True)
         if self._loaded:
-            _announce(trainer, self._loaded)
+            announce(trainer, self._loaded)
         if self._loaded.get("validating"):
-            repeat_validation(trainer)
-            self._saved_step = -1  # the next checkpoint of this step will know that the validation is over
+            lightning_fixes.repeat_validation(trainer)
+            self._saved = None  # the next checkpoint of this step will know that the validation is over
+
+    def _set_clock(self) -> None:
+        self.due_at = math.inf if self.every_minutes is None else time.monotonic() + 60 * self.every_minutes
+
+    def save_soon(self) -> None:
+        """Asks for a checkpoint before the next step, also where one of this step was saved already."""
+        self.due_at, self._saved = 0.0, None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._loaded:
-            set_logged_steps(trainer, self._loaded["logged_steps"])
+            lightning_fixes.set_logged_steps(trainer, self._loaded["logged_steps"])
             self._loaded = {}
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._between_steps(trainer, pl_module)
-
-    def _between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
         self._link()
         # One decision for all ranks. That of a score is about the weights at hand: it cannot come a step later.
-        at_once = world_size() == 1 or self._was_offered
+        at_once = world_size() == 1 or self._offered is not None
         stop, late, better = max_over_ranks(self._flags()) if at_once else step_exchange.heard() or (0, 0, 0)
-        self._was_offered = False
-        step, epoch = trainer.global_step, trainer.current_epoch
-        due = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
-        if stop or late or due or better or epoch > self._epoch:
-            self._epoch = epoch
+        step = trainer.global_step
+        by_steps = self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0
+        if stop or late or by_steps or better or batch_idx == 0:
             self._save(trainer, pl_module)
             step_exchange.start()  # who was late is not any more
+        self._offered = None
         if stop:
             self._stop(trainer, int(stop))
 
@@ -141,28 +151,23 @@ class Checkpoints(L.Callback):
 
     def _flags(self) -> list[int]:
         """What this rank asks for: to stop, to save since it is time, to keep the weights as the best."""
-        minutes = (time.monotonic() - self._saved_at) / 60
-        late = self._wanted or (self.every_minutes is not None and minutes >= self.every_minutes)
-        return [self.signals.received, int(late), int(self._offered is not None)]
-
-    def save_soon(self) -> None:
-        """Asks for a checkpoint before the next step, also where one of this step was saved already."""
-        self._wanted, self._saved_step = True, -1
+        best = rank() == 0 and self._offered is not None and self._is_best(self._offered)
+        return [self.signals.received, int(time.monotonic() >= self.due_at), int(best)]
 
     def _stop(self, trainer: L.Trainer, number: int) -> None:
         step = trainer.global_step
         self._finish_saving(trainer)
-        saved = f"saved {self._path(step)}" if self._saved_step == step and step else "nothing was saved"
+        saved = f"saved {self._path(step)}" if self._saved == (step, self._phase) and step else "nothing was saved"
         print_rank_zero(f"stopping after step {step} on signal {number}: {saved}")
         self.signals.answer(trainer, number)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validating = not trainer.sanity_checking
+        self._phase = "training" if trainer.sanity_checking else "validating"
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if not self._validating or not can_repeat_validation(trainer):
+        if self._phase != "validating" or not lightning_fixes.can_repeat_validation(trainer):
             return
         (stop,) = max_over_ranks([self.signals.received])
         if stop:
@@ -170,11 +175,10 @@ class Checkpoints(L.Callback):
             self._stop(trainer, int(stop))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validating = False
+        self._phase = "training"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._finished = True
-        self._saved_step = -1  # also where one was saved before: this one knows that training is over
+        self._phase = "finished"
         self._save(trainer, pl_module)
         self._finish_saving(trainer)
         self.signals.nothing_to_save = True
@@ -185,7 +189,8 @@ class Checkpoints(L.Callback):
         """
         if not isinstance(exception, SystemExit):
             self.signals.release()
-        if isinstance(exception, Exception) and world_size() == 1 and trainer.global_step and is_between_steps(trainer):
+        alone = isinstance(exception, Exception) and world_size() == 1
+        if alone and trainer.global_step and lightning_fixes.is_between_steps(trainer):
             self._save(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -195,15 +200,16 @@ class Checkpoints(L.Callback):
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step == self._saved_step:
+        if self._saved == (step, self._phase):
             return
         try_waiting()  # a run that resumes from here does not make the rows of earlier steps again
         # Within a validation the module holds the averaged weights; they change places with the trained ones.
-        with scored_weights(trainer, pl_module) if self._validating else nullcontext(), unwatched(trainer):
+        with scored_weights(trainer, pl_module) if self._phase == "validating" else nullcontext():
             trainer.save_checkpoint(self._path(step))
-        self._saved_step, self._saved_at, self._wanted = step, time.monotonic(), False
+        self._saved = (step, self._phase)
+        self._set_clock()
         self._link()  # the one before, which is written now
-        self._unlinked, self._offered = (step, self._offered), None
+        self._unlinked = (step, self._offered)
         self._link()
 
     def _link(self) -> None:
@@ -217,7 +223,8 @@ class Checkpoints(L.Callback):
             atomic_link(self.folder / LAST, self._path(step))
         except DataError as error:  # a resumed run looks at the files, and links again
             log.warning("%s; training continues", error)
-        self._link_best(step, score)
+        if score is not None and self._is_best(score):
+            self._link_best(step, score)
         self._remove_old()
 
     def _finish_saving(self, trainer: L.Trainer) -> None:
@@ -238,30 +245,31 @@ class Checkpoints(L.Callback):
     # The best
 
     def offer(self, trainer: L.Trainer, value: float, final: bool = False) -> None:
-        """The score `best` of the weights at hand. If it is better than any before, their checkpoint is the best one.
+        """The score `best` of the weights at hand, on every rank. If it is better than any before, their checkpoint is
+        the best one.
 
         Args:
             final: training is over, and the checkpoint of these weights is written.
         """
+        if final:
+            self._unlinked = (trainer.global_step, value)
+            self._link()
+        else:
+            self._offered = value  # rank 0 decides, and tells all others before the next step
+
+    def _is_best(self, value: float) -> bool:
         assert self.best is not None
-        self._was_offered = True
         before = self._best_so_far().get("value", math.nan)
         better = value < before if lower_is_better(self.best) else value > before
-        if rank() == 0 and not math.isnan(value) and (better or math.isnan(before)):
-            if final:
-                self._link_best(trainer.global_step, value)
-                self._remove_old()
-            else:
-                self._offered = value  # rank 0 decides; the next `_between_steps` tells all others
+        return not math.isnan(value) and (better or math.isnan(before))
 
-    def _link_best(self, step: int, score: float | None) -> None:
-        if score is not None and self._path(step).exists():  # else the disk was full
-            content = {"score": self.best, "value": score, "step": step}
-            try:
-                atomic_link(self.folder / BEST, self._path(step))
-                atomic_write(self.folder / BEST_SCORE, f"{json.dumps(content)}\n".encode())
-            except DataError as error:
-                log.warning("%s; training continues without this best checkpoint", error)
+    def _link_best(self, step: int, score: float) -> None:
+        content = {"score": self.best, "value": score, "step": step}
+        try:
+            atomic_link(self.folder / BEST, self._path(step))
+            write_json(self.folder / BEST_SCORE, content)
+        except DataError as error:
+            log.warning("%s; training continues without this best checkpoint", error)
 
     def _best_so_far(self) -> dict[str, Any]:
         """{"score", "value", "step"} of the best checkpoint by this score; nothing if there is none."""
@@ -276,30 +284,29 @@ class Checkpoints(L.Callback):
         return {"score": score, "value": value, "step": step} if known else {}
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        seen = samples_seen(trainer)
+        validating, finished = self._phase == "validating", self._phase == "finished"
         checkpoint[RUN_KEY] = {
-            "format": FORMAT,
-            "config": self.run_config(),
+            "config": self.identity(),
             "step": trainer.global_step,
-            "logged_steps": logged_steps(trainer) + self._validating,
+            "logged_steps": lightning_fixes.logged_steps(trainer) + validating,
             "max_epochs": trainer.max_epochs,
             "max_steps": trainer.max_steps,
-            "max_time": max_time(trainer),
+            "max_time": lightning_fixes.max_time(trainer),
             "processes": world_size(),
             "workers": _workers(trainer),
             "fp32_matmul": kernels.fp32_matmul(),
-            "finished": self._finished,
-            "validating": self._validating,
-            **seen,
+            "finished": finished,
+            "validating": validating,
+            **samples_seen(trainer),
         }
-        set_position(trainer, checkpoint, self._validating, self._finished)
+        lightning_fixes.set_position(trainer, checkpoint, validating, finished)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
-        same_length = all(self._loaded.get(limit) == getattr(trainer, limit) for limit in LIMITS)
-        if self._loaded.get("finished") and same_length and self._loaded.get("max_time") == max_time(trainer):
+        now = {limit: getattr(trainer, limit) for limit in LIMITS} | {"max_time": lightning_fixes.max_time(trainer)}
+        if self._loaded.get("finished") and all(self._loaded.get(limit) == now[limit] for limit in now):
             trainer.should_stop = True  # nothing is left to train, also where the run was stopped early
-        before = self._loaded.get("fp32_matmul") or self._loaded.get("fp32_products", "").lower()  # the older name
+        before = self._loaded.get("fp32_matmul")
         if before and before != kernels.fp32_matmul():  # the two libraries round differently
             try:
                 kernels.use_fp32_matmul(before)
@@ -307,22 +314,22 @@ class Checkpoints(L.Callback):
                 print_rank_zero(f"note: the run multiplied by {before}, which this process does not: {error}")
 
 
-def _announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
+def announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
+    """Says where the run goes on, and what differs from the processes that trained it so far.
+
+    Args:
+        before: what `Checkpoints` kept in the checkpoint.
+    """
     counts = "".join(f", {before[what]:,} {what} seen" for what in ("samples", "tokens") if what in before)
-    print_rank_zero(f"resuming after step {trainer.global_step} in epoch {trainer.current_epoch}{counts}")
+    print_rank_zero(f"resuming after step {trainer.global_step} in epoch {trainer.current_epoch + 1}{counts}")
     for limit in LIMITS:
         if limit in before and before[limit] != (length := getattr(trainer, limit)):
             print_rank_zero(
                 f"note: {limit} was {before[limit]} and is now {length}: from here on the learning rate follows it"
             )
     now = {"processes": world_size(), "workers": _workers(trainer)}
-    invariant = getattr(getattr(trainer, "datamodule", None), "world_size_invariant", True)
     changed = [f"{before[key]} {key} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
-    if changed and not invariant:
-        print_rank_zero(
-            f"note: {' and '.join(changed)}: shards are distributed afresh, so this epoch may repeat or miss samples"
-        )
-    elif changed:
+    if changed:
         print_rank_zero(f"note: {' and '.join(changed)}: every batch holds the same samples as before")
 
 

@@ -4,7 +4,9 @@ samples it has seen.
 
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,16 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from coca_lit.callbacks.find import callbacks_of
-from coca_lit.callbacks.resuming import accumulates
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from coca_lit.distributed import gather_objects, totals_over_ranks, world_size
+from coca_lit.machine import shared_cores
 from coca_lit.runs.run_folder import add_facts
+from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
+RECENT = 5  # lines from which the time left is estimated: the first steps are slow, and other programs come and go
+SHARED_AFTER, SHARED = 50, 0.3  # steps, and the cores that others use, before it is said
 
 
 class RunSummary(L.Callback):
@@ -80,21 +84,23 @@ class PlainProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._start = (0.0, 0)  # time and step at which this process began
+        self._seen: deque[tuple[float, int]] = deque(maxlen=RECENT)  # times and steps of the newest lines
 
     def disable(self) -> None:
         """Lightning calls this on all ranks but the first, which print nothing anyway."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = (time.monotonic(), trainer.global_step)
+        self._seen.clear()
+        self._seen.append((time.monotonic(), trainer.global_step))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
         if trainer.is_global_zero and (_is_logged(trainer) or step == total):
-            began, first = self._start
-            seconds_left = (time.monotonic() - began) / max(step - first, 1) * (total - step)
+            (began, first), now = self._seen[0], time.monotonic()
+            seconds_left = (now - began) / max(step - first, 1) * (total - step)
+            self._seen.append((now, step))
             metrics = self.get_metrics(trainer, pl_module)
             shown = [name for name in metrics if name != "v_num" and not name.startswith("val/")]
             values = [f"{name} {metrics[name]:.4g}" for name in shown]
@@ -109,7 +115,7 @@ class Throughput(L.Callback):
     the last line says so and what to do.
 
     A wait does not count while a GPU still computes the step before: only an idle GPU is a loss. The wait for the first
-    batch of the process, for which workers start, does not count either.
+    batch of the process, for which workers start, does not count either. Validation and scores are no part of the time.
     """
 
     def __init__(self) -> None:
@@ -119,6 +125,7 @@ class Throughput(L.Callback):
         self._first_at: float | None = None  # when this process got its first batch; None if its loader times nothing
         self._waited_in_all = 0.0
         self._computed: torch.cuda.Event | None = None  # at the end of the newest step
+        self._validation_at = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restart()  # a run that resumes within an epoch has no start of it
@@ -151,6 +158,18 @@ class Throughput(L.Callback):
                 pl_module.log("train/data_wait", self._waited / seconds)
             self._restart()
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation_at = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.leave_out(time.monotonic() - self._validation_at)
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes seconds that were no training from the time."""
+        self._since += seconds
+        if self._first_at is not None:
+            self._first_at += seconds
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self._first_at is not None:
             share = self._waited_in_all / (time.monotonic() - self._first_at)
@@ -164,6 +183,38 @@ class Throughput(L.Callback):
 
     def _restart(self) -> None:
         self._since, self._samples, self._waited = time.monotonic(), 0, 0.0
+
+
+class SharedMachine(L.Callback):
+    """Says once, after some steps on a CPU, that other programs use its cores: speed and time left depend on them."""
+
+    def __init__(self) -> None:
+        self._steps = 0  # of this process
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._steps += 1
+        if self._steps != SHARED_AFTER or pl_module.device.type != "cpu" or not trainer.is_global_zero:
+            return
+        watch = shared_cores()
+        if watch is not None and watch.taken > SHARED:
+            print(
+                f"data workers and other programs use {watch.taken:.1f} of {len(watch.cores)} cores: training is "
+                "slower meanwhile; its results stay the same",
+                flush=True,
+            )
+
+
+@contextmanager
+def not_timed(trainer: L.Trainer) -> Iterator[None]:
+    """For what happens during training and is none, such as scores."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        for throughput in callbacks_of(trainer, Throughput):
+            throughput.leave_out(time.monotonic() - began)
 
 
 class SamplesSeen(L.Callback):

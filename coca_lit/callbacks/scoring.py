@@ -1,6 +1,6 @@
 """When evaluations run: during training on a few images, and at its end on all of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +13,15 @@ from torch.nn.utils import parametrize
 
 from coca_lit.callbacks.averaging import scored_weights
 from coca_lit.callbacks.checkpoint import Checkpoints
-from coca_lit.callbacks.find import callbacks_of
-from coca_lit.callbacks.resuming import accumulates
-from coca_lit.callbacks.stall_guard import unwatched
-from coca_lit.callbacks.tracking import log_pictures
+from coca_lit.callbacks.loggers import log_pictures
+from coca_lit.callbacks.progress import not_timed
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import ConfigError, suggest
+from coca_lit.errors import ConfigError, check_number, suggest
 from coca_lit.evals import Evaluation, Settings
+from coca_lit.metrics.conditions import Conditions
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, kernels
+from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 from coca_lit.training.sharding import unsharded
 
 
@@ -43,6 +43,7 @@ class ScoreDuringTraining(L.Callback):
         results: the final scores, of all images.
         not_run: score -> why it could not be computed.
         draws: final score -> its values for resampled images.
+        conditions: final score -> what it depends on besides the model.
     """
 
     def __init__(
@@ -54,57 +55,42 @@ class ScoreDuringTraining(L.Callback):
         quick: int = 256,
     ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps), ("quick", quick)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                null = "" if name == "quick" else ", or null for never"
-                raise ValueError(f"{name} must be a whole number of at least 1{null}, got {value!r}")
+            if value is not None:
+                check_number(name, value, whole=True, at_least=1)
         self.evals, self.settings = list(evals), settings
         self.every_n_epochs, self.every_n_steps, self.quick = every_n_epochs, every_n_steps, quick
         self.results: dict[str, float] = {}
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}
+        self.conditions: dict[str, Conditions] = {}
         self._finished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for checkpoints in callbacks_of(trainer, Checkpoints):
-            self._check_score(checkpoints.best)
+            if checkpoints.best is not None:
+                self.check_score("callbacks.checkpoint.best", checkpoints.best, at_end=False)
 
-    def _check_score(self, score: str | None) -> None:
-        """Raises `ConfigError` for a score that no evaluation computes during training."""
-        if score is None:
-            return
-        key, (name, _, measure) = "callbacks.checkpoint.best", score.partition("/")
-        if self.every_n_epochs is None and self.every_n_steps is None:
-            raise ConfigError(f"{key}: nothing is scored during training: set scoring.every_n_epochs or every_n_steps")
-        scored = self._named(name)
-        self._check_name(key, name, scored)
-        if not any(e.every for e in scored):
-            raise ConfigError(f"{key}: '{name}' is scored at the end only, so there is nothing to choose from")
-        known = [known for e in scored if e.every for known in e.score_names]
-        open_ended = any(not e.score_names or "/" in measure for e in scored)  # own metrics; kinds of answers
-        if not open_ended:
-            _check_measure(key, name, measure, known)
-
-    def check_final_score(self, key: str, score: str) -> None:
-        """Raises `ConfigError`, which names `key`, for a score that no evaluation computes at the end."""
+    def check_score(self, key: str, score: str, at_end: bool) -> None:
+        """Raises `ConfigError`, which names `key`, for a score that no evaluation computes at the end or, unless
+        `at_end`, during training.
+        """
         name, _, measure = score.partition("/")
-        scored = [e for e in self.evals if e.name == name]
-        self._check_name(key, name, scored)
-        known = [known for e in scored for known in (*e.score_names, *(e.final_score_names or ()))]
-        open_ended = "/" in measure or any(not e.score_names or e.final_score_names is None for e in scored)
-        if not open_ended or measure.lower() in map(str.lower, known):
-            _check_measure(key, name, measure, known)
+        named = [e for e in self.evals if e.name == name] if at_end else self._named(name)
+        scored = named if at_end else [e for e in named if e.every and (self.every_n_epochs or self.every_n_steps)]
+        further = [e.final_score_names if at_end else () for e in scored]
+        known = [n for e, more in zip(scored, further, strict=True) for n in (*e.score_names, *(more or ()))]
+        open_ended = "/" in measure or None in further or not all(e.score_names for e in scored)  # own metrics; kinds
+        if not named:
+            names = dict.fromkeys(e.name for e in self.evals)
+            raise ConfigError(f"{key}: there is no evaluation '{name}'{suggest(name, names)} {_listed(names)}")
+        if not scored:
+            raise ConfigError(f"{key}: '{name}' is scored at the end only: set scoring.every_n_epochs and its `every`")
+        if measure not in known and (not open_ended or measure.lower() in map(str.lower, known)):
+            raise ConfigError(f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} {_listed(known)}")
 
     def _named(self, name: str) -> list[Evaluation]:
         """The evaluations whose scores begin with a name, such as mscoco or, during training, mscoco_256."""
-        return [e for e in self.evals if name in (e.name, e.quick_name(self.settings, self.quick))]
-
-    def _check_name(self, key: str, name: str, found: Sequence[Evaluation]) -> None:
-        if not found:
-            names = dict.fromkeys(e.name for e in self.evals)
-            raise ConfigError(
-                f"{key}: there is no evaluation '{name}'{suggest(name, names)} The evaluations of this run: "
-                f"{', '.join(names) or 'none'}"
-            )
+        return [e for e in self.evals if name in (e.name, e.name_of(self.settings, self.quick))]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -125,13 +111,10 @@ class ScoreDuringTraining(L.Callback):
         if due and not _ends(trainer, last_batch=True):
             pl_module.log_dict(self._score(trainer, pl_module, due), rank_zero_only=False, sync_dist=False)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._score_all(trainer, pl_module)
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._finished:  # a finished run was loaded: there was nothing to train, and so no end of training
             pl_module.to(trainer.strategy.root_device)
-            self._score_all(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def _due(self, count: int, every: int | None) -> list[Evaluation]:
         """The evaluations that take part after this number of epochs or steps."""
@@ -140,31 +123,33 @@ class ScoreDuringTraining(L.Callback):
     def _score(self, trainer: L.Trainer, pl_module: L.LightningModule, due: Sequence[Evaluation]) -> dict[str, float]:
         scores: dict[str, float] = {}
         with scored_weights(trainer, pl_module), _scorable(pl_module) as net:
-            settings = self._settings(pl_module)
+            settings = replace(self._settings(pl_module), full=False)
             for evaluation in due:
-                scores |= evaluation.evaluate_quickly(net, settings, self.quick)
+                scores |= evaluation.evaluate(net, settings, self.quick)
                 for score, reason in evaluation.not_run.items():
                     print_rank_zero(f"{score} not run: {reason}")
         self._log_pictures(trainer, due)
         self._offer(trainer, scores, due)
         return scores
 
-    def _score_all(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Scores all images."""
         self._finished = True
         # To find the best checkpoint, the last weights are scored on the same few images as all weights before.
         wanted = [c.best.partition("/")[0] for c in callbacks_of(trainer, Checkpoints) if c.best]
         rivals = [e for name in wanted for e in self._named(name) if e.every]
+        few: dict[str, float] = {}
         with _scorable(pl_module) as net:
             settings = self._settings(pl_module)
-            few: dict[str, float] = {}
             for evaluation in rivals:  # first: the predictions of all images are to stay in the run folder
-                if evaluation.quick_name(settings, self.quick) != evaluation.name:
-                    few |= evaluation.evaluate_quickly(net, settings, self.quick)
+                if evaluation.name_of(settings, self.quick) != evaluation.name:
+                    few |= evaluation.evaluate(net, replace(settings, full=False), self.quick)
             for evaluation in self.evals:
                 scores = evaluation.evaluate(net, settings)
                 self.results |= scores
                 self.not_run |= evaluation.not_run
                 self.draws |= evaluation.draws
+                self.conditions |= evaluation.conditions
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
         self._log_pictures(trainer, self.evals)
@@ -188,26 +173,22 @@ class ScoreDuringTraining(L.Callback):
             ConfigError: there is no such score, though all evaluations of that name were run.
         """
         for checkpoints in callbacks_of(trainer, Checkpoints):
-            if checkpoints.best is None:
+            if (best := checkpoints.best) is None:
                 continue
-            name, _, measure = checkpoints.best.partition("/")
+            name, _, measure = best.partition("/")
             named = [e for e in self._named(name) if e.every]
-            keys = [f"{e.quick_name(self.settings, self.quick)}/{measure}" for e in named]
+            keys = [f"{e.name_of(self.settings, self.quick)}/{measure}" for e in named]
             if found := [scores[key] for key in keys if key in scores]:
                 checkpoints.offer(trainer, found[0], final)
             elif all(e in scored for e in named):
-                problem = f"there is no score '{checkpoints.best}'{suggest(checkpoints.best, scores)}"
-                message = f"callbacks.checkpoint.best: {problem} The scores: {', '.join(scores)}"
+                missing = f"there is no score '{best}'{suggest(best, scores)} {_listed(scores)}"
                 if not final and not any(e.not_run for e in named):
-                    raise ConfigError(message)
-                print_rank_zero(message)  # it may come next time; and scores of a run that is over must not get lost
+                    raise ConfigError(f"callbacks.checkpoint.best: {missing}")
+                print_rank_zero(missing)  # it may come next time; and scores of a run that is over must not get lost
 
 
-def _check_measure(key: str, name: str, measure: str, known: Sequence[str]) -> None:
-    if measure not in known:
-        raise ConfigError(
-            f"{key}: '{name}' has no score '{measure}'{suggest(measure, known)} Its scores: {', '.join(known)}"
-        )
+def _listed(names: Iterable[str]) -> str:
+    return f"There are {', '.join(names) or 'none'}"
 
 
 def _ends(trainer: L.Trainer, last_batch: bool) -> bool:
@@ -229,6 +210,6 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     device = next(net.parameters()).device
     cuda = torch.random.fork_rng([device]) if device.type == "cuda" else nullcontext()
     eager = torch.compiler.set_stance("force_eager")
-    calm, exact = unwatched(module.trainer), kernels.exact_fp32(device)
-    with calm, isolate_rng(include_cuda=False), cuda, eager, exact, parametrize.cached(), unsharded(net) as whole:
+    untimed, exact = not_timed(module.trainer), kernels.exact_fp32(device)
+    with untimed, isolate_rng(include_cuda=False), cuda, eager, exact, parametrize.cached(), unsharded(net) as whole:
         yield whole

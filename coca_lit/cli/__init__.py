@@ -6,6 +6,7 @@ from coca_lit.runs.signals import requeue_while_starting
 def train_command() -> None:
     """Entry point of `python train.py` and `coca-train`. Signals are answered before anything slow is imported."""
     requeue_while_starting()
-    from coca_lit.cli.train import train
+    from coca_lit.cli.command import job_command
+    from coca_lit.cli.train import run
 
-    train()
+    job_command("train", run)

@@ -1,30 +1,20 @@
-"""From a composed config to the objects of a run, each built from its part of the config.
-
-The constructor is the schema: `build` refuses a key that a constructor does not take and suggests the right one.
-"""
+"""From a composed config to the objects of a run, each built from its part of the config."""
 
 import inspect
-import os
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from coca_lit.cli.checks import (
-    RENAMED,
-    WITHOUT_DATA,
-    WITHOUT_EVALUATION,
-    check_scalars,
-    place_of_data,
-    place_of_evaluation,
-)
 from coca_lit.cli.runtime import best_precision
-from coca_lit.errors import ConfigError, DataNotFoundError, check_number, error_context, suggest
-from coca_lit.runs.launch import launched_devices, under_srun
+from coca_lit.cli.schema import AUTO, read_signature, unresolved, written
+from coca_lit.errors import ConfigError, DataNotFoundError, error_context
+from coca_lit.machine import processors
 from coca_lit.runs.redaction import mask
 
 if TYPE_CHECKING:
@@ -35,15 +25,19 @@ if TYPE_CHECKING:
     from coca_lit.evals import Evaluation, Settings
     from coca_lit.lit_module import CoCaLit
     from coca_lit.models import CoCa, DualEncoder
+    from coca_lit.runs.resume import Start
     from coca_lit.tokenizer import Tokenizer
 
 WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that the callback takes
+REQUIRED = "required"  # `init_from` of an experiment that trains a model further
+SMOKE_STEPS = 2  # of trainer=smoke
 NOT_SETTINGS = (*WHEN, "objective", "skip_missing")
-HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
+FUNCTIONS = ("objectives", "measures")  # arguments that hold functions by name, which are called later
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None, **objects: Any) -> Any:
-    """Instantiates a config node with Hydra, after checking its keys and values against the signatures of its targets.
+    """Instantiates a config node with Hydra.
 
     Args:
         path: key of the node, for errors.
@@ -51,7 +45,7 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
         objects: objects that the constructor gets in any case.
 
     Raises:
-        ConfigError: a target that does not exist, a key that its constructor lacks, or a value that it refuses.
+        ConfigError: a target that does not exist, or a key or value that its constructor refuses.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -59,41 +53,17 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     values = OmegaConf.to_container(node, resolve=True)
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError(f"{path} names nothing to build: set {path}._target_ to a class or a function")
-    target = resolve_target(values["_target_"], path)
-    objects |= {key: value for key, value in (offered or {}).items() if key not in values and _takes(target, key)}
-    check_arguments(values, path, objects)
+    resolve_target(values["_target_"], path)
+    signature = read_signature(values["_target_"])
+    taken = signature.arguments if signature is not None else {}
+    objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
     try:
-        return instantiate(node, _convert_="all", **objects)
+        return instantiate(_handing_over(node, path), _convert_="all", **objects)
     except InstantiationException as error:
         cause = error.__cause__
         if not isinstance(cause, TypeError | ValueError | ModuleNotFoundError):
             raise cause or error from error
         raise ConfigError(f"{path}: {cause}") from error
-
-
-def check_arguments(node: Any, path: str, objects: Iterable[str] = ()) -> None:
-    """Checks the keys and values in a node against the signatures of its targets.
-
-    Args:
-        node: plain values, resolved.
-        path: key of the node, for errors.
-        objects: names of further arguments.
-
-    Raises:
-        ConfigError: a target that does not exist, a key that its constructor lacks, or a value that it refuses.
-    """
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in children:
-        check_arguments(child, f"{path}.{key}")
-    if isinstance(node, dict) and "_target_" in node:
-        arguments = _arguments(resolve_target(node["_target_"], path))
-        for key in [*node, *objects]:
-            if arguments is not None and key not in (*arguments, *HYDRA_KEYS):
-                renamed = {old.removeprefix(f"{path}."): new for old, new in RENAMED.items()}
-                hint = f"{suggest(key, arguments, renamed)} Its keys: {', '.join(arguments)}"
-                raise ConfigError(f"{path} has no key '{key}'{hint}")
-        if str(node["_target_"]).startswith("coca_lit."):
-            check_scalars(node, argument_defaults({"_target_": node["_target_"]}, path), f"{path}.", own=True)
 
 
 def resolve_target(target: Any, path: str) -> Callable[..., Any]:
@@ -104,75 +74,29 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
         raise ConfigError(f"{path}: there is no '{target}' ({error})") from error
     if not callable(found) or "." not in target:
         raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")
-    return found
+    return cast(Callable[..., Any], found)
 
 
-def _arguments(target: Callable[..., Any]) -> list[str] | None:
-    """Names of the arguments of a class or function, including `**kwargs: Unpack[SomeTypedDict]`; None if it takes any
-    name.
-    """
-    try:
-        parameters = inspect.signature(target).parameters.values()
-    except ValueError:  # it is not written in Python
-        return None
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            hint = parameter.annotation
-            if isinstance(hint, str):
-                function = target.__init__ if inspect.isclass(target) else target
-                hint = get_type_hints(function, include_extras=True)[parameter.name]
-            if get_origin(hint) is not Unpack:
-                return None
-            names += get_args(hint)[0].__annotations__
-    return names
+def _handing_over(node: DictConfig, path: str) -> DictConfig:
+    """The node with `_partial_` beside each function of `FUNCTIONS`, which Hydra would call."""
+    node = _without(node)
+    for key in FUNCTIONS:
+        for name, part in (node.get(key) or {}).items():
+            if isinstance(part, DictConfig) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
+                part["_partial_"] = True
+    return node
 
 
-def has_argument(target: Any, key: str) -> bool:
-    """Whether the class or function with this full name takes the argument, or any."""
-    try:
-        arguments = _arguments(resolve_target(target, key))
-    except ConfigError:  # told when it is built
-        return False
-    return arguments is None or key in arguments
-
-
-def known_arguments(target: Any) -> list[str]:
-    """Names of the arguments of the class or function with this full name."""
-    try:
-        return _arguments(resolve_target(target, "")) or []
-    except ConfigError:
-        return []
-
-
-def argument_defaults(node: dict[str, Any], path: str = "config") -> dict[str, Any]:
-    """The defaults of all constructors in a part of a config, by key, as plain values."""
-    defaults: dict[str, Any] = {}
-    if "_target_" in node:
-        with suppress(ValueError):  # it is not written in Python
-            parameters = inspect.signature(resolve_target(node["_target_"], path)).parameters.values()
-            defaults = {p.name: _plain(p.default) for p in parameters if p.default is not p.empty}
-    nested = {key: child for key, child in node.items() if isinstance(child, dict)}
-    return defaults | {key: argument_defaults(child, key) for key, child in nested.items()}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
-
-
-def _takes(target: Callable[..., Any], key: str) -> bool:
-    """Whether a class or function has an argument `key`, or may hand it on to a base class that has."""
-    classes = inspect.getmro(target) if inspect.isclass(target) else (target,)
-    for part in classes:
-        with suppress(ValueError):  # it is not written in Python
-            if key in (_arguments(part) or inspect.signature(part).parameters):
-                return True
-    return False
+def _awaits_arguments(node: DictConfig, path: str) -> bool:
+    """Whether the target is a function that takes more than the node gives."""
+    target = resolve_target(node["_target_"], path)
+    parameters = inspect.signature(target).parameters.values() if inspect.isfunction(target) else ()
+    return any(p.default is p.empty and p.name not in node and p.kind not in VARIABLE for p in parameters)
 
 
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
-    with _named_place(place_of_data(cfg), WITHOUT_DATA):
+    with _data_place(cfg):
         data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
         data.prepare_data()
     return data
@@ -188,27 +112,62 @@ def _named_place(key: str | None, otherwise: str) -> Iterator[None]:
         raise DataNotFoundError("; ".join(filter(None, (str(error), place, otherwise)))) from error
 
 
-def build_module(cfg: DictConfig, checkpoint: Path | None = None) -> "CoCaLit":
+def _data_place(cfg: DictConfig) -> AbstractContextManager[None]:
+    """`_named_place` of the training data."""
+    key = next((f"data.{key}" for key in ("root", "shards") if key in cfg.data), None)
+    return _named_place(key, "data=scenes needs no files")
+
+
+def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
+    """The key that says where the data of an evaluation are; None if they need no files."""
+    evaluation = unresolved(cfg.evals)[name] or {}
+    for part in ("records", "images"):
+        node = evaluation.get(part)
+        if isinstance(node, dict) and node.get("root") is not None:
+            found = re.fullmatch(r"\$\{roots\.(\w+)\}", str(node["root"]))
+            if found is None:
+                return f"evals.{name}.{part}.root"
+            return "data.root" if unresolved(cfg.roots)[found[1]] == "${data.root}" else f"roots.{found[1]}"
+    return None
+
+
+def load_source(cfg: DictConfig) -> "DualEncoder | None":
+    """The model in `init_from`, if any."""
+    if cfg.init_from is None:
+        return None
+
+    from coca_lit.weights.load import load_dual_encoder
+
+    with error_context("init_from"):
+        return load_dual_encoder(cfg.init_from)
+
+
+def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEncoder | None" = None) -> "CoCaLit":
     """The LightningModule with its network, started from given weights if there are any.
 
     Args:
-        checkpoint: what the run resumes from; its weights will replace any others.
+        start: what the run resumes from; its weights will replace any others.
+        source: the model in `init_from`, if it is loaded already.
     """
-    source = None
-    if checkpoint is not None:
-        with error_context("ckpt_path"):
-            cfg = with_facts(cfg, _architecture(checkpoint), checkpoint)
-    elif cfg.init_from is not None:
-        from coca_lit.weights.load import load_dual_encoder
+    if start is not None:
+        from coca_lit.weights import MODEL_KEY
+        from coca_lit.weights.load import architecture
 
+        with error_context("ckpt_path"):
+            cfg = with_facts(cfg, architecture(start.content.get(MODEL_KEY, {}), start.path), start.path)
+        source = None
+    elif (source := source or load_source(cfg)) is not None:
         with error_context("init_from"):
-            source = load_dual_encoder(cfg.init_from)
             cfg = with_facts(cfg, source, cfg.init_from)
     optimizer = build(cfg.model.optimizer, "model.optimizer")
     module = make_module(cfg, cfg.model, optimizer=optimizer)
-    if checkpoint is None:
+    if start is None:
         initialise(cfg, module.net, source)
     add_adapters(cfg, module.net)
+    if start is not None and cfg.data.get("cached_augmentations"):  # photos are encoded before Lightning restores these
+        from coca_lit.training.trainer import SafeCheckpointIO
+
+        module.load_state_dict(SafeCheckpointIO().load_checkpoint(start.path)["state_dict"])
     if not any(p.requires_grad for p in module.net.parameters()):
         raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
     return module
@@ -224,7 +183,7 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
     if source is None and parts.image_encoder is None and parts.decoder is None:
         return  # as most trainings do, which need not import a dozen modules for this
 
-    from coca_lit.weights.load import copy_weights, load_image_weights, load_language_model
+    from coca_lit.weights.start import copy_weights, load_image_weights, load_language_model
 
     given: list[str] = []
     if parts.image_encoder is not None:
@@ -238,22 +197,6 @@ def initialise(cfg: DictConfig, net: "CoCa", source: "DualEncoder | None" = None
             load_language_model(net, parts.decoder, given)
 
 
-def _architecture(checkpoint: Path) -> dict[str, Any]:
-    """The architecture of a checkpoint, or of another one of its run: the first process may be about to replace the
-    link `last.ckpt`, which then points to a damaged file or to none.
-    """
-    from coca_lit.runs.checkpoint_io import step_files
-    from coca_lit.weights.load import read_architecture
-
-    errors = []
-    for path in (checkpoint, *step_files(checkpoint.parent)):
-        try:
-            return read_architecture(path)
-        except (OSError, ValueError) as error:
-            errors.append(error)
-    raise errors[0]
-
-
 def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where: str | Path) -> DictConfig:
     """The config with what the tensors of some weights do not show, such as their CLS mask, taken from them.
 
@@ -264,11 +207,11 @@ def with_facts(cfg: DictConfig, source: "DualEncoder | Mapping[str, Any]", where
         ValueError: the config chooses something else.
     """
     from coca_lit.distributed import print_rank_zero
-    from coca_lit.models import CoCa, create_model
+    from coca_lit.models import CoCa
     from coca_lit.models.presets import preset
     from coca_lit.weights.computation import arguments_of, merge
 
-    if resolve_target(cfg.model.net._target_, "model.net") is not create_model:
+    if cfg.model.net._target_ != "coca_lit.models.create_model":
         return cfg  # a network of the user's own; `copy_weights` compares it with the source
     net = cast(dict[str, Any], OmegaConf.to_container(cfg.model.net, resolve=True))
     own = preset(net["name"])
@@ -290,24 +233,15 @@ def make_module(cfg: DictConfig, model: DictConfig, **objects: Any) -> "CoCaLit"
     return module
 
 
-def has_objectives(cfg: DictConfig) -> bool:
-    """Whether there are further objectives; one that is null is left out."""
-    return any(value is not None for value in (cfg.model.get("objectives") or {}).values())
-
-
 def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
     """Low-rank adaptation, if `lora.rank` is set: after weights have been loaded, because it renames them."""
     from coca_lit.distributed import print_rank_zero
 
-    if not cfg.lora.rank:  # perhaps because its key is misspelt
-        check_arguments(OmegaConf.to_container(cfg.lora, resolve=True), "lora")
-    else:
+    if cfg.lora.rank:
         adapted = build(cfg.lora, "lora", net=net)
-        parts = dict.fromkeys(name.partition(".")[0] for name in adapted)
+        parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in adapted))
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        print_rank_zero(
-            f"low-rank updates of {len(adapted)} matrices of {', '.join(parts)}, {trained:,} parameters train"
-        )
+        print_rank_zero(f"low-rank updates of {len(adapted)} matrices of {parts}, {trained:,} parameters train")
 
 
 def with_vocabulary(cfg: DictConfig) -> DictConfig:
@@ -319,7 +253,7 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
 
     if cfg.vocabulary is None:
         return cfg
-    with _named_place(place_of_data(cfg), WITHOUT_DATA):
+    with _data_place(cfg):
         groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
     with error_context("vocabulary"):
         words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
@@ -332,9 +266,86 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+def with_start(cfg: DictConfig) -> DictConfig:
+    """The config of an experiment that trains a model further (`init_from: required`): from random weights if it is but
+    a step or two, to check a set-up.
+
+    Raises:
+        ConfigError: nobody said which model.
+    """
+    if cfg.init_from != REQUIRED:
+        return cfg
+    if not 0 < cfg.trainer.max_steps <= SMOKE_STEPS:
+        raise ConfigError(
+            "this experiment trains a model further: name it, such as init_from=outputs/my_run, or say init_from=null "
+            "to start from random weights"
+        )
+    cfg = cfg.copy()
+    cfg.init_from = None
+    return cfg
+
+
+def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: bool = False) -> DictConfig:
+    """The config with plain values for the keys that are "auto", if it names a recipe; prints them and why.
+
+    Args:
+        source: the model in `init_from`, if any.
+        resumed: take the values that the run folder records.
+    """
+    from coca_lit.distributed import print_rank_zero
+    from coca_lit.models import CoCa
+    from coca_lit.reading import read_run_yaml
+    from coca_lit.runs.run_folder import CONFIG
+
+    if cfg.recipe is None:
+        return cfg
+    cfg = cfg.copy()
+    if resumed:
+        for key, value in leaves(read_run_yaml(Path(cfg.output_dir), CONFIG)):
+            _fill(cfg, key, value)
+        return cfg
+    arguments = None
+    if source is not None:
+        if not isinstance(source, CoCa):
+            raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
+        arguments = source.config
+    node = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
+    known = {key: value for key, value in node.items() if value != AUTO}
+    with _data_place(cfg):
+        # Of which only the texts are read: batch and size do not matter.
+        data = build(OmegaConf.create({"batch_size": 1, **known}), "data", offered={"tokenizer": None})
+        given = {key: value for key, value in leaves(unresolved(cfg)) if value != AUTO and "${" not in str(value)}
+        what, choices = build(cfg.recipe, "recipe")(data, given, arguments)
+    print_rank_zero(f"chosen for {what}; every line is a key:")
+    for key, value, why in choices:
+        if any([_fill(cfg, *leaf) for leaf in leaves(value, key)]):
+            shown = "…" if isinstance(value, dict) else written(value)
+            print_rank_zero(f"  {key}={shown}  # {why}")
+    return cfg
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of all values in nested dictionaries."""
+    if not isinstance(node, dict) or not node:
+        yield path, node
+        return
+    for key, value in node.items():
+        yield from leaves(value, f"{path}.{key}" if path else key)
+
+
+def _fill(cfg: DictConfig, key: str, value: Any) -> bool:
+    """Sets a key that is "auto", or an argument of the network that is not given; whether it did."""
+    before = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+    if value == AUTO or not (before == AUTO or (before is None and key.startswith("model.net."))):
+        return False
+    with open_dict(cfg):
+        OmegaConf.update(cfg, key, value, force_add=True)
+    return True
+
+
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
     """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read. A
-    target may return several evaluations.
+    target may return several evaluations, or be a function (model, records, settings) -> {score: value} itself.
     """
     from coca_lit.distributed import print_rank_zero
     from coca_lit.errors import DataError
@@ -342,8 +353,9 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
     evals, missing = [], {}
     for name, node in cfg.evals.items():
         try:
-            with _named_place(place_of_evaluation(cfg, name), "" if cfg.scoring.skip_missing else WITHOUT_EVALUATION):
-                built = build(node, f"evals.{name}") if node else []
+            otherwise = "scoring.skip_missing=true leaves such evaluations out, evals=[] all of them"
+            with _named_place(_place_of_evaluation(cfg, name), "" if cfg.scoring.skip_missing else otherwise):
+                built = _build_evaluation(name, node) if node else []
             evals += built if isinstance(built, list) else [built]
         except DataError as error:
             if not cfg.scoring.skip_missing:
@@ -351,6 +363,21 @@ def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
             missing[name] = str(error)
             print_rank_zero(f"skipped {name}: {error}")
     return evals, missing
+
+
+def _build_evaluation(name: str, node: DictConfig) -> "Evaluation | list[Evaluation]":
+    path = f"evals.{name}"
+    if "_target_" not in node or not _awaits_arguments(node, path):
+        built: Evaluation | list[Evaluation] = build(node, path, offered={"name": name})
+        return built
+
+    from coca_lit.evals import FunctionEvaluation
+
+    given = build(node, path, _partial_=True).keywords
+    if "records" not in given:
+        raise ConfigError(f"{path} has nothing to score: set {path}.records._target_ to what returns records")
+    records = given.pop("records")
+    return FunctionEvaluation(name, records, partial(resolve_target(node["_target_"], path), **given))
 
 
 def build_settings(cfg: DictConfig) -> "Settings":
@@ -364,8 +391,13 @@ def build_settings(cfg: DictConfig) -> "Settings":
             locate(judge)
     node = _without(cfg.scoring, *NOT_SETTINGS)
     if node.workers is None:
-        node.workers = min(4, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+        node.workers = min(4, processors()) if torch.cuda.is_available() else 0
     return build(node, "scoring", output_dir=cfg.output_dir)
+
+
+def build_report(cfg: DictConfig) -> Callable[[Path], Any] | None:
+    """What writes the report of a run folder, if anything does."""
+    return build(cfg.report, "report") if cfg.report is not None else None
 
 
 def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTraining":
@@ -376,100 +408,37 @@ def build_scoring(cfg: DictConfig, evals: "list[Evaluation]") -> "ScoreDuringTra
         return ScoreDuringTraining(evals, build_settings(cfg), **{key: cfg.scoring[key] for key in WHEN})
 
 
-def build_trainer(
-    cfg: DictConfig, scoring: "ScoreDuringTraining", texts: bool = False, checkpoint: Path | None = None
-) -> "L.Trainer":
+def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", start: "Start | None" = None) -> "L.Trainer":
     """The trainer with its callbacks, `scoring` among them, loggers, strategy and precision.
 
     Args:
-        texts: whether some batches are texts alone.
-        checkpoint: from which the run resumes, in its logs too.
+        start: from which the run resumes, in its logs too.
     """
-    from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from coca_lit.runs.run_folder import resumes
-    from coca_lit.training.sharding import check_strategy, set_ddp_options
+    from coca_lit.callbacks import in_order
+    from coca_lit.runs.resume import identity_of, is_same_run
+    from coca_lit.training.trainer import DEFAULTS, trainer_parts
 
-    for_loggers = {
-        "output_dir": cfg.output_dir,
-        "resumed_from": checkpoint,
-        "same_run": resumes(cfg, checkpoint),
-    }
-    loggers = [build(node, f"logger.{name}", for_loggers) for name, node in cfg.logger.items() if node]
-    callbacks = build_callbacks(cfg, scoring)
-    if not loggers:  # the monitor would refuse to train
-        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
+    logged = start.run.get("logged_steps", 0) if start is not None else 0
+    offered = {"output_dir": cfg.output_dir, "logged_steps": logged, "same_run": is_same_run(cfg, start)}
+    loggers = [build(node, f"logger.{name}", offered) for name, node in cfg.logger.items() if node]
+    # The config as a function: in a dictionary Hydra would build the targets.
+    offered = {"output_dir": cfg.output_dir, "identity": lambda: identity_of(plain(cfg))}
+    chosen = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
+    with error_context("ema"):
+        callbacks = in_order(chosen, scoring, cfg.ema, cfg.output_dir, partial(plain, cfg, resolve=True))
     strategy = cfg.trainer.strategy
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
-    with error_context("trainer"):
-        further = {
-            "lora": bool(cfg.lora.rank),
-            "objectives": has_objectives(cfg),
-            "self_critical": cfg.model.get("self_critical") is not None,
-        }
-        check_strategy(strategy, precision, cfg.ema, cfg.trainer.micro_batch_size, **further)
-    parts = {
-        "callbacks": callbacks,
-        "logger": loggers,
-        "precision": precision,
-        "strategy": strategy,
-        "plugins": build_plugins(),
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),  # no default one
-    }
-    defaults = {
-        "default_root_dir": cfg.output_dir,
-        "use_distributed_sampler": False,  # the DataModules split batches over ranks exactly
-        "enable_model_summary": False,  # there is `RunSummary`
-        "num_sanity_val_steps": 0,
-    }
+    precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
+    parts = trainer_parts(callbacks, loggers, strategy, precision)
     node = _without(cfg.trainer, "micro_batch_size")  # an argument of the module
     try:
-        trainer: L.Trainer = build(node, "trainer", defaults, **parts)
+        trainer: L.Trainer = build(node, "trainer", {"default_root_dir": cfg.output_dir, **DEFAULTS}, **parts)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
-    with error_context("trainer"):
-        check_number("accumulate_grad_batches", trainer.accumulate_grad_batches, whole=True, at_least=1)
-    accumulates, micro_batches = trainer.accumulate_grad_batches > 1, cfg.trainer.micro_batch_size is not None
-    varies = accumulates or micro_batches or further["objectives"] or further["self_critical"]
-    set_ddp_options(trainer.strategy, texts, same_graph=not varies)
     return trainer
-
-
-def build_callbacks(cfg: DictConfig, scoring: "ScoreDuringTraining") -> "list[L.Callback]":
-    """In the order in which they must act. Averaged weights replace the trained ones when training ends: after the
-    last checkpoint, before the final scores.
-    """
-    from coca_lit.callbacks import Averaging, Checkpoints, LogRunFacts, RunSummary, SamplesSeen, SourceCounts
-    from coca_lit.runs.resume import resume_keys
-
-    # The config as a function: in a dictionary Hydra would build the targets.
-    offered = {"output_dir": cfg.output_dir, "run_config": lambda: resume_keys(plain(cfg))}
-    callbacks = [build(node, f"callbacks.{name}", offered) for name, node in cfg.callbacks.items() if node]
-    checkpoints = [callback for callback in callbacks if isinstance(callback, Checkpoints)]
-    others = [callback for callback in callbacks if callback not in checkpoints]
-    with error_context("ema"):
-        averaging = [Averaging(decay=cfg.ema)] if cfg.ema is not None else []
-    facts = LogRunFacts(partial(plain, cfg, resolve=True))
-    always = [SamplesSeen(), SourceCounts(), facts, RunSummary(cfg.output_dir)]
-    return [*checkpoints, *averaging, scoring, *others, *always]
-
-
-def build_plugins() -> list[Any]:
-    """Safe checkpoint files, and under srun an environment that leaves requeueing to us: Lightning would save within
-    the signal handler, in the middle of a step.
-    """
-    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-
-    from coca_lit.training.checkpoint_plugin import SafeCheckpointIO
-
-    if not under_srun() or TorchElasticEnvironment.detect():
-        return [SafeCheckpointIO()]
-    # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
-    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched_devices()))
-    return [SafeCheckpointIO(), SLURMEnvironment(auto_requeue=False)]
 
 
 def _without(node: DictConfig, *keys: str) -> DictConfig:

@@ -1,64 +1,143 @@
-"""Scores of a checkpoint: `coca-evaluate checkpoint=PATH evals=[mscoco_captions,mscoco_retrieval]`.
+"""Scores of a checkpoint: `coca-evaluate checkpoint=PATH 'evals=[mscoco_captions,mscoco_retrieval]'`.
 
 Training shares the evaluations (`conf/evals`). Under torchrun the images are split over the processes; the scores are
 the same.
 """
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from coca_lit.cli.assembly import build_evals, build_settings
-from coca_lit.cli.command import command
-from coca_lit.cli.runtime import chosen_dtype, configure_libraries, finish_run, worker_errors
-from coca_lit.errors import error_context
-from coca_lit.runs.lock import in_use
+from coca_lit.cli.assembly import build_evals, build_report, build_settings
+from coca_lit.cli.command import job_command, options_of, quote
+from coca_lit.cli.runtime import chosen_dtype, configure_libraries
+from coca_lit.errors import ConfigError, error_context
+from coca_lit.reading import read_run_yaml
+from coca_lit.runs.launch import is_first_process
+from coca_lit.runs.run_folder import CONFIG, in_use
 
 if TYPE_CHECKING:
+    from coca_lit.metrics.conditions import Conditions
     from coca_lit.metrics.uncertainty import Draws
     from coca_lit.models import DualEncoder
+
+KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers")  # how the names of evaluations end
 
 
 def evaluate() -> None:
     """Entry point of `coca-evaluate` and `python -m coca_lit.cli.evaluate`."""
-    command("evaluate", run, multirun=True)
+    job_command("evaluate", run, with_evals)
+
+
+def with_evals(words: list[str]) -> list[str]:
+    """The overrides with the evaluations of the checkpoint's run, and where their data were, unless `evals` is given.
+    Of the run's config only names of our evaluations and existing folders count: it may be a stranger's.
+
+    Raises:
+        ConfigError: no evaluations are known: the checkpoint belongs to no run.
+    """
+    given = {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in words)}
+    if "evals" in given or "checkpoint" not in given:
+        return words
+    from coca_lit.weights.hub import PREFIX, released
+
+    known = options_of("evaluate", "evals", words)
+    names: list[str] = []
+    places: dict[str, str] = {}
+    for checkpoint in (name.strip("\"' ") for name in given["checkpoint"].split(",")):
+        path = Path(checkpoint).expanduser()
+        if not path.exists() and not checkpoint.startswith(PREFIX) and released(checkpoint) is None:
+            return words  # a mistake, which is reported with the others
+        config = _config_of_run(path)
+        evals = config.get("evals")
+        scored = [name for name in evals if name in known and evals[name]] if isinstance(evals, dict) else []
+        if not scored:
+            raise ConfigError(
+                f"{checkpoint} belongs to no run that was scored: name what to score, evals=[NAME,NAME] or evals=all, "
+                f"of {_grouped(known)}"
+            )
+        names += scored
+        places |= dict(_places(config, scored))
+    added = [f"evals=[{','.join(dict.fromkeys(names))}]"]
+    if is_first_process():
+        print(f"scoring what the run scored: {added[0]}", flush=True)
+    return [*words, *added, *(f"{key}={quote(place)}" for key, place in places.items() if key not in given)]
+
+
+def _config_of_run(checkpoint: Path) -> dict[str, Any]:
+    """The config of the run that a checkpoint belongs to; empty if there is none."""
+    folder = next((place for place in (checkpoint, *checkpoint.parents[:2]) if (place / CONFIG).is_file()), None)
+    return read_run_yaml(folder, CONFIG) if folder is not None else {}
+
+
+def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Keys of what a run scored: the folders of data, and the split of own photos, which rarely have a test split."""
+    split = _node(config, "scoring").get("split")
+    if split in ("train", "val") and all(name.startswith("my_photos_") for name in evals):
+        yield "scoring.split", split
+    roots, data = _node(config, "roots"), _node(config, "data")
+    found = {"data_dir": config.get("data_dir")}
+    found |= {f"roots.{name}": roots[name] for name in roots if any(own.startswith(f"{name}_") for own in evals)}
+    for key, place in found.items():
+        place = data.get("root") if place == "${data.root}" else place
+        if isinstance(place, str) and Path(place).is_dir():
+            yield key, place
+
+
+def _node(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A node of a config; empty where a stranger's config holds something else."""
+    node = config.get(key)
+    return node if isinstance(node, dict) else {}
+
+
+def _grouped(names: Sequence[str]) -> str:
+    """Evaluations by kind: scenes_captions, mscoco_captions -> "{mscoco,scenes}_captions"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        data, _, kind = name.rpartition("_")
+        if kind in KINDS and data:
+            groups.setdefault(kind, []).append(data)
+    return ", ".join(f"{{{','.join(sorted(data))}}}_{kind}" for kind, data in groups.items())
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Scores as configured and returns the scores; the run folder is `cfg.output_dir`."""
-    with in_use(Path(cfg.output_dir)), worker_errors():
-        return _run(cfg)
-
-
-def _run(cfg: DictConfig) -> dict[str, float]:
+    from coca_lit.data.prefetch import worker_errors
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import part_sizes
-    from coca_lit.runs.run_folder import start_run_folder
+    from coca_lit.models.parts import forward_flops
+    from coca_lit.runs.results import finish_run
+    from coca_lit.runs.resume import start_run_folder
 
     configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
-    with process_group() as device:
+    results: dict[str, float] = {}
+    draws: dict[str, Draws] = {}
+    conditions: dict[str, Conditions] = {}
+    with in_use(Path(cfg.output_dir)), worker_errors(), process_group() as device:
         model = _load(cfg).to(device, chosen_dtype(cfg.precision))
         start_run_folder(cfg)
         settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
-        results: dict[str, float] = {}
-        draws: dict[str, Draws] = {}
         for evaluation in evals:
             results |= evaluation.evaluate(model, settings)
             not_run |= evaluation.not_run
             draws |= evaluation.draws
+            conditions |= evaluation.conditions
         if rank() == 0:
-            finish_run(Path(cfg.output_dir), results, not_run, draws, {"parameters": part_sizes(model)})
+            facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
+            report = build_report(cfg)
+            finish_run(Path(cfg.output_dir), results, not_run, draws, conditions, facts, report)
     return results
 
 
 def _load(cfg: DictConfig) -> "DualEncoder":
-    from coca_lit.weights.interpolation import interpolate
+    from coca_lit.weights.computation import interpolate
     from coca_lit.weights.load import load_dual_encoder
 
     with error_context("checkpoint"):

@@ -1,12 +1,10 @@
-"""Sweeps, with any launcher and sweeper: records of their jobs, and at the end a table, a page and the best run.
+"""Sweeps, with any launcher and sweeper: records of their jobs, which a report gets at the end.
 
 The process that runs a job, on any machine, keeps a record in the job's folder. A sweep consists of all jobs in
 its folder with the same fixed values and the same varied keys: a sweep that is started again, or that continues an
 Optuna study, also shows its earlier jobs.
 """
 
-import csv
-import json
 import os
 import sys
 import time
@@ -21,14 +19,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from coca_lit.errors import ConfigError
-from coca_lit.files import atomic_write
+from coca_lit.errors import ConfigError, suggest
+from coca_lit.files import write_json
+from coca_lit.metrics import lower_is_better
 from coca_lit.reading import read_json
-from coca_lit.report.scores import best_run, cell, headline, lower_is_better
 from coca_lit.runs.launch import is_first_process, job_folder
 from coca_lit.runs.redaction import masked_yaml, redact
+from coca_lit.runs.scores import headline
 
 RECORD, ERROR, SWEEP_VARIABLE = "job.json", "error.txt", "COCA_LIT_SWEEP"
 IN_ONE_PROCESS = ("JoblibLauncher", "RayLauncher")
@@ -43,16 +43,27 @@ class Sweep(NamedTuple):
     keys: set[str]  # of all overrides
     left_out: set[str]  # overrides that may differ within a sweep: where and how fast it runs
     objective: str | None
+    report: str | None  # the function that reports the jobs
     may_fail: bool  # whether the sweeper takes a failed job for a result
 
 
-_started: list[Sweep] = []  # those whose table is still to be printed
+_started: list[Sweep] = []  # those whose end is still to be told
 
 
 class SweepCallback(Callback):
-    """Names the folders of a sweep, and masks the secrets in Hydra's record of it, `multirun.yaml`."""
+    """Names the folders of a sweep, and masks the secrets in Hydra's record of it, `multirun.yaml`.
+
+    Args:
+        report: full name of the function that reports the jobs, called with the folder of the sweep, a row for each job
+            (see `read_sweep`) and `scoring.objective`.
+    """
+
+    def __init__(self, report: str | None = None) -> None:
+        self.report = report
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        objective = OmegaConf.select(config, "scoring.objective")
+        _check_direction(config.hydra.sweeper.get("direction"), objective)
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*parameters, *config.hydra.overrides.task])
         fixed = [override for override in overrides if not override.is_sweep_override()]
@@ -70,7 +81,8 @@ class SweepCallback(Callback):
                 fixed=_values(map(_text, fixed)),
                 keys={_key(o) for o in overrides},
                 left_out=left_out,
-                objective=OmegaConf.select(config, "scoring.objective"),
+                objective=objective,
+                report=self.report,
                 may_fail="max_failure_rate" in config.hydra.sweeper,
             )
         )
@@ -100,18 +112,21 @@ def job_record() -> Iterator[None]:
     folder = Path(hydra.runtime.output_dir)
     record = {"sweep": sweep, "begun": time.time(), "overrides": _values(hydra.overrides.task)}
     (folder / ERROR).unlink(missing_ok=True)
-    _write_record(folder, {**record, "status": "unfinished"})
+    write_json(folder / RECORD, {**record, "status": "unfinished"})
     try:
         yield
     except Exception as error:
         (folder / ERROR).write_text(redact("".join(traceback.format_exception(error))))
         message = [line for line in redact(str(error)).splitlines() if line.strip()]
-        _write_record(folder, {**record, "status": "failed", "error": message[-1] if message else type(error).__name__})
+        write_json(
+            folder / RECORD, {**record, "status": "failed", "error": message[-1] if message else type(error).__name__}
+        )
         raise
     except SystemExit:  # a signal, with everything saved
-        _write_record(folder, {**record, "status": "stopped", "error": "by a signal; the same command resumes it"})
+        reason = "stopped by a signal; the same command resumes it"
+        write_json(folder / RECORD, {**record, "status": "stopped", "error": reason})
         raise
-    _write_record(folder, {**record, "status": "ok"})
+    write_json(folder / RECORD, {**record, "status": "ok"})
 
 
 def record_death(config: DictConfig, reason: str) -> None:
@@ -132,7 +147,7 @@ def record_death(config: DictConfig, reason: str) -> None:
     if record.get("sweep") != sweep:
         record = {"sweep": sweep, "begun": time.time(), "overrides": overrides, "status": "unfinished"}
     if record["status"] == "unfinished":
-        _write_record(folder, {**record, "status": "failed", "error": reason})
+        write_json(folder / RECORD, {**record, "status": "failed", "error": reason})
 
 
 def prepare_jobs(config: DictConfig, sweep: str, fixed: Sequence[Override], left_out: set[str]) -> None:
@@ -154,12 +169,28 @@ def prepare_jobs(config: DictConfig, sweep: str, fixed: Sequence[Override], left
         ]
 
 
-def check_direction(objective: str | None) -> None:
+def _check_direction(direction: Any, objective: str | None) -> None:
     """Raises `ConfigError` if a sweeper that searches, such as Optuna's, would search for the worst runs."""
-    direction = HydraConfig.get().sweeper.get("direction")
     wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
     if isinstance(direction, str) and direction != wanted:
         raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
+
+
+def sweep_score(results: Any, cfg: DictConfig) -> Any:
+    """The number that a sweeper asks for: of the scores of a run the one called `scoring.objective`, or the first
+    headline score.
+
+    Raises:
+        ConfigError: there is no such score.
+    """
+    if not isinstance(results, dict):
+        return results
+    score = OmegaConf.select(cfg, "scoring.objective") or headline(results)
+    if results and score is not None and score not in results:
+        raise ConfigError(
+            f"scoring.objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
+        )
+    return results.get(score)
 
 
 def check_processes(count: int) -> None:
@@ -174,9 +205,9 @@ def check_processes(count: int) -> None:
         )
 
 
-def print_sweep() -> bool:
-    """Whether a sweep was started in this process. If so, prints its table, and writes it to a file and to a page that
-    compares the jobs. Exits with an error if a job failed that should not have, or if none succeeded.
+def end_sweep() -> bool:
+    """Reports the sweep that was started in this process, and returns whether there was one. Exits with an error if a
+    job failed that should not have, or if none succeeded.
     """
     if not _started:
         return False
@@ -187,8 +218,12 @@ def print_sweep() -> bool:
     rows = read_sweep(sweep)
     new = [row for row in rows if row.pop("new")]
     if new:
-        _write_csv(sweep.folder / "results.csv", rows)
-        _print_end(sweep, rows)
+        if sweep.report is not None:
+            get_method(sweep.report)(sweep.folder, rows, sweep.objective)
+        if all(row["status"] != "ok" for row in rows):
+            reasons = [row["error"] for row in rows if row["error"]]
+            reason = next(iter(reasons), "they did not end; the same command resumes them")
+            sys.exit(f"error: none of the {len(rows)} jobs succeeded: {reason}")
     failed = [row for row in new if row["status"] == "failed"]
     if failed and not sweep.may_fail:
         sys.exit(f"error: {failed[0]['error']}")
@@ -202,16 +237,13 @@ def read_sweep(sweep: Sweep) -> list[dict[str, Any]]:
     and whether it is `new`, that is, run by this process.
     """
     found = []
+    fixed = {key: value for key, value in sweep.fixed.items() if key not in sweep.left_out}
     for path in sweep.folder.glob(f"*/{RECORD}"):
         record = read_json(path, dict)
-        if _belongs(record["overrides"], sweep):
+        overrides = record["overrides"]
+        if overrides.keys() - sweep.left_out == sweep.keys - sweep.left_out and fixed.items() <= overrides.items():
             found.append((record, path.parent))
     return [_row(sweep, *job) for job in sorted(found, key=lambda job: job[0]["begun"])]
-
-
-def _belongs(overrides: dict[str, str], sweep: Sweep) -> bool:
-    fixed = {key: value for key, value in sweep.fixed.items() if key not in sweep.left_out}
-    return overrides.keys() - sweep.left_out == sweep.keys - sweep.left_out and fixed.items() <= overrides.items()
 
 
 def _row(sweep: Sweep, record: dict[str, Any], job: Path) -> dict[str, Any]:
@@ -220,24 +252,6 @@ def _row(sweep: Sweep, record: dict[str, Any], job: Path) -> dict[str, Any]:
     outcome = scores if status == "ok" else {"error": record.get("error", "")}
     varied = {key: value for key, value in record["overrides"].items() if key not in sweep.left_out}
     return {"job": job.name, **varied, "status": status, **outcome, "new": record["sweep"] == sweep.id}
-
-
-def _print_end(sweep: Sweep, rows: Sequence[dict[str, Any]]) -> None:
-    from coca_lit.report.page import write_comparison
-    from coca_lit.report.tables import print_jobs
-
-    ok = [row for row in rows if row["status"] == "ok"]
-    scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}
-    score = sweep.objective or headline(list(dict.fromkeys(name for job in scores.values() for name in job)))
-    best = best_run(scores, score) if score else None
-    print_jobs(rows, str(sweep.folder), score, best)
-    if not ok:
-        sys.exit(f"error: none of the {len(rows)} jobs succeeded; the first error: {rows[0]['error'] or 'none'}")
-    if best is not None:
-        print(f"best {score}: {cell(score or '', scores[best][score or ''])} in {sweep.folder / best}")
-    if compared := [sweep.folder / job for job in scores if (sweep.folder / job / "results.json").exists()]:
-        compared += [sweep.folder / row["job"] for row in rows if row["status"] != "ok"]
-        print(f"compared in {write_comparison(compared, sweep.folder, score)}")
 
 
 def _text(override: Override) -> str:
@@ -250,19 +264,3 @@ def _key(override: Override) -> str:
 
 def _values(overrides: Iterable[str]) -> dict[str, str]:
     return {key.removeprefix("++"): value for key, _, value in (redact(o).partition("=") for o in overrides)}
-
-
-def _write_record(job: Path, record: dict[str, Any]) -> None:
-    atomic_write(job / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return [*(c for c in columns if c != "error"), *(c for c in columns if c == "error")]
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)

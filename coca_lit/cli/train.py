@@ -12,100 +12,109 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import (
-    argument_defaults,
     build_data,
     build_evals,
     build_module,
+    build_report,
     build_scoring,
     build_trainer,
+    load_source,
     plain,
+    with_recipe,
+    with_start,
     with_vocabulary,
 )
-from coca_lit.cli.command import command
-from coca_lit.cli.runtime import configure_libraries, finish_run, worker_errors
-from coca_lit.cli.sweep import SWEEP_VARIABLE, check_direction, check_processes
-from coca_lit.errors import ConfigError, error_context, suggest
-from coca_lit.report.scores import headline
-from coca_lit.runs.launch import is_first_process, launched_processes
-from coca_lit.runs.lock import in_use
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.cli.schema import argument_defaults
+from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
+from coca_lit.errors import error_context
+from coca_lit.runs.launch import is_first_process
+from coca_lit.runs.run_folder import in_use
 
 if TYPE_CHECKING:
-    import lightning.pytorch as L
-
-
-def train() -> None:
-    """Entry point of `python train.py` and `coca-train`."""
-    command("train", train_job, multirun=True)
-
-
-def train_job(cfg: DictConfig) -> float | None:
-    """`run` for Hydra, whose sweepers ask for one number: the score called `scoring.objective`."""
-    objective = cfg.scoring.objective
-    check_direction(objective)
-    results = run(cfg)
-    score = objective or headline(results)
-    if results and score is not None and score not in results:
-        raise ConfigError(
-            f"scoring.objective: there is no score '{score}'{suggest(score, results)} Scores: {', '.join(results)}"
-        )
-    return results[score] if results and score is not None else None
+    from coca_lit.data.datamodule import CaptionDataModule
+    from coca_lit.models import CoCa
+    from coca_lit.runs.resume import Start
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Trains as configured, scores the result and returns the scores; the run folder is `cfg.output_dir`."""
-    with in_use(Path(cfg.output_dir)):
+    cfg, folder = with_start(cfg), Path(cfg.output_dir)
+    with in_use(folder):
         if is_first_process():
             print(f"training {cfg.name}, loading libraries …", flush=True)
-        return _run(cfg)
+
+        import lightning.pytorch as L
+
+        from coca_lit.callbacks import samples_seen
+        from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
+        from coca_lit.data.prefetch import worker_errors
+        from coca_lit.models import part_sizes
+        from coca_lit.runs.results import finish_run, read_conditions, read_draws
+        from coca_lit.runs.resume import find_checkpoint, finished_results, resume_command, start_run_folder
+        from coca_lit.runs.scores import print_scores
+        from coca_lit.training.suitability import check_data, check_held_out
+        from coca_lit.training.trainer import choose_fp32_matmul, prepare
+
+        configure_libraries(cfg.threads, cfg.kernels.enabled, tf32=True)
+        with error_context("seed"):
+            L.seed_everything(cfg.seed, workers=True, verbose=False)
+        start = find_checkpoint(folder, cfg.ckpt_path, is_first_process())
+        resumed = start is not None and start.path.parent.parent == folder
+        source = None if resumed else load_source(cfg)
+        cfg = with_recipe(cfg, source, resumed)
+        check_start(cfg, start)
+        if start is not None and (results := finished_results(cfg, start)) is not None:
+            if is_first_process():
+                images = {score: of.images for score, of in read_conditions(folder).items()}
+                print_scores(results, read_draws(folder), images)
+            return results
+        module = build_module(with_vocabulary(cfg), start, source)
+        data = build_data(cfg, module.net.tokenizer)  # before the evaluations: reported first if missing
+        evals, not_run = build_evals(cfg)
+        if start is None and isinstance(data, CaptionDataModule):
+            check_data(data, module.net)
+        if start is None and isinstance(data, RecordsDataModule):
+            held_out = {evaluation.name: evaluation.records for evaluation in evals}
+            check_held_out(data.train_records, held_out)
+        scoring = build_scoring(cfg, evals)
+        if cfg.scoring.objective is not None:
+            scoring.check_score("scoring.objective", cfg.scoring.objective, at_end=True)
+        trainer = build_trainer(cfg, scoring, start)
+        check_processes(trainer.world_size)
+        prepare(trainer, module, data)
+        if start is None:
+            choose_fp32_matmul(trainer, module, cfg.kernels.fp32_matmul)
+        # Not before: a run that cannot start leaves nothing behind.
+        start_run_folder(cfg, start, **chosen_experiment())
+        try:
+            with worker_errors():
+                checkpoint = start.path if start is not None else None
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # stopped by a signal, with everything saved
+            if trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep
+                print(f"resume with: {resume_command(cfg.name)}", flush=True)
+            raise
+        facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
+        if trainer.is_global_zero:
+            missing, report = not_run | scoring.not_run, build_report(cfg)
+            finish_run(folder, scoring.results, missing, scoring.draws, scoring.conditions, facts, report)
+            if (folder / "checkpoints" / "last.ckpt").exists():
+                print(f"next: {next_commands(cfg, module.net, data)}", flush=True)
+        return scoring.results
 
 
-def _run(cfg: DictConfig) -> dict[str, float]:
-    import lightning.pytorch as L
+def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> str:
+    """Two commands to use the model of a run: one for what its data show, and the scores."""
+    from coca_lit.data.datamodule import FolderDataModule, ScenesDataModule
 
-    from coca_lit.callbacks import samples_seen
-    from coca_lit.models import part_sizes
-    from coca_lit.report.tables import print_scores
-    from coca_lit.runs.draws import read_draws
-    from coca_lit.runs.run_folder import finished_results, resume_command, start_run_folder
-
-    configure_libraries(cfg.threads, cfg.kernels.enabled, tf32=True)
-    with error_context("seed"):
-        L.seed_everything(cfg.seed, workers=True, verbose=False)
-    checkpoint = find_start(cfg)
-    if checkpoint is not None and (results := finished_results(cfg, checkpoint)) is not None:
-        if is_first_process():
-            print_scores(results, read_draws(Path(cfg.output_dir)))
-        return results
-    module = build_module(with_vocabulary(cfg), checkpoint)
-    data = build_data(cfg, module.net.tokenizer)  # before the evaluations: missing training data are reported first
-    evals, not_run = build_evals(cfg)
-    has_texts = getattr(data, "texts", None) is not None  # a user's DataModule may know nothing of texts
-    if has_texts and module.net.decoder is None:
-        raise ConfigError("data.text: texts without images train the decoder, which a CLIP (decoder_layers=0) lacks")
-    scoring = build_scoring(cfg, evals)
-    if cfg.scoring.objective is not None:
-        scoring.check_final_score("scoring.objective", cfg.scoring.objective)
-    trainer = build_trainer(cfg, scoring, has_texts, checkpoint)
-    check_trainer(cfg, trainer)
-    if checkpoint is None:
-        choose_fp32_matmul(cfg, trainer, module)
-    # Not before: a run that cannot start leaves nothing behind.
-    start_run_folder(cfg, checkpoint, **chosen_experiment())
-    try:
-        with worker_errors():
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # stopped by a signal, with everything saved
-        if trainer.is_global_zero and not os.environ.get(SWEEP_VARIABLE):  # else it is the command of the sweep
-            print(f"resume with: {resume_command(cfg.name)}", flush=True)
-        raise
-    facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
-    if trainer.is_global_zero:
-        finish_run(Path(cfg.output_dir), scoring.results, not_run | scoring.not_run, scoring.draws, facts)
-        if (Path(cfg.output_dir) / "checkpoints" / "last.ckpt").exists():
-            use = "coca-caption photos/" if module.net.decoder is not None else "coca-search photos/ TEXT"
-            place = shlex.quote(cfg.output_dir)
-            print(f"next: {use} checkpoint={place}   or   coca-evaluate checkpoint={place}", flush=True)
-    return scoring.results
+    photos = shlex.quote(str(cfg.data.root)) if isinstance(data, FolderDataModule) else "photos/"
+    if isinstance(data, ScenesDataModule):
+        use = "coca-demo"  # which shows scenes; photos say nothing to this model
+    else:
+        use = f"coca-caption {photos}" if net.decoder is not None else f"coca-search {photos} TEXT"
+    words = [f"checkpoint={cfg.output_dir}"] + ([f"imports=[{','.join(cfg.imports)}]"] if cfg.imports else [])
+    return f"{use} {shlex.join(words)}   or   coca-evaluate {shlex.join(words)}"
 
 
 def chosen_experiment() -> dict[str, str]:
@@ -114,40 +123,10 @@ def chosen_experiment() -> dict[str, str]:
     return {"experiment": choices["experiment"]} if choices.get("experiment") else {}
 
 
-def find_start(cfg: DictConfig) -> Path | None:
-    """The checkpoint to resume from, or None for a new start. The first process checks that it fits this config."""
-    from coca_lit.runs.resume import AUTO, check_same_run, find_checkpoint, resume_keys
+def check_start(cfg: DictConfig, start: "Start | None") -> None:
+    """The first process checks that the checkpoint to resume from, if any, fits this config."""
+    from coca_lit.runs.resume import AUTO, check_same_run, identity_of
 
-    checkpoint = find_checkpoint(Path(cfg.output_dir), cfg.ckpt_path, is_first_process())
-    if checkpoint is not None and is_first_process():
-        config = resume_keys(plain(cfg))
-        check_same_run(checkpoint, config, cfg.ckpt_path == AUTO, argument_defaults(config))
-    return checkpoint
-
-
-def check_trainer(cfg: DictConfig, trainer: "L.Trainer") -> None:
-    """Raises `ConfigError` if the run cannot be split over this many processes."""
-    from coca_lit.training.sharding import check_batch_size
-
-    check_processes(trainer.world_size)
-    planned = trainer.num_devices * trainer.num_nodes  # under DDP, `world_size` is that of the launcher
-    if (launched := launched_processes()) > planned:
-        raise ConfigError(
-            f"{launched} processes were started, but this configuration trains with {planned} "
-            f"(trainer.devices={cfg.trainer.devices}): start as many, or do not set trainer.devices"
-        )
-    if "batch_size" in cfg.data:
-        with error_context("data.batch_size"):
-            check_batch_size(cfg.data.batch_size, trainer.world_size, cfg.trainer.micro_batch_size)
-
-
-def choose_fp32_matmul(cfg: DictConfig, trainer: "L.Trainer", module: "L.LightningModule") -> None:
-    """Sets the library for fp32 matrix products on a CPU. A resumed run keeps the library that it had."""
-    from coca_lit.distributed import print_rank_zero
-    from coca_lit.models import kernels
-
-    fp32_on_cpu = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
-    if fp32_on_cpu or cfg.kernels.fp32_matmul != "auto":
-        with error_context("kernels"):
-            chosen = kernels.use_fp32_matmul(cfg.kernels.fp32_matmul, sum(p.numel() for p in module.parameters()))
-        print_rank_zero(f"fp32_matmul: {chosen}")
+    if start is not None and is_first_process():
+        identity = identity_of(plain(cfg))
+        check_same_run(start, identity, cfg.ckpt_path == AUTO, argument_defaults(identity))

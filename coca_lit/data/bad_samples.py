@@ -40,7 +40,7 @@ class BadSamples:
     """One worker's count per reason and per shard; `seen` counts good samples too.
 
     Raises `DataError` when more than `max_fraction` of the samples are bad, or of the shards torn or empty: as soon as
-    `MIN_SEEN` samples or `MIN_SHARDS` shards have been seen, at the end of a pass over the worker's shards, and with
+    `MIN_SEEN` samples or `MIN_SHARDS` shards have been seen, once all shards are indexed, and with
     `max_fraction=0` at the first one, before a replacement is trained on. Shards are judged as well because nobody
     knows how many samples a torn one held. In a DataLoader worker the error ends the training with the same message.
     """
@@ -53,7 +53,6 @@ class BadSamples:
         self.reasons: Counter[str] = Counter()
         self.shards: Counter[str] = Counter()
         self.found: list[BadSample] = []
-        self._good = 0  # at the end of the last pass
         self._whole_shards = self._torn_shards = 0
         self._whole_samples = 0  # in the whole shards
 
@@ -87,11 +86,9 @@ class BadSamples:
         self.add(reason, shard, detail=detail, count=count)
 
     def end_of_pass(self) -> None:
-        """Judges the count; also raises when no sample of the pass was good, as the next pass would be no better."""
-        good = self.seen - self.reasons.total()
-        if good == self._good:
+        """Judges the count, however small; also raises when no sample was good."""
+        if self.seen == self.reasons.total():
             raise DataError(f"the shards hold no usable sample: {self.summary()}")
-        self._good = good
         self._judge(0, 0)
 
     def take(self) -> tuple[BadSample, ...]:
@@ -118,10 +115,8 @@ class BadSamples:
             raise DataError(f"too many bad samples, {too_many}: {self.summary()}; fix or remove them{more}")
         shards = self._whole_shards + self._torn_shards
         if self._torn_shards > self.max_fraction * shards and shards >= min_shards:
-            raise DataError(
-                f"too many torn or empty shards, {too_many}: {self._torn_shards} of {shards} shards, and "
-                f"{self.summary()}: fetch or write them again, remove them, or allow more"
-            )
+            torn = f"{self._torn_shards} of {shards} shards, and {self.summary()}"
+            raise DataError(f"too many torn or empty shards, {too_many}: {torn}: restore or remove them, or allow more")
 
 
 @contextmanager

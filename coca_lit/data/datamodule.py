@@ -4,8 +4,9 @@ The reader of a data set is imported by its DataModule alone.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack, cast
 
@@ -14,24 +15,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
-from coca_lit.data.loader import Schedule, TrainLoader, open_epoch, per_rank, validation_loader
-from coca_lit.data.records import Record, trainable
-from coca_lit.data.transforms import (
-    CropToPatches,
-    RandomCrop,
-    TrainTransform,
-    Transform,
-    build_transform,
-    random_box,
-    whole,
-    whole_box,
-)
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
+from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, per_rank, training_loader, validation_loader
+from coca_lit.data.records import Record, drawn, trainable
+from coca_lit.data.transforms import RandomCrop, TrainTransform, Transform, random_box, whole, whole_box
 from coca_lit.errors import DataError, check_number
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from coca_lit.data.datasets.flickr import FlickrName
+    from coca_lit.data.datasets.captions import FlickrName
     from coca_lit.data.text_batches import TextBatches
 
 
@@ -58,7 +51,7 @@ class SharedArguments(LoaderArguments, total=False):
 
 
 class CaptionDataModule(LightningDataModule):
-    """What a run needs of its data. A subclass provides `steps_per_epoch`, `pair_loader` and `training_captions`.
+    """What a run needs of its data. A subclass provides `steps_per_epoch`, `training_examples` and `indices_from`.
 
     Args:
         batch_size: of all processes together.
@@ -68,9 +61,13 @@ class CaptionDataModule(LightningDataModule):
         text: files of texts without images, see `read_texts`; None for none.
         text_every: every N-th batch has texts without images; 1 for all.
         patches: for a model that takes images of any shape: budgets of patches of an image, one of which is drawn for
-            each batch, see `coca_lit.data.loader.Schedule`; empty: always the model's own.
+            each batch, see `coca_lit.data.any_shape.PatchSchedule`; empty: always the model's own.
+
+    Attributes:
+        whole_images: for training too: nothing is cropped.
     """
 
+    whole_images: ClassVar[bool] = False
     texts: "TextBatches | None" = None
 
     def __init__(
@@ -99,38 +96,47 @@ class CaptionDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch; raises `DataError` when there is not even one."""
+        """Global batches of captioned images in an epoch; raises `DataError` when there is not even one."""
         raise NotImplementedError
 
-    def pair_loader(self, rank: int, world: int) -> TrainLoader:
-        """This rank's batches of captioned images."""
+    def training_examples(self) -> TrainingExamples:
+        """The captioned images of the training."""
         raise NotImplementedError
 
-    def training_captions(self) -> dict[str, tuple[str, ...]]:
-        """All captions of every training image, by sample key."""
+    def indices_from(self, epoch: int, start: int) -> Iterable[list[Index]]:
+        """This rank's batches of indices of examples from batch `start` of an epoch on, at least to its end."""
         raise NotImplementedError
 
     @property
-    def world_size_invariant(self) -> bool:
-        """Whether every global batch holds the same samples on any number of processes and workers."""
-        return True
+    def endless(self) -> bool:
+        """Whether `indices_from` goes on with the next epochs."""
+        return False
+
+    def training_captions(self) -> dict[str, tuple[str, ...]]:
+        """All captions of every training image, by sample key, for those who ask for them."""
+        raise NotImplementedError
+
+    def drawn_records(self, count: int) -> list[Record]:
+        """At most `count` of the training records, to look at before the training; none where that is not cheap."""
+        return []
 
     def schedule(self, samples: int) -> Schedule:
         """The batches of an epoch of that many samples."""
-        return Schedule(samples, self.batch_size, self.patches, self.seed)
+        if not self.patches:
+            return Schedule(samples, self.batch_size)
+        from coca_lit.data.any_shape import PatchSchedule
 
-    whole_images: ClassVar[bool] = False  # for training too: nothing is cropped
+        return PatchSchedule(samples, self.batch_size, self.patches, self.seed)
 
     def train_transform(self) -> TrainTransform:
         expected = self.preprocessing
         if "patch_size" in expected:
+            from coca_lit.data.any_shape import CropToPatches
+
             box = whole_box if self.whole_images else random_box
             return CropToPatches(expected["patch_size"], expected["max_patches"], box)
         if self.patches:
-            raise DataError(
-                "data.patches is for a model that takes images of any shape: choose one, such as"
-                " model.net.name=coca2-moderntext-naflex_ViT-B-32, or leave it out"
-            )
+            raise DataError("data.patches needs a model that takes images of any shape, such as …-naflex_ViT-B-32")
         return whole if self.whole_images else RandomCrop(self.image_size)
 
     def plain_transform(self) -> Transform:
@@ -150,18 +156,30 @@ class CaptionDataModule(LightningDataModule):
             _ = self.texts.texts
 
     def train_dataloader(self) -> TrainLoader:
-        rank, world = self.rank_and_world()
-        loader = self.pair_loader(rank, world)
-        if self.texts is not None:
-            from coca_lit.data.text_batches import interleave_texts
-
-            loader = interleave_texts(loader, self.texts, self.text_every, rank, world)
+        """From where the trainer is: at the first batch the loader asks `position`, and then opens `_batches_from`."""
+        steps, world = self.steps_per_epoch, self.rank_and_world()[1]
+        per_rank(self.batch_size, world)
+        self._examples = self.training_examples()
+        if self.texts is None:
+            loader = TrainLoader(steps, self._batches_from, self.position, self.endless)
+        else:
+            steps = self.texts.steps(steps, self.text_every)
+            loader = TrainLoader(steps, self._batches_and_texts_from, self.position)
         if strategy := getattr(self.trainer, "strategy", None):
             loader.device = strategy.root_device
         # Weak, as the loader holds this module: left in a cycle, its workers would end only when the collector comes,
         # which closes their queues first, and PyTorch would wait five seconds for each of them.
         self._loader = weakref.ref(loader)
         return loader
+
+    def _batches_from(self, epoch: int, start: int) -> DataLoader[Batch]:
+        batches = self.indices_from(epoch, start)
+        return training_loader(self._examples, batches, self.tokenizer.pad_id, self.num_workers)
+
+    def _batches_and_texts_from(self, epoch: int, start: int) -> Iterator[Batch]:
+        assert self.texts is not None
+        pairs, every = self.steps_per_epoch, self.text_every
+        return self.texts.between(self._batches_from, pairs, every, epoch, start, *self.rank_and_world())
 
     def teardown(self, stage: str) -> None:
         if self._loader is not None and (loader := self._loader()) is not None:
@@ -204,8 +222,7 @@ class RecordsDataModule(CaptionDataModule):
         **shared: Unpack[LoaderArguments],
     ) -> None:
         super().__init__(**shared)
-        if cached_augmentations < 0:
-            raise ValueError(f"cached_augmentations must be 0 or more, not {cached_augmentations}")
+        check_number("cached_augmentations", cached_augmentations, whole=True, at_least=0)
         if cached_augmentations and cache_dir is None:
             raise ValueError("cached_augmentations needs a folder to store features in: set cache_dir")
         self.records = records if callable(records) else partial(_split_of, records)
@@ -217,17 +234,18 @@ class RecordsDataModule(CaptionDataModule):
     def train_records(self) -> list[Record]:
         return trainable(self.records(self.train_split))
 
+    def drawn_records(self, count: int) -> list[Record]:
+        return drawn(self.train_records, count)
+
     def training_captions(self) -> dict[str, tuple[str, ...]]:
         return {str(record.id): record.captions for record in self.train_records}
 
     @property
     def steps_per_epoch(self) -> int:
-        if len(self.train_records) < self.batch_size:
-            raise DataError(
-                f"the split {self.train_split!r} has {len(self.train_records)} images, less than one batch of "
-                f"{self.batch_size}: choose a smaller batch_size"
-            )
-        return len(self.schedule(len(self.train_records)))
+        images, batch = len(self.train_records), self.batch_size
+        if images < batch:
+            raise DataError(f"the split {self.train_split!r} has {images} images: lower batch_size, which is {batch}")
+        return len(self.schedule(images))
 
     def setup(self, stage: str) -> None:
         """Encodes what is to be cached and is not yet: now the network exists, still whole on every process."""
@@ -242,26 +260,28 @@ class RecordsDataModule(CaptionDataModule):
         context = (precision.forward_context, precision.precision)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)
         wanted = {self.train_split: self.cached_augmentations} | ({self.val_split: 1} if self.val_split else {})
-        for split, count in wanted.items():
+        for split, views in wanted.items():
             records = self.train_records if split == self.train_split else trainable(self.records(split))
             device = self.trainer.strategy.root_device
-            self._features[split] = cache.encode(records, count, self.num_workers, device)
+            self._features[split] = cache.encode(records, views, self.num_workers, device)
 
-    def pair_loader(self, rank: int, world: int) -> TrainLoader:
-        per_rank(self.batch_size, world)
+    @property
+    def endless(self) -> bool:
+        return self.num_workers > 0  # workers live on, and are ahead when an epoch begins
+
+    def training_examples(self) -> CaptionDataset:
         if views := self._features.get(self.train_split):
             from coca_lit.data.feature_cache import CachedCaptionDataset
 
-            dataset: CaptionDataset = CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
-        else:
-            dataset = CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
+            return CachedCaptionDataset(self.train_records, views, self.tokenizer, self.seed)
+        return CaptionDataset(self.train_records, self.train_transform(), self.tokenizer, self.seed)
 
-        def open_at(epoch: int, start: int) -> DataLoader[Batch]:
-            position = (epoch, start, rank, world)
-            return open_epoch(dataset, self.batch_size, *position, self.num_workers, self.patches, endless)
-
-        endless = self.num_workers > 0
-        return TrainLoader(self.steps_per_epoch, open_at, self.position, endless)
+    def indices_from(self, epoch: int, start: int) -> Iterator[list[Index]]:
+        schedule = self.schedule(len(self.train_records))
+        for number in count(epoch) if self.endless else [epoch]:
+            first = start if number == epoch else 0
+            ranks = self.rank_and_world()
+            yield from epoch_batches(len(self.train_records), schedule, self.seed, number, first, *ranks)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:
@@ -282,6 +302,19 @@ def _split_of(records: Mapping[str, Sequence[Record]], split: str) -> Sequence[R
     return records[split]
 
 
+class FolderDataModule(RecordsDataModule):
+    """Your own photos in a folder, see `folder_records`.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.datasets.folder import folder_records
+
+        super().__init__(partial(folder_records, root), **shared)
+
+
 class MSCOCODataModule(RecordsDataModule):
     """MS-COCO captions, see `mscoco_records`.
 
@@ -291,7 +324,7 @@ class MSCOCODataModule(RecordsDataModule):
     """
 
     def __init__(self, root: str, karpathy: str | None = None, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.coco import mscoco_records
+        from coca_lit.data.datasets.captions import mscoco_records
 
         super().__init__(partial(mscoco_records, root, karpathy=karpathy), **shared)
 
@@ -300,7 +333,7 @@ class FlickrDataModule(RecordsDataModule):
     """Flickr8k or Flickr30k, see `flickr_records`."""
 
     def __init__(self, root: str, name: "FlickrName" = "flickr8k", **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.flickr import flickr_records
+        from coca_lit.data.datasets.captions import flickr_records
 
         super().__init__(partial(flickr_records, root, name=name), **shared)
 
@@ -309,7 +342,7 @@ class NoCapsDataModule(RecordsDataModule):
     """nocaps, which is for evaluation only, see `nocaps_records`."""
 
     def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.nocaps import nocaps_records
+        from coca_lit.data.datasets.captions import nocaps_records
 
         super().__init__(partial(nocaps_records, root), **shared)
 
@@ -332,6 +365,8 @@ class ScenesDataModule(RecordsDataModule):
         style: of the captions, standard or narrated.
     """
 
+    whole_images = True  # a random crop could cut away an object that the caption names
+
     def __init__(
         self,
         train_count: int | None = None,
@@ -352,8 +387,6 @@ class ScenesDataModule(RecordsDataModule):
         except ValueError as error:
             raise DataError(f"built-in scenes: {error}") from error
 
-    whole_images = True  # a random crop could cut away an object that the caption names
-
 
 class SceneQuestionsDataModule(ScenesDataModule):
     """Questions about the built-in scenes, see `scene_question_records`.
@@ -363,7 +396,7 @@ class SceneQuestionsDataModule(ScenesDataModule):
     """
 
     def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.scenes.questions import scene_question_records
+        from coca_lit.data.scenes.facts import scene_question_records
 
         super().__init__(train_count, **shared)
         self._scenes = scene_question_records

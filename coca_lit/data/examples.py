@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
@@ -15,8 +16,16 @@ from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 
 
+class Index(NamedTuple):
+    """Which example, and what it depends on besides the seed."""
+
+    turn: int  # pass over the data set; the epoch of records
+    i: int
+    patches: int | None = None  # budget of its image, where one was drawn for the batch
+
+
 class TrainingExamples(Dataset[Example]):
-    """Examples indexed as in `coca_lit.data.loader`, the same on any worker of any rank, before and after a resume.
+    """Examples by `Index`, the same on any worker of any rank, before and after a resume.
 
     A sample that cannot be used is replaced by a random one, drawn with a seed of its own; more than `max_bad_fraction`
     of them stop the training.
@@ -30,7 +39,7 @@ class TrainingExamples(Dataset[Example]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def example(self, epoch: int, i: int, *patches: int) -> Example:
+    def example(self, index: Index) -> Example:
         """Raises `BadSampleError` if the sample cannot be used."""
         raise NotImplementedError
 
@@ -38,17 +47,17 @@ class TrainingExamples(Dataset[Example]):
         """The index of a sample to use instead of `i`, which raised the error."""
         return rng.randrange(len(self))
 
-    def __getitem__(self, index: tuple[int, ...]) -> Example:
-        epoch, i, *patches = index
+    def __getitem__(self, index: Index) -> Example:
         rng: random.Random | None = None
+        wanted = index
         for _ in range(self.max_tries):
             self.bad.seen += 1
             try:
-                return self.example(epoch, i, *patches)._replace(bad=self.bad.take())
+                return self.example(index)._replace(bad=self.bad.take())
             except BadSampleError as error:
                 self.bad.catch(error)
-                rng = rng or random.Random(stable_seed("stand-in", self.seed, *index[:2]))
-                i = self.replacement(i, rng, error)
+                rng = rng or random.Random(stable_seed("stand-in", self.seed, wanted.turn, wanted.i))
+                index = index._replace(i=self.replacement(index.i, rng, error))
         raise DataError(f"no usable image in {self.max_tries} tries: {self.bad.summary()}")
 
 
@@ -65,19 +74,19 @@ class CaptionDataset(TrainingExamples):
     def __len__(self) -> int:
         return len(self.records)
 
-    def example(self, epoch: int, i: int, *patches: int) -> Example:
-        record = self.records[i]
-        rng = random.Random(stable_seed(self.seed, epoch, record.id))
+    def example(self, index: Index) -> Example:
+        record = self.records[index.i]
+        rng = random.Random(stable_seed(self.seed, index.turn, record.id))
         choice = rng.randrange(len(record.captions))
         try:
-            image, record = self.image(i, record, rng, *patches)
+            image, record = self.image(index, record, rng)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
         return _example(image, record.captions[choice], record, self.tokenizer)
 
-    def image(self, i: int, record: Record, rng: random.Random, *patches: int) -> tuple[Images, Record]:
+    def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Images, Record]:
         """The image, and the record with the texts that go with it."""
-        return self.transform(load_pixels(record.image), rng, *patches), record
+        return self.transform(load_pixels(record.image), rng, index.patches), record
 
 
 class FirstCaptionDataset(Dataset[Example]):

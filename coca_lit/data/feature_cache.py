@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset
+from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import TrainTransform, Transform, load_pixels, whole
 from coca_lit.distributed import gather_objects, print_rank_zero, rank, world_size
@@ -62,11 +62,7 @@ class FeatureCache:
         precision_name: str = "",
     ) -> None:
         if any(p.requires_grad for p in encoder.parameters()):
-            raise DataError(
-                "data.cached_augmentations stores the output of the image encoder, but this encoder is trained and its "
-                "output will change: freeze it (model.freeze=[image_encoder]), or its first stages, or set "
-                "data.cached_augmentations=0"
-            )
+            raise DataError("data.cached_augmentations needs a frozen encoder: set model.freeze=[image_encoder]")
         tensors = chain(encoder.named_parameters(), encoder.named_buffers())
         about = (repr(encoder), _describe(plain), _describe(crop), seed, precision_name)
         self.folder = Path(folder) / digest(repr(about), tensors)
@@ -178,8 +174,7 @@ def _write_header(file: IO[bytes], folder: Path, shape: tuple[int, ...]) -> None
     needed, free = BYTES * int(np.prod(shape)), shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(
-            f"a view takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB left: set data.cache_dir to a "
-            "folder on another disk, or set data.cached_augmentations=0"
+            f"a view takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB left: set another data.cache_dir"
         )
     np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
 
@@ -216,9 +211,9 @@ class CachedCaptionDataset(CaptionDataset):
         super().__init__(records, whole, tokenizer, seed)
         self.views = views
 
-    def image(self, i: int, record: Record, rng: random.Random, *patches: int) -> tuple[Tensor, Record]:
+    def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Tensor, Record]:
         view = rng.randrange(len(self.views))
-        return read_features(self.views[view], i), mirrored(record) if is_mirrored(view) else record
+        return read_features(self.views[view], index.i), mirrored(record) if is_mirrored(view) else record
 
 
 class CachedFirstCaptionDataset(FirstCaptionDataset):

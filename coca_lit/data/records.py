@@ -1,29 +1,26 @@
 """A `Record` is an image that can be loaded, with all its reference captions.
 
 Every data set is a function that returns a list of records; the DataModules train on them, the evaluations score on
-them. This module holds what these functions share: opening images safely and telling a user what is missing.
+them. This module holds what these functions share: finding images and telling a user what is missing.
 """
 
 import logging
 import os
+import random
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from coca_lit.data.pixels import decode_image, open_image
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.reading import open_regular, printable
+from coca_lit.reading import printable
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-MAX_IMAGE = 32 * 2**20  # bytes of an encoded image
-MAX_PIXELS = 40_000_000  # a photo of a good camera; a file of 20 KB can claim far more and exhaust the memory
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # pixels only: Pillow would run Ghostscript on an EPS named .jpg
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of files in these formats
-MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would enlarge the other beyond bounds
 MAX_MISSING = 0.01  # known copies lack a few files (Flickr8k lists one that never existed); more means a wrong folder
 
 
@@ -71,6 +68,17 @@ class ImageFile:
         return open_image(self.path)
 
 
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image in memory: called, it decodes these bytes."""
+
+    content: bytes
+    name: str
+
+    def __call__(self) -> Image.Image:
+        return decode_image(self.content, self.name)
+
+
 class Listing(NamedTuple):
     """An entry of an annotation file, whose image may or may not exist."""
 
@@ -89,42 +97,6 @@ def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundE
     return DataNotFoundError(f"{what} not found (looked at {places}): {how}")
 
 
-def decode_image(source: str | Path | IO[bytes], name: str | Path) -> Image.Image:
-    """Decode to RGB; raises `DataError` naming `name` for anything but an image of `FORMATS` of sensible size."""
-    try:
-        with open_regular(source) if isinstance(source, str | Path) else nullcontext(source) as file:
-            check_bytes(file.seek(0, os.SEEK_END), name)
-            file.seek(0)
-            with Image.open(file, formats=FORMATS) as image:
-                check_shape(*image.size, name)  # from the header: nothing is decoded yet
-                return image.convert("RGB")
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        raise DataError(f"{name} is not a readable image: it is none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # decoders raise many types on broken bytes
-        raise DataError(f"{name} is not a readable image: {error}") from error
-
-
-def check_bytes(size: int, name: str | Path) -> None:
-    """Raises `DataError` for an encoded image of more than `MAX_IMAGE` bytes."""
-    if size > MAX_IMAGE:
-        raise DataError(f"{name} has {size:,} bytes, more than the {MAX_IMAGE:,} that are decoded")
-
-
-def check_shape(width: int, height: int, name: str | Path) -> None:
-    """Raises `DataError` for an image that would exhaust the memory when it is decoded or resized."""
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{name} has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise DataError(f"{name} has {width} x {height} pixels, an aspect ratio above {MAX_RATIO}")
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Decode the image file at `path` to RGB, see `decode_image`."""
-    return decode_image(path, path)
-
-
 def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source: Path, how: str) -> list[Record]:
     """Records of the listed images whose files are in `folders`; the first folder with a file of that name wins.
 
@@ -139,7 +111,9 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
             caption, or an id occurs twice.
     """
     listings = list(listings)
-    files = _files_in(folders)
+    files: dict[str, Path] = {}  # by one listing a folder: on a network disk far faster than one stat an image
+    for folder in filter(Path.is_dir, reversed(folders)):
+        files.update((entry.name, Path(entry.path)) for entry in os.scandir(folder) if entry.is_file())
     found = [(item, files[item.filename]) for item in listings if item.filename in files]
     missing = [item.filename for item in listings if item.filename not in files]
     if not found or len(missing) > MAX_MISSING * len(listings):
@@ -162,6 +136,11 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     return records
 
 
+def drawn(values: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the values, drawn and in any order: every second image of a data set may be the same one."""
+    return random.Random(0).sample(values, min(count, len(values)))
+
+
 def trainable(records: Iterable[Record]) -> list[Record]:
     """The records without empty captions, and without those that then have none."""
     cleaned = (r if all(r.captions) else r._replace(captions=clean_captions(r.captions)) for r in records)
@@ -171,12 +150,3 @@ def trainable(records: Iterable[Record]) -> list[Record]:
 def clean_captions(captions: Iterable[str]) -> tuple[str, ...]:
     """The captions stripped (COCO and nocaps have blanks and newlines around some), without empty ones."""
     return tuple(stripped for caption in captions if (stripped := caption.strip()))
-
-
-def _files_in(folders: Sequence[Path]) -> dict[str, Path]:
-    """{file name: path}; on a network disk one listing per folder is far faster than one stat per image."""
-    files: dict[str, Path] = {}
-    for folder in reversed(folders):
-        if folder.is_dir():
-            files.update((entry.name, Path(entry.path)) for entry in os.scandir(folder) if entry.is_file())
-    return files

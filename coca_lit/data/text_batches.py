@@ -4,7 +4,7 @@ A batch is a function of its number alone, so that a resumed run needs only the 
 """
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 
 from coca_lit.data.batch import Batch, padded
 from coca_lit.data.datasets.annotations import read_references
-from coca_lit.data.loader import TrainLoader, epoch_batches
+from coca_lit.data.examples import Index
+from coca_lit.data.loader import Schedule, epoch_batches
 from coca_lit.data.records import clean_captions, not_found
 from coca_lit.errors import DataError
 from coca_lit.reading import open_regular, parse_json
@@ -85,7 +86,7 @@ class TextBatches:
     def __init__(self, files: TextFiles, tokenizer: Tokenizer, batch_size: int, image_size: int, seed: int = 0) -> None:
         self.files, self.tokenizer, self.batch_size = files, tokenizer, batch_size
         self.image_size, self.seed = image_size, seed
-        self._pass: tuple[tuple[int, int, int], list[list[tuple[int, ...]]]] | None = None
+        self._pass: tuple[tuple[int, int, int], list[list[Index]]] | None = None  # the current one
 
     @cached_property
     def texts(self) -> list[str]:
@@ -101,30 +102,35 @@ class TextBatches:
     def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of global batch `number`, counted over all passes."""
         number_of_pass, place = divmod(number, len(self))
-        indices = [i for _, i, *_ in self._order(number_of_pass, rank, world)[place]]
+        if self._pass is None or self._pass[0] != (number_of_pass, rank, world):
+            schedule = Schedule(len(self.texts), self.batch_size)
+            order = epoch_batches(len(self.texts), schedule, self.seed, number_of_pass, rank=rank, world=world)
+            self._pass = (number_of_pass, rank, world), order
+        indices = [index.i for index in self._pass[1][place]]
         rows = self.tokenizer.encode_batch([self.texts[i] for i in indices])
         tokens, lengths = padded(rows, self.tokenizer.pad_id)
         images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return Batch(images, tokens, lengths, [f"text {i}" for i in indices])
 
-    def _order(self, number: int, rank: int, world: int) -> list[list[tuple[int, ...]]]:
-        """The batches of one pass, kept until the next one."""
-        if self._pass is None or self._pass[0] != (number, rank, world):
-            order = epoch_batches(len(self.texts), self.batch_size, self.seed, number, rank=rank, world=world)
-            self._pass = (number, rank, world), order
-        return self._pass[1]
+    def steps(self, pairs: int, every: int) -> int:
+        """Batches of an epoch with `pairs` batches of captioned images and one of texts at every `every`-th step. With
+        1 all batches are texts, and an epoch is one pass over them.
+        """
+        return len(self) if every == 1 else pairs + pairs // (every - 1)
 
-
-def interleave_texts(pairs: TrainLoader, texts: TextBatches, every: int, rank: int, world: int) -> TrainLoader:
-    """The batches of `pairs`, with a batch of texts at every `every`-th step. With 1 all batches are texts, and an
-    epoch is one pass over them.
-    """
-    steps = len(texts) if every == 1 else pairs.steps + pairs.steps // (every - 1)
-
-    def open_at(epoch: int, start: int) -> Iterator[Batch]:
-        others = iter(pairs.open_at(epoch, start - start // every)) if every > 1 else iter(())
+    def between(
+        self,
+        pairs_from: Callable[[int, int], Iterable[Batch]],
+        pairs: int,
+        every: int,
+        epoch: int,
+        start: int,
+        rank: int,
+        world: int,
+    ) -> Iterator[Batch]:
+        """The batches of an epoch from step `start` on, see `steps`."""
+        images = iter(pairs_from(epoch, start - start // every)) if every > 1 else iter(())
+        before = epoch * (self.steps(pairs, every) // every)  # batches of texts in earlier epochs
         for step in count(start):
             is_text = (step + 1) % every == 0
-            yield texts.batch(epoch * (steps // every) + step // every, rank, world) if is_text else next(others)
-
-    return TrainLoader(steps, open_at, pairs.position)
+            yield self.batch(before + step // every, rank, world) if is_text else next(images)

@@ -10,7 +10,7 @@ An evaluation with your own metric is a class with one method, or a function wit
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +22,7 @@ from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import DataError, check_number, suggest
 from coca_lit.files import atomic_write
+from coca_lit.metrics.conditions import Conditions, digest
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.generation.options import OPTIONS, complete
@@ -54,6 +55,7 @@ class Settings:
         rerank: decoder re-ranking in retrieval: how many images are scored by the decoder for each text; 0 for none.
             The decoder's share of the score is `evals.NAME.rerank_weight`, 0.5 by default.
         attention: for how many images the report shows where the model looked as it wrote each word.
+        full: also compute what takes too long during training (SPICE, intervals, …), and write samples for the report.
         answerer: of the model that is scored, if it has one; during training the callback knows.
 
     Raises:
@@ -69,6 +71,7 @@ class Settings:
     generate: Mapping[str, Any] | None = None
     rerank: int = 0
     attention: int = 0
+    full: bool = True
     answerer: Answerer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +106,7 @@ class Settings:
 
 
 class Evaluation:
-    """Something to score a model on.
+    """Something to score a model on. A subclass has one method, `scores`.
 
     Args:
         name: first part of the names of its scores, as in `mscoco/CIDEr`.
@@ -116,59 +119,81 @@ class Evaluation:
     Attributes:
         captioned: whether every record needs a caption.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
-        final_score_names: names of the scores that only `all_scores` adds; None if they are not known beforehand.
-        not_run: score -> why the last `evaluate` could not compute it.
-        draws: score -> its values for resampled images, of the last `evaluate`. Intervals come from them.
+        final_score_names: names of the further scores with `settings.full`; None if they are not known beforehand.
+        not_run: score -> why the last `evaluate` could not compute it; `scores` notes it.
+        draws: score -> its values for resampled images, from which intervals come, of the last `evaluate`; `scores`
+            notes what `coca_lit.metrics.uncertainty.bootstrap` returns.
+        conditions: score -> what it depends on besides the model, of the last `evaluate` with `settings.full`.
     """
 
     captioned = False
     score_names: Sequence[str] = ()
-    final_score_names: Sequence[str] | None = None
+    final_score_names: Sequence[str] | None = ()
 
     def __init__(self, name: str, records: Sequence[Record], every: int = 1) -> None:
         check_number("every", every, whole=True, at_least=0)
         if not len(records):
-            raise DataError(f"the evaluation '{name}' needs one or more records, but got none: check what returns them")
+            raise DataError(f"the evaluation '{name}' got no records: check what returns them")
         if self.captioned and (bare := [record.id for record in records if not record.captions]):
             raise DataError(
-                f"each record of the evaluation '{name}' needs a caption, but {len(bare)} of {len(records)} have none, "
-                f"e.g. {bare[0]!r}: leave them out"
+                f"{len(bare)} of {len(records)} records of '{name}' have no caption, e.g. {bare[0]!r}: leave them out"
             )
         self.name, self.records, self.every = name, records, every
         self.not_run: dict[str, str] = {}
         self.draws: dict[str, Draws] = {}
+        self.conditions: dict[str, Conditions] = {}
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         """Scores of the model on the records, the same on every rank."""
         raise NotImplementedError(f"{type(self).__name__} needs a method scores(model, records, settings)")
 
-    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        """As `scores`, with everything that takes too long during training. May note in `not_run` what is missing, and
-        in `draws` what `coca_lit.metrics.uncertainty.bootstrap` returns for the scores.
+    def evaluate(self, model: DualEncoder, settings: Settings, limit: int | None = None) -> dict[str, float]:
+        """The scores, named `name/score`, on at most `settings.images` records and at most the first `limit`; see
+        `name_of` for the name.
         """
-        return self.scores(model, records, settings)
-
-    def evaluate(self, model: DualEncoder, settings: Settings) -> dict[str, float]:
-        """All scores, on all records (at most `settings.images`), named `name/score`."""
-        records = self.records[: settings.images]
-        print_rank_zero(f"scoring {len(records)} images of {self.name} ({type(self).__name__})")
+        records = self.records[: settings.images][:limit]
+        if settings.full:
+            print_rank_zero(f"scoring {len(records)} images of {self.name} ({type(self).__name__})")
         self.not_run, self.draws = {}, {}
-        scores = self.all_scores(model, records, settings)
-        self.draws = {f"{self.name}/{score}": draws for score, draws in self.draws.items()}
-        return {f"{self.name}/{score}": value for score, value in scores.items()}
+        scores, name = self.scores(model, records, settings), self.name_of(settings, limit)
+        self.draws = {f"{name}/{score}": draws for score, draws in self.draws.items()}
+        known = self._conditions(scores, records, settings) if settings.full else {}
+        self.conditions = {f"{name}/{score}": conditions for score, conditions in known.items()}
+        return {f"{name}/{score}": value for score, value in scores.items()}
 
-    def quick_name(self, settings: Settings, quick: int) -> str:
-        """`name` if all records are scored during training, else with their number: `mscoco_256`. So no curve jumps
-        from one set of images to another.
+    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        """The settings that a score depends on, by name; here the options of `CoCa.generate` that are not the defaults,
+        as a score of one's own may be of captions.
         """
-        count = len(self.records[: settings.images])
-        return self.name if quick >= count else f"{self.name}_{quick}"
+        options = complete(settings.generate or {}).values
+        return {f"generate.{key}": value for key, value in options.items() if value != OPTIONS[key].default}
 
-    def evaluate_quickly(self, model: DualEncoder, settings: Settings, quick: int) -> dict[str, float]:
-        """The scores of training on the first `quick` records, named `quick_name/score`."""
-        name, records = self.quick_name(settings, quick), self.records[: settings.images][:quick]
-        self.not_run = {}
-        return {f"{name}/{score}": value for score, value in self.scores(model, records, settings).items()}
+    def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
+        """What the images are compared with: here all captions."""
+        return [caption for record in records for caption in record.captions]
+
+    def _conditions(
+        self, scores: Iterable[str], records: Sequence[Record], settings: Settings
+    ) -> dict[str, Conditions]:
+        """Of each score, those of a domain included, such as "in-domain/CIDEr"."""
+        groups = {"": records}
+        for domain in dict.fromkeys(record.domain for record in records if record.domain):
+            groups[domain] = [record for record in records if record.domain == domain]
+        known: dict[str, Conditions] = {}
+        for domain, own in groups.items():
+            texts = self.compared_texts(own)
+            ids = digest(record.id for record in own)
+            known[domain] = Conditions(settings.split, len(own), ids, len(texts), digest(texts), {})
+        of_all = known[""]
+        return {
+            score: known.get(score.rpartition("/")[0], of_all)._replace(settings=self.depends_on(score, settings))
+            for score in scores
+        }
+
+    def name_of(self, settings: Settings, limit: int | None = None) -> str:
+        """`name`, or `mscoco_256` if `limit` leaves records out, so that no curve jumps from some images to others."""
+        left_out = limit is not None and limit < len(self.records[: settings.images])
+        return f"{self.name}_{limit}" if left_out else self.name
 
 
 class FunctionEvaluation(Evaluation):

@@ -2,41 +2,41 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.distributed import print_rank_zero, rank, world_size
+from coca_lit.distributed import rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import caption_images, embed_pairs, embed_texts
-from coca_lit.evals.samples import attention_samples, caption_samples, sample_sheet, worst_captions
-from coca_lit.metrics.captions import CaptionMetric
-from coca_lit.metrics.clipscore import PROMPT, clip_scores_of_images
-from coca_lit.metrics.diversity import are_novel
+from coca_lit.evals.samples import caption_samples, sample_sheet, worst_captions
+from coca_lit.metrics.captions import CLIP_PROMPT, CaptionMetric, are_novel, clip_scores
+from coca_lit.metrics.conditions import JUDGE
 from coca_lit.metrics.java.meteor import warm_up
 from coca_lit.metrics.java.runtime import JavaError
 from coca_lit.metrics.uncertainty import bootstrap, ratios
-from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models import DualEncoder
 from coca_lit.progress import ProgressBar
 
-Captions = dict[int | str, str]  # by image id
-# A score of one's own: score -> a number for each image, in the order of the records, and a second one. The score is
-# the sum of the first over the sum of the second, and the mean over the images if that is None.
-Measure = Callable[[Sequence[Record], Captions], Mapping[str, tuple[np.ndarray, np.ndarray | None]]]
+# A score of one's own, of the records and their captions by image id: score -> a number for each image, in the order of
+# the records, and a second one. The score is the sum of the first over the sum of the second, and the mean over the
+# images if that is None.
+Parts = Mapping[str, tuple[np.ndarray, np.ndarray | None]]
+Measure = Callable[[Sequence[Record], dict[int | str, str]], Parts]
 
 
 class CaptionScores(Evaluation):
     """Captions against their references: BLEU, METEOR, ROUGE-L, CIDEr, exact matches.
 
-    At the end also SPICE (if its jars are there), the scores of each nocaps domain, statistics of the captions, the
-    share of novel ones, CLIPScore and RefCLIPScore.
+    With `settings.full` also SPICE (if its jars are there), the scores of each nocaps domain, statistics of the
+    captions, the share of novel ones, CLIPScore and RefCLIPScore.
 
     Args:
         training_captions: returns the captions of the training split; a caption that is not among them is novel.
-        measures: further scores, called with the records and the captions at the end, see `Measure`.
+        measures: further scores, called with the records and the captions with `settings.full`, see `Measure`.
     """
 
     captioned = True
@@ -61,47 +61,45 @@ class CaptionScores(Evaluation):
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if model.decoder is None:
+            if settings.full:
+                self.not_run[f"{self.name} captions"] = "the model has no decoder, so it writes no captions"
             return {}
-        metric = CaptionMetric()
-        scores = self._compare(metric, self._write(model, records, settings), records)
-        for score, reason in metric.not_run.items():
-            print_rank_zero(f"{self.name} {score} not run: {reason}")
-        return scores
-
-    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        if model.decoder is None:
-            self.not_run[f"{self.name} captions"] = "the model has no decoder, so it writes no captions"
-            return {}
-        captions = self._write(model, records, settings)
+        if rank() == 0:
+            with suppress(OSError):  # without Java; `_compare` says so
+                warm_up()  # METEOR takes seconds to load; let it do so while the model generates
+        captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
+        if rank() == 0:
+            predictions = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
+            settings.write_json("predictions", f"{self.name}.json", predictions)
+            settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, captions))
+            settings.write_image("samples", f"{self.name}.png", sample_sheet(records, captions))
+        if not settings.full:
+            return self._compare(CaptionMetric(), captions, records)
         if rank() == 0:
             settings.write_json("samples", f"{self.name}_worst.json", worst_captions(records, captions))
-        if rank() == 0 and settings.attention:
-            samples = attention_samples(model, records, settings.attention, settings.generate or {})
-            settings.write_json("samples", f"{self.name}_attention.json", samples)
-        of_images = _clip_scores(model, records, list(captions.values()), settings)
-        judged = {name: values.mean().item() for name, values in of_images.items()}
-        with ProgressBar("SPICE") as bar:
-            metric = CaptionMetric(table=True, progress=bar.reach)
-            scores = self._compare(metric, captions, records)
-        if self.training_captions is not None:
-            try:
-                novel = are_novel(list(captions.values()), self.training_captions())
-            except DataError as error:  # the training split need not lie beside the one that is scored
-                self.not_run[f"{self.name} novel"] = str(error)
-            else:
-                scores["novel"] = sum(novel) / max(len(novel), 1)
-                of_images["novel"] = torch.tensor(novel)
-        means = ratios({name: (values.double().numpy(), None) for name, values in of_images.items()})
-        measured = bootstrap(list(captions), ratios(self._measured(records, captions)))
-        self.draws = metric.draws | bootstrap(list(captions), means) | measured
-        return scores | judged | {name: draws.score for name, draws in measured.items()}
+            if settings.attention:
+                from coca_lit.evals.attention import attention_samples
 
-    def _measured(
-        self, records: Sequence[Record], captions: Captions
-    ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+                samples = attention_samples(model, records, settings.attention, settings.generate or {})
+                settings.write_json("samples", f"{self.name}_attention.json", samples)
+        judged = _clip_scores(model, records, list(captions.values()), settings)
+        means: Parts = {name: (values.double().numpy(), None) for name, values in judged.items()}
+        with ProgressBar("SPICE") as bar:
+            scores = self._compare(metric := CaptionMetric(table=True, progress=bar.reach), captions, records)
+        own = bootstrap(list(captions), ratios(self._measured(records, captions)))
+        self.draws = metric.draws | bootstrap(list(captions), ratios(means)) | own
+        scores |= {name: values.mean().item() for name, values in judged.items()}
+        return scores | {name: draws.score for name, draws in own.items()}
+
+    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        judged = score.endswith("CLIPScore")
+        return super().depends_on(score, settings) | ({JUDGE: settings.clip_score_model} if judged else {})
+
+    def _measured(self, records: Sequence[Record], captions: dict[int | str, str]) -> Parts:
         """What the measures find. A score whose data cannot be read, or that is a share of nothing, is not run."""
+        measures = self.measures if self.training_captions is None else {"novel": self._novel, **self.measures}
         parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-        for measure, function in self.measures.items():
+        for measure, function in measures.items():
             try:
                 found = function(records, captions)
             except DataError as error:
@@ -114,20 +112,15 @@ class CaptionScores(Evaluation):
                     parts[score] = over, under
         return parts
 
-    def _write(self, model: CoCa, records: Sequence[Record], settings: Settings) -> Captions:
-        """Generates captions and writes files: the predictions in the COCO results format, and samples."""
-        if rank() == 0:
-            with suppress(OSError):  # without Java; `_compare` says so
-                warm_up()  # METEOR takes seconds to load; let it do so while the model generates
-        captions = caption_images(model, records, settings.batch_size, settings.workers, settings.generate or {})
-        if rank() == 0:
-            predictions = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
-            settings.write_json("predictions", f"{self.name}.json", predictions)
-            settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, captions))
-            settings.write_image("samples", f"{self.name}.png", sample_sheet(records, captions))
-        return captions
+    def _novel(self, records: Sequence[Record], captions: dict[int | str, str]) -> Parts:
+        """`Measure` of captions that are not in the training split, which may lie elsewhere: then it is not run."""
+        assert self.training_captions is not None
+        novel = are_novel([captions[record.id] for record in records], self.training_captions())
+        return {"novel": (np.array(novel, dtype=np.float64), None)}
 
-    def _compare(self, metric: CaptionMetric, captions: Captions, records: Sequence[Record]) -> dict[str, float]:
+    def _compare(
+        self, metric: CaptionMetric, captions: Mapping[int | str, str], records: Sequence[Record]
+    ) -> dict[str, float]:
         """The scores that can be computed, on every rank; `not_run` says which cannot, and why."""
         own = records[rank() :: world_size()]
         ids = [record.id for record in own]
@@ -150,7 +143,7 @@ def _clip_scores(
         from coca_lit.weights.load import load_dual_encoder
 
         judge = load_dual_encoder(settings.clip_score_model).to(model.device)
-    prompt = PROMPT if judge.tokenizer.unk_id is None else ""  # a closed vocabulary lacks its words
+    prompt = CLIP_PROMPT if judge.tokenizer.unk_id is None else ""  # a closed vocabulary lacks its words
     images, references, image_of_reference = embed_pairs(judge, records, settings.batch_size, settings.workers, prompt)
     written = embed_texts(judge, [prompt + caption for caption in captions], settings.batch_size)
-    return clip_scores_of_images(images, written, references, image_of_reference)
+    return clip_scores(images, written, references, image_of_reference)

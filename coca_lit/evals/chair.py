@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, schema
-from coca_lit.data.records import Listing, Record, not_found
+from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, find_file, schema
+from coca_lit.data.records import Listing, Record
 from coca_lit.errors import DataError
 from coca_lit.metrics.chair import ObjectWords, chair
 from coca_lit.reading import open_regular, read_json
@@ -31,10 +31,9 @@ class Chair:
 
     def __init__(self, synonyms: str | Path, instances: str | Path | Sequence[str | Path]) -> None:
         files = [Path(file) for file in ([instances] if isinstance(instances, str | Path) else instances)]
+        how = "CHAIR needs synonyms.txt of github.com/LisaAnne/Hallucination and COCO's instances_val2014.json"
         for path in (Path(synonyms), *files):
-            if not path.is_file():
-                how = "CHAIR needs synonyms.txt of github.com/LisaAnne/Hallucination and COCO's instances_val2014.json"
-                raise not_found("a file of CHAIR", [path], how)
+            find_file("a file of CHAIR", [path], how)
         self.objects_in = ObjectWords(_synonyms(Path(synonyms)))
         self.annotated: dict[int | str, set[str]] = defaultdict(set)
         for path in files:

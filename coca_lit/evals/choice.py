@@ -1,6 +1,7 @@
 """Image-text choice: right texts against wrong ones, by embeddings and by the decoder's likelihood."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,37 +17,35 @@ from coca_lit.models import CoCa, DualEncoder
 
 
 class ChoiceScores(Evaluation):
-    """Accuracy of the choice of the right text for an image, by cosine. At the end also by the decoder:
+    """Accuracy of the choice of the right text for an image, by cosine. With `settings.full` also by the decoder:
 
     - "likelihood/…": log p(text | image). It favours texts that are likely beside any image, and so does well where
-      wrong texts are odd, as in ARO.
+      wrong texts are odd.
     - "pmi/…": log p(text | image) - log p(text), which does not (Lin et al. 2023, arXiv 2306.01879).
 
     Args:
         records: the captions of each are the right text and then the wrong ones; the domain is the kind of the case.
         paired: pairs of images follow each other, whose right texts are each other's wrong ones; the scores are those
             of Winoground.
-        least: images that a kind needs to count in the mean over kinds.
     """
 
     captioned = True
-    final_score_names = ()
 
-    def __init__(
-        self, name: str, records: Sequence[Record], paired: bool = False, least: int = 1, every: int = 1
-    ) -> None:
+    def __init__(self, name: str, records: Sequence[Record], paired: bool = False, every: int = 1) -> None:
         super().__init__(name, records, every)
-        self.paired, self.least = paired, least
-        names = exact(len(records), choice_accuracy(np.zeros(len(records)), [r.domain for r in records], least))
+        self.paired = paired
+        names = exact(len(records), choice_accuracy(np.zeros(len(records)), [r.domain for r in records]))
         self.score_names = ("text_score", "image_score", "group_score") if paired else tuple(names)
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        units = self._units(records)
-        return exact(len(units), self._resampled(records, _cosines(model, self._whole(records), settings)))
-
-    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        records = self._whole(records)
+        if self.paired and len(records) < 2:
+            raise DataError(f"{self.name} compares pairs of images: set scoring.images and scoring.quick to 2 or more")
+        if self.paired:  # a last image whose other one has been cut off is left out
+            records = records[: len(records) // 2 * 2]
+        units = [record.id for record in records[:: 2 if self.paired else 1]]  # what an interval draws
         ways = {"": _cosines(model, records, settings)}
+        if not settings.full:
+            return exact(len(units), self._resampled(records, ways[""]))
         if model.decoder is None:
             self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the texts with"
         else:
@@ -54,24 +53,17 @@ class ChoiceScores(Evaluation):
             ways["likelihood/"] = read
             ways["pmi/"] = [row - prior for row, prior in zip(read, blind, strict=True)]
         for way, found in ways.items():
-            draws = bootstrap(self._units(records), self._resampled(records, found))
+            draws = bootstrap(units, self._resampled(records, found))
             self.draws |= {f"{way}{score}": of for score, of in draws.items()}
         return {score: draws.score for score, draws in self.draws.items()}
 
-    def _whole(self, records: Sequence[Record]) -> Sequence[Record]:
-        """Without a last image whose other one has been cut off."""
-        if self.paired and len(records) < 2:
-            raise DataError(f"{self.name} compares pairs of images: set scoring.images and scoring.quick to 2 or more")
-        return records[: len(records) // 2 * 2] if self.paired else records
-
-    def _units(self, records: Sequence[Record]) -> list[int | str]:
-        """What an interval draws: images, or pairs of them."""
-        return [record.id for record in self._whole(records)[:: 2 if self.paired else 1]]
+    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        return {}
 
     def _resampled(self, records: Sequence[Record], found: Sequence[Tensor]) -> Resampled:
         if self.paired:
             return pair_accuracy(found)
-        return choice_accuracy(is_right(found), [record.domain for record in records], self.least)
+        return choice_accuracy(is_right(found), [record.domain for record in records])
 
 
 def _cosines(model: DualEncoder, records: Sequence[Record], settings: Settings) -> list[Tensor]:

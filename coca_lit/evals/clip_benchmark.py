@@ -1,22 +1,36 @@
-"""Zero-shot scores on many data sets: a folder of those in CLIP_benchmark's layout, or its own ones on the Hub."""
+"""Zero-shot scores on many data sets in CLIP_benchmark's layout of shards: of a folder, or its own ones on the Hub.
 
-from collections.abc import Sequence
+    classnames.txt  zeroshot_classification_templates.txt  test/nshards.txt  test/0.tar  test/1.tar …
+
+The samples of a shard are KEY.webp (or .jpg, .png) with KEY.cls, the number of the class. Data sets of captions have
+KEY.txt instead, a caption in each line, and "retrieval" in a file dataset_type.txt. Nothing is unpacked.
+"""
+
+import logging
+import random
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from coca_lit.data.datasets.clip_benchmark import (
-    CLASS_NAMES,
-    HOW,
-    TYPE,
-    captioned_shards,
-    classified_shards,
-    kind_of,
-    local_copy,
-)
-from coca_lit.data.records import not_found
-from coca_lit.evals.base import Evaluation
-from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.evals.zeroshot import ZeroShotScores
+from PIL import Image
 
+from coca_lit.data.datasets.classification import Classification
+from coca_lit.data.pixels import MAX_IMAGE, decode_image
+from coca_lit.data.records import Record, not_found
+from coca_lit.data.shards.reader import IMAGE_SUFFIXES, MAX_TEXT
+from coca_lit.data.shards.tar import tar_members
+from coca_lit.errors import DataError
+from coca_lit.evals.base import Evaluation
+from coca_lit.evals.classification import ZeroShotScores
+from coca_lit.evals.retrieval import RetrievalScores
+
+log = logging.getLogger(__name__)
+
+CLASS_NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+MAX_SHARDS = 100_000
+HUB = re.compile(r"(?:hf://|https://huggingface\.co/)datasets/([\w.-]+/[\w.-]+?)(?:(?:@|/tree/)([\w.-]+))?/?")
+HOW = "expected the webdataset layout of CLIP_benchmark, which clip_benchmark_export_wds writes"
 # What CLIP_benchmark's webdatasets.txt lists, as NAME of hf://datasets/clip-benchmark/wds_NAME.
 ON_HUB = (
     *("mscoco_captions", "flickr8k", "flickr30k", "imagenet1k", "imagenetv2", "imagenet_sketch", "imagenet-a"),
@@ -60,3 +74,141 @@ def _in_folder(root: Path) -> list[str]:
     """Folders with class names or a type, and those within folders, such as vtab/caltech101."""
     marks = [f"{depth}/{name}" for depth in ("*", "*/*") for name in (CLASS_NAMES, TYPE)]
     return sorted({path.parent.relative_to(root).as_posix() for mark in marks for path in root.glob(mark)})
+
+
+@dataclass(frozen=True)
+class TarImage:
+    """An image within a tar: called, it decodes these bytes."""
+
+    tar: Path
+    offset: int
+    size: int
+
+    def __call__(self) -> Image.Image:
+        with self.tar.open("rb") as file:
+            file.seek(self.offset)
+            return decode_image(
+                file.read(min(self.size, MAX_IMAGE + 1)), f"the image at byte {self.offset} of {self.tar}"
+            )
+
+
+def kind_of(root: Path) -> str:
+    """ "classification", "retrieval" or "multilabel"."""
+    return _text(root / TYPE).strip().lower() if (root / TYPE).is_file() else "classification"
+
+
+def classified_shards(root: str | Path, split: str = "test") -> Classification:
+    """The images of a split with their classes.
+
+    Args:
+        root: a folder, or a data set on the Hub, "hf://datasets/ORG/NAME" or "…@REVISION", see `local_copy`.
+
+    Raises:
+        DataNotFoundError: there is no such data set, or a shard is missing.
+        DataError: a file of it cannot be used.
+    """
+    root = local_copy(root, split)
+    if (kind := kind_of(root)) != "classification":
+        raise DataError(f"expected one class per image, but {root / TYPE} says {kind}")
+    names = _lines(root / CLASS_NAMES)
+    templates = _lines(root / TEMPLATES)
+    if wrong := [template for template in templates if "{c}" not in template]:
+        raise DataError(f"{root / TEMPLATES}: each line must hold {{c}} for the name of the class, got {wrong[0]!r}")
+    samples = [*_samples(root / split, "cls")]
+    random.Random(0).shuffle(samples)
+    labels: dict[Hashable, int] = {
+        id: _number(text, len(names), f"class of {id} in {root / split}") for id, _, text in samples
+    }
+    records = [Record(id, image) for id, image, _ in samples]
+    return Classification(records, labels, tuple(names), tuple(t.replace("{c}", "{}") for t in templates))
+
+
+def captioned_shards(root: str | Path, split: str = "test") -> list[Record]:
+    """The images of a split with all their captions, without those that have none; arguments and errors as in
+    `classified_shards`.
+    """
+    root = local_copy(root, split)
+    if (kind := kind_of(root)) != "retrieval":
+        raise DataError(f"expected captions (retrieval in {root / TYPE}), but the data set is one of {kind}")
+    records = [Record(id, image, text.splitlines()) for id, image, text in _samples(root / split, "txt")]
+    captioned = [record for record in records if record.captions]
+    if not captioned:
+        raise DataError(f"{root / split} has no caption for any of its {len(records)} images")
+    if len(captioned) < len(records):
+        skipped = len(records) - len(captioned)
+        log.warning("skipped %d of %d images without a caption in %s", skipped, len(records), root / split)
+    return captioned
+
+
+def local_copy(root: str | Path, split: str) -> Path:
+    """The folder itself; of a data set on the Hub, the copy of the split in the cache of huggingface_hub, downloaded if
+    it is not there. `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` work as always.
+    """
+    if "://" not in str(root):
+        return Path(root)
+    if not (found := HUB.fullmatch(str(root))):
+        raise DataError(f"{root} is neither a folder nor a data set on the Hub, hf://datasets/ORG/NAME")
+    from huggingface_hub import snapshot_download
+
+    repository, revision = found.groups()
+    try:
+        return Path(
+            snapshot_download(
+                repository, repo_type="dataset", revision=revision, allow_patterns=["*.txt", f"{split}/*"]
+            )
+        )
+    except (OSError, ValueError) as error:  # of the Hub: no such data set, no access, no network
+        raise not_found(f"data set {repository}", [root], str(error).strip().splitlines()[0]) from error
+
+
+def _samples(folder: Path, label: str) -> Iterator[tuple[str, TarImage, str]]:
+    """(id, image, content of KEY.`label`) of each sample in the shards of a split, in their order."""
+    if not (folder / "nshards.txt").is_file():
+        raise not_found("shards", [folder / "nshards.txt"], HOW)
+    count = _number(_text(folder / "nshards.txt"), MAX_SHARDS, f"number of shards in {folder / 'nshards.txt'}")
+    if not count:
+        raise DataError(f"{folder / 'nshards.txt'} says that there are no shards: {HOW}")
+    for shard in (folder / f"{i}.tar" for i in range(count)):
+        if not shard.is_file():
+            raise not_found(f"one of {count} shards", [shard], HOW)
+        images: dict[str, TarImage] = {}
+        texts: dict[str, str] = {}
+        try:
+            for member in tar_members(shard, lambda name: MAX_TEXT if name.lower().endswith(f".{label}") else 0):
+                place, slash, file = member.name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                key = f"{place}{slash}{stem}"
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    images[key] = TarImage(shard, member.offset, member.size)
+                elif suffix.lower() == label and member.size <= MAX_TEXT:
+                    texts[key] = member.content.decode()
+        except Exception as error:  # tarfile raises many types
+            raise DataError(f"{shard} is not a readable shard: {error}") from error
+        if images.keys() != texts.keys():
+            raise DataError(f"{shard}: sample {min(images.keys() ^ texts.keys())} lacks its image or its .{label}")
+        if not images:
+            raise DataError(f"{shard} holds no images with .{label}")
+        yield from ((f"{shard.stem}/{key}", image, texts[key]) for key, image in images.items())
+
+
+def _number(text: str, limit: int, what: str) -> int:
+    text = text.strip()
+    if len(text) > 9 or not text.isdecimal() or int(text) >= limit:
+        raise DataError(f"the {what} must be a whole number below {limit}, got {text[:40]!r}")
+    return int(text)
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in _text(path).splitlines()]
+    if not lines:
+        raise DataError(f"{path} is empty")
+    return lines
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise not_found(path.name, [path], HOW) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.loader import loading
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import Transform, build_transform
+from coca_lit.data.transforms import Transform
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.likelihood import ReadTexts, image_keys_values
@@ -37,11 +38,10 @@ def caption_images(
 
     `options` are passed to `CoCa.generate`.
     """
-
-    def write(_: Sequence[Record], images: Images) -> Iterable[str]:
-        return map(model.tokenizer.decode, model.generate(images, **options))
-
-    return write_texts(model, records, write, batch_size, num_workers)
+    own: list[tuple[int, str]] = []
+    for positions, images in image_batches(model, records, batch_size, num_workers):
+        own += zip(positions, map(model.tokenizer.decode, model.generate(images, **options)), strict=True)
+    return _by_id(own, records)
 
 
 def write_texts(
@@ -57,6 +57,11 @@ def write_texts(
     own: list[tuple[int, str]] = []
     for positions, images in image_batches(model, records, batch_size, num_workers):
         own += zip(positions, write([records[i] for i in positions], images), strict=True)
+    return _by_id(own, records)
+
+
+def _by_id(own: list[tuple[int, str]], records: Sequence[Record]) -> dict[int | str, str]:
+    """The texts of all ranks, from those of this one with their positions."""
     texts = dict(pair for part in gather_objects(own) for pair in part)
     return {record.id: texts[i] for i, record in enumerate(records)}
 
@@ -105,7 +110,7 @@ def _text_features(model: DualEncoder, texts: Sequence[str], batch_size: int) ->
     by_length = sorted(own, key=lambda i: len(texts[i]))  # less padding, same result
     for start in range(0, len(by_length), batch_size):
         positions = by_length[start : start + batch_size]
-        tokens = model.tokenizer([texts[i] for i in positions]).to(model.device)
+        tokens = model.tokenizer.tokens_of([texts[i] for i in positions]).to(model.device)
         yield positions, evaluating(model, model.encode_text, tokens).float().cpu()
 
 
@@ -123,7 +128,7 @@ def log_likelihoods(
         texts_of: position of a record -> numbers of the texts that are scored beside its image, one or more.
         batch_size: images that are encoded, and pairs that the decoder reads, at a time.
     """
-    tokens = model.tokenizer(texts).to(model.device)  # (T, L)
+    tokens = model.tokenizer.tokens_of(texts).to(model.device)  # (T, L)
     read = evaluating(model, partial(ReadTexts, model, batch_size=batch_size), tokens)
     own: list[tuple[int, Tensor]] = []
     for positions, images in image_batches(model, records, batch_size, num_workers):
@@ -185,5 +190,7 @@ def image_batches(
 ) -> Iterator[tuple[list[int], Images]]:
     """This rank's positions in `records` and their pixels (B, 3, H, W), or `Patches`, on the model's device."""
     images = _Images(records, build_transform(**model.preprocessing))
-    for positions, pixels in DataLoader(images, batch_size=batch_size, collate_fn=_collate, **loading(num_workers)):
+    for positions, pixels in DataLoader(
+        images, batch_size=batch_size, collate_fn=_collate, **worker_options(num_workers)
+    ):
         yield positions, pixels.to(model.device, non_blocking=True)

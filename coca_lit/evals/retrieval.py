@@ -12,6 +12,7 @@ Shapes: I images, T texts, E embedding width.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ BEHIND = 1e4  # further than any two scores are apart
 
 
 class RetrievalScores(Evaluation):
-    """Recall@1/5/10 in both directions, with all captions of every image. At the end also samples for the report and,
-    with `settings.rerank`, recall after decoder re-ranking: `mscoco/reranked_t2i_recall@1`. Captions that are longer
+    """Recall@1/5/10 in both directions, with all captions of every image. With `settings.full` also samples and, with
+    `settings.rerank`, recall after decoder re-ranking: `mscoco/reranked_t2i_recall@1`. Captions that are longer
     than the context lose their end; if there are any, "cut_captions" is their share and "read_tokens" that of tokens.
 
     Args:
@@ -54,19 +55,17 @@ class RetrievalScores(Evaluation):
         self.rerank_weight = rerank_weight
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        ranks = feature_ranks(*embed_pairs(model, records, settings.batch_size, settings.workers))
-        return ranks.recalls() | ranks.medians()
-
-    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
+        ranks = feature_ranks(images, texts, image_of_text)
+        scores = ranks.recalls() | ranks.medians()
+        if not settings.full:
+            return scores
         if rank() == 0:
             samples = retrieval_samples(records, images, texts, image_of_text)
             settings.write_json("samples", f"{self.name}_retrieval.json", samples)
             sheet = retrieval_sheet(records, images, texts, image_of_text)
             settings.write_image("samples", f"{self.name}_retrieval.png", sheet)
         ids = [record.id for record in records]
-        ranks = feature_ranks(images, texts, image_of_text)
-        scores = ranks.recalls() | ranks.medians()
         self.draws = bootstrap(ids, ranks.resampled()) | self._unread(model, records)
         scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
         if not settings.rerank:
@@ -80,6 +79,10 @@ class RetrievalScores(Evaluation):
         draws = bootstrap(ids, reranked.resampled())
         self.draws |= {f"reranked_{name}": draws[name] for name in recalls}
         return scores | {f"reranked_{name}": value for name, value in recalls.items()}
+
+    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        reranked = score.startswith("reranked_")
+        return {"rerank": settings.rerank, "rerank_weight": self.rerank_weight} if reranked else {}
 
     def _unread(self, model: DualEncoder, records: Sequence[Record]) -> dict[str, Draws]:
         """Which captions are longer than the context and lose their end; nothing if none is."""

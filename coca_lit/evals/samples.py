@@ -4,7 +4,6 @@ sheet of captioned images.
 
 import base64
 import io
-import math
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,25 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from pycocoevalcap.cider.cider import Cider
 from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import build_transform
-from coca_lit.evals.inference import evaluating
-from coca_lit.metrics.captions import is_reference
-from coca_lit.metrics.diversity import WORD
-from coca_lit.models import CoCa
-from coca_lit.models.patches import Images, Patches
-from coca_lit.tokenizer import Tokenizer
+from coca_lit.metrics.captions import WORD, is_reference
 
 THUMBNAIL = 240  # pixels of the longer side
-OVERLAY = 120  # pixels of an image with its attention map
 TOP = 5
 ROWS = 1024  # queries that are compared with all answers at a time
 COLUMNS, CARD, STRIP, MARGIN, LINE = 4, 260, 120, 12, 17  # of the sheets; all but the first in pixels
+HEADING = 2 * LINE + 8  # pixels: a title and a line that explains
 INK, GREY, GREEN = (25, 25, 30), (120, 120, 128), (20, 120, 60)
 
 
@@ -169,16 +161,17 @@ def _top(similarity: Tensor) -> list[int]:
 def retrieval_sheet(
     records: Sequence[Record], images: Tensor, texts: Tensor, image_of_text: Tensor, count: int = 4
 ) -> Image.Image:
-    """A strip for each query of `retrieval_samples`: a caption with the images found for it, then an image with the
-    captions found for it. Right answers are green.
+    """A strip for each query of `retrieval_samples`: first captions, each with the images found for it, then images,
+    each with the captions found for it. Right answers are green and have a tick.
     """
     captions = [caption for record in records for caption in record.captions]
     queries = spread(range(len(records)), count)
     width, height = MARGIN + (TOP + 1) * (STRIP + MARGIN), 2 * LINE + STRIP + MARGIN
-    sheet = Image.new("RGB", (width, 2 * len(queries) * height + MARGIN), "white")
+    sheet = Image.new("RGB", (width, 2 * (len(queries) * height + HEADING) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, i in enumerate(queries):
-        y = MARGIN + 2 * row * height
+    how = "the best answers, best first; green with a tick: right"
+    y = _head(draw, MARGIN, "Text to image", f"A caption, and below it {how}.")
+    for i in queries:
         text = int((image_of_text == i).nonzero()[0])
         _write(draw, MARGIN, y, captions[text], INK, lines=1, width=120)
         for column, j in enumerate(_top(images @ texts[text])):
@@ -186,12 +179,31 @@ def retrieval_sheet(
             _paste(sheet, records[j].image(), (left, top), STRIP)
             frame = (left - 3, top - 3, left + STRIP + 2, top + STRIP + 2)
             draw.rectangle(frame, outline=GREEN if j == i else GREY, width=3)
+            if j == i:
+                draw.rectangle((left, top, left + 18, top + LINE), fill="white")
+                _tick(draw, left + 3, top + 3)
         y += height
+    y = _head(draw, y, "Image to text", f"An image, and beside it {how}.")
+    for i in queries:
         _paste(sheet, records[i].image(), (MARGIN, y), STRIP)
         for place, t in enumerate(_top(texts @ images[i])):
-            colour = GREEN if int(image_of_text[t]) == i else GREY
-            _write(draw, 2 * MARGIN + STRIP, y + place * (LINE + 4), captions[t], colour, lines=1, width=100)
+            left, top, right = 2 * MARGIN + STRIP, y + place * (LINE + 4), int(image_of_text[t]) == i
+            _write(draw, left + 18, top, captions[t], GREEN if right else GREY, lines=1, width=98)
+            if right:
+                _tick(draw, left, top + 2)
+        y += height
     return sheet
+
+
+def _head(draw: ImageDraw.ImageDraw, y: int, title: str, note: str) -> int:
+    """Writes a heading; returns where the rest begins."""
+    draw.text((MARGIN, y), title, fill=INK, font=ImageFont.load_default(size=16))
+    draw.text((MARGIN, y + LINE + 4), note, fill=GREY, font=ImageFont.load_default(size=13))
+    return y + HEADING
+
+
+def _tick(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    draw.line([(x, y + 6), (x + 4, y + 11), (x + 12, y)], fill=GREEN, width=2)
 
 
 def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], edge: int) -> None:
@@ -203,13 +215,16 @@ def _paste(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], ed
 
 
 def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], count: int = 12) -> Image.Image:
-    """Picture of `count` images spread over the records. A caption that equals a reference is green."""
+    """Picture of `count` images spread over the records. A caption that equals a reference is green and has a tick."""
     chosen = spread(records, count)
     rows = -(-len(chosen) // COLUMNS)
     height = CARD + 7 * LINE + MARGIN
-    sheet = Image.new("RGB", (COLUMNS * (CARD + MARGIN) + MARGIN, rows * height + MARGIN), "white")
+    sheet = Image.new("RGB", (COLUMNS * (CARD + MARGIN) + MARGIN, rows * height + HEADING + MARGIN), "white")
+    what = "Answers" if any(record.question for record in chosen) else "Captions"
+    note = "Generated (green with a tick: equals a reference); below, in grey, references."
+    start = _head(ImageDraw.Draw(sheet), MARGIN, what, note)
     for i, record in enumerate(chosen):
-        corner = (MARGIN + i % COLUMNS * (CARD + MARGIN), MARGIN + i // COLUMNS * height)
+        corner = (MARGIN + i % COLUMNS * (CARD + MARGIN), start + i // COLUMNS * height)
         _draw_card(sheet, corner, record, captions[record.id])
     return sheet
 
@@ -219,7 +234,10 @@ def _draw_card(sheet: Image.Image, corner: tuple[int, int], record: Record, capt
     draw = ImageDraw.Draw(sheet)
     x, y = corner[0], corner[1] + CARD + 4
     y = _write(draw, x, y, record.question, INK, lines=2)
-    y = _write(draw, x, y, caption or "(empty)", GREEN if is_reference(caption, record.captions) else INK, lines=3)
+    exact = is_reference(caption, record.captions)
+    if exact:
+        _tick(draw, x, y + 2)
+    y = _write(draw, x + 18 * exact, y, caption or "(empty)", GREEN if exact else INK, lines=3, width=38)
     for reference in list(dict.fromkeys(record.captions))[:2]:
         y = _write(draw, x, y, reference, GREY, lines=2)
 
@@ -231,89 +249,3 @@ def _write(
         draw.text((x, y), line, fill=colour, font=ImageFont.load_default(size=13))
         y += LINE
     return y + 2
-
-
-# Attention maps. The decoder attends to the pooled tokens, and each of those is a mixture of places: its map over the
-# image is the decoder's attention (words × pooled tokens) times the pooler's (pooled tokens × places). Both are means
-# over heads, the decoder's also over layers. What the encoder has mixed before, attention cannot show: read the maps as
-# hints.
-
-
-def attention_samples(
-    model: CoCa, records: Sequence[Record], count: int, options: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """`count` images spread over the records: {"image", "caption", "words": [{"word", "map"}]}, pictures as data URIs.
-
-    A map is the picture as the model sees it, with bright colours where it looked. `CoCa.generate` gets `options`.
-    """
-    transform = build_transform(**model.preprocessing)
-    samples = []
-    for record in spread(records, count):
-        pixels = transform(record.image())  # (3, H, W) uint8, or patches
-        words, maps = word_maps(model, pixels, options)
-        picture = picture_of(pixels)
-        drawn = [thumbnail(overlay(picture, part)) for part in maps]
-        rows = [{"word": word, "map": image} for word, image in zip(words, drawn, strict=True)]
-        samples.append({"image": thumbnail(picture), "caption": " ".join(words), "words": rows})
-    return samples
-
-
-def picture_of(image: Images) -> Image.Image:
-    """As the model sees it."""
-    pixels = image.pixels() if isinstance(image, Patches) else image  # (3, H, W)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def word_maps(model: CoCa, pixels: Images, options: Mapping[str, Any]) -> tuple[list[str], Tensor]:
-    """The words of the caption of an image (3, H, W), or of its patches, and where the model looked for each:
-    (words, h, w), sums of 1.
-    """
-    captions = model.generate(pixels[None], **options, return_attention=True)
-    assert captions.attention is not None
-    return maps_of_captions(model, pixels, captions.ids, captions.attention)[0]
-
-
-def maps_of_captions(model: CoCa, pixels: Images, ids: Tensor, attention: Tensor) -> list[tuple[list[str], Tensor]]:
-    """As `word_maps`, of several captions (N, L) of an image, with their attention (N, L, Q)."""
-    images = pixels[None].to(model.device)
-    pooled = evaluating(model, lambda x: model.pooling.attention(model.image_encoder(x)), images)
-    places = pooled[0, :, model.image_encoder.prefix_tokens :].float()  # (Q, S) without class tokens
-    side = math.isqrt(places.shape[1])
-    grid = pixels.grids.tolist() if isinstance(pixels, Patches) else (side, side)
-    found = []
-    for row, weights in zip(ids.tolist(), attention, strict=True):
-        maps = (weights @ places).cpu()  # (L, S)
-        words = words_of(model.tokenizer, row)
-        per_word = torch.stack([maps[positions].mean(dim=0) for _, positions in words]) if words else maps[:0]
-        per_word = per_word / per_word.sum(dim=1, keepdim=True).clamp(min=1e-12)
-        found.append(([word for word, _ in words], per_word.unflatten(1, tuple(grid))))
-    return found
-
-
-def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """The words of a caption, each with the positions of its tokens: a word may be several."""
-    words: list[tuple[str, list[int]]] = []
-    before = ""
-    for position, token in enumerate(ids):
-        if token == tokenizer.eot_id:
-            break
-        text = tokenizer.decode(ids[: position + 1])
-        if not text or text == before:
-            continue  # the start, or a token without text
-        if words and len(text.split()) == len(before.split()):
-            words[-1][1].append(position)
-        else:
-            words.append(("", [position]))
-        words[-1] = (text.split()[-1], words[-1][1])
-        before = text
-    return words
-
-
-def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
-    """The picture in grey, with a map (h, w) over it in colours that cover it the more, the greater the attention."""
-    scaled = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
-    size = (OVERLAY * picture.width // max(picture.size), OVERLAY * picture.height // max(picture.size))
-    strength = Image.fromarray((scaled * 255).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
-    colours = Image.fromarray(colormaps["plasma"](np.asarray(strength), bytes=True)).convert("RGB")
-    grey = picture.resize(size, Image.Resampling.BICUBIC).convert("L").convert("RGB")
-    return Image.composite(colours, grey, strength.point([round(0.85 * level) for level in range(256)]))

@@ -24,8 +24,8 @@ Answers = dict[int | str, str]  # by question id
 
 
 class VQAScores(Evaluation):
-    """Accuracy of written answers, and of the answers of `settings.answerer`, a classifier, if there is one. At the end
-    also the accuracy for each kind of answer, and of the best guess of somebody who does not look ("blind").
+    """Accuracy of written answers, and of the answers of `settings.answerer`, a classifier, if there is one, and
+    for each kind of answer. With `settings.full` also of the best guess of somebody who does not look ("blind").
 
     Predictions are written in the official results format, also for questions whose answers are not public.
 
@@ -35,7 +35,6 @@ class VQAScores(Evaluation):
     """
 
     score_names = ("accuracy",)
-    final_score_names = ()
 
     def __init__(
         self,
@@ -48,22 +47,26 @@ class VQAScores(Evaluation):
         self.training_records = training_records
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        if model.decoder is None or not records[0].captions:
+        public = all(record.captions for record in records)
+        if not settings.full and (model.decoder is None or not public):
             return {}
-        return _accuracies(records, _answers(model, records, settings))
-
-    def all_scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if model.decoder is None:
             self.not_run[f"{self.name} answers"] = "the model has no decoder, so it writes no answers"
             return {}
-        answers = _answers(model, records, settings)
+        size, workers = settings.batch_size, settings.workers
+        # By the way in which they were found: "" by generation.
+        answers = {"": generate_answers(model, records, size, workers, settings.generate or {})}
+        if settings.answerer is not None:
+            answers["classifier"] = settings.answerer(model, records, size, workers)
+        if not settings.full:
+            return _accuracies(records, answers)
         if rank() == 0:
             for way, found in answers.items():
                 predictions = [{"question_id": id, "answer": answer} for id, answer in found.items()]
                 settings.write_json("predictions", f"{self.name}{way and f'_{way}'}.json", predictions)
             settings.write_json("samples", f"{self.name}_captions.json", caption_samples(records, answers[""]))
             settings.write_image("samples", f"{self.name}.png", sample_sheet(records, answers[""]))
-        if not all(record.captions for record in records):
+        if not public:
             self.not_run[f"{self.name} accuracy"] = "the answers to these questions are not public"
             return {}
         if self.training_records is not None:
@@ -75,15 +78,6 @@ class VQAScores(Evaluation):
                 self.not_run[f"{self.name} blind"] = str(error)
         self.draws = _draws(records, answers)
         return _accuracies(records, answers)
-
-
-def _answers(model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, Answers]:
-    """Answers by the way in which they were found: "" by generation, "classifier"."""
-    size, workers = settings.batch_size, settings.workers
-    found = {"": generate_answers(model, records, size, workers, settings.generate or {})}
-    if settings.answerer is not None:
-        found["classifier"] = settings.answerer(model, records, size, workers)
-    return found
 
 
 def _accuracies(records: Sequence[Record], answers: Mapping[str, Answers]) -> dict[str, float]:

@@ -4,13 +4,12 @@ Letters: B pairs of this rank, W ranks, E embedding width, N predicted tokens of
 vocabulary.
 """
 
-from typing import Protocol
-
 from torch import Tensor
 
 from coca_lit.losses.caption import caption_loss
 from coca_lit.losses.contrastive import contrastive_loss
 from coca_lit.losses.siglip import siglip_loss
+from coca_lit.models import CoCaOutput
 
 __all__ = [
     "caption_loss",
@@ -21,39 +20,7 @@ __all__ = [
 ]
 
 
-class Outputs(Protocol):
-    """What the losses need of a network; None where it was not asked for. `coca_lit.models.CoCaOutput` is one."""
-
-    @property
-    def image_features(self) -> Tensor | None:
-        """(B, E), unit length"""
-
-    @property
-    def text_features(self) -> Tensor | None:
-        """(B, E), unit length"""
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """(1,), inverse temperature"""
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        """(1,), for the sigmoid loss"""
-
-    @property
-    def hidden(self) -> Tensor | None:
-        """(N, D)"""
-
-    @property
-    def vocabulary(self) -> Tensor | None:
-        """(V, D)"""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """(N,)"""
-
-
-def loss_terms(out: Outputs, smoothing: float = 0.0) -> dict[str, Tensor]:
+def loss_terms(out: CoCaOutput, smoothing: float = 0.0) -> dict[str, Tensor]:
     """{"contrastive": …, "caption": …}, without the one whose inputs are None.
 
     Args:

@@ -100,19 +100,14 @@ def _chunked_sum(
             if grad_hidden is not None:
                 grad_hidden[part] = p @ weight
             if grad_vocabulary is not None:
-                _add_product(grad_vocabulary, p, states)
+                if p.dtype == grad_vocabulary.dtype:
+                    grad_vocabulary.addmm_(p.T, states)
+                else:
+                    grad_vocabulary += p.T @ states
     if not (needs_hidden or needs_vocabulary):
         return total
     grad_vocabulary = None if grad_vocabulary is None else grad_vocabulary.to(vocabulary.dtype)
     return with_gradients(total, (grad_hidden, grad_vocabulary), inputs)
-
-
-def _add_product(total: Tensor, p: Tensor, states: Tensor) -> None:
-    """total (V, D) += pᵀ (V, chunk) states (chunk, D)"""
-    if p.dtype == total.dtype:
-        total.addmm_(p.T, states)
-    else:
-        total += p.T @ states
 
 
 def _has_fused_kernel(hidden: Tensor) -> bool:

@@ -40,13 +40,8 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.gradients
+        gradients, times = ctx.gradients, Tensor.mul_ if ctx.once else Tensor.mul
         if ctx.once:
             del ctx.gradients
-        known = [None if g is None else _times(g, outer[0], ctx.once) for g in gradients]
+        known = [None if g is None else times(g, outer[0].to(g.dtype)) for g in gradients]
         return (None, None, None, *[None] * len(known), *known)
-
-
-def _times(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
-    factor = factor.to(gradient.dtype)
-    return gradient.mul_(factor) if in_place else gradient * factor

@@ -8,3 +8,9 @@ LightningModule or training loop; several processes may hold any part of the sam
 def lower_is_better(score: str) -> bool:
     """Whether a smaller value of the score of this name is the better one."""
     return score.endswith(("median_rank", "_loss", "CHAIRi", "CHAIRs", "cut_captions"))
+
+
+def is_share(score: str) -> bool:
+    """Whether the score of this name is a share of images, texts or answers, in [0, 1]."""
+    ends = ("accuracy", "top1", "top5", "exact_match", "novel", "CHAIRi", "CHAIRs", "text_score", "image_score")
+    return "recall@" in score or score.endswith((*ends, "group_score", "_precision", "_recall", "cut_captions"))

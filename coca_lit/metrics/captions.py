@@ -4,15 +4,16 @@
 `CaptionMetric` either of them from captions that several processes have written.
 
 The scores come from pycocoevalcap's own scorers, called one by one: its ``COCOEvalCap`` downloads SPICE before it
-computes anything, and its Java wrappers can hang or shift captions (see ``ptb`` and ``meteor``). To add a metric, add a
+computes anything, and its Java wrappers can hang or shift captions (see ``java``). To add a metric, add a
 function to ``SCORERS``: it gets the tokenised captions and returns its corpus scores by name, and how to compute them
 for resampled images.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,16 +21,18 @@ import torch.distributed as dist
 from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
+from torch import Tensor
 
 from coca_lit.metrics.cider import ResampledCider
-from coca_lit.metrics.diversity import WORD, caption_statistics
 from coca_lit.metrics.java.meteor import meteor_of_sums, shared_meteor, summable, warm_up
-from coca_lit.metrics.java.ptb import ptb_tokenize
-from coca_lit.metrics.java.runtime import JavaError
+from coca_lit.metrics.java.runtime import JavaError, ptb_tokenize
 from coca_lit.metrics.java.spice import Progress, corpus_scores, shared_spice, spice_jars
 from coca_lit.metrics.rows import RowMetric, in_order, plain_ids
 from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, ratios
 
+CLIP_WEIGHT = 2.5  # stretches the cosines of CLIP, which seldom exceed 0.4, over [0, 1]
+CLIP_PROMPT = "A photo depicts "  # goes before every caption and reference
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 Id = TypeVar("Id", bound=Hashable)
 References = Mapping[Any, list[str]]  # image -> its tokenised references
 Hypotheses = Mapping[Any, list[str]]  # image -> a list of its one tokenised prediction, as pycocoevalcap expects it
@@ -60,10 +63,11 @@ def _bleu(references: References, hypotheses: Hypotheses) -> Scored:
     for image, texts in references.items():
         scorer += hypotheses[image][0], texts
     scores, _ = scorer.compute_score(option="closest", verbose=0)
-    counts = [
-        [*caption["correct"], *caption["guess"], caption["testlen"], _closest(caption["reflen"], caption["testlen"])]
-        for caption in scorer.ctest
-    ]
+    counts = []
+    for caption in scorer.ctest:
+        length = caption["testlen"]
+        closest = min(caption["reflen"], key=lambda other: (abs(other - length), other))  # the shorter one of two
+        counts.append([*caption["correct"], *caption["guess"], length, closest])
 
     def resampled(drawn: np.ndarray) -> dict[str, np.ndarray]:
         sums = drawn @ np.array(counts, dtype=np.float64)  # (D, 10)
@@ -73,11 +77,6 @@ def _bleu(references: References, hypotheses: Hypotheses) -> Scored:
         return {f"Bleu_{n}": means[:, n - 1] * brevity for n in range(1, 5)}
 
     return Scored({f"Bleu_{n}": score for n, score in enumerate(scores, start=1)}, resampled)
-
-
-def _closest(lengths: Iterable[int], length: int) -> int:
-    """The length of the reference whose length is closest, the shorter one of two."""
-    return min(lengths, key=lambda other: (abs(other - length), other))
 
 
 def _meteor(references: References, hypotheses: Hypotheses) -> Scored:
@@ -240,6 +239,33 @@ def is_reference(caption: str, references: Sequence[str]) -> bool:
     return plain in others
 
 
+def caption_statistics(captions: Collection[str]) -> dict[str, float]:
+    """Mean number of words, number of different words, and distinct-1 and -2 (Li et al. 2016, arXiv 1510.03055).
+
+    Distinct-n is the number of different n-grams over the number of all of them; long texts and large sets lower it, so
+    it compares models on the same images only.
+    """
+    texts = [WORD.findall(caption.lower()) for caption in captions]
+    words = [word for text in texts for word in text]
+    pairs = [pair for text in texts for pair in pairwise(text)]
+    return {
+        "mean_length": len(words) / max(len(texts), 1),
+        "vocabulary": float(len(set(words))),
+        "distinct_1": _distinct(words),
+        "distinct_2": _distinct(pairs),
+    }
+
+
+def are_novel(captions: Iterable[str], training_captions: Collection[str]) -> list[bool]:
+    """Whether each caption differs from all training captions in a word."""
+    known = {tuple(WORD.findall(text.lower())) for text in training_captions}
+    return [tuple(WORD.findall(text.lower())) not in known for text in captions]
+
+
+def _distinct(ngrams: Sequence[object]) -> float:
+    return len(set(ngrams)) / max(len(ngrams), 1)
+
+
 class CaptionMetric(RowMetric):
     """Scores of captions that are written batch by batch, on any number of processes.
 
@@ -380,3 +406,27 @@ def _check_captions(references: Mapping[Id, Sequence[str]], predictions: Mapping
             raise ValueError(f"image {key!r} needs a list of one or more references, got {captions!r}")
         if not isinstance(predictions[key], str):
             raise ValueError(f"image {key!r} needs exactly one string as its prediction, got {predictions[key]!r}")
+
+
+def clip_scores(images: Tensor, captions: Tensor, references: Tensor, image_of_reference: Tensor) -> dict[str, Tensor]:
+    """CLIPScore and RefCLIPScore (I,) of the captions of images (Hessel et al. 2021, arXiv 2104.08718): how well they
+    fit in a feature space. CLIPScore = 2.5 max(cos(image, caption), 0); RefCLIPScore is its harmonic mean with
+    max(cos(caption, reference), 0) of the nearest reference.
+
+    The published scores use OpenAI's CLIP ViT-B/32. With the features of another model they compare captions, not
+    models.
+
+    Args:
+        images, captions: (I, D), one caption for each image; all features are of unit length.
+        references: (T, D); reference t belongs to image ``image_of_reference[t]``.
+    """
+    if images.shape != captions.shape or len(references) != len(image_of_reference):
+        raise ValueError(
+            f"expected one caption per image and one image per reference, got images {tuple(images.shape)}, captions "
+            f"{tuple(captions.shape)}, {len(references)} references and {len(image_of_reference)} owners"
+        )
+    fit = CLIP_WEIGHT * (images * captions).sum(dim=1).clamp(min=0)  # (I,)
+    cosines = (captions[image_of_reference] * references).sum(dim=1)  # (T,)
+    nearest = cosines.new_zeros(len(images)).scatter_reduce(0, image_of_reference, cosines, "amax")  # (I,), at least 0
+    harmonic = 2 * fit * nearest / (fit + nearest).clamp(min=1e-12)
+    return {"CLIPScore": fit, "RefCLIPScore": harmonic}

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from coca_lit.metrics.uncertainty import Resampled
 
-LISTED = 12  # kinds that get a score of their own; ARO has 48 relations and 117 pairs of attributes
-
 
 def is_right(scores: Sequence[Tensor]) -> np.ndarray:
     """Whether (N,) the first score of each image is above all its others; a text without rivals is right.
@@ -29,23 +27,19 @@ def is_right(scores: Sequence[Tensor]) -> np.ndarray:
     return np.array([bool((row[0] > row[1:]).all()) for row in scores])
 
 
-def choice_accuracy(right: np.ndarray, kinds: Sequence[str | None], least: int = 1) -> Resampled:
-    """ "accuracy" over all images (N,); of images with kinds also "macro_accuracy", the mean over kinds of their
-    accuracies, and if there are no more than `LISTED` kinds "KIND_accuracy".
-
-    Args:
-        least: images that a kind needs to count in the mean over kinds, as in ARO's attributes.
+def choice_accuracy(right: np.ndarray, kinds: Sequence[str | None]) -> Resampled:
+    """ "accuracy" over all images (N,); of images with kinds also "KIND_accuracy" of each and their mean,
+    "macro_accuracy".
     """
     members = {kind: np.array([own == kind for own in kinds], dtype=float) for kind in sorted(filter(None, set(kinds)))}
-    counted = [kind for kind, of in members.items() if of.sum() >= least]
 
     def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
         with np.errstate(invalid="ignore"):  # a kind may be absent from a resample
             found = {kind: counts @ (of * right) / (counts @ of) for kind, of in members.items()}
         scores = {"accuracy": counts @ right / counts.sum(axis=1)}
-        if counted:
-            scores["macro_accuracy"] = np.nanmean([found[kind] for kind in counted], axis=0)
-        return scores | ({f"{kind}_accuracy": of for kind, of in found.items()} if len(found) <= LISTED else {})
+        if found:
+            scores["macro_accuracy"] = np.nanmean(list(found.values()), axis=0)
+        return scores | {f"{kind}_accuracy": of for kind, of in found.items()}
 
     return resampled
 

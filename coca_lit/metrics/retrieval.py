@@ -63,7 +63,8 @@ class Ranks(NamedTuple):
                 order = np.argsort(ranks[name], kind="stable")
                 reached = counts[:, image[order]].cumsum(axis=1)  # (D, Q)
                 middle = [(reached <= (queries[:, None] - half) // 2).sum(axis=1) for half in (1, 0)]
-                values[f"{name}_median_rank"] = 1 + sum(ranks[name][order][m] for m in middle) / 2
+                lower, upper = (ranks[name][order][m] for m in middle)
+                values[f"{name}_median_rank"] = 1 + (lower + upper) / 2
             return values
 
         return resampled

@@ -9,12 +9,15 @@ resamples, and the draw-by-draw differences of their scores form the paired boot
 Shapes: D draws, U units (images), S scores.
 """
 
-import hashlib
-import json
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+
+from coca_lit.metrics import is_share
+from coca_lit.metrics.conditions import digest
 
 DRAWS = 1000
 SEED = 0
@@ -32,23 +35,37 @@ class Draws(NamedTuple):
         values: (D,)
         score: of the units themselves.
         units: a digest of the units in their order. Draws with the same digest are of the same resamples.
+        trials: number of units if the score is a share of something (see `is_share`), else 0.
     """
 
     values: np.ndarray
     score: float
     units: str
+    trials: int = 0
 
     def interval(self) -> tuple[float, float]:
-        """Limits between which the middle draws lie, moved so that their mean is the score; NaN if there are none.
+        """Limits of the score; NaN if there are no draws.
 
-        The mean differs from the score where a unit that is drawn twice changes what others are worth: CIDEr of 5,000
-        images is higher by 0.7 %.
+        Of a share it is Wilson's interval (1927), which stays within [0, 1] and is not empty at 0 of 64, for the number
+        of independent units whose share scatters as the draws do: fewer than `trials` where texts of an image agree.
+
+        Of other scores it is between the percentiles of the draws, moved so that the mean of the draws is the score,
+        but not beyond all draws, as there are no ranks below 1. That mean differs from the score where a unit that is
+        drawn twice changes what others are worth: CIDEr of 5,000 images is higher by 0.7 %.
         """
         known = self.values[~np.isnan(self.values)]  # a rare category may be absent from a resample
         if not len(known):
             return float("nan"), float("nan")
-        low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + (self.score - known.mean())
-        return float(low), float(high)
+        if self.trials:
+            share, z = self.score, NormalDist().inv_cdf((1 + LEVEL) / 2)
+            variance = known.var()
+            units = share * (1 - share) / variance if variance > 0 else self.trials
+            middle = (share + z**2 / (2 * units)) / (1 + z**2 / units)
+            half = z / (1 + z**2 / units) * math.sqrt(share * (1 - share) / units + z**2 / (4 * units**2))
+            return max(middle - half, 0.0), min(middle + half, 1.0)
+        limits = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + (self.score - known.mean())
+        low, high = limits.clip(min(known.min(), self.score), max(known.max(), self.score))
+        return min(float(low), self.score), max(float(high), self.score)  # a skew may move both limits past it
 
 
 class Difference(NamedTuple):
@@ -77,14 +94,15 @@ def bootstrap(units: Sequence[Hashable], *scores: Resampled, draws: int = DRAWS)
     Args:
         units: what is drawn, by id, in the order of the counts that the scores get.
     """
-    of = hashlib.sha256(json.dumps(list(units), default=str).encode()).hexdigest()[:16]
+    of = digest(units)
     once = exact(len(units), *scores)
     parts: dict[str, list[np.ndarray]] = {}
     for counts in resamples(len(units), draws):
         for score in scores:
             for name, values in score(counts).items():
                 parts.setdefault(name, []).append(values)
-    return {name: Draws(np.concatenate(values), once[name], of) for name, values in parts.items()}
+    count = {name: len(units) if is_share(name) else 0 for name in parts}
+    return {name: Draws(np.concatenate(values), once[name], of, count[name]) for name, values in parts.items()}
 
 
 def exact(units: int, *scores: Resampled) -> dict[str, float]:
@@ -119,7 +137,8 @@ def difference(first: Draws, second: Draws) -> Difference:
     """The paired bootstrap test of two scores.
 
     The p-value compares the difference with the scatter of its draws about their mean, as sacreBLEU does (Riezler and
-    Maxwell 2005).
+    Maxwell 2005). The interval is that of the draws. Where these do not scatter, since no image is an exception (both
+    models are right on the same ones), that of shares reaches as far as Wilson's of 0 exceptions, within [-1, 1].
 
     Raises:
         ValueError: the draws are of different images.
@@ -130,4 +149,8 @@ def difference(first: Draws, second: Draws) -> Difference:
     scatter = np.abs(values - values.mean())
     p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(values))
     nan = bool(np.isnan(values).any())
-    return Difference(value, *Draws(values, value, first.units).interval(), p=float("nan") if nan else p)
+    low, high = Draws(values, value, first.units).interval()
+    if (trials := min(first.trials, second.trials)) and scatter.max() < 1e-9:
+        _, rest = Draws(np.zeros(1), 0.0, first.units, trials).interval()
+        low, high = max(value - rest, -1.0), min(value + rest, 1.0)
+    return Difference(value, low, high, p=float("nan") if nan else p)

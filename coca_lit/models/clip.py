@@ -1,7 +1,7 @@
 """CLIP as OpenAI and OpenCLIP build it (arXiv 2103.00020): the two encoders of their released files, for evaluation.
 
 CoCa pools images with learned queries and texts with a CLS token. CLIP uses the vision transformer's class token and
-the state of the end token, so its weights do not fit a CoCa. A CLIP with CoCa's towers is `CoCa(decoder_layers=0)`.
+the state of the end token, so its weights do not fit a CoCa, not even one without decoder.
 """
 
 from typing import Any

@@ -13,7 +13,6 @@ from coca_lit.models.layers import (
     AttentionalPooler,
     CrossAttention,
     CrossBlock,
-    QueryPooler,
     SelfAttention,
     SelfBlock,
 )
@@ -35,26 +34,6 @@ def init_pooler(pooler: AttentionalPooler) -> None:
         norm.reset_parameters()
 
 
-def init_query_pooler(pooler: QueryPooler) -> None:
-    """OpenCLIP 4's values: its attention starts as `nn.MultiheadAttention` does, with queries of deviation 1.
-
-    That layer keeps q, k and v in one matrix where they have the same input width, and Xavier's bound follows from the
-    shape of what is kept.
-    """
-    init_normal(pooler.query, 1.0)
-    attention = pooler.attention
-    width, context_width = attention.q.in_features, attention.kv.in_features
-    rows = 3 * width if width == context_width else width
-    for linear in (attention.q, attention.kv):
-        bound = (6 / (rows + linear.in_features)) ** 0.5
-        nn.init.uniform_(linear.weight, -bound, bound)
-    attention.out.reset_parameters()
-    for linear in (attention.q, attention.kv, attention.out):
-        nn.init.zeros_(linear.bias)
-    for norm in (pooler.norm_query, pooler.norm_context):
-        norm.reset_parameters()
-
-
 def init_blocks(blocks: Iterable[nn.Module], depth: int) -> None:
     """Initialises blocks of a tower of `depth` blocks. Each adds two branches to the residual stream: the deviation of
     their outputs shrinks so that the sum keeps its scale.
@@ -64,8 +43,9 @@ def init_blocks(blocks: Iterable[nn.Module], depth: int) -> None:
         width = block.norm_1.normalized_shape[0]
         branch_std = width**-0.5 * (2 * depth) ** -0.5
         _init_attention(block.attention, branch_std)
-        _init_linear(block.mlp[0], (2 * width) ** -0.5)
-        _init_linear(block.mlp[2], branch_std)
+        if block.mlp is not None:
+            _init_linear(block.mlp[0], (2 * width) ** -0.5)
+            _init_linear(block.mlp[2], branch_std)
         for norm in (m for m in block.children() if isinstance(m, nn.LayerNorm)):
             norm.reset_parameters()
 

@@ -1,75 +1,20 @@
-"""Transformer parts of CoCa: attention with an optional key/value cache, pre-norm blocks, and the attentional pooler.
+"""Transformer parts of CoCa: attention, pre-norm blocks, and the attentional pooler.
 
 Shape letters, here and in the other model files: B batch, T text positions, S image tokens, D width, H heads, E
 embedding width, V vocabulary, R rows of captions that are being written.
 """
 
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models import kernels
+from coca_lit.models.cache import Cache
 from coca_lit.models.packing import Layout
 
-# (beginning of names in a part, beginning of their names in OpenCLIP, {name inside: OpenCLIP's})
-OpenClipNames = tuple[tuple[str, str, dict[str, str]], ...]
-
-
-class KVCache:
-    """Keys and values of one causal attention layer during generation; positions are appended, rows can be selected."""
-
-    def __init__(self, max_length: int) -> None:
-        self.max_length = max_length
-        self.used = 0
-        self._keys_values: Tensor | None = None  # (2, R, H, max_length, D/H)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds (R, H, t, D/H) of new positions and returns keys and values of all positions so far."""
-        if self._keys_values is None:
-            rows, heads, _, width = keys.shape
-            self._keys_values = keys.new_empty(2, rows, heads, self.max_length, width)
-        end = self.used + keys.shape[2]
-        self._keys_values[0, :, :, self.used : end] = keys
-        self._keys_values[1, :, :, self.used : end] = values
-        self.used = end
-        return self._keys_values[0, :, :, :end], self._keys_values[1, :, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in that order; a row may appear several times."""
-        if self._keys_values is None:
-            return
-        written = self._keys_values[:, rows, :, : self.used]
-        if len(rows) != self._keys_values.shape[1]:
-            _, _, heads, _, width = self._keys_values.shape
-            self._keys_values = written.new_empty(2, len(rows), heads, self.max_length, width)
-        self._keys_values[:, :, :, : self.used] = written
-
-    def storage(self) -> Tensor:
-        """Keys and values (2, R, H, max_length, D/H) of all positions, 0 for those to come."""
-        assert self._keys_values is not None
-        self._keys_values[:, :, :, self.used :] = 0
-        return self._keys_values
-
-
-class StaticKVCache:
-    """A cache whose shapes do not depend on how many positions are written: `append` returns all, and a mask must hide
-    the rest.
-    """
-
-    def __init__(self, keys_values: Tensor, used: Tensor) -> None:
-        self.keys_values = keys_values  # (2, R, H, max_length, D/H)
-        self.used = used  # (1,)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes (R, H, 1, D/H) at position `used`."""
-        self.keys_values[0].index_copy_(2, self.used, keys)
-        self.keys_values[1].index_copy_(2, self.used, values)
-        return self.keys_values[0], self.keys_values[1]
-
-
-Cache = KVCache | StaticKVCache
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, S, D/H)
 
 
@@ -159,29 +104,29 @@ class MLP(nn.Sequential):
 
 
 class SelfBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) unless `has_mlp` is off."""
 
-    open_clip_names: ClassVar = {
-        "norm_1": "ln_1",
-        "norm_2": "ln_2",
-        "attention.qkv.": "attn.in_proj_",
-        "attention.out": "attn.out_proj",
-        "mlp.0": "mlp.c_fc",
-        "mlp.2": "mlp.c_proj",
-    }
-
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, activation: type[nn.Module] = nn.GELU) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float = 0.0,
+        activation: type[nn.Module] = nn.GELU,
+        has_mlp: bool = True,
+    ) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
-        self.norm_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, activation=activation)
+        self.norm_2 = nn.LayerNorm(width) if has_mlp else None
+        self.mlp = MLP(width, activation=activation) if has_mlp else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None, layout: Layout | None = None
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.norm_1(x), mask, cache, layout))
+        if self.mlp is None or self.norm_2 is None:
+            return x
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
@@ -191,8 +136,6 @@ class CrossBlock(nn.Module):
     All blocks look at the same tokens, so these arrive with mean 0 and variance 1 already (`normalize_once`): one
     tensor for all blocks instead of one that each block's backward pass would have to keep.
     """
-
-    open_clip_names: ClassVar = {**SelfBlock.open_clip_names, "norm_context": "ln_1_kv"}
 
     def __init__(self, width: int, context_width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -232,8 +175,6 @@ class QueryPooler(nn.Module):
     (CoCa, arXiv 2205.01917).
     """
 
-    open_clip_names: ClassVar = {"norm_query": "ln_q", "norm_context": "ln_k", "attention.out": "attn.out_proj"}
-
     def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.empty(queries, width))
@@ -266,16 +207,6 @@ class AttentionalPooler(QueryPooler):
         return self.norm_out(super().forward(context, queries, mask))
 
 
-def layers_from_the_top(blocks: nn.ModuleList, *embeddings: str) -> dict[str, int]:
-    """{parameter of a text tower: layers from the top}: 1 in the last block, one more in each before it, and in the
-    embeddings one more than in the first.
-    """
-    depths = {
-        f"blocks.{i}.{name}": len(blocks) - i for i, block in enumerate(blocks) for name, _ in block.named_parameters()
-    }
-    return depths | dict.fromkeys(embeddings, len(blocks) + 1)
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, T, D) -> (B, H, T, D/H)
 
@@ -292,3 +223,36 @@ def by_image(states: Tensor, images: int) -> Tensor:
     if rows == images:  # also where a graph is recorded for any number of them
         return states
     return states.reshape(images, rows // max(images, 1) * length, width)
+
+
+class Pooling(nn.Module, ABC):
+    """Image tokens -> one contrastive vector and the tokens that the decoder attends to.
+
+    Attributes:
+        vector_width, token_width: of the contrastive vector and of the decoder's tokens.
+        projected: whether `CoCa.image_projection` follows the vector.
+    """
+
+    vector_width: int
+    token_width: int
+    projected = True
+
+    @abstractmethod
+    def parts_of_loss(self, loss: str) -> list[str]:
+        """Children that only the "contrastive" or only the "caption" loss trains."""
+
+    @abstractmethod
+    def init_parameters(self) -> None:
+        """Overwrites all parameters with initial values."""
+
+    @abstractmethod
+    def forward(
+        self, tokens: Any, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens of the image encoder, (B, S, C) or `EncodedPatches`, -> contrastive vector (B, E) and decoder tokens
+        (B, Q, E), None where switched off.
+        """
+
+    @abstractmethod
+    def attention(self, tokens: Any) -> Tensor:
+        """Where each of the decoder's tokens looks among the encoder's: (B, Q, S), rows add up to 1."""

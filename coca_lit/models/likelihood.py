@@ -1,19 +1,53 @@
-"""log p(text | image) of many texts beside many images.
+"""log p(text | image): of pairs, and of many texts beside many images.
 
 A forward pass of pairs runs the text tower for every pair, and projects the image tokens to keys and values for every
-text. Here each text passes the tower once, and each image is projected once.
+text. With `ReadTexts` each text passes the tower once, and each image is projected once.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from coca_lit.models.coca import CoCa
-from coca_lit.models.layers import KeysValues, KVCache
-from coca_lit.models.packing import text_lengths
+from coca_lit.models.cache import KVCache
+from coca_lit.models.layers import KeysValues
+from coca_lit.models.packing import text_lengths, to_device
 from coca_lit.models.patches import Images
 from coca_lit.models.text import expect_decoder
+
+if TYPE_CHECKING:
+    from coca_lit.models.coca import CoCa, CoCaOutput
+
+
+def log_likelihood(model: "CoCa", images: Images, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """log p(text | image) (T,) of texts (T, L), in nats: the sum over their tokens after the start, without words that
+    the vocabulary lacks.
+
+    Args:
+        images: (B, 3, H, W) or tokens of the image encoder (B, S, C); T / B texts side by side for each.
+    """
+    expect_decoder(model.decoder)
+    lengths, texts = model.lengths_of(tokens, lengths), len(tokens) // max(len(images), 1)
+    if texts * len(images) != len(tokens):
+        raise ValueError(f"every image needs as many texts: got {len(images)} images and {len(tokens)} texts")
+    image_tokens = model.encode_image_tokens(images).repeat_interleave(texts, dim=0)
+    return log_likelihoods(model.captions_of(image_tokens, tokens, lengths), lengths)[0]
+
+
+def log_likelihoods(out: "CoCaOutput", lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """As `log_likelihood`, from the output of the model, and the number of tokens that count (T,).
+
+    Args:
+        lengths: (T,) number of tokens of each text, on the host.
+    """
+    logits, labels = out.logits.float(), out.labels
+    assert labels is not None  # there are logits
+    losses = F.cross_entropy(logits, labels, reduction="none")  # (N,), 0 for words that the vocabulary lacks
+    text = to_device(torch.arange(len(lengths)).repeat_interleave(lengths - 1), losses.device)  # (N,)
+    totals = losses.new_zeros(len(lengths)).index_add(0, text, -losses)
+    return totals, torch.zeros_like(totals).index_add(0, text, (labels >= 0).float())
 
 
 class ReadTexts:
@@ -27,7 +61,7 @@ class ReadTexts:
         lengths: (T,) on the host.
     """
 
-    def __init__(self, model: CoCa, tokens: Tensor, batch_size: int = 64) -> None:
+    def __init__(self, model: "CoCa", tokens: Tensor, batch_size: int = 64) -> None:
         self.lengths = text_lengths(tokens, model.tokenizer.pad_id).cpu()
         self._model, self._tokens = model, tokens
         self._states: dict[int, Tensor] = {}  # (length - 1, D) of each: the last token predicts nothing
@@ -57,8 +91,6 @@ class ReadTexts:
         return totals.view(numbers.shape)
 
 
-def image_keys_values(model: CoCa, images: Images) -> list[KeysValues]:
+def image_keys_values(model: "CoCa", images: Images) -> list[KeysValues]:
     """What the decoder needs of images, or of tokens of the image encoder: keys and values of each layer."""
-    decoder = expect_decoder(model.decoder)
-    _, tokens = model.pooling(model.image_encoder(images), contrastive=False)
-    return decoder.keys_values(tokens)
+    return expect_decoder(model.decoder).keys_values(model.encode_image_tokens(images))

@@ -101,10 +101,7 @@ class Layout:
 def expect_tokens(tokens: Tensor) -> None:
     """Raises `TypeError` for texts in place of their ids, and `ValueError` for ids of another shape than (B, L)."""
     if not isinstance(tokens, Tensor):
-        raise TypeError(
-            f"tokens must be a tensor (batch, length), got {type(tokens).__name__}: model.tokenizer(texts) makes one of"
-            " texts"
-        )
+        raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}: use model.tokenizer(texts)")
     if tokens.ndim != 2:
         raise ValueError(f"tokens must have the shape (batch, length), got {tuple(tokens.shape)}")
 

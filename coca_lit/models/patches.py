@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from timm.data.naflex_transforms import get_image_size_for_seq
 from torch import Tensor
 
 from coca_lit.models.packing import to_device
@@ -115,3 +116,11 @@ def stack_images(images: Sequence[Images]) -> Images:
     longest = max(len(image) for image in patches)
     rows = [F.pad(image.rows, (0, 0, 0, longest - len(image))) for image in patches]
     return Patches(torch.stack(rows), torch.stack([image.grids for image in patches]))
+
+
+def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
+    """The height and width in pixels, multiples of the patch size, to which OpenCLIP resizes an image directly: the
+    largest of at most `max_patches` patches that has its aspect ratio, up to a patch; sides grow 100 times at most.
+    """
+    _, size = get_image_size_for_seq((height, width), patch_size, max_patches)
+    return size

@@ -9,7 +9,7 @@ ResizeMode = Literal["shortest", "longest", "squash"]
 
 
 class Preprocessing(TypedDict):
-    """The arguments of `coca_lit.data.transforms.build_transform`."""
+    """The arguments of `coca_lit.data.evaluation_transforms.build_transform`."""
 
     size: int
     interpolation: Interpolation
@@ -22,8 +22,8 @@ def expect_pixels(images: Tensor) -> None:
     """Raises `TypeError` for a picture, or a list of them, in place of its pixels."""
     if not isinstance(images, Tensor):
         raise TypeError(
-            f"images must be a tensor (batch, 3, height, width), got {type(images).__name__}: "
-            "coca_lit.build_transform(**model.preprocessing)(picture)[None] makes one of a picture"
+            f"images must be a tensor, got {type(images).__name__}: use"
+            " coca_lit.build_transform(**model.preprocessing)(picture)[None]"
         )
 
 

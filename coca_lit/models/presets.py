@@ -4,13 +4,14 @@ argument of `CoCa` overridden. OpenCLIP's spelling of a name, `coca_ViT-B-32`, m
 
 import inspect
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 from coca_lit.errors import check_names, suggest
 from coca_lit.models.coca import CoCa
 from coca_lit.models.registry import import_modules
-from coca_lit.tokenizer import BYTE_PAIRS
+from coca_lit.tokenizer import BYTE_PAIRS, pack
 
 # The words of the built-in scenes, `coca_lit.data.scenes`: in captions, and in questions and answers as well. The order
 # is that of the token ids.
@@ -84,7 +85,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "coca2_moderntext_naflex_vit_b32": _NAFLEX,
     "mammut2_vit_b32": _B32 | _MAMMUT,
     "mammut2_vit_l14": _L14 | _MAMMUT,
-    "openmammut_vit_l14": _L14 | _MAMMUT | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"},
     "clip_vit_b32": _B32 | {"decoder_layers": 0, "pooler_queries": 1},
     "coca_base": _paper("vit_base_patch16_clip_224", 768, 12, 12),
     "coca_large": _paper("vit_large_patch14_clip_224", 1024, 16, 12),
@@ -119,6 +119,49 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Sizes of LAION's scaling study (arXiv 2506.04598; configs of LAION-AI/open_clip_mammut): width and depth of the image
+# tower, width and depth of the text side. B/16 has the larger text side.
+_SIZES = {
+    "s": (384, 12, 384, 12),
+    "m": (512, 12, 512, 12),
+    "b": (768, 12, 512, 12),
+    "b16": (768, 12, 768, 12),
+    "l": (1024, 24, 768, 12),
+    "h": (1280, 32, 1024, 24),
+}
+_PATCHES = (32, 16, 14)
+# MaMMUTs in which the blocks of the text that a cross block follows have no MLP.
+_ATTENTION_ONLY = ("s32", "s16", "s14", "m32", "m16", "m14", "b32", "b14")
+
+
+def _study(family: str, size: str, patch: int) -> dict[str, Any]:
+    width, depth, text_width, text_layers = _SIZES.get(f"{size}{patch}", _SIZES[size])
+    heads = width // (80 if size == "h" else 64)
+    sizes: dict[str, Any] = {
+        "image_encoder": "vit_base_patch32_clip_224",
+        "image_encoder_args": {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads},
+        "embed_dim": text_width,
+        "text_width": text_width,
+        "text_heads": text_width // 64,
+        "text_layers": text_layers,
+        "decoder_layers": text_layers,
+    }
+    if family == "coca":
+        return sizes
+    without_mlp = {"text_tower_args": {"attention_only_every": 2}} if f"{size}{patch}" in _ATTENTION_ONLY else {}
+    every = {"decoder_args": {"cross_attention_every": 2}}
+    return sizes | _MAMMUT | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"} | every | without_mlp
+
+
+# The 15 sizes of CoCa and of MaMMUT in that study: coca_ViT-S-32, mammut_ViT-H-14, …
+STUDY: dict[str, dict[str, Any]] = {
+    name: _study(family, size, patch)
+    for family in ("coca", "mammut")
+    for size in "smblh"
+    for patch in _PATCHES
+    if (name := f"{family}_vit_{size}{patch}") not in PRESETS
+}
+
 
 def preset(name: str) -> dict[str, Any]:
     """The arguments of a preset by its name in any case, with or without - and _.
@@ -126,20 +169,22 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none; the message suggests the nearest one.
     """
-    found = {_letters(known): arguments for known, arguments in PRESETS.items()}.get(_letters(str(name)))
+    presets = PRESETS | STUDY
+    found = {_letters(known): arguments for known, arguments in presets.items()}.get(_letters(str(name)))
     if found is None:
-        raise ValueError(f"unknown model '{name}'{suggest(name, list(PRESETS))} The presets: {', '.join(PRESETS)}")
+        raise ValueError(f"unknown model '{name}'{suggest(name, list(presets))} The presets: {', '.join(presets)}")
     return found
 
 
-def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) -> CoCa:
+def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Annotated[Any, CoCa]) -> CoCa:
     """Builds the preset `name`, randomly initialised, with arguments of `CoCa` overridden.
 
     Args:
-        name: a preset of `PRESETS`, such as coca_vit_b32, see `preset`.
+        name: a preset of `PRESETS` or `STUDY`, such as coca_vit_b32, see `preset`.
         imports: modules that register image encoders or text towers.
-        overrides: arguments of `CoCa`; None leaves the value of the preset, but another image encoder does not get
-            the preset's `image_encoder_args`. `tokenizer` may also name one of `VOCABULARIES`.
+        overrides: arguments of `CoCa`; None leaves the value of the preset. `image_encoder_args` are added to the
+            preset's, but another image encoder gets none of those. `tokenizer` may also name one of `VOCABULARIES`, or
+            be {file: tokenizer.json, start: TOKEN, end: TOKEN, pad: TOKEN}.
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
@@ -147,17 +192,24 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: Any) ->
     check_names("CoCa", overrides, inspect.signature(CoCa).parameters)
     given = {key: value for key, value in overrides.items() if value is not None}
     defaults = preset(name)
-    if given.get("image_encoder", defaults["image_encoder"]) != defaults["image_encoder"]:
-        defaults = {**defaults, "image_encoder_args": None}  # these belong to the encoder of the preset
     arguments = defaults | given
+    if arguments["image_encoder"] == defaults["image_encoder"]:  # the preset's arguments belong to its encoder
+        own = defaults.get("image_encoder_args") or {}
+        arguments["image_encoder_args"] = own | given.get("image_encoder_args", {})
+    else:
+        arguments["image_encoder_args"] = given.get("image_encoder_args")
     import_modules(imports)
     tokenizer = arguments.get("tokenizer", "clip")
-    if isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
+    if isinstance(tokenizer, Mapping) and "file" in tokenizer:
+        named = {str(key): str(value) for key, value in tokenizer.items()}
+        arguments["tokenizer"] = {"packed": pack(Path(named.pop("file")).expanduser()), **named}
+    elif isinstance(tokenizer, str) and tokenizer in VOCABULARIES:
         arguments["tokenizer"] = VOCABULARIES[tokenizer]
     elif isinstance(tokenizer, str) and tokenizer not in BYTE_PAIRS:
         names = [*BYTE_PAIRS, *VOCABULARIES]
         raise ValueError(
-            f"unknown tokenizer '{tokenizer}'{suggest(tokenizer, names)} Expected {', '.join(names)} or a list of words"
+            f"unknown tokenizer '{tokenizer}'{suggest(tokenizer, names)} Expected {', '.join(names)}, a list of words"
+            " or a file"
         )
     return CoCa(**arguments)
 

@@ -99,10 +99,7 @@ class Registry:
             return factory(**ours, **given)
         module, _, name = spec.rpartition(":")
         if module:
-            raise ValueError(
-                f"the {self.kind} '{name}' is not registered: the module '{module}' registers it, so import that first "
-                f"or pass imports=['{module}']"
-            )
+            raise ValueError(f"the {self.kind} '{name}' is registered by '{module}': pass imports=['{module}']")
         names = list(dict.fromkeys([*self._own, *self._factories, *known]))
         close = difflib.get_close_matches(name, names, n=5) or names[:5]
         raise ValueError(f"there is no {self.kind} '{name}'; similar names: {', '.join(close)}")
@@ -127,12 +124,12 @@ def import_modules(modules: Iterable[str]) -> None:
             raise ValueError(f"imports: there is no module '{module}'; is its package installed?") from error
 
 
-IMAGE_ENCODERS = Registry("image encoder", naflex="coca_lit.models.naflex:NaFlexEncoder")
+IMAGE_ENCODERS = Registry("image encoder", naflex="coca_lit.models.variants.naflex:NaFlexEncoder")
 TEXT_TOWERS = Registry(
     "text tower",
-    modern="coca_lit.models.modern:ModernTextTower",
-    two_pass="coca_lit.models.mammut:TwoPassTower",
-    two_pass_with_pads="coca_lit.models.mammut:TwoPassTowerWithPads",
+    modern="coca_lit.models.variants.modern:ModernTextTower",
+    two_pass="coca_lit.models.variants.mammut:TwoPassTower",
+    two_pass_with_pads="coca_lit.models.variants.mammut:TwoPassTowerWithPads",
 )
 register_image_encoder = IMAGE_ENCODERS.register
 register_text_tower = TEXT_TOWERS.register

@@ -1,117 +1,79 @@
 """The text side of CoCa: a causal unimodal tower that ends in a CLS token, and the multimodal decoder above it."""
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
+from coca_lit.models.cache import Cache
 from coca_lit.models.init import init_blocks, init_normal, init_projection
-from coca_lit.models.layers import (
-    Cache,
-    CrossBlock,
-    KeysValues,
-    OpenClipNames,
-    SelfBlock,
-    by_image,
-    layers_from_the_top,
-    normalize_once,
-)
+from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock, by_image, normalize_once
 from coca_lit.models.packing import Layout, to_device
+from coca_lit.models.parts import GradCheckpointing, run
 from coca_lit.models.registry import TEXT_TOWERS
 
 ClsMask = Literal["correct", "legacy"]
-GradCheckpointing = Literal["none", "cross_attention", "blocks"]
 
 
-class TextTower(nn.Module):
-    """Token ids -> a state per token, and a CLS state that has seen the caption.
+@dataclass(frozen=True)
+class TextSizes:
+    """What every text tower, and the decoder above it, is built from.
 
-    CLS stands right after its text and always takes the last position embedding (row `context_length`), as if it
-    stood after all padding. `cls_mask` says what it sees: "correct", the caption and itself; "legacy", what OpenCLIP's
-    off-by-one mask lets it see: the caption and the first pad, and itself only if the caption fills the context. The
-    released OpenCLIP weights were trained with the latter.
-
-    A text tower of another kind, see `register_text_tower`, is made with the same arguments and has the same
-    attributes and methods, most easily as a subclass.
+    Attributes:
+        context_length: tokens of a text at most, start and end included.
+        width, heads, dropout: of the tower and the decoder.
+        layers: of the tower.
+        embed_dim: width of the common space.
+        cls_mask: of the CLS token, see `TextTower`; a tower without one ignores it.
     """
 
-    contrastive_only: Sequence[str] = ("cls_embedding", "norm", "projection")  # what captioning does not use
+    vocab_size: int
+    context_length: int
+    width: int
+    layers: int
+    heads: int
+    embed_dim: int
+    cls_mask: ClsMask
+    dropout: float
+
+
+class Tower(nn.Module, ABC):
+    """Token ids -> a state per token for the decoder, and a text feature.
+
+    A text tower of another kind, see `register_text_tower`, is a subclass of this or of `TextTower`.
+
+    Attributes:
+        blocks: its transformer blocks.
+        most_rows: rows of the longest text in a layout, CLS included.
+        grad_checkpointing: what the backward pass computes again.
+    """
+
+    blocks: nn.ModuleList
+    embeddings: ClassVar[Sequence[str]] = ("token_embedding.weight",)  # the parameters below all blocks
+    grad_checkpointing: GradCheckpointing = "none"
     pad_id = 0  # `CoCa` sets its tokenizer's
-    open_clip_version = "3.3"  # the first that has such a tower
-    open_clip_names: ClassVar[OpenClipNames] = (
-        ("blocks.", "text.transformer.resblocks.", SelfBlock.open_clip_names),
-        ("position_embedding", "text.positional_embedding", {}),
-        ("cls_embedding", "text.cls_emb", {}),
-        ("norm.", "text.ln_final.", {}),
-        ("projection.weight", "text.text_projection", {}),
-        ("token_embedding.", "text.token_embedding.", {}),
-    )
 
-    def __init__(
-        self,
-        vocab_size: int,
-        context_length: int,
-        width: int,
-        layers: int,
-        heads: int,
-        embed_dim: int,
-        cls_mask: ClsMask,
-        dropout: float,
-    ) -> None:
+    def __init__(self, sizes: TextSizes) -> None:
         super().__init__()
-        self.context_length = context_length
-        self.cls_mask = cls_mask
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.position_embedding = nn.Parameter(torch.empty(context_length + 1, width))
-        self.cls_embedding = nn.Parameter(torch.empty(width))
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)  # of the CLS state only; the decoder takes token states as they are
-        self.projection = nn.Linear(width, embed_dim, bias=False)
-        self.grad_checkpointing: GradCheckpointing = "none"
+        self.context_length = self.most_rows = sizes.context_length
+        self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.width)
+        self.dropout = nn.Dropout(sizes.dropout)
 
+    @abstractmethod
+    def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> "Decoder":
+        """The decoder that reads the states of this tower, and image tokens of the given width."""
+
+    @abstractmethod
     def init_parameters(self) -> None:
-        init_normal(self.token_embedding.weight, 0.02)
-        init_normal(self.position_embedding, 0.01)
-        init_normal(self.cls_embedding, 0.01)
-        self.norm.reset_parameters()
-        init_projection(self.projection)
-        init_blocks(self.blocks, depth=len(self.blocks))
+        """Overwrites all parameters with initial values."""
 
-    def make_decoder(self, image_width: int, layers: int, heads: int, dropout: float, **arguments: Any) -> "Decoder":
-        """The decoder that reads the states of this tower and image tokens of the given width."""
-        check_names("decoder_args", arguments, ["init_depth"])
-        vocab_size, width = self.token_embedding.weight.shape
-        return ClassicDecoder(vocab_size, width, image_width, layers, heads, dropout, **arguments)
-
-    @property
-    def most_rows(self) -> int:
-        """Rows of the longest text in a layout, CLS included."""
-        return self.context_length + 1
-
-    @property
-    def open_clip_config(self) -> dict[str, Any]:
-        """Its keys in OpenCLIP's `text_cfg`, besides sizes."""
-        return {"embed_cls": True, "correct_cls_mask": self.cls_mask == "correct"}
-
-    @property
-    def cached_layers(self) -> int:
-        """How many layers remember keys and values during generation."""
-        return len(self.blocks)
-
-    def depths(self) -> dict[str, int]:
-        """{parameter: layers from the top}: 1 in the last block, one more in each before it, the embeddings deepest.
-        Norm and projection stand on the tower.
-        """
-        return layers_from_the_top(self.blocks, "token_embedding.weight", "position_embedding", "cls_embedding")
-
+    @abstractmethod
     def forward(
         self,
         tokens: Tensor,
@@ -131,6 +93,74 @@ class TextTower(nn.Module):
             The states in the layout that is the third value: rows 0 … lengths - 1 of a text are its tokens; the decoder
             must not read those after them.
         """
+
+    @abstractmethod
+    def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
+        """States (R, t, D) of the next tokens (R, t) of texts whose beginnings are in the caches, one per block."""
+
+    @property
+    def cached_layers(self) -> int:
+        """How many layers remember keys and values during generation."""
+        return len(self.blocks)
+
+    @property
+    def contrastive_only(self) -> Sequence[str]:
+        """The parts that captioning does not use."""
+        return ("projection",)
+
+    def depths(self) -> dict[str, int]:
+        """{parameter: layers from the top}: 1 in the last block, one more in each before it, the embeddings deepest.
+        Norm and projection stand on the tower.
+        """
+        depths = dict.fromkeys(self.embeddings, len(self.blocks) + 1)
+        for i, block in enumerate(self.blocks):
+            depths |= {f"blocks.{i}.{name}": len(self.blocks) - i for name, _ in block.named_parameters()}
+        return depths
+
+
+class TextTower(Tower):
+    """CoCa's own: causal, and a CLS token after the caption.
+
+    CLS stands right after its text and always takes the last position embedding (row `context_length`), as if it
+    stood after all padding. `cls_mask` says what it sees: "correct", the caption and itself; "legacy", what OpenCLIP's
+    off-by-one mask lets it see: the caption and the first pad, and itself only if the caption fills the context. The
+    released OpenCLIP weights were trained with the latter.
+    """
+
+    contrastive_only = ("cls_embedding", "norm", "projection")
+    embeddings = ("token_embedding.weight", "position_embedding", "cls_embedding")
+
+    def __init__(self, sizes: TextSizes) -> None:
+        super().__init__(sizes)
+        width = sizes.width
+        self.most_rows = sizes.context_length + 1
+        self.cls_mask = sizes.cls_mask
+        self.position_embedding = nn.Parameter(torch.empty(sizes.context_length + 1, width))
+        self.cls_embedding = nn.Parameter(torch.empty(width))
+        self.blocks = nn.ModuleList(SelfBlock(width, sizes.heads, sizes.dropout) for _ in range(sizes.layers))
+        self.norm = nn.LayerNorm(width)  # of the CLS state only; the decoder takes token states as they are
+        self.projection = nn.Linear(width, sizes.embed_dim, bias=False)
+
+    def init_parameters(self) -> None:
+        init_normal(self.token_embedding.weight, 0.02)
+        init_normal(self.position_embedding, 0.01)
+        init_normal(self.cls_embedding, 0.01)
+        self.norm.reset_parameters()
+        init_projection(self.projection)
+        init_blocks(self.blocks, depth=len(self.blocks))
+
+    def make_decoder(self, sizes: TextSizes, image_width: int, layers: int, **arguments: Any) -> "ClassicDecoder":
+        check_names("decoder_args", arguments, ["init_depth"])
+        return ClassicDecoder(sizes, image_width, layers, **arguments)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        contrastive: bool = True,
+        packed: bool | None = None,
+        max_length: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, Layout]:
         lengths, device = lengths.cpu(), tokens.device
         # Only a legacy CLS sees what stands at the first pad.
         cls_at = lengths if self.cls_mask == "correct" else (lengths + 1).clamp(max=self.context_length)  # (B,)
@@ -154,7 +184,6 @@ class TextTower(nn.Module):
         return x, features, layout
 
     def step(self, tokens: Tensor, caches: Sequence[Cache], mask: Tensor | None = None) -> Tensor:
-        """States (R, t, D) of the next tokens (R, t) of texts whose beginnings are in the caches, one per block."""
         x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device) + caches[0].used)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, mask, cache)
@@ -168,16 +197,13 @@ class TextTower(nn.Module):
         return self.dropout(x + F.embedding(positions, self.position_embedding))
 
 
-def build_text_tower(name: str | None, *sizes: Any, **arguments: Any) -> TextTower:
-    """The registered tower called `name`, or a `TextTower` if it is None, from the arguments of `TextTower`."""
-    if name is None and arguments:
-        raise ValueError(
-            f"text_tower_args belong to a text_tower, such as 'modern', and none is named: got {arguments}"
-        )
-    if name is None:
-        return TextTower(*sizes)
-    named = inspect.signature(TextTower).bind(*sizes).arguments
-    return cast(TextTower, TEXT_TOWERS.build(name, named, arguments))
+def build_text_tower(name: str | None, sizes: TextSizes, **arguments: Any) -> Tower:
+    """The registered tower called `name`, or a `TextTower` if it is None."""
+    if name is not None:
+        return cast(Tower, TEXT_TOWERS.build(name, {"sizes": sizes}, arguments))
+    if arguments:
+        raise ValueError(f"text_tower_args need a text_tower, such as 'modern': got {arguments}")
+    return TextTower(sizes)
 
 
 def legacy_attention_mask(is_cls: Tensor, fills_context: Tensor) -> Tensor:
@@ -192,31 +218,6 @@ def legacy_attention_mask(is_cls: Tensor, fills_context: Tensor) -> Tensor:
     return (causal & ~torch.diag_embed(is_cls & ~fills_context[:, None]))[:, None]
 
 
-def run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Tensor:
-    """`function(*arguments)`, whose activations are kept for the backward pass or computed again there."""
-    if not recompute:
-        return function(*arguments)
-    return checkpoint(_without_cached_casts(function), *arguments, use_reentrant=False)
-
-
-def _without_cached_casts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Autocast keeps its casts of all weights until the forward pass ends; here they are freed with the activations."""
-
-    def call(*arguments: Any) -> Tensor:
-        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
-            return function(*arguments)
-
-    return call
-
-
-def keys_values_of(blocks: Iterable[CrossBlock], image_tokens: Tensor) -> list[KeysValues]:
-    """As `Decoder.keys_values`, of each block."""
-    normed = normalize_once(image_tokens)
-    pairs = (block.keys_values(normed) for block in blocks)
-    return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
-
-
 class Decoder(nn.Module, ABC):
     """What turns the states of a text tower and image tokens into hidden states that predict the next token.
 
@@ -227,11 +228,6 @@ class Decoder(nn.Module, ABC):
 
     vocabulary: kernels.Linear
     grad_checkpointing: GradCheckpointing = "none"
-
-    @property
-    def open_clip_config(self) -> dict[str, Any]:
-        """Its keys in OpenCLIP's `multimodal_cfg`, besides sizes."""
-        return {}
 
     @property
     @abstractmethod
@@ -316,88 +312,107 @@ class Decoder(nn.Module, ABC):
 def expect_decoder(decoder: Decoder | None) -> Decoder:
     """The decoder of a model; raises ValueError if it has none."""
     if decoder is None:
-        raise ValueError("this model was built for retrieval only (decoder_layers=0) and has no decoder")
+        raise ValueError("this model has no decoder (decoder_layers=0)")
     return decoder
 
 
-class ClassicDecoder(Decoder):
-    """Pairs of a causal self block and a cross block over the image tokens, then the vocabulary projection.
+class CrossDecoder(Decoder):
+    """Causal self blocks, every n-th of them followed by a cross block over the image tokens, then a norm.
+
+    Attributes:
+        every: n; the self blocks 0, n, 2n … are followed by a cross block.
+    """
+
+    cross_blocks: nn.ModuleList
+    every = 1
+
+    @property
+    @abstractmethod
+    def text_blocks(self) -> nn.ModuleList:
+        """The self blocks, which may belong to the text tower."""
+
+    @property
+    @abstractmethod
+    def last_norm(self) -> nn.Module: ...
+
+    def blocks(self) -> list[tuple[SelfBlock, CrossBlock | None]]:
+        """The self blocks, each with the cross block that follows it."""
+        found: list[tuple[Any, Any]] = []
+        for i, block in enumerate(self.text_blocks):
+            found.append((block, self.cross_blocks[i // self.every] if i % self.every == 0 else None))
+        return found
+
+    @property
+    def cached_layers(self) -> int:
+        return len(self.text_blocks)
+
+    def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
+        normed = normalize_once(image_tokens)
+        pairs = (block.keys_values(normed) for block in cast("list[CrossBlock]", self.cross_blocks))
+        return [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+
+    def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
+        image = None if image_tokens is None else normalize_once(image_tokens)
+        recompute = self.grad_checkpointing if self.training else "none"
+        for self_block, cross_block in self.blocks():
+            states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
+            if image is not None and cross_block is not None:
+                states = run(cross_block, states, image, layout, recompute=recompute != "none")
+        return self.last_norm(states)
+
+    def step(
+        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
+    ) -> Tensor:
+        images, remaining = keys_values[0][0].shape[0], iter(keys_values)
+        for (self_block, cross_block), cache in zip(self.blocks(), caches, strict=True):
+            states = self_block(states, mask, cache)
+            if cross_block is not None:
+                states = cross_block(by_image(states, images), next(remaining)).view_as(states)
+        return self.last_norm(states)
+
+    def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
+        total, keys_values = states.new_zeros(()), iter(self.keys_values(image_tokens))
+        for self_block, cross_block in self.blocks():
+            states = self_block(states)
+            if cross_block is not None:
+                queries, image = by_image(states, len(image_tokens)), next(keys_values)
+                total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
+                states = cross_block(queries, image).view_as(states)
+        return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)
+
+
+class ClassicDecoder(CrossDecoder):
+    """CoCa's own: as many cross blocks as self blocks, then the vocabulary projection.
 
     Args:
         init_depth: layers that the initial values count, see `init_blocks`; None for self and cross blocks together.
     """
 
-    open_clip_names: ClassVar[OpenClipNames] = (
-        ("self_blocks.", "text_decoder.resblocks.", SelfBlock.open_clip_names),
-        ("cross_blocks.", "text_decoder.cross_attn.", CrossBlock.open_clip_names),
-        ("norm.", "text_decoder.ln_final.", {}),
-        ("vocabulary.weight", "text_decoder.text_projection", {}),
-    )
-
-    def __init__(
-        self,
-        vocab_size: int,
-        width: int,
-        image_width: int,
-        layers: int,
-        heads: int,
-        dropout: float,
-        init_depth: int | None = None,
-    ) -> None:
+    def __init__(self, sizes: TextSizes, image_width: int, layers: int, init_depth: int | None = None) -> None:
         super().__init__()
         if init_depth is not None:
             check_number("init_depth", init_depth, whole=True, at_least=1)
-        self._init_depth = init_depth
+        self._init_depth = init_depth or 2 * layers
+        width, heads, dropout = sizes.width, sizes.heads, sizes.dropout
         self.self_blocks = nn.ModuleList(SelfBlock(width, heads, dropout) for _ in range(layers))
         self.cross_blocks = nn.ModuleList(CrossBlock(width, image_width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.vocabulary = kernels.Linear(width, vocab_size, bias=False)
+        self.vocabulary = kernels.Linear(width, sizes.vocab_size, bias=False)
 
     @property
-    def cached_layers(self) -> int:
-        return len(self.self_blocks)
+    def text_blocks(self) -> nn.ModuleList:
+        return self.self_blocks
+
+    @property
+    def last_norm(self) -> nn.Module:
+        return self.norm
 
     def layers(self) -> list[list[nn.Module]]:
         return [list(pair) for pair in zip(self.self_blocks, self.cross_blocks, strict=True)]
 
     def init_parameters(self, tied: bool = False) -> None:
-        depth = len(self.self_blocks) + len(self.cross_blocks)
-        init_blocks(self.self_blocks, self._init_depth or depth)
-        init_blocks(self.cross_blocks, self._init_depth or depth)
+        init_blocks(self.self_blocks, self._init_depth)
+        init_blocks(self.cross_blocks, self._init_depth)
         self.norm.reset_parameters()
         if not tied:
             init_projection(self.vocabulary)
-
-    def keys_values(self, image_tokens: Tensor) -> list[KeysValues]:
-        return keys_values_of(cast("list[CrossBlock]", self.cross_blocks), image_tokens)
-
-    def forward(self, states: Tensor, image_tokens: Tensor | None, layout: Layout | None = None) -> Tensor:
-        image = None if image_tokens is None else normalize_once(image_tokens)
-        recompute = self.grad_checkpointing if self.training else "none"
-        for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
-            states = run(self_block, states, None, None, layout, recompute=recompute == "blocks")
-            if image is not None:
-                states = run(cross_block, states, image, layout, recompute=recompute != "none")
-        return self.norm(states)
-
-    def step(
-        self, states: Tensor, keys_values: list[KeysValues], caches: Sequence[Cache], mask: Tensor | None = None
-    ) -> Tensor:
-        images = keys_values[0][0].shape[0]
-        for self_block, cross_block, image, cache in zip(
-            self.self_blocks, self.cross_blocks, keys_values, caches, strict=True
-        ):
-            states = self_block(states, mask, cache)
-            states = cross_block(by_image(states, images), image).view_as(states)
-        return self.norm(states)
-
-    def attention(self, states: Tensor, image_tokens: Tensor) -> Tensor:
-        total = states.new_zeros(())
-        normed = normalize_once(image_tokens)
-        for self_block, cross_block in zip(self.self_blocks, cast("list[CrossBlock]", self.cross_blocks), strict=True):
-            image = cross_block.keys_values(normed)
-            states = self_block(states)
-            queries = by_image(states, len(image_tokens))
-            total = total + cross_block.weights(queries, image).mean(dim=1)  # (B, R / B · T, S)
-            states = cross_block(queries, image).view_as(states)
-        return total.view(*states.shape[:2], image_tokens.shape[1]) / len(self.cross_blocks)

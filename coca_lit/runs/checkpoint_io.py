@@ -9,7 +9,6 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,6 @@ from coca_lit.weights.sharded import REST, check_shards, flat, is_folder
 log = logging.getLogger(__name__)
 
 SPARE = 64 * 2**20  # bytes that stay free beside a checkpoint, for logs and samples
-
-
-def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A training checkpoint of an earlier version with the names of this one: in format 1 the objectives were
-    `auxiliary` losses and the guard was called `StepGuard`.
-    """
-    callbacks = checkpoint.get("callbacks", {})
-    if "StepGuard" in callbacks:
-        callbacks["NonFiniteGuard"] = callbacks.pop("StepGuard")
-    for name in ("state_dict", "current_model_state"):
-        tensors = checkpoint.get(name, {})
-        for key in [key for key in tensors if key.startswith("auxiliary.")]:
-            tensors[f"objectives.{key.removeprefix('auxiliary.')}"] = tensors.pop(key)
-    return checkpoint
 
 
 def save(checkpoint: dict[str, Any], target: Path) -> None:
@@ -56,36 +41,28 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
                 raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-            _read(temporary)
+            inspect(temporary)
     except (DataError, RuntimeError) as error:  # RuntimeError: PyTorch's writer on a full disk
         reason = str(error.__cause__ or error).splitlines()[0]
         log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
 
 
-def inspect(path: Path) -> dict[str, Any]:
-    """Reads a whole checkpoint and returns its content, with tensors that have a shape but no data; of a folder without
-    the tensors of weights and optimizers. As long as it does not change it is read once, and all callers share the
-    content: resuming asks several times.
+def inspect(path: Path, checksums: bool = True) -> dict[str, Any]:
+    """The content of a checkpoint, with tensors that have a shape but no data; of a folder without the tensors of
+    weights and optimizers.
+
+    Args:
+        checksums: read all of it, to compare it with its checksums.
 
     Raises:
         CheckpointError: the file is torn or corrupt, or holds more than tensors and plain values.
     """
     if is_folder(path):
-        check_shards(path)
-        return inspect(path / REST)
-    path = path.resolve()  # of last.ckpt
-    about = path.stat()
-    return _read_once(path, about.st_size, about.st_mtime_ns)
-
-
-@lru_cache(maxsize=2)
-def _read_once(path: Path, size: int, changed: int) -> dict[str, Any]:
-    return _read(path)
-
-
-def _read(path: Path) -> dict[str, Any]:
+        if checksums:
+            check_shards(path)
+        path = path / REST
     try:
-        archive = check_archive(path)
+        archive = check_archive(path, checksums)
     except ValueError as error:
         raise CheckpointError(f"{path} is not a whole checkpoint: {error}") from error
     if not archive:

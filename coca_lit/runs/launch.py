@@ -1,11 +1,15 @@
 """What the environment tells a process that torchrun or srun launched: a name for the run that all processes agree on,
-which of them is the first, and how many there are.
+which of them is the first, and how many there are. And where a process, and those that it starts, import modules from.
 """
 
 import hashlib
 import os
 import re
+import sys
 import time
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
 
 from coca_lit.errors import ConfigError
 from coca_lit.runs.redaction import redact
@@ -77,6 +81,12 @@ def is_first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
+def announce(command: str) -> None:
+    """The first line of a command on a terminal, before the seconds that its config and libraries take."""
+    if sys.stderr.isatty() and is_first_process():
+        print(f"{command}: starting …", file=sys.stderr, flush=True)
+
+
 def job_folder(overrides: str) -> str:
     """A folder name for a job of a sweep that changes `overrides`: "data.root=/x,seed=1" -> "data.root=_x,seed=1"."""
     name = re.sub(r"[^\w.,=+~@-]+", "_", re.sub(r"(^|,)\+\+", r"\1", redact(overrides))) or "job"
@@ -84,3 +94,27 @@ def job_folder(overrides: str) -> str:
         return name
     start = name.encode()[:LONGEST].decode(errors="ignore")
     return f"{start}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def isolate() -> None:
+    """Processes that this one starts import modules from where it does. Python would put the folder first that they are
+    started in, and there may be anybody's files: photos, shards, a page's downloads.
+    """
+    main, checkout = sys.modules["__main__"], Path(__file__).parents[2]
+    script = getattr(main, "__file__", None) if getattr(main, "__spec__", None) is None else None
+    folders = [Path(script).resolve().parent] if script else [checkout] if (checkout / "conf").is_dir() else []
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*map(str, folders), *filter(None, given)]))
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def import_from_current_folder(modules: Iterable[str]) -> None:
+    """Lets a config name code in the folder that the command was started from, after all that is installed: if it names
+    a module that nobody else has. Configs are code, and whoever runs a config runs what it names; nothing else in that
+    folder is imported.
+    """
+    names = {str(module).partition(".")[0] for module in modules}
+    if os.getcwd() not in sys.path and any(
+        name.isidentifier() and name not in sys.modules and find_spec(name) is None for name in names
+    ):
+        sys.path.append(os.getcwd())

@@ -1,13 +1,14 @@
 """Masks secrets in everything that a run writes: its config, its command, log lines and error messages.
 
-A secret is recognised by the name of its key or environment variable (`api_key`, `HF_TOKEN`, `accessToken`), or as the
-password in a URL. References such as `${oc.env:HF_TOKEN}` are not secrets and stay as they are.
+A secret is recognised by the name of its key, flag or environment variable (`api_key`, `--password`, `HF_TOKEN`), or as
+the password or signature in a URL. References such as `${oc.env:HF_TOKEN}` are not secrets and stay as they are.
 """
 
 import logging
 import os
 import re
 import sys
+from itertools import pairwise
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -15,29 +16,43 @@ from omegaconf import OmegaConf
 HIDDEN = "<hidden>"
 _SECRET = (
     r"(?i:(?:api|access|private|secret|signing|encryption)[_-]?key|token|secret|password|passwd|passphrase|pwd"
-    r"|credentials?|auth|authorization)|(?<=[_.-])(?i:pat)"
+    r"|credentials?|auth|authorization|signature)|(?<=[_.-])(?i:pat)"
 )
 # The name may be the last word of a longer one: callbacks.wandb.api_key, http-auth, accessToken, PGPASSWORD.
 _NAME = rf"(?:[\w.@/-]*(?:[_.@/-]|(?<=[a-z0-9])(?=[A-Z])|(?=(?i:passw))))?(?:{_SECRET})"
 _KEY = re.compile(_NAME)
+_WORD = r"""[^\s,;}\]&"']+"""
 _ASSIGNMENT = re.compile(
     rf"""(?P<name>(?<![\w-]){_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{|(?i:null|none)\b|["']?{HIDDEN})"""
-    r"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?:(?i:bearer|basic)\s+)?[^\s,;}\]&"']+)"""
+    rf"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?:(?i:bearer|basic)\s+)?{_WORD})"""
 )
-_URL_PASSWORD = re.compile(r"(?P<start>\b[a-zA-Z][\w+.-]*://[^\s/:@]*:)(?!\$\{)[^\s/@]+(?=@)")
+# A password may have several words: up to the next `name=`, option or end of the line.
+_PHRASE = re.compile(
+    rf"""(?P<name>(?<![\w-])[\w.@/-]*(?i:passw(?:or)?d|passphrase|pwd)\s*[=:]\s*)(?!\$\{{|{HIDDEN})"""
+    rf"""(?P<value>{_WORD}(?:[ \t]+(?![+~-]|[\w.@/-]*[=:]){_WORD})+)"""
+)
+_FLAG = re.compile(rf"""(?P<name>(?<![\w-])--?{_NAME}(?:["'],)?\s+["']?)(?!["'-]|\$\{{|{HIDDEN})(?P<value>{_WORD})""")
+_QUERY = re.compile(rf"(?P<name>[?&](?i:sig|key|code)=)(?!{HIDDEN})(?P<value>{_WORD})")  # of Azure and Google
+# Digits and a slash behind the colon are a port. The last at-sign counts, unless another URL precedes it.
+_URL_PASSWORD = re.compile(r"""(?P<start>\b[a-zA-Z][\w+.-]*://[^\s/:]*:)(?!\$\{|\d{1,5}/)(?:(?!://)[^\s"'])+(?=@)""")
 _SHORTEST = 6  # characters; anything shorter also occurs in harmless words
 _FOLDERS = ("PWD", "OLDPWD")  # where the shell is, no passwords
 
 
 def redact(text: str) -> str:
-    """`text` without secrets: values of `name=value`, `name: value` and `"name": "value"`, passwords in URLs, and the
-    values of secret environment variables and of secrets typed with the command, wherever they occur.
+    """`text` without secrets: values of `name=value`, `name: value`, `"name": "value"` and `--name value`, passwords
+    and signatures in URLs, and, wherever they occur, the values of secret environment variables and of secrets typed
+    with the command.
     """
-    typed = (word.lstrip("+").partition("=")[::2] for word in sys.argv[1:])
-    for name, value in (*os.environ.items(), *typed):
+    typed = [word.lstrip("+-").partition("=")[::2] for word in sys.argv[1:]]
+    flags = [(flag.lstrip("-"), value) for flag, value in pairwise(sys.argv[1:]) if flag.startswith("-")]
+    for name, value in (*os.environ.items(), *typed, *flags):
         if len(value) >= _SHORTEST and name not in _FOLDERS and _KEY.fullmatch(name) and "${" not in value:
             text = text.replace(value, HIDDEN)
-    return _ASSIGNMENT.sub(_hide_value, _URL_PASSWORD.sub(rf"\g<start>{HIDDEN}", text))
+    text = _URL_PASSWORD.sub(rf"\g<start>{HIDDEN}", text)
+    for pattern in (_QUERY, _FLAG, _PHRASE, _ASSIGNMENT):
+        text = pattern.sub(_hide_value, text)
+    return text
 
 
 def mask(node: Any, secret: bool = False) -> Any:

@@ -1,34 +1,44 @@
-"""Where a run begins: at step 0, or at the newest whole checkpoint of its folder, with its logs rewound to that step.
+"""How the same command resumes a run: at the newest whole checkpoint of its folder, with its logs rewound to that step.
 
-A resumed run must be the same run, so config keys that its result depends on may not have changed.
+A resumed run must be the same run, so config keys that its result depends on may not have changed. What happens during
+training is in `coca_lit.callbacks.checkpoint`.
 """
 
+import csv
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError
-from coca_lit.files import atomic_link
+from coca_lit.files import atomic_link, atomic_write, csv_line, remove_leftovers, whole_lines
+from coca_lit.reading import parse_json, read_json
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
-from coca_lit.runs.draws import DRAWS, INTERVALS
-from coca_lit.runs.logs import BAD_STEPS, METRICS, rewind
+from coca_lit.runs.launch import is_first_process
+from coca_lit.runs.redaction import masked_yaml
+from coca_lit.runs.results import CONDITIONS, DRAWS, INTERVALS
+from coca_lit.runs.run_folder import BAD_STEPS, CHECKPOINTS, CONFIG, METRICS, RESULTS, command, describe_run
 from coca_lit.weights.sharded import is_checkpoint
 
 RUN_KEY = "coca_lit_run"  # under which our checkpoints keep what resuming needs: see `coca_lit.callbacks.checkpoint`
-FORMAT = 2  # of what is kept there; counted up when config keys get other names
 AUTO = "auto"
-CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
+LAST = "last.ckpt"
 # What belongs to one run, as outputs/README.md lists it.
 FILES = (
     *("config.yaml", "environment.json", "results.json", "not_run.json", "curves.png", "report.html", "report.md"),
-    *(INTERVALS, DRAWS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples", "tensorboard"),
-    *("wandb", "wandb_run", "mlflow_run"),
+    *(INTERVALS, DRAWS, CONDITIONS, CHECKPOINTS, METRICS, BAD_STEPS, "bad_samples", "predictions", "samples"),
+    *("tensorboard", "wandb", "wandb_run", "mlflow_run"),
 )
 # Keys that decide what is computed, and among them those that only decide where and how fast.
-RESUME_KEYS = (
+IDENTITY = (
     *("seed", "image_size", "vocabulary", "ema", "lora", "init_from", "init_parts"),
     *("model", "data", "trainer", "callbacks"),
 )
@@ -38,23 +48,39 @@ FREE = (
     *("data.num_workers", "data.root", "data.records.root", "data.max_bad_fraction", "data.store_patience"),
     *("data.cache_dir", "data.cache_gb"),
     *("model.grad_checkpointing", "model.compile"),
-    "callbacks.non_finite_guard.output_dir",  # in checkpoints of earlier versions
     "model.net.cls_mask",  # null: the checkpoint's, and no other is accepted
 )
 
 
-def resume_keys(config: dict[str, Any]) -> dict[str, Any]:
+class Start(NamedTuple):
+    """The checkpoint that a run resumes from, read once.
+
+    Attributes:
+        content: as `inspect` returns it.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What resuming needs; nothing if the checkpoint is not one of ours."""
+        found: dict[str, Any] = self.content.get(RUN_KEY, {})
+        return found
+
+
+def identity_of(config: dict[str, Any]) -> dict[str, Any]:
     """The part of an unresolved config that may not change within a run."""
-    part = {key: config[key] for key in RESUME_KEYS if key in config}
+    part = {key: config[key] for key in IDENTITY if key in config}
     for group, keys in (("trainer", TRAINER_KEYS), ("callbacks", CALLBACK_KEYS)):
         part[group] = {key: value for key, value in config[group].items() if key in keys}
     return part
 
 
-def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) -> Path | None:
+def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) -> Start | None:
     """The checkpoint to resume from, None for a fresh start.
 
-    Only the first process of a run reads the files; all others rely on the link `last.ckpt` that it leaves.
+    Only the first process of a run compares checksums; all others rely on the link `last.ckpt` that it leaves.
 
     Args:
         folder: the run folder.
@@ -69,7 +95,7 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         if not is_checkpoint(Path(ckpt_path)):
             why = ": it is a folder; name the checkpoint in it" if Path(ckpt_path).is_dir() else ""
             raise CheckpointError(f"ckpt_path: there is no checkpoint '{ckpt_path}'{why}")
-        return Path(ckpt_path)
+        return Start(Path(ckpt_path), inspect(Path(ckpt_path), checksums=first_process))
     last = folder / CHECKPOINTS / LAST
     if not step_files(last.parent):
         return None
@@ -78,67 +104,114 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
         assert found is not None
         if not last.exists() or last.resolve() != found[0].resolve():
             atomic_link(last, found[0])
-    return last
-
-
-def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint holds under `RUN_KEY`; nothing if it is not one of ours.
-
-    Raises:
-        CheckpointError: the file is not whole.
-    """
-    run: dict[str, Any] = inspect(checkpoint).get(RUN_KEY, {})
-    return run
+        return Start(last, found[1])
+    # The first process may be about to replace the link, which then points to a damaged file or to none.
+    for path in (last, *step_files(last.parent)):
+        with suppress(CheckpointError):
+            return Start(last, inspect(path, checksums=False))
+    raise CheckpointError(f"none of the checkpoints in {last.parent} can be read")
 
 
 def check_same_run(
-    checkpoint: Path, config: dict[str, Any], strict: bool, defaults: Mapping[str, Any] = MappingProxyType({})
+    start: Start, identity: dict[str, Any], strict: bool, defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Compares the config that a checkpoint was written with and that of the run that is about to resume from it.
 
     Args:
-        config: the `resume_keys` of the run.
+        identity: of the run, see `identity_of`.
         strict: refuse a changed config; otherwise print a note.
         defaults: the values of keys that a config need not list.
 
     Raises:
-        CheckpointError: the file is not whole, or the config has changed.
+        CheckpointError: the config has changed.
     """
-    run = read_run(checkpoint)
-    before = _renamed(run.get("config", {}))  # may lack a group that was not compared when it was written
-    now, known = ({key: part[key] for key in before if key in part} for part in (config, defaults))
-    if run and run.get("format", 1) != FORMAT:
-        changed = f"{checkpoint} was written by another version of coca_lit, whose config has other keys"
-    elif changes := list(changed_keys(_filled(before, known), _filled(now, known))):
-        (key, old, new), others = changes[0], len(changes) - 1
-        more = f" (and {others} more keys)" if others else ""
-        changed = f"{key} was {old!r} when {checkpoint} was written and is now {new!r}{more}"
-    else:
+    before = start.run.get("config")
+    if before is None:  # it is not one of ours
         return
+    if not (changes := list(changed_keys(_filled(before, defaults), _filled(identity, defaults)))):
+        return
+    (key, old, new), others = changes[0], len(changes) - 1
+    more = f" (and {others} more keys)" if others else ""
+    changed = f"{key} was {old!r} when {start.path} was written and is now {new!r}{more}"
     if strict:
         raise CheckpointError(
-            f"{changed}: that is another run, so give it another name; or set ckpt_path={checkpoint.resolve()} to "
+            f"{changed}: that is another run, so give it another name; or set ckpt_path={start.path.resolve()} to "
             "resume all the same, ckpt_path=null to start fresh, init_from=FILE to take the weights alone"
         )
     print_rank_zero(f"note: {changed}")
 
 
-def resume(folder: Path, checkpoint: Path, roll_back: bool) -> None:
-    """Prepares the run folder for resuming from `checkpoint`: its logs end there.
+def is_same_run(cfg: DictConfig, start: Start | None) -> bool:
+    """Whether this is the run that the folder holds: it goes on at its checkpoint, or begins again with the same config
+    because it died before its first one.
+    """
+    config = Path(cfg.output_dir) / CONFIG
+    unchanged = config.exists() and config.read_text() == masked_yaml(cfg)
+    return cfg.ckpt_path == AUTO and (start is not None or unchanged)
+
+
+def finished_results(cfg: DictConfig, start: Start) -> dict[str, float] | None:
+    """The scores of a run that is finished and was scored as `cfg` asks for; None if there is something left to do.
+
+    A full disk may have cost the last checkpoint, and a kill the report: then there is.
+    """
+    folder = Path(cfg.output_dir)
+    results, config = folder / RESULTS, folder / CONFIG
+    if (
+        cfg.ckpt_path != AUTO
+        or not results.exists()
+        or not config.exists()
+        or (cfg.report is not None and not (folder / "report.html").exists())
+        or results.stat().st_mtime < start.path.stat().st_mtime
+        or not start.run.get("finished")
+    ):
+        return None
+    before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    for read in (before, now):
+        OmegaConf.update(read, "scoring.objective", None)  # which ranks the scores and computes none
+    keys = ("evals", "scoring", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+    if any(OmegaConf.select(before, key) != OmegaConf.select(now, key) for key in keys):
+        return None
+    scores = read_json(results, dict)
+    if is_first_process():
+        os.utime(results)  # a sweep counts a job as done by the time of its results
+        print(f"this run is finished, its scores are in {results}; ckpt_path=null trains again", flush=True)
+    return scores
+
+
+def start_run_folder(cfg: DictConfig, start: Start | None = None, **facts: Any) -> None:
+    """Writes `config.yaml` and `environment.json`. The logs of an earlier run are rewound to `start`; without one,
+    all its files are archived.
+
+    Args:
+        facts: for `environment.json`.
+    """
+    if not is_first_process():
+        return
+    folder = Path(cfg.output_dir)
+    for place in (folder, folder / CHECKPOINTS):
+        remove_leftovers(place)
+    if start is None:
+        start_fresh(folder)
+    else:
+        rewind_run(folder, start, roll_back=cfg.ckpt_path != AUTO)
+    describe_run(folder, masked_yaml(cfg), facts)
+
+
+def rewind_run(folder: Path, start: Start, roll_back: bool) -> None:
+    """Prepares the run folder for resuming from `start`: its logs end there.
 
     Args:
         roll_back: the checkpoint was named, so newer ones in the folder are abandoned.
     """
-    checkpoint = checkpoint.resolve()
-    if checkpoint.parent != (folder / CHECKPOINTS).resolve():
+    if start.path.resolve().parent != (folder / CHECKPOINTS).resolve():
         start_fresh(folder)
         return
-    run = read_run(checkpoint)
-    step = run.get("step", 0)
+    step = start.run.get("step", 0)
     newer = [path for path in step_files(folder / CHECKPOINTS) if int(path.stem.removeprefix("step_")) > step]
     if newer and roll_back:
         print_rank_zero(f"{len(newer)} newer checkpoints were moved to {archive(folder, newer)}")
-    rewind(folder, run.get("logged_steps", 0), step, run.get("validating", False))
+    rewind_logs(folder, start.run.get("logged_steps", 0), step, start.run.get("validating", False))
 
 
 def start_fresh(folder: Path) -> None:
@@ -147,7 +220,7 @@ def start_fresh(folder: Path) -> None:
     if step_files(folder / CHECKPOINTS) or (folder / "results.json").exists():
         print_rank_zero(f"the earlier run in {folder} was moved to {archive(folder, left)}")
     else:
-        rewind(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
+        rewind_logs(folder, 0, 0)  # it died before its first checkpoint, and the same steps are repeated
 
 
 def archive(folder: Path, files: list[Path]) -> Path:
@@ -172,18 +245,46 @@ def changed_keys(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, An
         yield key, before, now
 
 
-def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config in a checkpoint of an earlier version of this `FORMAT`, with the names that its keys have now."""
-    config = dict(config)
-    if "image_weights" in config:
-        config["init_parts"] = {"image_encoder": config.pop("image_weights")}
-    if "contrastive" in (model := dict(config.get("model", {}))):
-        config["model"] = model | {"net": model["net"] | {"contrastive": model.pop("contrastive")}}
-    return config
-
-
 def _filled(config: Any, defaults: Any) -> Any:
     """A nested config with the defaults of the keys that it does not list."""
     if not isinstance(config, dict) or not isinstance(defaults, Mapping):
         return config
     return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in config.items()}}
+
+
+def rewind_logs(folder: Path, logged_steps: int, step: int, validating: bool = False) -> None:
+    """Drops log entries of steps that will be repeated, so that nothing is logged twice.
+
+    Args:
+        folder: the run folder.
+        logged_steps: rows of metrics.csv are dropped from this value of the column `step` on.
+        step: number of the first optimizer step that is repeated.
+        validating: the validation after the last step is repeated, too.
+    """
+    metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
+    if metrics.exists():
+        rows = _rows_before(logged_steps, validating, [*csv.reader(whole_lines(metrics))])
+        atomic_write(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
+    if bad_steps.exists():
+        lines = (line for line in whole_lines(bad_steps) if parse_json(line, str(bad_steps), dict)["step"] < step)
+        atomic_write(bad_steps, "".join(lines).encode())
+
+
+def _rows_before(logged_steps: int, validating: bool, rows: list[list[str]]) -> list[list[str]]:
+    """The header of metrics.csv and the rows that stay, see `rewind_logs`."""
+    if not rows:
+        return []
+    header = rows[0]
+    column = header.index("step") if "step" in header else 0
+    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
+    kept = [row for row in whole if int(row[column]) < logged_steps]
+    if validating:  # the rows of that validation go, too
+        measured = [i for i, name in enumerate(header) if name.startswith("val/")]
+        kept = [*takewhile(lambda row: int(row[column]) < logged_steps - 1 or not any(row[i] for i in measured), kept)]
+    return [header, *kept]
+
+
+def resume_command(name: str) -> str:
+    """The command that resumes this run: the same one, with the name that the run was given."""
+    named = any(word.startswith("name=") for word in sys.argv)
+    return command() if named else f"{command()} {shlex.quote(f'name={name}')}"

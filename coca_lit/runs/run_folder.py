@@ -1,116 +1,52 @@
-"""What a run leaves behind besides checkpoints and logs: its config, its environment and its results."""
+"""What a run folder holds besides checkpoints, logs and results: the config and the environment of the run; and its
+lock, which lets one process at a time in.
+"""
 
-import json
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from filelock import FileLock, Timeout
 
-from coca_lit.files import atomic_write, remove_leftovers
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.files import atomic_write, write_json
 from coca_lit.reading import read_json
-from coca_lit.runs.checkpoint_io import inspect
 from coca_lit.runs.launch import is_first_process
-from coca_lit.runs.redaction import masked_yaml, redact
-from coca_lit.runs.resume import AUTO, CHECKPOINTS, RUN_KEY, resume, start_fresh
+from coca_lit.runs.redaction import redact
 
 CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
+METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
+LOCK, HOLDER = ".lock", ".lock.json"
+PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
 
 
-def start_run_folder(cfg: DictConfig, checkpoint: Path | None = None, **facts: Any) -> None:
-    """Writes `config.yaml` and `environment.json`. Values from environment variables are written as references: no
-    secret ends up in a file. The logs of an earlier run are rewound to `checkpoint`; without one, all its files are
-    archived.
+def describe_run(folder: Path, config: str, facts: dict[str, Any]) -> None:
+    """Writes `config.yaml` and `environment.json`.
 
     Args:
+        config: without secrets, see `masked_yaml`.
         facts: for `environment.json`, in addition to `environment`'s.
     """
-    if not is_first_process():
-        return
-    folder = Path(cfg.output_dir)
-    for place in (folder, folder / CHECKPOINTS):
-        remove_leftovers(place)
-    if checkpoint is None:
-        start_fresh(folder)
-    else:
-        resume(folder, checkpoint, roll_back=cfg.ckpt_path != AUTO)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / CONFIG, masked_yaml(cfg).encode())
-    atomic_write(folder / ENVIRONMENT, _json(environment() | facts))
-
-
-def resumes(cfg: DictConfig, checkpoint: Path | None) -> bool:
-    """Whether this is the run that the folder holds: it goes on at its checkpoint, or begins again with the same config
-    because it died before its first one.
-    """
-    config = Path(cfg.output_dir) / CONFIG
-    unchanged = config.exists() and config.read_text() == masked_yaml(cfg)
-    return cfg.ckpt_path == AUTO and (checkpoint is not None or unchanged)
-
-
-def finished_results(cfg: DictConfig, checkpoint: Path) -> dict[str, float] | None:
-    """The scores of a run that is finished and was scored as `cfg` asks for; None if there is something left to do.
-
-    A full disk may have cost the last checkpoint, and a kill the report: then there is.
-    """
-    folder = Path(cfg.output_dir)
-    results, config = folder / RESULTS, folder / CONFIG
-    if (
-        cfg.ckpt_path != AUTO
-        or not results.exists()
-        or not config.exists()
-        or not (folder / "report.html").exists()
-        or results.stat().st_mtime < checkpoint.stat().st_mtime
-        or not inspect(checkpoint).get(RUN_KEY, {}).get("finished")
-    ):
-        return None
-    before, now = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
-    for read in (before, now):
-        OmegaConf.update(read, "scoring.objective", None)  # which ranks the scores and computes none
-    keys = ("evals", "scoring", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
-    if any(OmegaConf.select(before, key) != OmegaConf.select(now, key) for key in keys):
-        return None
-    scores = read_json(results, dict)
-    if is_first_process():
-        os.utime(results)  # a sweep counts a job as done by the time of its results
-        print(f"this run is finished, its scores are in {results}; ckpt_path=null trains again", flush=True)
-    return scores
-
-
-def write_results(
-    folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
-) -> int:
-    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds that the run took. It is
-    finished once the report is written, too.
-
-    Args:
-        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
-    """
-    (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
-    known = add_facts(folder, facts or {})
-    seconds = round(time.time() - known["started"])
-    add_facts(folder, {"seconds": seconds})
-    atomic_write(folder / RESULTS, _json(results))
-    atomic_write(folder / "not_run.json", _json(not_run))
-    return seconds
+    atomic_write(folder / CONFIG, config.encode())
+    write_json(folder / ENVIRONMENT, environment() | facts)
 
 
 def add_facts(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Adds what is known by now to `environment.json`; returns all of it."""
     path = folder / ENVIRONMENT
     known = (read_json(path, dict) if path.exists() else environment()) | facts  # the folder may have been deleted
-    atomic_write(path, _json(known))
+    write_json(path, known)
     return known
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def environment() -> dict[str, Any]:
@@ -131,18 +67,9 @@ def command() -> str:
     return redact(shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]))
 
 
-def resume_command(name: str) -> str:
-    """The command that resumes this run: the same one, with the name that the run was given."""
-    return (
-        command()
-        if any(word.startswith("name=") for word in sys.argv)
-        else f"{command()} {shlex.quote(f'name={name}')}"
-    )
-
-
 def _program(path: Path) -> list[str]:
     """The words that start this program in a shell: coca-train, or python train.py."""
-    if path.parent.name == "cli":  # python -m coca_lit.cli.train
+    if path.parent.name == "cli":  # python -m coca_lit.cli.evaluate
         return [f"coca-{path.stem}"]
     return ["python", path.name] if path.suffix == ".py" else [path.name]
 
@@ -173,3 +100,77 @@ def machine() -> str:
         else []
     )
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+@contextmanager
+def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
+    """Holds a run folder, or a folder that stands for another output, within the block; another process that wants it
+    is refused. Only the first process of a run holds it.
+
+    The lock is one of the operating system (`filelock.FileLock`, that is flock), because the system drops it with the
+    process: after `kill -9`, and when a job is requeued on another machine, nothing is left to clean up. NFS 4 and
+    Lustre carry it between machines. `SoftFileLock`, a file that merely exists, would outlive its process, and by
+    filelock's documentation is recognised as stale only on the machine that made it; `FileLock` falls back to it where
+    a file system has no flock.
+
+    Raises:
+        ConfigError: another process holds the folder, or it cannot be written.
+    """
+    if not is_first_process():
+        yield
+        return
+    lock, output = FileLock(folder / LOCK), output or f"the run folder {folder}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _acquire(lock, folder, output)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from error
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    try:
+        with suppress(DataError):  # on a full disk the name is missing, and the lock holds all the same
+            write_json(folder / HOLDER, holder)
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):
+            if not os.path.getsize(folder / LOCK):  # else it is a SoftFileLock, which removes its file itself
+                os.unlink(folder / LOCK)
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()  # of a run that could not start
+
+
+def _acquire(lock: FileLock, folder: Path, output: str) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _holder(folder)
+        try:
+            lock.acquire(timeout=PATIENCE if _ended(holder) else 0)
+        except Timeout as error:
+            process, host, since = (holder.get(key, "unknown") for key in ("process", "host", "since"))
+            raise ConfigError(
+                f"{output} is in use by process {process} on {host} since {since}: wait until it ends, or choose"
+                " another name"
+            ) from error
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / HOLDER, dict)
+    except DataError:  # not written yet, or on a full disk not at all
+        return {}
+
+
+def _ended(holder: dict[str, Any]) -> bool:
+    """Whether the process that took the lock is gone, and only processes that it started still hold it."""
+    process = holder.get("process")
+    if os.name == "nt" or holder.get("host") != socket.gethostname() or not isinstance(process, int):
+        return False
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False

@@ -1,7 +1,13 @@
-"""SLURM's warning that the time of a job is nearly over (`#SBATCH --signal=USR1@120`), from the first moment on.
+"""Signals that ask a run to stop. While it trains they are only recorded, and handled between two steps, by all ranks
+together: a handler that acted at once could find the weights half updated or a collective half done.
 
-During training `coca_lit.callbacks.preemption` saves first. Before that there is nothing to save, and the signal would
-end a process that is still importing packages, and the job with it.
+SIGTERM            save, exit with 143 (what a shell reports for a process that SIGTERM ended), under submitit too
+SIGINT             the same with 130; a second Ctrl-C stops at once
+SIGUSR1 on SLURM   save, `scontrol requeue`, exit with 143     (#SBATCH --signal=USR1@90)
+under submitit     save, then submitit's own handler, which requeues
+
+Before training there is nothing to save. SLURM's warning would end a process that is still importing packages, and the
+job with it, so it requeues the job from the first moment on.
 """
 
 import logging
@@ -9,7 +15,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the commands import this file first
+    import lightning.pytorch as L
 
 log = logging.getLogger(__name__)
 
@@ -45,3 +57,67 @@ def requeue() -> None:
         log.warning("could not requeue job %s (%s): submit it again by hand, it will resume", job, problem)
     else:
         print(f"requeued job {job}", file=sys.stderr, flush=True)
+
+
+class Signals:
+    """Takes over the signals above from their handlers; `received` is the first that came, 0 for none."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.nothing_to_save = False  # then a signal is handled at once
+        numbers: set[int | None] = {signal.SIGTERM, signal.SIGINT, slurm_signal()}
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            numbers.add(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
+        self._others: dict[int, Any] = {number: signal.getsignal(number) for number in numbers if number is not None}
+
+    def listen(self) -> None:
+        """Called when training starts, after Lightning has set handlers of its own."""
+        self._handle(dict.fromkeys(self._others, self._note))
+
+    def release(self) -> None:
+        """Restores the handlers."""
+        self._handle({n: other if other is not None else signal.SIG_DFL for n, other in self._others.items()})
+
+    def _handle(self, handlers: dict[int, Any]) -> None:
+        if threading.current_thread() is threading.main_thread():  # to which alone Python delivers signals
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def answer(self, trainer: "L.Trainer", number: int) -> None:
+        """Requeues or exits once all is saved, on all ranks at the same step. Returns if the run may continue."""
+        self.received = 0
+        other = self._others[number]
+        if callable(other) and other is not requeue_once and number not in (signal.SIGINT, signal.SIGTERM):
+            other(number, None)  # submitit: its preemption signal requeues and exits
+            return
+        if number == slurm_signal() and trainer.is_global_zero:
+            requeue()
+        trainer.strategy.barrier("stop")
+        _wait_for_first_process(trainer)
+        raise SystemExit(_exit_code(number))
+
+    def _note(self, number: int, frame: FrameType | None) -> Any:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.nothing_to_save:
+            if callable(other := self._others[number]) and number != signal.SIGTERM:
+                return other(number, frame)
+            raise SystemExit(_exit_code(number))
+        self.received = self.received or number
+        return None
+
+
+def _exit_code(number: int) -> int:
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def _wait_for_first_process(trainer: "L.Trainer", seconds: float = 20.0) -> None:
+    """The first process kills those that Lightning started for it as soon as it sees one of them gone."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if not isinstance(environment, LightningEnvironment) or trainer.local_rank == 0:
+        return
+    parent, until = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(0.05)

@@ -20,12 +20,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from coca_lit.data.batch import Batch
 from coca_lit.distributed import sum_over_ranks
 from coca_lit.errors import check_number
 from coca_lit.losses import caption_loss, contrastive_term
 from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images
+from coca_lit.training.objectives import Pairs
+
+
+class MicroBatchedPairs(Pairs):
+    """`Pairs` whose batches go through the network `size` pairs at a time in training."""
+
+    def __init__(self, size: int, *weights: float) -> None:
+        super().__init__(*weights)
+        check_number("micro_batch_size", size, whole=True, at_least=1)
+        self.micro_batch_size: int = size
+
+    def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs, smoothing = (batch.images, batch.tokens, batch.lengths), self.label_smoothing
+        return cached_loss(net, *pairs, self.micro_batch_size, self.weights, batch.prefix_lengths, smoothing)
+
+    def check(self, net: CoCa, further: bool) -> None:
+        """Its batch norms would see micro-batches instead of batches."""
+        super().check(net, further)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.trained_modules()):
+            raise ValueError(
+                f"micro_batch_size does not work with the batch norms of {net.config['image_encoder']}: freeze the"
+                " encoder (model.freeze=[image_encoder]) or choose one without them"
+            )
 
 
 class MicroBatch(NamedTuple):
@@ -70,7 +95,7 @@ def cached_loss(
     with _collected_gradients(parameters) as gradients:
         if weights["contrastive"]:
             terms["contrastive"], grad_features = _contrastive(net, parts, weights["contrastive"])
-        total_tokens = sum_over_ranks(net.predicted_tokens(tokens, lengths, prefix_lengths))
+        total_tokens = sum_over_ranks(predicted_tokens(net, tokens, lengths, prefix_lengths))
         for i, part in enumerate(parts):
             out = _forward(net, part, contrastive=grad_features is not None, captioning=weights["caption"] != 0)
             share = []
@@ -91,6 +116,14 @@ def micro_batches(
     seeds = torch.randint(2**62, (len(images) // size,)).tolist()
     tensors = (part.split(size) for part in (images, tokens, lengths, prefix_lengths))
     return [MicroBatch(*part) for part in zip(*tensors, seeds, strict=True)]
+
+
+def predicted_tokens(net: CoCa, tokens: Tensor, lengths: Tensor, prefix_lengths: Tensor) -> Tensor:
+    """Number of tokens that the caption loss averages over: all after the prefix, without unknown words."""
+    positions, lengths, prefix_lengths = torch.arange(tokens.shape[1]), lengths.cpu(), prefix_lengths.cpu()
+    predicted = (positions >= prefix_lengths[:, None]) & (positions < lengths[:, None])  # (B, L), on the host
+    predicted, unknown = to_device(predicted, tokens.device), net.tokenizer.unk_id
+    return (predicted if unknown is None else predicted & (tokens != unknown)).sum()
 
 
 @contextmanager
@@ -145,15 +178,3 @@ def _collected_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[list[Te
     finally:
         for p, gradient in zip(parameters, before, strict=True):
             p.grad = gradient
-
-
-def check_micro_batches(net: CoCa, size: int) -> None:
-    """Raises ValueError for a network whose batch norms would see micro-batches instead of batches."""
-    check_number("micro_batch_size", size, whole=True, at_least=1)
-    net.train()
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in net.modules()):
-        raise ValueError(
-            f"micro_batch_size does not work with the batch norms of {net.config['image_encoder']}, whose statistics "
-            "would cover one micro-batch only: freeze the image encoder (model.freeze=[image_encoder]) or choose one "
-            "without batch norms"
-        )

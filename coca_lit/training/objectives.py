@@ -2,37 +2,45 @@
 
 `Pairs` is CoCa's own pair of losses, `Texts` the caption loss of batches that are texts alone,
 `coca_lit.training.self_critical.SelfCritical` takes the place of `Pairs` in training, and further objectives join by
-name: `model.objectives.NAME._target_=my_package.MyObjective`. For captioning only, set `model.contrastive_weight=0`.
+name, `model.objectives.NAME._target_=my_parts.mine`: a function (net, batch) -> {name: term}, or an `Objective`. For
+captioning only, set `model.contrastive_weight=0`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coca_lit.data.batch import Batch, padded
+from coca_lit.data.batch import Batch
 from coca_lit.distributed import gather_early
-from coca_lit.errors import check_number
+from coca_lit.errors import ConfigError, check_number
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
-from coca_lit.models.packing import to_device
 
 
-class Objective(nn.Module, ABC):
-    """Loss terms of a batch. Its parameters, if it has any, are trained together with the network's, which it does not
-    hold; they are saved in training checkpoints, and `load_model` ignores them.
+class Objective(nn.Module):
+    """Loss terms of a batch; a subclass needs `forward` alone. Its parameters, if it has any, are trained together with
+    the network's, which it does not hold; they are saved in training checkpoints, and `load_model` ignores them.
 
     Args:
-        weights: the factor of each term in the training loss, by the name of the term.
+        weights: the factor of each term in the training loss, by the name of the term; 1 for any other term.
 
     Attributes:
         trains: the parts of the network that get a gradient from it, such as "decoder.norm". They are not frozen
             when no other loss trains them.
         measures: further numbers about the last batch, by name, logged beside its terms.
+        works_with_micro_batches: whether the network may see the batch in micro-batches, see `gradient_caching`.
+        works_sharded: whether the weights of the network may be sharded; its `forward` then calls the network as a
+            whole, or a method that `shard` registers.
+        averages_tokens: whether a term is a mean over tokens. Batches differ in their number, so the mean of two
+            batches is not that of the tokens of both.
     """
 
     trains: Sequence[str] = ()
+    works_with_micro_batches = False
+    works_sharded = False
+    averages_tokens = False
 
     def __init__(self, **weights: float) -> None:
         super().__init__()
@@ -48,14 +56,31 @@ class Objective(nn.Module, ABC):
             ValueError: the network lacks what the objective needs.
         """
 
-    @abstractmethod
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Raw terms: scalars of this rank, whose mean over ranks is the mean over the global batch."""
+        raise NotImplementedError
 
     def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of the terms, to be differentiated, and the terms themselves."""
+        """The weighted sum of the terms, to be differentiated, and the terms themselves.
+
+        Raises:
+            ConfigError: they have no names.
+        """
         terms = self(net, batch)
-        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(), terms
+        if not isinstance(terms, Mapping):
+            raise ConfigError(f"an objective must return {{name: term}}, got a {type(terms).__name__}")
+        return torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum(), dict(terms)
+
+
+class Function(Objective):
+    """A function of the network and a batch, as an objective."""
+
+    def __init__(self, function: Callable[[CoCa, Batch], dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        return self.function(net, batch)
 
 
 class Pairs(Objective):
@@ -63,25 +88,20 @@ class Pairs(Objective):
 
     Args:
         label_smoothing: the share of every target of the caption loss that is spread over the vocabulary, in training.
-        micro_batch_size: pairs that go through the network at a time in training, see `gradient_caching`; None for the
-            whole batch.
+
+    Attributes:
+        micro_batch_size: pairs that go through the network at a time in training; None for the whole batch.
     """
 
-    def __init__(
-        self,
-        contrastive_weight: float,
-        caption_weight: float,
-        label_smoothing: float = 0.0,
-        micro_batch_size: int | None = None,
-    ) -> None:
+    works_with_micro_batches = True
+    works_sharded = True
+    micro_batch_size: int | None = None
+
+    def __init__(self, contrastive_weight: float, caption_weight: float, label_smoothing: float = 0.0) -> None:
         super().__init__(contrastive=contrastive_weight, caption=caption_weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
-        self.label_smoothing, self.micro_batch_size = label_smoothing, micro_batch_size
-
-    def build(self, net: CoCa) -> None:
-        if net.decoder is None:  # a CLIP does not caption
-            self.weights["caption"] = 0.0
+        self.label_smoothing, self.averages_tokens = label_smoothing, caption_weight != 0
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         asked = {"contrastive": self.weights["contrastive"] != 0, "captioning": self.weights["caption"] != 0}
@@ -89,131 +109,49 @@ class Pairs(Objective):
         out = net(batch.images, batch.tokens, batch.lengths, **further, **asked)
         return loss_terms(out, self.label_smoothing if self.training else 0.0)
 
-    def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.micro_batch_size is None:
-            return super().loss(net, batch)
-        from coca_lit.training.gradient_caching import cached_loss
+    def check(self, net: CoCa, further: bool) -> None:
+        """Called once it is known what of the network is frozen.
 
-        pairs, size = (batch.images, batch.tokens, batch.lengths), self.micro_batch_size
-        return cached_loss(net, *pairs, size, self.weights, batch.prefix_lengths, self.label_smoothing)
+        Args:
+            further: whether other objectives join.
+
+        Raises:
+            ValueError: no loss is left, or micro-batches are impossible.
+        """
+        if not any(self.weights.values()) and not further:
+            raise ValueError("no loss is left: contrastive_weight or caption_weight must be above 0")
 
 
 class Texts(Objective):
     """The caption loss of texts without images, for which the decoder is a language model."""
+
+    works_with_micro_batches = True  # texts are not split
+    works_sharded = True
+    averages_tokens = True
 
     def __init__(self, text_weight: float, label_smoothing: float = 0.0) -> None:
         super().__init__(text=text_weight)
         self.label_smoothing = label_smoothing
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        out = net(None, batch.tokens, batch.lengths)
+        out = net.captions_of(None, batch.tokens, batch.lengths)
         return {"text": loss_terms(out, self.label_smoothing if self.training else 0.0)["caption"]}
 
 
-class ParallelPrediction(Objective):
-    """Caption loss with masked inputs (CapPa: Tschannen et al. 2023, arXiv 2306.07915). For a share of the pairs of a
-    batch the text side reads start tokens in the place of the caption, so every token is predicted from the image and
-    its position alone, and the image features must carry all of it. The other pairs have the usual caption loss, and so
-    have all pairs in evaluation.
-
-    With `contrastive_weight=0 caption_weight=0` it is CapPa itself. As in CoCa, tokens attend to those before them; the
-    paper lets masked ones attend to all, which are as empty.
-
-    Args:
-        share: of the pairs whose captions are masked; 0.75 in the paper.
-        weight: factor of the loss.
-    """
-
-    def __init__(self, share: float = 0.75, weight: float = 1.0) -> None:
-        super().__init__(parallel=weight)
-        check_number("share", share, above=0, at_most=1)
-        self.share = share
-
-    def build(self, net: CoCa) -> None:
-        self.trains = _caption_parts(net)
-
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        read = None
-        if self.training:
-            masked = torch.rand(len(batch.tokens), device=batch.tokens.device) < self.share  # (B,)
-            positions = torch.arange(batch.tokens.shape[1], device=masked.device)
-            given = 1 if batch.prefix_lengths is None else batch.prefix_lengths[:, None].to(masked.device)
-            read = batch.tokens.masked_fill(masked[:, None] & (positions >= given), net.tokenizer.sot_id)
-        return {"parallel": _caption_term(net, batch, read=read)}
-
-
-class PrefixPrompts(Objective):
-    """Caption loss of captions behind a prompt, which is read and not predicted. `generate.prompt` then asks for the
-    kind of caption that a prompt stands for.
-
-    Args:
-        prompts: each caption gets one of them at random, in evaluation the first.
-        weight: factor of the loss.
-    """
-
-    ids: Tensor
-
-    def __init__(self, prompts: Sequence[str], weight: float = 1.0) -> None:
-        super().__init__(prefixed=weight)
-        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
-            raise ValueError(f"prompts must be one or more texts with words, got {prompts!r}")
-
-    def build(self, net: CoCa) -> None:
-        self.trains = _caption_parts(net)
-        rows = [ids[1:-1] for ids in net.tokenizer.encode_batch(self.prompts)]
-        if max(map(len, rows)) > net.tokenizer.context_length // 2:
-            raise ValueError(f"a prompt takes more than half of the context of {net.tokenizer.context_length} tokens")
-        ids, self.lengths = padded(rows, net.tokenizer.pad_id)  # (P, p), and (P,), which stays on the host
-        self.register_buffer("ids", ids, persistent=False)
-
-    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        count = len(batch.tokens)
-        which = torch.randint(len(self.prompts), (count,)) if self.training else torch.zeros(count, dtype=torch.long)
-        return {"prefixed": _caption_term(net, self.with_prompts(net, batch, which))}
-
-    def with_prompts(self, net: CoCa, batch: Batch, which: Tensor) -> Batch:
-        """The batch with a prompt between the start and the rest of each text; texts that become too long are cut.
-
-        Args:
-            which: (B,) number of the prompt of each text, on the host.
-        """
-        tokens, context = batch.tokens, net.tokenizer.context_length
-        lengths = (batch.lengths + self.lengths[which]).clamp(max=context)
-        prefix_lengths = self.lengths[which] + (1 if batch.prefix_lengths is None else batch.prefix_lengths)
-        prompts = self.ids[to_device(which, tokens.device)]  # (B, p)
-        added, ends = (to_device(x, tokens.device)[:, None] for x in (self.lengths[which], lengths))  # (B, 1)
-        positions = torch.arange(min(tokens.shape[1] + prompts.shape[1], context), device=tokens.device)  # (T,)
-        from_prompt = prompts.gather(1, (positions - 1).clamp(0, prompts.shape[1] - 1).expand(len(tokens), -1))
-        from_text = tokens.gather(1, (positions - added).clamp(0, tokens.shape[1] - 1))
-        new = torch.where((positions >= 1) & (positions <= added), from_prompt, from_text)
-        new = new.scatter(1, ends - 1, net.tokenizer.eot_id).masked_fill(positions >= ends, net.tokenizer.pad_id)
-        return batch._replace(tokens=new, lengths=lengths, prefix_lengths=prefix_lengths)
-
-
-def _caption_parts(net: CoCa) -> list[str]:
-    """What a caption loss alone trains; raises ValueError for a network without a decoder."""
-    if net.decoder is None:
-        raise ValueError("a caption loss needs a decoder, which a model with decoder_layers=0 lacks")
-    return net.parameters_of_loss("caption")
-
-
-def _caption_term(net: CoCa, batch: Batch, read: Tensor | None = None) -> Tensor:
-    asked = {"contrastive": False, "prefix_lengths": batch.prefix_lengths, "read": read}
-    return loss_terms(net(batch.images, batch.tokens, batch.lengths, **asked))["caption"]
-
-
-def named_objectives(objectives: Mapping[str, Objective | None]) -> dict[str, Objective]:
+def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dict[str, Objective]:
     """The objectives added to the network's own, without the names that are None.
 
     Raises:
-        ValueError: one is no objective, has a weight of 0, or has a term of the same name as another.
+        ValueError: one cannot be called, has a weight of 0, or has a term of the same name as another.
     """
-    further = {name: made for name, made in objectives.items() if made is not None}
+    further: dict[str, Objective] = {}
     terms = ["contrastive", "caption", "text", "policy"]
-    for name, made in further.items():
-        if not isinstance(made, Objective):
-            raise ValueError(f"objectives.{name}: expected a coca_lit.training.objectives.Objective, got {made!r}")
+    for name, function in objectives.items():
+        if function is None:
+            continue
+        if not callable(function):
+            raise ValueError(f"objectives.{name}: expected an Objective or a function (net, batch), got {function!r}")
+        made = further[name] = function if isinstance(function, Objective) else Function(function)
         for term, weight in made.weights.items():
             if weight == 0:
                 raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")
@@ -221,24 +159,3 @@ def named_objectives(objectives: Mapping[str, Objective | None]) -> dict[str, Ob
                 raise ValueError(f"objectives.{name}: '{term}' is the name of another loss; choose another one")
             terms.append(term)
     return further
-
-
-def check_pairs(pairs: Pairs, net: CoCa, further: bool) -> None:
-    """Checks `pairs` once it is known what of the network is frozen.
-
-    Args:
-        further: whether other objectives join.
-
-    Raises:
-        ValueError: no loss is left, or micro-batches are impossible.
-    """
-    if not any(pairs.weights.values()) and not further:
-        raise ValueError(
-            "no loss is left to train with: at least one of contrastive_weight and caption_weight must be above 0"
-        )
-    if pairs.micro_batch_size is not None:
-        from coca_lit.training.gradient_caching import check_micro_batches
-
-        check_micro_batches(net, pairs.micro_batch_size)
-        if further:
-            raise ValueError("micro_batch_size does not work with further objectives, which need the whole batch")

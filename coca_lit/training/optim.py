@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from coca_lit.errors import ConfigError, check_number, suggest
 
-# Learned positions and queries are no transformations: pulling them to zero has no meaning.
+# Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
 NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
 WHOLE = ("mars", "kron", "adamuon", "nvnovograd")  # of timm 1.0.28: operations that PyTorch lacks for sharded tensors
 FALLBACK = ("token_embedding.weight", "vocabulary.weight")  # tables of words, whose rows are no transformation either
@@ -32,7 +32,7 @@ class Grouped:
     Args:
         lr, weight_decay: as for `torch.optim.AdamW`.
         layer_decay: factor of the learning rate from each layer of a tower to the one below it, as in BEiT (Bao et al.
-            2021): the last layer learns with lr · layer_decay, what stands on the towers with lr.
+            2021): the last layer learns with lr · layer_decay, the parts above the towers with lr.
         image_factor: factor of the learning rate of the image encoder, for one that is pretrained when the rest is not.
 
     Raises:
@@ -58,6 +58,16 @@ class Grouped:
             raise ValueError(
                 "nothing is left to train: all parameters are frozen; check model.freeze and the loss weights"
             )
+        kept = {
+            f"{part}.{name}"
+            for part, trunk in module.named_modules()
+            for name in (trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ())  # as timm lists them
+        }
+        decayed = {
+            name
+            for name, p in trainable.items()
+            if p.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED and name not in kept
+        }
         depth: dict[str, int] = {}  # parameters above the towers have none
         for part, tower in module.named_children() if self.layer_decay != 1 else ():
             if depths := getattr(tower, "depths", None):
@@ -65,21 +75,22 @@ class Grouped:
         groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
         for name, p in trainable.items():
             factor = self.image_factor if name.startswith("image_encoder.") else 1
-            other = key is not None and (name.endswith(FALLBACK) or not decays(name, p))
-            groups.setdefault((decays(name, p), self.layer_decay ** depth.get(name, 0) * factor, other), []).append(p)
+            other = key is not None and (name.endswith(FALLBACK) or name not in decayed)
+            kind = (name in decayed, self.layer_decay ** depth.get(name, 0) * factor, other)
+            groups.setdefault(kind, []).append(p)
         return [
             {
-                "params": groups[decayed, factor, other],
-                "weight_decay": self.weight_decay if decayed else 0.0,
+                "params": groups[decays, factor, other],
+                "weight_decay": self.weight_decay if decays else 0.0,
                 "lr": self.lr * factor,
                 **({key: other} if key is not None else {}),
             }
-            for decayed, factor, other in sorted(groups, reverse=True)
+            for decays, factor, other in sorted(groups, reverse=True)
         ]
 
 
 class AdamW(Grouped):
-    """`AdamW(lr=1e-3)(module)` is a `torch.optim.AdamW`; further arguments and errors as of `Grouped`.
+    """`AdamW(lr=1e-3)(module)` is a `torch.optim.AdamW`; see `Grouped` for the other arguments and errors.
 
     Args:
         betas, eps: as for `torch.optim.AdamW`.
@@ -108,7 +119,7 @@ class AdamW(Grouped):
 
 
 class Timm(Grouped):
-    """An optimizer of timm by its name: `Timm("lion", lr=1e-4)(module)`; further arguments and errors as `Grouped`.
+    """An optimizer of timm by its name: `Timm("lion", lr=1e-4)(module)`; see `Grouped` for other arguments.
 
     Muon and its variants orthogonalise the updates of matrices; embeddings, the vocabulary projection and what does not
     decay get the AdamW that they bring along.
@@ -160,10 +171,6 @@ class Timm(Grouped):
 
     def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return create_optimizer_v2(groups, self.name, self.lr, self.weight_decay, **self.arguments)
-
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NOT_DECAYED
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

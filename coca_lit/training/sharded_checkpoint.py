@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from coca_lit.distributed import broadcast_object, host_group, rank
 from coca_lit.errors import CheckpointError, DataError
-from coca_lit.files import atomic_write, durable_rename, remove
+from coca_lit.files import TEMPORARY, atomic_write, durable_rename, remove, temporary_folder
 from coca_lit.weights.sharded import OPTIMIZERS, REST, SHARDS, STATE, facts, flat, is_folder, manifest, nested, sizes
 
 log = logging.getLogger(__name__)
@@ -78,26 +78,22 @@ def _try_to_write(target: Path, write: Callable[[], Any]) -> bool:
         if not all(isinstance(cause, OSError | DataError) for cause in causes):
             raise
         if rank() == 0:
-            shutil.rmtree(_beside(target), ignore_errors=True)
+            shutil.rmtree(temporary_folder(target), ignore_errors=True)
             reason = str(causes[0].__cause__ or causes[0]).splitlines()[0]
             log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
         return False
-
-
-def _beside(target: Path) -> Path:
-    """Where all ranks write it, see `coca_lit.files.remove_leftovers`."""
-    return target.with_name(f".{target.name}.ranks.tmp")
 
 
 class _Writer(HuggingFaceStorageWriter):
     """Writes tensors beside `target`, and makes them a checkpoint when all ranks are done."""
 
     def __init__(self, target: Path, rest: bytes) -> None:
-        super().__init__(str(_beside(target)), save_distributed=True)
+        super().__init__(str(temporary_folder(target)), save_distributed=True)
         self._target, self._rest = target, rest
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Reads again what was written, which the coordinator gets to know."""
+        (Path(self.path) / TEMPORARY).touch()
         written = super().write_data(plan, planner).wait()
         known: dict[str, dict[str, int]] = {}
         for i, part in enumerate(written):
@@ -116,6 +112,7 @@ class _Writer(HuggingFaceStorageWriter):
         atomic_write(folder / SHARDS, manifest(files))
         atomic_write(folder / REST, self._rest)
         remove(self._target)  # of the same step: a damaged one, or a file from before the run was told to write folders
+        (folder / TEMPORARY).unlink()
         durable_rename(folder, self._target)
 
 

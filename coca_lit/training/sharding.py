@@ -1,4 +1,4 @@
-"""Training on several processes: which strategies work, and fully sharded data parallelism (FSDP2).
+"""Fully sharded data parallelism (FSDP2).
 
 Sharded, every rank keeps a part of each weight, its gradient and optimizer state. The weights of a block are gathered
 when it runs and dropped afterwards. What belongs to no block, such as the embeddings and the vocabulary projection, is
@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from coca_lit.models import CoCa
-from coca_lit.runs.checkpoint_io import upgrade
 from coca_lit.weights.sharded import OPTIMIZERS, is_folder
 
 
@@ -81,7 +80,7 @@ class FullySharded(ModelParallelStrategy):
                 optimizer.load_state_dict(state)
             return checkpoint
         # Mapped: every rank reads its parts of the file, and the machine keeps one copy of it.
-        checkpoint = upgrade(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         targets, tensors = self.model.state_dict(), checkpoint.pop("state_dict")
         self.model.load_state_dict({n: _part(t, targets[n]) if n in targets else t for n, t in tensors.items()})
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
@@ -123,6 +122,7 @@ def shard(net: CoCa, mesh: DeviceMesh, half: bool = False) -> None:
     for group in blocks(net):
         fully_shard(group, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh)
+    register_fsdp_forward_method(net, "captions_of")  # of texts alone
     check_sharded(net)
 
 
@@ -156,103 +156,3 @@ def blocks(net: CoCa) -> Iterator[list[nn.Module]]:
     yield from ([block] for block in net.text.blocks)
     if net.decoder is not None:
         yield from net.decoder.layers()
-
-
-# Which set-ups work
-
-
-def ddp_options(texts: bool, same_graph: bool) -> dict[str, bool]:
-    """Arguments of DistributedDataParallel: gradients live in the buffers that are sent.
-
-    Args:
-        texts: some batches are texts alone. They use no image half, for whose gradients it would wait for ever unless
-            it looks which parameters a step has used.
-        same_graph: every step is forward and backward of the same parts, so it need not look for the end of each.
-    """
-    return {
-        "gradient_as_bucket_view": True,
-        "find_unused_parameters": texts,
-        "static_graph": same_graph and not texts,
-    }
-
-
-def set_ddp_options(strategy: Any, texts: bool, same_graph: bool) -> None:
-    """Sets those that the config leaves open. Lightning may have chosen the strategy ("auto")."""
-    if isinstance(strategy, DDPStrategy):
-        strategy._ddp_kwargs = ddp_options(texts, same_graph) | strategy._ddp_kwargs
-
-
-def full_precision_name(precision: str | int | None) -> str:
-    """Lightning's full name of a precision, which it also takes as a number or a short name: 16 -> "16-mixed"."""
-    short = {"64": "64-true", "32": "32-true", "None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
-    return short.get(str(precision), str(precision))
-
-
-def check_strategy(
-    strategy: Any,
-    precision: str | int | None,
-    ema: float | None,
-    micro_batch_size: int | None,
-    lora: bool = False,
-    objectives: bool = False,
-    self_critical: bool = False,
-) -> None:
-    """Checks what would fail late, or train something else.
-
-    Args:
-        strategy: Lightning's name of a strategy, or the strategy.
-        precision: of Lightning's trainer, see `full_precision_name`.
-        ema: decay of averaged weights.
-        lora: whether low-rank updates are trained.
-        objectives: whether there are further objectives, which may have parameters of their own.
-        self_critical: whether captions are generated in the training step.
-
-    Raises:
-        ValueError: these do not work together.
-    """
-    sharded = isinstance(strategy, FullySharded)
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    supported = "use trainer=ddp, or trainer=fsdp if the model does not fit one GPU"
-    if "deepspeed" in name.lower():
-        raise ValueError(f"DeepSpeed is not supported: {supported}")
-    if not sharded and ("fsdp" in name.lower() or name == "ModelParallelStrategy"):
-        raise ValueError(f"the strategy {name} does not know how to shard the network: use trainer=fsdp")
-    if sharded and ema is not None:
-        raise ValueError("averaged weights do not work with sharded ones: set ema=null, or use trainer=ddp")
-    if sharded and objectives:
-        raise ValueError("objectives do not work with sharded weights: set model.objectives=null, or use trainer=ddp")
-    if sharded and micro_batch_size is not None:
-        raise ValueError(
-            "micro_batch_size does not work with sharded weights: use trainer=ddp, or save memory with "
-            "model.grad_checkpointing=blocks"
-        )
-    if sharded and lora:
-        raise ValueError(
-            "lora does not work with sharded weights: use trainer=ddp, where the gradients of LoRA need little memory"
-        )
-    if sharded and self_critical:
-        raise ValueError(
-            "self-critical training generates captions, which does not work with sharded weights: use trainer=ddp"
-        )
-    fp16 = full_precision_name(precision) == "16-mixed"
-    if sharded and fp16:
-        raise ValueError("fp16 does not work with sharded weights: use trainer.precision=bf16-mixed")
-    if fp16 and micro_batch_size is not None:
-        raise ValueError(
-            "micro_batch_size does not work with fp16, whose loss scale comes after its gradients: use "
-            "trainer.precision=bf16-mixed"
-        )
-
-
-def check_batch_size(batch_size: int, world: int, micro_batch_size: int | None) -> None:
-    """Raises ValueError if `batch_size`, that of all `world` processes together, cannot be split over them."""
-    if batch_size % world:
-        raise ValueError(
-            f"the global batch of {batch_size} cannot be split evenly over {world} processes: choose a multiple of "
-            f"{world}"
-        )
-    if micro_batch_size is not None and batch_size // world % micro_batch_size:
-        raise ValueError(
-            f"a process gets {batch_size // world} of the {batch_size} pairs of a batch, which is no multiple of "
-            f"trainer.micro_batch_size={micro_batch_size}"
-        )

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from coca_lit.errors import check_number
 from coca_lit.models.clip import CLIP, DualEncoder
-from coca_lit.models.coca import LATER, CoCa
+from coca_lit.models.coca import CoCa
 from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.weights.intact import digest
 
@@ -21,6 +22,7 @@ ARGUMENTS = (
     *("cls_mask", "pooler", "pooler_heads", "text_heads", "interpolation", "resize_mode"),
     *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args", "decoder_args"),
 )
+CONTEXT = "context_length"  # which may be chosen: `start` fits the position embeddings
 # Constants that matter in training alone, say how large an input is, or how fast the same is computed.
 _TRAINING = ("training", "momentum", "inplace", "grad_checkpointing", "weight_init_mode", "fix_init", "fused_attn")
 _SIZES = (
@@ -33,6 +35,8 @@ _SIZES = (
     "feat_size",
     "seq_len",
     "max_patches",
+    "context_length",
+    "most_rows",
 )
 _CONSTANT = 16  # numbers in a buffer; larger ones are tables that follow from the sizes
 _REGULARISERS = (nn.Identity, nn.Dropout)
@@ -75,8 +79,8 @@ def _constants(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield from ((key, part) for key, part in value.items() if key not in _SIZES)
 
 
-def difference(ours: nn.Module, theirs: nn.Module, parts: tuple[str, ...] = ("",)) -> tuple[str, Any, Any] | None:
-    """The first fact in which two models with the same tensors differ, with its values; None if they compute alike.
+def difference(ours: nn.Module, theirs: nn.Module, parts: tuple[str, ...] = ("",)) -> str | None:
+    """The first fact in which a model and that of a file differ though their tensors are alike; None if there is none.
 
     Args:
         parts: prefixes of the facts that are compared.
@@ -84,8 +88,47 @@ def difference(ours: nn.Module, theirs: nn.Module, parts: tuple[str, ...] = ("",
     here, there = facts(ours), facts(theirs)
     for name in dict.fromkeys([*here, *there]):
         if name.startswith(parts) and here.get(name) != there.get(name):
-            return name, here.get(name, "absent"), there.get(name, "absent")
+            return f"{name} is {here.get(name, 'absent')!r} in the model and {there.get(name, 'absent')!r} in the file"
     return None
+
+
+def misfit(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
+    """The first difference in names and shapes between the tensors of a model and of a file; None if there is none."""
+    for name in dict.fromkeys([*ours, *theirs]):
+        here, there = (tuple(found[name].shape) if name in found else "absent" for found in (ours, theirs))
+        if here != there:
+            return f"'{name}' is {here} in the model and {there} in the file"
+    return None
+
+
+@torch.no_grad()
+def interpolate(model: CoCa | CLIP, before: CoCa | CLIP, weight: float) -> None:
+    """Moves `model` to weight · model + (1 - weight) · before, running statistics of batch norms included (WiSE-FT,
+    Wortsman et al. 2022, arXiv 2109.01903).
+
+    Args:
+        before: the model from which `model` was finetuned.
+        weight: between 0 (before) and 1 (unchanged).
+
+    Raises:
+        ValueError: the weight is out of range, or the models do not have the same tensors, or compute different things
+            with them.
+    """
+    check_number("weight", weight, at_least=0, at_most=1)
+    theirs = before.state_dict()
+    if reason := misfit(model.state_dict(), theirs):
+        raise ValueError(f"the models have different architectures: {reason}")
+    if model.tokenizer.spec != before.tokenizer.spec:
+        raise ValueError("the models have different vocabularies: their token ids mean different words")
+    if reason := difference(model, before):
+        raise ValueError(f"the models compute different things: {reason}")
+    if isinstance(model, CoCa) and isinstance(before, CoCa):
+        here, there = (m.config["tied_embeddings"] for m in (model, before))
+        if here != there:
+            raise ValueError(f"the models have different architectures: tied_embeddings is {here} and {there}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:  # tied tensors once, unlike the state dict
+        if name in theirs and tensor.is_floating_point():
+            tensor.copy_(torch.lerp(theirs[name], tensor, weight))
 
 
 def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +148,7 @@ def arguments_of(source: DualEncoder | Mapping[str, Any]) -> dict[str, Any]:
     config = source.config if isinstance(source, CoCa) else source
     if not config:
         return {}
-    found = {name: config.get(name, LATER.get(name)) for name in ARGUMENTS if name in config or name in LATER}
+    found = {name: config[name] for name in (*ARGUMENTS, CONTEXT) if name in config}
     encoder = found.get("image_encoder_args") or {}
     found["image_encoder_args"] = {name: value for name, value in encoder.items() if "drop" not in name}
     return found
@@ -135,14 +178,11 @@ def merge(given: Mapping[str, Any], preset: Mapping[str, Any], theirs: Mapping[s
             found[name] = {**value, **own}
         elif name not in chosen:
             found[name] = value
-        elif name not in ("image_encoder", "text_tower"):
+        elif name not in ("image_encoder", "text_tower", CONTEXT):
             _check_equal(name, chosen[name], value, where)
     return found
 
 
 def _check_equal(name: str, chosen: Any, value: Any, where: str) -> None:
     if chosen != value:
-        raise ValueError(
-            f"{name} is {chosen!r}, but the weights in {where} were trained with {value!r}: leave it out, and it comes "
-            "from the weights"
-        )
+        raise ValueError(f"{name} is {chosen!r}, but the weights in {where} were trained with {value!r}: leave it out")

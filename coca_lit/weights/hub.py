@@ -1,7 +1,7 @@
 """Models by name: a file, a folder, a released model or a repository of the Hugging Face Hub becomes a local file.
 
 `huggingface_hub` downloads, with its cache, its environment variables (HF_HOME, HF_TOKEN, HF_ENDPOINT,
-HF_HUB_OFFLINE), its progress bar. Fetched are the weights and `open_clip_config.json` alone, of one commit, so that
+HF_HUB_OFFLINE), its progress bar. Fetched are one file of weights and OpenCLIP's config alone, of one commit, so that
 they sit in one folder. The config comes first, so cached weights are never without it.
 """
 
@@ -10,9 +10,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -29,7 +31,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from coca_lit.errors import CheckpointError, suggest
 from coca_lit.weights.sharded import is_checkpoint
@@ -38,6 +42,8 @@ log = logging.getLogger(__name__)
 
 PREFIX = "hf-hub:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+CONFIGS = (OPEN_CLIP_CONFIG, "config.json")  # the second may be another library's, see `load`
+EPOCH = re.compile(r"epoch_(\d+)\.pt")  # OpenCLIP's checkpoints of a training
 # In the order in which they are looked for. `model.safetensors` is ours; in OpenCLIP's repositories it may be another
 # library's file, but there one of the others comes first.
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors")
@@ -45,7 +51,12 @@ CHECKPOINTS = ("best.ckpt", "last.ckpt")  # of a run, in that order
 FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 CAPTIONER = "mscoco_finetuned_laion2b_s13b_b90k"  # the tag that a CoCa's name without a tag means
 DEFAULT = f"coca_ViT-L-14/{CAPTIONER}"  # what commands use without a checkpoint
-RELEASED = Path(__file__).parents[1] / "assets" / "released_models.json"
+ASSETS = Path(__file__).parents[1] / "assets"
+RELEASED = ASSETS / "released_models.json"
+PHOTOS = "photos"  # the small model that comes with the package
+PHOTOS_WEIGHTS = ASSETS / PHOTOS / "model.safetensors"
+MAX_FILES = 10_000  # of a folder on the Hub
+PATIENCE = 5.0  # seconds for the Hub to answer at all
 
 
 class Released(NamedTuple):
@@ -56,6 +67,7 @@ class Released(NamedTuple):
     quick_gelu: bool = False  # of a CLIP: what it was trained with
     gigabytes: float | None = None
     sha256: Mapping[str, str] = MappingProxyType({})  # by file, where it is known
+    licence: str | None = None  # if it restricts the use
     note: str | None = None
 
 
@@ -65,9 +77,21 @@ def released_models() -> dict[str, Released]:
     return {name: Released(name, **facts) for name, facts in json.loads(RELEASED.read_text()).items()}
 
 
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of models that `load_model` knows, sorted.
+
+    Args:
+        pattern: with `*`, `?` and `[…]`, in any case and with - or _: "coca*" names the captioners.
+    """
+    return sorted(name for name in released_models() if fnmatchcase(_key(name), _key(pattern)))
+
+
 def released(name: str | Path) -> Released | None:
-    """The released model of a name in any case, with - or _; of a CoCa the tag may be missing (`CAPTIONER`)."""
-    known = {_key(model.name): model for model in released_models().values()}
+    """The released model of a name or a repository in any case, with - or _; of a CoCa the tag may be missing
+    (`CAPTIONER`).
+    """
+    known = {_key(model.repo): model for model in released_models().values()}
+    known |= {_key(model.name): model for model in released_models().values()}
     return known.get(_key(str(name))) or known.get(_key(f"{name}/{CAPTIONER}"))
 
 
@@ -75,44 +99,62 @@ def locate(name: str | Path) -> Path:
     """The file of weights that a name means, downloaded if need be.
 
     Args:
-        name: a file; a folder, of a run (its best checkpoint if it kept one, else the last) or of an export; a released
-            model, as in "coca_ViT-L-14/laion2b_s13b_b90k"; or "hf-hub:ORG/REPO", at a revision with "@REVISION".
+        name: a file; a folder, of a run (its best checkpoint if it kept one, else the last), of an export or of one of
+            OpenCLIP's trainings, and "FOLDER/epoch_N"; a released model, as in "coca_ViT-L-14/laion2b_s13b_b90k", or
+            its repository; "hf-hub:ORG/REPO" with any of "/FOLDER", "/FILE" or "/epoch_N", and "@REVISION"; or
+            "photos", which is the package's own model even where a folder has this name: "photos/" is the folder.
 
     Raises:
         FileNotFoundError: there is no such file, folder or released model; the message suggests a name.
-        CheckpointError: the download failed.
+        CheckpointError: the download failed, or there are several files to choose from.
     """
     path, text = Path(name), str(name)
-    if is_checkpoint(path):
-        return path
+    if text == PHOTOS:
+        return PHOTOS_WEIGHTS
+    for file in (path, Path(f"{path}.pt")):
+        if is_checkpoint(file):
+            return file
     if path.is_dir():
-        return _in_folder(path)
+        names = (*(f"checkpoints/{name}" for name in CHECKPOINTS), *CHECKPOINTS, *WEIGHTS)
+        found = next((path / name for name in names if is_checkpoint(path / name)), None)
+        weights = [file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES and is_checkpoint(file)]
+        if found is None and weights:
+            return path / choose(weights, "", str(path))
+        if found is None:
+            expected = ", ".join((*CHECKPOINTS, *WEIGHTS))
+            raise FileNotFoundError(f"there is no checkpoint in the folder '{path}': expected {expected}")
+        return found
     if text.startswith(PREFIX):
-        repo, _, revision = text.removeprefix(PREFIX).partition("@")
-        return download(repo, revision or None)
+        place, _, revision = text.removeprefix(PREFIX).partition("@")
+        parts = place.split("/")
+        repo = "/".join(parts[:2])
+        _tell(next((model for model in released_models().values() if model.repo == repo), None))
+        return download(repo, revision or None, "/".join(parts[2:]))
     if model := released(text):
-        if model.note is not None:
-            log.warning("%s: %s", model.name, model.note)
+        _tell(model)
         return download(model.repo, sha256=model.sha256)
     raise FileNotFoundError(f"there is no checkpoint '{name}'{hint(text)}")
 
 
-def _in_folder(folder: Path) -> Path:
-    names = (*(f"checkpoints/{name}" for name in CHECKPOINTS), *CHECKPOINTS, *WEIGHTS)
-    found = next((folder / name for name in names if is_checkpoint(folder / name)), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"there is no checkpoint '{folder}' (it is a folder without {', '.join((*CHECKPOINTS, *WEIGHTS))}; name the"
-            " file)"
-        )
-    return found
+@cache
+def _say(name: str, fact: str) -> None:
+    """Says something of a model once in a process."""
+    log.warning("%s: %s", name, fact)
+
+
+def _tell(model: Released | None) -> None:
+    """Says what a user of a released model has to know."""
+    if model is not None and model.note is not None:
+        _say(model.name, model.note)
+    if model is not None and model.licence is not None:
+        _say(model.name, f"its licence restricts the use: {model.licence}, see {constants.ENDPOINT}/{model.repo}")
 
 
 def hint(name: str) -> str:
     """The end of a sentence about a checkpoint that is not there: a released model with a similar name."""
     if name.endswith(FILE_SUFFIXES):
         return ""
-    aliases: dict[str, str] = {}
+    aliases = {PHOTOS: PHOTOS}
     for model in released_models().values():
         aliases.setdefault(_key(model.name.partition("/")[0]), model.name)  # an architecture alone: its first tag
         aliases |= {_key(model.name): model.name, _key(model.repo): f"{PREFIX}{model.repo}"}
@@ -126,40 +168,110 @@ def _key(name: str) -> str:
 # Downloads
 
 
-def download(repo: str, revision: str | None = None, sha256: Mapping[str, str] = MappingProxyType({})) -> Path:
-    """The weights of a repository in the local cache, with its `open_clip_config.json` beside them if it has one.
+def available(name: str) -> bool:
+    """Whether the weights of a released model are in the cache or can be asked for."""
+    names = _cached(released_models()[name].repo, "", None)
+    return any(name.endswith(FILE_SUFFIXES) for name in names) or _reachable()
+
+
+def _reachable() -> bool:
+    """Whether the Hub answers anything. Its client would try again and again for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except (HTTPError, OSError):  # HF_HUB_OFFLINE is an OSError, too
+        return False
+    return True
+
+
+def download(
+    repo: str, revision: str | None = None, path: str = "", sha256: Mapping[str, str] = MappingProxyType({})
+) -> Path:
+    """The weights of a repository in the local cache, with OpenCLIP's config beside them if there is one.
 
     Args:
+        path: in the repository: a folder, or a file or "epoch_N" in one; see `choose`.
         sha256: what files must have, by name.
 
     Raises:
         CheckpointError: one sentence on what went wrong.
     """
+    folder, _, wanted = path.rpartition("/")
+    if not (wanted.endswith(FILE_SUFFIXES) or wanted.startswith("epoch_")):
+        folder, wanted = path, ""
+    if path and not all(part.strip(".") for part in path.split("/")):
+        raise CheckpointError(f"'{path}' is not a path within '{repo}'")
     with _hub_errors(repo, revision):
-        unreachable: LocalEntryNotFoundError | None = None
-        config = None
-        for name in (OPEN_CLIP_CONFIG, *WEIGHTS):
-            commit = config.parent.name if config is not None else revision  # a push in between changes nothing
-            cached = try_to_load_from_cache(repo, name, revision=commit)
-            try:
-                offline = unreachable is not None
-                file = Path(hf_hub_download(repo, name, revision=commit, local_files_only=offline))
-            except LocalEntryNotFoundError as error:
-                if cached is not _CACHED_NO_EXIST:
-                    unreachable = unreachable or error
-                continue
-            except EntryNotFoundError:
-                continue
-            if name == OPEN_CLIP_CONFIG:
-                config = file
-                continue
-            if unreachable is not None and config is None and name.startswith("open_clip"):
-                raise unreachable  # numbers of heads and activation would be guesses
-            _verify(file, repo, sha256.get(name), fresh=not isinstance(cached, str))
-            return file
-        if unreachable is not None:
-            raise unreachable
-    raise CheckpointError(f"'{repo}' holds no weights that can be read; expected one of {', '.join(WEIGHTS)}")
+        _expect_name(repo)
+        offline = not _reachable()
+        names = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)
+        weights = {name for name in names if name.endswith(FILE_SUFFIXES)}
+        if offline and not (f"{wanted}.pt" in weights or wanted in weights if wanted else weights):
+            raise LocalEntryNotFoundError("no weights in the cache")
+        name = choose(weights, wanted, f"{repo}/{folder}".rstrip("/"))
+        # Also asked for where it is not listed: the cache then knows that there is none.
+        config = next((name for name in CONFIGS if name in names), OPEN_CLIP_CONFIG)
+        commit = revision
+        inside = f"{folder}/" if folder else ""
+        try:
+            found = Path(hf_hub_download(repo, inside + config, revision=revision, local_files_only=offline))
+            commit = found.parents[inside.count("/")].name  # a push in between changes nothing
+        except LocalEntryNotFoundError:
+            known = try_to_load_from_cache(repo, inside + config, revision=revision)
+            if known is not _CACHED_NO_EXIST and name != WEIGHTS[-1]:
+                raise  # numbers of heads and activation would be guesses
+        except EntryNotFoundError:
+            pass
+        cached = try_to_load_from_cache(repo, inside + name, revision=commit)
+        file = Path(hf_hub_download(repo, inside + name, revision=commit, local_files_only=offline))
+        _verify(file, repo, sha256.get(name), fresh=not isinstance(cached, str))
+        return file
+
+
+def choose(names: Iterable[str], wanted: str, where: str) -> str:
+    """The file of weights in a folder: the one that is asked for, one of `WEIGHTS`, the last epoch, or the only one.
+
+    Args:
+        names: of the files of weights there.
+        wanted: a name, or "epoch_N" for "epoch_N.pt"; empty if nothing is asked for.
+        where: the folder, for messages.
+
+    Raises:
+        CheckpointError: it is not there, there is none, or there are several.
+    """
+    weights = sorted(names)
+    epochs = {int(match[1]): name for name in weights if (match := EPOCH.fullmatch(name))}
+    if wanted:
+        if found := next((name for name in (wanted, f"{wanted}.pt") if name in weights), None):
+            return found
+        listed = f"the epochs {', '.join(map(str, sorted(epochs)))}" if epochs else ", ".join(weights) or "no weights"
+        raise CheckpointError(f"'{where}' has no '{wanted}': it has {listed}")
+    if known := next((name for name in WEIGHTS if name in weights), None):
+        return known
+    if epochs or len(weights) == 1:
+        return epochs[max(epochs)] if epochs else weights[0]
+    if weights:
+        raise CheckpointError(f"'{where}' has several files of weights: add one to its name, of {', '.join(weights)}")
+    raise CheckpointError(f"'{where}' holds no weights that can be read; expected one of {', '.join(WEIGHTS)}")
+
+
+def _listed(repo: str, folder: str, revision: str | None) -> set[str]:
+    """Names of the files in a folder of a repository on the Hub, of its first `MAX_FILES` entries."""
+    inside = f"{folder}/" if folder else ""
+    try:
+        entries = islice(HfApi().list_repo_tree(repo, folder or None, revision=revision), MAX_FILES)
+        paths = [entry.path for entry in entries if isinstance(entry, RepoFile)]
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"'{repo}' has no folder '{folder}'") from error
+    names = (path.removeprefix(inside) for path in paths if path.startswith(inside))
+    return {name for name in names if not re.search(r"[/\\]", name)}
+
+
+def _cached(repo: str, folder: str, revision: str | None) -> set[str]:
+    """Names of the files in a folder of a repository that are in the local cache."""
+    place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    ref = place / "refs" / (revision or constants.DEFAULT_REVISION)
+    commit = ref.read_text() if ref.is_file() else str(revision)
+    return {path.name for path in (place / "snapshots" / commit / folder).glob("*") if path.is_file()}
 
 
 def _verify(file: Path, repo: str, known: str | None, fresh: bool) -> None:
@@ -177,8 +289,8 @@ def _verify(file: Path, repo: str, known: str | None, fresh: bool) -> None:
             for path in (file, blob):
                 path.unlink(missing_ok=True)
             raise CheckpointError(
-                f"'{file.name}' of {repo} did not arrive as it was sent (sha256 {found}, expected"
-                f" {announced or expected}), so it was removed: run the same command again"
+                f"'{file.name}' of {repo} arrived damaged and was removed: run the same command again"
+                f" (sha256 {found}, expected {announced or expected})"
             )
     if None not in (known, found) and known != found:
         raise CheckpointError(
@@ -197,9 +309,7 @@ def check_push(repo: str) -> None:
         CheckpointError: this is not the name of a repository, or there is no token.
     """
     with _hub_errors(repo):
-        validate_repo_id(repo)
-        if "/" not in repo:
-            raise HFValidationError
+        _expect_name(repo)
     if get_token() is None:
         raise CheckpointError(f"pushing to '{repo}' needs a token that may write: set HF_TOKEN, or run `hf auth login`")
 
@@ -227,6 +337,12 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
 # Errors
 
 
+def _expect_name(repo: str) -> None:
+    validate_repo_id(repo)
+    if "/" not in repo:  # a name of the Hub's first years
+        raise HFValidationError
+
+
 @contextmanager
 def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     """Turns what `huggingface_hub` raises about the environment into one sentence."""
@@ -236,18 +352,22 @@ def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         raise CheckpointError(f"'{repo}' is not the name of a repository: expected ORG/REPO") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no revision '{revision}'") from error
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise CheckpointError(_sentence(repo, error.__cause__)) from error
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise CheckpointError(
+            f"'{repo}' is not in {constants.HF_HUB_CACHE}, and {why}: name a local file, or '{PHOTOS}', the small model"
+            " that comes with coca_lit"
+        ) from None
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
         raise CheckpointError(_sentence(repo, error)) from error
 
 
 def _sentence(repo: str, error: Exception) -> str:
     hub, folder = constants.ENDPOINT, constants.HF_HUB_CACHE
-    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return f"'{repo}' is not in {folder}, and HF_HUB_OFFLINE forbids downloading it: unset it for one run"
     if isinstance(error, OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE forbids reaching {hub} for '{repo}': unset it"
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
-        error = error.__cause__
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, GatedRepoError):
         return f"'{repo}' is gated: accept its terms at {hub}/{repo} and set HF_TOKEN to a token of your account"
@@ -257,17 +377,11 @@ def _sentence(repo: str, error: Exception) -> str:
         return f"{hub} refuses access to '{repo}' ({status}): HF_TOKEN is not valid, or its rights do not suffice"
     if status is not None:
         return f"{hub} answered {status} for '{repo}': try again later"
-    for cause in _causes(error):
+    cause: BaseException | None = error
+    while cause is not None:
         if getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause):
             return f"there is no space left in {folder} for '{repo}': free some, or set HF_HOME to a folder elsewhere"
         if isinstance(cause, PermissionError):
             return f"{folder} cannot be written: set HF_HOME to a folder of yours"
-    if isinstance(error, LocalEntryNotFoundError):
-        return f"'{repo}' is not in {folder} and {hub} cannot be reached: check the connection, or HF_ENDPOINT"
+        cause = cause.__cause__ or cause.__context__
     return f"the connection to {hub} broke while files of '{repo}' were on their way: run the same command again"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Weights that are what was written: damage is found wherever they are read.
+"""Weights that are what was written: damage and forgery are found wherever they are read.
 
 PyTorch's files are zip archives whose checksums PyTorch never reads. Safetensors have none, so ours carry a digest in
 their metadata. PyTorch's files from before 1.6 and safetensors of others have nothing to compare with.
@@ -6,9 +6,13 @@ their metadata. PyTorch's files from before 1.6 and safetensors of others have n
 
 import hashlib
 import json
+import pickletools
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -17,24 +21,63 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
 from coca_lit.files import replacing
+from coca_lit.reading import open_regular
 
 ZIP = b"PK\x03\x04"  # the first bytes of one
 DIGEST_KEY = "coca_lit_digest"
+MAX_PICKLE = 8 * 2**20  # bytes that describe the tensors of a file of PyTorch's; each can become a list of 64
+# What PyTorch lets a pickle call takes no memory that the file does not hold, but for this one.
+_TAKES_MEMORY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
 
 
-def check_archive(path: Path) -> bool:
-    """Whether the file is a zip archive; raises `ValueError` if that is not whole."""
-    with path.open("rb") as file:
-        if file.read(len(ZIP)) != ZIP:
-            return False
+def check_archive(path: Path, checksums: bool = True) -> bool:
+    """Whether a file of PyTorch's is a zip archive and not of the format before 1.6; raises `ValueError` if it is not
+    whole, or would take more memory than its size.
+
+    Args:
+        checksums: also read all of it, to compare what it holds with its checksums.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        with open_regular(path) as file:
+            if file.read(len(ZIP)) != ZIP:
+                file.seek(0)
+                _check_pickles(file)
+                return False
+            size = file.seek(0, 2)
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                if packed := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
+                    raise ValueError(f"its part '{packed[0]}' is compressed: expected a file of torch.save")
+                if sum(member.file_size for member in members) > size:
+                    raise ValueError("its parts overlap")
+                damaged = archive.testzip() if checksums else None
+                for member in members:
+                    if member.filename.endswith(".pkl"):
+                        _check_pickle(member.file_size, archive.read(member))
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error) or type(error).__name__) from error
     if damaged is not None:
         raise ValueError(f"its part '{damaged}' is not what was written")
     return True
+
+
+def _check_pickles(file: BufferedReader) -> None:
+    """Those at the beginning of a file of the old format, before the numbers of the tensors."""
+    with suppress(ValueError, IndexError):  # no pickle: PyTorch says so
+        for _ in range(5):  # mark, version, machine, content, keys of the tensors
+            for _ in pickletools.genops(file):
+                if file.tell() > MAX_PICKLE:
+                    break
+    size = file.tell()
+    file.seek(0)
+    _check_pickle(size, file.read(MAX_PICKLE))
+
+
+def _check_pickle(size: int, content: bytes) -> None:
+    if size > MAX_PICKLE:
+        raise ValueError(f"it describes its tensors in more than {MAX_PICKLE:,} bytes")
+    if _TAKES_MEMORY.search(content):
+        raise ValueError("it holds code (bytearray)")
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -46,7 +89,10 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     """
     written = dict(metadata or {})
     with replacing(path) as temporary:
-        save_file(dict(state), temporary, metadata={**written, DIGEST_KEY: _digest(state, written)})
+        try:
+            save_file(dict(state), temporary, metadata={**written, DIGEST_KEY: _digest(state, written)})
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
         _sort_metadata(temporary)
 
 

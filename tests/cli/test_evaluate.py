@@ -1,23 +1,21 @@
-"""`coca-evaluate` from its configuration to its files, on one and on two processes."""
+"""`coca-evaluate` from its configuration to its files, on one process and on three."""
 
 import json
-import os
 import subprocess
 import sys
 
 import open_clip
 import pytest
 import torch
-from forking import Program
 from omegaconf import OmegaConf
-from running import without_java
 
 from coca_lit.cli.command import compose as compose_config
-from coca_lit.cli.evaluate import evaluate, run
+from coca_lit.cli.evaluate import evaluate, run, with_evals
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
-from coca_lit.errors import ConfigError, DataError, DataNotFoundError
+from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model, save_model
+from helpers.running import without_java
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +44,7 @@ def test_captions_and_retrieval(checkpoint, tmp_path, monkeypatch):
     assert cfg.image_size == 32  # the model's
 
 
-def test_bf16_changes_scores_little(checkpoint, tmp_path):
-    chosen = (f"checkpoint={checkpoint}", "scoring.images=8", "evals=[scenes_retrieval]")
-    exact = run(compose(tmp_path / "fp32", *chosen))
-    rounded = run(compose(tmp_path / "bf16", *chosen, "precision=bf16"))
-    assert rounded == pytest.approx(exact, abs=1)  # a rank
-    with pytest.raises(ConfigError, match="precision must be auto, fp32 or bf16, not 'half'"):
-        run(compose(tmp_path / "half", *chosen, "precision=half"))
-
-
+@pytest.mark.slow
 def test_another_image_size(checkpoint, tmp_path):
     larger = load_model(checkpoint)
     larger.set_image_size(48)
@@ -77,11 +67,6 @@ def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path
     assert str(tmp_path / "nocaps") in not_run["nocaps_captions"]
     assert {name.split("/")[0] for name in results} >= {"scenes", "compositional"}
     assert "skipped mscoco_captions: the Karpathy split" in capsys.readouterr().out
-
-
-def test_missing_data_that_were_asked_for_are_an_error(checkpoint, tmp_path):
-    with pytest.raises(DataNotFoundError, match="captions of nocaps"):
-        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[nocaps_captions]"))
 
 
 def test_a_clip_has_no_captions_to_score(tmp_path):
@@ -120,15 +105,49 @@ def test_checkpoint_of_another_architecture(tmp_path, name, message):
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setattr("sys.argv", ["coca-evaluate", "checkpoint=absent.ckpt", f"hydra.run.dir={folder}"])
-    with pytest.raises(SystemExit, match=r"^error: checkpoint: there is no checkpoint 'absent\.ckpt'$"):
+    with pytest.raises(SystemExit, match=r"^error: checkpoint: .*'absent\.ckpt'"):
         evaluate()
     monkeypatch.setattr("sys.argv", ["coca-evaluate", f"hydra.run.dir={folder}"])
     with pytest.raises(
         SystemExit,
-        match=r"checkpoint=VALUE; for example: coca-evaluate checkpoint=outputs/my_run \(more: coca-evaluate --help\)$",
+        match=r"checkpoint=VALUE.*coca-evaluate checkpoint=outputs/my_run",
     ):
         evaluate()
     assert not folder.exists()
+
+
+def test_the_evaluations_are_those_of_the_run(tmp_path, monkeypatch, capsys):
+    """By name and as far as we ship them: a stranger's config builds nothing. Its folders count if they are there."""
+    place = tmp_path / "flickr photos"
+    place.mkdir()
+    evals = {"flickr8k_captions": {"_target_": "os.system"}, "mine": {"_target_": "os.system"}, "scenes_choice": None}
+    config = {"evals": evals, "roots": {"flickr8k": "${data.root}", "vqa": "gone"}, "data": {"root": str(place)}}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
+    for checkpoint in (tmp_path, tmp_path / "checkpoints" / "last.ckpt"):
+        words = with_evals([f"checkpoint={checkpoint}"])
+        assert words[1:] == ["evals=[flickr8k_captions]", f'roots.flickr8k="{place}"']
+        assert compose_config("evaluate", words).evals.keys() == {"flickr8k_captions"}
+    assert "evals=[flickr8k_captions]" in capsys.readouterr().out
+    for given in (["evals=all"], ["evals=[]"]):
+        assert with_evals([f"checkpoint={tmp_path}", *given]) == [f"checkpoint={tmp_path}", *given]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").touch()
+    monkeypatch.setattr("sys.argv", ["coca-evaluate", f"checkpoint={other / 'model.safetensors'}"])
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"evals=.*,scenes\}_captions") as error:
+        evaluate()
+    assert len(str(error.value)) < 800
+
+
+@pytest.mark.parametrize(("evals", "split"), [(["my_photos_captions"], ["val"]), (["scenes_captions"], [])])
+def test_own_photos_are_scored_on_the_split_of_the_run(tmp_path, evals, split):
+    config = {"evals": {name: {"_target_": ""} for name in evals}, "scoring": {"split": "val"}}
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
+    words = with_evals([f"checkpoint={tmp_path}"])
+    assert [word.partition("=")[2].strip('"') for word in words if word.startswith("scoring.split=")] == split
 
 
 @pytest.fixture
@@ -151,18 +170,7 @@ def folder_evals(root, *kinds):
     return [chosen, *(f"evals.folder_{kind}.records.{key}={value}" for kind in kinds for key, value in parts.items())]
 
 
-def test_any_folder_in_the_coco_format(checkpoint, folder, tmp_path, monkeypatch):
-    without_java(monkeypatch)
-    evals = folder_evals(folder, "captions", "retrieval")
-    results = run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals))
-    assert {"folder/CIDEr", "folder/i2t_recall@1"} <= results.keys()
-    predictions = json.loads((tmp_path / "run" / "predictions" / "folder.json").read_text())
-    assert [row["image_id"] for row in predictions] == ["picture 0", "picture 1", "picture 2"]
-    with pytest.raises(DataNotFoundError, match=r"captions\.json.*records\.annotations"):
-        run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals[:2], "evals.folder_retrieval=null"))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1])
 def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, workers):
     (folder / "pictures" / "1.png").write_bytes(b"no picture")
     evals = [*folder_evals(folder, "retrieval"), f"scoring.workers={workers}"]
@@ -190,6 +198,7 @@ def test_novel_captions_generation_options_and_attention(checkpoint, tmp_path, m
         run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_captions]", "scoring.generate={num_beam: 2}"))
 
 
+@pytest.mark.slow
 def test_meteor_loads_while_the_model_writes_and_only_then(checkpoint, tmp_path, monkeypatch):
     without_java(monkeypatch)
     events = []
@@ -216,17 +225,9 @@ def all_kinds(folder, checkpoint):
 def test_any_number_of_processes_gives_the_same(on_ranks, checkpoint, tmp_path):
     expected = all_kinds(tmp_path / "1", checkpoint)
     assert {"scenes/CIDEr", "scenes/novel", "scenes/CLIPScore", "scenes/i2t_recall@1", "scenes/top1"} <= expected.keys()
-    assert on_ranks(3, all_kinds, tmp_path / "3", checkpoint) == [expected] * 3  # of two, see the last test
+    assert on_ranks(3, all_kinds, tmp_path / "3", checkpoint) == [expected] * 3
     for file in ("predictions/scenes.json", "results.json", "not_run.json", "samples/scenes_retrieval.json"):
         assert (tmp_path / "3" / file).read_text() == (tmp_path / "1" / file).read_text()
-
-
-def test_lightning_is_never_imported(checkpoint, tmp_path, monkeypatch):
-    for name in [*sys.modules]:
-        if name.partition(".")[0] in ("lightning", "pytorch_lightning"):
-            monkeypatch.setitem(sys.modules, name, None)
-    evals = "evals=[scenes_retrieval,scenes_zeroshot]"
-    assert "scenes/top1" in run(compose(tmp_path, f"checkpoint={checkpoint}", "scoring.images=4", evals))
 
 
 @pytest.mark.slow
@@ -242,12 +243,3 @@ def test_lightning_is_never_loaded(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "loaded: []"
     assert "scenes/t2i_recall@1" in json.loads((tmp_path / "results.json").read_text())
-
-
-def test_two_processes_give_the_scores_of_one(checkpoint, tmp_path):
-    choice = [f"checkpoint={checkpoint}", "scoring.images=13", "evals=[scenes_retrieval]", "threads=1"]
-    expected = run(compose(tmp_path / "one", *choice))
-    command = ("-m", "coca_lit.cli.evaluate", *choice, f"hydra.run.dir={tmp_path / 'two'}")
-    done = Program(*command, cwd=tmp_path, environment=os.environ, ranks=2).wait()
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "two" / "results.json").read_text()) == expected

@@ -12,19 +12,20 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from running import NAFLEX, TINY, compose, results, run, train_py, without_java
 
+from coca_lit.cli import train_command as train
 from coca_lit.cli.assembly import build_data, build_evals
 from coca_lit.cli.command import CONF, to_override
-from coca_lit.cli.train import train
+from coca_lit.cli.train import next_commands
 from coca_lit.data.scenes import render
-from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import caption_images
-from coca_lit.models import CoCa, create_model
-from coca_lit.runs.run_folder import start_run_folder
+from coca_lit.models import create_model
+from coca_lit.runs.resume import start_run_folder
+from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
+from helpers.running import NAFLEX, TINY, compose, results, run, train_py, without_java
 
 OVERLAP = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
 STATISTICS = {"exact_match", "mean_length", "vocabulary", "distinct_1", "distinct_2", "novel"}
@@ -64,8 +65,11 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without METEOR, which takes longer than the run and which .ci/run has in the real demo."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    with (folder.parent / "printed").open("w") as file, redirect_stdout(file):
+    printed = (folder.parent / "printed").open("w")
+    with printed, redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        without_java(patch)
         run(folder, "trainer=smoke", "trainer.profiler=simple", curves=True)
     return folder
 
@@ -77,13 +81,21 @@ def test_demo_says_what_runs_and_what_comes_next(demo: Path) -> None:
     assert "steps   2" in lines
     assert re.search(r"^step 1/2 · epoch 1 · ETA [\d:]+ · .*samples/s", printed, re.MULTILINE)
     assert f"everything is in {demo}; open report.html there" in lines[-2]
-    assert lines[-1] == f"next: coca-caption photos/ checkpoint={demo}   or   coca-evaluate checkpoint={demo}"
+    assert lines[-1] == f"next: coca-demo checkpoint={demo}   or   coca-evaluate checkpoint={demo}"  # no photos
     assert "run_training_batch" in printed  # the profiler's table
+
+
+@pytest.mark.parametrize(("decoder", "use"), [(True, "coca-caption photos/"), (False, "coca-search photos/ TEXT")])
+def test_the_next_command_is_one_for_photos_and_imports_what_the_run_did(decoder: bool, use: str) -> None:
+    net = create_model("coca_tiny", decoder_layers=1 if decoder else 0)
+    cfg = compose("output_dir=a b", "imports=[json,csv]")
+    words = "'checkpoint=a b' 'imports=[json,csv]'"
+    assert next_commands(cfg, net, None) == f"{use} {words}   or   coca-evaluate {words}"  # type: ignore[arg-type]
 
 
 def test_demo_scores(demo: Path) -> None:
     scores = results(demo)
-    both = (CAPTION, FACTS, {"METEOR"}, RETRIEVAL)
+    both = (CAPTION, FACTS, RETRIEVAL)
     assert set(scores) == named("scenes", *both, ZERO_SHOT) | named("compositional", *both)
     assert all(isinstance(value, float) and value >= 0 for value in scores.values())
 
@@ -91,20 +103,13 @@ def test_demo_scores(demo: Path) -> None:
 def test_demo_folder_holds_what_its_readme_says(demo: Path) -> None:
     assert {path.name for path in demo.iterdir()} == {
         *("config.yaml", "environment.json", "metrics.csv", "results.json", "not_run.json", "curves.png"),
-        *("intervals.json", "draws.npz"),
+        *("intervals.json", "draws.npz", "conditions.json"),
         *("report.html", "report.md"),
         *("predictions", "samples", "checkpoints"),
     }
     readme = (Path(__file__).parents[2] / "outputs" / "README.md").read_text()
     assert not [path.name for path in demo.iterdir() if path.name not in readme]
     assert json.loads((demo / "environment.json").read_text())["seconds"] >= 0
-
-
-def test_demo_config_is_the_whole_config(demo: Path) -> None:
-    config = yaml.safe_load((demo / "config.yaml").read_text())
-    assert config["model"]["net"]["name"] == "coca_tiny"
-    assert config["model"]["net"]["image_size"] == "${image_size}"
-    assert config["output_dir"] == str(demo)
 
 
 def test_demo_metrics_have_raw_losses_and_final_scores(demo: Path) -> None:
@@ -130,13 +135,6 @@ def test_demo_predictions_are_coco_results_and_come_from_the_saved_model(demo: P
         assert min(sheet.size) > 100
 
 
-def test_demo_checkpoint_is_data_alone(demo: Path) -> None:
-    assert {path.name for path in (demo / "checkpoints").iterdir()} == {"last.ckpt", "step_2.ckpt"}
-    checkpoint = torch.load(demo / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 2
-    assert isinstance(load_model(demo / "checkpoints" / "step_2.ckpt"), CoCa)
-
-
 # Experiments on data in their own formats
 
 
@@ -145,7 +143,6 @@ def test_demo_checkpoint_is_data_alone(demo: Path) -> None:
     ("experiment", "extra", "scores"),
     [
         ("pretrain_b32", (), named("mscoco", CAPTION, RETRIEVAL)),
-        ("pretrain_l14", (), named("mscoco", CAPTION, RETRIEVAL)),
         ("clip_b32", CLIP, named("mscoco", RETRIEVAL)),
     ],
 )
@@ -245,9 +242,7 @@ def test_any_experiment_runs_on_scenes(
 )
 def test_missing_data_are_explained(experiment: str, word: str) -> None:
     cfg = compose(f"experiment={experiment}", "data_dir=/nowhere")
-    with pytest.raises(
-        DataError, match=r"not found \(looked at /nowhere/.*; set data\.\w+=PLACE .*; data=scenes "
-    ) as caught:
+    with pytest.raises(DataError, match=r"/nowhere/.*data\.\w+=PLACE") as caught:
         build_data(cfg, tokenizer=None)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -284,82 +279,19 @@ def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     return call
 
 
-def test_misspelt_key_is_looked_up_in_the_experiment_asked_for(error_of: Callable[..., str], tmp_path: Path) -> None:
-    said = error_of("experiment=finetune_mscoco", "data.karpaty=x")
-    assert said == "error: there is no key 'data.karpaty'; did you mean 'data.karpathy'?"
-    assert not [*tmp_path.iterdir()]
-
-
 def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: Path) -> None:
     shards = f"data.shards={tmp_path}/{{00000..00012}}.tar"
     said = error_of("experiment=pretrain_b32", "model.net.name=coca_tiny", "image_size=32", "evals=[]", shards)
-    assert said.startswith(f"error: 13 of 13 shards not found (looked at {tmp_path}/00000.tar): write LAION or other")
-    assert said.endswith("; set data.shards=PLACE to where they are; data=scenes needs no files")
+    assert said.startswith("error: 13 of 13 shards")
+    assert "data.shards=PLACE" in said
 
 
 def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path) -> None:
     (tmp_path / "mscoco").mkdir()
     for overrides, key in (((), "roots.mscoco"), (("data=mscoco",), "data.root")):
-        said = rf"not found .*; set {key}=PLACE to where .*; scoring.skip_missing=true leaves"
+        said = rf"{key}=PLACE .*scoring.skip_missing"
         with pytest.raises(DataError, match=said):
             build_evals(compose(*overrides, "evals=[mscoco_retrieval]", f"data_dir={tmp_path}"))
-
-
-def test_missing_value_is_blamed_on_its_key(error_of: Callable[..., str]) -> None:
-    said = error_of("model.net.name=${nowhere}")
-    assert said == "error: model.net.name: Interpolation key 'nowhere' not found"
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("seed: [1\nname: x", r"error: '.*mine.yaml', line \d: expected"),
-        ("modle: {}", r"error: there is no key 'modle'; did you mean 'model'\?"),
-        ("model: {optimzer: {}}", r"error: model has no key 'optimzer'; did you mean 'optimizer'\?"),
-        ("seed: abc", r"error: seed must be a whole number, the default is 0; got abc"),
-        ("imports: [no_such_module]", r"error: imports: there is no module 'no_such_module'"),
-    ],
-)
-def test_experiment_file_from_elsewhere(error_of: Callable[..., str], tmp_path: Path, content: str, said: str) -> None:
-    (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
-    assert re.match(said, error_of("experiment=mine", "--config-dir", "conf"))
-    assert not [*(tmp_path / "outputs").glob("mine/*/*")]
-    assert error_of("experiment=min", "--config-dir", "conf").startswith(
-        "error: 'experiment' has no option 'min'; did you mean 'mine'?"
-    )
-
-
-# Sweeps
-
-
-@pytest.mark.slow
-def test_sweep_with_a_failing_job(
-    error_of: Callable[..., str], data_sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = error_of(
-        "-m",
-        "experiment=finetune_mscoco",
-        "model.optimizer.lr=1e-5,abc,3e-5",
-        "hydra.sweep.dir=sweep",
-        "hydra.sweep.subdir=lr_${model.optimizer.lr}",
-        "evals=mscoco_retrieval",
-        f"data_dir={data_sets}",
-        "data.num_workers=0",
-        *TINY,
-    )
-    assert said == "error: model.optimizer.lr must be a number of at least 0, the default is 1e-05; got abc"
-    folder = tmp_path / "sweep"
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"lr_1e-05", "lr_abc", "lr_3e-05"}
-    with (folder / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["model.optimizer.lr"] for row in rows] == ["1e-05", "abc", "3e-05"]
-    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
-    for row, job in ((rows[0], "lr_1e-05"), (rows[2], "lr_3e-05")):
-        assert row["job"] == job
-        assert float(row["mscoco/t2i_recall@1"]) == results(folder / job)["mscoco/t2i_recall@1"]
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("status", "failed", "lr_3e-05", "mscoco/t2i_recall@1"))
 
 
 # Real processes

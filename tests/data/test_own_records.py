@@ -13,7 +13,7 @@ from PIL import Image
 
 from coca_lit.cli.command import CONF
 from coca_lit.data import ImageFile, Record
-from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments, RecordsDataModule, SharedArguments
+from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
@@ -60,7 +60,7 @@ def test_a_function_and_lists_give_the_same_batches(root: Path) -> None:
             assert torch.equal(ours.images, theirs.images)
     (batch,) = by_lists.val_dataloader()
     assert batch.tokens.tolist() == [TOKENIZER.encode("a green image")] * 2
-    with pytest.raises(DataError, match="the data have the splits train, val, not 'test'"):
+    with pytest.raises(DataError, match=r"train, val.*'test'"):
         by_lists.records("test")
 
 
@@ -84,13 +84,6 @@ def test_records_in_yaml(root: Path) -> None:
 def defaults(target: type) -> dict[str, object]:
     parameters = inspect.signature(target).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-def test_shared_arguments_are_those_of_the_constructors() -> None:
-    loading = [*inspect.signature(CaptionDataModule).parameters]
-    assert [*LoaderArguments.__annotations__] == loading
-    own = [name for name in inspect.signature(RecordsDataModule).parameters if name not in ("records", "shared")]
-    assert sorted(SharedArguments.__annotations__) == sorted(loading + own)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ the same on any number of ranks and workers and after a resume.
 
 import random
 from functools import partial
-from itertools import chain, islice
-from pathlib import Path
+from itertools import chain
 
 import lightning.pytorch as L
 import numpy as np
@@ -14,30 +13,32 @@ import torch
 from PIL import Image
 from timm.data import naflex_transforms
 from torch._dynamo.utils import counters
-from torch.utils.data import DataLoader
 
+from coca_lit.data.any_shape import CropToPatches, PatchSchedule
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import RecordsDataModule
+from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import CaptionDataset
-from coca_lit.data.loader import Schedule, open_epoch
+from coca_lit.data.loader import Schedule
 from coca_lit.data.records import Record
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import IndexedBatches
-from coca_lit.data.shards.listing import Shard
 from coca_lit.data.shards.mixture import Source
-from coca_lit.data.shards.stream import ShardBatches, ShardOrder
+from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.windows import WindowedBatches, Windows
-from coca_lit.data.transforms import CropToPatches, build_transform, patch_grid, random_box, whole_box
+from coca_lit.data.transforms import random_box, whole_box
 from coca_lit.errors import DataError
+from coca_lit.evals.attention import attention_samples
 from coca_lit.evals.inference import caption_images, embed_images, image_batches, log_likelihoods
-from coca_lit.evals.samples import attention_samples
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.patches import Patches, stack_images
-from coca_lit.plan.trace import trace
+from coca_lit.models.patches import Patches, patch_grid, stack_images
 from coca_lit.tokenizer import WordTokenizer
+from coca_lit.tools.plan.trace import trace
 from coca_lit.training.optim import AdamW
+from helpers.epochs import open_epoch
+from helpers.shards import write_shards
 
 TOKENIZER = WordTokenizer(["a", "b", "c", "dog"])
 CAPTIONS = ("a", "a b", "a b c", "a b c dog")
@@ -120,22 +121,24 @@ def test_a_batch_of_different_shapes() -> None:
 
 
 def test_a_schedule_fills_batches() -> None:
-    schedule = Schedule(1000, 4, BUDGETS, seed=1)
+    schedule = PatchSchedule(1000, 4, BUDGETS, seed=1)
     epochs = [[schedule.at(epoch * len(schedule) + step) for step in range(len(schedule))] for epoch in (0, 1)]
     planned = list(chain(*epochs))
-    assert {(size, *patches) for _, size, patches in planned} == {(4, 12), (8, 6), (16, 3)}
+    assert {(size, patches) for _, size, patches in planned} == {(4, 12), (8, 6), (16, 3)}
     assert [batch.first for batch in planned[1:]] == [batch.first + batch.size for batch in planned[:-1]]
     assert planned[len(schedule)].first == schedule.samples > 980
     sizes = [[size for _, size, _ in epoch] for epoch in epochs]
     assert sizes[0] != sizes[1]
     assert sorted(sizes[0]) == sorted(sizes[1])
-    assert [Schedule(1000, 4, BUDGETS, seed=1).at(i) for i in range(9)] == planned[:9]
-    assert [Schedule(1000, 4, BUDGETS, seed=2).at(i) for i in range(9)] != planned[:9]
-    assert (len(Schedule(23, 4)), Schedule(23, 4).at(7)) == (5, (28, 4, ()))
-    with pytest.raises(DataError, match="an epoch has 3 samples, less than a batch of"):
-        Schedule(3, 4, BUDGETS)
-    with pytest.raises(ValueError, match="patches must be whole numbers of at least 1"):
-        Schedule(30, 4, [0])
+    assert [PatchSchedule(1000, 4, BUDGETS, seed=1).at(i) for i in range(9)] == planned[:9]
+    assert [PatchSchedule(1000, 4, BUDGETS, seed=2).at(i) for i in range(9)] != planned[:9]
+    assert (len(Schedule(23, 4)), Schedule(23, 4).at(7)) == (5, (28, 4, None))
+    uneven = PatchSchedule(100, 4, (11, 4), seed=0)  # three times four patches are more than eleven
+    assert {uneven.at(i)[1:] for i in range(len(uneven))} == {(4, 11), (8, 4)}
+    with pytest.raises(DataError, match=r"3 samples"):
+        PatchSchedule(3, 4, BUDGETS, seed=0)
+    with pytest.raises(ValueError, match=r"patches.*\[0\]"):
+        PatchSchedule(30, 4, [0], seed=0)
 
 
 def contents(batches: list[Batch]) -> list[tuple]:
@@ -149,7 +152,7 @@ def contents(batches: list[Batch]) -> list[tuple]:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_batches_of_records_do_not_depend_on_ranks_workers_or_resuming() -> None:
     dataset = CaptionDataset(RECORDS, CropToPatches(8, 99), TOKENIZER, seed=5)
-    open_at = partial(open_epoch, dataset, 2, 3, patches=BUDGETS)
+    open_at = partial(open_epoch, dataset, 2, 3, budgets=BUDGETS)
     whole = contents(list(open_at()))
     assert {len(batch) for batch in whole} == {2, 4, 8}
     for batch in open_at():
@@ -162,20 +165,18 @@ def test_batches_of_records_do_not_depend_on_ranks_workers_or_resuming() -> None
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Shard]:
-    from shards.test_shards import write_shards
-
     return [Shard(str(path)) for path in write_shards(tmp_path_factory.mktemp("shards"), 4, 10)]
 
 
 def test_batches_of_shards(shards: list[Shard]) -> None:
-    """Indexed ones are the same on any number of ranks; streams resume at the batch."""
+    """The same on any number of ranks, and after a resume."""
     data = LAIONDataModule([shard.name for shard in shards], None, tokenizer=TOKENIZER, batch_size=2, patches=BUDGETS)
     schedule, sources = data.schedule(40), [Source("", data.indexes[""])]
     assert data.steps_per_epoch == len(schedule)
     whole = list(IndexedBatches(sources, schedule, 0, 0, 12))
     planned = [schedule.at(number) for number in range(12)]
     assert [{(len(batch), patches) for _, _, patches in batch} for batch in whole] == [
-        {(size, *patches)} for _, size, patches in planned
+        {(size, patches)} for _, size, patches in planned
     ]
     halves = [list(IndexedBatches(sources, schedule, 0, 0, 12, rank, 2)) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in whole]
@@ -186,21 +187,10 @@ def test_batches_of_shards(shards: list[Shard]) -> None:
     windows = partial(WindowedBatches, sources, schedule, 0, windows=Windows(12, 1e6, 2))
     whole = list(windows(0, 12))
     assert [(len(batch), *{patches for _, _, patches in batch}) for batch in whole] == [
-        (size, *patches) for _, size, patches in planned
+        (size, patches) for _, size, patches in planned
     ]
     assert [a + b for a, b in zip(windows(0, 12, 0, 2), windows(0, 12, 1, 2), strict=True)] == whole
     assert list(windows(5, 12)) == whole[5:]
-
-    order, transform = ShardOrder([Source("", shards)], seed=3), CropToPatches(8, 99)
-    for workers in (0, 2):
-        streams = [
-            islice(DataLoader(stream, batch_size=None, num_workers=workers), 7 - start)
-            for start in (0, 3)
-            for stream in [ShardBatches(order, transform, TOKENIZER, schedule, 0, start)]
-        ]
-        all_batches, rest = map(list, streams)
-        assert contents(all_batches[3:]) == contents(rest)
-        assert [len(batch.images) for batch in all_batches] == [schedule.at(i).size for i in range(7)]
 
 
 def test_a_run_trains_and_scores() -> None:
@@ -222,7 +212,7 @@ def test_a_run_trains_and_scores() -> None:
     assert trainer.global_step == data.steps_per_epoch
     assert trainer.callback_metrics["val/caption_loss"].isfinite()
     assert not torch.equal(net.image_encoder.trunk.embeds.proj.weight, before)
-    with pytest.raises(DataError, match=r"data\.patches is for a model that takes images of any shape"):
+    with pytest.raises(DataError, match=r"data\.patches"):
         RecordsDataModule({}, tokenizer=net.tokenizer, batch_size=2, patches=BUDGETS).train_transform()
 
     net.eval()
@@ -239,8 +229,10 @@ def test_a_run_trains_and_scores() -> None:
     assert sample["image"].startswith("data:image")
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_and_stop_compiling() -> None:
     """Shapes and padding that were not seen before compile nothing."""
+    torch.manual_seed(0)
     plain, model = tiny().train(), tiny().train()
     model.compile_blocks("eager")
     graphs = []
@@ -256,7 +248,7 @@ def test_compiled_blocks_give_the_same_and_stop_compiling() -> None:
             torch.stack([*loss_terms(net(images, tokens)).values()]).sum().backward()
             found.append([p.grad for p in net.parameters() if p.grad is not None])
         assert len(found[0]) > 40
-        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(*found, rtol=1e-3, atol=5e-5)  # sums of fp32 in another order
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[4:] == [graphs[4]] * 2
@@ -269,18 +261,3 @@ def test_a_plan_counts_full_images() -> None:
     width, tokens = 24, 16 + 4
     products = 16 * 192 * width + tokens * (4 + 8) * width * width + 2 * tokens * tokens * width
     assert flops == 2 * 2 * products
-
-
-def test_a_file_in_the_folder_is_searched(tmp_path: Path) -> None:
-    from coca_lit.demo.answers import write_captions
-    from coca_lit.inference.search import ImageIndex
-
-    for i in range(3):
-        noise(i).save(tmp_path / f"{i}.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    net = tiny().eval()
-    index = ImageIndex(net, tmp_path)
-    index.update(batch_size=2)
-    assert len(index) == 3
-    assert index.query(noise(1), k=1)[0].path.name == "1.png"
-    assert len(write_captions(net, noise(2), "greedy", 1)) == 1

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from coca_lit.data.datamodule import ScenesDataModule
-from coca_lit.data.scenes.export import export_scenes
 from coca_lit.data.scenes.render import VOCABULARY
 from coca_lit.data.text_batches import TextBatches, read_texts
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
+from coca_lit.tools.prepare.scenes import export_scenes
 
 TOKENIZER = WordTokenizer(VOCABULARY)
 SMALL = {"tokenizer": TOKENIZER, "batch_size": 4, "image_size": 16}
@@ -52,11 +52,6 @@ def test_wrong_files_are_one_sentence(tmp_path: Path, name: str, content: str, s
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=said):
         read_texts(f"{tmp_path}/{name}")
-
-
-def test_a_pattern_without_files_is_explained() -> None:
-    with pytest.raises(DataError, match=r"texts not found \(looked at /nowhere/\*\.txt\)"):
-        read_texts("/nowhere/*.txt")
 
 
 def texts_of(batches: list) -> list[str]:
@@ -104,13 +99,6 @@ def test_a_resumed_run_sees_the_same_batches(file: Path, every: int, monkeypatch
             rest = list(data.train_dataloader())
             assert [batch.keys for batch in rest] == [batch.keys for batch in whole[done:]]
             assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(rest, whole[done:], strict=True))
-
-
-def test_numbers_that_cannot_work_are_refused(file: Path) -> None:
-    with pytest.raises(ValueError, match="text_every must be a whole number of at least 1, got 0"):
-        ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, text=str(file), text_every=0)
-    with pytest.raises(DataError, match=r"data\.text holds 9 texts, less than one batch of 10"):
-        ScenesDataModule(tokenizer=TOKENIZER, batch_size=10, train_count=16, text=str(file)).prepare_data()
 
 
 def test_texts_of_a_json_lines_file_may_be_objects_with_more_fields(tmp_path: Path) -> None:

@@ -1,12 +1,10 @@
-"""Training on texts between pairs: what it trains, that it resumes exactly, and that ranks do not matter."""
+"""Training on texts between pairs: what it trains, and that ranks do not matter."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import compose, run
-from test_distributed import ENCODER, PAIRS, Step, own_batch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,8 +17,10 @@ from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import create_model
 from coca_lit.training.optim import AdamW
-from coca_lit.training.sharding import ddp_options
+from coca_lit.training.trainer import ddp_options
 from coca_lit.weights.load import load_model
+from helpers.running import compose, run
+from helpers.steps import ENCODER, PAIRS, Step, own_batch
 
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.limit_val_batches=0", "data.train_count=32", "data.batch_size=8"),
@@ -38,20 +38,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def weights(folder: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
     return load_model(folder / "checkpoints" / name).state_dict()
-
-
-@pytest.mark.slow
-def test_a_run_with_texts_goes_on_with_the_same_bits(tmp_path: Path, texts: str) -> None:
-    """4 batches of pairs and 2 of texts in an epoch; stopped within the first and the second."""
-    mixture = (*SHORT, texts, "data.text_every=3")
-    run(tmp_path / "whole", *mixture, "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=20")
-    log = (tmp_path / "whole" / "metrics.csv").read_text()
-    assert "train/text_loss" in log
-    assert (tmp_path / "whole" / "checkpoints" / "step_12.ckpt").is_file()
-    for step in (2, 9):
-        start = f"ckpt_path={tmp_path}/whole/checkpoints/step_{step}.ckpt"
-        run(tmp_path / f"from_{step}", *mixture, start)
-        torch.testing.assert_close(weights(tmp_path / f"from_{step}"), weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
 def test_a_run_on_texts_alone_and_one_that_starts_from_it(tmp_path: Path, texts: str) -> None:
@@ -118,7 +104,7 @@ def test_the_loss_of_texts_trains_the_decoder_without_a_caption_loss(text_weight
 
 
 def test_texts_that_train_nothing_are_refused(texts: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.text: the loss of texts reaches nothing that is trained"):
+    with pytest.raises(ConfigError, match=r"data\.text"):
         train("t", texts.removeprefix("data.text="), {"freeze": ["text", "decoder"]})
 
 

@@ -5,7 +5,6 @@ constructors that a run builds.
 """
 
 import ast
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +12,14 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from coca_lit.cli.checks import written
 from coca_lit.cli.command import CONF, compose
+from coca_lit.cli.schema import definition, read_signature, written
 from coca_lit.models.generation.options import OPTIONS, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "conf" / "KEYS.md"
 OBJECTS = {
-    *("net", "optimizer", "tokenizer", "micro_batch_size", "texts", "output_dir", "run_config", "answerer"),
+    *("net", "optimizer", "tokenizer", "micro_batch_size", "texts", "output_dir", "identity", "answerer"),
     *("kwargs", "imports"),
 }
 INTRODUCTION = """\
@@ -48,7 +47,8 @@ def reference() -> str:
 
 def _sections() -> Iterator[tuple[str, list[Row]]]:
     base = _plain()
-    yield "The run (`conf/train.yaml`)", _commented(CONF / "train.yaml", base)
+    run = _commented(CONF / "train.yaml", base)
+    yield "The run (`conf/train.yaml`)", [row for row in run if row.key != "lora.rank"]  # a section of its own below
     listed = _commented(CONF / "scoring.yaml", base["scoring"], "scoring.")
     others = [row for row in _rows("scoring", base["scoring"]) if row.key not in [known.key for known in listed]]
     yield "`scoring`", listed + others
@@ -101,70 +101,19 @@ def _constructor(name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Arguments of a class or function with their defaults (`...` for none, or one that is no literal), and what the
     docstrings, of base classes too, say about each.
     """
-    found = _definition(name)
+    signature = read_signature(name)
+    arguments = signature.arguments if signature is not None else {}
+    return {key: argument.default for key, argument in arguments.items()}, _said(name)
+
+
+def _said(name: str) -> dict[str, str]:
+    found = definition(name)
     if found is None:
-        return {}, {}
+        return {}
     node, module = found
-    inherited: tuple[dict[str, Any], dict[str, str]] = ({}, {})
-    for base in node.bases if isinstance(node, ast.ClassDef) else ():
-        inherited = tuple(a | b for a, b in zip(_constructor(f"{module}.{ast.unparse(base)}"), inherited, strict=True))
-    meanings = inherited[1] | _meanings(ast.get_docstring(node) or "")
-    functions = node.body if isinstance(node, ast.ClassDef) else [node]
-    made = next((f for f in functions if isinstance(f, ast.FunctionDef) and f.name in ("__init__", node.name)), None)
-    if made is None:  # a dataclass has its arguments as fields
-        fields = [f for f in functions if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-        return inherited[0] | {ast.unparse(f.target): _literal(f.value, module) for f in fields}, meanings
-    listed = [*made.args.posonlyargs, *made.args.args]
-    values = [None] * (len(listed) - len(made.args.defaults)) + made.args.defaults + made.args.kw_defaults
-    defaults = {
-        argument.arg: _literal(value, module)
-        for argument, value in zip([*listed, *made.args.kwonlyargs], values, strict=True)
-        if argument.arg != "self"
-    }
-    if made.args.kwarg is not None and isinstance(made.args.kwarg.annotation, ast.Subscript):  # Unpack[…]
-        shared = _fields(f"{module}.{ast.unparse(made.args.kwarg.annotation.slice)}")
-        defaults |= {key: inherited[0].get(key, ...) for key in shared}
-    return defaults, meanings
-
-
-def _fields(name: str) -> list[str]:
-    """The keys of a TypedDict."""
-    found = _definition(name)
-    if found is None or not isinstance(found[0], ast.ClassDef):
-        return []
-    own = [field.target.id for field in found[0].body if isinstance(field, ast.AnnAssign)]  # type: ignore[union-attr]
-    return [*(key for base in found[0].bases for key in _fields(f"{found[1]}.{ast.unparse(base)}")), *own]
-
-
-@functools.cache
-def _definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
-    """A class or function of coca_lit by its full name, and its module; None for others."""
-    module, _, leaf = name.rpartition(".")
-    place = ROOT.joinpath(*module.split("."))
-    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    if not module.startswith("coca_lit") or not file.is_file():
-        return None
-    for node in ast.walk(ast.parse(file.read_text())):  # outermost first
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == leaf:
-            return node, module
-        if isinstance(node, ast.ImportFrom) and node.module and leaf in [alias.name for alias in node.names]:
-            return _definition(f"{node.module}.{leaf}")
-    return None
-
-
-def _literal(node: ast.expr | None, module: str) -> Any:
-    """A default as a plain value, also that of a constant of the module or of one that it imports from."""
-    file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    if isinstance(node, ast.Name) and file.is_file():
-        for line in ast.parse(file.read_text()).body:
-            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == node.id:
-                return _literal(line.value, module)
-            if isinstance(line, ast.ImportFrom) and line.module and node.id in [alias.name for alias in line.names]:
-                return _literal(node, line.module)
-    try:
-        return ast.literal_eval(node) if node is not None else ...
-    except ValueError:
-        return ...
+    inherited = [_said(f"{module}.{ast.unparse(base)}") for base in getattr(node, "bases", ())]
+    own = _meanings(ast.get_docstring(node) or "")
+    return {key: text for said in [*inherited, own] for key, text in said.items()}
 
 
 def _meanings(docstring: str) -> dict[str, str]:

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_inference import make_model, records
 
-from coca_lit.data.transforms import build_transform
+from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs, log_likelihoods
 from coca_lit.evals.retrieval import BEHIND, RetrievalScores, decoder_rerank, reranked
 from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
+from helpers.evaluating import make_model, records
 
 WEIGHT = 0.4
 
@@ -136,9 +136,9 @@ def test_near_cosines_of_what_was_not_read_keep_their_order(weight: float) -> No
 
 
 def test_wrong_arguments_are_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"rerank_weight must be a number of at least 0 and at most 1, got 2\.0"):
+    with pytest.raises(ValueError, match=r"rerank_weight.*2\.0"):
         RetrievalScores("seven", records(), rerank_weight=2.0)
-    with pytest.raises(ValueError, match="rerank must be a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"rerank\b.*-1"):
         Settings("unused", rerank=-1)
 
 
@@ -146,12 +146,12 @@ def test_wrong_arguments(tmp_path) -> None:
     model = make_model()
     images, texts, _ = embed_pairs(model, records())
     for candidates, weight in ((0, 0.5), (3, 1.5), (3, -0.1)):
-        with pytest.raises(ValueError, match=r"at least 1 candidate|at least 0 and at most 1"):
+        with pytest.raises(ValueError, match=r"candidate|rerank_weight"):
             decoder_rerank(model, records(), images, texts, candidates, weight)
     model.decoder = None
-    with pytest.raises(ValueError, match="needs a model with a decoder"):
+    with pytest.raises(ValueError, match="decoder_layers=0"):
         decoder_rerank(model, records(), images, texts, 3, 0.5)
-    with pytest.raises(ValueError, match="built for retrieval only"):
+    with pytest.raises(ValueError, match="decoder_layers=0"):
         model.log_likelihood(torch.zeros(1, 3, 32, 32), model.tokenizer("one"))
     evaluation = RetrievalScores("seven", records())
     assert set(evaluation.evaluate(model, Settings(tmp_path, rerank=3))) == {

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from coca_lit.cli.command import compose
-from coca_lit.cli.plan import build_without_weights
+from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.scenes.render import scene_records
-from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
+from coca_lit.tools.plan.command import build_without_weights
 from experiments import study
 from experiments.family import report
-from experiments.family.family import DecoderRetrieval, scene_kinds
+from experiments.family.family import DecoderRetrieval
 
 FOLDER = Path(report.__file__).parent
 
 
+@pytest.mark.slow
 def test_members_are_of_one_size() -> None:
     """Within 4 % of CoCa's, the frozen parts of a loss that a member goes without included."""
     assert {path.stem for path in FOLDER.glob("member/*.yaml")} == {*report.MEMBERS}
@@ -43,19 +44,6 @@ def test_decoder_retrieval_is_that_of_every_pair_read_alone(tiny_model, tmp_path
     surprising = read - read.exp().mean(dim=0).log()
     assert found["few/decoder_i2t_recall@1"] == pytest.approx((surprising.argmax(dim=1) == right).double().mean())
     assert found["few/cosine_t2i_recall@1"] == pytest.approx((cosines.argmax(dim=0) == right).double().mean())
-
-
-def test_prompts_of_kinds() -> None:
-    assert sorted(scene_kinds().templates) == [
-        *("a large {} above a small {}", "a large {} to the left of a small {}"),
-        *("a small {} above a large {}", "a small {} to the left of a large {}"),
-    ]
-
-
-def test_scores_between_two_points_lie_on_the_line() -> None:
-    points = [(100, 0.2), (200, 0.6)]
-    assert [report.between(points, steps) for steps in (50, 100, 150, 999)] == pytest.approx([0.1, 0.2, 0.4, 0.6])
-    assert report.mean_points([points, [(100, 0.4)]]) == [(100, pytest.approx(0.3))]
 
 
 def test_curves_and_seconds_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

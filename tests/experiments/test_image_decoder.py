@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from running import ROOT, train_py
 
-from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import ScenesDataModule
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.patches import Patches
 from coca_lit.weights.load import load_model
-from experiments.image_decoder.image_decoder import ImageDecoder, sheet
+from experiments.image_decoder.image_decoder import ImageDecoder
+from helpers.running import ROOT, train_py
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +24,6 @@ def built(net: CoCa, **options: Any) -> ImageDecoder:
     decoder = ImageDecoder(**options)
     decoder.build(net)
     return decoder
-
-
-def test_sizes_that_do_not_fit_are_one_sentence(net: CoCa) -> None:
-    with pytest.raises(ValueError, match=r"size \(30\) must be a multiple of patch \(4\)"):
-        ImageDecoder(size=30)
-    with pytest.raises(ValueError, match=r"the text width \(96\) must be a multiple of heads \(5\)"):
-        built(net, heads=5)
-
-
-def test_images_without_pixels_are_refused(net: CoCa) -> None:
-    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    for images in (Patches.of(pixels, 16), torch.zeros(2, 4, 96, dtype=torch.float16)):
-        with pytest.raises(ValueError, match="not from patches or cached features"):
-            built(net)(net, Batch(images, net.tokenizer(["a ring", "a star"]), torch.tensor([4, 4]), ["0", "1"]))
 
 
 def test_a_drawing_depends_on_the_caption_alone(net: CoCa) -> None:
@@ -80,13 +64,6 @@ def test_it_learns_to_draw_what_a_caption_says() -> None:
         optimizer.step()
     pixels = batch.images.float() / 255
     assert decoder(net, batch)["image_decoder"].item() < 0.2 * (pixels - pixels.mean(dim=0)).square().mean().item()
-
-
-def test_the_sheet_shows_images_beside_drawings() -> None:
-    images, drawings = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
-    page = sheet(["a", "b", "c"], images, drawings)
-    assert page.getpixel((20, 60)) == (0, 0, 0)
-    assert page.getpixel((160, 60)) == (255, 255, 255)
 
 
 @pytest.mark.slow

@@ -2,19 +2,16 @@
 formula it is drawn beside.
 """
 
-import itertools
 import random
 
-import numpy as np
 import pytest
 
-from coca_lit.data.shards.stream import SHUFFLE_BUFFER
-from experiments.scale import counted, report, scale, shuffle
-from experiments.study import read_rows
+from experiments.scale import counted, scale
 
 # Communication and memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "world"), [("DDP", 3), ("FSDP2", 2), ("gradient caching", 2)])
 def test_volumes_are_those_of_a_real_step(on_ranks, engine: str, world: int) -> None:
     results = on_ranks(world, counted.count, engine)
@@ -46,19 +43,6 @@ def test_shards_by_hand() -> None:
     (row,) = (row for row in scale.shard_rows() if (row["GPUs"], row["workers per GPU"]) == (384, 8))
     assert row["shards per worker"] == "13 or 14"
     assert list(row.values())[-1] == pytest.approx(100 / 13)
-
-
-def test_pairs_of_one_shard_are_counted() -> None:
-    batch = np.random.default_rng(0).integers(0, 5, shuffle.BATCH)
-    same = [a == b for a, b in itertools.combinations(batch, 2)]
-    assert shuffle._same(batch) == pytest.approx(sum(same) / len(same))
-
-
-def test_recorded_shuffling_is_that_of_the_reader() -> None:
-    row, samples = shuffle.quality(shuffle.ours(SHUFFLE_BUFFER))
-    assert len(set(samples)) == len(samples)
-    (recorded,) = (r for r in read_rows(report.FOLDER / "shuffle.csv") if r["order"] == row["order"])
-    assert [float(value) for value in [*recorded.values()][1:]] == pytest.approx([*row.values()][1:])
 
 
 # Failures

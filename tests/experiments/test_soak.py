@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from running import ROOT
+
+from helpers.running import ROOT
 
 
 @pytest.fixture

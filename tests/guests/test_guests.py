@@ -7,6 +7,7 @@ the same functions run in processes that need not import them.
 import json
 import os
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,15 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a command in the folder of the guest package, which is on nobody's path."""
     if BIN:
         return subprocess.run([f"{BIN}/{name}", *arguments], cwd=GUESTS, capture_output=True, text=True, timeout=600)
-    from forking import Program
+    from helpers.forking import Program
 
-    train = str(GUESTS.parents[1] / "train.py")
-    program = (train,) if name == "coca-train" else ("-m", f"coca_lit.cli.{name.removeprefix('coca-')}")
+    root = GUESTS.parents[1]
+    scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
+    program = (
+        (str(root / "train.py"),)
+        if name == "coca-train"
+        else ("-m", scripts[name].partition(":")[0].removesuffix(".command"))
+    )
     return Program(*program, *arguments, cwd=GUESTS, environment=os.environ).wait()
 
 

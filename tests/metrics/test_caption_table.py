@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from coca_lit.metrics.captions import caption_scores, caption_table
-from coca_lit.metrics.clipscore import clip_scores
-from coca_lit.metrics.diversity import are_novel, caption_statistics
+from coca_lit.metrics.captions import are_novel, caption_scores, caption_statistics, caption_table, clip_scores
 
 
 def test_statistics_by_hand():
@@ -21,6 +19,10 @@ def test_novelty_by_hand():
     assert are_novel(["A dog.", "a cat", "a cow"], ["a dog", "the cow"]) == [False, True, True]
 
 
+def means(scores: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: values.mean().item() for name, values in scores.items()}
+
+
 def test_clip_scores_by_hand():
     images = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     captions = torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
@@ -28,8 +30,8 @@ def test_clip_scores_by_hand():
     scores = clip_scores(images, captions, references, torch.tensor([0, 0, 1]))
     # Image 0: 2.5 * 0.6 and the better of 0.96 and 0.8. Image 1: a negative cosine counts as 0, which makes the
     # harmonic mean 0.
-    assert scores == pytest.approx({"CLIPScore": 1.5 / 2, "RefCLIPScore": 2 * 1.5 * 0.96 / (1.5 + 0.96) / 2})
-    with pytest.raises(ValueError, match="one caption per image"):
+    assert means(scores) == pytest.approx({"CLIPScore": 1.5 / 2, "RefCLIPScore": 2 * 1.5 * 0.96 / (1.5 + 0.96) / 2})
+    with pytest.raises(ValueError, match="caption"):
         clip_scores(images, captions[:1], references, torch.tensor([0, 0, 1]))
 
 
@@ -37,13 +39,15 @@ def test_a_caption_far_from_all_references_fits_them_at_zero():
     """2.5 max(cos, 0) of the caption and its image is 2.5 · 0.6; the cosine of caption and only reference is -1."""
     image, caption, reference = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]]), torch.tensor([[-0.6, -0.8]])
     scores = clip_scores(image, caption, reference, torch.tensor([0]))
-    assert scores == pytest.approx({"CLIPScore": 1.5, "RefCLIPScore": 0})  # 2 · 1.5 · -1 / 0.5 = -6 without max(cos, 0)
+    assert means(scores) == pytest.approx(
+        {"CLIPScore": 1.5, "RefCLIPScore": 0}
+    )  # 2 · 1.5 · -1 / 0.5 = -6 without max(cos, 0)
 
 
 def test_clip_scores_of_doubles():
     image = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
     scores = clip_scores(image, image, image, torch.tensor([0]))
-    assert scores == pytest.approx({"CLIPScore": 2.5, "RefCLIPScore": 2 * 2.5 / 3.5}, abs=1e-12)
+    assert means(scores) == pytest.approx({"CLIPScore": 2.5, "RefCLIPScore": 2 * 2.5 / 3.5}, abs=1e-12)
 
 
 def test_domains_are_sets_of_their_own():

@@ -5,11 +5,11 @@ import math
 import random
 
 import pytest
-from conftest import SHARED
 from pycocoevalcap.cider.cider import Cider
 
 from coca_lit.metrics.cider import CiderD, fast_words
-from coca_lit.metrics.java.ptb import ptb_tokenize
+from coca_lit.metrics.java.runtime import ptb_tokenize
+from helpers.shared_data import SHARED
 
 CAPTIONS = SHARED / "captions"
 WORDS = ["a", "dog", "runs", "on", "the", "green", "grass", "with", "red", "ball"]

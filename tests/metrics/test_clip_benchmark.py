@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
 
+from coca_lit.metrics.classification import class_features, classification_scores
 from coca_lit.metrics.retrieval import retrieval_scores
-from coca_lit.metrics.zeroshot import class_features, classification_scores
 
 retrieval = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
 classification = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")

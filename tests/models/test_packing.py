@@ -15,8 +15,6 @@ from coca_lit.models.packing import Layout
 LENGTHS = {
     "ragged": [5, 24, 2, 9],
     "one fills the context": [3, 24],
-    "equal": [7, 7, 7],
-    "a single caption": [6],
     "one has no word": [1, 12],
     "none has a word": [1, 1],
 }
@@ -69,7 +67,8 @@ def step(
     """Everything that a training step computes, with packing forced (threshold below 0) or forbidden (1)."""
     monkeypatch.setattr("coca_lit.models.packing.WORTHWHILE_PADDING", threshold)
     model.zero_grad()
-    out = model(*batch, **parts)
+    images, *texts = batch
+    out = model.captions_of(None, *texts) if images is None else model(images, *texts, **parts)
     loss = losses(out)
     loss.backward()
     tensors = [
@@ -103,15 +102,6 @@ def test_packed_equals_padded_with_recomputed_activations(batch: tuple, monkeypa
     plain = step(model, batch, monkeypatch, -1.0)
     model.set_grad_checkpointing("blocks")
     assert_close(step(model, batch, monkeypatch, -1.0), plain, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("batch", ["ragged"], indirect=True)
-def test_packed_equals_padded_under_bf16(batch: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = create_model("coca_tiny").train()
-    with torch.autocast("cpu", torch.bfloat16):
-        packed, padded = (step(model, batch, monkeypatch, threshold)[0] for threshold in (-1.0, 1.0))
-    assert_close(packed, padded, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_texts_alone_are_read_by_the_self_blocks(tiny_model: Build) -> None:
     """Against the same blocks one after the other, text by text."""
     model = tiny_model()
     _, tokens = inputs(model)
-    out = model(None, tokens, LENGTHS)
+    out = model.captions_of(None, tokens, LENGTHS)
     assert out.image_features is None
     assert out.text_features is None
     expected = []
@@ -76,15 +76,8 @@ def test_texts_alone_are_read_by_the_self_blocks(tiny_model: Build) -> None:
 def test_texts_alone_train_the_language_half(tiny_model: Build) -> None:
     model = tiny_model()
     _, tokens = inputs(model)
-    loss_terms(model(None, tokens, LENGTHS))["caption"].backward()
+    loss_terms(model.captions_of(None, tokens, LENGTHS))["caption"].backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     kept = ("image_encoder.", "pooling.", "image_projection.", "decoder.cross_blocks.", "logit_scale")
     contrastive = ("text.cls_embedding", "text.norm.", "text.projection.")
     assert {n for n, _ in model.named_parameters() if not n.startswith((*kept, *contrastive))} == trained
-
-
-def test_a_model_without_decoder_cannot_read(tiny_model: Build) -> None:
-    model = tiny_model(decoder_layers=0)
-    images, tokens = inputs(model)
-    with pytest.raises(ValueError, match="has no decoder"):
-        model.multimodal_state(images, tokens)

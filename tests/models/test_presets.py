@@ -1,15 +1,17 @@
-"""The word lists of the presets match the data that they are for."""
+"""The word lists of the presets match the data that they are for, and the sizes of a study its publication."""
 
 import pytest
+import torch
 
-from coca_lit.data.scenes import questions, render
+from coca_lit.data.scenes import facts, render
 from coca_lit.models import create_model
 from coca_lit.models.presets import VOCABULARIES
+from helpers.study import PROFILE, SMALL, millions
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("scenes", render.VOCABULARY), ("scenes_vqa", questions.VOCABULARY)],
+    [("scenes", render.VOCABULARY), ("scenes_vqa", facts.VOCABULARY)],
     ids=["scenes", "scenes_vqa"],
 )
 def test_vocabulary_of_the_scenes(name: str, words: tuple[str, ...]) -> None:
@@ -18,5 +20,35 @@ def test_vocabulary_of_the_scenes(name: str, words: tuple[str, ...]) -> None:
 
 
 def test_an_unknown_vocabulary_suggests_one() -> None:
-    with pytest.raises(ValueError, match="unknown tokenizer 'scenes_vka'; did you mean 'scenes_vqa'"):
+    with pytest.raises(ValueError, match=r"'scenes_vka'.*'scenes_vqa'"):
         create_model("coca_tiny", tokenizer="scenes_vka")
+
+
+def expect_parameters(name: str) -> None:
+    with torch.device("meta"):
+        found = millions(create_model(name))
+    assert found == pytest.approx(PROFILE[name][:3], abs=0.0051)  # published with two decimals
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_parameters_of_the_study(name: str) -> None:
+    expect_parameters(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PROFILE.keys() - set(SMALL)))
+def test_parameters_of_the_study_in_all_sizes(name: str) -> None:
+    expect_parameters(name)
+
+
+def test_arguments_of_an_image_encoder_are_added_to_those_of_the_preset() -> None:
+    """Else a study's L/32 with a share of patches left out would be a B/32."""
+    with torch.device("meta"):
+        sizes = {"text_layers": 1, "decoder_layers": 1}
+        model = create_model("coca_vit_s16", image_encoder_args={"patch_drop_rate": 0.5}, **sizes)
+        other = create_model("coca_vit_s16", image_encoder="vit_base_patch32_clip_224", **sizes)
+        timm = create_model("coca_vit_s16", image_encoder="vit_base_patch16_clip_224", **sizes)
+    assert model.config["image_encoder_args"]["embed_dim"] == 384
+    assert model.config["image_encoder_args"]["patch_drop_rate"] == 0.5
+    assert other.image_encoder.width == 384
+    assert timm.image_encoder.width == 768

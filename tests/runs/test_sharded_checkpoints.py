@@ -12,20 +12,21 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from forking import FORKSERVER
-from running import launched, run
-from test_parallel_training import UNSCORED, saved
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from coca_lit.distributed import rank, world_size
 from coca_lit.errors import CheckpointError
+from coca_lit.files import TEMPORARY, temporary_folder
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.resume import RUN_KEY
 from coca_lit.training import sharded_checkpoint
 from coca_lit.weights.load import load_model
 from coca_lit.weights.sharded import REST, SHARDS, nested, read_tensors
+from helpers.forking import FORKSERVER
+from helpers.parallel import UNSCORED, saved
+from helpers.running import launched, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ONE_FILE = ("trainer=fsdp", "trainer.accelerator=cpu")
@@ -55,7 +56,9 @@ def without_last_steps(folder: Path, source: Path, steps: int) -> Path:
         for step in range(1, steps + 1):
             name = f"checkpoints/step_{step}.ckpt"
             shutil.copytree(source / name, folder / name)
-        shutil.copytree(source / name, folder / "checkpoints" / f".step_{steps + 1}.ckpt.ranks.tmp")
+        begun = temporary_folder(folder / "checkpoints" / f"step_{steps + 1}.ckpt")
+        shutil.copytree(source / name, begun)
+        (begun / TEMPORARY).touch()
         shutil.copy(source / "config.yaml", folder)
     dist.barrier()
     return folder
@@ -121,7 +124,7 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint(written: Path) -> None:
     assert inspect(written / "step_1.ckpt")["of"] == 1
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 3])
 def test_any_number_of_ranks_reads_what_two_have_written(on_ranks, written: Path, world: int) -> None:
     for found in on_ranks(world, read, written / "step_1.ckpt"):
         torch.testing.assert_close(found, {"of": 1, "exp_avg": 2 * WEIGHT, "step": torch.tensor(3.0)})

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from running import run
 
 from coca_lit.data.batch import Batch, padded
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.objectives import ParallelPrediction, PrefixPrompts
+from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
 from coca_lit.training.optim import AdamW
+from helpers.running import run
 
 CAPTIONS = ["a large red circle", "a small blue square below a green ring", "the pink star is left of the cyan cross"]
 
@@ -48,30 +48,15 @@ def test_masked_captions_are_predicted_from_the_image_alone(net: CoCa) -> None:
 
 
 @torch.no_grad()
-def test_a_share_of_the_captions_is_masked_and_questions_are_not(net: CoCa, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_of_the_captions_is_masked_and_questions_are_not(net: CoCa) -> None:
     batch, objective = make_batch(net, CAPTIONS), ParallelPrediction(share=0.75)
-    objective.build(net)
     asked = batch._replace(prefix_lengths=torch.tensor([3, 3, 3]))
-    seen = []
-    monkeypatch.setattr("coca_lit.training.objectives._caption_term", lambda *_, read: seen.append(read))
     torch.manual_seed(0)
-    for _ in range(200):
-        objective(net, asked)
-    read = torch.stack(seen)
+    read = torch.stack([objective.masked(asked, net.tokenizer.sot_id) for _ in range(200)])
     assert (read[:, :, :3] == batch.tokens[:, :3]).all()
     masked = (read[:, :, 3:] == net.tokenizer.sot_id).all(-1)
     assert masked.float().mean().item() == pytest.approx(0.75, abs=0.05)
     assert (read[~masked] == batch.tokens.expand_as(read)[~masked]).all()
-
-
-@torch.no_grad()
-def test_features_of_a_masked_caption_are_those_of_its_text(net: CoCa) -> None:
-    batch = make_batch(net, CAPTIONS)
-    read = torch.full_like(batch.tokens, net.tokenizer.sot_id)
-    both = net(batch.images, batch.tokens, batch.lengths, read=read)
-    torch.testing.assert_close(both.text_features, net.encode_text(batch.tokens, batch.lengths))
-    alone = net(batch.images, batch.tokens, batch.lengths, read=read, contrastive=False)
-    torch.testing.assert_close(both.hidden, alone.hidden)
 
 
 def test_prompts_by_hand(net: CoCa) -> None:
@@ -87,6 +72,8 @@ def test_prompts_by_hand(net: CoCa) -> None:
     assert batch.tokens[1].tolist() == encode(f"how many {long}")
     assert batch.lengths.tolist() == [len(first), 24]
     assert batch.prefix_lengths.tolist() == [3, 3]
+    asked = make_batch(net, [words, long])._replace(prefix_lengths=torch.tensor([3, 4]))
+    assert objective.with_prompts(net, asked, torch.tensor([0, 1])).prefix_lengths.tolist() == [5, 6]
     torch.manual_seed(0)
     plain = loss_terms(net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths))["caption"]
     with torch.no_grad():
@@ -95,17 +82,6 @@ def test_prompts_by_hand(net: CoCa) -> None:
     expected = loss_terms(net(one.images, one.tokens, one.lengths, prefix_lengths=one.prefix_lengths))["caption"]
     torch.testing.assert_close(found, expected.detach())
     assert plain.item() > 0
-
-
-def test_wrong_arguments(net: CoCa) -> None:
-    with pytest.raises(ValueError, match="share must be a number above 0 and at most 1, got 0"):
-        ParallelPrediction(share=0)
-    with pytest.raises(ValueError, match="prompts must be one or more texts"):
-        PrefixPrompts([" "])
-    with pytest.raises(ValueError, match="more than half of the context of 24"):
-        PrefixPrompts(["red " * 13]).build(net)
-    with pytest.raises(ValueError, match="a caption loss needs a decoder"):
-        ParallelPrediction().build(create_model("coca_tiny", decoder_layers=0))
 
 
 def test_parallel_prediction_alone_trains_what_captioning_trains() -> None:
@@ -125,8 +101,8 @@ def test_a_run_with_both(tmp_path: Path) -> None:
     run(
         tmp_path,
         *("trainer=smoke", "evals=[]", "model.caption_weight=0"),
-        "+model.objectives.cappa._target_=coca_lit.training.objectives.ParallelPrediction",
-        "+model.objectives.prompts._target_=coca_lit.training.objectives.PrefixPrompts",
+        "+model.objectives.cappa._target_=coca_lit.training.caption_objectives.ParallelPrediction",
+        "+model.objectives.prompts._target_=coca_lit.training.caption_objectives.PrefixPrompts",
         "+model.objectives.prompts.prompts=[we see]",
     )
     log = (tmp_path / "metrics.csv").read_text().splitlines()[0]

@@ -1,29 +1,26 @@
 """Objectives added to the network's own: the answer classifier, and a user's."""
 
 import json
-import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from running import compose, run
 from torch import Tensor
 
-from coca_lit.cli.assembly import build_trainer
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import SceneQuestionsDataModule
-from coca_lit.data.scenes.export import export_scenes
-from coca_lit.data.scenes.questions import scene_question_records
-from coca_lit.errors import ConfigError
+from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.answers import AnswerClassifier
-from coca_lit.training.objectives import Objective
+from coca_lit.tools.prepare.scenes import export_scenes
+from coca_lit.training.caption_objectives import AnswerClassifier, ParallelPrediction, PrefixPrompts
+from coca_lit.training.objectives import Function, Objective, Pairs, Texts
 from coca_lit.training.optim import AdamW
-from coca_lit.training.sharding import FullySharded, check_strategy
 from coca_lit.weights.load import load_model
+from helpers.running import run
 
 OPTIMIZER = AdamW(lr=1e-3)
 ANSWERS = ["red", "2", "left"]
@@ -141,25 +138,6 @@ def test_what_an_objective_trains_is_not_frozen_at_any_depth(
     assert found < before
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"answers": ["a"]}, "two or more different answers"),
-        ({"answers": ["a", "a"]}, "two or more different answers"),
-        ({"answers": ANSWERS, "weight": -1}, "answers_weight must be a number of at least 0, got -1"),
-        ({"answers": ANSWERS, "weight": math.nan}, "answers_weight must be a number of at least 0, got nan"),
-    ],
-)
-def test_wrong_arguments_are_one_sentence(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        AnswerClassifier(**options)
-
-
-def test_answers_need_a_decoder() -> None:
-    with pytest.raises(ValueError, match=r"answers need a decoder, which .* lacks"):
-        AnswerClassifier(ANSWERS).build(create_model("coca_tiny", decoder_layers=0))
-
-
 # A user's objectives
 
 
@@ -187,7 +165,7 @@ def test_weighted_terms_are_added_and_logged_raw(questions: Batch, monkeypatch: 
     torch.nn.init.ones_(objective.head.bias)
     monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(module, "log", lambda *_: None)
-    monkeypatch.setattr(module, "_is_logged", lambda: True)
+    monkeypatch.setattr(module, "is_logged", lambda: True)
     loss = module.training_step(questions, 0)
     own = {f"train/{name}_loss": term.detach() for name, term in objective(net, questions).items()}
     assert own["train/shift_loss"] == 1
@@ -197,26 +175,31 @@ def test_weighted_terms_are_added_and_logged_raw(questions: Batch, monkeypatch: 
     assert loss.item() == pytest.approx(sum(weight * logged[f"train/{name}_loss"] for name, weight in weights.items()))
 
 
-def test_an_objective_alone_is_trained(questions: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"bright": Brightness()})
-    logged: dict[str, Any] = {}
-    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
-    module.validation_step(questions, 0)
-    assert set(logged) == {"val/brightness_loss", "val/shift_loss"}
+class OnlyForward(Objective):
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        return {"mine": net.encode_image(batch.images).square().sum()}
+
+
+def squares(net: CoCa, batch: Batch, factor: float = 1.0) -> dict[str, Tensor]:
+    return {"mine": factor * net.encode_image(batch.images).square().sum()}
+
+
+@pytest.mark.parametrize(
+    "objective", [OnlyForward(), squares, partial(squares, factor=1.0)], ids=["class", "function", "partial"]
+)
+def test_a_forward_or_a_function_is_enough(questions: Batch, objective: Any) -> None:
+    module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": objective})
+    loss = module.training_step(questions, 0)
+    assert loss.item() == pytest.approx(len(questions.images), rel=1e-5)  # features of unit length
 
 
 @pytest.mark.parametrize(
     ("objectives", "options", "said"),
     [
-        ({"a": Brightness(name="caption")}, {}, "objectives.a: 'caption' is the name of another loss"),
-        ({"a": Brightness(), "b": Brightness()}, {}, "objectives.b: 'brightness' is the name of another loss"),
-        ({"a": Brightness(weight=0)}, {}, "a brightness_weight of 0 trains nothing; set objectives.a=null"),
-        ({"a": print}, {}, "objectives.a: expected a coca_lit.training.objectives.Objective, got <built-in"),
-        (
-            {"a": Brightness()},
-            {"micro_batch_size": 2, "freeze": ["image_encoder"]},
-            "micro_batch_size does not work with further objectives",
-        ),
+        ({"a": Brightness(name="caption")}, {}, "objectives.a.*'caption'"),
+        ({"a": Brightness(), "b": Brightness()}, {}, "objectives.b.*'brightness'"),
+        ({"a": Brightness(weight=0)}, {}, "brightness_weight.*objectives.a=null"),
+        ({"a": 3}, {}, "objectives.a.*3"),
     ],
 )
 def test_objectives_that_cannot_join_are_refused(
@@ -245,7 +228,7 @@ def test_a_run_that_answers(tmp_path: Path) -> None:
 def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
     export_scenes("vqa", tmp_path / "vqa", count=8, size=32)
     tiny = ("model.net.name=coca_tiny", "+model.net.tokenizer=scenes_vqa", "image_size=32", "data.num_workers=0")
-    overrides = ("experiment=finetune_vqa", "model=coca_answers", f"data.root={tmp_path}/vqa", *tiny)
+    overrides = ("experiment=finetune_vqa", "init_from=null", "model=coca_answers", f"data.root={tmp_path}/vqa", *tiny)
     results = run(tmp_path / "run", "trainer=smoke", *overrides)
     kinds = {"number", "other", "classifier", "blind"}
     assert {"vqa/accuracy", "vqa/classifier/accuracy"} <= set(results)
@@ -254,30 +237,39 @@ def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
     assert {*rows[0]} == {"question_id", "answer"}
 
 
-def test_sharded_weights_and_further_losses_are_refused() -> None:
-    with pytest.raises(ValueError, match="objectives do not work with sharded weights"):
-        check_strategy(FullySharded(), "32-true", None, None, objectives=True)
+# Means over tokens
 
 
-@pytest.mark.parametrize(("objective", "said"), [("null", "micro_batch_size does"), ("{weight: 1}", "objectives do")])
-def test_one_that_is_left_out_is_none(objective: str, said: str) -> None:
-    sharded = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.micro_batch_size=4", "output_dir=x")
-    with pytest.raises(ConfigError, match=f"{said} not work with sharded weights"):
-        build_trainer(compose(*sharded, f"+model.objectives.answers={objective}"), [])
+@pytest.mark.parametrize(
+    ("objective", "term", "over_tokens"),
+    [
+        (Pairs(0.0, 1.0), "caption", True),
+        (Texts(1.0), "text", True),
+        (ParallelPrediction(share=1.0), "parallel", True),
+        (PrefixPrompts("we see"), "prefixed", True),
+        (Function(lambda net, batch: {"mine": net.encode_image(batch.images).square().mean()}), "mine", False),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Objective) else "",
+)
+def test_objectives_know_whether_two_batches_have_the_mean_of_both(
+    objective: Objective, term: str, over_tokens: bool
+) -> None:
+    """Captions of 5 and of 16 tokens: where the mean of both batches is not that of the whole, accumulation is
+    refused.
+    """
+    torch.manual_seed(0)
+    net = create_model("coca_tiny").eval()
+    lengths = torch.tensor([5, 16])
+    tokens = torch.randint(4, net.tokenizer.vocab_size, (2, 16))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    whole = Batch(images, tokens, lengths, ["", ""])
+    parts = [Batch(images[i : i + 1], tokens[i : i + 1, :n], lengths[i : i + 1], [""]) for i, n in enumerate((5, 16))]
+    objective.build(net)
+    with torch.no_grad():
+        together, apart = objective(net, whole)[term], [objective(net, part)[term] for part in parts]
+    equal = together.item() == pytest.approx(torch.stack(apart).mean().item(), rel=1e-4)
+    assert objective.averages_tokens == over_tokens == (not equal)
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "16", 16])
-def test_fp16_by_any_name_is_refused_where_it_does_not_work(precision: str | int) -> None:
-    with pytest.raises(ValueError, match="fp16 does not work with sharded weights"):
-        check_strategy(FullySharded(), precision, None, None)
-    with pytest.raises(ValueError, match="micro_batch_size does not work with fp16"):
-        check_strategy("auto", precision, None, 4)
-    for other in ("bf16", "bf16-mixed", 32, "32-true", "16-true"):
-        check_strategy("auto", other, None, 4)
-
-
-def test_texts_without_a_decoder_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text("a ring\n" * 16)
-    clip = ("+model.net.decoder_layers=0", f"data.text={tmp_path}/texts.txt", "evals=[]")
-    with pytest.raises(ConfigError, match=r"data\.text: texts without images train the decoder, which a CLIP"):
-        run(tmp_path, *SMALL, *clip)
+def test_pairs_without_captions_average_no_tokens() -> None:
+    assert not Pairs(1.0, 0.0).averages_tokens

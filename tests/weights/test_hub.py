@@ -1,36 +1,37 @@
 """Models by name, against a small Hub on the loopback interface that `huggingface_hub`'s own client talks to."""
 
-import errno
 import hashlib
+import io
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import open_clip
 import open_clip.pretrained
 import pytest
 import torch
-from hub_server import TOKEN, Hub, Repository
 from PIL import Image
 from safetensors.torch import save
-from test_mammut import released_files
 
-from coca_lit.cli import caption as caption_cli
-from coca_lit.cli import export as export_cli
-from coca_lit.cli.assembly import build_settings
+import coca_lit
 from coca_lit.cli.command import compose, to_override
-from coca_lit.errors import CheckpointError, ConfigError
-from coca_lit.export.open_clip import write_open_clip
+from coca_lit.errors import CheckpointError
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.clip import CLIP, QuickGELU
 from coca_lit.models.image import CLIP_NORMALISATION
-from coca_lit.weights.hub import locate, released_models
-from coca_lit.weights.load import copy_weights, load_dual_encoder, load_model, save_model
+from coca_lit.tools.caption import command as caption_cli
+from coca_lit.tools.checkpoint import chosen_checkpoint
+from coca_lit.tools.export import command as export_cli
+from coca_lit.tools.export import push_to_hub, save_pretrained
+from coca_lit.tools.export.open_clip import write_open_clip
+from coca_lit.weights.hub import DEFAULT, PHOTOS_WEIGHTS, _say, download, list_models, locate, released_models
+from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import to_open_clip
+from coca_lit.weights.open_clip.config import open_clip_config
+from helpers.hub_server import TOKEN, Hub, Repository
+from helpers.mammut import released_files
 
 SMALL = {
     "image_encoder_args": {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2},
@@ -129,6 +130,78 @@ def test_openmammut_by_its_name(hub: Hub) -> None:
     assert torch.equal(found.encode_text(found.tokenizer(["a dog"])), model.encode_text(model.tokenizer(["a dog"])))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context128",
+        "hf-hub:apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context128",
+        "coca_ViT-L-14/dfn2b_s13b_docci_s12m_context128",
+    ],
+)
+def test_apples_layout(hub: Hub, name: str, model: CoCa, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One `.pt`, and a `config.json` that is OpenCLIP's model config itself. Its heads are not those of the rule."""
+    config = open_clip_config(model)["model_cfg"]
+    config["vision_cfg"]["head_width"], config["text_cfg"]["heads"] = 16, 2
+    torch.save(to_open_clip(model), tmp_path / "mobileclip2_coca.pt")
+    content = (tmp_path / "mobileclip2_coca.pt").read_bytes()
+    files = {"mobileclip2_coca.pt": content, "config.json": json.dumps(config).encode(), "LICENSE": b"apple-amlr"}
+    hub.repositories["apple/mobileclip2_coca_dfn2b_s13b_docci_s12m_context128"] = Repository(files)
+    _say.cache_clear()
+    for _ in range(2):
+        found = load_model(name)
+    assert_equal(found, model)
+    assert found.config["text_heads"] == 2
+    assert [record.getMessage() for record in caplog.records if "apple-amlr" in record.getMessage()] != []
+    assert len([record for record in caplog.records if "licence" in record.getMessage()]) == 1
+    assert len(hub.asked_for("GET", "/storage/")) == 1
+
+
+RUN = "mammut_ViT-S-32_s12.8B_dfn_2b_globalbs180224_lr0.0025_b1_0.9_b2_0.95_sched_cosine_warmup6000_gpus512"
+STUDY = "laion/scaling-laws-for-comparison"
+
+
+def trained(state: dict[str, torch.Tensor], epoch: int) -> bytes:
+    """A checkpoint as OpenCLIP's training writes it under DDP."""
+    weights = {f"module.{name}": tensor for name, tensor in state.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    torch.save({"epoch": epoch, "name": RUN, "state_dict": weights, "optimizer": optimizer}, file := io.BytesIO())
+    return file.getvalue()
+
+
+def test_layout_of_the_scaling_study(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder a run, a checkpoint an epoch, no config: what the tensors show and OpenCLIP's rules are enough."""
+    image = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    arguments = {"image_encoder_args": image, "image_size": 32, "embed_dim": 64, "text_width": 64, "text_heads": 1}
+    torch.manual_seed(0)
+    model = create_model("mammut_ViT-S-32", **arguments, text_layers=3, decoder_layers=3).eval()
+    state = to_open_clip(model, "mammut")
+    later = {name: tensor + 1 for name, tensor in state.items()}
+    contents = {1: trained(state, 1), 2: trained(state, 2), 10: trained(later, 10)}
+    files = {f"{RUN}/epoch_{n}.pt": content for n, content in contents.items()}
+    hub.repositories[STUDY] = Repository(files | {"results.parquet": b"1", f"{RUN}2/epoch_11.pt": b"1"})
+    last = load_model(f"hf-hub:{STUDY}/{RUN}")
+    torch.testing.assert_close(last.logit_scale, model.logit_scale + 1)
+    assert last.config == model.config
+    for name in ("epoch_2", "epoch_2.pt"):
+        assert_equal(load_model(f"hf-hub:{STUDY}/{RUN}/{name}"), model)
+    folder = tmp_path / RUN
+    folder.mkdir()
+    for n, content in contents.items():
+        (folder / f"epoch_{n}.pt").write_bytes(content)
+    assert locate(folder).name == "epoch_10.pt"
+    assert locate(folder / "epoch_1").name == "epoch_1.pt"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_equal(load_model(f"hf-hub:{STUDY}/{RUN}/epoch_2"), model)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+        load_model(f"hf-hub:{STUDY}/{RUN}/epoch_1")
+
+
+def test_a_config_of_another_library_is_left_alone(tmp_path: Path, files: dict[str, bytes]) -> None:
+    (tmp_path / SAFE).write_bytes(files[SAFE])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {}}))
+    assert load_model(tmp_path).config["text_heads"] == 1  # by OpenCLIP's rule of 64 a head
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["coca_ViT-B-32", "coca_ViT-L-14"])
 @torch.no_grad()
@@ -153,11 +226,6 @@ def test_weights_of_the_real_shapes(hub: Hub, monkeypatch: pytest.MonkeyPatch, t
     torch.testing.assert_close(ours.encode_text(ours.tokenizer(captions)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_architecture_without_a_tag_is_the_captioner(hub: Hub, files: dict[str, bytes]) -> None:
-    hub.repositories[L14] = Repository(files)
-    assert L14.replace("/", "--") in str(locate("coca_ViT-L-14"))
-
-
 def test_revisions_are_kept_apart(hub: Hub, files: dict[str, bytes], model: CoCa) -> None:
     hub.repositories["me/coca"] = repository = Repository(files)
     first = next(iter(repository.commits))
@@ -171,27 +239,11 @@ def test_revisions_are_kept_apart(hub: Hub, files: dict[str, bytes], model: CoCa
     assert locate("hf-hub:me/coca").parent == Path(config).parent
 
 
-def test_folders(tmp_path: Path, model: CoCa) -> None:
-    run, exported = tmp_path / "run", tmp_path / "exported"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "last.ckpt").touch()
-    assert locate(run) == run / "checkpoints" / "last.ckpt"
-    (run / "checkpoints" / "best.ckpt").touch()
-    assert locate(str(run)) == run / "checkpoints" / "best.ckpt"
-    assert locate(run / "checkpoints") == run / "checkpoints" / "best.ckpt"
-    exported.mkdir()
-    save_model(model, exported / "model.safetensors")
-    assert_equal(load_model(exported), model)
-    target = create_model("coca_vit_b32", **SMALL)
-    copy_weights(load_dual_encoder(exported), target, exported)
-    assert_equal(target, model)
-
-
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
         ("coca_ViT-L-14/mscoco_finetuned", "did you mean 'coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k'?"),
-        ("laion/CoCa-ViT-B-32-laion2B-s13B-b90k", f"did you mean 'hf-hub:{B32}'?"),
+        ("laion/CoCa-ViT-B-32-laion2B-s13B-b90", f"did you mean 'hf-hub:{B32}'?"),
         ("ViT-B-32/laion2b_s34b_b79", "did you mean 'ViT-B-32/laion2b_s34b_b79k'?"),
         ("vit_h-14", "did you mean 'ViT-H-14/laion2b_s32b_b79k'?"),
     ],
@@ -202,31 +254,15 @@ def test_a_misspelt_name_suggests_the_right_one(name: str, hint: str) -> None:
 
 
 def test_released_names_are_those_of_open_clip() -> None:
+    others = ("apple/mobileclip2_coca", "laion/openMaMMUT")  # not of OpenCLIP's list
     for name, model in released_models().items():
+        if model.repo.startswith(others):
+            continue
         theirs = open_clip.pretrained.get_pretrained_cfg(*name.split("/"))
         assert theirs["hf_hub"] == f"{model.repo}/", name
         assert theirs.get("quick_gelu", False) == model.quick_gelu, name
     coca = [name for name in open_clip.list_pretrained(as_str=True) if name.startswith("coca")]
     assert {name.replace(":", "/") for name in coca} <= released_models().keys()
-
-
-def test_the_activation_of_a_released_clip_is_known(hub: Hub) -> None:
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-    clip = open_clip.CLIP(48, vision_cfg=vision, text_cfg=text)
-    weights = {SAFE: save({name: tensor.contiguous() for name, tensor in clip.state_dict().items()})}
-    for name, quick in (("ViT-B-32/openai", True), ("ViT-B-32/laion2b_s34b_b79k", False)):
-        hub.repositories[released_models()[name].repo] = Repository(weights)
-        found = load_dual_encoder(name)
-        assert isinstance(found, CLIP)
-        assert any(isinstance(part, QuickGELU) for part in found.modules()) == quick
-
-
-def test_presets_have_open_clip_names_too() -> None:
-    for name in ("coca_ViT-B-32", "COCA-vit_b-32", "coca_vit_b32"):
-        with torch.device("meta"):
-            assert create_model(name, text_layers=1, decoder_layers=1).config["embed_dim"] == 512
 
 
 @pytest.mark.parametrize("name", [f"hf-hub:{B32}", "hf-hub:me/coca@v1.0", "ViT-B-32/openai", "coca_ViT-L-14"])
@@ -256,21 +292,8 @@ def test_a_model_in_the_cache_needs_no_connection(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}"
     )
     assert_equal(load_model(f"hf-hub:{B32}"), model)
-    with pytest.raises(CheckpointError, match=rf"^'me/absent' is not in \S+ and {nobody} cannot be reached: check the"):
+    with pytest.raises(CheckpointError, match=rf"^'me/absent'.*{nobody}"):
         locate("hf-hub:me/absent")
-
-
-def test_weights_of_others_without_their_config_are_not_guessed_at(
-    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """OpenCLIP itself leaves the weights alone in the cache when it is asked for a tag."""
-    hub.repositories[B32] = Repository(files)
-    huggingface_hub.hf_hub_download(B32, BIN)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE forbids downloading it"):
-        locate(f"hf-hub:{B32}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    locate(f"hf-hub:{B32}")
 
 
 @pytest.mark.parametrize(
@@ -280,8 +303,14 @@ def test_weights_of_others_without_their_config_are_not_guessed_at(
         ("hf-hub:me/coca@v9", "'me/coca' has no revision 'v9'"),
         ("hf-hub:me/data", "'me/data' holds no weights that can be read; expected one of open_clip_model.safetensors"),
         ("hf-hub:me/gated", "'me/gated' is gated: accept its terms at {hub}/me/gated and set HF_TOKEN"),
-        ("hf-hub:a/b/c", "'a/b/c' is not the name of a repository: expected ORG/REPO"),
-        ("hf-hub:../../etc", "'../../etc' is not the name of a repository: expected ORG/REPO"),
+        ("hf-hub:a/b/c", "there is no 'a/b' at {hub}"),
+        ("hf-hub:a", "'a' is not the name of a repository: expected ORG/REPO"),
+        ("hf-hub:me/coca/run", "'me/coca' has no folder 'run'"),
+        ("hf-hub:me/coca/../x", "'../x' is not a path within 'me/coca'"),
+        ("hf-hub:me/coca/weights.pt", f"'me/coca' has no 'weights.pt': it has {SAFE}, {BIN}"),
+        ("hf-hub:me/several", "'me/several' has several files of weights: add one to its name, of a.pt, b.bin"),
+        ("hf-hub:me/study/run/epoch_9", "'me/study/run' has no 'epoch_9': it has the epochs 1, 2, 10"),
+        ("hf-hub:../../etc", "'../..' is not the name of a repository: expected ORG/REPO"),
     ],
 )
 @pytest.mark.parametrize("token", [None, "hf_of_a_stranger"])
@@ -299,20 +328,14 @@ def test_refusals_are_one_sentence(
     hub.repositories |= {
         "me/coca": Repository(files),
         "me/data": Repository({"data.csv": b"1"}),
+        "me/several": Repository({"a.pt": b"1", "b.bin": b"2", "config.json": b"{}"}),
+        "me/study": Repository({f"run/epoch_{n}.pt": b"1" for n in (1, 2, 10)}),
         "me/gated": Repository(files, gated=True),
     }
     with pytest.raises(CheckpointError, match=f"^{re.escape(message.format(hub=hub.url))}") as refused:
         load_model(name)
     assert "\n" not in str(refused.value)
     assert_nothing_left(cache)
-
-
-def test_a_token_opens_a_gated_repository(
-    hub: Hub, files: dict[str, bytes], model: CoCa, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.repositories["me/gated"] = Repository(files, gated=True)
-    assert_equal(load_model("hf-hub:me/gated"), model)
 
 
 def test_a_broken_connection_is_resumed(
@@ -330,7 +353,7 @@ def test_a_broken_connection_is_resumed(
 def test_a_connection_that_never_holds_leaves_nothing(hub: Hub, cache: Path, files: dict[str, bytes]) -> None:
     hub.repositories[B32] = Repository(files)
     hub.breaks = 1000
-    with pytest.raises(CheckpointError, match=r"^the connection to \S+ broke while files of .* run the same command"):
+    with pytest.raises(CheckpointError, match=r"^the connection to \S+ broke"):
         locate(f"hf-hub:{B32}")
     assert_nothing_left(cache)
     hub.breaks = 0
@@ -340,38 +363,31 @@ def test_a_connection_that_never_holds_leaves_nothing(hub: Hub, cache: Path, fil
 def test_other_bytes_than_announced_are_removed(hub: Hub, cache: Path, files: dict[str, bytes]) -> None:
     hub.repositories[B32] = Repository(files)
     hub.tampered = True
-    with pytest.raises(CheckpointError, match=rf"^'{SAFE}' of {B32} did not arrive as it was sent"):
+    with pytest.raises(CheckpointError, match=rf"^'{SAFE}' of {B32} .*sha256"):
         locate(f"hf-hub:{B32}")
     assert_nothing_left(cache)
     hub.tampered = False
     load_model(f"hf-hub:{B32}")
 
 
+@pytest.mark.parametrize("lies", [-1000, 1000])
+def test_a_file_of_another_size_than_announced_is_refused(
+    hub: Hub, cache: Path, files: dict[str, bytes], lies: int
+) -> None:
+    hub.repositories[B32] = Repository(files)
+    hub.lies = lies
+    with pytest.raises(CheckpointError, match=r"^the connection"):
+        locate(f"hf-hub:{B32}")
+    assert names_in(cache) == set()
+
+
 def test_a_released_file_has_its_hash(hub: Hub, files: dict[str, bytes], model: CoCa) -> None:
     """The Hub serves another file than the released one under its name, and says so in good faith."""
     hub.repositories[L14] = Repository({name: files[name] for name in (BIN, "open_clip_config.json")})
     for _ in range(2):  # from the cache, too
-        with pytest.raises(
-            CheckpointError, match=rf"^'{BIN}' of {L14} is not the released file \(sha256 \w+, expected"
-        ):
+        with pytest.raises(CheckpointError, match=rf"^'{BIN}' of {L14} .*sha256"):
             load_model("coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k")
     assert_equal(load_model(f"hf-hub:{L14}@main"), model)
-
-
-def test_no_space_is_one_sentence(
-    hub: Hub, cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(url: str, file: Any, **_: Any) -> None:
-        file.write(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    hub.repositories[B32] = Repository(files)
-    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-    with pytest.raises(
-        CheckpointError, match=rf"^there is no space left in {cache} for '{B32}': free some, or set HF_"
-    ):
-        locate(f"hf-hub:{B32}")
-    assert_nothing_left(cache)
 
 
 # Out
@@ -382,19 +398,18 @@ def test_pushed_and_pulled(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.repositories["me/my-coca"] = repository = Repository(files | {"LICENSE": b"MIT"})
-    assert model.push_to_hub("me/my-coca") == "hf-hub:me/my-coca"
+    assert push_to_hub(model, "me/my-coca") == "hf-hub:me/my-coca"
     assert repository.files.keys() == {"model.safetensors", "README.md", "LICENSE", "pytorch_model.bin"}
     assert 'coca_lit.load_model("hf-hub:me/my-coca")' in repository.files["README.md"].decode()
-    assert_equal(CoCa.from_pretrained("me/my-coca"), model)
     assert_equal(load_model("hf-hub:me/my-coca"), model)
-    model.push_to_hub("me/new", private=True)
+    push_to_hub(model, "me/new", private=True)
     assert hub.repositories["me/new"].private
-    model.save_pretrained(tmp_path / "saved")
-    model.save_pretrained(tmp_path / "saved")  # again
-    assert_equal(CoCa.from_pretrained(tmp_path / "saved"), model)
+    save_pretrained(model, tmp_path / "saved")
+    save_pretrained(model, tmp_path / "saved")  # again
+    assert_equal(load_model(tmp_path / "saved"), model)
     (tmp_path / "saved" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is not part of an export"):
-        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        save_pretrained(model, tmp_path / "saved")
 
 
 def test_an_export_is_pushed_with_its_card_and_pictures(
@@ -407,7 +422,7 @@ def test_an_export_is_pushed_with_its_card_and_pictures(
     save_model(model, run / "model.safetensors")
     (run / "results.json").write_text(json.dumps({"scenes/CIDEr": 1.5}))
     words = [f"checkpoint={run}", "format=open_clip", f"output={tmp_path}/out", "push_to=me/my-coca"]
-    with pytest.raises(CheckpointError, match="needs a token that may write: set HF_TOKEN"):
+    with pytest.raises(CheckpointError, match="HF_TOKEN"):
         export_cli.run(compose("export", words))
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -423,13 +438,73 @@ def test_an_export_is_pushed_with_its_card_and_pictures(
 
 def test_a_push_without_rights_is_one_sentence(hub: Hub, model: CoCa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_stranger")
-    with pytest.raises(CheckpointError, match=rf"^{hub.url} refuses access to 'me/my-coca' \(401\): HF_TOKEN is not"):
-        model.push_to_hub("me/my-coca")
+    with pytest.raises(CheckpointError, match=rf"^{hub.url} .*'me/my-coca' \(401\)"):
+        push_to_hub(model, "me/my-coca")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="'my-coca' is not the name of a repository: expected ORG/REPO"):
-        model.push_to_hub("my-coca")
-    with pytest.raises(CheckpointError, match=r"^HF_HUB_OFFLINE forbids reaching"):
-        model.push_to_hub("me/my-coca")
+    with pytest.raises(CheckpointError, match=r"'my-coca'.*ORG/REPO"):
+        push_to_hub(model, "my-coca")
+    with pytest.raises(CheckpointError, match=r"^HF_HUB_OFFLINE"):
+        push_to_hub(model, "me/my-coca")
+
+
+# Without a network
+
+
+@pytest.fixture(params=["refused", "forbidden"])
+def offline(request: pytest.FixtureRequest, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it takes the network away: nobody answers, or HF_HUB_OFFLINE is set. Waiting for it then is an error."""
+
+    def take_away() -> None:
+        if request.param == "forbidden":
+            monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        else:
+            nobody = "http://127.0.0.1:9"  # the port of `discard`, which no machine serves any more
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
+            template = nobody + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+        def wait(seconds: float) -> None:
+            raise AssertionError(f"waits {seconds} s and tries again")
+
+        monkeypatch.setattr(time, "sleep", wait)
+
+    return take_away
+
+
+def test_without_a_network_commands_take_the_model_of_the_package(
+    hub: Hub, files: dict[str, bytes], offline: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[L14] = Repository(files)
+    assert chosen_checkpoint(None) == DEFAULT
+    offline()
+    capsys.readouterr()
+    assert chosen_checkpoint(None) == "photos"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "photos" in said
+    assert chosen_checkpoint(None, offline=False) == DEFAULT
+    assert chosen_checkpoint("mine.ckpt") == "mine.ckpt"
+
+
+def test_without_a_network_a_cached_model_is_taken(
+    hub: Hub, files: dict[str, bytes], offline: Callable[[], None]
+) -> None:
+    hub.repositories[L14] = Repository({SAFE: files[SAFE], "open_clip_config.json": files["open_clip_config.json"]})
+    download(L14)
+    offline()
+    assert chosen_checkpoint(None) == DEFAULT
+    assert locate(DEFAULT).name == SAFE
+
+
+def test_the_package_has_the_name_and_a_folder_needs_a_separator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert locate("photos") == PHOTOS_WEIGHTS
+    for name in ("photos/", "./photos"):
+        with pytest.raises(FileNotFoundError, match="in the folder"):
+            locate(name)
 
 
 # Commands
@@ -447,12 +522,7 @@ def test_a_photo_is_captioned_without_naming_a_model(
     assert f"{said}, kept in {cache}; a smaller one: checkpoint=coca_ViT-B-32 (1.01 GB)" in err
 
 
-def test_a_wrong_name_on_a_command_line_names_its_key() -> None:
-    with pytest.raises(ConfigError, match=r"^checkpoint: there is no checkpoint 'coca_ViT-X'"):
-        export_cli.run(compose("export", ["checkpoint=coca_ViT-X", "format=safetensors", "output=out"]))
-
-
-def test_the_judge_of_captions_is_found_before_the_training() -> None:
-    cfg = compose("evaluate", ["checkpoint=any", "scoring.clip_score_model=ViT-B-32/opnai"])
-    with pytest.raises(ConfigError, match=r"^scoring.clip_score_model: .* did you mean 'ViT-B-32/openai'\?$"):
-        build_settings(cfg)
+def test_the_table_of_public_models_has_all_captioners() -> None:
+    page = Path(coca_lit.__file__).parent / "weights" / "README.md"
+    rows = re.findall(r"^\| `([^`/:]+/[^`/]+)` \|", page.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(list_models("coca*") + list_models("mammut*"))

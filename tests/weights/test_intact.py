@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coca_lit.export.open_clip import write_open_clip
 from coca_lit.models import CoCa, create_model
-from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_image_weights, load_model, save_model
+from coca_lit.tools.export.open_clip import write_open_clip
+from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_model, save_model
+from coca_lit.weights.start import load_image_weights
 
 Build = Callable[..., CoCa]
 FLIPS = 60
@@ -75,7 +76,7 @@ def test_flips_in_the_tensors_are_found(model: CoCa, tmp_path: Path) -> None:
         start = 8 + int.from_bytes(content[:8], "little")
         for _ in range(10):
             path.write_bytes(flip(content, rng.randrange(start, len(content)), rng.randrange(8)))
-            with pytest.raises(ValueError, match=r"safetensors' is damaged: its content is not what was written"):
+            with pytest.raises(ValueError, match=r"safetensors' is damaged"):
                 load_model(path)
         path.write_bytes(content)
         load_model(path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coca_lit.models import CoCa
-from coca_lit.weights.interpolation import interpolate
+from coca_lit.weights.computation import interpolate
 
 
 def test_a_quarter_of_the_way(tiny_model: Callable[..., CoCa]) -> None:
@@ -45,11 +45,11 @@ def test_both_ends_are_exact(tiny_model: Callable[..., CoCa], weight: float) -> 
 @pytest.mark.parametrize(
     ("weight", "other", "message"),
     [
-        (1.5, {}, "weight must be a number of at least 0 and at most 1, got 1.5"),
-        (0.5, {"text_layers": 3}, "the models have different architectures: 'text.blocks.2.norm_1.weight'"),
-        (0.5, {"decoder_layers": 0}, "the models have different architectures: 'decoder"),
-        (0.5, {"cls_mask": "legacy"}, "text.cls_mask is 'correct' in the one and 'legacy' in the other"),
-        (0.5, {"text_heads": 4}, "text.blocks.0.attention.heads is 3 in the one and 4 in the other"),
+        (1.5, {}, "weight.*1.5"),
+        (0.5, {"text_layers": 3}, "'text.blocks.2.norm_1.weight'"),
+        (0.5, {"decoder_layers": 0}, "'decoder"),
+        (0.5, {"cls_mask": "legacy"}, "text.cls_mask is 'correct' in the model and 'legacy' in the file"),
+        (0.5, {"text_heads": 4}, "text.blocks.0.attention.heads is 3 in the model and 4 in the file"),
         (0.5, {"tied_embeddings": True}, "tied_embeddings is False and True"),
     ],
 )

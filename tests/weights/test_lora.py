@@ -76,10 +76,6 @@ def test_only_the_updates_of_the_parts_train(tiny_model: Build, adapted: tuple[s
     assert {name for name in updates if name.startswith("text.")} <= moved  # a ResNet's branches end in zeros at first
 
 
-def test_a_single_part_needs_no_list(tiny_model: Build) -> None:
-    assert add_lora(tiny_model(), rank=2, parts="text") == add_lora(tiny_model(), rank=2, parts=["text"])
-
-
 def test_matrices_kernels_and_norms(tiny_model: Build) -> None:
     model = tiny_model()
     model.freeze("text.blocks.0")
@@ -124,12 +120,9 @@ def test_whoever_reads_the_file_gets_the_sum(tiny_model: Build, tmp_path: Path, 
     ("arguments", "message"),
     [
         ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
-        ({"rank": 2.5}, "rank must be a whole number"),
         ({"alpha": 0}, "alpha must be a number above 0, got 0"),
-        ({"alpha": True}, "alpha must be a number above 0, got True"),
         ({"parts": ["txt"]}, "parts: nothing in the model is called txt; its parts: image_encoder, pooling"),
         ({"parts": ["text.norm"]}, "no matrix in text.norm is trained and has more than 8 rows and columns"),
-        ({"rank": 4096}, "no matrix in .* more than 4096 rows"),
     ],
 )
 def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: str) -> None:

@@ -4,36 +4,25 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from oracle import State
-from test_coca2 import SMALL, TEXTS, same
 from torch import Tensor
 
-from coca_lit.export.open_clip import write_open_clip
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
+from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import blocks
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
+from helpers import oracle
+from helpers.coca2 import SMALL, TEXTS, same
+from helpers.mammut import NEW, RELEASED, WITHOUT_MLP, make, released_files
+from helpers.packing import check_packed_training
 
-ARGUMENTS = {k: v for k, v in SMALL.items() if not k.startswith("pooler")}
-HEADS, LAYERS = 2, 3
-NEW: dict[str, Any] = {"pooler": "mean", "text_tower": "two_pass", "text_layers": LAYERS, "decoder_layers": LAYERS}
-RELEASED = NEW | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"}
-
-
-def make(**overrides: Any) -> tuple[CoCa, State, State]:
-    """A model, its OpenCLIP file with every tensor random, and that in float64."""
-    blank = create_model("mammut2_ViT-B-32", **ARGUMENTS | overrides)
-    state = oracle.random_state({name: tuple(tensor.shape) for name, tensor in to_open_clip(blank).items()})
-    state["text.token_embedding.weight"] *= 3
-    model = from_open_clip(state, open_clip_config(blank, "4")).eval()
-    return model, state, {name: t.double() for name, t in state.items()}
+HEADS = 2
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +30,15 @@ def images() -> Tensor:
     return torch.randn(len(TEXTS), 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("released", [False, True], ids=["MaMMUT2", "openMaMMUT"])
+KINDS = pytest.mark.parametrize("arguments", [NEW, RELEASED, WITHOUT_MLP], ids=["MaMMUT2", "openMaMMUT", "without MLP"])
+
+
+@KINDS
 @torch.no_grad()
-def test_mammut_equals_the_oracle(images: Tensor, released: bool) -> None:
-    """Class token and pads count in the released model alone; the contrastive pass never sees the image."""
-    model, state, s = make(**RELEASED if released else NEW)
+def test_mammut_equals_the_oracle(images: Tensor, arguments: dict[str, Any]) -> None:
+    """Class token and pads count in the released models alone; the contrastive pass never sees the image."""
+    released = arguments is not NEW
+    model, state, s = make(**arguments)
     tokens = model.tokenizer(TEXTS)
     out = model(images, tokens)
     logits = []
@@ -65,23 +58,9 @@ def test_mammut_equals_the_oracle(images: Tensor, released: bool) -> None:
     assert torch.equal(model(images.flip(0), tokens).text_features, out.text_features)
     short = model.encode_text(tokens[2:3, :6])  # its length changes nothing
     torch.testing.assert_close(short, out.text_features[2:3], atol=1e-5, rtol=0)
-    again = to_open_clip(model)
+    again = to_open_clip(model, "mammut" if arguments is WITHOUT_MLP else "4")
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
-
-
-def released_files() -> tuple[CoCa, State, dict[str, Any]]:
-    """A small openMaMMUT; its tensors and its config with the names of the code that trained the released one."""
-    model, state, _ = make(**RELEASED)
-    old = {("text.text_projection" if name == "text.lm_head" else name): t for name, t in state.items()}
-    config = open_clip_config(model, "4")["model_cfg"]
-    text = {key: value for key, value in config.pop("multimodal_cfg").items() if key != "proj_type"}
-    del config["vision_cfg"]["final_ln_after_pool"], config["vision_cfg"]["pool_type"]
-    return (
-        model,
-        old,
-        {**config, "text_cfg": {**text, "does_full_decoding": True, "output_tokens": True}, "custom_text": True},
-    )
 
 
 @torch.no_grad()
@@ -95,25 +74,48 @@ def test_file_of_the_released_openmammut(images: Tensor) -> None:
         for a, b in zip(found.eval()(images, tokens)[:4], model(images, tokens)[:4], strict=True):
             assert torch.equal(a, b)
     fork["text_cfg"]["has_mlp"] = False
-    with pytest.raises(ValueError, match=r"asks for text_cfg\.has_mlp = False"):
+    with pytest.raises(ValueError, match=r"has_mlp is False"):
         from_open_clip(old, fork)
+
+
+def test_blocks_without_an_mlp() -> None:
+    """The tensors show them without a config. They are those before a cross block, in every file that has any."""
+    model, state, _ = make(**WITHOUT_MLP)
+    assert "text.resblocks.0.mlp.c_fc.weight" not in state
+    assert "text.resblocks.1.ln_2.weight" in state
+    found = from_open_clip(state, text_heads=HEADS, **HEADS_OF_IMAGE)
+    assert found.config == model.config
+    config = open_clip_config(model, "mammut")
+    for key, value in (("has_mlp", True), ("cross_attn_ratio", 3)):
+        wrong = deepcopy(config)
+        wrong["model_cfg"]["text_cfg"][key] = value
+        with pytest.raises(ValueError, match="other weights"):
+            from_open_clip(state, wrong)
+    with pytest.raises(ValueError, match="version=mammut"):
+        to_open_clip(model)
+    del state["text.resblocks.1.mlp.c_fc.weight"]
+    with pytest.raises(ValueError, match=r"other weights"):
+        from_open_clip(state, config)
 
 
 HEADS_OF_IMAGE = {"image_encoder_args": SMALL["image_encoder_args"]}
 
 
-@pytest.mark.parametrize("arguments", [NEW, RELEASED], ids=["MaMMUT2", "openMaMMUT"])
+@KINDS
 def test_files_go_both_ways(tmp_path: Path, arguments: dict[str, Any]) -> None:
     model, _, _ = make(**arguments)
-    write_open_clip(model, tmp_path, version="4")
+    write_open_clip(model, tmp_path, version="mammut" if arguments is WITHOUT_MLP else "4")
     assert load_model(tmp_path / "open_clip_model.safetensors").config == model.config
     save_model(model, tmp_path / "ours.safetensors")
     assert load_model(tmp_path / "ours.safetensors").config == model.config
-    with pytest.raises(ValueError, match="needs OpenCLIP 4"):
+    with pytest.raises(ValueError, match=r"needs OpenCLIP 4|version=mammut"):
         write_open_clip(model, tmp_path)
+    if arguments is NEW:
+        with pytest.raises(ValueError, match="mean_all"):
+            write_open_clip(model, tmp_path, version="mammut")
 
 
-@pytest.mark.parametrize("ratio", [3, 4, 5])
+@pytest.mark.parametrize("ratio", [3, 5])
 @torch.no_grad()
 def test_which_layers_look_at_the_image(images: Tensor, ratio: int) -> None:
     """Two of six do in the tensors, with any of these numbers: the config says which."""
@@ -133,7 +135,7 @@ def test_a_config_with_other_cross_attentions(given: dict[str, int]) -> None:
     config = open_clip_config(model, "4")
     del config["model_cfg"]["multimodal_cfg"]["cross_attn_ratio"]
     config["model_cfg"]["multimodal_cfg"] |= given
-    with pytest.raises(ValueError, match=r"its cross_attn_ratio is \d, so that [13] of 3 layers look .* tensors 2 do"):
+    with pytest.raises(ValueError, match=r"cross_attn_ratio \d, [13] of 3 .* 2 do"):
         from_open_clip(state, config)
 
 
@@ -149,26 +151,18 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), tokens, lengths
 
 
-def test_packed_training_equals_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny().double().train()
-    pixels, tokens, lengths = batch()
-    found = []
-    for threshold in (1.0, -1.0):
-        monkeypatch.setattr("coca_lit.models.packing.WORTHWHILE_PADDING", threshold)
-        for recompute in ("none", "blocks", "cross_attention"):
-            model.set_grad_checkpointing(recompute)
-            model.zero_grad()
-            out = model(pixels, tokens, lengths)
-            sum(loss_terms(out).values()).backward()
-            assert all(p.grad is not None for p in model.parameters())
-            found.append([out.text_features, out.hidden, *(p.grad.clone() for p in model.parameters())])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-9)
+MLPS = pytest.mark.parametrize("tower_args", [None, {"attention_only_every": 2}], ids=["MLPs", "without MLP"])
 
 
+@MLPS
+def test_packed_training_equals_padded(monkeypatch: pytest.MonkeyPatch, tower_args: dict[str, int] | None) -> None:
+    check_packed_training(tiny(text_tower_args=tower_args).double().train(), monkeypatch)
+
+
+@MLPS
 @torch.no_grad()
-def test_cached_generation_equals_the_whole_pass() -> None:
-    model = tiny().eval()
+def test_cached_generation_equals_the_whole_pass(tower_args: dict[str, int] | None) -> None:
+    model = tiny(text_tower_args=tower_args).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     pixels, _, _ = batch()
@@ -209,13 +203,6 @@ def test_a_copy_has_blocks_of_its_own() -> None:
     assert len(modules) == len(set(modules))
 
 
-def test_what_does_not_go_together() -> None:
-    with pytest.raises(ValueError, match="decoder_layers must be 3, got 2"):
-        tiny(decoder_layers=2)
-    with pytest.raises(ValueError, match=r"text_width \(48\) must be embed_dim \(96\)"):
-        tiny(text_width=48)
-
-
 @pytest.mark.parametrize(("preset", "count"), [("mammut2_ViT-B-32", 195_625_729), ("mammut2_ViT-L-14", 508_294_913)])
 def test_sizes_of_the_presets(preset: str, count: int) -> None:
     with torch.device("meta"):
@@ -223,3 +210,12 @@ def test_sizes_of_the_presets(preset: str, count: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == count
     if preset == "mammut2_ViT-B-32":
         assert len(to_open_clip(model)) == 387
+
+
+def test_initial_values() -> None:
+    """The branches of a cross block count all layers of the text, as OpenCLIP's do, and not those with an image."""
+    model = tiny(text_layers=4, decoder_layers=4)
+    assert len(model.decoder.cross_blocks) == 2
+    for block in model.decoder.cross_blocks:
+        for layer in (block.attention.out, block.mlp[2]):
+            assert layer.weight.std().item() == pytest.approx(96**-0.5 * (2 * 4) ** -0.5, rel=0.05)

@@ -4,21 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from oracle import State
 from safetensors.torch import save_file
-from test_coca2 import SMALL, TEXTS, make, same
 from torch import Tensor
 
-from coca_lit.export.open_clip import write_open_clip
+from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.modern import rotary_table, rotate
+from coca_lit.models.generation.static import CompiledGenerator, static_step
+from coca_lit.models.variants.modern import rotary_table, rotate
+from coca_lit.tools.export.open_clip import write_open_clip
+from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_dual_encoder, load_model, save_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
+from helpers import oracle
+from helpers.coca2 import SMALL, TEXTS, make, same
+from helpers.oracle import State
+from helpers.packing import check_packed_training
 
 STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
 MODERN: dict[str, Any] = {
@@ -95,29 +99,6 @@ def test_rotation_is_of_neighbouring_channels() -> None:
     assert (split - turned).abs().max() > 0.1
 
 
-def test_positions_are_relative() -> None:
-    """Moving q and k by the same distance leaves their products; the tables take the type of the activations."""
-    q, k = torch.randn(2, 1, 1, 8, dtype=torch.float64)
-    products = [
-        (
-            rotate(q, rotary_table(torch.tensor([i]), 8, 1e4)) * rotate(k, rotary_table(torch.tensor([i + 5]), 8, 1e4))
-        ).sum()
-        for i in (0, 7)
-    ]
-    torch.testing.assert_close(*products, atol=1e-5, rtol=0)
-    assert rotate(q.bfloat16(), rotary_table(torch.tensor([3]), 8, 1e4)).dtype == torch.bfloat16
-
-
-@torch.no_grad()
-def test_it_runs_in_bf16(images: Tensor) -> None:
-    model, _, _ = modern()
-    tokens = model.tokenizer(TEXTS)
-    exact = model(images, tokens)
-    rounded = model.bfloat16()(images, tokens)
-    assert rounded.text_features.dtype == torch.bfloat16
-    assert (exact.text_features - rounded.text_features.float()).abs().max() < 0.1
-
-
 @torch.no_grad()
 def test_later_tokens_change_nothing_before_them(images: Tensor) -> None:
     model, _, _ = modern()
@@ -135,7 +116,7 @@ TINY = {
         "text_tower": "modern",
         "text_tower_args": {"pool": "mean"},
         "decoder_args": {"qk_norm": True, "cross_attention_every": 2},
-        "decoder_layers": 3,
+        "decoder_layers": 5,
     },
 }
 
@@ -145,21 +126,7 @@ def test_packed_training_equals_padded(name: str, monkeypatch: pytest.MonkeyPatc
     """Rows of a packed text keep their positions: features, losses and gradients are equal."""
     torch.manual_seed(0)
     model = create_model("coca_tiny", pooler="openclip_cascade", **TINY[name]).double().train()
-    lengths = torch.tensor([5, 24, 2, 9])
-    tokens = torch.randint(4, 40, (4, 24)).masked_fill(torch.arange(24) >= lengths[:, None], 0)
-    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    found = []
-    for threshold in (1.0, -1.0):
-        monkeypatch.setattr("coca_lit.models.packing.WORTHWHILE_PADDING", threshold)
-        for recompute in ("none", "blocks", "cross_attention"):
-            model.set_grad_checkpointing(recompute)
-            model.zero_grad()
-            out = model(pixels, tokens, lengths)
-            sum(loss_terms(out).values()).backward()
-            assert all(p.grad is not None for p in model.parameters())
-            found.append([out.text_features, out.hidden, *(p.grad.clone() for p in model.parameters())])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-9)
+    check_packed_training(model, monkeypatch)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -187,11 +154,25 @@ def test_cached_generation_equals_the_whole_pass(name: str) -> None:
         prefix = model.log_likelihood(pixels[i : i + 1], beams.ids[i, :1, :3], torch.tensor([3]))
         expected = model.log_likelihood(pixels[i : i + 1], beams.ids[i], lengths) - prefix
         torch.testing.assert_close(beams.log_probs[i] * (lengths - 3), expected, atol=1e-4, rtol=1e-4)
-    model.static_step = __import__("coca_lit.models.generation.state", fromlist=["x"]).static_step
-    static = model.generate(pixels, strategy="beam", num_beams=3, num_captions=3, prompt="a red", return_scores=True)
+    generator = CompiledGenerator(model)
+    generator.step = static_step
+    static = generator.generate(
+        pixels, strategy="beam", num_beams=3, num_captions=3, prompt="a red", return_scores=True
+    )
     assert torch.equal(static.ids, beams.ids)
     attention = model.generate(pixels, max_length=8, return_attention=True).attention
     torch.testing.assert_close(attention[:, 1].sum(-1), torch.ones(3))
+
+
+def test_the_caption_loss_alone_freezes_the_pool() -> None:
+    """Everything that is trained gets a gradient, and nothing else."""
+    model = create_model("coca_tiny", pooler="openclip_cascade", **TINY["coca_tiny"])
+    CoCaLit(model, AdamW(lr=1e-3), contrastive_weight=0.0)
+    tokens = torch.randint(4, 40, (2, 6))
+    out = model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), tokens, torch.tensor([6, 6]), contrastive=False)
+    loss_terms(out)["caption"].backward()
+    assert not any(p.requires_grad for p in model.text.pool.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 def test_files_go_both_ways(tmp_path: Path) -> None:
@@ -212,16 +193,6 @@ def test_a_file_without_a_decoder_is_no_clip(tmp_path: Path) -> None:
     for load in (load_model, load_dual_encoder):
         loaded = load(tmp_path / "open_clip_model.safetensors")
         torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
-
-
-def test_a_config_without_numbers_has_the_default_ones() -> None:
-    model, state, _ = modern()
-    config = open_clip_config(model, "4")
-    for section in ("text_cfg", "multimodal_cfg"):
-        config["model_cfg"][section] |= {"norm_eps": None, "rope_temperature": None}
-    loaded = from_open_clip(state, config)
-    assert loaded.config == model.config
-    assert loaded.text.norm.eps == 1e-6
 
 
 def test_a_config_that_asks_for_another_modern_tower() -> None:

@@ -5,21 +5,20 @@ without padding.
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from oracle import State
-from test_coca2 import same
 from torch import Tensor
 
-from coca_lit.export.onnx import write_onnx
-from coca_lit.export.open_clip import write_open_clip
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.patches import Patches, stack_images
+from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
+from helpers import oracle
+from helpers.coca2 import same
+from helpers.oracle import State
 
 NAME = "coca2-moderntext-naflex_ViT-B-32"
 STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
@@ -55,12 +54,6 @@ def make(**overrides: Any) -> tuple[CoCa, State, State]:
     model = from_open_clip(state, open_clip_config(template, "4")).eval()
     assert model.config == template.config
     return model, state, {name: t.double() for name, t in state.items()}
-
-
-def test_a_budget_of_many_patches_is_no_forged_size(tmp_path: Path) -> None:
-    arguments = SMALL["image_encoder_args"] | {"max_patches": 60_000}
-    save_model(create_model(NAME, **SMALL | {"image_encoder_args": arguments}), tmp_path / "model.safetensors")
-    assert load_model(tmp_path / "model.safetensors").image_encoder.preprocessing["max_patches"] == 60_000
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +132,7 @@ def test_images_of_one_shape_equal_the_path_of_timm(model: CoCa) -> None:
     assert torch.equal(encoder(patches).rows, square.rows)
     torch.testing.assert_close(encoder(encoder.normalise(pixels)).rows, square.rows, atol=1e-5, rtol=1e-5)
     assert encoder(square) is square
-    with pytest.raises(ValueError, match="multiples of 8 pixels, got 20 x 24"):
+    with pytest.raises(ValueError, match=r"8 .*20 x 24"):
         model.encode_image(torch.zeros(1, 3, 20, 24))
 
 
@@ -187,20 +180,18 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
     assert load_model(tmp_path / "ours.safetensors").config == model.config
     with pytest.raises(ValueError, match="needs OpenCLIP 4"):
         write_open_clip(model, tmp_path)
-    with pytest.raises(ValueError, match="format=onnx has graphs for images of one shape"):
-        write_onnx(model, tmp_path)
+    with pytest.raises(ValueError, match="format=onnx"):
+        pytest.importorskip("coca_lit.tools.export.onnx").write_onnx(model, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
         ("text_cfg", "tokenizer_kwargs", {"clean": "lower"}, "asks for text_cfg.tokenizer_kwargs = "),
-        ("text_cfg", "tokenizer_kwargs", None, "asks for text_cfg.tokenizer_kwargs = None"),
-        ("text_cfg", "tiktoken_name", "cl100k_base", "asks for text_cfg.tiktoken_name"),
-        ("text_cfg", "pad_id", 0, "asks for text_cfg.pad_id = 0"),
         ("vision_cfg", "timm_model_name", "naflexvit_so150m2_patch16_reg1_gap", "asks for vision_cfg.timm_model_name"),
         ("vision_cfg", "timm_model_kwargs", {"patch_size": 16}, "kwargs.patch_size is 16, and the tensors show 8"),
         ("vision_cfg", "timm_model_kwargs", {"pos_embed_ar_preserving": True}, "kwargs.pos_embed_ar_preserving, which"),
+        ("vision_cfg", "image_seq_len", 10**9, "1000000000 patches"),
     ],
 )
 def test_a_config_that_asks_for_something_else(section: str, key: str, value: Any, message: str) -> None:
@@ -208,14 +199,6 @@ def test_a_config_that_asks_for_something_else(section: str, key: str, value: An
     config = open_clip_config(model, "4")
     config["model_cfg"][section][key] = value
     with pytest.raises(ValueError, match=message):
-        from_open_clip(state, config)
-
-
-def test_a_config_without_the_keys_of_the_tokenizer() -> None:
-    model, state, _ = make()
-    config = open_clip_config(model, "4")
-    del config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]
-    with pytest.raises(ValueError, match=r"lacks text_cfg\.tokenizer_kwargs, which the tokenizer r50k needs"):
         from_open_clip(state, config)
 
 
@@ -246,26 +229,3 @@ def test_initial_values() -> None:
     model = create_model(NAME, **SMALL | {"embed_dim": 64, "text_width": 64, "pooler_queries": 64})
     assert model.pooling.generative.query.std().item() == pytest.approx(1 / 8, rel=0.05)
     assert model.image_encoder.trunk.blocks[0].ls1.gamma.unique().tolist() == [pytest.approx(1e-5)]
-
-
-def test_one_image_is_no_batch(images: list[Tensor], model: CoCa) -> None:
-    with pytest.raises(ValueError, match=r"images must have the shape .*, got \(3, 24, 24\)"):
-        model.encode_image(images[0])
-    with pytest.raises(ValueError, match=r"patches must have the shape .*, got \(9, 192\): images\[None\] is a batch"):
-        model.encode_image(Patches.of(images[0], 8))
-
-
-def test_it_has_no_image_size_to_change(model: CoCa) -> None:
-    with pytest.raises(ValueError, match=r"takes images of any shape, up to \d+ patches, so it has no image size"):
-        model.set_image_size(64)
-
-
-def test_parts_that_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="pooler=masked_parallel and masked_cascade belong to naflex"):
-        create_model(NAME, **SMALL | {"pooler": "single"})
-    with pytest.raises(ValueError, match="got pooler=masked_parallel with a ImageEncoder"):
-        create_model("coca_tiny", pooler="masked_parallel")
-    with pytest.raises(ValueError, match="patch_drop_rate does not work"):
-        create_model(NAME, **SMALL | {"image_encoder_args": {"patch_drop_rate": 0.5}})
-    with pytest.raises(ValueError, match=r"set data\.cached_augmentations=0"):
-        create_model(NAME, **SMALL).image_encoder.frozen_part()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coca_lit.data.records import Listing
+from coca_lit.data.records import Listing, not_found
 from coca_lit.errors import DataError
 from coca_lit.reading import is_int64, parse_json, printable, read_bounded, read_json
 
@@ -45,10 +45,11 @@ def read_coco(path: Path) -> list[Listing]:
 
     Raises `DataError` for malformed files, and for lists of images without captions, such as the test sets.
     """
-    return _coco_listings(read_json(path, limit=MAX_BYTES), path)
+    return coco_listings(read_json(path, limit=MAX_BYTES), path)
 
 
-def _coco_listings(content: Any, path: Path) -> list[Listing]:
+def coco_listings(content: Any, path: Path) -> list[Listing]:
+    """As `read_coco`, of the content of the file."""
     with schema(path, "the COCO captions"):
         captions: dict[int | str, list[str]] = defaultdict(list)
         for annotation in content["annotations"]:
@@ -71,7 +72,7 @@ def read_references(path: Path, split: str) -> list[Listing]:
     """
     content = read_json(path, limit=MAX_BYTES)
     coco = isinstance(content, dict) and "annotations" in content
-    listings = _coco_listings(content, path) if coco else _karpathy_listings(content, path, split)
+    listings = coco_listings(content, path) if coco else _karpathy_listings(content, path, split)
     if twice := [key for key, count in Counter(item.id for item in listings).items() if count > 1]:
         raise DataError(f"{path} lists image {twice[0]!r} twice")
     return listings
@@ -119,9 +120,12 @@ def check_id(id: int | str) -> int | str:
     return id
 
 
-def first_file(candidates: Sequence[Path]) -> Path | None:
-    """The first of the paths that is a file."""
-    return next((path for path in candidates if path.is_file()), None)
+def find_file(what: str, candidates: Sequence[Path], how: str) -> Path:
+    """The first of the paths that is a file; arguments and error as of `not_found`."""
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise not_found(what, candidates, how)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.records import SUFFIXES, Record, not_found
+from coca_lit.data.pixels import SUFFIXES
+from coca_lit.data.records import Record, not_found
 from coca_lit.data.scenes.render import (
     AXES,
     COLOURS,

@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from coca_lit.data.datasets.annotations import listing, read_json_lines, schema
-from coca_lit.data.records import SUFFIXES, Listing, Record, not_found, records_on_disk
+from coca_lit.data.datasets.annotations import find_file, listing, read_json_lines, schema
+from coca_lit.data.pixels import SUFFIXES
+from coca_lit.data.records import Listing, Record, not_found, records_on_disk
 from coca_lit.errors import DataError
 from coca_lit.reading import is_int64, open_regular, parse_json
 
@@ -39,9 +40,8 @@ def docci_records(root: str | Path, split: str = "test") -> list[Record]:
     Args:
         split: train, test, qual_dev or qual_test.
     """
-    path, how = Path(root) / "docci_descriptions.jsonlines", "put docci_descriptions.jsonlines and images/ there"
-    if not path.is_file():
-        raise not_found("the descriptions of DOCCI", [path], how)
+    how = "put docci_descriptions.jsonlines and images/ there"
+    path = find_file("the descriptions of DOCCI", [Path(root) / "docci_descriptions.jsonlines"], how)
     with schema(path, "DOCCI's"):
         cases = [case for case in read_json_lines(path) if case["split"] == split]
         listings = [listing(case["example_id"], case["image_file"], (case["description"],)) for case in cases]
@@ -61,9 +61,7 @@ def sharegpt4v_records(
         count: entries that are read.
     """
     root, how = Path(root), "put the list of ShareGPT4V and the folders of images that it names there"
-    path = root / annotations
-    if not path.is_file():
-        raise not_found("the captions of ShareGPT4V", [path], how)
+    path = find_file("the captions of ShareGPT4V", [root / annotations], how)
     listings: list[Listing] = []
     folders: dict[Path, None] = {}
     with schema(path, "ShareGPT4V's"):

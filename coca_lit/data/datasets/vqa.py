@@ -8,10 +8,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, first_file, listing, schema
-from coca_lit.data.datasets.coco import FOLDERS, names_on_disk
-from coca_lit.data.records import Listing, Record, not_found, records_on_disk
-from coca_lit.data.scenes.questions import scene_question_records
+from coca_lit.data.datasets.annotations import MAX_BYTES, check_id, find_file, listing, schema
+from coca_lit.data.datasets.captions import FOLDERS, names_on_disk
+from coca_lit.data.records import Record, records_on_disk
+from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.errors import DataError
 from coca_lit.metrics.vqa import normalize_answer
 from coca_lit.reading import read_json
@@ -37,7 +37,11 @@ def vqa_records(root: str | Path, split: str) -> list[Record]:
         folder = content["data_subtype"].replace("test-dev", "test")  # the same images
         if not re.fullmatch(r"\w{1,40}", folder):
             raise ValueError(f"data_subtype {folder!r:.80} names no folder")
-        listings = [_listing(question, folder, answers) for question in content["questions"]]
+        listings = []
+        for question in content["questions"]:
+            people, kind = answers.get(question["question_id"], ((), None))
+            filename = f"COCO_{folder}_{question['image_id']:012d}.jpg"
+            listings.append(listing(question["question_id"], filename, people, kind, question["question"]))
     folders = [base / name for base in (root, root / "images") for name in (folder, *FOLDERS)]
     return records_on_disk(names_on_disk(listings, folders), folders, path, _HOW)
 
@@ -60,32 +64,18 @@ def _file(root: Path, kind: str, split: str) -> Path:
         raise DataError(f"VQA v2 has the splits {', '.join(SPLITS)}, not {split!r}")
     task = "OpenEnded_mscoco" if kind == "questions" else "mscoco"
     name = f"v2_{task}_{SPLITS[split]}_{kind}.json"
-    candidates = [root / name, root / "annotations" / name]
-    path = first_file(candidates)
-    if path is None:
-        raise not_found(f"the {kind} of VQA v2", candidates, _HOW)
-    return path
+    return find_file(f"the {kind} of VQA v2", [root / name, root / "annotations" / name], _HOW)
 
 
 def _answers(path: Path) -> dict[int | str, tuple[tuple[str, ...], str]]:
     """By question: the answers, most frequent first, and their type."""
     content = read_json(path, limit=MAX_BYTES)
+    found: dict[int | str, tuple[tuple[str, ...], str]] = {}
     with schema(path, "the VQA annotations"):
-        return {check_id(item["question_id"]): (_by_frequency(item), _kind(item)) for item in content["annotations"]}
-
-
-def _by_frequency(annotation: dict) -> tuple[str, ...]:
-    # A few strings make up millions of answers.
-    people = [sys.intern(answer["answer"]) for answer in annotation["answers"]]
-    first = annotation["multiple_choice_answer"]
-    return tuple(sorted(people, key=lambda answer: (answer != first, -people.count(answer), answer)))
-
-
-def _kind(annotation: dict) -> str:
-    return sys.intern(annotation["answer_type"].replace("/", "-"))  # a slash separates the parts of a score's name
-
-
-def _listing(question: dict, folder: str, answers: dict[int | str, tuple[tuple[str, ...], str]]) -> Listing:
-    filename = f"COCO_{folder}_{question['image_id']:012d}.jpg"
-    people, kind = answers.get(question["question_id"], ((), None))
-    return listing(question["question_id"], filename, people, kind, question["question"])
+        for item in content["annotations"]:
+            people = [sys.intern(answer["answer"]) for answer in item["answers"]]  # a few texts make up millions
+            ranks = {answer: (answer != item["multiple_choice_answer"], -people.count(answer)) for answer in people}
+            ordered = sorted(people, key=lambda answer: (ranks[answer], answer))
+            kind = sys.intern(item["answer_type"].replace("/", "-"))  # a slash separates the parts of a score's name
+            found[check_id(item["question_id"])] = tuple(ordered), kind
+    return found

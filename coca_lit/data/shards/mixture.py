@@ -2,25 +2,26 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from coca_lit.seeding import stable_seed
 
+if TYPE_CHECKING:
+    from coca_lit.data.shards.indexed import TarIndex
+
 T = TypeVar("T")
-ShardT = TypeVar("ShardT")
 
 
-class Source(NamedTuple, Generic[ShardT]):
+class Source(NamedTuple):
     """One set of shards in a mixture; the name is empty where there is only one."""
 
     name: str
-    shards: Sequence[ShardT]  # `Shard`s of a stream, else the `TarIndex` of each
+    shards: "Sequence[TarIndex]"
     weight: float = 1.0
 
-
-def interleave(streams: Sequence[Iterator[T]], weights: Sequence[float]) -> Iterator[T]:
-    """Endless streams in one, see `weighted_round_robin`."""
-    return (next(streams[i]) for i, _ in weighted_round_robin(weights, [0] * len(weights)))
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.shards))
 
 
 def weighted_round_robin(weights: Sequence[float], counts: Sequence[int]) -> Iterator[tuple[int, int]]:

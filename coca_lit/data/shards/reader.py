@@ -4,26 +4,32 @@ Shards may come from strangers: nothing is unpickled or unpacked, members other 
 read, and those that could hold code count as bad samples.
 """
 
+import itertools
 import logging
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
-from coca_lit.data.records import MAX_IMAGE, check_bytes, clean_captions
-from coca_lit.data.shards.listing import Shard, check_digest
+from coca_lit.data.examples import Index
+from coca_lit.data.pixels import MAX_IMAGE, check_bytes, decode_pixels
+from coca_lit.data.records import EncodedImage, Record, clean_captions
 from coca_lit.data.shards.mixture import draw
+from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
-from coca_lit.data.transforms import CropOfEncoded, EncodedCrop, TrainTransform, decode_pixels
+from coca_lit.data.transforms import TrainTransform, as_tensor
 from coca_lit.errors import DataError
 from coca_lit.models.patches import Images
 from coca_lit.reading import parse_json
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from coca_lit.data.encoded import CropOfEncoded, EncodedCrop
 
 log = logging.getLogger(__name__)
 
@@ -33,79 +39,81 @@ _WANTED = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}|txt|json)", re.IGNORECAS
 _CODE = re.compile(r".*\.(pyd|pickle|pkl|pth|pt|py|so|sh|exe)", re.IGNORECASE | re.DOTALL)
 
 
-class ShardSample(NamedTuple):
-    """A complete sample, its image still encoded."""
-
-    key: str
-    image: bytes
-    captions: dict[str, tuple[str, ...]]  # by caption key: "txt" or a field of the JSON; none is empty
-    shard: str  # for error reports
-
-    @property
-    def bytes(self) -> int:
-        """Of memory, about."""
-        texts = (text for captions in self.captions.values() for text in captions)
-        return len(self.image) + sum(64 + len(text) for text in texts)
+Pair = tuple[bytes, dict[str, tuple[str, ...]]]
+"""An encoded image, and its captions by caption key, "txt" or a field of the JSON; none is empty."""
 
 
 class Preprocess(NamedTuple):
-    """Decodes and crops the image, draws one of the captions and tokenises it."""
+    """Decodes and crops the image of a sample, draws one of the captions and tokenises it."""
 
-    transform: TrainTransform | CropOfEncoded
+    transform: TrainTransform
     tokenizer: Tokenizer
     caption_keys: Mapping[str, float]  # with the probability of each
     seed: int
+    encoded: "CropOfEncoded | None" = None  # in place of `transform`, for images that are not decoded whole
 
-    def __call__(self, sample: ShardSample, source: str, *turn: int, patches: Sequence[int] = ()) -> Example:
-        """Crop and caption depend on seed, turn and key alone. Raises `BadSampleError` for an unreadable image."""
-        seed: tuple[int | str, ...] = (self.seed, *turn, sample.key)
-        rng, name = random.Random(stable_seed("image", *seed)), f"{sample.key} in {sample.shard}"
-        crop: Images | EncodedCrop
+    def __call__(self, pair: Pair, key: str, shard: str, index: Index, source: str) -> Example:
+        """Crop and caption depend on seed, pass and key alone. Raises `BadSampleError` for an unreadable image."""
+        image, captions = pair
+        seed = (self.seed, index.turn, key)
+        rng, name = random.Random(stable_seed("image", *seed)), f"{key} in {shard}"
         try:
-            if isinstance(self.transform, CropOfEncoded):
-                crop = self.transform(sample.image, name, rng)
-                if isinstance(crop, EncodedCrop):
-                    crop = crop._replace(shard=sample.shard)
+            crop: Images | EncodedCrop
+            if self.encoded:
+                crop = self.encoded(image, name, rng, shard)
             else:
-                crop = self.transform(decode_pixels(sample.image, name), rng, *patches)
+                crop = self.transform(as_tensor(decode_pixels(image, name)), rng, index.patches)
         except DataError as error:
-            raise BadSampleError(BadSample(sample.shard, sample.key, "unreadable image", str(error))) from error
-        caption = draw(sample.captions, self.caption_keys, "caption", *seed)
-        return Example(crop, self.tokenizer.encode(caption), f"{sample.shard}/{sample.key}", source=source)
+            raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
+        caption = draw(captions, self.caption_keys, "caption", *seed)
+        return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source)
 
 
-def read_shard(
-    shard: Shard, caption_keys: Collection[str], bad: BadSamples, verify: bool = False
-) -> Iterator[ShardSample]:
-    """The complete samples of a shard in tar order; broken ones are counted in `bad` and skipped.
+def read_shard(shard: Shard, caption_keys: Collection[str], bad: BadSamples) -> Iterator[Record]:
+    """The complete samples of a shard in tar order; broken ones are counted in `bad` and skipped. Arguments as of
+    `pair_of`.
+    """
+    for fields in read_fields(shard, bad):
+        key = fields["__key__"]
+        try:
+            image, captions = pair_of(fields, caption_keys, shard.name)
+        except BadSampleError as error:
+            bad.catch(error)
+        else:
+            yield Record(key, EncodedImage(image, "it"), itertools.chain(*captions.values()))
+
+
+def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -> Pair:
+    """The image and captions among the members with one key.
 
     Args:
         caption_keys: where captions may be: "txt" for KEY.txt, else a field of KEY.json that holds a text or a list
             of texts. A sample needs at least one of them.
-        verify: first compare the digest with the manifest; raises `DataError` if it differs.
+
+    Raises:
+        BadSampleError: it is not complete.
     """
-    for fields in read_fields(shard, bad, verify):
-        try:
-            sample = sample_of(fields, caption_keys, shard.name)
-        except BadSampleError as error:
-            bad.catch(error)
-        else:
-            yield sample
-
-
-def sample_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -> ShardSample:
-    """The sample made of the members with one key; raises `BadSampleError` if it is not complete."""
-    image, captions = image_of(fields), _captions(fields, caption_keys)
+    key, image = fields["__key__"], image_of(fields)
+    captions, content = {}, {}
+    if any(key != "txt" for key in caption_keys) and len(text := fields.get("json", b"")) <= MAX_TEXT:
+        with suppress(DataError):
+            content = parse_json(text, "the JSON", dict)
+    for name in caption_keys:
+        text = fields.get("txt", b"").decode(errors="replace") if name == "txt" else content.get(name)
+        texts = text if isinstance(text, list) else [text]
+        fitting = clean_captions(text for text in texts if isinstance(text, str) and len(text) <= MAX_TEXT)
+        if fitting:
+            captions[name] = fitting
     try:
-        check_bytes(len(image), f"{fields['__key__']} in {shard}")
+        check_bytes(len(image), f"{key} in {shard}")
     except DataError as error:
-        raise BadSampleError(BadSample(shard, fields["__key__"], "unreadable image", str(error))) from error
+        raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
     if image and captions:
-        return ShardSample(fields["__key__"], image, captions, shard)
+        return image, captions
     missing = f"no caption in the JSON under {', '.join(caption_keys)}"
     if not image or "txt" in caption_keys:
         missing = "missing caption" if image else "missing image"
-    raise BadSampleError(BadSample(shard, fields["__key__"], missing))
+    raise BadSampleError(BadSample(shard, key, missing))
 
 
 def read_fields(
@@ -121,9 +129,7 @@ def read_fields(
     read, error = 0, None
     kept = shard.selection.keys(shard.file_name) if shard.selection else None
     try:
-        with nullcontext(file) if file else shard.local() as source:
-            if verify and shard.entry and isinstance(source, Path):
-                check_digest(shard.name, source, shard.entry)
+        with nullcontext(file) if file else shard.local(verify) as source:
             for fields in group_members(_members(source, shard.name, bad, content), content):
                 if kept is not None and fields["__key__"] not in kept:
                     continue
@@ -137,12 +143,11 @@ def read_fields(
         raise
     except Exception as broken:  # tarfile, zlib, gzip and fsspec raise many types
         error = str(broken) or type(broken).__name__
-    expected = shard.samples
     if error:
         log.warning("%s is broken or truncated: %s", shard.name, error)
-        bad.lose("broken or truncated shard", shard.name, expected, read, error)
+        bad.lose("broken or truncated shard", shard.name, shard.samples, read, error)
     elif not read:
-        bad.lose("empty shard", shard.name, expected, read)
+        bad.lose("empty shard", shard.name, shard.samples, read)
     else:
         bad.end_of_shard(read)
 
@@ -171,26 +176,3 @@ def _members(source: Path | BinaryIO, shard: str, bad: BadSamples, content: bool
         elif holds_code(member.name):
             bad.seen += 1
             bad.add("code in a shard", shard, member.name)
-
-
-def _captions(fields: dict[str, Any], keys: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Captions by key, stripped; texts that are far too long for one are left out."""
-    found: dict[str, tuple[str, ...]] = {}
-    content = _json(fields) if any(key != "txt" for key in keys) else {}
-    for key in keys:
-        text = _text(fields) if key == "txt" else content.get(key)
-        texts = text if isinstance(text, list) else [text]
-        found[key] = clean_captions(text for text in texts if isinstance(text, str) and len(text) <= MAX_TEXT)
-    return {key: captions for key, captions in found.items() if captions}
-
-
-def _text(fields: dict[str, Any]) -> str:
-    return fields.get("txt", b"")[: MAX_TEXT + 1].decode("utf-8", errors="replace")
-
-
-def _json(fields: dict[str, Any]) -> dict[str, Any]:
-    text = fields.get("json", b"")
-    try:
-        return parse_json(text, "the JSON", dict) if len(text) <= MAX_TEXT else {}
-    except DataError:
-        return {}

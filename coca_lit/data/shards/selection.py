@@ -8,11 +8,12 @@ their file names, so that they can be moved. Only the keys of one shard at a tim
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
 from coca_lit.reading import open_parquet, open_regular, printable
@@ -47,6 +48,22 @@ class Selection:
                         found.update(rows.unique().to_pylist())
         return frozenset(found)
 
+    def of(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those of the shards that hold selected samples.
+
+        Raises:
+            DataError: there are none, or two shards have the same file name.
+        """
+        names: dict[str, str] = {}
+        for shard in shards:
+            if names.setdefault(shard.file_name, shard.name) != shard.name:
+                both = f"{names[shard.file_name]} and {shard.name}"
+                raise DataError(f"{both} have the same file name: name them as a mixture, each with its own selection")
+        found = [replace(shard, selection=self) for shard in shards if shard.file_name in self.counts]
+        if not found:
+            raise DataError(f"{self.path} selects no sample of the {len(shards)} shards: it is about other ones")
+        return found
+
 
 def read_selection(path: Path) -> Selection:
     """Which shards a selection is about; keys are read shard by shard.
@@ -62,8 +79,7 @@ def read_selection(path: Path) -> Selection:
         kinds = {name: str(file.schema_arrow.field(name).type) for name in COLUMNS if name in file.schema_arrow.names}
         if any("string" not in kinds.get(name, "") for name in COLUMNS):
             raise DataError(
-                f"{path} is not a selection of samples, which has the texts {SHARD} and {KEY} as columns: write it "
-                "with coca-data filter or coca-data dedup"
+                f"{path} has no columns of texts {SHARD} and {KEY}: write a selection with coca-data filter or dedup"
             )
         for group in range(file.num_row_groups):
             for row in file.read_row_group(group, [SHARD]).column(SHARD).value_counts().to_pylist():

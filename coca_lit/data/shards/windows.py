@@ -11,31 +11,25 @@ canonical nodes.) A shard is fetched by two machines if it was divided between t
 """
 
 import random
-import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, count, islice, pairwise
 from operator import itemgetter
-from pathlib import Path
-from queue import SimpleQueue
-from threading import Lock, Thread
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from coca_lit.data.examples import Index
 from coca_lit.data.loader import epoch_order
-from coca_lit.data.shards.cache import CacheFullError
-from coca_lit.data.shards.indexed import IndexedBatches, TarIndex
-from coca_lit.data.shards.listing import Shard
+from coca_lit.data.shards.indexed import IndexedBatches
 from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
-from coca_lit.data.shards.store import StoreError
 from coca_lit.seeding import stable_seed
 
-THREADS = 4  # of a process that fetch shards
-PAUSE = 5.0  # seconds until a shard that could not be fetched ahead is tried again
+if TYPE_CHECKING:
+    from coca_lit.data.shards.remote.shards import RemoteShard
 
 
 class Windows(NamedTuple):
@@ -75,7 +69,7 @@ class SourceOrder:
         first: index of the first sample of the source, counted over all sources.
     """
 
-    def __init__(self, source: Source[TarIndex], windows: Windows, share: float, seed: int, first: int) -> None:
+    def __init__(self, source: Source, windows: Windows, share: float, seed: int, first: int) -> None:
         self.source, self.seed = source, seed
         self.max_samples, self.max_bytes = (limit * share / windows.readers for limit in windows[:2])
         self.counts = [len(index) for index in source.shards]
@@ -187,22 +181,29 @@ class WindowedBatches(IndexedBatches):
             for source, first in zip(self.sources, self.starts, strict=False)
         ]
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        ahead = Ahead()
-        try:
-            for number in range(self.start, self.stop):
-                _, size, patches = self.schedule.at(number)
-                mine = range(self.rank * size // self.world, (self.rank + 1) * size // self.world)
-                turns = self._turns(number)
-                ahead.need(number, self._shards(mine, turns))
-                ahead.release(number - self.behind)
-                yield [(*sample, *patches) for sample in self._samples(mine, turns)]
-        finally:
-            ahead.close()
+    def __iter__(self) -> Iterator[list[Index]]:
+        if not any(index.shard.is_remote for source in self.sources for index in source.shards):
+            yield from super().__iter__()
+            return
+        from coca_lit.data.shards.remote.shards import Ahead
 
-    def global_batch(self, number: int) -> list[tuple[int, ...]]:
-        _, size, patches = self.schedule.at(number)
-        return [(*sample, *patches) for sample in self._samples(range(size), self._turns(number))]
+        with closing(Ahead()) as ahead:
+            for number in range(self.start, self.stop):
+                ahead.need(number, self._remote_shards(number))
+                ahead.release(number - self.behind)
+                yield self._part(number)
+
+    def _part(self, number: int) -> list[Index]:
+        """Neighbouring samples, and so those of neighbouring readers."""
+        turns, patches = self._turns(number), self.schedule.at(number).patches
+        places = (divmod(item, len(turns)) for item in self._items(number))
+        return [
+            Index(*self.orders[source].sample(reader, k), patches) for reader, i in places for source, k in [turns[i]]
+        ]
+
+    def _items(self, number: int) -> range:
+        size = self.schedule.at(number).size
+        return range(self.rank * size // self.world, (self.rank + 1) * size // self.world)
 
     def _turns(self, number: int) -> list[tuple[int, int]]:
         """(source, k) of what each reader contributes to a batch."""
@@ -211,82 +212,14 @@ class WindowedBatches(IndexedBatches):
         before = counts_after(first // readers, self.weights)
         return list(islice(weighted_round_robin(self.weights, before), size // readers))
 
-    def _samples(self, items: range, turns: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        places = (divmod(item, len(turns)) for item in items)
-        return [self.orders[source].sample(reader, k) for reader, i in places for source, k in (turns[i],)]
-
-    def _shards(self, items: range, turns: Sequence[tuple[int, int]]) -> list[Shard]:
-        """The remote shards of a batch, and of what follows it."""
+    def _remote_shards(self, number: int) -> "list[RemoteShard]":
+        """The remote shards of this rank's batch, and of what follows it."""
+        items, turns = self._items(number), self._turns(number)
         readers = range(items[0] // len(turns), items[-1] // len(turns) + 1)
-        found: list[tuple[int, Shard]] = []
-        for number, (source, order) in enumerate(zip(self.sources, self.orders, strict=True)):
-            if of_source := [k for i, k in turns if i == number]:
+        found: list[tuple[int, RemoteShard]] = []
+        for place, (source, order) in enumerate(zip(self.sources, self.orders, strict=True)):
+            if of_source := [k for i, k in turns if i == place]:
                 for distance, shard in (x for r in readers for x in order.shards(r, of_source[0], of_source[-1])):
-                    if remote := source.shards[shard].remote:
-                        found.append((distance, remote))
+                    if source.shards[shard].shard.is_remote:
+                        found.append((distance, cast("RemoteShard", source.shards[shard].shard)))
         return [shard for _, shard in sorted(found, key=itemgetter(0))]
-
-
-class Ahead:
-    """Fetches shards in threads, and keeps them in the cache until they are done with.
-
-    What cannot be fetched is left to the worker that needs it, which reports it.
-    """
-
-    def __init__(self) -> None:
-        self._last: dict[Shard, int] = {}  # the last batch that needs each shard
-        self._held: dict[Shard, AbstractContextManager[Path]] = {}
-        self._lock = Lock()
-        self._queue: SimpleQueue[Shard | None] = SimpleQueue()
-        self._threads: list[Thread] = []
-
-    def need(self, number: int, shards: Iterable[Shard]) -> None:
-        """Shards that batch `number` needs, or what follows it, the most urgent first."""
-        with self._lock:
-            wanted = dict.fromkeys(shards, number)
-            new = [shard for shard in wanted if shard not in self._last]
-            self._last |= wanted
-        for shard in new:
-            self._queue.put(shard)
-        if new and not self._threads:  # daemons: a store that is away must not keep a process from ending
-            self._threads = [Thread(target=self._fetch, daemon=True) for _ in range(THREADS)]
-            for thread in self._threads:
-                thread.start()
-
-    def release(self, number: int) -> None:
-        """Lets go of shards that no batch from `number` on needs."""
-        with self._lock:
-            done = [shard for shard, last in self._last.items() if last < number]
-            for shard in done:
-                del self._last[shard]
-            held = [self._held.pop(shard) for shard in done if shard in self._held]
-        for context in held:
-            context.__exit__(None, None, None)
-
-    def close(self) -> None:
-        with self._lock:
-            last = max(self._last.values(), default=0)
-        self.release(last + 1)
-        for _ in self._threads:
-            self._queue.put(None)
-
-    def _fetch(self) -> None:
-        while shard := self._queue.get():
-            assert shard.cache
-            context = shard._replace(cache=shard.cache._replace(patience=0)).local(verify=True)
-            try:
-                with self._lock:
-                    if shard not in self._last or shard in self._held:
-                        continue
-                context.__enter__()
-            except (StoreError, CacheFullError):
-                time.sleep(PAUSE)
-                self._queue.put(shard)
-            except Exception:
-                continue
-            else:
-                with self._lock:
-                    if wanted := shard in self._last and shard not in self._held:
-                        self._held[shard] = context
-                if not wanted:
-                    context.__exit__(None, None, None)

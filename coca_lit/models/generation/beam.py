@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coca_lit.models.generation.constraints import NEVER, Constraints, force_token
 from coca_lit.models.generation.options import Scoring
+from coca_lit.models.generation.sampling import NEVER, Constraints, force_token
 from coca_lit.models.generation.state import UNFORCED, Decoding, Hypotheses, Prompts, look
 from coca_lit.models.packing import to_device
 

@@ -1,27 +1,25 @@
 """Writing captions: encode images once, let a strategy write, order its captions, add scores and attention."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Unpack, overload
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.models import kernels
-from coca_lit.models.generation.constraints import Constraints
 from coca_lit.models.generation.options import OPTIONS, GenerateOptions, Options, complete, describe
-from coca_lit.models.generation.sampling import Sampling, caption_lengths, decode, greedy
-from coca_lit.models.generation.state import (
-    Captioner,
-    Decoding,
-    Hypotheses,
-    Prompts,
-    StaticDecoding,
-    encode_prompts,
-)
+from coca_lit.models.generation.sampling import Constraints, Sampling, caption_lengths, decode, greedy
+from coca_lit.models.generation.state import Decoding, Hypotheses, Prompts, encode_prompts
 from coca_lit.models.patches import Images, Patches
 from coca_lit.models.preprocessing import expect_pixels
 from coca_lit.models.text import expect_decoder
+from coca_lit.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from coca_lit.models.coca import CoCa
+
+Begin = Callable[["CoCa", Tensor, int], Decoding]  # from the model, image tokens (B, S, E) and the maximal length
 
 
 class Captions(NamedTuple):
@@ -39,7 +37,7 @@ class Captions(NamedTuple):
 
 @overload
 def write_captions(
-    model: Captioner,
+    model: "CoCa",
     images: Images,
     *,
     return_scores: Literal[False] = False,
@@ -50,7 +48,7 @@ def write_captions(
 
 @overload
 def write_captions(
-    model: Captioner,
+    model: "CoCa",
     images: Images,
     *,
     return_scores: Literal[True],
@@ -61,7 +59,7 @@ def write_captions(
 
 @overload
 def write_captions(
-    model: Captioner,
+    model: "CoCa",
     images: Images,
     *,
     return_scores: bool = False,
@@ -70,36 +68,15 @@ def write_captions(
 ) -> Captions: ...
 
 
-@torch.no_grad()
 def write_captions(
-    model: Captioner,
+    model: "CoCa",
     images: Images,
     *,
     return_scores: bool = False,
     return_attention: bool = False,
     **options: Unpack[GenerateOptions],
 ) -> Tensor | Captions:
-    if not isinstance(images, Patches):
-        expect_pixels(images)
-    complete_options = complete(options)
-    expect_decoder(model.decoder)
-    least, most = complete_options.lengths(model.tokenizer.context_length)
-    prompts = encode_prompts(model, complete_options.prompt, len(images), most)
-    was_training = model.training
-    model.eval()
-    try:
-        vector, image_tokens = model.pooling(
-            model.image_encoder(images.to(model.device)), contrastive=complete_options.rerank is not None
-        )
-        hypotheses = _write(model, image_tokens, prompts, complete_options, least)
-        captions = _order(model, hypotheses, prompts, vector, complete_options)
-        if return_attention:
-            captions = captions._replace(attention=_attention(model, captions.ids, image_tokens))
-    finally:
-        model.train(was_training)
-    if complete_options.num_captions is None:
-        captions = captions.map(lambda part: part[:, 0])
-    return captions if return_scores or return_attention else captions.ids
+    return write(model, images, Decoding, return_scores, return_attention, options)
 
 
 _OPTION_LINES = "\n    ".join(f"{name}: {describe(name)}" for name in OPTIONS)
@@ -120,37 +97,67 @@ Raises:
 """
 
 
-def _write(model: Captioner, image_tokens: Tensor, prompts: Prompts, options: Options, min_length: int) -> Hypotheses:
-    tokenizer = model.tokenizer
-    assert model.decoder is not None
-    decoding = decoding_for(model, image_tokens, prompts.ids.shape[1])
-    constraints = Constraints(tokenizer.eot_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
-    with kernels.packed_weights(model.text, model.decoder):
+@torch.no_grad()
+def write(
+    model: "CoCa",
+    images: Images,
+    begin: Begin,
+    return_scores: bool,
+    return_attention: bool,
+    given: Mapping[str, Any],
+) -> Tensor | Captions:
+    """`write_captions` with a `Decoding` of a certain kind."""
+    if not isinstance(images, Patches):
+        expect_pixels(images)
+    options = complete(given)
+    expect_decoder(model.decoder)
+    least, most = options.lengths(model.tokenizer.context_length)
+    prompts = encode_prompts(model, options.prompt, len(images), most)
+    was_training = model.training
+    model.eval()
+    try:
+        vector, image_tokens = model.pooling(
+            model.image_encoder(images.to(model.device)), contrastive=options.rerank is not None
+        )
+        hypotheses = _search(model, begin(model, image_tokens, most), prompts, options, least)
+        captions = _order(model, hypotheses, prompts, vector, options)
+        if return_attention:
+            captions = captions._replace(attention=_attention(model, captions.ids, image_tokens))
+    finally:
+        model.train(was_training)
+    if options.num_captions is None:
+        captions = captions.map(lambda part: part[:, 0])
+    return captions if return_scores or return_attention else captions.ids
+
+
+def _search(model: "CoCa", decoding: Decoding, prompts: Prompts, options: Options, min_length: int) -> Hypotheses:
+    end_id, pad_id = model.tokenizer.eot_id, model.tokenizer.pad_id
+    constraints = Constraints(end_id, min_length, options.repetition_penalty, options.no_repeat_ngram)
+    with kernels.packed_weights(model.text, expect_decoder(model.decoder)):
         if options.strategy == "beam":
             from coca_lit.models.generation.beam import BeamSearch
 
-            search = BeamSearch(
-                options.num_beams, float(options.length_penalty), options.scoring, constraints, tokenizer.pad_id
+            penalty = float(options.length_penalty)
+            return BeamSearch(options.num_beams, penalty, options.scoring, constraints, pad_id).search(
+                decoding, prompts
             )
-            return search.search(decoding, prompts)
         sampling = Sampling(options.temperature, options.top_k, options.top_p, options.generator)
         choose = greedy if options.strategy == "greedy" else sampling
-        return decode(decoding, prompts, constraints, choose, options.captions, tokenizer.pad_id)
-
-
-def decoding_for(model: Captioner, image_tokens: Tensor, max_length: int) -> Decoding:
-    if model.static_step is None:
-        return Decoding(model, image_tokens, max_length)
-    return StaticDecoding(model, image_tokens, max_length, model.static_step)
+        return decode(decoding, prompts, constraints, choose, options.captions, pad_id)
 
 
 def _order(
-    model: Captioner, hypotheses: Hypotheses, prompts: Prompts, vector: Tensor | None, options: Options
+    model: "CoCa", hypotheses: Hypotheses, prompts: Prompts, vector: Tensor | None, options: Options
 ) -> Captions:
-    """The captions to return: in the order of the strategy, or by similarity and log-probability, the best first."""
+    """The captions to return: in the order of the strategy, or by similarity and log-probability, the best first.
+    Log-probabilities are those of whole captions, before `cut_at`.
+    """
     ids, scores, sums = hypotheses
     lengths = caption_lengths(ids, model.tokenizer.eot_id)
     log_probs = sums / (lengths - prompts.lengths[:, None])  # (B, N)
+    if options.cut_at:
+        ids = _cut(ids, options.cut_at.encode(), model.tokenizer)
+        lengths = caption_lengths(ids, model.tokenizer.eot_id)
     captions = Captions(ids, scores, log_probs)
     if vector is not None:
         texts = model.encode_text(ids.flatten(0, 1), lengths.flatten()).unflatten(0, ids.shape[:2])  # (B, N, E)
@@ -165,13 +172,22 @@ def _order(
     return captions.map(lambda part: part[:, : options.captions])
 
 
-def _attention(model: Captioner, ids: Tensor, image_tokens: Tensor) -> Tensor:
+def _cut(ids: Tensor, text: bytes, tokenizer: Tokenizer) -> Tensor:
+    """Captions (B, N, L) that end before the first token that contains a text."""
+    stops = torch.tensor([i for i, token in enumerate(tokenizer.token_bytes) if text in token], device=ids.device)
+    stop = torch.isin(ids, stops)
+    after = stop.cumsum(dim=-1)
+    return ids.where(after == 0, tokenizer.pad_id).where(~stop | (after > 1), tokenizer.eot_id)
+
+
+def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:
     """Where the decoder looked when it chose each token of captions (B, N, L): (B, N, L, S)."""
-    assert model.decoder is not None
     tokens = ids.flatten(0, 1)  # (B · N, L)
     lengths = caption_lengths(tokens, model.tokenizer.eot_id)
     states, _, _ = model.text(tokens, lengths, contrastive=False, packed=False)
-    weights = model.decoder.attention(states, image_tokens).float()  # (B · N, T, S), row t has read the tokens up to t
+    weights = (
+        expect_decoder(model.decoder).attention(states, image_tokens).float()
+    )  # (B · N, T, S), row t has read the tokens up to t
     maps = weights.new_zeros(*tokens.shape, weights.shape[2])
     chosen = min(weights.shape[1], tokens.shape[1] - 1)
     maps[:, 1 : chosen + 1] = weights[:, :chosen]

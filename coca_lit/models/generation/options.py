@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Strategy = Literal["greedy", "beam", "sample"]
 Scoring = Literal["log_prob", "openclip", "openclip_legacy"]
 Rerank = Literal["contrastive"]
+Preset = Literal["mobileclip2"]
 
 DEFAULT_MAX_LENGTH = 30  # start and end included, as in OpenCLIP
 OPEN_CLIP_MIN_LENGTH = 5  # OpenCLIP's default
@@ -49,6 +50,10 @@ class GenerateOptions(TypedDict, total=False):
     strategy: Annotated[
         Strategy,
         Option("greedy: the most likely token each time; beam: beam search; sample: random tokens", "greedy"),
+    ]
+    preset: Annotated[
+        Preset | None,
+        Option("mobileclip2: as Apple writes captions with its CoCas: strategy=sample top_p=0.9 min_length=5 cut_at=."),
     ]
     prompt: Annotated[str | Sequence[str] | None, Option("how every caption begins; in Python also one for each")]
     num_beams: Annotated[int | None, Option("captions that beam search keeps for each image", 2, "beam", at_least=1)]
@@ -86,6 +91,7 @@ class GenerateOptions(TypedDict, total=False):
     no_repeat_ngram: Annotated[
         int | None, Option("no n-gram of this many tokens occurs twice; 0 allows all", 0, at_least=0)
     ]
+    cut_at: Annotated[str | None, Option("captions end before the first token that contains this, such as a full stop")]
     generator: Annotated[
         "torch.Generator | None", Option("source of random numbers, on the model's device", None, "sample", key=False)
     ]
@@ -108,6 +114,10 @@ class GenerateOptions(TypedDict, total=False):
     rerank_weight: Annotated[float | None, Option("the weight w of rerank", 0.2, at_least=0, at_most=1)]
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # The README of its models; with OpenCLIP's default of min_seq_len.
+    "mobileclip2": {"strategy": "sample", "top_p": 0.9, "min_length": OPEN_CLIP_MIN_LENGTH, "cut_at": "."},
+}
 OPTIONS: dict[str, Option] = {name: get_args(hint)[1] for name, hint in GenerateOptions.__annotations__.items()}
 
 
@@ -177,6 +187,7 @@ def complete(options: Mapping[str, Any]) -> Options:
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         _check_value(name, value)
+    given = PRESETS.get(given.get("preset", ""), {}) | given
     found = Options({name: given.get(name, option.default) for name, option in OPTIONS.items()})
     _check_combination(found, given)
     return found

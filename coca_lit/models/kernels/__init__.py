@@ -12,8 +12,8 @@ in plain PyTorch with the same result up to rounding; `enable(False)` switches e
 - `keep_freed_memory`, `use_fp32_matmul`: settings of the whole process, for commands and not for a library.
 """
 
-from coca_lit.models.kernels.cpu_attention import attention, cross_attention, self_attention
 from coca_lit.models.kernels.cpu_linear import Linear, linear, packed_weights
+from coca_lit.models.kernels.fast_attention import attention, cross_attention, self_attention
 from coca_lit.models.kernels.process import (
     disabled,
     enable,

@@ -128,16 +128,11 @@ def _obstacle() -> str | None:
 def _reason_for_mkl(parameters: int | None) -> str | None:
     if parameters is not None and parameters < SMALLEST_NETWORK:
         return "the network is small"
-    processor = _processor()
-    if not torch.backends.mkl.is_available() or not processor:
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.12
+    name = str(processor.get("cpu_name", "")) if processor.get("architecture") == "x86_64" else ""
+    if not torch.backends.mkl.is_available() or not name:
         return "the processor is unknown"
-    return "MKL is fast on this processor" if "Intel" in processor else None
-
-
-def _processor() -> str:
-    """Name of an x86 processor, "" for others and where PyTorch does not tell."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.12
-    return str(capabilities.get("cpu_name", "")) if capabilities.get("architecture") == "x86_64" else ""
+    return "MKL is fast on this processor" if "Intel" in name else None
 
 
 def _is_exact() -> bool:

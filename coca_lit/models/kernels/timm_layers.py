@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.layers import Attention, Conv2dSame, PatchEmbed
 from torch import Tensor, nn
 
-from coca_lit.models.kernels.cpu_attention import attend_text_by_text
 from coca_lit.models.kernels.cpu_linear import Linear, linear
+from coca_lit.models.kernels.fast_attention import attend_text_by_text
 from coca_lit.models.kernels.process import enabled
 
 
@@ -48,7 +48,8 @@ class ShortAttention(nn.Module):
         """x (B, S, D) -> (B, S, D)"""
         batch, length, _ = x.shape
         qkv = self.qkv(x)  # (B, S, 3·D)
-        if attn_mask is None and not is_causal and length <= self.head_dim and self._trains_in_bf16(x):
+        slow = self.training and _in_bf16_on_cpu(x) and not torch.compiler.is_compiling()
+        if slow and attn_mask is None and not is_causal and length <= self.head_dim:
             attended = attend_text_by_text(qkv.flatten(0, 1), self.num_heads, [length] * batch, None)
             attended = attended.unflatten(0, (batch, length))
         else:
@@ -56,9 +57,6 @@ class ShortAttention(nn.Module):
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal)
             attended = attended.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(attended))
-
-    def _trains_in_bf16(self, x: Tensor) -> bool:
-        return self.training and _in_bf16_on_cpu(x) and not torch.compiler.is_compiling()
 
 
 class Depthwise(nn.Conv2d):

@@ -1,9 +1,9 @@
 """OpenCLIP's files: weights of its captioners from and to ours, and weights of its CLIP.
 
-Each part of a model knows the names of its tensors in OpenCLIP (`open_clip_names`); CoCa has the names of open_clip
-2.11 to 3.3. Values differ in three ways: projections are stored transposed there, the packed query/key/value projection
-of a cross-attention is two matrices here, and temperature and bias of the contrastive logits are scalars there and
-vectors of one here. Without a decoder the counterpart of CoCa is OpenCLIP's `CustomTextCLIP`. With timm's NaFlexVit,
+`counterparts` has the names of the tensors of each part of a model; CoCa has those of open_clip 2.11 to 3.3. Values
+differ in three ways: projections are stored transposed there, the packed query/key/value projection of a
+cross-attention is two matrices here, and temperature and bias of the contrastive logits are scalars there and vectors
+of one here. Without a decoder the counterpart of CoCa is OpenCLIP's `CustomTextCLIP`. With timm's NaFlexVit,
 the encoder for images of any shape, the two poolers are siblings of `visual`.
 
 CLIP comes in two layouts: the text tower at the root (`CLIP`), or under `text.` (`CustomTextCLIP`). Both hold the same
@@ -11,17 +11,20 @@ tensors. Files with other towers are refused.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
-from coca_lit.models.layers import OpenClipNames, SelfBlock
+from coca_lit.weights.bounds import without_memory
 from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments, obstacle_to_open_clip
+from coca_lit.weights.open_clip.counterparts import SELF_BLOCK, Names, names_of
 from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes, has_modern_towers
+
+Model = TypeVar("Model", CoCa, CLIP)
 
 _TRANSPOSED = {
     *("visual.proj", "text.text_projection", "text_decoder.text_projection"),
@@ -30,9 +33,9 @@ _TRANSPOSED = {
 _CROSS_ATTENTION = re.compile(
     r"(decoder\.cross_blocks\.\d+|pooling\.(?:generative|contrastive))\.attention\.(q|kv)\.(weight|bias)"
 )
-_CLIP_NAMES: OpenClipNames = (
+_CLIP_NAMES: Names = (
     ("image_projection.weight", "visual.proj", {}),
-    ("blocks.", "transformer.resblocks.", SelfBlock.open_clip_names),
+    ("blocks.", "transformer.resblocks.", SELF_BLOCK),
     ("position_embedding", "positional_embedding", {}),
     ("norm.", "ln_final.", {}),
     ("text_projection.weight", "text_projection", {}),
@@ -41,13 +44,16 @@ _CLIP_NAMES: OpenClipNames = (
 )
 
 
-def to_open_clip(model: CoCa) -> dict[str, Tensor]:
+def to_open_clip(model: CoCa, version: str = "4") -> dict[str, Tensor]:
     """State dict that OpenCLIP's model of the same sizes loads strictly.
+
+    Args:
+        version: one of `VERSIONS`.
 
     Raises:
         ValueError: the model has parts that OpenCLIP's CoCa lacks.
     """
-    if reason := obstacle_to_open_clip(model, "4"):
+    if reason := obstacle_to_open_clip(model, version):
         raise ValueError(f"OpenCLIP cannot build this model: {reason}")
     state, names = model.state_dict(), _names(model)
     converted = {_rename(name, names): tensor for name, tensor in state.items() if not _CROSS_ATTENTION.fullmatch(name)}
@@ -60,6 +66,8 @@ def to_open_clip(model: CoCa) -> dict[str, Tensor]:
     for name in ("visual.positional_embedding", "logit_scale", "logit_bias"):
         if name in converted:
             converted[name] = converted[name][0]
+    if version == "mammut":
+        converted["text.text_projection"] = converted.pop("text.lm_head")
     return converted
 
 
@@ -79,7 +87,7 @@ def from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | None = 
     sizes = coca_sizes(theirs)
     if "map_viz2txt_kv" in theirs and "text.lm_head" not in theirs:  # names of the code that trained openMaMMUT
         theirs["text.lm_head"] = theirs.pop("text.text_projection")
-    model = CoCa(**sizes | coca_arguments(config, sizes) | overrides)
+    model = _built(lambda: CoCa(**sizes | coca_arguments(config, sizes) | overrides), theirs)
     _load(model, theirs, _names(model))
     return model
 
@@ -97,10 +105,18 @@ def clip_from_open_clip(state: Mapping[str, Any], config: Mapping[str, Any] | No
     """
     theirs = _Tensors(at_the_root(_plain_state(state)))
     sizes = clip_sizes(theirs)
-    model = CLIP(**sizes | clip_arguments(config, sizes) | overrides)
-    trunk = ((f"image_encoder.{a}", b, inside) for a, b, inside in model.image_encoder.open_clip_names)
+    model = _built(lambda: CLIP(**sizes | clip_arguments(config, sizes) | overrides), theirs)
+    trunk = ((f"image_encoder.{a}", b, inside) for a, b, inside in names_of(model.image_encoder))
     _load(model, theirs, (*trunk, *_CLIP_NAMES))
     return model
+
+
+def _built(make: Callable[[], Model], theirs: Mapping[str, Tensor]) -> Model:
+    try:
+        without_memory(make, theirs)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint is damaged: {error}") from error
+    return make()
 
 
 def is_clip(state: Mapping[str, Any]) -> bool:
@@ -144,7 +160,7 @@ class _Tensors(dict[str, Tensor]):
         return super().__getitem__(name)
 
 
-def _load(model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: OpenClipNames) -> None:
+def _load(model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: Names) -> None:
     """Fills a model with all of the tensors.
 
     Args:
@@ -162,10 +178,8 @@ def _load(model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: OpenClipNames
             there = _rename(name, names)
             tensor = theirs[there].T if there in _TRANSPOSED else theirs[there]
         if tensor.numel() != target.numel():
-            raise ValueError(
-                f"'{there}' has the shape {tuple(tensor.shape)} in the checkpoint, and its counterpart '{name}' needs "
-                f"{tuple(target.shape)}"
-            )
+            shapes = f"{tuple(tensor.shape)} in the checkpoint, and '{name}' needs {tuple(target.shape)}"
+            raise ValueError(f"'{there}' has the shape {shapes}")
         ours[name] = tensor.reshape(target.shape).to(target.dtype)
     if unread := sorted(theirs.keys() - theirs.read):
         kind = type(model).__name__
@@ -173,10 +187,8 @@ def _load(model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: OpenClipNames
     model.load_state_dict(ours)
 
 
-def _names(model: CoCa) -> OpenClipNames:
-    """The names that each part of a model knows for its tensors, and the model's own."""
-    parts = {part: getattr(model, part) for part in ("image_encoder", "pooling", "text", "decoder")}
-    named = {part: getattr(module, "open_clip_names", ()) for part, module in parts.items()}
+def _names(model: CoCa) -> Names:
+    named = {part: names_of(getattr(model, part)) for part in ("image_encoder", "pooling", "text", "decoder")}
     return (
         *((f"{part}.{ours}", theirs, inside) for part, names in named.items() for ours, theirs, inside in names),
         ("image_projection.weight", "visual.proj", {}),
@@ -185,7 +197,7 @@ def _names(model: CoCa) -> OpenClipNames:
     )
 
 
-def _rename(ours: str, names: OpenClipNames) -> str:
+def _rename(ours: str, names: Names) -> str:
     """OpenCLIP's name of one of our tensors, by the first beginning that fits."""
     for our_prefix, their_prefix, inside in names:
         if ours.startswith(our_prefix):

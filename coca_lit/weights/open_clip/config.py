@@ -1,21 +1,24 @@
 """`open_clip_config.json`: written for a model of ours, and read for what the tensors beside it do not show.
 
-Each part of a model knows its own keys (`open_clip_config`), `keys` which of them may have which values.
+`counterparts` has the keys of each part of a model, `keys` which of them may have which values.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from coca_lit.models.coca import CoCa
-from coca_lit.models.image import CLIP_NORMALISATION, MeanPooling
-from coca_lit.models.mammut import TwoPassTower
-from coca_lit.models.modern import Style
-from coca_lit.models.naflex import DEFAULTS
+from coca_lit.models.image import CLIP_NORMALISATION
+from coca_lit.models.variants.mammut import TwoPassDecoder, TwoPassTower, TwoPassTowerWithPads
+from coca_lit.models.variants.modern import Style
+from coca_lit.models.variants.naflex import DEFAULTS
+from coca_lit.models.variants.poolers import MeanPooling
 from coca_lit.tokenizer import get_tokenizer
+from coca_lit.weights.bounds import MAX_CONTEXT, MAX_PATCHES
+from coca_lit.weights.open_clip.counterparts import keys_of, needs_version_4
 from coca_lit.weights.open_clip.keys import (
     CLIP_KEYS,
     COCA_KEYS,
@@ -29,7 +32,7 @@ from coca_lit.weights.open_clip.keys import (
     with_tokenizer,
 )
 
-VERSIONS = ("3.3", "4")  # of OpenCLIP, whose files can be written
+VERSIONS = ("3.3", "4", "mammut")  # of OpenCLIP, whose files can be written; mammut: LAION-AI/open_clip_mammut
 _TOWERS = ("TextTower", "ModernTextTower", "TwoPassTower", "TwoPassTowerWithPads")
 _TEXT_SIZES = {"context_length": "context_length", "width": "text_width", "layers": "text_layers"}
 _BLOCK_PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -51,9 +54,9 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         raise ValueError(f"OpenCLIP cannot build this model: {reason}")
     ours, trunk = model.config, model.image_encoder.trunk
     vision = {
-        **model.image_encoder.open_clip_config,
+        **(keys_of(model.image_encoder) or {}),
         "output_tokens": model.decoder is not None,
-        **(model.pooling.open_clip_config or {}),
+        **(keys_of(model.pooling) or {}),
     }
     if not isinstance(model.pooling, MeanPooling):
         vision |= {"attn_pooler_queries": ours["pooler_queries"], "attn_pooler_heads": ours["pooler_heads"]}
@@ -64,13 +67,17 @@ def open_clip_config(model: CoCa, version: str = "3.3") -> dict[str, Any]:
         "heads": ours["text_heads"],
         **{key: value for key, value in model.tokenizer.open_clip_config.items() if key.endswith("_id")},
     }
-    text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **model.text.open_clip_config}
+    text = {"layers": ours["text_layers"], "output_tokens": model.decoder is not None, **(keys_of(model.text) or {})}
     text |= model.tokenizer.open_clip_config
     if version == "3.3":
         text.pop("correct_cls_mask", None)
     towers = {} if isinstance(model.text, TwoPassTower) else {"text_cfg": {**both, **text}}
-    if model.decoder is not None:
-        towers["multimodal_cfg"] = {**both, "layers": ours["decoder_layers"], **model.decoder.open_clip_config}
+    if version == "mammut":
+        text["has_mlp"] = not ours["text_tower_args"]
+        every = cast(TwoPassDecoder, model.decoder).every
+        towers["text_cfg"] = {**both, **text, "cross_attn_ratio": every, "does_full_decoding": True}
+    elif model.decoder is not None:
+        towers["multimodal_cfg"] = {**both, "layers": ours["decoder_layers"], **(keys_of(model.decoder) or {})}
     normalisation = {key: list(trunk.pretrained_cfg[key]) for key in CLIP_NORMALISATION}
     return {
         "model_cfg": {
@@ -93,8 +100,8 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
     """Why OpenCLIP's CoCa cannot be this model, whatever its CLS mask; None if it can."""
     ours = model.config
     if model.tokenizer.open_clip_version is None:
-        return "it has a word tokenizer, and OpenCLIP's CoCa only reads byte pairs"
-    if model.pooling.open_clip_config is None:
+        return "it has a tokenizer of its own, and OpenCLIP's CoCa reads byte pairs: safetensors and onnx take it"
+    if keys_of(model.pooling) is None:
         return (
             f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
             " openclip_parallel, openclip_cascade and MaMMUT's means"
@@ -105,8 +112,16 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
         return "in OpenCLIP a two-pass text tower and the mean of all image tokens go together"
     if isinstance(model.text, TwoPassTower) and model.decoder is None:
         return "OpenCLIP has no MaMMUT without its decoder"
-    parts = (model.pooling, model.text, model.tokenizer, model.image_encoder)
-    if version == "3.3" and any(part.open_clip_version == "4" for part in parts):
+    only = (ours["text_tower_args"] or {}).get("attention_only_every")
+    if version == "mammut":
+        if not isinstance(model.text, TwoPassTowerWithPads) or ours["pooler"] != "mean_all":
+            return "version=mammut has only two_pass_with_pads and the pooler mean_all"
+        if only not in (None, cast(TwoPassDecoder, model.decoder).every):
+            return "in OpenCLIP the blocks without an MLP are those before a cross block"
+    elif isinstance(model.text, TwoPassTower) and only is not None:
+        return "it has blocks without an MLP: export it with version=mammut"
+    parts = (model.pooling, model.text, model.image_encoder)
+    if version == "3.3" and (model.tokenizer.open_clip_version == "4" or any(map(needs_version_4, parts))):
         return "its pooler, tokenizer, image encoder or text tower needs OpenCLIP 4: export it with version=4"
     if not model.image_encoder.takes_patches and not _is_clip_transformer(model.image_encoder.trunk):
         return (
@@ -164,8 +179,7 @@ def coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         text_heads = decoder_heads
     if text_heads != decoder_heads:
         raise ValueError(
-            f"the config asks for {text_heads} heads in the text tower and {decoder_heads} in the decoder, but CoCa has"
-            " the same number in both"
+            f"{FILE}: text tower and decoder have {text_heads} and {decoder_heads} heads, expected as many"
         )
     if found.quick_gelu:
         raise ValueError("the config asks for QuickGELU, but CoCa is built with GELU")
@@ -180,7 +194,7 @@ def coca_arguments(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
         arguments["cls_mask"] = found.cls_mask
     elif tower == "modern":
         pool = {"argmax": "eos"}.get(found.text.get("pool_type", "argmax"), found.text.get("pool_type"))
-        arguments["context_length"] = count(found.text, "context_length", 77)
+        arguments["context_length"] = count(found.text, "context_length", 77, MAX_CONTEXT)
         arguments["text_tower_args"] = {**sizes["text_tower_args"], "pool": pool, **_style(found.text)}
         if sizes["decoder_args"] is not None:
             arguments["decoder_args"] = {**sizes["decoder_args"], **_style(found.decoder), **_every(found, sizes)}
@@ -223,10 +237,11 @@ def _every(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[str, int]:
     """Every how many layers the decoder looks at the image; several numbers can fit the same tensors."""
     every, shown = count(config.decoder, "cross_attn_ratio", 1), sizes["decoder_args"]["cross_attention_every"]
     layers = range(sizes["decoder_layers"])
-    if len(layers[::every]) != len(layers[::shown]):
+    exact = sizes.get("text_tower_args") and sizes["text_tower"] != "modern"  # blocks without an MLP show which ones
+    if len(layers[::every]) != len(layers[::shown]) or (exact and every != shown):
         raise ValueError(
-            f"{FILE} belongs to other weights: its cross_attn_ratio is {every}, so that {len(layers[::every])} of"
-            f" {len(layers)} layers look at the image, and in the tensors {len(layers[::shown])} do"
+            f"{FILE} belongs to other weights: by its cross_attn_ratio {every}, {len(layers[::every])} of {len(layers)}"
+            f" layers look at the image, and in the tensors {len(layers[::shown])} do"
         )
     return {"cross_attention_every": every}
 
@@ -261,7 +276,9 @@ def _naflex_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[
     image_size = count(config.vision, "image_size", 224)
     budget = (image_size // image["patch_size"]) ** 2
     if config.vision.get("image_seq_len") is not None and count(config.vision, "image_seq_len", budget) != budget:
-        image["max_patches"] = config.vision["image_seq_len"]
+        budget = image["max_patches"] = config.vision["image_seq_len"]
+    if budget > MAX_PATCHES:
+        raise ValueError(f"{FILE} asks for images of {budget} patches, more than {MAX_PATCHES}")
     if config.normalisation != CLIP_NORMALISATION:
         image["pretrained_cfg_overlay"] = config.normalisation
     return {"image_encoder_args": image, "image_size": image_size}
@@ -269,7 +286,10 @@ def _naflex_arguments(config: OpenClipConfig, sizes: Mapping[str, Any]) -> dict[
 
 def _shown(sizes: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Sizes that the tensors show, by their keys in OpenCLIP's config."""
-    image = sizes["image_encoder_args"]
+    image, two_pass = sizes["image_encoder_args"], str(sizes.get("text_tower")).startswith("two_pass")
+    text = {key: sizes[ours] for key, ours in _TEXT_SIZES.items() if ours in sizes}
+    if two_pass:
+        text["has_mlp"] = sizes["text_tower_args"] is None
     vision = {
         "image_size": sizes["image_size"],
         "patch_size": image["patch_size"],
@@ -279,7 +299,5 @@ def _shown(sizes: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     return {
         "model_cfg": {"embed_dim": sizes["embed_dim"]},
         "vision_cfg": {} if sizes.get("image_encoder") == "naflex" else vision,
-        "multimodal_cfg" if str(sizes.get("text_tower")).startswith("two_pass") else "text_cfg": {
-            key: sizes[ours] for key, ours in _TEXT_SIZES.items() if ours in sizes
-        },
+        "multimodal_cfg" if two_pass else "text_cfg": text,
     }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from coca_lit.errors import check_number, suggest
 from coca_lit.models.image import CLIP_NORMALISATION
-from coca_lit.models.naflex import TIMM_NAME
+from coca_lit.models.variants.naflex import TIMM_NAME
 from coca_lit.tokenizer import Tokenizer
 
 FILE = "open_clip_config.json"
@@ -109,7 +109,7 @@ _MODERN_TEXT: _Allowed = {
 _MODERN_DECODER: _Allowed = {**_DECODER, **_STYLE, "cross_attn_ratio": None}
 _TWO_PASS_DECODER: _Allowed = {
     **_TEXT,
-    "cross_attn_ratio": None,
+    **dict.fromkeys(("cross_attn_ratio", "has_mlp"), None),
     "pool_type": ("avg",),
     "use_pad_mask": (True, False),
     "proj_type": ("none",),
@@ -140,7 +140,7 @@ class Keys(NamedTuple):
     decoder: _Allowed
 
 
-CLIP_KEYS = Keys(_VISION, _CLIP_TEXT, _DECODER)
+CLIP_KEYS = Keys({**_VISION, "ls_init_value": None}, _CLIP_TEXT, _DECODER)  # the tensors show it
 COCA_KEYS = Keys(_VISION, _COCA_TEXT, _DECODER)
 MODERN_KEYS = Keys(_VISION, _MODERN_TEXT, _MODERN_DECODER)
 TWO_PASS_KEYS = Keys(_MEAN, _NOTHING, _TWO_PASS_DECODER)
@@ -222,17 +222,11 @@ def read_config(config: Any, known: Keys, sizes: Mapping[str, Mapping[str, int]]
 
 
 def _translated(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A MaMMUT's config with the sections of OpenCLIP 4, from those or from the ones of the released openMaMMUT.
-
-    Raises:
-        ValueError: blocks without an MLP, which only the other code has.
-    """
+    """A MaMMUT's config with the sections of OpenCLIP 4, from those or from the ones of the released openMaMMUT."""
     text = _section(model, "text_cfg")
     if "multimodal_cfg" in model or not ("does_full_decoding" in text or "cross_attn_ratio" in text):
         return model
-    if text.get("has_mlp", True) is not True:
-        raise ValueError(f"{FILE} asks for text_cfg.has_mlp = {text['has_mlp']!r}, and coca_lit supports only True")
-    left_out = ("does_full_decoding", "output_tokens", "has_mlp", "pool_type", "use_pad_mask", "proj_type")
+    left_out = ("does_full_decoding", "output_tokens", "pool_type", "use_pad_mask", "proj_type")
     decoder = {key: value for key, value in text.items() if key not in left_out}
     vision = {**_section(model, "vision_cfg"), "pool_type": "avg_all", "final_ln_after_pool": True}
     return {
@@ -242,10 +236,10 @@ def _translated(model: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def count(section: Mapping[str, Any], key: str, default: int) -> int:
+def count(section: Mapping[str, Any], key: str, default: int, at_most: int | None = None) -> int:
     """A number of a section that must be whole and positive."""
     value = section.get(key, default)
-    check_number(f"{FILE}: {key}", value, whole=True, at_least=1)
+    check_number(f"{FILE}: {key}", value, whole=True, at_least=1, at_most=at_most)
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from coca_lit.models.naflex import DEFAULTS
+from coca_lit.models.variants.naflex import DEFAULTS
 
 # OpenCLIP's sizes from ViT-H on have wider heads than 64.
 _HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -153,6 +153,7 @@ def _image_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
             "depth": _depth(theirs, "visual.transformer.resblocks"),
             "num_heads": max(width // _HEAD_WIDTH.get(width, 64), 1),
             **({"mlp_ratio": mlp_width / width} if mlp_width != 4 * width else {}),
+            **({"init_values": 1e-4} if "visual.transformer.resblocks.0.ls_1.gamma" in theirs else {}),
         },
         "image_size": math.isqrt(len(theirs["visual.positional_embedding"]) - 1) * patch,
     }
@@ -224,23 +225,25 @@ def _modern_sizes(theirs: Mapping[str, Tensor], width: int) -> dict[str, Any]:
 
 def _two_pass_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
     layers, crossed = _depth(theirs, "text.resblocks"), _depth(theirs, "text.cross_attn")
+    # The smallest number that fits: two of six layers look at the image with every third, fourth and fifth.
+    every = max(-(-layers // max(crossed, 1)), 1)
+    without_mlp = [i for i in range(layers) if f"text.resblocks.{i}.mlp.c_fc.weight" not in theirs]
+    if without_mlp:  # those that look at the image
+        every = without_mlp[1] if len(without_mlp) > 1 else layers
     return {
         "text_tower": "two_pass" if "text.lm_head" in theirs else "two_pass_with_pads",
+        "text_tower_args": {"attention_only_every": every} if without_mlp else None,
         "context_length": len(theirs["text.positional_embedding"]),
         "text_layers": layers,
         "decoder_layers": layers,
-        # The smallest number that fits: two of six layers look at the image with every third, fourth and fifth.
-        "decoder_args": {"cross_attention_every": max(-(-layers // max(crossed, 1)), 1)},
+        "decoder_args": {"cross_attention_every": max(every, 1)},
     }
 
 
 def _tokenizer(vocab_size: int) -> str:
     known = {49408: "clip", 50260: "r50k"}
     if vocab_size not in known:
-        raise ValueError(
-            f"the checkpoint has a vocabulary of {vocab_size} tokens; only CLIP's 49408 and the 50260 of r50k_base with"
-            " three special ids can be read"
-        )
+        raise ValueError(f"the checkpoint has a vocabulary of {vocab_size} tokens: expected one of {[*known]}")
     return known[vocab_size]
 
 

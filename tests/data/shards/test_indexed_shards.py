@@ -1,6 +1,5 @@
-"""Indexed shards: the order of map-style data on any ranks and workers, and the faults that a stream finds."""
+"""Indexed shards: the order of map-style data on any ranks and workers, and the faults of reading in tar order."""
 
-import gzip
 import json
 import os
 import tarfile
@@ -11,22 +10,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forking import FORKSERVER
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from test_shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
 
-from coca_lit.cli.data import data as coca_data
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.batch import Batch
-from coca_lit.data.loader import epoch_batches, loading
-from coca_lit.data.shards import indexed as indexed_shards
+from coca_lit.data.loader import Schedule, epoch_batches
+from coca_lit.data.shards import indexing
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.indexed import TarIndex, load_index, make_index, tar_indexes
-from coca_lit.data.shards.listing import Shard, find_shards
+from coca_lit.data.shards.indexed import TarIndex
+from coca_lit.data.shards.indexing import load_index, make_index, tar_indexes
+from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.mixture import counts_after, weighted_round_robin
 from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError
+from coca_lit.tools.prepare.command import data as coca_data
+from helpers.forking import FORKSERVER
+from helpers.shards import TOKENIZER, contents, members, spoil, write_shards, write_tar
 
 REASONS = {True: "unreadable shard", False: "shard changed after it was indexed"}
 KEYS = [f"{shard}{i:04d}" for shard in range(3) for i in range(7)]  # in the order of the shards
@@ -41,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def laion(shards: Path | str | dict[str, str], tmp_path: Path, samples: int | None = None, **more) -> LAIONDataModule:
-    more = {"image_size": 16, "seed": 3, "indexed": True, "cache_dir": str(tmp_path / "cache")} | more
+    more = {"image_size": 16, "seed": 3, "cache_dir": str(tmp_path / "cache")} | more
     return LAIONDataModule(
         shards if isinstance(shards, dict) else str(shards), samples, tokenizer=TOKENIZER, batch_size=4, **more
     )
@@ -49,7 +50,7 @@ def laion(shards: Path | str | dict[str, str], tmp_path: Path, samples: int | No
 
 def batches(data: LAIONDataModule, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world)
-    return list(data.train_dataloader().open_at(epoch, start))
+    return list(data.train_dataloader().batches_from(epoch, start))
 
 
 def keys(found: list[Batch]) -> list[list[str]]:
@@ -63,7 +64,9 @@ def test_the_order_is_that_of_map_style_data(folder, tmp_path):
     data = laion(folder, tmp_path)
     assert data.steps_per_epoch == 21 // 4
     for epoch in (0, 1, 5):
-        expected = [[KEYS[i] for _, i in batch] for batch in epoch_batches(21, 4, seed=3, epoch=epoch)]
+        expected = [
+            [KEYS[index.i] for index in batch] for batch in epoch_batches(21, Schedule(21, 4), seed=3, epoch=epoch)
+        ]
         assert keys(batches(data, epoch)) == expected
 
 
@@ -71,20 +74,8 @@ def test_the_order_is_that_of_map_style_data(folder, tmp_path):
 def test_epochs_of_any_length_are_cut_from_whole_passes(folder, tmp_path, samples):
     data = laion(folder, tmp_path, samples)
     found = list(chain(*(keys(batches(data, epoch)) for epoch in range(80 // samples))))
-    passes = list(chain(*(epoch_batches(21, 4, seed=3, epoch=turn) for turn in range(4))))
-    assert found == [[KEYS[i] for _, i in batch] for batch in passes][: len(found)]
-
-
-def test_crops_and_captions_change_with_the_pass(folder, tmp_path):
-    data = laion(folder, tmp_path, caption_keys={"txt": 0.5, "recaption": 0.5})
-
-    def captions(epoch: int) -> dict[str, tuple[int, ...]]:
-        found = batches(data, epoch)
-        return {key: tuple(row) for b in found for key, row in zip(b.keys, b.tokens.tolist(), strict=True)}
-
-    first, second = captions(0), captions(1)
-    assert len(set(first.values())) == 2
-    assert any(first[key] != second[key] for key in first.keys() & second.keys())
+    passes = list(chain(*(epoch_batches(21, Schedule(21, 4), seed=3, epoch=turn) for turn in range(4))))
+    assert found == [[KEYS[index.i] for index in batch] for batch in passes][: len(found)]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -103,7 +94,7 @@ def test_two_ranks_share_the_batches_of_one(folder, tmp_path):
     for batch, *parts in zip(alone, *ranks, strict=True):
         assert [key for pair in zip(*(part.keys for part in parts), strict=True) for key in pair] == batch.keys
         assert torch.equal(torch.stack([part.images for part in parts], dim=1).flatten(0, 1), batch.images)
-    with pytest.raises(DataError, match="batch_size 4 cannot be split evenly over 3 processes"):
+    with pytest.raises(DataError, match=r"batch_size 4 .* 3 "):
         batches(laion(folder, tmp_path), world=3)
 
 
@@ -145,41 +136,24 @@ def test_a_mixture_keeps_its_shares_and_goes_through_each_source(folder, tmp_pat
 # Faults
 
 
-def test_the_faults_are_those_that_a_stream_finds(tmp_path, caplog):
+def test_the_faults_are_those_of_reading_in_tar_order(tmp_path, caplog):
     paths = write_shards(tmp_path, 4, 6)
     spoil(paths[0], {"00001.txt": None, "00002.jpg": None, "00003.jpg": b"junk", "x.py": b"import os"})
     paths[1].write_bytes(paths[1].read_bytes()[:4000])
     write_tar(paths[2], {})
-    streamed, bad = [], BadSamples(1.0)
+    in_order, bad = [], BadSamples(1.0)
     for path in paths:
-        streamed += [sample.key for sample in read_shard(Shard(str(path)), ["txt"], bad)]
+        in_order += [record.id for record in read_shard(Shard(str(path)), ["txt"], bad)]
     data = laion(tmp_path, tmp_path, 400, max_bad_fraction=0.6)
     found = batches(data)
     assert {len(batch.keys) for batch in found} == {4}
-    assert set(chain(*keys(found))) == set(streamed) - {"00003"}
+    assert set(chain(*keys(found))) == set(in_order) - {"00003"}
     expected = {(sample.shard, sample.key, sample.reason) for sample in bad.found}
     unreadable = (str(paths[0]), "00003", "unreadable image")
     assert {(b.shard, b.key, b.reason) for batch in found for b in batch.bad} == expected | {unreadable}
     assert f"{bad.reasons['broken or truncated shard']} x broken or truncated shard" in caplog.text
-    with pytest.raises(
-        DataError, match=r"too many bad samples, more than max_bad_fraction=0\.1 allows: .*truncated shard"
-    ):
+    with pytest.raises(DataError, match=r"max_bad_fraction=0\.1.*truncated shard"):
         laion(tmp_path, tmp_path, max_bad_fraction=0.1).prepare_data()
-
-
-def test_a_shard_that_ends_within_an_image_has_the_same_samples_in_a_stream(tmp_path):
-    (path,) = write_shards(tmp_path, 1, 3)
-    content = path.read_bytes()
-    path.write_bytes(content[: content.index(b"00001.jpg") + 512])  # the header is whole
-    streamed = [sample.key for sample in read_shard(Shard(str(path)), ["txt"], BadSamples(1.0))]
-    index = make_index(Shard(str(path)), tmp_path)
-    assert [index.key(i) for i in range(len(index))] == streamed == ["00000"]
-
-
-def test_shards_without_samples_are_refused(tmp_path):
-    write_tar(tmp_path / "0.tar", {})
-    with pytest.raises(DataError, match=r"no usable sample: 1 of 1 samples \(1 x empty shard; most in .*0\.tar"):
-        laion(tmp_path, tmp_path, 8, max_bad_fraction=1.0).prepare_data()
 
 
 @pytest.mark.parametrize("what", ["vanishes", "grows", "is written again"])
@@ -234,7 +208,7 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
         made.append(shard)
         return make_index(shard, fallback_dir)
 
-    monkeypatch.setattr(indexed_shards, "make_index", noted)
+    monkeypatch.setattr(indexing, "make_index", noted)
     again = tar_indexes(shards, tmp_path / "cache")
     assert not made
     assert [(index.keys.tolist(), index.places.tolist()) for index in again] == [
@@ -250,13 +224,13 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
 def test_several_processes_make_the_indexes_of_one(folder, tmp_path, monkeypatch):
     write_shards(tmp_path, 3, 7)
     started = []
-    monkeypatch.setattr(indexed_shards, "PER_PROCESS", 1)
+    monkeypatch.setattr(indexing, "PER_PROCESS", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(indexed_shards, "get_context", lambda method: started.append(method) or FORKSERVER)
+    monkeypatch.setattr(indexing, "get_context", lambda method: started.append(method) or FORKSERVER)
     made = tar_indexes(find_shards(str(tmp_path)), tmp_path / "cache")
     assert started == ["spawn"]
     expected = tar_indexes(find_shards(str(folder)), tmp_path / "cache")
-    assert [Path(index.shard).name for index in made] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert [index.shard.file_name for index in made] == ["00000.tar", "00001.tar", "00002.tar"]
     for index, other in zip(made, expected, strict=True):
         assert (index.keys.tolist(), index.places.tolist()) == (other.keys.tolist(), other.places.tolist())
 
@@ -267,7 +241,7 @@ def test_a_shard_that_does_not_fit_its_manifest_is_refused(tmp_path):
     laion(tmp_path, tmp_path, 8).prepare_data()
     path = tmp_path / "00000.tar"
     path.write_bytes(path.read_bytes().replace(b"a dog number", b"a cat number"))
-    with pytest.raises(DataError, match=r"00000\.tar has another sha256 than according to its manifest"):
+    with pytest.raises(DataError, match=r"00000\.tar.*sha256"):
         laion(tmp_path, tmp_path, 8).prepare_data()
 
 
@@ -279,13 +253,6 @@ def test_a_folder_that_cannot_be_written_has_its_indexes_in_the_cache(tmp_path, 
     assert len(batches(data)) == 1
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["00000.tar"]
     assert len([*(tmp_path / "cache" / "indexes").glob("*-00000.tar.index")]) == 1
-
-
-def test_a_cache_that_cannot_be_made_is_one_sentence(folder, tmp_path):
-    (tmp_path / "cache").touch()
-    write_shards(tmp_path, 1, 4)
-    with pytest.raises(DataError, match=r"cannot make .*cache/indexes: .*; set data\.cache_dir to a folder"):
-        laion(tmp_path, tmp_path).prepare_data()
 
 
 def test_an_index_from_a_stranger_is_not_believed(tmp_path):
@@ -315,26 +282,3 @@ def test_an_index_from_a_stranger_is_not_believed(tmp_path):
         path.write_bytes(junk)
         assert load_index(shard, tmp_path) is None
     assert tar_indexes([shard], tmp_path)[0].places.tolist() == index.places.tolist()
-
-
-def test_what_cannot_be_indexed_is_streamed_or_refused(folder, tmp_path):
-    assert laion(folder, tmp_path, indexed="auto").indexed
-    assert laion(folder, tmp_path, indexed="auto").world_size_invariant
-    assert not laion(folder, tmp_path, 8, indexed=False).world_size_invariant
-    packed = tmp_path / "x.tar.gz"
-    packed.write_bytes(gzip.compress((folder / "00000.tar").read_bytes()))
-    assert not laion(packed, tmp_path, 4, indexed="auto").indexed
-    with pytest.raises(DataError, match=r"data\.indexed=true needs uncompressed .* unlike .*x\.tar\.gz"):
-        laion(packed, tmp_path, 4).prepare_data()
-    with pytest.raises(ValueError, match="indexed must be true, false or auto, not 'yes'"):
-        laion(folder, tmp_path, indexed="yes")
-    assert find_shards(str(folder))  # the indexes beside the shards are no shards
-
-
-@pytest.mark.parametrize("gpu", [True, False])
-def test_memory_is_pinned_where_there_is_a_gpu(folder, tmp_path, monkeypatch, gpu):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert loading(2)["pin_memory"] is gpu
-    for indexed in (True, False):
-        loader = laion(folder, tmp_path, 8, indexed=indexed, num_workers=2).train_dataloader().open_at(0, 0)
-        assert (loader.pin_memory, loader.prefetch_factor) == (gpu, 2)

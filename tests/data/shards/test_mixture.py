@@ -3,19 +3,19 @@
 import json
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-from test_datamodules import TOKENIZER, fit
-from test_shards import contents, jpeg, spoil, write_shards, write_tar
 
 from coca_lit.callbacks import SourceCounts
-from coca_lit.cli.data import data as coca_data
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.mixture import draw, interleave
+from coca_lit.data.shards.mixture import draw, weighted_round_robin
 from coca_lit.distributed import rank, world_size
-from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
+from coca_lit.tools.prepare.command import data as coca_data
+from helpers.datamodules import TOKENIZER, fit
+from helpers.shards import contents, jpeg, spoil, write_shards, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def mixture(folders: dict[str, str], workers: int = 0, **more) -> LAIONDataModule:
-    return LAIONDataModule(
-        folders, 80, tokenizer=TOKENIZER, batch_size=10, image_size=16, num_workers=workers, shuffle_buffer=6, **more
-    )
+    return LAIONDataModule(folders, 80, tokenizer=TOKENIZER, batch_size=10, image_size=16, num_workers=workers, **more)
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.3], [1, 2, 4], [0.9, 0.05, 0.03, 0.02], [1 / 3] * 3])
 def test_shares_are_kept_in_every_stretch(weights):
-    mixed = interleave([iter(lambda name=name: name, None) for name in range(len(weights))], weights)
     given = Counter()
-    for n, name in enumerate(islice(mixed, 1000), start=1):
+    for n, (name, _) in enumerate(islice(weighted_round_robin(weights, [0] * len(weights)), 1000), start=1):
         given[name] += 1
         assert all(abs(given[i] - n * w / sum(weights)) <= 1 for i, w in enumerate(weights))
 
@@ -53,12 +50,12 @@ def test_captions_are_drawn_by_the_weights_of_those_that_are_there():
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(("workers", "indexed"), [(0, False), (2, False), (2, True)])
-def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers, indexed):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixture_has_its_proportions_and_resumes_at_the_batch(folders, workers):
     def batches(start: int) -> list:
         weights, captions = {"a": 0.7, "b": 0.3}, {"txt": 0.5, "recaption": 0.5}
-        data = mixture(folders, workers, weights=weights, caption_keys=captions, indexed=indexed)
-        return list(islice(data.train_dataloader().open_at(0, start), 8 - start))
+        data = mixture(folders, workers, weights=weights, caption_keys=captions)
+        return list(islice(data.train_dataloader().batches_from(0, start), 8 - start))
 
     whole = batches(0)
     assert [Counter(batch.sources) for batch in whole] == [{"a": 7, "b": 3}] * 8
@@ -72,7 +69,7 @@ def test_a_broken_sample_is_replaced_by_one_of_its_own_source(folders, tmp_path)
     (path,) = write_shards(tmp_path, 1, 12)
     spoil(path, {f"0{i:04d}.jpg": b"junk" for i in range(0, 12, 2)})
     sources = {"a": folders["a"], "b": str(tmp_path)}
-    data = mixture(sources, weights={"a": 0.7, "b": 0.3}, indexed=True, max_bad_fraction=1.0)
+    data = mixture(sources, weights={"a": 0.7, "b": 0.3}, max_bad_fraction=1.0)
     found = list(data.train_dataloader())
     assert sum(len(batch.bad) for batch in found) > 5
     for batch in found:
@@ -80,35 +77,13 @@ def test_a_broken_sample_is_replaced_by_one_of_its_own_source(folders, tmp_path)
         assert all(key.startswith(sources[source]) for key, source in zip(batch.keys, batch.sources, strict=True))
 
 
-@pytest.mark.parametrize("indexed", [True, False])
-def test_without_weights_every_sample_comes_as_often(folders, indexed):
-    data = LAIONDataModule(
-        folders, None, tokenizer=TOKENIZER, batch_size=12, image_size=16, shuffle_buffer=100, indexed=indexed
-    )
+def test_without_weights_every_sample_comes_as_often(folders):
+    data = LAIONDataModule(folders, None, tokenizer=TOKENIZER, batch_size=12, image_size=16)
     (source_a, source_b) = data.sources
     assert (source_a.weight, source_b.weight, data.steps_per_epoch) == (36, 12, 4)
     counts = Counter(key for batch in data.train_dataloader() for key in zip(batch.sources, batch.keys, strict=True))
     assert set(counts.values()) == {1}
     assert len(counts) == 48
-
-
-def test_mistakes_are_one_sentence(folders, tmp_path):
-    with pytest.raises(ValueError, match="shards and weights must have the same names, not 'a', 'b' and 'a', 'c'"):
-        mixture(folders, weights={"a": 1, "c": 1})
-    with pytest.raises(ValueError, match="weights must give each name a weight above 0"):
-        mixture(folders, weights={"a": 1, "b": 0})
-    with pytest.raises(ValueError, match="caption_keys must give each name a weight above 0"):
-        mixture(folders, caption_keys={})
-    write_shards(tmp_path, 1, 2)
-    data = mixture({"a": folders["a"], "new": str(tmp_path)}, indexed=False)
-    with pytest.raises(DataError, match=r"the shards of 'new' have no manifest .* or set data\.weights"):
-        data.prepare_data()
-
-
-def test_each_source_needs_a_shard_per_process(folders, caplog):
-    data = mixture(folders, 3, weights={"a": 1, "b": 1}, indexed=False)
-    assert data.train_dataloader().open_at(0, 0).num_workers == 2
-    assert "2 shards of 'b' for 1 processes: using 2 workers each, not 3" in caplog.text
 
 
 def test_several_captions_of_a_field(tmp_path):
@@ -134,10 +109,12 @@ def test_samples_of_each_source_are_logged_and_counted_on(folders, tmp_path):
 
 def counted(folders: dict[str, str]) -> tuple[dict[str, int], list[dict[str, float]], dict[str, int]]:
     """Samples of this rank by source, what is logged after each step, and the state that is saved."""
-    loader = mixture(folders, weights={"a": 1, "b": 1}, indexed=True).pair_loader(rank(), world_size())
+    data = mixture(folders, weights={"a": 1, "b": 1})
+    data.trainer = SimpleNamespace(global_rank=rank(), world_size=world_size())
+    loader = data.train_dataloader()
     counts, own, logged = SourceCounts(), Counter(), []
     counts.load_state_dict({"a": 20, "b": 20})  # as every version of it has saved
-    for step, batch in enumerate(loader.open_at(0, 0), start=1):
+    for step, batch in enumerate(loader.batches_from(0, 0), start=1):
         own.update(batch.sources)
         trainer = Mock(global_step=step, log_every_n_steps=1)
         trainer.fit_loop.epoch_loop._should_accumulate.return_value = False
@@ -145,6 +122,7 @@ def counted(folders: dict[str, str]) -> tuple[dict[str, int], list[dict[str, flo
     return dict(own), logged, counts.state_dict()
 
 
+@pytest.mark.slow
 def test_sources_are_counted_on_the_rank_that_trains_on_them(folders, on_ranks):
     """Equal weights alternate, so each of two ranks sees one source only."""
     (own_a, *found), (own_b, *same) = on_ranks(2, counted, folders)

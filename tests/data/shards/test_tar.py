@@ -4,10 +4,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_shards import members, read, write_shards, write_tar
 
 from coca_lit.data.shards.tar import group_members, tar_members, tar_writer
-from coca_lit.inference.shards import scan_shard, write_shard
+from coca_lit.tools.caption.shards import scan_shard, write_shard
+from helpers.shards import members, read, write_shards, write_tar
 
 
 def sparse(name: str, stored: bytes, claimed: int) -> bytes:

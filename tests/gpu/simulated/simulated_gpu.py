@@ -48,13 +48,14 @@ def _build() -> Path:
 
 ctypes.CDLL(str(_build()))  # before PyTorch, which asks once what devices there are
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 GIGABYTES = 80
+TESTS = str(Path(__file__).resolve().parents[2])
 aten = torch.ops.aten
 
 
@@ -96,7 +97,7 @@ def _place() -> str:
     frames = [(f.filename, f.lineno) for f in reversed(traceback.extract_stack(limit=60))]
     for package in ("/coca_lit/", "/lightning/", "/open_clip/", "/torch/optim/", "/torch/nn/"):
         for name, line in frames:
-            if package in name and "/tests/" not in name:
+            if package in name and not name.startswith(TESTS):
                 return f"{name.rpartition(package)[2]}:{line}"
     return "autograd"
 

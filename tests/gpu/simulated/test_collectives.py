@@ -15,7 +15,7 @@ from coca_lit import distributed
 from coca_lit.callbacks import NonFiniteGuard, SamplesSeen
 from coca_lit.data.batch import Batch
 from coca_lit.losses import caption_loss, contrastive_loss, siglip_loss
-from coca_lit.losses.policy import policy_loss
+from coca_lit.training.self_critical import policy_loss
 
 GPU = torch.device("cuda", 0)
 
@@ -107,7 +107,7 @@ def test_losses() -> None:
 
 
 def test_the_guard(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coca_lit.callbacks.non_finite_guard.gather_objects", lambda x: [x, x])
+    monkeypatch.setattr("coca_lit.callbacks.guards.gather_objects", lambda x: [x, x])
     parameter = torch.nn.Parameter(torch.ones(3).to(GPU))
     optimizer = torch.optim.AdamW([parameter], fused=True, lr=0.1)
     guard, trainer = NonFiniteGuard(tmp_path), SimpleNamespace(precision="32-true", accumulate_grad_batches=1)

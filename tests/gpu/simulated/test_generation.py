@@ -8,7 +8,8 @@ import torch
 from simulated_gpu import counted, on_cpu, to_gpu
 
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.generation.state import LOOK_EVERY, Decoding, static_step
+from coca_lit.models.generation.state import LOOK_EVERY, Decoding
+from coca_lit.models.generation.static import CompiledGenerator, static_step
 
 LENGTH = 20
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -38,6 +39,12 @@ def images(count: int = 4) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
+def with_step(net: CoCa, step: Any) -> CompiledGenerator:
+    generator = CompiledGenerator(net)
+    generator.step = step
+    return generator
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_captions_are_those_of_the_cpu(nets: tuple[CoCa, CoCa], strategy: str) -> None:
     options = STRATEGIES[strategy] | {"max_length": LENGTH}
@@ -49,14 +56,12 @@ def test_captions_are_those_of_the_cpu(nets: tuple[CoCa, CoCa], strategy: str) -
 
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
 @pytest.mark.parametrize("strategy", ["greedy", "beam", "sample"])
-def test_the_host_looks_once_in_eight_tokens(
-    nets: tuple[CoCa, CoCa], strategy: str, static: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nets[1], "static_step", static_step if static else None)
+def test_the_host_looks_once_in_eight_tokens(nets: tuple[CoCa, CoCa], strategy: str, static: bool) -> None:
+    writer = with_step(nets[1], static_step) if static else nets[1]
     for length in (LOOK_EVERY, 2 * LOOK_EVERY, 3 * LOOK_EVERY - 1):
         with counted() as recorder:
             pixels = images().pin_memory().to("cuda", non_blocking=True)
-            nets[1].generate(pixels, strategy=strategy, min_length=length - 1, max_length=length)
+            writer.generate(pixels, strategy=strategy, min_length=length - 1, max_length=length)
         assert recorder.waits.total() == (length - 1) // LOOK_EVERY, recorder.waits
 
 
@@ -84,15 +89,15 @@ def test_captions_that_end_leave_the_batch_at_a_look(strategy: str, monkeypatch:
         assert torch.equal(on_cpu(found), net.generate(images(32), strategy=strategy, max_length=LENGTH))
 
 
-def test_static_buffers_stay_where_they_are(nets: tuple[CoCa, CoCa], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_static_buffers_stay_where_they_are(nets: tuple[CoCa, CoCa]) -> None:
     addresses = []
 
     def step(text: Any, decoder: Any, tokens: Any, position: Any, images: Any, storage: Any) -> Any:
         addresses.append([x.data_ptr() for x in (*storage, *(x for pair in images for x in pair))])
         return static_step(text, decoder, tokens, position, images, storage)
 
-    monkeypatch.setattr(nets[0], "static_step", step)
+    writer = with_step(nets[0], step)
     for _ in range(2):
-        nets[0].generate(images(), max_length=6, min_length=5)
+        writer.generate(images(), max_length=6, min_length=5)
     assert len(addresses) > 4
     assert all(found == addresses[0] for found in addresses)

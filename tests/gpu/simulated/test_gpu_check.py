@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from simulated_gpu import SimulatedGpu
 
-from coca_lit.cli.gpu_check import gpu_check
+from coca_lit.tools.gpu_check.command import gpu_check
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 

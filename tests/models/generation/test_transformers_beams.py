@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from naive import image_tokens
 from torch import Tensor
+
+pytest.importorskip("transformers")
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from coca_lit.models import CoCa, create_model
+from helpers.naive import image_tokens
 
 
 class Uncached(PreTrainedModel, GenerationMixin):

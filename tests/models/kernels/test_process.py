@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from forking import called
 
 from coca_lit.models import kernels
 from coca_lit.models.kernels import process
 from coca_lit.models.kernels.process import LARGEST_ERROR, SMALLEST_NETWORK
+from helpers.forking import called
 
 AMD = {"architecture": "x86_64", "cpu_name": "AMD EPYC 9B14"}
 INTEL = {"architecture": "x86_64", "cpu_name": "Intel(R) Xeon(R) Platinum 8481C"}
@@ -68,14 +68,9 @@ def test_a_library_can_be_demanded(monkeypatch: pytest.MonkeyPatch, library: str
 
 def test_onednn_is_refused_where_it_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, AMD, amx=True)
-    with pytest.raises(ValueError, match="fp32_matmul=onednn cannot be used: oneDNN would round fp32 to bf16"):
+    with pytest.raises(ValueError, match=r"fp32_matmul=onednn.*bf16"):
         kernels.use_fp32_matmul("onednn")
     assert kernels.fp32_matmul() == "mkl"
-
-
-def test_unknown_library() -> None:
-    with pytest.raises(ValueError, match="fp32_matmul must be one of auto, mkl, onednn, got 'openblas'"):
-        kernels.use_fp32_matmul("openblas")
 
 
 def test_switched_off_there_is_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.kernels import cpu_attention, cpu_linear, process, timm_layers
+from coca_lit.models.kernels import cpu_linear, fast_attention, process, timm_layers
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -24,8 +24,8 @@ MODELS: dict[str, dict[str, Any]] = {
 FAST = [
     (cpu_linear, "_onednn"),
     (cpu_linear, "_weights_left"),
-    (cpu_attention, "attend_text_by_text"),
-    (cpu_attention, "attend_without_kv"),
+    (fast_attention, "attend_text_by_text"),
+    (fast_attention, "attend_without_kv"),
     (timm_layers, "attend_text_by_text"),
 ]
 

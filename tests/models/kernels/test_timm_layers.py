@@ -81,7 +81,7 @@ def test_what_it_does_not_know_stays() -> None:
     assert type(trunk.patch_embed.proj) is PatchProjection
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.75, 0.9, 0.99])
+@pytest.mark.parametrize("rate", [0.5, 0.99])
 def test_patch_dropout_keeps_as_many_patches_as_openclip_and_the_class_token(rate: float) -> None:
     """FLIP (Li et al. 2023, arXiv 2212.00794): `image_encoder_args={patch_drop_rate: 0.5}`."""
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def test_patch_dropout_keeps_as_many_patches_as_openclip_and_the_class_token(rat
     assert encoder.eval()(images).shape == (2, 26, 32)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0", "convnext_atto"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto"])
 def test_convolutions_with_channels_last_are_those_of_timm(name: str) -> None:
     torch.manual_seed(0)
     plain = timm.create_model(name, num_classes=0, global_pool="").double().eval()

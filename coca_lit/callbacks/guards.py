@@ -1,0 +1,345 @@
+"""What can go wrong while a run trains, noted in its run folder: steps that are not finite, bad samples, a deleted
+folder, no progress.
+"""
+
+import csv
+import faulthandler
+import json
+import logging
+import math
+import statistics
+import threading
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as L
+import torch
+from torch.distributed.tensor import DTensor
+
+from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.data.bad_samples import BadSample
+from coca_lit.data.batch import Batch
+from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange
+from coca_lit.errors import DataError, TrainingError, check_number
+from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
+from coca_lit.runs.run_folder import BAD_STEPS, CONFIG, ENVIRONMENT
+from coca_lit.training.lightning_fixes import callbacks_of, is_logged_step
+
+log = logging.getLogger(__name__)
+
+MAD_TO_SIGMA = 1.4826  # of a normal distribution
+WARM_UP = 20  # losses; the spread of fewer is unreliable
+BAD_SAMPLES = "bad_samples"
+MAX_LINES = 100_000  # per process: a file to read, not a second data set
+
+
+class _Measured(NamedTuple):
+    """What the device knows of a step."""
+
+    step: int
+    keys: list[str]
+    numbers: Arriving  # 1 if its gradient is not finite on some rank, else 0; its loss
+
+
+class NonFiniteGuard(L.Callback):
+    """Skips and counts steps whose gradient is not finite on some rank: weights and moments stay as they are on all.
+    Notes them, and spikes of the loss, in `bad_steps.jsonl`: a line per step with its number, the reason, and the
+    sample keys of all ranks.
+
+    On a GPU the host knows of both one step later: to know at once it would have to wait for the device, which would
+    have nothing to do meanwhile. A fused optimizer skips the step by itself.
+
+    Args:
+        output_dir: the run folder.
+        max_in_a_row: the run ends after this many skipped steps in a row.
+        spike: a loss is a spike if it is this many robust standard deviations above the median of the last ones; 0 for
+            no detection.
+        window: how many of the last losses count.
+    """
+
+    def __init__(self, output_dir: str | Path, max_in_a_row: int = 10, spike: float = 10.0, window: int = 100) -> None:
+        check_number("max_in_a_row", max_in_a_row, whole=True, at_least=1)
+        check_number("window", window, whole=True, at_least=WARM_UP)
+        self.path = Path(output_dir) / BAD_STEPS
+        self._waiting: Waiting[str] = Waiting(self.path, partial(append_lines, self.path))
+        self.max_in_a_row, self.spike = max_in_a_row, spike
+        self.skipped = self.in_a_row = self.spikes = 0
+        self._losses: deque[float] = deque(maxlen=window)
+        self._keys: list[str] = []  # of the batches since the last optimizer step
+        self._step = self._last_skipped = 0
+        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of batch norms: (buffer, its value before)
+        self._loss: torch.Tensor | None = None  # of this rank, since the last optimizer step
+        self._measured: _Measured | None = None  # not judged yet
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._keys, self._loss = [], None
+            norms = [m for m in pl_module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+            self._statistics = [(b, b.clone()) for norm in norms for b in norm.buffers()]
+        self._keys += batch.keys
+        self._step = trainer.global_step
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        loss = loss.detach().float()
+        if trainer.precision == "16-mixed":
+            loss = loss / trainer.precision_plugin.scaler.scale(torch.ones_like(loss))  # type: ignore[attr-defined]
+        self._loss = loss if self._loss is None else self._loss + loss  # each is a share of accumulated ones
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Between backward and the step; without gradients the optimizer touches nothing."""
+        self._judge()  # the step before
+        if self._loss is None:
+            return
+        scaled = trainer.precision == "16-mixed"  # whose scaler adapts by such steps, and skips them itself
+        gradients = [] if scaled else [p.grad for group in optimizer.param_groups for p in group["params"]]
+        own = torch.stack([_not_finite(gradients, self._loss), self._loss])
+        everywhere = step_exchange.exchange(own)  # (W, 2)
+        bad = everywhere[:, 0].amax()
+        numbers = Arriving(torch.stack([bad, everywhere[:, 1].mean()]))
+        self._measured = _Measured(self._step, self._keys, numbers)
+        if scaled:
+            return
+        if bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # as the loss scaler of fp16 tells it
+            for buffer, before in self._statistics:  # the forward pass has updated it already
+                buffer.copy_(torch.where(bad > 0, before, buffer))
+        elif self._judge():
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # without gradients the optimizer touches nothing
+        if self.in_a_row >= self.max_in_a_row:
+            raise TrainingError(
+                f"the gradients of {self.in_a_row} steps in a row, {self._last_skipped - self.in_a_row + 1} to "
+                f"{self._last_skipped}, were not finite; nothing was applied, and their samples are in "
+                f"{self.path}: try a lower learning rate, fp32 (trainer.precision=32-true), or look at those samples"
+            )
+
+    def _judge(self) -> bool:
+        """Counts the last step if its gradient was not finite, and returns whether that is so; notes its loss."""
+        if self._measured is None:
+            return False
+        (step, keys, numbers), self._measured = self._measured, None
+        bad, loss = numbers.read()
+        if self.spike:
+            self._judge_loss(step, keys, loss)
+        if not bad:
+            self.in_a_row = 0
+            return False
+        self.skipped += 1
+        self.in_a_row += 1
+        self._last_skipped = step
+        self._write(step, "gradient not finite", {}, keys)
+        print_rank_zero(
+            f"skipped step {step}: its gradient is not finite ({self.skipped} skipped; samples in {self.path})"
+        )
+        return True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.spikes and is_logged_step(trainer):  # in every row, since few spikes fall on a logged step
+            pl_module.log("loss_spikes", float(self.spikes))
+
+    def _judge_loss(self, step: int, keys: list[str], loss: float) -> None:
+        """Notes the loss of a step, and a spike if it was one."""
+        if not math.isfinite(loss):
+            return
+        if len(self._losses) >= WARM_UP:
+            median = statistics.median(self._losses)
+            sigma = MAD_TO_SIGMA * statistics.median(abs(x - median) for x in self._losses)
+            if loss > median + self.spike * max(sigma, 0.01 * abs(median)):  # a constant loss has no spread
+                self.spikes += 1
+                self._write(step, "loss spike", {"loss": loss, "median": median}, keys)
+                print_rank_zero(f"loss spike at step {step}: {loss:.4g}, median {median:.4g} (samples in {self.path})")
+        self._losses.append(loss)
+
+    def _write(self, step: int, reason: str, numbers: dict[str, float], keys: list[str]) -> None:
+        everything = [key for part in gather_objects(keys) for key in part]
+        if rank() == 0:
+            self._waiting.add(json.dumps({"step": step, "reason": reason, **numbers, "keys": everything}))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._judge()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._waiting.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._judge()
+        counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "spikes")}
+        return {**counts, "losses": list(self._losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row, self.spikes = (state_dict[k] for k in ("skipped", "in_a_row", "spikes"))
+        self._losses.extend(state_dict["losses"])
+
+
+def _not_finite(gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """(), 1 if a number is not finite on this rank, else 0; of the type and on the device of `like`."""
+    parts = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    own = [gradient for gradient in parts if gradient is not None and gradient.numel()]
+    if not own:
+        return torch.zeros_like(like)
+    norms = torch._foreach_norm(own, float("inf"))
+    return (~torch.stack([norm.float() for norm in norms]).isfinite().all()).to(like.dtype)
+
+
+class BadSampleLog(L.Callback):
+    """Appends each bad sample to `bad_samples/rank0.csv` (a file per process) when it is first seen, and counts them by
+    shard in `bad_samples/shards.csv` when training ends or fails.
+
+    A sample is listed once, however often it comes up, also by a run that resumes in the same folder.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.folder = Path(output_dir) / BAD_SAMPLES
+        self._known: set[BadSample] = set()
+        self._waiting: Waiting[str] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._known = read_bad_samples(self.folder)
+        path = self.folder / f"rank{rank()}.csv"
+        self._waiting = Waiting(path, partial(append_lines, path))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        new = [found for found in dict.fromkeys(batch.bad) if found not in self._known]
+        if new and len(self._known) < MAX_LINES:
+            self._known.update(new)
+            assert self._waiting is not None
+            self._waiting.add(*map(csv_line, new))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._waiting is not None:
+            self._waiting.flush()
+        if rank() == 0 and (found := read_bad_samples(self.folder)):
+            self._count_by_shard(found)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def _count_by_shard(self, found: set[BadSample]) -> None:
+        counts = Counter((sample.shard, sample.reason) for sample in found)
+        rows = [(shard, reason, count) for (shard, reason), count in sorted(counts.items())]
+        lines = map(csv_line, [("shard", "reason", "samples"), *rows])
+        try:
+            atomic_write(self.folder / "shards.csv", "".join(f"{line}\n" for line in lines).encode())
+        except DataError as error:
+            log.warning("%s", error)
+        log.warning(
+            "left out %d bad samples of %d shards, listed in %s",
+            len(found),
+            len({sample.shard for sample in found}),
+            self.folder,
+        )
+
+
+def read_bad_samples(folder: Path) -> set[BadSample]:
+    """What all processes have listed in the folder; a line that a crash cut off is ignored."""
+    found: set[BadSample] = set()
+    for path in folder.glob("rank*.csv"):
+        for line in whole_lines(path):
+            with suppress(csv.Error):  # a damaged line
+                row = next(csv.reader([line]), [])
+                if len(row) == len(BadSample._fields):
+                    found.add(BadSample(*row))
+    return found
+
+
+class RunFolderGuard(L.Callback):
+    """Checks after each step that the run folder is still there. If not, it says so, makes the folder again and asks
+    for a checkpoint, so that nothing else is lost.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.folder = Path(output_dir)
+        self._files: dict[str, bytes] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if rank() == 0:
+            present = [name for name in (CONFIG, ENVIRONMENT) if (self.folder / name).is_file()]
+            self._files = {name: (self.folder / name).read_bytes() for name in present}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._look(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: L.Trainer) -> None:
+        if not self._files or (self.folder / CONFIG).exists():
+            return
+        log.warning("the run folder %s was deleted while the run writes to it; it is made again", self.folder)
+        try:
+            for name, content in self._files.items():
+                atomic_write(self.folder / name, content)
+        except DataError as error:
+            log.warning("%s", error)
+        for checkpoints in callbacks_of(trainer, Checkpoints):
+            checkpoints.save_soon()
+
+
+class StallGuard(L.Callback):
+    """Reports when a process makes no progress: after which samples, and where each of its threads is, on standard
+    error. A data worker that hangs on a disk, or a rank that is stopped, makes no error: everybody waits, for hours.
+
+    Not among the default callbacks: `+callbacks.stall._target_=coca_lit.callbacks.StallGuard`. Scores and checkpoints
+    count as no progress too, so choose a time longer than they take.
+
+    Args:
+        minutes: without progress after which there is a report, once.
+    """
+
+    def __init__(self, minutes: float = 30.0) -> None:
+        check_number("minutes", minutes, above=0)
+        self.seconds = 60 * minutes
+        self._over = threading.Event()
+        self._began, self._doing, self._keys, self._said = time.monotonic(), "", [""], False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._over.clear()
+        self._now(f"after step {trainer.global_step}", [])
+        threading.Thread(target=self._watch, name="stalls", daemon=True).start()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._now(f"in the step after step {trainer.global_step}", batch.keys)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._now(f"after step {trainer.global_step}", batch.keys)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._now(f"in the validation after step {trainer.global_step}", batch.keys)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._over.set()
+
+    def _now(self, doing: str, keys: list[str]) -> None:
+        self._began, self._doing, self._keys, self._said = time.monotonic(), doing, keys, False
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.seconds / 10):
+            seconds = time.monotonic() - self._began
+            if seconds > self.seconds and not self._said:
+                self._said = True
+                where = f"rank {rank()} has made no progress for {seconds:.0f} seconds {self._doing}"
+                log.warning("%s; its last samples: %s", where, ", ".join(self._keys) or "none")
+                faulthandler.dump_traceback(2)  # the stream that no one replaces

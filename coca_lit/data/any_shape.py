@@ -1,0 +1,81 @@
+"""Training on images in their own aspect ratio: random crops of them as patches, and batches that hold about as many
+patches each.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+from torch import Tensor
+
+from coca_lit.data.loader import Planned, Schedule
+from coca_lit.data.transforms import Box, random_box, resized
+from coca_lit.errors import DataError
+from coca_lit.models.patches import Patches, patch_grid
+from coca_lit.seeding import stable_seed
+
+
+class CropToPatches:
+    """For training: a random part of the image, about in the image's own shape, as patches.
+
+    Args:
+        max_patches: where a call names no number.
+        box: (height, width, rng, aspect ratio) -> the part.
+    """
+
+    def __init__(self, patch_size: int, max_patches: int, box: Callable[..., Box] = random_box) -> None:
+        self.patch_size, self.max_patches, self.box = patch_size, max_patches, box
+
+    def __call__(self, pixels: Tensor, rng: random.Random, patches: int | None = None) -> Patches:
+        """pixels (3, H, W) uint8 -> at most `patches` patches."""
+        height, width = pixels.shape[1:]
+        box = self.box(height, width, rng, width / height)
+        size = patch_grid(box.height, box.width, self.patch_size, patches or self.max_patches)
+        return Patches.of(resized(pixels, box, size), self.patch_size)
+
+
+class PatchSchedule(Schedule):
+    """Batches that are filled by patches: a budget is drawn for each, which has `batch_size` images at the largest one,
+    and k times as many where k times the budget is no larger. All batches so hold about as many patches, and can be
+    split over as many processes.
+
+    The budgets are drawn once, and each epoch has the same ones in another order; so all epochs are equally long.
+
+    Args:
+        samples: of an epoch, at most.
+        budgets: of patches of an image.
+
+    Raises:
+        ValueError: a budget is below 1.
+        DataError: there are too few samples for a batch.
+    """
+
+    def __init__(self, samples: int, batch_size: int, budgets: Sequence[int], seed: int) -> None:
+        if not all(isinstance(budget, int) and budget > 0 for budget in budgets):
+            raise ValueError(f"patches must be whole numbers of at least 1, got {list(budgets)}")
+        self.batch_size, self.seed, self.samples = batch_size, seed, 0
+        self._drawn: list[tuple[int, int]] = []  # (size, budget) of each batch of an epoch
+        self._epoch: tuple[int, list[Planned]] = (-1, [])
+        rng = random.Random(stable_seed("patches", seed))
+        while True:
+            budget = rng.choice(budgets)
+            size = batch_size * (max(budgets) // budget)
+            if self.samples + size > samples:
+                break
+            self._drawn.append((size, budget))
+            self.samples += size
+        if not self._drawn:
+            raise DataError(f"an epoch has {samples} samples, less than a batch of {size}: choose a smaller batch_size")
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def at(self, number: int) -> Planned:
+        epoch, step = divmod(number, len(self))
+        if self._epoch[0] != epoch:
+            order = self._drawn.copy()
+            random.Random(stable_seed("patches", self.seed, epoch)).shuffle(order)
+            starts = accumulate((size for size, _ in order), initial=epoch * self.samples)
+            planned = [Planned(first, size, budget) for first, (size, budget) in zip(starts, order, strict=False)]
+            self._epoch = (epoch, planned)
+        return self._epoch[1][step]

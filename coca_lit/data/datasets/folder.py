@@ -1,0 +1,175 @@
+"""Your own photos with their captions, in one folder:
+
+- `captions.csv`, `.tsv`, `.jsonl` or `.json` with rows of file and caption, several rows per file if it has several
+  captions, and if you like a column `split` of train, val and test;
+- `captions.json` in the schema of COCO, or COCO's own folder with its annotations/;
+- else `photo.jpg` beside `photo.txt`, however deep, with a caption per line.
+
+Files are named relative to the folder, or to images/ in it. The folder may be a stranger's: files are read within
+bounds, and nothing outside of it.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from coca_lit.data.datasets.annotations import MAX_BYTES, coco_listings, read_json_lines, schema
+from coca_lit.data.datasets.captions import mscoco_records
+from coca_lit.data.datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
+from coca_lit.data.near_duplicates import hash_files, held_out
+from coca_lit.data.pixels import SUFFIXES
+from coca_lit.data.records import MAX_MISSING, ImageFile, Record, clean_captions, not_found
+from coca_lit.errors import DataError
+from coca_lit.reading import printable, read_bounded, read_json
+
+log = logging.getLogger(__name__)
+
+CAPTIONS = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.json")
+HOW = f"put photos into it, with {', '.join(CAPTIONS[:3])} or {CAPTIONS[3]} of file and caption, or a .txt beside each"
+COLUMNS = "call the columns file and caption"
+MAX_TEXT = 2**20  # bytes of a .txt
+HELD_OUT = 0.1  # share of the photos that are not trained on, if no split is given
+SPLITS = {
+    **dict.fromkeys(("train", "training", "restval", ""), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    "test": "test",
+}
+
+
+class _Photo(NamedTuple):
+    name: str
+    captions: tuple[str, ...]
+    split: str | None
+
+
+def folder_records(root: str | Path, split: str) -> list[Record]:
+    """Records of "train" or "val", or of any split that the captions name; the id of each is the name of its file.
+
+    Where no split is named, a tenth of the photos is held out by what they show, and photos that look alike stay
+    together (`coca_lit.data.near_duplicates`).
+
+    Raises:
+        DataError: the folder holds no captioned photos, a name leads out of it, more than `MAX_MISSING` of the files
+            are missing, or there is no such split.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise not_found("the folder of photos", [root], HOW)
+    if not _captions_file(root) and [*root.glob("annotations/captions_*.json")]:
+        return mscoco_records(root, split)
+    photos = _photos(root)
+    files = _existing(photos, root)
+    photos = [photo for photo in photos if photo.name in files]
+    if not photos:
+        raise not_found("captioned photos", [root], HOW)
+    splits = [photo.split for photo in photos]
+    if not any(splits):
+        chosen = held_out(hash_files([files[photo.name] for photo in photos]), [p.name for p in photos], HELD_OUT)
+        splits = ["val" if i in chosen else "train" for i in range(len(photos))]
+    found = [photo for photo, its in zip(photos, splits, strict=True) if (its or "train") == split]
+    if not found:
+        known = ", ".join(sorted({its or "train" for its in splits}))
+        raise DataError(f"{root} has no split {split!r}, but {known}: set scoring.split=val or data.val_split=null")
+    return [Record(photo.name, ImageFile(files[photo.name]), photo.captions) for photo in found]
+
+
+def folder_training_captions(root: str | Path) -> list[str]:
+    """All captions of the training split."""
+    return [caption for record in folder_records(root, "train") for caption in record.captions]
+
+
+def _captions_file(root: Path) -> Path | None:
+    found = [root / name for name in CAPTIONS if (root / name).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{root} has both {found[0].name} and {found[1].name}: leave one of them")
+    return found[0] if found else None
+
+
+def _photos(root: Path) -> list[_Photo]:
+    """Every photo that has a caption, in an order that depends on the content alone."""
+    path = _captions_file(root)
+    listed: dict[str, tuple[list[str], set[str]]] = {}
+    for name, captions, split in _rows(path) if path is not None else _beside(root):
+        texts, splits = listed.setdefault(name, ([], set()))
+        texts += captions
+        splits.update([split] if split is not None else [])
+    photos = []
+    for name, (texts, splits) in sorted(listed.items()):
+        if len(splits) > 1:
+            raise DataError(f"{path} puts {printable(name)} into {' and '.join(sorted(splits))}: a photo has one split")
+        if captions := clean_captions(texts):
+            photos.append(_Photo(name, captions, next(iter(splits), None)))
+    if len(photos) < len(listed):
+        log.warning("left out %d of %d photos without a caption", len(listed) - len(photos), len(listed))
+    return photos
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
+    """(file, captions, split) of every row."""
+    rows: Iterable[Any]
+    if path.suffix == ".json":
+        content = read_json(path, limit=MAX_BYTES)
+        if isinstance(content, dict):
+            yield from ((item.filename, clean(item.captions), None) for item in coco_listings(content, path))
+            return
+        rows = content
+    else:
+        rows = read_json_lines(path) if path.suffix == ".jsonl" else open_table(path)[1]
+    image = caption = ""
+    with schema(path, "the captions'"):
+        for row in rows:
+            if not image:
+                image = column(path, [*row.keys()], IMAGE_COLUMNS, COLUMNS)
+                caption = column(path, [*row.keys()], CAPTION_COLUMNS, COLUMNS)
+            name, texts, split = row[image], row[caption], row.get("split")
+            if not isinstance(name, str) or not isinstance(split, str | None):
+                raise TypeError(f"expected the name of a file, got {name if split is None else split!r:.80}")
+            if split is not None and split.strip().lower() not in SPLITS:
+                raise DataError(f"{path} has the split {printable(split)!r}: expected train, val or test")
+            if name.strip():
+                texts = texts if isinstance(texts, list) else [texts]
+                yield name.strip(), clean(texts), None if split is None else SPLITS[split.strip().lower()]
+
+
+def _beside(root: Path) -> Iterator[tuple[str, Iterable[str], None]]:
+    """(file, captions, no split) of every photo, with the lines of the .txt of the same name."""
+    for folder, folders, files in os.walk(root):  # follows no links
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in sorted(files)):
+            if path.suffix.lower() in SUFFIXES:
+                text, content = path.with_suffix(".txt"), b""
+                if text.is_file():
+                    _check_inside(text, root.resolve(), text)
+                    content = read_bounded(text, MAX_TEXT, "is not readable")
+                lines = content.decode("utf-8-sig", "replace").splitlines()
+                yield path.relative_to(root).as_posix(), clean(lines), None
+
+
+def _existing(photos: Iterable[_Photo], root: Path) -> dict[str, Path]:
+    """The file of each photo that has one."""
+    inside, files, missing = root.resolve(), {}, []
+    for photo in photos:
+        name = PurePosixPath(photo.name)
+        if name.is_absolute() or ".." in name.parts or "\0" in photo.name:
+            raise DataError(f"{root} names {printable(photo.name)!r}, which is not in the folder")
+        path = next((path for path in (root / name, root / "images" / name) if path.is_file()), None)
+        if path is None:
+            missing.append(photo.name)
+        else:
+            _check_inside(path, inside, photo.name)
+            files[photo.name] = path
+    if len(missing) > MAX_MISSING * (len(files) + len(missing)):
+        what = f"{len(missing)} of {len(files) + len(missing)} photos, e.g. {printable(missing[0])},"
+        raise not_found(what, [root, root / "images"], "name files relative to the folder")
+    if missing:
+        log.warning("skipped %d photos without a file, e.g. %s", len(missing), printable(missing[0]))
+    return files
+
+
+def _check_inside(path: Path, inside: Path, name: str | Path) -> None:
+    if not path.resolve().is_relative_to(inside):
+        raise DataError(
+            f"{printable(str(name))} is a link out of the folder, which is not followed: copy the file there"
+        )

@@ -1,0 +1,140 @@
+"""Photos that look the same: their hashes, and a split that keeps them on one side.
+
+What is caught: copies that are scaled, recompressed, slightly brighter or a little cropped at an edge, and most
+neighbours in a burst. What is not: mirrored, rotated or clearly cropped copies, and other photos of the same subject.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from coca_lit.data.pixels import open_image
+from coca_lit.errors import DataError
+from coca_lit.machine import processors
+from coca_lit.progress import ProgressBar
+from coca_lit.seeding import stable_seed
+
+MAX_DISTANCE = 4  # bits of 64 in which near-duplicates differ; unrelated photos differ in about 32
+_SIDE = 32  # pixels
+# The first 8 rows of the discrete cosine transform of type II, (8, 32).
+_COSINES = 2 * np.cos(math.pi / (2 * _SIDE) * np.outer(np.arange(8), 2 * np.arange(_SIDE) + 1))
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits, as a signed integer, that survive scaling and recompression: which of the 8 x 8 lowest frequencies of
+    the grey picture lie above their median. The same bits as `phash` of the package ImageHash.
+    """
+    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = _COSINES @ grey @ _COSINES.T  # (8, 8)
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big", signed=True)
+
+
+def hash_files(paths: Sequence[Path]) -> list[int | None]:
+    """The hash of each image file; None for one that cannot be decoded. Files are decoded once per process."""
+    with ProgressBar("comparing photos") as progress, ThreadPoolExecutor(min(8, processors())) as pool:
+        hashes = []
+        for found in pool.map(_hash_file, paths):
+            hashes.append(found)
+            progress.reach(len(hashes), len(paths))
+    return hashes
+
+
+def _hash_file(path: Path) -> int | None:
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return _hash_of(path, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=2**18)
+def _hash_of(path: Path, changed: int, size: int) -> int | None:
+    try:
+        return perceptual_hash(open_image(path))
+    except DataError:
+        return None
+
+
+def look_alikes(hashes: Sequence[int | None]) -> list[list[int]]:
+    """Groups of indices of near-duplicates: chains of hashes, each at most `MAX_DISTANCE` bits from the next. An
+    unknown hash is alone.
+    """
+    copies: dict[int, list[int]] = {}
+    for i, found in enumerate(hashes):
+        if found is not None:
+            copies.setdefault(found, []).append(i)
+    head = list(range(len(hashes)))  # union-find: towards the first of each group
+    for equal in copies.values():
+        for i in equal:
+            head[i] = equal[0]
+
+    def first(i: int) -> int:
+        while head[i] != i:
+            head[i] = head[head[i]]
+            i = head[i]
+        return i
+
+    different = [*copies]
+    for i, j in _near_pairs(np.array(different, dtype=np.int64)):
+        one, other = first(copies[different[i]][0]), first(copies[different[j]][0])
+        head[max(one, other)] = min(one, other)
+    groups: dict[int, list[int]] = {}
+    for i in range(len(hashes)):
+        groups.setdefault(first(i), []).append(i)
+    return list(groups.values())
+
+
+def _near_pairs(hashes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Pairs of hashes with at most `MAX_DISTANCE` different bits, some of them several times. Of `MAX_DISTANCE + 1`
+    bands of bits, one is the same in such a pair, by the pigeonhole principle: only hashes that share one are compared.
+
+    Args:
+        hashes: (N,), all different.
+    """
+    bits = hashes.view(np.uint64)
+    limits = [64 * band // (MAX_DISTANCE + 1) for band in range(MAX_DISTANCE + 2)]
+    for low, high in pairwise(limits):
+        band = (bits >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
+        order = np.argsort(band)
+        band = band[order]
+        for shift in range(1, len(bits)):  # each hash and the `shift`-th after it
+            places = np.flatnonzero(band[shift:] == band[:-shift])
+            if not places.size:
+                break
+            i, j = order[places], order[places + shift]
+            near = np.unpackbits((bits[i] ^ bits[j]).view(np.uint8)).reshape(-1, 64).sum(1) <= MAX_DISTANCE
+            yield from zip(i[near].tolist(), j[near].tolist(), strict=True)
+
+
+def held_out(hashes: Sequence[int | None], names: Sequence[str], share: float) -> set[int]:
+    """Indices of about `share` of the photos, at least one: whole groups of look-alikes, in the order of a number
+    that depends on the content alone, so that it hardly matters which photos are added later.
+
+    Args:
+        names: stand in for the hashes that are unknown.
+
+    Raises:
+        DataError: all photos look alike, so that no part of them tests anything.
+    """
+    groups = look_alikes(hashes)
+    if len(groups) < 2:
+        raise DataError(f"all {len(hashes)} photos look alike, so none can be held out for scores")
+    wanted = max(1, round(share * len(hashes)))
+
+    def order(group: list[int]) -> int:
+        known = [(names[i], hashes[i]) for i in group]
+        return min(stable_seed("held out", name if found is None else found) for name, found in known)
+
+    chosen: set[int] = set()
+    for group in sorted(groups, key=order):
+        if len(chosen) < wanted and len(chosen) + len(group) <= 2 * wanted:  # a long burst stays in the training
+            chosen.update(group)
+    smallest: list[int] = min(groups, key=len)
+    return chosen or set(smallest)

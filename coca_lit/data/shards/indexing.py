@@ -1,0 +1,221 @@
+"""Makes, stores and finds the index of a shard, which says where its samples lie.
+
+It is made in one pass over the headers and kept beside its shard as `.00000.tar.index`, or in the cache where that
+folder cannot be written, and is valid as long as size, modification time and manifest entry of the shard stay the
+same. That of a remote shard is kept in the cache, and valid as long as the store lists the same version. It is fetched
+if it lies beside the shard and belongs to what the manifest records.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from coca_lit.data.bad_samples import BadSample, BadSamples, quiet
+from coca_lit.data.shards.indexed import FILES, TarIndex
+from coca_lit.data.shards.listing import REQUESTS
+from coca_lit.data.shards.reader import read_fields
+from coca_lit.data.shards.shard import Shard, Stamp, index_name
+from coca_lit.data.shards.tar import MAX_MEMBER
+from coca_lit.errors import DataError
+from coca_lit.files import atomic_write, replacing
+from coca_lit.machine import processors
+from coca_lit.reading import parse_json, printable
+
+if TYPE_CHECKING:
+    from coca_lit.data.shards.remote.shards import RemoteShard
+
+PER_PROCESS = 2 * 10**9  # bytes of local shards for which a further process pays
+
+
+def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
+    """The index of each shard, of its selected samples if there is a selection; missing ones are made, by one process
+    of a machine.
+
+    Args:
+        shards: not compressed.
+        fallback_dir: folder of this machine, for the indexes of remote shards and of those whose own folder cannot be
+            written.
+
+    Raises:
+        DataError: a shard does not match its manifest, or an index cannot be written.
+        StoreError: the store of a remote shard does not answer.
+    """
+    whole = [replace(shard, selection=None) for shard in shards]
+    found = {shard: load_index(shard, fallback_dir) for shard in whole}
+    made: dict[str, TarIndex] = {}
+    if missing := [shard for shard, index in found.items() if index is None]:
+        try:
+            fallback_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"cannot make {fallback_dir}: {error.strerror}; set data.cache_dir to a folder that can be written"
+            ) from error
+        with FileLock(fallback_dir / ".lock"):
+            found |= {shard: load_index(shard, fallback_dir) for shard in missing}
+            todo = [shard for shard in missing if found[shard] is None]
+            made = {index.shard.name: index for index in _make_all(todo, fallback_dir)}
+    indexes = [made[shard.name] if (index := found[shard]) is None else index for shard in whole]
+    return [
+        keep(index, shard.selection.keys(shard.file_name)) if shard.selection else index
+        for shard, index in zip(shards, indexes, strict=True)
+    ]
+
+
+def keep(index: TarIndex, keys: Collection[str]) -> TarIndex:
+    """The samples with these keys alone; raises `DataError` if the shard is whole and lacks some of them."""
+    names = [index.key(i) for i in range(len(index))]
+    rows = [i for i, name in enumerate(names) if name in keys]
+    faults = [fault for fault in index.faults if not fault.key or fault.key in keys]
+    lost = set(keys).difference(names, (fault.key for fault in faults))
+    if lost and not index.is_torn:
+        example = printable(min(lost))
+        raise DataError(f"{index.shard} lacks {len(lost)} samples of the selection, e.g. {example}: choose again")
+    kept = [names[i].encode() for i in rows]
+    ends = np.cumsum([len(key) for key in kept], dtype=np.int64)
+    packed = np.frombuffer(b"".join(kept), dtype=np.uint8)
+    return replace(index, keys=packed, key_ends=ends, places=index.places[rows], faults=faults)
+
+
+def load_index(shard: Shard, fallback_dir: Path) -> TarIndex | None:
+    """None if no index matches the shard as it is now. The file may come from a stranger, who can put anything into it:
+    what is not an index of this shard in every detail counts as none.
+    """
+    index = read_index(shard, index_path(shard, fallback_dir))
+    return index if index and index.stamp == shard.stamp() else None
+
+
+def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -> TarIndex:
+    """Makes and stores the index of a shard, which is compared with its manifest if it has one.
+
+    Args:
+        file: a remote shard of which only the headers are read.
+    """
+    bad, stamp = BadSamples(1.0), shard.stamp()
+    with quiet():
+        rows = [
+            (fields["__key__"].encode(), [next((fields[name] for name in n if name in fields), (0, 0)) for n in FILES])
+            for fields in read_fields(shard, bad, verify=True, content=False, file=file)
+        ]
+    keys = np.frombuffer(b"".join(key for key, _ in rows), dtype=np.uint8)
+    key_ends = np.cumsum([len(key) for key, _ in rows], dtype=np.int64)
+    places = np.array([place for _, place in rows], dtype=np.int64).reshape(-1, len(FILES), 2)
+    index = TarIndex(shard, stamp, keys, key_ends, places, bad.found)
+    write_index(index, index_path(shard, fallback_dir))
+    return index
+
+
+def _make_all(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
+    from rich.console import Console
+    from rich.progress import track
+
+    size = sum(shard.stamp().bytes for shard in shards)
+    made = _local_indexes([shard for shard in shards if not shard.is_remote], fallback_dir)
+    if remote := [cast("RemoteShard", shard) for shard in shards if shard.is_remote]:
+        made = chain(made, _remote_indexes(remote, fallback_dir))
+    console = Console(stderr=True)
+    yield from track(made, "indexing shards", len(shards), console=console, disable=size < PER_PROCESS)
+
+
+def _local_indexes(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
+    """Made in several processes if the shards are large, in the order in which they are ready."""
+    workers = min(processors(), len(shards), 1 + sum(shard.stamp().bytes for shard in shards) // PER_PROCESS)
+    if workers < 2:
+        yield from (make_index(shard, fallback_dir) for shard in shards)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for made in as_completed([pool.submit(make_index, shard, fallback_dir) for shard in shards]):
+            yield made.result()
+
+
+def _remote_indexes(shards: Sequence["RemoteShard"], fallback_dir: Path) -> Iterator[TarIndex]:
+    """In the order of the shards. An index that lies beside its shard is fetched. If there is none it is made: from the
+    whole shard if the cache has room for all of them, so that they are fetched now rather than in the first pass, else
+    from the headers alone.
+    """
+    whole = sum(shard.stored.bytes for shard in shards) <= shards[0].cache.max_bytes
+
+    def index_of(shard: "RemoteShard") -> TarIndex:
+        if index := _shipped_index(shard, fallback_dir):
+            return index
+        with nullcontext() if whole else shard.headers() as file:
+            return make_index(shard, fallback_dir, file)
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        yield from pool.map(index_of, shards)
+
+
+def _shipped_index(shard: "RemoteShard", fallback_dir: Path) -> TarIndex | None:
+    """The index that lies beside the shard; None if there is none, or it is not that of the shard in the manifest."""
+    if (content := shard.shipped_index()) is None:
+        return None
+    path = index_path(shard, fallback_dir)
+    atomic_write(path, content)
+    index = read_index(shard, path)
+    if not index or index.stamp._replace(changed_at=0) != shard.stamp():
+        return None
+    faults = [fault._replace(shard=shard.name) for fault in index.faults]  # named as where it was made
+    index = replace(index, stamp=shard.stamp(), faults=faults)
+    write_index(index, path)
+    return index
+
+
+def read_index(shard: Shard, path: Path) -> TarIndex | None:
+    """A sound index of a shard of the size that it names; None if the file is none."""
+    if not path.is_file():  # also a FIFO, which would block
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            keys, key_ends, places = (file.get_tensor(name) for name in ("keys", "key_ends", "places"))
+            stamp, faults = parse_json((file.metadata() or {})["about"], str(path), list)
+        found = [BadSample(*fault) for fault in faults]
+        index = TarIndex(shard, Stamp(*stamp), keys, key_ends, places, found)
+        return index if _sound(index) else None
+    except Exception:  # there is none yet, or it is damaged, or forged
+        return None
+
+
+def write_index(index: TarIndex, path: Path) -> None:
+    about = json.dumps([index.stamp, index.faults])
+    with replacing(path) as temporary:
+        tensors: dict[str, NDArray[Any]] = {"keys": index.keys, "key_ends": index.key_ends, "places": index.places}
+        save_file(tensors, temporary, {"about": about})
+
+
+def _sound(index: TarIndex) -> bool:
+    """Whether all keys and places lie where they can."""
+    names, ends, places = index.keys, index.key_ends, index.places
+    if (names.dtype, ends.dtype, places.dtype) != (np.uint8, np.int64, np.int64) or names.ndim != 1:
+        return False
+    if ends.ndim != 1 or places.shape != (len(ends), len(FILES), 2):
+        return False
+    text = names.tobytes().decode()
+    starts = np.concatenate([[0], ends[:-1]])[: len(ends)]
+    if not (starts <= ends).all() or len(names) != (ends[-1] if len(ends) else 0):
+        return False
+    within_a_letter = (names[starts[starts < ends]] & 0xC0) == 0x80
+    offsets, sizes = places[..., 0], places[..., 1]
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= MAX_MEMBER) & (offsets <= index.stamp.bytes - sizes)
+    said = "".join(part for fault in index.faults for part in fault)
+    return bool(inside.all()) and not within_a_letter.any() and printable(text + said) == text + said
+
+
+def index_path(shard: Shard, fallback_dir: Path) -> Path:
+    path = Path(shard.name).absolute()
+    if not shard.is_remote and os.access(path.parent, os.W_OK):
+        return path.with_name(index_name(path.name))
+    key = os.fsencode(shard.name if shard.is_remote else path)
+    return fallback_dir / f"{hashlib.sha256(key).hexdigest()[:16]}-{path.name}.index"

@@ -1,0 +1,144 @@
+"""Scores of classification: zero-shot, by the names of the classes; and without any text, which shows what the image
+encoder knows, by nearest neighbours and a linear probe.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coca_lit.data.datasets.classification import Classification
+from coca_lit.data.records import Record
+from coca_lit.distributed import rank
+from coca_lit.errors import DataError
+from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
+from coca_lit.evals.samples import confusion_samples
+from coca_lit.metrics.classification import ZeroShotAccuracy, class_features, linear_classifier, neighbour_votes
+from coca_lit.metrics.conditions import digest
+from coca_lit.models import CoCa, DualEncoder
+
+
+class ZeroShotScores(Evaluation):
+    """Top-1, top-5 and mean per-class recall of the classes nearest to the images, with all prompts of every class.
+
+    Args:
+        images: the classified images with class names and templates, see `coca_lit.data.datasets.classification`.
+        likelihood: with `settings.full` also by the decoder: "likelihood/top1" by log p(prompt | image), averaged over
+            the prompts of a class, and "pmi/top1" by log p(prompt | image) - log p(prompt), which does not favour names
+            that are short or frequent. It reads every prompt beside every image.
+    """
+
+    score_names = ("top1", "top5", "mean_per_class_recall")
+
+    def __init__(self, name: str, images: Classification, likelihood: bool = False, every: int = 1) -> None:
+        super().__init__(name, images.records, every)
+        self.labels, self.likelihood = images.labels, likelihood
+        self.prompts = [template.replace("{}", c) for c in images.class_names for template in images.templates]
+        self.class_names = images.class_names
+
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        ways = {"": self._cosines(model, records, settings)}
+        if settings.full and self.likelihood:
+            if model.decoder is None:
+                self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the prompts with"
+            else:
+                ways |= self._log_likelihoods(model, records, settings)
+        if settings.full and rank() == 0:
+            found = ways[""].argmax(dim=1).tolist()
+            classified = [(i, self.labels[records[i].id], found[i]) for i in range(len(records))]
+            confused = confusion_samples(records, self.class_names, classified)
+            settings.write_json("samples", f"{self.name}_confusion.json", confused)
+        scores: dict[str, float] = {}
+        ids = [record.id for record in records]
+        for way, similarity in ways.items():
+            accuracy = ZeroShotAccuracy(resample=settings.full)
+            accuracy.update(similarity, torch.tensor([self.labels[id] for id in ids]), ids)
+            scores |= {f"{way}{score}": value for score, value in accuracy.compute().items()}
+            self.draws |= {f"{way}{score}": draws for score, draws in accuracy.draws.items()}
+        return scores
+
+    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        return {}
+
+    def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
+        """The prompts of all classes, of which one is chosen, then the classes of the images."""
+        return [*self.prompts, *(self.class_names[self.labels[record.id]] for record in records)]
+
+    def _cosines(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> Tensor:
+        """(I, C) of images and classes."""
+        prompts = embed_texts(model, self.prompts, settings.batch_size)  # (C · P, E)
+        classes = class_features(prompts.unflatten(0, (len(self.class_names), -1)))  # (C, E)
+        return embed_images(model, records, settings.batch_size, settings.workers) @ classes.T
+
+    def _log_likelihoods(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, Tensor]:
+        """(I, C) of images and classes, means over the prompts of a class; with and without p(prompt)."""
+        size, numbers = settings.batch_size, range(len(self.prompts))
+        read = torch.stack(log_likelihoods(model, records, self.prompts, lambda _: numbers, size, settings.workers))
+        ways = {"likelihood/": read, "pmi/": read - blind_log_likelihoods(model, self.prompts, size)}  # (I, C · P)
+        return {way: values.unflatten(1, (len(self.class_names), -1)).mean(dim=2) for way, values in ways.items()}
+
+
+class ProbeScores(Evaluation):
+    """Accuracy of classes that are learned from the features of training images: "knn/top1" by a vote of the nearest
+    ones, "linear/top1" by logistic regression. The features are the ones that retrieval uses, of unit length.
+
+    Args:
+        images: the images that are classified.
+        training: images of the same classes to learn from.
+        k: neighbours that vote.
+        c: inverse of the regularisation of the linear classifier; the default is CLIP's for ImageNet.
+
+    Raises:
+        DataError: the two sets have other classes.
+    """
+
+    score_names = ("knn/top1", "linear/top1")
+
+    def __init__(
+        self,
+        name: str,
+        images: Classification,
+        training: Classification,
+        k: int = 20,
+        c: float = 0.316,
+        every: int = 0,
+    ) -> None:
+        super().__init__(name, images.records, every)
+        if images.class_names != training.class_names:
+            raise DataError(
+                f"the training images of {name} must have the classes of the others: got {len(training.class_names)} "
+                f"and {len(images.class_names)}"
+            )
+        self.images, self.training, self.k, self.c = images, training, k, c
+
+    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        own = {"k": self.k} if score.startswith("knn/") else {"c": self.c}
+        return own | {"training_images": digest(record.id for record in self.training.records)}
+
+    def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
+        """The classes of the images, and all names of classes."""
+        return [
+            *(self.images.class_names[self.images.labels[record.id]] for record in records),
+            *self.images.class_names,
+        ]
+
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        def features(records: Sequence[Record]) -> Tensor:
+            return embed_images(model, records, settings.batch_size, settings.workers).to(model.device)
+
+        known, seen, classes = features(self.training.records), features(records), len(self.images.class_names)
+        taught = torch.tensor([self.training.labels[record.id] for record in self.training.records])
+        taught, labels = taught.to(model.device), torch.tensor([self.images.labels[record.id] for record in records])
+        weights, biases = linear_classifier(known, taught, classes, self.c)
+        votes = neighbour_votes(known, taught, seen, classes, min(self.k, len(known)))  # (I, C)
+        # Of equal votes the first class wins, as in scikit-learn.
+        votes = votes - torch.arange(classes, device=votes.device) / (classes + 1)
+        scores: dict[str, float] = {}
+        for way, found in {"knn": votes, "linear": seen.double() @ weights.T + biases}.items():
+            accuracy = ZeroShotAccuracy(resample=settings.full)
+            accuracy.update(found.cpu(), labels, [record.id for record in records])
+            scores |= {f"{way}/{score}": value for score, value in accuracy.compute().items()}
+            self.draws |= {f"{way}/{score}": draws for score, draws in accuracy.draws.items()}
+        return scores

@@ -1,0 +1,177 @@
+"""Classification: zero-shot by the class whose prompts lie nearest to an image in the common space, and what image
+features know about classes without any text: votes of the nearest neighbours, a linear classifier on frozen features.
+
+Both of the latter equal scikit-learn's (`KNeighborsClassifier`, `LogisticRegression`) and run on the features' device.
+Shapes: I images, N training images, C classes, P prompts per class, D features.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coca_lit.metrics.rows import Id, RowMetric, in_order, plain_ids
+from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap
+
+CHUNK = 1000  # images that are compared with all training images at a time
+STEPS = 1000
+LOGITS = 2**24  # that are held at a time
+
+
+def class_features(prompt_features: Tensor) -> Tensor:
+    """One unit vector per class (C, D), from the features of its prompts (C, P, D): normalised, averaged, normalised
+    again.
+    """
+    return F.normalize(F.normalize(prompt_features.float(), dim=-1).mean(dim=1), dim=-1)
+
+
+def classification_scores(similarity: Tensor, labels: Tensor) -> dict[str, float]:
+    """Shares in [0, 1]: "top1", "top5" (from five classes on) and "mean_per_class_recall", for (I, C) and labels (I,).
+
+    The latter is the mean, over the classes that occur, of the share of their images that are found, also known as
+    balanced accuracy. A wrong class that ties with the right one is placed before it, so a model that finds everything
+    equally similar scores 0. torchmetrics' MulticlassAccuracy and MulticlassRecall are equal to these scores if there
+    are no ties and every class occurs; they count a tie by the order of the classes, and a class without images as 0.
+
+    Raises ValueError for NaN, for shapes that disagree and for labels beyond the classes.
+    """
+    return _scores(_ranks(similarity, labels), labels, similarity.shape[1])
+
+
+class ZeroShotAccuracy(RowMetric):
+    """Accuracy of images that are classified batch by batch, on any number of processes.
+
+    accuracy = ZeroShotAccuracy()
+    for ids, images, labels in loader:
+        similarity = encode_image(images) @ class_features(prompts).T  # (B, C)
+        accuracy.update(similarity, labels, ids)
+    accuracy.compute()  # {"top1": ..., "top5": ..., "mean_per_class_recall": ...}
+
+    Args:
+        resample: `compute` also finds `draws`.
+
+    Attributes:
+        draws: score -> its values for resampled images.
+    """
+
+    def __init__(self, resample: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.resample = resample
+        self.draws: dict[str, Draws] = {}
+        self.add_rows("images")
+
+    def update(self, similarity: Tensor, labels: Tensor, ids: Sequence[Id] | Tensor) -> None:
+        """Similarities (B, C) of images and classes, class numbers (B,) and ids of the images."""
+        ranks, classes = _ranks(similarity, labels).tolist(), similarity.shape[1]
+        plain = plain_ids(ids, len(ranks))
+        self.append("images", zip(plain, ranks, labels.tolist(), [classes] * len(ranks), strict=True))
+
+    def compute(self) -> dict[str, float]:
+        """`classification_scores` of all images, each counted once; ValueError if there are none."""
+        by_id = {id: row for id, *row in self.rows("images")}
+        if not by_id:
+            raise ValueError("there are no images to score: call update first")
+        ids = sorted(by_id, key=in_order)
+        rows = torch.tensor([by_id[id] for id in ids])  # (I, 3)
+        ranks, labels, classes = rows[:, 0], rows[:, 1], int(rows[:, 2].max())
+        if self.resample:
+            self.draws = bootstrap(ids, _resampled(ranks.numpy(), labels.numpy(), classes))
+        return _scores(ranks, labels, classes)
+
+
+def _ranks(similarity: Tensor, labels: Tensor) -> Tensor:
+    """(I,): how many wrong classes come no later than the right one; 0 is best. Raises as `classification_scores`."""
+    if similarity.ndim != 2 or labels.shape != similarity.shape[:1] or not len(labels):
+        raise ValueError(
+            f"expected similarities (images, classes) and a label for each of one or more images, got "
+            f"{tuple(similarity.shape)} and {tuple(labels.shape)}"
+        )
+    classes = similarity.shape[1]
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels must be class numbers from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+    if similarity.isnan().any():
+        raise ValueError("the similarities hold NaN, so nothing can be ranked; look for NaN in the model's features")
+    right = similarity.gather(1, labels[:, None])  # (I, 1)
+    return (similarity >= right).sum(dim=1) - 1  # the right class itself is not counted
+
+
+def _scores(ranks: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+    found = (ranks == 0).double()
+    totals = torch.bincount(labels, minlength=classes)
+    per_class = torch.bincount(labels, weights=found, minlength=classes)[totals > 0] / totals[totals > 0]
+    top5 = {"top5": (ranks < 5).double().mean().item()} if classes >= 5 else {}
+    return {"top1": found.mean().item(), **top5, "mean_per_class_recall": per_class.mean().item()}
+
+
+def _resampled(ranks: np.ndarray, labels: np.ndarray, classes: int) -> Resampled:
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    found = (ranks == 0)[order]
+
+    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+        ordered = counts[:, order]  # (D, I)
+        totals = np.add.reduceat(ordered, starts, axis=1)  # (D, classes that occur)
+        rights = np.add.reduceat(ordered * found, starts, axis=1)
+        per_class = np.where(totals > 0, rights / np.maximum(totals, 1), 0).sum(axis=1) / (totals > 0).sum(axis=1)
+        top5 = {"top5": counts @ (ranks < 5) / counts.sum(axis=1)} if classes >= 5 else {}
+        return {"top1": rights.sum(axis=1) / counts.sum(axis=1), **top5, "mean_per_class_recall": per_class}
+
+    return resampled
+
+
+def neighbour_votes(train: Tensor, labels: Tensor, images: Tensor, classes: int, k: int) -> Tensor:
+    """How many (I, C) of the k nearest training images by cosine belong to each class, as scikit-learn counts them with
+    metric="cosine"; the class is the first one with the most votes.
+
+    Args:
+        train, images: (N, D) and (I, D) of unit length.
+        labels: (N,)
+
+    Raises:
+        ValueError: k is not between 1 and N.
+    """
+    if not 1 <= k <= len(train):
+        raise ValueError(f"k must be between 1 and the {len(train)} training images, got {k}")
+    votes = torch.zeros(len(images), classes, device=images.device)
+    for part, counted in zip(images.split(CHUNK), votes.split(CHUNK), strict=True):
+        nearest = labels[(part @ train.T).topk(k).indices]  # (i, k)
+        counted.scatter_add_(1, nearest, torch.ones_like(nearest, dtype=votes.dtype))
+    return votes
+
+
+def linear_classifier(train: Tensor, labels: Tensor, classes: int, c: float) -> tuple[Tensor, Tensor]:
+    """Weights (C, D) and biases (C,) of multinomial logistic regression, the minimum of
+    c · Σ cross-entropy + ½ ‖weights‖², as scikit-learn's with `C=c`; found by L-BFGS in float64.
+
+    Args:
+        train: (N, D)
+        labels: (N,)
+        c: the inverse of the regularisation, above 0.
+    """
+    if not c > 0:
+        raise ValueError(f"c must be above 0, got {c}")
+    weights = torch.zeros(classes, train.shape[1], dtype=torch.float64, device=train.device, requires_grad=True)
+    biases = torch.zeros(classes, dtype=torch.float64, device=train.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weights, biases], max_iter=STEPS, tolerance_grad=1e-8, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+    rows = max(LOGITS // classes, 1)
+
+    def objective() -> Tensor:
+        """Divided by c · N, so that its scale does not depend on the number of images; with its gradients."""
+        optimizer.zero_grad()
+        total = (weights**2).sum() / (2 * c * len(train))
+        total.backward()
+        for part, taught in zip(train.split(rows), labels.split(rows), strict=True):
+            logits = F.linear(part.double(), weights, biases)  # (rows, C)
+            loss = F.cross_entropy(logits, taught, reduction="sum") / len(train)
+            loss.backward()
+            total = total + loss
+        return total.detach()
+
+    with torch.enable_grad():
+        optimizer.step(objective)
+    return weights.detach(), biases.detach()

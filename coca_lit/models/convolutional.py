@@ -1,0 +1,119 @@
+"""What convolutional image encoders need: batch norms over the global batch, and stages.
+
+With the statistics of each rank's own images, a network with batch norms would be another one on every number of ranks.
+`torch.nn.SyncBatchNorm` has no CPU version, and converting timm's norms to it loses the activations inside them.
+
+Stages that are frozen at the beginning of an encoder are computed once for all epochs.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from coca_lit.distributed import sum_over_ranks, world_size
+
+if TYPE_CHECKING:
+    from coca_lit.models.image import ImageEncoder, Normalise
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Takes the place of a batch norm of timm, with its names in the state dict. In one process, and in evaluation
+    mode, it computes the same.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self.load_state_dict(norm.state_dict(), assign=True)
+        self.train(norm.training)
+        self.drop = getattr(norm, "drop", nn.Identity())
+        self.act = getattr(norm, "act", nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)"""
+        x = self._normalize_over_ranks(x) if self.training and world_size() > 1 else super().forward(x)
+        return self.act(self.drop(x))
+
+    def _normalize_over_ranks(self, x: Tensor) -> Tensor:
+        count = x.numel() // x.shape[1] * world_size()
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            mean = sum_over_ranks(wide.sum(dim=(0, 2, 3))) / count  # (C,)
+            variance = sum_over_ranks((wide - mean.view(-1, 1, 1)).square().sum(dim=(0, 2, 3))) / count  # (C,)
+            scale = (variance + self.eps).rsqrt()
+            scale = scale * self.weight if self.affine else scale
+            shift = self.bias - mean * scale if self.affine else -mean * scale
+            self._update_running(mean.detach(), variance.detach() * count / max(count - 1, 1))
+            return (wide * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
+
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
+
+
+def use_global_batch_norms(module: nn.Module) -> None:
+    """Replaces every batch norm inside `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, GlobalBatchNorm2d(child))
+        else:
+            use_global_batch_norms(child)
+
+
+class FrozenStages(nn.Module):
+    """The first stages of an encoder: pixels (B, 3, H, W) -> the input of the next one, as tokens (B, H'·W', C)."""
+
+    def __init__(self, normalise: "Normalise", stages: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.normalise = normalise
+        self.stages = nn.Sequential(*stages)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return as_tokens(self.stages(self.normalise(images)))
+
+
+def frozen_part(encoder: "ImageEncoder") -> nn.Module:
+    """The stages before the first one that is trained; the encoder itself if these are none or all."""
+    stages = stages_of(encoder.trunk)
+    count = _frozen(stages)
+    return FrozenStages(encoder.normalise, stages[:count]) if 0 < count < len(stages) else encoder
+
+
+def run_remaining(encoder: "ImageEncoder", tokens: Tensor) -> Tensor:
+    """An output (B, S, C) of `frozen_part` -> tokens of the encoder (B, S', width)."""
+    stages, side = stages_of(encoder.trunk), math.isqrt(tokens.shape[1])
+    count = _frozen(stages)
+    if not 0 < count < len(stages):
+        raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(tokens.shape)}")
+    grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w)
+    return as_tokens(nn.Sequential(*stages[count:])(grid))
+
+
+def stages_of(trunk: nn.Module) -> list[nn.Module]:
+    """The modules that pixels pass one after the other; the trunk alone if its family does more than that."""
+    if isinstance(trunk, EfficientNet):
+        return [trunk.conv_stem, trunk.bn1, *trunk.blocks, trunk.conv_head, trunk.bn2]
+    if isinstance(trunk, ResNet):
+        return [trunk.conv1, trunk.bn1, trunk.act1, trunk.maxpool, *(getattr(trunk, f"layer{i}") for i in range(1, 5))]
+    return [trunk]
+
+
+def as_tokens(features: Tensor, channels_last: bool = False) -> Tensor:
+    """Tokens (B, S, C) unchanged, grids (B, C, H, W) or (B, H, W, C) as tokens."""
+    if features.ndim == 3:
+        return features
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+
+
+def _frozen(stages: Sequence[nn.Module]) -> int:
+    """Number of stages before the first one that is trained."""
+    trained = [any(p.requires_grad for p in stage.parameters()) for stage in stages]
+    return [*trained, True].index(True)

@@ -1,0 +1,149 @@
+"""Poolers of models other than the paper's: OpenCLIP 4's two, the same for images of any shape, and MaMMUT's mean."""
+
+import torch
+from torch import Tensor, nn
+
+from coca_lit.models.init import init_normal, init_projection
+from coca_lit.models.layers import Pooling, QueryPooler
+from coca_lit.models.patches import EncodedPatches
+
+
+class OpenClipCascade(Pooling):
+    """The two poolers of OpenCLIP 4: the image tokens are normed once, the contrastive pooler attends to what the
+    generative one returns, and nothing follows either of them, neither norm nor projection. Padding is never looked at.
+    """
+
+    projected = False
+
+    def __init__(self, context_width: int, width: int, queries: int, heads: int) -> None:
+        super().__init__()
+        self.vector_width = self.token_width = width
+        self.norm = nn.LayerNorm(context_width)
+        self.generative = QueryPooler(context_width, width, queries, heads)
+        self.contrastive = self._contrastive(context_width, width, heads)
+
+    def _contrastive(self, context_width: int, width: int, heads: int) -> QueryPooler:
+        return QueryPooler(width, width, 1, heads)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return ["contrastive"] if loss == "contrastive" else []
+
+    def init_parameters(self) -> None:
+        self.norm.reset_parameters()
+        _init(self.generative)
+        _init(self.contrastive)
+
+    def forward(
+        self, tokens: Tensor | EncodedPatches, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        rows, mask = _rows(tokens)
+        return self._pool(self.norm(rows), mask, contrastive, captioning)
+
+    def _pool(
+        self, normed: Tensor, mask: Tensor | None, contrastive: bool, captioning: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        image_tokens = self.generative(normed, mask=mask)
+        vector = self.contrastive(image_tokens)[:, 0] if contrastive else None
+        return vector, (image_tokens if captioning else None)
+
+    def attention(self, tokens: Tensor | EncodedPatches) -> Tensor:
+        rows, mask = _rows(tokens)
+        return self.generative.weights(self.norm(rows), mask=mask)
+
+
+class OpenClipParallel(OpenClipCascade):
+    """As `OpenClipCascade`, but both poolers attend to the normed image tokens."""
+
+    def _contrastive(self, context_width: int, width: int, heads: int) -> QueryPooler:
+        return QueryPooler(context_width, width, 1, heads)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return ["contrastive"] if loss == "contrastive" else ["generative"]
+
+    def _pool(
+        self, normed: Tensor, mask: Tensor | None, contrastive: bool, captioning: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        vector = self.contrastive(normed, mask=mask)[:, 0] if contrastive else None
+        return vector, (self.generative(normed, mask=mask) if captioning else None)
+
+
+class MaskedCascade(OpenClipCascade):
+    """As `OpenClipCascade`, for images of any shape. In OpenCLIP these poolers are siblings of timm's encoder, not
+    parts of it, and their queries start smaller.
+    """
+
+    def init_parameters(self) -> None:
+        super().init_parameters()
+        for pooler in (self.generative, self.contrastive):
+            init_normal(pooler.query, pooler.query.shape[1] ** -0.5)
+
+
+class MaskedParallel(MaskedCascade, OpenClipParallel):
+    """As `MaskedCascade`, but both poolers attend to the normed image tokens."""
+
+
+class MeanPooling(Pooling):
+    """MaMMUT's: the contrastive vector is the normed mean of the image tokens; the decoder attends to all of them,
+    brought to its width.
+
+    Args:
+        left_out: leading tokens, such as a class token, that neither uses.
+    """
+
+    def __init__(self, context_width: int, text_width: int, left_out: int) -> None:
+        super().__init__()
+        self.vector_width, self.token_width = context_width, text_width
+        self.left_out = left_out
+        self.norm = nn.LayerNorm(context_width)
+        self.to_text = nn.Linear(context_width, text_width, bias=False)
+
+    def parts_of_loss(self, loss: str) -> list[str]:
+        return ["norm"] if loss == "contrastive" else ["to_text"]
+
+    def init_parameters(self) -> None:
+        self.norm.reset_parameters()
+        init_projection(self.to_text)
+
+    def forward(
+        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        tokens = tokens[:, self.left_out :]
+        vector = self.norm(tokens.mean(dim=1)) if contrastive else None
+        return vector, (self.to_text(tokens) if captioning else None)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        # each at itself
+        return torch.eye(tokens.shape[1], device=tokens.device)[self.left_out :].expand(len(tokens), -1, -1)
+
+
+OPEN_CLIP_POOLINGS: dict[str, type[OpenClipCascade]] = {
+    "openclip_parallel": OpenClipParallel,
+    "openclip_cascade": OpenClipCascade,
+    "masked_parallel": MaskedParallel,
+    "masked_cascade": MaskedCascade,
+}
+
+
+def _rows(tokens: Tensor | EncodedPatches) -> tuple[Tensor, Tensor | None]:
+    """Image tokens (B, S, C), and a mask of those that are no padding; None if none is."""
+    return (tokens.rows, tokens.key_mask()) if isinstance(tokens, EncodedPatches) else (tokens, None)
+
+
+def _init(pooler: QueryPooler) -> None:
+    """OpenCLIP 4's values: its attention starts as `nn.MultiheadAttention` does, with queries of deviation 1.
+
+    That layer keeps q, k and v in one matrix where they have the same input width, and Xavier's bound follows from the
+    shape of what is kept.
+    """
+    init_normal(pooler.query, 1.0)
+    attention = pooler.attention
+    width, context_width = attention.q.in_features, attention.kv.in_features
+    rows = 3 * width if width == context_width else width
+    for linear in (attention.q, attention.kv):
+        bound = (6 / (rows + linear.in_features)) ** 0.5
+        nn.init.uniform_(linear.weight, -bound, bound)
+    attention.out.reset_parameters()
+    for linear in (attention.q, attention.kv, attention.out):
+        nn.init.zeros_(linear.bias)
+    for norm in (pooler.norm_query, pooler.norm_context):
+        norm.reset_parameters()

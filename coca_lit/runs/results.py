@@ -1,0 +1,161 @@
+"""What a run writes at its end: its scores in `results.json`; their uncertainty in `intervals.json`, for readers, and
+`draws.npz`, from which runs are compared; and what they depend on besides the model in `conditions.json`, from which
+`coca-report` knows what it may compare.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coca_lit.errors import DataError
+from coca_lit.files import atomic_write, write_json, write_waiting
+from coca_lit.metrics.conditions import Conditions
+from coca_lit.metrics.uncertainty import LEVEL, Draws
+from coca_lit.reading import printable, read_run_json, read_run_npz
+from coca_lit.runs.run_folder import RESULTS, add_facts
+from coca_lit.runs.scores import print_scores
+
+INTERVALS, DRAWS, CONDITIONS = "intervals.json", "draws.npz", "conditions.json"
+HOW = f"{LEVEL:.0%}, from the scores of 1,000 resamples of the images, drawn with replacement; of shares by Wilson"
+TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
+
+
+def finish_run(
+    folder: Path,
+    results: dict[str, float],
+    not_run: dict[str, str],
+    draws: Mapping[str, Draws] | None = None,
+    conditions: Mapping[str, Conditions] | None = None,
+    facts: dict[str, Any] | None = None,
+    report: Callable[[Path], Any] | None = None,
+) -> None:
+    """Prints the scores of a run with their uncertainty, and writes them and its report; see `write_results`. On a full
+    disk it tries again for some minutes.
+
+    Args:
+        report: writes the report of a run folder, and is called last.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    print_scores(results, draws or {}, {score: of.images for score, of in (conditions or {}).items()})
+    for left in reversed(range(TRIES)):
+        try:
+            write_waiting()
+            write_draws(folder, draws or {})
+            write_conditions(folder, conditions or {})
+            seconds = write_results(folder, results, not_run, facts)
+            if report is not None:
+                report(folder)
+            break
+        except (DataError, OSError) as error:
+            if not left:
+                raise DataError(f"{error}: make room; the same command then scores again and writes them") from error
+            print(f"{error}; trying again in {PAUSE} seconds", flush=True)
+            time.sleep(PAUSE)
+    hint = "; open report.html there" if (folder / "report.html").exists() else ""
+    print(f"{seconds} seconds; everything is in {folder}{hint}", flush=True)
+
+
+def write_results(
+    folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
+) -> int:
+    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds that the run took. It is
+    finished once the report is written, too.
+
+    Args:
+        facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.
+    """
+    (folder / "report.html").unlink(missing_ok=True)  # of an earlier scoring
+    known = add_facts(folder, facts or {})
+    seconds = round(time.time() - known["started"])
+    add_facts(folder, {"seconds": seconds})
+    write_json(folder / RESULTS, results)
+    write_json(folder / "not_run.json", not_run)
+    return seconds
+
+
+def write_draws(folder: Path, draws: Mapping[str, Draws]) -> None:
+    """Writes both files into a run folder, nothing if there are no draws."""
+    for name in (INTERVALS, DRAWS):
+        (folder / name).unlink(missing_ok=True)  # of an earlier scoring
+    if not draws:
+        return
+    intervals = {
+        score: [number if math.isfinite(number) else None for number in of.interval()] for score, of in draws.items()
+    }
+    write_json(folder / INTERVALS, {"how": HOW, "intervals": intervals})
+    content = io.BytesIO()
+    scores = np.array(list(draws))
+    np.savez_compressed(
+        content,
+        scores=scores,
+        units=np.array([of.units for of in draws.values()]),
+        points=np.array([of.score for of in draws.values()], dtype=np.float64),
+        trials=np.array([of.trials for of in draws.values()], dtype=np.int64),
+        values=np.stack([of.values for of in draws.values()]),
+    )
+    atomic_write(folder / DRAWS, content.getvalue())
+
+
+def read_draws(folder: Path) -> dict[str, Draws]:
+    """Draws by score; none if the run has none.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    file = read_run_npz(folder, DRAWS)
+    if not file:
+        return {}
+    try:
+        parts = [file[name] for name in ("scores", "units", "points", "trials", "values")]
+        scores, units, points, trials, values = parts
+        if {part.shape for part in parts[:-1]} != {values.shape[:1]} or values.ndim != 2:
+            raise ValueError("arrays of other shapes")
+        if (points.dtype, trials.dtype, values.dtype) != (np.float64, np.int64, np.float64):
+            raise ValueError("arrays of other types")
+        if not ((trials == 0) | ((trials > 0) & (points >= 0) & (points <= 1))).all():
+            raise ValueError("shares outside of 0 to 1")
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{folder / DRAWS} does not hold the resampled scores of a run ({error}): remove it") from error
+    rows = zip(scores.tolist(), values, points.tolist(), units.tolist(), trials.tolist(), strict=True)
+    return {str(name): Draws(row, point, str(of), many) for name, row, point, of, many in rows}
+
+
+def write_conditions(folder: Path, conditions: Mapping[str, Conditions]) -> None:
+    """Writes the file: a list of conditions, each with the names of its `scores`."""
+    rows: list[tuple[Conditions, list[str]]] = []
+    for score, of in conditions.items():
+        same = next((scores for known, scores in rows if known == of), None)
+        if same is None:
+            rows.append((of, [score]))
+        else:
+            same.append(score)
+    content = [{"scores": scores, **of._asdict()} for of, scores in rows]
+    write_json(folder / CONDITIONS, content)
+
+
+def read_conditions(folder: Path) -> dict[str, Conditions]:
+    """Conditions by score; none if the run has none.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    found: dict[str, Conditions] = {}
+    for row in read_run_json(folder, CONDITIONS, list):
+        try:
+            scores = row.pop("scores")
+            conditions = Conditions(**row)
+            kinds = [type(value) for value in (*conditions, *scores, *conditions.settings)]
+            if kinds[:6] != [str, int, str, int, str, dict] or {*kinds[6:]} - {str} or not isinstance(scores, list):
+                raise TypeError("values of other types")
+        except (AttributeError, KeyError, TypeError) as error:
+            place = printable(str(folder / CONDITIONS))
+            raise DataError(f"{place} does not hold what a run writes there: remove it") from error
+        found |= dict.fromkeys(scores, conditions)
+    return found

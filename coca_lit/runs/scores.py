@@ -1,0 +1,194 @@
+"""The scores of a run: which ones lead, which direction is better, how they are named and printed."""
+
+import math
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from coca_lit.reading import printable
+
+if TYPE_CHECKING:  # else every command would wait for NumPy
+    from coca_lit.metrics.uncertainty import Draws
+
+HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1", "/accuracy")  # in this order
+FACTS = ("object", "attribute", "relation")  # in captions of the built-in scenes
+NAMES = {
+    "Bleu_1": "BLEU-1",
+    "Bleu_2": "BLEU-2",
+    "Bleu_3": "BLEU-3",
+    "Bleu_4": "BLEU-4",
+    "ROUGE_L": "ROUGE-L",
+    "SPICE_object": "SPICE of objects",
+    "SPICE_attribute": "SPICE of attributes",
+    "SPICE_relation": "SPICE of relations",
+    "SPICE_color": "SPICE of colours",
+    "SPICE_count": "SPICE of counts",
+    "SPICE_size": "SPICE of sizes",
+    "exact_match": "exact matches, %",
+    "mean_length": "words per caption",
+    "vocabulary": "different words",
+    "distinct_1": "different words of all (distinct-1), %",
+    "distinct_2": "different word pairs of all (distinct-2), %",
+    "novel": "novel captions, %",
+    "accuracy": "accuracy, %",
+    "macro_accuracy": "mean accuracy over kinds, %",
+    "CHAIRi": "CHAIRi, objects that are not there, %",
+    "CHAIRs": "CHAIRs, captions with such objects, %",
+    **{f"{fact}_{kind}": f"{kind} of {fact}s, %" for fact in FACTS for kind in ("precision", "recall")},
+    "cut_captions": "captions that are cut, %",
+    "read_tokens": "tokens that are read, %",
+    "text_score": "text score, %",
+    "image_score": "image score, %",
+    "group_score": "group score, %",
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "mean_per_class_recall": "mean per-class recall, %",
+}
+DATA_SETS = {  # names of evaluations -> names for readers; others are shown as they are
+    "scenes": "built-in scenes",
+    "compositional": "built-in scenes, unseen combinations",
+    "scenes_vqa": "questions about built-in scenes",
+    "scenes_choice": "built-in scenes, choice of caption",
+    "mscoco": "MSCOCO",
+    "nocaps": "NoCaps",
+    "flickr8k": "Flickr8k",
+    "flickr30k": "Flickr30k",
+    "imagenet": "ImageNet",
+    "imagenet_v2": "ImageNet-V2",
+    "imagenet_a": "ImageNet-A",
+    "imagenet_r": "ImageNet-R",
+    "imagenet_sketch": "ImageNet-Sketch",
+    "sugarcrepe": "SugarCrepe",
+    "winoground": "Winoground",
+    "folder": "your photos",
+    "my_photos": "your photos",
+    "vqa": "VQA v2",
+    "laion": "LAION",
+}
+WAYS = {  # second parts of the names of scores: how an answer was found -> for readers
+    "likelihood": "by likelihood",
+    "pmi": "by the gain in likelihood",
+    "knn": "by nearest neighbours",
+    "linear": "by a linear probe",
+    "classifier": "by the classifier",
+    "blind": "best guess without the image",
+}
+DIRECTIONS = {"t2i_": "text to image", "i2t_": "image to text"}
+RERANKED = "reranked_"  # prefix of retrieval scores after decoder re-ranking
+STATISTICS = ("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel")  # neither good nor bad
+COUNTS = ("mean_length", "vocabulary", "median_rank")
+# Papers print these times 100, and recall@K and accuracies too.
+TIMES_100 = {"CIDEr", "METEOR", "SPICE", "CLIPScore", "RefCLIPScore", *NAMES} - {*COUNTS}
+
+
+def headlines(scores: Collection[str]) -> list[str]:
+    """The headline scores among `scores`, the most important kind first."""
+    return [score for kind in HEADLINES for score in scores if score.endswith(kind)]
+
+
+def headline(scores: Collection[str]) -> str | None:
+    """The score that ranks runs if none was named: the first headline score."""
+    return next(iter(headlines(scores)), None)
+
+
+def headlines_of(scores: Collection[str], count: int) -> list[str]:
+    """The `count` scores on whole data sets that say most: one of each kind before the second of any, as often as the
+    count allows; no re-ranked ones, which are for a section of their own.
+    """
+    chosen = [score for score in headlines(scores) if score.count("/") == 1 and f"/{RERANKED}" not in score]
+    kinds: dict[str, list[str]] = {}
+    for score in chosen:
+        kinds.setdefault(score.rpartition("/")[2], []).append(score)
+    turns = [(place, score) for members in kinds.values() for place, score in enumerate(members)]
+    first = {score for _, score in sorted(turns, key=lambda turn: turn[0])[:count]}
+    return [score for score in chosen if score in first]
+
+
+def data_name(name: str) -> str:
+    """A data set for readers: "mscoco" -> "MSCOCO", "nocaps/in-domain" -> "NoCaps, in-domain"."""
+    name, _, domain = name.partition("/")
+    return DATA_SETS.get(name, name) + (f", {WAYS.get(domain, domain)}" if domain else "")
+
+
+def score_name(score: str) -> str:
+    """A score for readers: "mscoco/t2i_recall@1" -> "text to image recall@1, %"."""
+    short = score.rpartition("/")[2]
+    plain = short.removeprefix(RERANKED)
+    for prefix, direction in DIRECTIONS.items():
+        if plain.startswith(prefix):
+            rest = plain.removeprefix(prefix)
+            name = f"{direction} {rest.replace('_', ' ')}" + (" after re-ranking" if plain != short else "")
+            return f"{name}, %" if rest.startswith("recall") else name
+    if short not in NAMES and short.endswith("_accuracy"):
+        return f"accuracy on {short.removesuffix('_accuracy').replace('_', ' ')}, %"
+    return NAMES.get(short, short)
+
+
+def in_print_units(score: str, value: float) -> float:
+    """The value in the unit that `cell` prints: the scores of papers times 100, counts and scores of one's own as they
+    are.
+    """
+    return 100 * value if _times_100(score) else value
+
+
+def _times_100(score: str) -> bool:
+    short = score.rpartition("/")[2]
+    return short in TIMES_100 or "recall@" in short or short.endswith("accuracy")
+
+
+def cell(score: str, value: float | None, images: int | None = None) -> str:
+    """The value as papers print it; nothing for None.
+
+    Args:
+        images: on which it was computed: of 64, one is 1.6 %, so decimals would mean nothing. None if unknown.
+    """
+    if value is None:
+        return ""
+    return f"{in_print_units(score, value):.{_decimals(score, images)}f}"
+
+
+def interval_cell(score: str, interval: tuple[float, float], images: int | None = None) -> str:
+    """The limits as `cell` prints values; nothing if there are none."""
+    low, high = (cell(score, limit, images) for limit in interval)
+    return "" if math.isnan(interval[0]) else f"[{low}, {high}]"
+
+
+def spread_cell(score: str, mean: float, deviation: float, images: int | None = None) -> str:
+    """A mean over several runs and its standard deviation."""
+    return f"{cell(score, mean, images)} ± {cell(score, deviation, images)}"
+
+
+def _decimals(score: str, images: int | None) -> int:
+    if score.endswith("vocabulary"):
+        return 0
+    if score.endswith(COUNTS):
+        return 1
+    if images is None or not _times_100(score):
+        return 2
+    return 0 if images < 100 else 1 if images < 5000 else 2
+
+
+def print_scores(
+    results: Mapping[str, float],
+    draws: "Mapping[str, Draws]",
+    images: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Prints the scores of one data set after the other, in the units of papers, with their intervals.
+
+    Args:
+        images: score -> on how many images it was computed.
+    """
+    if results:
+        print("results" + (", with 95 % intervals" if draws else ""))
+    groups: dict[str, list[tuple[str, str, str]]] = {}
+    for score, value in results.items():
+        count = images.get(score)
+        interval = interval_cell(score, draws[score].interval(), count) if score in draws else ""
+        heading = data_name(score.rpartition("/")[0]) or "all images"
+        heading += f", {count:,} images" if count is not None else ""
+        groups.setdefault(heading, []).append((score_name(score), cell(score, value, count), interval))
+    for heading, rows in groups.items():
+        print(f"\n{printable(heading)}")
+        widths = [max(len(printable(row[column])) for row in rows) for column in (0, 1)]
+        for name, text, interval in rows:
+            print(f"  {printable(name):<{widths[0]}}  {text:>{widths[1]}}  {interval}".rstrip())

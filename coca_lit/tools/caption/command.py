@@ -1,0 +1,170 @@
+"""Captions from the command line: `coca-caption IMAGE_OR_FOLDER_OR_SHARDS…`.
+
+Under torchrun the work is split over the processes; shards also go to GPUs and clusters (`engine=`). The result is the
+same.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from coca_lit.cli.assembly import build
+from coca_lit.cli.command import command
+from coca_lit.cli.runtime import chosen_dtype, configure_libraries
+from coca_lit.errors import ConfigError, error_context
+from coca_lit.files import claim
+from coca_lit.machine import processors
+from coca_lit.models.generation.options import OPTIONS, complete, describe
+from coca_lit.runs.run_folder import in_use
+from coca_lit.tools.checkpoint import chosen_checkpoint
+from coca_lit.tools.clusters.engines import Engine, Machine, Work
+
+if TYPE_CHECKING:
+    import torch
+
+    from coca_lit.models import CoCa
+    from coca_lit.tools.caption.captioner import Totals
+    from coca_lit.tools.caption.inputs import Unit
+
+
+def generate_help() -> str:
+    """A line for each option of `generate`, for `coca-caption --help`."""
+    return "\n".join(f"    {name:20}{describe(name)}" for name, option in OPTIONS.items() if option.key)
+
+
+# The keys of `generate`, for Hydra; None stands for the default of `CoCa.generate`.
+ConfigStore.instance().store(
+    "generate_schema", {"generate": {name: None for name, option in OPTIONS.items() if option.key}}
+)
+OmegaConf.register_new_resolver("generate_help", generate_help, replace=True)
+
+
+def caption() -> None:
+    """Entry point of `coca-caption` and `python -m coca_lit.tools.caption`."""
+    command("caption", run, positional="images")
+
+
+def run(cfg: DictConfig) -> None:
+    """Captions as configured."""
+    from coca_lit.distributed import process_group, rank
+    from coca_lit.tools.caption.captioner import caption_units
+    from coca_lit.tools.caption.inputs import find_inputs
+    from coca_lit.tools.caption.outputs import open_writer
+
+    configure_libraries(cfg.threads)
+    units = find_inputs([str(word) for word in cfg.images], cfg.batch_size)
+    engine = build(cfg.engine, "engine")
+    if not (isinstance(engine, Machine) and engine.devices is None):
+        return _run_on(engine, cfg, units)
+    # Processes wait for each other only at the very end.
+    with _alone(cfg.output), process_group(timeout=timedelta(days=7)) as device:
+        model, digest = _load(chosen_checkpoint(cfg.checkpoint), cfg.precision, device)
+        options, workers = _options(cfg, model), decoders(cfg.num_workers)
+        writer = open_writer(cfg.output, units, _settings(cfg, digest))
+        totals = caption_units(model, units, writer, options, cfg.batch_size, workers, cfg.seed)
+        if rank() == 0:
+            print(totals, file=sys.stderr)
+
+
+def _alone(output: str | None) -> AbstractContextManager[None]:
+    """Refuses a second command that would append to the same file. A shard is written whole, by whoever is first."""
+    if not output or not output.endswith((".json", ".jsonl")):
+        return nullcontext()
+    path = Path(output)
+    return in_use(path.with_name(f".{path.name}.in-use"), output)
+
+
+def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:
+    """New captions for shards, on an engine."""
+    from coca_lit.tools.caption.captioner import total
+    from coca_lit.tools.caption.inputs import Shard
+    from coca_lit.tools.caption.outputs import open_writer
+
+    shards = [unit for unit in units if isinstance(unit, Shard)]
+    if not cfg.output or cfg.output.endswith((".json", ".jsonl")) or len(shards) < len(units):
+        raise ConfigError("an engine recaptions shards: give .tar files and output=FOLDER/, or set engine=local")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("an engine starts its own processes: run the command without torchrun, or set engine=local")
+    cfg.checkpoint, start = chosen_checkpoint(cfg.checkpoint), time.monotonic()
+    model, digest = _load(cfg.checkpoint, "fp32", "cpu")  # what is wrong is told here, before any job starts
+    _options(cfg, model)
+    writer = open_writer(cfg.output, units, _settings(cfg, digest))
+    del model
+    work, todo = Work(engine, "captioning"), [shard.path for shard in shards if not writer.has_unit(shard)]
+    if parts := [*work(caption_shard, todo, cfg)]:
+        print(total(parts)._replace(seconds=time.monotonic() - start), file=sys.stderr)
+    work.close(len(units))
+
+
+def caption_shard(path: Path, cfg: DictConfig) -> "Totals":
+    """New captions for one shard, in whatever process. It keeps its model for the next shard."""
+    from coca_lit.distributed import process_group
+    from coca_lit.models.registry import import_modules
+    from coca_lit.tools.caption.captioner import caption_units
+    from coca_lit.tools.caption.inputs import Shard
+    from coca_lit.tools.caption.outputs import SETTINGS, Recaptioned
+
+    import_modules(cfg.imports)
+    configure_libraries(cfg.threads)
+    with process_group() as device:
+        model, digest = _loaded(cfg.checkpoint, cfg.precision, device)
+        claim(Path(cfg.output) / SETTINGS, _settings(cfg, digest), taken=True)  # the checkpoint may have changed since
+        writer = Recaptioned(Path(cfg.output), [Shard(path)])
+        options, workers = _options(cfg, model), decoders(cfg.num_workers)
+        return caption_units(model, [Shard(path)], writer, options, cfg.batch_size, workers, cfg.seed)
+
+
+def _load(checkpoint: str, precision: str, device: "torch.device | str") -> "tuple[CoCa, str]":
+    """The model on a device, and the digest of its weights in the file."""
+    from coca_lit.weights.computation import fingerprint
+    from coca_lit.weights.load import load_model
+
+    dtype = chosen_dtype(precision)
+    with error_context("checkpoint"):
+        model = load_model(checkpoint)
+    if model.decoder is None:
+        raise ConfigError("checkpoint: this model was built for retrieval only, it has no decoder to caption with")
+    digest = fingerprint(model)
+    return model.to(device, dtype), digest
+
+
+_loaded = lru_cache(maxsize=1)(_load)
+
+
+def _options(cfg: DictConfig, model: "CoCa") -> dict[str, Any]:
+    """Of `CoCa.generate`; raises `ConfigError` for wrong ones, before any image is read."""
+    from coca_lit.models.generation.state import encode_prompts
+
+    options = _given(cfg)
+    with error_context("generate"):
+        found = complete(options)
+        _, most = found.lengths(model.tokenizer.context_length)
+        encode_prompts(model, found.prompt, 1, most)
+    return options
+
+
+def _given(cfg: DictConfig) -> dict[str, Any]:
+    return {str(key): value for key, value in cfg.generate.items() if value is not None}
+
+
+def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:
+    """What a result depends on."""
+    return {"model": digest, "seed": cfg.seed} | {f"generate.{key}": value for key, value in _given(cfg).items()}
+
+
+def decoders(num_workers: int | None) -> int:
+    """Processes that decode images; up to 4 for None."""
+    if num_workers is None:
+        return min(4, processors())
+    if not isinstance(num_workers, int) or num_workers < 0:
+        raise ConfigError(f"num_workers must be a whole number of at least 0, got {num_workers!r}")
+    return num_workers

@@ -1,0 +1,191 @@
+"""From the words of a user to pixels: which images are to be captioned or searched, and decoding them in batches.
+
+Work is divided into units: a batch of files, or a shard. A unit is captioned by one process, in batches that depend on
+nothing else, so the captions are the same on any number of processes and after a resume. What cannot be read is
+reported and skipped.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from braceexpand import braceexpand
+from torch.utils.data import DataLoader, Dataset
+
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image, open_image
+from coca_lit.data.prefetch import worker_errors
+from coca_lit.data.shards.listing import local_shards
+from coca_lit.errors import DataError
+from coca_lit.models.patches import Images, stack_images
+from coca_lit.models.preprocessing import Preprocessing
+from coca_lit.reading import open_regular
+from coca_lit.tools.caption.shards import Sample, scan_shard
+
+SHARD = ".tar"
+EXPECTED = f"expected images ({', '.join(SUFFIXES)}), folders, or shards ({SHARD})"
+
+
+class Source(NamedTuple):
+    """An encoded image: a file, or a part of one."""
+
+    name: str  # for people, and in results
+    path: Path
+    offset: int = 0
+    size: int = -1  # bytes from `offset` on; -1 for all
+
+
+class Files(NamedTuple):
+    """A batch of image files."""
+
+    sources: list[Source]
+
+
+class Shard(NamedTuple):
+    """A tar of samples. Its content is unknown until it is opened."""
+
+    path: Path
+
+    def open(self) -> "OpenShard":
+        """Reads the positions of its samples."""
+        samples, problem = scan_shard(self.path)
+        return OpenShard(self.path, samples, problem)
+
+
+class OpenShard(NamedTuple):
+    """The samples of a shard."""
+
+    path: Path
+    samples: list[Sample]
+    problem: str  # what is wrong with the tar, or ""
+
+    @property
+    def sources(self) -> list[Source]:
+        places = [(sample, sample.image) for sample in self.samples]
+        return [Source(f"{self.path}/{sample.key}", self.path, *place) for sample, place in places if place]
+
+
+Unit = Files | Shard
+
+
+class ImageBatch(NamedTuple):
+    """The decoded images of a list of sources."""
+
+    positions: list[int]  # of the decoded images in the list
+    pixels: Images  # (B, 3, S, S) uint8, or `Patches`, one for each position
+    broken: dict[int, str]  # position of an image that cannot be read -> reason
+
+
+# Finding
+
+
+def find_inputs(words: Sequence[str], batch_size: int) -> list[Unit]:
+    """Units of the files, folders and shards that `words` name, each file once, in the given order.
+
+    Args:
+        words: paths, globs, and ranges like {00000..00099}.tar. A folder means the images in it and its subfolders, or
+            its shards if it has no images.
+
+    Raises:
+        DataError: a word matches nothing, or something else than images and shards.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1, got {batch_size}")
+    paths = dict.fromkeys(path for word in words for path in _paths(word))
+    if not paths:
+        raise DataError(f"nothing to caption: {EXPECTED}")
+    shards = [Shard(path) for path in paths if path.suffix.lower() == SHARD]
+    files = [Source(str(path), path) for path in paths if path.suffix.lower() != SHARD]
+    return [*(Files(files[start : start + batch_size]) for start in range(0, len(files), batch_size)), *shards]
+
+
+def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The images in a folder and its subfolders, sorted by path; hidden files and folders are left out.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder '{folder}'")
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
+    return sorted(found)
+
+
+def _paths(word: str) -> Iterator[Path]:
+    path = Path(word)
+    if path.is_dir():
+        found = find_images(path) or find_images(path, (SHARD,))
+        if not found:
+            raise DataError(f"no image and no shard in '{word}'")
+        yield from found
+    elif path.is_file():
+        if path.suffix.lower() not in (*SUFFIXES, SHARD):
+            raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
+        yield path
+    elif word.endswith(SHARD):
+        yield from local_shards(word)
+    else:
+        try:
+            matches = [name for part in braceexpand(word) for name in sorted(glob.glob(part))]
+        except ValueError:  # an unmatched brace
+            matches = []
+        if not matches:
+            raise DataError(f"there is no '{word}': {EXPECTED}")
+        for match in matches:
+            yield from _paths(match)
+
+
+# Decoding
+
+
+def load_images(
+    batches: Iterable[Sequence[Source]], preprocessing: Preprocessing, num_workers: int = 0
+) -> Iterator[ImageBatch]:
+    """Each batch of sources, in order, transformed as for evaluation.
+
+    Args:
+        batches: consumed in the calling process, a few batches ahead of the result.
+        preprocessing: that of the model.
+        num_workers: processes that decode ahead; 0 decodes on demand.
+    """
+    with worker_errors():
+        yield from DataLoader(
+            _Decoded(preprocessing),
+            batch_sampler=batches,  # type: ignore[arg-type]  # its "indices" are sources
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class _Decoded(Dataset[Images | str]):
+    """source -> pixels (3, S, S), or patches, or the reason why it cannot be read."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.transform = build_transform(**preprocessing)
+
+    def __getitem__(self, source: Source) -> Images | str:
+        try:
+            if source.size < 0:
+                return self.transform(open_image(source.path))
+            with open_regular(source.path) as file:
+                file.seek(source.offset)
+                content = file.read(min(source.size, MAX_IMAGE + 1))
+            return self.transform(decode_image(content, source.name))
+        except DataError as error:
+            return str(error)
+        except OSError as error:
+            return f"{source.name} cannot be read: {error}"
+
+
+def _collate(items: list[Images | str]) -> ImageBatch:
+    good = {i: item for i, item in enumerate(items) if not isinstance(item, str)}
+    broken = {i: item for i, item in enumerate(items) if isinstance(item, str)}
+    pixels = stack_images([*good.values()]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return ImageBatch([*good], pixels, broken)

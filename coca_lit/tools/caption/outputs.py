@@ -1,0 +1,287 @@
+"""Where captions go: standard output, JSON lines, a COCO results file, or new shards.
+
+A writer knows what is written already, so that interrupted work resumes. Beside a result lies settings.json, the model
+and the options that made it: a result is continued with the same ones only, and nothing is written to or removed from a
+file or folder without it.
+"""
+
+import glob
+import json
+import os
+import re
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coca_lit.data.datasets.annotations import MAX_BYTES, check_id
+from coca_lit.distributed import broadcast_object, gather_objects, rank, world_size
+from coca_lit.errors import DataError
+from coca_lit.files import append_lines, atomic_write, claim, is_leftover, remove_leftovers, whole_lines
+from coca_lit.reading import parse_json, printable, read_json
+from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit
+from coca_lit.tools.caption.shards import write_shard
+
+SETTINGS = "settings.json"
+Captions = Sequence[str]  # of one image, the best first
+_NO_BYTES = re.compile("[^\udca0-\udcff]+")  # these stand for bytes that are not UTF-8; those below for C1 controls
+
+
+class Writer(ABC):
+    """Takes the captions of this process, batch by batch."""
+
+    def has_unit(self, unit: Unit) -> bool:
+        """Whether a whole unit is written already."""
+        return False
+
+    def has(self, source: Source) -> bool:
+        """Whether the captions of an image are written already."""
+        return False
+
+    @abstractmethod
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        """Adds the captions of images that are not written yet."""
+
+    def end_shard(self, shard: OpenShard) -> None:
+        """Called after the last batch of a shard."""
+        return
+
+    def finish(self) -> None:
+        """Called after the last batch of this process; returns when the result of all processes is complete."""
+        return
+
+
+def open_writer(output: str | None, units: Sequence[Unit], settings: dict[str, Any]) -> Writer:
+    """The writer for `output`: None, NAME.jsonl, NAME.json or a folder.
+
+    Raises:
+        DataError: another suffix, or the output cannot be written or continued.
+    """
+    if output is None:
+        return Printer(units)
+    path = Path(output)
+    if path.suffix == ".jsonl":
+        return JsonLines(path, units, settings)
+    if path.suffix == ".json":
+        if settings.get("generate.num_captions", 1) > 1:
+            raise DataError("a COCO results file holds one caption for each image: write .jsonl for several")
+        return CocoResults(path, units, settings)
+    if path.suffix and not path.is_dir() and not output.endswith("/"):
+        raise DataError(f"unknown suffix '{path.suffix}' of output={output}: expected .jsonl, .json, or a folder/")
+    writer = Recaptioned(path, units)
+    _claim(path / SETTINGS, path.exists() and not all(map(is_leftover, path.iterdir())), settings, "*")
+    return writer
+
+
+class Printer(Writer):
+    """Lines of path, tab and caption on standard output, one for each caption, in the order of the inputs."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self.kept: dict[Source, Captions] = {}
+
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        if world_size() == 1:
+            self._print(captions)
+        else:  # lines of several processes would mix
+            self.kept |= captions
+
+    def finish(self) -> None:
+        gathered = {source: found for part in gather_objects(self.kept) for source, found in part.items()}
+        if rank() == 0 and gathered:
+            self._print({source: gathered[source] for source in _all_sources(self.units) if source in gathered})
+
+    def _print(self, captions: Mapping[Source, Captions]) -> None:
+        print_rows([(source.name, caption) for source, found in captions.items() for caption in found])
+
+
+class JsonLines(Writer):
+    """A line {"path": …, "caption": …} for each image; with several captions also "captions", all of them.
+
+    Rank 0 appends to the file, every other rank to a part of its own beside it; in the end rank 0 merges all lines in
+    the order of the inputs.
+    """
+
+    key = "path"
+
+    def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
+        _claim(path.with_name(f"{path.name}.{SETTINGS}"), path.exists(), settings, glob.escape(path.name))
+        self.path, self.units = path, units
+        self.journal = self._journal()
+        self.done = set(self._rows())
+
+    def has(self, source: Source) -> bool:
+        return self._id(source) in self.done
+
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        rows = [{self.key: self._id(source), **self._texts(found)} for source, found in captions.items()]
+        append_lines(self.journal, map(json.dumps, rows))
+        self.done.update(row[self.key] for row in rows)
+
+    def finish(self) -> None:
+        gather_objects(None)  # waits until every process has written
+        if rank() == 0:
+            rows = self._rows()
+            names = dict.fromkeys(self._id(source) for source in _all_sources(self.units))
+            others = [name for name in rows if name not in names]  # of earlier inputs
+            self._save([rows[name] for name in [*others, *names] if name in rows])
+            for part in self._parts():
+                part.unlink()
+
+    def _journal(self) -> Path:
+        return self.path if rank() == 0 else self.path.with_name(f"{self.path.name}.rank{rank()}")
+
+    def _parts(self) -> list[Path]:
+        """The parts that processes have left beside the file."""
+        prefix = f"{self.path.name}.rank"
+        found = (other for other in self.path.parent.iterdir() if other.name.startswith(prefix))
+        return sorted(other for other in found if other.name.removeprefix(prefix).isdigit())
+
+    def _rows(self) -> dict[Any, dict[str, Any]]:
+        """All rows that any process has written, by their key."""
+        rows = [*self._saved(), *(row for part in self._parts() for row in _read_rows(part, self.key))]
+        return {row[self.key]: row for row in rows}
+
+    def _saved(self) -> list[dict[str, Any]]:
+        return list(_read_rows(self.path, self.key))
+
+    def _save(self, rows: list[dict[str, Any]]) -> None:
+        content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+        if not self.path.exists() or self.path.read_bytes() != content:
+            atomic_write(self.path, content)
+
+    def _id(self, source: Source) -> Any:
+        return source.name
+
+    def _texts(self, captions: Captions) -> dict[str, Any]:
+        return {"caption": captions[0]} | ({"captions": list(captions)} if len(captions) > 1 else {})
+
+
+class CocoResults(JsonLines):
+    """The results format of COCO, [{"image_id": …, "caption": …}], as COCO's own evaluation and `coca-score` read it.
+
+    The id of an image is the number in names like 000000000042.jpg and COCO_val2014_000000000042.jpg, else the file
+    name without its suffix. Captions are in parts beside the file until all are written.
+    """
+
+    key = "image_id"
+
+    def __init__(self, path: Path, units: Sequence[Unit], settings: dict[str, Any]) -> None:
+        owners: dict[int | str, str] = {}
+        for source in _all_sources(units):
+            other = owners.setdefault(self._id(source), source.name)
+            if other != source.name:
+                raise DataError(f"{other} and {source.name} have the same image id: write .jsonl, which has paths")
+        super().__init__(path, units, settings)
+
+    def _journal(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.rank{rank()}")
+
+    def _saved(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        rows = read_json(self.path, list, MAX_BYTES, keep_surrogates=True)
+        return [_row(row, self.key, f"entry {number} of {self.path}") for number, row in enumerate(rows, start=1)]
+
+    def _save(self, rows: list[dict[str, Any]]) -> None:
+        atomic_write(self.path, f"{json.dumps(rows, indent=0)}\n".encode())
+
+    def _id(self, source: Source) -> int | str:
+        stem = Path(source.name).stem
+        number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem, re.ASCII)
+        return int(number[1]) if number else stem
+
+    def _texts(self, captions: Captions) -> dict[str, Any]:
+        return {"caption": captions[0]}
+
+
+class Recaptioned(Writer):
+    """A folder of shards for training, each a copy of an input with the new captions, see
+    `coca_lit.tools.caption.shards`.
+
+    A shard is written whole or not at all; an existing one is done. `open_writer` claims the folder, once for all
+    processes of an engine.
+    """
+
+    def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
+        shards = [unit.path for unit in units if isinstance(unit, Shard)]
+        if len(shards) < len(units):
+            raise DataError(f"{folder} is a folder for shards, but the inputs are files: write output=NAME.jsonl")
+        names: dict[str, Path] = {}
+        for path in shards:
+            if names.setdefault(path.name, path) != path:
+                raise DataError(f"{names[path.name]} and {path} would both become {folder / path.name}")
+            if path.resolve() == (folder / path.name).resolve():
+                raise DataError(f"{path} would replace itself: choose another folder as output")
+        self.folder = folder
+        self.captions: dict[str, Captions] = {}  # of the current shard, by the name of the image
+
+    def has_unit(self, unit: Unit) -> bool:
+        return isinstance(unit, Shard) and (self.folder / unit.path.name).exists()
+
+    def write(self, captions: Mapping[Source, Captions]) -> None:
+        self.captions |= {source.name: found for source, found in captions.items()}
+
+    def end_shard(self, shard: OpenShard) -> None:
+        keys = {sample.key: f"{shard.path}/{sample.key}" for sample in shard.samples}
+        captions = {key: self.captions[name] for key, name in keys.items() if name in self.captions}
+        write_shard(shard.path, self.folder / shard.path.name, shard.samples, captions)
+        self.captions = {}
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of fields, separated by tabs. Tabs, line breaks and other control characters in a field are escaped,
+    as `\\x0a`; file names that are not Unicode are printed byte for byte. Exits silently when the reader has closed the
+    pipe.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    try:
+        for row in rows:
+            print("\t".join(_NO_BYTES.sub(lambda part: printable(part[0]), field) for field in row))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, for example `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit()
+
+
+def _claim(file: Path, taken: bool, settings: dict[str, Any], outputs: str) -> None:
+    """`coca_lit.files.claim`, with the same error on every process; then what killed processes left of `outputs`, a
+    pattern of names, is removed.
+    """
+    problem = None
+    if rank() == 0:
+        try:
+            claim(file, settings, taken)
+            remove_leftovers(file.parent, outputs)
+        except DataError as error:
+            problem = str(error)
+    if problem := broadcast_object(problem):
+        raise DataError(problem)
+
+
+def _all_sources(units: Sequence[Unit]) -> Iterator[Source]:
+    """The images of the units, in order. Opens every shard."""
+    for unit in units:
+        yield from unit.sources if isinstance(unit, Files) else unit.open().sources
+
+
+def _read_rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The rows of the complete lines of a file, none if there is no such file.
+
+    Raises:
+        DataError: a line is not a JSON object with `key`.
+    """
+    for number, line in enumerate(whole_lines(path), start=1):
+        where = f"line {number} of {path}"
+        yield _row(parse_json(line, where, keep_surrogates=True), key, where)
+
+
+def _row(row: Any, key: str, where: str) -> dict[str, Any]:
+    """A row of captions from JSON; raises `DataError` if it cannot be one."""
+    try:
+        check_id(row[key])
+    except (LookupError, TypeError) as error:
+        raise DataError(f'{where} is not an object with a "{key}": repair or remove it') from error
+    return row

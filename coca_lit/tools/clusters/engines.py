@@ -1,0 +1,254 @@
+"""Work on a list of shards: in this process, in a process per GPU, in a SLURM array, or on a Ray cluster.
+
+    engine=local | gpus | slurm engine.partition=gpu | ray engine.ray.init.address=auto
+
+A command hands `Work` a picklable function `(shard, settings) -> result` that writes its output whole or not at all,
+and the shards that are not finished yet. What dies starts again: here a process, under SLURM a job that is preempted or
+loses its node, on Ray a task that loses its worker. What fails nevertheless is reported, and the same command tries it
+again. The launchers of sweeps run the jobs of SLURM and Ray; folders must be shared by all machines.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NamedTuple, Protocol
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from coca_lit.cli.assembly import build
+from coca_lit.cli.command import compose, explain
+from coca_lit.errors import ConfigError, DataError, UserError
+from coca_lit.machine import processors
+from coca_lit.reading import printable
+from coca_lit.tools.clusters.launchers import RayLauncher, Runnable, SlurmLauncher
+
+ATTEMPTS = 3  # at a shard whose process dies
+
+
+class Engine(Protocol):
+    """What runs picklable jobs, anywhere and in any order."""
+
+    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
+        """As each job ends, its number and its result, or the reason (a str) why there is none."""
+
+
+# Engines
+
+
+class Machine:
+    """This machine: the calling process, or one process for each device, which takes one job after another.
+
+    Args:
+        devices: `None` for the calling process, "auto" for all GPUs, "cores" for as many processes as there are cores
+            (of a SLURM job: those it asked for), or a list such as `[0, 1]` or `["cpu", "cpu"]`.
+    """
+
+    def __init__(self, devices: str | Sequence[int | str] | None = None) -> None:
+        listed = isinstance(devices, Sequence) and not isinstance(devices, str) and all(map(_is_device, devices))
+        if not (devices is None or devices in ("auto", "cores") or listed):
+            raise ConfigError(f"engine.devices must be auto, cores, or a list of GPU numbers and cpu, got {devices!r}")
+        self.devices = devices
+
+    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
+        devices = self._found()[: len(jobs)]
+        if devices in ([], ["cpu"]):
+            yield from ((i, job()) for i, job in enumerate(jobs))
+            return
+        waiting, attempts = deque(range(len(jobs))), [0] * len(jobs)
+        idle = deque((device, _process_on(device)) for device in devices)
+        running: dict[Future[Any], tuple[int, int | str, ProcessPoolExecutor]] = {}
+        try:
+            while waiting or running:
+                while waiting and idle:
+                    i, (device, process) = waiting.popleft(), idle.popleft()
+                    running[process.submit(jobs[i])] = (i, device, process)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    i, device, process = running.pop(future)
+                    if not isinstance(future.exception(), BrokenProcessPool):
+                        idle.append((device, process))
+                        yield i, future.result()
+                        continue
+                    idle.append((device, _process_on(device)))
+                    attempts[i] += 1
+                    if attempts[i] < ATTEMPTS:
+                        waiting.append(i)
+                    else:
+                        yield i, f"its process was killed {ATTEMPTS} times, most often because memory ran out"
+        finally:
+            for process in [*(process for _, process in idle), *(process for *_, process in running.values())]:
+                process.shutdown(cancel_futures=True)
+
+    def _found(self) -> list[int | str]:
+        if self.devices is None:
+            return []
+        if self.devices == "cores":
+            return ["cpu"] * int(os.environ.get("SLURM_CPUS_PER_TASK") or processors())
+        import torch
+
+        gpus = torch.cuda.device_count()
+        found = [*range(gpus)] if self.devices == "auto" else [*self.devices]
+        if not found or any(device != "cpu" and int(device) >= gpus for device in found):
+            raise ConfigError(
+                f"engine.devices={self.devices} does not fit a machine with {gpus} GPUs: name existing ones, use "
+                "engine=local, or processes on the CPU (engine.devices=[cpu,cpu])"
+            )
+        return found
+
+
+def _is_device(device: Any) -> bool:
+    return device == "cpu" or (isinstance(device, int) and not isinstance(device, bool) and device >= 0)
+
+
+def _process_on(device: int | str) -> ProcessPoolExecutor:
+    """A process that sees one device; it starts with its first job. CUDA does not survive a fork of the caller."""
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    visible = "" if device == "cpu" else names[int(device)] if names else str(device)
+    context = multiprocessing.get_context("forkserver")
+    return ProcessPoolExecutor(1, context, initializer=_begin, initargs=(visible,))
+
+
+def _begin(visible: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process of a pool would wait for jobs for ever if its parent is killed, and keep its GPU."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class Ray(RayLauncher):
+    """A task of a Ray cluster for each job."""
+
+    choice, key = "engine=ray", "engine"
+
+
+class Slurm(SlurmLauncher):
+    """A SLURM array, of which each job takes `shards_per_job` shards and works on them as `Machine(devices)` does."""
+
+    choice, key = "engine=slurm", "engine"
+
+    def __init__(self, shards_per_job: int, devices: str | Sequence[int | str] | None, **options: Any) -> None:
+        if shards_per_job < 1:
+            raise ConfigError(f"engine.shards_per_job must be at least 1, got {shards_per_job}")
+        if (options.get("nodes") or 1) != 1 or (options.get("tasks_per_node") or 1) != 1:
+            raise ConfigError(
+                "engine.nodes and engine.tasks_per_node must be 1: more shards at a time are more jobs, or with "
+                "engine.gpus_per_node=8 engine.devices=auto a process for each GPU of a job"
+            )
+        super().__init__(**options)
+        self.size, self.machine = shards_per_job, Machine(devices)
+
+    def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
+        parts = [_Part(jobs[start : start + self.size], self.machine) for start in range(0, len(jobs), self.size)]
+        for number, outcome in super().run(parts):
+            for i in range(len(parts[number].jobs)):
+                yield number * self.size + i, outcome if isinstance(outcome, str) else outcome[i]
+
+
+class _Part(NamedTuple):
+    jobs: Sequence[Runnable]
+    machine: Machine
+
+    def __call__(self) -> list[Any]:
+        outcomes = dict(self.machine.run(self.jobs))
+        return [outcomes[i] for i in range(len(self.jobs))]
+
+
+# Work
+
+
+class Work:
+    """A function over shards, with a progress bar, and in the end the count of what was done, skipped and failed.
+
+    Args:
+        doing: the activity, such as "checking".
+    """
+
+    def __init__(self, engine: Engine, doing: str) -> None:
+        self.engine, self.doing = engine, doing
+        self.done = 0
+        self.failed: dict[str, str] = {}  # shard -> reason
+
+    def __call__(self, function: Callable[[Any, Any], Any], shards: Sequence[Any], settings: Any) -> Iterator[Any]:
+        """The results of `function(shard, settings)`, as they are ready, of those shards that do not fail."""
+        from coca_lit.progress import ProgressBar
+
+        jobs = [_Job(function, shard, settings, os.getcwd(), os.getcwd() in sys.path) for shard in shards]
+        if not jobs:  # then no cluster is needed
+            return
+        with ProgressBar(self.doing, "shards") as bar:
+            bar.reach(0, len(jobs))
+            for i, outcome in self.engine.run(jobs):
+                bar.advance(1, (self.done + len(self.failed) + 1) / len(jobs))
+                if isinstance(outcome, str):
+                    self.failed[str(shards[i])] = outcome
+                else:
+                    self.done += 1
+                    yield outcome
+
+    def close(self, total: int, found: int = 0) -> None:
+        """Prints what became of `total` shards, of which `Work` got those that were not finished before.
+
+        Args:
+            found: of those that it got, how many a process found to be finished.
+
+        Raises:
+            DataError: some failed.
+        """
+        for shard, reason in self.failed.items():
+            print(printable(f"failed: {shard}: {reason}"), file=sys.stderr)
+        done, failed = self.done - found, len(self.failed)
+        counts = f"{done:,} done, {total - done - failed:,} skipped (finished before), {failed:,} failed"
+        print(f"{self.doing} {total:,} shards: {counts}", file=sys.stderr)
+        if failed:
+            raise DataError(f"{failed:,} of {total:,} shards failed: the same command tries them again")
+
+
+class _Job(NamedTuple):
+    function: Callable[[Any, Any], Any]
+    shard: Any
+    settings: Any
+    folder: str  # relative paths are relative to it
+    user_code: bool  # whether the config names modules in it
+
+    def __call__(self) -> Any:
+        os.chdir(self.folder)  # the processes of a Ray cluster start elsewhere
+        if self.user_code and self.folder not in sys.path:
+            sys.path.append(self.folder)
+        try:
+            return self.function(self.shard, self.settings)
+        except (UserError, OSError) as error:
+            return str(error) or type(error).__name__
+        except Exception as error:  # of one shard; the others continue
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+
+
+def engine_from(words: Sequence[str], devices: str | Sequence[int | str] | None = None) -> Any:
+    """The engine of a command without Hydra, from words such as engine=slurm and engine.partition=gpu.
+
+    Args:
+        devices: of a `Machine` for which the words choose none.
+    """
+    if not words:
+        return Machine(devices)
+    try:
+        cfg = compose("engine", words).engine
+        if "devices" in cfg and cfg.devices is None:
+            cfg.devices = devices
+        return build(cfg, "engine")
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error

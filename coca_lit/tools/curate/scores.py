@@ -1,0 +1,124 @@
+"""Scores of the samples of a shard: NAME.scores.parquet beside NAME.tar, or in a folder of their own.
+
+A row per usable sample, in the order of the tar. Any engine that reads Parquet can work with the columns:
+
+    shard, key              file name of the shard, and key of the sample in it
+    similarity              cosine of image and text embedding
+    likelihood              log-likelihood of the caption per token, given the image, in nats; absent without decoder
+    words, characters       of the caption
+    width, height, aspect   of the image in pixels; longer side to shorter side
+    phash                   perceptual hash, 64 bits as a signed integer
+    language                of the caption, ISO 639-1; on request
+    embedding               image features of unit length, float16; on request
+"""
+
+import glob
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.files import replacing
+from coca_lit.reading import counts_of, open_parquet, parse_json, texts_of
+
+SUFFIX = ".scores.parquet"
+SETTINGS = "scores.settings.json"  # beside them: what made all scores of a folder
+ABOUT = b"coca_lit"  # key of the metadata
+
+
+class About(NamedTuple):
+    """What a file records about itself."""
+
+    rows: int
+    about: dict[str, Any]  # settings; "shard": its size and modification time; "bad", "examples": what was left out
+
+
+def scores_path(shard: Path, folder: Path | None = None) -> Path:
+    """Where the scores of a shard are, by default beside it."""
+    return (folder or shard.parent) / f"{shard.name.removesuffix('.tar')}{SUFFIX}"
+
+
+def check_shards(shards: Sequence[Path], folder: Path | None = None) -> None:
+    """Raises `DataError` for a shard that is not an uncompressed .tar, and for two whose scores would be one file."""
+    owners: dict[Path, Path] = {}
+    for shard in shards:
+        if shard.suffix != ".tar":
+            raise DataError(f"{shard} is not an uncompressed .tar file: decompress it before scoring")
+        path = scores_path(shard, folder)
+        if owners.setdefault(path, shard) != shard:
+            raise DataError(
+                f"the scores of {owners[path]} and {shard} would both become {path}: score each set with an output of "
+                "its own"
+            )
+
+
+def write_scores(path: Path, shard: str, columns: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes the columns of a shard, with its name as a further one; a matrix becomes a column of lists.
+
+    Raises:
+        DataError: nothing can be written there.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = len(columns["key"]) if columns else 0
+    arrays: dict[str, Any] = {"shard": pa.array([shard] * rows, pa.string())}
+    for name, values in columns.items():
+        if isinstance(values, np.ndarray) and values.ndim == 2:
+            arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+        else:
+            arrays[name] = pa.array(values, from_pandas=True)  # not a number: unknown
+    table = pa.table(arrays).replace_schema_metadata({ABOUT: json.dumps(about).encode()})
+    with replacing(path) as temporary:
+        parquet.write_table(table, temporary, compression="zstd")
+
+
+def read_about(path: Path) -> About:
+    """Raises `DataError` unless `coca-data score` wrote the file."""
+    with open_parquet(path) as file:
+        try:
+            about = parse_json((file.schema_arrow.metadata or {})[ABOUT], str(path), dict)
+            size, changed_at = about["shard"]
+            counts_of({"size": size, "changed_at": changed_at})
+            counts_of(about["bad"])
+            texts_of(about["examples"])
+            return About(file.metadata.num_rows, about)
+        except (DataError, LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} exists and coca-data score did not write it: choose another output, or remove it"
+            ) from error
+
+
+def find_scores(words: Sequence[str | Path]) -> list[Path]:
+    """The files of scores that folders, patterns and file names stand for, in order and each once.
+
+    Raises:
+        DataNotFoundError: a word stands for none.
+        DataError: two files have the same name, so that their shards could not be told apart.
+    """
+    found: dict[str, Path] = {}
+    for word in map(str, words):
+        pattern = os.path.join(glob.escape(word), f"*{SUFFIX}") if os.path.isdir(word) else word
+        paths = [word] if os.path.isfile(word) else sorted(glob.glob(pattern))
+        if not paths:
+            raise DataNotFoundError(f"no scores at {word}: write them with coca-data score")
+        for path in map(Path, paths):
+            if found.setdefault(path.name, path) != path:
+                raise DataError(
+                    f"{found[path.name]} and {path} are about shards of the same name: choose from one set at a time"
+                )
+            if glob.has_magic(str(path)):
+                raise DataError(f"{path} could be a pattern of paths to DuckDB: rename it without *, ? and [")
+    return list(found.values())
+
+
+def made_by(path: Path, *settings: str) -> str | None:
+    """These settings of the scores of a file; None if another program wrote it."""
+    with open_parquet(path) as file:
+        about = (file.schema_arrow.metadata or {}).get(ABOUT)
+    known = parse_json(about, str(path), dict) if about else {}
+    return json.dumps([known.get(key) for key in settings]) if known else None

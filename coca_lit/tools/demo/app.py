@@ -1,0 +1,12 @@
+"""The page for everybody, as a Space of the Hugging Face Hub: copy this file there as app.py, beside a requirements.txt
+with the line `coca_lit[demo]`. The Space's variable MODEL names the model, as `checkpoint=` does.
+"""
+
+import os
+
+import coca_lit
+from coca_lit.tools.demo.page import build_page
+from coca_lit.tools.demo.serve import LOOK
+
+name = os.environ.get("MODEL", "coca_ViT-B-32")
+build_page(coca_lit.load_model(name), name, index=None).launch(**LOOK)

@@ -1,0 +1,80 @@
+"""`coca-demo`: a web page on this machine to caption, classify and search images with a model."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from coca_lit.cli.command import command
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.errors import ConfigError, DataError, error_context
+from coca_lit.reading import printable
+from coca_lit.tools.checkpoint import BUILTIN, chosen_checkpoint
+
+if TYPE_CHECKING:
+    from coca_lit.models import CoCa
+    from coca_lit.tools.search.index import ImageIndex
+
+
+def demo() -> None:
+    """Entry point of `coca-demo` and `python -m coca_lit.tools.demo.command`."""
+    command("demo", run)
+
+
+def run(cfg: DictConfig) -> None:
+    """Serves the page until the process is stopped.
+
+    Raises:
+        ConfigError: gradio is not installed, the checkpoint cannot be used, or the port is taken.
+        DataError: there is no image in the folder.
+    """
+    if find_spec("gradio") is None:
+        raise ConfigError("the web page needs gradio: pip install 'coca_lit[demo]'")
+    import torch
+
+    from coca_lit.weights.load import load_model
+
+    configure_libraries(cfg.threads)
+    checkpoint = chosen_checkpoint(cfg.checkpoint)
+    with error_context("checkpoint"):
+        model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    from coca_lit.tools.builtin import knows_only_scenes, write_scenes
+    from coca_lit.tools.demo.page import build_page
+    from coca_lit.tools.demo.serve import serve
+
+    with TemporaryDirectory(prefix="coca_demo_") as temporary:
+        folder = Path(cfg.images) if cfg.images is not None else None
+        if folder is None and knows_only_scenes(model):
+            folder = write_scenes(Path(temporary, "built-in scenes"))
+        index = _index(model, folder) if folder is not None else None
+        page = build_page(model, checkpoint, index, builtin=cfg.checkpoint == BUILTIN)
+        serve(page, cfg.port, cfg.open_browser)
+
+
+def _index(model: "CoCa", folder: Path) -> "ImageIndex":
+    """The features of the images in the folder, up to date, in the index file that `coca-search` uses."""
+    from coca_lit.progress import ProgressBar
+    from coca_lit.tools.search.index import ImageIndex, index_file
+
+    file = index_file(folder)
+    try:
+        index = ImageIndex.load(file, model)
+        index.folder = folder  # as the user wrote it
+    except DataError:  # there is none, or it belongs to another model
+        index = ImageIndex(model, folder)
+    with ProgressBar("embedding") as bar:
+        changes = index.update(progress=bar.reach)
+    for reason in changes.unreadable.values():
+        print(printable(f"not searched: {reason}"))
+    try:
+        index.save(file)
+    except DataError as error:
+        print(printable(f"the index is not saved, and is built again next time: {error}"))
+    return index
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,310 @@
+"""The page: a photo on the left, what the model says about it on the right, in tabs."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from coca_lit.errors import DataError
+from coca_lit.models import CoCa, part_sizes
+from coca_lit.models.generation.options import OPTIONS
+from coca_lit.tokenizer import WordTokenizer
+from coca_lit.tools.builtin import knows_only_scenes
+from coca_lit.tools.demo.answers import (
+    Candidate,
+    Strategy,
+    classify,
+    fits,
+    rank,
+    read_photo,
+    rerank_images,
+    why_second,
+    write_captions,
+)
+from coca_lit.tools.search.index import Hit, ImageIndex
+from coca_lit.weights.hub import released
+
+EDGE = 1024  # pixels of the longer side of an image on the page
+EXAMPLES = 8
+FOUND = 12  # images that a search shows
+RERANKED = 24  # the nearest images, which the decoder re-ranks
+SCENE_WORDS = "circle, square, triangle, star, cross, ring"
+PHOTO_WORDS = "dog, cat, person, car, landscape"
+EMPTY = '<div class="ask">Choose a photo, or click on an example.</div>'
+SAME = 0.999  # cosine of two copies of a photo
+STRATEGIES = [("best of several", "beam"), ("varied", "sample"), ("a single one, fast", "greedy")]
+SURE = ((0.75, "sure"), (0.5, "fairly sure"), (0.25, "unsure"), (0.0, "guessing"))  # from which share on
+SCORES = (
+    "<b>Sure of its words</b>: the probability that the captioner gives each of them, in the mean. "
+    "<b>Fits the photo</b>: how the image and the text encoder share 100 % among these captions."
+)
+
+Trigger = Callable[..., Any]  # an event of gradio
+
+
+def build_page(model: CoCa, checkpoint: str, index: ImageIndex | None, builtin: bool = False) -> gr.Blocks:
+    """The page of a model in evaluation mode; `index` is the folder to search, its first images are the examples."""
+    vocabulary = list(model.tokenizer.spec) if isinstance(model.tokenizer, WordTokenizer) else None
+    with gr.Blocks(title="Contrastive Captioner", analytics_enabled=False) as page:
+        gr.HTML(_banner(model, checkpoint, builtin, vocabulary), elem_id="banner")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2):
+                photo, changes = _photo(index)
+            with gr.Column(scale=3), gr.Tabs():
+                with gr.Tab("Captions"):
+                    _caption_tab(model, photo, changes)
+                with gr.Tab("Classification"):
+                    _classification_tab(model, photo, vocabulary)
+                with gr.Tab("Search"):
+                    _search_tab(model, index, photo)
+    return page
+
+
+def _photo(index: ImageIndex | None) -> tuple[gr.Image, list[Trigger]]:
+    """The photo, and the events that bring a new, readable one."""
+    photo = gr.Image(
+        label="photo",
+        sources=["upload", "clipboard"],
+        type="filepath",
+        image_mode=None,  # the file unchanged
+        format="png",
+        height=360,
+        elem_id="photo",
+    )
+
+    def on_upload(file: dict[str, Any]) -> str | None:
+        try:
+            read_photo(file["path"])
+        except DataError as error:
+            gr.Warning(str(error), duration=None)
+            return None
+        return file["path"]
+
+    # Without gradio's preprocessing our own checks come before any decoder.
+    upload = photo.upload(on_upload, photo, photo, preprocess=False, show_progress="hidden", api_visibility="private")
+    changes: list[Trigger] = [upload.success]
+    if index is not None:
+        paths = index.paths[:: max(len(index) // EXAMPLES, 1)][:EXAMPLES]
+        gr.HTML("Examples", elem_classes="hint")
+        pictures = [_thumbnail(path) for path in paths]
+        examples = _gallery("examples", value=pictures, allow_preview=False)
+
+        def on_select(event: gr.SelectData) -> Image.Image:
+            try:
+                return _thumbnail(paths[event.index])
+            except DataError as error:  # the file has gone; no caption follows
+                raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+        example = examples.select(on_select, outputs=photo, show_progress="hidden", api_visibility="private")
+        changes.append(example.success)
+    return photo, changes
+
+
+# Tabs
+
+
+def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
+    if model.decoder is None:
+        gr.Markdown("This model has no decoder, so it cannot write captions. It can classify and search.")
+        return
+    scale = float(model.logit_scale.detach().exp())
+    with gr.Row():
+        strategy = gr.Radio(STRATEGIES, value="beam", label="how captions are written")
+        count = gr.Slider(1, 10, value=5, step=1, label="captions")
+    weight = gr.Slider(
+        0,
+        1,
+        value=OPTIONS["rerank_weight"].default,
+        step=0.05,
+        label="which one is best",
+        info="0: the one whose words are surest; 1: the one that fits the photo most; between: a mixture",
+        elem_id="weight",
+    )
+    write = gr.Button("Write captions", variant="primary")
+    answer = gr.HTML(EMPTY, elem_id="captions")
+    candidates, draws = gr.State([]), gr.State(0)
+
+    def show(found: list[Candidate], weight: float) -> str:
+        return _caption_table(rank(found, weight, scale), scale) if found else EMPTY
+
+    def on_write(path: str | None, strategy: Strategy, count: int, weight: float, draw: int) -> tuple[Any, ...]:
+        path = _require_photo(path)
+        found = write_captions(model, read_photo(path), strategy, int(count), seed=draw)
+        return found, draw + 1, show(found, weight)
+
+    inputs, outputs = [photo, strategy, count, weight, draws], [candidates, draws, answer]
+    empty: tuple[Any, ...] = ([], 0, EMPTY)
+
+    def on_change(path: str | None, *given: Any) -> tuple[Any, ...]:
+        return empty if path is None else on_write(path, *given)  # None: the upload was refused, which has been said
+
+    for event, function in ((write.click, on_write), *((change, on_change) for change in changes)):
+        _busy(event, write, "Writing …", function, empty, inputs, outputs, concurrency_id="model", api_name="caption")
+    photo.clear(lambda: ([], EMPTY), outputs=[candidates, answer], api_visibility="private")
+    weight.change(show, [candidates, weight], answer, show_progress="hidden", api_visibility="private")
+
+
+def _classification_tab(model: CoCa, photo: gr.Image, vocabulary: Sequence[str] | None) -> None:
+    words, prompt = _labels(vocabulary)
+    labels = gr.Textbox(words, label="labels", info="separated by commas", elem_id="labels")
+    template = gr.Textbox(prompt, label="template", info="{} is replaced by the label", elem_id="template")
+    button = gr.Button("Classify", variant="primary")
+    answer = gr.Label(label="the photo shows", num_top_classes=10, elem_id="classes")
+
+    def on_classify(path: str | None, labels: str, template: str) -> dict[str, float]:
+        return classify(model, read_photo(_require_photo(path)), labels.replace("\n", ",").split(","), template)
+
+    gr.HTML("The labels share 100 % with “none of these”, which stands for any other text.", elem_classes="hint")
+    inputs, given = [photo, labels, template], {"concurrency_id": "model", "api_name": "classify"}
+    for event in (button.click, labels.submit, template.submit):
+        _busy(event, button, "Comparing …", on_classify, None, inputs, answer, **given)
+    photo.clear(lambda: None, outputs=answer, api_visibility="private")
+
+
+def _labels(vocabulary: Sequence[str] | None) -> tuple[str, str]:
+    """Labels to begin with, and their template; of a closed vocabulary, those that it knows."""
+    if vocabulary is None:
+        return PHOTO_WORDS, "a photo of a {}"
+    known = [[word for word in words.split(", ") if word in vocabulary] for words in (SCENE_WORDS, PHOTO_WORDS)]
+    most = max(known, key=len)
+    return ", ".join(most), "a {}"
+
+
+def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
+    if index is None:
+        gr.Markdown("Start the page with a folder to search it: `coca-demo images=FOLDER`")
+        return
+    label = f"search the {len(index):,} images of {index.folder.name}"
+    query = gr.Textbox(label=label, placeholder="describe a picture", elem_id="query")
+    decoder = gr.Checkbox(
+        label="re-rank by the decoder",
+        info=f"slower: the captioner reads the description beside each of the {RERANKED} most similar images",
+        visible=model.decoder is not None,
+        elem_id="rerank",
+    )
+    with gr.Row():
+        by_text = gr.Button("Search", variant="primary")
+        by_photo = gr.Button("Images like the photo")
+    gr.HTML("The most similar first. Click on an image to enlarge it.", elem_classes="hint")
+    found = _gallery("found")
+
+    def show(hits: list[Hit]) -> list[tuple[Any, str]]:
+        return [(_thumbnail(hit.path), f"{i}. {hit.path.stem}") for i, hit in enumerate(hits[:FOUND], start=1)]
+
+    def on_text(text: str, by_decoder: bool) -> list[tuple[Any, str]]:
+        hits = index.query(text, RERANKED if by_decoder else FOUND)
+        return show(rerank_images(model, hits, text) if by_decoder else hits)
+
+    def on_photo(path: str | None) -> list[tuple[Any, str]]:
+        hits = index.query(read_photo(_require_photo(path)), FOUND + 1)
+        return show([hit for hit in hits if hit.score < SAME])
+
+    options: dict[str, Any] = {"outputs": found, "concurrency_id": "model"}
+    for event in (by_text.click, query.submit):
+        _busy(event, by_text, "Searching …", on_text, [], inputs=[query, decoder], api_name="search", **options)
+    _busy(by_photo.click, by_photo, "Searching …", on_photo, [], inputs=photo, api_name="search_by_photo", **options)
+
+
+# Parts
+
+
+def _busy(
+    event: Trigger, button: gr.Button, says: str, function: Callable[..., Any], empty: Any, *args: Any, **options: Any
+) -> None:
+    """Calls the function on the event; meanwhile the button says what is going on and cannot be pressed. Mistakes of
+    the user are shown on the page, and `empty` takes the place of earlier results.
+    """
+
+    @functools.wraps(function)
+    def careful(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (DataError, ValueError) as error:
+            gr.Warning(str(error), duration=None)
+            return empty
+
+    label, quiet = button.value, {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    began = event(lambda: gr.Button(says, interactive=False), outputs=button, **quiet)
+    ended = began.then(careful, *args, **options)
+    ended.then(lambda: gr.Button(label, interactive=True), outputs=button, **quiet)
+
+
+def _gallery(name: str, value: list[Any] | None = None, allow_preview: bool = True) -> gr.Gallery:
+    return gr.Gallery(
+        value,
+        elem_id=name,
+        show_label=False,
+        buttons=[],
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        allow_preview=allow_preview,
+    )
+
+
+def _require_photo(path: str | None) -> str:
+    if path is None:
+        raise ValueError("choose a photo first, or click on an example")
+    return path
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    image = read_photo(path)
+    image.thumbnail((EDGE, EDGE))
+    return image
+
+
+def _banner(model: CoCa, checkpoint: str, builtin: bool, vocabulary: Sequence[str] | None) -> str:
+    """Heading of the page: the model, its size and where it comes from, and in a line what it knows."""
+    size = f"{sum(part_sizes(model).values()) / 1e6:,.1f} M parameters, images of {model.image_size} pixels"
+    notes = []
+    if (known := released(checkpoint)) is not None:
+        size += f", OpenCLIP's weights, downloaded once from {known.repo}"
+        notes += [escape(known.note)] if known.note else []
+    if vocabulary is None:
+        notes.append("It knows photos, and English text of any words.")
+    elif knows_only_scenes(model):
+        notes.append("It knows coloured shapes, one beside or above the other, and <b>nothing about photos</b>.")
+    else:
+        notes.append(f"It knows {len(vocabulary):,} words, and nothing of which it has no word.")
+    if builtin:
+        notes.append("This is the <b>built-in demo model</b>; <code>coca-demo</code> alone shows a model of photos.")
+    words = f"<details><summary>its words</summary>{escape(', '.join(vocabulary))}</details>" if vocabulary else ""
+    origin = f"<p>Model: <code>{escape(checkpoint)}</code>, {escape(size)}</p>"
+    return f'<h1>Contrastive Captioner</h1>{origin}<div class="note">{" ".join(notes)}{words}</div>'
+
+
+def _caption_table(candidates: Iterable[Candidate], logit_scale: float) -> str:
+    """The first caption in large letters, with a picture per word of where the decoder looked; below, all captions with
+    their scores in words, in the given order, what tells the second from the first, and what the scores mean.
+    """
+    candidates = list(candidates)
+    rows = [
+        f"<td>{escape(c.caption) or '(empty)'}</td>"
+        f"<td title='log-probability {c.log_prob:.3f}'>{_sure(c.sureness)}</td>"
+        f"<td title='cosine {c.similarity:.3f}'>{fit:.0%}</td>"
+        for c, fit in zip(candidates, fits(candidates, logit_scale), strict=True)
+    ]
+    head = "".join(f"<th>{name}</th>" for name in ("caption", "sure of its words", "fits the photo"))
+    body = "".join(f"<tr{' class=first' if i == 0 else ''}>{row}</tr>" for i, row in enumerate(rows))
+    best = escape(candidates[0].caption) or "(empty)"
+    looked = "".join(
+        f'<figure><img src="{picture}" alt=""><figcaption>{escape(word)}</figcaption></figure>'
+        for word, picture in candidates[0].words
+    )
+    hint = "Bright: where the decoder looked for each word. This is a hint, not proof."
+    maps = f'<div class="maps">{looked}</div><div class="hint">{hint}</div>' if looked else ""
+    why = f"<p>The second one is {escape(reason)}.</p>" if (reason := why_second(candidates)) else ""
+    return (
+        f'<div class="best">{best}</div>{maps}<table class="captions"><tr>{head}</tr>{body}</table>'
+        f'{why}<div class="hint">{SCORES}</div>'
+    )
+
+
+def _sure(share: float) -> str:
+    return f"{next(word for least, word in SURE if share >= least)}, {share:.0%}"

@@ -1,0 +1,106 @@
+"""A checkpoint for other programs: `coca-export checkpoint=PATH format=open_clip output=FOLDER`."""
+
+import shlex
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from coca_lit.cli.command import command
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.errors import ConfigError, error_context, suggest
+
+if TYPE_CHECKING:
+    from coca_lit.models import CoCa
+    from coca_lit.tools.export.folder import Exported
+
+FORMATS = ("open_clip", "safetensors", "onnx")
+ONNX = ("onnx", "onnxscript", "onnxruntime")  # packages that the format needs
+
+
+def export() -> None:
+    """Entry point of `coca-export` and `python -m coca_lit.tools.export.command`."""
+    command("export", run)
+
+
+def run(cfg: DictConfig) -> None:
+    """Writes the checkpoint to the folder `cfg.output`, in the format `cfg.format`, with a model card, and uploads that
+    to the repository `cfg.push_to` if there is one.
+    """
+    output = Path(str(cfg.output))
+    with error_context("format"):
+        write = _writer(cfg.format, str(cfg.version), cfg.correct_cls_mask, cfg.max_int8_loss)
+    from coca_lit.tools.export.card import Mixture, write_card
+    from coca_lit.tools.export.folder import check_output, new_folder
+    from coca_lit.weights import hub
+    from coca_lit.weights.computation import interpolate
+    from coca_lit.weights.load import load_model
+
+    configure_libraries(cfg.threads)
+    if cfg.push_to is not None:
+        hub.check_push(cfg.push_to)
+    with error_context("output"):
+        check_output(output, Path(str(cfg.checkpoint)), cfg.overwrite)
+    with error_context("checkpoint"):
+        checkpoint = hub.locate(str(cfg.checkpoint))
+        model = load_model(checkpoint)
+    mixture = None
+    if cfg.interpolate_with is not None:
+        mixture = Mixture(str(cfg.interpolate_with), cfg.weight)
+        with error_context("interpolate_with"):
+            interpolate(model, load_model(cfg.interpolate_with), cfg.weight)
+    with new_folder(output) as folder:
+        with error_context("format"):
+            exported = write(model, folder)
+        write_card(folder, output.resolve().name, model, exported, checkpoint, _command(cfg), mixture, cfg.push_to)
+    if exported.warning:
+        print(f"note: {exported.warning}")
+    print(f"{exported.check}\nThe model and its card, README.md, are in {output}")
+    if cfg.push_to is not None:
+        print(f"and on the Hub, as {hub.push(output, cfg.push_to)}")
+
+
+def _writer(
+    name: str, version: str, correct_cls_mask: bool, max_int8_loss: float
+) -> "Callable[[CoCa, Path], Exported]":
+    """The function that writes a format."""
+    if name == "open_clip":
+        from coca_lit.tools.export.open_clip import write_open_clip
+
+        return lambda model, folder: write_open_clip(model, folder, correct_cls_mask, version)
+    if correct_cls_mask:
+        raise ConfigError(f"correct_cls_mask belongs to format=open_clip, but the format is {name}: leave it out")
+    if version != "3.3":
+        raise ConfigError(f"version belongs to format=open_clip, but the format is {name}: leave it out")
+    if name == "safetensors":
+        from coca_lit.tools.export.folder import write_safetensors
+
+        return write_safetensors
+    if name == "onnx":
+        if missing := [package for package in ONNX if find_spec(package) is None]:
+            raise ValueError(f"onnx needs {', '.join(missing)}: pip install 'coca_lit[onnx]'")
+        from coca_lit.tools.export.onnx import write_onnx
+
+        return lambda model, folder: write_onnx(model, folder, max_int8_loss)
+    raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
+
+
+def _command(cfg: DictConfig) -> str:
+    words = {key: cfg[key] for key in ("checkpoint", "format", "output")}
+    if cfg.correct_cls_mask:
+        words["correct_cls_mask"] = "true"
+    if cfg.format == "open_clip":
+        words["version"] = cfg.version
+    if cfg.format == "onnx":
+        words["max_int8_loss"] = cfg.max_int8_loss
+    if cfg.interpolate_with is not None:
+        words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
+    if cfg.push_to is not None:
+        words["push_to"] = cfg.push_to
+    return shlex.join(["coca-export", *(f"{key}={value}" for key, value in words.items())])
+
+
+if __name__ == "__main__":
+    export()

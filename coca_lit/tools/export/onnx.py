@@ -1,0 +1,242 @@
+"""ONNX graphs of the image encoder, the text encoder and the decoder, compared with the model in ONNX Runtime; for CPUs
+also with weights and matrix products in int8, which are compared with fp32 on unseen built-in scenes.
+"""
+
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+from torch.onnx import OnnxExporterError
+
+from coca_lit.data.records import Record
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.metrics.cider import CiderD, fast_words
+from coca_lit.models import CoCa
+from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
+from coca_lit.runs.run_folder import machine
+from coca_lit.tools.export import onnx_captioner
+from coca_lit.tools.export.folder import Exported
+from coca_lit.tools.export.graphs import Graph, graphs_of
+
+OPSET = 18
+TOLERANCE = 1e-3  # of the largest value of an output; ONNX Runtime adds up in another order
+# Bytes. A file of protobuf holds at most 2 GB, so larger graphs keep their weights beside them.
+ONE_FILE = 1_500_000_000
+INT8 = "_int8"  # at the end of the names of those graphs
+QUANTIZED = ["MatMul", "Gemm", "Gather"]  # convolutions in int8 lose more than they gain
+SCENES, BATCH = 128, 32  # on which int8 is compared with fp32
+CAPTION = """\
+import sys
+
+sys.path.append("{folder}")
+from captioner import Captioner
+
+captioner = Captioner("{folder}")  # int8=True for the int8 graphs
+ids = captioner.write(captioner.read_image("photo.jpg")[None])
+print(captioner.decode(ids[0]))
+"""
+FEATURES = """\
+import json
+
+import numpy as np
+import onnxruntime
+
+image_encoder = onnxruntime.InferenceSession("{folder}/image_encoder.onnx")
+text_encoder = onnxruntime.InferenceSession("{folder}/text_encoder.onnx")
+config = json.load(open("{folder}/config.json"))
+images = np.zeros((2, 3, config["image_size"], config["image_size"]), np.uint8)  # resized and cropped, not normalised
+tokens = np.full((1, config["context_length"]), config["pad_id"])
+tokens[0, :2] = config["start_id"], config["end_id"]  # between them the ids of a text, see tokens.json
+image_features = image_encoder.run(["features"], {"images": images})[0]
+text_features = text_encoder.run(None, {"tokens": tokens})[0]
+print(image_features @ text_features.T)
+"""
+
+
+def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0) -> Exported:
+    """Writes and checks the graphs.
+
+    Args:
+        max_int8_loss: the largest share of CIDEr on built-in scenes that the int8 graphs may lose; 0 writes none.
+
+    Raises:
+        ValueError: a graph computes something else than the model, int8 loses more than that, or the model takes images
+            of any shape.
+    """
+    if model.image_encoder.takes_patches:
+        raise ValueError("format=onnx has graphs for images of one shape: export format=safetensors or open_clip")
+    graphs = graphs_of(model)
+    differences = {}
+    for name, graph in graphs.items():
+        _export(graph, folder / f"{name}.onnx")
+        differences[name] = max(_differences(graph, folder / f"{name}.onnx"))
+        if not differences[name] <= TOLERANCE:
+            raise ValueError(f"{name}.onnx does not compute what the model does: it differs by {differences[name]:.1e}")
+    _write_config(model, folder)
+    files = {f"{name}.onnx": graph.what for name, graph in graphs.items()}
+    files |= {"config.json": "image size, lengths and special ids", "tokens.json": "the bytes of each id, as Latin-1"}
+    if model.decoder is not None:
+        shutil.copyfile(onnx_captioner.__file__, folder / "captioner.py")
+        files["captioner.py"] = "greedy captions with NumPy and ONNX Runtime"
+    measured = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+    check = f"Largest difference from the model in ONNX Runtime, as a share of the largest value: {measured}."
+    if max_int8_loss > 0:
+        check += f" {_write_int8(model, folder, list(graphs), max_int8_loss)}"
+        files |= {f"{name}{INT8}.onnx": f"{name}.onnx in int8, for CPUs" for name in graphs}
+    files |= {path.name: "weights of that graph" for path in sorted(folder.glob("*.onnx.data"))}
+    return Exported(
+        library="onnx",
+        files=files,
+        needs="`onnxruntime` and `pillow`",
+        usage=f"{CAPTION}\n{FEATURES}" if model.decoder is not None else FEATURES,
+        check=check,
+        limits=["The text tower is in two graphs, text encoder and decoder, so its weights are there twice."]
+        if model.decoder is not None
+        else [],
+    )
+
+
+def _export(graph: Graph, path: Path) -> None:
+    weights = sum(tensor.nbytes for tensor in graph.module.state_dict().values())
+    try:
+        with _quiet():
+            torch.onnx.export(
+                graph.module,
+                (),
+                path,
+                kwargs=graph.inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=graph.dynamic,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                external_data=weights > ONE_FILE,
+                verbose=False,
+            )
+    except OnnxExporterError as error:
+        raise ValueError(f"PyTorch cannot write {path.name} of this model: {str(error).splitlines()[0]}") from error
+
+
+def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float) -> str:
+    """Writes each graph in int8 and returns what was measured, in sentences.
+
+    Raises:
+        ValueError: a larger share of CIDEr is lost. Below 1 (100 in papers) it is compared with 1: a model that cannot
+            describe the scenes has little to lose there.
+    """
+    from onnxruntime.quantization import quantize_dynamic  # loads onnx
+
+    for name in graphs:
+        path = folder / f"{name}.onnx"
+        large = path.with_suffix(".onnx.data").exists()
+        # 7 bits of weights: without VNNI, x86 adds two products of 8 bits in 16, which overflow.
+        options: dict[str, Any] = {"per_channel": True, "reduce_range": True, "use_external_data_format": large}
+        with _quiet():
+            quantize_dynamic(path, folder / f"{name}{INT8}.onnx", op_types_to_quantize=QUANTIZED, **options)
+    records = scene_records("test", model.image_size, SCENES)
+    images = np.stack([np.asarray(record.image()).transpose(2, 0, 1) for record in records])
+    files = ([path for name in graphs for path in folder.glob(f"{name}{ending}.onnx*")] for ending in ("", INT8))
+    fp32, int8 = (sum(path.stat().st_size for path in of_kind) / 1e6 for of_kind in files)
+    found = (
+        f"int8: {fp32:.3g} → {int8:.3g} MB; on {len(records)} built-in scenes the lowest cosine between image features"
+        f" of fp32 and int8 is {_lowest_cosine(folder, images):.4f}"
+    )
+    if model.decoder is None:
+        return f"{found}."
+    before, after = _captions(folder, images, records, int8=False), _captions(folder, images, records, int8=True)
+    loss = (before.cider - after.cider) / max(before.cider, 1)
+    change = f"CIDEr {100 * before.cider:.1f} → {100 * after.cider:.1f}"
+    if loss > max_loss:
+        raise ValueError(
+            f"the int8 graphs lose {loss:.1%} of CIDEr on the built-in scenes ({change}), more than"
+            f" max_int8_loss={max_loss:g}: raise it, or leave them out with max_int8_loss=0"
+        )
+    same = sum(a == b for a, b in zip(before.texts, after.texts, strict=True)) / len(records)
+    speed = f"{before.per_second:.3g} → {after.per_second:.3g} captions per second in batches of {BATCH} ({machine()})"
+    return f"{found}, {change}, {same:.1%} of the captions are the same, {speed}."
+
+
+class _Captions(NamedTuple):
+    texts: list[str]
+    cider: float  # mean CIDEr-D, 0 to 10
+    per_second: float
+
+
+def _captions(folder: Path, images: np.ndarray, records: list[Record], int8: bool) -> _Captions:
+    """Captions of images (I, 3, H, W) by the captioner in the folder."""
+    captioner = onnx_captioner.Captioner(folder, int8=int8)
+    captioner.write(images[:BATCH])  # the first run also plans memory
+    start = time.perf_counter()
+    ids = [row for i in range(0, len(images), BATCH) for row in captioner.write(images[i : i + BATCH])]
+    seconds = time.perf_counter() - start
+    texts = [captioner.decode(row) for row in ids]
+    score = CiderD({record.id: [fast_words(text) for text in record.captions] for record in records})
+    scores = [score(record.id, [fast_words(text)])[0] for record, text in zip(records, texts, strict=True)]
+    return _Captions(texts, sum(scores) / len(scores), len(images) / seconds)
+
+
+def _lowest_cosine(folder: Path, images: np.ndarray) -> float:
+    sessions = [onnxruntime.InferenceSession(folder / f"image_encoder{end}.onnx") for end in ("", INT8)]
+    batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH))
+    pairs = ([session.run(["features"], {"images": batch})[0] for session in sessions] for batch in batches)
+    return min(float((a * b).sum(axis=-1).min()) for a, b in pairs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's log messages; errors are raised as exceptions."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@torch.no_grad()
+def _differences(graph: Graph, path: Path) -> Iterator[float]:
+    """Largest difference of each output, as a share of the largest value, for inputs of the example's shape and of the
+    smallest one.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    smallest = {name: tensor[_smallest(graph.dynamic[name])] for name, tensor in graph.inputs.items()}
+    for inputs in (graph.inputs, smallest):
+        expected: Any = graph.module(**inputs)
+        found = session.run(None, {name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
+        for ours, theirs in zip([expected] if isinstance(expected, Tensor) else expected, found, strict=True):
+            yield float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max())
+
+
+def _smallest(axes: dict[int, str]) -> tuple[slice, ...]:
+    least = {"past": 0}  # a caption that begins
+    return tuple(slice(least.get(axes[axis], 1)) if axis in axes else slice(None) for axis in range(max(axes) + 1))
+
+
+def _write_config(model: CoCa, folder: Path) -> None:
+    tokenizer = model.tokenizer
+    config = {
+        "image_size": model.image_size,
+        "interpolation": model.preprocessing["interpolation"],
+        "resize_mode": model.preprocessing["resize_mode"],
+        "context_length": tokenizer.context_length,
+        "max_length": min(DEFAULT_MAX_LENGTH, tokenizer.context_length),
+        "start_id": tokenizer.sot_id,
+        "end_id": tokenizer.eot_id,
+        "pad_id": tokenizer.pad_id,
+        "logit_scale": model.logit_scale.exp().item(),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokens = [token.decode("latin-1") for token in tokenizer.token_bytes]
+    (folder / "tokens.json").write_text(json.dumps(tokens) + "\n")

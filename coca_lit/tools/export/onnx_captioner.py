@@ -1,0 +1,104 @@
+"""Captions from exported graphs with NumPy and ONNX Runtime alone (Pillow reads the photos):
+
+    python captioner.py photo.jpg
+    python captioner.py --int8 photo.jpg
+
+`image_encoder.onnx` is run once per batch of images. `decoder.onnx` is run once per token: it takes the new tokens,
+the image's keys and values, and the cache of what was read before, and returns logits and the longer cache.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Captioner:
+    """Writes the likeliest token each time (greedy).
+
+    Args:
+        int8: use the graphs of that kind, which are for CPUs.
+    """
+
+    def __init__(
+        self, folder: str | Path, providers: tuple[str, ...] = ("CPUExecutionProvider",), int8: bool = False
+    ) -> None:
+        folder, ending = Path(folder), "_int8.onnx" if int8 else ".onnx"
+        self.config = json.loads((folder / "config.json").read_text())
+        self.token_bytes = [token.encode("latin-1") for token in json.loads((folder / "tokens.json").read_text())]
+        self._image_encoder, self._decoder = (
+            onnxruntime.InferenceSession(folder / f"{name}{ending}", providers=list(providers))
+            for name in ("image_encoder", "decoder")
+        )
+        self._cache_shape = next(x.shape for x in self._decoder.get_inputs() if x.name == "past_keys")
+
+    def write(self, images: Array, max_length: int | None = None) -> Array:
+        """images (B, 3, H, W) uint8 -> ids (B, L), padded, each row ended by the end id."""
+        batch, length = len(images), max_length or self.config["max_length"]
+        if not 2 <= length <= self.config["context_length"]:
+            raise ValueError(f"max_length must lie between 2 and {self.config['context_length']}, got {length}")
+        start, end, pad = (self.config[name] for name in ("start_id", "end_id", "pad_id"))
+        _, image_keys, image_values = self._image_encoder.run(None, {"images": images})
+        layers, _, heads, _, width = self._cache_shape
+        keys = values = np.zeros((layers, batch, heads, 0, width), np.float32)
+        ids = np.full((batch, length), pad, np.int64)
+        ids[:, 0] = start
+        ended = np.zeros(batch, bool)
+        for position in range(1, length):
+            logits, keys, values = self._decoder.run(
+                None,
+                {
+                    "tokens": ids[:, position - 1 : position],
+                    "image_keys": image_keys,
+                    "image_values": image_values,
+                    "past_keys": keys,
+                    "past_values": values,
+                },
+            )
+            chosen = np.full(batch, end) if position == length - 1 else logits.argmax(axis=-1)
+            ids[:, position] = np.where(ended, pad, chosen)
+            ended |= chosen == end
+            if ended.all():
+                break
+        return ids
+
+    def decode(self, ids: Array) -> str:
+        """ids (L,) -> the text before the end id."""
+        row = ids.tolist()
+        row = row[: row.index(self.config["end_id"])] if self.config["end_id"] in row else row
+        return b"".join(self.token_bytes[i] for i in row).decode("utf-8", errors="replace").strip()
+
+    def read_image(self, path: str | Path) -> Array:
+        """The photo (3, H, W) as the model saw its training images: as a rule the short side resized, then the
+        centre.
+        """
+        from PIL import Image, ImageOps
+
+        size, mode = self.config["image_size"], self.config["resize_mode"]
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        if mode == "squash":
+            width, height = size, size
+        elif mode == "longest":  # and black beside it
+            width, height = (max(round(side / (max(image.size) / size)), 1) for side in image.size)
+        else:
+            width, height = (int(size * side / min(image.size)) for side in image.size)
+        resized = image.resize((width, height), Image.Resampling[self.config["interpolation"].upper()])
+        if mode == "longest":
+            left, top = -((size - width) // 2), -((size - height) // 2)
+        else:
+            left, top = round((width - size) / 2), round((height - size) / 2)
+        return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+if __name__ == "__main__":
+    names = [word for word in sys.argv[1:] if word != "--int8"]
+    captioner = Captioner(Path(__file__).parent, int8="--int8" in sys.argv[1:])
+    photos = np.stack([captioner.read_image(name) for name in names])
+    for name, row in zip(names, captioner.write(photos), strict=True):
+        print(f"{name}\t{captioner.decode(row)}")

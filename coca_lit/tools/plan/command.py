@@ -1,0 +1,145 @@
+"""What a training run needs, before it is started: `coca-plan experiment=pretrain_b32 'gpus=[H100]' devices=64`."""
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from coca_lit.cli.assembly import add_adapters, load_source, make_module, with_recipe, with_vocabulary
+from coca_lit.cli.command import command
+from coca_lit.errors import ConfigError, check_number, error_context
+
+if TYPE_CHECKING:
+    from coca_lit.lit_module import CoCaLit
+    from coca_lit.tools.plan.estimate import Model, Recipe
+    from coca_lit.tools.plan.settings import Settings
+    from coca_lit.tools.plan.trace import Cost
+
+AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+PRECISIONS = (*AUTOCAST, "bf16-true", "16-true", "32-true", "64-true")
+
+
+def plan() -> None:
+    """Entry point of `coca-plan` and `python -m coca_lit.tools.plan.command`."""
+    command("plan", run)
+
+
+def run(cfg: DictConfig) -> None:
+    """Prints the plan of a run. No weights are allocated and no folder is made; data are read only by a recipe.
+
+    Raises:
+        ConfigError: a setting of the plan, or the model, cannot be used.
+    """
+    from coca_lit.tools.plan.report import print_plan
+
+    settings = read_settings(cfg)
+    if cfg.recipe is not None:  # whose choices depend on the data
+        cfg = with_vocabulary(with_recipe(cfg, load_source(cfg)))
+    model, spent, recipe = estimate(cfg, settings)
+    print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
+    self_critical = cfg.model.get("self_critical") is not None
+    not_counted = {
+        "model.self_critical": self_critical,
+        "model.objectives": any((cfg.model.get("objectives") or {}).values()),
+    }
+    if left_out := [key for key, given in not_counted.items() if given]:
+        print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
+
+
+def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recipe]":
+    """Model, cost and recipe of a run, for the functions of `coca_lit.tools.plan.estimate`.
+
+    Raises:
+        ConfigError: the model, the data or the trainer cannot be used, or captions are longer than the model's context.
+    """
+    import torch
+
+    from coca_lit.tools.plan.estimate import measure
+    from coca_lit.tools.plan.trace import cost, on_gpu
+
+    with error_context("data"):  # which a training would build
+        check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
+    module, tokens = build_without_weights(cfg), settings.caption_tokens
+    with error_context("caption_tokens"):
+        check_number("the mean length of captions", tokens, at_most=module.net.config["context_length"])
+    precision = read_precision(cfg)
+    autocast = AUTOCAST.get(precision)
+    if precision.endswith("-true") and precision.startswith(("bf16", "16")):
+        module.net.to(torch.bfloat16)
+    weights, model = module.pairs.weights, measure(module.net)
+    half = not precision.startswith(("32", "64"))
+    spent = cost(module.net, weights, tokens, getattr(torch, autocast) if autocast else None)
+    spent = on_gpu(module.net, spent, tokens, 2 if half else 4)
+    return model, spent, read_recipe(cfg, settings, weights, half)
+
+
+def read_precision(cfg: DictConfig) -> str:
+    """The precision by its full name; `auto` is that of a GPU.
+
+    Raises:
+        ConfigError: a precision that a plan does not know.
+    """
+    from coca_lit.training.trainer import full_precision_name
+
+    given = cfg.trainer.precision
+    precision = "bf16-mixed" if given == "auto" else full_precision_name(given)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision must be auto or one of {', '.join(PRECISIONS)}, got '{given}'")
+    return precision
+
+
+def read_settings(cfg: DictConfig) -> "Settings":
+    """What the command asks for besides the run.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+    """
+    from coca_lit.tools.plan.settings import Settings
+
+    try:
+        return Settings(**{key: OmegaConf.select(cfg, key) for key in inspect.signature(Settings).parameters})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def build_without_weights(cfg: DictConfig) -> "CoCaLit":
+    """The module of a run, its tensors without memory."""
+    import torch
+
+    node = cfg.model.copy()
+    with open_dict(node):
+        node.compile = False  # the same work, and nothing to compile
+    OmegaConf.resolve(node)
+    with torch.device("meta"):
+        module = make_module(cfg, node)
+        add_adapters(cfg, module.net)
+    return module
+
+
+def read_recipe(cfg: DictConfig, settings: "Settings", weights: Mapping[str, float], half: bool) -> "Recipe":
+    """How the run trains: batch, devices, precision, samples."""
+    from coca_lit.tools.plan.estimate import Recipe
+
+    trainer = cfg.trainer
+    devices = settings.devices or trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else 8)
+    samples, epoch = settings.samples, cfg.data.get("epoch_samples")
+    if samples is None and trainer.max_steps > 0:
+        samples = trainer.max_steps * cfg.data.batch_size * trainer.accumulate_grad_batches
+    elif samples is None and epoch is not None and trainer.max_epochs is not None:
+        samples = trainer.max_epochs * epoch
+    strategy = trainer.strategy
+    return Recipe(
+        batch=cfg.data.batch_size,
+        devices=devices,
+        contrastive=bool(weights["contrastive"]),
+        sharded=isinstance(strategy, DictConfig) and str(strategy.get("_target_", "")).endswith("FullySharded"),
+        averaged=cfg.ema is not None,
+        micro_batch=trainer.micro_batch_size,
+        half=half,
+        samples=samples,
+    )
+
+
+if __name__ == "__main__":
+    plan()

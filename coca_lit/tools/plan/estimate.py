@@ -1,0 +1,142 @@
+"""From the cost of a sample to memory per device, samples per second and device-hours."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from coca_lit.models import CoCa
+from coca_lit.tools.plan.settings import LAUNCH, Gpu
+from coca_lit.tools.plan.trace import Cost
+from coca_lit.training.sharding import blocks
+
+USABLE = 0.92  # share of a GPU's memory; the rest goes to the CUDA context, communication buffers and fragmentation
+TILE = 256  # rows of contrastive logits that exist at a time
+
+
+class Model(NamedTuple):
+    """Sizes of a network, in bytes unless stated otherwise."""
+
+    parameters: dict[str, tuple[int, int]]  # by part: total and trained numbers
+    weights: int
+    trained: int
+    in_blocks: int  # weights that sharding gathers block by block, see `coca_lit.training.sharding`
+    largest_block: int
+    width: int  # of the common space
+
+
+class Recipe(NamedTuple):
+    """How a network is trained."""
+
+    batch: int  # pairs per step, on all devices
+    devices: int
+    contrastive: bool = True
+    sharded: bool = False
+    averaged: bool = False  # keeps EMA weights
+    micro_batch: int | None = None  # pairs that a device sends through the network at a time
+    half: bool = True  # matrix products in bf16
+    samples: float | None = None  # in the whole training
+
+
+def measure(net: CoCa) -> Model:
+    """The sizes of a network, which may be on the meta device."""
+    named: dict[str, Iterable[Tensor]] = {
+        "image encoder": net.image_encoder.parameters(),
+        "pooling": [*net.pooling.parameters(), *net.image_projection.parameters()],
+        "text tower": net.text.parameters(),
+    }
+    if net.decoder is not None:
+        vocabulary = net.decoder.vocabulary.weight
+        named |= {"decoder": [p for p in net.decoder.parameters() if p is not vocabulary], "vocabulary": [vocabulary]}
+    counts = {}
+    for part, tensors in named.items():
+        sizes = [(p.numel(), p.requires_grad) for p in tensors]
+        counts[part] = (sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained))
+    groups = [sum(p.nbytes for module in group for p in module.parameters()) for group in blocks(net)]
+    weights = sum(p.nbytes for p in net.parameters())
+    trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    return Model(counts, weights, trained, sum(groups), max(groups, default=0), net.config["embed_dim"])
+
+
+def memory(model: Model, cost: Cost, recipe: Recipe) -> dict[str, float]:
+    """Bytes on a device by purpose, without the activations of its samples."""
+    share = recipe.devices if recipe.sharded else 1
+    found = {
+        "weights": model.weights / share,
+        "gradients": model.trained / share,
+        "AdamW states": 2 * model.trained / share,
+        "casts of weights, chunks of the losses": cost.fixed,
+    }
+    if recipe.sharded:
+        found["weights gathered for a step"] = model.weights - model.in_blocks + model.largest_block
+    elif recipe.devices > 1:
+        found["DDP's buckets"] = model.trained
+    if recipe.averaged:
+        found["averaged weights"] = model.weights
+    if recipe.contrastive:
+        found["contrastive loss over the global batch"] = recipe.batch * _per_text(model)
+    return found
+
+
+def _per_text(model: Model) -> int:
+    """Bytes that a pair of the global batch takes on every device: its text feature, a column of a tile of logits, and
+    the gradients of both.
+    """
+    return 4 * 2 * (model.width + TILE)
+
+
+def per_sample(model: Model, cost: Cost, recipe: Recipe, pixels: int) -> tuple[float, float]:
+    """Bytes of a sample on its device: while it is in the network, and during the whole step (image and features)."""
+    return cost.activations, pixels + (4 * 4 * model.width if recipe.micro_batch else 0)
+
+
+def largest_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pixels: int) -> int:
+    """Pairs that fit on a device; 0 if not even one, or not even one micro-batch, does. With micro-batches, only one of
+    them is in the network at a time, but every device holds the text features of the global batch.
+    """
+    in_network, always = per_sample(model, cost, recipe, pixels)
+    if recipe.contrastive:
+        always += recipe.devices * _per_text(model)
+    free = USABLE * memory_gb * 1e9 - sum(memory(model, cost, recipe._replace(batch=0)).values())
+    if recipe.micro_batch is None:
+        return max(int(free / (in_network + always)), 0)
+    found = int((free - recipe.micro_batch * in_network) / always)
+    return found if found >= recipe.micro_batch else 0
+
+
+def largest_micro_batch(memory_gb: float, model: Model, cost: Cost, recipe: Recipe, pixels: int) -> int | None:
+    """The largest micro-batch with which the recipe's batch fits: a divisor of a device's share of that batch. None if
+    not even single pairs fit, or if weights are sharded, which micro-batches do not support.
+    """
+    own = recipe.batch // recipe.devices
+    sizes = [] if recipe.sharded else [n for n in range(own, 0, -1) if own % n == 0]
+    fits = (n for n in sizes if largest_batch(memory_gb, model, cost, recipe._replace(micro_batch=n), pixels) >= own)
+    return next(fits, None)
+
+
+def flops(model: Model, cost: Cost, recipe: Recipe) -> float:
+    """FLOPs per sample in training: the step, the contrastive logits of the global batch (4 products), and with
+    micro-batches a second forward pass of the two towers.
+    """
+    logits = 4 * 2 * model.width * recipe.batch if recipe.contrastive else 0
+    towers = ("image encoder", "pooling", "text tower")
+    again = sum(cost.forward[part] for part in towers) if recipe.micro_batch and recipe.contrastive else 0
+    return cost.total + logits + again
+
+
+def samples_per_second(sample_flops: float, gpu: Gpu, utilisation: float, half: bool) -> float:
+    """Throughput of one device, if the input pipeline and the network between machines keep up."""
+    return utilisation * (gpu.bf16 if half else gpu.tf32) * 1e12 / sample_flops
+
+
+def seconds_per_step(model: Model, cost: Cost, recipe: Recipe, gpu: Gpu, utilisation: float) -> float:
+    """Of one device with its share of the batch, at least the time in which the host launches the operations."""
+    own = -(-recipe.batch // recipe.devices)
+    computing = own / samples_per_second(flops(model, cost, recipe), gpu, utilisation, recipe.half)
+    passes = own / recipe.micro_batch if recipe.micro_batch else 1
+    return max(computing, passes * cost.operations * LAUNCH)
+
+
+def total_parameters(parameters: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Total and trained numbers of all parts."""
+    return sum(n for n, _ in parameters.values()), sum(n for _, n in parameters.values())

@@ -1,0 +1,246 @@
+"""`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
+`coca-data spice` fetches what SPICE needs; `score`, `filter` and `dedup` choose samples, see
+`coca_lit.tools.curate.command`.
+
+Where shards are worked on is a key as of other commands, engine=slurm engine.partition=cpu, see
+`coca_lit.tools.clusters.engines`.
+"""
+
+import argparse
+import re
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coca_lit.runs.launch import isolate
+from coca_lit.tools.curate.command import Words, add_dedup, add_filter, add_score, print_faults
+
+if TYPE_CHECKING:
+    from coca_lit.data.shards.shard import ManifestEntry
+    from coca_lit.tools.clusters.engines import Work
+    from coca_lit.tools.curate.command import Commands
+
+ENGINE = "engine=local|gpus|slurm|ray and engine.KEY=VALUE: where the work is done (default: cores of this machine)"
+EXAMPLE = "for example: coca-data prepare captions.csv shards/"
+PREPARE = """\
+Writes a .csv, .tsv or .parquet file of local images and captions, a COCO or Flickr folder, a folder of NAME.jpg and
+NAME.txt, or the .tar files of img2dataset as shards with a manifest and indexes. Images are decoded once and copied as
+they are; broken ones are left out. An interrupted command resumes where it stopped."""
+CHECK = """\
+Decodes every image and caption of a set of shards, names what is broken, and writes manifest.json beside the shards:
+samples, bytes and sha256 of each, and an index of each. Training then refuses a shard that has changed, and begins at
+once, also on a copy of the folder on an object store. An existing manifest is compared first. An interrupted check
+resumes where it stopped."""
+SPICE = """\
+Fetches Stanford CoreNLP 3.6.0 (400 MB, GPL 3), by which SPICE parses captions, and keeps its two jars. An interrupted
+download resumes where it stopped."""
+
+
+def data(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-data`. A `UserError` is one sentence on standard error and exit code 1."""
+    isolate()
+    parser = argparse.ArgumentParser(
+        "coca-data", description="Prepares, checks and chooses data, fetches what scores of captions need."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Words)
+    _add_prepare(commands)
+    _add_check(commands)
+    add_score(commands, ENGINE)
+    add_filter(commands)
+    add_dedup(commands)
+    _add_spice(commands)
+    words = sys.argv[1:] if arguments is None else arguments
+    engine = [word for word in words if re.match(r"engine(\.[\w.]+)?=", word)]
+    if not words:
+        sys.exit(f"error: name what to do: {', '.join(commands.choices)}; {EXAMPLE} (more: coca-data --help)")
+    options = parser.parse_args([word for word in words if word not in engine])
+    if engine and "engine" not in options:
+        parser.error(f"unrecognized arguments: {' '.join(engine)}")
+    options.engine = engine
+
+    from coca_lit.runs.launch import announce
+
+    announce("coca-data")
+    from coca_lit.errors import UserError
+    from coca_lit.reading import printable
+
+    try:
+        options.run(options)
+    except (UserError, FileNotFoundError, PermissionError) as error:
+        sys.exit(printable(f"error: {error}"))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command resumes from here")
+
+
+def _add_check(commands: "Commands") -> None:
+    about = "decode every sample and write a manifest"
+    parser = commands.add_parser("check", help=about, description=CHECK, epilog=ENGINE)
+    parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
+    parser.add_argument(
+        "--caption-key", default="txt", help="field of the samples' JSON that holds the caption (default: the .txt)"
+    )
+    parser.add_argument("--update", action="store_true", help="accept shards that changed since the manifest")
+    _add_common(parser)
+    parser.set_defaults(run=_check)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from coca_lit.data.shards.listing import local_shards
+    from coca_lit.data.shards.shard import read_manifest, write_manifest
+    from coca_lit.errors import DataError
+    from coca_lit.tools.prepare import check as shard_check
+
+    paths, work = local_shards(options.shards), _work(options, "checking")
+    reports = [*shard_check.check_shards(paths, options.caption_key, work)]
+    for report in sorted(reports):
+        print_faults(report.path, report.bad, report.examples)
+    work.close(len(paths))
+    if broken := [report for report in reports if report.broken]:
+        raise DataError(
+            f"{len(broken)} of {len(reports)} shards cannot be used, e.g. {broken[0].path} ({broken[0].broken}): "
+            "write them again or remove them, then repeat the command; no manifest was written"
+        )
+    good, bad = sum(report.entry.samples for report in reports), sum(report.bad_samples for report in reports)
+    _judge(good, bad, options.max_bad_fraction)
+    changes = list(shard_check.compare(reports))
+    if changes and not options.update:
+        raise DataError(
+            f"{changes[0]}{f', and {len(changes) - 1} more like it' if len(changes) > 1 else ''}: "
+            "restore the shards, or accept the present ones with --update"
+        )
+    folders = shard_check.by_folder(reports)
+    for folder, entries in folders.items():
+        others = {name: entry for name, entry in read_manifest(folder).items() if (folder / name).is_file()}
+        print(f"wrote {write_manifest(folder, others | entries)}")
+    shard_check.forget_journals(set(folders))
+    of_all = {folder / name: entry for folder, entries in folders.items() for name, entry in entries.items()}
+    _write_indexes(of_all, options)
+    _print_total([report.entry for report in reports], bad)
+
+
+def _write_indexes(entries: "Mapping[Path, ManifestEntry]", options: argparse.Namespace) -> None:
+    """Beside the shards, for training on these and on copies of the folder on an object store."""
+    from coca_lit.data.shards.indexing import load_index, make_index
+    from coca_lit.data.shards.shard import Shard
+
+    shards = [Shard(str(path), entry) for path, entry in entries.items() if path.suffix == ".tar"]
+    if missing := [shard for shard in shards if not load_index(shard, Path(shard.name).parent)]:
+        work = _work(options, "indexing")
+        deque(work(make_index, missing, Path(missing[0].name).parent), maxlen=0)
+        work.close(len(missing))
+
+
+def _add_prepare(commands: "Commands") -> None:
+    parser = commands.add_parser("prepare", help="write captioned images as shards", description=PREPARE, epilog=ENGINE)
+    parser.add_argument(
+        "source", type=Path, help="table, COCO or Flickr folder, folder of images and texts, or of tars"
+    )
+    parser.add_argument("output", type=Path, help="folder for the shards")
+    parser.add_argument("--image-column", help="of a table (default: image, image_path, filename, ...)")
+    parser.add_argument("--caption-column", help="of a table (default: caption, text, title, ...)")
+    parser.add_argument("--split", default="train", help="of a COCO or Flickr folder (default: %(default)s)")
+    parser.add_argument(
+        "--samples-per-shard", type=_positive, help="default: 10,000, or fewer so that there are 16 shards"
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from coca_lit.data.shards.listing import local_shards
+    from coca_lit.data.shards.shard import write_manifest
+    from coca_lit.tools.prepare import write as prepare
+    from coca_lit.tools.prepare.pairs import read_pairs
+
+    if options.source.is_dir() and [*options.source.glob("*.tar")]:
+        tasks = [prepare.Task(*numbered) for numbered in enumerate(local_shards(str(options.source)))]
+    else:
+        pairs = read_pairs(options.source, options.image_column, options.caption_column, options.split)
+        tasks = prepare.plan_pairs(pairs, options.samples_per_shard)
+    work = _work(options, "writing")
+    shards = [*prepare.prepare(tasks, options.output, work)]
+    for shard in sorted(shards):
+        print_faults(str(options.output / shard.name), shard.bad, shard.examples)
+    work.close(len(tasks))
+    good, bad = sum(shard.entry.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
+    _judge(good, bad, options.max_bad_fraction)
+    entries = {shard.name: shard.entry for shard in shards if shard.entry.samples}
+    print(f"wrote {write_manifest(options.output, entries)}")
+    _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
+    _print_total(list(entries.values()), bad)
+    print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
+
+
+def _add_spice(commands: "Commands") -> None:
+    parser = commands.add_parser("spice", help="fetch the two jars that SPICE needs", description=SPICE)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="default: ~/.cache/coca_lit/spice, where SPICE looks first"
+    )
+    parser.set_defaults(run=_fetch_spice)
+
+
+def _fetch_spice(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from coca_lit.errors import DataNotFoundError
+    from coca_lit.metrics.java.spice import FOLDER, JARS_VARIABLE, SpiceError
+    from coca_lit.tools.prepare.spice_jars import fetch_jars
+
+    folder = options.folder or FOLDER.expanduser()
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("CoreNLP", total=None)
+            others = fetch_jars(folder, lambda done, total: bar.update(task, completed=done, total=total))
+    except SpiceError as error:
+        raise DataNotFoundError(str(error)) from error
+    for jar in others:
+        print(f"warning: {jar} is not the file that Maven has; SPICE is tested with that one", file=sys.stderr)
+    print(f"SPICE is ready: {folder}" + (f"; set {JARS_VARIABLE} to it" if options.folder else ""))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.05,
+        metavar="FRACTION",
+        help="fraction of bad samples above which no manifest is written (default: %(default)s)",
+    )
+    parser.set_defaults(engine=[])
+    parser.add_argument(
+        "--workers", type=_positive, help="processes of this machine, or of each SLURM job (default: one per core)"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _judge(good: int, bad: int, limit: float) -> None:
+    from coca_lit.errors import DataError
+
+    if bad > limit * (good + bad):
+        raise DataError(
+            f"{bad} of {good + bad} samples are bad, more than --max-bad-fraction {limit}; no manifest was written"
+        )
+
+
+def _work(options: argparse.Namespace, doing: str) -> "Work":
+    from coca_lit.tools.clusters.engines import Work, engine_from
+
+    return Work(engine_from(options.engine, ["cpu"] * options.workers if options.workers else "cores"), doing)
+
+
+def _print_total(entries: "Sequence[ManifestEntry]", bad: int) -> None:
+    good, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
+    print(f"{len(entries):,} shards, {good:,} samples, {size / 1e9:.3g} GB; {bad:,} bad samples are left out")
+
+
+if __name__ == "__main__":
+    data()

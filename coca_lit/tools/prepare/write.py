@@ -1,0 +1,200 @@
+"""Writes any source of captioned images as shards with a manifest: `coca-data prepare`.
+
+Equal sources give equal bytes: order, keys and time stamps depend on the content alone. Each shard appears under its
+name when it is complete, and an interrupted command resumes where it stopped.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.pixels import MAX_IMAGE, decode_image
+from coca_lit.data.shards.reader import MAX_TEXT, image_of, read_fields
+from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
+from coca_lit.data.shards.tar import tar_writer
+from coca_lit.errors import DataError
+from coca_lit.files import append_lines, atomic_write, is_leftover, remove_leftovers, whole_lines
+from coca_lit.reading import counts_of, open_regular, parse_json, printable, texts_of
+from coca_lit.tools.prepare import Run
+from coca_lit.tools.prepare.pairs import Pair
+
+JOURNAL = ".prepare.journal"  # digest of the plan, then a line per shard; kept, so that a repetition finds all done
+DIGITS = 5  # of a shard's number, as img2dataset writes them
+_OWN = ("caption", "captions", "height", "key", "source_key", "width")  # of the JSON: written here, whatever the source
+_KNOWN = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
+
+
+class Task(NamedTuple):
+    """The content of one shard: some pairs, or the samples of a shard of img2dataset."""
+
+    number: int
+    content: tuple[Pair, ...] | Path
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:0{DIGITS}d}.tar"
+
+
+class Written(NamedTuple):
+    """The result of a task; a shard without samples is not kept."""
+
+    name: str
+    entry: ManifestEntry
+    bad: dict[str, int]  # skipped samples by reason
+    examples: list[str]
+
+
+class Sample(NamedTuple):
+    image: bytes
+    captions: tuple[str, ...]
+    meta: dict[str, Any]
+
+
+def plan_pairs(pairs: Sequence[Pair], per_shard: int | None) -> list[Task]:
+    """Shards of `per_shard` pairs; by default 10,000, or fewer so that there are 16 shards for 16 readers."""
+    size = per_shard or max(1, min(10_000, -(-len(pairs) // 16)))
+    return [Task(n, tuple(pairs[i : i + size])) for n, i in enumerate(range(0, len(pairs), size))]
+
+
+def prepare(tasks: Sequence[Task], output: Path, run: Run) -> Iterator[Written]:
+    """Writes all shards that do not exist yet; yields them as they are ready, existing ones first.
+
+    Args:
+        run: calls `write_shard` for all tasks, anywhere.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    digest = hashlib.sha256()  # of everything that the shards depend on, except the content of the images
+    for task in tasks:
+        digest.update(repr(tuple(task)).encode())
+    done = _open_journal(output, digest.hexdigest())
+    remove_leftovers(output)
+    yield from done.values()
+    todo = [task for task in tasks if task.name not in done]
+    for written in run(write_shard, todo, output):
+        append_lines(output / JOURNAL, [json.dumps(written)])
+        yield written
+
+
+def write_shard(task: Task, output: Path) -> Written:
+    """Keys as img2dataset writes them: shard number, then sample number, with leading zeros."""
+    bad = BadSamples(1.0)
+    path = output / task.name
+    count = 0
+    with tar_writer(path) as tar:
+        for count, sample in enumerate(_samples(task, bad), start=1):
+            tar.write(_members(f"{task.number:0{DIGITS}d}{count - 1:05d}", sample))
+    entry = ManifestEntry(count, path.stat().st_size, sha256_of(path))
+    if not count:
+        path.unlink()
+    return Written(task.name, entry, dict(bad.reasons), bad.examples())
+
+
+def _samples(task: Task, bad: BadSamples) -> Iterator[Sample]:
+    """The usable samples: each image is decoded once."""
+    content = task.content
+    source = _from_shard(content, bad) if isinstance(content, Path) else _from_pairs(content, bad)
+    for name, image, captions, meta in source:
+        bad.seen += 1
+        if not captions:
+            bad.add("missing caption", "", name)
+            continue
+        try:
+            picture = decode_image(image, "it")
+        except DataError as error:
+            bad.add("unreadable image" if image else "missing image", "", name, str(error) if image else "")
+            continue
+        size = {"width": picture.width, "height": picture.height}
+        if not image.startswith(tuple(start for start, _ in _KNOWN)):  # GIF and BMP
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=95)
+            image = buffer.getvalue()
+        yield Sample(image, captions, {**meta, **size})
+
+
+def _from_pairs(pairs: Iterable[Pair], bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
+    for pair in pairs:
+        try:
+            with open_regular(pair.image) as file:
+                content = file.read(MAX_IMAGE + 1)
+        except (OSError, ValueError) as error:  # not only of missing files: a caption in a wrong column is no path
+            bad.seen += 1
+            if isinstance(error, FileNotFoundError):
+                bad.add("missing image", "", str(pair.image))
+            else:
+                bad.add("unreadable image", "", str(pair.image), getattr(error, "strerror", "") or str(error))
+            continue
+        yield str(pair.image), content, pair.captions, {"source": printable(pair.image.name)}
+
+
+def _from_shard(path: Path, bad: BadSamples) -> Iterator[tuple[str, bytes, tuple[str, ...], dict[str, Any]]]:
+    counted = BadSamples(1.0)
+    for fields in read_fields(Shard(str(path)), counted):
+        try:
+            meta = parse_json(fields.get("json", b"{}")[: MAX_TEXT + 1], "the JSON", dict)
+        except DataError:
+            meta = {}
+        caption = fields.get("txt", b"")[:MAX_TEXT].decode("utf-8", errors="replace").strip()
+        meta = {**meta, "source_key": fields["__key__"]}
+        yield fields["__key__"], image_of(fields), (caption,) if caption else (), meta
+    details = {found.reason: found.detail for found in reversed(counted.found)}  # the first of each reason
+    for reason, count in counted.reasons.items():
+        bad.seen += count
+        bad.add(reason, "", str(path), details[reason], count)
+
+
+def _members(key: str, sample: Sample) -> dict[str, Any]:
+    suffix = next(suffix for start, suffix in _KNOWN if sample.image.startswith(start))
+    meta = {**sample.meta, "key": key, "caption": sample.captions[0], "captions": sample.captions}
+    text = _json(meta)
+    if len(text) > MAX_TEXT:  # more than is read of it: without what the source said
+        text = _json({name: value for name, value in meta.items() if name in _OWN})
+    return {"__key__": key, suffix: sample.image, "txt": sample.captions[0].encode(), "json": text}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    """On one line: an indent would multiply nested lists by their depth."""
+    return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _open_journal(output: Path, digest: str) -> dict[str, Written]:
+    """The shards that exist already."""
+    journal = output / JOURNAL
+    if not journal.exists():
+        if output.is_dir() and not all(map(is_leftover, output.iterdir())):
+            raise DataError(f"{output} is not empty: give a new folder, or remove what is there first")
+        output.mkdir(parents=True, exist_ok=True)
+        atomic_write(journal, f"{digest}\n".encode())
+        return {}
+    first, *lines = [*whole_lines(journal)] or [""]
+    if first.strip() != digest:
+        raise DataError(
+            f"{output} was begun from another source or with other options: give a new folder, or remove it first"
+        )
+    done = {}
+    for line in lines:
+        try:
+            written = _written(parse_json(line, str(journal), list))
+        except (DataError, ValueError, TypeError):
+            continue  # damaged by a crash of the machine
+        path = output / written.name
+        if not written.entry.samples or (path.is_file() and path.stat().st_size == written.entry.bytes):
+            done[written.name] = written
+    return done
+
+
+def _written(row: Any) -> Written:
+    """A result from JSON; raises `ValueError` or `TypeError` if it cannot be one."""
+    name, entry, bad, examples = row
+    if not isinstance(name, str) or not re.fullmatch(r"\d+\.tar", name, re.ASCII):
+        raise ValueError(f"{name!r} is not the name of a shard")
+    return Written(name, entry_of(entry), counts_of(bad), texts_of(examples))

@@ -1,0 +1,48 @@
+"""`coca-report outputs/A` rewrites the report of a run; given several runs, or a sweep, it compares them. Of two
+runs with zero-shot accuracy on the same data sets it also draws the gaps, sorted: second run against first.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from coca_lit.runs.launch import isolate
+
+EXAMPLE = "for example: coca-report outputs/demo   or, to compare: coca-report outputs/a outputs/b"
+
+
+def report(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-report`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    isolate()
+    parser = argparse.ArgumentParser("coca-report", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("folders", type=Path, nargs="*", help="folders of finished runs, or of a sweep")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the comparison (default: the sweep's folder, else outputs/comparison)"
+    )
+    parser.add_argument("--objective", help="score that ranks the runs (default: the first headline score)")
+    options = parser.parse_args(arguments)
+    if not options.folders:
+        sys.exit(f"error: name the folder of a run; {EXAMPLE}   (more: coca-report --help)")
+
+    from coca_lit.runs.launch import announce
+
+    announce("coca-report")
+    from coca_lit.errors import UserError
+    from coca_lit.reading import printable
+    from coca_lit.tools.report.page import write_comparison, write_report
+    from coca_lit.tools.report.runs import find_runs
+    from coca_lit.tools.report.terminal import summary
+
+    try:
+        first = options.folders[0]
+        if len(options.folders) > 1:
+            page = write_comparison(options.folders, options.output or Path("outputs/comparison"), options.objective)
+        elif (first / "results.json").is_file():
+            page = write_report(first)
+        else:
+            page = write_comparison([first], options.output or first, options.objective)
+        runs, failed = find_runs(options.folders)
+        print(f"{summary(runs, failed, options.objective)}\n\n{printable(str(page))}".lstrip())
+    except UserError as error:
+        sys.exit(f"error: {printable(str(error))}")

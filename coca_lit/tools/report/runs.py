@@ -1,0 +1,233 @@
+"""Reads run folders for a report. A folder may be a stranger's: its files are bounded data, and what is not as a run
+writes it is named in one sentence.
+"""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from coca_lit.cli.schema import argument_defaults
+from coca_lit.errors import DataError, DataNotFoundError
+from coca_lit.metrics import conditions
+from coca_lit.metrics.conditions import Conditions, obstacle
+from coca_lit.metrics.uncertainty import Draws
+from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
+from coca_lit.runs.results import read_conditions, read_draws
+
+Curves = dict[str, list[tuple[int, float]]]  # name -> (step, value)
+BOOKKEEPING = ("name", "output_dir", "evals.", "report.")  # keys that differ between equal runs
+EVALUATED = "checkpoint"  # a key that only evaluations have
+KNOWN = re.compile(r"(coca_lit|lightning)(\.\w+)+")  # constructors whose defaults are looked up, in their sources
+RESULTS, JOB = "results.json", "job.json"  # of a finished run; of a job of a sweep, see `coca_lit.cli.sweep`
+MAX_CURVES, MAX_SHEET = 2**28, 2**25  # bytes of metrics.csv and of a sheet of samples
+MAX_STEP, MAX_SECONDS = 2**53, 1e10
+Number = int | float
+_CAPTIONS = [{"image": str, "question?": str, "caption": str, "exact": bool, "references": [str]}]
+_IMAGES = [{"text": str, "answers": [{"image": str, "hit": bool}]}]
+_TEXTS = [{"image": str, "answers": [{"text": str, "hit": bool}]}]
+SAMPLES: dict[str, Any] = {  # NAME_KIND.json of `coca_lit.evals.samples`: kind -> shape; a key with ? may be missing
+    "captions": _CAPTIONS,
+    "worst": _CAPTIONS,
+    "retrieval": {
+        "text_to_image": _IMAGES,
+        "image_to_text": _TEXTS,
+        "text_to_image_mistakes?": _IMAGES,
+        "image_to_text_mistakes?": _TEXTS,
+    },
+    "attention": [{"image": str, "words": [{"map": str, "word": str}]}],
+    "confusion": [{"image": str, "class": str, "taken_for": str, "images": Number, "of": Number}],
+}
+ENVIRONMENT = {"command?": str, "experiment?": str, "seconds?": Number, "parameters?": {str: Number}, "gflops?": Number}
+
+
+class Run(NamedTuple):
+    """A finished training run or evaluation."""
+
+    folder: Path
+    name: str
+    results: dict[str, float]
+    not_run: dict[str, str]  # score -> why it is missing
+    config: dict[str, Any]  # flat: "model.optimizer.lr" -> value; a reference as it stands: "${seed}"
+    defaults: dict[str, Any]  # flat: of the constructors that the config names
+    environment: dict[str, Any]  # command, commit, machine, versions, seconds
+    curves: Curves
+    samples: dict[str, dict[str, Any]]  # kind, as in `SAMPLES` -> data set -> content
+    sheets: dict[str, bytes]  # name -> PNG
+    draws: dict[str, Draws]  # score -> its values for resampled images
+    conditions: dict[str, Conditions]  # score -> what it depends on besides the model
+
+    def images(self, score: str) -> int | None:
+        """On how many images a score was computed; None if that is unknown."""
+        return self.conditions[score].images if score in self.conditions else None
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a finished run.
+
+    Raises:
+        DataError: the folder has no results, or a file in it is not as a run writes it.
+    """
+    if not (folder / RESULTS).is_file():
+        raise DataError(f"{folder} holds no {RESULTS}: give the folder of a finished run, or of a sweep with one")
+    environment = _read(folder, "environment.json", ENVIRONMENT)
+    if not 0 <= environment.get("seconds", 0) < MAX_SECONDS:
+        raise DataError(f"{printable(str(folder))}/environment.json: seconds is {environment['seconds']}")
+    config = read_run_yaml(folder, "config.yaml")
+    return Run(
+        folder=folder,
+        name=folder.name,
+        results={score: float(value) for score, value in _read(folder, RESULTS, {str: Number}).items()},
+        not_run=_read(folder, "not_run.json", {str: str}),
+        config=flatten(config),
+        defaults=flatten(argument_defaults(_with_known_targets(config))),
+        environment=environment,
+        curves=read_curves(folder),
+        samples={
+            kind: {
+                path.name.removesuffix(f"_{kind}.json"): _read(folder, f"samples/{path.name}", shape)
+                for path in _evaluated(folder, f"*_{kind}.json")
+            }
+            for kind, shape in SAMPLES.items()
+        },
+        sheets={p.stem: read_run_file(folder, f"samples/{p.name}", MAX_SHEET) for p in _evaluated(folder, "*.png")},
+        draws=read_draws(folder),
+        conditions=read_conditions(folder),
+    )
+
+
+def _with_known_targets(node: Any) -> Any:
+    """A config without targets of other packages, whose sources are not for a report to read."""
+    if not isinstance(node, dict):
+        return node
+    known = KNOWN.fullmatch(str(node.get("_target_", "")))
+    return {key: _with_known_targets(child) for key, child in node.items() if key != "_target_" or known}
+
+
+def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
+    """The finished runs in the given folders, and the failed jobs, {name: reason}. A folder without results, such as
+    that of a sweep, is replaced by the runs and jobs inside it. Where two folders have one name, as jobs of two sweeps
+    do, all names begin with the folder above.
+
+    Raises:
+        DataError: a folder has neither, or no run is finished.
+    """
+
+    def is_run(folder: Path) -> bool:
+        return (folder / RESULTS).is_file() or (folder / JOB).is_file()
+
+    places: list[Path] = []
+    for folder in folders:
+        inside = [] if is_run(folder) else sorted(filter(is_run, folder.glob("*")))
+        places += inside or [folder]
+    runs: list[Run] = []
+    failed: dict[str, str] = {}
+    for place, name in zip(places, _names(places), strict=True):
+        job = _read(place, JOB, {"status?": str, "error?": str})
+        if job.get("status", "ok") == "ok":
+            runs.append(read_run(place)._replace(name=name))
+        else:
+            failed[name] = job.get("error") or job["status"]
+    if failed and not runs:
+        name, reason = next(iter(failed.items()))
+        raise DataError(f"no run is finished; {name}: {reason}")
+    return runs, failed
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [place.absolute().parts for place in places]
+    depth = 1
+    while len({own[-depth:] for own in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(own[-depth:]) for own in parts]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Config keys in which the runs differ, with the value of each run, or else the default of the constructor. A key
+    that refers to another one in all runs, as `data.seed` does with "${seed}", is no difference of its own; nor is a
+    key that only trainings have, beside an evaluation.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    own = [key for key in keys if not key.startswith(BOOKKEEPING) and not key.endswith("_")]  # _target_, _partial_
+    if len({EVALUATED in run.config for run in runs}) > 1:
+        own = [key for key in own if all(key in run.config for run in runs)]
+    values = {key: [run.config.get(key, run.defaults.get(key)) for run in runs] for key in own}
+    return {key: row for key, row in values.items() if len(set(map(repr, row))) > 1}
+
+
+def obstacles(runs: Sequence[Run], score: str) -> list[str]:
+    """Of each run, why its score cannot be compared with that of the first run that has it; empty if it can."""
+    first = next((run for run in runs if score in run.results), None)
+    return [
+        obstacle(first.conditions.get(score), run.conditions.get(score))
+        if first is not None and run is not first and score in run.results
+        else ""
+        for run in runs
+    ]
+
+
+def same_data(runs: Sequence[Run], score: str) -> bool:
+    """Whether all runs that have the score are known to have it on the same images and texts."""
+    return conditions.same_data(run.conditions.get(score) for run in runs if score in run.results)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    parts = (flatten(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in node.items())
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def read_curves(folder: Path) -> Curves:
+    """The columns of the CSV logger's file over its column `step`, without an incomplete last line; empty if there is
+    no such file.
+    """
+    try:
+        content = read_run_file(folder, "metrics.csv", MAX_CURVES)
+    except DataNotFoundError:
+        return {}
+    curves: Curves = {}
+    lines = content[: content.rfind(b"\n") + 1].decode(errors="replace").splitlines()
+    try:
+        for row in csv.DictReader(lines):
+            if not row.get("step"):  # Lightning also logs values that belong to no step
+                continue
+            if not 0 <= (step := int(row["step"])) < MAX_STEP:
+                raise ValueError(f"the step {step:.3g}")
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    curves.setdefault(name, []).append((step, float(value)))
+    except (ValueError, TypeError, OverflowError, csv.Error) as error:
+        path = printable(str(folder / "metrics.csv"))
+        raise DataError(f"{path} does not hold numbers over steps: {printable(str(error)):.99}") from error
+    return curves
+
+
+def _evaluated(folder: Path, pattern: str) -> list[Path]:
+    """Files in samples/, in the order of evaluation."""
+    return sorted((folder / "samples").glob(pattern), key=lambda path: path.lstat().st_mtime)
+
+
+def _read(folder: Path, name: str, shape: Any) -> Any:
+    """A JSON file of a run, of this shape; empty if there is none."""
+    content = read_run_json(folder, name, type(shape))
+    if content and not _fits(content, shape):
+        raise DataError(f"{printable(str(folder / name))} does not hold what a run writes there: remove it")
+    return content
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a value from JSON has a shape: a type, [shape of each], {str: shape of each} or {key: shape}."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(child, shape[0]) for child in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
+    if not isinstance(value, dict):
+        return False
+    if str in shape:
+        return all(_fits(child, shape[str]) for child in value.values())
+    keys = [(key.removesuffix("?"), key.endswith("?"), child) for key, child in shape.items()]
+    return all(_fits(value[key], child) if key in value else optional for key, optional, child in keys)

@@ -1,0 +1,122 @@
+"""Scores a file of captions, without a model: `coca-score PREDICTIONS REFERENCES`."""
+
+import argparse
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coca_lit.runs.launch import isolate
+
+if TYPE_CHECKING:
+    from coca_lit.metrics.captions import CaptionTable
+
+DESCRIPTION = """\
+Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
+captions; nocaps also by domain. The numbers equal the official COCO caption evaluation's, times 100 as in papers;
+the 95 % intervals come from a bootstrap over the images. --output keeps the numbers as they are."""
+EXAMPLE = "for example: coca-score predictions.json captions_val2014.json"
+
+
+def score(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-score`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    isolate()
+    parser = argparse.ArgumentParser("coca-score", description=DESCRIPTION, epilog=EXAMPLE)
+    parser.add_argument("predictions", type=Path, nargs="?", help='[{"image_id": 42, "caption": "a dog"}, ...]')
+    parser.add_argument(
+        "references", type=Path, nargs="?", help="COCO or nocaps captions, or Karpathy's dataset_*.json; may be .gz"
+    )
+    parser.add_argument("--split", default="test", help="split of a Karpathy file (default: test)")
+    parser.add_argument("--synonyms", type=Path, help="CHAIR's synonyms.txt: adds CHAIRi and CHAIRs; with --instances")
+    parser.add_argument(
+        "--instances", type=Path, nargs="+", help="COCO's instances_val2014.json, or several such files"
+    )
+    parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
+    options = parser.parse_args(arguments)
+    if options.references is None:
+        sys.exit(f"error: name the files of the captions and of their references; {EXAMPLE} (more: coca-score --help)")
+    if (options.synonyms is None) != (options.instances is None):
+        parser.error("CHAIR needs both --synonyms and --instances")
+    if options.output and options.output.is_dir():
+        parser.error(f"--output must name a file, but {options.output} is a folder")
+
+    from coca_lit.runs.launch import announce
+
+    announce("coca-score")
+    from coca_lit.data.datasets.annotations import read_results
+    from coca_lit.errors import UserError, error_context
+    from coca_lit.files import write_json
+    from coca_lit.reading import printable, read_json
+    from coca_lit.runs.scores import print_scores
+
+    try:
+        if options.output:
+            with error_context("--output"):  # now, as SPICE can take hours
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                if options.output.exists():
+                    known = read_json(options.output, dict)
+                    if not all(isinstance(value, int | float) for value in known.values()):
+                        raise ValueError(f"{options.output} holds something else than scores: choose another")
+        files = (options.predictions, options.references)
+        table = score_files(*files, options.split, options.synonyms, options.instances)
+        print_scores(table.scores, table.draws, dict.fromkeys(table.scores, len(read_results(options.predictions))))
+        for name, reason in table.not_run.items():
+            print(printable(f"{name} not run: {reason}"))
+        if options.output:
+            write_json(options.output, table.scores)
+    except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
+        sys.exit(f"error: {printable(str(error))}")
+
+
+def score_files(
+    predictions: Path,
+    references: Path,
+    split: str = "test",
+    synonyms: Path | None = None,
+    instances: Sequence[Path] | None = None,
+) -> "CaptionTable":
+    """Scores, the reasons for missing ones, and their draws; with the files of CHAIR also its scores.
+
+    Raises:
+        DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
+    """
+    from coca_lit.data.datasets.annotations import read_references, read_results
+    from coca_lit.errors import DataError
+    from coca_lit.metrics.captions import caption_table
+    from coca_lit.metrics.uncertainty import bootstrap, ratios
+    from coca_lit.progress import ProgressBar
+
+    captions = read_results(predictions)
+    listings = {item.id: item for item in read_references(references, split) if item.captions}
+    if problem := _difference(captions, listings):
+        raise DataError(f"{predictions} does not fit {references}: {problem}")
+    domains = {key: item.domain for key, item in listings.items()}
+    texts = {key: item.captions for key, item in listings.items()}
+    judge = None
+    if synonyms is not None and instances is not None:
+        from coca_lit.evals.chair import Chair
+
+        judge = Chair(synonyms, instances)
+    with ProgressBar("SPICE") as bar:
+        table = caption_table(texts, captions, domains, progress=bar.reach)
+    if judge is not None:
+        table.draws.update(bootstrap(list(texts), ratios(judge(list(listings.values()), captions))))
+        table.scores.update({name: table.draws[name].score for name in ("CHAIRi", "CHAIRs")})
+    return table
+
+
+def _difference(predicted: Collection[int | str], listings: Collection[int | str]) -> str:
+    missing = [key for key in listings if key not in predicted]
+    unknown = [key for key in predicted if key not in listings]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(listings)} images have no caption, e.g. {missing[:3]}")
+    if unknown:
+        problems.append(f"{len(unknown)} captions are of images that it does not hold, e.g. {unknown[:3]}")
+    if set(map(str, missing)) & set(map(str, unknown)):
+        problems.append("the ids are numbers in one file and texts in the other")
+    return "; ".join(problems)
+
+
+if __name__ == "__main__":
+    score()

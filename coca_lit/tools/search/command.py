@@ -1,0 +1,100 @@
+"""Search from the command line: `coca-search FOLDER "a dog on a beach"`."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from coca_lit.cli.command import command
+from coca_lit.cli.runtime import configure_libraries
+from coca_lit.errors import ConfigError, error_context
+from coca_lit.reading import printable
+from coca_lit.tools.caption.command import decoders
+from coca_lit.tools.checkpoint import chosen_checkpoint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from coca_lit.tools.search.index import Hit, ImageIndex
+
+
+def search() -> None:
+    """Entry point of `coca-search` and `python -m coca_lit.tools.search.command`."""
+    command("search", run, positional=("index", "query"))
+
+
+def run(cfg: DictConfig) -> "list[Hit]":
+    """Updates the index if it belongs to a folder, prints the hits and returns them."""
+    import torch
+
+    from coca_lit.tools.caption.outputs import print_rows
+    from coca_lit.tools.search.index import ImageIndex
+    from coca_lit.weights.load import load_dual_encoder
+
+    file, folder = _places(cfg)  # before the seconds that the model takes
+    configure_libraries(cfg.threads)
+    with error_context("checkpoint"):
+        checkpoint = chosen_checkpoint(cfg.checkpoint, smaller="coca_ViT-B-32/laion2b_s13b_b90k")
+        model = load_dual_encoder(checkpoint, cfg.quick_gelu)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
+    if folder is not None:
+        index.folder = folder
+    if folder is not None or cfg.query is None:
+        _update(index, file, cfg)
+    if cfg.query is None:
+        return []
+    query = str(cfg.query)
+    with error_context("query"):
+        hits = index.query(_query(query), cfg.k, without=Path(query) if Path(query).is_file() else None)
+    print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
+    return hits
+
+
+def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
+    """The file of the index, and the folder of images that it is updated from, if any."""
+    path = Path(str(cfg.index))
+    query = str(cfg.query)
+    swapped = Path(query).is_dir() or query.endswith(".safetensors")
+    if not path.is_dir() and (swapped or (cfg.images is None and not path.exists())):
+        words = [shlex.quote(word) for word in ([query, str(path)] if swapped else ["photos/", "a dog on a beach"])]
+        example = f"{'did you mean' if swapped else 'for example'}: coca-search {' '.join(words)}"
+        raise ConfigError(f"expected a folder of images or an index file first, found '{path}'; {example}")
+    if cfg.images is not None:
+        if path.is_dir():
+            raise ConfigError(f"index: '{path}' is a folder; with images=FOLDER it is the file of the index")
+        return path, Path(str(cfg.images))
+    if path.is_dir():
+        from coca_lit.tools.search.index import index_file
+
+        return index_file(path), path
+    return path, None
+
+
+def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
+    from coca_lit.progress import ProgressBar
+
+    with ProgressBar("embedding") as progress:
+        changes = index.update(cfg.batch_size, decoders(cfg.num_workers), progress.reach)
+    for reason in changes.unreadable.values():
+        print(printable(f"skipped: {reason}"), file=sys.stderr)
+    if not file.exists() or changes.added or changes.changed or changes.removed:
+        index.save(file)
+        counts = f"{len(changes.added)} added, {len(changes.changed)} changed, {len(changes.removed)} removed"
+        print(f"{file}: {len(index)} images ({counts})", file=sys.stderr)
+
+
+def _query(query: str) -> "str | Image":
+    from coca_lit.data.pixels import SUFFIXES, open_image
+
+    if Path(query).is_file():
+        return open_image(query)
+    if query.lower().endswith(SUFFIXES):
+        raise ConfigError(f"query: there is no image '{query}'")
+    return query
+
+
+if __name__ == "__main__":
+    search()

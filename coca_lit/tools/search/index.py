@@ -1,0 +1,250 @@
+"""Searching images by text or by image: the embeddings of a folder, computed once and kept in one file.
+
+The file holds the path in the folder, size, modification time and embedding of each image, so that an update embeds
+only new and changed images; and the fingerprint of the model, because embeddings of two models cannot be compared.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.pixels import SUFFIXES
+from coca_lit.errors import DataError
+from coca_lit.evals.inference import evaluating
+from coca_lit.files import replacing
+from coca_lit.models import DualEncoder
+from coca_lit.tokenizer import Tokenizer, unknown_words
+from coca_lit.tools.caption.inputs import Source, find_images, load_images
+from coca_lit.weights.computation import fingerprint
+
+FORMAT = "coca_lit image index 1"
+DTYPES = {"folder": torch.uint8, "names": torch.uint8, "stamps": torch.int64, "features": torch.float32}
+Progress = Callable[[int, int], None]  # images done so far, images to do
+
+
+class Hit(NamedTuple):
+    """A found image."""
+
+    score: float  # cosine of query and image
+    path: Path
+
+
+Stamp = tuple[int, int]  # size in bytes and modification time in nanoseconds, which reveal a changed file
+
+
+class Changes(NamedTuple):
+    """What an update found in the folder."""
+
+    added: list[Path]
+    changed: list[Path]
+    removed: list[Path]
+    unreadable: dict[Path, str]  # with the reason; not in the index, tried again next time
+
+
+def index_file(folder: Path) -> Path:
+    """Where the index of a folder of images is kept: beside the folder."""
+    return folder.absolute().with_name(f"{folder.absolute().name}.index.safetensors")
+
+
+class ImageIndex:
+    """An index of the images in `folder` for `model`, empty until `update`.
+
+        index = ImageIndex(model, "photos")
+        index.update()
+        index.save("photos.safetensors")
+
+        index = ImageIndex.load("photos.safetensors", model)
+        for score, path in index.query("a dog on a beach", k=10): ...
+
+    Args:
+        model: embeds images and queries, on its device. It must not be trained meanwhile.
+        folder: searched with its subfolders.
+    """
+
+    def __init__(self, model: DualEncoder, folder: str | Path) -> None:
+        self.model = model
+        self.folder = Path(folder)
+        self.fingerprint = fingerprint(model)
+        self.features = torch.empty(0, 0)  # (I, E), of unit length, on the CPU
+        self._stamps: dict[str, Stamp] = {}  # path in the folder -> stamp, in the order of the features
+
+    @classmethod
+    def load(cls, path: str | Path, model: DualEncoder) -> "ImageIndex":
+        """Reads a file that `save` wrote.
+
+        Raises:
+            DataError: there is no such file, it is not an index, or another model made it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"there is no index '{path}'")
+        made_by = _format(path)
+        try:
+            tensors = load_file(path)
+        except Exception as error:
+            raise DataError(f"'{path}' is not a readable image index: {error}") from error
+        if {name: tensor.dtype for name, tensor in tensors.items()} != DTYPES:
+            raise DataError(f"'{path}' is damaged: delete it, and the next search builds it")
+        index = cls(model, path.parent / _text(tensors["folder"]))
+        if made_by != index.fingerprint:
+            raise DataError(f"{path} was made with another model: delete it, or search with that model")
+        names = _text(tensors["names"]).split("\0")[:-1]
+        stamps, features = tensors["stamps"], tensors["features"]
+        fits = stamps.shape == (len(names), 2) and features.ndim == 2 and len(features) == len(names)
+        if not fits or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise DataError(f"'{path}' is damaged: delete it, and the next search builds it")
+        index._stamps = {name: (size, time) for name, (size, time) in zip(names, stamps.tolist(), strict=True)}
+        index.features = features
+        return index
+
+    def save(self, path: str | Path) -> None:
+        """Writes the index atomically. An index and its folder can be moved together.
+
+        Raises:
+            DataError: a file of another kind is there, or nothing can be written.
+        """
+        path = Path(path)
+        if path.exists():
+            _format(path)
+        beside, folder = path.absolute().parent, self.folder.absolute()
+        reference = folder.relative_to(beside) if folder.is_relative_to(beside) else folder
+        tensors = {
+            "folder": _bytes(str(reference)),
+            "names": _bytes("".join(f"{name}\0" for name in self._stamps)),
+            "stamps": torch.tensor([*self._stamps.values()], dtype=torch.long).reshape(-1, 2),
+            "features": self.features,
+        }
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"format": FORMAT, "model": self.fingerprint})
+
+    def update(self, batch_size: int = 64, num_workers: int = 0, progress: Progress | None = None) -> Changes:
+        """Brings the index up to date with the folder: embeds new and changed images, forgets removed ones. A file
+        counts as changed if its size or modification time differs.
+
+        Args:
+            num_workers: processes that decode images ahead of the model.
+            progress: called after every batch.
+
+        Raises:
+            DataError: there is no such folder, or no readable image in it.
+        """
+        paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder)}
+        stamps = {name: _stamp(path) for name, path in paths.items()}
+        rows = dict(zip(self._stamps, self.features, strict=True))
+        added = [name for name in paths if name not in rows]
+        changed = [name for name, stamp in self._stamps.items() if name in stamps and stamps[name] != stamp]
+        removed = [self.folder / name for name in rows if name not in paths]
+
+        todo = [*added, *changed]
+        new, unreadable = self._embed([paths[name] for name in todo], batch_size, num_workers, progress)
+        rows |= {todo[i]: row for i, row in new.items()}
+        failed = {todo[i]: reason for i, reason in unreadable.items()}
+        names = [name for name in paths if name not in failed]
+        if not names:
+            found = f"no readable image in '{self.folder}', e.g. {next(iter(failed.values()))}" if failed else ""
+            raise DataError(found or f"no image in '{self.folder}' (looked for {', '.join(SUFFIXES)})")
+        self.features = torch.stack([rows[name] for name in names])
+        self._stamps = {name: stamps[name] for name in names}
+        return Changes(
+            [paths[name] for name in added if name not in failed],
+            [paths[name] for name in changed if name not in failed],
+            removed,
+            {paths[name]: reason for name, reason in failed.items()},
+        )
+
+    def query(self, query: str | Image.Image, k: int = 10, without: Path | None = None) -> list[Hit]:
+        """The `k` images most similar to a text or an image, best first.
+
+        Args:
+            without: a file that is not to be found, such as the query itself.
+
+        Raises:
+            ValueError: `k` is less than 1, the text is empty, or has words that the model's vocabulary lacks.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        encode: Callable[..., Tensor]
+        if isinstance(query, Image.Image):
+            encode, encoded = self.model.encode_image, build_transform(**self.model.preprocessing)(query)[None]
+        else:
+            check_query(self.model.tokenizer, query)
+            encode, encoded = self.model.encode_text, self.model.tokenizer(query)
+        if not self._stamps:
+            return []
+        scores = self.features @ evaluating(self.model, encode, encoded.to(self.model.device))[0].float().cpu()  # (I,)
+        best = scores.argsort(descending=True, stable=True)[: k + 1].tolist()
+        paths, left_out = self.paths, without.resolve() if without else None
+        return [Hit(float(scores[i]), paths[i]) for i in best if paths[i].resolve() != left_out][:k]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The images in the index, in the order of `features`."""
+        return [self.folder / name for name in self._stamps]
+
+    def __len__(self) -> int:
+        return len(self._stamps)
+
+    def _embed(
+        self, paths: list[Path], batch_size: int, num_workers: int, progress: Progress | None
+    ) -> tuple[dict[int, Tensor], dict[int, str]]:
+        """Embeddings (E,) by position in `paths`, and the reasons why images have none."""
+        features: dict[int, Tensor] = {}
+        unreadable: dict[int, str] = {}
+        starts = range(0, len(paths), batch_size)
+        batches = [[Source(str(path), path) for path in paths[start : start + batch_size]] for start in starts]
+        loaded = load_images(batches, self.model.preprocessing, num_workers)
+        for start, (positions, pixels, broken) in zip(starts, loaded, strict=True):
+            if positions:
+                rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
+                features |= {start + i: row for i, row in zip(positions, rows, strict=True)}
+            unreadable |= {start + i: reason for i, reason in broken.items()}
+            if progress:
+                progress(len(features) + len(unreadable), len(paths))
+        return features, unreadable
+
+
+def check_query(tokenizer: Tokenizer, text: str) -> None:
+    """Raises `ValueError` for a text that is empty or has words that the model does not know."""
+    if not text.strip():
+        raise ValueError("the query is empty: describe the image to look for")
+    unknown, _ = unknown_words([text], tokenizer)
+    if unknown:
+        known = ", ".join([*tokenizer.spec][:12])
+        raise ValueError(f"the model's vocabulary has no '{unknown[0]}'; its words are {known}, …")
+
+
+def _format(path: Path) -> str:
+    """The fingerprint of the model that made an index; raises `DataError` for a file that is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") == FORMAT:
+            return metadata["model"]
+    except Exception as error:  # a forged file makes safetensors and PyTorch raise several types
+        raise DataError(f"'{path}' is not a readable image index: {error}") from error
+    raise DataError(f"'{path}' is not an image index: choose another file")
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        stat = path.stat()
+    except OSError:  # a dangling link, or just removed: reading it reports that
+        return (-1, -1)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _bytes(text: str) -> Tensor:
+    """File names as a tensor, because they need not be Unicode, and too many would not fit the file's header."""
+    return torch.frombuffer(bytearray(os.fsencode(text)), dtype=torch.uint8) if text else torch.empty(0).byte()
+
+
+def _text(tensor: Tensor) -> str:
+    return os.fsdecode(tensor.numpy().tobytes())

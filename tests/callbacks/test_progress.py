@@ -1,0 +1,173 @@
+"""The share of the time for which training waits for data, on a clock that loader and step move."""
+
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coca_lit.callbacks import Throughput
+from coca_lit.callbacks.progress import PlainProgress, not_timed
+from coca_lit.data.batch import Batch
+from coca_lit.data.loader import TrainLoader
+
+
+class Clock:
+    """The real one, with hours added to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hours, real = 0.0, time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: real() + 3600 * self.hours)
+
+
+class Module(L.LightningModule):
+    def __init__(self, clock: Clock, hours: float) -> None:
+        super().__init__()
+        self.clock, self.hours, self.layer = clock, hours, nn.Linear(1, 1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.clock.hours += self.hours
+        return self.layer(torch.ones(1)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch
+
+
+class Pause(L.Callback):
+    """`hours` between two epochs."""
+
+    def __init__(self, clock: Clock, hours: float) -> None:
+        self.clock, self.hours = clock, hours
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.clock.hours += self.hours
+
+
+class Scores(L.Callback):
+    """Scores within an epoch that take `hours`."""
+
+    def __init__(self, clock: Clock, hours: float) -> None:
+        self.clock, self.hours = clock, hours
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step % 2 == 1:
+            with not_timed(trainer):
+                self.clock.hours += self.hours
+
+
+def train(
+    folder: Path,
+    clock: Clock,
+    loading: float,
+    computing: float,
+    accumulated: int = 1,
+    scoring: float = 0,
+    pause: float = 0,
+) -> list[float]:
+    """The shares that two epochs of four batches log, at every second step. Loading and computing a batch take
+    `loading` and `computing` hours.
+    """
+
+    def batches(epoch: int, start: int) -> Iterator[Batch]:
+        for step in range(start, 4):
+            clock.hours += 50 if epoch == step == 0 else loading  # workers start
+            yield Batch(torch.zeros(8, 3, 2, 2), torch.zeros(8, 2), torch.ones(8), [str(step)] * 8)
+
+    shares = []
+
+    class Log(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step % 2 == 0 and "train/data_wait" in trainer.callback_metrics:
+                shares.append(trainer.callback_metrics["train/data_wait"].item())
+
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=2,
+        log_every_n_steps=2,
+        accumulate_grad_batches=accumulated,
+        callbacks=[Scores(clock, scoring), Pause(clock, pause), Throughput(), Log(), PlainProgress()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    loader = TrainLoader(4, batches, lambda: (trainer.current_epoch, 0))
+    trainer.fit(Module(clock, computing), loader)
+    return shares
+
+
+def test_the_share_of_the_wait_is_logged_and_leads_to_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = train(tmp_path, Clock(monkeypatch), 1, 3)
+    # The first two hours of six are in an interval with the 50 for which workers started, which are no wait.
+    assert shares == pytest.approx([1 / 57, 1 / 4, 1 / 4, 1 / 4], rel=0.01)
+    assert "training waited for data 23% of the time" in capsys.readouterr().out  # 7 of 31 hours
+
+
+def test_scores_are_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = train(tmp_path, Clock(monkeypatch), 1, 3, scoring=100)
+    assert shares == pytest.approx([1 / 57, 1 / 4, 1 / 4, 1 / 4], rel=0.01)
+
+
+def test_no_advice_where_data_are_there_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, Clock(monkeypatch), 1, 30)[-1] == pytest.approx(1 / 31, rel=0.01)
+    assert "waited" not in capsys.readouterr().out
+
+
+def test_accumulated_batches_are_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, Clock(monkeypatch), 1, 3, accumulated=2)
+    said = capsys.readouterr().out
+    assert [line.split(" · ")[0] for line in said.splitlines() if line.startswith("step")] == ["step 2/4", "step 4/4"]
+    # 32 samples in an interval; the workers start in the first, see above.
+    assert speeds(said) == pytest.approx([32 / (65 * 3600), 32 / (16 * 3600)], rel=0.01)
+
+
+def speeds(said: str) -> list[float]:
+    """The samples per second of all lines of progress."""
+    return [float(line.rpartition("samples/s ")[2]) for line in said.splitlines() if line.startswith("step")]
+
+
+def test_what_lies_between_epochs_is_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, Clock(monkeypatch), 1, 3, pause=100) == pytest.approx(
+        [1 / 57, 1 / 4, 1 / 4, 1 / 4], rel=0.01
+    )
+    # 16 samples in an interval; the workers start in the first.
+    assert speeds(capsys.readouterr().out) == pytest.approx([16 / (h * 3600) for h in (57, 8, 8, 8)], rel=0.01)
+
+
+def printed(folder: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
+        train(folder, Clock(patch), 1, 3)
+    return said.getvalue()
+
+
+def test_samples_of_all_ranks_count(on_ranks: Any, tmp_path: Path) -> None:
+    """Two processes train on 16 samples each in an interval of 8 hours."""
+    assert speeds(on_ranks(2, printed, tmp_path)[0])[1:] == pytest.approx([32 / (8 * 3600)] * 3, rel=0.01)
+
+
+def test_a_wait_behind_which_a_gpu_computes_is_none() -> None:
+    throughput, loader = Throughput(), TrainLoader(1, lambda *_: [], lambda: (0, 0))
+    trainer: Any = SimpleNamespace(train_dataloader=loader)
+    for waited, is_done in ((9.0, True), (1.0, True), (2.0, False), (4.0, True)):
+        loader.waited = waited
+        throughput._computed = SimpleNamespace(query=lambda is_done=is_done: is_done)  # type: ignore[assignment]
+        throughput.on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
+    assert throughput._waited == 5.0

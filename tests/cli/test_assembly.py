@@ -1,0 +1,95 @@
+"""Parts of a run that a user has written, as small as they can be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coca_lit.cli.assembly import build_evals, build_module
+from coca_lit.evals import Settings
+from coca_lit.training.objectives import Objective
+from helpers.running import compose
+
+GUEST = """
+from coca_lit.training.objectives import Objective
+
+def terms(net, batch, factor=1.0):
+    return {"mine": factor * batch}
+
+class Callable:
+    def __call__(self, net, batch):
+        return {"mine": batch}
+
+class Weighted(Objective):
+    def __init__(self):
+        super().__init__(mine=3.0)
+
+    def forward(self, net, batch):
+        return {"mine": batch}
+
+def factory():
+    return Weighted()
+
+def without_name(net, batch):
+    return batch
+
+def records(split, count=3):
+    from coca_lit.data.scenes.render import scene_records
+    return scene_records(split, count=count)
+
+def counted(model, records, settings, offset=0):
+    return {"images": len(records) + offset}
+
+def ones(records, captions):
+    raise NotImplementedError
+"""
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "guest_parts.py").write_text(GUEST)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def objective(*words: str) -> Objective:
+    module = build_module(compose(*(f"model.objectives.mine.{word}" for word in words)))
+    return module.further_objectives()["model.objectives.mine"]
+
+
+@pytest.mark.parametrize(
+    ("words", "factor"),
+    [
+        (["_target_=guest_parts.terms"], 1),
+        (["_target_=guest_parts.terms", "factor=2"], 2),
+        (["_target_=guest_parts.terms", "_partial_=true"], 1),
+        (["_target_=guest_parts.Callable"], 1),
+        (["_target_=guest_parts.Weighted"], 3),
+        (["_target_=guest_parts.factory"], 3),
+    ],
+)
+def test_a_function_or_a_callable_is_an_objective(guest: None, words: list[str], factor: float) -> None:
+    import torch
+
+    loss, terms = objective(*words).loss(None, torch.tensor(5.0))  # type: ignore[arg-type]
+    assert loss.item() == 5 * factor
+    assert list(terms) == ["mine"]
+
+
+def evaluations(*words: str) -> list[Any]:
+    return build_evals(compose("evals=[]", *(f"+evals.mine.{word}" for word in words)))[0]
+
+
+@pytest.mark.parametrize(("words", "images"), [([], 3), (["offset=7"], 10), (["records.count=4"], 4)])
+def test_a_function_is_an_evaluation_of_the_name_of_its_key(
+    guest: None, tmp_path: Path, words: list[str], images: int
+) -> None:
+    function = ("_target_=guest_parts.counted", "records._target_=guest_parts.records", "records.split=val")
+    (made,) = evaluations(*function, *words)
+    assert made.evaluate(None, Settings(tmp_path)) == {"mine/images": images}
+
+
+def test_a_class_needs_no_name_and_a_measure_is_handed_over(guest: None) -> None:
+    captions = ("_target_=coca_lit.evals.captions.CaptionScores", "records._target_=guest_parts.records")
+    (made,) = evaluations(*captions, "records.split=val", "measures.ones._target_=guest_parts.ones")
+    assert made.name == "mine"
+    assert callable(made.measures["ones"])

@@ -1,0 +1,131 @@
+"""Own photos: every layout gives the same records, and nothing outside of the folder is read."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from coca_lit.data.datasets.folder import folder_records, folder_training_captions
+from coca_lit.data.records import ImageFile
+from coca_lit.data.scenes.render import render
+from coca_lit.errors import DataError
+
+CAPTIONS = {f"{i}.jpg": (f"picture {i}, large", f"number {i}") for i in range(10)}
+ROWS = [(name, caption) for name, captions in CAPTIONS.items() for caption in captions]
+OBJECTS = [{"file": name, "caption": caption} for name, caption in ROWS]
+
+
+def table(delimiter: str, head: str = "file{}caption", quote: str = '"') -> str:
+    rows = (f"{name}{delimiter}{quote}{caption}{quote}" for name, caption in ROWS)
+    return "\n".join([head.format(delimiter), *rows])
+
+
+LAYOUTS = {
+    "captions.csv": table(","),
+    "captions.csv with ;": table(";", "\ufefffilename{}text"),
+    "captions.tsv": table("\t", quote=""),
+    "captions.jsonl": "\n".join(map(json.dumps, OBJECTS)),
+    "captions.json": json.dumps([{"image": name, "captions": captions} for name, captions in CAPTIONS.items()]),
+    "captions.json of COCO": json.dumps(
+        {
+            "images": [{"id": i, "file_name": name} for i, name in enumerate(CAPTIONS)],
+            "annotations": [{"image_id": [*CAPTIONS].index(name), "caption": text} for name, text in ROWS],
+        }
+    ),
+    "": "",
+}
+
+
+def fill(root: Path, names: object = tuple(CAPTIONS)) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):  # type: ignore[call-overload]
+        render(i, size=48).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("place", ["images"])
+def test_layouts(tmp_path: Path, layout: str, place: str) -> None:
+    fill(tmp_path / place)
+    if layout:
+        (tmp_path / layout.split()[0]).write_text(LAYOUTS[layout], encoding="utf-8")
+    else:
+        for name, captions in CAPTIONS.items():
+            (tmp_path / place / name).with_suffix(".txt").write_text("\n\n".join(captions))
+    records = {split: folder_records(tmp_path, split) for split in ("train", "val")}
+    assert {split: len(found) for split, found in records.items()} == {"train": 9, "val": 1}
+    found = {Path(str(r.id)).name: r for r in records["train"] + records["val"]}
+    assert {name: record.captions for name, record in found.items()} == CAPTIONS
+    assert found["3.jpg"].image == ImageFile(tmp_path / place / "3.jpg")
+    assert len(folder_training_captions(tmp_path)) == 18
+
+
+def test_a_split_that_is_given(tmp_path: Path) -> None:
+    fill(tmp_path)
+    rows = [{**row, "split": {"0": "Validation", "1": "test", "2": ""}.get(row["file"][0], "train")} for row in OBJECTS]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [r.id for r in folder_records(tmp_path, "val")] == ["0.jpg"]
+    assert [r.id for r in folder_records(tmp_path, "test")] == ["1.jpg"]
+    assert [r.id for r in folder_records(tmp_path, "train")] == [f"{i}.jpg" for i in range(2, 10)]
+    rows[0]["split"] = "test"  # and the second row of the photo says val
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="test and val"):
+        folder_records(tmp_path, "val")
+
+
+def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
+    for i in range(30):
+        photo = render(i % 15, size=96)
+        photo.resize((96 - i, 96 - i)).save(tmp_path / f"{i:02}.jpg", quality=70)
+        (tmp_path / f"{i:02}.txt").write_text(f"picture {i}")
+    held = [int(Path(str(record.id)).stem) for record in folder_records(tmp_path, "val")]
+    assert 2 <= len(held) <= 6
+    assert {(i + 15) % 30 for i in held} == set(held)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("captions.csv", "a,b\n1.jpg,x\n", "image.*but a, b"),
+        ("captions.csv", "file,caption\n../1.jpg,x\n", "not in the folder"),
+        ("captions.csv", "file,caption\nnone.jpg,x\n", "1 of 1"),
+        ("captions.csv", "file,caption,split\n1.jpg,x,later\n", "'later'"),
+        ("captions.csv", 'file,caption\n"1.jpg', "1.jpg|captioned"),
+        ("captions.json", "[1]", "schema"),
+        ("captions.json", '[{"file": 7, "caption": "x"}]', "7"),
+        ("captions.json", '{"images": []}', "annotations"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, said: str) -> None:
+    fill(tmp_path, ["1.jpg"])
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=said):
+        folder_records(tmp_path, "train")
+
+
+def test_links_out_are_not_followed(tmp_path: Path) -> None:
+    fill(tmp_path / "other", ["secret.jpg"])
+    (tmp_path / "other" / "secret.txt").write_text("a secret")
+    for link in ("photo.jpg", "photo.txt"):
+        mine = fill(tmp_path / f"mine {link}", ["photo.jpg"])
+        (mine / "photo.txt").write_text("a photo")
+        (mine / link).unlink()
+        os.symlink(tmp_path / "other" / f"secret{Path(link).suffix}", mine / link)
+        with pytest.raises(DataError, match="link out"):
+            folder_records(mine, "train")
+
+
+def test_folders_without_photos_captions_or_with_two_files(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(DataError, match="not found"):
+            folder_records(folder, "train")
+    fill(tmp_path)
+    with pytest.raises(DataError, match="not found"):
+        folder_records(tmp_path, "train")
+    (tmp_path / "captions.csv").write_text(LAYOUTS["captions.csv"])
+    with pytest.raises(DataError, match="no split 'test'"):
+        folder_records(tmp_path, "test")
+    (tmp_path / "captions.tsv").write_text(LAYOUTS["captions.tsv"])
+    with pytest.raises(DataError, match="both"):
+        folder_records(tmp_path, "train")

@@ -1,0 +1,88 @@
+"""Look-alikes and the split that keeps them together."""
+
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from coca_lit.data.near_duplicates import MAX_DISTANCE, hash_files, held_out, look_alikes, perceptual_hash
+from coca_lit.data.scenes.render import render
+from coca_lit.errors import DataError
+
+
+def naive_groups(hashes: list[int]) -> set[frozenset[int]]:
+    """Connected components, by walking."""
+    left, groups = set(range(len(hashes))), set()
+    while left:
+        group, front = set(), [left.pop()]
+        while front:
+            i = front.pop()
+            group.add(i)
+            near = {j for j in left if ((hashes[i] ^ hashes[j]) % 2**64).bit_count() <= MAX_DISTANCE}
+            left -= near
+            front += near
+        groups.add(frozenset(group))
+    return groups
+
+
+def test_groups_are_those_of_a_naive_walk() -> None:
+    rng = random.Random(0)
+    hashes = [rng.getrandbits(64) - 2**63 for _ in range(40)]
+    for _ in range(60):  # chains: each a few bits from an earlier one
+        flipped = hashes[rng.randrange(len(hashes))] % 2**64
+        for bit in rng.sample(range(64), rng.choice([1, 3, MAX_DISTANCE, MAX_DISTANCE + 1])):
+            flipped ^= 1 << bit
+        hashes.append(flipped - 2**64 if flipped >= 2**63 else flipped)
+    assert {frozenset(group) for group in look_alikes(hashes)} == naive_groups(hashes)
+    assert sorted(map(len, look_alikes([None, None, 5, 5]))) == [1, 1, 2]
+
+
+def test_differences_are_found_wherever_they_are() -> None:
+    """Hashes whose bits differ in any places, also all within one band or one in each."""
+    rng = random.Random(2)
+    for count in range(1, MAX_DISTANCE + 2):
+        for _ in range(50):
+            one = rng.getrandbits(64)
+            other = one
+            for bit in rng.sample(range(64), count):
+                other ^= 1 << bit
+            signed = [value - 2**64 if value >= 2**63 else value for value in (one, other)]
+            assert len(look_alikes(signed)) == (1 if count <= MAX_DISTANCE else 2)
+
+
+def test_copies_are_caught_and_mirror_images_are_not(tmp_path: Path) -> None:
+    photo = render(3, size=200)
+    photo.save(tmp_path / "a.png")
+    photo.save(tmp_path / "b.jpg", quality=60)
+    photo.resize((90, 90)).save(tmp_path / "c.jpg")
+    photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "d.jpg")
+    (tmp_path / "e.jpg").write_bytes(b"no image")
+    hashes = hash_files([tmp_path / name for name in ("a.png", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "gone.jpg")])
+    assert hashes[0] == perceptual_hash(photo)
+    assert hashes[4:] == [None, None]
+    assert look_alikes(hashes) == [[0, 1, 2], [3], [4], [5]]
+
+
+def test_a_tenth_is_held_out_in_whole_groups_whatever_the_order() -> None:
+    rng = random.Random(1)
+    hashes: list[int | None] = [rng.getrandbits(64) - 2**63 for _ in range(200)]
+    hashes += hashes[:50]  # copies
+    names = [str(i) for i in range(len(hashes))]
+    chosen = held_out(hashes, names, 0.1)
+    assert 25 <= len(chosen) <= 26
+    assert all((i in chosen) == (i + 200 in chosen) for i in range(50))
+    order = rng.sample(range(len(hashes)), len(hashes))
+    shuffled = held_out([hashes[i] for i in order], [names[i] for i in order], 0.1)
+    assert {order[i] for i in shuffled} == chosen
+
+
+def test_a_burst_is_not_held_out_and_few_photos_lose_one() -> None:
+    rng = random.Random(2)
+    burst: list[int | None] = [7] * 20 + [rng.getrandbits(63) for _ in range(20)]
+    chosen = held_out(burst, [str(i) for i in range(40)], 0.1)
+    assert len(chosen) == 4
+    assert min(chosen) >= 20
+    assert len(held_out([1, 2**32 - 1, -1], ["a", "b", "c"], 0.1)) == 1
+    with pytest.raises(DataError, match="look alike"):
+        held_out([5, 5, 4], ["a", "b", "c"], 0.1)

@@ -1,0 +1,37 @@
+"""Training steps of a rank, with its part of a batch."""
+
+import torch
+from torch import Tensor, nn
+
+from coca_lit.data.batch import Batch
+from coca_lit.distributed import rank, world_size
+from coca_lit.lit_module import CoCaLit
+
+PAIRS = 6
+ENCODER = {
+    "image_encoder": "vit_base_patch32_clip_224",
+    "image_encoder_args": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2},
+}
+
+
+class Step(nn.Module):
+    """The training step as the forward pass, which is what Lightning wraps in DistributedDataParallel."""
+
+    def __init__(self, module: CoCaLit) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.module.training_step(batch, 0)
+
+
+def own_batch(model: nn.Module, step: int) -> Batch:
+    """This rank's part of six pairs with captions of very different lengths."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (PAIRS, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(4, model.tokenizer.vocab_size, (PAIRS, 20), generator=generator)
+    lengths = torch.tensor([20, 12, 3, 5, 4, 9])
+    tokens[torch.arange(20) >= lengths[:, None]] = model.tokenizer.pad_id
+    share = PAIRS // world_size()
+    own = slice(rank() * share, (rank() + 1) * share)
+    return Batch(images[own], tokens[own, : lengths[own].max()], lengths[own], [""] * share)

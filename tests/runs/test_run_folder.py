@@ -1,0 +1,89 @@
+"""One process at a time in a run folder, and none that is dead."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from coca_lit.cli import train
+from coca_lit.errors import ConfigError
+from coca_lit.runs.run_folder import in_use
+from helpers.running import ROOT, compose
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from coca_lit.runs.run_folder import in_use
+with in_use(Path(sys.argv[1])):
+    if sys.argv[2:] and os.fork() == 0:  # a data worker, which notices the end of its parent late
+        time.sleep(1)
+        os._exit(0)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`hold(folder, *words)`: another process that holds the folder."""
+    started = []
+
+    def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD, str(folder), *words]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_second_process_is_refused_and_nothing_is_touched(tmp_path: Path, hold: Callable) -> None:
+    process = hold(tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    said = rf"run is in use by process {process.pid} on {socket.gethostname()} since 20\d\d-"
+    with pytest.raises(ConfigError, match=said) as caught:
+        train.run(compose(f"output_dir={tmp_path}/run", "name=x"))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("worker",)])
+def test_killed_process_holds_nothing(tmp_path: Path, hold: Callable, words: tuple[str, ...]) -> None:
+    process = hold(tmp_path / "run", *words)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with in_use(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_first_process_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_use(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").touch()
+        monkeypatch.setenv("RANK", "1")
+        with in_use(tmp_path / "run"):
+            pass
+        monkeypatch.delenv("RANK")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"the run folder .* cannot be written: Not a directory"),
+        in_use(tmp_path / "file" / "run"),
+    ):
+        pass

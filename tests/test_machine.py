@@ -1,0 +1,179 @@
+"""Shares of a machine: control groups as files that look like theirs, a busy core as a real one."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from coca_lit import machine
+from coca_lit.callbacks import SharedMachine
+from coca_lit.callbacks.progress import SHARED_AFTER
+from coca_lit.machine import processors, share_cores
+from helpers.running import ROOT
+
+CORES = len(os.sched_getaffinity(0))
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+
+
+@pytest.fixture
+def many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+
+
+QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+V2, V1 = "0::/user.slice/app", "4:cpu,cpuacct:/docker/abc\n2:memory:/docker/abc\n0::/"
+
+
+@pytest.mark.usefixtures("many_cores")
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "200000 100000"}, 2),  # a container sees its own group as the root
+        (V2, {"user.slice/app/cpu.max": "max 100000", "user.slice/cpu.max": "350000 100000"}, 3),
+        (V2, {"user.slice/app/cpu.max": "50000 100000"}, 1),
+        (V1, {f"cpu,cpuacct/docker/abc/{QUOTA}": "400000", f"cpu,cpuacct/docker/abc/{PERIOD}": "100000"}, 4),
+        (V1, {f"cpu,cpuacct/{QUOTA}": "200000", f"cpu,cpuacct/{PERIOD}": "100000"}, 2),  # seen from within
+        (V1, {f"cpu,cpuacct/{QUOTA}": "-1", f"cpu,cpuacct/{PERIOD}": "100000"}, 64),
+        ("0::/../../other", {"cpu.max": "max 100000"}, 64),
+    ],
+)
+def test_limits_of_control_groups(tmp_path: Path, groups: str, files: dict[str, str], cores: int) -> None:
+    write(tmp_path, {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    assert processors(tmp_path) == cores
+
+
+def test_without_control_groups(tmp_path: Path) -> None:
+    assert processors(tmp_path) == CORES
+
+
+def test_a_real_control_group() -> None:
+    """A program in a group of its own with the time of one core, which PyTorch does not see."""
+    first = Path("/sys/fs/cgroup/cpu")
+    group = (first if first.is_dir() else first.parent) / f"coca_lit_test_{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control groups of one's own here: {error}")
+    try:
+        limits = {"cpu.cfs_quota_us": "100000", "cpu.max": "100000 100000"}
+        found = [name for name in limits if (group / name).exists()]
+        if not found:
+            pytest.skip("no group limits the time of processors here")
+        (group / found[0]).write_text(limits[found[0]])
+        code = (
+            f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
+            "from coca_lit.cli.runtime import configure_libraries\n"
+            "configure_libraries(None)\nimport torch\nprint(torch.get_num_threads())"
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["1"]
+    finally:
+        group.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_waiting_threads_sleep_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    share_cores()
+    found = os.environ.pop("GOMP_SPINCOUNT", None)
+    assert found == spins
+
+
+# Two threads on two cores, and another program that comes and goes: what the kernel would say of it is made up, since
+# the cores of a test are not its own. Threads, their cores and the products are real.
+PROGRAM = """
+import hashlib, os, time, torch
+from coca_lit import machine
+machine.LOOK = 0.1
+cores, other = sorted(os.sched_getaffinity(0))[:2], [0.0]
+os.sched_setaffinity(0, cores)
+spent, last = dict.fromkeys(cores, 0.0), [time.process_time(), time.monotonic()]
+def busy():
+    now = [time.process_time(), time.monotonic()]
+    own, seconds = now[0] - last[0], now[1] - last[1]
+    on = machine.shared_cores.cache_info().currsize and machine.shared_cores()._used or cores
+    for core in cores:
+        spent[core] += own / len(on) * (core in on) + other[0] * seconds * (core == cores[0])
+    last[:] = now
+    return dict(spent)
+machine._busy = busy
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, results = torch.randn(500, 500), set()
+watch = machine.shared_cores()
+
+def cores_of_threads(crowded):
+    began = time.monotonic()
+    while watch.crowded != crowded and time.monotonic() - began < 60:
+        results.add(hashlib.sha1((x @ x).softmax(0).sum().numpy().tobytes()).hexdigest())
+    time.sleep(0.05)
+    return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
+
+assert cores_of_threads(False) == {frozenset(cores)}
+other[0] = 1.0
+assert [len(found) for found in cores_of_threads(True)] == [1]
+time.sleep(1)
+assert cores_of_threads(True) == {frozenset(cores[1:])}, "the core without the other program"
+if not (child := os.fork()):
+    os._exit(sorted(os.sched_getaffinity(0)) != cores)
+assert os.waitpid(child, 0)[1] == 0, "a child may use all"
+other[0] = 0.0
+assert cores_of_threads(False) == {frozenset(cores)}
+assert len(results) == 1
+"""
+
+
+@pytest.mark.skipif(CORES < 2 or not Path("/proc/stat").exists(), reason="needs two cores of a Linux machine")
+def test_threads_leave_a_core_that_another_program_uses() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True)
+
+
+@pytest.mark.parametrize("counted", [{}, {10**6: 1.0}])
+def test_a_container_that_counts_no_core_of_this_process_is_not_watched(
+    monkeypatch: pytest.MonkeyPatch, counted: dict[int, float]
+) -> None:
+    monkeypatch.setattr(machine, "_busy", lambda: counted)
+    assert machine.shared_cores.__wrapped__() is None
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc")
+def test_the_kernel_counts_what_this_process_does() -> None:
+    """Its cores are busy for at least as long as this process, whatever else runs."""
+    busy, own = machine._busy(), time.process_time()
+    while time.process_time() - own < 0.5:
+        pass
+    after = machine._busy()
+    assert sum(after[core] - busy[core] for core in os.sched_getaffinity(0)) >= 0.45  # ticks of 10 ms
+    assert set(after) >= os.sched_getaffinity(0)
+
+
+@pytest.mark.parametrize("taken", [0.1, 0.9])
+def test_a_shared_machine_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], taken: float
+) -> None:
+    monkeypatch.setattr("coca_lit.callbacks.progress.shared_cores", lambda: SimpleNamespace(taken=taken, cores=[0, 1]))
+    callback, trainer = SharedMachine(), SimpleNamespace(is_global_zero=True)
+    module, anything = SimpleNamespace(device=torch.device("cpu")), cast("Any", None)
+    for step in range(2 * SHARED_AFTER):
+        callback.on_train_batch_end(cast("Any", trainer), cast("Any", module), anything, anything, step)
+    assert capsys.readouterr().out.count("0.9 of 2") == (taken == 0.9)

@@ -1,0 +1,317 @@
+"""`coca-caption` from its configuration to its output: each caption equals the model's for the image alone."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from coca_lit import save_model
+from coca_lit.cli.command import quote
+from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.datasets.annotations import read_results
+from coca_lit.data.scenes.render import render
+from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.shard import Shard as ShardFile
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.models import CoCa
+from coca_lit.models.preprocessing import preprocessing
+from coca_lit.tools.prepare.scenes import write_shards
+from helpers.applying import caption, naive_captions, new_model
+
+HOSTILE = ["a b,=.jpg", "k=v.png", "${x}.png", "new\nline\t.png", "\udcff.png", "-m.png", "sub/'\".JPEG"]
+
+
+@pytest.fixture(scope="module")
+def model() -> CoCa:
+    return new_model()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: CoCa, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(model, path)
+    return f"checkpoint={path}"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of image that decodes to something, and two that do not."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        render(i * 37, size=48).save(folder / f"{i:02}.png")
+    render(7, size=48).convert("L").save(folder / "grey.png")
+    render(8, size=48).convert("CMYK").save(folder / "cmyk.jpg")
+    render(9, size=48).convert("RGBA").save(folder / "alpha.webp")
+    render(9, size=48).convert("P").save(folder / "palette.gif")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter
+    render(10, size=48).rotate(90).save(folder / "turned.jpg", exif=turned, quality=95)
+    (folder / "zero.jpg").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "00.png").read_bytes()[:300])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, 15, 48, per_shard=6)
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def readable(photos: Path) -> list[Path]:
+    return sorted(path for path in photos.iterdir() if path.stem not in ("zero", "cut"))
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_json_lines(model: CoCa, checkpoint: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    caption(checkpoint, f"images=[{photos}]", f"output={tmp_path}/new/c.jsonl", "batch_size=4")
+    expected = [{"path": str(path), "caption": naive_captions(model, path)[0]} for path in readable(photos)]
+    assert lines(tmp_path / "new" / "c.jsonl") == expected
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"skipped: {photos}/zero.jpg is not a readable image" in said.err
+    assert f"skipped: {photos}/cut.png is not a readable image" in said.err
+    assert "10 images in " in said.err
+    assert "% of the time inside the model, 2 unreadable and skipped" in said.err
+
+
+def test_exif_rotation_is_applied(model: CoCa, photos: Path, tmp_path: Path) -> None:
+    from coca_lit.tools.caption.inputs import Source, load_images
+
+    render(10, size=48).save(tmp_path / "upright.jpg", quality=95)
+    paths = [photos / "turned.jpg", tmp_path / "upright.jpg"]
+    batch = next(load_images([[Source(path.name, path) for path in paths]], preprocessing(32, "bicubic", "shortest")))
+    difference = (batch.pixels[0].float() - batch.pixels[1].float()).abs().mean()
+    assert difference < 2  # of 255; JPEG loses a little differently
+    stored = (batch.pixels[0].rot90(1, (1, 2)).float() - batch.pixels[1].float()).abs().mean()
+    assert stored > 10
+
+
+def test_an_image_of_a_shard_that_vanished_is_named(tmp_path: Path) -> None:
+    from coca_lit.tools.caption.inputs import Source, load_images
+
+    gone = Source("the first", tmp_path / "gone.tar", offset=512, size=100)
+    batch = next(load_images([[gone]], preprocessing(32, "bicubic", "shortest")))
+    assert not batch.positions
+    assert "the first" in batch.broken[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "greedy", "max_length": 8},
+        {"num_beams": 3, "num_captions": 2, "length_penalty": 0.5},
+        {"prompt": "a small", "rerank": "contrastive", "rerank_weight": 0.2, "no_repeat_ngram": 2},
+    ],
+)
+def test_standard_output_with_options(
+    options: dict, model: CoCa, checkpoint: str, photos: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [f"generate.{key}={value}" for key, value in options.items()]
+    caption(checkpoint, f"images=[{photos}/00.png,'{photos}/0[12].png']", *words)
+    paths = [photos / f"0{i}.png" for i in range(3)]
+    expected = [f"{path}\t{text}" for path in paths for text in naive_captions(model, path, **options)]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_hostile_file_names(checkpoint: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "photos" / name for name in HOSTILE]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        render(i).save(path)
+    images = f"images=[{','.join(quote(str(path)) for path in paths)}]"
+    caption(checkpoint, images, f"output={tmp_path}/c.jsonl")
+    assert [row["path"] for row in lines(tmp_path / "c.jsonl")] == [str(path) for path in paths]
+
+
+@pytest.mark.slow
+def test_words_of_a_real_command(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
+    names = [os.fsencode(name) for name in HOSTILE if "/" not in name]
+    for i, name in enumerate(names):
+        render(i).save(os.path.join(tmp_path, os.fsdecode(name)))
+    command = [sys.executable, "-m", "coca_lit.tools.caption", checkpoint, "num_workers=1", "precision=fp32"]
+    done = subprocess.run([*command, *names[:-1], "--", names[-1]], cwd=tmp_path, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    expected = [naive_captions(model, tmp_path / os.fsdecode(name))[0].encode() for name in names]
+    shown = [name.replace(b"\n", rb"\x0a").replace(b"\t", rb"\x09") for name in names]
+    assert done.stdout.splitlines() == [b"%s\t%s" % pair for pair in zip(shown, expected, strict=True)]
+    assert sorted(os.listdir(os.fsencode(tmp_path))) == sorted(names)  # no run folder, no log
+
+
+def test_coco_results(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
+    names = {"COCO_val2014_000000000042.jpg": 42, "000000000139.jpg": 139, "1000268201_693b08cb0e.jpg": None}
+    for i, name in enumerate(names):
+        render(i).save(tmp_path / name)
+    caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/r.json", "batch_size=2")
+    expected = {number or Path(name).stem: naive_captions(model, tmp_path / name)[0] for name, number in names.items()}
+    assert read_results(tmp_path / "r.json") == expected
+    render(9).save(tmp_path / "7.png")
+    caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/r.json", "batch_size=2")
+    assert read_results(tmp_path / "r.json") == expected | {7: naive_captions(model, tmp_path / "7.png")[0]}
+    assert {path.name for path in tmp_path.glob("r.*")} == {"r.json", "r.json.settings.json"}
+    render(9).save(tmp_path / "COCO_val2014_000000000007.png")
+    with pytest.raises(DataError, match=r"7\.png.*jsonl"):
+        caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/r.json")
+    with pytest.raises(DataError, match="jsonl"):
+        caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/q.json", "generate.num_captions=2")
+
+
+def test_shards_keep_everything_but_the_caption(
+    model: CoCa, checkpoint: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption(checkpoint, f"images=[{shards}]", f"output={tmp_path}/new", "batch_size=4", "num_workers=1")
+    paths = sorted(shards.glob("*.tar"))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"settings.json", *(path.name for path in paths)}
+    for path in paths:
+        before, after = members(path), members(tmp_path / "new" / path.name)
+        assert list(after) == list(before)
+        for name, content in before.items():
+            stem = name.removesuffix(".jpg").removesuffix(".txt").removesuffix(".json")
+            if name.endswith(".jpg"):
+                assert after[name] == content
+                (tmp_path / "one.jpg").write_bytes(content)
+                assert after[f"{stem}.txt"].decode() == naive_captions(model, tmp_path / "one.jpg")[0]
+            if name.endswith(".json"):
+                original = {"original_caption": before[f"{stem}.txt"].decode()}
+                assert json.loads(after[name]) == json.loads(content) | original
+        for key, source in (("txt", after), ("original_caption", before)):  # training reads the new and the old caption
+            samples = read_shard(ShardFile(str(tmp_path / "new" / path.name)), [key], BadSamples(0))
+            texts = [content.decode() for name, content in source.items() if name.endswith(".txt")]
+            assert [sample.captions for sample in samples] == [(text,) for text in texts]
+    # Rewritten, a shard is the same, byte for byte; captioned once more it still has the first caption.
+    first = (tmp_path / "new" / "00000.tar").read_bytes()
+    (tmp_path / "new" / "00000.tar").unlink()
+    caption(checkpoint, f"images=[{shards}]", f"output={tmp_path}/new", "batch_size=4")
+    assert (tmp_path / "new" / "00000.tar").read_bytes() == first
+    again = ["generate.strategy=sample", "generate.num_captions=3"]
+    caption(checkpoint, f"images=[{tmp_path}/new/00000.tar]", f"output={tmp_path}/again/", *again)
+    before, after = members(paths[0]), members(tmp_path / "again" / "00000.tar")
+    name = next(name for name in before if name.endswith(".json"))
+    fields = json.loads(after[name])
+    assert fields["original_caption"] == json.loads(before[name])["caption"]
+    assert len(fields["generated_captions"]) == 3
+
+
+def odd_shard(path: Path) -> None:
+    def add(name: str, content: bytes, **fields: object) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        for field, value in fields.items():
+            setattr(member, field, value)
+        tar.addfile(member, io.BytesIO(content))
+
+    buffer = io.BytesIO()
+    render(1).save(buffer, "PNG")
+    good = buffer.getvalue()
+    with tarfile.open(path, "w") as tar:
+        add("bare.PNG", good)
+        add("broken.jpg", b"nothing")
+        add("broken.txt", b"old")
+        add("text.txt", b"no image")
+        add("odd.json", b"{not json")
+        add("odd.png", good)
+        add("odd.seg.npy", b"\x93NUMPY")
+        add("link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add("last.png", good)
+
+
+def test_odd_samples(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    odd_shard(tmp_path / "odd.tar")
+    caption(checkpoint, f"images=[{tmp_path}/odd.tar]", f"output={tmp_path}/new/")
+    after = members(tmp_path / "new" / "odd.tar")
+    names = ["bare.json", "bare.png", "bare.txt", "odd.json", "odd.png", "odd.seg.npy", "odd.txt"]
+    assert list(after) == [*names, "last.json", "last.png", "last.txt"]
+    assert json.loads(after["bare.json"]) == {}
+    assert json.loads(after["odd.json"]) == {"broken_json": "{not json"}
+    assert after["odd.seg.npy"] == b"\x93NUMPY"
+    assert f"skipped: {tmp_path}/odd.tar/broken is not a readable image" in capsys.readouterr().err
+    whole = (tmp_path / "odd.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: whole.rindex(b"last.png") + 600])
+    caption(checkpoint, f"images=[{tmp_path}/cut.tar]", f"output={tmp_path}/new/")
+    assert list(members(tmp_path / "new" / "cut.tar")) == names
+    assert f"{tmp_path}/cut.tar is broken or truncated" in capsys.readouterr().err
+
+
+def test_output_is_continued_with_the_same_model_and_options_only(
+    checkpoint: str, photos: Path, tmp_path: Path
+) -> None:
+    same = (f"images=[{photos}/00.png]", f"output={tmp_path}/c.jsonl")
+    caption(checkpoint, *same)
+    with pytest.raises(DataError, match=r"c\.jsonl\.settings\.json.*num_beams=None.*num_beams=3"):
+        caption(checkpoint, *same, "generate.num_beams=3")
+    save_model(new_model(seed=1), tmp_path / "other.safetensors")
+    with pytest.raises(DataError, match=r"c\.jsonl\.settings\.json.*model=\w+.*model=\w+"):
+        caption(f"checkpoint={tmp_path}/other.safetensors", *same)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("images=[]", r"\.jpg.*\.tar"),
+        ("images=['{0..3.tar']", r"'\{0\.\.3\.tar'"),
+        ("images=['{0..3}.tar']", "4 of 4"),
+        ("images=[notes.txt]", r"notes\.txt.*'\.txt'"),
+        ("images=[a.png] output=c.csv", r"'\.csv'.*output=c\.csv"),
+        ("images=[a.tar] output=.", r"a\.tar"),
+        ("images=[a.tar,b/a.tar] output=new", r"a\.tar.*b/a\.tar.*new/a\.tar"),
+        ("images=[a.png] output=notes.txt/c.jsonl", r"notes\.txt/c\.jsonl"),
+        ("images=[a.png] batch_size=0", "batch_size.*0"),
+        ("images=[a.png] generate.top_k=3", "^generate: top_k.*sample"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: str, said: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("text")
+    render(0).save("a.png")
+    Path("b").mkdir()
+    for path in ("a.tar", "b/a.tar"):
+        tarfile.open(path, "w").close()
+    with pytest.raises((DataError, ConfigError), match=said) as caught:
+        caption(checkpoint, *words.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_decoder(tmp_path: Path, photos: Path) -> None:
+    save_model(new_model(decoder_layers=0), tmp_path / "clip.safetensors")
+    with pytest.raises(ConfigError, match=r"^checkpoint: .*decoder"):
+        caption(f"checkpoint={tmp_path}/clip.safetensors", f"images=[{photos}]")
+
+
+def test_sampling_depends_on_the_seed_alone(checkpoint: str, photos: Path, tmp_path: Path) -> None:
+    def sampled(name: str, seed: int) -> list[dict]:
+        torch.manual_seed(len(name))
+        words = (f"images=[{photos}]", f"output={tmp_path}/{name}.jsonl", "generate.strategy=sample", f"seed={seed}")
+        caption(checkpoint, *words)
+        return lines(tmp_path / f"{name}.jsonl")
+
+    assert sampled("a", 0) == sampled("bb", 0) != sampled("ccc", 1)
+
+
+@pytest.mark.parametrize("output", ["X/", "X/c.jsonl", "X/c.json"])
+def test_nothing_of_others_is_removed_or_replaced(output: str, checkpoint: str, shards: Path, tmp_path: Path) -> None:
+    mine = [".notes.2024.tmp", ".cache.v1.tmp/deep/precious", "c.jsonl", "c.json", ".c.jsonl.7.tmp", ".c.json.7.tmp"]
+    for name in mine:
+        path = tmp_path / "X" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    with pytest.raises(DataError, match=r"settings\.json"):
+        caption(checkpoint, f"images=[{shards}/00000.tar]", f"output={tmp_path}/{output}")
+    assert {str(path.relative_to(tmp_path / "X")) for path in (tmp_path / "X").rglob("*") if path.is_file()} == {*mine}
+    assert all((tmp_path / "X" / name).read_text() == "mine" for name in mine)

@@ -1,0 +1,154 @@
+"""`coca-caption` killed at every point where it writes, and gone on with: nothing is lost, repeated or different."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coca_lit import save_model
+from coca_lit.data.scenes.render import render
+from coca_lit.errors import ConfigError
+from coca_lit.files import append_lines
+from coca_lit.tools.caption import outputs, shards
+from coca_lit.tools.prepare.scenes import write_shards
+from helpers.applying import caption, new_model
+from helpers.forking import Program
+
+PHOTOS = 10  # in batches of 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, photos/ with one that is broken, shards/, and of each kind of output the one without a kill."""
+    folder = tmp_path_factory.mktemp("resume")
+    save_model(new_model(), folder / "tiny.safetensors")
+    (folder / "photos").mkdir()
+    for i in range(PHOTOS):
+        render(i * 37, size=40).save(folder / "photos" / f"{i}.png")
+    (folder / "photos" / "4.png").write_bytes(b"broken")
+    (folder / "shards").mkdir()
+    write_shards(folder / "shards", 12, 40, per_shard=4)
+    for output in ("lines.jsonl", "coco.json", "new/"):
+        write(folder, folder / "expected" / output)
+    return folder
+
+
+def write(folder: Path, output: Path) -> None:
+    images = folder / ("photos" if output.suffix else "shards")
+    caption(f"checkpoint={folder}/tiny.safetensors", f"images=[{images}]", f"output={output}", "batch_size=3")
+
+
+def killed(work: Callable[[], None]) -> bool:
+    """Runs `work` in a copy of this process; whether it was killed by SIGKILL on its way."""
+    if (pid := os.fork()) == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def dying(function: Callable[..., Any], at: int, before: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
+    """`function`, but its call number `at` does `before` and kills the process instead."""
+    calls = 0
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            before(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    return call
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Of an output: its files, those beside it that belong to it included, temporary ones not."""
+    files = path.iterdir() if path.is_dir() else path.parent.glob(f"{path.name}*")
+    return {file.name: file.read_bytes() for file in files if not file.name.startswith(".")}
+
+
+def half_a_line(path: Path, rows: Any) -> None:
+    """What a kill in the middle of a write leaves: the first row and a torn second one."""
+    rows = list(rows)
+    append_lines(path, rows[:1])
+    with path.open("a") as file:
+        file.write('{"path": "photos/x.png", "capt')
+
+
+@pytest.mark.parametrize("output", ["lines.jsonl", pytest.param("coco.json", marks=pytest.mark.slow)])
+def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kills = tmp_path / output, 0
+    for at in (1, 2, 1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(outputs, "append_lines", dying(append_lines, at, half_a_line))
+            kills += killed(lambda: write(folder, path))
+    with monkeypatch.context() as patch:  # and while everything is brought in order
+        patch.setattr(outputs, "atomic_write", dying(outputs.atomic_write, 1))
+        kills += killed(lambda: write(folder, path))
+    assert kills >= 3
+    write(folder, path)
+    assert contents(path) == contents(folder / "expected" / output)
+
+
+def test_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, kills = tmp_path / "new", 0
+    for at in (2, 5, 6):  # within a shard, and within a later one
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "_recaptioned", dying(shards._recaptioned, at))
+            kills += killed(lambda: write(folder, path))
+    assert kills == 3
+    done = {file.name: file.stat().st_mtime_ns for file in path.glob("*.tar")}
+    assert 0 < len(done) < 3
+    write(folder, path)
+    assert contents(path) == contents(folder / "expected" / "new")
+    assert done.items() <= {file.name: file.stat().st_mtime_ns for file in path.glob("*.tar")}.items()
+    assert not list(path.glob(".*"))  # what the killed ones left half-written
+
+
+def test_what_was_added_is_captioned(folder: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    os.link(folder / "photos" / "7.png", photos / "7.png")
+    words = (f"checkpoint={folder}/tiny.safetensors", f"images=[{photos}]", f"output={tmp_path}/c.jsonl")
+    caption(*words)
+    (first,) = (tmp_path / "c.jsonl").read_text().splitlines()
+    os.link(folder / "photos" / "3.png", photos / "3.png")
+    caption(*words)
+    assert [line.split('"')[3] for line in (tmp_path / "c.jsonl").read_text().splitlines()] == [
+        str(photos / "3.png"),
+        str(photos / "7.png"),
+    ]
+    assert (tmp_path / "c.jsonl").read_text().splitlines()[1] == first
+
+
+@pytest.mark.parametrize("output", ["lines.jsonl", "coco.json"])
+def test_two_commands_on_one_file(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def append(path: Path, rows: Any) -> None:  # the first command is at work
+        with pytest.raises(ConfigError, match=rf"{output} is in use by process {os.getpid()}"):
+            write(folder, tmp_path / output)
+        append_lines(path, rows)
+
+    monkeypatch.setattr(outputs, "append_lines", append)
+    write(folder, tmp_path / output)
+    assert contents(tmp_path / output) == contents(folder / "expected" / output)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_command_killed_from_outside(folder: Path, tmp_path: Path) -> None:
+    words = [f"checkpoint={folder}/tiny.safetensors", "num_workers=2", "precision=fp32", "batch_size=1"]
+    command = ("-m", "coca_lit.tools.caption", str(folder / "photos"), *words, f"output={tmp_path}/c.jsonl")
+    program = Program(*command, cwd=tmp_path, environment=os.environ)
+    while not (tmp_path / "c.jsonl").exists() and program.process.is_alive():
+        time.sleep(0.002)
+    program.process.kill()
+    program.wait()
+    caption(f"images=[{folder}/photos]", *words[:1], "batch_size=1", f"output={tmp_path}/c.jsonl")
+    caption(f"images=[{folder}/photos]", *words[:1], "batch_size=1", f"output={tmp_path}/whole.jsonl")
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

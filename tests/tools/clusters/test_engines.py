@@ -1,0 +1,101 @@
+"""Shards on the devices of this machine: what dies starts again, what fails is counted. Engines that need a cluster are
+in test_slurm.py and test_ray.py.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from coca_lit.data.shards.shard import read_manifest
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.tools.clusters.engines import Machine, Slurm, Work, engine_from
+from coca_lit.tools.prepare.command import data as coca_data
+from coca_lit.tools.prepare.scenes import write_shards
+from helpers.forking import called
+from helpers.shard_jobs import work_on
+
+
+@pytest.mark.slow
+def test_a_process_per_device_of_which_some_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """A device is one of those that the user made visible; a dead process costs its shard alone, and that only if it
+    dies every time.
+    """
+    called(os.getpid)  # starts the server from which processes are forked with everything imported
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    work = Work(Machine([1, "cpu"]), "working")
+    found = {name: rest for name, *rest in work(work_on, ["a", "once", "always", "broken", "bug", "b"], tmp_path)}
+    assert found.keys() == {"a", "b", "once"}
+    assert os.getpid() not in {process for process, _ in found.values()}
+    assert {device for _, device in found.values()} <= {"7", ""}
+    assert work.failed["always"].startswith("its process was killed 3 times")
+    assert work.failed["broken"] == "no such caption"
+    assert work.failed["bug"] == "ZeroDivisionError: division by zero"
+    with pytest.raises(DataError, match=r"3 of 8.*failed"):
+        work.close(8)
+    said = capfd.readouterr().err
+    assert "8 shards: 3 done, 2 skipped (finished before), 3 failed" in said
+    assert "failed: broken: no such caption" in said
+
+
+def test_in_this_process(tmp_path: Path) -> None:
+    for engine in (Machine(), Machine(["cpu"])):
+        assert [process for _, process, _ in Work(engine, "working")(work_on, "ab", tmp_path)] == [os.getpid()] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("engine=slrum", "'engine' has no option 'slrum'; did you mean 'slurm'"),
+        ("engine=gpus engine.device=[0]", "there is no key 'engine.device'; did you mean 'engine.devices'"),
+        ("engine=gpus engine.devices=7", "engine.devices must be auto, cores, or a list of GPU numbers and cpu, got 7"),
+        ("engine=gpus engine.devices=[-1]", "engine.devices must be auto, cores, or a list"),
+        ("engine=slurm engine.tasks_per_node=8", "engine.nodes and engine.tasks_per_node must be 1"),
+        ("engine=slurm engine.shards_per_job=0", "engine.shards_per_job must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_one_sentence(words: str, message: str) -> None:
+    if "slurm" in words:
+        pytest.importorskip("submitit")
+    with pytest.raises(ConfigError) as raised:
+        engine_from(words.split())
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_keys_of_launchers_are_keys_of_engines() -> None:
+    pytest.importorskip("submitit")
+    words = ["engine=slurm", "engine.partition=gpu", "engine.timeout_min=7", "engine.shards_per_job=3"]
+    engine = engine_from(words, ["cpu", "cpu"])
+    assert isinstance(engine, Slurm)
+    assert (engine.options["partition"], engine.options["timeout_min"], engine.size) == ("gpu", 7, 3)
+    assert engine.machine.devices == ["cpu", "cpu"]  # of `coca-data check … --workers 2`
+    assert engine_from(words).machine.devices is None  # a model has the GPU of its job
+
+
+def test_a_shard_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """`coca-data check` reports it, writes no manifest, and the same command checks that shard alone."""
+    from coca_lit.tools.prepare import check
+
+    write_shards(tmp_path, 6, 16, per_shard=2)
+    real, checked = check.check_shard, []
+
+    def failing(path: Path, caption_key: str) -> check.ShardReport:
+        checked.append(path.name)
+        if path.name == "00001.tar" and len(checked) < 4:
+            raise OSError("Input/output error")
+        return real(path, caption_key)
+
+    monkeypatch.setattr(check, "check_shard", failing)
+    command = ["check", str(tmp_path), "engine=local", "engine.devices=[cpu]"]
+    with pytest.raises(SystemExit, match=r"1 of 3.*failed"):
+        coca_data(command)
+    said = capsys.readouterr().err
+    assert f"failed: {tmp_path}/00001.tar: Input/output error" in said
+    assert "3 shards: 2 done, 0 skipped (finished before), 1 failed" in said
+    assert read_manifest(tmp_path) == {}
+    coca_data(command)
+    assert "3 shards: 1 done, 2 skipped (finished before), 0 failed" in capsys.readouterr().err
+    assert checked == ["00000.tar", "00001.tar", "00002.tar", "00001.tar"]
+    assert len(read_manifest(tmp_path)) == 3

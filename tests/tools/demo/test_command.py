@@ -1,0 +1,130 @@
+"""`coca-demo` up to the page: which model it shows, what it searches, and how it says that something is missing."""
+
+import http.client
+import json
+import subprocess
+
+import pytest
+
+from coca_lit.cli import command
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.errors import ConfigError
+from coca_lit.tools import builtin
+from coca_lit.tools.checkpoint import OUTPUTS
+from coca_lit.tools.demo import command as cli
+from coca_lit.weights.load import save_model
+
+
+def compose(*overrides):
+    return command.compose("demo", overrides)
+
+
+@pytest.fixture
+def shown(monkeypatch, tmp_path):
+    """The arguments of the page that a command would serve; the working directory is empty."""
+    pytest.importorskip("gradio")
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr("coca_lit.tools.demo.page.build_page", lambda *args, **kwargs: calls.append((*args, kwargs)))
+    monkeypatch.setattr("coca_lit.tools.demo.serve.serve", lambda *args: None)
+    return calls
+
+
+def fake_run(folder, score, model):
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps({"scenes/exact_match": score}))
+    save_model(model, folder / "checkpoints" / "last.safetensors")
+    (folder / "checkpoints" / "last.safetensors").rename(folder / "checkpoints" / "last.ckpt")
+
+
+def test_finds_the_best_finished_demo(tmp_path, tiny_model):
+    assert builtin.find_demo_model(tmp_path) is None
+    for name, score in (("demo/a", 0.91), ("demo_seed1", 0.95), ("smoke", 0.0), ("sweeps/x", 0.9)):
+        fake_run(tmp_path / name, score, tiny_model())
+    (tmp_path / "evaluate").mkdir()  # scores without a model
+    (tmp_path / "evaluate" / "results.json").write_text('{"scenes/exact_match": 1.0}')
+    assert builtin.find_demo_model(tmp_path) == tmp_path / "demo_seed1" / "checkpoints" / "last.ckpt"
+
+
+def test_trains_the_demo_if_there_is_none_and_says_so(shown, monkeypatch, tmp_path, capsys, tiny_model):
+    trained = tmp_path / "trained.safetensors"
+    save_model(tiny_model(), trained)
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        (tmp_path / "outputs" / "demo_model" / "checkpoints").mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(builtin.subprocess, "run", run)
+    with pytest.raises(ConfigError, match="demo model"):
+        cli.run(compose("checkpoint=builtin"))
+    assert "experiment=demo" in commands[0]
+    assert "training the demo model, a few minutes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_training_command_is_that_of_a_run(tmp_path, monkeypatch):
+    """The real command, which shows its configuration in place of training for minutes."""
+    real, shown = subprocess.run, []
+
+    def show(command):
+        shown.append(real([*command, "--cfg", "job"], capture_output=True, text=True, timeout=600))
+        return shown[0]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builtin.subprocess, "run", show)
+    checkpoint = builtin.train_demo_model(OUTPUTS)
+    assert checkpoint == OUTPUTS / "demo_model" / "checkpoints" / "last.ckpt"
+    assert {"name: demo_model", "max_epochs: 6"} <= {line.strip() for line in shown[0].stdout.splitlines()}
+
+
+def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_model):
+    save_model(tiny_model(), tmp_path / "tiny.safetensors")
+    cli.run(compose("checkpoint=tiny.safetensors"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for record in scene_records("val", count=3):
+        record.image().save(photos / f"{record.id}.png")
+    (photos / "broken.png").write_text("no image")
+    cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
+    save_model(tiny_model(text_layers=1), tmp_path / "other.safetensors")
+    for name in ("tiny", "other"):  # with the index of before, which another model cannot use
+        cli.run(compose(f"checkpoint={name}.safetensors", "images=photos"))
+    assert [len(index) for _, _, index, _ in shown] == [builtin.SCENES, 3, 3, 3]
+    assert shown[0][1] == "tiny.safetensors"
+    assert shown[0][3] == {"builtin": False}
+    assert (tmp_path / "photos.index.safetensors").is_file()
+
+
+def test_the_page_answers_to_its_own_name_alone():
+    """A page of another name that resolves to this machine could read the photos otherwise (DNS rebinding)."""
+    gr = pytest.importorskip("gradio")
+    from coca_lit.tools.demo.serve import serve
+
+    with gr.Blocks() as page:
+        pass
+    address = serve(page, None, wait=False)
+    port = int(address.rstrip("/").rpartition(":")[2])
+    answers = {}
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "evil.example", f"evil.example:{port}"):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/config", headers={"Host": host, "Origin": f"http://{host}"})
+        answer = connection.getresponse()
+        answers[host] = answer.status
+        assert (b"components" in answer.read()) == (answer.status == 200)
+        connection.close()
+    page.close()
+    assert [*answers.values()] == [200, 200, 400, 400]
+
+
+def test_a_file_of_another_kind_is_not_replaced_by_the_index(shown, tmp_path, tiny_model, capsys):
+    save_model(tiny_model(), tmp_path / "tiny.safetensors")
+    save_model(tiny_model(), tmp_path / "photos.index.safetensors")
+    before = (tmp_path / "photos.index.safetensors").read_bytes()
+    (tmp_path / "photos").mkdir()
+    for record in scene_records("val", count=3):
+        record.image().save(tmp_path / "photos" / f"{record.id}.png")
+    cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
+    assert (tmp_path / "photos.index.safetensors").read_bytes() == before
+    assert "photos.index.safetensors" in capsys.readouterr().out

@@ -1,0 +1,207 @@
+"""The page in a real browser: what a visitor does, and files that must be refused. Skipped where no browser is."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from coca_lit.models import create_model
+from coca_lit.tools.builtin import write_scenes
+from coca_lit.tools.search.index import ImageIndex
+
+pytestmark = pytest.mark.slow  # a real browser
+
+# Keeps what the buttons have said, however briefly.
+SEE_BUTTONS = """() => {
+    window.seen = [];
+    new MutationObserver(() => document.querySelectorAll("button").forEach((b) => window.seen.push(b.innerText)))
+        .observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+# What reaches beyond its window.
+CUT = """() => [...document.querySelectorAll("#captions td, #captions th, #examples img, #found img")]
+    .filter((part) => part.checkVisibility() && part.getBoundingClientRect().right > window.innerWidth)
+    .map((part) => part.outerHTML)"""
+# Whether the percentages in a column of the captions fall.
+SORTED = """(column) => {
+    const cells = [...document.querySelectorAll(".captions tr")].slice(1).map((row) => row.children[column]);
+    const shares = cells.map((cell) => parseInt(cell.innerText.match(/\\d+%/)));
+    return shares.every((share, i) => i == 0 || share <= shares[i - 1]);
+}"""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A page of a small model with random weights, with twelve scenes to search."""
+    pytest.importorskip("gradio")
+    from coca_lit.tools.demo.page import build_page
+    from coca_lit.tools.demo.serve import serve
+
+    torch.manual_seed(0)
+    model = create_model("coca_tiny").eval()
+    index = ImageIndex(model, write_scenes(tmp_path_factory.mktemp("scenes"), count=12))
+    index.update()
+    page = build_page(model, "tiny.safetensors", index, builtin=True)
+    yield serve(page, port=None, wait=False)
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        bundled = started.chromium.executable_path
+        found = [shutil.which(name) for name in BROWSERS] + ([bundled] if os.path.exists(bundled) else [])
+        path = next((path for path in found if path), None)
+        if path is None:
+            pytest.skip(f"no browser: looked for {', '.join(BROWSERS)} and that of `playwright install chromium`")
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(address, browser):
+    """The page, open; the test fails if it asked another machine for anything or reported an error of its own."""
+    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+    tab.set_default_timeout(120_000)
+    asked, broken = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("pageerror", lambda error: broken.append(str(error)))
+    tab.goto(address)
+    tab.wait_for_selector("#photo input[type=file]", state="attached")
+    yield tab
+    tab.close()
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    assert broken == []
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory) -> Path:
+    return next(write_scenes(tmp_path_factory.mktemp("photo"), count=1).glob("*.png"))
+
+
+def upload(page, file):
+    page.set_input_files("#photo input[type=file]", file)
+
+
+def captions(page):
+    """The rows of the table: caption, how sure of its words, how it fits the photo."""
+    page.wait_for_selector("#captions table")
+    read = "rows => rows.map(row => [...row.children].map(cell => cell.innerText))"
+    return page.locator("#captions tr:has(td)").evaluate_all(read)  # at once: the page may replace the table meanwhile
+
+
+def shares(rows, column):
+    return [int(re.search(r"(\d+)%", row[column])[1]) for row in rows]
+
+
+def message(page):
+    text = page.locator(".toast-body").first.inner_text()
+    page.locator(".toast-close").first.click()
+    page.locator(".toast-body").first.wait_for(state="detached")
+    return text
+
+
+def test_captions_of_an_uploaded_photo_follow_the_slider(page, photo, tmp_path):
+    banner = page.locator("#banner").inner_text()
+    assert "built-in demo model" in banner
+    assert "1.3 M parameters, images of 32 pixels" in banner
+    upload(page, photo)
+    rows = captions(page)
+    assert len(rows) == 5
+    best = page.locator("#captions .best").inner_text()
+    assert " ".join(page.locator("#captions .maps figcaption").all_inner_texts()) == best
+    assert "nothing about photos" in banner
+    assert "The second one is " in page.locator("#captions").inner_text()
+    assert page.locator("#captions .best").inner_text() == rows[0][0]
+    assert sum(shares(rows, 2)) == pytest.approx(100, abs=3)
+    for weight, column in (("0", 1), ("1", 2)):
+        page.locator("#weight input[type=number]").fill(weight)
+        page.locator("#weight input[type=number]").press("Enter")
+        page.wait_for_function(SORTED, arg=column)
+        ordered = captions(page)
+        assert sorted(row[0] for row in ordered) == sorted(row[0] for row in rows)
+        assert shares(ordered, column) == sorted(shares(rows, column), reverse=True)
+    page.screenshot(path=tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_labels_of_the_visitor(page, photo):
+    page.get_by_role("tab", name="Classification").click()
+    page.get_by_role("button", name="Classify").click()
+    assert "choose a photo first" in message(page)
+    upload(page, photo)
+    page.locator("#labels textarea, #labels input").fill("red circle, blue star, green ring")
+    page.get_by_role("button", name="Classify").click()
+    page.wait_for_selector("#classes >> text=blue star")
+    found = re.findall(r"(\d+)%", page.locator("#classes").inner_text())
+    assert len(found) == 4
+    assert sum(map(int, found)) == pytest.approx(100, abs=2)
+    assert "none of these" in page.locator("#classes").inner_text()
+    page.locator("#labels textarea, #labels input").fill("circle, elephant")
+    page.get_by_role("button", name="Classify").click()
+    assert "no 'elephant'" in message(page)
+    page.locator("#classes >> text=blue star").wait_for(state="detached")  # the old answer has gone
+
+
+def test_search_by_text_and_by_photo(page, photo):
+    page.get_by_role("tab", name="Search").click()
+    page.locator("#query textarea, #query input").fill("a zebra")
+    page.get_by_role("button", name="Search", exact=True).click()
+    assert "no 'zebra'" in message(page)
+    page.locator("#query textarea, #query input").fill("a large red star")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.locator("#found img").nth(11).wait_for()
+    page.locator("#rerank input").check()
+    page.evaluate(SEE_BUTTONS)
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.wait_for_function("window.seen.includes('Searching …')")  # busy, and then ready again
+    page.get_by_role("button", name="Search", exact=True).wait_for()
+    assert page.locator("#found img").count() >= 12
+    upload(page, photo)
+    page.locator("#photo img").wait_for()
+    page.get_by_role("button", name="Images like the photo").click()
+    page.wait_for_function("document.querySelectorAll('#found .caption-label').length == 11")
+    labels = page.locator("#found .caption-label").all_text_contents()
+    assert not [label for label in labels if photo.stem in label]  # the photo itself
+    assert labels[0].startswith("1. ")
+    page.locator("#query textarea, #query input").fill("a zebra")
+    page.get_by_role("button", name="Search", exact=True).click()
+    assert "no 'zebra'" in message(page)
+    page.locator("#found .caption-label").first.wait_for(state="detached")
+
+
+def test_a_phone_scrolls_in_one_direction_only(page, photo):
+    page.set_viewport_size({"width": 390, "height": 800})
+    upload(page, photo)
+    captions(page)
+    for tab in ("Classification", "Search", "Captions"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate(CUT) == []
+
+
+def test_files_that_are_no_photo_are_refused_and_the_page_goes_on(page, photo, tmp_path):
+    drawing = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>'
+    for name, content in (("drawing.svg", drawing), ("empty.png", b""), ("text.png", b"not an image")):
+        (tmp_path / name).write_bytes(content)
+        upload(page, tmp_path / name)
+        assert f"{name} is refused: expected an intact JPEG" in message(page)
+        assert page.locator("#photo img").count() == 0
+    upload(page, photo)
+    assert captions(page)
+
+
+def test_a_model_without_decoder_says_so():
+    pytest.importorskip("gradio")
+    from coca_lit.tools.demo.page import build_page
+
+    page = build_page(create_model("coca_tiny", decoder_layers=0).eval(), "clip.safetensors", None)
+    texts = [str(block.value) for block in page.blocks.values() if hasattr(block, "value")]
+    assert any("no decoder, so it cannot write captions" in text for text in texts)
+    assert any("images=FOLDER" in text for text in texts)
+    assert "Write captions" not in texts

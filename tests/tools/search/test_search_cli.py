@@ -1,0 +1,89 @@
+"""`coca-search` from its configuration to what it prints, and what it computes again and what not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from coca_lit import save_model
+from coca_lit.data.scenes.render import render
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.tools.search import command as search_cli
+from coca_lit.tools.search.index import ImageIndex
+from helpers.applying import new_model, run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_model(new_model(), tmp_path / "tiny.safetensors")
+    (tmp_path / "photos").mkdir()
+    for i in range(5):
+        render(i * 37, size=40).save(tmp_path / "photos" / f"{i}.png")
+    (tmp_path / "photos" / "zero.jpg").write_bytes(b"")
+    return tmp_path
+
+
+def search(*words: str) -> list:
+    return run("search", "checkpoint=tiny.safetensors", "num_workers=0", *words)
+
+
+def test_folder_is_embedded_once(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    hits = search("index=photos", "query=a red circle", "k=3")
+    index = ImageIndex(new_model(), "photos")
+    index.update()
+    assert hits == index.query("a red circle", k=3)
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"{score:.4f}\t{path}" for score, path in hits]
+    assert "skipped: photos/zero.jpg is not a readable image" in said.err
+    assert "photos.index.safetensors: 5 images (5 added, 0 changed, 0 removed)" in said.err
+    before = Path("photos.index.safetensors").stat().st_mtime_ns
+    found = search("index=photos", "query=photos/3.png", "k=4")
+    assert {hit.path.name for hit in found} == {"0.png", "1.png", "2.png", "4.png"}  # not the query itself
+    assert Path("photos.index.safetensors").stat().st_mtime_ns == before
+    render(99).save("photos/new.png")
+    assert Path("photos/new.png") in {hit.path for hit in search("index=photos", "query=a red circle", "k=99")}
+
+
+def test_index_in_a_file(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert search("index=i.safetensors", "images=photos") == []
+    assert capsys.readouterr().out == ""
+    render(99).save("photos/new.png")
+    assert len(search("index=i.safetensors", "query=a red circle")) == 5  # as it is
+    search("index=i.safetensors")  # brought up to date
+    assert len(search("index=i.safetensors", "query=a red circle")) == 6
+    Path("photos").rename("moved")
+    assert len(search("index=i.safetensors", "images=moved", "query=a red circle")) == 6
+
+
+def test_words_of_the_command(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["coca-search", "photos", "a red circle", "checkpoint=tiny.safetensors", "num_workers=0", "k=2"]
+    monkeypatch.setattr(sys, "argv", words)
+    search_cli.search()
+    printed = capsys.readouterr().out
+    hits = search("index=photos", "query=a red circle", "k=2")
+    assert printed.splitlines() == [f"{score:.4f}\t{path}" for score, path in hits]
+    assert {path.name for path in folder.iterdir()} == {"photos", "photos.index.safetensors", "tiny.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("index=absent", "'absent'.*for example: coca-search"),
+        ("index=red query=photos", "'red'.*did you mean: coca-search photos red$"),
+        ("index=photos/zero.jpg query=photos", r"coca-search photos photos/zero\.jpg$"),
+        ("index=i.safetensors images=absent", "'absent'"),
+        ("index=photos images=photos", "^index: 'photos'"),
+        ("index=tiny.safetensors query=red", r"'tiny\.safetensors'"),
+        ("index=tiny.safetensors images=photos", r"'tiny\.safetensors'"),
+        ("index=photos query=absent.jpg", r"^query: .*'absent\.jpg'"),
+        ("index=photos query=photos/zero.jpg", r"^photos/zero\.jpg"),
+        ("index=photos query=dog", "^query: .*'dog'"),
+        ("index=photos query=''", "^query: "),
+        ("index=photos query=red k=0", "^query: k .*0"),
+    ],
+)
+def test_mistakes_are_one_sentence(words: str, said: str, folder: Path) -> None:
+    with pytest.raises((DataError, ConfigError), match=said) as caught:
+        search(*words.split())
+    assert "\n" not in str(caught.value)

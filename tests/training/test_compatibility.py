@@ -1,0 +1,100 @@
+"""What does not go together in a training is refused, by the keys that chose it, before the run folder is made."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from coca_lit.callbacks import ScoreDuringTraining
+from coca_lit.cli.assembly import build_module, build_trainer
+from coca_lit.errors import ConfigError
+from coca_lit.evals import Settings
+from coca_lit.models import create_model
+from coca_lit.training.compatibility import (
+    ACCUMULATION,
+    AVERAGES,
+    FP16,
+    LORA,
+    MICRO_BATCHES,
+    NEEDS_WHOLE_BATCH,
+    NEEDS_WHOLE_WEIGHTS,
+    NO_DECODER,
+    SHARDED,
+    TABLE,
+    TEXTS,
+    TOKEN_MEANS,
+    check_together,
+    features,
+)
+from helpers.running import compose, run
+
+TINY = (
+    *("trainer=smoke", "trainer.precision=32-true", "model.net.name=coca_tiny", "image_size=32", "evals=[]"),
+    "model.freeze=[image_encoder]",
+)
+SCST = "+model.self_critical._target_=coca_lit.training.self_critical.SelfCritical"
+PREFIXES = "+model.objectives.a={_target_: coca_lit.training.caption_objectives.PrefixPrompts, prompts: [x]}"
+CHOICES = {
+    SHARDED: ("trainer.strategy={_target_: coca_lit.training.sharding.FullySharded}",),
+    MICRO_BATCHES: ("trainer.micro_batch_size=4",),
+    AVERAGES: ("ema=0.9",),
+    LORA: ("lora.rank=2",),
+    NEEDS_WHOLE_WEIGHTS: (PREFIXES,),
+    NEEDS_WHOLE_BATCH: (PREFIXES,),
+    TEXTS: ("data.text={folder}/texts.txt",),
+    NO_DECODER: ("+model.net.decoder_layers=0",),
+    ACCUMULATION: ("trainer.accumulate_grad_batches=2",),
+    TOKEN_MEANS: ("model.contrastive_weight=0",),
+}
+PAIRS = (  # stated here too, so that a row that the table loses is missed
+    (SHARDED, MICRO_BATCHES),
+    (SHARDED, AVERAGES),
+    (SHARDED, LORA),
+    (SHARDED, NEEDS_WHOLE_WEIGHTS),
+    (MICRO_BATCHES, FP16),
+    (MICRO_BATCHES, NEEDS_WHOLE_BATCH),
+    (TEXTS, NO_DECODER),
+    (ACCUMULATION, TOKEN_MEANS),
+)
+
+
+def test_the_table_has_all_pairs() -> None:
+    assert {(one, other) for one, other, _ in TABLE} == {*PAIRS}
+
+
+@pytest.mark.parametrize("row", [pair for pair in PAIRS if FP16 not in pair], ids="-".join)
+def test_every_row_is_refused_by_its_keys(tmp_path: Path, row: tuple[str, str]) -> None:
+    (tmp_path / "texts.txt").write_text("a ring\n" * 100)
+    words = [word for feature in row for word in CHOICES[feature]]
+    words = [word.replace("{folder}", str(tmp_path)) for word in words]
+    with pytest.raises(ConfigError, match="does not work with"):
+        run(tmp_path / "run", *TINY, *words)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_features_are_found_by_what_was_built(tmp_path: Path) -> None:
+    cfg = compose(*TINY, "ema=0.9", "lora.rank=2", PREFIXES, "+model.objectives.b=null", f"output_dir={tmp_path}")
+    module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+    found = features(trainer, module.net, module.further_objectives(), None, texts=False)
+    whole = dict.fromkeys((NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH, TOKEN_MEANS), "model.objectives.a")
+    assert found == {AVERAGES: "ema", LORA: "lora"} | whole
+    check_together(found)
+
+
+def test_fp16_and_micro_batches() -> None:
+    """A CPU computes in bf16 instead."""
+    trainer: Any = SimpleNamespace(strategy=None, precision="16-mixed", callbacks=[], accumulate_grad_batches=1)
+    found = features(trainer, create_model("coca_tiny"), {}, 4, texts=False)
+    with pytest.raises(ConfigError, match=r"trainer.micro_batch_size does not work with trainer.precision=16-mixed"):
+        check_together(found)
+
+
+def test_self_critical_training_needs_whole_weights(tmp_path: Path) -> None:
+    cfg = compose(*TINY, SCST, f"output_dir={tmp_path}")
+    assert cfg.model.net.get("dropout", 0) == 0
+    module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
+    found = features(trainer, module.net, module.further_objectives(), None, texts=False)
+    assert found[NEEDS_WHOLE_WEIGHTS] == "model.self_critical"
+    with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.self_critical"):
+        check_together(found | {SHARDED: "trainer=fsdp"})

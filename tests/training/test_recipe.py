@@ -1,0 +1,71 @@
+"""Values chosen by the photos, their texts and the machine."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from coca_lit.data import Record
+from coca_lit.data.datamodule import RecordsDataModule
+from coca_lit.data.scenes.render import render
+from coca_lit.errors import ConfigError
+from coca_lit.models import create_model
+from coca_lit.tokenizer import WordTokenizer
+from coca_lit.training import recipe
+from coca_lit.training.recipe import Facts, choose, small_data, vocabulary
+
+
+def facts(photos: int, **others: Any) -> Facts:
+    given = {"captions": photos, "counts": Counter({"a": 9}), "cores": 4, "gpu": False, "free_bytes": 10**12}
+    return Facts(photos, **{**given, "weights": None, **others})
+
+
+def values(photos: int, **others: Any) -> dict[str, Any]:
+    return {choice.key: choice.value for choice in choose(facts(photos, **others))}
+
+
+@pytest.mark.parametrize(
+    ("photos", "batch", "epochs", "views"), [(4, 2, 60, 6), (45, 8, 60, 6), (450, 64, 33, 6), (45_000, 128, 3, 2)]
+)
+def test_amounts(photos: int, batch: int, epochs: int, views: int) -> None:
+    chosen = values(photos)
+    assert chosen["data.batch_size"] == batch <= photos
+    assert chosen["trainer.max_epochs"] == epochs
+    assert chosen["data.cached_augmentations"] == views
+    assert 0.9 <= chosen["ema"] < 1
+    assert chosen["model.warmup_steps"] <= photos // batch * epochs / 10
+
+
+def test_machines() -> None:
+    assert values(45_000, gpu=True)["data.batch_size"] == 256
+    assert values(4500, gpu=True)["trainer.max_epochs"] > 3 * values(4500)["trainer.max_epochs"]
+    assert values(4500, free_bytes=10**8)["data.cached_augmentations"] == 0
+    assert values(4500, weights="x")["data.cached_augmentations"] == 0
+    assert [values(photos)["data.num_workers"] for photos in (999, 1000)] == [0, 3]
+
+
+def test_vocabularies() -> None:
+    assert vocabulary(Counter({"a": 900, "dog": 70, "cat": 30}))[0] == 5
+    assert vocabulary(Counter({"a": 900, "dog": 50, **{f"b{i}": 3 for i in range(20)}}))[0] == 3
+    assert vocabulary(Counter({"a": 90, "dog": 1, "cat": 1, "cow": 1, "pig": 1}))[0] == 1
+    assert vocabulary(Counter({f"长句{i}": 1 for i in range(50)}))[0] is None
+    assert vocabulary(Counter({f"b{i}": 9 for i in range(30_000)}))[0] is None
+
+
+def data_of(count: int) -> RecordsDataModule:
+    records = {"train": [Record(i, render(i).copy, f"a dog and {i}") for i in range(count)], "val": []}
+    return RecordsDataModule(records, tokenizer=WordTokenizer(["a"]), batch_size=1)
+
+
+def test_weights_bring_their_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = create_model("coca_tiny", pooler="cascade").config
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"coca_lit\[pretrained\]"):
+        small_data(data_of(8), {}, None)
+    what, choices = small_data(data_of(8), {"init_from": "outputs/x", "trainer.max_epochs": 2}, arguments)
+    assert what.startswith("8 photos")
+    chosen = {choice.key: choice.value for choice in choices}
+    assert (chosen["image_size"], chosen["model.warmup_steps"], chosen["data.cached_augmentations"]) == (32, 0, 0)
+    net = chosen["model.net"]
+    rebuilt = create_model(**net, image_size=32)
+    assert rebuilt.config == arguments

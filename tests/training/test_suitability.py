@@ -1,0 +1,91 @@
+"""Doomed data are named before the first step."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from coca_lit.data import Record
+from coca_lit.data.scenes.render import render
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.errors import DataError
+from coca_lit.models import create_model
+from coca_lit.tokenizer import WordTokenizer, get_tokenizer
+from coca_lit.training.suitability import check_captions, check_data, check_held_out, check_images
+from helpers.shards import jpeg, write_tar
+
+WORDS = WordTokenizer(["a", "dog"], context_length=6)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
+def test_unknown_words(capsys: pytest.CaptureFixture[str]) -> None:
+    check_captions(["a dog a dog"] * 19 + ["a dog a cat"], WORDS)
+    assert said(capsys) == ""
+    check_captions(["a dog a dog"] * 3 + ["a dog cat a"], WORDS)
+    assert "6%" in (text := said(capsys))
+    assert "cat" in text
+    with pytest.raises(DataError, match="75%"):
+        check_captions(["a black cat runs"], WORDS)
+    check_captions(["a black cat runs"], get_tokenizer("clip"))
+    assert said(capsys) == ""
+
+
+def test_long_captions(capsys: pytest.CaptureFixture[str]) -> None:
+    check_captions(["a dog"] * 3 + ["a dog a dog a"], WORDS)
+    assert "25%" in (text := said(capsys))
+    assert "context_length=7" in text
+    check_captions(["a dog a dog"], WORDS)  # with start and end just as long as the context
+    assert said(capsys) == ""
+
+
+def test_images(capsys: pytest.CaptureFixture[str]) -> None:
+    different = [Record(i, partial(render, i, size=40), "a") for i in range(8)]
+    check_images(different, 80)
+    check_images(different, 224, any_shape=True)
+    assert said(capsys) == ""
+    check_images(different, 81)
+    assert "40 pixels" in said(capsys)
+    with pytest.raises(DataError, match="same image"):
+        check_images([Record(i, partial(Image.new, "RGB", (32, 32), "red"), "a") for i in range(8)], 32)
+    few = [Record(i, partial(Image.new, "RGB", (32, 32), "red" if i < 20 else "blue"), "a") for i in range(30)]
+    check_images(few, 32)  # the first ones are equal, as they may be by chance
+
+
+def test_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = create_model("coca_tiny", tokenizer=["a", "dog"], image_size=64, context_length=6)
+    given = {"tokenizer": net.tokenizer, "batch_size": 2}
+
+    def check(*samples: tuple[int, str]) -> None:
+        files = {f"{i}.jpg": jpeg(shade) for i, (shade, _) in enumerate(samples)}
+        files |= {f"{i}.txt": caption.encode() for i, (_, caption) in enumerate(samples)}
+        write_tar(tmp_path / "00000.tar", dict(sorted(files.items())))
+        check_data(LAIONDataModule(str(tmp_path / "00000.tar"), None, **given), net)
+
+    with pytest.raises(DataError, match="same image"):
+        check(*[(0, "a dog")] * 10)
+    check(*[(0, "a dog a dog a")] * 4, *[(200, "a dog")] * 6)
+    assert "40%" in (text := said(capsys))
+    assert "18 pixels" in text
+    with pytest.raises(DataError, match="75%"):
+        check(*[(0, "a black cat runs")] * 4)
+    assert LAIONDataModule("s3://bucket/{0..3}.tar", 8, **given).drawn_records(8) == []
+
+
+def test_photos_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(6):
+        render(i, size=48).save(tmp_path / f"{i}.png")
+    shutil.copy(tmp_path / "1.png", tmp_path / "copy.png")
+    photos = {name: Record(name, tmp_path / f"{name}.png", "a") for name in [*"012345", "copy"]}
+    training = [photos["0"], photos["1"], Record("scene", partial(render, 0), "a")]
+    check_held_out(training, {"mine": [photos["2"], photos["3"]], "scenes": [Record(1, partial(render, 0), "a")]})
+    assert said(capsys) == ""
+    check_held_out(training, {"mine": [photos["0"], photos["2"]], "other": [photos["3"], photos["copy"], photos["4"]]})
+    first, second = said(capsys).splitlines()
+    assert "1 of 2 photos of mine" in first
+    assert "1 of 3 photos of other" in second
+    assert "copy.png" in second

@@ -1,0 +1,240 @@
+"""A small file takes little memory and time, whatever it claims: in a process of its own with a gigabyte to spare."""
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coca_lit.models import create_model
+from coca_lit.weights import MODEL_KEY
+from coca_lit.weights.open_clip import to_open_clip
+
+# Loads each file that a line of the input names, in at most 20 s and with a gigabyte more than the imports took.
+CHILD = """
+import resource, sys, time, torch
+import coca_lit.weights.load as load
+from coca_lit.errors import UserError
+torch.set_num_threads(1)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, resource.RLIM_INFINITY))
+for path in map(str.strip, sys.stdin):
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        load.load_dual_encoder(path)
+        said = "loaded"
+    except (ValueError, UserError) as error:
+        said = " ".join(str(error).split())
+    except BaseException as error:
+        said = f"raised {error!r}"
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(most // 1024, round(time.process_time() - start, 1), said, sep="\\t", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Callable[[Path], str]]:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    stdin, stdout = child.stdin, child.stdout
+
+    def refused(path: Path) -> str:
+        print(path, file=stdin, flush=True)
+        megabytes, seconds, said = stdout.readline().rstrip("\n").split("\t")
+        assert float(megabytes) < 700, said
+        assert float(seconds) < 20, said
+        assert said != "loaded"
+        assert not said.startswith("raised"), said
+        return said
+
+    yield refused
+    child.kill()
+    child.wait()
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny")
+    return {"state_dict": {f"net.{name}": t for name, t in model.state_dict().items()}, MODEL_KEY: model.config}
+
+
+@pytest.fixture(scope="module")
+def open_clip() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = create_model(
+        "coca_vit_b32",
+        image_encoder_args={"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1},
+        **{"image_size": 32, "embed_dim": 32, "pooler_queries": 3, "context_length": 10, "text_width": 32},
+        **{"text_layers": 1, "text_heads": 1, "decoder_layers": 1, "cls_mask": "legacy"},
+    )
+    return to_open_clip(model)
+
+
+def packed(path: Path, change: Callable[[str, bytes], bytes], how: int = zipfile.ZIP_DEFLATED) -> None:
+    """Writes a file of PyTorch's again, with other content and compression."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, content in members.items():
+            archive.writestr(name, change(name, content))
+
+
+def test_compressed_tensors(load: Callable[[Path], str], tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(4)}, tmp_path / "x.pt")
+    packed(tmp_path / "x.pt", lambda name, content: bytes(2**26) if "/data/" in name else content)
+    assert (tmp_path / "x.pt").stat().st_size < 10**7
+    assert "compressed" in load(tmp_path / "x.pt")
+
+
+def test_a_compressed_pickle(load: Callable[[Path], str], tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(4)}, tmp_path / "x.pt")
+    bomb = b"\x80\x02" + b"]" * 10**8 + b"."
+    packed(tmp_path / "x.pt", lambda name, content: bomb if name.endswith("data.pkl") else content)
+    assert "compressed" in load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_long_pickle(load: Callable[[Path], str], tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.zeros(4)}, path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        lists = b"\x80\x02" + b"]" * (2 * 10**7) + b"."
+        packed(path, lambda name, content: lists if name.endswith("data.pkl") else content, zipfile.ZIP_STORED)
+    else:
+        start = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})]
+        texts = b"\x80\x02(" + (b"X" + (2**16).to_bytes(4, "little") + b"x" * 2**16) * 150 + b"l."
+        path.write_bytes(b"".join(start) + texts)
+    assert "bytes" in load(path)
+
+
+def test_a_pickle_that_asks_for_zeros(load: Callable[[Path], str], tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(4)}, tmp_path / "x.pt")
+    zeros = b"\x80\x02c__builtin__\nbytearray\nJ" + struct.pack("<i", 2**31 - 1) + b"\x85R."
+    packed(tmp_path / "x.pt", lambda name, content: zeros if name.endswith("data.pkl") else content, zipfile.ZIP_STORED)
+    assert "bytearray" in load(tmp_path / "x.pt")
+
+
+def test_parts_that_overlap(load: Callable[[Path], str], tmp_path: Path) -> None:
+    """A hundred entries of the archive's directory lead to the same megabytes."""
+    torch.save({"w": torch.zeros(2**22)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+        archive.filelist.extend([next(m for m in archive.infolist() if "/data/" in m.filename)] * 100)
+        archive.writestr("more", b"")
+    assert "overlap" in load(tmp_path / "x.pt")
+
+
+def test_a_tensor_that_repeats_one_number(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:
+    size, width = 1_500_000, ours[MODEL_KEY]["text_width"]
+    state = ours["state_dict"] | {"net.text.position_embedding": torch.zeros(1).expand(size, width)}
+    torch.save({"state_dict": state, MODEL_KEY: ours[MODEL_KEY] | {"context_length": size - 1}}, tmp_path / "x.ckpt")
+    assert "stored" in load(tmp_path / "x.ckpt")
+
+
+def test_many_names_of_one_tensor(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:
+    state = ours["state_dict"] | dict.fromkeys((f"net.{i}" for i in range(1000)), torch.zeros(10**6))
+    torch.save({"state_dict": state, MODEL_KEY: ours[MODEL_KEY]}, tmp_path / "x.ckpt")
+    assert "stored" in load(tmp_path / "x.ckpt")
+
+
+def test_low_rank_updates_that_claim_a_matrix(
+    load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]
+) -> None:
+    name = "net.text.blocks.0.attention.out"
+    state = dict(ours["state_dict"])
+    inside = f"{name}.parametrizations.weight"
+    state[f"{inside}.original"] = state.pop(f"{name}.weight")
+    state |= {f"{inside}.0.a": torch.zeros(1, 10**5), f"{inside}.0.b": torch.zeros(10**5, 1)}
+    state[f"{inside}.0.scale"] = torch.zeros(())
+    torch.save({"state_dict": state, MODEL_KEY: ours[MODEL_KEY]}, tmp_path / "x.ckpt")
+    assert "low-rank" in load(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"text_layers": 4096},
+        {"decoder_layers": 4096, "text_layers": 4096},
+        {"image_encoder": "resnet50", "image_encoder_args": {"layers": [4096] * 4}},
+        {"image_encoder": "vit_base_patch32_clip_224", "image_encoder_args": {"depth": 4096}},
+        {"text_width": 4096, "text_heads": 1},
+        {"context_length": 10**12},
+        {"context_length": 10**6, "text_tower": "modern"},
+    ],
+)
+def test_forged_sizes(
+    load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any], forged: dict[str, Any]
+) -> None:
+    torch.save(ours | {MODEL_KEY: ours[MODEL_KEY] | forged}, tmp_path / "x.ckpt")
+    assert "is damaged or from another version" in load(tmp_path / "x.ckpt")
+
+
+def test_an_empty_tensor_explains_no_size(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:
+    state = ours["state_dict"] | {"net.x": torch.zeros(10**9, 0)}
+    config = ours[MODEL_KEY] | {"embed_dim": 10**6}
+    torch.save({"state_dict": state, MODEL_KEY: config}, tmp_path / "x.ckpt")
+    assert "empty" in load(tmp_path / "x.ckpt")
+
+
+def test_a_description_that_holds_itself_again_and_again(
+    load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]
+) -> None:
+    node: tuple[Any, ...] = (1, 1)
+    for _ in range(50):
+        node = (node, node)
+    torch.save(ours | {MODEL_KEY: ours[MODEL_KEY] | {"text_layers": node}}, tmp_path / "x.ckpt")
+    assert "nested" in load(tmp_path / "x.ckpt")
+
+
+def test_a_long_description(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:
+    state = {name.removeprefix("net."): tensor.contiguous() for name, tensor in ours["state_dict"].items()}
+    text = json.dumps(ours[MODEL_KEY])[:-1] + ', "x": [' + "[]," * (8 * 10**6) + "[]]}"
+    save_file(state, tmp_path / "x.safetensors", {MODEL_KEY: text})
+    assert "bytes" in load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("visual.positional_embedding", (4000**2 + 1, 1)), ("text.positional_embedding", (4 * 10**6, 1))],
+)
+def test_sizes_of_open_clip(
+    load: Callable[[Path], str],
+    tmp_path: Path,
+    open_clip: dict[str, Tensor],
+    name: str,
+    shape: tuple[int, int],
+    empty: bool,
+) -> None:
+    tensor = torch.zeros(shape[0], 0) if empty else torch.zeros(shape, dtype=torch.int8)
+    torch.save(open_clip | {name: tensor}, tmp_path / "x.pt")
+    assert ("empty" if empty else "numbers") in load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_layers_of_open_clip(
+    load: Callable[[Path], str], tmp_path: Path, open_clip: dict[str, Tensor], size: int
+) -> None:
+    layers = {f"text.transformer.resblocks.{i}.x": torch.zeros(size) for i in range(5000)}
+    save_file(open_clip | layers, tmp_path / "x.safetensors")
+    assert "damaged" in load(tmp_path / "x.safetensors")
+
+
+def test_a_config_beside_the_weights(load: Callable[[Path], str], tmp_path: Path, open_clip: dict[str, Tensor]) -> None:
+    save_file(open_clip, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").touch()
+    with (tmp_path / "open_clip_config.json").open("wb") as file:
+        file.truncate(2 * 2**30)
+    assert "bytes" in load(tmp_path / "open_clip_model.safetensors")

@@ -1,0 +1,138 @@
+"""int8 on disk: what is read equals what NumPy makes of the same file, and forged files are refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.models import CoCa
+from coca_lit.weights.hub import PHOTOS_WEIGHTS
+from coca_lit.weights.intact import load_tensors
+from coca_lit.weights.load import MODEL_KEY, load_model
+from experiments.photos.quantise import quantised, save_quantised
+
+Build = Callable[..., CoCa]
+CAT = Path(__file__).resolve().parents[2] / "experiments" / "photos" / "photos" / "cat.jpg"
+WEIGHT = "text.token_embedding.weight"
+
+
+@pytest.fixture(scope="module")
+def photos() -> CoCa:
+    return load_model("photos")
+
+
+def test_the_model_of_the_package_is_what_numpy_reads(photos: CoCa) -> None:
+    stored, state = load_file(PHOTOS_WEIGHTS), photos.state_dict()
+    for name, tensor in state.items():
+        rows = stored[WEIGHT if name == "decoder.vocabulary.weight" else name]
+        if rows.dtype == np.int8:
+            name = WEIGHT if name == "decoder.vocabulary.weight" else name
+            scales = stored[f"{name}.scales"].reshape(-1, *[1] * (rows.ndim - 1))
+            rows = rows.astype(np.float32) * scales
+        np.testing.assert_array_equal(tensor.numpy(), rows.astype(tensor.numpy().dtype), err_msg=name)
+    assert sum(name.endswith(".scales") for name in stored) > 100
+    assert PHOTOS_WEIGHTS.stat().st_size <= 20e6
+
+
+def test_it_writes_words_that_it_knows(photos: CoCa) -> None:
+    images = build_transform(**photos.preprocessing)(Image.open(CAT))[None]
+    words = photos.tokenizer.decode(photos.generate(images, strategy="beam")[0]).split()
+    assert len(words) > 3
+    assert set(words) <= set(photos.tokenizer.spec)
+
+
+def test_a_model_in_int8(tiny_model: Build, tmp_path: Path) -> None:
+    model, path = tiny_model(tokenizer=["a", "b"], tied_embeddings=True), tmp_path / "model.safetensors"
+    save_quantised(model, path)
+    loaded = load_model(path)
+    assert loaded.config == model.config
+    assert loaded.decoder is not None
+    assert loaded.decoder.vocabulary.weight is loaded.text.token_embedding.weight
+    for name, tensor in loaded.state_dict().items():
+        exact = model.state_dict()[name]
+        step = exact.flatten(1).abs().amax(dim=1) / 127 if exact.ndim > 1 else exact.abs() / 2**9  # int8, fp16
+        error = (tensor - exact).flatten(1).amax(dim=1) if exact.ndim > 1 else (tensor - exact).abs()
+        assert (error <= step * 0.501 + 1e-12).all(), name
+
+
+def test_numbers_that_fp16_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="'bias'"):
+        quantised({"bias": torch.tensor([1.0, 1e6])})
+
+
+def no_scales(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{WEIGHT}.scales"]
+
+
+def few_scales(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{WEIGHT}.scales"] = tensors[f"{WEIGHT}.scales"][:1].clone()
+
+
+def scales_not_numbers(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{WEIGHT}.scales"][0] = torch.nan
+
+
+def whole_scales(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{WEIGHT}.scales"] = tensors[f"{WEIGHT}.scales"].long()
+
+
+def scales_of_floats(tensors: dict[str, Tensor]) -> None:
+    tensors[WEIGHT] = tensors[WEIGHT].float()
+
+
+def scales_of_nothing(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{'a' * 9}.scales"] = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    "forge", [no_scales, few_scales, scales_not_numbers, whole_scales, scales_of_floats, scales_of_nothing]
+)
+def test_forged_scales(tiny_model: Build, tmp_path: Path, forge: Callable[[dict[str, Tensor]], None]) -> None:
+    path = tmp_path / "model.safetensors"
+    save_quantised(tiny_model(), path)
+    tensors, metadata = load_torch(path), load_tensors(path)[1]
+    forge(tensors)
+    save_file(tensors, path, metadata={MODEL_KEY: metadata[MODEL_KEY]})
+    assert_refused(path, "scale")
+
+
+def test_a_cut_file(tiny_model: Build, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_quantised(tiny_model(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_refused(path, "not a readable")
+
+
+def test_a_changed_byte(tiny_model: Build, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_quantised(tiny_model(), path)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    assert_refused(path, "damaged")
+
+
+def assert_refused(path: Path, word: str) -> None:
+    with pytest.raises(ValueError, match=word) as refused:
+        load_model(path)
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_vocabulary_is_left_out_only_where_it_is_tied(tiny_model: Build, tmp_path: Path) -> None:
+    path, arguments = tmp_path / "model.safetensors", dict[str, Any](tokenizer=["a", "b"])
+    save_quantised(tiny_model(**arguments), path)
+    tensors, metadata = load_torch(path), load_tensors(path)[1]
+    for name in ("decoder.vocabulary.weight", "decoder.vocabulary.weight.scales"):
+        del tensors[name]
+    save_file(tensors, path, metadata={MODEL_KEY: metadata[MODEL_KEY]})
+    assert_refused(path, "decoder.vocabulary")
