@@ -98,46 +98,55 @@ def test_waiting_threads_sleep_unless_told_otherwise(
     assert found == spins
 
 
-# Two threads on two cores, and another program that comes and goes: what the kernel would say of it is made up, since
-# the cores of a test are not its own. Threads, their cores and the products are real.
+# Two threads on two cores, and another program that comes and goes: what the kernel and the clocks would say of it is
+# made up, since the cores of a test are not its own. Threads, their cores and the products are real.
 PROGRAM = """
-import hashlib, os, time, torch
+import contextlib, hashlib, os, time, torch
+from types import SimpleNamespace
 from coca_lit import machine
-machine.LOOK = 0.1
 cores, other = sorted(os.sched_getaffinity(0))[:2], [0.0]
 os.sched_setaffinity(0, cores)
-spent, last = dict.fromkeys(cores, 0.0), [time.process_time(), time.monotonic()]
+spent, looks = dict.fromkeys(cores, 0.0), [0]
 def busy():
-    now = [time.process_time(), time.monotonic()]
-    own, seconds = now[0] - last[0], now[1] - last[1]
+    looks[0] += 1  # a second in which each core of this process was busy for half of it
     on = machine.shared_cores.cache_info().currsize and machine.shared_cores()._used or cores
     for core in cores:
-        spent[core] += own / len(on) * (core in on) + other[0] * seconds * (core == cores[0])
-    last[:] = now
+        spent[core] += 0.5 * (core in on) + other[0] * (core == cores[0])
+    own[0] += 0.5 * len(on)
     return dict(spent)
+own = [0.0]
 machine._busy = busy
+clocks = {"process_time": lambda: own[0], "monotonic": lambda: float(looks[0])}
+machine.time = SimpleNamespace(sleep=lambda _: time.sleep(0.1), **clocks)
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x, results = torch.randn(500, 500), set()
-watch = machine.shared_cores()
 
-def cores_of_threads(crowded):
+def cores_of_threads():
+    found = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            found.add(frozenset(os.sched_getaffinity(int(thread))))
+    return found
+
+def compute(until):
     began = time.monotonic()
-    while watch.crowded != crowded and time.monotonic() - began < 60:
+    while not until() and time.monotonic() - began < 120:
         results.add(hashlib.sha1((x @ x).softmax(0).sum().numpy().tobytes()).hexdigest())
-    time.sleep(0.05)
-    return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
 
-assert cores_of_threads(False) == {frozenset(cores)}
+watch = machine.shared_cores()
+compute(until=lambda: looks[0] > 3)
+assert cores_of_threads() == {frozenset(cores)}
+assert not watch.crowded
 other[0] = 1.0
-assert [len(found) for found in cores_of_threads(True)] == [1]
-time.sleep(1)
-assert cores_of_threads(True) == {frozenset(cores[1:])}, "the core without the other program"
+compute(until=lambda: watch.crowded and cores_of_threads() == {frozenset(cores[1:])})
+assert cores_of_threads() == {frozenset(cores[1:])}, "the core without the other program"
 if not (child := os.fork()):
     os._exit(sorted(os.sched_getaffinity(0)) != cores)
 assert os.waitpid(child, 0)[1] == 0, "a child may use all"
 other[0] = 0.0
-assert cores_of_threads(False) == {frozenset(cores)}
+compute(until=lambda: not watch.crowded and cores_of_threads() == {frozenset(cores)})
+assert cores_of_threads() == {frozenset(cores)}
 assert len(results) == 1
 """
 

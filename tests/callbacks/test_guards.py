@@ -1,7 +1,8 @@
 """Training that makes no progress: what is reported, and when."""
 
 import time
-from pathlib import Path
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,17 +15,16 @@ from coca_lit.data.batch import Batch
 
 
 class Slow(Dataset[Batch]):
-    """Batches of which one takes its time."""
+    """Four batches, each loaded by `load(its number)`."""
 
-    def __init__(self, slow: int, seconds: float) -> None:
-        self.slow, self.seconds = slow, seconds
+    def __init__(self, load: Callable[[int], None]) -> None:
+        self.load = load
 
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, i: int) -> Batch:
-        if i == self.slow:
-            time.sleep(self.seconds)
+        self.load(i)
         return Batch(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2), torch.ones(1), [f"sample {i}"])
 
 
@@ -45,12 +45,28 @@ class Module(L.LightningModule):
 
 @pytest.mark.parametrize("stalls", [False, True])
 def test_a_wait_for_data_is_reported_once_with_its_place(
-    tmp_path: Path, stalls: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    stalls: bool,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loader = DataLoader(Slow(2, 1.0 if stalls else 0.0), batch_size=None)
+    """Loading alone moves the clock: by 0.4 s a batch, or by an hour for the third, where 0.5 s are too long."""
+    now, looks = [0.0], [0]
+
+    def look() -> float:
+        looks[0] += 1
+        return now[0]
+
+    def load(i: int) -> None:
+        now[0] += 3600 if stalls and i == 2 else 0.4
+        seen, end = looks[0], time.monotonic() + 60
+        while looks[0] < seen + 3 and time.monotonic() < end:  # the guard looks again and again
+            time.sleep(0.01)
+
+    monkeypatch.setattr("coca_lit.callbacks.guards.time", SimpleNamespace(monotonic=look))
     options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[StallGuard(minutes=0.4 / 60)], **options)
-    trainer.fit(Module(), loader)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[StallGuard(minutes=0.5 / 60)], **options)
+    trainer.fit(Module(), DataLoader(Slow(load), batch_size=None))
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("coca_lit")]
     assert len(ours) == stalls
     said = capfd.readouterr().err

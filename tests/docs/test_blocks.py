@@ -78,7 +78,7 @@ PATH=/none
 
 def words_of(shell: list[str], block: str, folder: Path) -> str:
     block = "\n".join(re.sub(r"^(\S*/\S+)", r"say \1", line) for line in block.splitlines())  # a program by its path
-    done = subprocess.run([*shell, "-c", RECORDER + block], cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*shell, "-c", RECORDER + block], cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.stderr == "", f"{done.stderr} of {block}"
     return "\n".join(sorted(done.stdout.splitlines()))  # a command in the background is said at any time
 

@@ -180,7 +180,7 @@ def calls_of(script: Path, folder: Path) -> list[list[str]]:
         (folder / "bin" / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SEEDS": "0"}
     environment |= {"NOISE": "10", "FLICKR8K": str(folder)}
-    subprocess.run(["bash", study / script.name, folder], env=environment, check=True, timeout=60)
+    subprocess.run(["bash", study / script.name, folder], env=environment, check=True, timeout=600)
     return [line.split("\0")[:-1] for line in (folder / "calls").read_text().splitlines()]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,7 +15,10 @@ def interfaces() -> set[str]:
 def listens_here(process: int) -> bool:
     """Whether a process listens on TCP, in the network of this one; raises `AssertionError` if in another one."""
     own = Path(f"/proc/{process}")
-    sockets = {os.readlink(file) for file in (own / "fd").iterdir()}
+    sockets = set()
+    for file in (own / "fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            sockets.add(os.readlink(file))
     rows = [line.split() for name in ("tcp", "tcp6") for line in (own / "net" / name).read_text().splitlines()[1:]]
     listens = any(row[3] == "0A" and f"socket:[{row[9]}]" in sockets for row in rows)  # 0A: TCP_LISTEN
     assert not listens or os.readlink(own / "ns" / "net") == os.readlink("/proc/self/ns/net")
@@ -23,7 +27,8 @@ def listens_here(process: int) -> bool:
 
 def descendants(process: int) -> list[int]:
     """A process, its children, and theirs."""
-    children = [
-        int(pid) for task in Path(f"/proc/{process}/task").iterdir() for pid in (task / "children").read_text().split()
-    ]
-    return [process, *(pid for child in children for pid in descendants(child))]
+    children: list[str] = []
+    with suppress(FileNotFoundError, ProcessLookupError):  # one that has ended
+        for task in Path(f"/proc/{process}/task").iterdir():
+            children += (task / "children").read_text().split()
+    return [process, *(pid for child in children for pid in descendants(int(child)))]

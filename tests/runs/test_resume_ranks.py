@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import signal
-import socket
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import pairwise
@@ -189,12 +188,12 @@ def test_trouble_of_one_rank_is_that_of_all(on_ranks, tmp_path: Path) -> None:
 
 def test_signals_to_one_rank_save_once_and_end_all_with_143(tmp_path: Path) -> None:
     """They come after step 2; all ranks know with step 3."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun opens one
     told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
     told |= {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RUN_ID": "x",
         "GLOO_SOCKET_IFNAME": "lo",
     }
@@ -206,7 +205,7 @@ def test_signals_to_one_rank_save_once_and_end_all_with_143(tmp_path: Path) -> N
         processes.append(FORKSERVER.Process(target=train_here, args=(tmp_path / "run", overrides, watch, environment)))
         processes[-1].start()
     for process in processes:
-        process.join(120)
+        process.join(600)
     said = (tmp_path / "run.log").read_text()
     assert [process.exitcode for process in processes] == [143, 143], said
     assert said.count("stopping after step 3 on signal 15: saved ") == 1

@@ -237,7 +237,7 @@ def exit_code(target: Callable[[Path], None], folder: Path) -> int | None:
     """Of a process of its own."""
     process = FORKSERVER.Process(target=target, args=(folder,))
     process.start()
-    process.join(120)
+    process.join(600)
     return process.exitcode
 
 

@@ -169,6 +169,6 @@ def test_many_processes_share_a_small_cache(store, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) <= cache.max_bytes

@@ -34,7 +34,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.sent += self.wfile.write(bytes(2**16))  # type: ignore[attr-defined]
         for part in range(10):
             self.wfile.write(body[part * len(body) // 10 : (part + 1) * len(body) // 10])
-            time.sleep(0.1 if self.path == "/slow" else 0)
+            time.sleep(0.4 if self.path == "/slow" else 0)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Not to the terminal."""
@@ -73,10 +73,11 @@ def test_a_body_without_end_is_left(url, server):
 
 
 def test_a_transfer_that_goes_on_is_not_cut(url, tmp_path):
-    WebStore(0.5).get_file(f"{url}/slow", str(tmp_path / "x"), len(CONTENT))
+    """It takes twice as long as the server may be silent."""
+    WebStore(2).get_file(f"{url}/slow", str(tmp_path / "x"), len(CONTENT))
     assert (tmp_path / "x").read_bytes() == CONTENT
     with pytest.raises(ConnectionError, match="100 bytes"):
-        WebStore(0.5).get_file(f"{url}/slow", str(tmp_path / "x"), 100)
+        WebStore(2).get_file(f"{url}/slow", str(tmp_path / "x"), 100)
 
 
 def test_a_silent_server_is_left_when_the_patience_is_over(caplog):

@@ -24,11 +24,27 @@ SEE_BUTTONS = """() => {
 CUT = """() => [...document.querySelectorAll("#captions td, #captions th, #examples img, #found img")]
     .filter((part) => part.checkVisibility() && part.getBoundingClientRect().right > window.innerWidth)
     .map((part) => part.outerHTML)"""
-# Whether the percentages in a column of the captions fall.
-SORTED = """(column) => {
-    const cells = [...document.querySelectorAll(".captions tr")].slice(1).map((row) => row.children[column]);
-    const shares = cells.map((cell) => parseInt(cell.innerText.match(/\\d+%/)));
-    return shares.every((share, i) => i == 0 || share <= shares[i - 1]);
+# The page may replace any part at any time, so what belongs together is read at once, when it is complete.
+# The captions: rows of caption, how sure of its words, how it fits the photo; those of a column fall, if one is named.
+CAPTIONS = """(column) => {
+    const rows = [...document.querySelectorAll("#captions tr")].map((row) => [...row.querySelectorAll("td")]);
+    const cells = rows.filter((row) => row.length).map((row) => row.map((cell) => cell.innerText));
+    const shares = column === null ? [] : cells.map((row) => parseInt(row[column].match(/\\d+%/)));
+    const best = document.querySelector("#captions .best"), text = document.querySelector("#captions").innerText;
+    const maps = [...document.querySelectorAll("#captions .maps figcaption")].map((word) => word.innerText);
+    const falls = shares.every((share, i) => i == 0 || share <= shares[i - 1]);
+    if (!(cells.length && best && maps.length && falls)) return null;
+    return {cells, text, best: best.innerText, maps: maps.join(" ")};
+}"""
+FOUND = """(count) => {
+    const labels = [...document.querySelectorAll("#found .caption-label")].map((label) => label.textContent);
+    return labels.length == count ? labels : null;
+}"""
+# What a message says, which is closed.
+MESSAGE = """() => {
+    const message = document.querySelector(".toast-body"), text = message && message.innerText;
+    if (text) message.querySelector(".toast-close").click();
+    return text;
 }"""
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -88,11 +104,8 @@ def upload(page, file):
     page.set_input_files("#photo input[type=file]", file)
 
 
-def captions(page):
-    """The rows of the table: caption, how sure of its words, how it fits the photo."""
-    page.wait_for_selector("#captions table")
-    read = "rows => rows.map(row => [...row.children].map(cell => cell.innerText))"
-    return page.locator("#captions tr:has(td)").evaluate_all(read)  # at once: the page may replace the table meanwhile
+def captions(page, column=None):
+    return page.wait_for_function(CAPTIONS, arg=column).json_value()
 
 
 def shares(rows, column):
@@ -100,8 +113,7 @@ def shares(rows, column):
 
 
 def message(page):
-    text = page.locator(".toast-body").first.inner_text()
-    page.locator(".toast-close").first.click()
+    text = page.wait_for_function(MESSAGE).json_value()
     page.locator(".toast-body").first.wait_for(state="detached")
     return text
 
@@ -111,19 +123,17 @@ def test_captions_of_an_uploaded_photo_follow_the_slider(page, photo, tmp_path):
     assert "built-in demo model" in banner
     assert "1.3 M parameters, images of 32 pixels" in banner
     upload(page, photo)
-    rows = captions(page)
+    shown = captions(page)
+    rows = shown["cells"]
     assert len(rows) == 5
-    best = page.locator("#captions .best").inner_text()
-    assert " ".join(page.locator("#captions .maps figcaption").all_inner_texts()) == best
+    assert shown["maps"] == shown["best"] == rows[0][0]
     assert "nothing about photos" in banner
-    assert "The second one is " in page.locator("#captions").inner_text()
-    assert page.locator("#captions .best").inner_text() == rows[0][0]
+    assert "The second one is " in shown["text"]
     assert sum(shares(rows, 2)) == pytest.approx(100, abs=3)
     for weight, column in (("0", 1), ("1", 2)):
         page.locator("#weight input[type=number]").fill(weight)
         page.locator("#weight input[type=number]").press("Enter")
-        page.wait_for_function(SORTED, arg=column)
-        ordered = captions(page)
+        ordered = captions(page, column)["cells"]
         assert sorted(row[0] for row in ordered) == sorted(row[0] for row in rows)
         assert shares(ordered, column) == sorted(shares(rows, column), reverse=True)
     page.screenshot(path=tmp_path / "page.png")
@@ -138,10 +148,11 @@ def test_labels_of_the_visitor(page, photo):
     page.locator("#labels textarea, #labels input").fill("red circle, blue star, green ring")
     page.get_by_role("button", name="Classify").click()
     page.wait_for_selector("#classes >> text=blue star")
-    found = re.findall(r"(\d+)%", page.locator("#classes").inner_text())
+    said = page.locator("#classes").inner_text()
+    found = re.findall(r"(\d+)%", said)
     assert len(found) == 4
     assert sum(map(int, found)) == pytest.approx(100, abs=2)
-    assert "none of these" in page.locator("#classes").inner_text()
+    assert "none of these" in said
     page.locator("#labels textarea, #labels input").fill("circle, elephant")
     page.get_by_role("button", name="Classify").click()
     assert "no 'elephant'" in message(page)
@@ -161,12 +172,11 @@ def test_search_by_text_and_by_photo(page, photo):
     page.get_by_role("button", name="Search", exact=True).click()
     page.wait_for_function("window.seen.includes('Searching …')")  # busy, and then ready again
     page.get_by_role("button", name="Search", exact=True).wait_for()
-    assert page.locator("#found img").count() >= 12
+    page.locator("#found img").nth(11).wait_for()
     upload(page, photo)
     page.locator("#photo img").wait_for()
     page.get_by_role("button", name="Images like the photo").click()
-    page.wait_for_function("document.querySelectorAll('#found .caption-label').length == 11")
-    labels = page.locator("#found .caption-label").all_text_contents()
+    labels = page.wait_for_function(FOUND, arg=11).json_value()
     assert not [label for label in labels if photo.stem in label]  # the photo itself
     assert labels[0].startswith("1. ")
     page.locator("#query textarea, #query input").fill("a zebra")
@@ -181,8 +191,8 @@ def test_a_phone_scrolls_in_one_direction_only(page, photo):
     captions(page)
     for tab in ("Classification", "Search", "Captions"):
         page.get_by_role("tab", name=tab).click()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        assert page.evaluate(CUT) == []
+        page.wait_for_function("document.documentElement.scrollWidth <= 390")
+        page.wait_for_function(f"({CUT})().length == 0")
 
 
 def test_files_that_are_no_photo_are_refused_and_the_page_goes_on(page, photo, tmp_path):
@@ -191,9 +201,9 @@ def test_files_that_are_no_photo_are_refused_and_the_page_goes_on(page, photo, t
         (tmp_path / name).write_bytes(content)
         upload(page, tmp_path / name)
         assert f"{name} is refused: expected an intact JPEG" in message(page)
-        assert page.locator("#photo img").count() == 0
+        page.locator("#photo img").wait_for(state="detached")
     upload(page, photo)
-    assert captions(page)
+    assert captions(page)["cells"]
 
 
 def test_a_model_without_decoder_says_so():
