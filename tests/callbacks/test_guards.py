@@ -45,10 +45,7 @@ class Module(L.LightningModule):
 
 @pytest.mark.parametrize("stalls", [False, True])
 def test_a_wait_for_data_is_reported_once_with_its_place(
-    stalls: bool,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    stalls: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading alone moves the clock: by 0.4 s a batch, or by an hour for the third, where 0.5 s are too long."""
     now, looks = [0.0], [0]

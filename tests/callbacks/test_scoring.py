@@ -252,10 +252,7 @@ def test_a_score_of_the_end_is_checked_before_training(score: str, message: str 
 
 def test_the_scores_of_the_end_are_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_java(monkeypatch)
-    evals = [
-        CaptionScores("scenes", RECORDS, training_captions=lambda: ["one"]),
-        RetrievalScores("scenes", RECORDS),
-    ]
+    evals = [CaptionScores("scenes", RECORDS, training_captions=lambda: ["one"]), RetrievalScores("scenes", RECORDS)]
     scoring = ScoreDuringTraining(evals, settings := Settings(tmp_path, rerank=2))
     for evaluation in evals:
         scores = evaluation.evaluate(create_model("coca_tiny"), settings)

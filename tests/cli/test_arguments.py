@@ -81,13 +81,7 @@ def test_values_need_no_second_quotes(tmp_path: Path, typed: str, value: object)
     assert composed(tmp_path, to_override(f"query={typed}"))["query"] == value
 
 
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("[a", "query='\"[a\"'"),
-        ("{a: 1", "query='\"{a: 1\"'"),
-    ],
-)
+@pytest.mark.parametrize(("word", "said"), [("[a", "query='\"[a\"'"), ("{a: 1", "query='\"{a: 1\"'")])
 def test_what_is_not_in_the_grammar(monkeypatch: pytest.MonkeyPatch, word: str, said: str) -> None:
     monkeypatch.setattr("sys.argv", ["coca-search", f"query={word}", "index=x", "checkpoint=x"])
     with pytest.raises(SystemExit) as exit:

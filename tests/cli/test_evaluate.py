@@ -108,10 +108,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: checkpoint: .*'absent\.ckpt'"):
         evaluate()
     monkeypatch.setattr("sys.argv", ["coca-evaluate", f"hydra.run.dir={folder}"])
-    with pytest.raises(
-        SystemExit,
-        match=r"checkpoint=VALUE.*coca-evaluate checkpoint=outputs/my_run",
-    ):
+    with pytest.raises(SystemExit, match=r"checkpoint=VALUE.*coca-evaluate checkpoint=outputs/my_run"):
         evaluate()
     assert not folder.exists()
 

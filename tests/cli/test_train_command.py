@@ -141,10 +141,7 @@ def test_demo_predictions_are_coco_results_and_come_from_the_saved_model(demo: P
 @pytest.mark.usefixtures("no_java")
 @pytest.mark.parametrize(
     ("experiment", "extra", "scores"),
-    [
-        ("pretrain_b32", (), named("mscoco", CAPTION, RETRIEVAL)),
-        ("clip_b32", CLIP, named("mscoco", RETRIEVAL)),
-    ],
+    [("pretrain_b32", (), named("mscoco", CAPTION, RETRIEVAL)), ("clip_b32", CLIP, named("mscoco", RETRIEVAL))],
 )
 def test_pretraining_on_shards(
     data_sets: Path, tmp_path: Path, experiment: str, extra: tuple[str, ...], scores: set[str]

@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coca_lit.data.datamodule import (
-    CaptionDataModule,
-    FlickrDataModule,
-    MSCOCODataModule,
-    ScenesDataModule,
-)
+from coca_lit.data.datamodule import CaptionDataModule, FlickrDataModule, MSCOCODataModule, ScenesDataModule
 from coca_lit.data.datasets.captions import flickr_records, nocaps_records
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
@@ -30,12 +25,7 @@ def laion(folder: Path, num_workers: int) -> LAIONDataModule:
     if not shards.exists():
         export_scenes("shards", shards, count=600, size=16)
     return LAIONDataModule(
-        f"{shards}/*.tar",
-        24,
-        tokenizer=TOKENIZER,
-        batch_size=6,
-        image_size=16,
-        num_workers=num_workers,
+        f"{shards}/*.tar", 24, tokenizer=TOKENIZER, batch_size=6, image_size=16, num_workers=num_workers
     )
 
 

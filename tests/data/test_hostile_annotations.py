@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 
 from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
 from coca_lit.data.datasets.captions import coco_folder_records
-from coca_lit.data.datasets.choice import (
-    SUGARCREPE,
-    sugarcrepe_records,
-    winoground_records,
-)
+from coca_lit.data.datasets.choice import SUGARCREPE, sugarcrepe_records, winoground_records
 from coca_lit.data.datasets.classification import _read_classes
 from coca_lit.data.datasets.long_captions import docci_records, sharegpt4v_records, urban1k_records
 from coca_lit.data.datasets.vqa import vqa_records

@@ -93,11 +93,7 @@ CLAIMS = [
         r"(?i)beam search (?:on eight images is )?(\d+) times faster",
         cells("benchmarks/generation", "fp32, times as fast", "beam | 8"),
     ),
-    Claim(
-        ("benchmarks",),
-        r"greedy (\S+) times",
-        cells("benchmarks/generation", "fp32, times as fast", "greedy | 8"),
-    ),
+    Claim(("benchmarks",), r"greedy (\S+) times", cells("benchmarks/generation", "fp32, times as fast", "greedy | 8")),
     Claim(
         ("benchmarks",),
         r"\| input pipeline \| (\S+) to (\S+) times faster",
@@ -108,11 +104,7 @@ CLAIMS = [
             "photos in flickr8k | all, indexed shards",
         ),
     ),
-    Claim(
-        (STUDIES, "family"),
-        r"CIDEr (\d+) instead of (\d+) on scenes, (\d+) instead of (\d+) on photos",
-        MEMBERS,
-    ),
+    Claim((STUDIES, "family"), r"CIDEr (\d+) instead of (\d+) on scenes, (\d+) instead of (\d+) on photos", MEMBERS),
     Claim(
         (STUDIES, "family"),
         r"recall@1 (?:of )?(\d+) % on scenes and (\d+) % on photos[ ,(]+CoCa (\d+) and (\d+) %",

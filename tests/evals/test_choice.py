@@ -10,11 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.data.datasets.choice import (
-    SUGARCREPE,
-    sugarcrepe_records,
-    winoground_records,
-)
+from coca_lit.data.datasets.choice import SUGARCREPE, sugarcrepe_records, winoground_records
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError, DataNotFoundError

@@ -34,7 +34,7 @@ from coca_lit.weights.load import save_model
 pytest.importorskip("clip_benchmark")
 
 FLOWERS = [
-    *("rose", "tulip", "lily", "daisy", "orchid", "iris", "poppy", "peony", "dahlia", "lotus", "aster", "sun flower"),
+    *("rose", "tulip", "lily", "daisy", "orchid", "iris", "poppy", "peony", "dahlia", "lotus", "aster", "sun flower")
 ]
 SETS = {  # name -> (classes, format of the images, images in a shard)
     "flowers": (FLOWERS, "webp", 7),

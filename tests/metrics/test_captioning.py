@@ -245,10 +245,7 @@ def test_meteor_of_resampled_captions():
 
 
 def test_slow_or_failing_tokenizer_is_an_error_not_a_hang(monkeypatch, tmp_path):
-    for body, message in (
-        ("sleep 60", "0 s"),
-        ("echo broken >&2; exit 3", r"status 3\): broken"),
-    ):
+    for body, message in (("sleep 60", "0 s"), ("echo broken >&2; exit 3", r"status 3\): broken")):
         program = tmp_path / "java"
         program.write_text(f"#!/bin/sh\n{body}\n".replace("sleep", "exec sleep"))
         program.chmod(0o755)

@@ -10,9 +10,7 @@ from helpers.study import PROFILE, SMALL, millions
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("scenes", render.VOCABULARY), ("scenes_vqa", facts.VOCABULARY)],
-    ids=["scenes", "scenes_vqa"],
+    ("name", "words"), [("scenes", render.VOCABULARY), ("scenes_vqa", facts.VOCABULARY)], ids=["scenes", "scenes_vqa"]
 )
 def test_vocabulary_of_the_scenes(name: str, words: tuple[str, ...]) -> None:
     assert VOCABULARIES[name] == list(words)

@@ -176,11 +176,7 @@ def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
     often = ("data.train_count=32", "trainer.val_check_interval=4", "trainer.limit_val_batches=2")
     overrides = (*often, *EMA_AND_ACCUMULATION)
     assert train(tmp_path / "whole", *overrides) == 0
-    for watch, code in (
-        (SignalInValidation(2), 143),
-        (Die(6), -signal.SIGKILL),
-        (SignalInValidation(4), 143),
-    ):
+    for watch, code in ((SignalInValidation(2), 143), (Die(6), -signal.SIGKILL), (SignalInValidation(4), 143)):
         assert train(tmp_path / "stopped", *overrides, watch=watch) == code
         assert state(tmp_path / "stopped")[RUN_KEY]["validating"]
     assert train(tmp_path / "stopped", *overrides) == 0

@@ -32,6 +32,6 @@ def test_tiles_are_one_of_each_kind_and_none_is_reranked():
     recalls = [f"{data}/{way}_recall@1" for data in ("mscoco", "flickr30k") for way in ("t2i", "i2t", "reranked_t2i")]
     scores = [*recalls, "mscoco/CIDEr", "nocaps/CIDEr", "nocaps/in-domain/CIDEr", "mscoco/SPICE", "imagenet/top1"]
     assert headlines_of(scores, 5) == [
-        *("mscoco/CIDEr", "nocaps/CIDEr", "mscoco/t2i_recall@1", "mscoco/i2t_recall@1", "imagenet/top1"),
+        *("mscoco/CIDEr", "nocaps/CIDEr", "mscoco/t2i_recall@1", "mscoco/i2t_recall@1", "imagenet/top1")
     ]
     assert headlines_of([f"set{i}/top1" for i in range(9)], 5) == [f"set{i}/top1" for i in range(5)]

@@ -122,10 +122,7 @@ def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, name: st
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ([torch.zeros(1)], "list"),
-        ({"weight": torch.zeros(1)}, "no tensor 'visual.attn_pool.query'"),
-    ],
+    [([torch.zeros(1)], "list"), ({"weight": torch.zeros(1)}, "no tensor 'visual.attn_pool.query'")],
 )
 def test_other_contents(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "other.pt")
@@ -195,10 +192,7 @@ def test_a_damaged_architecture(tiny_model: Build, tmp_path: Path, config: Any) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"text_width": 32, "text_heads": 2},
-            r"'text.position_embedding' is \(25, 32\) in the model and \(25, 96\)",
-        ),
+        ({"text_width": 32, "text_heads": 2}, r"'text.position_embedding' is \(25, 32\) in the model and \(25, 96\)"),
         ({"text_layers": 3}, r"'text.blocks.2.norm_1.weight' is \(96,\) in the model and absent in the file"),
     ],
 )

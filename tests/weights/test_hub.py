@@ -100,12 +100,7 @@ def assert_equal(a: CoCa, b: CoCa) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        f"hf-hub:{B32}",
-        "coca_ViT-B-32/laion2b_s13b_b90k",
-        "COCA_vit_b_32/LAION2B-s13B-b90K",
-    ],
+    "name", [f"hf-hub:{B32}", "coca_ViT-B-32/laion2b_s13b_b90k", "COCA_vit_b_32/LAION2B-s13B-b90K"]
 )
 def test_a_model_by_name_is_that_of_its_file(
     hub: Hub, cache: Path, files: dict[str, bytes], model: CoCa, name: str

@@ -153,14 +153,8 @@ def test_what_stays_random_is_said(clip_file: Path, capsys: pytest.CaptureFixtur
         ({"text_width": 128}, r"'text.position_embedding' is \(77, 128\) in the model and \(77, 64\) in the file"),
         ({"text_layers": 1}, "'text.blocks.1.norm_1.weight' is absent in the model and"),
         ({"embed_dim": 24}, r"'text.projection.weight' is \(24, 64\) in the model and \(48, 64\) in the file"),
-        (
-            {"image_encoder_args": ENCODER | {"num_heads": 4}},
-            r"attn\.num_heads is 4 in the model and 2 in the file",
-        ),
-        (
-            {"image_encoder": "resnet10t", "image_encoder_args": {}},
-            r"resnet10t",
-        ),
+        ({"image_encoder_args": ENCODER | {"num_heads": 4}}, r"attn\.num_heads is 4 in the model and 2 in the file"),
+        ({"image_encoder": "resnet10t", "image_encoder_args": {}}, r"resnet10t"),
         ({"tokenizer": ["a", "b"]}, "vocabulary"),
     ],
 )

@@ -9,12 +9,7 @@ from PIL import Image
 
 from coca_lit.data.datamodule import SceneQuestionsDataModule, VQADataModule
 from coca_lit.data.datasets.vqa import frequent_answers, vqa_records
-from coca_lit.data.scenes.facts import (
-    KINDS,
-    VOCABULARY,
-    questions,
-    scene_question_records,
-)
+from coca_lit.data.scenes.facts import KINDS, VOCABULARY, questions, scene_question_records
 from coca_lit.data.scenes.render import AXES, decode, scene_records
 from coca_lit.data.scenes.render import VOCABULARY as CAPTION_VOCABULARY
 from coca_lit.errors import DataError, DataNotFoundError

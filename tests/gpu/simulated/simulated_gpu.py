@@ -150,7 +150,7 @@ VIEWS = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "chunk", "lift_fresh", "unsafe_split"),
 }
 WAITING = {
-    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount", "is_nonzero"),
+    *("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount", "is_nonzero")
 }
 MIXING = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "index_put", "set_"}  # take two devices
 INDEXING = MIXING - {"copy_", "_to_copy", "set_"}

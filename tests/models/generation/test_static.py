@@ -29,11 +29,7 @@ def model() -> CoCa:
 @pytest.mark.parametrize("count", [0, 5])
 @pytest.mark.parametrize("rules", [{}, {"min_length": 6, "no_repeat_ngram": 2}], ids=["free", "constrained"])
 def test_captions_are_those_of_the_ordinary_path(
-    model: CoCa,
-    options: dict[str, Any],
-    prompt: str,
-    count: int,
-    rules: dict[str, Any],
+    model: CoCa, options: dict[str, Any], prompt: str, count: int, rules: dict[str, Any]
 ) -> None:
     def write(writer: Any) -> Any:
         drawn = {"generator": torch.Generator().manual_seed(0)} if options.get("strategy") == "sample" else {}

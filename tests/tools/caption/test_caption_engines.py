@@ -75,14 +75,7 @@ def test_mistakes_are_told_before_any_job_starts(folder: Path, tmp_path: Path, c
 @pytest.mark.slow
 def test_a_process_per_device_of_which_one_is_killed(tmp_path: Path) -> None:
     expected = shards_to_caption(tmp_path)
-    command = (
-        sys.executable,
-        "-m",
-        "coca_lit.tools.caption",
-        *RECAPTION,
-        "engine=gpus",
-        "engine.devices=[cpu,cpu]",
-    )
+    command = (sys.executable, "-m", "coca_lit.tools.caption", *RECAPTION, "engine=gpus", "engine.devices=[cpu,cpu]")
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -287,10 +287,7 @@ def test_a_selection_replaces_no_scores(rows, tmp_path, monkeypatch, words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            ["dedup", "a", "output=k.parquet", "hash-distance=x"],
-            "--hash-distance",
-        ),
+        (["dedup", "a", "output=k.parquet", "hash-distance=x"], "--hash-distance"),
         (["check", "a", "workers=x"], "--workers"),
         (["check", "a", "workers=0"], "--workers"),
     ],

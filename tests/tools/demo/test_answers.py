@@ -11,15 +11,7 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
 from coca_lit.tools.builtin import write_scenes
-from coca_lit.tools.demo.answers import (
-    Candidate,
-    classify,
-    rank,
-    read_photo,
-    rerank_images,
-    why_second,
-    write_captions,
-)
+from coca_lit.tools.demo.answers import Candidate, classify, rank, read_photo, rerank_images, why_second, write_captions
 from coca_lit.tools.search.index import ImageIndex
 
 PHOTO = render(7, 64)

@@ -203,11 +203,7 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
     a, b, c = (read_run(tmp_path / name) for name in "abc")
     table = difference_table(a, b)
     heading, row, words = table.rows
-    assert (heading, row[0], words) == (
-        ["x, 5,000 images"],
-        "SPICE",
-        ["different words", "7", "", "7", *[""] * 5],
-    )
+    assert (heading, row[0], words) == (["x, 5,000 images"], "SPICE", ["different words", "7", "", "7", *[""] * 5])
     assert table.best == [(1, 3)]  # b, and only where the test says so
     assert float(row[5].removeprefix("+")) == pytest.approx(
         100 * (b.results["x/SPICE"] - a.results["x/SPICE"]), abs=0.01
