@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from coca_lit.cli.runtime import best_precision
-from coca_lit.cli.schema import AUTO, read_signature, unresolved, written
-from coca_lit.errors import ConfigError, DataNotFoundError, error_context
+from coca_lit.cli.schema import unresolved
+from coca_lit.cli.signatures import read_signature
+from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
 from coca_lit.machine import processors
 from coca_lit.runs.redaction import mask
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from coca_lit.tokenizer import Tokenizer
 
 WHEN = ("every_n_epochs", "every_n_steps", "quick")  # keys of `scoring` that the callback takes
-REQUIRED = "required"  # `init_from` of an experiment that trains a model further
-SMOKE_STEPS = 2  # of trainer=smoke
 NOT_SETTINGS = (*WHEN, "objective", "skip_missing")
 FUNCTIONS = ("objectives", "measures")  # arguments that hold functions by name, which are called later
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -96,7 +95,7 @@ def _awaits_arguments(node: DictConfig, path: str) -> bool:
 
 def build_data(cfg: DictConfig, tokenizer: "Tokenizer") -> "CaptionDataModule":
     """The training data, found; raises `DataError` if they are not there."""
-    with _data_place(cfg):
+    with data_place(cfg):
         data = build(cfg.data, "data", offered={"tokenizer": tokenizer})
         data.prepare_data()
     return data
@@ -112,7 +111,7 @@ def _named_place(key: str | None, otherwise: str) -> Iterator[None]:
         raise DataNotFoundError("; ".join(filter(None, (str(error), place, otherwise)))) from error
 
 
-def _data_place(cfg: DictConfig) -> AbstractContextManager[None]:
+def data_place(cfg: DictConfig) -> AbstractContextManager[None]:
     """`_named_place` of the training data."""
     key = next((f"data.{key}" for key in ("root", "shards") if key in cfg.data), None)
     return _named_place(key, "data=scenes needs no files")
@@ -244,111 +243,11 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
         print_rank_zero(f"low-rank updates of {len(adapted)} matrices of {parts}, {trained:,} parameters train")
 
 
-def with_vocabulary(cfg: DictConfig) -> DictConfig:
-    """The config with the words of the training captions as the network's tokenizer, if `vocabulary` is set.
-    Checkpoints hold the list.
-    """
-    from coca_lit.distributed import print_rank_zero
-    from coca_lit.tokenizer import frequent_words
-
-    if cfg.vocabulary is None:
-        return cfg
-    with _data_place(cfg):
-        groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
-    with error_context("vocabulary"):
-        words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
-    print_rank_zero(
-        f"vocabulary: {len(words)} words that occur at least {cfg.vocabulary} times in the training captions"
-    )
-    cfg = cfg.copy()
-    with open_dict(cfg):
-        cfg.model.net.tokenizer = words
-    return cfg
-
-
-def with_start(cfg: DictConfig) -> DictConfig:
-    """The config of an experiment that trains a model further (`init_from: required`): from random weights if it is but
-    a step or two, to check a set-up.
-
-    Raises:
-        ConfigError: nobody said which model.
-    """
-    if cfg.init_from != REQUIRED:
-        return cfg
-    if not 0 < cfg.trainer.max_steps <= SMOKE_STEPS:
-        raise ConfigError(
-            "this experiment trains a model further: name it, such as init_from=outputs/my_run, or say init_from=null "
-            "to start from random weights"
-        )
-    cfg = cfg.copy()
-    cfg.init_from = None
-    return cfg
-
-
-def with_recipe(cfg: DictConfig, source: "DualEncoder | None" = None, resumed: bool = False) -> DictConfig:
-    """The config with plain values for the keys that are "auto", if it names a recipe; prints them and why.
-
-    Args:
-        source: the model in `init_from`, if any.
-        resumed: take the values that the run folder records.
-    """
-    from coca_lit.distributed import print_rank_zero
-    from coca_lit.models import CoCa
-    from coca_lit.reading import read_run_yaml
-    from coca_lit.runs.run_folder import CONFIG
-
-    if cfg.recipe is None:
-        return cfg
-    cfg = cfg.copy()
-    if resumed:
-        for key, value in leaves(read_run_yaml(Path(cfg.output_dir), CONFIG)):
-            _fill(cfg, key, value)
-        return cfg
-    arguments = None
-    if source is not None:
-        if not isinstance(source, CoCa):
-            raise ConfigError(f"init_from: this recipe takes a CoCa, and {cfg.init_from} is a CLIP")
-        arguments = source.config
-    node = cast(dict[str, Any], OmegaConf.to_container(cfg.data, resolve=True))
-    known = {key: value for key, value in node.items() if value != AUTO}
-    with _data_place(cfg):
-        # Of which only the texts are read: batch and size do not matter.
-        data = build(OmegaConf.create({"batch_size": 1, **known}), "data", offered={"tokenizer": None})
-        given = {key: value for key, value in leaves(unresolved(cfg)) if value != AUTO and "${" not in str(value)}
-        what, choices = build(cfg.recipe, "recipe")(data, given, arguments)
-    print_rank_zero(f"chosen for {what}; every line is a key:")
-    for key, value, why in choices:
-        if any([_fill(cfg, *leaf) for leaf in leaves(value, key)]):
-            shown = "…" if isinstance(value, dict) else written(value)
-            print_rank_zero(f"  {key}={shown}  # {why}")
-    return cfg
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of all values in nested dictionaries."""
-    if not isinstance(node, dict) or not node:
-        yield path, node
-        return
-    for key, value in node.items():
-        yield from leaves(value, f"{path}.{key}" if path else key)
-
-
-def _fill(cfg: DictConfig, key: str, value: Any) -> bool:
-    """Sets a key that is "auto", or an argument of the network that is not given; whether it did."""
-    before = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-    if value == AUTO or not (before == AUTO or (before is None and key.startswith("model.net."))):
-        return False
-    with open_dict(cfg):
-        OmegaConf.update(cfg, key, value, force_add=True)
-    return True
-
-
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":
     """The evaluations of a config, and with `scoring.skip_missing` the reason for each whose data cannot be read. A
     target may return several evaluations, or be a function (model, records, settings) -> {score: value} itself.
     """
     from coca_lit.distributed import print_rank_zero
-    from coca_lit.errors import DataError
 
     evals, missing = [], {}
     for name, node in cfg.evals.items():

@@ -1,17 +1,14 @@
-"""From the words on a command line to a composed config and the function of the command.
+"""From words on a command line to a composed config and the function of the command.
 
-Hydra composes: `parse` turns words into overrides in its grammar, with `++` before every key that chooses no config
-group, so that Hydra takes any key; `coca_lit.cli.schema` then finds those that nobody takes. `coca_lit.cli.assembly`
-builds objects from the config.
+Hydra composes: `coca_lit.cli.words` turns words into overrides in its grammar, `compose` puts `++` before every key
+that chooses no config group, so that Hydra takes any key, and `coca_lit.cli.schema` finds those that nobody takes.
+`coca_lit.cli.assembly` builds objects from the config.
 """
 
 import argparse
 import functools
-import itertools
-import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,16 +18,15 @@ import hydra
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__
+from coca_lit.cli.configs import CONF, filled_help, first_example, options_of, shipped
 from coca_lit.cli.schema import MissingValueError, check, check_complete, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
+from coca_lit.cli.words import Positional, parse
 from coca_lit.errors import ConfigError, UserError, suggest
 from coca_lit.machine import share_cores
 from coca_lit.runs.launch import (
@@ -45,14 +41,10 @@ from coca_lit.runs.launch import (
 )
 from coca_lit.runs.redaction import masked_yaml, redact
 
-PACKAGE = Path(__file__).resolve().parents[1]
-# In a checkout the configs lie beside the package, in a wheel inside it.
-CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 # Keys that name a file with weights, unless it is a released model, or one that a part of the network knows.
 FILES = ("checkpoint", "interpolate_with", "init_from", "ckpt_path", "init_parts.image_encoder", "init_parts.decoder")
 NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficientnet_lite2")
-
-Positional = str | Sequence[str]  # one key that takes all words as a list, or keys that take one word each, in order
+_KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
 for resolver in (job_folder, launched_devices, launched_nodes):
@@ -93,14 +85,14 @@ def job_command(
         if _answered(config, options, words):
             return
         words = completed(words) if completed is not None else words
-        overrides, check_config = _opened(config, words)
+        overrides, known = _overrides(config, words), (shipped(config), options_of(config, "", words))
         failures: list[Exception] = []
 
         @functools.wraps(function)
         def job(cfg: DictConfig) -> Any:
             try:
                 with job_record():
-                    check_config(cfg)
+                    _check(cfg, *known)
                     _prepare(config, cfg)
                     return sweep_score(function(cfg), cfg)
             except Exception as error:  # Hydra would print all overrides before it, secrets included
@@ -134,7 +126,8 @@ def _as_command(config: str) -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        example = f"; for example: {_example(config)}" if isinstance(error, MissingValueError) else ""
+        missing = isinstance(error, MissingValueError)
+        example = f"; for example: {first_example(_template(config), config)}" if missing else ""
         sys.exit(f"error: {redact(explain(error))}{example}")
 
 
@@ -143,13 +136,20 @@ def _answered(config: str, options: argparse.Namespace, words: Sequence[str]) ->
     if options.version:
         print(f"coca_lit {__version__}")
     elif options.help:
-        print(_help(config, words))
+        print(filled_help(_template(config), config, words))
     elif options.cfg is not None:
-        print(_shown(compose(config, words, with_hydra=True), options), end="")
+        cfg = compose(config, words, with_hydra=True)
+        HydraConfig.instance().set_config(cfg)
+        keys = [str(key) for key in cfg if options.cfg == "all" or (key == "hydra") == (options.cfg == "hydra")]
+        print(masked_yaml(OmegaConf.masked_copy(cfg, keys), options.resolve), end="")
     else:
         announce(f"coca-{config}")
         return False
     return True
+
+
+def _template(config: str) -> str:
+    return str(compose(config, with_hydra=True).hydra.help.template)
 
 
 def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) -> DictConfig:
@@ -158,27 +158,48 @@ def compose(config: str, words: Sequence[str] = (), with_hydra: bool = False) ->
     Args:
         with_hydra: with Hydra's own part.
     """
-    overrides, check_config = _opened(config, words)
+    overrides = _overrides(config, words)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(config, overrides, return_hydra_config=with_hydra)
-    check_config(cfg)
+    _check(cfg, shipped(config), options_of(config, "", words))
     return cfg
 
 
-def _remove_empty(folder: Path) -> None:
-    """Removes a folder in which nothing was written, and those in the current one that were made for it."""
-    with suppress(OSError):
-        for place in (folder, *folder.parents):
-            if place == folder or Path.cwd() in place.parents:
-                with suppress(FileNotFoundError):
-                    place.rmdir()
+def _overrides(config: str, words: Sequence[str]) -> list[str]:
+    """The words with `++` before all keys but those of config groups, which makes Hydra take any.
+
+    Raises:
+        ConfigError: null in place of the name of an option, on which Hydra breaks off.
+    """
+    overrides, groups = [], options_of(config, "", words)
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in groups and value == "null":
+            raise ConfigError(f"{key} must be an option or a list of options, got null: {key}=[] chooses none")
+        overrides.append(f"++{word}" if _KEY.fullmatch(key) and key not in groups and word != key else word)
+    return overrides
+
+
+def _check(cfg: DictConfig, known: dict[str, Any], groups: Sequence[str]) -> None:
+    """Compares what Hydra composed with what the constructors and the config as shipped know."""
+    node = {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
+    named = node["imports"] if isinstance(node.get("imports"), list) else []
+    import_from_current_folder([*named, *targets(node)])
+    check(node, known, groups)
 
 
 def _prepare(config: str, cfg: DictConfig) -> None:
-    """Says what is missing in a checked config, and imports what it wants imported."""
+    """Says what is missing in a checked config, weights included unless the command reads none, before the seconds that
+    PyTorch takes to be imported; and imports what the config wants imported.
+    """
     check_complete(unresolved(cfg))
-    if config != "plan":  # which reads no weights
-        _check_files(cfg)
+    for key in FILES if config != "plan" else ():
+        file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        if isinstance(file, str) and file not in NAMES and not Path(file).expanduser().exists():
+            from coca_lit.weights.hub import PREFIX, hint, released
+
+            if not file.startswith(PREFIX) and released(file) is None:
+                raise ConfigError(f"{key}: there is no checkpoint '{file}'{hint(file)}")
     if cfg.imports:
         from coca_lit.models.registry import import_modules
 
@@ -188,184 +209,13 @@ def _prepare(config: str, cfg: DictConfig) -> None:
             raise ConfigError(str(error)) from error
 
 
-def _check_files(cfg: DictConfig) -> None:
-    """Looks for the weights that a config names, before the seconds that PyTorch takes to be imported."""
-    for key in FILES:
-        file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        if isinstance(file, str) and file not in NAMES and not Path(file).expanduser().exists():
-            from coca_lit.weights.hub import PREFIX, hint, released
-
-            if not file.startswith(PREFIX) and released(file) is None:
-                raise ConfigError(f"{key}: there is no checkpoint '{file}'{hint(file)}")
-
-
-# Words
-
-_RANGE = r"\{\d+\.\.\d+\}"
-_PRIMITIVE = re.compile(rf"""(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(?:{_RANGE}|[^\[\]{{}}(),"'])+""")
-_OVERRIDE = re.compile(r"[+~]*(?:hydra/)?[A-Za-z_][\w.@:-]*=", re.ASCII)
-_KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
-
-
-def parse(arguments: Sequence[str], positional: Positional = ()) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and overrides in Hydra's grammar; words without a key go to the keys of `positional`.
-
-    A word is an override if it looks like `key=value` and no file has that name. Whatever follows `--` is a word.
-
-    Raises:
-        ConfigError: an option that does not exist, or more words than keys.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (("--help", "-h"), ("--version",), ("--resolve",), ("--multirun", "-m")):
-        parser.add_argument(*names, action="store_true")
-    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    end = [*arguments, "--"].index("--") if positional else len(arguments)
-    options, given = parser.parse_known_args(arguments[:end])
-    overrides, words = [], []
-    for word in given:
-        if word.startswith("-"):
-            raise ConfigError(f"there is no option {word}: see --help")
-        if positional and (os.path.lexists(word) or not _OVERRIDE.match(word)):
-            words.append(word)
-        elif "=" in word or word.startswith("~"):
-            overrides.append(to_override(word))
-        else:
-            raise ConfigError(f"expected key=value, found '{word}'{suggest(word, ['--help', '--version'])}")
-    words += arguments[end + 1 :]
-    if isinstance(positional, str):
-        overrides += [f"{positional}=[{','.join(map(quote, words))}]"] if words else []
-    elif len(words) > len(positional):
-        raise ConfigError(
-            f"expected {' and '.join(map(str.upper, positional))} and key=value, found also "
-            f"'{' '.join(words[len(positional) :])}': quote a text of several words"
-        )
-    else:
-        overrides += [f"{key}={quote(word)}" for key, word in zip(positional, words, strict=False)]
-    if options.config_dir is not None:
-        if not options.config_dir.is_dir():
-            raise ConfigError(f"--config-dir: there is no folder '{options.config_dir}'")
-        overrides.append(f"hydra.searchpath=[{quote(f'file://{options.config_dir.absolute()}')}]")
-    return options, overrides
-
-
-def to_override(word: str) -> str:
-    """`key=value` with quotes where Hydra's grammar needs them: it knows no letters beyond ASCII and takes the brace of
-    /data/{00000..00099}.tar for the start of a dictionary.
-    """
-    key, _, value = word.partition("=")
-    forms = [word, f"{key}={_PRIMITIVE.sub(_quote_primitive, value)}"]
-    if re.match(rf"[^\[{{\"']|{_RANGE}", value):  # neither a list, a dictionary nor quoted: text as a whole
-        forms.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
-    for form in forms:
-        with suppress(HydraException):
-            OverridesParser.create().parse_override(form)
-            return form
-    return word
-
-
-def _quote_primitive(found: re.Match[str]) -> str:
-    """Quotes one value within a list, a dictionary or a sweep; `name: ` before it is the key in a dictionary."""
-    text = found[0]
-    if found["quoted"] or (text.isascii() and not re.search(_RANGE, text)):
-        return text
-    key = re.match(r"\s*[A-Za-z_][\w-]*\s*:\s+|\s*", text, re.ASCII)
-    start = key.end() if key is not None else 0
-    return f"{text[:start]}{QuotedString(text[start:].rstrip(), Quote.double).with_quotes()}"
-
-
-def quote(word: str) -> str:
-    """A string in Hydra's grammar for `word`, with any characters."""
-    literal = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", word)  # no interpolation
-    return QuotedString(literal, Quote.double).with_quotes()
-
-
-def _opened(config: str, words: Sequence[str]) -> tuple[list[str], Callable[[DictConfig], None]]:
-    """The overrides with `++` before all keys but those of config groups, which makes Hydra take any; and the check of
-    what it composes from them.
-
-    Raises:
-        ConfigError: null in place of the name of an option, on which Hydra breaks off.
-    """
-    groups, shipped, overrides = options_of(config, "", words), _shipped(config), []
-
-    def check_config(cfg: DictConfig) -> None:
-        node = {key: value for key, value in unresolved(cfg).items() if key != "hydra"}
-        named = node["imports"] if isinstance(node.get("imports"), list) else []
-        import_from_current_folder([*named, *targets(node)])
-        check(node, shipped, groups)
-
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in groups and value == "null":
-            raise ConfigError(
-                f"{key} must be the name of an option or a list of names, got null: {key}=[] chooses none"
-            )
-        overrides.append(f"++{word}" if _KEY.fullmatch(key) and key not in groups and word != key else word)
-    return overrides, check_config
-
-
-# Configs as shipped
-
-
-@functools.cache
-def _shipped(config: str) -> dict[str, Any]:
-    """`conf/{config}.yaml` as plain values, without overrides."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        plain: dict[str, Any] = unresolved(hydra.compose(config))
-    return plain
-
-
-def options_of(config: str, group: str = "", words: Sequence[str] = ()) -> tuple[str, ...]:
-    """The options of a config group, such as the evaluations, or without one the groups; on the user's own search path
-    too.
-    """
-    return _options(config, group, tuple(word for word in words if word.startswith("hydra.searchpath=")))
-
-
-@functools.cache
-def _options(config: str, group: str, search: tuple[str, ...]) -> tuple[str, ...]:
-    kind = ObjectType.CONFIG if group else ObjectType.GROUP
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        options = GlobalHydra.instance().config_loader().get_group_options(group, kind, config, list(search))
-    return tuple(option for option in options if not option.startswith("_"))  # base files of others
-
-
-def _help(config: str, words: Sequence[str]) -> str:
-    """What `--help` prints: the template in `conf/hydra/help`, with the options of all config groups."""
-    template = str(compose(config, with_hydra=True).hydra.help.template)
-    groups = {*options_of(config, "", words)} - {"hydra", "experiment"}
-    for place, listed in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
-        lines = [f"{group}: {', '.join(options_of(config, group, words))}" for group in listed]
-        filled = [textwrap.fill(line, width=140, subsequent_indent="  ") for line in lines]
-        template = template.replace(place, "\n".join(filled))
-    return template.replace("$EXPERIMENTS", _experiments(config, words))
-
-
-def _experiments(config: str, words: Sequence[str]) -> str:
-    """All experiments by task, a line each: the task and the first sentence are comments at the top of the file."""
-    folders = [CONF, *map(Path, re.findall(r"file://([^\"',\]]+)", " ".join(words)))]
-    tasks: dict[str, list[str]] = {}
-    for name in options_of(config, "experiment", words):
-        found = [file for folder in folders if (file := folder / "experiment" / f"{name}.yaml").is_file()]
-        lines = re.findall(r"^#\s?(?!\s*@package)(.*)", found[0].read_text() if found else "", re.M)
-        text = " ".join(itertools.takewhile(lambda line: not re.match(r"[A-Z]\w+:\s", line), lines))
-        task = next((line.removeprefix("Task:").strip() for line in lines if line.startswith("Task:")), "others")
-        tasks.setdefault(task, []).append(f"    {name:26}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")
-    return "\n".join("\n".join([f"  {task}", *experiments]) for task, experiments in tasks.items())
-
-
-def _example(config: str) -> str:
-    """The first example of the help."""
-    lines = str(compose(config, with_hydra=True).hydra.help.template).partition("Examples\n")[2].splitlines()
-    return f"{re.split(r'  +', lines[0].strip())[0]} (more: coca-{config} --help)"
-
-
-def _shown(cfg: DictConfig, options: argparse.Namespace) -> str:
-    """What `--cfg job` prints: the config without its secrets."""
-    HydraConfig.instance().set_config(cfg)
-    keys = [str(key) for key in cfg if options.cfg == "all" or (key == "hydra") == (options.cfg == "hydra")]
-    return masked_yaml(OmegaConf.masked_copy(cfg, keys), options.resolve)
+def _remove_empty(folder: Path) -> None:
+    """Removes a folder in which nothing was written, and those in the current one that were made for it."""
+    with suppress(OSError):
+        for place in (folder, *folder.parents):
+            if place == folder or Path.cwd() in place.parents:
+                with suppress(FileNotFoundError):
+                    place.rmdir()
 
 
 def explain(error: Exception) -> str:

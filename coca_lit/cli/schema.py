@@ -1,20 +1,13 @@
-"""What a config may say: the constructors are the schema, and `conf/` for what no constructor takes.
+"""What a config may say: the constructors are the schema, and `conf/` for what no constructor takes."""
 
-Signatures are read from the source. Importing Lightning or PyTorch for them would let a misspelt key wait for seconds,
-and run code before anybody has looked at the config.
-"""
-
-import ast
-import functools
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
+from coca_lit.cli.signatures import Argument, read_signature
 from coca_lit.errors import ConfigError, suggest
 
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # that `instantiate` reads itself
@@ -24,26 +17,6 @@ AUTO = "auto"  # a recipe chooses the value, see `coca_lit.training.recipe`
 
 class MissingValueError(ConfigError):
     """A key without a default that nobody set."""
-
-
-class Argument(NamedTuple):
-    """An argument of a constructor: its annotation, and its default (`...` for none, or for one that is no literal)."""
-
-    annotation: str
-    default: Any
-
-
-ANYTHING = Argument("", ...)
-
-
-class Signature(NamedTuple):
-    """The arguments of a class or function, and whether it takes any others, too."""
-
-    arguments: dict[str, Argument]
-    takes_any: bool
-
-
-# Checking a config
 
 
 def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[str] = ()) -> None:
@@ -58,7 +31,9 @@ def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[
     """
     for key, value, argument in _walk(node, shipped):
         if argument is None:
-            key = _innermost(key, value)
+            while isinstance(value, dict) and len(value) == 1:  # to the innermost key
+                ((name, value),) = value.items()
+                key = f"{key}.{name}"
             names = dict.fromkeys([*_names(shipped), *_names(node), *groups])
             known = [name for name in names if not f"{name}.".startswith(f"{key}.") and not key.startswith(f"{name}.")]
             leaves = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: -name.count("."))}
@@ -67,56 +42,49 @@ def check(node: Mapping[str, Any], shipped: Mapping[str, Any], groups: Iterable[
             raise ConfigError(f"{key} must be {wrong}, got {written(value)}")
 
 
-def _walk(
-    node: Mapping[str, Any], shipped: Mapping[str, Any] | None, path: str = ""
-) -> Iterator[tuple[str, Any, Argument | None]]:
+def _walk(node: Mapping[str, Any], shipped: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(key, value, argument) of all values; the argument is None for a key that nobody takes.
 
     Args:
-        shipped: the node as shipped; None inside of an argument, where any key is free.
+        shipped: the node as shipped; empty inside of an argument, where any key is free.
     """
-    signature = read_signature(node["_target_"]) if "_target_" in node else None
-    extra = _not_arguments(shipped or {})
-    parts = {type(value) for value in (shipped or {}).values()} in ({dict}, {dict, type(None)})
+    # Parts such as callbacks: any name, for something to build.
+    is_parts = {type(value) for value in shipped.values()} in ({dict}, {dict, type(None)})
+    known, takes_any = _known(node, shipped)
     for key, value in node.items():
-        name, before = f"{path}{key}", (shipped or {}).get(key)
-        if "_target_" in node:
-            argument = signature.arguments.get(key) if signature is not None else None
-            if key in extra:
-                argument = Argument(type(before).__name__, before)
-            elif key in HYDRA_KEYS or signature is None or signature.takes_any:
-                argument = argument or ANYTHING
-            yield name, value, argument
-        elif parts:  # such as callbacks: any name, for something to build
-            yield name, value, ANYTHING if value is None or (isinstance(value, dict) and "_target_" in value) else None
-        elif shipped:
-            yield name, value, Argument(type(before).__name__, before) if key in shipped else None
-        inner = before if isinstance(before, dict) and ("_target_" not in node or "_target_" in before) else None
+        name, before = f"{path}{key}", shipped.get(key)
+        if is_parts and "_target_" not in node:
+            argument = Argument() if value is None or (isinstance(value, dict) and "_target_" in value) else None
+        else:
+            argument = known.get(key, Argument() if takes_any else None)
+        yield name, value, argument
+        inner = before if isinstance(before, dict) and ("_target_" not in node or "_target_" in before) else {}
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, dict):
                 yield from _walk(child, inner, f"{name}.")
 
 
-def _not_arguments(node: Mapping[str, Any]) -> set[str]:
-    """Keys of a node that its target does not take: somebody else reads them, as `trainer.micro_batch_size`."""
-    signature = read_signature(node["_target_"]) if "_target_" in node else None
-    return {*node} - {*signature.arguments} if signature is not None else set()
+def _known(node: Mapping[str, Any], shipped: Mapping[str, Any]) -> tuple[dict[str, Argument], bool]:
+    """What may stand in a node: the arguments of its target, and what is shipped beside them for somebody else, such as
+    `trainer.micro_batch_size`; and whether anything else may, too.
+    """
+    listed = {key: Argument(type(value).__name__, value) for key, value in shipped.items()}
+    if "_target_" not in node:
+        return listed, not shipped
+    signature, before = read_signature(node["_target_"]), read_signature(shipped.get("_target_"))
+    beside = {key: listed[key] for key in listed.keys() - before.arguments.keys()} if before is not None else {}
+    if signature is None:
+        return beside, True
+    return dict.fromkeys(HYDRA_KEYS, Argument()) | signature.arguments | beside, signature.takes_any
 
 
 def _names(node: Any, path: str = "") -> list[str]:
     """All keys of a config, and those that its constructors take."""
     if not isinstance(node, dict):
         return []
-    signature = read_signature(node["_target_"]) if "_target_" in node else None
+    signature = read_signature(node.get("_target_"))
     own = dict.fromkeys([*node, *(signature.arguments if signature is not None else ())])
     return [name for key in own for name in (f"{path}{key}", *_names(node.get(key), f"{path}{key}."))]
-
-
-def _innermost(key: str, value: Any) -> str:
-    while isinstance(value, dict) and len(value) == 1:
-        (name,) = value
-        key, value = f"{key}.{name}", value[name]
-    return key
 
 
 def _mistake(value: Any, argument: Argument) -> str | None:
@@ -136,7 +104,7 @@ def _mistake(value: Any, argument: Argument) -> str | None:
     return None
 
 
-def check_complete(node: Any, path: str = "") -> None:
+def check_complete(node: Mapping[str, Any], path: str = "") -> None:
     """Raises `MissingValueError` for a value that is still to be given."""
     for key, value in node.items():
         if value == "???":
@@ -162,129 +130,3 @@ def written(value: Any) -> str:
 def unresolved(cfg: Any) -> Any:
     """A config as plain values, with interpolations as they stand."""
     return OmegaConf.to_container(cfg, resolve=False)
-
-
-# Reading signatures
-
-
-def argument_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of all constructors in a part of a config, by key, as plain values."""
-    signature = read_signature(node["_target_"]) if "_target_" in node else None
-    arguments = signature.arguments if signature is not None else {}
-    defaults = {name: argument.default for name, argument in arguments.items() if argument.default is not ...}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    return plain | {key: argument_defaults(child) for key, child in node.items() if isinstance(child, dict)}
-
-
-@functools.cache
-def read_signature(target: Any) -> Signature | None:
-    """The signature of the class or function with this full name; None if it cannot be read: then it takes what it
-    takes.
-    """
-    found = definition(str(target))
-    if found is None:
-        return None
-    node, module = found
-    parents = node.bases if isinstance(node, ast.ClassDef) else []
-    bases = [read_signature(f"{module}.{ast.unparse(base)}") for base in parents]
-    body = node.body if isinstance(node, ast.ClassDef) else [node]
-    made = next((f for f in body if isinstance(f, ast.FunctionDef) and f.name in ("__init__", node.name)), None)
-    inherited = {name: argument for base in reversed(bases) if base for name, argument in base.arguments.items()}
-    if made is None:
-        fields = [field for field in body if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)]
-        marks = " ".join(map(ast.unparse, [*node.decorator_list, *parents]))
-        is_data = "dataclass" in marks or "NamedTuple" in marks
-        own = {ast.unparse(f.target): Argument(ast.unparse(f.annotation), literal(f.value, module)) for f in fields}
-        if is_data:
-            return Signature(inherited | own, False)
-        takes_any = any(base is None or base.takes_any for base in bases)
-        return Signature(inherited, takes_any) if any(bases) else None
-    positional = [*made.args.posonlyargs, *made.args.args]
-    values = [*[None] * (len(positional) - len(made.args.defaults)), *made.args.defaults, *made.args.kw_defaults]
-    arguments = {
-        a.arg: Argument(ast.unparse(a.annotation) if a.annotation else "", literal(value, module))
-        for a, value in zip([*positional, *made.args.kwonlyargs], values, strict=True)
-        if a.arg != "self"
-    }
-    if made.args.kwarg is None:
-        return Signature(arguments, False)
-    others = ast.unparse(made.args.kwarg.annotation or ast.Constant(""))
-    if handed := re.fullmatch(r"Annotated\[Any, (\w+)\]", others):  # to this class, where they get other defaults
-        further = read_signature(f"{module}.{handed[1]}") or Signature({}, True)
-        handed_on = {name: argument._replace(default=...) for name, argument in further.arguments.items()}
-        return Signature(arguments | handed_on | arguments, further.takes_any)  # its own first
-    unpacked = re.fullmatch(r"'?Unpack\[(\w+)\]'?", others)
-    if unpacked is None:  # perhaps for its base class
-        return Signature(arguments | inherited, True)
-    return Signature(arguments | _fields(f"{module}.{unpacked[1]}", inherited), False)
-
-
-def _fields(name: str, inherited: Mapping[str, Argument]) -> dict[str, Argument]:
-    """The keys of a TypedDict as arguments; their defaults are those of the constructor that takes them in the end."""
-    node, module = definition(name) or (None, "")
-    if not isinstance(node, ast.ClassDef):
-        return {}
-    fields: dict[str, Argument] = {}
-    for base in node.bases:
-        fields |= _fields(f"{module}.{ast.unparse(base)}", inherited)
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign):
-            fields[ast.unparse(line.target)] = Argument(ast.unparse(line.annotation), ...)
-    return {key: inherited.get(key, argument) for key, argument in fields.items()}
-
-
-@functools.cache
-def definition(name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
-    """A class or function by its full name, and the module in which it is; None if there is no source of it."""
-    module, _, leaf = name.rpartition(".")
-    file = _file(module)
-    if file is None:
-        return None
-    for node in ast.walk(_tree(file)):  # outermost first
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == leaf:
-            return node, module
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            for alias in node.names:
-                if leaf == (alias.asname or alias.name):
-                    return definition(f"{node.module}.{alias.name}")
-    return None
-
-
-def literal(node: ast.expr | None, module: str) -> Any:
-    """A default as a plain value, also that of a constant of the module or of one that it imports from; `...` for none,
-    or one that is more than a literal.
-    """
-    file = _file(module)
-    if isinstance(node, ast.Name) and file is not None:
-        for line in _tree(file).body:
-            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == node.id:
-                return literal(line.value, module)
-            if isinstance(line, ast.ImportFrom) and line.module and node.id in [alias.name for alias in line.names]:
-                return literal(node, line.module)
-    try:
-        return ast.literal_eval(node) if node is not None else ...
-    except ValueError:
-        return ...
-
-
-@functools.cache
-def _file(module: str) -> Path | None:
-    """The source of a module, found without importing its packages."""
-    top, *inner = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ValueError, ImportError):
-        return None
-    if spec is None or not top:
-        return None
-    for folder in spec.submodule_search_locations or ():
-        place = Path(folder, *inner)
-        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-        if file.is_file():
-            return file
-    return Path(spec.origin) if not inner and spec.origin and spec.origin.endswith(".py") else None
-
-
-@functools.cache
-def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())

@@ -20,12 +20,10 @@ from coca_lit.cli.assembly import (
     build_trainer,
     load_source,
     plain,
-    with_recipe,
-    with_start,
-    with_vocabulary,
 )
+from coca_lit.cli.derived import with_recipe, with_start, with_vocabulary
 from coca_lit.cli.runtime import configure_libraries
-from coca_lit.cli.schema import argument_defaults
+from coca_lit.cli.signatures import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
 from coca_lit.errors import error_context
 from coca_lit.runs.launch import is_first_process

@@ -20,7 +20,8 @@ from huggingface_hub import constants
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
-from coca_lit.cli.command import compose, parse, to_override
+from coca_lit.cli.command import compose
+from coca_lit.cli.words import parse, to_override
 from coca_lit.data import Record
 from coca_lit.models import create_model
 from coca_lit.tokenizer import get_tokenizer

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save
 
 import coca_lit
-from coca_lit.cli.command import compose, to_override
+from coca_lit.cli.command import compose
+from coca_lit.cli.words import to_override
 from coca_lit.errors import CheckpointError
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.image import CLIP_NORMALISATION

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from coca_lit import save_model
-from coca_lit.cli.command import quote
+from coca_lit.cli.words import quote
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import read_results
 from coca_lit.data.scenes.render import render
