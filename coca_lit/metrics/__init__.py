@@ -1,7 +1,7 @@
 """Scores of captions, retrieval, classification and answers: pure functions, and torchmetrics classes over them.
 
-Nothing else of coca_lit is imported here. The classes (`CaptionMetric`, `RecallAtK`, `ZeroShotAccuracy`) go into any
-LightningModule or training loop; several processes may hold any part of the samples, and each sample counts once.
+Nothing else of coca_lit is imported here. The classes (`CaptionMetric`, `ZeroShotAccuracy`) go into any LightningModule
+or training loop; several processes may hold any part of the samples, and each sample counts once.
 """
 
 

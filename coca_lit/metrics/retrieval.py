@@ -4,21 +4,17 @@ The ground truth is an index, ``image_of_text[t]``, so images may have any numbe
 Shapes: I images, T texts, D features, Q queries, C candidates.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
-from coca_lit.metrics.rows import Id, RowMetric, in_order, plain_ids
 from coca_lit.metrics.uncertainty import Resampled
 
 KS = (1, 5, 10)
-ALIKE = 0.99  # cosine of features of the same sample in different batches; low precision costs less than this
 
 
 class Ranks(NamedTuple):
@@ -135,101 +131,6 @@ def feature_ranks(
     t2i = _chunked_ranks(text_features, image_features, image_of_text, images, chunk)
     i2t = _chunked_ranks(image_features, text_features, images, image_of_text, chunk)
     return Ranks(t2i, i2t, image_of_text)
-
-
-class RecallAtK(RowMetric):
-    """Recall in both directions and median ranks, of features that are computed batch by batch on any number of
-    processes.
-
-        class Retriever(L.LightningModule):
-            def __init__(self):
-                ...
-                self.recall = RecallAtK(ks=(1, 5))
-
-            def validation_step(self, batch, batch_idx):
-                images, texts = self.encode(batch)  # (B, D) and (T, D), of unit length
-                self.recall.update(images, texts, batch.image_ids, batch.image_id_of_text)
-
-            def on_validation_epoch_end(self):
-                self.log_dict(self.recall.compute())  # {"t2i_recall@1": ..., "i2t_recall@1": ..., ...}
-                self.recall.reset()
-
-    Args:
-        ks: numbers of candidates, as in `recall_at_k`.
-    """
-
-    def __init__(self, ks: Sequence[int] = KS, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.ks = tuple(ks)
-        for kind in ("image", "text"):
-            self.add_rows(f"{kind}_ids")
-            self.add_rows(f"{kind}_features", torch.float32)
-
-    def update(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        image_ids: Sequence[Id] | Tensor,
-        image_of_text: Sequence[Id] | Tensor | None = None,
-        text_ids: Sequence[Id] | Tensor | None = None,
-    ) -> None:
-        """A batch of B images and T texts.
-
-        Args:
-            image_features, text_features: (B, D) and (T, D). Normalise them for cosine similarity.
-            image_ids: the id of each image. An image may come again, with further texts.
-            image_of_text: the id of the image that each text describes; None: text i describes image i.
-            text_ids: the id of each text, unique among the texts of its image. None: texts are numbered within the
-                batch, which is right if all texts of an image come in one batch.
-        """
-        if image_features.ndim != 2 or text_features.ndim != 2 or image_features.shape[1] != text_features.shape[1]:
-            raise ValueError(
-                f"expected image features (B, D) and text features (T, D), got {tuple(image_features.shape)} and "
-                f"{tuple(text_features.shape)}"
-            )
-        images = plain_ids(image_ids, len(image_features))
-        owners = plain_ids(images if image_of_text is None else image_of_text, len(text_features))
-        if text_ids is None:
-            seen: Counter[Id] = Counter()
-            numbers: list[Id] = []
-            for owner in owners:
-                numbers.append(seen[owner])
-                seen[owner] += 1
-        else:
-            numbers = plain_ids(text_ids, len(text_features))
-        self.append("image_ids", images)
-        self.append("text_ids", zip(owners, numbers, strict=True))
-        self.append("image_features", image_features.detach().float().flatten())
-        self.append("text_features", text_features.detach().float().flatten())
-
-    def compute(self) -> dict[str, float]:
-        """`retrieval_scores` of all images and texts, each counted once.
-
-        Raises:
-            ValueError: no samples, NaN in the features, an image without a text or a text without its image, or one
-                text id for different texts of an image.
-        """
-        images, image_features = self._unique("image")
-        texts, text_features = self._unique("text")
-        numbers = {id: i for i, id in enumerate(images)}
-        if orphans := [owner for owner, _ in texts if owner not in numbers]:
-            raise ValueError(f"there is a text of the image {orphans[0]!r}, but the image itself was never given")
-        image_of_text = torch.tensor([numbers[owner] for owner, _ in texts], device=text_features.device)
-        return retrieval_scores(image_features, text_features, image_of_text, self.ks)
-
-    def _unique(self, kind: str) -> tuple[list[Any], Tensor]:
-        """Ids in order, each once, and their features (N, D)."""
-        rows = [tuple(row) if isinstance(row, list) else row for row in self.rows(f"{kind}_ids")]
-        if not rows:
-            raise ValueError("there are no images and texts to score: call update first")
-        features = dim_zero_cat(getattr(self, f"{kind}_features")).view(len(rows), -1)  # (N, D)
-        first: dict[Any, int] = {}
-        for row, id in enumerate(rows):
-            same = first.setdefault(id, row)
-            if same != row and torch.cosine_similarity(features[same], features[row], dim=0) < ALIKE:
-                raise ValueError(f"the {kind} id {id!r} has different features: give different {kind}s different ids")
-        ids = sorted(first, key=lambda id: tuple(map(in_order, id)) if isinstance(id, tuple) else in_order(id))
-        return ids, features[[first[id] for id in ids]]
 
 
 def _ranks(similarity_QC: Tensor, query_labels: Tensor, candidate_labels: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from coca_lit.distributed import rank, world_size
 from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, exact_match
 from coca_lit.metrics.classification import ZeroShotAccuracy, classification_scores
-from coca_lit.metrics.retrieval import RecallAtK, retrieval_scores
 from coca_lit.metrics.uncertainty import Draws
 
 FAST = {"metrics": ("Bleu", "ROUGE_L", "CIDEr"), "tokenize": list}
@@ -35,15 +34,6 @@ def texts() -> tuple[list[str], list[list[str]]]:
     ]
     references[3] = [predictions[3], "größe\nund\u2028😀 \ud800"]
     return predictions, references
-
-
-def features() -> tuple[Tensor, Tensor, Tensor]:
-    """Images (I, D), texts (T, D) with one to three for each image, and the image of each text."""
-    generator = torch.Generator().manual_seed(0)
-    image_of_text = torch.tensor([i for i in range(COUNT) for _ in range(i % 3 + 1)])
-    images = torch.randn(COUNT, 4, generator=generator)
-    noise = torch.randn(len(image_of_text), 4, generator=generator)
-    return images, images[image_of_text] + 0.8 * noise, image_of_text
 
 
 def caption_metric(table: bool) -> tuple[dict[str, float], dict[str, str], dict[str, Draws]]:
@@ -77,12 +67,10 @@ def test_captions(on_ranks, world: int, table: bool) -> None:
 def only_first_rank() -> dict[str, float]:
     """All samples on one process: the other has seen none."""
     predictions, references = texts()
-    captions, recall = CaptionMetric(**FAST), RecallAtK()
+    captions = CaptionMetric(**FAST)
     if rank() == 0:
         captions.update(IDS, predictions, references)
-        images, text_features, image_of_text = features()
-        recall.update(images, text_features, IDS, [IDS[i] for i in image_of_text])
-    return captions.compute() | recall.compute()
+    return captions.compute()
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -105,36 +93,6 @@ def broken(texts: Sequence[str]) -> list[str]:
 
 def test_an_error_reaches_every_process(on_ranks) -> None:
     assert on_ranks(2, fails) == ["no Java"] * 2
-
-
-def recall_metric(split_texts: bool) -> dict[str, float]:
-    """With `split_texts` the texts of an image come in several batches, each time with the image itself."""
-    images, text_features, image_of_text = features()
-    metric = RecallAtK(ks=(1, 3))
-    for part in shares():
-        if split_texts:
-            for t in [t for t, i in enumerate(image_of_text.tolist()) if i in part]:
-                i = int(image_of_text[t])
-                metric.update(images[i : i + 1], text_features[t : t + 1], [IDS[i]], text_ids=[t])
-        else:
-            owned = [t for i in part for t in (image_of_text == i).nonzero()[:, 0].tolist()]
-            owners = [IDS[int(image_of_text[t])] for t in owned]
-            metric.update(
-                images[part].bfloat16().float(), text_features[owned].bfloat16().float(), [IDS[i] for i in part], owners
-            )
-    return metric.compute()
-
-
-@pytest.mark.parametrize("world", [1, 3])
-@pytest.mark.parametrize("split_texts", [False, True])
-def test_recall(on_ranks, world: int, split_texts: bool) -> None:
-    images, text_features, image_of_text = features()
-    if not split_texts:
-        images, text_features = images.bfloat16(), text_features.bfloat16()
-    expected = retrieval_scores(images, text_features, image_of_text, ks=(1, 3))
-    assert 0.2 < expected["t2i_recall@1"] < expected["t2i_recall@3"] < 1
-    for found in [recall_metric(split_texts)] if world == 1 else on_ranks(world, recall_metric, split_texts):
-        assert found == expected
 
 
 def similarities() -> tuple[Tensor, Tensor]:

@@ -1,16 +1,20 @@
-"""Indexed shards as a map-style data set: shuffling over all samples at once, and access to any batch. How indexes are
-made is told in `coca_lit.data.shards.indexing`.
+"""Indexed shards as a map-style data set: shuffling over all samples at once, and access to any batch.
+
+A shard is a tar of KEY.jpg, KEY.txt and KEY.json, as img2dataset writes them; how indexes are made is told in
+`coca_lit.data.shards.indexing`.
 
 The order depends on the seed alone, not on the number of ranks and workers. The samples are read in passes, each in
 its own order; epochs are cut from the passes one after the other, whatever their length.
 """
 
 import random
+import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +25,27 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
 from coca_lit.data.loader import Schedule, epoch_order, per_rank
-from coca_lit.data.shards.mixture import Source, counts_after, weighted_round_robin
-from coca_lit.data.shards.reader import IMAGE_SUFFIXES, Preprocess, pair_of, read_limit
+from coca_lit.data.pixels import MAX_IMAGE, check_bytes, decode_pixels
+from coca_lit.data.records import clean_captions
+from coca_lit.data.shards.mixture import Source, counts_after, draw, weighted_round_robin
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp
+from coca_lit.data.transforms import TrainTransform, as_tensor
+from coca_lit.errors import DataError
+from coca_lit.models.patches import Images
+from coca_lit.reading import parse_json
+from coca_lit.seeding import stable_seed
+from coca_lit.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from coca_lit.data.encoded import CropOfEncoded, EncodedCrop
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_TEXT = 2**20  # bytes of a caption or of the JSON
+_WANTED = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}|txt|json)", re.IGNORECASE | re.DOTALL)
 FILES = (IMAGE_SUFFIXES, ("txt",), ("json",))  # of a sample; the first of each that is there
+
+Pair = tuple[bytes, dict[str, tuple[str, ...]]]
+"""An encoded image, and its captions by caption key, "txt" or a field of the JSON; none is empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +85,77 @@ class TarIndex:
         except OSError as error:
             raise LostShardError(BadSample(self.shard.name, key, "unreadable shard", str(error))) from error
         return fields
+
+
+def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -> Pair:
+    """The image and captions among the members with one key.
+
+    Args:
+        caption_keys: where captions may be: "txt" for KEY.txt, else a field of KEY.json that holds a text or a list
+            of texts. A sample needs at least one of them.
+
+    Raises:
+        BadSampleError: it is not complete.
+    """
+    key, image = fields["__key__"], image_of(fields)
+    captions, content = {}, {}
+    if any(key != "txt" for key in caption_keys) and len(text := fields.get("json", b"")) <= MAX_TEXT:
+        with suppress(DataError):
+            content = parse_json(text, "the JSON", dict)
+    for name in caption_keys:
+        text = fields.get("txt", b"").decode(errors="replace") if name == "txt" else content.get(name)
+        texts = text if isinstance(text, list) else [text]
+        fitting = clean_captions(text for text in texts if isinstance(text, str) and len(text) <= MAX_TEXT)
+        if fitting:
+            captions[name] = fitting
+    try:
+        check_bytes(len(image), f"{key} in {shard}")
+    except DataError as error:
+        raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
+    if image and captions:
+        return image, captions
+    missing = f"no caption in the JSON under {', '.join(caption_keys)}"
+    if not image or "txt" in caption_keys:
+        missing = "missing caption" if image else "missing image"
+    raise BadSampleError(BadSample(shard, key, missing))
+
+
+def image_of(fields: Mapping[str, Any]) -> Any:
+    """The image among the members of a sample, empty bytes if there is none."""
+    return next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), b"")
+
+
+def read_limit(member: str) -> int:
+    """How many bytes of a member are read, at most: one more than its kind may have."""
+    if not (found := _WANTED.fullmatch(member)):
+        return 0
+    return (MAX_TEXT if found[1].lower() in ("txt", "json") else MAX_IMAGE) + 1
+
+
+class Preprocess(NamedTuple):
+    """Decodes and crops the image of a sample, draws one of the captions and tokenises it."""
+
+    transform: TrainTransform
+    tokenizer: Tokenizer
+    caption_keys: Mapping[str, float]  # with the probability of each
+    seed: int
+    encoded: "CropOfEncoded | None" = None  # in place of `transform`, for images that are not decoded whole
+
+    def __call__(self, pair: Pair, key: str, shard: str, index: Index, source: str) -> Example:
+        """Crop and caption depend on seed, pass and key alone. Raises `BadSampleError` for an unreadable image."""
+        image, captions = pair
+        seed = (self.seed, index.turn, key)
+        rng, name = random.Random(stable_seed("image", *seed)), f"{key} in {shard}"
+        try:
+            crop: Images | EncodedCrop
+            if self.encoded:
+                crop = self.encoded(image, name, rng, shard)
+            else:
+                crop = self.transform(as_tensor(decode_pixels(image, name)), rng, index.patches)
+        except DataError as error:
+            raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
+        caption = draw(captions, self.caption_keys, "caption", *seed)
+        return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source)
 
 
 class IndexedShards(TrainingExamples):

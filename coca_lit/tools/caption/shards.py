@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.shards.reader import holds_code, image_of
+from coca_lit.data.shards.indexed import image_of
+from coca_lit.data.shards.reader import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
 from coca_lit.errors import DataError
 from coca_lit.reading import open_regular, parse_json

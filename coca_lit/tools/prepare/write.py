@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.pixels import MAX_IMAGE, decode_image
-from coca_lit.data.shards.reader import MAX_TEXT, image_of, read_fields
+from coca_lit.data.shards.indexed import MAX_TEXT, image_of
+from coca_lit.data.shards.reader import read_fields
 from coca_lit.data.shards.shard import ManifestEntry, Shard, entry_of, sha256_of
 from coca_lit.data.shards.tar import tar_writer
 from coca_lit.errors import DataError

@@ -39,7 +39,7 @@ BLOCK = 2**19  # bytes that a store sends in about the time in which it answers 
 PATIENCE = 600.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two attempts
 SILENCE = 10.0  # seconds without a byte until the first attempt is given up; twice as long at each further one
-BUSY = (408, 409, 429)  # HTTP statuses of clients' errors that pass
+PASSING = (408, 409, 425, 429)  # HTTP statuses below 500 after which a request may be repeated
 _used: dict[int, Any] = {}  # kept: a forked worker that collects them would close the connections of its parent
 _jitter = random.SystemRandom()  # thousands of workers must not all come back in the same second
 _ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?(/.*)?", re.DOTALL)
@@ -217,7 +217,7 @@ def _final(url: str, error: Exception, patience: float) -> Exception | None:
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         return _missing(url, patience)
-    refused = 400 <= status < 500 and status not in BUSY
+    refused = 400 <= status < 500 and status not in PASSING
     if refused or isinstance(error, PermissionError | ValueError):
         return DeniedError(f"{url} cannot be read: check the address and the credentials ({_reason(error)})")
     passes = isinstance(error, OSError | EOFError) or type(error).__module__ != "builtins"
@@ -290,7 +290,6 @@ def _filesystem(url: str, silence: float) -> Any:
 # Web servers: the few methods of an fsspec file system that training calls
 
 CHUNK = 2**20  # bytes
-PASSING = (408, 425, 429)  # HTTP statuses below 500 after which a request may be repeated
 
 
 class WebStore:
