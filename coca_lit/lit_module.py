@@ -15,10 +15,9 @@ from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
-from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step
+from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded
 from coca_lit.training.objectives import Objective, Pairs, Texts, named_objectives
 from coca_lit.training.optim import warmup_cosine, warmup_stable_decay
-from coca_lit.training.sharding import FullySharded, shard
 from coca_lit.weights import MODEL_KEY
 
 if TYPE_CHECKING:
@@ -171,7 +170,9 @@ class CoCaLit(L.LightningModule):
             self.self_critical.read(self.trainer.datamodule.training_captions())  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, FullySharded) and not isinstance(self.net, FSDPModule):
+        if is_sharded(self.trainer) and not isinstance(self.net, FSDPModule):
+            from coca_lit.training.sharding import shard
+
             assert self.device_mesh is not None
             mesh, bf16 = self.device_mesh["data_parallel"], self.trainer.precision == "bf16-mixed"
             shard(self.net, mesh, half=bf16 and mesh.device_type == "cuda")

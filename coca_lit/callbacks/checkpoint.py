@@ -32,7 +32,6 @@ from coca_lit.runs.run_folder import CHECKPOINTS
 from coca_lit.runs.signals import Signals
 from coca_lit.seeding import stable_seed
 from coca_lit.training import lightning_fixes
-from coca_lit.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
 
@@ -228,8 +227,8 @@ class Checkpoints(L.Callback):
         self._remove_old()
 
     def _finish_saving(self, trainer: L.Trainer) -> None:
-        if isinstance(trainer.strategy, FullySharded):
-            trainer.strategy.saving.finish()
+        if (saving := getattr(trainer.strategy, "saving", None)) is not None:  # of `FullySharded`
+            saving.finish()
         self._link()
 
     def _remove_old(self) -> None:

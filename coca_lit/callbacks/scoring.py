@@ -1,7 +1,7 @@
 """When evaluations run: during training on a few images, and at its end on all of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
 from coca_lit.callbacks.averaging import scored_weights
@@ -22,7 +23,6 @@ from coca_lit.metrics.conditions import Conditions
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, kernels
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
-from coca_lit.training.sharding import unsharded
 
 
 class ScoreDuringTraining(L.Callback):
@@ -211,5 +211,10 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     cuda = torch.random.fork_rng([device]) if device.type == "cuda" else nullcontext()
     eager = torch.compiler.set_stance("force_eager")
     untimed, exact = not_timed(module.trainer), kernels.exact_fp32(device)
-    with untimed, isolate_rng(include_cuda=False), cuda, eager, exact, parametrize.cached(), unsharded(net) as whole:
+    gathered: AbstractContextManager[CoCa] = nullcontext(net)
+    if isinstance(net, FSDPModule):
+        from coca_lit.training.sharding import unsharded
+
+        gathered = unsharded(net)
+    with untimed, isolate_rng(include_cuda=False), cuda, eager, exact, parametrize.cached(), gathered as whole:
         yield whole

@@ -8,9 +8,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
-from coca_lit.training.lightning_fixes import callbacks_of
+from coca_lit.training.lightning_fixes import callbacks_of, is_sharded
 from coca_lit.training.objectives import Objective
-from coca_lit.training.sharding import FullySharded
 from coca_lit.weights.lora import LowRank
 
 SHARDED, MICRO_BATCHES, FP16, AVERAGES, LORA = "sharded", "micro_batches", "fp16", "averages", "lora"
@@ -49,7 +48,7 @@ def features(
         texts: some batches are texts alone.
     """
     found = {
-        SHARDED: ("trainer=fsdp", isinstance(trainer.strategy, FullySharded)),
+        SHARDED: ("trainer=fsdp", is_sharded(trainer)),
         MICRO_BATCHES: ("trainer.micro_batch_size", micro_batch_size is not None),
         FP16: ("trainer.precision=16-mixed", trainer.precision == "16-mixed"),
         AVERAGES: ("ema", bool(callbacks_of(trainer, WeightAveraging))),

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +26,13 @@ def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
 def max_time(trainer: L.Trainer) -> float | None:
     """`trainer.max_time` in seconds, which the trainer hands to a callback and does not keep."""
     return next((timer._duration for timer in callbacks_of(trainer, Timer)), None)
+
+
+def is_sharded(trainer: L.Trainer) -> bool:
+    """Whether its strategy is `coca_lit.training.sharding.FullySharded`, the only one of its kind that `trainer_parts`
+    lets pass. No other training imports that module.
+    """
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 # Which step this is

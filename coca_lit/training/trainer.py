@@ -20,7 +20,6 @@ from coca_lit.runs.checkpoint_io import save
 from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
 from coca_lit.training.compatibility import check_together, features
 from coca_lit.training.lightning_fixes import set_ddp_options
-from coca_lit.training.sharding import FullySharded
 from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def trainer_parts(
         ConfigError: Lightning's strategy of that name cannot shard the network.
     """
     name = (strategy if isinstance(strategy, str) else type(strategy).__name__).lower()
-    if not isinstance(strategy, FullySharded) and any(part in name for part in ("deepspeed", "fsdp", "modelparallel")):
+    if any(part in name for part in ("deepspeed", "fsdp", "modelparallel")):
         raise ConfigError(
             f"trainer.strategy={name} does not know how to shard the network: use trainer=ddp, or trainer=fsdp if the "
             "model does not fit one GPU"
