@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from coca_lit.callbacks import ScoreDuringTraining
-from coca_lit.cli.assembly import build, build_module, build_trainer
+from coca_lit.cli.assembly import build, build_trainer
+from coca_lit.cli.module import build_module
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError

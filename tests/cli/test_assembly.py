@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from coca_lit.cli.assembly import build_evals, build_module
+from coca_lit.cli.assembly import build_evals
+from coca_lit.cli.module import build_module
 from coca_lit.evals import Settings
 from coca_lit.training.objectives import Objective
 from helpers.running import compose

@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli import command
-from coca_lit.cli.assembly import build, build_module, build_trainer, resolve_target
+from coca_lit.cli.assembly import build, build_trainer, resolve_target
 from coca_lit.cli.configs import CONF
+from coca_lit.cli.module import build_module
 from coca_lit.cli.schema import check
 from coca_lit.cli.signatures import argument_defaults
 from coca_lit.cli.words import to_override

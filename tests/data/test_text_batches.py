@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from coca_lit.cli.assembly import build_module
+from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import scene_training_captions
 from coca_lit.data.text_batches import TextBatches

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from coca_lit.callbacks import ScoreDuringTraining
-from coca_lit.cli.assembly import build_module, build_trainer
+from coca_lit.cli.assembly import build_trainer
+from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.models import create_model

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from coca_lit.callbacks import ScoreDuringTraining
-from coca_lit.cli.assembly import build, build_module, build_trainer
+from coca_lit.cli.assembly import build, build_trainer
+from coca_lit.cli.module import build_module
 from coca_lit.data.batch import Batch
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coca_lit.cli import evaluate
-from coca_lit.cli.assembly import build_module
 from coca_lit.cli.command import compose as compose_config
+from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.tools.export.command import run as export

@@ -13,8 +13,8 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coca_lit.cli.assembly import build_module
 from coca_lit.cli.command import compose as compose_config
+from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.tools.export.command import run as export
 from coca_lit.weights.load import load_model, save_model

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.cli.assembly import build_module
+from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model, save_model
