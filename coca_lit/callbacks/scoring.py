@@ -19,9 +19,8 @@ from coca_lit.callbacks.progress import not_timed
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number, suggest
 from coca_lit.evals import Evaluation, Settings
-from coca_lit.metrics.conditions import Conditions
-from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, kernels
+from coca_lit.runs.results import Found
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 
@@ -59,10 +58,7 @@ class ScoreDuringTraining(L.Callback):
                 check_number(name, value, whole=True, at_least=1)
         self.evals, self.settings = list(evals), settings
         self.every_n_epochs, self.every_n_steps, self.quick = every_n_epochs, every_n_steps, quick
-        self.results: dict[str, float] = {}
-        self.not_run: dict[str, str] = {}
-        self.draws: dict[str, Draws] = {}
-        self.conditions: dict[str, Conditions] = {}
+        self.found = Found()
         self._finished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -146,14 +142,11 @@ class ScoreDuringTraining(L.Callback):
                     few |= evaluation.evaluate(net, replace(settings, full=False), self.quick)
             for evaluation in self.evals:
                 scores = evaluation.evaluate(net, settings)
-                self.results |= scores
-                self.not_run |= evaluation.not_run
-                self.draws |= evaluation.draws
-                self.conditions |= evaluation.conditions
+                self.found.add(evaluation, scores)
                 for logger in trainer.loggers:
                     logger.log_metrics(scores, step=trainer.global_step)
         self._log_pictures(trainer, self.evals)
-        self._offer(trainer, self.results | few, rivals, final=True)
+        self._offer(trainer, self.found.scores | few, rivals, final=True)
 
     def _log_pictures(self, trainer: L.Trainer, scored: Sequence[Evaluation]) -> None:
         names = list(dict.fromkeys(evaluation.name for evaluation in scored))

@@ -22,8 +22,6 @@ from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.run_folder import CONFIG, in_use
 
 if TYPE_CHECKING:
-    from coca_lit.metrics.conditions import Conditions
-    from coca_lit.metrics.uncertainty import Draws
     from coca_lit.models import DualEncoder
 
 KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers")  # how the names of evaluations end
@@ -112,30 +110,24 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.metrics.java.spice import JARS_VARIABLE
     from coca_lit.models import part_sizes
     from coca_lit.models.parts import forward_flops
-    from coca_lit.runs.results import finish_run
+    from coca_lit.runs.results import Found, finish_run
     from coca_lit.runs.resume import start_run_folder
 
     configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
-    results: dict[str, float] = {}
-    draws: dict[str, Draws] = {}
-    conditions: dict[str, Conditions] = {}
     with in_use(Path(cfg.output_dir)), worker_errors(), process_group() as device:
         model = _load(cfg).to(device, chosen_dtype(cfg.precision))
         start_run_folder(cfg)
         settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
+        found = Found(not_run=not_run)
         for evaluation in evals:
-            results |= evaluation.evaluate(model, settings)
-            not_run |= evaluation.not_run
-            draws |= evaluation.draws
-            conditions |= evaluation.conditions
+            found.add(evaluation, evaluation.evaluate(model, settings))
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
-            report = build_report(cfg)
-            finish_run(Path(cfg.output_dir), results, not_run, draws, conditions, facts, report)
-    return results
+            finish_run(Path(cfg.output_dir), found, facts, build_report(cfg))
+    return found.scores
 
 
 def _load(cfg: DictConfig) -> "DualEncoder":

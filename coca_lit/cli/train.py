@@ -87,11 +87,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
             raise
         facts = {**samples_seen(trainer), "parameters": part_sizes(module.net)}
         if trainer.is_global_zero:
-            missing, report = not_run | scoring.not_run, build_report(cfg)
-            finish_run(folder, scoring.results, missing, scoring.draws, scoring.conditions, facts, report)
+            scoring.found.not_run = not_run | scoring.found.not_run
+            finish_run(folder, scoring.found, facts, build_report(cfg))
             if (folder / "checkpoints" / "last.ckpt").exists():
                 print(f"next: {next_commands(cfg, module.net, data)}", flush=True)
-        return scoring.results
+        return scoring.found.scores
 
 
 def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> str:

@@ -7,8 +7,9 @@ import io
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,19 +21,33 @@ from coca_lit.reading import printable, read_run_json, read_run_npz
 from coca_lit.runs.run_folder import RESULTS, add_facts
 from coca_lit.runs.scores import print_scores
 
+if TYPE_CHECKING:
+    from coca_lit.evals import Evaluation
+
 INTERVALS, DRAWS, CONDITIONS = "intervals.json", "draws.npz", "conditions.json"
 HOW = f"{LEVEL:.0%}, from the scores of 1,000 resamples of the images, drawn with replacement; of shares by Wilson"
 TRIES, PAUSE = 10, 30  # to write the scores on a full disk, and seconds between two tries
 
 
+@dataclass
+class Found:
+    """What the evaluations of a run found, by the name of the score; for the last three see `Evaluation`."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
+    draws: dict[str, Draws] = field(default_factory=dict)
+    conditions: dict[str, Conditions] = field(default_factory=dict)
+
+    def add(self, evaluation: "Evaluation", scores: dict[str, float]) -> None:
+        """Adds what `evaluation.evaluate` has returned and noted."""
+        self.scores |= scores
+        self.not_run |= evaluation.not_run
+        self.draws |= evaluation.draws
+        self.conditions |= evaluation.conditions
+
+
 def finish_run(
-    folder: Path,
-    results: dict[str, float],
-    not_run: dict[str, str],
-    draws: Mapping[str, Draws] | None = None,
-    conditions: Mapping[str, Conditions] | None = None,
-    facts: dict[str, Any] | None = None,
-    report: Callable[[Path], Any] | None = None,
+    folder: Path, found: Found, facts: dict[str, Any] | None = None, report: Callable[[Path], Any] | None = None
 ) -> None:
     """Prints the scores of a run with their uncertainty, and writes them and its report; see `write_results`. On a full
     disk it tries again for some minutes.
@@ -43,13 +58,13 @@ def finish_run(
     Raises:
         DataError: they cannot be written.
     """
-    print_scores(results, draws or {}, {score: of.images for score, of in (conditions or {}).items()})
+    print_scores(found.scores, found.draws, {score: of.images for score, of in found.conditions.items()})
     for left in reversed(range(TRIES)):
         try:
             write_waiting()
-            write_draws(folder, draws or {})
-            write_conditions(folder, conditions or {})
-            seconds = write_results(folder, results, not_run, facts)
+            write_draws(folder, found.draws)
+            write_conditions(folder, found.conditions)
+            seconds = write_results(folder, found.scores, found.not_run, facts)
             if report is not None:
                 report(folder)
             break
@@ -82,7 +97,10 @@ def write_results(
 
 def write_draws(folder: Path, draws: Mapping[str, Draws]) -> None:
     """Writes both files into a run folder, nothing if there are no draws."""
-    for name in (INTERVALS, DRAWS):
+    for name in (if TYPE_CHECKING:
+    from coca_lit.evals import Evaluation
+
+INTERVALS, DRAWS):
         (folder / name).unlink(missing_ok=True)  # of an earlier scoring
     if not draws:
         return

@@ -97,7 +97,7 @@ def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
     assert [step for step, _ in columns.get("probe_5/value", [])] == steps
     assert [value for _, value in columns.get("probe_5/value", [])] == pytest.approx(probe.values[:-1])
     assert columns["probe/value"] == [(8, pytest.approx(probe.values[-1]))]
-    assert next(c for c in trainer.callbacks if isinstance(c, ScoreDuringTraining)).results == {
+    assert next(c for c in trainer.callbacks if isinstance(c, ScoreDuringTraining)).found.scores == {
         "probe/value": probe.values[-1]
     }
 

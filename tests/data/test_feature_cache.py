@@ -210,5 +210,5 @@ def test_the_network_is_as_before_and_scored_on_pixels(tmp_path: Path) -> None:
     scoring = ScoreDuringTraining([Look("look", [Record("unseen", "1.png")])], Settings(tmp_path))
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)
     assembly.build_trainer(cfg, scoring).fit(module, datamodule=data)
-    assert scoring.results == {"look/width": module.net.image_encoder.width}
+    assert scoring.found.scores == {"look/width": module.net.image_encoder.width}
     torch.testing.assert_close(module.net.image_encoder.state_dict(), before, rtol=0, atol=0)

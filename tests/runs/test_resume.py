@@ -21,7 +21,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
-from coca_lit.runs.results import finish_run
+from coca_lit.runs.results import Found, finish_run
 from coca_lit.runs.resume import (
     RUN_KEY,
     Start,
@@ -430,7 +430,7 @@ def test_finished_means_that_everything_is_there(tmp_path: Path, lost: str) -> N
     cfg = compose(f"output_dir={tmp_path}")
     path = save(tmp_path, 3, finished=lost != "checkpoint")
     start_run_folder(cfg, start_at(path))
-    finish_run(tmp_path, {"scenes/CIDEr": 1.0}, {}, report=write_report)
+    finish_run(tmp_path, Found({"scenes/CIDEr": 1.0}), report=write_report)
     (tmp_path / lost).unlink(missing_ok=True)
     cfg.scoring.objective = "scenes/CIDEr"  # ranks scores and computes none
     assert finished_results(cfg, start_at(path)) == ({"scenes/CIDEr": 1.0} if lost == "nothing" else None)
@@ -441,7 +441,7 @@ def test_a_longer_run_is_not_finished(tmp_path: Path, length: tuple[str, Any]) -
     cfg = compose(f"output_dir={tmp_path}", "+trainer.max_time=00:00:01:00")
     path = save(tmp_path, 3, finished=True)
     start_run_folder(cfg, start_at(path))
-    finish_run(tmp_path, {"scenes/CIDEr": 1.0}, {}, report=write_report)
+    finish_run(tmp_path, Found({"scenes/CIDEr": 1.0}), report=write_report)
     assert finished_results(cfg, start_at(path)) is not None
     cfg.trainer[length[0]] = length[1]
     assert finished_results(cfg, start_at(path)) is None
