@@ -97,10 +97,7 @@ def write_results(
 
 def write_draws(folder: Path, draws: Mapping[str, Draws]) -> None:
     """Writes both files into a run folder, nothing if there are no draws."""
-    for name in (if TYPE_CHECKING:
-    from coca_lit.evals import Evaluation
-
-INTERVALS, DRAWS):
+    for name in (INTERVALS, DRAWS):
         (folder / name).unlink(missing_ok=True)  # of an earlier scoring
     if not draws:
         return
