@@ -12,8 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_data, build_evals, build_report, build_scoring, build_trainer, plain
-from coca_lit.cli.derived import with_recipe, with_start, with_vocabulary
-from coca_lit.cli.module import build_module, load_source
+from coca_lit.cli.module import build_module, load_source, with_recipe, with_start, with_vocabulary
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.signatures import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes

@@ -17,8 +17,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_data
 from coca_lit.cli.command import compose
-from coca_lit.cli.derived import with_vocabulary
-from coca_lit.cli.module import build_module
+from coca_lit.cli.module import build_module, with_vocabulary
 from coca_lit.data.batch import Batch
 from coca_lit.lit_module import CoCaLit
 from coca_lit.runs.run_folder import environment

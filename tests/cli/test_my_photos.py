@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from coca_lit import load_model
-from coca_lit.cli.derived import with_start
+from coca_lit.cli.module import with_start
 from coca_lit.data.scenes.render import render, scene_records
 from coca_lit.errors import ConfigError, DataError
 from helpers.running import TINY, compose, results, run, without_java

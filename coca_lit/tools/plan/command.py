@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from coca_lit.cli.command import command
-from coca_lit.cli.derived import with_recipe, with_vocabulary
-from coca_lit.cli.module import add_adapters, load_source, make_module
+from coca_lit.cli.module import add_adapters, load_source, make_module, with_recipe, with_vocabulary
 from coca_lit.errors import ConfigError, check_number, error_context
 
 if TYPE_CHECKING:
