@@ -44,7 +44,10 @@ class FaultyStore:
         self.always = ""
         self.requests = self.sent = 0
         self._proxy: ThreadingHTTPServer | None = None
-        self.port = 0
+        self._port = socket.socket()  # which keeps the port while the store is away; it refuses connections
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._port.bind(("127.0.0.1", 0))
+        self.port = self._port.getsockname()[1]
         self.start()
 
     def _serve(self) -> tuple[tuple[str, int], Callable[[], object]]:
@@ -62,10 +65,9 @@ class FaultyStore:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """At the same port as before, so that the store comes back."""
+        """The store comes back."""
         handler = type("Handler", (_Handler,), {"store": self})
         self._proxy = _Server(("127.0.0.1", self.port), handler)
-        self.port = self._proxy.server_address[1]
         threading.Thread(target=self._proxy.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
@@ -81,6 +83,7 @@ class FaultyStore:
 
     def close(self) -> None:
         self.stop()
+        self._port.close()
         self._exit()
 
     @property
@@ -157,7 +160,7 @@ class FaultyHub(FaultyStore):
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+    daemon_threads = allow_reuse_port = True
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that hangs up is none."""
