@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
@@ -81,6 +82,25 @@ def _independent_of_other_tests() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+PASSED: pytest.StashKey[bool] = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    item.stash[PASSED] = item.stash.get(PASSED, True) and not report.failed
+    return report
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """As pytest's own, but not named after the test: messages name files, and a word of them would always be found."""
+    path = tmp_path_factory.mktemp("t")
+    yield path
+    if request.node.stash[PASSED]:
+        shutil.rmtree(path, ignore_errors=True)  # gigabytes would wait for the disk
 
 
 @pytest.fixture

@@ -23,18 +23,18 @@ def look(candidates: int, batch_size: int = 2) -> Any:
 
 @torch.no_grad()
 def naive_log_likelihoods() -> torch.Tensor:
-    """(I, T), pair by pair and token by token."""
+    """(I, T), text by text and token by token."""
     model = make_model().eval()
     transform = build_transform(size=model.image_size)
+    images = torch.stack([transform(record.image()) for record in records()])
     captions = [caption for record in records() for caption in record.captions]
     found = torch.zeros(len(records()), len(captions))
-    for i, record in enumerate(records()):
-        image = transform(record.image())[None]
-        for t, caption in enumerate(captions):
-            ids = model.tokenizer.encode(caption)
-            for end in range(1, len(ids)):
-                logits = model(image, torch.tensor([[*ids[:end], model.tokenizer.eot_id]])).logits  # (end, V)
-                found[i, t] += logits[-1].log_softmax(0)[ids[end]]
+    for t, caption in enumerate(captions):
+        ids = model.tokenizer.encode(caption)
+        for end in range(1, len(ids)):
+            begun = torch.tensor([[*ids[:end], model.tokenizer.eot_id]]).expand(len(images), -1)
+            logits = model(images, begun).logits.unflatten(0, (len(images), -1))  # (I, end, V)
+            found[:, t] += logits[:, -1].log_softmax(-1)[:, ids[end]]
     return found
 
 

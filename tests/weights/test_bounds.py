@@ -1,12 +1,15 @@
 """A small file takes little memory and time, whatever it claims: in a process of its own with a gigabyte to spare."""
 
 import json
+import os
 import pickle
+import resource
 import struct
-import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +18,56 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coca_lit.errors import UserError
 from coca_lit.models import create_model
 from coca_lit.weights import MODEL_KEY
+from coca_lit.weights.load import load_dual_encoder
 from coca_lit.weights.open_clip import to_open_clip
+from helpers.forking import FORKSERVER
 
-# Loads each file that a line of the input names, in at most 20 s and with a gigabyte more than the imports took.
-CHILD = """
-import resource, sys, time, torch
-import coca_lit.weights.load as load
-from coca_lit.errors import UserError
-torch.set_num_threads(1)
-pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, resource.RLIM_INFINITY))
-for path in map(str.strip, sys.stdin):
-    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        load.load_dual_encoder(path)
-        said = "loaded"
-    except (ValueError, UserError) as error:
-        said = " ".join(str(error).split())
-    except BaseException as error:
-        said = f"raised {error!r}"
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(most // 1024, round(time.process_time() - start, 1), said, sep="\\t", flush=True)
-"""
+
+def load_each(asked: Connection) -> None:
+    """Answers the path of a file with the megabytes and seconds that it took to load, and what was said. The process
+    may have a gigabyte more than its imports took.
+    """
+    torch.set_num_threads(1)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 2**30, resource.RLIM_INFINITY))
+    while True:
+        path = asked.recv()
+        start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            load_dual_encoder(path)
+            said = "loaded"
+        except (ValueError, UserError) as error:
+            said = " ".join(str(error).split())
+        except BaseException as error:
+            said = f"raised {error!r}"
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        asked.send((most / 1024, time.process_time() - start, said))
 
 
 @pytest.fixture(scope="module")
 def load() -> Iterator[Callable[[Path], str]]:
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
-    child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    stdin, stdout = child.stdin, child.stdout
+    asked, its_end = FORKSERVER.Pipe()
+    child = FORKSERVER.Process(target=load_each, args=(its_end,))
+    child.start()
+    its_end.close()
 
     def refused(path: Path) -> str:
-        print(path, file=stdin, flush=True)
-        megabytes, seconds, said = stdout.readline().rstrip("\n").split("\t")
-        assert float(megabytes) < 700, said
-        assert float(seconds) < 20, said
+        asked.send(path)
+        megabytes, seconds, said = asked.recv()
+        assert megabytes < 700, said
+        assert seconds < 20, said
         assert said != "loaded"
         assert not said.startswith("raised"), said
         return said
 
     yield refused
     child.kill()
-    child.wait()
+    child.join()
 
 
 @pytest.fixture(scope="module")
