@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import ExitStack
-from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,15 +44,15 @@ def _files_of_conf_are_read_once() -> Iterator[None]:
 
     from coca_lit.cli.configs import CONF
 
-    load, shipped = OmegaConf.load, {}
+    load, shipped = OmegaConf.load, dict[str, bytes]()
 
     def load_once(file: Any) -> Any:
         path = str(getattr(file, "name", file))
         if not path.startswith(f"{CONF}/"):  # a test's own
             return load(file)
         if path not in shipped:
-            shipped[path] = load(file)
-        return deepcopy(shipped[path])
+            shipped[path] = pickle.dumps(load(file))
+        return pickle.loads(shipped[path])  # a copy
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", load_once)
