@@ -216,13 +216,19 @@ def test_a_wrong_plan_is_refused(setting: str, message: str, monkeypatch: pytest
     assert str(exit.value.code).startswith(f"error: {message}")
 
 
-def test_the_plan_of_an_experiment_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.run(compose("plan", ["experiment=demo", "gpus=[A100,H100]", "devices=2", "samples=1e6"]))
+def test_the_plan_of_an_experiment_is_printed_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["coca-plan", "experiment=demo", "gpus=[A100,H100]", "devices=2", "samples=1e6"])
+    cli.plan()
     shown = capsys.readouterr().out
     for words in ("image encoder", "AdamW states", "samples that fit on a device", "H100", "device-hours"):
         assert words in shown
+    assert "samples/s per device" in shown
     assert "size, estimated" in shown  # the head of a column
     assert "15.5% to 30.0% on A100" in " ".join(shown.split())  # published, and assumed
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -252,13 +258,3 @@ def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_
     text = capsys.readouterr().out
     assert "data.batch_size=2 " in text
     assert "coca_efficientnet" in text
-
-
-def test_a_plan_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["coca-plan"])
-    cli.plan()
-    assert "samples/s per device" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
