@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-[ -s experiments/public_models/results.csv ] || OMP_NUM_THREADS=1 python experiments/public_models/cost.py mammut_ViT-S-32 coca_ViT-S-32 mammut_ViT-B-32 coca_ViT-B-32
+[ -s experiments/public_models/results.csv ] || OMP_NUM_THREADS=1 python experiments/public_models/cost.py {coca,mammut}_ViT-{S,M,B,L,H}-{32,16,14}
 python experiments/report.py public_models
 [ $# -gt 0 ] || exit 0
 
