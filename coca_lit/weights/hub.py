@@ -33,7 +33,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session, tqdm, validate_repo_id
 
 from coca_lit.errors import CheckpointError, suggest
 from coca_lit.weights.sharded import is_checkpoint
@@ -56,6 +56,8 @@ RELEASED = ASSETS / "released_models.json"
 PHOTOS = "photos"  # the small model that comes with the package
 PHOTOS_WEIGHTS = ASSETS / PHOTOS / "model.safetensors"
 MAX_FILES = 10_000  # of a folder on the Hub
+MAX_CONFIG = 4 * 2**20  # bytes of JSON that describe a model
+MAX_WEIGHTS = 50_000_000_000  # bytes of a file; the largest model of the scaling study with its optimizer has 20 GB
 PATIENCE = 5.0  # seconds for the Hub to answer at all
 
 
@@ -81,9 +83,24 @@ def list_models(pattern: str = "*") -> list[str]:
     """The names of models that `load_model` knows, sorted.
 
     Args:
-        pattern: with `*`, `?` and `[…]`, in any case and with - or _: "coca*" names the captioners.
+        pattern: with `*`, `?` and `[…]`, in any case and with - or _: "coca*" names the captioners. After "hf-hub:"
+            what is in a repository, as in "hf-hub:laion/scaling-laws-for-comparison/ViT-S-32-alt*" or, for the epochs
+            of a run, "hf-hub:ORG/REPO/FOLDER/epoch_*".
+
+    Raises:
+        CheckpointError: the repository cannot be listed.
     """
-    return sorted(name for name in released_models() if fnmatchcase(_key(name), _key(pattern)))
+    names: Iterable[str] = released_models()
+    if pattern.startswith(PREFIX):
+        org, _, rest = pattern.removeprefix(PREFIX).partition("/")
+        repo, _, path = rest.partition("/")
+        folder = path.rpartition("/")[0]
+        with _hub_errors(f"{org}/{repo}"):
+            _expect_name(f"{org}/{repo}")
+            found = _listed(f"{org}/{repo}", folder, None)
+        start = "/".join(filter(None, (f"{PREFIX}{org}/{repo}", folder)))
+        names = (f"{start}/{name}" for name, size in found.items() if size is None or name.endswith(FILE_SUFFIXES))
+    return sorted(name for name in names if fnmatchcase(_key(name), _key(pattern)))
 
 
 def released(name: str | Path) -> Released | None:
@@ -203,17 +220,17 @@ def download(
     with _hub_errors(repo, revision):
         _expect_name(repo)
         offline = not _reachable()
-        names = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)
-        weights = {name for name in names if name.endswith(FILE_SUFFIXES)}
+        sizes = _cached(repo, folder, revision) if offline else _listed(repo, folder, revision)
+        weights = {name for name, size in sizes.items() if size is not None and name.endswith(FILE_SUFFIXES)}
         if offline and not (f"{wanted}.pt" in weights or wanted in weights if wanted else weights):
             raise LocalEntryNotFoundError("no weights in the cache")
         name = choose(weights, wanted, f"{repo}/{folder}".rstrip("/"))
         # Also asked for where it is not listed: the cache then knows that there is none.
-        config = next((name for name in CONFIGS if name in names), OPEN_CLIP_CONFIG)
+        config = next((name for name in CONFIGS if name in sizes), OPEN_CLIP_CONFIG)
         commit = revision
         inside = f"{folder}/" if folder else ""
         try:
-            found = Path(hf_hub_download(repo, inside + config, revision=revision, local_files_only=offline))
+            found = _fetch(repo, inside + config, revision, offline, sizes.get(config), MAX_CONFIG)
             commit = found.parents[inside.count("/")].name  # a push in between changes nothing
         except LocalEntryNotFoundError:
             known = try_to_load_from_cache(repo, inside + config, revision=revision)
@@ -222,9 +239,37 @@ def download(
         except EntryNotFoundError:
             pass
         cached = try_to_load_from_cache(repo, inside + name, revision=commit)
-        file = Path(hf_hub_download(repo, inside + name, revision=commit, local_files_only=offline))
+        file = _fetch(repo, inside + name, commit, offline, sizes[name], MAX_WEIGHTS)
         _verify(file, repo, sha256.get(name), fresh=not isinstance(cached, str))
         return file
+
+
+def _fetch(repo: str, path: str, revision: str | None, offline: bool, listed: int | None, most: int) -> Path:
+    """A file of a repository in the local cache.
+
+    Args:
+        listed: its size by the repository's list; a file that is not listed is not there.
+        most: bytes that it may have.
+
+    Raises:
+        CheckpointError: it is larger than that, or more arrives than is listed.
+    """
+    size = most if listed is None else listed
+    if size > most:
+        raise CheckpointError(f"'{path}' of {repo} has {size:,} bytes, more than the {most:,} that a file may have")
+
+    class Bounded(tqdm):
+        """Sees what arrives before it is written, also where no size is announced."""
+
+        received: float = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += n or 0
+            if self.received > size:
+                raise CheckpointError(f"more arrives of '{path}' of {repo} than its {size:,} bytes: it was removed")
+            return super().update(n)
+
+    return Path(hf_hub_download(repo, path, revision=revision, local_files_only=offline, tqdm_class=Bounded))
 
 
 def choose(names: Iterable[str], wanted: str, where: str) -> str:
@@ -254,24 +299,27 @@ def choose(names: Iterable[str], wanted: str, where: str) -> str:
     raise CheckpointError(f"'{where}' holds no weights that can be read; expected one of {', '.join(WEIGHTS)}")
 
 
-def _listed(repo: str, folder: str, revision: str | None) -> set[str]:
-    """Names of the files in a folder of a repository on the Hub, of its first `MAX_FILES` entries."""
+def _listed(repo: str, folder: str, revision: str | None) -> dict[str, int | None]:
+    """Files in a folder of a repository on the Hub with their sizes in bytes, and folders with None, of its first
+    `MAX_FILES` entries.
+    """
     inside = f"{folder}/" if folder else ""
     try:
-        entries = islice(HfApi().list_repo_tree(repo, folder or None, revision=revision), MAX_FILES)
-        paths = [entry.path for entry in entries if isinstance(entry, RepoFile)]
+        entries = list(islice(HfApi().list_repo_tree(repo, folder or None, revision=revision), MAX_FILES))
     except EntryNotFoundError as error:
         raise CheckpointError(f"'{repo}' has no folder '{folder}'") from error
-    names = (path.removeprefix(inside) for path in paths if path.startswith(inside))
-    return {name for name in names if not re.search(r"[/\\]", name)}
+    sizes = {entry.path: entry.size if isinstance(entry, RepoFile) else None for entry in entries}
+    found = {path.removeprefix(inside): size for path, size in sizes.items() if path.startswith(inside)}
+    return {name: size for name, size in found.items() if not re.search(r"[/\\]", name)}
 
 
-def _cached(repo: str, folder: str, revision: str | None) -> set[str]:
-    """Names of the files in a folder of a repository that are in the local cache."""
+def _cached(repo: str, folder: str, revision: str | None) -> dict[str, int | None]:
+    """Files in a folder of a repository that are in the local cache, with their sizes in bytes."""
     place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
     ref = place / "refs" / (revision or constants.DEFAULT_REVISION)
     commit = ref.read_text() if ref.is_file() else str(revision)
-    return {path.name for path in (place / "snapshots" / commit / folder).glob("*") if path.is_file()}
+    files = (place / "snapshots" / commit / folder).glob("*")
+    return {path.name: path.stat().st_size for path in files if path.is_file()}
 
 
 def _verify(file: Path, repo: str, known: str | None, fresh: bool) -> None:

@@ -21,7 +21,7 @@ from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.bounds import MAX_CONTEXT, MAX_PATCHES, check_plain, check_stored, without_memory
 from coca_lit.weights.computation import misfit
-from coca_lit.weights.hub import CONFIGS, OPEN_CLIP_CONFIG, locate, released
+from coca_lit.weights.hub import CONFIGS, MAX_CONFIG, OPEN_CLIP_CONFIG, locate, released
 from coca_lit.weights.intact import check_archive, load_tensors, save_tensors
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
@@ -41,7 +41,6 @@ NOT_ARCHITECTURE = (
 # tower that learns them has a tensor to compare with.
 _NO_SIZES = ("rope_base", "max_patches", "context_length")
 _SECTIONS = ("model_cfg", "vision_cfg")  # of OpenCLIP's config, the second if it is the model's alone
-MAX_CONFIG = 4 * 2**20  # bytes of JSON that describe a model
 NORMALISATION = "pretrained_cfg_overlay"  # timm's name for what replaces mean and deviation of the pixels
 SCALES = ".scales"  # ends the names of the scales of int8, see `dequantised`
 EMBEDDING, PROJECTION = "text.token_embedding.weight", "decoder.vocabulary.weight"  # one tensor where they are tied

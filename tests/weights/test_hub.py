@@ -192,6 +192,19 @@ def test_layout_of_the_scaling_study(hub: Hub, tmp_path: Path, monkeypatch: pyte
         load_model(f"hf-hub:{STUDY}/{RUN}/epoch_1")
 
 
+def test_a_repository_is_listed(hub: Hub) -> None:
+    runs = [RUN, "ViT-S-32-alt_s1.28B_datacomp", "ViT-B-16-text-plus_s300M_relaion2b-en"]
+    files = {f"{run}/epoch_{n}.pt": b"1" for run in runs for n in (1, 2)}
+    hub.repositories[STUDY] = Repository(files | {"results.parquet": b"1", "clip.safetensors": b"1"})
+    start = f"hf-hub:{STUDY}"
+    assert list_models(f"{start}/*") == sorted(f"{start}/{name}" for name in (*runs, "clip.safetensors"))
+    assert list_models(f"{start}/vit_s_32*") == [f"{start}/{runs[1]}"]
+    assert list_models(f"{start}/{RUN}/*") == [f"{start}/{RUN}/epoch_{n}.pt" for n in (1, 2)]
+    for wrong, message in ((f"{start}/absent/*", "has no folder 'absent'"), ("hf-hub:a*", "expected ORG/REPO")):
+        with pytest.raises(CheckpointError, match=message):
+            list_models(wrong)
+
+
 def test_a_config_of_another_library_is_left_alone(tmp_path: Path, files: dict[str, bytes]) -> None:
     (tmp_path / SAFE).write_bytes(files[SAFE])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {}}))
@@ -304,8 +317,6 @@ def test_a_model_in_the_cache_needs_no_connection(
         ("hf-hub:me/coca/run", "'me/coca' has no folder 'run'"),
         ("hf-hub:me/coca/../x", "'../x' is not a path within 'me/coca'"),
         ("hf-hub:me/coca/weights.pt", f"'me/coca' has no 'weights.pt': it has {SAFE}, {BIN}"),
-        ("hf-hub:me/several", "'me/several' has several files of weights: add one to its name, of a.pt, b.bin"),
-        ("hf-hub:me/study/run/epoch_9", "'me/study/run' has no 'epoch_9': it has the epochs 1, 2, 10"),
         ("hf-hub:../../etc", "'../..' is not the name of a repository: expected ORG/REPO"),
     ],
 )
@@ -324,14 +335,39 @@ def test_refusals_are_one_sentence(
     hub.repositories |= {
         "me/coca": Repository(files),
         "me/data": Repository({"data.csv": b"1"}),
-        "me/several": Repository({"a.pt": b"1", "b.bin": b"2", "config.json": b"{}"}),
-        "me/study": Repository({f"run/epoch_{n}.pt": b"1" for n in (1, 2, 10)}),
         "me/gated": Repository(files, gated=True),
     }
     with pytest.raises(CheckpointError, match=f"^{re.escape(message.format(hub=hub.url))}") as refused:
         load_model(name)
     assert "\n" not in str(refused.value)
     assert_nothing_left(cache)
+
+
+@pytest.mark.parametrize(
+    ("repo", "folder", "names"),
+    [
+        (L14, "", [BIN, "open_clip_config.json"]),
+        ("apple/mobileclip2_coca_dfn2b_s13b_context77", "", ["mobileclip2_coca.pt", "config.json"]),
+        (STUDY, f"{RUN}/", ["epoch_1.pt", "epoch_2.pt"]),
+    ],
+    ids=["OpenCLIP", "Apple", "study"],
+)
+def test_refusals_in_every_layout(hub: Hub, repo: str, folder: str, names: list[str]) -> None:
+    def expect(name: str, message: str) -> None:
+        with pytest.raises(CheckpointError, match=f"^{re.escape(message)}") as refused:
+            load_model(name)
+        assert "\n" not in str(refused.value)
+
+    files, several = ({folder + name: b"1" for name in kind} for kind in (names, ["a.pt", "b.bin"]))
+    place, name = f"{repo}/{folder}".rstrip("/"), f"hf-hub:{repo}/{folder}".rstrip("/")
+    expect(name, f"there is no '{repo}' at {hub.url}, or you may not read it: check the name")
+    hub.repositories[repo] = Repository(files, gated=True)
+    expect(name, f"'{repo}' is gated: accept its terms at {hub.url}/{repo} and set HF_TOKEN")
+    hub.repositories[repo] = Repository(files)
+    there = "the epochs 1, 2" if folder else names[0]
+    expect(f"{name}/epoch_9", f"'{place}' has no 'epoch_9': it has {there}")
+    hub.repositories[repo] = Repository(several)
+    expect(name, f"'{place}' has several files of weights: add one to its name, of a.pt, b.bin")
 
 
 def test_a_broken_connection_is_resumed(
@@ -375,6 +411,33 @@ def test_a_file_of_another_size_than_announced_is_refused(
     with pytest.raises(CheckpointError, match=r"^the connection"):
         locate(f"hf-hub:{B32}")
     assert names_in(cache) == set()
+
+
+@pytest.mark.parametrize(("name", "most"), [("open_clip_config.json", "4,194,304"), (SAFE, "50,000,000,000")])
+def test_a_file_that_is_too_large_is_not_asked_for(
+    hub: Hub, cache: Path, files: dict[str, bytes], name: str, most: str
+) -> None:
+    hub.repositories[B32] = Repository(files)
+    hub.listed[name] = 10**15
+    with pytest.raises(CheckpointError, match=rf"^'{name}' of {B32} has 1,000,000,000,000,000 bytes.*{most}"):
+        locate(f"hf-hub:{B32}")
+    assert not hub.asked_for("GET", name)
+    assert_nothing_left(cache)
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_no_more_than_the_listed_size_is_taken(
+    hub: Hub, cache: Path, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, config: bool
+) -> None:
+    """From a server that announces no size and never stops."""
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
+    hub.repositories[B32] = Repository(files if config else {SAFE: files[SAFE]})
+    hub.endless = True
+    name, size = ("open_clip_config.json", len(files["open_clip_config.json"])) if config else (SAFE, len(files[SAFE]))
+    with pytest.raises(CheckpointError, match=rf"^more arrives of '{name}' of {B32} than its {size:,} bytes"):
+        locate(f"hf-hub:{B32}")
+    assert hub.sent < size + 32 * 2**20  # what is in the buffers of the connection
+    assert_nothing_left(cache)
 
 
 def test_a_released_file_has_its_hash(hub: Hub, files: dict[str, bytes], model: CoCa) -> None:
