@@ -26,7 +26,7 @@ TEXT = "a brown dog jumps over a fallen tree in the snow, and two children in re
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="presets")
-    parser.add_argument("--images", type=int, default=8, help="in a batch")
+    parser.add_argument("--images", type=int, default=4, help="in a batch")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.names:
