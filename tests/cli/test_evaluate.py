@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torchvision.transforms.functional import pil_to_tensor
 
 from coca_lit.cli.command import compose as compose_config
 from coca_lit.cli.evaluate import evaluate, run, with_evals
@@ -15,6 +16,9 @@ from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_model, save_model
+from coca_lit.weights.open_clip import to_open_clip
+from coca_lit.weights.open_clip.config import open_clip_config
+from helpers import naive
 from helpers.running import without_java
 
 
@@ -165,6 +169,43 @@ def folder_evals(root, *kinds):
     parts = {"root": root, "annotations": "val.json", "images": "pictures"}
     chosen = f"evals=[{','.join(f'folder_{kind}' for kind in kinds)}]"
     return [chosen, *(f"evals.folder_{kind}.records.{key}={value}" for kind in kinds for key, value in parts.items())]
+
+
+@pytest.mark.parametrize("context", [128, 256])
+def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, monkeypatch, context):
+    """A file in Apple's layout: captions are those of a plain loop without a cache, and texts are read to the end."""
+    without_java(monkeypatch)
+    image = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    sizes = {"image_size": 32, "embed_dim": 64, "pooler_queries": 3, "text_width": 64, "text_heads": 8}
+    layers = {"text_layers": 1, "decoder_layers": 1, "cls_mask": "legacy"}
+    torch.manual_seed(0)
+    model = create_model("coca_ViT-B-32", image_encoder_args=image, context_length=context, **sizes, **layers).eval()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight.normal_(std=0.5)[model.tokenizer.eot_id] = 0  # no caption ends by itself
+    place = tmp_path / "model"
+    place.mkdir()
+    torch.save(to_open_clip(model), place / "mobileclip2_coca.pt")
+    (place / "config.json").write_text(json.dumps(open_clip_config(model)["model_cfg"]))
+    expected = []
+    for record in scene_records("test", count=3):
+        seen, ids = naive.image_tokens(model, pil_to_tensor(record.image())), [model.tokenizer.sot_id]
+        while len(ids) < context - 1:
+            ids.append(int(naive.next_scores(model, seen, ids).argmax()))
+        expected.append(model.tokenizer.decode(ids))
+    texts = [expected[0], "dog " * (context - 2), "dog " * (context - 1)]
+    val = json.loads((folder / "val.json").read_text())
+    for annotation, text in zip(val["annotations"], texts, strict=True):
+        annotation["caption"] = text
+    (folder / "val.json").write_text(json.dumps(val))
+    options = [*folder_evals(folder, "captions", "retrieval"), f"scoring.generate.max_length={context}"]
+    results = run(compose(tmp_path / "run", f"checkpoint={place}", "precision=fp32", *options))
+    predictions = json.loads((tmp_path / "run" / "predictions" / "folder.json").read_text())
+    assert [row["caption"] for row in predictions] == expected
+    assert results["folder/exact_match"] == pytest.approx(1 / 3)
+    assert results["folder/CIDEr"] > 0
+    too_long = [length > context for length in model.tokenizer.lengths(texts)]
+    assert too_long[1:] == [False, True]
+    assert results["folder/cut_captions"] == pytest.approx(sum(too_long) / 3)
 
 
 @pytest.mark.parametrize("workers", [1])

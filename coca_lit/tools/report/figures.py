@@ -14,7 +14,7 @@ from PIL import Image
 from coca_lit.reading import printable
 from coca_lit.runs.scores import HEADLINES, RERANKED, data_name, headlines_of, in_print_units, score_name
 from coca_lit.tools.report.runs import Curves, Run, differences, same_data
-from coca_lit.tools.report.tables import run_names
+from coca_lit.tools.report.tables import published_scores, run_names
 
 LINES, PANELS = 24, 9  # in a panel; panels in a figure
 PANEL, ENTRY = (4.4, 3.4), 0.22  # inches: of a panel, about as wide as a phone; more for each line of its legend
@@ -146,14 +146,21 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
     for place, (score, key) in enumerate(panels, start=1):
         axes = figure.add_subplot(-(-len(panels) // columns), columns, place)
         values = _finite(in_print_units(score, run.results.get(score, math.nan)) for run in runs)
+        known, sources = published_scores(runs, score)
+        published = [in_print_units(score, value) for value in known]
+        marks: dict[str, Any] = {"marker": "D", "facecolors": "none", "edgecolors": "black", "zorder": 3}
         if key is None:
             axes.barh(range(len(runs)), values, tick_label=[_text(name) for name in run_names(runs)])
+            axes.scatter(published, range(len(runs)), **marks, label="published")
             axes.invert_yaxis()
         else:
             points = sorted(zip(several[key], values, strict=True))
             axes.plot(*zip(*points, strict=True), marker="o", linestyle="" if scattered else "-")
+            axes.scatter(several[key], published, **marks, label="published")
             wide = min(several[key]) > 0 and max(several[key]) >= 10 * min(several[key])
             axes.set(xlabel=_text(key), xscale="log" if wide else "linear")
+        if sources:
+            axes.legend(fontsize=8)
         axes.set_title(f"{_text(data_name(score.rpartition('/')[0]))}\n{_text(score_name(score))}", fontsize=10)
         axes.grid(alpha=0.3)
     return _png(figure)

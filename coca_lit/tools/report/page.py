@@ -16,6 +16,7 @@ from coca_lit.tools.report.figures import comparison_figure, curves_figures, cur
 from coca_lit.tools.report.runs import Run, find_runs, obstacles, read_run
 from coca_lit.tools.report.tables import (
     APART,
+    PUBLISHED_SCORES,
     THIS_RUN,
     Table,
     best_run,
@@ -109,7 +110,8 @@ def write_comparison(folders: Sequence[Path], output: Path, objective: str | Non
     """
     runs, failed = find_runs(folders)
     score = objective or headline(dict.fromkeys(name for run in runs for name in run.results))
-    overview = [runs_table(runs, failed, score)] if len(runs) + len(failed) > 2 else []
+    table = runs_table(runs, failed, score)
+    overview = [table] if len(runs) + len(failed) > 2 or PUBLISHED_SCORES in table.note else []
     scores = [table for table in comparison_tables(runs) if table.rows]
     settings, apart = settings_table(runs), not_comparable(runs)
     drawn = {"comparison": comparison_figure(runs, score), "zero-shot gaps": gap_figure(runs)}

@@ -29,6 +29,7 @@ from coca_lit.runs.scores import (
     spread_cell,
 )
 from coca_lit.tools.report.runs import Run, differences, obstacles, same_data
+from coca_lit.weights.hub import PREFIX, released
 
 PUBLISHED = Path(__file__).parents[2] / "assets" / "published.json"
 GROUPS = {  # by how the names of scores begin; all others are of captions
@@ -48,6 +49,7 @@ HEADLINES_OF_A_SWEEP = 4
 INTERVAL = "95 % interval"
 THIS_RUN = "this run"
 INTERVALS_NOTE = "Intervals: Wilson's of shares, else bootstrap over the images."
+PUBLISHED_SCORES = "Published"  # begins the sentence on their sources
 NOISE = "within noise"
 APART = "not comparable"
 MARK = " †"  # behind a score that cannot be compared with that of the first run
@@ -186,7 +188,23 @@ def _published(run: Run, name: str, scores: Sequence[str]) -> tuple[dict[str, di
         columns[title] = row["scores"]
         sources.setdefault(row["source"], []).append(row["name"])
     origins = [f"{source} ({'; '.join(names)})" for source, names in sources.items()]
-    return columns, [f"Published: {', '.join(origins)}."] if origins else []
+    return columns, [f"{PUBLISHED_SCORES}: {', '.join(origins)}."] if origins else []
+
+
+def published_scores(runs: Sequence[Run], score: str) -> tuple[list[float], list[str]]:
+    """What is published of the released models that were scored: a value for each run, NaN where there is none of the
+    same images, and the sources.
+    """
+    data, _, name = score.rpartition("/")
+    known = [row for row in json.loads(PUBLISHED.read_text()).get(data, []) if "model" in row and name in row["scores"]]
+    values, sources = [], []
+    for run in runs:
+        model, of = released(str(run.config.get("checkpoint")).removeprefix(PREFIX)), run.conditions.get(score)
+        key = (model.name, of.images, of.split) if model is not None and of is not None else ("", 0, "")
+        own = [row for row in known if (row["model"], row["images"], row.get("split", key[2])) == key]
+        values.append(own[0]["scores"][name] if own else math.nan)
+        sources += [row["source"] for row in own[:1]]
+    return values, list(dict.fromkeys(sources))
 
 
 def headline_cells(run: Run) -> list[tuple[str, str, str, str]]:
@@ -212,23 +230,37 @@ def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | No
     results = dict.fromkeys(score for run in runs for score in run.results)
     first = [objective] if objective in results else []
     scores = list(dict.fromkeys([*first, *headlines_of(results, HEADLINES_OF_A_SWEEP)]))
-    header = ["", *short_names(list(varied)), "status", *map(_full_name, scores)]
+    header = ["", *short_names(list(varied)), "status"]
     marked = {score: obstacles(runs, score) for score in scores}
-    rows = []
     names = _short_runs([*(run.name for run in runs), *failed])
-    for i, (run, name) in enumerate(zip(runs, names, strict=False)):
-        values = [_marked_cell(run, score, marked[score][i]) for score in scores]
-        rows.append([name, *(setting_cell(settings[i]) for settings in varied.values()), "ok", *values])
-    columns = {score: header.index("status") + 1 + place for place, score in enumerate(scores)}
+    rows = [
+        [name, *(setting_cell(settings[i]) for settings in varied.values()), "ok"]
+        for i, name in enumerate(names[: len(runs)])
+    ]
+    columns: dict[str, int] = {}
+    origins: list[str] = []
+    for score in scores:
+        columns[score] = len(header)
+        header.append(_full_name(score))
+        for row, run, why_not in zip(rows, runs, marked[score], strict=True):
+            row.append(_marked_cell(run, score, why_not))
+        values, sources = published_scores(runs, score)
+        if sources:
+            header.append(f"{_full_name(score)}, published")
+            for row, value in zip(rows, values, strict=True):
+                row.append("" if math.isnan(value) else cell(score, value))
+            origins += sources
     best = [
         (row - 1, column)
         for s, column in columns.items()
         if not any(marked[s])
         for row in _best(s, [r[column] for r in rows])
     ]
-    rows += [[name, *[""] * len(varied), "failed", *[""] * len(scores)] for name in names[len(runs) :]]
+    empty = [""] * (len(header) - 2 - len(varied))
+    rows += [[name, *[""] * len(varied), "failed", *empty] for name in names[len(runs) :]]
     notes = ["Bold: the best of a column."] if best else []
     notes += [MARK_NOTE] if any(map(any, marked.values())) else []
+    notes += [f"{PUBLISHED_SCORES}: {', '.join(dict.fromkeys(origins))}."] if origins else []
     return Table("runs", header, rows, " ".join(notes), best)
 
 

@@ -66,6 +66,10 @@ OTHERS = {
         "pooler_queries": 5,
     },
     "two_pass": {"text_tower": "two_pass", "pooler": "mean"},
+    "without MLP": {
+        **{"text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}, "pooler": "mean_all"},
+        **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3},
+    },
 }
 
 

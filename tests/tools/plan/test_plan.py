@@ -42,6 +42,7 @@ CASES: list[dict[str, Any]] = [
     {"pooler": "parallel", "cls_mask": "legacy"},
     {"pooler": "openclip_cascade", "text_tower": "modern", "decoder_args": {"qk_norm": True}},
     {"pooler": "mean", "text_tower": "two_pass"},
+    {"pooler": "mean_all", "text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}},
     {"decoder_layers": 0, "pooler_queries": 1},
     {"image_encoder": "vit_tiny_patch16_224", "image_encoder_args": {"depth": 2}},
 ]

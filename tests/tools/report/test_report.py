@@ -18,7 +18,7 @@ from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.runs.results import write_conditions, write_draws
 from coca_lit.runs.scores import cell, score_name
 from coca_lit.tools.report.command import report
-from coca_lit.tools.report.figures import swept_numbers, swept_value
+from coca_lit.tools.report.figures import comparison_figure, swept_numbers, swept_value
 from coca_lit.tools.report.page import unlike, write_comparison, write_report
 from coca_lit.tools.report.runs import differences, find_runs, read_run
 from coca_lit.tools.report.tables import (
@@ -309,6 +309,33 @@ def test_checkpoints_are_drawn_over_what_is_known_of_them(tmp_path):
         "epoch",
         [1, 7],
     )
+
+
+B32, L14 = "coca_ViT-B-32/laion2b_s13b_b90k", "coca_ViT-L-14/laion2b_s13b_b90k"
+
+
+@pytest.mark.parametrize("second", [L14, "hf-hub:laion/CoCa-ViT-L-14-laion2B-s13B-b90k"])
+def test_published_scores_stand_beside_those_of_a_list_of_models(tmp_path, second):
+    for i, checkpoint in enumerate((B32, second, "mine.ckpt")):
+        make_run(tmp_path / f"{i}", {"mscoco/t2i_recall@1": i / 8, "x/CIDEr": 0.5}, f"checkpoint: {checkpoint}\n")
+    runs, _ = find_runs([tmp_path])
+    table = runs_table(runs, {}, None)
+    place = table.header.index("MSCOCO text to image recall@1, %, published")
+    assert [row[place - 1 : place + 1] for row in table.rows] == [["0.00", "36.18"], ["12.50", "45.65"], ["25.00", ""]]
+    assert all(table.rows[row][column] != "45.65" for row, column in table.best)
+    assert table.note.endswith("Published: OpenCLIP's result files.")
+    assert len([name for name in table.header if "published" in name]) == 1
+    unnamed = [run._replace(config=run.config | {"checkpoint": run.name}) for run in runs]
+    assert comparison_figure(runs) != comparison_figure(unnamed)
+    page = write_comparison([tmp_path / "0", tmp_path / "1"], tmp_path).read_text()
+    assert "45.65" in page
+
+
+@pytest.mark.parametrize("other", [{"images": 64}, {"split": "val"}])
+def test_published_scores_of_other_images_do_not(tmp_path, other):
+    conditions = USUAL._replace(**other)
+    folder = make_run(tmp_path / "0", {"mscoco/t2i_recall@1": 0.5}, f"checkpoint: {B32}\n", conditions)
+    assert runs_table([read_run(folder)], {}, None).note == ""
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folder_above(tmp_path):
