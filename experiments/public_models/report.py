@@ -6,7 +6,17 @@ from coca_lit.tools.report.tables import Table, markdown
 from experiments.study import read_rows, readable
 
 RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = ("model", "parameters, M", "GFLOP per pair", "file, GB", "loading, s", "captions/s", "images/s", "texts/s", "peak memory, GB")
+COLUMNS = (
+    "model",
+    "parameters, M",
+    "GFLOP per pair",
+    "file, GB",
+    "loading, s",
+    "captions/s",
+    "images/s",
+    "texts/s",
+    "peak memory, GB",
+)
 
 
 def tables() -> dict[str, str]:
@@ -14,5 +24,5 @@ def tables() -> dict[str, str]:
     if not rows:
         return {}
     lines = [[readable(row[column]) for column in COLUMNS] for row in rows]
-    about = f"`{rows[0]['command']}` at commit {rows[0]['commit']}, {rows[0]['machine']}."
+    about = f"`cost.py` at commit {rows[0]['commit']}, {rows[0]['machine']}."
     return {"public_models": f"{markdown(Table('', COLUMNS, lines))}\n\n{about}"}

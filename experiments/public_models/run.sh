@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# usage: run.sh [DATA_DIR], with MSCOCO, Flickr30k and ImageNet where `coca-evaluate` looks for them. Without it only the cost on this machine is measured.
+# usage: run.sh [DATA_DIR], with MSCOCO, Flickr30k and ImageNet where `coca-evaluate` looks for them. Without it the cost on this machine is measured instead.
 # Finished evaluations are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-[ -s experiments/public_models/results.csv ] || OMP_NUM_THREADS=1 python experiments/public_models/cost.py {coca,mammut}_ViT-{S,M,B,L,H}-{32,16,14}
-python experiments/report.py public_models
-[ $# -gt 0 ] || exit 0
+if [ $# -eq 0 ]; then
+  OMP_NUM_THREADS=1 python experiments/public_models/cost.py {coca,mammut}_ViT-{S,M,B,L,H}-{32,16,14}
+  python experiments/report.py public_models
+  exit
+fi
 
 apple=coca_ViT-L-14/dfn2b_s13b
 study=hf-hub:laion/scaling-laws-for-comparison

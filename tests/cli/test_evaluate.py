@@ -171,6 +171,7 @@ def folder_evals(root, *kinds):
     return [chosen, *(f"evals.folder_{kind}.records.{key}={value}" for kind in kinds for key, value in parts.items())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [128, 256])
 def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, monkeypatch, context):
     """A file in Apple's layout: captions are those of a plain loop without a cache, and texts are read to the end."""

@@ -26,6 +26,7 @@ from coca_lit.tools.export import command as cli
 from coca_lit.tools.export import onnx
 from coca_lit.tools.export.onnx_captioner import Captioner
 from coca_lit.weights.load import save_model
+from helpers.tokenizer_files import SPECIAL, trained_file
 
 pytestmark = pytest.mark.slow  # exports whole graphs
 
@@ -90,6 +91,17 @@ def test_graphs_of_other_text_sides(name: str, tmp_path: Path) -> None:
     found = session(tmp_path, "text_encoder").run(None, {"tokens": tokens.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens).detach(), atol=1e-5, rtol=0)
     assert Captioner(tmp_path).write(images.numpy()).tolist() == model.generate(images).tolist()
+
+
+def test_a_tokenizer_file_goes_into_the_graphs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}
+    model = create_model("coca_tiny", **CONVOLUTIONAL, tokenizer=tokenizer).eval()
+    onnx.write_onnx(model, tmp_path, max_int8_loss=0)
+    captioner, images = Captioner(tmp_path), images_of(3)
+    ids = captioner.write(images.numpy())
+    assert ids.tolist() == model.generate(images).tolist()
+    assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in ids]
 
 
 def images_of(count: int) -> torch.Tensor:
