@@ -24,11 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from coca_lit import __version__
 from coca_lit.cli.configs import CONF, filled_help, first_example, options_of, shipped
-from coca_lit.cli.schema import MissingValueError, check, check_complete, targets, unresolved
+from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, targets, unresolved
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse
-from coca_lit.errors import ConfigError, UserError, suggest
+from coca_lit.errors import ConfigError, UserError, error_context, suggest
 from coca_lit.machine import share_cores
+from coca_lit.models.generation.options import check_shared
+from coca_lit.models.presets import preset
 from coca_lit.runs.launch import (
     announce,
     import_from_current_folder,
@@ -193,6 +195,7 @@ def _prepare(config: str, cfg: DictConfig) -> None:
     PyTorch takes to be imported; and imports what the config wants imported.
     """
     check_complete(unresolved(cfg))
+    _check_values(cfg)
     for key in FILES if config != "plan" else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(file, str) and file not in NAMES and not Path(file).expanduser().exists():
@@ -207,6 +210,17 @@ def _prepare(config: str, cfg: DictConfig) -> None:
             import_modules(cfg.imports)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def _check_values(cfg: DictConfig) -> None:
+    """Checks what constructors would refuse after the seconds that PyTorch takes to be imported."""
+    if generate := OmegaConf.select(cfg, "scoring.generate"):
+        with error_context("scoring"):
+            check_shared(generate)
+    net = OmegaConf.select(cfg, "model.net")
+    if isinstance(net, DictConfig) and net.get("_target_") == "coca_lit.models.create_model" and net.name != AUTO:
+        with error_context("model.net.name"):
+            preset(net.name)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -20,12 +20,12 @@ from PIL import Image
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero
-from coca_lit.errors import DataError, check_number, suggest
+from coca_lit.errors import DataError, check_number
 from coca_lit.files import atomic_write
 from coca_lit.metrics.conditions import Conditions, digest
 from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.models.generation.options import OPTIONS, complete
+from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +78,7 @@ class Settings:
         for name, lowest in (("batch_size", 1), ("workers", 0), ("rerank", 0), ("attention", 0), ("images", 1)):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, whole=True, at_least=lowest)
-        known = [name for name, option in OPTIONS.items() if option.key and name != "num_captions"]
-        for name in self.generate or {}:
-            if name not in known:
-                raise ValueError(f"generate has no option '{name}' for an evaluation{suggest(name, known)}")
-        try:
-            complete(self.generate or {})
-        except ValueError as error:
-            raise ValueError(f"generate: {error}") from error
+        check_shared(self.generate or {})
 
     def write_json(self, folder: str, name: str, content: Any) -> None:
         """Writes a file into a folder of the run folder, see `write`."""

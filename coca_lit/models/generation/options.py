@@ -193,6 +193,24 @@ def complete(options: Mapping[str, Any]) -> Options:
     return found
 
 
+def check_shared(options: Mapping[str, Any]) -> None:
+    """Checks options that all evaluations share, which want one caption for each image.
+
+    Raises:
+        ValueError: an unknown option, the message suggests the right one; or what `complete` refuses.
+    """
+    known = [name for name, option in OPTIONS.items() if option.key and name != "num_captions"]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"generate has no option '{name}' for an evaluation{suggest(name, known)} Its options: {', '.join(known)}"
+            )
+    try:
+        complete(options)
+    except ValueError as error:
+        raise ValueError(f"generate: {error}") from error
+
+
 def _check_value(name: str, value: Any) -> None:
     option, hint = OPTIONS[name], get_args(GenerateOptions.__annotations__[name])[0]
     choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
