@@ -1,6 +1,7 @@
 """Settings of PyTorch and Lightning that commands share: threads, memory, precision, which notices are shown."""
 
 import logging
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -51,6 +52,9 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback")  # with whole weights only
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker")  # see `SharedCores`
+    # Outside of an allocation a machine merely has SLURM installed.
+    srun = "once" if "SLURM_JOB_ID" in os.environ else "ignore"
+    warnings.filterwarnings(srun, message="The `srun` command is available on your system but is not used")
     # Strides of 1 × 1 convolutions, which have several names for one layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", message=".*logging on epoch level in distributed")  # scores are the same there

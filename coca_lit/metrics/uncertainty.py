@@ -23,6 +23,7 @@ DRAWS = 1000
 SEED = 0
 LEVEL = 0.95
 AT_ONCE = 1_000_000  # counts in memory
+EQUAL = 1e-9  # draws within this are the same, but for rounding
 
 # How often (D, U) each unit was drawn -> the values (D,) of each score.
 Resampled = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -44,7 +45,8 @@ class Draws(NamedTuple):
     trials: int = 0
 
     def interval(self) -> tuple[float, float]:
-        """Limits of the score; NaN if there are no draws.
+        """Limits of the score; NaN if there are no draws, or if these do not scatter and so say nothing, as where no
+        caption of seven has a word of its references.
 
         Of a share it is Wilson's interval (1927), which stays within [0, 1] and is not empty at 0 of 64, for the number
         of independent units whose share scatters as the draws do: fewer than `trials` where texts of an image agree.
@@ -63,6 +65,8 @@ class Draws(NamedTuple):
             middle = (share + z**2 / (2 * units)) / (1 + z**2 / units)
             half = z / (1 + z**2 / units) * math.sqrt(share * (1 - share) / units + z**2 / (4 * units**2))
             return max(middle - half, 0.0), min(middle + half, 1.0)
+        if np.ptp(known) < EQUAL:
+            return float("nan"), float("nan")
         limits = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + (self.score - known.mean())
         low, high = limits.clip(min(known.min(), self.score), max(known.max(), self.score))
         return min(float(low), self.score), max(float(high), self.score)  # a skew may move both limits past it
@@ -138,7 +142,8 @@ def difference(first: Draws, second: Draws) -> Difference:
 
     The p-value compares the difference with the scatter of its draws about their mean, as sacreBLEU does (Riezler and
     Maxwell 2005). The interval is that of the draws. Where these do not scatter, since no image is an exception (both
-    models are right on the same ones), that of shares reaches as far as Wilson's of 0 exceptions, within [-1, 1].
+    models are right on the same ones), that of shares reaches as far as Wilson's of 0 exceptions, within [-1, 1], and
+    that of other scores is NaN.
 
     Raises:
         ValueError: the draws are of different images.
@@ -150,7 +155,7 @@ def difference(first: Draws, second: Draws) -> Difference:
     p = (1 + int((scatter >= abs(value)).sum())) / (1 + len(values))
     nan = bool(np.isnan(values).any())
     low, high = Draws(values, value, first.units).interval()
-    if (trials := min(first.trials, second.trials)) and scatter.max() < 1e-9:
+    if (trials := min(first.trials, second.trials)) and scatter.max() < EQUAL:
         _, rest = Draws(np.zeros(1), 0.0, first.units, trials).interval()
         low, high = max(value - rest, -1.0), min(value + rest, 1.0)
     return Difference(value, low, high, p=float("nan") if nan else p)

@@ -148,9 +148,9 @@ def cell(score: str, value: float | None, images: int | None = None) -> str:
 
 
 def interval_cell(score: str, interval: tuple[float, float], images: int | None = None) -> str:
-    """The limits as `cell` prints values; nothing if there are none."""
+    """The limits as `cell` prints values; nothing if there are none, or none that can be told apart."""
     low, high = (cell(score, limit, images) for limit in interval)
-    return "" if math.isnan(interval[0]) else f"[{low}, {high}]"
+    return "" if math.isnan(interval[0]) or low == high else f"[{low}, {high}]"
 
 
 def spread_cell(score: str, mean: float, deviation: float, images: int | None = None) -> str:

@@ -1,4 +1,6 @@
-"""The model that is shown without a checkpoint, trained on the built-in scenes by an earlier run or now."""
+"""What the tools show without data of the user: photos of the package, and the model of the built-in scenes, trained by
+an earlier run or now.
+"""
 
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa
 from coca_lit.reading import read_json
 
+PHOTOS = Path(__file__).parents[1] / "assets" / "photos"  # of the public domain
 RUN = "demo_model"  # name of the run if one must be started
 SCORE = "scenes/exact_match"
 GOOD = 0.8  # least score: a finished demo has 0.92 or more, a smoke test 0

@@ -1,4 +1,4 @@
-"""Draws `photos.png`, every photo of `photos/` with the caption that the package's own model gives it, and
+"""Draws `photos.png`, every photo of the package with the caption that the package's own model gives it, and
 `search.png`, the photo that it finds for a text about each.
 
     python experiments/photos/picture.py
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.models.patches import Images
+from coca_lit.tools.builtin import PHOTOS
 from coca_lit.weights.load import load_model
 
-PHOTOS = Path(__file__).with_name("photos")
 WRONG = {  # photo -> words of its caption that are wrong
     "astronaut": "man red shirt blue",
     "camera": "white shirt bench",

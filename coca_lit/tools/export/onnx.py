@@ -1,5 +1,6 @@
 """ONNX graphs of the image encoder, the text encoder and the decoder, compared with the model in ONNX Runtime; for CPUs
-also with weights and matrix products in int8, which are compared with fp32 on unseen built-in scenes.
+also with weights and matrix products in int8, which are compared with fp32: a model of the built-in scenes on unseen
+scenes, any other on the photos of the package.
 """
 
 import json
@@ -15,15 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.onnx import OnnxExporterError
 
+from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.models import CoCa
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.runs.run_folder import machine
+from coca_lit.tools.builtin import PHOTOS, knows_only_scenes
 from coca_lit.tools.export import onnx_captioner
 from coca_lit.tools.export.folder import Exported
 from coca_lit.tools.export.graphs import Graph, graphs_of
@@ -67,7 +71,8 @@ def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0) -> Exporte
     """Writes and checks the graphs.
 
     Args:
-        max_int8_loss: the largest share of CIDEr on built-in scenes that the int8 graphs may lose; 0 writes none.
+        max_int8_loss: what the int8 graphs may lose at most: of CIDEr on built-in scenes if these are what the model
+            knows, else of the cosine between image features of fp32 and int8 on photos. 0 writes none.
 
     Raises:
         ValueError: a graph computes something else than the model, int8 loses more than that, or the model takes images
@@ -131,8 +136,7 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float) -
     """Writes each graph in int8 and returns what was measured, in sentences.
 
     Raises:
-        ValueError: a larger share of CIDEr is lost. Below 1 (100 in papers) it is compared with 1: a model that cannot
-            describe the scenes has little to lose there.
+        ValueError: more than `max_loss` is lost.
     """
     from onnxruntime.quantization import quantize_dynamic  # loads onnx
 
@@ -143,46 +147,68 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float) -
         options: dict[str, Any] = {"per_channel": True, "reduce_range": True, "use_external_data_format": large}
         with _quiet():
             quantize_dynamic(path, folder / f"{name}{INT8}.onnx", op_types_to_quantize=QUANTIZED, **options)
-    records = scene_records("test", model.image_size, SCENES)
-    images = np.stack([np.asarray(record.image()).transpose(2, 0, 1) for record in records])
     files = ([path for name in graphs for path in folder.glob(f"{name}{ending}.onnx*")] for ending in ("", INT8))
     fp32, int8 = (sum(path.stat().st_size for path in of_kind) / 1e6 for of_kind in files)
-    found = (
-        f"int8: {fp32:.3g} → {int8:.3g} MB; on {len(records)} built-in scenes the lowest cosine between image features"
-        f" of fp32 and int8 is {_lowest_cosine(folder, images):.4f}"
-    )
-    if model.decoder is None:
-        return f"{found}."
-    before, after = _captions(folder, images, records, int8=False), _captions(folder, images, records, int8=True)
-    loss = (before.cider - after.cider) / max(before.cider, 1)
-    change = f"CIDEr {100 * before.cider:.1f} → {100 * after.cider:.1f}"
-    if loss > max_loss:
+    scenes = scene_records("test", model.image_size, SCENES) if knows_only_scenes(model) else None
+    images = np.stack([_pixels(record.image()) for record in scenes]) if scenes else _photos(model)
+    what = f"{len(images)} built-in scenes" if scenes else f"{len(images)} views of the package's photos"
+    cosine = _lowest_cosine(folder, images)
+    lost, measure = 1 - cosine, f"the cosine between image features ({cosine:.4f})"
+    found = f"the lowest cosine between image features of fp32 and int8 is {cosine:.4f}"
+    if model.decoder is not None:
+        before, after = _captions(folder, images, int8=False), _captions(folder, images, int8=True)
+        if scenes:
+            old, new = _cider(before.texts, scenes), _cider(after.texts, scenes)
+            change = f"CIDEr {100 * old:.1f} → {100 * new:.1f}"
+            # A model that cannot describe the scenes has little to lose there: below 1, compared with 1.
+            lost, measure, found = (old - new) / max(old, 1), f"CIDEr ({change})", f"{found}, {change}"
+        same = sum(a == b for a, b in zip(before.texts, after.texts, strict=True)) / len(images)
+        speed = f"{before.per_second:.3g} → {after.per_second:.3g} captions per second in batches of {BATCH}"
+        found += f", {same:.1%} of the captions are the same, {speed} ({machine()})"
+    if lost > max_loss:
         raise ValueError(
-            f"the int8 graphs lose {loss:.1%} of CIDEr on the built-in scenes ({change}), more than"
-            f" max_int8_loss={max_loss:g}: raise it, or leave them out with max_int8_loss=0"
+            f"on {what} the int8 graphs lose {lost:.1%} of {measure}, more than max_int8_loss={max_loss:g}: raise it, or"
+            " leave them out with max_int8_loss=0"
         )
-    same = sum(a == b for a, b in zip(before.texts, after.texts, strict=True)) / len(records)
-    speed = f"{before.per_second:.3g} → {after.per_second:.3g} captions per second in batches of {BATCH} ({machine()})"
-    return f"{found}, {change}, {same:.1%} of the captions are the same, {speed}."
+    return f"int8: {fp32:.3g} → {int8:.3g} MB; on {what} {found}."
+
+
+def _photos(model: CoCa) -> np.ndarray:
+    """(I, 3, H, W): the whole, the corners and the mirror image of each photo of the package."""
+    transform, views = build_transform(**model.preprocessing), []
+    for path in sorted(PHOTOS.glob("*.jpg")):
+        with Image.open(path) as photo:
+            width, height = (3 * side // 4 for side in photo.size)
+            corners = [(x, y) for x in (0, photo.width - width) for y in (0, photo.height - height)]
+            crops = [photo.crop((x, y, x + width, y + height)) for x, y in corners]
+            views += [np.asarray(transform(view)) for view in (photo, ImageOps.mirror(photo), *crops)]
+    return np.stack(views)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 class _Captions(NamedTuple):
     texts: list[str]
-    cider: float  # mean CIDEr-D, 0 to 10
     per_second: float
 
 
-def _captions(folder: Path, images: np.ndarray, records: list[Record], int8: bool) -> _Captions:
+def _captions(folder: Path, images: np.ndarray, int8: bool) -> _Captions:
     """Captions of images (I, 3, H, W) by the captioner in the folder."""
     captioner = onnx_captioner.Captioner(folder, int8=int8)
     captioner.write(images[:BATCH])  # the first run also plans memory
     start = time.perf_counter()
     ids = [row for i in range(0, len(images), BATCH) for row in captioner.write(images[i : i + BATCH])]
     seconds = time.perf_counter() - start
-    texts = [captioner.decode(row) for row in ids]
+    return _Captions([captioner.decode(row) for row in ids], len(images) / seconds)
+
+
+def _cider(texts: list[str], records: list[Record]) -> float:
+    """Mean CIDEr-D, 0 to 10."""
     score = CiderD({record.id: [fast_words(text) for text in record.captions] for record in records})
     scores = [score(record.id, [fast_words(text)])[0] for record, text in zip(records, texts, strict=True)]
-    return _Captions(texts, sum(scores) / len(scores), len(images) / seconds)
+    return sum(scores) / len(scores)
 
 
 def _lowest_cosine(folder: Path, images: np.ndarray) -> float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coca_lit.tools.plan.trace import Cost
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+DEVICES, LEAST = 8, 16  # GPUs of a machine if nothing says how many; fewer if one would get less than 16 pairs
 PRECISIONS = (*AUTOCAST, "bf16-true", "16-true", "32-true", "64-true")
 
 
@@ -122,7 +123,8 @@ def read_recipe(cfg: DictConfig, settings: "Settings", weights: Mapping[str, flo
     from coca_lit.tools.plan.estimate import Recipe
 
     trainer = cfg.trainer
-    devices = settings.devices or trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else 8)
+    fitting = min(max(cfg.data.batch_size // (LEAST * trainer.num_nodes), 1), DEVICES)
+    devices = settings.devices or trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else fitting)
     samples, epoch = settings.samples, cfg.data.get("epoch_samples")
     if samples is None and trainer.max_steps > 0:
         samples = trainer.max_steps * cfg.data.batch_size * trainer.accumulate_grad_batches

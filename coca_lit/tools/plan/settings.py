@@ -37,7 +37,8 @@ class Settings:
         gpus: keys of `GPUS`.
         utilisation: share of the peak that a training step reaches; None: from `MEASURED` to each GPU's own.
         caption_tokens: mean length of the captions, start and end included.
-        devices: number of GPUs in the run; None takes it from the trainer if that has a number, else 8.
+        devices: number of GPUs in the run; None takes it from the trainer if that has a number; else 8, or
+            as many as get 16 pairs of a batch each.
         samples: samples in the whole training; None takes them from the config.
 
     Raises:

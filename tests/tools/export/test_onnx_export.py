@@ -227,34 +227,50 @@ def test_int8_graphs_are_small_and_nearly_the_same(exported: tuple[CoCa, Path]) 
     assert all(model.tokenizer.eot_id in row for row in ids.tolist())
 
 
-def test_what_int8_loses_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
-    _, folder = exported
-    card = (folder / "README.md").read_text()
+def test_what_int8_loses_on_photos_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
+    """This model has CLIP's vocabulary."""
+    model, folder = exported
+    measured = r"on 42 views of the package's photos the lowest cosine .* is ([\d.]+), [\d.]+% of the captions are the same"
+    lowest = float(re.search(measured, (folder / "README.md").read_text()).group(1))
+    transform, photos = build_transform(**model.preprocessing), Path(onnx.__file__).parents[2] / "assets/photos"
+    images = torch.stack([transform(Image.open(photo)) for photo in photos.glob("*.jpg")])
+    assert len(images) == 7
+    found = torch.from_numpy(session(folder, "image_encoder_int8").run(["features"], {"images": images.numpy()})[0])
+    assert 0.98 < lowest <= (found * model.encode_image(images)).sum(dim=1).min() + 1e-4
+
+
+@pytest.fixture
+def graphs(exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its graphs, as if it knew the scenes."""
+    shutil.copytree(exported[1], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(onnx, "_export", lambda graph, path: None)
+    monkeypatch.setattr(onnx, "SCENES", 8)
+    monkeypatch.setattr(onnx, "knows_only_scenes", lambda model: True)
+    return tmp_path
+
+
+def test_what_int8_loses_on_scenes(exported: tuple[CoCa, Path], graphs: Path) -> None:
     measured = r"int8: [\d.]+ → [\d.]+ MB; on 8 built-in scenes .* is [\d.]+, CIDEr ([\d.]+) → ([\d.]+), [\d.]+% of the"
-    before, after = map(float, re.search(measured, card).groups())
+    before, after = map(float, re.search(measured, onnx.write_onnx(exported[0], graphs, 1).check).groups())
     records = scene_records("test", 32, 8)
     images = np.stack([np.asarray(record.image()).transpose(2, 0, 1) for record in records])
     references = {record.id: list(record.captions) for record in records}
     for score, int8 in ((before, False), (after, True)):
-        captioner = Captioner(folder, int8=int8)
+        captioner = Captioner(graphs, int8=int8)
         texts = map(captioner.decode, captioner.write(images))
         own = {record.id: [text] for record, text in zip(records, texts, strict=True)}
         assert score == pytest.approx(100 * Cider().compute_score(references, own)[0], abs=0.06)
 
 
 def test_int8_is_refused_above_the_stated_loss(
-    exported: tuple[CoCa, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[CoCa, Path], graphs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, folder = exported
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     scores = iter((5.0, 4.0, 0.5, 0.4))  # as a share of 1 at least, the second pair loses a tenth
-
-    def captions(*_: Any, **__: Any) -> Any:
-        return onnx._Captions(["a"] * 8, next(scores), 1.0)
-
-    monkeypatch.setattr(onnx, "_export", lambda graph, path: None)
-    monkeypatch.setattr(onnx, "SCENES", 8)
-    monkeypatch.setattr(onnx, "_captions", captions)
+    monkeypatch.setattr(onnx, "_cider", lambda texts, records: next(scores))
     with pytest.raises(ValueError, match=r"20.0%.*500.0 → 400.0.*max_int8_loss=0.15"):
-        onnx.write_onnx(model, tmp_path, 0.15)
-    assert "decoder_int8.onnx" in onnx.write_onnx(model, tmp_path, 0.15).files
+        onnx.write_onnx(exported[0], graphs, 0.15)
+    assert "decoder_int8.onnx" in onnx.write_onnx(exported[0], graphs, 0.15).files
+    monkeypatch.setattr(onnx, "knows_only_scenes", lambda model: False)
+    monkeypatch.setattr(onnx, "_lowest_cosine", lambda folder, images: 0.8)
+    with pytest.raises(ValueError, match=r"photos.*20.0%.*0.8000.*max_int8_loss=0.15"):
+        onnx.write_onnx(exported[0], graphs, 0.15)

@@ -183,6 +183,12 @@ def test_a_recipe_is_read_from_the_config() -> None:
     assert not any(p.requires_grad for p in build_without_weights(cfg).net.image_encoder.parameters())
 
 
+@pytest.mark.parametrize(("batch", "devices"), [(8, 1), (64, 4), (1000, 8)])
+def test_a_small_batch_is_not_spread_over_eight_devices(batch: int, devices: int) -> None:
+    cfg = compose("plan", [f"data.batch_size={batch}"])
+    assert read_recipe(cfg, read_settings(cfg), WEIGHTS, half=True).devices == devices
+
+
 @pytest.mark.parametrize(
     ("given", "name"),
     [
