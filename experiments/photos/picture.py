@@ -7,7 +7,6 @@ Wrong words are marked by hand below, by colour and a line. A caption that chang
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps

@@ -1,8 +1,9 @@
 """Blocks of the pages, run as a reader runs them: copied into an empty folder.
 
-Every command of every page means the same to bash and zsh. The blocks of `WALKS` really run, in bash and to their end;
-what cannot run stands in `NOT_RUN` with the reason, and `test_docs.py` composes it. `COCA_LIT_BIN=FOLDER` runs the
-installed commands of an environment, for example one with an installed wheel.
+Every command of every page means the same to bash and zsh. Really run, in zsh and to their end, the blocks of the
+README, and those of other pages below a line `<!-- runs -->`; of these, the lines that cannot run stand in `NOT_RUN`
+with the reason. `test_docs.py` composes what does not run. `COCA_LIT_BIN=FOLDER` runs the installed commands of an
+environment, for example one with an installed wheel.
 """
 
 import os
@@ -20,9 +21,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELLS = {"bash": ["bash", "--norc"], "zsh": ["zsh", "-f"]}
-# Pages whose blocks run one after the other in one folder.
-WALKS = ["README.md"]
-# The lines of these pages that do not run, by what they match, and why.
+RUNS = "<!-- runs -->"  # above a block
+# The lines of these blocks that do not run, by what they match, and why.
 NOT_RUN = {
     r"git clone|python -m venv|pip install": "installs; .ci/run does it in clean environments",
     r"python train\.py$|coca-train$": "the demo, which .ci/run trains beside other parts",
@@ -34,17 +34,21 @@ NOT_RUN = {
 
 
 class Block(NamedTuple):
-    """A block of code of a page: its language, text, and the file that the line above it names, if any."""
+    """A block of code of a page: its language, text, the file that the line above it names, if any, and whether that
+    line says that it runs.
+    """
 
     language: str
     text: str
     file: str | None
+    runs: bool
 
 
 def blocks_of(page: Path) -> list[Block]:
     """A line that ends with a file name and a colon, "in `my_parts.py`:", names the file of the block below it."""
     found = re.finditer(r"^([^\n]*)\n+ *```(\w+)\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [Block(language, text, _file(above)) for above, language, text in (match.groups() for match in found)]
+    every = page.name == "README.md" and page.parent == ROOT
+    return [Block(m[2], m[3], _file(m[1]), every or m[1].strip() == RUNS) for m in found]
 
 
 def _file(line: str) -> str | None:
@@ -66,6 +70,8 @@ def reason(text: str) -> str | None:
 # What the shells make of the words
 
 PAGES = [page.relative_to(ROOT) for page in sorted(ROOT.rglob("*.md")) if "outputs" not in page.parent.parts]
+# Pages with blocks that run, one after the other in one folder.
+WALKS = [page for page in PAGES if any(block.runs for block in blocks_of(ROOT / page))]
 # Prints the words of every command in place of running it.
 RECORDER = """
 say() { text=; for word in "$@"; do text="$text<$word>"; done; printf '%s\\n' "$text"; }
@@ -121,23 +127,22 @@ def script_of(block: Block) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", WALKS)
-def test_blocks_run_to_their_end(page: str, environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", WALKS, ids=str)
+def test_blocks_run_to_their_end(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """Where there are photos, a folder of them with captions, and nothing else."""
+    shell = SHELLS["zsh" if shutil.which("zsh") else "bash"]
     (tmp_path / "photos").mkdir()
-    for name in ("photo.jpg", "photos/beach.jpg"):
-        Image.effect_mandelbrot((300, 200), (-2, -1.5, 1, 1.5), 50).convert("RGB").save(tmp_path / name)
+    for number, name in enumerate(["photo.jpg", "photos/beach.jpg", *(f"photos/{i}.jpg" for i in range(5))]):
+        box = (-2 + number / 9, -1.5, 1 - number / 9, 1.5)
+        Image.effect_mandelbrot((300, 200), box, 50).convert("RGB").save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a dog runs on the beach")
     for block in blocks_of(ROOT / page):
         if block.file is not None:
             (tmp_path / block.file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / block.file).write_text(block.text)
-        elif block.language in ("bash", "sh", "python") and (script := script_of(block)):
+        elif block.runs and block.language in ("bash", "sh", "python") and (script := script_of(block)):
             done = subprocess.run(
-                [*SHELLS["bash"], "-e", "-c", script],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=600,
+                [*shell, "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
             )
             assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
 
@@ -161,7 +166,7 @@ def test_python_blocks_of_other_pages_run(tmp_path: Path, monkeypatch: pytest.Mo
     Image.effect_mandelbrot((300, 200), (-2, -1.5, 1, 1.5), 50).convert("RGB").save("photos/photo.jpg")
     names: dict[str, object] = {}
     exec(GIVEN, names)
-    blocks = [block for page in PAGES if str(page) not in WALKS for block in blocks_of(ROOT / page)]
+    blocks = [block for page in PAGES for block in blocks_of(ROOT / page) if not block.runs]
     python = [block.text for block in blocks if block.language == "python" and not block.text.startswith("spark.")]
     assert len(python) >= 5
     for text in python:
@@ -169,8 +174,7 @@ def test_python_blocks_of_other_pages_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_does_not_run_is_on_a_page() -> None:
-    texts = [
-        text for page in WALKS for block in blocks_of(ROOT / page) for text in [block.text, *commands_of(block.text)]
-    ]
+    blocks = [block for page in WALKS for block in blocks_of(ROOT / page) if block.runs]
+    texts = [text for block in blocks for text in [block.text, *commands_of(block.text)]]
     stale = [pattern for pattern in NOT_RUN if not any(re.search(pattern, text, re.MULTILINE) for text in texts)]
     assert stale == []

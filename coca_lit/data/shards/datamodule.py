@@ -2,10 +2,11 @@
 
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
@@ -104,17 +105,23 @@ class LAIONDataModule(CaptionDataModule):
         )
 
     def drawn_records(self, count: int) -> list[Record]:
-        """The first samples of a few local shards; none of remote ones, which are read in the order of the training."""
-        if "://" in str(self.patterns):
-            return []
+        """The first samples of a few local shards; of remote ones, of the shard that the training reads first, which
+        then is in the cache.
+        """
         _ = self.windows  # which refuses what cannot be read
-        shards = drawn([shard for shards in self.shards.values() for shard in shards], 8)
+        shards = [shard for of_source in self.shards.values() for shard in of_source]
+        shards = [self._first_shard()] if any(shard.is_remote for shard in shards) else drawn(shards, 8)
         records: list[Record] = []
         for shard in shards:
             with suppress(DataError):  # the training counts those
                 of_shard = read_shard(shard, self.caption_keys, BadSamples(1.0))
                 records += islice(of_shard, math.ceil(count / len(shards)))
         return records
+
+    def _first_shard(self) -> Shard:
+        indexes = [index for source in self.sources for index in source.shards]
+        first = self.indices_from(0, 0).part(0)[0].i
+        return indexes[bisect_right([*accumulate(map(len, indexes))], first)].shard
 
     @cached_property
     def shards(self) -> dict[str, list[Shard]]:

@@ -232,9 +232,9 @@ class IndexedBatches(Sampler[list[Index]]):
 
     def __iter__(self) -> Iterator[list[Index]]:
         for number in range(self.start, self.stop):
-            yield self._part(number)
+            yield self.part(number)
 
-    def _part(self, number: int) -> list[Index]:
+    def part(self, number: int) -> list[Index]:
         """This rank's samples in a global batch, computed without the batches before it."""
         first, size, patches = self.schedule.at(number)
         order = weighted_round_robin(self.weights, counts_after(first, self.weights))

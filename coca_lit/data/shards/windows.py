@@ -191,9 +191,9 @@ class WindowedBatches(IndexedBatches):
             for number in range(self.start, self.stop):
                 ahead.need(number, self._remote_shards(number))
                 ahead.release(number - self.behind)
-                yield self._part(number)
+                yield self.part(number)
 
-    def _part(self, number: int) -> list[Index]:
+    def part(self, number: int) -> list[Index]:
         """Neighbouring samples, and so those of neighbouring readers."""
         turns, patches = self._turns(number), self.schedule.at(number).patches
         places = (divmod(item, len(turns)) for item in self._items(number))

@@ -202,9 +202,8 @@ def check_shared(options: Mapping[str, Any]) -> None:
     known = [name for name, option in OPTIONS.items() if option.key and name != "num_captions"]
     for name in options:
         if name not in known:
-            raise ValueError(
-                f"generate has no option '{name}' for an evaluation{suggest(name, known)} Its options: {', '.join(known)}"
-            )
+            hint = f"{suggest(name, known)} Its options: {', '.join(known)}"
+            raise ValueError(f"generate has no option '{name}' for an evaluation{hint}")
     try:
         complete(options)
     except ValueError as error:

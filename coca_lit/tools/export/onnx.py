@@ -167,8 +167,8 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float) -
         found += f", {same:.1%} of the captions are the same, {speed} ({machine()})"
     if lost > max_loss:
         raise ValueError(
-            f"on {what} the int8 graphs lose {lost:.1%} of {measure}, more than max_int8_loss={max_loss:g}: raise it, or"
-            " leave them out with max_int8_loss=0"
+            f"on {what} the int8 graphs lose {lost:.1%} of {measure}, more than max_int8_loss={max_loss:g}: raise it,"
+            " or leave them out with max_int8_loss=0"
         )
     return f"int8: {fp32:.3g} → {int8:.3g} MB; on {what} {found}."
 

@@ -200,6 +200,15 @@ def size_of(filesystem) -> int:
     return filesystem.size("/set/00000.tar")
 
 
+def test_samples_to_look_at_are_of_the_shard_that_training_reads_first(store, tmp_path):
+    data = laion(tmp_path)
+    keys = [record.id for record in data.drawn_records(100)]
+    whole = [found for found in fetched(tmp_path) if found[0].endswith(".tar")]
+    first = next(iter(data.indices_from(0, 0)))[0].i // 4
+    assert keys == [f"{first}{row:04d}" for row in range(4)]
+    assert whole == [(f"{first:05d}.tar", size_of(store[0]))]
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_global_batches_are_equal_on_other_ranks_and_workers_and_after_a_resume(store, tmp_path, workers):

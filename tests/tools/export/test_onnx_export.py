@@ -230,7 +230,9 @@ def test_int8_graphs_are_small_and_nearly_the_same(exported: tuple[CoCa, Path]) 
 def test_what_int8_loses_on_photos_is_in_the_card(exported: tuple[CoCa, Path]) -> None:
     """This model has CLIP's vocabulary."""
     model, folder = exported
-    measured = r"on 42 views of the package's photos the lowest cosine .* is ([\d.]+), [\d.]+% of the captions are the same"
+    measured = (
+        r"on 42 views of the package's photos the lowest cosine .* is ([\d.]+), [\d.]+% of the captions are the same"
+    )
     lowest = float(re.search(measured, (folder / "README.md").read_text()).group(1))
     transform, photos = build_transform(**model.preprocessing), Path(onnx.__file__).parents[2] / "assets/photos"
     images = torch.stack([transform(Image.open(photo)) for photo in photos.glob("*.jpg")])
