@@ -111,7 +111,8 @@ def why_second(candidates: Sequence[Candidate]) -> str:
 def spotlight(picture: Image.Image, attention: Tensor) -> Image.Image:
     """The picture in its own colours, the darker, the less attention (h, w) there is."""
     scaled = (attention - attention.min()) / (attention.max() - attention.min()).clamp(min=1e-12)
-    light = Image.fromarray((scaled * 255).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
+    # A few places have most of the attention: the root shows the others too.
+    light = Image.fromarray((scaled.sqrt() * 255).byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
     return Image.composite(picture, ImageEnhance.Brightness(picture).enhance(DIMMED), light)
 
 

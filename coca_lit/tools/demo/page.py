@@ -33,7 +33,7 @@ EXAMPLES = 8
 FOUND = 12  # images that a search shows
 RERANKED = 24  # the nearest images, which the decoder re-ranks
 SCENE_WORDS = "circle, square, triangle, star, cross, ring"
-PHOTO_WORDS = "dog, cat, person, car, landscape"
+PHOTO_WORDS = "man, woman, child, dog, cat, car, landscape"
 EMPTY = '<div class="ask">Choose a photo, or click on an example.</div>'
 SAME = 0.999  # cosine of two copies of a photo
 STRATEGIES = [("best of several", "beam"), ("varied", "sample"), ("a single one, fast", "greedy")]
@@ -149,7 +149,7 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
 
 
 def _classification_tab(model: CoCa, photo: gr.Image, vocabulary: Sequence[str] | None) -> None:
-    words, prompt = _labels(vocabulary)
+    words, prompt = _labels(model, vocabulary)
     labels = gr.Textbox(words, label="labels", info="separated by commas", elem_id="labels")
     template = gr.Textbox(prompt, label="template", info="{} is replaced by the label", elem_id="template")
     button = gr.Button("Classify", variant="primary")
@@ -165,13 +165,12 @@ def _classification_tab(model: CoCa, photo: gr.Image, vocabulary: Sequence[str] 
     photo.clear(lambda: None, outputs=answer, api_visibility="private")
 
 
-def _labels(vocabulary: Sequence[str] | None) -> tuple[str, str]:
+def _labels(model: CoCa, vocabulary: Sequence[str] | None) -> tuple[str, str]:
     """Labels to begin with, and their template; of a closed vocabulary, those that it knows."""
     if vocabulary is None:
         return PHOTO_WORDS, "a photo of a {}"
-    known = [[word for word in words.split(", ") if word in vocabulary] for words in (SCENE_WORDS, PHOTO_WORDS)]
-    most = max(known, key=len)
-    return ", ".join(most), "a {}"
+    words = SCENE_WORDS if knows_only_scenes(model) else PHOTO_WORDS
+    return ", ".join(word for word in words.split(", ") if word in vocabulary), "a {}"
 
 
 def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
@@ -271,7 +270,9 @@ def _banner(model: CoCa, checkpoint: str, builtin: bool, vocabulary: Sequence[st
     elif knows_only_scenes(model):
         notes.append("It knows coloured shapes, one beside or above the other, and <b>nothing about photos</b>.")
     else:
-        notes.append(f"It knows {len(vocabulary):,} words, and nothing of which it has no word.")
+        notes.append(f"It knows {len(vocabulary):,} words; what has no word among these it takes for something else.")
+    if checkpoint == "photos":
+        notes.append("It was trained on 6,000 photos, of people and dogs: captions of other photos are mostly wrong.")
     if builtin:
         notes.append("This is the <b>built-in demo model</b>; <code>coca-demo</code> alone shows a model of photos.")
     words = f"<details><summary>its words</summary>{escape(', '.join(vocabulary))}</details>" if vocabulary else ""

@@ -140,6 +140,18 @@ def test_captions_of_an_uploaded_photo_follow_the_slider(page, photo, tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
+def test_labels_to_begin_with_and_the_banner_fit_the_model():
+    """The photo model knows more words of shapes than of photos."""
+    from coca_lit.tools.demo.page import build_page
+
+    words = ["a", "man", "dog", "circle", "square", "star", "cross", "ring"]
+    blocks = build_page(create_model("coca_tiny", tokenizer=words).eval(), "photos", None).blocks.values()
+    values = {block.elem_id: block.value for block in blocks if block.elem_id}
+    assert values["labels"] == "man, dog"
+    assert "mostly wrong" in values["banner"]
+    assert "coloured shapes" not in values["banner"]
+
+
 def test_labels_of_the_visitor(page, photo):
     page.get_by_role("tab", name="Classification").click()
     page.get_by_role("button", name="Classify").click()
