@@ -7,6 +7,7 @@ Wrong words are marked by hand below, by colour and a line. A caption that chang
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -39,7 +40,7 @@ SEARCH_KEY = (
     "The photo that the model in the package (20 MB) finds for each text. Underlined: not the one that was meant."
 )
 KEY = "Captions by the model that comes with coca_lit (20 MB, trained on 6,000 photos). Underlined: wrong."
-SIDE, LINES, COLUMNS, GAP, SIZE = 210, 4, 4, 10, 15  # of a cell, its text, the sheet
+SIDE, COLUMNS, GAP, SIZE = 210, 4, 10, 15  # of a cell, the sheet, its text
 BLACK, RED = (30, 30, 30), (200, 0, 0)
 
 
@@ -52,7 +53,9 @@ def main() -> None:
     for name, caption in zip(photos, captions, strict=True):
         print(f"{name}: {caption}")
     marked = [WRONG[name].split() for name in photos]
-    draw_sheet("photos.png", [*zip(photos.values(), captions, marked, strict=True), (None, KEY, ["Underlined:"])])
+    draw_sheet(
+        "photos.png", [*zip(photos.values(), captions, marked, strict=True), (None, KEY, ["Underlined:"])], lines=4
+    )
 
     with torch.inference_mode():
         best = (model.encode_text(model.tokenizer([*TEXTS.values()])) @ model.encode_image(images).T).argmax(dim=1)
@@ -61,7 +64,7 @@ def main() -> None:
         (photos[hit], text, text.split() if hit != name else [])
         for hit, (name, text) in zip(found, TEXTS.items(), strict=True)
     ]
-    draw_sheet("search.png", [*cells, (None, SEARCH_KEY, ["Underlined:"])])
+    draw_sheet("search.png", [*cells, (None, SEARCH_KEY, ["Underlined:"])], lines=2)
 
 
 def as_pixels(images: Images) -> Tensor:
@@ -69,18 +72,17 @@ def as_pixels(images: Images) -> Tensor:
     return images
 
 
-def draw_sheet(name: str, cells: Sequence[tuple[Image.Image | None, str, list[str]]]) -> None:
-    """Cells of a photo, what stands below it, and the words to mark."""
+def draw_sheet(name: str, cells: Sequence[tuple[Image.Image | None, str, list[str]]], lines: int) -> None:
+    """Cells of a photo, what stands below it on at most so many lines, and the words to mark."""
     rows = -(-len(cells) // COLUMNS)
-    high = SIDE + LINES * (SIZE + 4) + GAP
+    high = SIDE + lines * (SIZE + 4) + 2 * GAP
     sheet = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * high + GAP), "white")
     for number, (photo, text, wrong) in enumerate(cells):
         x, y = GAP + number % COLUMNS * (SIDE + GAP), GAP + number // COLUMNS * high
         if photo is not None:
-            image = ImageOps.contain(photo, (SIDE, SIDE), Image.Resampling.LANCZOS)
-            sheet.paste(image, (x + (SIDE - image.width) // 2, y + SIDE - image.height))
+            sheet.paste(ImageOps.fit(photo, (SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
         write(ImageDraw.Draw(sheet), x, y + (SIDE if photo is not None else SIDE // 2) + 6, text, wrong)
-    sheet.quantize(256).save(PHOTOS.with_name(name), optimize=True)
+    sheet.quantize(256).save(Path(__file__).with_name(name), optimize=True)
 
 
 def write(draw: ImageDraw.ImageDraw, left: int, y: int, text: str, wrong: list[str]) -> None:
