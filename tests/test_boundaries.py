@@ -69,8 +69,8 @@ def test_plain_parts_load_no_framework() -> None:
 
 @pytest.mark.slow
 def test_training_from_random_weights_loads_no_reader_of_weights() -> None:
-    build = "assembly.build_module(command.compose('train', ['model.net.name=coca_tiny', 'output_dir=x', 'name=x']))"
-    program = f"import sys\nfrom coca_lit.cli import assembly, command\n{build}\nprint(*sys.modules)"
+    build = "module.build_module(command.compose('train', ['model.net.name=coca_tiny', 'output_dir=x', 'name=x']))"
+    program = f"import sys\nfrom coca_lit.cli import command, module\n{build}\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "coca_lit.models.coca" in done.stdout.split()
     assert "coca_lit.weights.load" not in done.stdout.split()

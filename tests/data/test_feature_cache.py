@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli import assembly
 from coca_lit.cli.assembly import build
+from coca_lit.cli.module import build_module
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import Index
 from coca_lit.data.feature_cache import (
@@ -205,7 +206,7 @@ def test_the_network_is_as_before_and_scored_on_pixels(tmp_path: Path) -> None:
             return {"width": model.image_encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[2]}
 
     cfg = compose(*SHORT, f"output_dir={tmp_path}", "data.cached_augmentations=1", f"data.cache_dir={tmp_path}/views")
-    module = assembly.build_module(cfg)
+    module = build_module(cfg)
     before = {name: tensor.clone() for name, tensor in module.net.image_encoder.state_dict().items()}
     scoring = ScoreDuringTraining([Look("look", [Record("unseen", "1.png")])], Settings(tmp_path))
     data = build(cfg.data, "data", tokenizer=module.net.tokenizer)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 
-from coca_lit.cli import assembly
+from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.metrics.cider import END, CiderD
 from experiments import study
@@ -34,12 +34,12 @@ def test_the_reward_is_the_weighted_sum_of_its_parts() -> None:
 
 def test_the_configuration_names_it_and_a_misspelt_weight_is_refused() -> None:
     small = ("experiment=scst_mscoco", "data=scenes", "init_from=null", "image_size=32", "model.net.name=coca_tiny")
-    objective = assembly.build_module(compose(*small, f"{MIXED}, bleu: 0}}")).self_critical
+    objective = build_module(compose(*small, f"{MIXED}, bleu: 0}}")).self_critical
     objective.read({"dogs": ["a dog runs", "the brown dog"], "boys": ["two boys"]})
     words = {"dogs": [["a", "dog", "runs", END], ["the", "brown", "dog", END]], "boys": [["two", "boys", END]]}
     assert objective._reward("dogs", [["a", "dog", END]]) == MixedReward(words, bleu=0)("dogs", [["a", "dog", END]])
     with pytest.raises(ConfigError, match=r"'model.self_critical.reward.bleu'"):
-        assembly.build_module(compose(*small, f"{MIXED}, blue: 0}}"))
+        build_module(compose(*small, f"{MIXED}, blue: 0}}"))
 
 
 def test_levers_compare_runs_of_one_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
