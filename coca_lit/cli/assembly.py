@@ -116,16 +116,18 @@ def data_place(cfg: DictConfig) -> AbstractContextManager[None]:
 
 
 def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
-    """The key that says where the data of an evaluation are; None if they need no files."""
+    """The keys that say where the data of an evaluation are; None if they need no files."""
     evaluation = unresolved(cfg.evals)[name] or {}
-    for part in ("records", "images"):
+    keys = []
+    for part in ("records", "images", "positives"):
         node = evaluation.get(part)
         if isinstance(node, dict) and node.get("root") is not None:
             found = re.fullmatch(r"\$\{roots\.(\w+)\}", str(node["root"]))
             if found is None:
-                return f"evals.{name}.{part}.root"
-            return "data.root" if unresolved(cfg.roots)[found[1]] == "${data.root}" else f"roots.{found[1]}"
-    return None
+                keys.append(f"evals.{name}.{part}.root")
+            else:
+                keys.append("data.root" if unresolved(cfg.roots)[found[1]] == "${data.root}" else f"roots.{found[1]}")
+    return " or ".join(keys) or None
 
 
 def build_evals(cfg: DictConfig) -> "tuple[list[Evaluation], dict[str, str]]":

@@ -24,7 +24,15 @@ from coca_lit.runs.run_folder import CONFIG, in_use
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
 
-KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers")  # how the names of evaluations end
+KINDS = (
+    "captions",
+    "retrieval",
+    "zeroshot",
+    "choice",
+    "probe",
+    "answers",
+    "judgments",
+)  # how the names of evaluations end
 
 
 def evaluate() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.errors import DataError
+from coca_lit.errors import DataError, check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_pairs, log_likelihoods
 from coca_lit.metrics.choice import choice_accuracy, is_right, pair_accuracy
@@ -23,17 +23,24 @@ class ChoiceScores(Evaluation):
       wrong texts are odd.
     - "pmi/…": log p(text | image) - log p(text), which does not (Lin et al. 2023, arXiv 2306.01879).
 
+    Where two texts are right, both must be above all wrong ones, and "text_only/…" asks the text side alone: are they
+    closer to each other than to any wrong one?
+
     Args:
-        records: the captions of each are the right text and then the wrong ones; the domain is the kind of the case.
+        records: the captions of each are the right texts and then the wrong ones; the domain is the kind of the case.
         paired: pairs of images follow each other, whose right texts are each other's wrong ones; the scores are those
             of Winoground.
+        right: how many of the captions are right, 1 or 2.
     """
 
     captioned = True
 
-    def __init__(self, name: str, records: Sequence[Record], paired: bool = False, every: int = 1) -> None:
+    def __init__(
+        self, name: str, records: Sequence[Record], paired: bool = False, right: int = 1, every: int = 1
+    ) -> None:
         super().__init__(name, records, every)
-        self.paired = paired
+        check_number("right", right, whole=True, at_least=1, at_most=1 if paired else 2)
+        self.paired, self.right = paired, right
         names = exact(len(records), choice_accuracy(np.zeros(len(records)), [r.domain for r in records]))
         self.score_names = ("text_score", "image_score", "group_score") if paired else tuple(names)
 
@@ -43,7 +50,8 @@ class ChoiceScores(Evaluation):
         if self.paired:  # a last image whose other one has been cut off is left out
             records = records[: len(records) // 2 * 2]
         units = [record.id for record in records[:: 2 if self.paired else 1]]  # what an interval draws
-        ways = {"": _cosines(model, records, settings)}
+        cosines, among_texts = _cosines(model, records, settings)
+        ways = {"": cosines}
         if not settings.full:
             return exact(len(units), self._resampled(records, ways[""]))
         if model.decoder is None:
@@ -52,8 +60,12 @@ class ChoiceScores(Evaluation):
             read, blind = _log_likelihoods(model, records, settings)
             ways["likelihood/"] = read
             ways["pmi/"] = [row - prior for row, prior in zip(read, blind, strict=True)]
-        for way, found in ways.items():
-            draws = bootstrap(units, self._resampled(records, found))
+        measured = {way: self._resampled(records, found) for way, found in ways.items()}
+        if self.right == 2:
+            alike = is_right([torch.cat([row[0, 1:2], row[:2, 2:].flatten()]) for row in among_texts])
+            measured["text_only/"] = choice_accuracy(alike, [record.domain for record in records])
+        for way, resampled in measured.items():
+            draws = bootstrap(units, resampled)
             self.draws |= {f"{way}{score}": of for score, of in draws.items()}
         return {score: draws.score for score, draws in self.draws.items()}
 
@@ -63,14 +75,15 @@ class ChoiceScores(Evaluation):
     def _resampled(self, records: Sequence[Record], found: Sequence[Tensor]) -> Resampled:
         if self.paired:
             return pair_accuracy(found)
-        return choice_accuracy(is_right(found), [record.domain for record in records])
+        return choice_accuracy(is_right(found, self.right), [record.domain for record in records])
 
 
-def _cosines(model: DualEncoder, records: Sequence[Record], settings: Settings) -> list[Tensor]:
-    """Of each image (K,) with its texts."""
+def _cosines(model: DualEncoder, records: Sequence[Record], settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each image (K,) with its texts, and (K, K) of its texts with each other."""
     images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
     cosines = (images[image_of_text] * texts).sum(dim=1)  # (T,)
-    return list(cosines.split([len(record.captions) for record in records]))
+    counts = [len(record.captions) for record in records]
+    return list(cosines.split(counts)), [own @ own.T for own in texts.split(counts)]
 
 
 def _log_likelihoods(

@@ -25,7 +25,7 @@ from coca_lit.evals import inference
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import embed_pairs
 from coca_lit.evals.samples import retrieval_samples, retrieval_sheet
-from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
+from coca_lit.metrics.retrieval import feature_ranks, folded_ranks, similarity_ranks
 from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.models import CoCa, DualEncoder
 
@@ -37,9 +37,11 @@ class RetrievalScores(Evaluation):
     """Recall@1/5/10 in both directions, with all captions of every image. With `settings.full` also samples and, with
     `settings.rerank`, recall after decoder re-ranking: `mscoco/reranked_t2i_recall@1`. Captions that are longer
     than the context lose their end; if there are any, "cut_captions" is their share and "read_tokens" that of tokens.
+    Recalls in "folds/" are means over parts of the data set, each searched by itself.
 
     Args:
         rerank_weight: share of the decoder's score in re-ranking, between 0 and 1.
+        fold: images of such a part, as many as follow each other; none if there are fewer than twice as many.
     """
 
     captioned = True
@@ -47,12 +49,25 @@ class RetrievalScores(Evaluation):
         *(f"{way}_recall@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10)),
         *("t2i_median_rank", "i2t_median_rank"),
     )
-    final_score_names = (*UNREAD, *(f"reranked_{name}" for name in score_names if "recall" in name))
+    final_score_names = (
+        *UNREAD,
+        *(f"reranked_{name}" for name in score_names if "recall" in name),
+        *(f"folds/{name}" for name in score_names if "recall" in name),
+    )
 
-    def __init__(self, name: str, records: Sequence[Record], rerank_weight: float = 0.5, every: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        records: Sequence[Record],
+        rerank_weight: float = 0.5,
+        fold: int | None = None,
+        every: int = 1,
+    ) -> None:
         super().__init__(name, records, every)
         check_number("rerank_weight", rerank_weight, at_least=0, at_most=1)
-        self.rerank_weight = rerank_weight
+        if fold is not None:
+            check_number("fold", fold, whole=True, at_least=1)
+        self.rerank_weight, self.fold = rerank_weight, fold
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
@@ -68,6 +83,12 @@ class RetrievalScores(Evaluation):
         ids = [record.id for record in records]
         self.draws = bootstrap(ids, ranks.resampled()) | self._unread(model, records)
         scores |= {name: self.draws[name].score for name in UNREAD if name in self.draws}
+        if self.fold is not None and len(records) >= 2 * self.fold:
+            folded = folded_ranks(images, texts, image_of_text, self.fold)
+            recalls = folded.recalls()
+            draws = bootstrap(ids[: len(folded.i2t)], folded.resampled())
+            self.draws |= {f"folds/{name}": draws[name] for name in recalls}
+            scores |= {f"folds/{name}": value for name, value in recalls.items()}
         if not settings.rerank:
             return scores
         if model.decoder is None:
@@ -81,6 +102,8 @@ class RetrievalScores(Evaluation):
         return scores | {f"reranked_{name}": value for name, value in recalls.items()}
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        if score.startswith("folds/"):
+            return {"fold": self.fold}
         reranked = score.startswith("reranked_")
         return {"rerank": settings.rerank, "rerank_weight": self.rerank_weight} if reranked else {}
 

@@ -12,19 +12,20 @@ from torch import Tensor
 from coca_lit.metrics.uncertainty import Resampled
 
 
-def is_right(scores: Sequence[Tensor]) -> np.ndarray:
-    """Whether (N,) the first score of each image is above all its others; a text without rivals is right.
+def is_right(scores: Sequence[Tensor], right: int = 1) -> np.ndarray:
+    """Whether (N,) the first scores of each image are above all its others; a text without rivals is right.
 
     Args:
-        scores: for each image one per text (K,), the right text first.
+        scores: for each image one per text (K,), the right texts first.
+        right: how many of them are right.
 
     Raises:
-        ValueError: NaN, or an image without texts.
+        ValueError: NaN, or an image with fewer texts.
     """
     for row in scores:
-        if not len(row) or row.isnan().any():
-            raise ValueError(f"each image needs a number for one or more texts, got {row.tolist()}")
-    return np.array([bool((row[0] > row[1:]).all()) for row in scores])
+        if len(row) < right or row.isnan().any():
+            raise ValueError(f"each image needs a number for {right} or more texts, got {row.tolist()}")
+    return np.array([bool((row[:right].min() > row[right:]).all()) for row in scores])
 
 
 def choice_accuracy(right: np.ndarray, kinds: Sequence[str | None]) -> Resampled:

@@ -40,10 +40,12 @@ class CiderD:
 
     Args:
         references: image -> words of each of its references.
+        defended: against captions that are long or repeat words. False: CIDEr without what CIDEr-D adds, the clipping
+            of counts and the penalty of the length.
     """
 
-    def __init__(self, references: Mapping[Hashable, Sequence[Sequence[str]]]) -> None:
-        self._references = references
+    def __init__(self, references: Mapping[Hashable, Sequence[Sequence[str]]], defended: bool = True) -> None:
+        self._references, self._defended = references, defended
         self._log_images = math.log(len(references)) if references else 0.0
         counts: Counter[NGram] = Counter()
         for captions in references.values():
@@ -55,7 +57,7 @@ class CiderD:
         """CIDEr-D in [0, 10] of several captions of an image, each given as its words."""
         references = self._of(image)
         return [
-            10 * sum(_similarity(caption, reference) for reference in references) / (LONGEST * len(references))
+            10 * sum(self._similarity(caption, other) for other in references) / (LONGEST * len(references))
             for caption in map(self._vector, captions)
         ]
 
@@ -72,6 +74,20 @@ class CiderD:
             weights[len(ngram) - 1][ngram] = count * (self._log_images - self._log_frequency.get(ngram, 0.0))
         norms = tuple(math.sqrt(sum(w * w for w in part.values())) for part in weights)
         return Vector(weights, norms, max(len(words) - 1, 0))
+
+    def _similarity(self, caption: Vector, reference: Vector) -> float:
+        """Σ over n of the cosines, clipped and times the length penalty."""
+        total = 0.0
+        for own, theirs, norm, other in zip(
+            caption.weights, reference.weights, caption.norms, reference.norms, strict=True
+        ):
+            if norm and other:
+                shared = [g for g in own if g in theirs]  # in order: a sum in another order may break a tie
+                weights = ((min(own[g], theirs[g]) if self._defended else own[g]) * theirs[g] for g in shared)
+                total += sum(weights) / (norm * other)
+        if not self._defended:
+            return total
+        return total * math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
 
 
 class ResampledCider:
@@ -175,15 +191,3 @@ def _sparse(entries: Sequence[tuple[int, int, float]], shape: tuple[int, int]) -
     indices = torch.tensor([rows, columns], dtype=torch.long)
     numbers = torch.tensor(values, dtype=torch.float64)
     return torch.sparse_coo_tensor(indices, numbers, shape, check_invariants=True).coalesce()
-
-
-def _similarity(caption: Vector, reference: Vector) -> float:
-    """Σ over n of the clipped cosines, times the length penalty."""
-    total = 0.0
-    for own, theirs, norm, other in zip(
-        caption.weights, reference.weights, caption.norms, reference.norms, strict=True
-    ):
-        if norm and other:
-            shared = own.keys() & theirs.keys()
-            total += sum(min(own[g], theirs[g]) * theirs[g] for g in shared) / (norm * other)
-    return total * math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))

@@ -24,6 +24,11 @@ NAMES = {
     "SPICE_color": "SPICE of colours",
     "SPICE_count": "SPICE of counts",
     "SPICE_size": "SPICE of sizes",
+    "CIDEr_plain": "CIDEr without clipping and length penalty",
+    "likelihood_per_token": "likelihood per token",
+    "pmi": "gain in likelihood (PMI)",
+    "pmi_per_token": "gain in likelihood per token",
+    "people": "people with each other",
     "exact_match": "exact matches, %",
     "mean_length": "words per caption",
     "vocabulary": "different words",
@@ -52,6 +57,8 @@ DATA_SETS = {  # names of evaluations -> names for readers; others are shown as 
     "mscoco": "MSCOCO",
     "nocaps": "NoCaps",
     "flickr8k": "Flickr8k",
+    "flickr8k_experts": "Flickr8k, judged by experts",
+    "flickr8k_crowd": "Flickr8k, judged by a crowd",
     "flickr30k": "Flickr30k",
     "imagenet": "ImageNet",
     "imagenet_v2": "ImageNet-V2",
@@ -60,6 +67,9 @@ DATA_SETS = {  # names of evaluations -> names for readers; others are shown as 
     "imagenet_sketch": "ImageNet-Sketch",
     "sugarcrepe": "SugarCrepe",
     "winoground": "Winoground",
+    "sugarcrepe_pp": "SugarCrepe++",
+    "cxc": "MSCOCO with CxC's pairs",
+    "eccv_caption": "ECCV Caption",
     "folder": "your photos",
     "my_photos": "your photos",
     "vqa": "VQA v2",
@@ -72,8 +82,13 @@ WAYS = {  # second parts of the names of scores: how an answer was found -> for 
     "linear": "by a linear probe",
     "classifier": "by the classifier",
     "blind": "best guess without the image",
+    "half": "half of the images",
+    "folds": "mean of folds",
+    "text_only": "among texts alone",
 }
 DIRECTIONS = {"t2i_": "text to image", "i2t_": "image to text"}
+TAUS = {"tau_b_": "Kendall's tau-b of ", "tau_c_": "Kendall's tau-c of "}  # prefixes of scores of scores
+SHARES = ("recall", "r_precision", "map@r")  # of retrieval, in %
 RERANKED = "reranked_"  # prefix of retrieval scores after decoder re-ranking
 STATISTICS = ("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel")  # neither good nor bad
 COUNTS = ("mean_length", "vocabulary", "median_rank")
@@ -113,12 +128,15 @@ def data_name(name: str) -> str:
 def score_name(score: str) -> str:
     """A score for readers: "mscoco/t2i_recall@1" -> "text to image recall@1, %"."""
     short = score.rpartition("/")[2]
+    for prefix, measure in TAUS.items():
+        if short.startswith(prefix):
+            return measure + NAMES.get(rest := short.removeprefix(prefix), rest)
     plain = short.removeprefix(RERANKED)
     for prefix, direction in DIRECTIONS.items():
         if plain.startswith(prefix):
             rest = plain.removeprefix(prefix)
             name = f"{direction} {rest.replace('_', ' ')}" + (" after re-ranking" if plain != short else "")
-            return f"{name}, %" if rest.startswith("recall") else name
+            return f"{name}, %" if rest.startswith(SHARES) else name
     if short not in NAMES and short.endswith("_accuracy"):
         return f"accuracy on {short.removesuffix('_accuracy').replace('_', ' ')}, %"
     return NAMES.get(short, short)
@@ -133,7 +151,12 @@ def in_print_units(score: str, value: float) -> float:
 
 def _times_100(score: str) -> bool:
     short = score.rpartition("/")[2]
-    return short in TIMES_100 or "recall@" in short or short.endswith("accuracy")
+    return (
+        short in TIMES_100
+        or "recall@" in short
+        or short.endswith(("accuracy", "r_precision", "map@r"))
+        or short.startswith(tuple(TAUS))
+    )
 
 
 def cell(score: str, value: float | None, images: int | None = None) -> str:

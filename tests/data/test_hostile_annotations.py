@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 
 from coca_lit.data.datasets.annotations import read_karpathy, read_references, read_results
 from coca_lit.data.datasets.captions import coco_folder_records
-from coca_lit.data.datasets.choice import SUGARCREPE, sugarcrepe_records, winoground_records
+from coca_lit.data.datasets.choice import (
+    SUGARCREPE,
+    SUGARCREPE_PP,
+    sugarcrepe_pp_records,
+    sugarcrepe_records,
+    winoground_records,
+)
 from coca_lit.data.datasets.classification import _read_classes
 from coca_lit.data.datasets.long_captions import docci_records, sharegpt4v_records, urban1k_records
+from coca_lit.data.datasets.positives import eccv_positives
 from coca_lit.data.datasets.vqa import vqa_records
 from coca_lit.data.records import Record
 from coca_lit.data.text_batches import read_texts
@@ -52,6 +59,9 @@ def objects(root: Path) -> Chair:
             {"0": {"filename": "a.jpg", "caption": "a"}},
             "'negative_caption' is miss",
         ),
+        (sugarcrepe_pp_records, "replace_obj.json", {}, "it holds an object, not a list"),
+        (sugarcrepe_pp_records, "replace_obj.json", [[]], "a list stands where an object belongs"),
+        (sugarcrepe_pp_records, "replace_obj.json", [{"caption": "a", "caption2": "b"}], "'negative_caption' is miss"),
         (winoground_records, "examples.jsonl", b"{\n", "line 1 of .* is not a readable JSON file"),
         (winoground_records, "examples.jsonl", b"[" * 100_000, "nested too deeply"),
         (winoground_records, "examples.jsonl", WINO | {"image_0": "../a"}, "images .*not found|lists, e.g."),
@@ -169,6 +179,9 @@ def test_forged_annotations(folder, data):
         coco_folder_records(folder, annotations=packed.name)
 
 
+NUMBERED = {"images": [{"cocoid": 1, "imgid": 0, "split": "test", "sentences": [{"sentid": 7}]}]}
+
+
 PAIR = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a dog", "caption_1": "dog a"}
 
 
@@ -186,11 +199,21 @@ def test_forged_annotations_of_evaluations(folder, data):
         (folder / "images" / name).write_bytes(jpeg(3))
     for kind in SUGARCREPE:
         (folder / f"{kind}.json").write_text("{}")
+    for kind in SUGARCREPE_PP:
+        (folder / "pp" / f"{kind}.json").parent.mkdir(exist_ok=True)
+        (folder / "pp" / f"{kind}.json").write_text("[]")
+    texts = {"caption": "a", "caption2": "b", "negative_caption": "c"}
+    crepe_pp = [{"id": i, "filename": f"{i}.jpg", **texts} for i in range(2)]
+    (folder / "dataset_coco.json").write_text(json.dumps(KARPATHY))
+    (folder / "eccv_image_to_caption.json").write_text("{}")
     crepe = {str(i): {"filename": f"{i}.jpg", "caption": "a", "negative_caption": "b"} for i in range(2)}
     docci = {"example_id": "0", "image_file": "0.jpg", "description": "a dog", "split": "test"}
     (folder / "synonyms.txt").write_bytes(data.draw(damaged(b"dog, puppy\ncat\n")))
     for name, document, reader in (
         ("add_obj.json", crepe, lambda: sugarcrepe_records(folder, folder / "images")),
+        ("pp/swap_obj.json", crepe_pp, lambda: sugarcrepe_pp_records(folder / "pp", folder / "images")),
+        ("eccv_caption_to_image.json", {"1": [2]}, lambda: eccv_positives(folder, folder)),
+        ("dataset_coco.json", NUMBERED, lambda: eccv_positives(folder, folder)),
         ("examples.jsonl", PAIR, lambda: winoground_records(folder)),
         ("docci_descriptions.jsonlines", docci, lambda: docci_records(folder)),
         ("list.json", TALKS, lambda: sharegpt4v_records(folder, "list.json")),

@@ -10,7 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from coca_lit.data.datasets.choice import SUGARCREPE, sugarcrepe_records, winoground_records
+from coca_lit.data.datasets.choice import (
+    SUGARCREPE,
+    SUGARCREPE_PP,
+    sugarcrepe_pp_records,
+    sugarcrepe_records,
+    winoground_records,
+)
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError, DataNotFoundError
@@ -143,6 +149,36 @@ def test_winoground_equals_a_loop(root: Path, tmp_path: Path) -> None:
         ChoiceScores("winoground", records, paired=True).evaluate(make_model(), Settings(tmp_path, images=1))
 
 
+def test_two_right_texts(tmp_path: Path) -> None:
+    """SugarCrepe++ in its files: both right texts must be above the wrong one; among texts alone, nearer to each other
+    than to it.
+    """
+    rng = random.Random(0)
+    for kind in SUGARCREPE_PP:
+        cases = []
+        for id in range(4):
+            noise(rng.randrange(99)).save(tmp_path / f"{kind}{id}.jpg")
+            texts = {name: text(rng) for name in ("caption", "caption2", "negative_caption")}
+            cases.append({"id": id, "filename": f"{kind}{id}.jpg", **texts})
+        (tmp_path / f"{kind}.json").write_text(json.dumps(cases))
+    records = sugarcrepe_pp_records(tmp_path)
+    assert len(records) == 20
+    scores = ChoiceScores("pp", records, right=2).evaluate(make_model(), Settings(tmp_path))
+    for way, found in naive(records).items():
+        right = [bool(row[0] > row[2] and row[1] > row[2]) for row in found]
+        assert scores[f"pp/{way}accuracy"] == pytest.approx(sum(right) / 20)
+    model, alike = make_model().eval(), []
+    with torch.no_grad():
+        for record in records:
+            one, two, wrong = (model.encode_text(model.tokenizer([caption]))[0] for caption in record.captions)
+            alike.append(bool(one @ two > one @ wrong and one @ two > two @ wrong))
+    assert scores["pp/text_only/accuracy"] == pytest.approx(sum(alike) / 20)
+    assert 0 < sum(alike) < 20
+    assert is_right([torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.5, 0.4, 0.3])], right=2).tolist() == [False, True]
+    with pytest.raises(ValueError, match="right"):
+        ChoiceScores("pp", records, paired=True, right=2)
+
+
 def test_equal_to_clip_benchmark(root: Path, tmp_path: Path) -> None:
     theirs = pytest.importorskip("clip_benchmark.metrics.image_caption_selection")
     model = make_model().eval()
@@ -165,7 +201,7 @@ def test_equal_to_clip_benchmark(root: Path, tmp_path: Path) -> None:
     assert ours["x/group_score"] == pytest.approx(found["acc"])
 
 
-@pytest.mark.parametrize("read", [sugarcrepe_records, winoground_records])
+@pytest.mark.parametrize("read", [sugarcrepe_records, sugarcrepe_pp_records, winoground_records])
 def test_what_is_missing_is_named(tmp_path: Path, read: Callable[[Path], list[Record]]) -> None:
     with pytest.raises(DataNotFoundError, match=str(tmp_path)):
         read(tmp_path)

@@ -10,7 +10,7 @@ from coca_lit.cli import command
 from coca_lit.errors import ConfigError
 from coca_lit.tools.prepare.command import data
 from coca_lit.tools.report.command import report
-from coca_lit.tools.score import score
+from coca_lit.tools.score.command import score
 
 
 @pytest.mark.parametrize("program", [data, report, score])

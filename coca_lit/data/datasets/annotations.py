@@ -22,11 +22,11 @@ def read_karpathy(path: Path, split: str) -> list[Listing]:
     return _karpathy_listings(read_json(path, limit=MAX_BYTES), path, split)
 
 
-def _karpathy_listings(content: Any, path: Path, split: str) -> list[Listing]:
+def _karpathy_listings(content: Any, path: Path, split: str | None) -> list[Listing]:
     with schema(path, "Karpathy's"):
         images = content["images"]
         splits = sorted({image["split"] for image in images})
-        wanted = {"train", "restval"} if split == "train" else {split}
+        wanted = set(splits) if split is None else {"train", "restval"} if split == "train" else {split}
         if not wanted.intersection(splits):
             raise DataError(f"{path} has no split {split!r}; it has {printable(', '.join(splits))}")
         return [
@@ -38,6 +38,20 @@ def _karpathy_listings(content: Any, path: Path, split: str) -> list[Listing]:
             for image in images
             if image["split"] in wanted
         ]
+
+
+def read_caption_ids(path: Path, split: str) -> dict[int | str, tuple[int, ...]]:
+    """The ids of the captions of each image of one split of a Karpathy file, in the order of `read_karpathy`."""
+    content = read_json(path, limit=MAX_BYTES)
+    ids: dict[int | str, tuple[int, ...]] = {}
+    with schema(path, "Karpathy's"):
+        for image in content["images"]:
+            if image["split"] == split:
+                own = tuple(sentence["sentid"] for sentence in image["sentences"])
+                if not all(map(is_int64, own)):
+                    raise TypeError(f"expected whole numbers as ids of captions, got {own!r:.80}")
+                ids[check_id(image.get("cocoid", image["imgid"]))] = own
+    return ids
 
 
 def read_coco(path: Path) -> list[Listing]:
@@ -65,8 +79,8 @@ def coco_listings(content: Any, path: Path) -> list[Listing]:
         ]
 
 
-def read_references(path: Path, split: str) -> list[Listing]:
-    """Images of a file of either schema; `split` selects from a Karpathy file.
+def read_references(path: Path, split: str | None) -> list[Listing]:
+    """Images of a file of either schema; `split` selects from a Karpathy file, None takes all splits.
 
     Raises `DataError`, also for an image that is listed twice.
     """

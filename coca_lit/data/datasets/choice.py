@@ -1,8 +1,9 @@
-"""Image-text choice: SugarCrepe and Winoground in their original files.
+"""Image-text choice: SugarCrepe, SugarCrepe++ and Winoground in their original files.
 
 The captions of a record are the right text and then the wrong ones; the kind of the case is its domain.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, read_json_lines, schema
@@ -10,6 +11,7 @@ from coca_lit.data.records import Listing, Record, records_on_disk
 from coca_lit.reading import read_json
 
 SUGARCREPE = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
+SUGARCREPE_PP = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
 
 
 def sugarcrepe_records(root: str | Path, images: str | Path | None = None) -> list[Record]:
@@ -31,6 +33,32 @@ def sugarcrepe_records(root: str | Path, images: str | Path | None = None) -> li
                 listing(f"{kind}/{key}", case["filename"], (case["caption"], case["negative_caption"]), kind)
                 for key, case in content.items()
             ]
+    return _with_images(listings, root, images)
+
+
+def sugarcrepe_pp_records(root: str | Path, images: str | Path | None = None) -> list[Record]:
+    """SugarCrepe++ (Dumpala et al. 2024, arXiv 2406.11171): two right captions with different words, and a wrong one.
+    For `ChoiceScores(right=2)`.
+
+    Args:
+        root: folder with swap_obj.json … replace_rel.json, or with these in data/, as in the repository scpp:
+            [{"id", "filename", "caption", "caption2", "negative_caption"}, …].
+        images: COCO's val2017, or the folder that holds it; by default in `root`.
+    """
+    root = Path(root)
+    listings: list[Listing] = []
+    for kind in SUGARCREPE_PP:
+        candidates = [root / f"{kind}.json", root / "data" / f"{kind}.json"]
+        path = find_file("the captions of SugarCrepe++", candidates, "copy data/ of the repository scpp there")
+        content = read_json(path, list, MAX_BYTES)
+        with schema(path, "SugarCrepe++'s"):
+            for case in content:
+                texts = case["caption"], case["caption2"], case["negative_caption"]
+                listings.append(listing(f"{kind}/{case['id']}", case["filename"], texts, kind))
+    return _with_images(listings, root, images)
+
+
+def _with_images(listings: Sequence[Listing], root: Path, images: str | Path | None) -> list[Record]:
     places = [Path(images)] if images is not None else []
     folders = [base / name for base in (*places, root) for name in ("val2017", ".")]
     return records_on_disk(listings, folders, root, "name COCO's val2017 by records.images")

@@ -29,10 +29,12 @@ class MeteorScores(NamedTuple):
 
     Attributes:
         corpus: METEOR in [0, 1] of all captions.
+        captions: (captions,) that of each.
         statistics: (captions, 23), whose sums make the score of any selection of captions, see `meteor_of_sums`.
     """
 
     corpus: float
+    captions: np.ndarray
     statistics: np.ndarray
 
 
@@ -114,8 +116,9 @@ class _MeteorProcess(Conversation):
                 self.ask("SCORE", *refs, hypothesis)
                 statistics.append(self.receive())
             self.ask("EVAL", *statistics)
-            *_, corpus = (float(self.receive()) for _ in range(len(hypotheses) + 1))
-            return MeteorScores(corpus, np.array([[float(number) for number in row.split()] for row in statistics]))
+            *single, corpus = (float(self.receive()) for _ in range(len(hypotheses) + 1))
+            found = np.array([[float(number) for number in row.split()] for row in statistics])
+            return MeteorScores(corpus, np.array(single), found)
         except BaseException:
             self.kill()  # the rest of the answers must not be taken for those to the next question
             raise

@@ -1,20 +1,26 @@
-"""Scores a file of captions, without a model: `coca-score PREDICTIONS REFERENCES`."""
+"""Scores a file of captions, without a model: `coca-score PREDICTIONS REFERENCES`; and scores themselves, by how well
+they agree with people: `coca-score --judgments FILES`.
+"""
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coca_lit.runs.launch import isolate
 
 if TYPE_CHECKING:
+    from coca_lit.data.records import Listing
     from coca_lit.metrics.captions import CaptionTable
 
 DESCRIPTION = """\
 Scores captions against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, SPICE (where its jars are), and statistics of the
 captions; nocaps also by domain. The numbers equal the official COCO caption evaluation's, times 100 as in papers;
-the 95 % intervals come from a bootstrap over the images. --output keeps the numbers as they are."""
+the 95 % intervals come from a bootstrap over the images. --output keeps the numbers as they are.
+
+With --judgments it scores the scores: Kendall's tau with the grades of people, and how often they prefer the same of
+two captions. `coca-evaluate evals=judgments` adds the scores of a model."""
 EXAMPLE = "for example: coca-score predictions.json captions_val2014.json"
 
 
@@ -31,9 +37,26 @@ def score(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--instances", type=Path, nargs="+", help="COCO's instances_val2014.json, or several such files"
     )
+    parser.add_argument("--examples", type=int, default=0, metavar="N", help="print the N best and worst captions")
+    parser.add_argument(
+        "--judgments",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="judged captions: Flickr8k's ExpertAnnotations.txt and CrowdFlowerAnnotations.txt, Composite's "
+        "*_correctness.csv, Pascal-50S's pair_pascal.mat, or any table of image, caption and grade (judge, pair)",
+    )
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="their references (default: Flickr8k.token.txt beside them): that, COCO captions or dataset_*.json",
+    )
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     options = parser.parse_args(arguments)
-    if options.references is None:
+    if options.judgments and options.predictions:
+        parser.error("--judgments takes no predictions: name their references by --captions")
+    if options.references is None and not options.judgments:
         sys.exit(f"error: name the files of the captions and of their references; {EXAMPLE} (more: coca-score --help)")
     if (options.synonyms is None) != (options.instances is None):
         parser.error("CHAIR needs both --synonyms and --instances")
@@ -43,7 +66,6 @@ def score(arguments: Sequence[str] | None = None) -> None:
     from coca_lit.runs.launch import announce
 
     announce("coca-score")
-    from coca_lit.data.datasets.annotations import read_results
     from coca_lit.errors import UserError, error_context
     from coca_lit.files import write_json
     from coca_lit.reading import printable, read_json
@@ -57,39 +79,56 @@ def score(arguments: Sequence[str] | None = None) -> None:
                     known = read_json(options.output, dict)
                     if not all(isinstance(value, int | float) for value in known.values()):
                         raise ValueError(f"{options.output} holds something else than scores: choose another")
-        files = (options.predictions, options.references)
-        table = score_files(*files, options.split, options.synonyms, options.instances)
-        print_scores(table.scores, table.draws, dict.fromkeys(table.scores, len(read_results(options.predictions))))
-        for name, reason in table.not_run.items():
-            print(printable(f"{name} not run: {reason}"))
+        if options.judgments:
+            from coca_lit.tools.score.judging import judge_files
+
+            scores = judge_files(options.judgments, options.captions)
+        else:
+            from coca_lit.tools.score.advice import examples, warnings
+
+            captions, listings = read_files(options.predictions, options.references, options.split)
+            texts = {key: item.captions for key, item in listings.items()}
+            table = score_captions(captions, listings, options.synonyms, options.instances)
+            scores = table.scores
+            print_scores(scores, table.draws, dict.fromkeys(scores, len(captions)))
+            for name, reason in table.not_run.items():
+                print(printable(f"{name} not run: {reason}"))
+            for line in (*warnings(texts, captions), *examples(texts, captions, options.examples)):
+                print(printable(line))
         if options.output:
-            write_json(options.output, table.scores)
+            write_json(options.output, scores)
     except (UserError, ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {printable(str(error))}")
 
 
-def score_files(
-    predictions: Path,
-    references: Path,
-    split: str = "test",
-    synonyms: Path | None = None,
-    instances: Sequence[Path] | None = None,
-) -> "CaptionTable":
-    """Scores, the reasons for missing ones, and their draws; with the files of CHAIR also its scores.
+Captions = Mapping[int | str, str]
+Listings = Mapping[int | str, "Listing"]
+
+
+def read_files(predictions: Path, references: Path, split: str = "test") -> tuple[Captions, Listings]:
+    """Captions and the listings of their images.
 
     Raises:
         DataError: a file cannot be read, an image occurs twice in one, or the images of the two files differ.
     """
     from coca_lit.data.datasets.annotations import read_references, read_results
     from coca_lit.errors import DataError
-    from coca_lit.metrics.captions import caption_table
-    from coca_lit.metrics.uncertainty import bootstrap, ratios
-    from coca_lit.progress import ProgressBar
 
     captions = read_results(predictions)
     listings = {item.id: item for item in read_references(references, split) if item.captions}
     if problem := _difference(captions, listings):
         raise DataError(f"{predictions} does not fit {references}: {problem}")
+    return captions, listings
+
+
+def score_captions(
+    captions: Captions, listings: Listings, synonyms: Path | None = None, instances: Sequence[Path] | None = None
+) -> "CaptionTable":
+    """Scores, the reasons for missing ones, and their draws; with the files of CHAIR also its scores."""
+    from coca_lit.metrics.captions import caption_table
+    from coca_lit.metrics.uncertainty import bootstrap, ratios
+    from coca_lit.progress import ProgressBar
+
     domains = {key: item.domain for key, item in listings.items()}
     texts = {key: item.captions for key, item in listings.items()}
     judge = None
@@ -100,7 +139,7 @@ def score_files(
     with ProgressBar("SPICE") as bar:
         table = caption_table(texts, captions, domains, progress=bar.reach)
     if judge is not None:
-        table.draws.update(bootstrap(list(texts), ratios(judge(list(listings.values()), captions))))
+        table.draws.update(bootstrap(list(texts), ratios(judge(list(listings.values()), dict(captions)))))
         table.scores.update({name: table.draws[name].score for name in ("CHAIRi", "CHAIRs")})
     return table
 

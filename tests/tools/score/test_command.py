@@ -1,5 +1,6 @@
 """`coca-score`: three reference formats, the official numbers, and one sentence for each mistake."""
 
+import csv
 import functools
 import gzip
 import json
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit.metrics.captions import caption_table
-from coca_lit.tools.score import score, score_files
+from coca_lit.metrics.captions import caption_table, tokenize_captions
+from coca_lit.tools.score.advice import examples, warnings
+from coca_lit.tools.score.command import read_files, score, score_captions
 
-SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "captions"
+SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[4] / "shared" / "data")) / "captions"
+ROOT = Path(__file__).resolve().parents[3]
 REFERENCES = {1: "a red dog runs", 2: "two green birds sit", 3: "a blue cat"}
 
 
@@ -62,13 +65,15 @@ def test_formats(tmp_path, monkeypatch):
         {"imgid": i, "filename": f"{i}.jpg", "split": "val", "sentences": [{"raw": t}]} for i, t in REFERENCES.items()
     ]
     karpathy = write(tmp_path / "dataset_x.json", {"images": rows})
-    plain = score_files(captions, coco(tmp_path / "coco.json")).scores
+    plain = score_captions(*read_files(captions, coco(tmp_path / "coco.json"))).scores
     assert plain["Bleu_4"] > 0.9
-    assert score_files(captions, karpathy, "val").scores == plain
+    assert score_captions(*read_files(captions, karpathy, "val")).scores == plain
     nocaps = coco(tmp_path / "nocaps.json", d1="in-domain", d2="in-domain", d3="out-domain")
     packed = tmp_path / "nocaps.json.gz"
     packed.write_bytes(gzip.compress(nocaps.read_bytes()))
-    assert {"in-domain/CIDEr", "out-domain/Bleu_1", "CIDEr"} <= score_files(captions, packed).scores.keys()
+    assert {"in-domain/CIDEr", "out-domain/Bleu_1", "CIDEr"} <= score_captions(
+        *read_files(captions, packed)
+    ).scores.keys()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +132,7 @@ def test_the_folder_of_the_output_is_made_or_refused_before_scoring(tmp_path, mo
     captions, references = results(tmp_path / "p.json", REFERENCES.items()), coco(tmp_path / "coco.json")
     score([str(captions), str(references), "--output", str(tmp_path / "new" / "scores.json")])
     assert json.loads((tmp_path / "new" / "scores.json").read_text())["Bleu_1"] > 0.9
-    monkeypatch.delattr("coca_lit.tools.score.score_files")
+    monkeypatch.delattr("coca_lit.tools.score.command.read_files")
     with pytest.raises(SystemExit, match=r"error: --output: .*coco\.json"):
         score([str(captions), str(references), "--output", str(references / "scores.json")])
     with pytest.raises(SystemExit):
@@ -142,3 +147,56 @@ def test_a_file_of_another_kind_is_not_replaced(tmp_path):
         with pytest.raises(SystemExit, match=output.name):
             score([str(captions), str(references), "--output", str(output)])
         assert output.read_bytes() == before
+
+
+@pytest.mark.skipif(not (SHARED.parent / "judgments").is_dir(), reason="shared judgements not present")
+@pytest.mark.slow
+def test_judgments(tmp_path, monkeypatch, capsys):
+    """A table for each measure, with people, intervals and differences; --output has the numbers."""
+    monkeypatch.setenv("COCA_SPICE_JARS", str(tmp_path))
+    folder = SHARED.parent / "judgments"
+    lines = (folder / "ExpertAnnotations.txt").read_text().splitlines()[:200]
+    (tmp_path / "some.txt").write_text("\n".join(lines))
+    files = ["--judgments", str(tmp_path / "some.txt"), "--captions", str(folder / "Flickr8k.token.txt")]
+    score([*files, "--output", str(tmp_path / "scores.json")])
+    shown = capsys.readouterr().out
+    assert re.search(r"some\.txt: \d+ captions of \d+ images; \d+ grades of 3 judges, each a point of its own", shown)
+    assert "SPICE not run: " in shown
+    for title in ("Kendall's tau-b, times 100", "Kendall's tau-c, times 100"):
+        assert re.search(rf"{title} +minus CIDEr +p\n  BLEU-1 +[\d.]+ +\[.*\] +-[\d.]+ +\[.*\] +[\d.]+\n", shown)
+    assert re.search(r"people with each other +[\d.]+ ", shown)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert 0.2 < scores["some.txt/tau_c_CIDEr"] < 0.8
+    with pytest.raises(SystemExit):
+        score(["p.json", "r.json", *files])
+    with pytest.raises(SystemExit, match=r"error: .*nothing\.txt"):
+        score(["--judgments", str(tmp_path / "nothing.txt"), *files[2:]])
+
+
+def test_scores_that_mislead_are_named(tmp_path, monkeypatch, capsys):
+    """One reference, few images, one caption for all; and the best and worst captions as they are compared."""
+    without_java = functools.partial(caption_table, metrics=("Bleu",), tokenize=list)
+    monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
+    tokenized = functools.partial(tokenize_captions, tokenize=lambda texts: [text.lower() for text in texts])
+    monkeypatch.setattr("coca_lit.tools.score.advice.tokenize_captions", tokenized)
+    files = [
+        str(results(tmp_path / "p.json", [(i, "A red dog") for i in REFERENCES])),
+        str(coco(tmp_path / "coco.json")),
+    ]
+    score([*files, "--examples", "1"])
+    shown = capsys.readouterr().out
+    assert "warning: 3 of 3 images have one reference" in shown
+    assert "warning: CIDEr weighs words by these 3 images" in shown
+    assert "warning: 1 of 3 captions are different, and 3 are 'A red dog'" in shown
+    assert re.search(r"best captions by CIDEr, tokenised\n +[\d.]+  a red dog  \(image 1\)\n +a red dog runs\n", shown)
+    assert re.search(
+        r"worst captions by CIDEr, tokenised\n +0\.0  a red dog  \(image 2\)\n +two green birds sit\n", shown
+    )
+    recorded = csv.DictReader((ROOT / "experiments" / "caption_noise" / "results.csv").open())
+    rows = [row for row in recorded if row["data"] == "COCO test" and row["score"] == "CIDEr" and not row["against"]]
+    (whole,) = [float(row["value"]) for row in rows if row["images"] == "5000"]
+    fifths = [float(row["value"]) for row in rows if row["captions"] == "model, mean of five fifths"]
+    assert f"CIDEr {100 * sum(fifths) / 5:.1f} on 1,000 images and {100 * whole:.1f} on 5,000" in shown
+    many = {i: ["a", "b"] for i in range(1000)}
+    assert list(warnings(many, {i: str(i) for i in many})) == []
+    assert list(examples(many, {}, 0)) == []

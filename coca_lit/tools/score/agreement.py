@@ -1,0 +1,224 @@
+"""How well scores of captions agree with people: Kendall's tau with grades, accuracy on pairs, and their uncertainty.
+
+Images are drawn with replacement, each with its candidates and all their grades; a score itself stays as it is.
+Shapes: I images, C candidates, P grades, D draws.
+"""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.stats import kendalltau
+
+from coca_lit.metrics.uncertainty import Difference, Draws, Resampled, bootstrap, difference
+from coca_lit.tools.score.candidates import Scores
+from coca_lit.tools.score.judgments import Judged
+
+MAX_UNITS = 4096  # drawn; of more images, some are drawn together
+ROWS = 256  # grades that are compared with all others at a time
+AT_ONCE = 100  # draws whose counts of values are in memory
+SHARES = np.linspace(0, 1, 21)  # of the second score in a mixture
+TAUS = ("tau_b", "tau_c")
+
+Measured = dict[str, Draws]  # score -> its agreement with people
+
+
+class Agreement(NamedTuple):
+    """How well scores agree with people.
+
+    Attributes:
+        by: measure -> score -> its agreement: "tau_b" and "tau_c" with grades; with preferences "accuracy", and
+            "HC accuracy" of the kind HC.
+        people: measure -> agreement of judges with each other, where they can be told apart.
+    """
+
+    by: dict[str, Measured]
+    people: Measured
+
+    def differences(self, measure: str) -> dict[tuple[str, str], Difference]:
+        """(first, second) score -> second minus first, for all pairs of scores."""
+        found = self.by[measure]
+        return {(a, b): difference(found[a], found[b]) for a, b in combinations(found, 2)}
+
+
+def agreement(judged: Judged, scores: Mapping[str, np.ndarray]) -> Agreement:
+    """Of scores (C,) of all candidates with the grades, each a point of its own, and with the preferences.
+
+    Raises:
+        ValueError: a score is NaN.
+    """
+    if wrong := [name for name, values in scores.items() if np.isnan(values).any()]:
+        raise ValueError(f"the score {wrong[0]} is NaN for a candidate, so it cannot be ranked")
+    images = list(dict.fromkeys(candidate.image for candidate in judged.candidates))
+    place = {image: number % MAX_UNITS for number, image in enumerate(images)}
+    units = images[:MAX_UNITS]
+    by: dict[str, Measured] = {}
+    people: Measured = {}
+    if judged.grades:
+        unit, candidate, grade = _points(judged, place)
+        found = bootstrap(units, kendall(unit, {name: values[candidate] for name, values in scores.items()}, grade))
+        by |= {tau: {name: found[f"{tau} {name}"] for name in scores} for tau in TAUS}
+        if (peers := _peers(judged, place)) is not None:
+            unit, others, grade = peers
+            found = bootstrap(units, kendall(unit, {"people": others}, grade))
+            people = {tau: found[f"{tau} people"] for tau in TAUS}
+    if judged.preferences:
+        kinds = ["", *sorted({f"{p.kind} " for p in judged.preferences if p.kind is not None})]
+        found = bootstrap(units, _accuracies(judged, scores, place, kinds))
+        by |= {f"{kind}accuracy": {name: found[f"{name} {kind}accuracy"] for name in scores} for kind in kinds}
+    return Agreement(by, people)
+
+
+def mixtures(
+    judged: Judged, scores: Scores, pairs: Sequence[tuple[str, str]]
+) -> tuple[Judged, Scores, dict[str, float]]:
+    """Sums of two scores, each divided by its standard deviation, weighted so that they agree best with people on one
+    half of the images: tau-c with grades, else accuracy on pairs.
+
+    Returns the other half, all scores and mixtures of it ("CIDEr + CLIPScore"), and the share of each second score.
+    """
+    images = sorted({candidate.image for candidate in judged.candidates})
+    train = set(random.Random(0).sample(images, len(images) // 2))
+    held_out = judged.of(set(images) - train)
+    learned = judged.of(train)
+    of_train = np.array([candidate.image in train for candidate in judged.candidates])
+    found = {name: values[~of_train] for name, values in scores.items()}
+    shares: dict[str, float] = {}
+    for first, second in pairs:
+        parts = [scores[name] / (scores[name][of_train].std() or 1.0) for name in (first, second)]
+        reached = [_quality(learned, ((1 - w) * parts[0] + w * parts[1])[of_train]) for w in SHARES]
+        name = f"{first} + {second}"
+        shares[name] = float(SHARES[int(np.argmax(reached))])
+        found[name] = ((1 - shares[name]) * parts[0] + shares[name] * parts[1])[~of_train]
+    return held_out, found, shares
+
+
+def _quality(judged: Judged, values: np.ndarray) -> float:
+    if judged.grades:
+        candidate = [grade.candidate for grade in judged.grades]
+        tau = kendalltau(values[candidate], [grade.value for grade in judged.grades], variant="c").statistic
+        return -1.0 if math.isnan(tau) else float(tau)
+    return float(np.mean([values[p.better] > values[p.worse] for p in judged.preferences]))
+
+
+def kendall(unit: np.ndarray, scores: Mapping[str, np.ndarray], grades: np.ndarray) -> Resampled:
+    """Kendall's tau-b and tau-c of scores (P,) with grades (P,), as `scipy.stats.kendalltau` has them, for points whose
+    images (P,), numbered from 0, are drawn with replacement: what is drawn twice counts as two points.
+
+    Pairs are counted once, by their two images: a draw is then a product of its counts with that matrix.
+    """
+    order = np.argsort(unit, kind="stable")
+    unit, grades = unit[order], grades[order]
+    scores = {name: values[order] for name, values in scores.items()}
+    present, starts = np.unique(unit, return_index=True)
+    count = int(unit.max()) + 1
+    concordance = {name: np.zeros((count, count)) for name in scores}
+    for start in range(0, len(unit), ROWS):
+        rows = slice(start, start + ROWS)
+        of_grades = _signs(grades, rows)
+        for name, values in scores.items():
+            by_image = np.add.reduceat(_signs(values, rows) * of_grades, starts, axis=1, dtype=np.int64)
+            part = np.zeros((len(by_image), count))
+            part[:, present] = by_image
+            np.add.at(concordance[name], unit[rows], part)
+    of_grade = _values(unit, grades)
+    of_scores = {name: _values(unit, values) for name, values in scores.items()}
+    points = np.bincount(unit, minlength=count)
+
+    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+        counts = counts[:, :count]
+        pairs = (counts @ points) ** 2  # (D,) ordered, each point with itself included
+        tied, kinds = _ties(of_grade, counts)
+        found: dict[str, np.ndarray] = {}
+        for name, matrix in concordance.items():
+            surplus = ((counts @ matrix) * counts).sum(axis=1)  # concordant minus discordant ordered pairs
+            own_tied, own_kinds = _ties(of_scores[name], counts)
+            fewest = np.minimum(kinds, own_kinds)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found[f"tau_b {name}"] = surplus / np.sqrt((pairs - tied) * (pairs - own_tied))
+                found[f"tau_c {name}"] = surplus / (pairs * (fewest - 1) / fewest)
+        return found
+
+    return resampled
+
+
+def _signs(values: np.ndarray, rows: slice) -> np.ndarray:
+    """Whether (rows, P) the first value is above (1) or below (-1) the second."""
+    own = values[rows, None]
+    return (own > values).view(np.int8) - (own < values).view(np.int8)
+
+
+def _values(unit: np.ndarray, values: np.ndarray) -> csr_array:
+    """How many points (V, I) with each of the V different values an image has."""
+    _, value = np.unique(values, return_inverse=True)
+    return csr_array((np.ones(len(value)), (value, unit)), shape=(int(value.max()) + 1, int(unit.max()) + 1))
+
+
+def _ties(values: csr_array, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ordered pairs of equal values (D,), each point with itself included, and the number of different values (D,)."""
+    parts = [values @ counts[start : start + AT_ONCE].T for start in range(0, len(counts), AT_ONCE)]  # (V, D)
+    return (
+        np.concatenate([(part**2).sum(axis=0) for part in parts]),
+        np.concatenate([(part > 0).sum(axis=0) for part in parts]),
+    )
+
+
+def _points(judged: Judged, place: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each grade the unit of its image, its candidate and its value."""
+    candidate = np.array([grade.candidate for grade in judged.grades])
+    unit = np.array([place[own.image] for own in judged.candidates])
+    return unit[candidate], candidate, np.array([grade.value for grade in judged.grades])
+
+
+def _peers(judged: Judged, place: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Units, scores and grades with people in place of a score: for each grade the mean of the other judges' grades of
+    that candidate; of a crowd, one half of its votes for the other half. None if no candidate has two judges.
+    """
+    unit = [place[own.image] for own in judged.candidates]
+    rows: list[tuple[int, float, float]] = []
+    if judged.votes:
+        drawn = random.Random(0)
+        for candidate, (yes, no) in judged.votes.items():
+            votes = drawn.sample([1] * yes + [0] * no, yes + no)
+            first, second = votes[: len(votes) // 2], votes[len(votes) // 2 :]
+            if first:
+                rows.append((unit[candidate], sum(first) / len(first), sum(second) / len(second)))
+    else:
+        panels: dict[int, list[float]] = defaultdict(list)
+        for grade in judged.grades:
+            panels[grade.candidate].append(grade.value)
+        for candidate, panel in panels.items():
+            if len(panel) > 1:
+                rows += [(unit[candidate], (sum(panel) - own) / (len(panel) - 1), own) for own in panel]
+    if not rows:
+        return None
+    units, others, own = (np.array(values) for values in zip(*rows, strict=True))
+    return units, others, own
+
+
+def _accuracies(
+    judged: Judged, scores: Mapping[str, np.ndarray], place: Mapping[str, int], kinds: Sequence[str]
+) -> Resampled:
+    """Shares of the preferences whose better caption has the higher score; a tie is wrong."""
+    better, worse = (np.array([getattr(p, side) for p in judged.preferences]) for side in ("better", "worse"))
+    unit = np.array([place[judged.candidates[p.better].image] for p in judged.preferences])
+    of_kind = {kind: np.array([not kind or f"{p.kind} " == kind for p in judged.preferences]) for kind in kinds}
+    right = {name: values[better] > values[worse] for name, values in scores.items()}
+
+    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        units = counts.shape[1]
+        for kind, own in of_kind.items():
+            total = counts @ np.bincount(unit, weights=own, minlength=units)
+            for name, values in right.items():
+                with np.errstate(invalid="ignore"):
+                    share = counts @ np.bincount(unit, weights=own & values, minlength=units) / total
+                found[f"{name} {kind}accuracy"] = share
+        return found
+
+    return resampled

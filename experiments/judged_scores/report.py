@@ -1,0 +1,159 @@
+"""Tables and figure of judged_scores: which scores people agree with, and what a difference of CIDEr means."""
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from coca_lit.runs.scores import NAMES
+from experiments.judged_scores.judge import ALL, BASE, HALF, PUBLISHED
+from experiments.study import Row, mean_std, read_rows, with_about
+
+RESULTS = Path(__file__).with_name("results.csv")
+COMMAND = "experiments/judged_scores/run.sh"
+USUAL = {"experts": "tau_c", "crowd": "tau_b"}  # as in papers
+TITLES = {"experts": "experts, tau-c", "crowd": "crowd, tau-b"}
+ORDER = ("Bleu_1", "Bleu_4", "ROUGE_L", "METEOR", "CIDEr", "CIDEr_plain", "SPICE")
+
+
+def tables() -> dict[str, str]:
+    rows = read_rows(RESULTS)
+    if not rows:
+        return {}
+    found = {"judged_scores": _scores(rows), "judged_scores/mixtures": _mixtures(rows)}
+    found["judged_scores/judges"] = _judges(rows)
+    found["judged_scores/cider"] = _differences(rows)
+    return found
+
+
+def _name(row: Row) -> str:
+    name = NAMES.get(row["score"], row["score"])
+    if row["model"]:
+        name = f"{name}, {re.sub(r'_seed[0-9]+$', '', row['model'])}"
+    return name
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Score, with its model if it has one -> judgements -> rows, which differ in the seed of the model."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["measure"] == USUAL[row["judgments"]]:
+            groups.setdefault(_name(row), {}).setdefault(row["judgments"], []).append(row)
+    return groups
+
+
+def _value(own: Sequence[Row], ends: tuple[str, str, str]) -> str:
+    """A value with its interval, or mean ± standard deviation over several seeds."""
+    middle, low, high = ends
+    values = [float(row[middle]) for row in own if row.get(middle)]
+    if not values:
+        return ""
+    if len(values) > 1:
+        return mean_std(values)
+    return f"{values[0]:.1f} [{float(own[0][low]):.1f}, {float(own[0][high]):.1f}]"
+
+
+VALUE, GAP = ("value", "low", "high"), ("minus_cider", "minus_low", "minus_high")
+
+
+def _scores(rows: Sequence[Row]) -> str:
+    shown = [row for row in rows if row["images"] == ALL]
+    lines = []
+    for name, by_data in _by_name(shown).items():
+        line = [name, str(max(map(len, by_data.values()))) if by_data[next(iter(by_data))][0]["model"] else ""]
+        for data, published in PUBLISHED.items():
+            own = by_data.get(data, [])
+            known = published.get(own[0]["score"]) if own else None
+            line += [_value(own, VALUE), _noise(own), "" if known is None else f"{known:.1f}"]
+        lines.append(line)
+    header = ["score", "seeds"]
+    for title in TITLES.values():
+        header += [title, "minus CIDEr", "published, all photos"]
+    return with_about(header, lines, shown, COMMAND)
+
+
+def _noise(own: Sequence[Row]) -> str:
+    noise = " (noise)" if len(own) == 1 and own[0]["p"] and float(own[0]["p"]) >= 0.05 else ""
+    return _value(own, GAP) + noise
+
+
+def _mixtures(rows: Sequence[Row]) -> str:
+    shown = [row for row in rows if row["images"] == HALF]
+    lines = []
+    for name, by_data in _by_name(shown).items():
+        line = [name.replace(" + ", " + ")]
+        for data in PUBLISHED:
+            own = by_data.get(data, [])
+            shares = [row["share"] for row in own if row["share"]]
+            line += [", ".join(shares), _value(own, VALUE), _noise(own)]
+        lines.append(line)
+    header = ["score"]
+    for title in TITLES.values():
+        header += ["weight of the second", title, "minus CIDEr"]
+    return with_about(header, lines, shown, COMMAND)
+
+
+def _judges(rows: Sequence[Row]) -> str:
+    """CIDEr against the mean grade of one, two and three experts."""
+    shown = [row for row in rows if "mean grade of" in row["measure"]]
+    lines = []
+    for measure in dict.fromkeys(row["measure"] for row in shown):
+        values = [float(row["value"]) for row in shown if row["measure"] == measure]
+        tau, _, panel = measure.partition(", ")
+        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+        lines.append([panel, tau.replace("_", "-"), f"{statistics.mean(values):.1f}{spread}"])
+    return with_about(["grades", "measure", "CIDEr"], lines, shown, COMMAND)
+
+
+def _differences(rows: Sequence[Row]) -> str:
+    shown = [row for row in rows if row["measure"].startswith(("right, ", "higher by, "))]
+    lines = []
+    for (score, limits), own in _bins(shown).items():
+        low, _, high = limits.partition(" to ")
+        where = f"above {low}" if high == "inf" else f"{low} to {high}"
+        right, gap = own["right"], own["higher by"]
+        grade = " ".join((f"{float(gap['value']) / 100:.2f}", f"[{_hundredth(gap['low'])}, {_hundredth(gap['high'])}]"))
+        lines.append([NAMES.get(score, score), where, f"{int(right['count']):,}", _value([right], VALUE), grade])
+    header = ["score", "difference", "pairs of captions", "people prefer the higher, %", "its grade is higher by"]
+    return with_about(header, lines, shown, COMMAND)
+
+
+def _hundredth(text: str) -> str:
+    return f"{float(text) / 100:.2f}"
+
+
+def _bins(rows: Sequence[Row]) -> Mapping[tuple[str, str], dict[str, Row]]:
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        what, _, limits = row["measure"].partition(", ")
+        found.setdefault((row["score"], limits), {})[what] = row
+    return found
+
+
+def draw() -> None:
+    """Each score's agreement with its interval, beside that of CIDEr and of people."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in read_rows(RESULTS) if row["images"] == ALL]
+    groups = _by_name(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.28 * len(groups)), layout="constrained", sharey=True)
+    for axis, (data, title) in zip(axes, TITLES.items(), strict=True):
+        for place, by_data in enumerate(groups.values()):
+            for row in by_data.get(data, []):
+                value, low, high = (float(row[column]) for column in VALUE)
+                colour = "tab:grey" if row["score"] == "people" else "tab:orange" if row["model"] else "tab:blue"
+                axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=2)
+                if row["score"] == BASE:
+                    axis.axvspan(low, high, color="0.9", zorder=0)
+                known = PUBLISHED[data].get(row["score"])
+                if known is not None and not row["model"]:
+                    axis.plot(known, place, "x", color="black", zorder=5)
+        axis.set_title(f"{title}, times 100", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(groups)), list(groups), fontsize=8)
+    axes[0].invert_yaxis()
+    figure.savefig(RESULTS.with_name("judged_scores.png"), dpi=110)
+    plt.close(figure)

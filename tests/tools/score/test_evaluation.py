@@ -1,0 +1,92 @@
+"""The evaluation `judgments`: what a model says about candidates, against loops over single pairs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coca_lit.cli.command import compose
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.evals import Settings
+from coca_lit.tools.score.evaluation import JudgedScores, judged_captions, model_scores
+from helpers.evaluating import WORDS, make_model, noise
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Six photos, each with two captions; all captions of the first three are judged beside photos 0 to 4."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    tokens, grades = [], []
+    for i in range(6):
+        noise(i).save(tmp_path / "images" / f"{i}.jpg")
+        tokens += [f"{i}.jpg#{n}\t{' '.join(rng.choice(WORDS, rng.integers(3, 7)))} unknown{i}" for n in (0, 1)]
+    for image in range(5):
+        for i in range(3):
+            grades += [f"{image}.jpg\t{i}.jpg#{n}\t" + "\t".join(map(str, rng.integers(1, 5, 3))) for n in (0, 1)]
+    (tmp_path / "Flickr8k.token.txt").write_text("\n".join(tokens) + "\n")
+    (tmp_path / "ExpertAnnotations.txt").write_text("\n".join(grades) + "\n")
+    return tmp_path
+
+
+@torch.no_grad()
+def test_scores_of_a_model_equal_a_loop(root: Path) -> None:
+    judged = judged_captions(root, "ExpertAnnotations.txt")
+    assert len(judged.candidates) == 24  # 30 but for the photos' own
+    model = make_model().eval()
+    records = judged.records(root / "images")
+    found = model_scores(model, judged, records, Settings(root, batch_size=3))
+    transform = build_transform(**model.preprocessing)
+    blank = transform(Image.new("RGB", (99, 77), (123, 117, 104)))[None]
+    pictures = {record.id: transform(record.image())[None] for record in records}
+    for number, (image, caption) in enumerate(judged.candidates):
+        tokens = model.tokenizer([caption])
+        picture, text = model.encode_image(pictures[image]), model.encode_text(tokens)
+        fit = 2.5 * (picture @ text.T).clamp(min=0).item()
+        nearest = max(
+            (text @ model.encode_text(model.tokenizer([other])).T).item() for other in judged.references[image]
+        )
+        read, blind = (model.log_likelihood(own, tokens).item() for own in (pictures[image], blank))
+        counted = sum(word in WORDS for word in caption.split()) + 1  # the end, but no unknown word
+        truth = {
+            "CLIPScore": fit,
+            "RefCLIPScore": 2 * fit * max(nearest, 0) / (fit + max(nearest, 0)) if fit else 0,
+            "likelihood": read,
+            "likelihood_per_token": read / counted,
+            "pmi": read - blind,
+            "pmi_per_token": (read - blind) / counted,
+        }
+        assert {name: values[number] for name, values in found.items()} == pytest.approx(truth, abs=2e-4)
+
+
+def test_all_scores_of_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every measure has a name and draws; mixtures are on half of the photos; without a decoder there is less."""
+    monkeypatch.setenv("COCA_SPICE_JARS", str(root))
+    fixed = {"Bleu_1": 0.0, "CIDEr": 0.0, "METEOR": 0.0}
+    judged = judged_captions(root, "ExpertAnnotations.txt")
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(
+        "coca_lit.tools.score.evaluation.reference_scores",
+        lambda judged, progress: ({name: rng.random(len(judged.candidates)) for name in fixed}, {"SPICE": "no jars"}),
+    )
+    evaluation = JudgedScores("experts", judged, root)
+    scores = evaluation.evaluate(make_model(), Settings(root))
+    assert {"experts/tau_b_CIDEr", "experts/tau_c_pmi", "experts/tau_b_people"} <= scores.keys()
+    assert "experts/half/tau_c_CIDEr + CLIPScore" in scores
+    assert evaluation.draws.keys() == scores.keys()
+    assert evaluation.not_run == {"experts SPICE": "no jars"}
+    assert len({of.text_digest for of in evaluation.conditions.values()}) == 1
+    assert (root / "judgments" / "experts.json").exists()
+    few = evaluation.evaluate(make_model(), Settings(root, images=3, full=False))
+    assert "experts/tau_b_CLIPScore" in few
+    assert "experts/tau_b_CIDEr" not in few
+    with pytest.raises(ValueError, match="did you mean 'CIDEr'"):
+        JudgedScores("experts", judged, root, mixed=[["cider", "pmi"]])
+
+
+@pytest.mark.parametrize("name", ["flickr8k_expert_judgments", "flickr8k_crowd_judgments"])
+def test_configs_name_their_data(name: str) -> None:
+    cfg = compose("evaluate", [f"evals=[{name}]", "checkpoint=x", "data_dir=/data"])
+    assert cfg.evals[name].records.root == "/data/judgments" == cfg.evals[name].images
