@@ -167,7 +167,7 @@ def cell(score: str, value: float | None, images: int | None = None) -> str:
     """
     if value is None:
         return ""
-    return f"{in_print_units(score, value):.{_decimals(score, images)}f}"
+    return f"{in_print_units(score, value):z.{_decimals(score, images)}f}"  # z: no -0
 
 
 def interval_cell(score: str, interval: tuple[float, float], images: int | None = None) -> str:

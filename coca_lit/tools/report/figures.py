@@ -68,7 +68,9 @@ def curves_of_runs(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def _finish(axes: Axes, title: str, logarithmic: bool) -> None:
-    axes.set(title=title, xlabel="optimizer steps", yscale="log" if logarithmic else "linear")
+    low, high = axes.dataLim.intervaly
+    wide = logarithmic and 0 < 3 * low < high  # the ticks of a narrow logarithmic axis are hard to read
+    axes.set(title=title, xlabel="optimizer steps", yscale="log" if wide else "linear")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     axes.spines[["top", "right"]].set_visible(False)
@@ -152,6 +154,7 @@ def comparison_figure(runs: Sequence[Run], objective: str | None = None) -> byte
         if key is None:
             axes.barh(range(len(runs)), values, tick_label=[_text(name) for name in run_names(runs)])
             axes.scatter(published, range(len(runs)), **marks, label="published")
+            axes.set_xlim(min([0, *values]), None if any(abs(value) > 0 for value in [*values, *published]) else 1)
             axes.invert_yaxis()
         else:
             points = sorted(zip(several[key], values, strict=True))

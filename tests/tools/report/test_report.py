@@ -275,6 +275,7 @@ def test_damaged_draws_are_one_sentence(tmp_path):
         ("mscoco/Bleu_4", 0.409, "BLEU-4", "40.90"),
         ("mscoco/mean_length", 9.876, "words per caption", "9.9"),
         ("mscoco/CIDEr", None, "CIDEr", ""),
+        ("mscoco/CIDEr", -1e-5, "CIDEr", "0.00"),
         ("nocaps/in-domain/CIDEr", 1.2345, "CIDEr", "123.45"),
         ("choices/colour_accuracy", 0.5, "accuracy on colour, %", "50.00"),
         ("imagenet/linear/top1", 0.5, "top-1, %", "50.00"),
