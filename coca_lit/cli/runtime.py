@@ -53,8 +53,8 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation set
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker")  # see `SharedCores`
     # Outside of an allocation a machine merely has SLURM installed.
-    srun = "once" if "SLURM_JOB_ID" in os.environ else "ignore"
-    warnings.filterwarnings(srun, message="The `srun` command is available on your system but is not used")
+    allocated = "SLURM_JOB_ID" in os.environ
+    warnings.filterwarnings("once" if allocated else "ignore", message="The `srun` command is available on your system")
     # Strides of 1 × 1 convolutions, which have several names for one layout
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     warnings.filterwarnings("ignore", message=".*logging on epoch level in distributed")  # scores are the same there

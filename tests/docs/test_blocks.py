@@ -112,7 +112,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     for name, place in scripts.items():
         module, _, function = place.partition(":")
-        (programs / name).write_text(f"#!{sys.executable}\nfrom {module} import {function}\n{function}()\n")
+        start = f"if __name__ == '__main__':\n    {function}()\n"  # workers import the program
+        (programs / name).write_text(f"#!{sys.executable}\nfrom {module} import {function}\n{start}")
         (programs / name).chmod(0o755)
     (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (programs / "python").chmod(0o755)
