@@ -28,7 +28,7 @@ from coca_lit.models import kernels
 from coca_lit.reading import read_json
 from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import LAST, RUN_KEY
-from coca_lit.runs.run_folder import CHECKPOINTS
+from coca_lit.runs.run_folder import CHECKPOINTS, check_held
 from coca_lit.runs.signals import Signals
 from coca_lit.seeding import stable_seed
 from coca_lit.training import lightning_fixes
@@ -198,6 +198,7 @@ class Checkpoints(L.Callback):
     # What
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_held(self.folder.parent)
         step = trainer.global_step
         if self._saved == (step, self._phase):
             return

@@ -27,6 +27,7 @@ CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
 METRICS, BAD_STEPS, CHECKPOINTS = "metrics.csv", "bad_steps.jsonl", "checkpoints"
 LOCK, HOLDER = ".lock", ".lock.json"
 PATIENCE = 30.0  # seconds for the workers of a killed process to notice that it is gone
+_held: dict[Path, tuple[int | None, dict[str, Any]]] = {}  # by this process: inode of the lock, and holder
 
 
 def describe_run(folder: Path, config: str, facts: dict[str, Any]) -> None:
@@ -111,7 +112,7 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     process: after `kill -9`, and when a job is requeued on another machine, nothing is left to clean up. NFS 4 and
     Lustre carry it between machines. `SoftFileLock`, a file that merely exists, would outlive its process, and by
     filelock's documentation is recognised as stale only on the machine that made it; `FileLock` falls back to it where
-    a file system has no flock.
+    a file system has no flock. Deleting the file lets another process in: see `check_held`.
 
     Raises:
         ConfigError: another process holds the folder, or it cannot be written.
@@ -126,18 +127,47 @@ def in_use(folder: Path, output: str | None = None) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from error
     holder = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    inode = _inode(folder / LOCK)
+    _held[folder.absolute()] = inode, holder
     try:
         with suppress(DataError):  # on a full disk the name is missing, and the lock holds all the same
             write_json(folder / HOLDER, holder)
         yield
     finally:
-        (folder / HOLDER).unlink(missing_ok=True)
+        del _held[folder.absolute()]
         with suppress(OSError):
-            if not os.path.getsize(folder / LOCK):  # else it is a SoftFileLock, which removes its file itself
+            if _holder(folder) == holder:
+                (folder / HOLDER).unlink()
+            # Not another process's; a SoftFileLock, which is not empty, removes its file itself.
+            if _inode(folder / LOCK) == inode and not os.path.getsize(folder / LOCK):
                 os.unlink(folder / LOCK)
         lock.release()
         with suppress(OSError):
             folder.rmdir()  # of a run that could not start
+
+
+def check_held(folder: Path) -> None:
+    """Before a checkpoint is written: this process still holds the folder that it held at its start. It does where the
+    lock was deleted and nobody else came in.
+
+    Raises:
+        ConfigError: another process has taken the folder since.
+    """
+    inode, holder = _held.get(folder.absolute(), (None, {}))
+    now = _inode(folder / LOCK)
+    if holder and now != inode and (now is not None or _holder(folder) != holder):
+        raise ConfigError(
+            f"another process has taken {folder}, because its file {LOCK} was deleted: this one ends and writes nothing"
+            " more"
+        )
+
+
+def _inode(path: Path) -> int | None:
+    """The number of a file; while it is open, no other file gets it."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _acquire(lock: FileLock, folder: Path, output: str) -> None:

@@ -2,8 +2,8 @@
 
     pip install cosmic-ray
     python experiments/mutants/drawn.py draw --count 150     # drawn.csv, with a row for each mutant
-    python experiments/mutants/drawn.py run --modules 8      # the test files that are likeliest to notice it
-    python experiments/mutants/drawn.py run --survivors      # the whole suite, with the slow tests
+    python experiments/mutants/drawn.py run                  # the test files near the line
+    python experiments/mutants/drawn.py run --survivors      # then their slow tests, and the package's other tests
 
 Every folder of the package gives as many lines as any other. A line is drawn among those that cosmic-ray's operators
 can change, then a kind of operator, then one of its changes. `run` goes on where it was interrupted.
@@ -11,6 +11,7 @@ can change, then a kind of operator, then one of its changes. `run` goes on wher
 
 import argparse
 import ast
+import contextlib
 import csv
 import fcntl
 import random
@@ -18,23 +19,23 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.mutants.mutants import NOBODY, OUT_OF_TIME, ROOT, copied, first_failure, prepare
+from experiments.mutants.mutants import NOBODY, OUT_OF_TIME, ROOT, RUNNING, copied, first_failure, prepare
 
 RESULTS = Path(__file__).with_name("drawn.csv")
-AT_FIRST = 2  # files of tests; most mutants fail one of them
-LIMIT_S = 300  # for a file
+LIMIT_S, LIMIT_ALONE_S = 240, 120  # for files of tests together, for a test
 NO_START = "(pytest cannot start)"
+SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class Row(NamedTuple):
     """A row of `drawn.csv`: what an operator does to one place of a file, and what became of it.
 
-    `noticed_by` is the first test that failed in `modules` files of tests; `seconds` is empty before the mutant has
-    run; `verdict` is written by hand for a survivor.
+    `noticed_by` is the first test that failed; `ring` is how far one was looked for: in files of tests "near" the line,
+    or also "wide". `seconds` is empty before the mutant has run; `verdict` is written by hand for a survivor.
     """
 
     file: str
@@ -43,7 +44,7 @@ class Row(NamedTuple):
     occurrence: str
     mutation: str
     noticed_by: str = NOBODY
-    modules: str = ""
+    ring: str = ""
     seconds: str = ""
     verdict: str = ""
 
@@ -124,60 +125,119 @@ def _difference(before: str, after: str) -> str:
     return f"{old.strip()} → {new.strip()}"
 
 
-def related(row: Row) -> list[str]:
-    """All files of tests; first those that import a mutant's file, name the function that it is in, or mirror it."""
-    tree = ast.parse((ROOT / row.file).read_text())
-    line, package = int(row.line), row.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    scopes = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    around = [
-        node for node in ast.walk(tree) if isinstance(node, scopes) and node.lineno <= line <= (node.end_lineno or 0)
-    ]
-    names = [re.compile(rf"\b{node.name}\b") for node in around if not node.name.startswith("__")]
+def related(row: Row) -> tuple[list[str], list[str], list[str]]:
+    """Files of tests, the likeliest first: near a mutant's file, of the same folder, and of the same package.
+
+    Near are those that import the file or what stands around the line, or that have its name. Those of the package
+    import another part of it.
+    """
+    tree, line = ast.parse((ROOT / row.file).read_text()), int(row.line)
+    module = row.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    package = module.rpartition(".")[0]
+    around = [node for node in ast.walk(tree) if isinstance(node, SCOPES) and node.lineno <= line <= _last(node)]
+    names = {node.name for node in around if not node.name.startswith("__")}
+    exported = {f"{place}.{name}" for place in (package, package.rpartition(".")[0]) for name in names}
     mirrored = Path(row.file).with_suffix("").parts[1:]
+    near, folder, wide = list[str](), list[str](), list[str]()
 
     def distance(path: Path) -> tuple[int, int]:
-        text, parts = path.read_text(), path.relative_to(ROOT / "tests").with_suffix("").parts
-        alike = sum(a in b for a, b in zip(mirrored, parts, strict=False))
-        named = sum(name.search(text) is not None for name in names)
-        module = re.search(rf"\b{re.escape(package)}\b(?! import [A-Z_]+$)", text) is not None
-        return -(2 * module + 2 * named + alike), len(text)
+        text = path.read_text()
+        return -sum(re.search(rf"\b{name}\b", text) is not None for name in names), len(text)
 
-    paths = sorted((ROOT / "tests").rglob("test_*.py"), key=distance)
-    tests = (str(path.relative_to(ROOT / "tests")) for path in paths)
-    # Tests of a simulated GPU need a process of their own, which a test starts.
-    return [*dict.fromkeys("gpu/test_simulation.py" if "simulated" in test else test for test in tests)]
+    for path in sorted((ROOT / "tests").rglob("test_*.py"), key=distance):
+        test, parts = str(path.relative_to(ROOT / "tests")), path.relative_to(ROOT / "tests").with_suffix("").parts
+        imports, beside = _imported(path), parts[:-1] == mirrored[:-1]
+        if "simulated" in test or test == "gpu/test_simulation.py":
+            continue  # a simulated GPU needs a process of its own, which one test starts: see below
+        if _has(imports, module) or imports & exported or (beside and mirrored[-1] in parts[-1]):
+            near.append(test)
+        elif beside:
+            folder.append(test)
+        elif package != "coca_lit" and _has(imports, package):
+            wide.append(test)
+    if "gpu_check" in row.file:
+        near.append("gpu/test_simulation.py")
+    return (near, folder, wide) if near else (folder, [], wide)
 
 
-def run(survivors: bool, modules: int | None, first: int, count: int) -> None:
-    passed = {NOBODY, OUT_OF_TIME, NO_START}
+def _last(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
+def _imported(path: Path) -> set[str]:
+    """Dotted names: modules, and what is imported from them."""
+    names = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _has(imports: set[str], module: str) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for name in imports)
+
+
+def run(survivors: bool, first: int, count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
-        tree = copied(Path(folder))
-        prepare(tree)
+        suite = Suite(copied(Path(folder)))
         for row in read()[first : first + count]:
-            if bool(row.seconds) != survivors or row.noticed_by:
+            if bool(row.seconds) != survivors or row.noticed_by or row.verdict:
                 continue
-            tests = related(row)[:modules]
-            path, began = tree / row.file, time.monotonic()
-            source = path.read_text()
-            path.write_text(mutated(source, row))
-            try:
-                steps = (tests[:AT_FIRST], tests[AT_FIRST:]) if not survivors else (["-m", "slow or not slow", *tests],)
-                noticed_by = next(filter(None, (_noticed(tree, step) for step in steps if step)), NOBODY)
-            finally:
-                path.write_text(source)
-            if noticed_by not in passed and _noticed(tree, [noticed_by.removeprefix("tests/")]):
-                raise ValueError(f"{noticed_by} fails without any mutation:\n{(tree / 'log').read_text()}")
-            passed.add(noticed_by)
-            took = f"{time.monotonic() - began:.1f}"
-            record(row._replace(noticed_by=noticed_by, modules=str(len(tests)), seconds=took))
-            print(row.file, row.line, row.operator, noticed_by or "SURVIVED", took, flush=True)
+            near, beside, wide = related(row)
+            steps = [["-m", "slow", *near, *beside], [*beside, *wide]] if survivors else [near]
+            began, path = time.monotonic(), suite.tree / row.file
+            with changed_to(path, mutated(path.read_text(), row)) as back:
+                noticed_by = next(filter(None, (suite.noticing(step, back) for step in steps if step)), NOBODY)
+            seconds = f"{time.monotonic() - began + float(row.seconds or 0):.1f}"
+            ring = ("wide" if wide or beside else "slow") if survivors else "near"
+            record(row._replace(noticed_by=noticed_by, ring=ring, seconds=seconds))
+            print(row.file, row.line, row.operator, noticed_by or "SURVIVED", seconds, flush=True)
 
 
-def _noticed(tree: Path, arguments: list[str]) -> str:
+@contextlib.contextmanager
+def changed_to(path: Path, text: str) -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """A file says something else for a while; what is yielded puts it back within that while."""
+    source = path.read_text()
+    path.write_text(text)
     try:
-        return first_failure(tree, arguments, LIMIT_S * len(arguments))
-    except ValueError as error:
-        return NOBODY if "ended with 5" in str(error) else NO_START  # 5: there are only slow tests
+        yield lambda: changed_to(path, source)
+    finally:
+        path.write_text(source)
+
+
+class Suite:
+    """The tests in a copy of the tree; it remembers which ones fail or pass there without a mutation."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        self.sound, self.unsound = set[str](), set[str]()
+        prepare(tree)
+
+    def noticing(self, arguments: list[str], back: Callable[[], contextlib.AbstractContextManager[Any]]) -> str:
+        """The first test that fails with the mutation, and passes without it."""
+        while True:
+            left_out = [f"--deselect={test}" for test in sorted(self.unsound)]
+            suspect = self._failing([*arguments, *left_out], LIMIT_S)
+            if suspect == OUT_OF_TIME:
+                suspect = (self.tree / RUNNING).read_text()  # it hangs, or was only the last within the limit
+                if not self._failing([suspect], LIMIT_ALONE_S):
+                    return NOBODY
+            elif suspect in (NOBODY, NO_START):
+                return suspect
+            if suspect not in self.sound:
+                with back():
+                    (self.unsound if self._failing([suspect], LIMIT_ALONE_S) else self.sound).add(suspect)
+            if suspect in self.sound:
+                return suspect
+
+    def _failing(self, arguments: list[str], seconds: float) -> str:
+        arguments = [argument.removeprefix("tests/") for argument in arguments]
+        try:
+            return first_failure(self.tree, arguments, seconds)
+        except ValueError as error:
+            return NOBODY if "ended with 5" in str(error) else NO_START  # 5: no test is selected
 
 
 def read() -> list[Row]:
@@ -207,14 +267,13 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options = commands.add_parser("run")
     options.add_argument("--survivors", action="store_true")
-    options.add_argument("--modules", type=int, help="files of tests for each mutant; else all")
     options.add_argument("--first", type=int, default=0, help="row")
     options.add_argument("--count", type=int, default=sys.maxsize)
     given = parser.parse_args()
     if given.command == "draw":
         draw(given.count, given.seed)
     else:
-        run(given.survivors, given.modules, given.first, given.count)
+        run(given.survivors, given.first, given.count)
 
 
 if __name__ == "__main__":

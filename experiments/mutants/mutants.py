@@ -27,6 +27,7 @@ LIBRARIES = ("pytest", "torch", "torchvision", "timm", "lightning.pytorch", "tor
 LIMIT_S = 300  # for the tests of one mutant
 OUT_OF_TIME = "(out of time)"  # a hang is noticed, too
 NOBODY = ""
+RUNNING = "running"  # a file that names the test
 
 
 class Mutant(NamedTuple):
@@ -839,6 +840,9 @@ def _test(tree: Path, tests: list[str], said: Path) -> int:
                 said.write_text(report.nodeid)
 
         pytest_runtest_logreport = pytest_collectreport = _note
+
+        def pytest_runtest_logstart(self, nodeid: str) -> None:
+            (tree / RUNNING).write_text(nodeid)
 
     os.setsid()
     log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning.pytorch as L
 import pytest
 
 from coca_lit.cli import train
 from coca_lit.errors import ConfigError
-from coca_lit.runs.run_folder import in_use
-from helpers.running import ROOT, compose
+from coca_lit.runs.run_folder import check_held, in_use
+from helpers.running import ROOT, TINY, compose, run, watched
 
 HOLD = """
 import os, sys, time
@@ -68,6 +69,43 @@ def test_killed_process_holds_nothing(tmp_path: Path, hold: Callable, words: tup
     with in_use(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_lost_the_folder_to_another_process_writes_nothing_more(
+    tmp_path: Path, hold: Callable, ended: bool
+) -> None:
+    folder = tmp_path / "run"
+    with in_use(folder):
+        (folder / ".lock").unlink()
+        check_held(folder)  # nobody came in
+        other = hold(folder)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        if ended:
+            (folder / ".lock").unlink()
+            (folder / ".lock.json").unlink()
+        with pytest.raises(ConfigError, match=r"another process has taken .*/run, because its file \.lock was deleted"):
+            check_held(folder)
+    if not ended:  # what is there is the other's, and holds
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        with pytest.raises(ConfigError, match=f"in use by process {other.pid}"), in_use(folder):
+            pass
+
+
+def test_a_run_that_lost_its_folder_ends_before_it_overwrites_a_checkpoint(tmp_path: Path, hold: Callable) -> None:
+    folder = tmp_path / "run"
+
+    class Deletes(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+            if trainer.global_step == 2:
+                (folder / ".lock").unlink()
+                hold(folder)
+
+    with watched(Deletes()), pytest.raises(ConfigError, match="another process has taken"):
+        run(folder, *TINY, "evals=[]", "callbacks.checkpoint.every_n_steps=1", "trainer.max_steps=4")
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert saved == {"step_1.ckpt", "last.ckpt"}
+    assert (folder / ".lock").exists()
 
 
 def test_only_the_first_process_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
