@@ -279,7 +279,7 @@ def _check_plain(node: Any, name: str, depth: int = 0) -> None:
             _check_plain(key, name, depth + 1)
             _check_plain(child, name, depth + 1)
     elif not (node is None or isinstance(node, str | bool | float) or is_int64(node)):
-        raise DataError(f"{name} holds a {type(node).__name__} that is no text or number of 64 bits")
+        raise DataError(f"{name} holds something else than texts and numbers of 64 bits: {type(node).__name__}")
 
 
 def is_int64(value: Any) -> bool:

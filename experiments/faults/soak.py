@@ -36,7 +36,7 @@ from experiments.faults.victim import Trouble  # noqa: E402
 
 FORKSERVER = get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["experiments.faults.preload"])
-HANGS = 180  # seconds after which a process is taken for one that hangs
+HANGS = 600  # seconds after which a process is taken for one that hangs, also on a busy machine
 MOST_FAULTS = 12  # in one run, which then ends undisturbed
 DISK = 96  # MB of the disk of a run; 64 stay free beside a checkpoint
 BROKEN = "broken samples and shards in the data all the time"

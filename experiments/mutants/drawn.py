@@ -4,6 +4,7 @@
     python experiments/mutants/drawn.py draw --count 150     # drawn.csv, with a row for each mutant
     python experiments/mutants/drawn.py run                  # the test files near the line
     python experiments/mutants/drawn.py run --survivors      # then their slow tests, and the package's other tests
+    python experiments/mutants/drawn.py check                # what noticed a mutant passes without it
 
 Every folder of the package gives as many lines as any other. A line is drawn among those that cosmic-ray's operators
 can change, then a kind of operator, then one of its changes. `run` goes on where it was interrupted.
@@ -26,7 +27,17 @@ from typing import Any, NamedTuple
 from experiments.mutants.mutants import NOBODY, OUT_OF_TIME, ROOT, RUNNING, copied, first_failure, prepare
 
 RESULTS = Path(__file__).with_name("drawn.csv")
-LIMIT_S, LIMIT_ALONE_S = 240, 120  # for files of tests together, for a test
+NEAR = 6  # files of tests; most mutants fail one of the first
+LIMIT_S, LIMIT_ALONE_S, CHECK_S = 600, 300, 3600  # for files of tests together, for one test, for all that noticed
+LIBRARIES = (
+    "hypothesis",
+    "duckdb",
+    "pyarrow.parquet",
+    "webdataset",
+    "matplotlib.pyplot",
+    "onnxruntime",
+    "transformers",
+)
 NO_START = "(pytest cannot start)"
 SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -157,7 +168,8 @@ def related(row: Row) -> tuple[list[str], list[str], list[str]]:
             wide.append(test)
     if "gpu_check" in row.file:
         near.append("gpu/test_simulation.py")
-    return (near, folder, wide) if near else (folder, [], wide)
+    near, folder = (near, folder) if near else (folder, [])
+    return near[:NEAR], folder, near[NEAR:] + wide
 
 
 def _last(node: ast.stmt) -> int:
@@ -208,36 +220,43 @@ def changed_to(path: Path, text: str) -> Iterator[Callable[[], contextlib.Abstra
 
 
 class Suite:
-    """The tests in a copy of the tree; it remembers which ones fail or pass there without a mutation."""
+    """The tests in a copy of the tree."""
 
     def __init__(self, tree: Path) -> None:
         self.tree = tree
-        self.sound, self.unsound = set[str](), set[str]()
         prepare(tree)
+        for library in LIBRARIES:
+            with contextlib.suppress(ImportError):
+                __import__(library)
 
     def noticing(self, arguments: list[str], back: Callable[[], contextlib.AbstractContextManager[Any]]) -> str:
-        """The first test that fails with the mutation, and passes without it."""
-        while True:
-            left_out = [f"--deselect={test}" for test in sorted(self.unsound)]
-            suspect = self._failing([*arguments, *left_out], LIMIT_S)
-            if suspect == OUT_OF_TIME:
-                suspect = (self.tree / RUNNING).read_text()  # it hangs, or was only the last within the limit
-                if not self._failing([suspect], LIMIT_ALONE_S):
-                    return NOBODY
-            elif suspect in (NOBODY, NO_START):
-                return suspect
-            if suspect not in self.sound:
-                with back():
-                    (self.unsound if self._failing([suspect], LIMIT_ALONE_S) else self.sound).add(suspect)
-            if suspect in self.sound:
-                return suspect
+        """The first test that fails, or that hangs and passes without the mutation."""
+        failed = self.failing(arguments, LIMIT_S)
+        if failed != OUT_OF_TIME:
+            return failed
+        last = (self.tree / RUNNING).read_text()
+        if not self.failing([last], LIMIT_ALONE_S):
+            return NOBODY  # it was only the last within the limit
+        with back():
+            return NOBODY if self.failing([last], LIMIT_ALONE_S) else last
 
-    def _failing(self, arguments: list[str], seconds: float) -> str:
+    def failing(self, arguments: list[str], seconds: float) -> str:
         arguments = [argument.removeprefix("tests/") for argument in arguments]
         try:
             return first_failure(self.tree, arguments, seconds)
         except ValueError as error:
             return NOBODY if "ended with 5" in str(error) else NO_START  # 5: no test is selected
+
+
+def check() -> None:
+    """The tests that noticed a mutant pass without it; prints those that do not."""
+    noticing = sorted({row.noticed_by for row in read() if "::" in row.noticed_by})
+    with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
+        suite = Suite(copied(Path(folder)))
+        while failed := suite.failing(["-m", "slow or not slow", *noticing], CHECK_S):
+            print(f"{failed} fails without any mutation", flush=True)
+            noticing.remove(failed)
+    print(f"{len(noticing)} tests pass without a mutation")
 
 
 def read() -> list[Row]:
@@ -265,6 +284,7 @@ def main() -> None:
     options = commands.add_parser("draw")
     options.add_argument("--count", type=int, default=150)
     options.add_argument("--seed", type=int, default=0)
+    commands.add_parser("check")
     options = commands.add_parser("run")
     options.add_argument("--survivors", action="store_true")
     options.add_argument("--first", type=int, default=0, help="row")
@@ -272,6 +292,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "draw":
         draw(given.count, given.seed)
+    elif given.command == "check":
+        check()
     else:
         run(given.survivors, given.first, given.count)
 
