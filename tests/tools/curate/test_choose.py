@@ -160,6 +160,18 @@ def test_the_share_of_the_best_is_rounded(tmp_path):
     assert [key for _, key in chosen(tmp_path / "k.parquet")] == ["b", "d"]
 
 
+def test_a_formula_that_varies_is_computed_once(rows, tmp_path):
+    filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", "random() < 2", top=0.1, by="random()")
+    assert len(chosen(tmp_path / "k.parquet")) == 30
+
+
+def test_a_formula_may_end_with_a_comment(rows, tmp_path):
+    where, by = "words > 2 -- more than two", "likelihood -- the likeliest"
+    filter_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", where, top=0.3, by=by)
+    filter_scores(find_scores([tmp_path / "a"]), tmp_path / "n.parquet", "words > 2", top=0.3, by="likelihood")
+    assert chosen(tmp_path / "k.parquet") == chosen(tmp_path / "n.parquet") != []
+
+
 def test_cells_find_planted_duplicates(tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "FLAT", 1000)
     rng = np.random.default_rng(0)
