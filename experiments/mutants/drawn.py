@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,21 +140,24 @@ def _difference(before: str, after: str) -> str:
 def related(row: Row) -> tuple[list[str], list[str], list[str]]:
     """Files of tests, the likeliest first: near a mutant's file, of the same folder, and of the same package.
 
-    Near are those that import the file or what stands around the line, or that have its name. Those of the package
-    import another part of it.
+    Near are those that import the file or a public name of it, or that have its name. Those of the package import
+    another part of it.
     """
     tree, line = ast.parse((ROOT / row.file).read_text()), int(row.line)
     module = row.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     package = module.rpartition(".")[0]
     around = [node for node in ast.walk(tree) if isinstance(node, SCOPES) and node.lineno <= line <= _last(node)]
     names = {node.name for node in around if not node.name.startswith("__")}
-    exported = {f"{place}.{name}" for place in (package, package.rpartition(".")[0]) for name in names}
+    public = {node.name for node in tree.body if isinstance(node, SCOPES) and not node.name.startswith("_")}
+    exported = {f"{place}.{name}" for place in (package, package.rpartition(".")[0]) for name in public}
     mirrored = Path(row.file).with_suffix("").parts[1:]
     near, folder, wide = list[str](), list[str](), list[str]()
 
     def distance(path: Path) -> tuple[int, int]:
-        text = path.read_text()
-        return -sum(re.search(rf"\b{name}\b", text) is not None for name in names), len(text)
+        text, folder = path.read_text(), path.relative_to(ROOT / "tests").parts[:-1]
+        return -sum(re.search(rf"\b{name}\b", text) is not None for name in names) - (folder == mirrored[:-1]), len(
+            text
+        )
 
     for path in sorted((ROOT / "tests").rglob("test_*.py"), key=distance):
         test, parts = str(path.relative_to(ROOT / "tests")), path.relative_to(ROOT / "tests").with_suffix("").parts
@@ -176,6 +180,7 @@ def _last(node: ast.stmt) -> int:
     return node.end_lineno or node.lineno
 
 
+@cache
 def _imported(path: Path) -> set[str]:
     """Dotted names: modules, and what is imported from them."""
     names = set[str]()
