@@ -139,6 +139,16 @@ def test_zero_shot_scores(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             assert found[f"{ours}/top5"] == pytest.approx(metrics["acc5"], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("words", "more"), [(["eval"], ["--no_amp"]), (["eval", "--no_amp"], []), (["build", "x.json"], [])]
+)
+def test_half_precision_is_off(words: list[str], more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
+    monkeypatch.setattr("clip_benchmark.cli.main", lambda: None)
+    command.main()
+    assert sorted(sys.argv[1:]) == sorted([*words, *more])
+
+
 def test_retrieval_scores(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (evaluation,) = clip_benchmark(root, ["captions"])
     found = evaluation.evaluate(model(), Settings(tmp_path))

@@ -1,10 +1,12 @@
 """One process at a time in a run folder, and none that is dead."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 
 from coca_lit.cli import train
 from coca_lit.errors import ConfigError
-from coca_lit.runs.run_folder import check_held, in_use
+from coca_lit.runs.run_folder import PATIENCE, check_held, in_use
 from helpers.running import ROOT, TINY, compose, run, watched
 
 HOLD = """
@@ -54,11 +56,23 @@ def test_second_process_is_refused_and_nothing_is_touched(tmp_path: Path, hold: 
     process = hold(tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     said = rf"run is in use by process {process.pid} on {socket.gethostname()} since 20\d\d-"
+    begun = time.monotonic()
     with pytest.raises(ConfigError, match=said) as caught:
         train.run(compose(f"output_dir={tmp_path}/run", "name=x"))
+    assert time.monotonic() - begun < PATIENCE  # which is for a holder that is gone
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_holder_that_cannot_be_asked_is_not_waited_for(tmp_path: Path, hold: Callable) -> None:
+    hold(tmp_path / "run")
+    holder = {"process": 10**30, "host": socket.gethostname(), "since": "today"}
+    (tmp_path / "run" / ".lock.json").write_text(json.dumps(holder))
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="since today"), in_use(tmp_path / "run"):
+        pass
+    assert time.monotonic() - begun < PATIENCE
 
 
 @pytest.mark.parametrize("words", [(), ("worker",)])
