@@ -21,6 +21,7 @@ from coca_lit.errors import ConfigError, check_number, suggest
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import CoCa, kernels
 from coca_lit.runs.results import Found
+from coca_lit.training.classifiers import Classifier
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 
@@ -153,9 +154,9 @@ class ScoreDuringTraining(L.Callback):
         log_pictures(trainer, Path(self.settings.output_dir, "samples"), names, trainer.global_step)
 
     def _settings(self, pl_module: L.LightningModule) -> Settings:
-        """With the way to answer questions that the module trains beside the network, if it has one."""
-        answerers: Iterator[Any] = (module.answer for module in pl_module.modules() if hasattr(module, "answer"))
-        return replace(self.settings, answerer=next(answerers, None))
+        """With the classifier that the module trains beside the network, if it has one."""
+        classifiers = (module for module in pl_module.modules() if isinstance(module, Classifier))
+        return replace(self.settings, classifier=next(classifiers, None))
 
     def _offer(
         self, trainer: L.Trainer, scores: dict[str, float], scored: Sequence[Evaluation], final: bool = False

@@ -32,6 +32,7 @@ KINDS = (
     "probe",
     "answers",
     "judgments",
+    "labels",
 )  # how the names of evaluations end
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from coca_lit.data.bad_samples import BadSample
+from coca_lit.errors import DataError
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images, Patches, stack_images
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """B captioned images, or questions with an answer, or texts alone."""
+    """B captioned images, or questions with an answer, or texts alone. Where each sample has n images they follow each
+    other, and B is n · B in the shapes of images.
+    """
 
     images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
     # or `Patches`, padded to the longest image; (0, 3, H, W) for texts alone; cached features of the image encoder are
@@ -28,7 +31,7 @@ class Batch(NamedTuple):
     bad: tuple[BadSample, ...] = ()  # skipped while this batch was made
     sources: tuple[str, ...] = ()  # (B) the source of each sample in a mixture
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
-    answers: tuple[tuple[str, ...], ...] = ()  # (B) all answers to each question
+    answers: tuple[tuple[str, ...], ...] = ()  # (B) all captions of each record: the answers, or the label
     encoded: "EncodedCrops | None" = None  # images that `to` decodes on the device; `images` then holds only the others
 
     def to(self, device: torch.device) -> "Batch":
@@ -57,19 +60,25 @@ class Example(NamedTuple):
     bad: tuple[BadSample, ...] = ()  # samples that this one replaces
     source: str = ""
     prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
-    answers: tuple[str, ...] = ()  # all answers to the question
+    answers: tuple[str, ...] = ()  # all captions of the record
+    further: "tuple[Images | EncodedCrop, ...]" = ()  # images after the first one
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Stack examples, padding the captions only to the longest of them."""
+    """Stack examples, padding the captions only to the longest of them. Raises `DataError` if some have more images
+    than others.
+    """
+    counts = sorted({1 + len(example.further) for example in examples})
+    if len(counts) > 1:
+        raise DataError(f"samples of a batch have {counts[0]} and {counts[-1]} images: all records need equally many")
     tokens, lengths = padded([example.tokens for example in examples], pad_id)
-    images, encoded = _stack([example.image for example in examples])
+    images, encoded = _stack([image for example in examples for image in (example.image, *example.further)])
     bad = tuple(found for example in examples for found in example.bad)
     sources = tuple(example.source for example in examples if example.source)
     keys, answers = [example.key for example in examples], tuple(example.answers for example in examples)
-    if not any(answers):
-        return Batch(images, tokens, lengths, keys, bad, sources, encoded=encoded)
-    prefix_lengths = torch.tensor([example.prefix_length for example in examples])  # (B,)
+    prefix_lengths: Tensor | None = None
+    if any(example.prefix_length > 1 for example in examples):
+        prefix_lengths = torch.tensor([example.prefix_length for example in examples])  # (B,)
     return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, encoded)
 
 

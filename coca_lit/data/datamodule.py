@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Required, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Required, TypedDict, Unpack, cast
 
 from lightning.pytorch import LightningDataModule
 from torch import nn
@@ -400,3 +400,40 @@ class SceneQuestionsDataModule(ScenesDataModule):
 
         super().__init__(train_count, **shared)
         self._scenes = scene_question_records
+
+
+class SceneStatementsDataModule(ScenesDataModule):
+    """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`.
+
+    Args:
+        task: entailment: one scene and three labels; comparison: two scenes, true or false.
+        train_count: number of training scenes, or pairs of them; None takes the default.
+    """
+
+    def __init__(
+        self,
+        task: Literal["entailment", "comparison"],
+        train_count: int | None = None,
+        **shared: Unpack[SharedArguments],
+    ) -> None:
+        from coca_lit.data.scenes.statements import comparison_records, entailment_records
+
+        super().__init__(train_count, **shared)
+        tasks = {"entailment": entailment_records, "comparison": comparison_records}
+        if task not in tasks:
+            raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
+        self._scenes = tasks[task]
+
+
+class RootDataModule(RecordsDataModule):
+    """Data in a folder that a function reads.
+
+    Args:
+        root: the folder.
+        records: (folder, split) -> records, see `coca_lit.data.datasets`.
+    """
+
+    def __init__(
+        self, root: str, records: Callable[[str, str], Sequence[Record]], **shared: Unpack[SharedArguments]
+    ) -> None:
+        super().__init__(partial(records, root), **shared)

@@ -80,12 +80,13 @@ class CaptionDataset(TrainingExamples):
         choice = rng.randrange(len(record.captions))
         try:
             image, record = self.image(index, record, rng)
+            further = tuple(self.transform(load_pixels(other), rng, index.patches) for other in record.further)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
-        return _example(image, record.captions[choice], record, self.tokenizer)
+        return _example((image, *further), record.captions[choice], record, self.tokenizer)
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Images, Record]:
-        """The image, and the record with the texts that go with it."""
+        """The first image, and the record with the texts that go with it."""
         return self.transform(load_pixels(record.image), rng, index.patches), record
 
 
@@ -103,15 +104,19 @@ class FirstCaptionDataset(Dataset[Example]):
 
     def __getitem__(self, i: int) -> Example:
         record = self.records[i]
-        return _example(self._image(i), record.captions[0], record, self.tokenizer)
+        images = (self._image(i), *(self.transform(other()) for other in record.further))
+        return _example(images, record.captions[0], record, self.tokenizer)
 
     def _image(self, i: int) -> Images:
         return self.transform(self.records[i].image())
 
 
-def _example(image: Images, caption: str, record: Record, tokenizer: Tokenizer) -> Example:
+def _example(images: Sequence[Images], caption: str, record: Record, tokenizer: Tokenizer) -> Example:
     """With the caption as text; for a question with the question and this answer."""
-    if not record.question:
-        return Example(image, tokenizer.encode(caption), str(record.id))
-    tokens, prefix_length = tokenizer.encode_answer(record.question, caption)
-    return Example(image, tokens, str(record.id), prefix_length=prefix_length, answers=record.captions)
+    if record.question:
+        tokens, prefix_length = tokenizer.encode_answer(record.question, caption)
+    else:
+        tokens, prefix_length = tokenizer.encode(caption), 1
+    image, *further = images
+    texts = {"prefix_length": prefix_length, "answers": record.captions}
+    return Example(image, tokens, str(record.id), further=tuple(further), **texts)

@@ -75,8 +75,13 @@ class FeatureCache:
         names.
 
         Raises:
-            DataError: nothing can be written, or the disk has no room; on all processes.
+            DataError: nothing can be written, or the disk has no room; on all processes. Or a record has several
+                images.
         """
+        if several := [record.id for record in records if record.further]:
+            raise DataError(
+                f"features are cached of one image a record, and {several[0]!r} has more: set cached_augmentations=0"
+            )
         name = stable_seed("records", *(pickle.dumps((record.id, record.image)).hex() for record in records))
         paths = [self.folder / f"{name:016x}_{view}.npy" for view in range(count)]
         missing = [(view, path) for view, path in enumerate(paths) if not path.exists()]

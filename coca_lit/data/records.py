@@ -30,17 +30,20 @@ class _Record(NamedTuple):
     captions: tuple[str, ...]
     domain: str | None
     question: str
+    further: tuple[Callable[[], Image.Image], ...]
 
 
 class Record(_Record):
-    """One captioned image, or a question about one.
+    """One captioned image, or a text or question about one or several images.
 
     Args:
         id: unique within a split.
         image: a path, or a picklable function that returns an RGB image.
         captions: all references, or the only one; none for a test set without public answers.
         domain: by which scores are reported separately, such as nocaps' "near-domain", or the kind of a question.
-        question: about the image. The captions are then the answers, the most frequent first.
+        question: about the image, or a statement. The captions are then the answers, the most frequent first, or the
+            label.
+        further: images after the first one, such as the right one of two.
     """
 
     __slots__ = ()
@@ -52,10 +55,15 @@ class Record(_Record):
         captions: str | Iterable[str] = (),
         domain: str | None = None,
         question: str = "",
+        further: Iterable[str | Path | Callable[[], Image.Image]] = (),
     ) -> "Record":
-        image = ImageFile(Path(image)) if isinstance(image, str | Path) else image
+        image, *others = (ImageFile(Path(i)) if isinstance(i, str | Path) else i for i in (image, *further))
         captions = (captions,) if isinstance(captions, str) else tuple(captions)
-        return super().__new__(cls, id, image, captions, domain, question)
+        return super().__new__(cls, id, image, captions, domain, question, tuple(others))
+
+    @property
+    def images(self) -> tuple[Callable[[], Image.Image], ...]:
+        return self.image, *self.further
 
 
 @dataclass(frozen=True)
@@ -80,13 +88,18 @@ class EncodedImage:
 
 
 class Listing(NamedTuple):
-    """An entry of an annotation file, whose image may or may not exist."""
+    """An entry of an annotation file, whose images may or may not exist."""
 
     id: int | str
     filename: str
     captions: tuple[str, ...]  # as in the file
     domain: str | None = None
     question: str = ""
+    further: tuple[str, ...] = ()  # files after the first one
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.filename, *self.further
 
 
 def not_found(what: str, where: Sequence[str | Path], how: str) -> DataNotFoundError:
@@ -114,17 +127,18 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
     files: dict[str, Path] = {}  # by one listing a folder: on a network disk far faster than one stat an image
     for folder in filter(Path.is_dir, reversed(folders)):
         files.update((entry.name, Path(entry.path)) for entry in os.scandir(folder) if entry.is_file())
-    found = [(item, files[item.filename]) for item in listings if item.filename in files]
-    missing = [item.filename for item in listings if item.filename not in files]
-    if not found or len(missing) > MAX_MISSING * len(listings):
+    found = [(item, [files[name] for name in item.files]) for item in listings if files.keys() >= {*item.files}]
+    missing = [name for item in listings for name in item.files if name not in files]
+    listed = sum(len(item.files) for item in listings)
+    if not found or len(missing) > MAX_MISSING * listed:
         example = f", e.g. {printable(missing[0])}" if missing else ""
         where = [folder for folder in folders if folder.is_dir()] or folders[:1]
-        raise not_found(f"{len(missing)} of {len(listings)} images that {source} lists{example}", where, how)
+        raise not_found(f"{len(missing)} of {listed} images that {source} lists{example}", where, how)
     if missing:
-        log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), len(listings), missing[0])
+        log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), listed, missing[0])
     records = [
-        Record(item.id, ImageFile(path), tuple(map(str.strip, item.captions)), item.domain, item.question)
-        for item, path in found
+        Record(item.id, paths[0], map(str.strip, item.captions), item.domain, item.question, paths[1:])
+        for item, paths in found
         if item.captions or item.question  # a test set has no public answers
     ]
     if len(records) < len(found):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
+from torch import Tensor
 
 from coca_lit.data.records import Record
 from coca_lit.distributed import print_rank_zero
@@ -30,13 +31,13 @@ from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 log = logging.getLogger(__name__)
 
 
-class Answerer(Protocol):
-    """Another way to answer questions than writing the answer: a classifier that was trained beside the network."""
+class Classifier(Protocol):
+    """What was trained beside the network to choose one of some classes for a record."""
 
-    def __call__(
-        self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0
-    ) -> dict[int | str, str]:
-        """An answer to each question, by question id; every rank gets all of them."""
+    classes: Sequence[str]
+
+    def logits(self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
+        """(I, N) of records and classes, on the CPU of every rank."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Settings:
             The decoder's share of the score is `evals.NAME.rerank_weight`, 0.5 by default.
         attention: for how many images the report shows where the model looked as it wrote each word.
         full: also compute what takes too long during training (SPICE, intervals, …), and write samples for the report.
-        answerer: of the model that is scored, if it has one; during training the callback knows.
+        classifier: of the model that is scored, if it has one; during training the callback knows.
 
     Raises:
         ValueError: a number out of range, or options of `CoCa.generate` that it does not take.
@@ -72,7 +73,7 @@ class Settings:
     rerank: int = 0
     attention: int = 0
     full: bool = True
-    answerer: Answerer | None = field(default=None, repr=False)
+    classifier: Classifier | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, lowest in (("batch_size", 1), ("workers", 0), ("rerank", 0), ("attention", 0), ("images", 1)):

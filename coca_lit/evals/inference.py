@@ -80,7 +80,26 @@ def embed_pairs(
 
 def embed_images(model: DualEncoder, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
     """Features of all images (I, E), of unit length, on the CPU of every rank."""
-    return _gather_rows(_image_features(model, records, batch_size, num_workers), len(records))
+    return rows_of(model, records, lambda _, images: model.encode_image(images), batch_size, num_workers)
+
+
+def rows_of(
+    model: DualEncoder,
+    records: Sequence[Record],
+    compute: Callable[[Sequence[Record], Images], Tensor],
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> Tensor:
+    """What `compute` makes of records and their pixels, see `image_batches`, (B, E) of a batch and (I, E) of all; on
+    the CPU of every rank.
+    """
+
+    def batches() -> Batches:
+        for positions, images in image_batches(model, records, batch_size, num_workers):
+            part = partial(compute, [records[i] for i in positions])
+            yield positions, evaluating(model, part, images).float().cpu()
+
+    return _gather_rows(batches(), len(records))
 
 
 def embed_texts(model: DualEncoder, texts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -98,11 +117,6 @@ def _gather_rows(batches: Batches, count: int) -> Tensor:
     for positions, rows in parts:
         gathered[positions] = rows
     return gathered
-
-
-def _image_features(model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int) -> Batches:
-    for positions, images in image_batches(model, records, batch_size, num_workers):
-        yield positions, evaluating(model, model.encode_image, images).float().cpu()
 
 
 def _text_features(model: DualEncoder, texts: Sequence[str], batch_size: int) -> Batches:
@@ -167,7 +181,7 @@ def evaluating(model: DualEncoder, function: Callable[[Any], Any], argument: Any
         model.train(was_training)
 
 
-class _Images(Dataset[tuple[int, Images]]):
+class _Images(Dataset[tuple[int, list[Images]]]):
     def __init__(self, records: Sequence[Record], transform: Transform) -> None:
         self.records = records
         self.positions = range(rank(), len(records), world_size())
@@ -176,19 +190,21 @@ class _Images(Dataset[tuple[int, Images]]):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> tuple[int, Images]:
+    def __getitem__(self, index: int) -> tuple[int, list[Images]]:
         position = self.positions[index]
-        return position, self.transform(self.records[position].image())
+        return position, [self.transform(image()) for image in self.records[position].images]
 
 
-def _collate(items: list[tuple[int, Images]]) -> tuple[list[int], Images]:
-    return [position for position, _ in items], stack_images([image for _, image in items])
+def _collate(items: list[tuple[int, list[Images]]]) -> tuple[list[int], Images]:
+    return [position for position, _ in items], stack_images([image for _, images in items for image in images])
 
 
 def image_batches(
     model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int
 ) -> Iterator[tuple[list[int], Images]]:
-    """This rank's positions in `records` and their pixels (B, 3, H, W), or `Patches`, on the model's device."""
+    """This rank's positions in `records` and their pixels (B, 3, H, W), or `Patches`, on the model's device; of records
+    with n images (n · B, 3, H, W).
+    """
     images = _Images(records, build_transform(**model.preprocessing))
     for positions, pixels in DataLoader(
         images, batch_size=batch_size, collate_fn=_collate, **worker_options(num_workers)

@@ -35,7 +35,7 @@ def caption_samples(
     return [
         {
             **({"question": record.question} if record.question else {}),
-            "image": thumbnail(record.image()),
+            "image": thumbnail(picture(record)),
             "caption": captions[record.id],
             "exact": is_reference(captions[record.id], record.captions),
             "references": list(dict.fromkeys(record.captions)),
@@ -135,6 +135,21 @@ def confusion_samples(
     ]
 
 
+def picture(record: Record) -> Image.Image:
+    """The image of a record; its images side by side if it has several."""
+    images = [image() for image in record.images]
+    if len(images) == 1:
+        return images[0]
+    gap = max(image.width for image in images) // 16
+    height, width = max(image.height for image in images), sum(image.width + gap for image in images) - gap
+    row = Image.new("RGB", (width, height), "white")
+    left = 0
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width + gap
+    return row
+
+
 def thumbnail(image: Image.Image) -> str:
     """A data URI: small images as they are (PNG), larger ones reduced (JPEG)."""
     buffer = io.BytesIO()
@@ -230,7 +245,7 @@ def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], c
 
 
 def _draw_card(sheet: Image.Image, corner: tuple[int, int], record: Record, caption: str) -> None:
-    _paste(sheet, record.image(), corner, CARD)
+    _paste(sheet, picture(record), corner, CARD)
     draw = ImageDraw.Draw(sheet)
     x, y = corner[0], corner[1] + CARD + 4
     y = _write(draw, x, y, record.question, INK, lines=2)

@@ -24,7 +24,7 @@ Answers = dict[int | str, str]  # by question id
 
 
 class VQAScores(Evaluation):
-    """Accuracy of written answers, and of the answers of `settings.answerer`, a classifier, if there is one, and
+    """Accuracy of written answers, and of the answers of `settings.classifier`, if there is one, and
     for each kind of answer. With `settings.full` also of the best guess of somebody who does not look ("blind").
 
     Predictions are written in the official results format, also for questions whose answers are not public.
@@ -56,8 +56,10 @@ class VQAScores(Evaluation):
         size, workers = settings.batch_size, settings.workers
         # By the way in which they were found: "" by generation.
         answers = {"": generate_answers(model, records, size, workers, settings.generate or {})}
-        if settings.answerer is not None:
-            answers["classifier"] = settings.answerer(model, records, size, workers)
+        if settings.classifier is not None:
+            likeliest = settings.classifier.logits(model, records, size, workers).argmax(dim=1).tolist()
+            classes = settings.classifier.classes
+            answers["classifier"] = {record.id: classes[i] for record, i in zip(records, likeliest, strict=True)}
         if not settings.full:
             return _accuracies(records, answers)
         if rank() == 0:

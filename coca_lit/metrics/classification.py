@@ -38,7 +38,7 @@ def classification_scores(similarity: Tensor, labels: Tensor) -> dict[str, float
 
     Raises ValueError for NaN, for shapes that disagree and for labels beyond the classes.
     """
-    return _scores(_ranks(similarity, labels), labels, similarity.shape[1])
+    return _scores(class_ranks(similarity, labels), labels, similarity.shape[1])
 
 
 class ZeroShotAccuracy(RowMetric):
@@ -65,7 +65,7 @@ class ZeroShotAccuracy(RowMetric):
 
     def update(self, similarity: Tensor, labels: Tensor, ids: Sequence[Id] | Tensor) -> None:
         """Similarities (B, C) of images and classes, class numbers (B,) and ids of the images."""
-        ranks, classes = _ranks(similarity, labels).tolist(), similarity.shape[1]
+        ranks, classes = class_ranks(similarity, labels).tolist(), similarity.shape[1]
         plain = plain_ids(ids, len(ranks))
         self.append("images", zip(plain, ranks, labels.tolist(), [classes] * len(ranks), strict=True))
 
@@ -82,7 +82,7 @@ class ZeroShotAccuracy(RowMetric):
         return _scores(ranks, labels, classes)
 
 
-def _ranks(similarity: Tensor, labels: Tensor) -> Tensor:
+def class_ranks(similarity: Tensor, labels: Tensor) -> Tensor:
     """(I,): how many wrong classes come no later than the right one; 0 is best. Raises as `classification_scores`."""
     if similarity.ndim != 2 or labels.shape != similarity.shape[:1] or not len(labels):
         raise ValueError(

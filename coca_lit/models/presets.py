@@ -8,15 +8,20 @@ from typing import Any
 
 from coca_lit.errors import suggest
 
-# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, and in questions and answers as well. The order
-# is that of the token ids.
+# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, in questions and answers as well, and in
+# statements and their labels. The order is that of the token ids.
 _SCENES = (
     "a above and at before below blue bottom by can circle column cross cyan down followed from go goes green "
     "has is it large left of on orange picture pink preceded purple reach read red right ring row see shows "
     "small square star starts that the then there to top triangle underneath we with yellow"
 )
 _QUESTIONS = "0 1 2 are circles colour crosses how many rings shape squares stars thing things triangles what where"
-VOCABULARIES = {"scenes": _SCENES.split(), "scenes_vqa": f"{_SCENES} {_QUESTIONS}".split()}
+_STATEMENTS = "both contradiction entailment false in least middle more neutral one only pictures show true two"
+VOCABULARIES = {
+    "scenes": _SCENES.split(),
+    "scenes_vqa": f"{_SCENES} {_QUESTIONS}".split(),
+    "scenes_statements": f"{_SCENES} {_QUESTIONS} {_STATEMENTS}".split(),
+}
 
 # OpenCLIP's two released models. 12 text layers and 12 decoder layers are the defaults of `CoCa`.
 _B32: dict[str, Any] = {

@@ -21,7 +21,7 @@ from coca_lit.models.generation.options import OPTIONS, describe
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "conf" / "KEYS.md"
 OBJECTS = {
-    *("net", "optimizer", "tokenizer", "micro_batch_size", "texts", "output_dir", "identity", "answerer"),
+    *("net", "optimizer", "tokenizer", "micro_batch_size", "texts", "output_dir", "identity", "classifier"),
     *("kwargs", "imports"),
 }
 INTRODUCTION = """\

@@ -1,4 +1,4 @@
-"""Objectives added to the network's own: the answer classifier, and a user's."""
+"""Objectives added to the network's own: those that ship, and a user's."""
 
 import json
 from functools import partial
@@ -7,23 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import SceneQuestionsDataModule
-from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.prepare.scenes import export_scenes
-from coca_lit.training.caption_objectives import AnswerClassifier, ParallelPrediction, PrefixPrompts
+from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
 from coca_lit.training.objectives import Function, Objective, Pairs, Texts
 from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model
 from helpers.running import run
 
 OPTIMIZER = AdamW(lr=1e-3)
-ANSWERS = ["red", "2", "left"]
 
 
 @pytest.fixture(scope="module")
@@ -35,73 +32,6 @@ def net() -> CoCa:
 @pytest.fixture(scope="module")
 def questions(net: CoCa) -> Batch:
     return next(iter(SceneQuestionsDataModule(tokenizer=net.tokenizer, batch_size=8, train_count=8).train_dataloader()))
-
-
-# The answer classifier
-
-
-def built(net: CoCa) -> AnswerClassifier:
-    classifier = AnswerClassifier(ANSWERS)
-    classifier.build(net)
-    return classifier
-
-
-def test_targets_are_the_accuracies_of_answers(net: CoCa) -> None:
-    classifier = built(net)
-    people = [("red",) * 10, ("two",) * 2 + ("The left",) * 3 + ("up",) * 5, ("?",) * 10]
-    expected = torch.tensor([[1, 0, 0], [0, 0.6, 0.9], [0, 0, 0]])
-    torch.testing.assert_close(classifier.targets(people), expected)
-
-
-def test_the_loss_is_that_of_yes_or_no_questions(net: CoCa, questions: Batch) -> None:
-    torch.manual_seed(1)
-    classifier = built(net)
-    torch.nn.init.normal_(classifier.head.weight)
-    with torch.no_grad():
-        p = (
-            classifier.head(net.multimodal_state(questions.images, questions.tokens, questions.prefix_lengths))
-            .double()
-            .sigmoid()
-        )
-        target = classifier.targets(questions.answers)
-        expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(dim=1).mean()
-    torch.testing.assert_close(classifier(net, questions)["answers"], expected.float(), atol=1e-3, rtol=0)
-    assert classifier(net, questions._replace(prefix_lengths=None, answers=()))["answers"].item() == 0
-
-
-def test_the_answer_chosen_is_the_likeliest(net: CoCa) -> None:
-    classifier = built(net)
-    torch.nn.init.normal_(classifier.head.weight)
-    records = scene_question_records("val", count=2)
-    chosen = classifier.answer(net.train(), records, batch_size=3)
-    assert net.training
-    net.eval()
-    for record in records:
-        image = torch.from_numpy(_pixels(record.image()))[None]
-        ids = torch.tensor([net.tokenizer.encode(record.question)[:-1]])
-        with torch.no_grad():
-            assert chosen[record.id] == ANSWERS[int(classifier.head(net.multimodal_state(image, ids)).argmax())]
-
-
-def _pixels(image: Image.Image) -> Any:
-    import numpy as np
-
-    return np.asarray(image).transpose(2, 0, 1).copy()
-
-
-def test_a_classifier_keeps_the_decoder_from_freezing() -> None:
-    net = create_model("coca_tiny", tokenizer="scenes_vqa")
-    CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"answers": AnswerClassifier(ANSWERS)})
-    frozen = {name for name, p in net.decoder.named_parameters() if not p.requires_grad}
-    assert frozen == {"vocabulary.weight"}
-    assert not net.logit_scale.requires_grad
-
-
-def test_a_classifier_keeps_a_pooler_of_the_decoder_alone_from_freezing(questions: Batch) -> None:
-    net = create_model("coca_tiny", tokenizer="scenes_vqa", pooler="parallel")
-    model = CoCaLit(net, OPTIMIZER, 0, 1.0, 0.0, objectives={"answers": AnswerClassifier(ANSWERS)})
-    model.training_step(questions, 0).backward()
-    assert all(p.grad is not None for p in net.pooling.generative.parameters())
 
 
 class OfParts(Objective):

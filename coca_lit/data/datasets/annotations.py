@@ -118,13 +118,18 @@ def read_json_lines(path: Path) -> Iterator[Any]:
 
 
 def listing(
-    id: int | str, filename: str, captions: Sequence[str], domain: str | None = None, question: str = ""
+    id: int | str,
+    filename: str,
+    captions: Sequence[str],
+    domain: str | None = None,
+    question: str = "",
+    further: Sequence[str] = (),
 ) -> Listing:
     """A `Listing` of values from JSON; raises `TypeError` for one of another type."""
-    texts = [filename, question, *captions, *([] if domain is None else [domain])]
+    texts = [filename, question, *captions, *further, *([] if domain is None else [domain])]
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"expected a text, got {wrong[0]!r:.80}")
-    return Listing(check_id(id), filename, tuple(captions), domain, question)
+    return Listing(check_id(id), filename, tuple(captions), domain, question, tuple(further))
 
 
 def check_id(id: int | str) -> int | str:

@@ -11,13 +11,13 @@ bounds, and nothing outside of it.
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, coco_listings, read_json_lines, schema
+from coca_lit.data.datasets.annotations import MAX_BYTES, coco_listings, schema
 from coca_lit.data.datasets.captions import mscoco_records
-from coca_lit.data.datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
+from coca_lit.data.datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, read_rows
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import MAX_MISSING, ImageFile, Record, clean_captions, not_found
@@ -60,7 +60,7 @@ def folder_records(root: str | Path, split: str) -> list[Record]:
     if not _captions_file(root) and [*root.glob("annotations/captions_*.json")]:
         return mscoco_records(root, split)
     photos = _photos(root)
-    files = _existing(photos, root)
+    files = files_inside([photo.name for photo in photos], root)
     photos = [photo for photo in photos if photo.name in files]
     if not photos:
         raise not_found("captioned photos", [root], HOW)
@@ -108,29 +108,35 @@ def _photos(root: Path) -> list[_Photo]:
 
 def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
     """(file, captions, split) of every row."""
-    rows: Iterable[Any]
     if path.suffix == ".json":
-        content = read_json(path, limit=MAX_BYTES)
-        if isinstance(content, dict):
-            yield from ((item.filename, clean(item.captions), None) for item in coco_listings(content, path))
+        rows = read_json(path, limit=MAX_BYTES)
+        if isinstance(rows, dict):
+            yield from ((item.filename, clean(item.captions), None) for item in coco_listings(rows, path))
             return
-        rows = content
     else:
-        rows = read_json_lines(path) if path.suffix == ".jsonl" else open_table(path)[1]
+        rows = read_rows(path)
     image = caption = ""
     with schema(path, "the captions'"):
         for row in rows:
             if not image:
                 image = column(path, [*row.keys()], IMAGE_COLUMNS, COLUMNS)
                 caption = column(path, [*row.keys()], CAPTION_COLUMNS, COLUMNS)
-            name, texts, split = row[image], row[caption], row.get("split")
-            if not isinstance(name, str) or not isinstance(split, str | None):
-                raise TypeError(f"expected the name of a file, got {name if split is None else split!r:.80}")
-            if split is not None and split.strip().lower() not in SPLITS:
-                raise DataError(f"{path} has the split {printable(split)!r}: expected train, val or test")
+            name, texts = row[image], row[caption]
+            if not isinstance(name, str):
+                raise TypeError(f"expected the name of a file, got {name!r:.80}")
             if name.strip():
                 texts = texts if isinstance(texts, list) else [texts]
-                yield name.strip(), clean(texts), None if split is None else SPLITS[split.strip().lower()]
+                yield name.strip(), clean(texts), split_of(row, path)
+
+
+def split_of(row: Mapping[str, Any], path: Path) -> str | None:
+    """The split that a row names, by our names; None if it names none. Raises `DataError` for another name."""
+    split = row.get("split")
+    if split is None:
+        return None
+    if not isinstance(split, str) or split.strip().lower() not in SPLITS:
+        raise DataError(f"{path} has the split {printable(str(split)[:80])!r}: expected train, val or test")
+    return SPLITS[split.strip().lower()]
 
 
 def _beside(root: Path) -> Iterator[tuple[str, Iterable[str], None]]:
@@ -147,19 +153,23 @@ def _beside(root: Path) -> Iterator[tuple[str, Iterable[str], None]]:
                 yield path.relative_to(root).as_posix(), clean(lines), None
 
 
-def _existing(photos: Iterable[_Photo], root: Path) -> dict[str, Path]:
-    """The file of each photo that has one."""
+def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
+    """The file of each name that has one, in the folder or its images/.
+
+    Raises:
+        DataError: a name or a link leads out of the folder, or more than `MAX_MISSING` of the files are missing.
+    """
     inside, files, missing = root.resolve(), {}, []
-    for photo in photos:
-        name = PurePosixPath(photo.name)
-        if name.is_absolute() or ".." in name.parts or "\0" in photo.name:
-            raise DataError(f"{root} names {printable(photo.name)!r}, which is not in the folder")
+    for text in dict.fromkeys(names):
+        name = PurePosixPath(text)
+        if name.is_absolute() or ".." in name.parts or "\0" in text:
+            raise DataError(f"{root} names {printable(text)!r}, which is not in the folder")
         path = next((path for path in (root / name, root / "images" / name) if path.is_file()), None)
         if path is None:
-            missing.append(photo.name)
+            missing.append(text)
         else:
-            _check_inside(path, inside, photo.name)
-            files[photo.name] = path
+            _check_inside(path, inside, text)
+            files[text] = path
     if len(missing) > MAX_MISSING * (len(files) + len(missing)):
         what = f"{len(missing)} of {len(files) + len(missing)} photos, e.g. {printable(missing[0])},"
         raise not_found(what, [root, root / "images"], "name files relative to the folder")

@@ -6,7 +6,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from coca_lit.data.datasets.annotations import MAX_BYTES
+from coca_lit.data.datasets.annotations import MAX_BYTES, read_json_lines
 from coca_lit.errors import DataError
 from coca_lit.reading import open_parquet, read_bounded
 
@@ -33,6 +33,11 @@ def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
     with open_parquet(path) as table:
         names = table.schema_arrow.names
     return names, _parquet_rows(path)
+
+
+def read_rows(path: Path) -> Iterable[Any]:
+    """The rows of a table, or the values of a .jsonl; raises `DataError` as `open_table`."""
+    return read_json_lines(path) if path.suffix == ".jsonl" else open_table(path)[1]
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

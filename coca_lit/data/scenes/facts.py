@@ -148,9 +148,9 @@ def scene_choice_records(split: str, size: int = 32, count: int | None = None) -
 
 KINDS = ("colour", "shape", "count", "place")
 PEOPLE = 10  # identical answers to each question, for the accuracy of VQA
-_PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 _WORDS = {"what", "colour", "shape", "is", "the", "thing", "things", "how", "many", "are", "there", "where"}
-_WORDS |= {"0", "1", "2", "left", "right", "top", "bottom", *_PLURALS.values()}
+_WORDS |= {"0", "1", "2", "left", "right", "top", "bottom", *PLURALS.values()}
 # Words of captions first, so that they keep the ids of the tokenizer "scenes".
 VOCABULARY: tuple[str, ...] = (*CAPTION_VOCABULARY, *sorted(_WORDS - set(CAPTION_VOCABULARY)))
 
@@ -201,4 +201,4 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
         return None
     every = COLOURS if by_colour else SHAPES
     what = rng.choice([name for name in every if found[name] == answer])
-    return f"{what} things" if by_colour else _PLURALS[what], str(answer)
+    return f"{what} things" if by_colour else PLURALS[what], str(answer)

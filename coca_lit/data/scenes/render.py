@@ -138,6 +138,14 @@ def decode(number: int, objects: int = 2) -> Scene:
     return Scene(tuple(AXES)[axis], tuple(things))
 
 
+def encode(scene: Scene) -> int:
+    """The number of a scene: the inverse of `decode`."""
+    number = 0
+    for thing in reversed(scene.things):
+        number = number * len(THINGS) + THINGS.index(thing)
+    return number * len(AXES) + tuple(AXES).index(scene.axis)
+
+
 def captions(scene: Scene, wordings: Sequence[Wording] = STYLES["standard"]) -> tuple[str, ...]:
     """The scene in each of the wordings: lower-case words with one blank between them."""
     phrases = AXES[scene.axis]

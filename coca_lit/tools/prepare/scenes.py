@@ -3,7 +3,7 @@
     python -m coca_lit.tools.prepare.scenes shards OUT --count 2000 --size 64
 
 The folders have the layout and the JSON schemas of the originals: image-text shards as img2dataset writes them,
-Karpathy's COCO and Flickr8k splits, COCO 2017 captions, nocaps validation, and VQA v2.
+Karpathy's COCO and Flickr8k splits, COCO 2017 captions, nocaps validation, VQA v2, SNLI-VE, NLVR2, and your own pairs.
 """
 
 import argparse
@@ -18,11 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import scene_question_records
 from coca_lit.data.scenes.render import DEFAULT_COUNTS, HELD_OUT_SCENES, WORDINGS, captions, decode, scene_records
+from coca_lit.data.scenes.statements import comparison_records, entailment_records
 from coca_lit.data.shards.tar import tar_writer
 
+SPLIT_DIGITS = {"train": 1, "val": 2, "test": 3}  # that begin the names of photos
 LICENSES = [{"id": 0, "name": "synthetic", "url": ""}]
 
 
@@ -72,7 +76,7 @@ def _write_shard(stem: Path, keys: list[str], rows: list[Record], size: int) -> 
     sizes = {"width": size, "height": size, "original_width": size, "original_height": size}
     with tar_writer(Path(f"{stem}.tar")) as tar:
         for row, (key, record) in enumerate(zip(keys, rows, strict=True)):
-            image, caption = _jpeg(record), record.captions[row % len(record.captions)]
+            image, caption = _jpeg(record.image), record.captions[row % len(record.captions)]
             about: dict[str, Any] = {"url": f"scenes:{record.id}", "caption": caption, "key": key, "status": "success"}
             about |= {"error_message": None, **sizes, "exif": "{}", "sha256": hashlib.sha256(image).hexdigest()}
             meta = json.dumps(about, indent=4).encode()
@@ -109,7 +113,7 @@ def write_karpathy(folder: Path, count: int, size: int, name: str = "coco") -> N
             ]
             ids = {"imgid": imgid, "sentids": [sentence["sentid"] for sentence in sentences]}
             entries.append({**entry, **ids, "sentences": sentences})
-            _write_image(folder / "images" / entry.get("filepath", "") / entry["filename"], record)
+            _write_image(folder / "images" / entry.get("filepath", "") / entry["filename"], record.image)
     _write_json(folder / f"dataset_{name}.json", {"images": entries, "dataset": name})
 
 
@@ -120,7 +124,7 @@ def write_coco(folder: Path, count: int, size: int) -> None:
         images = []
         for record in records:
             images.append({"id": record.id, **_coco_image(f"{record.id:012d}.jpg", size), "flickr_url": ""})
-            _write_image(folder / f"{split}2017" / images[-1]["file_name"], record)
+            _write_image(folder / f"{split}2017" / images[-1]["file_name"], record.image)
         _write_json(folder / "annotations" / f"captions_{split}2017.json", _coco_captions(images, records))
 
 
@@ -143,7 +147,7 @@ def write_nocaps(folder: Path, count: int, size: int) -> None:
             images.append(
                 {"id": records[-1].id, "open_images_id": name, **_coco_image(f"{name}.jpg", size), "domain": domain}
             )
-            _write_image(folder / "images" / f"{name}.jpg", record)
+            _write_image(folder / "images" / f"{name}.jpg", record.image)
     _write_json(folder / "nocaps_val_4500_captions.json", _coco_captions(images, records))
 
 
@@ -163,11 +167,64 @@ def write_vqa(folder: Path, count: int, size: int) -> None:
             asked.append({**ids, "question": f"{record.question.capitalize()}?"})
             annotations.append({**ids, "answer_type": kind, "multiple_choice_answer": answer, "answers": people})
             if image not in images:
-                _write_image(folder / name / f"COCO_{name}_{image:012d}.jpg", record)
+                _write_image(folder / name / f"COCO_{name}_{image:012d}.jpg", record.image)
                 images.add(image)
         about = {"info": {}, "license": LICENSES[0], "data_type": "mscoco", "data_subtype": name}
         _write_json(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {**about, "questions": asked})
         _write_json(folder / f"v2_mscoco_{name}_annotations.json", {**about, "annotations": annotations})
+
+
+def write_snli_ve(folder: Path, count: int, size: int) -> None:
+    """SNLI-VE: snli_ve_{train,dev,test}.jsonl and flickr30k_images/."""
+    for split, name in (("train", "train"), ("val", "dev"), ("test", "test")):
+        rows: list[dict[str, Any]] = []
+        photos: dict[Any, str] = {}
+        for record in entailment_records(split, size, _split_count(split, count)):
+            photo = photos.setdefault(record.image, f"{SPLIT_DIGITS[split]}{len(photos):07d}")
+            path = folder / "flickr30k_images" / f"{photo}.jpg"
+            if not path.exists():
+                _write_image(path, record.image)
+            about = {
+                "annotator_labels": [record.captions[0]],
+                "captionID": f"{photo}.jpg#0",
+                "gold_label": record.captions[0],
+            }
+            row = {"pairID": f"{photo}.jpg#0r{len(rows)}", "sentence1": "", "sentence2": record.question}
+            rows.append({**about, **row, "Flickr30K_ID": photo})
+        _write_lines(folder / f"snli_ve_{name}.jsonl", rows)
+
+
+def write_nlvr2(folder: Path, count: int, size: int) -> None:
+    """NLVR2: data/{train,dev,test1}.json, a JSON object a line, and images/train/NUMBER/, dev/ and test1/."""
+    for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
+        rows: list[dict[str, Any]] = []
+        pairs: dict[Any, str] = {}
+        for record in comparison_records(split, size, _split_count(split, count)):
+            number = len(pairs)
+            pair = pairs.setdefault(record.images, f"{name}-{number // 2}-{number % 2}")
+            directory = number % 3
+            place = folder / (f"images/train/{directory}" if split == "train" else name)
+            if len(pairs) > number:
+                for i, image in enumerate(record.images):
+                    _write_image(place / f"{pair}-img{i}.png", image)
+            urls = {f"{side}_url": f"scenes:{pair}" for side in ("left", "right")}
+            about = {"identifier": f"{pair}-{len(rows) % 2}", "sentence": record.question, **urls}
+            inside = {"directory": directory} if split == "train" else {}
+            rows.append({**about, "label": record.captions[0].capitalize(), "synset": "scene", "query": "", **inside})
+        _write_lines(folder / "data" / f"{name}.json", rows)
+
+
+def write_pairs(folder: Path, count: int, size: int) -> None:
+    """Your own texts about two photos: pairs.csv and images/."""
+    rows = ["image,image2,text,label,split,kind"]
+    for split in ("train", "val"):
+        for record in comparison_records(split, size, _split_count(split, count)):
+            names = [f"{split}_{len(rows)}_{i}.png" for i in (0, 1)]
+            for name, image in zip(names, record.images, strict=True):
+                _write_image(folder / "images" / name, image)
+            rows.append(",".join([*names, record.question, record.captions[0], split, str(record.domain)]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pairs.csv").write_text("\n".join(rows))
 
 
 def _split_count(split: str, count: int) -> int:
@@ -186,16 +243,24 @@ def _coco_captions(images: list[dict[str, Any]], records: Sequence[Record]) -> d
     return {"info": {**info, "date_created": ""}, "licenses": LICENSES, "images": images, "annotations": annotations}
 
 
-def _jpeg(record: Record) -> bytes:
+def _jpeg(image: Callable[[], Image.Image]) -> bytes:
     """JPEG with full chroma resolution (4:4:4): halving it would blur the colours of objects a few pixels wide."""
     buffer = io.BytesIO()
-    record.image().save(buffer, "JPEG", quality=95, subsampling=0)
+    image().save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
-def _write_image(path: Path, record: Record) -> None:
+def _write_image(path: Path, image: Callable[[], Image.Image]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_jpeg(record))
+    if path.suffix == ".png":
+        image().save(path)
+    else:
+        path.write_bytes(_jpeg(image))
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -210,6 +275,9 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
     "coco": write_coco,
     "nocaps": write_nocaps,
     "vqa": write_vqa,
+    "snli_ve": write_snli_ve,
+    "nlvr2": write_nlvr2,
+    "pairs": write_pairs,
 }
 
 

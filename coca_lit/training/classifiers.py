@@ -1,0 +1,164 @@
+"""Classifiers that are trained beside the network: of a text beside one or several images, by the decoder's state; and
+of images, by an attentional pooler of their own.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coca_lit.data.batch import Batch, padded
+from coca_lit.data.records import Record
+from coca_lit.errors import DataError, check_number
+from coca_lit.evals.inference import rows_of
+from coca_lit.evals.vqa import fitting
+from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
+from coca_lit.models import CoCa
+from coca_lit.models.packing import to_device
+from coca_lit.models.patches import Images
+from coca_lit.training.objectives import Objective
+
+
+class Classifier(Objective):
+    """A linear layer over features of a sample, one logit for each class, with cross-entropy. A subclass says what the
+    features are: `width_of` and `features`.
+
+    Args:
+        classes: the labels, each the first caption of a record.
+        label_smoothing: the share of every target that is spread over the classes, in training.
+        weight: factor of the loss, by the name of the term.
+    """
+
+    def __init__(self, classes: Sequence[str], label_smoothing: float = 0.0, **weight: float) -> None:
+        super().__init__(**weight)
+        if len(set(classes)) != len(classes) or len(classes) < 2:
+            raise ValueError(f"expected two or more different classes to choose from, got {len(classes)}")
+        check_number("label_smoothing", label_smoothing, at_least=0, at_most=1)
+        (self.term,) = weight
+        self.classes, self.label_smoothing = list(classes), label_smoothing
+        self._numbers = {name: i for i, name in enumerate(classes)}
+
+    def build(self, net: CoCa) -> None:
+        self.head = nn.Linear(self.width_of(net), len(self.classes))
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def width_of(self, net: CoCa) -> int:
+        """The length D of the features of a sample."""
+        raise NotImplementedError
+
+    def features(self, net: CoCa, batch: Batch) -> Tensor | None:
+        """(B, D); None for a batch that is not for this classifier."""
+        raise NotImplementedError
+
+    def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
+        """(B, D) of records whose images are at hand."""
+        raise NotImplementedError
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy in nats per sample; 0 for a batch that is not for this classifier."""
+        if (features := self.features(net, batch)) is None:
+            return {self.term: 0 * (self.head.weight.sum() + self.head.bias.sum())}
+        return {self.term: self.loss_of(self.head(features).float(), batch)}
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Of logits (B, N): a scalar."""
+        targets = to_device(torch.tensor([self.number(people[0]) for people in batch.answers]), logits.device)
+        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing if self.training else 0.0)
+
+    def number(self, label: str) -> int:
+        """Of a class; raises `DataError` if there is no such class."""
+        if (number := self._numbers.get(label)) is None:
+            known = ", ".join(self.classes[:5]) + (", …" if len(self.classes) > 5 else "")
+            raise DataError(f"the data have the label {label!r:.80}, and the classifier {known}: name all classes")
+        return number
+
+    def logits(self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
+        """(I, N) of records and classes, on the CPU of every rank."""
+
+        def compute(part: Sequence[Record], images: Images) -> Tensor:
+            return self.head(self.features_of(net, part, images))
+
+        return rows_of(net, records, compute, batch_size, num_workers)
+
+
+class StateClassifier(Classifier):
+    """Classifies the decoder's state at the end of a text, which depends on the text and the image; of several images
+    the states side by side, as CoCa does for NLVR2 (arXiv 2205.01917, appendix).
+
+    Args:
+        images: of each record.
+    """
+
+    def __init__(
+        self, classes: Sequence[str], images: int = 1, label_smoothing: float = 0.0, weight: float = 1.0
+    ) -> None:
+        super().__init__(classes, label_smoothing, labels=weight)
+        check_number("images", images, whole=True, at_least=1)
+        self.images = images
+
+    def build(self, net: CoCa) -> None:
+        if net.decoder is None:
+            raise ValueError("texts are classified by a decoder, which a model with decoder_layers=0 lacks")
+        of_decoder = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
+        self.trains = of_decoder + [part for part in net.parameters_of_loss("caption") if part != "decoder"]
+        super().build(net)
+
+    def width_of(self, net: CoCa) -> int:
+        return self.images * net.config["text_width"]
+
+    def features(self, net: CoCa, batch: Batch) -> Tensor | None:
+        if batch.prefix_lengths is None:
+            return None
+        return self.states(net, batch.images, batch.tokens, batch.prefix_lengths)
+
+    def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
+        texts = [fitting(net.tokenizer, record.question) for record in records]
+        rows = [ids[:-1] for ids in net.tokenizer.encode_batch(texts)]
+        tokens, lengths = padded(rows, net.tokenizer.pad_id)
+        return self.states(net, images, tokens.to(net.device), lengths)
+
+    def states(self, net: CoCa, images: Images, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(B, n · D) for n images of each of B texts; raises `DataError` for another number of images."""
+        if len(images) != self.images * len(tokens):
+            raise DataError(
+                f"the classifier takes {self.images} images with each text, got {len(images)} images and {len(tokens)} "
+                "texts: set model.objectives.NAME.images"
+            )
+        beside = partial(torch.repeat_interleave, repeats=self.images, dim=0)
+        states = net.multimodal_state(images, beside(tokens), beside(lengths))  # (B · n, D)
+        return states.unflatten(0, (-1, self.images)).flatten(1)
+
+
+class AnswerClassifier(StateClassifier):
+    """Answers as classes. Every answer is a binary classification whose target is the accuracy that the answer would
+    score (Teney et al. 2017, arXiv 1708.02711): people disagree, and several answers can be right.
+
+    Args:
+        answers: the classes, normalised.
+        weight: factor of the loss, a sum over answers.
+    """
+
+    def __init__(self, answers: Sequence[str], weight: float = 1.0) -> None:
+        Classifier.__init__(self, answers, answers=weight)
+        self.images = 1
+
+    def build(self, net: CoCa) -> None:
+        super().build(net)
+        nn.init.constant_(self.head.bias, -5.0)  # at first every answer counts as wrong, as most are
+
+    def loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Summed over answers."""
+        targets = to_device(self.targets(batch.answers), logits.device)
+        return F.binary_cross_entropy_with_logits(logits, targets) * len(self.classes)
+
+    def targets(self, answers: Sequence[Sequence[str]]) -> Tensor:
+        """(B, N): the score of each of the N answers against the people's answers to each of B questions."""
+        targets = torch.zeros(len(answers), len(self.classes))
+        for row, people in zip(targets, answers, strict=True):
+            for answer in set(people):
+                if (i := self._numbers.get(normalize_answer(answer))) is not None:
+                    row[i] = max(row[i].item(), vqa_accuracy(answer, people))
+        return targets

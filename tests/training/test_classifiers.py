@@ -1,0 +1,186 @@
+"""Classifiers beside the network: of answers, of texts beside one or two images, of images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from coca_lit.data.batch import Batch, collate
+from coca_lit.data.datamodule import SceneQuestionsDataModule, SceneStatementsDataModule
+from coca_lit.data.records import Record
+from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
+from coca_lit.errors import DataError
+from coca_lit.lit_module import CoCaLit
+from coca_lit.models import CoCa, create_model
+from coca_lit.training.classifiers import AnswerClassifier, StateClassifier
+from coca_lit.training.optim import AdamW
+
+OPTIMIZER = AdamW(lr=1e-3)
+ANSWERS = ["red", "2", "left"]
+
+
+@pytest.fixture(scope="module")
+def net() -> CoCa:
+    torch.manual_seed(0)
+    return create_model("coca_tiny", tokenizer="scenes_statements").eval()
+
+
+@pytest.fixture(scope="module")
+def questions(net: CoCa) -> Batch:
+    return next(iter(SceneQuestionsDataModule(tokenizer=net.tokenizer, batch_size=8, train_count=8).train_dataloader()))
+
+
+def statements(net: CoCa, task: Any) -> Batch:
+    data = SceneStatementsDataModule(task, train_count=8, tokenizer=net.tokenizer, batch_size=8, image_size=32)
+    return next(iter(data.train_dataloader()))
+
+
+def randomised(classifier: Any, net: CoCa) -> Any:
+    classifier.build(net)
+    torch.nn.init.normal_(classifier.head.weight)
+    torch.nn.init.normal_(classifier.head.bias)
+    return classifier.eval()
+
+
+# Answers
+
+
+def built(net: CoCa) -> AnswerClassifier:
+    classifier = AnswerClassifier(ANSWERS)
+    classifier.build(net)
+    return classifier
+
+
+def test_targets_are_the_accuracies_of_answers(net: CoCa) -> None:
+    classifier = built(net)
+    people = [("red",) * 10, ("two",) * 2 + ("The left",) * 3 + ("up",) * 5, ("?",) * 10]
+    expected = torch.tensor([[1, 0, 0], [0, 0.6, 0.9], [0, 0, 0]])
+    torch.testing.assert_close(classifier.targets(people), expected)
+
+
+def test_the_loss_is_that_of_yes_or_no_questions(net: CoCa, questions: Batch) -> None:
+    torch.manual_seed(1)
+    classifier = built(net)
+    torch.nn.init.normal_(classifier.head.weight)
+    with torch.no_grad():
+        p = (
+            classifier.head(net.multimodal_state(questions.images, questions.tokens, questions.prefix_lengths))
+            .double()
+            .sigmoid()
+        )
+        target = classifier.targets(questions.answers)
+        expected = -(target * p.log() + (1 - target) * (1 - p).log()).sum(dim=1).mean()
+    torch.testing.assert_close(classifier(net, questions)["answers"], expected.float(), atol=1e-3, rtol=0)
+    assert classifier(net, questions._replace(prefix_lengths=None, answers=()))["answers"].item() == 0
+
+
+def test_a_classifier_keeps_the_decoder_from_freezing() -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_statements")
+    CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"answers": AnswerClassifier(ANSWERS)})
+    frozen = {name for name, p in net.decoder.named_parameters() if not p.requires_grad}
+    assert frozen == {"vocabulary.weight"}
+    assert not net.logit_scale.requires_grad
+
+
+def test_a_classifier_keeps_a_pooler_of_the_decoder_alone_from_freezing(questions: Batch) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_statements", pooler="parallel")
+    model = CoCaLit(net, OPTIMIZER, 0, 1.0, 0.0, objectives={"answers": AnswerClassifier(ANSWERS)})
+    model.training_step(questions, 0).backward()
+    assert all(p.grad is not None for p in net.pooling.generative.parameters())
+
+
+# Texts beside images
+
+
+def naive_states(net: CoCa, records: Sequence[Record]) -> Tensor:
+    """(I, n · D): every text beside every one of its images alone, without padding."""
+    rows = []
+    for record in records:
+        ids = torch.tensor([net.tokenizer.encode(record.question)[:-1]])
+        with torch.no_grad():
+            rows.append(torch.cat([net.multimodal_state(_pixels(image()), ids)[0] for image in record.images]))
+    return torch.stack(rows)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None]
+
+
+@pytest.mark.parametrize(
+    ("make", "labels", "images"), [(entailment_records, LABELS, 1), (comparison_records, TRUTHS, 2)], ids=["one", "two"]
+)
+def test_logits_are_a_linear_layer_of_the_states_side_by_side(make: Any, labels: Any, images: int, net: CoCa) -> None:
+    classifier = randomised(StateClassifier(labels, images=images), net)
+    records = make("val", size=32, count=4)[:7]
+    states = naive_states(net, records).double().numpy()
+    weight, bias = (p.detach().double().numpy() for p in (classifier.head.weight, classifier.head.bias))
+    found = classifier.logits(net.train(), records, batch_size=3)
+    assert net.training
+    net.eval()
+    np.testing.assert_allclose(found.numpy(), states @ weight.T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize(("task", "labels", "images"), [("entailment", LABELS, 1), ("comparison", TRUTHS, 2)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_cross_entropy_of_the_label(
+    task: str, labels: Any, images: int, smoothing: float, net: CoCa
+) -> None:
+    classifier = randomised(StateClassifier(labels, images, label_smoothing=smoothing), net)
+    batch = statements(net, task)
+    assert len(batch.images) == images * len(batch.tokens) == images * 8
+    with torch.no_grad():
+        terms = classifier.train()(net, batch)
+        evaluated = classifier.eval()(net, batch)
+        logits = classifier.head(classifier.features(net, batch)).double().numpy()
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    numbers = [labels.index(people[0]) for people in batch.answers]
+    right = np.mean([log_p[i, number] for i, number in enumerate(numbers)])
+    assert terms["labels"].item() == pytest.approx(-(1 - smoothing) * right - smoothing * log_p.mean(), rel=1e-4)
+    assert evaluated["labels"].item() == pytest.approx(-right, rel=1e-4)
+
+
+def test_a_training_batch_has_the_images_and_the_text_of_its_records(net: CoCa) -> None:
+    """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
+    batch = statements(net, "comparison")
+    records = {record.id: record for record in comparison_records("train", size=32, count=8)}
+    for i, key in enumerate(batch.keys):
+        record = records[key]
+        for place, image in enumerate(record.images):
+            torch.testing.assert_close(batch.images[2 * i + place], _pixels(image())[0])
+        read = batch.tokens[i, : int(batch.prefix_lengths[i])]
+        assert read.tolist() == net.tokenizer.encode(record.question)[:-1]
+        assert batch.answers[i] == record.captions
+
+
+def test_a_step_trains_image_encoder_text_and_head() -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_statements")
+    module = CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"labels": StateClassifier(TRUTHS, images=2)})
+    module.training_step(statements(net, "comparison"), 0).backward()
+    assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert not net.decoder.vocabulary.weight.requires_grad
+
+
+def test_what_does_not_fit_is_said(net: CoCa) -> None:
+    batch = statements(net, "comparison")
+    with pytest.raises(DataError, match=r"takes 1 images.*got 16 images and 8 texts"):
+        randomised(StateClassifier(TRUTHS), net)(net, batch)
+    with pytest.raises(DataError, match=r"label 'true'.*yes, no"):
+        randomised(StateClassifier(["yes", "no"], images=2), net)(net, batch)
+    with pytest.raises(ValueError, match="two or more different classes"):
+        StateClassifier(["yes", "yes"])
+    with pytest.raises(ValueError, match="decoder"):
+        StateClassifier(TRUTHS).build(create_model("coca_tiny", decoder_layers=0))
+
+
+def test_samples_of_a_batch_have_equally_many_images(net: CoCa) -> None:
+    batch = [*comparison_records("val", size=32, count=2)[:1], *entailment_records("val", size=32, count=1)[:1]]
+    data = SceneStatementsDataModule("comparison", train_count=2, tokenizer=net.tokenizer, batch_size=2, image_size=32)
+    data.records = lambda split: batch
+    examples = data.training_examples()
+    mixed = [examples.example(index) for index in next(iter(data.indices_from(0, 0)))]
+    with pytest.raises(DataError, match="1 and 2 images"):
+        collate(mixed, 0)
