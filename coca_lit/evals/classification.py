@@ -1,5 +1,5 @@
 """Scores of classification: zero-shot, by the names of the classes; and without any text, which shows what the image
-encoder knows, by nearest neighbours and a linear probe.
+encoder knows, by nearest neighbours, a linear probe and an attentional pooler.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record
-from coca_lit.distributed import rank
+from coca_lit.distributed import print_rank_zero, rank
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
+from coca_lit.evals.pooler_probe import PoolerProbe
 from coca_lit.evals.samples import confusion_samples
 from coca_lit.metrics.classification import ZeroShotAccuracy, class_features, linear_classifier, neighbour_votes
 from coca_lit.metrics.conditions import digest
+from coca_lit.metrics.uncertainty import Draws, difference
 from coca_lit.models import CoCa, DualEncoder
 
 
@@ -82,13 +84,16 @@ class ZeroShotScores(Evaluation):
 
 class ProbeScores(Evaluation):
     """Accuracy of classes that are learned from the features of training images: "knn/top1" by a vote of the nearest
-    ones, "linear/top1" by logistic regression. The features are the ones that retrieval uses, of unit length.
+    ones, "linear/top1" by logistic regression. The features are the ones that retrieval uses, of unit length. With a
+    `pooler` also "pooler/top1" by an attentional pooler on all tokens of the image encoder, "mean/top1" by logistic
+    regression on their means, and "pooler_gain/top1": the first minus the second, on the same images.
 
     Args:
         images: the images that are classified.
         training: images of the same classes to learn from.
         k: neighbours that vote.
         c: inverse of the regularisation of the linear classifier; the default is CLIP's for ImageNet.
+        pooler: how the pooler is trained; None for none.
 
     Raises:
         DataError: the two sets have other classes.
@@ -103,6 +108,7 @@ class ProbeScores(Evaluation):
         training: Classification,
         k: int = 20,
         c: float = 0.316,
+        pooler: PoolerProbe | None = None,
         every: int = 0,
     ) -> None:
         super().__init__(name, images.records, every)
@@ -112,9 +118,12 @@ class ProbeScores(Evaluation):
                 f"and {len(images.class_names)}"
             )
         self.images, self.training, self.k, self.c = images, training, k, c
+        self.pooler = pooler if pooler is not None and pooler.epochs else None
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        own = {"k": self.k} if score.startswith("knn/") else {"c": self.c}
+        own: dict[str, Any] = {"k": self.k} if score.startswith("knn/") else {"c": self.c}
+        if score.startswith("pooler") and self.pooler is not None:
+            own = self.pooler.conditions | (own if "gain" in score else {})
         return own | {"training_images": digest(record.id for record in self.training.records)}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
@@ -135,10 +144,34 @@ class ProbeScores(Evaluation):
         votes = neighbour_votes(known, taught, seen, classes, min(self.k, len(known)))  # (I, C)
         # Of equal votes the first class wins, as in scikit-learn.
         votes = votes - torch.arange(classes, device=votes.device) / (classes + 1)
+        ways = {"knn": votes, "linear": seen.double() @ weights.T + biases}
+        if self.pooler is not None and settings.full:
+            ways |= self._pooled(self.pooler, model, records, taught, settings)
         scores: dict[str, float] = {}
-        for way, found in {"knn": votes, "linear": seen.double() @ weights.T + biases}.items():
+        for way, found in ways.items():
             accuracy = ZeroShotAccuracy(resample=settings.full)
             accuracy.update(found.cpu(), labels, [record.id for record in records])
             scores |= {f"{way}/{score}": value for score, value in accuracy.compute().items()}
             self.draws |= {f"{way}/{score}": draws for score, draws in accuracy.draws.items()}
+        if {"pooler/top1", "mean/top1"} <= self.draws.keys():
+            gain = difference(self.draws["mean/top1"], self.draws["pooler/top1"])
+            values = self.draws["pooler/top1"].values - self.draws["mean/top1"].values
+            self.draws["pooler_gain/top1"] = Draws(values, gain.value, self.draws["pooler/top1"].units)
+            scores["pooler_gain/top1"] = gain.value
+            print_rank_zero(
+                f"{self.name}: the pooler finds {100 * gain.value:+.2f} points [{100 * gain.low:.2f}, "
+                f"{100 * gain.high:.2f}] more than a linear layer on the means of the same tokens, p = {gain.p:.3f}"
+            )
         return scores
+
+    def _pooled(
+        self, pooler: PoolerProbe, model: DualEncoder, records: Sequence[Record], taught: Tensor, settings: Settings
+    ) -> dict[str, Tensor]:
+        """(I, C) of the pooler and of a linear classifier on the means of tokens, for a model with such tokens."""
+        if not isinstance(model, CoCa) or model.image_encoder.takes_patches:
+            self.not_run[f"{self.name} pooler"] = "the probe takes a CoCa whose images have one shape"
+            return {}
+        classes = len(self.images.class_names)
+        found = pooler.probe(model, self.training.records, taught, records, classes, settings.workers)
+        weights, biases = linear_classifier(found.train_means, taught.cpu(), classes, self.c)
+        return {"pooler": found.logits, "mean": found.means.double() @ weights.T + biases}

@@ -88,6 +88,8 @@ WAYS = {  # second parts of the names of scores: how an answer was found -> for 
     "linear": "by a linear probe",
     "classifier": "by the classifier",
     "pooler": "by a probe with an attentional pooler",
+    "mean": "by a linear probe of the mean token",
+    "pooler_gain": "the pooler minus the linear probe of the mean token",
     "blind": "best guess without the image",
     "half": "half of the images",
     "folds": "mean of folds",

@@ -16,6 +16,8 @@ from coca_lit.evals.inference import rows_of
 from coca_lit.evals.vqa import fitting
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
+from coca_lit.models.init import init_pooler
+from coca_lit.models.layers import AttentionalPooler
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images
 from coca_lit.training.objectives import Objective
@@ -162,3 +164,54 @@ class AnswerClassifier(StateClassifier):
                 if (i := self._numbers.get(normalize_answer(answer))) is not None:
                     row[i] = max(row[i].item(), vqa_accuracy(answer, people))
         return targets
+
+
+class PoolerClassifier(Classifier):
+    """Classifies images by an attentional pooler of its own on the tokens of the image encoder (CoCa, arXiv 2205.01917,
+    section 4.1: "finetuned").
+
+    Args:
+        heads: of the pooler.
+        mixup: a and b of the beta distribution of the share of each image in a mixture of two (Zhang et al. 2018, arXiv
+            1710.09412), whose target is mixed alike; 0 mixes nothing.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        heads: int = 8,
+        mixup: float = 0.0,
+        label_smoothing: float = 0.0,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(classes, label_smoothing, classes=weight)
+        check_number("heads", heads, whole=True, at_least=1)
+        check_number("mixup", mixup, at_least=0)
+        self.heads, self.mixup = heads, mixup
+
+    def build(self, net: CoCa) -> None:
+        if net.image_encoder.takes_patches:
+            raise ValueError("the classifier takes images of one shape: use another image encoder than naflex")
+        self.pooler = AttentionalPooler(net.image_encoder.width, net.image_encoder.width, 1, self.heads)
+        init_pooler(self.pooler)
+        super().build(net)
+
+    def width_of(self, net: CoCa) -> int:
+        return net.image_encoder.width
+
+    def features(self, net: CoCa, batch: Batch) -> Tensor:
+        return self.features_of(net, (), batch.images)
+
+    def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
+        return self.pooler(net.image_encoder(images))[:, 0]
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy in nats per image; in training of mixtures of the first image with the last, and so on."""
+        if not self.training or not self.mixup or not isinstance(batch.images, Tensor):
+            return super().forward(net, batch)
+        share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
+        pixels = batch.images if batch.images.is_floating_point() else net.image_encoder.normalise(batch.images)
+        mixed = batch._replace(images=share * pixels + (1 - share) * pixels.flip(0))
+        logits = self.head(self.features(net, mixed)).float()
+        other = batch._replace(answers=batch.answers[::-1])
+        return {self.term: share * self.loss_of(logits, batch) + (1 - share) * self.loss_of(logits, other)}

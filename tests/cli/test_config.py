@@ -69,7 +69,7 @@ def test_experiment_on_other_data_is_scored_on_them(experiment: str, data: str) 
     assert {name.split("_")[0] for name in cfg.evals} <= {prefix, "compositional"}
 
 
-@pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("records", "scenes", "scenes_vqa", "laion")])
+@pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("records", "laion") and "scenes" not in o])
 def test_evaluation_reads_the_folder_of_the_data(data: str) -> None:
     evals = compose(f"data={data}", "data.root=/elsewhere").evals
     assert {node.records.root for node in evals.values()} == {"/elsewhere"}
@@ -284,7 +284,8 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         (
             {"defaults": [{"override /data": "ours"}], "data": {"root": "x"}},
             "'data' has no option 'ours'; did you mean 'our'? The options: flickr30k, flickr8k, laion, mscoco, "
-            "my_photos, nocaps, our, records, scenes, scenes_vqa, vqa",
+            "my_photos, nlvr2, nocaps, our, pairs, records, scenes, scenes_comparison, scenes_entailment, scenes_vqa, "
+            "snli_ve, vqa",
         ),
     ],
 )

@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from coca_lit.data.scenes import facts, render
+from coca_lit.data.scenes import facts, render, statements
 from coca_lit.models import create_model
 from coca_lit.models.presets import VOCABULARIES
 from helpers.study import PROFILE, SMALL, millions
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("scenes", render.VOCABULARY), ("scenes_vqa", facts.VOCABULARY)], ids=["scenes", "scenes_vqa"]
+    ("name", "words"),
+    [
+        ("scenes", render.VOCABULARY),
+        ("scenes_vqa", facts.VOCABULARY),
+        ("scenes_statements", statements.VOCABULARY),
+    ],
+    ids=["scenes", "scenes_vqa", "scenes_statements"],
 )
 def test_vocabulary_of_the_scenes(name: str, words: tuple[str, ...]) -> None:
     assert VOCABULARIES[name] == list(words)

@@ -14,9 +14,10 @@ from coca_lit.data.datamodule import SceneQuestionsDataModule, SceneStatementsDa
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.errors import DataError
+from coca_lit.evals.pooler_probe import ClassPooler
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.classifiers import AnswerClassifier, StateClassifier
+from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier
 from coca_lit.training.optim import AdamW
 
 OPTIMIZER = AdamW(lr=1e-3)
@@ -184,3 +185,75 @@ def test_samples_of_a_batch_have_equally_many_images(net: CoCa) -> None:
     mixed = [examples.example(index) for index in next(iter(data.indices_from(0, 0)))]
     with pytest.raises(DataError, match="1 and 2 images"):
         collate(mixed, 0)
+
+
+# Images
+
+
+CLASSES = ["cat", "dog", "fish"]
+
+
+@pytest.fixture(scope="module")
+def classified(net: CoCa) -> Batch:
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    tokens, lengths = torch.zeros(4, 3, dtype=torch.long), torch.full((4,), 3)
+    return Batch(images, tokens, lengths, list("abcd"), answers=(("dog",), ("cat",), ("dog",), ("fish",)))
+
+
+def pooler_classifier(net: CoCa, **options: Any) -> PoolerClassifier:
+    return randomised(PoolerClassifier(CLASSES, heads=4, **options), net)
+
+
+def test_images_are_classified_by_a_query_and_a_linear_layer(net: CoCa, classified: Batch) -> None:
+    """As the head of the probe, which is compared with NumPy."""
+    classifier = pooler_classifier(net)
+    probe = ClassPooler(net.image_encoder.width, 3, heads=4)
+    probe.pooler.load_state_dict(classifier.pooler.state_dict())
+    probe.head.load_state_dict(classifier.head.state_dict())
+    with torch.no_grad():
+        logits = probe(net.image_encoder(classified.images))
+        loss = classifier(net, classified)["classes"]
+    expected = -logits.double().log_softmax(dim=1)[range(4), [1, 0, 1, 2]].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_mixup_mixes_images_and_targets_with_one_share(net: CoCa, classified: Batch) -> None:
+    classifier = pooler_classifier(net, mixup=0.4, label_smoothing=0.1).train()
+    torch.manual_seed(3)
+    share = float(torch.distributions.Beta(0.4, 0.4).sample())
+    torch.manual_seed(3)
+    with torch.no_grad():
+        found = classifier(net, classified)["classes"]
+        pixels = net.image_encoder.normalise(classified.images)
+        mixed = torch.stack([share * pixels[i] + (1 - share) * pixels[3 - i] for i in range(4)])
+        logits = classifier.head(classifier.pooler(net.image_encoder(mixed))[:, 0]).double().numpy()
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    targets = np.full((4, 3), 0.1 / 3)
+    for i, (one, other) in enumerate(zip([1, 0, 1, 2], [2, 1, 0, 1], strict=True)):
+        targets[i, one] += 0.9 * share
+        targets[i, other] += 0.9 * (1 - share)
+    assert 0.01 < share < 0.99
+    assert found.item() == pytest.approx(-(targets * log_p).sum(axis=1).mean(), rel=1e-4)
+    with torch.no_grad():
+        plain = pooler_classifier(net)(net, classified)
+    assert classifier.eval()(net, classified)["classes"].shape == plain["classes"].shape == ()
+
+
+def test_layers_learn_at_rates_of_their_own() -> None:
+    """The pooler and the head with the full rate, the encoder with less the further down."""
+    net = create_model("coca_tiny")
+    classifier = PoolerClassifier(CLASSES, heads=4)
+    parts = ["pooling", "text", "decoder"]
+    module = CoCaLit(net, AdamW(lr=1.0, layer_decay=0.5), 0, 0.0, 0.0, freeze=parts, objectives={"c": classifier})
+    assert not [n for n, p in net.named_parameters() if p.requires_grad and not n.startswith("image_encoder.")]
+    rates = {group["lr"] for group in module.make_optimizer(net).param_groups}
+    assert max(rates) == 0.5
+    assert len(rates) > 2
+    assert {group["lr"] for group in module.make_optimizer(module.objectives).param_groups} == {1.0}
+
+
+def test_images_of_any_shape_are_refused() -> None:
+    net = create_model("coca_tiny")
+    net.image_encoder.takes_patches = True
+    with pytest.raises(ValueError, match="naflex"):
+        PoolerClassifier(CLASSES).build(net)

@@ -6,7 +6,7 @@ Class names and prompt templates are data: a JSON file {"classes": {folder: name
 import functools
 import os
 import random
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +80,33 @@ def image_folder(root: str | Path, classes: str | Path | None = None, subset: bo
     return Classification(records, {file: number[folder] for folder, file in images}, tuple(names.values()), templates)
 
 
+def class_records(
+    root: str | Path, split: str, classes: str | Path | None = None, as_text: bool = False
+) -> list[Record]:
+    """Images of root/SPLIT/FOLDER/*.jpg with their classes as captions, to train on.
+
+    Args:
+        root: folder of train/ and val/, each with a folder per class.
+        split: one of these.
+        classes: names and templates, as of `image_folder`.
+        as_text: the captions are the templates with the name, such as "a photo of a dog."; else the name alone.
+    """
+    images = image_folder(Path(root) / split, classes)
+    return captioned(images, images.templates if as_text else ("{}",))
+
+
+def class_names(root: str | Path, classes: str | Path | None = None) -> tuple[str, ...]:
+    """The classes of `class_records`."""
+    return image_folder(Path(root) / "train", classes).class_names
+
+
+def captioned(images: Classification, templates: Sequence[str]) -> list[Record]:
+    """The records with the name of their class in each template as captions (CoCa treats labels as texts, arXiv
+    2205.01917, section 3.2)."""
+    texts = [tuple(template.replace("{}", name) for template in templates) for name in images.class_names]
+    return [record._replace(captions=texts[images.labels[record.id]]) for record in images.records]
+
+
 def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     path = ASSETS / "imagenet.json" if path == "imagenet" else Path(path)
     content = read_json(path)
@@ -97,16 +124,25 @@ def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     return classes, templates
 
 
-def scene_classes(size: int = 32) -> Classification:
-    """Built-in scenes of two objects with the same colour and shape, which is the class; none is in the training split.
+def scene_class_records(split: str, size: int = 32) -> list[Record]:
+    """Training scenes with a class, each with the name of its class as text; none in other splits."""
+    images = scene_classes(size, trained=True)
+    return captioned(images, ("a {}",)) if split == "train" else []
+
+
+def scene_classes(size: int = 32, trained: bool = False) -> Classification:
+    """Built-in scenes of two objects with the same colour and shape, which is the class.
 
     The prompts of a class are the captions of such scenes.
+
+    Args:
+        trained: those of the training split, else all others.
     """
-    trained = {record.id for record in scene_records("train")}
+    known = {record.id for record in scene_records("train")}
     classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
     kinds = {number: {thing[1:] for thing in decode(number).things} for number in range(space_size(2))}
     label = {number: classes.index(" ".join(kind.pop())) for number, kind in kinds.items() if len(kind) == 1}
-    numbers = [number for number in label if number not in trained]
+    numbers = [number for number in label if (number in known) == trained]
     random.Random(0).shuffle(numbers)
     records = [Record(number, functools.partial(render, number, size)) for number in numbers]
     pairs = [Scene(axis, (Thing(a, "C", "S"), Thing(b, "C", "S"))) for axis in AXES for a in SIZES for b in SIZES]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from coca_lit.cli.assembly import resolve_target
 from coca_lit.cli.command import command
 from coca_lit.cli.module import add_adapters, load_source, make_module, with_recipe, with_vocabulary
 from coca_lit.errors import ConfigError, check_number, error_context
@@ -42,10 +43,20 @@ def run(cfg: DictConfig) -> None:
     self_critical = cfg.model.get("self_critical") is not None
     not_counted = {
         "model.self_critical": self_critical,
-        "model.objectives": any((cfg.model.get("objectives") or {}).values()),
+        "model.objectives": any(map(_is_not_counted, (cfg.model.get("objectives") or {}).values())),
     }
     if left_out := [key for key, given in not_counted.items() if given]:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
+
+
+def _is_not_counted(objective: DictConfig | None) -> bool:
+    """Whether a plan leaves an objective out: all but classifiers."""
+    from coca_lit.training.classifiers import Classifier
+
+    if not objective:
+        return False
+    made = resolve_target(objective["_target_"], "model.objectives")
+    return not (isinstance(made, type) and issubclass(made, Classifier))
 
 
 def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recipe]":
@@ -58,6 +69,7 @@ def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recip
 
     from coca_lit.tools.plan.estimate import measure
     from coca_lit.tools.plan.trace import cost, on_gpu
+    from coca_lit.training.classifiers import Classifier
 
     with error_context("data"):  # which a training would build
         check_number("batch_size", cfg.data.batch_size, whole=True, at_least=1)
@@ -68,9 +80,10 @@ def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recip
     autocast = AUTOCAST.get(precision)
     if precision.endswith("-true") and precision.startswith(("bf16", "16")):
         module.net.to(torch.bfloat16)
-    weights, model = module.pairs.weights, measure(module.net)
+    classifiers = [made for made in module.further_objectives().values() if isinstance(made, Classifier)]
+    weights, model = module.pairs.weights, measure(module.net, classifiers)
     half = not precision.startswith(("32", "64"))
-    spent = cost(module.net, weights, tokens, getattr(torch, autocast) if autocast else None)
+    spent = cost(module.net, weights, tokens, getattr(torch, autocast) if autocast else None, classifiers)
     spent = on_gpu(module.net, spent, tokens, 2 if half else 4)
     return model, spent, read_recipe(cfg, settings, weights, half)
 

@@ -1,9 +1,9 @@
 """From the cost of a sample to memory per device, samples per second and device-hours."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from coca_lit.models import CoCa
 from coca_lit.tools.plan.settings import LAUNCH, Gpu
@@ -38,8 +38,8 @@ class Recipe(NamedTuple):
     samples: float | None = None  # in the whole training
 
 
-def measure(net: CoCa) -> Model:
-    """The sizes of a network, which may be on the meta device."""
+def measure(net: CoCa, classifiers: Sequence[nn.Module] = ()) -> Model:
+    """The sizes of a network, which may be on the meta device, and of what is trained beside it."""
     named: dict[str, Iterable[Tensor]] = {
         "image encoder": net.image_encoder.parameters(),
         "pooling": [*net.pooling.parameters(), *net.image_projection.parameters()],
@@ -48,13 +48,16 @@ def measure(net: CoCa) -> Model:
     if net.decoder is not None:
         vocabulary = net.decoder.vocabulary.weight
         named |= {"decoder": [p for p in net.decoder.parameters() if p is not vocabulary], "vocabulary": [vocabulary]}
+    beside = [p for module in classifiers for p in module.parameters()]
+    named |= {"classifiers": beside} if beside else {}
     counts = {}
     for part, tensors in named.items():
         sizes = [(p.numel(), p.requires_grad) for p in tensors]
         counts[part] = (sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained))
     groups = [sum(p.nbytes for module in group for p in module.parameters()) for group in blocks(net)]
-    weights = sum(p.nbytes for p in net.parameters())
-    trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    everything = [*net.parameters(), *beside]
+    weights = sum(p.nbytes for p in everything)
+    trained = sum(p.nbytes for p in everything if p.requires_grad)
     return Model(counts, weights, trained, sum(groups), max(groups, default=0), net.config["embed_dim"])
 
 

@@ -9,7 +9,7 @@ The kernels for CPUs are off. What is left differs from a GPU's step in the layo
 grid of attention where there is one.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import finalize
 
@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from coca_lit.data.batch import Batch
 from coca_lit.losses import loss_terms
 from coca_lit.losses.caption import CHUNK, GPU_CHUNK
 from coca_lit.models import CoCa, kernels
+from coca_lit.training.classifiers import Classifier
 
 BATCHES = (64, 128)  # the difference of their peaks is the memory per sample; both exceed a chunk of the losses
 PARTS = {  # part of the plan -> modules of the network
@@ -52,7 +54,13 @@ class Cost(NamedTuple):
     operations: int = 0  # of a step, whatever the number of samples
 
 
-def cost(net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None) -> Cost:
+def cost(
+    net: CoCa,
+    weights: Mapping[str, float],
+    caption_tokens: int,
+    autocast: torch.dtype | None,
+    classifiers: Sequence[Classifier] = (),
+) -> Cost:
     """The cost of a sample in a large batch.
 
     Args:
@@ -60,9 +68,10 @@ def cost(net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast:
         weights: of the losses "contrastive" and "caption"; a loss of weight 0 is skipped.
         caption_tokens: mean length of the captions, start and end included.
         autocast: type of mixed precision; None computes in the type of the weights.
+        classifiers: that are trained beside the network; their texts are as long as captions.
     """
     few, many = BATCHES
-    low, high = (trace(net, weights, caption_tokens, autocast, batch) for batch in BATCHES)
+    low, high = (trace(net, weights, caption_tokens, autocast, batch, classifiers) for batch in BATCHES)
     slope = (high.peak - low.peak) / (many - few)
     forward = {part: flops / few for part, flops in low.forward.items()}
     return Cost(forward, low.total / few, slope, max(low.peak - few * slope, 0.0), low.operations)
@@ -97,7 +106,12 @@ def on_gpu(net: CoCa, spent: Cost, caption_tokens: int, bytes_of_number: int) ->
 
 
 def trace(
-    net: CoCa, weights: Mapping[str, float], caption_tokens: int, autocast: torch.dtype | None, batch: int
+    net: CoCa,
+    weights: Mapping[str, float],
+    caption_tokens: int,
+    autocast: torch.dtype | None,
+    batch: int,
+    classifiers: Sequence[Classifier] = (),
 ) -> Step:
     """A step with `batch` samples. Its FLOPs are without the contrastive logits, which grow with the global batch.
     Arguments as for `cost`.
@@ -107,49 +121,63 @@ def trace(
 
     def mark(end_of: str) -> None:
         totals[end_of] = counter.get_total_flops()
-        if end_of == "network":
+        if end_of in ("network", "classifiers"):
             modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
 
-    inputs = _inputs(net, caption_tokens, batch)
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    step = _Step(net, weights, classifiers)
+    inputs = _inputs(step, caption_tokens, batch)
+    grads = [p.grad for p in step.parameters() if p.grad is not None]
     # In this order: the counter of FLOPs hands on the parts of an operation in its place.
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    with kernels.disabled(), counter, _Recorder([*inputs, *net.parameters(), *net.buffers()], grads) as recorder:
-        _step(net, weights, inputs, autocast, mark)
+    with kernels.disabled(), counter, _Recorder([*inputs, *step.parameters(), *step.buffers()], grads) as recorder:
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            loss = step(*inputs, mark)
+        loss.backward()
     vocabulary = totals["caption"] - totals["network"]
-    parts = [part for part in PARTS if part != "decoder" or vocabulary]
-    root = type(net).__name__
-    forward = {part: sum(modules.get(f"{root}.{name}", 0) for name in PARTS[part]) for part in parts}
+    found = {part: sum(modules.get(f"_Step.net.{name}", 0) for name in names) for part, names in PARTS.items()}
+    forward = {part: flops for part, flops in found.items() if part != "decoder" or flops}
     forward |= {"vocabulary, with its gradients": vocabulary} if vocabulary else {}
+    heads = [f"_Step.classifiers.{i}.{name}" for i, made in enumerate(classifiers) for name, _ in made.named_children()]
+    forward |= {"classifiers": sum(modules.get(name, 0) for name in heads)} if classifiers else {}
     total = counter.get_total_flops() - (totals["contrastive"] - totals["caption"])
     return Step(forward, total, recorder.operations, recorder.peak)
 
 
-def _step(
-    net: CoCa,
-    weights: Mapping[str, float],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    autocast: torch.dtype | None,
-    mark: Callable[[str], None],
-) -> None:
-    """A training step; `mark` is called at the end of the network and of each loss, computed or not."""
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        out = net(*inputs, contrastive=bool(weights["contrastive"]), captioning=bool(weights["caption"]))
+class _Step(nn.Module):
+    """The losses of a training step. One module, so that the counter of FLOPs knows the names of its parts."""
+
+    def __init__(self, net: CoCa, weights: Mapping[str, float], classifiers: Sequence[Classifier]) -> None:
+        super().__init__()
+        self.net, self.weights, self.classifiers = net, weights, nn.ModuleList(classifiers)
+
+    def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor, mark: Callable[[str], None]) -> Tensor:
+        """`mark` is called at the end of the network and of each loss, computed or not."""
+        terms: list[Tensor] = []
+        given = (images[: len(tokens)], tokens, lengths)
+        wanted = {"contrastive": bool(self.weights["contrastive"]), "captioning": bool(self.weights["caption"])}
+        out = self.net(*given, **wanted) if any(wanted.values()) or not self.classifiers else None
         mark("network")
-        terms = loss_terms(out._replace(image_features=None))
+        terms += loss_terms(out._replace(image_features=None)).values() if out is not None else ()
         mark("caption")
-        terms |= loss_terms(out._replace(hidden=None))
+        terms += loss_terms(out._replace(hidden=None)).values() if out is not None else ()
         mark("contrastive")
-        loss = torch.stack([*terms.values()]).sum()
-        del out, terms
-    loss.backward()
+        del out
+        for made in self.classifiers:
+            count = len(tokens) * getattr(made, "images", 1)
+            labels = ((made.classes[0],),) * len(tokens)
+            batch = Batch(images[:count], tokens, lengths, [], prefix_lengths=lengths, answers=labels)
+            terms += made(self.net, batch).values()
+        mark("classifiers")
+        return torch.stack(terms).sum()
 
 
-def _inputs(net: CoCa, caption_tokens: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake images, real tokens and lengths for a network that is made fake, too."""
+def _inputs(step: _Step, caption_tokens: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake images, as many as a sample has at most, real tokens and lengths for a step that is made fake, too."""
+    size = step.net.image_size
+    count = batch * max((getattr(made, "images", 1) for made in step.classifiers), default=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _to_fake(net.train())
-        images = torch.empty(batch, 3, net.image_size, net.image_size, dtype=torch.uint8)
+        _to_fake(step.train())
+        images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     return images, torch.zeros(batch, caption_tokens, dtype=torch.long), torch.full((batch,), caption_tokens)
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.cli.command import compose
+from coca_lit.data.batch import Batch
 from coca_lit.data.scenes.render import render
 from coca_lit.losses import contrastive_loss, loss_terms
 from coca_lit.models import CoCa, create_model, kernels
@@ -19,6 +20,7 @@ from coca_lit.tools.plan import command as cli
 from coca_lit.tools.plan.command import build_without_weights, read_recipe, read_settings
 from coca_lit.tools.plan.estimate import Model, Recipe, flops, largest_batch, largest_micro_batch, measure, memory
 from coca_lit.tools.plan.trace import Cost, cost, trace
+from coca_lit.training.classifiers import StateClassifier
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
 BATCH, TOKENS = 8, 12
@@ -71,6 +73,33 @@ def test_flops_of_a_large_model_are_those_of_the_formulas() -> None:
     assert found.total / BATCH / 1e9 == pytest.approx(99.4, rel=0.01)
     twice = found.forward["vocabulary, with its gradients"] * 2 / 3
     assert (sum(found.forward.values()) - twice) / BATCH / 1e9 == pytest.approx(33.1, rel=0.01)
+
+
+def classifier_of(net: CoCa) -> StateClassifier:
+    classifier = StateClassifier(["no", "yes", "perhaps"], images=2)
+    classifier.build(net)
+    return classifier
+
+
+@pytest.mark.parametrize("weights", [{"contrastive": 0.0, "caption": 0.0}, WEIGHTS], ids=["alone", "and pairs"])
+def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -> None:
+    """Two images of each sample, against the counter in a real step."""
+    real, planned = create_model("coca_tiny").train(), without_weights()
+    beside = classifier_of(real)
+    with torch.device("meta"):
+        counted = classifier_of(planned)
+    tokens, lengths = torch.randint(3, 30, (BATCH, TOKENS)), torch.full((BATCH,), TOKENS)
+    images = torch.zeros(2 * BATCH, 3, 32, 32, dtype=torch.uint8)
+    batch = Batch(images, tokens, lengths, [], prefix_lengths=lengths, answers=(("yes",),) * BATCH)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        beside(real, batch)["labels"].backward()
+    without = trace(without_weights(), weights, TOKENS, None, BATCH).total if any(weights.values()) else 0
+    step = trace(planned, weights, TOKENS, None, BATCH, [counted])
+    assert step.total - without == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert all(step.forward[part] > 0 for part in ("image encoder", "pooling", "text tower", "decoder"))
+    assert step.forward["classifiers"] == 2 * BATCH * 2 * real.config["text_width"] * 3
+    head = sum(p.numel() for p in beside.parameters())
+    assert measure(real, [beside]).weights == measure(real).weights + 4 * head
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
@@ -242,8 +271,12 @@ def test_the_plan_of_an_experiment_is_printed_and_leaves_nothing_behind(
     ("overrides", "said"),
     [
         ([], None),
-        (["model=coca_answers"], "model.objectives"),
-        (["model=coca_answers", "model.objectives.answers=null"], None),
+        (["model=coca_answers"], None),
+        (
+            ["+model.objectives.mine._target_=coca_lit.training.caption_objectives.ParallelPrediction"],
+            "model.objectives",
+        ),
+        (["+model.objectives.mine=null"], None),
         (["+model.self_critical._target_=coca_lit.training.self_critical.SelfCritical"], "model.self_critical"),
     ],
 )

@@ -1,0 +1,222 @@
+"""A probe with an attentional pooler: what all tokens of a frozen image encoder know about classes.
+
+Shapes: N training images, I images to classify, S tokens, C width of the encoder, K classes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.feature_cache import FeatureCache, read_features
+from coca_lit.data.prefetch import worker_options
+from coca_lit.data.records import Record
+from coca_lit.data.transforms import Transform, whole
+from coca_lit.distributed import gather_objects
+from coca_lit.errors import check_number
+from coca_lit.models import CoCa
+from coca_lit.models.image import ImageEncoder
+from coca_lit.models.init import init_pooler
+from coca_lit.models.layers import AttentionalPooler
+
+BYTES = 2  # of a number in fp16
+
+
+class Probed(NamedTuple):
+    """Logits (I, K) of the pooler, and of both sets the means over tokens, (N, C) and (I, C): the same features for a
+    linear classifier.
+    """
+
+    logits: Tensor
+    train_means: Tensor
+    means: Tensor
+
+
+class PoolerProbe:
+    """A learned query that attends to all tokens of the frozen encoder, and a linear layer on what it gathers, trained
+    with AdamW and half a cosine (CoCa, arXiv 2205.01917, section 4.1: "frozen").
+
+    Tokens are stored in fp16, once for all evaluations of an encoder. Images beyond `max_gb` are encoded anew in every
+    epoch.
+
+    Args:
+        cache_dir: folder of the stored tokens, see `coca_lit.data.feature_cache`.
+        epochs: passes over the training images; 0 for no such probe.
+        lr, weight_decay: as for `torch.optim.AdamW`.
+        batch_size: images of a step.
+        heads: of the pooler.
+        label_smoothing: the share of every target that is spread over the classes.
+        max_gb: of stored tokens, training and other images together.
+        seed: of initial values and order.
+    """
+
+    def __init__(
+        self,
+        cache_dir: str,
+        epochs: int = 20,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        batch_size: int = 256,
+        heads: int = 8,
+        label_smoothing: float = 0.0,
+        max_gb: float = 20.0,
+        seed: int = 0,
+    ) -> None:
+        for name, value, lowest in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("heads", heads, 1)):
+            check_number(name, value, whole=True, at_least=lowest)
+        for name, number in (("lr", lr), ("weight_decay", weight_decay), ("max_gb", max_gb)):
+            check_number(name, number, at_least=0)
+        check_number("label_smoothing", label_smoothing, at_least=0, at_most=1)
+        self.cache_dir, self.epochs, self.lr, self.weight_decay = cache_dir, epochs, lr, weight_decay
+        self.batch_size, self.heads, self.label_smoothing = batch_size, heads, label_smoothing
+        self.max_gb, self.seed = max_gb, seed
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What its scores depend on."""
+        names = ("epochs", "lr", "weight_decay", "batch_size", "heads", "label_smoothing", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def probe(
+        self,
+        model: CoCa,
+        training: Sequence[Record],
+        labels: Tensor,
+        images: Sequence[Record],
+        classes: int,
+        workers: int = 0,
+    ) -> Probed:
+        """Learns the training images with their labels (N,), and classifies the others; the same on every rank."""
+        with _frozen(model.image_encoder) as encoder, torch.random.fork_rng():
+            transform = build_transform(**model.preprocessing)
+            bounds = _shares(len(training), len(images), self._fitting(encoder, transform, training[0], model.device))
+            maps = [
+                TokenMaps(encoder, transform, records, self.cache_dir, stored, model.device, workers)
+                for records, stored in zip((training, images), bounds, strict=True)
+            ]
+            torch.manual_seed(self.seed)  # now: to store tokens takes random numbers too
+            with torch.enable_grad():
+                head = self.train(maps[0], labels.to(model.device), encoder.width, classes)
+            means = [torch.cat([tokens.mean(dim=1).cpu() for _, tokens in of.batches(self.batch_size)]) for of in maps]
+            with torch.no_grad():
+                logits = torch.cat([head(tokens).cpu() for _, tokens in maps[1].batches(self.batch_size)])
+        return Probed(gather_objects(logits)[0], *means)
+
+    def train(self, maps: "TokenMaps", labels: Tensor, width: int, classes: int) -> "ClassPooler":
+        """A head that has learned the labels (N,) of the token maps."""
+        head = ClassPooler(width, classes, self.heads).to(labels.device)
+        steps = self.epochs * math.ceil(len(labels) / self.batch_size)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(self.epochs):
+            for positions, tokens in maps.batches(self.batch_size, torch.randperm(len(labels)).tolist()):
+                optimizer.zero_grad()
+                F.cross_entropy(head(tokens), labels[positions], label_smoothing=self.label_smoothing).backward()
+                optimizer.step()
+                schedule.step()
+        return head.eval()
+
+    def _fitting(self, encoder: ImageEncoder, transform: Transform, record: Record, device: torch.device) -> int:
+        """How many token maps fit in `max_gb`."""
+        pixels = transform(record.image())
+        assert isinstance(pixels, Tensor)
+        with torch.no_grad():
+            return int(self.max_gb * 1e9 // (BYTES * encoder(pixels[None].to(device)).numel()))
+
+
+class ClassPooler(nn.Module):
+    """Tokens (B, S, C) -> logits (B, K): an attentional pooler with one query, and a linear layer."""
+
+    def __init__(self, width: int, classes: int, heads: int) -> None:
+        super().__init__()
+        self.pooler = AttentionalPooler(width, width, 1, heads)
+        init_pooler(self.pooler)
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.pooler(tokens)[:, 0])
+
+
+class TokenMaps:
+    """The tokens of images by a frozen encoder: those of the first `stored` from a file, the others computed when they
+    are asked for.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        transform: Transform,
+        records: Sequence[Record],
+        cache_dir: str | Path,
+        stored: int,
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self.encoder, self.transform, self.records = encoder, transform, records
+        self.stored, self.device, self.workers = stored, device, workers
+        self.path: Path | None = None
+        if stored:
+            cache = FeatureCache(cache_dir, encoder, transform, whole, seed=0)
+            (self.path,) = cache.encode(records[:stored], 1, workers, device)
+
+    @torch.no_grad()
+    def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """(positions, tokens (B, S, C) fp32) of all images, in their order or in another one."""
+        order = range(len(self.records)) if order is None else order
+        parts = [list(order[start : start + size]) for start in range(0, len(order), size)]
+        items = _Items(self.records, self.path, self.stored, self.transform)
+        loader = DataLoader(items, batch_sampler=parts, collate_fn=list, **worker_options(self.workers))  # type: ignore[arg-type]
+        for positions, batch in zip(parts, loader, strict=True):
+            pixels = [i for i, item in enumerate(batch) if item.ndim == 3]
+            if pixels:
+                images = torch.stack([batch[i] for i in pixels]).to(self.device)
+                for i, tokens in zip(pixels, self.encoder(images).half(), strict=True):
+                    batch[i] = tokens
+            yield positions, torch.stack([item.to(self.device) for item in batch]).float()
+
+
+class _Items(Dataset[Tensor]):
+    """Tokens (S, C) of the stored images, pixels (3, H, W) of the others."""
+
+    def __init__(self, records: Sequence[Record], path: Path | None, stored: int, transform: Transform) -> None:
+        self.records, self.path, self.stored, self.transform = records, path, stored, transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self.path is not None and i < self.stored:
+            return read_features(self.path, i)
+        pixels = self.transform(self.records[i].image())
+        assert isinstance(pixels, Tensor)
+        return pixels
+
+
+def _shares(training: int, others: int, fitting: int) -> tuple[int, int]:
+    """How many of both sets are stored: the training images first, which are read in every epoch."""
+    stored = min(training, fitting)
+    return stored, min(others, fitting - stored)
+
+
+@contextmanager
+def _frozen(encoder: ImageEncoder) -> Iterator[ImageEncoder]:
+    """The encoder in evaluation mode, without gradients, as it was afterwards."""
+    training, trained = encoder.training, [p for p in encoder.parameters() if p.requires_grad]
+    encoder.eval()
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield encoder
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+        encoder.train(training)
