@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record
-from coca_lit.distributed import print_rank_zero, rank
+from coca_lit.distributed import rank
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
@@ -86,7 +86,8 @@ class ProbeScores(Evaluation):
     """Accuracy of classes that are learned from the features of training images: "knn/top1" by a vote of the nearest
     ones, "linear/top1" by logistic regression. The features are the ones that retrieval uses, of unit length. With a
     `pooler` also "pooler/top1" by an attentional pooler on all tokens of the image encoder, "mean/top1" by logistic
-    regression on their means, and "pooler_gain/top1": the first minus the second, on the same images.
+    regression on their means, and "pooler_gain/top1": the first minus the second, on the same images, with the p-value
+    of the paired test, "pooler_gain/p".
 
     Args:
         images: the images that are classified.
@@ -157,11 +158,7 @@ class ProbeScores(Evaluation):
             gain = difference(self.draws["mean/top1"], self.draws["pooler/top1"])
             values = self.draws["pooler/top1"].values - self.draws["mean/top1"].values
             self.draws["pooler_gain/top1"] = Draws(values, gain.value, self.draws["pooler/top1"].units)
-            scores["pooler_gain/top1"] = gain.value
-            print_rank_zero(
-                f"{self.name}: the pooler finds {100 * gain.value:+.2f} points [{100 * gain.low:.2f}, "
-                f"{100 * gain.high:.2f}] more than a linear layer on the means of the same tokens, p = {gain.p:.3f}"
-            )
+            scores |= {"pooler_gain/top1": gain.value, "pooler_gain/p": gain.p}
         return scores
 
     def _pooled(

@@ -49,6 +49,7 @@ NAMES = {
     "top1": "top-1, %",
     "top5": "top-5, %",
     "mean_per_class_recall": "mean per-class recall, %",
+    "p": "p of the paired test",
 }
 DATA_SETS = {  # names of evaluations -> names for readers; others are shown as they are
     "scenes": "built-in scenes",
@@ -102,7 +103,7 @@ RERANKED = "reranked_"  # prefix of retrieval scores after decoder re-ranking
 STATISTICS = ("mean_length", "vocabulary", "distinct_1", "distinct_2", "novel")  # neither good nor bad
 COUNTS = ("mean_length", "vocabulary", "median_rank")
 # Papers print these times 100, and recall@K and accuracies too.
-TIMES_100 = {"CIDEr", "METEOR", "SPICE", "CLIPScore", "RefCLIPScore", *NAMES} - {*COUNTS}
+TIMES_100 = {"CIDEr", "METEOR", "SPICE", "CLIPScore", "RefCLIPScore", *NAMES} - {*COUNTS, "p"}
 
 
 def headlines(scores: Collection[str]) -> list[str]:

@@ -21,6 +21,7 @@ from coca_lit.data.datasets.choice import (
 from coca_lit.data.datasets.classification import _read_classes
 from coca_lit.data.datasets.long_captions import docci_records, sharegpt4v_records, urban1k_records
 from coca_lit.data.datasets.positives import eccv_positives
+from coca_lit.data.datasets.statements import nlvr2_records, pair_labels, pairs_records, snli_ve_records
 from coca_lit.data.datasets.vqa import vqa_records
 from coca_lit.data.records import Record
 from coca_lit.data.text_batches import read_texts
@@ -188,6 +189,15 @@ PAIR = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a dog", "caption_
 TALKS = [{"image": f"images/{i}.jpg", "conversations": [{"value": "?"}, {"value": "a dog"}]} for i in range(2)]
 
 
+HYPOTHESIS = {"gold_label": "neutral", "Flickr30K_ID": "0", "pairID": "0.jpg#0r1n", "sentence2": "a dog"}
+
+
+STATEMENT = {"identifier": "dev-0-0-0", "sentence": "two dogs", "label": "True", "left_url": "", "right_url": ""}
+
+
+LABELLED = {"image": "0.jpg", "image2": "1.png", "text": "a dog", "label": "yes", "split": "train", "kind": "dogs"}
+
+
 INSTANCES = {"categories": [{"id": 1, "name": "dog"}], "annotations": [{"image_id": 0, "category_id": 1}]}
 
 
@@ -195,7 +205,7 @@ INSTANCES = {"categories": [{"id": 1, "name": "dog"}], "annotations": [{"image_i
 @given(st.data())
 def test_forged_annotations_of_evaluations(folder, data):
     (folder / "images").mkdir(exist_ok=True)
-    for name in ("0.jpg", "1.jpg", "0.png", "1.png"):
+    for name in ("0.jpg", "1.jpg", "0.png", "1.png", "dev-0-0-img0.png", "dev-0-0-img1.png"):
         (folder / "images" / name).write_bytes(jpeg(3))
     for kind in SUGARCREPE:
         (folder / f"{kind}.json").write_text("{}")
@@ -217,6 +227,9 @@ def test_forged_annotations_of_evaluations(folder, data):
         ("examples.jsonl", PAIR, lambda: winoground_records(folder)),
         ("docci_descriptions.jsonlines", docci, lambda: docci_records(folder)),
         ("list.json", TALKS, lambda: sharegpt4v_records(folder, "list.json")),
+        ("snli_ve_dev.jsonl", HYPOTHESIS, lambda: snli_ve_records(folder, "val", folder / "images")),
+        ("dev.json", STATEMENT, lambda: nlvr2_records(folder, "val")),
+        ("pairs.jsonl", LABELLED, lambda: [pairs_records(folder, "train"), pair_labels(folder)]),
         ("instances.json", INSTANCES, lambda: [Chair(folder / "synonyms.txt", folder / "instances.json")]),
     ):
         (folder / name).write_bytes(data.draw(forged(document)))
