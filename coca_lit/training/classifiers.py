@@ -184,7 +184,7 @@ class PoolerClassifier(Classifier):
         label_smoothing: float = 0.0,
         weight: float = 1.0,
     ) -> None:
-        super().__init__(classes, label_smoothing, classes=weight)
+        super().__init__(classes, label_smoothing, labels=weight)
         check_number("heads", heads, whole=True, at_least=1)
         check_number("mixup", mixup, at_least=0)
         self.heads, self.mixup = heads, mixup

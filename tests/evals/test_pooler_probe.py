@@ -102,7 +102,7 @@ def _pixels(record: Record) -> torch.Tensor:
 
 
 def test_scores_and_the_paired_test(model: CoCa, tmp_path: Path) -> None:
-    model.image_encoder.train().requires_grad_(True)
+    model.train().requires_grad_(True)
     pooler = PoolerProbe(str(tmp_path / "tokens"), epochs=3, lr=3e-3, batch_size=32, heads=4)
     evaluation = ProbeScores("digits", IMAGES, TRAINING, k=5, c=1.0, pooler=pooler)
     scores = evaluation.evaluate(model, Settings(tmp_path))

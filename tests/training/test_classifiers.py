@@ -212,7 +212,7 @@ def test_images_are_classified_by_a_query_and_a_linear_layer(net: CoCa, classifi
     probe.head.load_state_dict(classifier.head.state_dict())
     with torch.no_grad():
         logits = probe(net.image_encoder(classified.images))
-        loss = classifier(net, classified)["classes"]
+        loss = classifier(net, classified)["labels"]
     expected = -logits.double().log_softmax(dim=1)[range(4), [1, 0, 1, 2]].mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -223,7 +223,7 @@ def test_mixup_mixes_images_and_targets_with_one_share(net: CoCa, classified: Ba
     share = float(torch.distributions.Beta(0.4, 0.4).sample())
     torch.manual_seed(3)
     with torch.no_grad():
-        found = classifier(net, classified)["classes"]
+        found = classifier(net, classified)["labels"]
         pixels = net.image_encoder.normalise(classified.images)
         mixed = torch.stack([share * pixels[i] + (1 - share) * pixels[3 - i] for i in range(4)])
         logits = classifier.head(classifier.pooler(net.image_encoder(mixed))[:, 0]).double().numpy()
@@ -236,7 +236,7 @@ def test_mixup_mixes_images_and_targets_with_one_share(net: CoCa, classified: Ba
     assert found.item() == pytest.approx(-(targets * log_p).sum(axis=1).mean(), rel=1e-4)
     with torch.no_grad():
         plain = pooler_classifier(net)(net, classified)
-    assert classifier.eval()(net, classified)["classes"].shape == plain["classes"].shape == ()
+    assert classifier.eval()(net, classified)["labels"].shape == plain["labels"].shape == ()
 
 
 def test_layers_learn_at_rates_of_their_own() -> None:

@@ -6,6 +6,7 @@ Class names and prompt templates are data: a JSON file {"classes": {folder: name
 import functools
 import os
 import random
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -89,22 +90,34 @@ def class_records(
         root: folder of train/ and val/, each with a folder per class.
         split: one of these.
         classes: names and templates, as of `image_folder`.
-        as_text: the captions are the templates with the name, such as "a photo of a dog."; else the name alone.
+        as_text: the captions are the templates with the name, such as "a photo of a dog."; else the label alone, see
+            `class_labels`.
     """
     images = image_folder(Path(root) / split, classes)
-    return captioned(images, images.templates if as_text else ("{}",))
+    if as_text:
+        return captioned(
+            images, [[template.replace("{}", c) for template in images.templates] for c in images.class_names]
+        )
+    return captioned(images, [[label] for label in _distinct(images.class_names)])
 
 
-def class_names(root: str | Path, classes: str | Path | None = None) -> tuple[str, ...]:
-    """The classes of `class_records`."""
-    return image_folder(Path(root) / "train", classes).class_names
+def class_labels(root: str | Path, classes: str | Path | None = None) -> list[str]:
+    """The labels of `class_records`: the names of the classes, with their number where two have the same name, as two
+    pairs of ImageNet's have. Images are looked at only without a file of names.
+    """
+    if classes is not None:
+        return _distinct(tuple(_read_classes(classes)[0].values()))
+    return _distinct(image_folder(Path(root) / "train").class_names)
 
 
-def captioned(images: Classification, templates: Sequence[str]) -> list[Record]:
-    """The records with the name of their class in each template as captions (CoCa treats labels as texts, arXiv
-    2205.01917, section 3.2)."""
-    texts = [tuple(template.replace("{}", name) for template in templates) for name in images.class_names]
-    return [record._replace(captions=texts[images.labels[record.id]]) for record in images.records]
+def _distinct(names: Sequence[str]) -> list[str]:
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def captioned(images: Classification, captions: Sequence[Sequence[str]]) -> list[Record]:
+    """The records with the captions of their class (CoCa treats labels as texts, arXiv 2205.01917, section 3.2)."""
+    return [record._replace(captions=tuple(captions[images.labels[record.id]])) for record in images.records]
 
 
 def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -127,7 +140,7 @@ def _read_classes(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
 def scene_class_records(split: str, size: int = 32) -> list[Record]:
     """Training scenes with a class, each with the name of its class as text; none in other splits."""
     images = scene_classes(size, trained=True)
-    return captioned(images, ("a {}",)) if split == "train" else []
+    return captioned(images, [[f"a {name}"] for name in images.class_names]) if split == "train" else []
 
 
 def scene_classes(size: int = 32, trained: bool = False) -> Classification:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coca_lit.data.datasets.classification import class_names, class_records, scene_class_records, scene_classes
+from coca_lit.data.datasets.classification import class_labels, class_records, scene_class_records, scene_classes
 from coca_lit.data.datasets.weighted import weighted_records
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError
@@ -58,7 +58,14 @@ def test_a_folder_of_classes_becomes_captions(tmp_path: Path) -> None:
     assert texts == {"big_dog/1.png": ("a photo of a big dog.",), "cat/1.png": ("a photo of a cat.",)}
     labels = {record.id: record.captions for record in class_records(tmp_path, "val")}
     assert labels == {"big_dog/1.png": ("big dog",), "cat/1.png": ("cat",)}
-    assert class_names(tmp_path) == ("big dog", "cat")
+    assert class_labels(tmp_path) == ["big dog", "cat"]
+
+
+def test_labels_are_distinct_where_names_are_not() -> None:
+    labels = class_labels("/nowhere", "imagenet")
+    assert len(set(labels)) == len(labels) == 1000
+    assert {"missile (657)", "missile (744)"} <= set(labels)
+    assert sum(label.endswith(")") for label in labels) == 4
 
 
 def test_scenes_with_a_class_are_trained_on_or_scored() -> None:

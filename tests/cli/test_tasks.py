@@ -1,0 +1,64 @@
+"""Runs of the tasks of the paper: on files in their original layouts, and on their built-in counterparts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coca_lit.data.scenes import statements
+from coca_lit.tools.prepare.scenes import export_scenes
+from helpers.running import TINY, results, run
+
+KINDS = {"entailment": ("colour", "count", "relation"), "comparison": ("more", "both", "one")}
+WORDS = "+model.net.tokenizer=scenes_statements"
+
+
+@pytest.mark.parametrize(
+    ("name", "further"),
+    [
+        ("nlvr2", ()),
+        pytest.param("snli_ve", (), marks=pytest.mark.slow),
+        pytest.param("pairs", ("model.objectives.labels.images=2",), marks=pytest.mark.slow),
+    ],
+)
+def test_reasoning_on_files(name: str, further: tuple[str, ...], tmp_path: Path) -> None:
+    export_scenes(name, tmp_path / name, count=8, size=32)
+    files = (f"data.root={tmp_path / name}", "data.num_workers=0", "init_from=null", WORDS)
+    run(tmp_path / "run", *TINY, f"experiment=finetune_{name}", *files, *further)
+    found = set(results(tmp_path / "run"))
+    kinds = {f"pairs/{kind}/accuracy" for kind in KINDS["comparison"]} if name == "pairs" else set()
+    consistency = {"nlvr2/consistency"} if name == "nlvr2" else set()
+    assert {f"{name}/accuracy", f"{name}/blind/accuracy"} | consistency <= found
+    assert found <= {f"{name}/accuracy", f"{name}/blind/accuracy"} | consistency | kinds
+    assert (tmp_path / "run" / "predictions" / f"{name}.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", KINDS)
+def test_reasoning_about_scenes(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(statements.COUNTS, "train", 24)  # for the blind guesses
+    run(tmp_path, *TINY, f"experiment=scenes_{task}", "data.train_count=16", "scoring.images=null")
+    kinds = {f"scenes_{task}/{kind}/accuracy" for kind in KINDS[task]}
+    assert set(results(tmp_path)) == {f"scenes_{task}/accuracy", f"scenes_{task}/blind/accuracy"} | kinds
+    assert "statements about" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_classification_by_a_pooler(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "classes" / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "classes" / split / name / f"{i}.png")
+    files = (f"data.root={tmp_path}/classes", "data.num_workers=0", "init_from=null", "ema=null")
+    run(tmp_path / "run", *TINY, "experiment=finetune_classes", *files)
+    assert set(results(tmp_path / "run")) == {"classes/accuracy"}
+
+
+@pytest.mark.slow
+def test_pairs_and_classes_as_texts(tmp_path: Path) -> None:
+    run(tmp_path, *TINY, "data=scenes_and_classes", "evals=[scenes_zeroshot]")
+    assert "scenes/top1" in results(tmp_path)
