@@ -104,6 +104,12 @@ class CoCaLit(L.LightningModule):
         found = {f"model.objectives.{name}": cast(Objective, made) for name, made in self.objectives.items()}
         return found | ({"model.self_critical": self.self_critical} if self.self_critical is not None else {})
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether a loss reads the captions of images."""
+        further = (made.reads_captions for made in self.further_objectives().values())
+        return any(self.pairs.weights.values()) or any(further)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         forget_last_step(self.trainer)
 

@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         data = build_data(cfg, module.net.tokenizer)  # before the evaluations: reported first if missing
         evals, not_run = build_evals(cfg)
         if start is None and isinstance(data, CaptionDataModule):
-            check_data(data, module.net)
+            check_data(data, module.net, module.reads_captions)
         if start is None and isinstance(data, RecordsDataModule):
             held_out = {evaluation.name: evaluation.records for evaluation in evals}
             check_held_out(data.train_records, held_out)

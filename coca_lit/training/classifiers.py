@@ -33,6 +33,8 @@ class Classifier(Objective):
         weight: factor of the loss, by the name of the term.
     """
 
+    reads_captions = False
+
     def __init__(self, classes: Sequence[str], label_smoothing: float = 0.0, **weight: float) -> None:
         super().__init__(**weight)
         if len(set(classes)) != len(classes) or len(classes) < 2:

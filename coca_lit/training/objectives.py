@@ -33,6 +33,7 @@ class Objective(nn.Module):
         works_with_micro_batches: whether the network may see the batch in micro-batches, see `gradient_caching`.
         works_sharded: whether the weights of the network may be sharded; its `forward` then calls the network as a
             whole, or a method that `shard` registers.
+        reads_captions: whether it reads captions, and not just labels and the questions in front of them.
         averages_tokens: whether a term is a mean over tokens. Batches differ in their number, so the mean of two
             batches is not that of the tokens of both.
     """
@@ -41,6 +42,7 @@ class Objective(nn.Module):
     works_with_micro_batches = False
     works_sharded = False
     averages_tokens = False
+    reads_captions = True
 
     def __init__(self, **weights: float) -> None:
         super().__init__()

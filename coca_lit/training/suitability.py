@@ -25,14 +25,18 @@ FAR = 2  # times that the model's input is larger than an image
 FILES, COMPARED = 20_000, 200  # training photos up to which contents are compared, and photos held out that are
 
 
-def check_data(data: CaptionDataModule, net: CoCa) -> None:
+def check_data(data: CaptionDataModule, net: CoCa, read_captions: bool = True) -> None:
     """Compares the training data with the network that is to learn them.
+
+    Args:
+        read_captions: whether a loss reads the captions, which may be labels alone; questions are always read.
 
     Raises:
         DataError: most words are unknown, or all images are equal.
     """
     records = data.drawn_records(CAPTIONS)
-    check_captions([record.captions[0] for record in records], net.tokenizer)
+    read = [record.captions[0] for record in records] if read_captions else []
+    check_captions(read or [record.question for record in records if record.question], net.tokenizer)
     if records and not records[0].question:  # an image has several
         check_images(drawn(records, ALIKE), net.image_size, net.image_encoder.takes_patches)
 
