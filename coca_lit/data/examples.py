@@ -118,5 +118,5 @@ def _example(images: Sequence[Images], caption: str, record: Record, tokenizer: 
     else:
         tokens, prefix_length = tokenizer.encode(caption), 1
     image, *further = images
-    texts = {"prefix_length": prefix_length, "answers": record.captions}
-    return Example(image, tokens, str(record.id), further=tuple(further), **texts)
+    key, others = str(record.id), tuple(further)
+    return Example(image, tokens, key, prefix_length=prefix_length, answers=record.captions, further=others)

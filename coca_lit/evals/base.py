@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 class Classifier(Protocol):
     """What was trained beside the network to choose one of some classes for a record."""
 
-    classes: Sequence[str]
+    @property
+    def classes(self) -> Sequence[str]:
+        """Their names."""
 
     def logits(self, net: CoCa, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
         """(I, N) of records and classes, on the CPU of every rank."""

@@ -80,7 +80,8 @@ def embed_pairs(
 
 def embed_images(model: DualEncoder, records: Sequence[Record], batch_size: int = 64, num_workers: int = 0) -> Tensor:
     """Features of all images (I, E), of unit length, on the CPU of every rank."""
-    return rows_of(model, records, lambda _, images: model.encode_image(images), batch_size, num_workers)
+    encode: Callable[[Any], Tensor] = model.encode_image
+    return rows_of(model, records, lambda _, images: encode(images), batch_size, num_workers)
 
 
 def rows_of(

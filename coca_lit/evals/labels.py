@@ -14,7 +14,7 @@ from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.classification import class_ranks
 from coca_lit.metrics.uncertainty import Resampled, bootstrap, exact, ratios
 from coca_lit.metrics.vqa import blind_answers, questions_by_score
-from coca_lit.models import DualEncoder
+from coca_lit.models import CLIP, DualEncoder
 
 TOP5 = 10  # classes from which on five guesses say something
 
@@ -55,7 +55,7 @@ class LabelScores(Evaluation):
         return [*(record.question for record in records), *(record.captions[0] for record in records)]
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        if settings.classifier is None:
+        if settings.classifier is None or isinstance(model, CLIP):
             self.not_run[f"{self.name} labels"] = "the model has no classifier: score it in the run that trains one"
             return {}
         classes = list(settings.classifier.classes)

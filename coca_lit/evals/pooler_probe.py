@@ -174,7 +174,7 @@ class TokenMaps:
         order = range(len(self.records)) if order is None else order
         parts = [list(order[start : start + size]) for start in range(0, len(order), size)]
         items = _Items(self.records, self.path, self.stored, self.transform)
-        loader = DataLoader(items, batch_sampler=parts, collate_fn=list, **worker_options(self.workers))  # type: ignore[arg-type]
+        loader = DataLoader(items, batch_sampler=parts, collate_fn=list, **worker_options(self.workers))
         for positions, batch in zip(parts, loader, strict=True):
             pixels = [i for i, item in enumerate(batch) if item.ndim == 3]
             if pixels:

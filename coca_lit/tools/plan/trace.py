@@ -149,6 +149,7 @@ class _Step(nn.Module):
     def __init__(self, net: CoCa, weights: Mapping[str, float], classifiers: Sequence[Classifier]) -> None:
         super().__init__()
         self.net, self.weights, self.classifiers = net, weights, nn.ModuleList(classifiers)
+        self.given = list(classifiers)
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor, mark: Callable[[str], None]) -> Tensor:
         """`mark` is called at the end of the network and of each loss, computed or not."""
@@ -162,7 +163,7 @@ class _Step(nn.Module):
         terms += loss_terms(out._replace(hidden=None)).values() if out is not None else ()
         mark("contrastive")
         del out
-        for made in self.classifiers:
+        for made in self.given:
             count = len(tokens) * getattr(made, "images", 1)
             labels = ((made.classes[0],),) * len(tokens)
             batch = Batch(images[:count], tokens, lengths, [], prefix_lengths=lengths, answers=labels)
