@@ -6,6 +6,7 @@ the same.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +118,11 @@ def run(cfg: DictConfig) -> dict[str, float]:
     from coca_lit.data.prefetch import worker_errors
     from coca_lit.distributed import process_group, rank
     from coca_lit.metrics.java.spice import JARS_VARIABLE
-    from coca_lit.models import part_sizes
+    from coca_lit.models import CoCa, part_sizes
     from coca_lit.models.parts import forward_flops
     from coca_lit.runs.results import Found, finish_run
     from coca_lit.runs.resume import start_run_folder
+    from coca_lit.training.classifiers import load_classifier
 
     configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:
@@ -130,6 +132,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
         start_run_folder(cfg)
         settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
+        if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):
+            with error_context("checkpoint"):
+                settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))
         found = Found(not_run=not_run)
         for evaluation in evals:
             found.add(evaluation, evaluation.evaluate(model, settings))

@@ -114,6 +114,7 @@ class Evaluation:
 
     Attributes:
         captioned: whether every record needs a caption.
+        classified: whether it asks `settings.classifier`.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         final_score_names: names of the further scores with `settings.full`; None if they are not known beforehand.
         not_run: score -> why the last `evaluate` could not compute it; `scores` notes it.
@@ -123,6 +124,7 @@ class Evaluation:
     """
 
     captioned = False
+    classified = False
     score_names: Sequence[str] = ()
     final_score_names: Sequence[str] | None = ()
 

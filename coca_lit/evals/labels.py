@@ -33,6 +33,7 @@ class LabelScores(Evaluation):
     """
 
     captioned = True
+    classified = True
     score_names = ("accuracy",)
     final_score_names = None
 
@@ -56,7 +57,9 @@ class LabelScores(Evaluation):
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
         if settings.classifier is None or isinstance(model, CLIP):
-            self.not_run[f"{self.name} labels"] = "the model has no classifier: score it in the run that trains one"
+            self.not_run[f"{self.name} labels"] = (
+                "the model has no classifier: name the run or checkpoint that trained one"
+            )
             return {}
         classes = list(settings.classifier.classes)
         logits = settings.classifier.logits(model, records, settings.batch_size, settings.workers)  # (I, N)

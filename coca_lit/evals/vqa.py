@@ -34,6 +34,7 @@ class VQAScores(Evaluation):
         training_records: returns the training questions, from which the blind guesses come; None for no such score.
     """
 
+    classified = True
     score_names = ("accuracy",)
 
     def __init__(

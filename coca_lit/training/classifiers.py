@@ -2,8 +2,10 @@
 of images, by an attentional pooler of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,11 @@ from coca_lit.models.layers import AttentionalPooler
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images
 from coca_lit.training.objectives import Objective
+from coca_lit.weights.bounds import check_plain
+from coca_lit.weights.hub import locate
+from coca_lit.weights.load import read_torch
+
+CLASSIFIERS_KEY = "coca_lit_classifiers"  # of their descriptions in checkpoints, by the name of the objective
 
 
 class Classifier(Objective):
@@ -48,6 +55,11 @@ class Classifier(Objective):
         self.head = nn.Linear(self.width_of(net), len(self.classes))
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the parameters: plain values, see `load_classifier`."""
+        return {"kind": type(self).__name__, "classes": self.classes}
 
     def width_of(self, net: CoCa) -> int:
         """The length D of the features of a sample."""
@@ -109,6 +121,10 @@ class StateClassifier(Classifier):
         of_decoder = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
         self.trains = of_decoder + [part for part in net.parameters_of_loss("caption") if part != "decoder"]
         super().build(net)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return super().config | {"images": self.images}
 
     def width_of(self, net: CoCa) -> int:
         return self.images * net.config["text_width"]
@@ -198,6 +214,10 @@ class PoolerClassifier(Classifier):
         init_pooler(self.pooler)
         super().build(net)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        return super().config | {"heads": self.heads}
+
     def width_of(self, net: CoCa) -> int:
         return net.image_encoder.width
 
@@ -217,3 +237,44 @@ class PoolerClassifier(Classifier):
         logits = self.head(self.features(net, mixed)).float()
         other = batch._replace(answers=batch.answers[::-1])
         return {self.term: share * self.loss_of(logits, batch) + (1 - share) * self.loss_of(logits, other)}
+
+
+KINDS: Mapping[str, Callable[[dict[str, Any]], Classifier]] = {
+    "StateClassifier": lambda config: StateClassifier(config["classes"], config["images"]),
+    "AnswerClassifier": lambda config: AnswerClassifier(config["classes"]),
+    "PoolerClassifier": lambda config: PoolerClassifier(config["classes"], config["heads"]),
+}
+
+
+def described(objectives: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """The descriptions of the classifiers among objectives, by name, for a checkpoint."""
+    found = {name: made.config for name, made in objectives.items() if isinstance(made, Classifier)}
+    return {name: config for name, config in found.items() if config["kind"] in KINDS}
+
+
+def load_classifier(path: str | Path, net: CoCa) -> Classifier | None:
+    """The first classifier in a training checkpoint, for the network in it; None if there is none.
+
+    Raises:
+        ValueError: it is damaged, or does not fit the network.
+    """
+    if (file := locate(path)).suffix == ".safetensors":
+        return None
+    content = read_torch(file)
+    if not (found := content.get(CLASSIFIERS_KEY)):
+        return None
+    try:
+        check_plain(found)
+        name, config = next(iter(found.items()))
+        made = KINDS[config["kind"]](config)
+        prefix = f"objectives.{name}."
+        state = {key.removeprefix(prefix): t for key, t in content["state_dict"].items() if key.startswith(prefix)}
+        expected = (len(made.classes), made.width_of(net))  # before anything of that size is allocated
+        if tuple(state["head.weight"].shape) != expected or not all(isinstance(c, str) for c in made.classes):
+            raise ValueError(f"expected weights {expected} of classes with names")
+        made.build(net)
+        made.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"the classifier in '{file}' is damaged: {reason}; save the checkpoint again") from error
+    return made.to(net.device).eval()

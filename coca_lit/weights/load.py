@@ -113,7 +113,7 @@ def read_state(path: Path) -> tuple[Mapping[str, Tensor], Any]:
         if MODEL_KEY in metadata:
             config = _config(path, metadata[MODEL_KEY])
     else:
-        content = _read_torch(path)
+        content = read_torch(path)
         config, state = content.get(MODEL_KEY), content.get("state_dict", content)
         if not isinstance(state, dict) or (config is not None and state is content):
             raise ValueError(f"'{path}' is damaged: it has no state_dict")
@@ -230,9 +230,10 @@ def _config(path: Path, content: Path | str) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def read_torch(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, without running anything in it; raises `ValueError` for a damaged one."""
     if is_folder(path):
-        content = _read_torch(path / REST)
+        content = read_torch(path / REST)
         check_shards(path)
         nested(content, read_tensors(path, optimizers=False))
         return content

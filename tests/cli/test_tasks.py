@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coca_lit.cli import evaluate
+from coca_lit.cli.command import compose
 from coca_lit.data.scenes import statements
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.running import TINY, results, run
@@ -32,6 +34,15 @@ def test_reasoning_on_files(name: str, further: tuple[str, ...], tmp_path: Path)
     assert {f"{name}/accuracy", f"{name}/blind/accuracy"} | consistency <= found
     assert found <= {f"{name}/accuracy", f"{name}/blind/accuracy"} | consistency | kinds
     assert (tmp_path / "run" / "predictions" / f"{name}.json").is_file()
+    words = [
+        f"checkpoint={tmp_path}/run",
+        f"evals={name}_labels",
+        f"roots.{name}={tmp_path / name}",
+        "scoring.split=val",
+    ]
+    cfg = compose("evaluate", [*words, f"output_dir={tmp_path}/scored", "scoring.images=8"])
+    scores = evaluate.run(cfg)
+    assert scores == pytest.approx(results(tmp_path / "run"))
 
 
 @pytest.mark.slow

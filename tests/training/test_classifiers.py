@@ -1,6 +1,7 @@
 """Classifiers beside the network: of answers, of texts beside one or two images, of images."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ from coca_lit.errors import DataError
 from coca_lit.evals.pooler_probe import ClassPooler
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier
+from coca_lit.training.classifiers import (
+    CLASSIFIERS_KEY,
+    AnswerClassifier,
+    PoolerClassifier,
+    StateClassifier,
+    load_classifier,
+)
 from coca_lit.training.optim import AdamW
 
 OPTIMIZER = AdamW(lr=1e-3)
@@ -257,3 +264,50 @@ def test_images_of_any_shape_are_refused() -> None:
     net.image_encoder.takes_patches = True
     with pytest.raises(ValueError, match="naflex"):
         PoolerClassifier(CLASSES).build(net)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    "classifier",
+    [StateClassifier(TRUTHS, images=2), AnswerClassifier(ANSWERS), PoolerClassifier(CLASSES, heads=4)],
+    ids=lambda made: type(made).__name__,
+)
+def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> None:
+    net = create_model("coca_tiny", tokenizer="scenes_statements").eval()
+    module = CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": classifier})
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path := tmp_path / "last.ckpt")
+    loaded = load_classifier(path, net)
+    assert type(loaded) is type(classifier)
+    assert loaded.config == classifier.config
+    torch.testing.assert_close(loaded.state_dict(), classifier.state_dict())
+    plain: dict[str, Any] = {"state_dict": module.state_dict()}
+    CoCaLit(net, OPTIMIZER).on_save_checkpoint(plain)
+    torch.save(plain, path)
+    assert load_classifier(path, net) is None
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"kind": "Popen"},
+        {"kind": "StateClassifier"},
+        {"kind": "StateClassifier", "classes": ["a", "b"], "images": 10**9},
+        {"kind": "StateClassifier", "classes": [1, 2], "images": 1},
+        {"kind": "StateClassifier", "classes": [["a"], ["b"]], "images": 1},
+        {"kind": "PoolerClassifier", "classes": ["a", "b"], "heads": 7},
+        [],
+        "x",
+    ],
+    ids=str,
+)
+def test_forged_classifiers_are_refused_in_one_sentence(forged: Any, tmp_path: Path, net: CoCa) -> None:
+    weight = torch.zeros(2, net.config["text_width"])
+    state = {"objectives.mine.head.weight": weight, "objectives.mine.head.bias": torch.zeros(2)}
+    torch.save({"state_dict": state, CLASSIFIERS_KEY: {"mine": forged}}, path := tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"the classifier in .* is damaged") as caught:
+        load_classifier(path, net)
+    assert "\n" not in str(caught.value)

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from coca_lit.data.datasets.classification import class_labels, class_records, scene_class_records, scene_classes
-from coca_lit.data.datasets.weighted import weighted_records
 from coca_lit.data.records import Record
+from coca_lit.data.weighted import weighted_records
 from coca_lit.errors import DataError
 
 
