@@ -26,7 +26,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.distributed import Arriving, gather_objects, print_rank_zero, rank, step_exchange
 from coca_lit.errors import DataError, TrainingError, check_number
 from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
-from coca_lit.runs.run_folder import BAD_STEPS, CONFIG, ENVIRONMENT
+from coca_lit.runs.run_folder import BAD_STEPS, CONFIG, ENVIRONMENT, HOLDER
 from coca_lit.training.lightning_fixes import callbacks_of, is_logged_step
 
 log = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ class RunFolderGuard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if rank() == 0:
-            present = [name for name in (CONFIG, ENVIRONMENT) if (self.folder / name).is_file()]
+            present = [name for name in (CONFIG, ENVIRONMENT, HOLDER) if (self.folder / name).is_file()]
             self._files = {name: (self.folder / name).read_bytes() for name in present}
 
     def on_train_batch_end(

@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_records_take_what_is_at_hand(root: Path) -> None:
     record = Record(1, root / "red.png", ["a red image", "a image"], "near-domain")
-    assert record == (1, ImageFile(root / "red.png"), ("a red image", "a image"), "near-domain", "")
+    assert record == (1, ImageFile(root / "red.png"), ("a red image", "a image"), "near-domain", "", ())
     assert record.image().getpixel((0, 0)) == (255, 0, 0)
     assert Record(1, str(root / "red.png"), "a red image").captions == ("a red image",)
     assert Record(1, partial(Image.new, "RGB", (1, 1))).captions == ()

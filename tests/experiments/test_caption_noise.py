@@ -34,7 +34,7 @@ def test_a_system_equals_itself_and_another_one_is_compared_on_the_same_draws() 
     system = measured(captions, [400], ["ROUGE_L"])
     (same,) = compared("x", ("first", "second"), system, measured(captions, [400], ["ROUGE_L"]))
     assert (same["captions"], same["against"], same["value"]) == ("second", "first", "0.00000")
-    assert same["low"] == same["high"] == "0.00000"
+    assert same["low"] == same["high"] == "nan"  # draws that do not scatter say nothing
     worse = Tokens(captions.references, {i: ["z z z"] if i < 100 else text for i, text in captions.hypotheses.items()})
     (row,) = compared("x", ("first", "second"), system, measured(worse, [400], ["ROUGE_L"]))
     assert float(row["low"]) < float(row["value"]) < float(row["high"]) < 0

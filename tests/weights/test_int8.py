@@ -21,7 +21,7 @@ from coca_lit.weights.load import MODEL_KEY, load_model
 from experiments.photos.quantise import quantised, save_quantised
 
 Build = Callable[..., CoCa]
-CAT = Path(__file__).resolve().parents[2] / "experiments" / "photos" / "photos" / "cat.jpg"
+CAT = Path(__file__).resolve().parents[2] / "coca_lit" / "assets" / "photos" / "cat.jpg"
 WEIGHT = "text.token_embedding.weight"
 
 
