@@ -14,12 +14,11 @@ from coca_lit.data.batch import Batch
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
-from coca_lit.training.classifiers import CLASSIFIERS_KEY, described
 from coca_lit.training.freezing import freeze as freeze_parts
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded
 from coca_lit.training.objectives import Objective, Pairs, Texts, named_objectives
 from coca_lit.training.optim import warmup_cosine, warmup_stable_decay
-from coca_lit.weights import MODEL_KEY
+from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
 
 if TYPE_CHECKING:
     from coca_lit.training.self_critical import SelfCritical
@@ -199,6 +198,6 @@ class CoCaLit(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if found := described(dict(self.objectives.items())):
+        if found := {name: made.config for name, made in self.objectives.items() if made.config}:
             checkpoint[CLASSIFIERS_KEY] = found
         checkpoint[MODEL_KEY] = self.net.config  # plain values, so that the file explains itself and is safe to load

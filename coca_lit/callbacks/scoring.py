@@ -21,7 +21,6 @@ from coca_lit.errors import ConfigError, check_number, suggest
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import CoCa, kernels
 from coca_lit.runs.results import Found
-from coca_lit.training.classifiers import Classifier
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 
@@ -155,7 +154,7 @@ class ScoreDuringTraining(L.Callback):
 
     def _settings(self, pl_module: L.LightningModule) -> Settings:
         """With the classifier that the module trains beside the network, if it has one."""
-        classifiers = (module for module in pl_module.modules() if isinstance(module, Classifier))
+        classifiers: Iterator[Any] = (m for m in pl_module.modules() if hasattr(m, "logits") and hasattr(m, "classes"))
         return replace(self.settings, classifier=next(classifiers, None))
 
     def _offer(

@@ -23,11 +23,10 @@ from coca_lit.models.layers import AttentionalPooler
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images
 from coca_lit.training.objectives import Objective
+from coca_lit.weights import CLASSIFIERS_KEY
 from coca_lit.weights.bounds import check_plain
 from coca_lit.weights.hub import locate
 from coca_lit.weights.load import read_torch
-
-CLASSIFIERS_KEY = "coca_lit_classifiers"  # of their descriptions in checkpoints, by the name of the objective
 
 
 class Classifier(Objective):
@@ -58,7 +57,7 @@ class Classifier(Objective):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the parameters: plain values, see `load_classifier`."""
+        """For `load_classifier`."""
         return {"kind": type(self).__name__, "classes": self.classes}
 
     def width_of(self, net: CoCa) -> int:
@@ -244,12 +243,6 @@ KINDS: Mapping[str, Callable[[dict[str, Any]], Classifier]] = {
     "AnswerClassifier": lambda config: AnswerClassifier(config["classes"]),
     "PoolerClassifier": lambda config: PoolerClassifier(config["classes"], config["heads"]),
 }
-
-
-def described(objectives: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """The descriptions of the classifiers among objectives, by name, for a checkpoint."""
-    found = {name: made.config for name, made in objectives.items() if isinstance(made, Classifier)}
-    return {name: config for name, config in found.items() if config["kind"] in KINDS}
 
 
 def load_classifier(path: str | Path, net: CoCa) -> Classifier | None:

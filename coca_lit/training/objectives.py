@@ -51,6 +51,11 @@ class Objective(nn.Module):
         self.weights = weights
         self.measures: dict[str, float] = {}
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """Plain values that a checkpoint keeps beside the parameters, if those are of use after the training."""
+        return {}
+
     def build(self, net: CoCa) -> None:
         """Creates the parameters, which may depend on the sizes of the network. Called once, before training.
 

@@ -18,14 +18,9 @@ from coca_lit.errors import DataError
 from coca_lit.evals.pooler_probe import ClassPooler
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.classifiers import (
-    CLASSIFIERS_KEY,
-    AnswerClassifier,
-    PoolerClassifier,
-    StateClassifier,
-    load_classifier,
-)
+from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier, load_classifier
 from coca_lit.training.optim import AdamW
+from coca_lit.weights import CLASSIFIERS_KEY
 
 OPTIMIZER = AdamW(lr=1e-3)
 ANSWERS = ["red", "2", "left"]
