@@ -246,7 +246,7 @@ KINDS: Mapping[str, Callable[[dict[str, Any]], Classifier]] = {
 
 
 def load_classifier(path: str | Path, net: CoCa) -> Classifier | None:
-    """The first classifier in a training checkpoint, for the network in it; None if there is none.
+    """The first classifier in a training checkpoint, for the network in it; None if there is none, or none of ours.
 
     Raises:
         ValueError: it is damaged, or does not fit the network.
@@ -259,6 +259,8 @@ def load_classifier(path: str | Path, net: CoCa) -> Classifier | None:
     try:
         check_plain(found)
         name, config = next(iter(found.items()))
+        if config["kind"] not in KINDS:  # of a user's own class
+            return None
         made = KINDS[config["kind"]](config)
         prefix = f"objectives.{name}."
         state = {key.removeprefix(prefix): t for key, t in content["state_dict"].items() if key.startswith(prefix)}

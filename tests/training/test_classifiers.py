@@ -288,7 +288,7 @@ def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "forged",
     [
-        {"kind": "Popen"},
+        {"kind": ["Popen"]},
         {"kind": "StateClassifier"},
         {"kind": "StateClassifier", "classes": ["a", "b"], "images": 10**9},
         {"kind": "StateClassifier", "classes": [1, 2], "images": 1},
