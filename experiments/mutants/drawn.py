@@ -78,6 +78,7 @@ def draw(count: int, seed: int) -> None:
         change = rng.choice([change for change in of_line if _kind(change) == kind])
         source = (ROOT / change.file).read_text()
         changed = mutated(source, change)
+        assert changed is not None
         if _code(changed) not in ("", _code(source)):
             rows.append(change._replace(mutation=_difference(source, changed)))
     write(rows)
@@ -110,12 +111,12 @@ def _kind(change: Row) -> str:
     return change.operator.partition("_")[0]
 
 
-def mutated(source: str, change: Row) -> str:
+def mutated(source: str, change: Row) -> str | None:
+    """The source with a change; None where it has no such place."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.operators.provider import OperatorProvider
 
-    changed = mutate_code(source, OperatorProvider()[change.operator](), int(change.occurrence))
-    assert changed is not None
+    changed: str | None = mutate_code(source, OperatorProvider()[change.operator](), int(change.occurrence))
     return changed
 
 
@@ -205,7 +206,11 @@ def run(survivors: bool, first: int, count: int) -> None:
             near, beside, wide = related(row)
             steps = [["-m", "slow", *near, *beside], [*beside, *wide]] if survivors else [near]
             began, path = time.monotonic(), suite.tree / row.file
-            with changed_to(path, mutated(path.read_text(), row)) as back:
+            changed = mutated(source := path.read_text(), row)
+            if changed is None or _difference(source, changed) != row.mutation:
+                print(row.file, row.line, row.operator, "another line is there now", flush=True)
+                continue
+            with changed_to(path, changed) as back:
                 noticed_by = next(filter(None, (suite.noticing(step, back) for step in steps if step)), NOBODY)
             seconds = f"{time.monotonic() - began + float(row.seconds or 0):.1f}"
             ring = ("wide" if wide or beside else "slow") if survivors else "near"
