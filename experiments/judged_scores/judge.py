@@ -1,6 +1,7 @@
 """Which scores of captions do people agree with?
 
-    python -m experiments.judged_scores.judge FOLDER [MODEL…]
+    python -m experiments.judged_scores.judge experts FOLDER [MODEL…]
+    python -m experiments.judged_scores.judge crowd FOLDER [MODEL…]
 
 FOLDER holds ExpertAnnotations.txt, CrowdFlowerAnnotations.txt and Flickr8k.token.txt, and the photos in images/.
 A model is `photos`, a run folder or a checkpoint; three runs that are named VARIANT_seedN are three seeds. SPICE is
@@ -159,25 +160,24 @@ def of_model(data: str, judged: Judged, scores: Scores, name: str, own: Scores) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("judges", choices=FILES)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("models", nargs="*", default=["photos"])
+    parser.add_argument("models", nargs="*", help="none: scores against references alone")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"), help="the CSV")
     parser.add_argument("--scores", type=Path, help="folder that keeps the scores of captions between calls")
     args = parser.parse_args()
     torch.set_num_threads(1)
     about = {name: str(environment()[name]) for name in ("commit", "machine", "torch")}
-    for data, file in FILES.items():
-        judged = read_judgments(args.folder / file)
-        scores = kept(args.scores and args.scores / f"{data}.json", partial(compare, judged))
-        blank = {"count": "", "share": ""}
-        found = [*against_references(data, judged, scores)]
-        replace_rows(args.out, [blank | each | about for each in found], by=["judgments", "model"])
-        for model in args.models:
-            name = Path(model).name
-            place = args.scores and args.scores / f"{data}_{name}.json"
-            own = kept(place, partial(read_captions, judged, model, args.folder))
-            found = [*of_model(data, judged, scores, name, own)]
-            replace_rows(args.out, [blank | each | about for each in found], by=["judgments", "model"])
+    data, judged = args.judges, read_judgments(args.folder / FILES[args.judges])
+    scores = kept(args.scores and args.scores / f"{data}.json", partial(compare, judged))
+    found = [*against_references(data, judged, scores)]
+    for model in args.models:
+        name = Path(model).name
+        place = args.scores and args.scores / f"{data}_{name}.json"
+        own = kept(place, partial(read_captions, judged, model, args.folder))
+        found += of_model(data, judged, scores, name, own)
+    blank = {"count": "", "share": ""}
+    replace_rows(args.out, [blank | each | about for each in found], by=["judgments", "model"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ study=experiments/judged_scores
 rows=outputs/judged_scores.csv # tracked files stay as they are until the end, so that rows name a commit
 mkdir -p outputs
 [ ! -e $study/results.csv ] || cp $study/results.csv $rows
-python -m experiments.judged_scores.judge "$folder" "${@:-photos}" --out $rows --scores outputs/judged_scores
+for judges in experts crowd; do
+  python -m experiments.judged_scores.judge $judges "$folder" "${@:-photos}" --out $rows --scores outputs/judged_scores
+done
 cp $rows $study/results.csv
 python experiments/report.py judged_scores
