@@ -25,16 +25,8 @@ from coca_lit.runs.run_folder import CONFIG, in_use
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
 
-KINDS = (
-    "captions",
-    "retrieval",
-    "zeroshot",
-    "choice",
-    "probe",
-    "answers",
-    "judgments",
-    "labels",
-)  # how the names of evaluations end
+# How the names of evaluations end.
+KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers", "judgments", "labels")
 
 
 def evaluate() -> None:
