@@ -13,7 +13,7 @@ RESULTS = Path(__file__).with_name("results.csv")
 COMMAND = "experiments/judged_scores/run.sh"
 USUAL = {"experts": "tau_c", "crowd": "tau_b"}  # as in papers
 TITLES = {"experts": "experts, tau-c", "crowd": "crowd, tau-b"}
-ORDER = ("Bleu_1", "Bleu_4", "ROUGE_L", "METEOR", "CIDEr", "CIDEr_plain", "SPICE")
+FEWEST = 30  # pairs of captions behind a line
 
 
 def tables() -> dict[str, str]:
@@ -109,6 +109,8 @@ def _differences(rows: Sequence[Row]) -> str:
     shown = [row for row in rows if row["measure"].startswith(("right, ", "higher by, "))]
     lines = []
     for (score, limits), own in _bins(shown).items():
+        if int(own["right"]["count"]) < FEWEST:
+            continue
         low, _, high = limits.partition(" to ")
         where = f"above {low}" if high == "inf" else f"{low} to {high}"
         right, gap = own["right"], own["higher by"]
