@@ -4,8 +4,10 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from coca_lit.runs.scores import NAMES
+from coca_lit.tools.score.evaluation import OF_MODEL
 from experiments.judged_scores.judge import ALL, BASE, HALF, PUBLISHED
 from experiments.study import Row, mean_std, read_rows, with_about
 
@@ -28,9 +30,14 @@ def tables() -> dict[str, str]:
 
 def _name(row: Row) -> str:
     name = NAMES.get(row["score"], row["score"])
-    if row["model"]:
+    if row["model"] and (row["score"] in OF_MODEL or " + " in row["score"]):
         name = f"{name}, {re.sub(r'_seed[0-9]+$', '', row['model'])}"
     return name
+
+
+def _recorded(rows: Sequence[Row]) -> list[str]:
+    """The judgements that there are rows of."""
+    return [data for data in TITLES if any(row["judgments"] == data for row in rows)]
 
 
 def _by_name(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
@@ -61,13 +68,13 @@ def _scores(rows: Sequence[Row]) -> str:
     lines = []
     for name, by_data in _by_name(shown).items():
         line = [name, str(max(map(len, by_data.values()))) if by_data[next(iter(by_data))][0]["model"] else ""]
-        for data, published in PUBLISHED.items():
+        for data in _recorded(shown):
             own = by_data.get(data, [])
-            known = published.get(own[0]["score"]) if own else None
+            known = PUBLISHED[data].get(own[0]["score"]) if own else None
             line += [_value(own, VALUE), _noise(own), "" if known is None else f"{known:.1f}"]
         lines.append(line)
     header = ["score", "seeds"]
-    for title in TITLES.values():
+    for title in map(TITLES.__getitem__, _recorded(shown)):
         header += [title, "minus CIDEr", "published, all photos"]
     return with_about(header, lines, shown, COMMAND)
 
@@ -81,14 +88,14 @@ def _mixtures(rows: Sequence[Row]) -> str:
     shown = [row for row in rows if row["images"] == HALF]
     lines = []
     for name, by_data in _by_name(shown).items():
-        line = [name.replace(" + ", " + ")]
-        for data in PUBLISHED:
+        line = [name]
+        for data in _recorded(shown):
             own = by_data.get(data, [])
             shares = [row["share"] for row in own if row["share"]]
             line += [", ".join(shares), _value(own, VALUE), _noise(own)]
         lines.append(line)
     header = ["score"]
-    for title in TITLES.values():
+    for title in map(TITLES.__getitem__, _recorded(shown)):
         header += ["weight of the second", title, "minus CIDEr"]
     return with_about(header, lines, shown, COMMAND)
 
@@ -141,8 +148,12 @@ def draw() -> None:
 
     rows = [row for row in read_rows(RESULTS) if row["images"] == ALL]
     groups = _by_name(rows)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.28 * len(groups)), layout="constrained", sharey=True)
-    for axis, (data, title) in zip(axes, TITLES.items(), strict=True):
+    recorded = _recorded(rows)
+    shape: dict[str, Any] = {"squeeze": False, "layout": "constrained", "sharey": True}
+    figure, ((*axes,),) = plt.subplots(
+        1, len(recorded), figsize=(3 + 3 * len(recorded), 1 + 0.28 * len(groups)), **shape
+    )
+    for axis, data in zip(axes, recorded, strict=True):
         for place, by_data in enumerate(groups.values()):
             for row in by_data.get(data, []):
                 value, low, high = (float(row[column]) for column in VALUE)
@@ -153,7 +164,7 @@ def draw() -> None:
                 known = PUBLISHED[data].get(row["score"])
                 if known is not None and not row["model"]:
                     axis.plot(known, place, "x", color="black", zorder=5)
-        axis.set_title(f"{title}, times 100", fontsize=10)
+        axis.set_title(f"{TITLES[data]}, times 100", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(groups)), list(groups), fontsize=8)
     axes[0].invert_yaxis()
