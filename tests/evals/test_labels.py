@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("sklearn")
 import torch
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from torch import Tensor

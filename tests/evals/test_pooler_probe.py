@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("sklearn")
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
