@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs=outputs/tasks
-mkdir -p "$runs"
 
 train() { # NAME SEED WORDS…
   local name=$1_seed$2 seed=$2
   shift 2
+  mkdir -p "$runs/$name"
   [ -s "$runs/$name/results.json" ] || [ -s "$runs/$name/done" ] ||
     { python train.py "$@" name="tasks/$name" seed="$seed" trainer=cpu threads=1 && touch "$runs/$name/done"; }
 }
