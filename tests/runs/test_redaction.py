@@ -62,7 +62,7 @@ def test_no_secret_of_a_sweep(tmp_path):
     )
     done = train_py(*words, cwd=tmp_path)
     assert done.returncode == 1
-    assert "succeeded: model: unknown model 'nothing'" in done.stderr
+    assert "succeeded: model.net.name: unknown model 'nothing'" in done.stderr
     assert "#1 : ++seed=2 ++model.net.image_encoder_args.token=<hidden>" in done.stdout
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".png"]
     assert {"multirun.yaml", "job.json", "error.txt", "results.csv"} <= {path.name for path in files}
