@@ -336,7 +336,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "counts.update([ngram for words in captions for ngram in _ngrams(words)])",
             "metrics/test_cider.py",
         ),
-        ("cider_clipped", "min(own[g], theirs[g]) if self._defended", "own[g] if self._defended", "metrics/test_cider.py"),
+        (
+            "cider_clipped",
+            "min(own[g], theirs[g]) if self._defended",
+            "own[g] if self._defended",
+            "metrics/test_cider.py",
+        ),
         (
             "cider_length",
             "return total * math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))",
