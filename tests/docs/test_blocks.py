@@ -161,7 +161,7 @@ tokenizer, records, others = model.tokenizer, [Record(1, "photos/photo.jpg", "a 
 
 @pytest.mark.slow
 def test_python_blocks_of_other_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not those of Spark, nor those that ask the Hub."""
+    """Except blocks that need Spark or the Hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     Image.effect_mandelbrot((300, 200), (-2, -1.5, 1, 1.5), 50).convert("RGB").save("photos/photo.jpg")

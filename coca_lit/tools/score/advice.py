@@ -8,7 +8,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from coca_lit.metrics.captions import tokenize_captions
 
-FEW_IMAGES = 1000  # below, document frequencies are those of few images
+FEW_IMAGES = 1000  # below, document frequencies are too coarse
 DIFFERENT = 0.5  # share of captions that differ, at least; 65 to 80 % in published models' captions of COCO
 
 References = Mapping[int | str, Sequence[str]]

@@ -1,4 +1,4 @@
-"""The evaluation `judgments`: which scores do people agree with, those of a model included?"""
+"""The evaluation `judgments`: which scores do people agree with, including scores that a model gives?"""
 
 from collections.abc import Sequence
 from pathlib import Path
