@@ -16,7 +16,7 @@ from coca_lit.reading import printable
 from coca_lit.runs.results import read_conditions
 from coca_lit.runs.scores import RERANKED, cell, headline, headlines, score_name
 from coca_lit.tools.report.page import write_comparison
-from coca_lit.tools.report.runs import RESULTS, Run
+from coca_lit.tools.report.runs import RESULTS, Run, read_run
 from coca_lit.tools.report.tables import (
     APART,
     HEADLINES_OF_A_SWEEP,
@@ -26,6 +26,7 @@ from coca_lit.tools.report.tables import (
     difference_cells,
     headline_cells,
     not_comparable,
+    published_scores,
     run_names,
     runs_table,
     setting_cell,
@@ -34,6 +35,7 @@ from coca_lit.tools.report.tables import (
 )
 
 WIDTH = 80
+PUBLISHED = ", published"  # after the name of a score
 
 
 def summary(runs: Sequence[Run], failed: Collection[str] = (), objective: str | None = None) -> str:
@@ -117,8 +119,13 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
     scores = {row["job"]: {name: value for name, value in row.items() if isinstance(value, float)} for row in ok}
     score = objective or headline(list(dict.fromkeys(name for job in scores.values() for name in job)))
     images = {name: of.images for row in ok for name, of in read_conditions(folder / row["job"]).items()}
-    print_jobs(rows, str(folder), score, images)
     scored = [job for job in scores if (folder / job / RESULTS).exists()]
+    runs = [read_run(folder / job) for job in scored]
+    known = {job: dict[str, float]() for job in scored}
+    for name in dict.fromkeys(name for job in scored for name in scores[job]):
+        for job, value in zip(scored, published_scores(runs, name)[0], strict=True):
+            known[job] |= {} if math.isnan(value) else {f"{name}{PUBLISHED}": value}
+    print_jobs([{**row, **known.get(row["job"], {})} for row in rows], str(folder), score, images)
     if not same_data(read_conditions(folder / job).get(str(score)) for job in scored if score in scores[job]):
         print(f"the jobs were scored on different data, so none is the best by {score}")
     elif score is not None and (best := best_run(scores, score)) is not None:
@@ -147,10 +154,12 @@ def print_jobs(
     found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
     first = [objective] if objective in found else []
     scores = list(dict.fromkeys([*first, *headlines(found)[:HEADLINES_OF_A_SWEEP]]))
-    lines = [[*short_names(varied), "status", *scores]]
+    columns = [name for s in scores for name in (s, f"{s}{PUBLISHED}") if name == s or name in found]
+    lines = [[*short_names(varied), "status", *columns]]
     for row in rows:
         settings = [setting_cell(row.get(key, "")) for key in varied]
-        lines.append([*settings, row["status"], *(cell(score, row.get(score), images.get(score)) for score in scores)])
+        cells = [cell(name.removesuffix(PUBLISHED), row.get(name), images.get(name)) for name in columns]
+        lines.append([*settings, row["status"], *cells])
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     shown = _fitting([[*map(printable, line)] for line in lines], len(varied) + 2, width)
     print(title, *_aligned(shown), sep="\n")

@@ -30,7 +30,7 @@ from coca_lit.tools.report.tables import (
     seed_tables,
     settings_table,
 )
-from coca_lit.tools.report.terminal import summary
+from coca_lit.tools.report.terminal import report_sweep, summary
 
 PNG = b"\x89PNG"
 USUAL = Conditions("test", 5000, "images", 25_000, "texts", {})
@@ -316,7 +316,7 @@ B32, L14 = "coca_ViT-B-32/laion2b_s13b_b90k", "coca_ViT-L-14/laion2b_s13b_b90k"
 
 
 @pytest.mark.parametrize("second", [L14, "hf-hub:laion/CoCa-ViT-L-14-laion2B-s13B-b90k"])
-def test_published_scores_stand_beside_those_of_a_list_of_models(tmp_path, second):
+def test_published_scores_stand_beside_those_of_a_list_of_models(tmp_path, second, capsys):
     for i, checkpoint in enumerate((B32, second, "mine.ckpt")):
         make_run(tmp_path / f"{i}", {"mscoco/t2i_recall@1": i / 8, "x/CIDEr": 0.5}, f"checkpoint: {checkpoint}\n")
     runs, _ = find_runs([tmp_path])
@@ -330,6 +330,10 @@ def test_published_scores_stand_beside_those_of_a_list_of_models(tmp_path, secon
     assert comparison_figure(runs) != comparison_figure(unnamed)
     page = write_comparison([tmp_path / "0", tmp_path / "1"], tmp_path).read_text()
     assert "45.65" in page
+    rows = [{"job": f"{i}", "status": "ok", "mscoco/t2i_recall@1": i / 8} for i in range(3)]
+    report_sweep(tmp_path, rows, None)
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[2:] for line in said if "ok" in line] == [["0.00", "36.18"], ["12.50", "45.65"], ["25.00"]]
 
 
 @pytest.mark.parametrize("other", [{"images": 64}, {"split": "val"}])
