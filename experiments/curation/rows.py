@@ -61,7 +61,8 @@ def main() -> None:
         "GB of the selection": f"{output.stat().st_size / 1e9:.2f}",
         "duckdb": duckdb.__version__,
         **{key: facts[key] for key in ("commit", "torch", "machine")},
-        "command": f"python experiments/curation/rows.py FOLDER --rows {options.rows} --rows-per-file {options.rows_per_file}",
+        "command": f"python experiments/curation/rows.py FOLDER --rows {options.rows} "
+        f"--rows-per-file {options.rows_per_file}",
     }
     replace_rows(RESULTS, [row], by=["rows", "files"])
     print(row)
