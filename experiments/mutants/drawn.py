@@ -1,7 +1,7 @@
 """Breaks lines of the package that are drawn at random, and lists what no test notices.
 
     pip install cosmic-ray
-    python experiments/mutants/drawn.py draw --count 150     # drawn.csv, with a row for each mutant
+    python experiments/mutants/drawn.py draw --count 150     # drawn.csv, with a row for each mutant; those that ran stay
     python experiments/mutants/drawn.py run                  # the test files near the line
     python experiments/mutants/drawn.py run --survivors      # then their slow tests, and the package's other tests
     python experiments/mutants/drawn.py check                # what noticed a mutant passes without it
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 def draw(count: int, seed: int) -> None:
-    """Writes changes of distinct lines, as many from every folder of the package."""
+    """Fills up the rows that have run, with changes of distinct lines, as many from every folder of the package."""
     rng = random.Random(seed)
     rooms: dict[str, dict[tuple[str, int], list[Row]]] = {}
     for path in sorted((ROOT / "coca_lit").rglob("*.py")):
@@ -70,7 +70,7 @@ def draw(count: int, seed: int) -> None:
         room = "/".join(parents[: 2 if parents[:1] == ("tools",) else 1])
         for change in changes(str(path.relative_to(ROOT))):
             rooms.setdefault(room, {}).setdefault((change.file, int(change.line)), []).append(change)
-    rows: list[Row] = []
+    rows = [row for row in read() if row.seconds]
     while len(rows) < count:
         lines = rooms[[*rooms][len(rows) % len(rooms)]]
         of_line = lines.pop(rng.choice(sorted(lines)))
@@ -202,6 +202,9 @@ def run(survivors: bool, first: int, count: int) -> None:
         suite = Suite(copied(Path(folder)))
         for row in read()[first : first + count]:
             if bool(row.seconds) != survivors or row.noticed_by or row.verdict:
+                continue
+            if not (ROOT / row.file).exists():
+                print(row.file, "is no longer there", flush=True)
                 continue
             near, beside, wide = related(row)
             steps = [["-m", "slow", *near, *beside], [*beside, *wide]] if survivors else [near]
