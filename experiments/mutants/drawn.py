@@ -1,7 +1,7 @@
 """Breaks lines of the package that are drawn at random, and lists what no test notices.
 
     pip install cosmic-ray
-    python experiments/mutants/drawn.py draw --count 150     # drawn.csv, with a row for each mutant; those that ran stay
+    python experiments/mutants/drawn.py draw --count 150     # a row of drawn.csv for each; those that ran stay
     python experiments/mutants/drawn.py run                  # the test files near the line
     python experiments/mutants/drawn.py run --survivors      # then their slow tests, and the package's other tests
     python experiments/mutants/drawn.py check                # what noticed a mutant passes without it
