@@ -223,9 +223,10 @@ def test_a_wrong_score_is_refused_before_training(
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_wrong_score_of_an_own_metric_is_refused_when_it_is_known(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"probe/valu.*probe/value"):
-        train(tmp_path, "callbacks.checkpoint.best=probe/valu", evals=[Probe(scale)])
+@pytest.mark.parametrize("measure", ["valu", "CIDEr"])  # near a score that there is, and near none
+def test_a_wrong_score_of_an_own_metric_is_refused_when_it_is_known(tmp_path: Path, measure: str) -> None:
+    with pytest.raises(ConfigError, match=rf"probe/{measure}.*probe/value"):
+        train(tmp_path, f"callbacks.checkpoint.best=probe/{measure}", evals=[Probe(scale)])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from coca_lit.distributed import gather, rank, world_size
 from coca_lit.losses import caption_loss, contrastive_loss, siglip_loss
@@ -25,6 +26,23 @@ def unit(*shape: int) -> Tensor:
 
 def nll(scores: list[float], target: int) -> float:
     return math.log(sum(math.exp(s) for s in scores)) - scores[target]
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "siglip"])
+def test_gradients_are_computed_only_if_one_is_wanted(loss: str) -> None:
+    images, texts, scale = unit(6, 8), unit(6, 8), torch.tensor([3.0])
+    losses: dict[str, Callable[[], Tensor]] = {
+        "contrastive": lambda: contrastive_loss(images, texts, scale),
+        "siglip": lambda: siglip_loss(images, texts, scale, torch.tensor([-1.0])),
+    }
+    flops = {}
+    for wanted, enabled in ((False, True), (True, False), (True, True)):
+        images.requires_grad_(wanted)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(enabled):
+            losses[loss]()
+        flops[wanted, enabled] = counter.get_total_flops()
+    assert flops[False, True] == flops[True, False] == 2 * 6 * 6 * 8
+    assert flops[True, True] > flops[False, True]
 
 
 def test_contrastive_loss_equals_a_double_loop() -> None:
