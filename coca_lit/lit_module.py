@@ -16,7 +16,7 @@ from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
 from coca_lit.training.freezing import freeze as freeze_parts
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded
-from coca_lit.training.objectives import Objective, Pairs, Texts, named_objectives
+from coca_lit.training.objectives import Objective, OfFeatures, Pairs, Texts, named_objectives
 from coca_lit.training.optim import warmup_cosine, warmup_stable_decay
 from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
 
@@ -90,6 +90,7 @@ class CoCaLit(L.LightningModule):
         if texts and text_weight > 0:
             trained.add("decoder")
         freeze_parts(net, freeze, self.pairs.weights, trained)
+        self.pairs.join(made for made in further.values() if isinstance(made, OfFeatures))
         self.pairs.check(net, bool(further))
         if self_critical is not None:
             self_critical.check(net, self.pairs)
@@ -142,11 +143,14 @@ class CoCaLit(L.LightningModule):
         if not len(batch.images):
             yield self.texts
             return
+        further = cast(Iterator[Objective], self.objectives.values())
         if self.self_critical is not None and self.training:
             yield self.self_critical
-        elif any(self.pairs.weights.values()):
+            yield from further
+            return
+        if any(self.pairs.weights.values()):
             yield self.pairs
-        yield from cast(Iterator[Objective], self.objectives.values())
+        yield from (made for made in further if made not in self.pairs.joined)
 
     def is_logged(self) -> bool:
         """Values are averaged over ranks and read by the host at these steps only: either takes time."""

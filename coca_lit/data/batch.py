@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.errors import DataError
+from coca_lit.losses.distillation import Teacher
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images, Patches, stack_images
 
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
     answers: tuple[tuple[str, ...], ...] = ()  # (B) all captions of each record: the answers, or the label
     encoded: "EncodedCrops | None" = None  # images that `to` decodes on the device; `images` then holds only the others
+    teachers: tuple[Teacher, ...] = ()  # what each of them says of these crops and texts, fp16
 
     def to(self, device: torch.device) -> "Batch":
         """With images and tokens on the device. Lengths stay on the host, where the layout of the texts is computed:
@@ -48,7 +50,11 @@ class Batch(NamedTuple):
             images = replace(images, rows=to_device(images.rows, device))
         else:
             images = to_device(images, device)
-        return self._replace(images=images, tokens=to_device(self.tokens, device))
+        teachers = tuple(
+            known._replace(images=to_device(known.images, device), texts=to_device(known.texts, device))
+            for known in self.teachers
+        )
+        return self._replace(images=images, tokens=to_device(self.tokens, device), teachers=teachers)
 
 
 class Example(NamedTuple):
@@ -62,6 +68,7 @@ class Example(NamedTuple):
     prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
     answers: tuple[str, ...] = ()  # all captions of the record
     further: "tuple[Images | EncodedCrop, ...]" = ()  # images after the first one
+    teachers: tuple[Teacher, ...] = ()  # what each says of this crop and text, (E,) each
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -79,7 +86,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     prefix_lengths: Tensor | None = None
     if any(example.prefix_length > 1 for example in examples):
         prefix_lengths = torch.tensor([example.prefix_length for example in examples])  # (B,)
-    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, encoded)
+    teachers = tuple(map(_stack_teacher, zip(*(example.teachers for example in examples), strict=True)))
+    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, encoded, teachers)
+
+
+def _stack_teacher(rows: Sequence[Teacher]) -> Teacher:
+    images, texts = (torch.stack(vectors) for vectors in zip(*(row[:2] for row in rows), strict=True))  # (B, E)
+    return Teacher(images, texts, rows[0].logit_scale)
 
 
 def _stack(images: "Sequence[Images | EncodedCrop]") -> "tuple[Images, EncodedCrops | None]":

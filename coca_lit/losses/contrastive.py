@@ -6,6 +6,8 @@ So only the texts are gathered, every logit is computed on one rank, and its gra
 the tiles: 4 matrix products where scoring images and texts separately takes 6.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,13 +33,19 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
         rows = tiles(len(images), tile)
         own = rank() * len(images)
-        over_texts, over_images, pairs = _log_sums(images, texts, scale, own, rows)
+        over_texts, over_images, pairs = log_sums(images, texts, scale, own, rows)
         total = (over_texts + over_images[own : own + len(images)] - 2 * pairs).sum()
     inputs = (images, texts, scale)
     if not any(map(wants_gradient, inputs)):
         return total / (2 * len(images))
+
+    def errors(tile: slice) -> Tensor:
+        p = sum_of_softmaxes(tile_logits(images[tile], texts, scale), over_texts[tile], over_images)
+        p.diagonal(own + tile.start).sub_(2)
+        return p
+
     with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
-        gradients = _gradients(images, texts, scale, over_texts, over_images, own, rows)
+        gradients = gradients_of_logits(images, texts, scale, rows, errors)
     return with_gradients(total / (2 * len(images)), gradients, inputs)
 
 
@@ -45,14 +53,14 @@ def tiles(rows: int, tile: int) -> list[slice]:
     return [slice(start, min(start + tile, rows)) for start in range(0, rows, tile)]
 
 
-def _logits(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+def tile_logits(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """(tile, E), (W·B, E) -> (tile, W·B), minus the scale, which changes no softmax: matching pairs are then near 0,
     where floating-point numbers are densest.
     """
     return torch.addmm(-scale, images * scale, texts.T)
 
 
-def _log_sums(
+def log_sums(
     images: Tensor, texts: Tensor, scale: Tensor, own: int, rows: list[slice]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log Σ exp(logit) over all texts for each own image (B,), and over the images of all ranks for each text (W·B,);
@@ -61,33 +69,36 @@ def _log_sums(
     over_texts, pairs = images.new_empty(len(images)), images.new_empty(len(images))
     over_images = images.new_full((len(texts),), -torch.inf)
     for tile in rows:
-        logits = _logits(images[tile], texts, scale)
+        logits = tile_logits(images[tile], texts, scale)
         pairs[tile] = logits.diagonal(own + tile.start)
         over_texts[tile] = logits.logsumexp(dim=1)
         over_images = torch.logaddexp(over_images, logits.logsumexp(dim=0))
     return over_texts, logsumexp_over_ranks(over_images), pairs
 
 
-def _gradients(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor,
-    over_texts: Tensor,
-    over_images: Tensor,
-    own: int,
-    rows: list[slice],
+def sum_of_softmaxes(logits: Tensor, over_texts: Tensor, over_images: Tensor) -> Tensor:
+    """Softmax over texts + softmax over images, (tile, W·B). Works in the memory of `logits`.
+
+    Args:
+        over_texts, over_images: (tile,) and (W·B,), see `log_sums`.
+    """
+    p = (logits - over_texts[:, None]).exp_()
+    p += logits.sub_(over_images).exp_()
+    return p
+
+
+def gradients_of_logits(
+    images: Tensor, texts: Tensor, scale: Tensor, rows: list[slice], errors: Callable[[slice], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the mean over all ranks' losses with respect to images (B, E), texts (W·B, E) and scale (1,).
 
-    With p = softmax over texts + softmax over images, the gradient of 2 B times the loss with respect to a logit is p -
-    2 on the diagonal and p elsewhere.
+    Args:
+        errors: tile -> the gradient of 2 B times the loss with respect to its logits (tile, W·B): the sum of both
+            softmaxes minus the sum of both targets, which are 1 for a matching pair in `contrastive_loss`.
     """
     grad_images, grad_texts = torch.empty_like(images), torch.zeros_like(texts)
     for tile in rows:
-        logits = _logits(images[tile], texts, scale)
-        p = (logits - over_texts[tile, None]).exp_()
-        p += logits.sub_(over_images).exp_()
-        p.diagonal(own + tile.start).sub_(2)
+        p = errors(tile)
         torch.mm(p, texts, out=grad_images[tile])
         grad_texts.addmm_(p.T, images[tile])
     share = 1 / (2 * len(images))

@@ -13,8 +13,9 @@ in bf16 and DistributedDataParallel see one backward pass. The memory of activat
 price of a second forward pass through the two towers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ from coca_lit.models.patches import Images
 from coca_lit.training.objectives import Pairs
 
 
+FeatureTerms = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""(images (B, E), texts (B, E), logit_scale (1,)) -> terms by name."""
+
+
 class MicroBatchedPairs(Pairs):
     """`Pairs` whose batches go through the network `size` pairs at a time in training."""
 
@@ -41,7 +46,8 @@ class MicroBatchedPairs(Pairs):
 
     def loss(self, net: CoCa, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pairs, smoothing = (batch.images, batch.tokens, batch.lengths), self.label_smoothing
-        return cached_loss(net, *pairs, self.micro_batch_size, self.weights, batch.prefix_lengths, smoothing)
+        joined = partial(self.joined_terms, batch) if self.joined else None
+        return cached_loss(net, *pairs, self.micro_batch_size, self.weights, batch.prefix_lengths, smoothing, joined)
 
     def check(self, net: CoCa, further: bool) -> None:
         """Its batch norms would see micro-batches instead of batches."""
@@ -72,6 +78,7 @@ def cached_loss(
     weights: Mapping[str, float],
     prefix_lengths: Tensor | None = None,
     smoothing: float = 0.0,
+    joined: FeatureTerms | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses of a batch, to be differentiated, and the raw terms with a weight above 0.
 
@@ -81,6 +88,7 @@ def cached_loss(
         size: pairs that go through the network at a time.
         weights: of "contrastive" and "caption"; a loss with a weight of 0 is not computed.
         smoothing: of the caption loss.
+        joined: further terms of the features, whose weights are 1 where `weights` has none.
 
     Raises:
         ValueError: B is no multiple of `size`.
@@ -93,8 +101,8 @@ def cached_loss(
     terms: dict[str, Tensor] = {}
     grad_features = None
     with _collected_gradients(parameters) as gradients:
-        if weights["contrastive"]:
-            terms["contrastive"], grad_features = _contrastive(net, parts, weights["contrastive"])
+        if weights["contrastive"] or joined is not None:
+            terms, grad_features = _of_features(net, parts, weights, joined)
         total_tokens = sum_over_ranks(predicted_tokens(net, tokens, lengths, prefix_lengths))
         for i, part in enumerate(parts):
             out = _forward(net, part, contrastive=grad_features is not None, captioning=weights["caption"] != 0)
@@ -106,7 +114,7 @@ def cached_loss(
                 terms["caption"] = terms.get("caption", 0) + caption.detach()
                 share += [weights["caption"] * caption]
             torch.stack(share).sum().backward()
-    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    loss = _weighted(terms, weights)
     return with_gradients(loss, gradients, parameters, once=True), terms
 
 
@@ -147,19 +155,30 @@ def _features(out: CoCaOutput) -> tuple[Tensor, Tensor]:
     return out.image_features, out.text_features
 
 
-def _contrastive(net: CoCa, parts: Sequence[MicroBatch], weight: float) -> tuple[Tensor, list[Sequence[Tensor]]]:
-    """The contrastive term, and its weighted gradients with respect to image and text features, by micro-batch.
-    Temperature and bias, which are not in the second pass, get their gradients here.
+def _of_features(
+    net: CoCa, parts: Sequence[MicroBatch], weights: Mapping[str, float], joined: FeatureTerms | None
+) -> tuple[dict[str, Tensor], list[Sequence[Tensor]]]:
+    """The terms of all features, and the gradients of their weighted sum with respect to image and text features, by
+    micro-batch. Temperature and bias, which are not in the second pass, get their gradients here.
     """
     with torch.no_grad():
         found = [_features(_forward(net, part, contrastive=True, captioning=False)) for part in parts]
     torch.clear_autocast_cache()  # it holds weights that were cast without a graph
     features = [torch.cat(side).requires_grad_() for side in zip(*found, strict=True)]  # (B, E), images and texts
     images, texts = features
-    term = contrastive_term(images, texts, net.logit_scale.exp(), net.logit_bias)
-    (weight * term).backward()
+    terms, scale = {}, net.logit_scale.exp()
+    if weights["contrastive"]:
+        terms["contrastive"] = contrastive_term(images, texts, scale, net.logit_bias)
+    if joined is not None:
+        terms |= joined(images, texts, scale)
+    _weighted(terms, weights).backward()
     grad_features = [f.grad for f in features if f.grad is not None]
-    return term.detach(), [gradient.split(len(parts[0].images)) for gradient in grad_features]
+    split = [gradient.split(len(parts[0].images)) for gradient in grad_features]
+    return {name: term.detach() for name, term in terms.items()}, split
+
+
+def _weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    return torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ name, `model.objectives.NAME._target_=my_parts.mine`: a function (net, batch) ->
 captioning only, set `model.contrastive_weight=0`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,33 @@ class Function(Objective):
         return self.function(net, batch)
 
 
+class OfFeatures(Objective):
+    """Terms of the features of images and texts. They join the pass of `Pairs` through the network, and cost no further
+    one; beside `SelfCritical` they have their own.
+    """
+
+    works_with_micro_batches = True
+    works_sharded = True
+
+    def build(self, net: CoCa) -> None:
+        self.trains = [part for part in net.parameters_of_loss("contrastive") if part != "logit_bias"]
+
+    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        """Terms as `forward` returns them.
+
+        Args:
+            images, texts: (B, E) features of unit length.
+            logit_scale: (1,), inverse temperature.
+        """
+        raise NotImplementedError
+
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        out = net(batch.images, batch.tokens, batch.lengths, prefix_lengths=batch.prefix_lengths, captioning=False)
+        assert out.image_features is not None
+        assert out.text_features is not None
+        return self.of_features(batch, out.image_features, out.text_features, out.logit_scale)
+
+
 class Pairs(Objective):
     """The contrastive and the caption loss of pairs of an image and a text. A weight of 0 skips its loss.
 
@@ -98,6 +125,7 @@ class Pairs(Objective):
 
     Attributes:
         micro_batch_size: pairs that go through the network at a time in training; None for the whole batch.
+        joined: objectives of the same features.
     """
 
     works_with_micro_batches = True
@@ -109,12 +137,32 @@ class Pairs(Objective):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing!r}")
         self.label_smoothing, self.averages_tokens = label_smoothing, caption_weight != 0
+        self.joined: tuple[OfFeatures, ...] = ()
+
+    def join(self, objectives: Iterable[OfFeatures]) -> None:
+        """Computes them with the features that the pairs get anyway."""
+        self.joined = tuple(objectives)
+        for made in self.joined:
+            self.weights = self.weights | made.weights
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
-        asked = {"contrastive": self.weights["contrastive"] != 0, "captioning": self.weights["caption"] != 0}
+        contrastive = self.weights["contrastive"] != 0
+        asked = {"contrastive": contrastive or bool(self.joined), "captioning": self.weights["caption"] != 0}
         further = {"prefix_lengths": batch.prefix_lengths, "on_text_features": gather_early}
         out = net(batch.images, batch.tokens, batch.lengths, **further, **asked)
-        return loss_terms(out, self.label_smoothing if self.training else 0.0)
+        terms = loss_terms(out, self.label_smoothing if self.training else 0.0, contrastive)
+        if self.joined:
+            assert out.image_features is not None
+            assert out.text_features is not None
+            terms |= self.joined_terms(batch, out.image_features, out.text_features, out.logit_scale)
+        return terms
+
+    def joined_terms(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        """Of all joined objectives, see `OfFeatures.of_features`."""
+        terms: dict[str, Tensor] = {}
+        for made in self.joined:
+            terms |= made.of_features(batch, images, texts, logit_scale)
+        return terms
 
     def check(self, net: CoCa, further: bool) -> None:
         """Called once it is known what of the network is frozen.

@@ -1,0 +1,28 @@
+"""Distillation from teachers whose embeddings are stored with the samples, see `coca_lit.data.shards.reinforced`."""
+
+from torch import Tensor
+
+from coca_lit.data.batch import Batch
+from coca_lit.errors import ConfigError
+from coca_lit.losses import distillation_loss
+from coca_lit.training.objectives import OfFeatures
+
+
+class Distillation(OfFeatures):
+    """The student's similarities follow its teachers', see `distillation_loss`. It takes part of the weight of the
+    contrastive loss: MobileCLIP's (1 - λ) · contrastive + λ · distillation is `contrastive_weight=1-λ` and
+    `objectives.NAME.weight=λ`. Batches of a validation without teachers have no such term.
+
+    Args:
+        weight: factor of the loss.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(distillation=weight)
+
+    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        if not batch.teachers:
+            if self.training:
+                raise ConfigError("distillation needs the embeddings of teachers: set data.teachers, see coca-data teach")
+            return {}
+        return {"distillation": distillation_loss(images, texts, logit_scale, batch.teachers)}
