@@ -23,6 +23,8 @@ class Distillation(OfFeatures):
     def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
         if not batch.teachers:
             if self.training:
-                raise ConfigError("distillation needs the embeddings of teachers: set data.teachers, see coca-data teach")
+                raise ConfigError(
+                    "distillation needs the embeddings of teachers: set data.teachers, see coca-data teach"
+                )
             return {}
         return {"distillation": distillation_loss(images, texts, logit_scale, batch.teachers)}

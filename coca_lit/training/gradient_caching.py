@@ -31,7 +31,6 @@ from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images
 from coca_lit.training.objectives import Pairs
 
-
 FeatureTerms = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 """(images (B, E), texts (B, E), logit_scale (1,)) -> terms by name."""
 

@@ -57,6 +57,8 @@ class LAIONDataModule(CaptionDataModule):
             device of the training decodes, crops and resizes (nvJPEG on a GPU). Images of any shape need full.
         store_patience: seconds that an object store may be unreachable before the run stops, see
             `coca_lit.data.shards.remote.store`.
+        teachers: folder of what teachers say of the samples, see `coca_lit.data.shards.reinforced`; images are then
+            cropped as the teachers saw them. None for none.
         shared: see `CaptionDataModule`.
     """
 
@@ -75,6 +77,7 @@ class LAIONDataModule(CaptionDataModule):
         cache_gb: float = 100,
         decode: Decode = "full",
         store_patience: float = 600.0,
+        teachers: str | None = None,
         **shared: Unpack[LoaderArguments],
     ) -> None:
         super().__init__(**shared)
@@ -84,6 +87,9 @@ class LAIONDataModule(CaptionDataModule):
         if decode not in get_args(Decode):
             raise ValueError(f"decode must be one of {', '.join(get_args(Decode))}, not {decode!r}")
         check_number("store_patience", store_patience, at_least=0)
+        if teachers is not None and decode != "full":
+            raise ValueError(f"teachers need decode=full, not {decode!r}: crops are cut from whole images")
+        self.teachers = teachers
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
         self.caption_keys = check_weights("caption_keys", keys)
@@ -226,7 +232,7 @@ class LAIONDataModule(CaptionDataModule):
                 self.__dict__.pop(name, None)
 
     def training_examples(self) -> IndexedShards:
-        transform, encoded = self.train_transform(), None
+        transform, encoded, replay = self.train_transform(), None, None
         if self.decode != "full":
             from coca_lit.data.encoded import CropOfEncoded, check_decoder
 
@@ -235,7 +241,15 @@ class LAIONDataModule(CaptionDataModule):
             if self.decode == "device" and self.trainer:
                 check_decoder(self.trainer.strategy.root_device)
             encoded = CropOfEncoded(transform.size, self.decode)
-        preprocess = Preprocess(transform, self.tokenizer, self.caption_keys, self.seed, encoded)
+        if self.teachers is not None:
+            from coca_lit.data.shards.reinforced import Replay, check_reinforced, reinforced_path
+
+            if not isinstance(transform, RandomCrop):
+                raise DataError("data.teachers has square crops: it does not work with images of any shape")
+            replay = Replay(Path(self.teachers), transform.size)
+            for index in (index for indexes in self.indexes.values() for index in indexes):
+                check_reinforced(reinforced_path(index.shard.name, replay.folder), index.stamp.bytes)
+        preprocess = Preprocess(transform, self.tokenizer, self.caption_keys, self.seed, encoded, replay)
         return IndexedShards(self.sources, preprocess, self.max_bad_fraction, near=self.windows is not None)
 
     def indices_from(self, epoch: int, start: int) -> IndexedBatches:

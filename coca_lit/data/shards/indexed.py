@@ -38,6 +38,8 @@ from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from coca_lit.data.encoded import CropOfEncoded, EncodedCrop
+    from coca_lit.data.shards.reinforced import Replay
+    from coca_lit.losses.distillation import Teacher
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_TEXT = 2**20  # bytes of a caption or of the JSON
@@ -140,22 +142,27 @@ class Preprocess(NamedTuple):
     caption_keys: Mapping[str, float]  # with the probability of each
     seed: int
     encoded: "CropOfEncoded | None" = None  # in place of `transform`, for images that are not decoded whole
+    replay: "Replay | None" = None  # in place of `transform`, for crops that teachers have seen
 
     def __call__(self, pair: Pair, key: str, shard: str, index: Index, source: str) -> Example:
         """Crop and caption depend on seed, pass and key alone. Raises `BadSampleError` for an unreadable image."""
         image, captions = pair
         seed = (self.seed, index.turn, key)
         rng, name = random.Random(stable_seed("image", *seed)), f"{key} in {shard}"
+        caption = draw(captions, self.caption_keys, "caption", *seed)
+        teachers: tuple[Teacher, ...] = ()
         try:
             crop: Images | EncodedCrop
             if self.encoded:
                 crop = self.encoded(image, name, rng, shard)
             else:
-                crop = self.transform(as_tensor(decode_pixels(image, name)), rng, index.patches)
+                pixels = as_tensor(decode_pixels(image, name))
+                crop = pixels if self.replay else self.transform(pixels, rng, index.patches)
         except DataError as error:
             raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
-        caption = draw(captions, self.caption_keys, "caption", *seed)
-        return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source)
+        if self.replay:
+            crop, teachers = self.replay(pixels, shard, key, caption, rng)
+        return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source, teachers=teachers)
 
 
 class IndexedShards(TrainingExamples):

@@ -1,4 +1,6 @@
-"""`coca-data score`, `coca-data filter` and `coca-data dedup`: choosing samples of shards without copying them."""
+"""`coca-data score`, `filter` and `dedup`: choosing samples of shards without copying them; `coca-data teach`: what
+teachers say of them.
+"""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coca_lit.tools.curate.choose import Chosen
+    from coca_lit.tools.curate.judge import JudgedShard
 
     Commands = argparse._SubParsersAction["Words"]
 
@@ -23,6 +26,10 @@ Selects samples no two of which are near-duplicates, and writes their keys for d
 same perceptual hash (hash-distance=0), similar ones (hash-distance=3), or similar embeddings (cosine=0.95, after
 score --embeddings). The one with the most of `best` stays. against=FOLDER removes near-duplicates of other sets, too:
 of earlier data, or of the images of an evaluation."""
+TEACH = """\
+Embeds several crops and all captions of each sample with one or more teachers, for model.objectives: Distillation.
+Writes NAME.teachers.safetensors beside each NAME.tar; data.teachers=FOLDER reads them and replays the crops. An
+interrupted command resumes at the shard where it stopped."""
 _SCORES = "folders of NAME.scores.parquet, or such files"
 
 
@@ -55,45 +62,112 @@ def add_score(commands: "Commands", engine: str) -> None:
     parser.add_argument("--caption-key", default="txt", help="field of the samples' JSON that holds the caption")
     parser.add_argument("--embeddings", action="store_true", help="keep the image embeddings, for dedup cosine=…")
     parser.add_argument("--language", action="store_true", help="identify the language of the captions")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--num-workers", type=int, help="processes that decode images (default: up to 4)")
-    parser.add_argument("--precision", default="auto", help="fp32, bf16, or auto: bf16 where the device computes it")
+    _add_computation(parser, 64)
     parser.set_defaults(run=_score, engine=[])
 
 
 def _score(options: argparse.Namespace) -> None:
+    from coca_lit.tools.checkpoint import chosen_checkpoint
+    from coca_lit.tools.curate.judge import Judgement, claim_outputs, judge_shard
+
+    checkpoint = chosen_checkpoint(options.checkpoint, offline=False)  # the small model is no judge of data
+    _of_all_shards(
+        options,
+        "scoring",
+        "scores",
+        judge_shard,
+        claim_outputs,
+        lambda workers, bf16: Judgement(
+            checkpoint,
+            options.output,
+            options.caption_key,
+            options.embeddings,
+            options.language,
+            options.batch_size,
+            workers,
+            bf16,
+        ),
+    )
+
+
+def add_teach(commands: "Commands", engine: str) -> None:
+    parser = commands.add_parser(
+        "teach", help="embed crops and captions for distillation", description=TEACH, epilog=engine
+    )
+    parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
+    parser.add_argument("--teachers", nargs="+", required=True, help="checkpoints as of score, CLIPs too")
+    parser.add_argument("--output", type=Path, help="folder for the embeddings (default: beside each shard)")
+    parser.add_argument("--caption-keys", nargs="+", default=["txt"], help="fields with captions (default: the .txt)")
+    parser.add_argument("--views", type=positive, default=4, help="crops of each image (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: %(default)s)")
+    _add_computation(parser, 32)
+    parser.set_defaults(run=_teach, engine=[])
+
+
+def _teach(options: argparse.Namespace) -> None:
+    from coca_lit.tools.checkpoint import chosen_checkpoint
+    from coca_lit.tools.curate.teach import Teaching, claim_outputs, teach_shard
+
+    teachers = tuple(chosen_checkpoint(name, offline=False) for name in options.teachers)
+    _of_all_shards(
+        options,
+        "teaching",
+        "embeddings",
+        teach_shard,
+        claim_outputs,
+        lambda workers, bf16: Teaching(
+            teachers,
+            options.output,
+            tuple(options.caption_keys),
+            options.views,
+            options.seed,
+            options.batch_size,
+            workers,
+            bf16,
+        ),
+    )
+
+
+def _of_all_shards(
+    options: argparse.Namespace,
+    doing: str,
+    what: str,
+    function: "Callable[[Path, Any], JudgedShard]",
+    claim_outputs: Callable[[Sequence[Path], Any], None],
+    settings_of: Callable[[int, bool], Any],
+) -> None:
+    """Runs a function of a shard and settings on the chosen engine, and prints what became of the samples.
+
+    Args:
+        settings_of: (processes that decode, whether models compute in bf16) -> the settings.
+    """
     import torch
 
     from coca_lit.cli.runtime import chosen_dtype, configure_libraries
     from coca_lit.data.shards.listing import local_shards
     from coca_lit.tools.caption.command import decoders
-    from coca_lit.tools.checkpoint import chosen_checkpoint
     from coca_lit.tools.clusters.engines import Work, engine_from
-    from coca_lit.tools.curate.judge import Judgement, claim_outputs, judge_shard
     from coca_lit.tools.curate.scores import check_shards
 
     paths = local_shards(options.shards)
     check_shards(paths, options.output)
     configure_libraries(None)
-    judgement = Judgement(
-        chosen_checkpoint(options.checkpoint, offline=False),  # the small model is no judge of data
-        options.output,
-        options.caption_key,
-        options.embeddings,
-        options.language,
-        options.batch_size,
-        decoders(options.num_workers),
-        chosen_dtype(options.precision) is torch.bfloat16,
-    )
+    settings = settings_of(decoders(options.num_workers), chosen_dtype(options.precision) is torch.bfloat16)
     engine = engine_from(options.engine)
-    claim_outputs(paths, judgement)
-    work = Work(engine, "scoring")
-    shards = sorted(work(judge_shard, paths, judgement))
+    claim_outputs(paths, settings)
+    work = Work(engine, doing)
+    shards = sorted(work(function, paths, settings))
     for shard in shards:
         print_faults(str(shard.path), shard.bad, shard.examples)
     good, bad = sum(shard.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
-    print(f"{good:,} samples have scores, {bad:,} bad ones are left out")
+    print(f"{good:,} samples have {what}, {bad:,} bad ones are left out")
     work.close(len(paths), found=sum(shard.skipped for shard in shards))
+
+
+def _add_computation(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="default: %(default)s")
+    parser.add_argument("--num-workers", type=int, help="processes that decode images (default: up to 4)")
+    parser.add_argument("--precision", default="auto", help="fp32, bf16, or auto: bf16 where the device computes it")
 
 
 def add_filter(commands: "Commands") -> None:
@@ -158,3 +232,9 @@ def _bits(text: str) -> int | None:
     if text != "none" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number of bits or none, not {text!r}")
     return None if text == "none" else int(text)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)

@@ -83,7 +83,7 @@ def claim_outputs(shards: Sequence[Path], judgement: Judgement) -> None:
 def _settings(judgement: Judgement) -> dict[str, Any]:
     """What a score depends on, beside the shard."""
     return {
-        "model": _model(judgement)[1],
+        "model": load_judge(judgement.checkpoint, judgement.bf16)[1],
         "precision": "bf16" if judgement.bf16 else "fp32",
         "caption_key": judgement.caption_key,
         "embeddings": judgement.embeddings,
@@ -107,7 +107,7 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
         if known.about["shard"] == stamp:
             return JudgedShard(path, known.rows, known.about["bad"], known.about["examples"], skipped=True)
-    model, _ = _model(judgement)
+    model, _ = load_judge(judgement.checkpoint, judgement.bf16)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     bad = BadSamples(1.0)
     listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))  # as in a training: one index for both
@@ -216,10 +216,10 @@ def _scores(model: DualEncoder, pixels: Images, captions: Sequence[str]) -> dict
     return {"similarity": similarity, "likelihood": totals / counts.clamp(min=1), "embedding": out.image_features}
 
 
-@lru_cache(maxsize=1)  # for all shards that this process judges
-def _model(judgement: Judgement) -> tuple[DualEncoder, str]:
-    """The model and the fingerprint of its weights in the file."""
+@lru_cache(maxsize=8)  # for all shards that this process judges
+def load_judge(checkpoint: str, bf16: bool) -> tuple[DualEncoder, str]:
+    """A model that says what it thinks of data, and the fingerprint of its weights in the file."""
     with error_context("checkpoint"):
-        model = load_dual_encoder(judgement.checkpoint)
+        model = load_dual_encoder(checkpoint)
     made_by = fingerprint(model)
-    return model.to(torch.bfloat16 if judgement.bf16 else None), made_by
+    return model.to(torch.bfloat16 if bf16 else None), made_by

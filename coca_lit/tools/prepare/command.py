@@ -1,6 +1,6 @@
 """`coca-data prepare SOURCE OUTPUT` writes shards, `coca-data check SHARDS` reads and decodes every sample of them,
-`coca-data spice` fetches what SPICE needs; `score`, `filter` and `dedup` choose samples, see
-`coca_lit.tools.curate.command`.
+`coca-data spice` fetches what SPICE needs; `score`, `filter` and `dedup` choose samples, `teach` has teachers embed
+them, see `coca_lit.tools.curate.command`.
 
 Where shards are worked on is a key as of other commands, engine=slurm engine.partition=cpu, see
 `coca_lit.tools.clusters.engines`.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coca_lit.runs.launch import isolate
-from coca_lit.tools.curate.command import Words, add_dedup, add_filter, add_score, print_faults
+from coca_lit.tools.curate.command import Words, add_dedup, add_filter, add_score, add_teach, positive, print_faults
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.shard import ManifestEntry
@@ -50,6 +50,7 @@ def data(arguments: Sequence[str] | None = None) -> None:
     add_score(commands, ENGINE)
     add_filter(commands)
     add_dedup(commands)
+    add_teach(commands, ENGINE)
     _add_spice(commands)
     words = sys.argv[1:] if arguments is None else arguments
     engine = [word for word in words if re.match(r"engine(\.[\w.]+)?=", word)]
@@ -142,7 +143,7 @@ def _add_prepare(commands: "Commands") -> None:
     parser.add_argument("--caption-column", help="of a table (default: caption, text, title, ...)")
     parser.add_argument("--split", default="train", help="of a COCO or Flickr folder (default: %(default)s)")
     parser.add_argument(
-        "--samples-per-shard", type=_positive, help="default: 10,000, or fewer so that there are 16 shards"
+        "--samples-per-shard", type=positive, help="default: 10,000, or fewer so that there are 16 shards"
     )
     _add_common(parser)
     parser.set_defaults(run=_prepare)
@@ -212,14 +213,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(engine=[])
     parser.add_argument(
-        "--workers", type=_positive, help="processes of this machine, or of each SLURM job (default: one per core)"
+        "--workers", type=positive, help="processes of this machine, or of each SLURM job (default: one per core)"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def _judge(good: int, bad: int, limit: float) -> None:

@@ -1,0 +1,210 @@
+"""Embeddings of fixed crops and of all captions by several teachers, see `coca_lit.data.shards.reinforced`.
+
+Samples are read and decoded as a training does, once for all crops and teachers. A file is complete or absent, and a
+repeated command skips the shards that have one.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
+from coca_lit.data.pixels import decode_pixels
+from coca_lit.data.prefetch import worker_errors, worker_options
+from coca_lit.data.shards.indexed import TarIndex, pair_of
+from coca_lit.data.shards.indexing import load_index, make_index
+from coca_lit.data.shards.reinforced import Reinforced, reinforced_path, write_reinforced
+from coca_lit.data.shards.shard import Shard, read_manifest
+from coca_lit.data.transforms import Box, as_tensor, random_box, resized
+from coca_lit.errors import ConfigError, DataError
+from coca_lit.evals.inference import evaluating
+from coca_lit.files import claim
+from coca_lit.models import DualEncoder
+from coca_lit.seeding import stable_seed
+from coca_lit.tools.curate.judge import JudgedShard, load_judge
+
+SETTINGS = "teachers.settings.json"  # beside the files of a folder: what made them all
+
+
+class Teaching(NamedTuple):
+    """How shards are embedded; plain values, which any engine can send to its workers.
+
+    Args:
+        teachers: checkpoints for `load_dual_encoder`, CLIPs too.
+        output: folder of the files; None writes them beside the shards.
+        caption_keys: "txt", or fields of the samples' JSON that hold captions, all of which are embedded.
+        views: crops of each image.
+        seed: of the crops.
+        batch_size: samples at a time.
+        num_workers: processes that decode images; 0 decodes in this one.
+        bf16: whether the teachers compute in bfloat16.
+    """
+
+    teachers: tuple[str, ...]
+    output: Path | None = None
+    caption_keys: tuple[str, ...] = ("txt",)
+    views: int = 4
+    seed: int = 0
+    batch_size: int = 32
+    num_workers: int = 0
+    bf16: bool = False
+
+
+def claim_outputs(shards: Sequence[Path], teaching: Teaching) -> None:
+    """Records beside the files to come what makes them; all that is wrong with the teachers is told here.
+
+    Raises:
+        ConfigError: there is no such teacher, or one takes images of any shape.
+        DataError: the folder has embeddings that are made otherwise.
+    """
+    for teacher in _teachers(teaching):
+        if "patch_size" in teacher.preprocessing:
+            raise ConfigError("a teacher takes images of any shape, and crops are square: choose another one")
+    for folder in sorted({teaching.output or shard.parent for shard in shards}):
+        claim(folder / SETTINGS, _settings(teaching))
+
+
+def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
+    """Embeds each sample of a local, uncompressed tar, unless that is done.
+
+    Raises:
+        DataError: the file cannot be written or is made otherwise; or the shard is not what its manifest records.
+    """
+    path, size = reinforced_path(str(shard), teaching.output or shard.parent), shard.stat().st_size
+    about = {**_settings(teaching), "bytes": size}
+    if path.exists():
+        known = Reinforced(path).about
+        if not _settings(teaching).items() <= known.items():
+            raise DataError(f"{path} was made with other settings: choose another output, or remove it")
+        if known["bytes"] == size:
+            return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
+    bad, models = BadSamples(1.0), _teachers(teaching)
+    for model in models:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))  # as in a training: one index for both
+    with quiet(), worker_errors():
+        index = load_index(listed, path.parent) or make_index(listed, path.parent)
+        for fault in index.faults:
+            bad.add(fault.reason, fault.shard, fault.key, fault.detail)
+        rows = [row for batch in _embedded(models, index, teaching, bad) for row in batch]
+    if not rows:
+        raise DataError(f"{shard} has no usable sample: {bad.summary()}")
+    scales = [float(model.logit_scale.detach().exp()) for model in models]
+    left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
+    write_reinforced(path, _tensors(rows), {**about, "logit_scales": scales, "samples": len(rows), **left_out})
+    return JudgedShard(path, len(rows), **left_out, skipped=False)
+
+
+def _settings(teaching: Teaching) -> dict[str, Any]:
+    """What the embeddings depend on, beside the shard."""
+    return {
+        "teachers": [load_judge(checkpoint, teaching.bf16)[1] for checkpoint in teaching.teachers],
+        "precision": "bf16" if teaching.bf16 else "fp32",
+        "caption_keys": [*teaching.caption_keys],
+        "views": teaching.views,
+        "seed": teaching.seed,
+    }
+
+
+def _teachers(teaching: Teaching) -> list[DualEncoder]:
+    return [load_judge(checkpoint, teaching.bf16)[0] for checkpoint in teaching.teachers]
+
+
+class _Row(NamedTuple):
+    """What is stored of a sample."""
+
+    key: str
+    captions: list[str]
+    boxes: list[Box]
+    images: list[Tensor]  # (V, E) of each teacher
+    texts: list[Tensor]  # (C, E) of each teacher
+
+
+class _Sample(NamedTuple):
+    key: str
+    captions: list[str]
+    boxes: list[Box]
+    crops: dict[int, Tensor]  # (V, 3, size, size) by size
+
+
+class _Crops(Dataset[_Sample | BadSample]):
+    """The samples of a shard, each decoded once and cropped for every size that a teacher takes."""
+
+    def __init__(self, index: TarIndex, teaching: Teaching, sizes: Sequence[int]) -> None:
+        self.index, self.teaching, self.sizes = index, teaching, sizes
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> _Sample | BadSample:
+        shard, key, asked = self.index.shard.name, self.index.key(i), self.teaching
+        try:
+            content, captions = pair_of(self.index.read(i), asked.caption_keys, shard)
+            pixels = as_tensor(decode_pixels(content, "it"))
+        except BadSampleError as error:
+            return error.sample
+        except DataError as error:
+            return BadSample(shard, key, "unreadable image", str(error))
+        height, width = pixels.shape[1:]
+        seeds = (stable_seed("crop", asked.seed, view, key) for view in range(asked.views))
+        boxes = [random_box(height, width, random.Random(seed)) for seed in seeds]
+        crops = {size: torch.stack([resized(pixels, box, (size, size)) for box in boxes]) for size in self.sizes}
+        texts = dict.fromkeys(text for texts in captions.values() for text in texts)
+        return _Sample(key, [*texts], boxes, crops)
+
+
+def _embedded(
+    models: Sequence[DualEncoder], index: TarIndex, teaching: Teaching, bad: BadSamples
+) -> Iterator[list[_Row]]:
+    sizes = [int(model.preprocessing["size"]) for model in models]
+    samples = _Crops(index, teaching, sorted({*sizes}))
+    options = worker_options(teaching.num_workers)
+    for batch in DataLoader(samples, teaching.batch_size, collate_fn=list, **options):
+        good = [sample for sample in batch if isinstance(sample, _Sample)]
+        for sample in batch:
+            if isinstance(sample, BadSample):
+                bad.add(sample.reason, sample.shard, sample.key, sample.detail)
+        if not good:
+            continue
+        captions, counts = [text for sample in good for text in sample.captions], [len(s.captions) for s in good]
+        images, texts = [], []
+        for model, size in zip(models, sizes, strict=True):
+            pixels = torch.cat([sample.crops[size] for sample in good])  # (b · V, 3, size, size)
+            images.append(_embed(model, pixels).split(teaching.views))
+            texts.append(_embed(model, captions).split(counts))
+        yield [
+            _Row(sample.key, sample.captions, sample.boxes, [of[i] for of in images], [of[i] for of in texts])
+            for i, sample in enumerate(good)
+        ]
+
+
+@torch.inference_mode()
+def _embed(model: DualEncoder, inputs: Tensor | list[str]) -> Tensor:
+    """(n, E) fp16 on the host, of pixels or of texts."""
+    if isinstance(inputs, Tensor):
+        found: Tensor = evaluating(model, model.encode_image, inputs.to(model.device))
+    else:
+        found = evaluating(model, model.encode_text, model.tokenizer.tokens_of(inputs).to(model.device))
+    return found.half().cpu()
+
+
+def _tensors(rows: Sequence[_Row]) -> dict[str, Tensor]:
+    """As `write_reinforced` takes them; captions are padded to the most that a sample has."""
+    most = max(len(row.captions) for row in rows)
+    known = [[*map(stable_seed, row.captions)] for row in rows]
+    tensors = {
+        "keys": torch.tensor([stable_seed(row.key) for row in rows]),
+        "captions": torch.tensor([seeds + [0] * (most - len(seeds)) for seeds in known]),
+        "boxes": torch.tensor([row.boxes for row in rows], dtype=torch.int32),
+    }
+    for k in range(len(rows[0].images)):
+        tensors[f"images.{k}"] = torch.stack([row.images[k] for row in rows])
+        missing = [(0, 0, 0, most - len(row.captions)) for row in rows]
+        padded = [torch.nn.functional.pad(row.texts[k], pad) for row, pad in zip(rows, missing, strict=True)]
+        tensors[f"texts.{k}"] = torch.stack(padded)
+    return tensors

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# usage: run.sh; SEEDS="0 1 2", SAMPLES="6400 12800 25600". Finished steps are skipped; one core.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+runs=outputs/distillation data=outputs/distillation/data new=outputs/distillation/recaptioned
+export OMP_NUM_THREADS=1
+
+train() { # NAME SEED WORDS…
+  local name=$1_seed$2 seed=$2
+  shift 2
+  [ -s "$runs/$name/results.json" ] || python train.py name="distillation/$name" seed="$seed" trainer=cpu threads=1 "$@"
+}
+
+[ -d $data ] || python -m coca_lit.tools.prepare.scenes shards $data --count 12000 --size 32
+for teacher in 10 11; do # each has seen eight times the samples of the longest training of a student
+  train teacher $teacher data.train_count=12000 trainer.max_epochs=16 'evals=[scenes_captions,scenes_retrieval]'
+done
+teachers=("$runs/teacher_seed10" "$runs/teacher_seed11")
+# Three captions an image by the first teacher, beside the old one; then what both teachers say of all of them.
+coca-caption "$data/*.tar" checkpoint="${teachers[0]}" output=$new/ generate.strategy=sample generate.num_captions=3 precision=fp32 threads=1 num_workers=0
+coca-data teach $new --teachers "${teachers[@]}" --caption-keys original_caption generated_captions --views 4 --precision fp32 --num-workers 0
+
+distilled=(data.teachers=$new model.contrastive_weight=0.3
+  +model.objectives.teachers._target_=coca_lit.training.distillation.Distillation +model.objectives.teachers.weight=0.7)
+old='data.caption_keys={original_caption: 1}' both='data.caption_keys={original_caption: 0.5, generated_captions: 0.5}'
+for seed in ${SEEDS:-0 1 2}; do
+  for samples in ${SAMPLES:-6400 12800 25600}; do
+    words=(data=laion data.shards=$new data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1
+      'evals=[scenes_captions,scenes_retrieval]')
+    train "plain_$samples" "$seed" "${words[@]}" "$old"
+    train "captions_$samples" "$seed" "${words[@]}" "$both"
+    train "distilled_$samples" "$seed" "${words[@]}" "$old" "${distilled[@]}"
+    train "reinforced_$samples" "$seed" "${words[@]}" "$both" "${distilled[@]}"
+  done
+done
+python experiments/report.py distillation "$runs"/*_seed*
