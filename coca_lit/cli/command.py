@@ -103,7 +103,6 @@ def job_command(
                     _remove_empty(Path(HydraConfig.get().runtime.output_dir))
                 return None
 
-        swept = False
         with hydra.initialize_config_dir(str(CONF), job_name=config, version_base="1.3"):
             machine: Any = GlobalHydra.instance().hydra
             try:
