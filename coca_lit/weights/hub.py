@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from socket import gaierror
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ DEFAULT = f"coca_ViT-L-14/{CAPTIONER}"  # what commands use without a checkpoint
 ASSETS = Path(__file__).parents[1] / "assets"
 RELEASED = ASSETS / "released_models.json"
 PHOTOS = "photos"  # the small model that comes with the package
+WITHOUT_HUB = f"name a local file, or '{PHOTOS}', the small model that comes with coca_lit"
 PHOTOS_WEIGHTS = ASSETS / PHOTOS / "model.safetensors"
 MAX_FILES = 10_000  # of a folder on the Hub
 MAX_CONFIG = 4 * 2**20  # bytes of JSON that describe a model
@@ -404,10 +406,7 @@ def _hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         if isinstance(error.__cause__, HfHubHTTPError):
             raise CheckpointError(_sentence(repo, error.__cause__)) from error
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        raise CheckpointError(
-            f"'{repo}' is not in {constants.HF_HUB_CACHE}, and {why}: name a local file, or '{PHOTOS}', the small model"
-            " that comes with coca_lit"
-        ) from None
+        raise CheckpointError(f"'{repo}' is not in {constants.HF_HUB_CACHE}, and {why}: {WITHOUT_HUB}") from None
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
         raise CheckpointError(_sentence(repo, error)) from error
 
@@ -431,5 +430,7 @@ def _sentence(repo: str, error: Exception) -> str:
             return f"there is no space left in {folder} for '{repo}': free some, or set HF_HOME to a folder elsewhere"
         if isinstance(cause, PermissionError):
             return f"{folder} cannot be written: set HF_HOME to a folder of yours"
+        if isinstance(cause, ConnectionRefusedError | gaierror):
+            return f"{hub} cannot be reached for '{repo}': {WITHOUT_HUB}"
         cause = cause.__cause__ or cause.__context__
     return f"the connection to {hub} broke while files of '{repo}' were on their way: run the same command again"

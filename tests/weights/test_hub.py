@@ -301,8 +301,10 @@ def test_a_model_in_the_cache_needs_no_connection(
         huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}"
     )
     assert_equal(load_model(f"hf-hub:{B32}"), model)
-    with pytest.raises(CheckpointError, match=rf"^'me/absent'.*{nobody}"):
+    with pytest.raises(CheckpointError, match=rf"^'me/absent'.*{nobody} cannot be reached"):
         locate("hf-hub:me/absent")
+    with pytest.raises(CheckpointError, match=f"^{nobody} cannot be reached for 'me/own'.*'photos'"):
+        list_models("hf-hub:me/own/*")
 
 
 @pytest.mark.parametrize(
