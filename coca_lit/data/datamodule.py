@@ -402,6 +402,21 @@ class SceneQuestionsDataModule(ScenesDataModule):
         self._scenes = scene_question_records
 
 
+class ScenePlacesDataModule(ScenesDataModule):
+    """The built-in scenes with their captions, and with questions that give the box of a thing or ask for it, see
+    `scene_place_records`.
+
+    Args:
+        train_count: number of training scenes; None takes the default of `scene_records`.
+    """
+
+    def __init__(self, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.scenes.places import scene_place_records
+
+        super().__init__(train_count, **shared)
+        self._scenes = scene_place_records
+
+
 class SceneStatementsDataModule(ScenesDataModule):
     """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`.
 

@@ -16,10 +16,12 @@ _SCENES = (
     "small square star starts that the then there to top triangle underneath we with yellow"
 )
 _QUESTIONS = "0 1 2 are circles colour crosses how many rings shape squares stars thing things triangles what where"
+_EDGES = " ".join(map(str, range(3, 33)))  # of boxes, in 32nds of the image
 _STATEMENTS = "both contradiction entailment false in least middle more neutral one only pictures show true two"
 VOCABULARIES = {
     "scenes": _SCENES.split(),
     "scenes_vqa": f"{_SCENES} {_QUESTIONS}".split(),
+    "scenes_places": f"{_SCENES} {_QUESTIONS} {_EDGES}".split(),
     "scenes_statements": f"{_SCENES} {_QUESTIONS} {_STATEMENTS}".split(),
 }
 

@@ -172,17 +172,38 @@ def _stamp(shape: str, diameter: int) -> Image.Image:
 
 def render(number: int, size: int = 32, objects: int = 2) -> Image.Image:
     """The scene as an RGB image of size x size pixels; its number also seeds the positions and the background."""
+    background, things = _layout(number, size, objects)
+    image = Image.new("RGB", (size, size), background)
+    for thing, corner, mask in things:
+        image.paste(COLOURS[thing.colour], corner, mask)
+    return image
+
+
+def boxes(number: int, size: int = 32, objects: int = 2) -> list[tuple[int, int, int, int]]:
+    """Left, top, right and bottom edge of each thing of a scene in pixels, in the order of the scene."""
+    found = []
+    for _, (x, y), mask in _layout(number, size, objects)[1]:
+        left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+        edges = (x + left, y + top, x + right, y + bottom)
+        found.append(tuple(min(max(edge, 0), size) for edge in edges))
+    return found
+
+
+def _layout(
+    number: int, size: int, objects: int
+) -> tuple[tuple[int, ...], list[tuple[Thing, tuple[int, int], Image.Image]]]:
+    """The colour of the background; and each thing, with the corner and the mask by which it is drawn."""
     scene, rng = decode(number, objects), random.Random(number)
     base = rng.choice((16, 224))
-    image = Image.new("RGB", (size, size), tuple(base + int(24 * rng.random()) for _ in range(3)))
+    background = tuple(base + int(24 * rng.random()) for _ in range(3))
+    things = []
     for place, thing in enumerate(scene.things):
         mask = _stamp(thing.shape, max(1, round(size * SIZES[thing.size] / objects)))
         along = (place + rng.uniform(0.44, 0.56)) / objects
         across = rng.uniform(0.36, 0.64)  # little enough that a row never looks like a column
         x, y = (along, across) if scene.axis == "row" else (across, along)
-        corner = (round(size * x - mask.width / 2), round(size * y - mask.height / 2))
-        image.paste(COLOURS[thing.colour], corner, mask)
-    return image
+        things.append((thing, (round(size * x - mask.width / 2), round(size * y - mask.height / 2)), mask))
+    return background, things
 
 
 @cache

@@ -21,7 +21,17 @@ def report(arguments: Sequence[str] | None = None) -> None:
         "--output", type=Path, help="folder for the comparison (default: the sweep's folder, else outputs/comparison)"
     )
     parser.add_argument("--objective", help="score that ranks the runs (default: the first headline score)")
+    parser.add_argument("--scaling", action="store_true", help="fit and draw the score against the training compute")
+    parser.add_argument(
+        "--hold-out",
+        type=float,
+        default=4.0,
+        help="predict what has more than 1/N of the compute (default: %(default)s)",
+    )
+    parser.add_argument("--published", type=Path, help="results.parquet of LAION's scaling study, to draw beside")
     options = parser.parse_args(arguments)
+    if options.hold_out < 1:
+        parser.error(f"--hold-out must be at least 1, not {options.hold_out}")
     if not options.folders:
         sys.exit(f"error: name the folder of a run; {EXAMPLE}   (more: coca-report --help)")
 
@@ -36,6 +46,13 @@ def report(arguments: Sequence[str] | None = None) -> None:
 
     try:
         first = options.folders[0]
+        if options.scaling:
+            from coca_lit.tools.report.scaling import write_scaling
+
+            output = options.output or first
+            print(write_scaling(options.folders, output, options.objective, options.hold_out, options.published))
+            print(printable(str(output / "scaling.png")))
+            return
         if len(options.folders) > 1:
             page = write_comparison(options.folders, options.output or Path("outputs/comparison"), options.objective)
         elif (first / "results.json").is_file():

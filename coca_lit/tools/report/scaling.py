@@ -1,0 +1,296 @@
+"""What more compute will bring: a saturating power law through finished runs, with intervals, and how well it predicts
+runs that it has not seen (Nezhurina et al. 2025, arXiv 2506.04598).
+
+The law of a score over the compute C is top - a · (C + b) ^ -c. The compute is that of 3 forward passes for each sample
+of the training. Only runs on the frontier count: no run of less compute scores higher. Runs of equal compute are seeds
+of one point.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from coca_lit.errors import DataError, suggest
+from coca_lit.files import atomic_write
+from coca_lit.metrics import is_share, lower_is_better
+from coca_lit.reading import open_parquet
+from coca_lit.runs.scores import headlines, in_print_units, score_name
+from coca_lit.tools.report.runs import Run, find_runs
+
+Numbers = NDArray[np.float64]
+NETWORK = ("model.net.", "image_size")  # keys of a run that decide what a sample costs
+DRAWS, LEAST = 400, 5  # of the bootstrap; points of different compute that four parameters need
+PUBLISHED = ("model", "downstream_dataset", "lr_scheduler", "epoch", "total_epochs", "gflops_total", "acc1")
+FAMILIES = {"mammut": "MaMMUT", "coca": "CoCa", "siglip": "SigLIP", "": "CLIP"}  # by a part of LAION's names
+
+
+class Point(NamedTuple):
+    """A finished run."""
+
+    name: str
+    compute: float  # GFLOP of the whole training
+    score: float  # raw
+
+
+class Law(NamedTuple):
+    """top - a · (C / unit + b) ^ -c"""
+
+    top: float
+    a: float
+    b: float
+    c: float
+    unit: float  # GFLOP
+
+    def __call__(self, compute: Numbers) -> Numbers:
+        return _curve(np.asarray(compute) / self.unit, *self[:4])
+
+
+class Prediction(NamedTuple):
+    """Of a run that was held out."""
+
+    point: Point
+    expected: float
+    low: float  # 95 % interval of a single run
+    high: float
+
+
+class Scaling(NamedTuple):
+    """A law, what it was fitted to, and what it says of the other runs."""
+
+    points: Sequence[Point]
+    fitted: Sequence[Point]  # on the frontier, below the limit of compute
+    law: Law
+    draws: Sequence[Law]  # of the bootstrap
+    held_out: Sequence[Prediction]
+
+
+# The law
+
+
+def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.inf, seed: int = 0) -> Scaling:
+    """Fits the law to the points with at most 1 / `hold_out` of the largest compute, and predicts the others on the
+    frontier of all. Intervals come from resampled points, and those of predictions from resampled residuals too.
+
+    Args:
+        hold_out: 1 fits all points.
+        top: what no score exceeds: 1 for shares, 0 for those with a changed sign.
+
+    Raises:
+        DataError: fewer than `LEAST` points of different compute are left on the frontier.
+    """
+    limit = max(point.compute for point in points) / hold_out * 1.001
+    fitted = frontier([point for point in points if point.compute <= limit])
+    if (count := len({point.compute for point in fitted})) < LEAST:
+        raise DataError(
+            f"a scaling law needs {LEAST} points of different compute on the frontier up to {limit:.3g} GFLOP, and "
+            f"there are {count}: train more lengths or sizes, or lower --hold-out"
+        )
+    compute, scores = (np.array([point[k] for point in fitted], dtype=float) for k in (1, 2))
+    law = _fit(compute, scores, top)
+    residuals = scores - law(compute)
+    rng, draws = np.random.default_rng(seed), []
+    while len(draws) < DRAWS:
+        chosen = rng.integers(len(fitted), size=len(fitted))
+        if len(set(compute[chosen])) >= LEAST - 1:
+            draws.append(_fit(compute[chosen], scores[chosen], top, start=law))
+    later = [point for point in frontier(points) if point.compute > limit]
+    held_out = []
+    for point in later:
+        drawn = np.array([float(draw(np.array(point.compute))) for draw in draws]) + rng.choice(residuals, DRAWS)
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        held_out.append(Prediction(point, float(law(np.array(point.compute))), float(low), float(high)))
+    return Scaling(points, fitted, law, draws, held_out)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """All runs of those computes whose mean score is higher than that of any smaller compute."""
+    groups: dict[float, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.compute):
+        groups.setdefault(point.compute, []).append(point)
+    kept: list[Point] = []
+    best = -np.inf
+    for group in groups.values():
+        if (mean := float(np.mean([point.score for point in group]))) > best:
+            best = mean
+            kept += group
+    return kept
+
+
+def _curve(x: Numbers, top: float, a: float, b: float, c: float) -> Numbers:
+    return np.asarray(top - a * (x + b) ** -c)
+
+
+def _fit(compute: Numbers, scores: Numbers, top: float, start: Law | None = None) -> Law:
+    """Least squares, from several starts if none is given."""
+    from scipy.optimize import least_squares
+
+    unit = start.unit if start else float(np.exp(np.log(compute).mean()))
+    x = compute / unit
+    span = max(float(np.ptp(scores)), 1e-6)
+    bounds = ([-np.inf, 0, 0, 1e-3], [top, np.inf, 1e3, 10])
+    highest = min(float(scores.max()) + 0.1 * span, top - 1e-9)
+    starts = [start[:4]] if start else [(highest, span, b, c) for b in (1e-2, 1.0) for c in (0.2, 0.5, 1.0)]
+    found = [
+        least_squares(
+            lambda p: _curve(x, *p) - scores,
+            np.clip(p, *np.add(bounds, [[1e-12], [-1e-12]])),
+            bounds=bounds,
+            ftol=1e-7,
+            xtol=1e-7,
+        )
+        for p in starts
+    ]
+    return Law(*(float(value) for value in min(found, key=lambda one: one.cost).x), unit)
+
+
+# Points
+
+
+def points_of(runs: Sequence[Run], score: str) -> list[Point]:
+    """The trainings that have the score, a lower-is-better one with its sign changed. What a sample costs is measured
+    with the model in the run folder.
+
+    Raises:
+        DataError: a run has no checkpoint, or none has the score.
+    """
+    from coca_lit.models.parts import forward_flops
+    from coca_lit.weights.load import load_dual_encoder
+
+    sign = -1 if lower_is_better(score) else 1
+    points = []
+    known: dict[str, float] = {}  # GFLOP by the description of the network
+    for run in runs:
+        if score in run.results and (samples := run.environment.get("samples")):
+            shape = repr([(key, run.config[key]) for key in sorted(run.config) if key.startswith(NETWORK)])
+            if shape not in known:
+                known[shape] = forward_flops(load_dual_encoder(run.folder)) / 1e9
+            points.append(Point(run.name, 3 * known[shape] * samples, sign * run.results[score]))
+    if not points:
+        raise DataError(f"no training has the score {score}{suggest(score, {s for run in runs for s in run.results})}")
+    return points
+
+
+def published_points(path: Path, benchmark: str = "imagenet1k") -> dict[str, list[Point]]:
+    """Top-1 accuracy of finished trainings with a cosine, by family, from the `results.parquet` of LAION's study
+    (github.com/LAION-AI/scaling-laws-for-comparison).
+
+    Raises:
+        DataError: the file has other columns.
+    """
+    with open_parquet(path) as file:
+        if missing := [name for name in PUBLISHED if name not in file.schema_arrow.names]:
+            raise DataError(f"{path} has no column {missing[0]}: give results.parquet of LAION's scaling study")
+        rows = file.read(columns=[*PUBLISHED]).to_pylist()
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        finished = row["epoch"] == row["total_epochs"] and row["lr_scheduler"] == "cosine"
+        if finished and row["downstream_dataset"] == benchmark and row["acc1"] and row["gflops_total"]:
+            family = next(name for part, name in FAMILIES.items() if part in row["model"].lower())
+            accuracy = row["acc1"] if row["acc1"] <= 1 else row["acc1"] / 100
+            found.setdefault(family, []).append(Point(row["model"], float(row["gflops_total"]), accuracy))
+    return found
+
+
+# Report
+
+
+def write_scaling(
+    folders: Sequence[Path], output: Path, score: str | None, hold_out: float, published: Path | None = None
+) -> str:
+    """Writes scaling.png and scaling.csv into `output`, and returns what there is to say.
+
+    Raises:
+        DataError: there are too few runs, or they lack what a law needs.
+    """
+    runs, _ = find_runs(folders)
+    score = score or next((name for run in runs for name in headlines(run.results) if is_share(name)), None)
+    if score is None:
+        raise DataError("the runs have no headline score that is a share: name one, --objective scenes/CIDEr")
+    top = 0.0 if lower_is_better(score) else 1.0 if is_share(score) else np.inf
+    panels = {score: {"": fit_scaling(points_of(runs, score), hold_out, top)}}
+    if published:
+        families = published_points(published)
+        panels["imagenet1k/top1"] = {name: fit_scaling(points, hold_out, 1.0) for name, points in families.items()}
+    atomic_write(output / "scaling.csv", _table(panels).encode())
+    atomic_write(output / "scaling.png", _drawn(panels))
+    said = [_said(name, family, found) for name, laws in panels.items() for family, found in laws.items()]
+    return "\n".join(line for lines in said for line in lines)
+
+
+def _said(score: str, family: str, found: Scaling) -> list[str]:
+    def shown(value: float) -> str:
+        return f"{in_print_units(score, abs(value)):.1f}"
+
+    law, (low, high) = found.law, np.quantile([draw.c for draw in found.draws], (0.025, 0.975))
+    title = " ".join(filter(None, (family, score_name(score))))
+    lines = [
+        f"{title}: {shown(law.top)} - {shown(law.a)} (C / {law.unit:.3g} GFLOP + {law.b:.2g}) ^ -{law.c:.2f}, "
+        f"exponent [{low:.2f}, {high:.2f}], {len(found.fitted)} of {len(found.points)} runs are on the frontier"
+    ]
+    for point, expected, low, high in found.held_out:
+        verdict = "inside" if low <= point.score <= high else "outside"
+        interval = ", ".join(sorted((shown(low), shown(high)), key=float))
+        lines.append(
+            f"  {point.compute:.3g} GFLOP, held out: {shown(expected)} [{interval}] expected, {shown(point.score)} "
+            f"measured, {verdict} ({point.name})"
+        )
+    return lines
+
+
+def _table(panels: dict[str, dict[str, Scaling]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["score", "family", "run", "GFLOP", "value", "fitted", "expected", "low", "high"])
+    for score, laws in panels.items():
+        for family, found in laws.items():
+            held_out = {id(prediction.point): prediction[1:] for prediction in found.held_out}
+            fitted = set(map(id, found.fitted))
+            for point in found.points:
+                row = [score, family, *point, id(point) in fitted, *held_out.get(id(point), ("", "", ""))]
+                writer.writerow(row)
+    return text.getvalue()
+
+
+def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (score, laws) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, (family, found) in enumerate(laws.items()):
+            _draw_law(axes, f"C{number}", family, found, lambda y, score=score: in_print_units(score, abs(y)))
+        axes.set(
+            xscale="log", xlabel="training compute, GFLOP", ylabel=score_name(score), title=score.partition("/")[0]
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _draw_law(axes: Axes, colour: str, family: str, found: Scaling, shown: Callable[[float], float]) -> None:
+    units = np.vectorize(shown, otypes=[float])
+    compute = np.geomspace(*(f(point.compute for point in found.points) for f in (min, max)), num=100)
+    curves = np.array([draw(compute) for draw in found.draws])
+    axes.fill_between(compute, *units(np.quantile(curves, (0.025, 0.975), axis=0)), color=colour, alpha=0.15)
+    axes.plot(
+        compute, units(found.law(compute)), color=colour, label=f"{family} {len(found.fitted)} runs fitted".strip()
+    )
+    fitted = set(map(id, found.fitted))
+    rest = [point for point in found.points if id(point) not in fitted]
+    for points, marker, alpha in ((found.fitted, "o", 1.0), (rest, ".", 0.3)):
+        axes.plot(
+            [p.compute for p in points], [shown(p.score) for p in points], marker, color=colour, alpha=alpha, ms=4
+        )
+    for point, expected, low, high in found.held_out:
+        middle, low, high = (shown(y) for y in (expected, low, high))
+        errors = [[abs(middle - min(low, high))], [abs(max(low, high) - middle)]]
+        axes.errorbar([point.compute], [middle], errors, color=colour, capsize=3, fmt="_")
+        axes.plot([point.compute], [shown(point.score)], "x", color=colour)

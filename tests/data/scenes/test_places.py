@@ -1,0 +1,80 @@
+"""Places as texts: boxes are where the pixels are, and answers are judged by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coca_lit.data.scenes.places import box_text, overlap, read_box, scene_place_questions, scene_place_records
+from coca_lit.data.scenes.render import boxes, captions, decode, render, scene_records
+from coca_lit.evals import places as evaluated
+from coca_lit.evals.base import Settings
+from coca_lit.evals.places import PlaceScores, is_right
+from coca_lit.models import create_model
+from helpers.running import run
+
+
+@pytest.mark.parametrize("size", [32, 48, 100])
+def test_boxes_hold_all_that_is_drawn_and_no_more(size: int) -> None:
+    for record in scene_records("val", size, 40):
+        pixels = np.asarray(render(int(record.id), size)).astype(int)
+        drawn = np.abs(pixels - pixels[0, 0]).max(-1) > 8  # but the faintest pixels of antialiased edges
+        for left, top, right, bottom in boxes(int(record.id), size):
+            inside = drawn[top:bottom, left:right]
+            assert all(edge.any() for edge in (inside[:2], inside[-2:], inside[:, :2], inside[:, -2:]))
+            drawn[top:bottom, left:right] = False
+        assert not drawn.any()
+
+
+def test_questions_ask_for_the_box_of_a_thing_and_for_the_thing_in_a_box() -> None:
+    records = scene_place_records("val", 32, 60)
+    assert {record.domain for record in records} == {"caption", "where", "what"}
+    assert scene_place_questions("val", 32, 60) == [record for record in records if record.domain != "caption"]
+    for record in records:
+        number = int(str(record.id).partition("/")[0])
+        named = {f"a {' '.join(thing)}": box for thing, box in zip(decode(number).things, boxes(number), strict=True)}
+        if record.domain == "where":
+            assert read_box(record.captions[0]) == named[record.question.removeprefix("where is ")]
+        elif record.domain == "what":
+            assert read_box(record.question.removeprefix("what is at ")) == named[record.captions[0]]
+        else:
+            assert (record.question, record.captions) == ("", captions(decode(number)))
+    assert len({record.image for record in records}) == 60  # drawn once each
+
+
+def test_boxes_as_texts() -> None:
+    assert box_text((6, 10, 28, 32), 64) == "<3 5 14 16>"
+    assert read_box("<3 5 14 16>") == read_box("3 5 14 16 ") == (3, 5, 14, 16)
+    for text in ("3 5 14", "a red ring", "3 5 14 1e9", "", "3 5 14 16 2", "3 5 14 99999"):
+        assert read_box(text) is None
+    assert overlap((0, 0, 4, 4), (2, 0, 6, 4)) == pytest.approx(8 / 24)
+    for one, other in (((0, 0, 4, 4), (4, 0, 8, 4)), ((2, 2, 2, 2),) * 2, ((4, 4, 0, 0), (0, 0, 4, 4))):
+        assert overlap(one, other) == 0
+    assert is_right("0 0 4 4", "<0 0 4 2>")
+    assert not is_right("0 0 4 5", "<0 0 4 2>")
+    assert not is_right("a red ring", "<0 0 4 2>")
+    assert is_right("a red ring ", "a red ring")
+    assert not is_right("a red", "a red ring")
+
+
+def test_scores_are_shares_of_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    questions = scene_place_questions("val", 32, 50)
+    where = [record for record in questions if record.domain == "where"]
+    answers = {record.id: record.captions[0] for record in questions} | {record.id: "0 0 1 1" for record in where[:10]}
+    monkeypatch.setattr(evaluated, "generate_answers", lambda *_: answers)
+    evaluation = PlaceScores("places", questions)
+    found = evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
+    assert found == {"places/box_accuracy": pytest.approx(1 - 10 / len(where)), "places/name_accuracy": 1.0}
+    assert set(evaluation.draws) == set(found)
+    without = create_model("coca_tiny", decoder_layers=0)
+    assert evaluation.evaluate(without, Settings(tmp_path)) == {}
+    assert "no decoder" in evaluation.not_run["places places"]
+
+
+@pytest.mark.slow
+def test_a_few_steps_of_the_experiment(tmp_path: Path) -> None:
+    words = ("data.train_count=32", "data.batch_size=8", "trainer.max_epochs=1", "model.warmup_steps=1")
+    results = run(
+        tmp_path, "experiment=scenes_places", "trainer=cpu", "scoring.images=8", "model.warmup_steps=1", *words
+    )
+    assert {"scenes_places/box_accuracy", "scenes_places/name_accuracy", "scenes/CIDEr"} <= set(results)

@@ -1,0 +1,121 @@
+"""Scaling laws: a known law is found again, predicts what was held out, and its intervals hold what they claim."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coca_lit.errors import DataError
+from coca_lit.tools.report import scaling
+from coca_lit.tools.report.command import report
+from coca_lit.tools.report.scaling import Law, Point, fit_scaling, frontier, published_points
+
+TRUE = Law(top=0.9, a=0.45, b=0.3, c=0.5, unit=1e4)
+COMPUTE = 1e3 * 2.0 ** np.arange(11)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "DRAWS", 40)
+
+
+def grid(noise: float, seed: int, seeds: int = 3) -> list[Point]:
+    rng = np.random.default_rng(seed)
+    scores = TRUE(COMPUTE)
+    return [
+        Point(f"{i}_seed{k}", float(c), float(scores[i] + noise * rng.normal()))
+        for i, c in enumerate(COMPUTE)
+        for k in range(seeds)
+    ]
+
+
+def test_a_known_law_is_found_again() -> None:
+    found = fit_scaling(grid(0, 0), top=1.0)
+    compute = np.geomspace(1e3, 4e6, num=20)
+    assert np.abs(found.law(compute) - TRUE(compute)).max() < 2e-3
+    assert found.law.top == pytest.approx(0.9, abs=5e-3)
+    assert found.law.c == pytest.approx(0.5, abs=2e-2)
+    assert {point.compute for point in found.fitted} == set(COMPUTE[COMPUTE[-1] / 4 * 1.001 >= COMPUTE])
+    assert {prediction.point.compute for prediction in found.held_out} == set(COMPUTE[-2:])
+
+
+@pytest.mark.slow
+def test_intervals_of_held_out_runs_hold_most_of_them() -> None:
+    """95 % is the aim; a law of four parameters through nine computes has somewhat narrow intervals."""
+    inside = [
+        low <= p.score <= high for k in range(15) for p, _, low, high in fit_scaling(grid(0.01, k), top=1.0).held_out
+    ]
+    assert len(inside) > 60
+    assert np.mean(inside) > 0.85
+
+
+def test_a_run_off_the_law_is_outside_of_its_interval() -> None:
+    points = grid(0.002, 0)
+    broken = points[-1]._replace(score=0.97)
+    held_out = fit_scaling([*points[:-1], broken], top=1.0).held_out
+    (of_broken,) = [p for p in held_out if p.point == broken]
+    assert not of_broken.low <= broken.score <= of_broken.high
+
+
+def test_only_computes_that_nothing_cheaper_beats_are_fitted() -> None:
+    points = [Point("a", 1, 0.1), Point("b", 2, 0.3), Point("b", 2, 0.2), Point("c", 3, 0.24), Point("d", 4, 0.5)]
+    assert [point.name for point in frontier(points[::-1])] == ["a", "b", "b", "d"]
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(DataError, match=r"5 points.*there are 4.*--hold-out"):
+        fit_scaling(grid(0, 0)[:-15])
+    assert len(fit_scaling(grid(0, 0)[:-15], hold_out=1).fitted) == 18
+
+
+# The command
+
+
+def make_runs(folder: Path) -> Path:
+    for point in grid(0.003, 1):
+        run = folder / point.name
+        run.mkdir(parents=True)
+        (run / "results.json").write_text(json.dumps({"scenes/CIDEr": 1.0, "scenes/t2i_recall@1": point.score}))
+        (run / "environment.json").write_text(json.dumps({"samples": point.compute / 3, "seconds": 1}))
+        (run / "config.yaml").write_text("name: x\nmodel:\n  net:\n    embed_dim: 96\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_predicts_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("coca_lit.weights.load.load_dual_encoder", lambda folder: folder)
+    monkeypatch.setattr("coca_lit.models.parts.forward_flops", lambda model: 10**9)  # 1 GFLOP forward, 3 with backward
+    folder = make_runs(tmp_path / "runs")
+    report([str(folder), "--scaling"])
+    said = capsys.readouterr().out
+    assert "text to image recall@1" in said
+    assert said.count("held out") == said.count("inside") + said.count("outside") == 6
+    assert Image.open(folder / "scaling.png").width > 500
+    rows = list(csv.DictReader((folder / "scaling.csv").open()))
+    assert sorted({float(row["GFLOP"]) for row in rows}) == pytest.approx(sorted(COMPUTE))
+    assert sum(bool(row["expected"]) for row in rows) == 6
+    report([str(folder), "--scaling", "--hold-out", "1", "--objective", "scenes/t2i_recall@1"])
+    assert "held out" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no training has the score scenes/top1"):
+        report([str(folder), "--scaling", "--objective", "scenes/top1"])
+
+
+def test_published_results_by_family(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    kept = {"model": "mammut_ViT-B-32", "downstream_dataset": "imagenet1k", "lr_scheduler": "cosine", "epoch": 4}
+    kept |= {"total_epochs": 4, "gflops_total": 1e9, "acc1": 0.5}
+    clip = kept | {"model": "ViT-B-32", "acc1": 60.0}
+    others = [kept | change for change in ({"epoch": 3}, {"lr_scheduler": "const"}, {"downstream_dataset": "vtab"})]
+    parquet.write_table(pa.Table.from_pylist([kept, clip, *others]), tmp_path / "results.parquet")
+    assert published_points(tmp_path / "results.parquet") == {
+        "MaMMUT": [Point("mammut_ViT-B-32", 1e9, 0.5)],
+        "CLIP": [Point("ViT-B-32", 1e9, 0.6)],
+    }
+    parquet.write_table(pa.table({"model": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="no column downstream_dataset"):
+        published_points(tmp_path / "other.parquet")
