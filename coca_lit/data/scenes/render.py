@@ -183,9 +183,9 @@ def boxes(number: int, size: int = 32, objects: int = 2) -> list[tuple[int, int,
     """Left, top, right and bottom edge of each thing of a scene in pixels, in the order of the scene."""
     found = []
     for _, (x, y), mask in _layout(number, size, objects)[1]:
-        left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
-        edges = (x + left, y + top, x + right, y + bottom)
-        found.append(tuple(min(max(edge, 0), size) for edge in edges))
+        edges = zip(mask.getbbox() or (0, 0, 0, 0), (x, y, x, y), strict=True)
+        left, top, right, bottom = (min(max(edge + offset, 0), size) for edge, offset in edges)
+        found.append((left, top, right, bottom))
     return found
 
 

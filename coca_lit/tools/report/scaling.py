@@ -9,6 +9,7 @@ of one point.
 import csv
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +97,8 @@ def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.
     compute, scores = (np.array([point[k] for point in fitted], dtype=float) for k in (1, 2))
     law = _fit(compute, scores, top)
     residuals = scores - law(compute)
-    rng, draws = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    draws: list[Law] = []
     while len(draws) < DRAWS:
         chosen = rng.integers(len(fitted), size=len(fitted))
         if len(set(compute[chosen])) >= LEAST - 1:
@@ -148,7 +150,8 @@ def _fit(compute: Numbers, scores: Numbers, top: float, start: Law | None = None
         )
         for p in starts
     ]
-    return Law(*(float(value) for value in min(found, key=lambda one: one.cost).x), unit)
+    law_top, a, b, c = (float(value) for value in min(found, key=lambda one: one.cost).x)
+    return Law(law_top, a, b, c, unit)
 
 
 # Points
@@ -227,7 +230,7 @@ def write_scaling(
 
 def _said(score: str, family: str, found: Scaling) -> list[str]:
     def shown(value: float) -> str:
-        return f"{in_print_units(score, abs(value)):.1f}"
+        return f"{_shown(score, value):.1f}"
 
     law, (low, high) = found.law, np.quantile([draw.c for draw in found.draws], (0.025, 0.975))
     title = " ".join(filter(None, (family, score_name(score))))
@@ -243,6 +246,11 @@ def _said(score: str, family: str, found: Scaling) -> list[str]:
             f"measured, {verdict} ({point.name})"
         )
     return lines
+
+
+def _shown(score: str, value: float) -> float:
+    """In the units of papers, without a changed sign."""
+    return in_print_units(score, abs(value))
 
 
 def _table(panels: dict[str, dict[str, Scaling]]) -> str:
@@ -264,7 +272,7 @@ def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:
     FigureCanvasAgg(figure)
     for axes, (score, laws) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, (family, found) in enumerate(laws.items()):
-            _draw_law(axes, f"C{number}", family, found, lambda y, score=score: in_print_units(score, abs(y)))
+            _draw_law(axes, f"C{number}", family, found, partial(_shown, score))
         axes.set(
             xscale="log", xlabel="training compute, GFLOP", ylabel=score_name(score), title=score.partition("/")[0]
         )
@@ -277,7 +285,8 @@ def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:
 
 def _draw_law(axes: Axes, colour: str, family: str, found: Scaling, shown: Callable[[float], float]) -> None:
     units = np.vectorize(shown, otypes=[float])
-    compute = np.geomspace(*(f(point.compute for point in found.points) for f in (min, max)), num=100)
+    computes = [point.compute for point in found.points]
+    compute = np.geomspace(min(computes), max(computes), num=100)
     curves = np.array([draw(compute) for draw in found.draws])
     axes.fill_between(compute, *units(np.quantile(curves, (0.025, 0.975), axis=0)), color=colour, alpha=0.15)
     axes.plot(

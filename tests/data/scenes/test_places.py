@@ -29,7 +29,8 @@ def test_boxes_hold_all_that_is_drawn_and_no_more(size: int) -> None:
 def test_questions_ask_for_the_box_of_a_thing_and_for_the_thing_in_a_box() -> None:
     records = scene_place_records("val", 32, 60)
     assert {record.domain for record in records} == {"caption", "where", "what"}
-    assert scene_place_questions("val", 32, 60) == [record for record in records if record.domain != "caption"]
+    asked = [record.id for record in records if record.domain != "caption"]
+    assert [record.id for record in scene_place_questions("val", 32, 60)] == asked
     for record in records:
         number = int(str(record.id).partition("/")[0])
         named = {f"a {' '.join(thing)}": box for thing, box in zip(decode(number).things, boxes(number), strict=True)}
@@ -75,6 +76,12 @@ def test_scores_are_shares_of_questions(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_few_steps_of_the_experiment(tmp_path: Path) -> None:
     words = ("data.train_count=32", "data.batch_size=8", "trainer.max_epochs=1", "model.warmup_steps=1")
     results = run(
-        tmp_path, "experiment=scenes_places", "trainer=cpu", "scoring.images=8", "model.warmup_steps=1", *words
+        tmp_path,
+        "experiment=scenes_places",
+        "evals=[scenes_boxes]",
+        "trainer=cpu",
+        "scoring.images=8",
+        "model.warmup_steps=1",
+        *words,
     )
-    assert {"scenes_places/box_accuracy", "scenes_places/name_accuracy", "scenes/CIDEr"} <= set(results)
+    assert {"scenes_places/box_accuracy", "scenes_places/name_accuracy"} <= set(results)
