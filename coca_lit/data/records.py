@@ -7,7 +7,8 @@ them. This module holds what these functions share: finding images and telling a
 import logging
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -85,6 +86,19 @@ class EncodedImage:
 
     def __call__(self) -> Image.Image:
         return decode_image(self.content, self.name)
+
+
+class Clip(ABC):
+    """A moving picture as the image of a record. A model gets its frames; where one image is wanted, as on a page of
+    samples, it is called and gives the frame in its middle.
+    """
+
+    @abstractmethod
+    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
+        """As many frames as the model is to see, or `count`, uniformly in time; raises `DataError`."""
+
+    def __call__(self) -> Image.Image:
+        return next(iter(self.frames(1)))
 
 
 class Listing(NamedTuple):
