@@ -156,7 +156,7 @@ def test_huge_frames(tmp_path: Path) -> None:
     content = write_clip(tmp_path / "a.avi", greys([0], 4096, 4096), "mpeg4").read_bytes()
     for claimed in (4096, 64):
         forged = content.replace(struct.pack("<I", 4096), struct.pack("<I", claimed))
-        with pytest.raises(DataError, match="4096 x 4096 pixels"), bounded():
+        with bounded(), pytest.raises(DataError, match="4096 x 4096 pixels"):
             [*EncodedClip(forged, "a", 4).frames()]
 
 
