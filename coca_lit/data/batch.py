@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     """
 
     images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;
-    # or `Patches`, padded to the longest image; (0, 3, H, W) for texts alone; cached features of the image encoder are
-    # (B, S, C) fp16
+    # clips (B, F, 3, H, W); or `Patches`, padded to the longest image; (0, 3, H, W) for texts alone; cached features
+    # of the image encoder are (B, S, C) fp16
     tokens: Tensor  # (B, L) int64, padded to the longest caption of the batch
     lengths: Tensor  # (B,) int64, number of real tokens including start and end; on the host, see `to`
     keys: list[str]  # sample ids, for error reports
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 class Example(NamedTuple):
     """One training pair, the input of `collate`."""
 
-    image: "Images | EncodedCrop"  # (3, H, W) uint8, or `Patches`, or (S, C) fp16
+    image: "Images | EncodedCrop"  # (3, H, W) uint8, (F, 3, H, W) of a clip, or `Patches`, or (S, C) fp16
     tokens: list[int]  # with start and end, not padded
     key: str
     bad: tuple[BadSample, ...] = ()  # samples that this one replaces
@@ -96,8 +96,9 @@ def _stack_teacher(rows: Sequence[Teacher]) -> Teacher:
 
 
 def _stack(images: "Sequence[Images | EncodedCrop]") -> "tuple[Images, EncodedCrops | None]":
-    """Pixels (B, 3, H, W) channels last, `Patches`, or cached features (B, S, C); and JPEGs that are still encoded. A
-    worker writes pixels and features into memory that the training process shares, which saves a copy.
+    """Pixels (B, 3, H, W) channels last, clips (B, F, 3, H, W), `Patches`, or cached features (B, S, C); and JPEGs that
+    are still encoded. A worker writes pixels and features into memory that the training process shares, which saves a
+    copy.
     """
     if all(isinstance(image, Patches) for image in images):
         return stack_images(cast(Sequence[Patches], images)), None
@@ -106,7 +107,9 @@ def _stack(images: "Sequence[Images | EncodedCrop]") -> "tuple[Images, EncodedCr
 
         return stack_encoded(images)
     tensors = cast(Sequence[Tensor], images)
-    if tensors[0].ndim == 2:
+    if len({tensor.shape for tensor in tensors if tensor.ndim == 4} | {tensors[0].shape}) > 1:
+        raise DataError("images and clips, or clips of several numbers of frames, are in one batch: train on one kind")
+    if tensors[0].ndim != 3:
         return default_collate([*tensors]), None
     return default_collate([image.permute(1, 2, 0) for image in tensors]).permute(0, 3, 1, 2), None
 

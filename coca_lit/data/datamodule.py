@@ -18,7 +18,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
 from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, per_rank, training_loader, validation_loader
-from coca_lit.data.records import Record, drawn, trainable
+from coca_lit.data.records import Clip, Record, drawn, trainable
 from coca_lit.data.transforms import RandomCrop, TrainTransform, Transform, random_box, whole, whole_box
 from coca_lit.errors import DataError, check_number
 from coca_lit.tokenizer import Tokenizer
@@ -255,7 +255,14 @@ class RecordsDataModule(CaptionDataModule):
 
         assert self.trainer is not None
         assert self.cache_dir is not None
-        encoder: nn.Module = cast(Any, self.trainer.lightning_module).net.image_encoder.frozen_part()
+        net = cast(Any, self.trainer.lightning_module).net
+        apart = net.config["frame_pooling"] == "mean" or net.config["frame_positions"]
+        if apart and isinstance(self.train_records[0].image, Clip):
+            raise DataError(
+                "features of clips are cached for frame_pooling=tokens without frame_positions: set these, or "
+                "cached_augmentations=0"
+            )
+        encoder: nn.Module = net.image_encoder.frozen_part()
         precision, plain = self.trainer.precision_plugin, self.plain_transform()
         context = (precision.forward_context, precision.precision)
         cache = FeatureCache(self.cache_dir, encoder, plain, self.train_transform(), self.seed, *context)

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
 from coca_lit.data.records import MAX_MISSING, Record
-from coca_lit.data.transforms import TrainTransform, Transform, load_pixels
+from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded
 from coca_lit.errors import DataError
 from coca_lit.models.patches import Images
 from coca_lit.seeding import stable_seed
@@ -80,14 +80,14 @@ class CaptionDataset(TrainingExamples):
         choice = rng.randrange(len(record.captions))
         try:
             image, record = self.image(index, record, rng)
-            further = tuple(self.transform(load_pixels(other), rng, index.patches) for other in record.further)
+            further = tuple(augmented(other, self.transform, rng, index.patches) for other in record.further)
         except DataError as error:
             raise BadSampleError(BadSample("", str(record.id), "unreadable image", str(error))) from error
         return _example((image, *further), record.captions[choice], record, self.tokenizer)
 
     def image(self, index: Index, record: Record, rng: random.Random) -> tuple[Images, Record]:
         """The first image, and the record with the texts that go with it."""
-        return self.transform(load_pixels(record.image), rng, index.patches), record
+        return augmented(record.image, self.transform, rng, index.patches), record
 
 
 class FirstCaptionDataset(Dataset[Example]):
@@ -104,11 +104,11 @@ class FirstCaptionDataset(Dataset[Example]):
 
     def __getitem__(self, i: int) -> Example:
         record = self.records[i]
-        images = (self._image(i), *(self.transform(other()) for other in record.further))
+        images = (self._image(i), *(loaded(other, self.transform) for other in record.further))
         return _example(images, record.captions[0], record, self.tokenizer)
 
     def _image(self, i: int) -> Images:
-        return self.transform(self.records[i].image())
+        return loaded(self.records[i].image, self.transform)
 
 
 def _example(images: Sequence[Images], caption: str, record: Record, tokenizer: Tokenizer) -> Example:

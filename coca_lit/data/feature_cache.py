@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
-from coca_lit.data.records import Record
-from coca_lit.data.transforms import TrainTransform, Transform, load_pixels, whole
+from coca_lit.data.records import Clip, Record
+from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded, whole
 from coca_lit.distributed import gather_objects, print_rank_zero, rank, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
+from coca_lit.models.frames import joined
 from coca_lit.progress import ProgressBar
 from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
@@ -40,7 +41,8 @@ SIDES = {"left": "right", "right": "left"}
 
 
 class FeatureCache:
-    """Features (S, C) of every record, one file per view, in one folder per encoder and augmentation.
+    """Features (S, C) of every record, of clips those of all frames (F · S, C), one file per view, in one folder per
+    encoder and augmentation.
 
     Args:
         folder: of the caches of all encoders; every process of a run must see the same.
@@ -121,22 +123,25 @@ class FeatureCache:
         """(images done so far, features (b, S, C) of the last batch in fp16); NaN for an image that is broken."""
         encoder, done = self.encoder.to(device).eval(), 0
         pixels = _Pixels(records, functools.partial(self._view, view))
-        blank = cast(Tensor, self.plain(Image.new("RGB", (32, 32))))
+        blank, first = cast(Tensor, self.plain(Image.new("RGB", (32, 32)))), records[0].image
+        if isinstance(first, Clip):
+            blank = blank.expand(first.count, -1, -1, -1)
         for batch in DataLoader(pixels, BATCH, num_workers=num_workers, collate_fn=list):
             broken = [i for i, image in enumerate(batch) if image is None]
             images = torch.stack([blank if image is None else image for image in batch])  # (b, 3, H, W)
+            layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
             with self.precision():
-                features = encoder(images.to(device, memory_format=torch.channels_last)).half().cpu()  # (b, S, C)
+                features = joined(encoder(images.to(device, memory_format=layout))).half().cpu()  # (b, S, C)
             features[broken] = torch.nan
             done += len(batch)
             yield done, features
 
     def _view(self, view: int, record: Record) -> Tensor:
         if view < 2:
-            pixels = cast(Tensor, self.plain(record.image()))
+            pixels = cast(Tensor, loaded(record.image, self.plain))
         else:
             rng = random.Random(stable_seed("view", self.seed, view, record.id))
-            pixels = cast(Tensor, self.crop(load_pixels(record.image), rng))
+            pixels = cast(Tensor, augmented(record.image, self.crop, rng))
         return pixels.flip(-1) if is_mirrored(view) else pixels
 
 

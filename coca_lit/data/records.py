@@ -91,11 +91,16 @@ class EncodedImage:
 class Clip(ABC):
     """A moving picture as the image of a record. A model gets its frames; where one image is wanted, as on a page of
     samples, it is called and gives the frame in its middle.
+
+    Attributes:
+        count: frames that a model gets.
     """
+
+    count: int
 
     @abstractmethod
     def frames(self, count: int | None = None) -> Iterator[Image.Image]:
-        """As many frames as the model is to see, or `count`, uniformly in time; raises `DataError`."""
+        """`count` frames, by default the model's, uniformly in time; raises `DataError`."""
 
     def __call__(self) -> Image.Image:
         return next(iter(self.frames(1)))

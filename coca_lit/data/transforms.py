@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from coca_lit.data.pixels import decode_pixels, read_image
-from coca_lit.data.records import ImageFile
+from coca_lit.data.records import Clip, ImageFile
 from coca_lit.models.patches import Images
 
 Transform = Callable[[Image.Image], Images]  # for evaluation: any PIL image -> (3, size, size) uint8, or patches
@@ -96,6 +96,31 @@ def resized(pixels: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     if part.device.type == "cpu":
         return interpolate(part, size, mode="bicubic", antialias=True)[0]
     return interpolate(part.float(), size, mode="bicubic", antialias=True)[0].round_().clamp_(0, 255).to(part.dtype)
+
+
+def loaded(image: Callable[[], Image.Image], transform: Transform) -> Images:
+    """The image of a record as a transform makes it, or the frames of a clip, (F, 3, size, size)."""
+    if isinstance(image, Clip):
+        return _stacked([transform(frame) for frame in image.frames()])
+    return transform(image())
+
+
+def augmented(
+    image: Callable[[], Image.Image], transform: TrainTransform, rng: random.Random, patches: int | None = None
+) -> Images:
+    """The same for training. All frames of a clip have the same crop."""
+    if isinstance(image, Clip):
+        seed = rng.random()
+        frames = (as_tensor(np.array(frame)) for frame in image.frames())
+        return _stacked([transform(frame, random.Random(seed), patches) for frame in frames])
+    return transform(load_pixels(image), rng, patches)
+
+
+def _stacked(frames: list[Images]) -> Tensor:
+    pixels = [frame for frame in frames if isinstance(frame, Tensor)]
+    if len(pixels) < len(frames):
+        raise ValueError("clips need a model whose images have one shape: use another image encoder than naflex")
+    return torch.stack(pixels)
 
 
 def load_pixels(image: Callable[[], Image.Image]) -> Tensor:

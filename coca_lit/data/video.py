@@ -93,16 +93,18 @@ def read_frames(file: IO[bytes], name: str | Path, count: int) -> Iterator[Image
         wanted, keys = _plan(container, stream, name, count, until)
         decoded: Iterator[VideoFrame] = iter(())
         frame: VideoFrame | None = None
+        shown = 0  # its time
         for at in wanted:
             key = keys[max(bisect_right(keys, at) - 1, 0)]
-            if frame is None or frame.pts < key:
+            if frame is None or shown < key:
                 container.seek(key, stream=stream)
                 decoded, frame = container.decode(stream), None
-            while frame is None or frame.pts < at:
+            while frame is None or shown < at:
                 _in_time(until, name)
                 frame = next(decoded, None)
                 if frame is None or frame.pts is None:
                     raise DataError(f"{name} is not a readable clip: it is incomplete, or frames have no time")
+                shown = frame.pts
             yield _image(frame, name)
 
 
@@ -170,7 +172,8 @@ def _image(frame: "VideoFrame", name: str | Path) -> Image.Image:
         raise DataError(f"{name} is not a readable clip: a frame is damaged")
     check_shape(frame.width, frame.height, name, MAX_PIXELS)  # it may change within a clip
     pixels = np.asarray(frame.to_image())
-    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), b"")
+    parts: Any = frame.side_data
+    matrix = next((bytes(part) for part in parts if part.type.name == "DISPLAYMATRIX"), b"")
     if len(matrix) == 36:
         a, b, _, c, d, *_ = struct.unpack("9i", matrix)
         signs = tuple((value > 0) - (value < 0) for value in (a, b, c, d))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import Transform
+from coca_lit.data.transforms import Transform, loaded
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.likelihood import ReadTexts, image_keys_values
@@ -193,7 +193,7 @@ class _Images(Dataset[tuple[int, list[Images]]]):
 
     def __getitem__(self, index: int) -> tuple[int, list[Images]]:
         position = self.positions[index]
-        return position, [self.transform(image()) for image in self.records[position].images]
+        return position, [loaded(image, self.transform) for image in self.records[position].images]
 
 
 def _collate(items: list[tuple[int, list[Images]]]) -> tuple[list[int], Images]:
@@ -203,8 +203,8 @@ def _collate(items: list[tuple[int, list[Images]]]) -> tuple[list[int], Images]:
 def image_batches(
     model: DualEncoder, records: Sequence[Record], batch_size: int, num_workers: int
 ) -> Iterator[tuple[list[int], Images]]:
-    """This rank's positions in `records` and their pixels (B, 3, H, W), or `Patches`, on the model's device; of records
-    with n images (n · B, 3, H, W).
+    """This rank's positions in `records` and their pixels (B, 3, H, W), of clips (B, F, 3, H, W), or `Patches`, on the
+    model's device; of records with n images (n · B, 3, H, W).
     """
     images = _Images(records, build_transform(**model.preprocessing))
     for positions, pixels in DataLoader(

@@ -18,10 +18,11 @@ from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.feature_cache import FeatureCache, read_features
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import Transform, whole
+from coca_lit.data.transforms import Transform, loaded, whole
 from coca_lit.distributed import gather_objects
 from coca_lit.errors import check_number
 from coca_lit.models import CoCa
+from coca_lit.models.frames import joined
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_pooler
 from coca_lit.models.layers import AttentionalPooler
@@ -125,10 +126,10 @@ class PoolerProbe:
 
     def _fitting(self, encoder: ImageEncoder, transform: Transform, record: Record, device: torch.device) -> int:
         """How many token maps fit in `max_gb`."""
-        pixels = transform(record.image())
+        pixels = loaded(record.image, transform)
         assert isinstance(pixels, Tensor)
         with torch.no_grad():
-            return int(self.max_gb * 1e9 // (BYTES * encoder(pixels[None].to(device)).numel()))
+            return int(self.max_gb * 1e9 // (BYTES * joined(encoder(pixels[None].to(device))).numel()))
 
 
 class ClassPooler(nn.Module):
@@ -176,16 +177,16 @@ class TokenMaps:
         items = _Items(self.records, self.path, self.stored, self.transform)
         loader = DataLoader(items, batch_sampler=parts, collate_fn=list, **worker_options(self.workers))
         for positions, batch in zip(parts, loader, strict=True):
-            pixels = [i for i, item in enumerate(batch) if item.ndim == 3]
+            pixels = [i for i, item in enumerate(batch) if item.ndim > 2]
             if pixels:
                 images = torch.stack([batch[i] for i in pixels]).to(self.device)
-                for i, tokens in zip(pixels, self.encoder(images).half(), strict=True):
+                for i, tokens in zip(pixels, joined(self.encoder(images)).half(), strict=True):
                     batch[i] = tokens
             yield positions, torch.stack([item.to(self.device) for item in batch]).float()
 
 
 class _Items(Dataset[Tensor]):
-    """Tokens (S, C) of the stored images, pixels (3, H, W) of the others."""
+    """Tokens (S, C) of the stored images, pixels (3, H, W) of the others, (F, 3, H, W) of clips."""
 
     def __init__(self, records: Sequence[Record], path: Path | None, stored: int, transform: Transform) -> None:
         self.records, self.path, self.stored, self.transform = records, path, stored, transform
@@ -196,7 +197,7 @@ class _Items(Dataset[Tensor]):
     def __getitem__(self, i: int) -> Tensor:
         if self.path is not None and i < self.stored:
             return read_features(self.path, i)
-        pixels = self.transform(self.records[i].image())
+        pixels = loaded(self.records[i].image, self.transform)
         assert isinstance(pixels, Tensor)
         return pixels
 

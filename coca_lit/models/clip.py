@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models.coca import CoCa
+from coca_lit.models.frames import EncodedFrames
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.packing import expect_to_fit, expect_tokens
@@ -81,8 +82,12 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""
-        features = self.image_projection(self.image_encoder(images)[:, 0])  # of the class token
+        """images (B, 3, H, W) or clips (B, F, 3, H, W) -> features (B, E), of unit length unless `normalize` is off; of
+        a clip from the mean of its frames.
+        """
+        encoded = self.image_encoder(images)
+        vectors = encoded.rows[:, :, 0].mean(dim=1) if isinstance(encoded, EncodedFrames) else encoded[:, 0]
+        features = self.image_projection(vectors)  # of the class token
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:

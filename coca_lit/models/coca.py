@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.errors import check_number
+from coca_lit.models.frames import FramePooling
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import ImageEncoder, ImagePooling, build_image_encoder
 from coca_lit.models.init import init_projection
@@ -100,6 +101,10 @@ class CoCa(Trainable):
             `ModernTextTower`, "two_pass" for MaMMUT's `TwoPassTower`.
         text_tower_args: arguments of a registered tower in addition to `TextTower`'s.
         decoder_args: further arguments of the decoder that goes with the text tower, see its `make_decoder`.
+        frame_pooling: of clips (B, F, 3, H, W). tokens: the poolers see the tokens of all frames (VideoCoCa, Yan et al.
+            2022, arXiv 2212.04979). mean: means over the frames of what they make of each (CoCa's zero-shot).
+        frame_positions: the number of frames for which each has a learned position, added to its tokens; 0 for none:
+            the order of frames then has no effect.
         interpolation, resize_mode: how images become `image_size`, see `build_transform`. They travel with the weights.
     """
 
@@ -126,6 +131,8 @@ class CoCa(Trainable):
         text_tower: str | None = None,
         text_tower_args: dict[str, Any] | None = None,
         decoder_args: dict[str, Any] | None = None,
+        frame_pooling: FramePooling = "tokens",
+        frame_positions: int = 0,
         interpolation: Interpolation = "bicubic",
         resize_mode: ResizeMode = "shortest",
     ) -> None:
@@ -152,6 +159,8 @@ class CoCa(Trainable):
             "text_tower": text_tower and TEXT_TOWERS.spec(text_tower),
             "text_tower_args": text_tower_args,
             "decoder_args": decoder_args,
+            "frame_pooling": frame_pooling,
+            "frame_positions": frame_positions,
             "interpolation": interpolation,
             "resize_mode": resize_mode,
         }
@@ -160,6 +169,7 @@ class CoCa(Trainable):
         self.config["tokenizer"] = self.tokenizer.spec
         self.image_encoder = build_image_encoder(image_encoder, image_size, **(image_encoder_args or {}))
         self.pooling = build_pooling(pooler, self.image_encoder, embed_dim, pooler_queries, pooler_heads, text_width)
+        self.pooling.see_clips(frame_pooling, frame_positions, self.image_encoder.width)
         self.image_projection: nn.Module = nn.Identity()
         if self.pooling.projected:
             self.image_projection = nn.Linear(self.pooling.vector_width, embed_dim, bias=False)
@@ -185,6 +195,8 @@ class CoCa(Trainable):
         """Overwrites all parameters with initial values."""
         self.image_encoder.init_parameters()
         self.pooling.init_parameters()
+        if self.pooling.frame_positions is not None:
+            nn.init.zeros_(self.pooling.frame_positions)  # a model of images starts as it is
         if isinstance(self.image_projection, nn.Linear):
             init_projection(self.image_projection)
         self.text.init_parameters()
@@ -206,6 +218,12 @@ class CoCa(Trainable):
         self.preprocessing["size"] = image_size
         self.config["image_size"] = image_size
 
+    def set_frame_pooling(self, frame_pooling: FramePooling) -> None:
+        """From now on clips are pooled that way."""
+        self.config["frame_pooling"] = frame_pooling
+        _check(self.config)
+        self.pooling.frame_pooling = frame_pooling
+
     @property
     def device(self) -> torch.device:
         return self.logit_scale.device
@@ -224,8 +242,8 @@ class CoCa(Trainable):
         """Features and caption states of a batch of pairs.
 
         Args:
-            images: (B, 3, H, W), uint8, or normalised floats, or `Patches`; or what the image encoder or its
-                `frozen_part` makes of them.
+            images: (B, 3, H, W), uint8, or normalised floats, or `Patches`; or clips (B, F, 3, H, W); or what the image
+                encoder or its `frozen_part` makes of them.
             tokens: (B, L) ids, padded at the end to any L.
             lengths: (B,) number of real tokens; None finds them from the trailing pads. On the host: to copy them
                 there, or to find them, the host has to wait for the device.
@@ -290,7 +308,7 @@ class CoCa(Trainable):
         return hidden, labels
 
     def encode_image(self, images: Images, normalize: bool = True) -> Tensor:
-        """images (B, 3, H, W) -> image features (B, E), of unit length unless `normalize` is off."""
+        """images (B, 3, H, W) or clips (B, F, 3, H, W) -> features (B, E), of unit length unless `normalize` is off."""
         vector, _ = self.pooling(self.image_encoder(images), captioning=False)
         features = self.image_projection(vector)
         return F.normalize(features, dim=-1) if normalize else features
@@ -301,7 +319,7 @@ class CoCa(Trainable):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_image_tokens(self, images: Images) -> Tensor:
-        """images (B, 3, H, W) -> the tokens that the decoder attends to (B, Q, E)."""
+        """images (B, 3, H, W), or clips (B, F, 3, H, W), -> the tokens that the decoder attends to (B, Q, E)."""
         _, tokens = self.pooling(self.image_encoder(images), contrastive=False)
         return tokens
 
@@ -374,7 +392,9 @@ def _check(config: Mapping[str, Any]) -> None:
         check_number(name, config[name], whole=True, at_least=1)
     check_number("decoder_layers", config["decoder_layers"], whole=True, at_least=0)
     check_number("dropout", config["dropout"], at_least=0, at_most=1)
-    for name, kinds in (("contrastive", get_args(Contrastive)), ("cls_mask", get_args(ClsMask))):
+    check_number("frame_positions", config["frame_positions"], whole=True, at_least=0)
+    choices = {"contrastive": Contrastive, "cls_mask": ClsMask, "frame_pooling": FramePooling}
+    for name, kinds in ((name, get_args(kind)) for name, kind in choices.items()):
         if config[name] not in kinds:
             raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, got '{config[name]}'")
     if config["decoder_layers"] and config["pooler"] == "single" and config["pooler_queries"] < 2:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from coca_lit.errors import check_number
 from coca_lit.models import convolutional, kernels
 from coca_lit.models.convolutional import as_tokens, use_global_batch_norms
+from coca_lit.models.frames import EncodedFrames
 from coca_lit.models.init import init_pooler
 from coca_lit.models.layers import AttentionalPooler, Pooling
 from coca_lit.models.preprocessing import expect_batch, expect_pixels
@@ -128,11 +129,16 @@ class ImageEncoder(nn.Module):
         elif on:
             raise ValueError("grad_checkpointing=blocks needs a method set_grad_checkpointing of the image encoder")
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> tokens (B, S, width). An output of this method is returned as it is; an output of
-        `frozen_part` passes the remaining stages.
+    def forward(self, images: Tensor | EncodedFrames) -> Tensor | EncodedFrames:
+        """images (B, 3, H, W) -> tokens (B, S, width), or clips (B, F, 3, H, W) -> (B, F, S, width). An output of this
+        method is returned as it is; an output of `frozen_part` passes the remaining stages.
         """
+        if isinstance(images, EncodedFrames):
+            return images
         expect_pixels(images)
+        if images.ndim == 5:
+            frames = cast(Tensor, self.forward(images.flatten(0, 1)))
+            return EncodedFrames(frames.unflatten(0, images.shape[:2]))
         if images.ndim == 3 and images.is_floating_point():
             tokens = images.to(self.normalise.mean.dtype)
             return tokens if tokens.shape[2] == self.width else convolutional.run_remaining(self, tokens)
@@ -208,9 +214,7 @@ class ImagePooling(Pooling):
         if self.variant != "single":
             init_pooler(self.contrastive)
 
-    def forward(
-        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
         if self.variant == "single":
             queries = slice(0 if contrastive else 1, None if captioning else 1)
             pooled = self.generative(tokens, queries)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coca_lit.models import kernels
 from coca_lit.models.cache import Cache
+from coca_lit.models.frames import EncodedFrames, FramePooling, joined
 from coca_lit.models.packing import Layout
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, S, D/H)
@@ -236,6 +237,18 @@ class Pooling(nn.Module, ABC):
     vector_width: int
     token_width: int
     projected = True
+    frame_pooling: FramePooling = "tokens"
+    frame_positions: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("frame_positions", None)
+
+    def see_clips(self, frame_pooling: FramePooling, frame_positions: int, context_width: int) -> None:
+        """How clips are pooled, and for how many frames there is a learned position, see `CoCa`."""
+        self.frame_pooling = frame_pooling
+        if frame_positions:
+            self.frame_positions = nn.Parameter(torch.empty(frame_positions, 1, context_width))
 
     @abstractmethod
     def parts_of_loss(self, loss: str) -> list[str]:
@@ -245,10 +258,36 @@ class Pooling(nn.Module, ABC):
     def init_parameters(self) -> None:
         """Overwrites all parameters with initial values."""
 
-    @abstractmethod
     def forward(
         self, tokens: Any, contrastive: bool = True, captioning: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
+        """As `pool`, also for `EncodedFrames` (B, F, S, C): of all their tokens together, or means of what `pool` makes
+        of each frame.
+        """
+        if not isinstance(tokens, EncodedFrames):
+            return self.pool(tokens, contrastive, captioning)
+        clips = self._placed(tokens)
+        if self.frame_pooling == "tokens":
+            return self.pool(self.joined(clips), contrastive, captioning)
+        pooled = self.pool(clips.rows.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
+        vector, rows = (None if x is None else x.unflatten(0, clips.rows.shape[:2]).mean(dim=1) for x in pooled)
+        return vector, rows
+
+    def joined(self, clips: EncodedFrames) -> Tensor:
+        """The tokens of all frames as `pool` takes those of an image."""
+        return joined(clips)
+
+    def _placed(self, clips: EncodedFrames) -> EncodedFrames:
+        """With learned positions added, if the model has them."""
+        if self.frame_positions is None:
+            return clips
+        frames, known = clips.rows.shape[1], len(self.frame_positions)
+        if frames != known:
+            raise ValueError(f"the model has positions for {known} frames, got {frames}: give it {known} of each clip")
+        return EncodedFrames(clips.rows + self.frame_positions)
+
+    @abstractmethod
+    def pool(self, tokens: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
         """Tokens of the image encoder, (B, S, C) or `EncodedPatches`, -> contrastive vector (B, E) and decoder tokens
         (B, Q, E), None where switched off.
         """

@@ -18,6 +18,7 @@ from coca_lit.evals.inference import rows_of
 from coca_lit.evals.vqa import fitting
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
+from coca_lit.models.frames import joined
 from coca_lit.models.init import init_pooler
 from coca_lit.models.layers import AttentionalPooler
 from coca_lit.models.packing import to_device
@@ -224,7 +225,7 @@ class PoolerClassifier(Classifier):
         return self.features_of(net, (), batch.images)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
-        return self.pooler(net.image_encoder(images))[:, 0]
+        return self.pooler(joined(net.image_encoder(images)))[:, 0]
 
     def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy in nats per image; in training of mixtures of the first image with the last, and so on."""

