@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 
 from coca_lit.data.pixels import decode_pixels, read_image
 from coca_lit.data.records import Clip, ImageFile
+from coca_lit.errors import DataError
 from coca_lit.models.patches import Images
 
 Transform = Callable[[Image.Image], Images]  # for evaluation: any PIL image -> (3, size, size) uint8, or patches
@@ -119,7 +120,7 @@ def augmented(
 def _stacked(frames: list[Images]) -> Tensor:
     pixels = [frame for frame in frames if isinstance(frame, Tensor)]
     if len(pixels) < len(frames):
-        raise ValueError("clips need a model whose images have one shape: use another image encoder than naflex")
+        raise DataError("clips need a model whose images have one shape: use another image encoder than naflex")
     return torch.stack(pixels)
 
 

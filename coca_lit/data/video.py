@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from coca_lit.data.pixels import check_shape, upright
-from coca_lit.data.records import Clip
+from coca_lit.data.records import Clip, ImageFile
 from coca_lit.errors import DataError
 from coca_lit.reading import open_regular
 
@@ -77,6 +77,11 @@ class EncodedClip(Clip):
 
     def frames(self, count: int | None = None) -> Iterator[Image.Image]:
         return read_frames(BytesIO(self.content), self.name, count or self.count)
+
+
+def image_file(path: Path, frames: int) -> ImageFile | ClipFile:
+    """The image of a record in a file: a clip of so many frames by its suffix."""
+    return ClipFile(path, frames) if path.suffix.lower() in SUFFIXES else ImageFile(path)
 
 
 def read_frames(file: IO[bytes], name: str | Path, count: int) -> Iterator[Image.Image]:

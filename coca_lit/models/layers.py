@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coca_lit.errors import DataError
 from coca_lit.models import kernels
 from coca_lit.models.cache import Cache
 from coca_lit.models.frames import EncodedFrames, FramePooling, joined
@@ -283,7 +284,7 @@ class Pooling(nn.Module, ABC):
             return clips
         frames, known = clips.rows.shape[1], len(self.frame_positions)
         if frames != known:
-            raise ValueError(f"the model has positions for {known} frames, got {frames}: give it {known} of each clip")
+            raise DataError(f"the model has positions for {known} frames, got clips of {frames}: set frames={known}")
         return EncodedFrames(clips.rows + self.frame_positions)
 
     @abstractmethod

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
 from coca_lit.models.coca import Pooler
 from coca_lit.training.classifiers import PoolerClassifier
@@ -61,7 +62,7 @@ def test_positions_tell_the_order() -> None:
         model.pooling.frame_positions.normal_()
     assert not torch.allclose(both(model, images)[0], both(model, images.flip(1))[0], atol=1e-3)
     assert torch.equal(both(model, images[:, 0])[0], both(plain, images[:, 0])[0])  # an image has no position
-    with pytest.raises(ValueError, match="positions for 4 frames, got 2"):
+    with pytest.raises(DataError, match="positions for 4 frames, got clips of 2: set frames=4"):
         model.encode_image(images[:, :2])
 
 

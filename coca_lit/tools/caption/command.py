@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.tools.caption.outputs import open_writer
 
     configure_libraries(cfg.threads)
-    units = find_inputs([str(word) for word in cfg.images], cfg.batch_size)
+    units = find_inputs([str(word) for word in cfg.images], cfg.batch_size, cfg.frames)
     engine = build(cfg.engine, "engine")
     if not (isinstance(engine, Machine) and engine.devices is None):
         return _run_on(engine, cfg, units)
@@ -158,7 +158,8 @@ def _given(cfg: DictConfig) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig, digest: str) -> dict[str, Any]:
     """What a result depends on."""
-    return {"model": digest, "seed": cfg.seed} | {f"generate.{key}": value for key, value in _given(cfg).items()}
+    options = {f"generate.{key}": value for key, value in _given(cfg).items()}
+    return {"model": digest, "seed": cfg.seed, "frames": cfg.frames} | options
 
 
 def decoders(num_workers: int | None) -> int:

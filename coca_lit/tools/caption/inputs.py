@@ -16,9 +16,12 @@ from braceexpand import braceexpand
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.evaluation_transforms import build_transform
-from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image, open_image
+from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.shards.listing import local_shards
+from coca_lit.data.transforms import loaded
+from coca_lit.data.video import SUFFIXES as CLIPS
+from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.models.patches import Images, stack_images
 from coca_lit.models.preprocessing import Preprocessing
@@ -26,20 +29,22 @@ from coca_lit.reading import open_regular
 from coca_lit.tools.caption.shards import Sample, scan_shard
 
 SHARD = ".tar"
-EXPECTED = f"expected images ({', '.join(SUFFIXES)}), folders, or shards ({SHARD})"
+FILES = (*SUFFIXES, *CLIPS)
+EXPECTED = f"expected images ({', '.join(SUFFIXES)}), clips ({', '.join(CLIPS)}), folders, or shards ({SHARD})"
 
 
 class Source(NamedTuple):
-    """An encoded image: a file, or a part of one."""
+    """An encoded image, a file or a part of one, or a clip, a file."""
 
     name: str  # for people, and in results
     path: Path
     offset: int = 0
     size: int = -1  # bytes from `offset` on; -1 for all
+    frames: int = 0  # of a clip that the model sees; 0 for an image
 
 
 class Files(NamedTuple):
-    """A batch of image files."""
+    """A batch of image files, or of clips."""
 
     sources: list[Source]
 
@@ -72,25 +77,26 @@ Unit = Files | Shard
 
 
 class ImageBatch(NamedTuple):
-    """The decoded images of a list of sources."""
+    """The decoded images, or clips, of a list of sources."""
 
     positions: list[int]  # of the decoded images in the list
-    pixels: Images  # (B, 3, S, S) uint8, or `Patches`, one for each position
+    pixels: Images  # (B, 3, S, S) uint8, of clips (B, F, 3, S, S), or `Patches`, one for each position
     broken: dict[int, str]  # position of an image that cannot be read -> reason
 
 
 # Finding
 
 
-def find_inputs(words: Sequence[str], batch_size: int) -> list[Unit]:
+def find_inputs(words: Sequence[str], batch_size: int, frames: int = 0) -> list[Unit]:
     """Units of the files, folders and shards that `words` name, each file once, in the given order.
 
     Args:
         words: paths, globs, and ranges like {00000..00099}.tar. A folder means the images in it and its subfolders, or
             its shards if it has no images.
+        frames: that the model sees of a clip.
 
     Raises:
-        DataError: a word matches nothing, or something else than images and shards.
+        DataError: a word matches nothing, or something else than images, clips and shards.
     """
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1, got {batch_size}")
@@ -98,8 +104,18 @@ def find_inputs(words: Sequence[str], batch_size: int) -> list[Unit]:
     if not paths:
         raise DataError(f"nothing to caption: {EXPECTED}")
     shards = [Shard(path) for path in paths if path.suffix.lower() == SHARD]
-    files = [Source(str(path), path) for path in paths if path.suffix.lower() != SHARD]
-    return [*(Files(files[start : start + batch_size]) for start in range(0, len(files), batch_size)), *shards]
+    files = [path for path in paths if path.suffix.lower() != SHARD]
+    return [*map(Files, in_batches(files, batch_size, frames)), *shards]
+
+
+def in_batches(paths: Iterable[Path], batch_size: int, frames: int) -> list[list[Source]]:
+    """The sources of files: images, then clips, of which as many make a batch as have about `batch_size` frames."""
+    kinds: dict[int, list[Source]] = {0: [], frames: []}
+    for path in paths:
+        own = frames if path.suffix.lower() in CLIPS else 0
+        kinds[own].append(Source(str(path), path, frames=own))
+    sizes = {own: max(batch_size // max(own, 1), 1) for own in kinds}
+    return [of[i : i + sizes[own]] for own, of in kinds.items() for i in range(0, len(of), sizes[own])]
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
@@ -120,12 +136,12 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
 def _paths(word: str) -> Iterator[Path]:
     path = Path(word)
     if path.is_dir():
-        found = find_images(path) or find_images(path, (SHARD,))
+        found = find_images(path, FILES) or find_images(path, (SHARD,))
         if not found:
             raise DataError(f"no image and no shard in '{word}'")
         yield from found
     elif path.is_file():
-        if path.suffix.lower() not in (*SUFFIXES, SHARD):
+        if path.suffix.lower() not in (*FILES, SHARD):
             raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
         yield path
     elif word.endswith(SHARD):
@@ -165,7 +181,7 @@ def load_images(
 
 
 class _Decoded(Dataset[Images | str]):
-    """source -> pixels (3, S, S), or patches, or the reason why it cannot be read."""
+    """source -> pixels (3, S, S), (F, 3, S, S) of a clip, or patches, or the reason why it cannot be read."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.transform = build_transform(**preprocessing)
@@ -173,7 +189,7 @@ class _Decoded(Dataset[Images | str]):
     def __getitem__(self, source: Source) -> Images | str:
         try:
             if source.size < 0:
-                return self.transform(open_image(source.path))
+                return loaded(image_file(source.path, source.frames), self.transform)
             with open_regular(source.path) as file:
                 file.seek(source.offset)
                 content = file.read(min(source.size, MAX_IMAGE + 1))

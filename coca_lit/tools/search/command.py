@@ -15,6 +15,8 @@ from coca_lit.tools.caption.command import decoders
 from coca_lit.tools.checkpoint import chosen_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL.Image import Image
 
     from coca_lit.tools.search.index import Hit, ImageIndex
@@ -40,6 +42,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
         model = load_dual_encoder(checkpoint, cfg.quick_gelu)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
+    index.frames = cfg.frames
     if folder is not None:
         index.folder = folder
     if folder is not None or cfg.query is None:
@@ -48,7 +51,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
         return []
     query = str(cfg.query)
     with error_context("query"):
-        hits = index.query(_query(query), cfg.k, without=Path(query) if Path(query).is_file() else None)
+        hits = index.query(_query(query, cfg.frames), cfg.k, without=Path(query) if Path(query).is_file() else None)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits
 
@@ -86,12 +89,13 @@ def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
         print(f"{file}: {len(index)} images ({counts})", file=sys.stderr)
 
 
-def _query(query: str) -> "str | Image":
-    from coca_lit.data.pixels import SUFFIXES, open_image
+def _query(query: str, frames: int) -> "str | Callable[[], Image]":
+    from coca_lit.data.video import image_file
+    from coca_lit.tools.caption.inputs import FILES
 
     if Path(query).is_file():
-        return open_image(query)
-    if query.lower().endswith(SUFFIXES):
+        return image_file(Path(query), frames)
+    if query.lower().endswith(FILES):
         raise ConfigError(f"query: there is no image '{query}'")
     return query
 

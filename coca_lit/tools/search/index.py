@@ -17,12 +17,14 @@ from torch import Tensor
 
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.pixels import SUFFIXES
+from coca_lit.data.transforms import loaded
+from coca_lit.data.video import SUFFIXES as CLIPS
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import replacing
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import Tokenizer, unknown_words
-from coca_lit.tools.caption.inputs import Source, find_images, load_images
+from coca_lit.tools.caption.inputs import FILES, find_images, in_batches, load_images
 from coca_lit.weights.computation import fingerprint
 
 FORMAT = "coca_lit image index 1"
@@ -67,11 +69,12 @@ class ImageIndex:
     Args:
         model: embeds images and queries, on its device. It must not be trained meanwhile.
         folder: searched with its subfolders.
+        frames: that the model sees of a clip; 0 leaves clips out.
     """
 
-    def __init__(self, model: DualEncoder, folder: str | Path) -> None:
+    def __init__(self, model: DualEncoder, folder: str | Path, frames: int = 0) -> None:
         self.model = model
-        self.folder = Path(folder)
+        self.folder, self.frames = Path(folder), frames
         self.fingerprint = fingerprint(model)
         self.features = torch.empty(0, 0)  # (I, E), of unit length, on the CPU
         self._stamps: dict[str, Stamp] = {}  # path in the folder -> stamp, in the order of the features
@@ -136,8 +139,9 @@ class ImageIndex:
         Raises:
             DataError: there is no such folder, or no readable image in it.
         """
-        paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder)}
-        stamps = {name: _stamp(path) for name, path in paths.items()}
+        suffixes = FILES if self.frames else SUFFIXES
+        paths = {str(path.relative_to(self.folder)): path for path in find_images(self.folder, suffixes)}
+        stamps = {name: _stamp(path, self.frames) for name, path in paths.items()}
         rows = dict(zip(self._stamps, self.features, strict=True))
         added = [name for name in paths if name not in rows]
         changed = [name for name, stamp in self._stamps.items() if name in stamps and stamps[name] != stamp]
@@ -145,12 +149,12 @@ class ImageIndex:
 
         todo = [*added, *changed]
         new, unreadable = self._embed([paths[name] for name in todo], batch_size, num_workers, progress)
-        rows |= {todo[i]: row for i, row in new.items()}
-        failed = {todo[i]: reason for i, reason in unreadable.items()}
+        rows |= {name: new[paths[name]] for name in todo if paths[name] in new}
+        failed = {name: unreadable[paths[name]] for name in todo if paths[name] in unreadable}
         names = [name for name in paths if name not in failed]
         if not names:
             found = f"no readable image in '{self.folder}', e.g. {next(iter(failed.values()))}" if failed else ""
-            raise DataError(found or f"no image in '{self.folder}' (looked for {', '.join(SUFFIXES)})")
+            raise DataError(found or f"no image in '{self.folder}' (looked for {', '.join(suffixes)})")
         self.features = torch.stack([rows[name] for name in names])
         self._stamps = {name: stamps[name] for name in names}
         return Changes(
@@ -160,10 +164,13 @@ class ImageIndex:
             {paths[name]: reason for name, reason in failed.items()},
         )
 
-    def query(self, query: str | Image.Image, k: int = 10, without: Path | None = None) -> list[Hit]:
+    def query(
+        self, query: str | Image.Image | Callable[[], Image.Image], k: int = 10, without: Path | None = None
+    ) -> list[Hit]:
         """The `k` images most similar to a text or an image, best first.
 
         Args:
+            query: a text, an image, or what loads one, such as a `ClipFile`.
             without: a file that is not to be found, such as the query itself.
 
         Raises:
@@ -172,8 +179,9 @@ class ImageIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         encode: Callable[..., Tensor]
-        if isinstance(query, Image.Image):
-            encode, encoded = self.model.encode_image, build_transform(**self.model.preprocessing)(query)[None]
+        if not isinstance(query, str):
+            load = (lambda: query) if isinstance(query, Image.Image) else query
+            encode, encoded = self.model.encode_image, loaded(load, build_transform(**self.model.preprocessing))[None]
         else:
             check_query(self.model.tokenizer, query)
             encode, encoded = self.model.encode_text, self.model.tokenizer(query)
@@ -194,18 +202,17 @@ class ImageIndex:
 
     def _embed(
         self, paths: list[Path], batch_size: int, num_workers: int, progress: Progress | None
-    ) -> tuple[dict[int, Tensor], dict[int, str]]:
-        """Embeddings (E,) by position in `paths`, and the reasons why images have none."""
-        features: dict[int, Tensor] = {}
-        unreadable: dict[int, str] = {}
-        starts = range(0, len(paths), batch_size)
-        batches = [[Source(str(path), path) for path in paths[start : start + batch_size]] for start in starts]
-        loaded = load_images(batches, self.model.preprocessing, num_workers)
-        for start, (positions, pixels, broken) in zip(starts, loaded, strict=True):
+    ) -> tuple[dict[Path, Tensor], dict[Path, str]]:
+        """Embeddings (E,) by path, and the reasons why images have none."""
+        features: dict[Path, Tensor] = {}
+        unreadable: dict[Path, str] = {}
+        batches = in_batches(paths, batch_size, self.frames)
+        images = load_images(batches, self.model.preprocessing, num_workers)
+        for sources, (positions, pixels, broken) in zip(batches, images, strict=True):
             if positions:
                 rows = evaluating(self.model, self.model.encode_image, pixels.to(self.model.device)).float().cpu()
-                features |= {start + i: row for i, row in zip(positions, rows, strict=True)}
-            unreadable |= {start + i: reason for i, reason in broken.items()}
+                features |= {sources[i].path: row for i, row in zip(positions, rows, strict=True)}
+            unreadable |= {sources[i].path: reason for i, reason in broken.items()}
             if progress:
                 progress(len(features) + len(unreadable), len(paths))
         return features, unreadable
@@ -233,12 +240,13 @@ def _format(path: Path) -> str:
     raise DataError(f"'{path}' is not an image index: choose another file")
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: Path, frames: int) -> Stamp:
     try:
         stat = path.stat()
     except OSError:  # a dangling link, or just removed: reading it reports that
         return (-1, -1)
-    return stat.st_size, stat.st_mtime_ns
+    own = frames if path.suffix.lower() in CLIPS else 0  # another number of them is as another clip
+    return stat.st_size, stat.st_mtime_ns + own
 
 
 def _bytes(text: str) -> Tensor:
