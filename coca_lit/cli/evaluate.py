@@ -137,6 +137,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def _load(cfg: DictConfig) -> "DualEncoder":
+    from coca_lit.models import CoCa
     from coca_lit.weights.computation import interpolate
     from coca_lit.weights.load import load_dual_encoder
 
@@ -149,6 +150,9 @@ def _load(cfg: DictConfig) -> "DualEncoder":
         with error_context("image_size"):
             model.set_image_size(cfg.image_size)
     cfg.image_size = model.image_size
+    if cfg.frame_pooling is not None and isinstance(model, CoCa):
+        with error_context("frame_pooling"):
+            model.set_frame_pooling(cfg.frame_pooling)
     return model
 
 

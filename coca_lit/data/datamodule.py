@@ -447,6 +447,21 @@ class SceneStatementsDataModule(ScenesDataModule):
         self._scenes = tasks[task]
 
 
+class MovingScenesDataModule(ScenesDataModule):
+    """Built-in clips of moving shapes, see `motion_records`.
+
+    Args:
+        frames: of each clip.
+        train_count: number of training clips; None takes the default.
+    """
+
+    def __init__(self, frames: int, train_count: int | None = None, **shared: Unpack[SharedArguments]) -> None:
+        from coca_lit.data.scenes.motion import motion_records
+
+        super().__init__(train_count, **shared)
+        self._scenes = partial(motion_records, frames=frames)
+
+
 class RootDataModule(RecordsDataModule):
     """Data in a folder that a function reads.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from coca_lit.errors import suggest
 
-# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, in questions and answers as well, and in
-# statements and their labels. The order is that of the token ids.
+# The words of the built-in scenes, `coca_lit.data.scenes`: in captions, in questions and answers as well, in
+# statements and their labels, and in captions of moving ones. The order is that of the token ids.
 _SCENES = (
     "a above and at before below blue bottom by can circle column cross cyan down followed from go goes green "
     "has is it large left of on orange picture pink preceded purple reach read red right ring row see shows "
@@ -22,6 +22,7 @@ VOCABULARIES = {
     "scenes": _SCENES.split(),
     "scenes_vqa": f"{_SCENES} {_QUESTIONS}".split(),
     "scenes_places": f"{_SCENES} {_QUESTIONS} {_EDGES}".split(),
+    "scenes_motion": f"{_SCENES} enters leaves moves passes".split(),
     "scenes_statements": f"{_SCENES} {_QUESTIONS} {_STATEMENTS}".split(),
 }
 

@@ -232,7 +232,9 @@ class PoolerClassifier(Classifier):
         if not self.training or not self.mixup or not isinstance(batch.images, Tensor):
             return super().forward(net, batch)
         share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
-        pixels = batch.images if batch.images.is_floating_point() else net.image_encoder.normalise(batch.images)
+        pixels = batch.images
+        if not pixels.is_floating_point():
+            pixels = net.image_encoder.normalise(pixels.flatten(0, -4)).view(pixels.shape)  # frames as images
         mixed = batch._replace(images=share * pixels + (1 - share) * pixels.flip(0))
         logits = self.head(self.features(net, mixed)).float()
         other = batch._replace(answers=batch.answers[::-1])

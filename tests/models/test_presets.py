@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from coca_lit.data.scenes import facts, places, render, statements
+from coca_lit.data.scenes import facts, motion, places, render, statements
 from coca_lit.models import create_model
 from coca_lit.models.presets import VOCABULARIES
 from helpers.study import PROFILE, SMALL, millions
@@ -15,9 +15,10 @@ from helpers.study import PROFILE, SMALL, millions
         ("scenes", render.VOCABULARY),
         ("scenes_vqa", facts.VOCABULARY),
         ("scenes_places", places.VOCABULARY),
+        ("scenes_motion", motion.VOCABULARY),
         ("scenes_statements", statements.VOCABULARY),
     ],
-    ids=["scenes", "scenes_vqa", "scenes_places", "scenes_statements"],
+    ids=["scenes", "scenes_vqa", "scenes_places", "scenes_motion", "scenes_statements"],
 )
 def test_vocabulary_of_the_scenes(name: str, words: tuple[str, ...]) -> None:
     assert VOCABULARIES[name] == list(words)

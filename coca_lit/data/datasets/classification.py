@@ -26,11 +26,13 @@ from coca_lit.data.scenes.render import (
     scene_records,
     space_size,
 )
+from coca_lit.data.video import SUFFIXES as CLIPS
+from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import read_json
 
 ASSETS = Path(__file__).parents[2] / "assets"
-TEMPLATES = ("a photo of a {}.",)
+TEMPLATES, CLIP_TEMPLATES = ("a photo of a {}.",), ("a video of {}.",)
 
 
 class Classification(NamedTuple):
@@ -42,8 +44,10 @@ class Classification(NamedTuple):
     templates: tuple[str, ...]  # prompts with {} for the name
 
 
-def image_folder(root: str | Path, classes: str | Path | None = None, subset: bool = False) -> Classification:
-    """Images of root/FOLDER/*.jpg, a folder per class.
+def image_folder(
+    root: str | Path, classes: str | Path | None = None, subset: bool = False, frames: int = 0
+) -> Classification:
+    """Images of root/FOLDER/*.jpg, a folder per class, or clips, as Kinetics has them.
 
     Args:
         root: folder of the folders.
@@ -52,6 +56,8 @@ def image_folder(root: str | Path, classes: str | Path | None = None, subset: bo
             for underscores, and the template is "a photo of a {}." Folders 0, 1, … of ImageNet-V2 are the classes in
             the order of the file.
         subset: only classes that have a folder are candidates: the 200 of ImageNet-A and ImageNet-R.
+        frames: that a model sees of a clip; then only clips are read, and the template is "a video of {}."; 0 for
+            images.
 
     Raises:
         DataNotFoundError: there are no such folders, or no images in them.
@@ -62,7 +68,8 @@ def image_folder(root: str | Path, classes: str | Path | None = None, subset: bo
     how = "one folder of images per class is expected there"
     if not folders:
         raise not_found("classified images", [root], how)
-    names, templates = _read_classes(classes) if classes else ({f: f.replace("_", " ") for f in folders}, TEMPLATES)
+    usual = ({f: f.replace("_", " ") for f in folders}, CLIP_TEMPLATES if frames else TEMPLATES)
+    names, templates = _read_classes(classes) if classes else usual
     if not names.keys() & set(folders):
         names = {str(number): name for number, name in enumerate(names.values())}
     if unknown := [folder for folder in folders if folder not in names]:
@@ -72,17 +79,17 @@ def image_folder(root: str | Path, classes: str | Path | None = None, subset: bo
     if subset:
         names = {folder: name for folder, name in names.items() if folder in set(folders)}
     files = [(name, f"{name}/{file}") for name in folders for file in sorted(os.listdir(root / name))]
-    images = [(folder, file) for folder, file in files if file.lower().endswith(SUFFIXES)]
+    images = [(folder, file) for folder, file in files if file.lower().endswith(CLIPS if frames else SUFFIXES)]
     if not images:
         raise not_found("classified images", [root / folders[0]], how)
     random.Random(0).shuffle(images)
     number = {folder: i for i, folder in enumerate(names)}
-    records = [Record(file, root / file) for _, file in images]
+    records = [Record(file, image_file(root / file, frames)) for _, file in images]
     return Classification(records, {file: number[folder] for folder, file in images}, tuple(names.values()), templates)
 
 
 def class_records(
-    root: str | Path, split: str, classes: str | Path | None = None, as_text: bool = False
+    root: str | Path, split: str, classes: str | Path | None = None, as_text: bool = False, frames: int = 0
 ) -> list[Record]:
     """Images of root/SPLIT/FOLDER/*.jpg with their classes as captions, to train on.
 
@@ -92,8 +99,9 @@ def class_records(
         classes: names and templates, as of `image_folder`.
         as_text: the captions are the templates with the name, such as "a photo of a dog."; else the label alone, see
             `class_labels`.
+        frames: of clips, as of `image_folder`.
     """
-    images = image_folder(Path(root) / split, classes)
+    images = image_folder(Path(root) / split, classes, frames=frames)
     if as_text:
         return captioned(
             images, [[template.replace("{}", c) for template in images.templates] for c in images.class_names]
@@ -101,13 +109,13 @@ def class_records(
     return captioned(images, [[label] for label in _distinct(images.class_names)])
 
 
-def class_labels(root: str | Path, classes: str | Path | None = None) -> list[str]:
+def class_labels(root: str | Path, classes: str | Path | None = None, frames: int = 0) -> list[str]:
     """The labels of `class_records`: the names of the classes, with their number where two have the same name, as two
     pairs of ImageNet's have. Images are looked at only without a file of names.
     """
     if classes is not None:
         return _distinct(tuple(_read_classes(classes)[0].values()))
-    return _distinct(image_folder(Path(root) / "train").class_names)
+    return _distinct(image_folder(Path(root) / "train", frames=frames).class_names)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

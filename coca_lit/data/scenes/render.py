@@ -160,7 +160,7 @@ def captions(scene: Scene, wordings: Sequence[Wording] = STYLES["standard"]) -> 
 
 
 @cache
-def _stamp(shape: str, diameter: int) -> Image.Image:
+def stamp(shape: str, diameter: int) -> Image.Image:
     """Antialiased mask (mode L) of a shape, drawn 8 times larger and averaged."""
     scale = 8 * diameter / 2
     mask = Image.new("L", (8 * diameter, 8 * diameter))
@@ -198,7 +198,7 @@ def _layout(
     background = tuple(base + int(24 * rng.random()) for _ in range(3))
     things = []
     for place, thing in enumerate(scene.things):
-        mask = _stamp(thing.shape, max(1, round(size * SIZES[thing.size] / objects)))
+        mask = stamp(thing.shape, max(1, round(size * SIZES[thing.size] / objects)))
         along = (place + rng.uniform(0.44, 0.56)) / objects
         across = rng.uniform(0.36, 0.64)  # little enough that a row never looks like a column
         x, y = (along, across) if scene.axis == "row" else (across, along)

@@ -1,0 +1,85 @@
+"""Captioned clips: MSR-VTT in its original files, and your own in a folder. `frames` is what a model sees of each.
+
+Folders of classes, as Kinetics has them, are read by `coca_lit.data.datasets.classification`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, schema
+from coca_lit.data.datasets.folder import folder_records
+from coca_lit.data.datasets.tables import open_table
+from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
+from coca_lit.data.video import image_file
+from coca_lit.errors import DataError
+from coca_lit.reading import printable, read_json
+
+_FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
+_SPLITS = {"train": "train", "val": "validate", "test": "test"}
+_TABLES = {"train": "MSRVTT_train.9k.csv", "test": "MSRVTT_JSFUSION_test.csv"}
+_FOLDERS = ("videos/all", "videos", "TrainValVideo", "TestVideo", "all", ".")
+_HOW = (
+    f"put {_FILES[0]}, or {_FILES[1]} and {_FILES[2]}, and the clips, video0.mp4 and so on in videos/, into one folder"
+)
+
+
+def as_clips(records: Iterable[Record], frames: int) -> list[Record]:
+    """The records, those of clips with so many frames."""
+    files = ((record, record.image) for record in records)
+    return [
+        record._replace(image=image_file(image.path, frames)) if isinstance(image, ImageFile) else record
+        for record, image in files
+    ]
+
+
+def clip_records(root: str | Path, split: str, frames: int) -> list[Record]:
+    """Your own clips in a folder, listed with their captions and splits as in `folder_records`."""
+    return as_clips(folder_records(root, split), frames)
+
+
+def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool = False) -> list[Record]:
+    """MSR-VTT (Xu et al. 2016): 10,000 clips with 20 captions each, in "train" (6,513), "val" (497) and "test" (2,990).
+
+    Args:
+        root: folder of MSRVTT_data.json, or of the two files of the challenge, and of the clips.
+        one_thousand: the split 1k-A of Yu et al. (2018), as in papers on retrieval: "test" is the table
+            MSRVTT_JSFUSION_test.csv, 1,000 clips with one sentence each, and "train" all of MSRVTT_train.9k.csv.
+
+    Raises:
+        DataError: a file is missing or malformed, or there is no such split.
+    """
+    root = Path(root)
+    if split not in _SPLITS:
+        raise DataError(f"MSR-VTT has the splits {', '.join(_SPLITS)}, not {printable(split)!r}")
+    if one_thousand and split in _TABLES:
+        table = find_file("the split 1k-A of MSR-VTT", [root / _TABLES[split]], f"put {_TABLES[split]} into it")
+        with schema(table, "1k-A's"):
+            rows = {row["video_id"]: row.get("sentence") for row in open_table(table)[1]}
+        listings = [] if split == "train" else [listing(key, f"{key}.mp4", [text]) for key, text in rows.items()]
+        source = table
+        if split == "train":
+            source, found = _listings(root)
+            listings = [item for item, _ in found if item.id in rows]
+    else:
+        source, found = _listings(root)
+        listings = [item for item, its in found if its == _SPLITS[split]]
+    if not listings:
+        raise DataError(f"{source} has no clips of the split {split!r}: {_HOW}")
+    return as_clips(records_on_disk(listings, [root / name for name in _FOLDERS], source, _HOW), frames)
+
+
+def _listings(root: Path) -> tuple[Path, list[tuple[Listing, str]]]:
+    """All clips that the files list, each with its split."""
+    first = find_file("the captions of MSR-VTT", [root / name for name in _FILES], _HOW)
+    paths = [first] if first.name == _FILES[0] else [root / name for name in _FILES[1:] if (root / name).is_file()]
+    found: list[tuple[Listing, str]] = []
+    for path in paths:
+        content = read_json(path, dict, MAX_BYTES)
+        with schema(path, "MSR-VTT's"):
+            captions: dict[str, list[str]] = {video["video_id"]: [] for video in content["videos"]}
+            for sentence in content["sentences"]:
+                captions[sentence["video_id"]].append(sentence["caption"])
+            for video in content["videos"]:
+                key = video["video_id"]
+                found.append((listing(key, f"{key}.mp4", captions[key]), video["split"]))
+    return first, found

@@ -1,0 +1,105 @@
+"""Training and evaluation on clips: of built-in scenes, and of files in their original layouts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+
+from coca_lit import load_model
+from coca_lit.cli import evaluate
+from coca_lit.cli.command import compose
+from coca_lit.data.scenes.motion import motion_records
+from coca_lit.errors import DataError
+from coca_lit.runs.results import read_conditions
+from helpers.clips import write_clip
+from helpers.running import TINY, results, run
+
+MOTION = ("experiment=scenes_motion", "data.train_count=64", "data.frames=2", "evals=[scenes_motion_choice]")
+
+
+def test_built_in_clips(tmp_path: Path) -> None:
+    run(tmp_path, *TINY, *MOTION, "+model.net.frame_positions=2")
+    kinds = {f"{kind}/accuracy" for kind in ("object", "time", "mover", "side")}
+    assert {f"scenes_motion_choice/{kind}" for kind in kinds} <= set(results(tmp_path))
+    model = load_model(tmp_path)
+    assert model.pooling.frame_positions.abs().sum() > 0  # trained
+
+
+@pytest.mark.slow
+def test_captions_and_retrieval_of_built_in_clips(tmp_path: Path) -> None:
+    run(tmp_path, *TINY, *MOTION[:3], "evals=scenes_motion", "+model.net.frame_pooling=mean")
+    assert {"scenes_motion/CIDEr", "scenes_motion/t2i_recall@10"} <= set(results(tmp_path))
+    assert (tmp_path / "samples" / "scenes_motion_retrieval.png").is_file()
+
+
+def test_cached_features(tmp_path: Path) -> None:
+    frozen = ("model.freeze=[image_encoder]", "data.cached_augmentations=1", f"data.cache_dir={tmp_path}/cache")
+    run(tmp_path / "run", *TINY, *MOTION, *frozen)
+    shapes = {np.load(path, mmap_mode="r").shape for path in (tmp_path / "cache").rglob("*.npy")}
+    assert {shape[1:] for shape in shapes} == {(2 * 16, 128)}
+    with pytest.raises(DataError, match="cached for frame_pooling=tokens"):
+        run(tmp_path / "mean", *TINY, *MOTION, *frozen, "+model.net.frame_pooling=mean")
+
+
+def write_msrvtt(root: Path) -> None:
+    """Clips of moving scenes as MSR-VTT's."""
+    records = motion_records("test", frames=6, size=32, count=12)
+    (root / "videos").mkdir(parents=True)
+    splits = ["train"] * 6 + ["validate"] * 2 + ["test"] * 4
+    for i, record in enumerate(records):
+        write_clip(root / "videos" / f"video{i}.mp4", [np.asarray(frame) for frame in record.image.frames()])
+    videos = [{"video_id": f"video{i}", "split": split} for i, split in enumerate(splits)]
+    sentences = [{"video_id": f"video{i}", "caption": record.captions[0]} for i, record in enumerate(records)]
+    (root / "MSRVTT_data.json").write_text(json.dumps({"videos": videos, "sentences": sentences}))
+    rows = [f"r{i},m{i},video{i},{records[i].captions[0]}" for i in (8, 9, 10)]
+    (root / "MSRVTT_JSFUSION_test.csv").write_text("\n".join(["key,vid_key,video_id,sentence", *rows]))
+
+
+@pytest.mark.slow
+def test_files_of_msrvtt(tmp_path: Path) -> None:
+    write_msrvtt(tmp_path / "msrvtt")
+    data = (
+        "data=msrvtt",
+        f"data.root={tmp_path}/msrvtt",
+        "data.records.frames=3",
+        "data.batch_size=4",
+        "data.num_workers=0",
+    )
+    run(tmp_path / "run", *TINY, *data, "evals=msrvtt", "+model.net.tokenizer=scenes_motion")
+    scores: dict[str, dict[str, float]] = {}
+    for way in ("tokens", "mean"):
+        words = [
+            *(f"checkpoint={tmp_path}/run", "evals=msrvtt", f"roots.msrvtt={tmp_path}/msrvtt", f"frame_pooling={way}"),
+            f"output_dir={tmp_path}/{way}",
+        ]
+        scores[way] = evaluate.run(compose("evaluate", words))
+        conditions = read_conditions(tmp_path / way)
+        assert conditions["msrvtt/t2i_recall@1"].images == 3  # of the split 1k-A
+        assert conditions["msrvtt/CIDEr"].images == 4
+    assert scores["tokens"].keys() == scores["mean"].keys()
+
+
+@pytest.mark.slow
+def test_classes_of_clips(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number, record in enumerate(motion_records("test", frames=4, size=32, count=8)):
+            folder = tmp_path / "kinetics" / split / record.image.motion.event
+            folder.mkdir(parents=True, exist_ok=True)
+            write_clip(folder / f"{number}.mp4", [np.asarray(frame) for frame in record.image.frames()])
+    data = (
+        "data=kinetics",
+        f"data.root={tmp_path}/kinetics",
+        "data.records.frames=3",
+        "data.batch_size=4",
+        "data.num_workers=0",
+    )
+    run(tmp_path / "run", *TINY, "experiment=finetune_classes", *data, "evals=kinetics", "init_from=null", "ema=null")
+    assert "kinetics/accuracy" in results(tmp_path / "run")
+    words = [
+        *(f"checkpoint={tmp_path}/run", "evals=kinetics_zeroshot", f"roots.kinetics={tmp_path}/kinetics"),
+        *("scoring.split=val", f"output_dir={tmp_path}/scored"),
+    ]
+    assert {"kinetics/top1", "kinetics/mean_per_class_recall"} <= evaluate.run(compose("evaluate", words)).keys()
