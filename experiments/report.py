@@ -82,6 +82,20 @@ STUDIES: dict[str, Any] = {
         SCENE_SCORES,
     ),
     "own_photos": TableStudy(results("own_photos"), own_photos),
+    "video": VariantStudy(
+        results("video"),
+        {
+            "middle": "middle frame",
+            "mean": "mean over frames",
+            "tokens": "tokens of all frames",
+            "positions": "tokens with frame positions",
+        },
+        {
+            **{f"scenes_motion_choice/{kind}_accuracy": f"{kind}, %" for kind in ("object", "mover", "side", "time")},
+            "scenes_motion/exact_match": "exact captions, %",
+            "scenes_motion/t2i_recall@1": "text to clip R@1, %",
+        },
+    ),
     "negative": TableStudy(results("negative"), negative),
 }
 STUDIES |= {

@@ -39,7 +39,8 @@ def run(cfg: DictConfig) -> None:
     if cfg.recipe is not None:  # whose choices depend on the data
         cfg = with_vocabulary(with_recipe(cfg, load_source(cfg)))
     model, spent, recipe = estimate(cfg, settings)
-    print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, 3 * cfg.image_size**2)
+    pixels = 3 * cfg.image_size**2 * max(frames_of(cfg), 1)
+    print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, pixels)
     self_critical = cfg.model.get("self_critical") is not None
     not_counted = {
         "model.self_critical": self_critical,
@@ -83,9 +84,16 @@ def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recip
     classifiers = [made for made in module.further_objectives().values() if isinstance(made, Classifier)]
     weights, model = module.pairs.weights, measure(module.net, classifiers)
     half = not precision.startswith(("32", "64"))
-    spent = cost(module.net, weights, tokens, getattr(torch, autocast) if autocast else None, classifiers)
+    mixed = getattr(torch, autocast) if autocast else None
+    spent = cost(module.net, weights, tokens, mixed, classifiers, frames_of(cfg))
     spent = on_gpu(module.net, spent, tokens, 2 if half else 4)
     return model, spent, read_recipe(cfg, settings, weights, half)
+
+
+def frames_of(cfg: DictConfig) -> int:
+    """Frames of the clips that are trained on; 0 for images."""
+    keys = ("data.frames", "data.records.frames")
+    return next((int(found) for key in keys if (found := OmegaConf.select(cfg, key))), 0)
 
 
 def read_precision(cfg: DictConfig) -> str:

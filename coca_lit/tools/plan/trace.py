@@ -60,6 +60,7 @@ def cost(
     caption_tokens: int,
     autocast: torch.dtype | None,
     classifiers: Sequence[Classifier] = (),
+    frames: int = 0,
 ) -> Cost:
     """The cost of a sample in a large batch.
 
@@ -69,9 +70,10 @@ def cost(
         caption_tokens: mean length of the captions, start and end included.
         autocast: type of mixed precision; None computes in the type of the weights.
         classifiers: that are trained beside the network; their texts are as long as captions.
+        frames: of clips; 0 for images.
     """
     few, many = BATCHES
-    low, high = (trace(net, weights, caption_tokens, autocast, batch, classifiers) for batch in BATCHES)
+    low, high = (trace(net, weights, caption_tokens, autocast, batch, classifiers, frames) for batch in BATCHES)
     slope = (high.peak - low.peak) / (many - few)
     forward = {part: flops / few for part, flops in low.forward.items()}
     return Cost(forward, low.total / few, slope, max(low.peak - few * slope, 0.0), low.operations)
@@ -112,6 +114,7 @@ def trace(
     autocast: torch.dtype | None,
     batch: int,
     classifiers: Sequence[Classifier] = (),
+    frames: int = 0,
 ) -> Step:
     """A step with `batch` samples. Its FLOPs are without the contrastive logits, which grow with the global batch.
     Arguments as for `cost`.
@@ -125,7 +128,7 @@ def trace(
             modules.update({name: sum(found.values()) for name, found in counter.get_flop_counts().items()})
 
     step = _Step(net, weights, classifiers)
-    inputs = _inputs(step, caption_tokens, batch)
+    inputs = _inputs(step, caption_tokens, batch, frames)
     grads = [p.grad for p in step.parameters() if p.grad is not None]
     # In this order: the counter of FLOPs hands on the parts of an operation in its place.
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
@@ -172,13 +175,13 @@ class _Step(nn.Module):
         return torch.stack(terms).sum()
 
 
-def _inputs(step: _Step, caption_tokens: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(step: _Step, caption_tokens: int, batch: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fake images, as many as a sample has at most, real tokens and lengths for a step that is made fake, too."""
     size = step.net.image_size
     count = batch * max((getattr(made, "images", 1) for made in step.classifiers), default=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(step.train())
-        images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+        images = torch.empty(count, *([frames] if frames else []), 3, size, size, dtype=torch.uint8)
     return images, torch.zeros(batch, caption_tokens, dtype=torch.long), torch.full((batch,), caption_tokens)
 
 

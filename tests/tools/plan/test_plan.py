@@ -298,3 +298,20 @@ def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_
     text = capsys.readouterr().out
     assert "data.batch_size=2 " in text
     assert "coca_efficientnet" in text
+
+
+@pytest.mark.parametrize("frame_pooling", ["tokens", "mean"])
+def test_frames_of_clips(frame_pooling: str) -> None:
+    real = create_model("coca_tiny", frame_pooling=frame_pooling).train()
+    tokens = torch.randint(3, real.tokenizer.vocab_size, (BATCH, TOKENS))
+    clips = torch.zeros(BATCH, 4, 3, 32, 32, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        real(clips, tokens, torch.full((BATCH,), TOKENS))
+    found = trace(without_weights(frame_pooling=frame_pooling), WEIGHTS, TOKENS, None, BATCH, frames=4)
+    of_images = trace(without_weights(), WEIGHTS, TOKENS, None, BATCH)
+    assert found.forward["image encoder"] == 4 * of_images.forward["image encoder"]
+    parts = ("image encoder", "pooling", "text tower", "decoder")
+    assert sum(found.forward[part] for part in parts) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert cli.frames_of(compose("plan", ["experiment=scenes_motion"])) == 4
+    assert cli.frames_of(compose("plan", ["experiment=pretrain_b32", "data=msrvtt"])) == 8
+    assert cli.frames_of(compose("plan", ["experiment=demo"])) == 0

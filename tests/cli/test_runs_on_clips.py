@@ -22,7 +22,7 @@ MOTION = ("experiment=scenes_motion", "data.train_count=64", "data.frames=2", "e
 
 def test_built_in_clips(tmp_path: Path) -> None:
     run(tmp_path, *TINY, *MOTION, "+model.net.frame_positions=2")
-    kinds = {f"{kind}/accuracy" for kind in ("object", "time", "mover", "side")}
+    kinds = {f"{kind}_accuracy" for kind in ("object", "time", "mover", "side")}
     assert {f"scenes_motion_choice/{kind}" for kind in kinds} <= set(results(tmp_path))
     model = load_model(tmp_path)
     assert model.pooling.frame_positions.abs().sum() > 0  # trained
