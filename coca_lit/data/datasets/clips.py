@@ -54,9 +54,10 @@ def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool
     if one_thousand and split in _TABLES:
         table = find_file("the split 1k-A of MSR-VTT", [root / _TABLES[split]], f"put {_TABLES[split]} into it")
         with schema(table, "1k-A's"):
-            rows = {row["video_id"]: row.get("sentence") for row in open_table(table)[1]}
-        listings = [] if split == "train" else [listing(key, f"{key}.mp4", [text]) for key, text in rows.items()]
-        source = table
+            rows = {row["video_id"]: row for row in open_table(table)[1]}
+            if split == "test":
+                source = table
+                listings = [listing(key, f"{key}.mp4", [row["sentence"]]) for key, row in rows.items()]
         if split == "train":
             source, found = _listings(root)
             listings = [item for item, _ in found if item.id in rows]
