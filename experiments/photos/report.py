@@ -10,7 +10,7 @@ from experiments.study import Row, read_rows, readable, with_about, write_rows
 
 RESULTS = Path(__file__).with_name("results.csv")
 INTERVALS, SPEED = RESULTS.with_name("intervals.csv"), RESULTS.with_name("speed.csv")
-TRAINED, SHIPPED = "longer", "shipped"  # runs
+TRAINED, SHIPPED = "rewards", "shipped"  # runs
 RECALLS = [f"{side}_recall@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10)]
 SCORES = [
     f"flickr8k/{score}"

@@ -6,18 +6,23 @@ root=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
 cd "$(dirname "$0")/../.."
 runs=outputs/photos weights=coca_lit/assets/photos/model.safetensors
 
-train() { # NAME OVERRIDES…
-  local name=$1
-  shift
-  [ -s "$runs/$name/results.json" ] || torchrun --nproc-per-node="${PROCESSES:-2}" train.py experiment=flickr8k_two_hours data.root="$root" name="photos/$name" threads=1 \
+train() { # NAME EXPERIMENT OVERRIDES…
+  local name=$1 experiment=$2
+  shift 2
+  [ -s "$runs/$name/results.json" ] || torchrun --nproc-per-node="${PROCESSES:-2}" train.py experiment="$experiment" data.root="$root" name="photos/$name" threads=1 \
     model.net.embed_dim=320 model.net.text_width=320 model.net.text_heads=5 model.net.pooler_heads=5 data.num_workers=0 "$@"
 }
-train seed0 seed=0 trainer.max_epochs=16 data.cached_augmentations=5 evals.flickr8k_captions.every=8 evals.flickr8k_retrieval.every=8
+train seed0 flickr8k_two_hours seed=0 trainer.max_epochs=16 data.cached_augmentations=5 evals.flickr8k_captions.every=8 evals.flickr8k_retrieval.every=8
 if [ ! -s $runs/longer/results.json ]; then # from the quantised weights of the first training
   python experiments/photos/quantise.py $runs/seed0 $weights
-  train longer seed=1 init_from=photos trainer.max_epochs=12 data.cached_augmentations=3 model.optimizer.lr=6e-4 \
+  train longer flickr8k_two_hours seed=1 init_from=photos trainer.max_epochs=12 data.cached_augmentations=3 model.optimizer.lr=6e-4 \
     evals.flickr8k_captions.every=6 evals.flickr8k_retrieval.every=6
   python experiments/photos/quantise.py $runs/longer $weights
+fi
+if [ ! -s $runs/rewards/results.json ]; then # likewise; recorded with PROCESSES=1
+  train rewards scst_flickr8k seed=0 init_from=photos evals.flickr8k_captions.every=20 evals.flickr8k_retrieval.every=10 \
+    'model.self_critical.reward={_target_: experiments.flickr8k_two_hours.mixed_reward.MixedReward, _partial_: true}'
+  python experiments/photos/quantise.py $runs/rewards $weights
 fi
 
 score() { # NAME OVERRIDES…
@@ -29,4 +34,4 @@ score() { # NAME OVERRIDES…
 score shipped scoring.generate.strategy=beam scoring.rerank=8
 python experiments/photos/speed.py "$root/images"
 python experiments/photos/picture.py
-python experiments/report.py photos $runs/seed0 $runs/longer $runs/shipped
+python experiments/report.py photos $runs/seed0 $runs/longer $runs/rewards $runs/shipped
