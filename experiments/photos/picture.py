@@ -19,13 +19,13 @@ from coca_lit.tools.builtin import PHOTOS
 from coca_lit.weights.load import load_model
 
 WRONG = {  # photo -> words of its caption that are wrong
-    "astronaut": "man red shirt blue",
-    "camera": "white shirt bench",
-    "cat": "person white shirt sitting car",
-    "coffee": "man white shirt sitting bench",
+    "astronaut": "man red shirt",
+    "camera": "sitting swing",
+    "cat": "person car",
+    "coffee": "man sitting bench water",
     "raccoon": "man woman tree",
-    "rocket": "man yellow shirt boat",
-    "stairs": "white shirt sitting skateboard",
+    "rocket": "group people standing beach",
+    "stairs": "sitting skateboard ramp",
 }
 TEXTS = {  # photo -> a text about it
     "astronaut": "a woman in an orange suit smiles",
