@@ -38,7 +38,8 @@ def ahead_of(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 def _arrived(batch: Batch, arrival: torch.cuda.Event) -> Batch:
     here = torch.cuda.current_stream()
     here.wait_event(arrival)
-    for x in (batch.images.rows if isinstance(batch.images, Patches) else batch.images, batch.tokens):
+    images = batch.images.rows if isinstance(batch.images, Patches) else batch.images
+    for x in (images, batch.tokens, *(side for teacher in batch.teachers for side in teacher[:2])):
         x.record_stream(here)  # its memory is not for the other stream before this one is done with it
     return batch
 
