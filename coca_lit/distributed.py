@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from coca_lit.machine import best_device
+
 T = TypeVar("T")
 # How long ranks wait for objects of another one, which may be scoring or encoding alone. A rank that has died is
 # noticed at once.
@@ -36,17 +38,19 @@ def rank() -> int:
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[torch.device]:
-    """Yields the device of this process. Inside the block there is a process group if torchrun started the process.
-    Training leaves this to Lightning.
+    """Yields the device of this process. Inside the block there is a process group if torchrun started the process;
+    several processes compute on CUDA or on the CPU. Training leaves this to Lightning.
 
     Args:
         timeout: how long a process waits for the others; default 10 (GPU) or 30 minutes.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    device = torch.device(best_device() if alone else "cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if alone:
         yield device
         return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)

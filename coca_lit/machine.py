@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -16,10 +17,25 @@ LOOK = 2.0  # seconds between two looks at what other programs use
 CROWDED, FREE = 0.4, 0.2  # cores that are missing for all threads: make room, and spread again
 
 
-def share_cores() -> None:
-    """Lets threads sleep that wait for others. For the start of a program: libgomp reads it when PyTorch loads it."""
+def set_up_environment() -> None:
+    """For the start of a program, as libraries read it when PyTorch loads them. Threads sleep that wait for others, and
+    on macOS the CPU runs what Apple's GPUs have no kernel for; PyTorch says so for each such operation.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    if sys.platform == "darwin":
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+
+def best_device() -> str:
+    """The kind of device that computes fastest here: "cuda", else Intel's "xpu", else Apple's "mps", else "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.xpu.is_available():
+        return "xpu"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def processors(root: Path = Path("/")) -> int:

@@ -8,13 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from coca_lit import machine
 from coca_lit.callbacks import SharedMachine
 from coca_lit.callbacks.progress import SHARED_AFTER
-from coca_lit.machine import processors, share_cores
+from coca_lit.machine import best_device, processors, set_up_environment
+from coca_lit.training.trainer import trainer_parts
 from helpers.running import ROOT
 
 CORES = len(os.sched_getaffinity(0))
@@ -84,6 +87,35 @@ def test_a_real_control_group() -> None:
 
 
 @pytest.mark.parametrize(
+    ("there", "chosen"),
+    [((), "cpu"), (("mps",), "mps"), (("xpu", "mps"), "xpu"), (("cuda", "xpu", "mps"), "cuda")],
+)
+def test_the_fastest_device_is_chosen(monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], chosen: str) -> None:
+    for name, backend in {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}.items():
+        monkeypatch.setattr(backend, "is_available", lambda name=name: name in there)
+    assert best_device() == chosen
+
+
+def test_a_training_takes_an_intel_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which Lightning knows nothing: it would train on the CPU, and cast for CUDA."""
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    for precision, weights in (("bf16-mixed", "bf16-mixed"), ("32-true", "32-true")):
+        trainer = L.Trainer(**trainer_parts([], [], "auto", "auto", precision))
+        assert trainer.strategy.root_device == torch.device("xpu", 0)
+        assert trainer.precision == weights
+    assert MixedPrecision in map(type, trainer_parts([], [], "xpu", "auto", "bf16-mixed")["plugins"])
+    assert trainer_parts([], [], "cpu", "auto", "bf16-mixed")["accelerator"] == "cpu"
+
+
+@pytest.mark.parametrize(("system", "told"), [("darwin", "1"), ("linux", None)])
+def test_operations_without_a_kernel_fall_back(monkeypatch: pytest.MonkeyPatch, system: str, told: str | None) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(os, "environ", {})
+    set_up_environment()
+    assert os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == told
+
+
+@pytest.mark.parametrize(
     ("given", "spins"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_waiting_threads_sleep_unless_told_otherwise(
@@ -93,7 +125,7 @@ def test_waiting_threads_sleep_unless_told_otherwise(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    share_cores()
+    set_up_environment()
     found = os.environ.pop("GOMP_SPINCOUNT", None)
     assert found == spins
 

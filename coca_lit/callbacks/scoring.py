@@ -21,6 +21,7 @@ from coca_lit.errors import ConfigError, check_number, suggest
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import CoCa, kernels
 from coca_lit.runs.results import Found
+from coca_lit.seeding import forked_rng
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 
@@ -201,7 +202,6 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
     net = module.net
     assert isinstance(net, CoCa)
     device = next(net.parameters()).device
-    cuda = torch.random.fork_rng([device]) if device.type == "cuda" else nullcontext()
     eager = torch.compiler.set_stance("force_eager")
     untimed, exact = not_timed(module.trainer), kernels.exact_fp32(device)
     gathered: AbstractContextManager[CoCa] = nullcontext(net)
@@ -209,5 +209,13 @@ def _scorable(module: L.LightningModule) -> Iterator[CoCa]:
         from coca_lit.training.sharding import unsharded
 
         gathered = unsharded(net)
-    with untimed, isolate_rng(include_cuda=False), cuda, eager, exact, parametrize.cached(), gathered as whole:
+    with (
+        untimed,
+        isolate_rng(include_cuda=False),
+        forked_rng(device),
+        eager,
+        exact,
+        parametrize.cached(),
+        gathered as whole,
+    ):
         yield whole

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.runtime import best_precision
-from coca_lit.cli.schema import unresolved
+from coca_lit.cli.schema import AUTO, unresolved
 from coca_lit.cli.signatures import read_signature
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
-from coca_lit.machine import processors
+from coca_lit.machine import best_device, processors
 from coca_lit.runs.redaction import mask
 
 if TYPE_CHECKING:
@@ -168,8 +168,6 @@ def _build_evaluation(name: str, node: DictConfig) -> "Evaluation | list[Evaluat
 
 def build_settings(cfg: DictConfig) -> "Settings":
     """What the evaluations share."""
-    import torch
-
     if (judge := cfg.scoring.get("clip_score_model")) is not None:
         from coca_lit.weights.hub import locate
 
@@ -177,7 +175,7 @@ def build_settings(cfg: DictConfig) -> "Settings":
             locate(judge)
     node = _without(cfg.scoring, *NOT_SETTINGS)
     if node.workers is None:
-        node.workers = min(4, processors()) if torch.cuda.is_available() else 0
+        node.workers = min(4, processors()) if best_device() in ("cuda", "xpu") else 0  # macOS starts workers slowly
     return build(node, "scoring", output_dir=cfg.output_dir)
 
 
@@ -218,7 +216,7 @@ def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", start: "Start
     if isinstance(strategy, DictConfig):
         strategy = build(strategy, "trainer.strategy")
     precision = best_precision() if cfg.trainer.precision == "auto" else cfg.trainer.precision
-    parts = trainer_parts(callbacks, loggers, strategy, precision)
+    parts = trainer_parts(callbacks, loggers, cfg.trainer.get("accelerator", AUTO), strategy, precision)
     node = _without(cfg.trainer, "micro_batch_size")  # an argument of the module
     try:
         trainer: L.Trainer = build(node, "trainer", {"default_root_dir": cfg.output_dir, **DEFAULTS}, **parts)

@@ -28,7 +28,7 @@ from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, 
 from coca_lit.cli.sweep import end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse
 from coca_lit.errors import ConfigError, UserError, error_context, suggest
-from coca_lit.machine import share_cores
+from coca_lit.machine import set_up_environment
 from coca_lit.models.generation.options import check_shared
 from coca_lit.models.presets import preset
 from coca_lit.runs.launch import (
@@ -123,7 +123,7 @@ def _as_command(config: str) -> Iterator[None]:
     error of the user is one sentence and exit code 1.
     """
     isolate()
-    share_cores()
+    set_up_environment()
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

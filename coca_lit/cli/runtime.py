@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from coca_lit.errors import ConfigError
-from coca_lit.machine import processors, shared_cores
+from coca_lit.machine import best_device, processors, shared_cores
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def configure_libraries(threads: int | None, fast_kernels: bool = True, tf32: bo
         torch.set_num_threads(threads)
     elif processors() < torch.get_num_threads():  # PyTorch does not know of a container's limit
         torch.set_num_threads(processors())
-    if not torch.cuda.is_available():
+    if best_device() == "cpu":
         shared_cores()
     kernels.enable(fast_kernels)
     kernels.keep_freed_memory()
@@ -64,9 +64,13 @@ def best_precision() -> str:
     """bf16 mixed precision where the device computes it in hardware, else fp32."""
     import torch
 
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "bf16-mixed" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "32-true"
+    computes_bf16 = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "xpu": lambda: torch.xpu.is_bf16_supported(including_emulation=False),
+        "mps": lambda: False,  # not measured there
+        "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False),
+    }
+    return "bf16-mixed" if computes_bf16[best_device()]() else "32-true"
 
 
 def chosen_dtype(precision: str) -> "torch.dtype":

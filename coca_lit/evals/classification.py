@@ -135,12 +135,14 @@ class ProbeScores(Evaluation):
         ]
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        device = model.device if model.device.type == "cuda" else "cpu"  # others may lack float64
+
         def features(records: Sequence[Record]) -> Tensor:
-            return embed_images(model, records, settings.batch_size, settings.workers).to(model.device)
+            return embed_images(model, records, settings.batch_size, settings.workers).to(device)
 
         known, seen, classes = features(self.training.records), features(records), len(self.images.class_names)
         taught = torch.tensor([self.training.labels[record.id] for record in self.training.records])
-        taught, labels = taught.to(model.device), torch.tensor([self.images.labels[record.id] for record in records])
+        taught, labels = taught.to(device), torch.tensor([self.images.labels[record.id] for record in records])
         weights, biases = linear_classifier(known, taught, classes, self.c)
         votes = neighbour_votes(known, taught, seen, classes, min(self.k, len(known)))  # (I, C)
         # Of equal votes the first class wins, as in scikit-learn.

@@ -26,6 +26,7 @@ from coca_lit.models.frames import joined
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_pooler
 from coca_lit.models.layers import AttentionalPooler
+from coca_lit.seeding import forked_rng
 
 BYTES = 2  # of a number in fp16
 
@@ -95,7 +96,7 @@ class PoolerProbe:
         workers: int = 0,
     ) -> Probed:
         """Learns the training images with their labels (N,), and classifies the others; the same on every rank."""
-        with _frozen(model.image_encoder) as encoder, torch.random.fork_rng():
+        with _frozen(model.image_encoder) as encoder, forked_rng(model.device):
             transform = build_transform(**model.preprocessing)
             bounds = _shares(len(training), len(images), self._fitting(encoder, transform, training[0], model.device))
             maps = [

@@ -74,7 +74,7 @@ def _chunked_sum(
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
     grad_vocabulary = torch.zeros_like(vocabulary, dtype=total.dtype) if needs_vocabulary else None
     with torch.autocast(device, enabled=False), torch.no_grad():
-        weight, logits_at_once = vocabulary.to(precision), GPU_CHUNK if hidden.is_cuda else CHUNK
+        weight, logits_at_once = vocabulary.to(precision), CHUNK if hidden.is_cpu else GPU_CHUNK
         step = chunk or max(logits_at_once // len(vocabulary), 1)
         for begin in range(0, len(hidden), step):
             part = slice(begin, begin + step)

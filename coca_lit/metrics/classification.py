@@ -99,6 +99,7 @@ def class_ranks(similarity: Tensor, labels: Tensor) -> Tensor:
 
 
 def _scores(ranks: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+    ranks, labels = ranks.cpu(), labels.cpu()  # Apple's GPUs have no float64
     found = (ranks == 0).double()
     totals = torch.bincount(labels, minlength=classes)
     per_class = torch.bincount(labels, weights=found, minlength=classes)[totals > 0] / totals[totals > 0]

@@ -52,7 +52,7 @@ def _write_byte_pairs(model: Any) -> None:
 def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
     """As CLIP_benchmark's, which makes a number of an array of one element: NumPy from 2.4 on refuses."""
     correct = output.topk(max(topk)).indices == target[:, None]
-    return [correct[:, :k].any(dim=1).double().mean().item() for k in topk]
+    return [correct[:, :k].any(dim=1).cpu().double().mean().item() for k in topk]
 
 
 def main() -> None:

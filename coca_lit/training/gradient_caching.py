@@ -29,6 +29,7 @@ from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images
+from coca_lit.seeding import forked_rng
 from coca_lit.training.objectives import Pairs
 
 FeatureTerms = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
@@ -136,7 +137,7 @@ def predicted_tokens(net: CoCa, tokens: Tensor, lengths: Tensor, prefix_lengths:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Random numbers of the CPU and the device start from `seed` inside the block and continue as before after it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked_rng(device):
         torch.manual_seed(seed)
         yield
 

@@ -16,7 +16,7 @@ import torch
 
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
 from coca_lit.errors import ConfigError, DataError
-from coca_lit.machine import processors
+from coca_lit.machine import best_device, processors
 from coca_lit.tokenizer import split_words
 
 ENCODER = "efficientnet_lite0"
@@ -73,18 +73,20 @@ def small_data(
     groups = data.training_captions().values()
     if not groups:
         raise DataError(f"the split {data.train_split!r} has no captioned photo: check what returns the records")
+    kind = best_device()
     facts = Facts(
         photos=len(groups),
         captions=sum(map(len, groups)),
         counts=Counter(word for captions in groups for caption in captions for word in split_words(caption)),
         cores=processors(),
-        gpu=torch.cuda.is_available(),
+        gpu=kind != "cpu",
         free_bytes=_free_bytes(data.cache_dir),
         weights=given.get("init_from"),
         batch=given.get("data.batch_size"),
         epochs=given.get("trainer.max_epochs"),
     )
-    device = torch.cuda.get_device_name() if facts.gpu else "no GPU"
+    others = {"xpu": "an Intel GPU", "mps": "an Apple GPU", "cpu": "no GPU"}
+    device = torch.cuda.get_device_name() if kind == "cuda" else others[kind]
     what = f"{facts.photos:,} photos to train on, {facts.captions:,} captions; {facts.cores} cores, {device}"
     return what, [*choose(facts), *(_new(facts) if arguments is None else _finetuned(facts, arguments))]
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from coca_lit.models import CoCa
+from coca_lit.seeding import forked_rng
 from coca_lit.weights.sharded import OPTIMIZERS, is_folder
 
 
@@ -141,7 +142,7 @@ def unsharded(net: CoCa) -> Iterator[CoCa]:
     if not isinstance(net, FSDPModule):
         yield net
         return
-    with torch.random.fork_rng([net.device] if net.device.type == "cuda" else []), net.device:
+    with forked_rng(net.device), net.device:
         whole = CoCa(**net.config)  # its initial values cost little there
     parts = net.state_dict()
     for name, tensor in whole.state_dict().items():

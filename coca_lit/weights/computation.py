@@ -64,7 +64,7 @@ def facts(model: nn.Module) -> dict[str, Any]:
     stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name not in stored and buffer.numel() <= _CONSTANT:
-            found[name] = [round(value, 6) for value in buffer.double().flatten().tolist()]
+            found[name] = [round(value, 6) for value in buffer.cpu().double().flatten().tolist()]
     return found
 
 

@@ -113,9 +113,9 @@ def _rate(work: Callable[[], object], samples: int, seconds: float = 8.0) -> flo
 def captions() -> float:
     """B/32, 30 tokens each, eight at a time."""
     from coca_lit.cli.runtime import configure_libraries
-    from coca_lit.machine import share_cores
+    from coca_lit.machine import set_up_environment
 
-    share_cores()
+    set_up_environment()
     import torch
 
     from coca_lit.models import create_model

@@ -65,7 +65,7 @@ class BeamSearch:
             going_on = look(~done, position)  # images
             if going_on is None or going_on.all():
                 # On a CPU a comparison takes less time than the caches; a GPU would have to wait for it.
-                if rows.is_cuda or not torch.equal(rows.flatten(), torch.arange(rows.numel(), device=rows.device)):
+                if not rows.is_cpu or not torch.equal(rows.flatten(), torch.arange(rows.numel(), device=rows.device)):
                     decoding.select(rows.flatten())
             else:
                 gone, kept = (to_device(part.nonzero()[:, 0], rows.device) for part in (~going_on, going_on))

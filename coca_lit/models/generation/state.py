@@ -73,7 +73,7 @@ class Decoding:
 
 def look(mask: Tensor, position: int) -> Tensor | None:
     """A mask on the host, or None where it stays on the device: a GPU has to finish all its work for a look."""
-    return None if mask.is_cuda and position % LOOK_EVERY else mask.cpu()
+    return None if not mask.is_cpu and position % LOOK_EVERY else mask.cpu()
 
 
 def encode_prompts(model: "CoCa", prompt: str | Sequence[str] | None, count: int, max_length: int) -> Prompts:

@@ -26,6 +26,7 @@ from coca_lit.data.transforms import Transform
 from coca_lit.errors import DataError, error_context
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim
+from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder, text_lengths
 from coca_lit.models.likelihood import log_likelihoods
 from coca_lit.models.patches import Images, stack_images
@@ -108,7 +109,7 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
         if known.about["shard"] == stamp:
             return JudgedShard(path, known.rows, known.about["bad"], known.about["examples"], skipped=True)
     model, _ = load_judge(judgement.checkpoint, judgement.bf16)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     bad = BadSamples(1.0)
     listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))  # as in a training: one index for both
     with quiet(), worker_errors():

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.errors import ConfigError, DataError, error_context
+from coca_lit.machine import best_device
 from coca_lit.reading import printable
 from coca_lit.tools.checkpoint import BUILTIN, chosen_checkpoint
 
@@ -32,14 +33,12 @@ def run(cfg: DictConfig) -> None:
     """
     if find_spec("gradio") is None:
         raise ConfigError("the web page needs gradio: pip install 'coca_lit[demo]'")
-    import torch
-
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
     checkpoint = chosen_checkpoint(cfg.checkpoint)
     with error_context("checkpoint"):
-        model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(checkpoint).to(best_device())
 
     from coca_lit.tools.builtin import knows_only_scenes, write_scenes
     from coca_lit.tools.demo.page import build_page

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.errors import ConfigError, error_context
+from coca_lit.machine import best_device
 from coca_lit.reading import printable
 from coca_lit.tools.caption.command import decoders
 from coca_lit.tools.checkpoint import chosen_checkpoint
@@ -29,8 +30,6 @@ def search() -> None:
 
 def run(cfg: DictConfig) -> "list[Hit]":
     """Updates the index if it belongs to a folder, prints the hits and returns them."""
-    import torch
-
     from coca_lit.tools.caption.outputs import print_rows
     from coca_lit.tools.search.index import ImageIndex
     from coca_lit.weights.load import load_dual_encoder
@@ -40,7 +39,7 @@ def run(cfg: DictConfig) -> "list[Hit]":
     with error_context("checkpoint"):
         checkpoint = chosen_checkpoint(cfg.checkpoint, smaller="coca_ViT-B-32/laion2b_s13b_b90k")
         model = load_dual_encoder(checkpoint, cfg.quick_gelu)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(best_device())
     index = ImageIndex.load(file, model) if file.exists() or folder is None else ImageIndex(model, folder)
     index.frames = cfg.frames
     if folder is not None:

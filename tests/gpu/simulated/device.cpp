@@ -1,10 +1,10 @@
-// What the autograd engine of a CPU build of PyTorch asks of a CUDA device, and the choice of attention kernels. No kernel, no memory.
+// What the autograd engine of a CPU build of PyTorch asks of a device, CUDA's or another, and the choice of attention kernels. No kernel, no memory.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/native/DispatchStub.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-struct Guard : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  c10::Device getDevice() const override { return c10::Device(c10::DeviceType::CUDA, 0); }
+struct Guard : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::KIND> {
+  c10::Device getDevice() const override { return c10::Device(c10::DeviceType::KIND, 0); }
   c10::Device exchangeDevice(c10::Device) const override { return getDevice(); }
   void record(void** e, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override { *e = (void*)1; }
   void block(void*, const c10::Stream&) const override {}
@@ -16,7 +16,21 @@ struct Guard : public c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
   void synchronizeEvent(void*) const override {}
 };
-C10_REGISTER_GUARD_IMPL(CUDA, Guard);
+C10_REGISTER_GUARD_IMPL(KIND, Guard);
+#ifdef KIND_MPS
+#include <ATen/detail/MPSHooksInterface.h>
+struct MPSHooks : public at::MPSHooksInterface {
+  void init() const override {}
+  bool hasMPS() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  c10::DeviceIndex deviceCount() const override { return 1; }
+  c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+};
+using at::MPSHooksRegistry; using at::RegistererMPSHooksRegistry;
+REGISTER_MPS_HOOKS(MPSHooks);
+#else
 struct CUDAHooks : public at::CUDAHooksInterface {
   explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
@@ -39,3 +53,4 @@ static int64_t choice(const at::Tensor& q, const at::Tensor& k, const at::Tensor
   return 2;                                                           // memory-efficient
 }
 static struct Reg { Reg() { at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choice); } } reg;
+#endif

@@ -1,4 +1,5 @@
-"""A GPU without one: tensors on `cuda:0` whose operators run on the CPU, with the same values.
+"""A GPU without one: tensors on `cuda:0` whose operators run on the CPU, with the same values. With the variable
+COCA_SIMULATED=mps they are on `mps:0`, Apple's, which has no float64 and no pinned memory.
 
 It finds what would fail or wait on a GPU: operators that get tensors of two devices, reads that make the host wait for
 the device, collectives that NCCL refuses. It knows nothing about time, and its kernels are the CPU's.
@@ -13,6 +14,7 @@ import ctypes
 import hashlib
 import importlib.util
 import itertools
+import os
 import subprocess
 import tempfile
 import traceback
@@ -23,11 +25,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+KIND = os.environ.get("COCA_SIMULATED", "cuda")
+
 
 def _build() -> Path:
     """The library made of device.cpp for this version of PyTorch, from an earlier call if there was one."""
     source = Path(__file__).with_name("device.cpp")
-    digest = hashlib.sha256(source.read_bytes() + version("torch").encode()).hexdigest()[:16]
+    digest = hashlib.sha256(source.read_bytes() + (version("torch") + KIND).encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"coca_lit_simulated_gpu_{digest}.so"
     if not library.exists():
         spec = importlib.util.find_spec("torch")
@@ -37,7 +41,8 @@ def _build() -> Path:
         include, libraries = torch_folder / "include", torch_folder / "lib"
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "device.so"
-            flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{include}", f"-I{include}/torch/csrc/api/include"]
+            flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-DKIND={KIND.upper()}", f"-DKIND_{KIND.upper()}"]
+            flags += [f"-I{include}", f"-I{include}/torch/csrc/api/include"]
             links = [f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"]
             subprocess.run(["g++", *flags, str(source), *links, "-o", str(made)], check=True)
             made.rename(library) if made.stat().st_dev == library.parent.stat().st_dev else library.write_bytes(
@@ -53,7 +58,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device(KIND, 0)
 GIGABYTES = 80
 TESTS = str(Path(__file__).resolve().parents[2])
 aten = torch.ops.aten
@@ -166,17 +171,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if on_device and name not in MIXING and (mixed := [x for x in on_host if x.dim() and x.is_cpu]):
         shapes = [tuple(x.shape) for x in mixed]
         raise RuntimeError(
-            f"Expected all tensors to be on the same device: {func} got cuda:0 and cpu {shapes}, at {_place()}"
+            f"Expected all tensors to be on the same device: {func} got {DEVICE} and cpu {shapes}, at {_place()}"
         )
     if name in INDEXING and on_device and not isinstance(args[0], DeviceTensor):
         raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor: {_place()}")
-    on_result = bool(on_device) or (to is not None and torch.device(to).type == "cuda")
+    on_result = bool(on_device) or (to is not None and torch.device(to).type == KIND)
     if name in ("_to_copy", "copy_"):
         source = args[1] if name == "copy_" else args[0]
         if name == "copy_":
             on_result = isinstance(args[0], DeviceTensor)
         elif to is not None:
-            on_result = torch.device(to).type == "cuda"
+            on_result = torch.device(to).type == KIND
         if isinstance(source, torch.Tensor) and isinstance(source, DeviceTensor) != on_result:
             free = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
             if not free or (on_result and not is_pinned(source)):
@@ -193,10 +198,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
                 _waits("index copied to the device")
     if name in ("_local_scalar_dense", "equal", "is_same_size", "is_nonzero"):
         on_result = False
-    if to is not None and torch.device(to).type == "cuda":
+    if to is not None and torch.device(to).type == KIND:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if "pin_memory" in kwargs:
         kwargs = {**kwargs, "pin_memory": None}
+    if KIND == "mps" and torch.float64 in (kwargs.get("dtype"), *(x.dtype for x in on_device)) and on_result:
+        raise TypeError(
+            f"Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64: {_place()}"
+        )
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     kernel = ATTENTION.get(name)
     result = (kernel or func)(*inner_args, **inner_kwargs)
@@ -235,7 +244,7 @@ class SimulatedGpu(TorchDispatchMode):
         kwargs = kwargs or {}
         to = kwargs.get("device")
         on_device = any(isinstance(x, DeviceTensor) for x in tree_leaves((args, kwargs)))
-        if on_device or (to is not None and torch.device(to).type == "cuda"):
+        if on_device or (to is not None and torch.device(to).type == KIND):
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -246,7 +255,8 @@ class SimulatedGpu(TorchDispatchMode):
 def _scores(q: Any, k: Any, mask: Any, causal: bool, scale: float | None) -> Any:
     scores = (q.float() @ k.float().mT) * (scale or q.shape[-1] ** -0.5)
     if causal:
-        scores = scores.masked_fill(~torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(), -torch.inf)
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
     return scores if mask is None else scores + mask.float()
 
 
@@ -372,8 +382,23 @@ class _Stream(SimpleNamespace):
         return lambda *_, **__: None
 
 
+def _attention(q: Any, k: Any, v: Any, attn_mask: Any = None, is_causal: bool = False) -> Any:
+    """A build for CPUs cannot choose Apple's kernel."""
+    mask = attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return (_scores(q, k, mask, is_causal, None).softmax(-1) @ v.float()).to(q.dtype)
+
+
 def _install() -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    if KIND == "mps":
+        torch.backends.mps.is_available = lambda: True
+        torch.mps.get_rng_state = lambda *_: torch.get_rng_state()
+        torch.mps.set_rng_state = lambda state, *_: torch.set_rng_state(state)
+        torch.mps.manual_seed = lambda seed: None
+        torch.nn.functional.scaled_dot_product_attention = _attention
+        return
     torch.Tensor.pin_memory = _pin  # type: ignore[method-assign]
     torch.Tensor.is_pinned = is_pinned  # type: ignore[method-assign]
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
