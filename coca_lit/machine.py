@@ -49,23 +49,34 @@ def processors(root: Path = Path("/")) -> int:
     return max(1, min([allowed, *(int(quota) for quota in _quotas(root))]))
 
 
+def memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may use: the machine's, or less if a control group limits it. `root` as above."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    names = ("memory.max", "memory.limit_in_bytes")  # v2, v1
+    limits = [_text(folder / name) for folder in _control_groups(root, "memory") for name in names]
+    return min([whole, *(int(limit) for limit in limits if limit.isdigit())])  # not "max"
+
+
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores that each control group around this process allows; cgroups(7) and the kernel's cgroup-v2.rst."""
+    """Cores that each control group around this process allows."""
+    for folder in _control_groups(root, "cpu"):
+        text = (
+            _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
+        )
+        quota, _, period = text.partition(" ")
+        if quota.strip().isdigit() and period.strip().isdigit():  # not "max", not -1
+            yield int(quota) / int(period)
+
+
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the groups around this process, its own first; cgroups(7) and the kernel's cgroup-v2.rst."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup" / controllers
         group = mount / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if not folder.is_relative_to(mount):
-                break
-            text = _text(folder / "cpu.max") or (
-                f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
-            )
-            quota, _, period = text.partition(" ")
-            if quota.strip().isdigit() and period.strip().isdigit():  # not "max", not -1
-                yield int(quota) / int(period)
+        yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mount))
 
 
 class SharedCores(threading.Thread):

@@ -16,11 +16,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from coca_lit import machine
 from coca_lit.callbacks import SharedMachine
 from coca_lit.callbacks.progress import SHARED_AFTER
-from coca_lit.machine import best_device, processors, set_up_environment
+from coca_lit.machine import best_device, memory_bytes, processors, set_up_environment
 from coca_lit.training.trainer import trainer_parts
 from helpers.running import ROOT
 
 CORES = len(os.sched_getaffinity(0))
+WHOLE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -56,32 +57,71 @@ def test_limits_of_control_groups(tmp_path: Path, groups: str, files: dict[str, 
     assert processors(tmp_path) == cores
 
 
+LIMIT = "memory.limit_in_bytes"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "found"),
+    [
+        ("0::/", {"memory.max": "3000000"}, 3_000_000),
+        (V2, {"user.slice/app/memory.max": "max", "user.slice/memory.max": "5000000"}, 5_000_000),
+        (V1, {f"memory/docker/abc/{LIMIT}": "4000000", f"memory/{LIMIT}": "9223372036854771712"}, 4_000_000),
+        (V1, {f"memory/{LIMIT}": "9223372036854771712"}, None),
+        (V1, {"cpu,cpuacct/memory.max": "1"}, None),
+    ],
+)
+def test_limits_of_memory(tmp_path: Path, groups: str, files: dict[str, str], found: int | None) -> None:
+    write(tmp_path, {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    assert memory_bytes(tmp_path) == (found or WHOLE)
+
+
 def test_without_control_groups(tmp_path: Path) -> None:
     assert processors(tmp_path) == CORES
+    assert memory_bytes(tmp_path) == WHOLE
 
 
-def test_a_real_control_group() -> None:
-    """A program in a group of its own with the time of one core, which PyTorch does not see."""
-    first = Path("/sys/fs/cgroup/cpu")
+CODE = """
+import os
+open('{group}/cgroup.procs', 'w').write(str(os.getpid()))
+{rest}
+"""
+
+
+@pytest.mark.parametrize(
+    ("controller", "limits", "rest", "said"),
+    [
+        (
+            "cpu",
+            {"cpu.cfs_quota_us": "100000", "cpu.max": "100000 100000"},
+            "from coca_lit.cli.runtime import configure_libraries\nconfigure_libraries(None)\n"
+            "import torch\nprint(torch.get_num_threads())",
+            "1",
+        ),
+        (
+            "memory",
+            {LIMIT: "536870912", "memory.max": "536870912"},
+            "from coca_lit.machine import memory_bytes\nprint(memory_bytes())",
+            "536870912",
+        ),
+    ],
+)
+def test_a_real_control_group(controller: str, limits: dict[str, str], rest: str, said: str) -> None:
+    """A program in a group of its own with the time of one core, which PyTorch does not see, or with little memory."""
+    first = Path("/sys/fs/cgroup", controller)
     group = (first if first.is_dir() else first.parent) / f"coca_lit_test_{os.getpid()}"
     try:
         group.mkdir()
     except OSError as error:
         pytest.skip(f"no control groups of one's own here: {error}")
     try:
-        limits = {"cpu.cfs_quota_us": "100000", "cpu.max": "100000 100000"}
         found = [name for name in limits if (group / name).exists()]
         if not found:
-            pytest.skip("no group limits the time of processors here")
+            pytest.skip(f"no group limits this here: {controller}")
         (group / found[0]).write_text(limits[found[0]])
-        code = (
-            f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
-            "from coca_lit.cli.runtime import configure_libraries\n"
-            "configure_libraries(None)\nimport torch\nprint(torch.get_num_threads())"
-        )
+        code = CODE.format(group=group, rest=rest)
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "4"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.split() == ["1"]
+        assert done.stdout.split() == [said]
     finally:
         group.rmdir()
 

@@ -23,7 +23,7 @@ from coca_lit.runs.run_folder import add_facts
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 MAX_WAIT = 0.05  # share of a training that may be spent waiting for data before there is advice
-RECENT = 5  # lines from which the time left is estimated: the first steps are slow, and other programs come and go
+RECENT = 5  # lines from which the time left is estimated, as other programs come and go
 SHARED_AFTER, SHARED = 50, 0.3  # steps, and the cores that others use, before it is said
 
 
@@ -85,6 +85,7 @@ class PlainProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._seen: deque[tuple[float, int]] = deque(maxlen=RECENT)  # times and steps of the newest lines
+        self._begins = True
 
     def disable(self) -> None:
         """Lightning calls this on all ranks but the first, which print nothing anyway."""
@@ -92,13 +93,14 @@ class PlainProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seen.clear()
         self._seen.append((time.monotonic(), trainer.global_step))
+        self._begins = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        step, total, now = trainer.global_step, int(trainer.estimated_stepping_batches), time.monotonic()
+        began, first = self._seen[0]
         if trainer.is_global_zero and (_is_logged(trainer) or step == total):
-            (began, first), now = self._seen[0], time.monotonic()
             seconds_left = (now - began) / max(step - first, 1) * (total - step)
             self._seen.append((now, step))
             metrics = self.get_metrics(trainer, pl_module)
@@ -107,6 +109,10 @@ class PlainProgress(ProgressBar):
             eta = timedelta(seconds=round(seconds_left))
             parts = [f"step {step}/{total}", f"epoch {trainer.current_epoch + 1}", f"ETA {eta}", *values]
             print(" · ".join(parts), flush=True)
+        if self._begins and step > first:  # the first step waits for workers and sets kernels up: it says nothing
+            self._begins = False
+            self._seen.clear()
+            self._seen.append((now, step))
 
 
 class Throughput(L.Callback):
@@ -201,7 +207,7 @@ class SharedMachine(L.Callback):
         if watch is not None and watch.taken > SHARED:
             print(
                 f"data workers and other programs use {watch.taken:.1f} of {len(watch.cores)} cores: training is "
-                "slower meanwhile; its results stay the same",
+                "slower meanwhile; its results stay the same. Faster: end them, or start with threads=1",
                 flush=True,
             )
 

@@ -106,6 +106,56 @@ def train(
     return shares
 
 
+class Hours:
+    """Progress on a clock of its own: each step ends when `hours` more have passed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+        self.now, self.bar = 0.0, PlainProgress()
+        self.trainer: Any = SimpleNamespace(
+            global_step=0,
+            estimated_stepping_batches=100,
+            is_global_zero=True,
+            log_every_n_steps=every,
+            current_epoch=0,
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_should_accumulate=lambda: False)),
+        )
+        monkeypatch.setattr(time, "monotonic", lambda: 3600 * self.now)
+        monkeypatch.setattr(PlainProgress, "get_metrics", lambda *_: {})
+        self.bar.on_train_start(self.trainer, None)  # type: ignore[arg-type]
+
+    def steps(self, count: int, hours: float) -> None:
+        for _ in range(count):
+            self.now += hours
+            self.trainer.global_step += 1
+            self.bar.on_train_batch_end(self.trainer, None, None, None, 0)  # type: ignore[arg-type]
+
+
+def test_the_time_left_follows_the_last_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the first step nor what was slow long ago counts."""
+
+    hours = Hours(monkeypatch, every=2)
+    hours.steps(1, 20)
+    hours.steps(1, 0.01)
+    said = capsys.readouterr().out
+    assert "step 2/100 · epoch 1 · ETA 0:58:48" in said  # 98 steps of 36 seconds
+    hours.steps(10, 0.5)
+    hours.steps(10, 0.1)
+    assert "step 22/100 · epoch 1 · ETA 7:48:00" in capsys.readouterr().out  # 78 steps of 6 minutes
+
+
+def test_the_time_left_where_every_step_is_logged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hours = Hours(monkeypatch, every=1)
+    hours.steps(1, 1)
+    hours.steps(1, 0.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("ETA 4 days, 3:00:00")  # nothing else is known
+    assert lines[1].endswith("ETA 9:48:00")
+
+
 def test_the_share_of_the_wait_is_logged_and_leads_to_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

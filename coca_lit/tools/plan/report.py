@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from coca_lit.machine import memory_bytes
 from coca_lit.tools.plan.estimate import (
     Model,
     Recipe,
@@ -43,6 +44,11 @@ def print_plan(
         f"Estimated, not measured: {settings.caption_tokens} tokens per caption, of the peak {shares}, "
         f"{cost.operations:,} operations per step, each of which takes the host {LAUNCH * 1e6:g} µs or more; input and "
         "network keep up. Settings: gpus, utilisation, caption_tokens, devices, samples."
+    )
+    gigabytes = memory_bytes() / 1e9
+    fits = largest_batch(gigabytes, model, cost, recipe._replace(devices=1, sharded=False), pixels)
+    console.print(
+        f"This process may use {gigabytes:,.1f} GB of memory: {fits:,} samples fit a step on the CPU, estimated."
     )
 
 
