@@ -105,9 +105,11 @@ def trainer_parts(
     plugins: list[Any] = [SafeCheckpointIO()]
     kind: Any = best_device() if accelerator == "auto" else accelerator
     if kind == "xpu":
-        kind, strategy = XpuAccelerator(), SingleDeviceStrategy(torch.device("xpu", 0))
-        if (name := full_precision_name(precision)).endswith("-mixed"):
-            plugins.append(MixedPrecision(name, "xpu"))
+        kind = XpuAccelerator()
+        strategy = SingleDeviceStrategy(torch.device("xpu", 0)) if strategy == "auto" else strategy
+        full_name: Any = full_precision_name(precision)
+        if full_name.endswith("-mixed"):
+            plugins.append(MixedPrecision(full_name, "xpu"))
             precision = None
     if under_srun() and not TorchElasticEnvironment.detect():
         # `srun --ntasks=2` sets no number per node, without which Lightning refuses to start.

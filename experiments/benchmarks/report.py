@@ -157,7 +157,7 @@ def table(recorded: Sequence[Row], layout: Layout) -> str:
     lines = []
     for names, sides in newest.items():
         cells = [(title, *((at, "") if isinstance(at, str) else at)) for title, at in layout.values.items()]
-        lines.append([*map(_cell, names), *(_cell(_value(sides[of], column), title) for title, column, of in cells)])
+        lines.append([*map(_cell, names), *(_cell(value(sides[of], column), title) for title, column, of in cells)])
     shown = [row for sides in newest.values() for row in sides.values()]
     return f"{markdown(Table('', [*layout.names.values(), *layout.values], lines))}\n\n{_about(shown)}"
 
@@ -169,7 +169,8 @@ def _about(rows: Sequence[Row]) -> str:
     return f"`{rows[-1]['command'].split(' --')[0]}` at commit {commits}, {machines}, {versions}."
 
 
-def _value(row: Row, column: str) -> str:
+def value(row: Row, column: str) -> str:
+    """The cell of a column, with the range of its turns if there is one."""
     if column == "ratio" and row.get("lowest_ratio"):  # others write the range into the cell
         return "{:.2f} ({:.2f}-{:.2f})".format(
             *(float(row[name]) for name in ("ratio", "lowest_ratio", "highest_ratio"))

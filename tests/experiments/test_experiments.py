@@ -8,6 +8,7 @@ import pytest
 
 from experiments import report, study
 from experiments.benchmarks import report as benchmarks
+from experiments.benchmarks.moved import moved
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv"))
@@ -147,4 +148,24 @@ def test_table_of_a_benchmark_has_the_newest_row_of_each_case() -> None:
         "| b | 12,346 | 9 | 90 |",
         "",
         "`python speed.py` at commit old, new, m, torch 2, open_clip_torch 3.",
+    ]
+
+
+def test_numbers_that_have_moved_by_more_than_noise() -> None:
+    layout = benchmarks.Layout({"case": "step"}, {"s": "seconds", "times": "ratio", "target": "target"})
+    measured = [
+        ("a", "10", "2.0 (1.9-2.1)", "old", "fast"),
+        ("b", "10", "2.0 (1.9-2.1)", "old", "fast"),
+        ("c", "10", "", "old", "slow"),
+        ("a", "90", "9.0", "other", "slow"),
+        ("a", "10.9", "2.2 (2.15-2.3)", "new", "fast"),
+        ("b", "11.2", "2.5 (2.4-2.6)", "new", "fast"),
+        ("c", "11", "", "new", "fast"),
+    ]
+    columns = ("case", "seconds", "ratio", "commit", "machine")
+    rows = [dict(zip(columns, row, strict=True)) | {"target": "at least 3"} for row in measured]
+    assert list(moved(rows, layout)) == [
+        "b: seconds 11.2, before 10 (commit old)",
+        "b: ratio 2.5 (2.4-2.6), before 2.0 (1.9-2.1) (commit old)",
+        "1 cases were measured once on their machine",
     ]

@@ -24,6 +24,7 @@ from coca_lit.data.transforms import Box, as_tensor, random_box, resized
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim
+from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
 from coca_lit.seeding import stable_seed
 from coca_lit.tools.curate.judge import JudgedShard, load_judge
@@ -85,7 +86,7 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
             return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
     bad, models = BadSamples(1.0), _teachers(teaching)
     for model in models:
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(best_device())
     listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))  # as in a training: one index for both
     with quiet(), worker_errors():
         index = load_index(listed, path.parent) or make_index(listed, path.parent)
