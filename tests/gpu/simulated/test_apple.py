@@ -8,8 +8,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from simulated_gpu import DEVICE, KIND, SimulatedGpu, on_cpu, to_gpu
-from test_generation import images, small_net
-from test_training import TINY, weights
+from subjects import TINY, images, small_net, weights
 
 from coca_lit.distributed import process_group
 from coca_lit.training.gradient_caching import seeded

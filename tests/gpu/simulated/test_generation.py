@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from simulated_gpu import counted, on_cpu, to_gpu
+from subjects import images, small_net
 
-from coca_lit.models import CoCa, create_model
+from coca_lit.models import CoCa
 from coca_lit.models.generation.state import LOOK_EVERY, Decoding
 from coca_lit.models.generation.static import CompiledGenerator, static_step
 
@@ -23,20 +24,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-def small_net() -> CoCa:
-    torch.manual_seed(0)
-    vit = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    return create_model("coca_tiny", image_encoder="vit_tiny_patch16_224", image_encoder_args=vit).eval()
-
-
 @pytest.fixture(scope="module")
 def nets() -> tuple[CoCa, CoCa]:
     net = small_net()
     return net, to_gpu(copy.deepcopy(net))
-
-
-def images(count: int = 4) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
 def with_step(net: CoCa, step: Any) -> CompiledGenerator:

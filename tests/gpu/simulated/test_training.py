@@ -9,24 +9,14 @@ import pytest
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from simulated_gpu import Recorder, SimulatedGpu
+from subjects import TINY, weights
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 from helpers.running import run, watched, without_java
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TINY = (
-    *("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "data.batch_size=8", "data.train_count=56"),
-    *("trainer.max_steps=7", "trainer.limit_train_batches=null", "trainer.log_every_n_steps=100", "evals=[]"),
-    *("trainer.limit_val_batches=0", "model.warmup_steps=2", "model.optimizer.lr=1e-3"),
-    "+model.net.image_encoder=vit_tiny_patch16_224",
-    "+model.net.image_encoder_args={patch_size:16,embed_dim:32,depth:1,num_heads:2}",
-)
 GPU = ("trainer.accelerator=gpu", "trainer.devices=1")
-
-
-def weights(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
 def on_gpu(folder: Path, *overrides: str) -> dict[str, float]:
