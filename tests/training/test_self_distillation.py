@@ -105,6 +105,11 @@ def test_crops_and_masks() -> None:
     assert spans.min() > 0.2**0.5 - 0.05
     assert spans.max() < 0.5**0.5 + 0.05
     assert (crops[:, :, 0] - crops[:, :, -1]).abs().max() <= 1
+    both = local_crops(torch.stack([ramp[:, 0], ramp[:, 0].mT, ramp[:, 0]], dim=1)).float()  # and to the bottom
+    centres = both[:, :2].mean(dim=(2, 3)) / 255  # of each part, (50, 2)
+    assert (centres.amin(dim=0) < 0.35).all()
+    assert (centres.amax(dim=0) > 0.65).all()
+    assert abs(centres.T.corrcoef()[0, 1]) < 0.5
     cells = random_cells(50, 16, 0.3, torch.device("cpu"))
     assert set(cells.sum(dim=1).tolist()) == {5}
     assert len(set(map(tuple, cells.tolist()))) > 20
