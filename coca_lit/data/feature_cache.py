@@ -41,7 +41,7 @@ SIDES = {"left": "right", "right": "left"}
 
 
 class FeatureCache:
-    """Features (S, C) of every record, of clips those of all frames (F · S, C), one file per view, in one folder per
+    """Features (S, C) of every record, for a clip of all its frames (F · S, C), one file per view, in one folder per
     encoder and augmentation.
 
     Args:

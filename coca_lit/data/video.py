@@ -80,7 +80,7 @@ class EncodedClip(Clip):
 
 
 def image_file(path: Path, frames: int) -> ImageFile | ClipFile:
-    """The image of a record in a file: a clip of so many frames by its suffix."""
+    """The image of a record: an image file, or by its suffix a clip of which a model sees `frames` frames."""
     return ClipFile(path, frames) if path.suffix.lower() in SUFFIXES else ImageFile(path)
 
 

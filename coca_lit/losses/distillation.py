@@ -1,4 +1,4 @@
-"""Distillation of CLIPs: the student's similarities of images and texts follow those of teachers.
+"""Distillation of CLIPs: the student's similarities of images and texts follow its teachers'.
 
 Works in tiles as `coca_lit.losses.contrastive` does. Its targets are one for a matching pair; here they are the
 teachers' softmaxes, so both losses share the two passes.
@@ -34,7 +34,7 @@ class Teacher(NamedTuple):
 def distillation_loss(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, teachers: Sequence[Teacher], tile: int = TILE
 ) -> Tensor:
-    """KL divergence of the student's softmax over the global batch from those of the teachers, averaged over both
+    """KL divergence of the student's softmax over the global batch from the teachers' softmaxes, averaged over both
     directions and all teachers (MobileCLIP: Vasu et al. 2024, arXiv 2311.17049, equations 2 to 4).
 
     Args:

@@ -1,7 +1,7 @@
 """Self-distillation of the image encoder, as SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786) adds it: a teacher, the
 exponential moving average of the encoder, sees the whole image; the encoder sees less of it and predicts the teacher.
 
-The targets are those of DINO (Caron et al. 2021, arXiv 2104.14294): a softmax over prototypes, of the teacher's outputs
+The targets follow DINO (Caron et al. 2021, arXiv 2104.14294): a softmax over prototypes, of the teacher's outputs
 minus their running mean and at a low temperature. Without the mean one prototype would win everywhere, without the low
 temperature all would be equal.
 """

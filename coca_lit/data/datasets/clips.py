@@ -24,7 +24,7 @@ _HOW = (
 
 
 def as_clips(records: Iterable[Record], frames: int) -> list[Record]:
-    """The records, those of clips with so many frames."""
+    """The records; a model sees `frames` frames of each clip."""
     files = ((record, record.image) for record in records)
     return [
         record._replace(image=image_file(image.path, frames)) if isinstance(image, ImageFile) else record

@@ -99,7 +99,7 @@ def reinforced_path(shard: str, folder: Path) -> Path:
 
 
 def check_reinforced(path: Path, shard_bytes: int) -> None:
-    """Raises `DataError` if there are no embeddings, or those of another state of the shard."""
+    """Raises `DataError` if there are no embeddings, or they were made from another version of the shard."""
     if opened(path).about.get("bytes") != shard_bytes:
         raise DataError(f"the shard of {path} has changed since: remove the file, and repeat coca-data teach")
 

@@ -78,7 +78,7 @@ class Scaling(NamedTuple):
 
 def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.inf, seed: int = 0) -> Scaling:
     """Fits the law to the points with at most 1 / `hold_out` of the largest compute, and predicts the others on the
-    frontier of all. Intervals come from resampled points, and those of predictions from resampled residuals too.
+    frontier of all. Intervals come from resampled points; intervals of predictions also from resampled residuals.
 
     Args:
         hold_out: 1 fits all points.
