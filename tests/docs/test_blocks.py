@@ -130,13 +130,19 @@ def script_of(block: Block) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WALKS, ids=str)
 def test_blocks_run_to_their_end(page: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    """Where there are photos, a folder of them with captions, and nothing else."""
+    """Where there are photos, a folder of them with captions, a clip and a folder of clips, and nothing else."""
     shell = SHELLS["zsh" if shutil.which("zsh") else "bash"]
     (tmp_path / "photos").mkdir()
     for number, name in enumerate(["photo.jpg", "photos/beach.jpg", *(f"photos/{i}.jpg" for i in range(5))]):
         box = (-2 + number / 9, -1.5, 1 - number / 9, 1.5)
         Image.effect_mandelbrot((300, 200), box, 50).convert("RGB").save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text("a dog runs on the beach")
+    pytest.importorskip("av")
+    from helpers.clips import greys, write_clip
+
+    (tmp_path / "videos").mkdir()
+    for name in ("clip.mp4", "videos/waves.mp4", "videos/dunes.mp4"):
+        write_clip(tmp_path / name, greys([50, 100, 150, 200]))
     for block in blocks_of(ROOT / page):
         if block.file is not None:
             (tmp_path / block.file).parent.mkdir(parents=True, exist_ok=True)
