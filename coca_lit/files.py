@@ -288,3 +288,9 @@ def _write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:
+        from safetensors import SafetensorError  # has its own for a full disk
+
+        if not isinstance(error, SafetensorError):
+            raise
+        raise DataError(f"cannot write {path}: {error}") from error

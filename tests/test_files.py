@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from coca_lit.errors import DataError
 from coca_lit.files import (
@@ -37,6 +39,17 @@ def append_two(path: Path) -> None:
     assert path.read_text() == "first\n"
     append_lines(path, ["next", "more"])
     assert path.read_text() == "first\nnext\nmore\n"
+
+
+def test_safetensors_on_a_full_disk_are_one_sentence(tmp_path: Path) -> None:
+    called(write_tensors, tmp_path / "index.safetensors")
+
+
+def write_tensors(path: Path) -> None:
+    at_most(100)
+    with pytest.raises(DataError, match=r"cannot write .*index\.safetensors.* File too large"), replacing(path) as file:
+        save_file({"x": np.zeros(100)}, file)
+    assert list(path.parent.iterdir()) == []
 
 
 def test_rows_wait_for_the_disk(tmp_path: Path) -> None:

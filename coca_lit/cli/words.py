@@ -48,13 +48,15 @@ def parse(arguments: Sequence[str], positional: Positional = ()) -> tuple[argpar
     words += arguments[end + 1 :]
     if isinstance(positional, str):
         overrides += [f"{positional}=[{','.join(map(quote, words))}]"] if words else []
-    elif len(words) > len(positional):
-        raise ConfigError(
-            f"expected {' and '.join(map(str.upper, positional))} and key=value, found also "
-            f"'{' '.join(words[len(positional) :])}': quote a text of several words"
-        )
     else:
-        overrides += [f"{key}={quote(word)}" for key, word in zip(positional, words, strict=False)]
+        named = {override.partition("=")[0] for override in overrides}
+        free = [key for key in positional if key not in named]
+        if len(words) > len(free):
+            raise ConfigError(
+                f"expected {' and '.join([*map(str.upper, free), 'key=value'])}, found also "
+                f"'{' '.join(words[len(free) :])}': quote a text of several words"
+            )
+        overrides += [f"{key}={quote(word)}" for key, word in zip(free, words, strict=False)]
     if options.config_dir is not None:
         if not options.config_dir.is_dir():
             raise ConfigError(f"--config-dir: there is no folder '{options.config_dir}'")

@@ -89,10 +89,7 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     """
     written = dict(metadata or {})
     with replacing(path) as temporary:
-        try:
-            save_file(dict(state), temporary, metadata={**written, DIGEST_KEY: _digest(state, written)})
-        except SafetensorError as error:  # a full disk
-            raise OSError(str(error)) from error
+        save_file(dict(state), temporary, metadata={**written, DIGEST_KEY: _digest(state, written)})
         _sort_metadata(temporary)
 
 

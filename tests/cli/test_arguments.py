@@ -42,6 +42,12 @@ def test_words_become_the_values_of_keys(word: str, tmp_path: Path) -> None:
     assert found == {"images": [], "index": "folder", "query": word, "k": 3}
 
 
+def test_words_go_to_the_keys_that_are_not_named() -> None:
+    assert parse(["index=i", "a dog"], ("index", "query"))[1] == ["index=i", 'query="a dog"']
+    with pytest.raises(ConfigError, match=r"QUERY.*'a dog'"):
+        parse(["index=i", "folder", "a dog"], ("index", "query"))
+
+
 def test_file_called_like_an_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("k=2.jpg").touch()
