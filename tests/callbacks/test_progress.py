@@ -208,6 +208,7 @@ def printed(folder: Path) -> str:
     return said.getvalue()
 
 
+@pytest.mark.slow
 def test_samples_of_all_ranks_count(on_ranks: Any, tmp_path: Path) -> None:
     """Two processes train on 16 samples each in an interval of 8 hours."""
     assert speeds(on_ranks(2, printed, tmp_path)[0])[1:] == pytest.approx([32 / (8 * 3600)] * 3, rel=0.01)

@@ -22,6 +22,7 @@ from coca_lit.evals.retrieval import RetrievalScores
 from coca_lit.metrics.java.spice import CATEGORIES
 from coca_lit.models import CoCa, create_model
 from helpers.running import compose, run, without_java
+from helpers.slow import slow
 
 # Two epochs of four steps.
 SHORT = (
@@ -81,10 +82,9 @@ def logged(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
     ("when", "every", "steps"),
     [
         ({}, 1, [3]),
-        ({}, 0, []),
+        *slow(({}, 0, [])),
         ({"every_n_epochs": None, "every_n_steps": 2}, 2, [3]),
-        ({"every_n_steps": 3}, 1, [2, 3, 5]),
-        ({"every_n_epochs": None}, 1, []),
+        *slow(({"every_n_steps": 3}, 1, [2, 3, 5]), ({"every_n_epochs": None}, 1, [])),
     ],
 )
 def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
@@ -169,9 +169,11 @@ STEPS = {"every_n_epochs": None, "every_n_steps": 2, "quick": 5}  # 2, 4, 6, and
     ("name", "measure", "values", "expected"),
     [
         ("probe", "value", (1, 3, 2, 2, 9), (4, 3)),
-        ("probe_5", "value", (1, 3, 2, 4, 0), (8, 4)),
-        ("probe", "value", (float("nan"), 2, 1, 0, 9), (4, 2)),
-        ("probe_5", "t2i_median_rank", (3, 2, 1, 5, 9), (6, 1)),  # lower is better
+        *slow(
+            ("probe_5", "value", (1, 3, 2, 4, 0), (8, 4)),
+            ("probe", "value", (float("nan"), 2, 1, 0, 9), (4, 2)),
+            ("probe_5", "t2i_median_rank", (3, 2, 1, 5, 9), (6, 1)),  # lower is better
+        ),
     ],
 )
 def test_the_best_checkpoint_is_kept(
@@ -185,6 +187,7 @@ def test_the_best_checkpoint_is_kept(
     assert (tmp_path / "checkpoints" / "last.ckpt").resolve().name == "step_8.ckpt"
 
 
+@pytest.mark.slow
 def test_the_best_so_far_survives_a_resumed_run(tmp_path: Path) -> None:
     keep = ("callbacks.checkpoint.best=probe/value", "callbacks.checkpoint.keep_last=1")
     train(tmp_path, *keep, "trainer.max_epochs=1", evals=[Planned(5, 0, 1)], **STEPS)
@@ -223,7 +226,7 @@ def test_a_wrong_score_is_refused_before_training(
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("measure", ["valu", "CIDEr"])  # near a score that there is, and near none
+@pytest.mark.parametrize("measure", ["valu", *slow("CIDEr")])  # near a score that there is, and near none
 def test_a_wrong_score_of_an_own_metric_is_refused_when_it_is_known(tmp_path: Path, measure: str) -> None:
     with pytest.raises(ConfigError, match=rf"probe/{measure}.*probe/value"):
         train(tmp_path, f"callbacks.checkpoint.best=probe/{measure}", evals=[Probe(scale)])
@@ -288,6 +291,7 @@ def unread(model, records, settings):
 '''
 
 
+@pytest.mark.slow
 def test_an_evaluation_from_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class, and a function with records; both during training and at its end."""
     (tmp_path / "guest_scores.py").write_text(GUEST)

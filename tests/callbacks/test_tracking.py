@@ -158,6 +158,7 @@ def test_a_new_start_is_a_new_run(killed: tuple[Path, list[str]]) -> None:
         assert steps(folder / "earlier_1", "wandb") == [[*range(12)]]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_is_the_same_run(tmp_path: Path) -> None:
     words = ("trainer=cpu", "name=test", f"output_dir={tmp_path}")
     assert not is_same_run(compose(*words), None)

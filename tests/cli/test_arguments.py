@@ -36,6 +36,7 @@ def test_words_become_a_list(tmp_path: Path) -> None:
     assert found == {"images": words, "index": "i", "query": None, "k": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", HOSTILE)
 def test_words_become_the_values_of_keys(word: str, tmp_path: Path) -> None:
     found = composed(tmp_path, *parse(["folder", "k=3", word], ("index", "query"))[1])
@@ -114,6 +115,7 @@ def test_too_few_words_are_answered_with_an_example(
         command.command(words[0].removeprefix("coca-"), lambda cfg: None)
 
 
+@pytest.mark.slow
 def test_help_lists_the_users_experiments_by_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,17 +143,21 @@ def test_help_of_evaluations_lists_them_and_no_other_group(
     assert "logger: " not in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "positional"), [("caption", "images"), ("search", ("index", "query")), ("plan", ()), ("export", ())]
+    ("command", "positional"),
+    [("train", ()), ("caption", "images"), ("search", ("index", "query")), ("plan", ()), ("export", ())],
 )
 def test_examples_of_help_compose(command: str, positional: str | tuple[str, ...]) -> None:
     lines = yaml.safe_load((CONF / "hydra" / "help" / f"{command}.yaml").read_text())["template"].splitlines()
-    examples = [line.strip().split("    ")[0] for line in lines if line.startswith(("  coca-", "  torchrun"))]
+    starts = ("  coca-", "  torchrun", "  python train.py")
+    examples = [line.strip().split("    ")[0] for line in lines if line.startswith(starts)]
     assert len(examples) > 2
     for example in examples:
         words = shlex.split(example)
-        start = 4 if words[0] == "torchrun" else 1
-        cfg = compose(command, parse(words[start:], positional)[1])
+        start = {"torchrun": 4, "python": 2}.get(words[0], 1)
+        options, overrides = parse(words[start:], positional)
+        cfg = compose(command, [o.partition(",")[0] for o in overrides] if options.multirun else overrides)
         named = cfg.get("checkpoint")
         assert named is None or named.endswith(".ckpt") or named in ("outputs/my_run", "photos") or released(named)
         assert named is not None or command != "export"

@@ -32,6 +32,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
 def test_experiment_takes_the_advertised_overrides(experiment: str) -> None:
     weights = ("model.contrastive_weight=0.5", "model.caption_weight=3", "model.optimizer.lr=0.25")
@@ -60,6 +61,7 @@ def test_every_file_is_an_option_or_known() -> None:
     assert all(brought.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "data"), [("pretrain_b32", "scenes"), *((name, "mscoco") for name in OPTIONS["experiment"])]
 )
@@ -70,6 +72,7 @@ def test_experiment_on_other_data_is_scored_on_them(experiment: str, data: str) 
     assert {name.split("_")[0] for name in cfg.evals} <= {prefix, "compositional"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [o for o in OPTIONS["data"] if o not in ("records", "laion") and "scenes" not in o])
 def test_evaluation_reads_the_folder_of_the_data(data: str) -> None:
     evals = compose(f"data={data}", "data.root=/elsewhere").evals
@@ -102,6 +105,7 @@ def test_one_rule_for_where_data_are(overrides: tuple[str, ...], root: str) -> N
     assert {node.records.root for node in cfg.evals.values()} == {"/x"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", OPTIONS["data"])
 def test_data_builds(data: str) -> None:
     function = ["data.records._target_=coca_lit.data.scenes.render.scene_records"] if data == "records" else []
@@ -227,6 +231,7 @@ MISTAKES = [  # and what the answer names
 ]
 
 
+@pytest.mark.slow
 def test_mistakes_are_answered_before_torch_is_imported_and_leave_nothing(tmp_path: Path) -> None:
     program = f"""
 import re, sys
@@ -273,6 +278,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         command.job_command("train", lambda cfg: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -62,6 +62,7 @@ def test_another_image_size(checkpoint, tmp_path):
         run(compose(tmp_path / "none", f"checkpoint={checkpoint}", "image_size=0", *chosen))
 
 
+@pytest.mark.slow
 def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path, capsys):
     absent = ["mscoco_captions", "mscoco_retrieval", "flickr30k_retrieval", "flickr8k_captions", "nocaps_captions"]
     off = [f"evals.{name}=null" for name in ("scenes_captions", "compositional_captions")]
@@ -73,6 +74,7 @@ def test_all_skips_what_is_missing_and_says_where_it_looked(checkpoint, tmp_path
     assert "skipped mscoco_captions: the Karpathy split" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_clip_has_no_captions_to_score(tmp_path):
     save_model(create_model("coca_tiny", decoder_layers=0), tmp_path / "clip.safetensors")
     evals = "evals=[scenes_captions,scenes_retrieval]"
@@ -82,6 +84,7 @@ def test_a_clip_has_no_captions_to_score(tmp_path):
     assert "no decoder" in json.loads((tmp_path / "not_run.json").read_text())["scenes captions"]
 
 
+@pytest.mark.slow
 def test_an_open_clip_clip(tmp_path):
     vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1}
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
@@ -92,6 +95,7 @@ def test_an_open_clip_clip(tmp_path):
     assert "scenes captions" in json.loads((tmp_path / "not_run.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -117,6 +121,7 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_the_evaluations_are_those_of_the_run(tmp_path, monkeypatch, capsys):
     """By name and as far as we ship them: a stranger's config builds nothing. Its folders count if they are there."""
     place = tmp_path / "flickr photos"
@@ -209,6 +214,7 @@ def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, mon
     assert results["folder/cut_captions"] == pytest.approx(sum(too_long) / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1])
 def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, workers):
     (folder / "pictures" / "1.png").write_bytes(b"no picture")

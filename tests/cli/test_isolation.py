@@ -65,6 +65,7 @@ def test_workers_of_coca_data_in_a_folder_of_downloads(trap: Path) -> None:
     assert ran(trap) == ""
 
 
+@pytest.mark.slow
 def test_a_module_in_a_folder_of_downloads(trap: Path) -> None:
     """`python -m` puts that folder first. It would find another coca_lit there, but nothing else."""
     for file in (trap / "coca_lit").iterdir():
@@ -111,6 +112,7 @@ def test_processes_that_a_command_starts(trap: Path) -> None:
     assert ran(trap) == ""
 
 
+@pytest.mark.slow
 def test_a_script_beside_its_own_modules_starts_itself_again(tmp_path: Path) -> None:
     """As Lightning does for each GPU."""
     (tmp_path / "beside.py").write_text("")

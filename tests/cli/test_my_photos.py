@@ -40,6 +40,7 @@ def test_finetuning_asks_for_a_model(name: str) -> None:
     assert with_start(compose(f"experiment={name}", "init_from=x")).init_from == "x"
 
 
+@pytest.mark.slow
 def test_the_model_of_the_demo_does_not_learn_other_words(tmp_path: Path) -> None:
     root = folder_of_photos(tmp_path / "photos", 20)
     (root / "captions.csv").write_text(

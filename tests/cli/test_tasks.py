@@ -16,6 +16,7 @@ KINDS = {"entailment": ("colour", "count", "relation"), "comparison": ("more", "
 WORDS = "+model.net.tokenizer=scenes_statements"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "further"),
     [

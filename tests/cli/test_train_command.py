@@ -3,21 +3,18 @@
 import csv
 import json
 import re
-import shlex
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from coca_lit.cli import train_command as train
 from coca_lit.cli.assembly import build_data, build_evals
 from coca_lit.cli.configs import CONF
 from coca_lit.cli.train import next_commands
-from coca_lit.cli.words import to_override
 from coca_lit.data.scenes import render
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
@@ -172,6 +169,7 @@ def test_fine_tuning_on_mscoco(
     assert not torch.equal(after["decoder.vocabulary.weight"], before["decoder.vocabulary.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_java")
 def test_flickr8k(data_sets: Path, tmp_path: Path) -> None:
     root = f"data.root={data_sets / 'flickr8k'}"
@@ -192,6 +190,7 @@ def test_flickr8k_with_the_pretrained_encoder(data_sets: Path, tmp_path: Path) -
     assert set(results(tmp_path)) == named("flickr8k", CAPTION, RETRIEVAL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_java")
 def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
     what = ("evals=[mscoco_retrieval,nocaps_captions]", "scoring.images=null", f"data_dir={data_sets}")
@@ -200,6 +199,7 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
     assert set(results(tmp_path)) == named("nocaps", CAPTION - {"novel"}).union(*domains) | named("mscoco", RETRIEVAL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_java")
 @pytest.mark.parametrize(
     ("experiment", "extra"),
@@ -307,13 +307,3 @@ def test_help(tmp_path: Path) -> None:
     assert sum(line.startswith("  python train.py") for line in done.stdout.splitlines()) == 8
     assert "_target_" not in done.stdout
     assert len(done.stdout.splitlines()) < 70
-
-
-def test_examples_of_help_compose() -> None:
-    template = yaml.safe_load((CONF / "hydra" / "help" / "train.yaml").read_text())["template"]
-    examples = [line.strip() for line in template.splitlines() if line.startswith("  python train.py")]
-    for example in examples:
-        words = shlex.split(example.split("    ")[0])[2:]
-        if words[:1] == ["-m"]:
-            words = [word.split(",")[0] for word in words[1:]]
-        compose(*map(to_override, words))

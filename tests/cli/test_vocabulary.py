@@ -94,6 +94,7 @@ def test_tied_embeddings_stay_tied_in_files(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_survive_training_with_an_average(tmp_path: Path) -> None:
     few = ("data.train_count=8", "evals=[]", "+model.net.tied_embeddings=true", "ema=0.5", "model.caption_weight=1")
     run(tmp_path, *TINY, *few)

@@ -143,6 +143,7 @@ def fails_on_one(folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_views_are_dealt_out_to_ranks(on_ranks, tmp_path: Path) -> None:
     paths, _ = written_by(tmp_path / "one")
     results = on_ranks(2, written_by, tmp_path / "two")
@@ -182,6 +183,7 @@ def test_a_cached_run_trains_as_one_that_encodes(frozen: str, tmp_path: Path) ->
         assert cached[name] != values
 
 
+@pytest.mark.slow
 def test_a_resumed_run_encodes_with_the_encoder_of_its_checkpoint(tmp_path: Path) -> None:
     """Not with the random one that it is built with: a view that has been lost comes back as it was."""
     torch.manual_seed(1)  # other weights than those of the run's seed

@@ -30,6 +30,8 @@ from coca_lit.evals.chair import Chair
 from helpers.fuzzing import bounded, damaged, forged, fuzz
 from helpers.shards import jpeg
 
+pytestmark = pytest.mark.slow
+
 WINO = {"id": 0, "image_0": "a", "image_1": "b", "caption_0": "a b", "caption_1": "b a"}
 
 

@@ -15,6 +15,8 @@ from coca_lit.errors import DataError
 from helpers.fuzzing import bounded, damaged, fuzz
 from helpers.shards import jpeg
 
+pytestmark = pytest.mark.slow
+
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""

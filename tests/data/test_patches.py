@@ -193,6 +193,7 @@ def test_batches_of_shards(shards: list[Shard]) -> None:
     assert list(windows(5, 12)) == whole[5:]
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_scores() -> None:
     """Lightning's loop, micro-batches and validation; then everything that evaluations ask of a model."""
     net = tiny()

@@ -40,6 +40,7 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
     return load_model(folder / "checkpoints" / name).state_dict()
 
 
+@pytest.mark.slow
 def test_a_run_on_texts_alone_and_one_that_starts_from_it(tmp_path: Path, texts: str) -> None:
     alone = ("data.text_every=1", "model.contrastive_weight=0", "trainer.max_epochs=1")
     parts = "model.freeze=[image_encoder,pooling,decoder.cross_blocks]"

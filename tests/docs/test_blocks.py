@@ -89,6 +89,7 @@ def words_of(shell: list[str], block: str, folder: Path) -> str:
     return "\n".join(sorted(done.stdout.splitlines()))  # a command in the background is said at any time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_commands_mean_the_same_in_both_shells(page: Path, tmp_path: Path) -> None:
     if any(shutil.which(name) is None for name in SHELLS):

@@ -106,6 +106,7 @@ def lines_of(page: Path) -> Iterator[str]:
 BLOCKS = [(page, line) for line, page in {line: page for page in PAGES for line in lines_of(page)}.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "line"), BLOCKS, ids=[f"{page}: {line[:60]}" for page, line in BLOCKS])
 def test_command_is_one_that_runs(page: Path, line: str) -> None:
     words = [word for word in shlex.split(line, comments=True) if word != "…"]
@@ -209,6 +210,7 @@ KEYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", KEYS)
 def test_key_of_a_task_composes(code: str) -> None:
     overrides = [to_override(word) for word in shlex.split(code)]
@@ -256,6 +258,7 @@ def execute(page: str, names: dict[str, object]) -> None:
         exec(compile(block, page, "exec"), names)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("released")
 def test_python_of_the_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
@@ -266,6 +269,7 @@ def test_python_of_the_pages_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert [path for _, path in names["hits"]] == [Path("photos/1.jpg")]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_python_of_the_page_on_data_runs() -> None:
     split = [Record(f"{i}", Path(f"{i}.jpg"), [f"photo {i}"]) for i in range(64)]
     names: dict[str, object] = {"records": split, "others": split[:8], "tokenizer": get_tokenizer("clip")}

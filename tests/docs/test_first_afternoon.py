@@ -75,6 +75,7 @@ def lines_of(file: str) -> int:
     return len((ROOT / file).read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_the_first_afternoon(tmp_path: Path) -> None:
     page = (ROOT / "coca_lit" / "README.md").read_text()
     if HEADING not in page:

@@ -97,6 +97,7 @@ def test_what_was_not_read_follows_by_cosine() -> None:
         assert torch.equal(rest, rest[cosines[i, rest].argsort(descending=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_ranks_gives_the_same(on_ranks, world: int) -> None:
     alone = look(3)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # commands in processes of their own
+
 GUESTS = Path(__file__).resolve().parent
 BIN = os.environ.get("COCA_LIT_BIN")
 

@@ -3,8 +3,11 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 from PIL import Image
 
 from coca_lit.data.bad_samples import BadSamples
@@ -12,6 +15,7 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.tokenizer import WordTokenizer
+from coca_lit.tools.prepare.command import data as coca_data
 
 TOKENIZER = WordTokenizer(["a", "dog", "number"])
 
@@ -45,6 +49,19 @@ def write_shards(folder: Path, shards: int, per_shard: int) -> list[Path]:
         )
         for s in range(shards)
     ]
+
+
+@contextmanager
+def in_memory(local: Path, shards: int, per_shard: int) -> Iterator[fsspec.AbstractFileSystem]:
+    """memory://set with shards, their manifest and indexes, and the same in a new folder on disk."""
+    local.mkdir()
+    write_shards(local, shards, per_shard)
+    coca_data(["check", str(local), "--workers", "1"])
+    filesystem = fsspec.filesystem("memory")
+    for path in local.iterdir():
+        filesystem.pipe_file(f"/set/{path.name}", path.read_bytes())
+    yield filesystem
+    filesystem.rm("/set", recursive=True)
 
 
 def spoil(path: Path, changes: dict[str, bytes | None]) -> None:

@@ -195,6 +195,7 @@ def test_meteor_of_empty_captions():
         shared_meteor().score([[]], ["a dog"])
 
 
+@pytest.mark.slow
 def test_killed_meteor_is_an_error_not_a_hang():
     with Meteor() as meteor:
         process = meteor._process
@@ -244,6 +245,7 @@ def test_meteor_of_resampled_captions():
     assert meteor_of_sums(np.zeros(23)) == 0
 
 
+@pytest.mark.slow
 def test_slow_or_failing_tokenizer_is_an_error_not_a_hang(monkeypatch, tmp_path):
     for body, message in (("sleep 60", "0 s"), ("echo broken >&2; exit 3", r"status 3\): broken")):
         program = tmp_path / "java"
@@ -255,6 +257,7 @@ def test_slow_or_failing_tokenizer_is_an_error_not_a_hang(monkeypatch, tmp_path)
             ptb_tokenize(["a dog"])
 
 
+@pytest.mark.slow
 def test_meteor_does_not_outlive_python():
     program = (
         "from coca_lit.metrics.java import meteor; meteor.warm_up(); print(meteor.shared_meteor()._process._java.pid)\n"

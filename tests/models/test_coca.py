@@ -14,6 +14,7 @@ from coca_lit.models import PRESETS, CoCa, CoCaOutput, create_model
 from coca_lit.models.coca import SIZES, Pooler
 from coca_lit.models.parts import GradCheckpointing
 from coca_lit.models.text import ClsMask, legacy_attention_mask
+from helpers.slow import slow
 
 POOLERS: tuple[Pooler, ...] = tuple(name for name in get_args(Pooler) if not name.startswith("masked_"))
 CLS_MASKS: tuple[ClsMask, ...] = get_args(ClsMask)
@@ -93,7 +94,14 @@ def test_the_decoder_of_b32_sees_255_image_tokens() -> None:
 # ---------------------------------------------------------------- forward pass, for every pooler and both masks
 
 
-@pytest.fixture(params=[*((p, "correct") for p in POOLERS), ("single", "legacy"), ("cascade", "legacy")], ids="-".join)
+VARIANTS = [("cascade", "correct"), ("single", "legacy")]
+MORE = [
+    pytest.param(v, marks=pytest.mark.slow)
+    for v in [*((p, "correct") for p in POOLERS if p != "cascade"), ("cascade", "legacy")]
+]
+
+
+@pytest.fixture(params=[*VARIANTS, *MORE], ids="-".join)
 def model(request: pytest.FixtureRequest, tiny_model: Build) -> CoCa:
     pooler, cls_mask = request.param
     return tiny_model(pooler=pooler, cls_mask=cls_mask)
@@ -251,6 +259,7 @@ def test_encoders_of_timm_work_end_to_end(tiny_model: Build, encoder: str) -> No
     assert model.generate(images, max_length=5).shape == (2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooler", POOLERS)
 @pytest.mark.parametrize("encoder", ["vit_base_patch32_clip_224", "tf_efficientnet_lite0"])
 def test_init_leaves_nothing_as_it_was(tiny_model: Build, encoder: str, pooler: Pooler) -> None:
@@ -395,7 +404,7 @@ def test_frozen_stages_are_computed_once_and_the_others_are_trained(tiny_model: 
     assert len(trained) + len(frozen) == len(list(model.image_encoder.parameters()))
 
 
-@pytest.mark.parametrize("pooler", POOLERS)
+@pytest.mark.parametrize("pooler", ["cascade", *slow(*(p for p in POOLERS if p != "cascade"))])
 @pytest.mark.parametrize("unused", ["contrastive", "caption"])
 def test_parameters_of_a_loss_are_those_without_gradient_when_it_is_off(
     tiny_model: Build, pooler: Pooler, unused: str
@@ -438,6 +447,7 @@ def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: 
         tiny_model(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", [0, 1.5, True])
 def test_sizes_are_whole_numbers(tiny_model: Build, name: str, value: Any) -> None:

@@ -61,6 +61,7 @@ class DeleteFolder(L.Callback):
             shutil.rmtree(self.folder)
 
 
+@pytest.mark.slow
 def test_deleted_folder_is_said_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "run"
     with watched(DeleteFolder(folder)), caplog.at_level(logging.WARNING):

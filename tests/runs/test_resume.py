@@ -114,6 +114,7 @@ def test_windows_of_a_store_are_resumed_with_other_workers(tmp_path: Path, shard
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_stopped_early_is_finished(tmp_path: Path) -> None:
     """After one of three epochs; a kill before the scores does not make it train on."""
     stopping = (
@@ -136,6 +137,7 @@ class StopEarly(L.Callback):
         trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6))])
 def test_a_run_that_had_ended_goes_on_where_it_was(tmp_path: Path, batches: int) -> None:
     """Within the accumulation of a step, which begins again, after the second step, or with the epoch."""
@@ -209,6 +211,7 @@ def test_signal_saves_and_stops(
         assert "stopping after step 2 on signal 10: saved" in (tmp_path / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_under_submitit_its_own_handler_comes_after_saving(tmp_path: Path) -> None:
     submitit = {"SUBMITIT_EXECUTOR": "slurm"}
     assert train(tmp_path / "run", *MAP, watch=Signal(signal.SIGUSR2), environment=submitit) == 7
@@ -273,6 +276,7 @@ def test_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     assert train(tmp_path / "run", *MAP, "callbacks.non_finite_guard.max_in_a_row=3", watch=Poison(0, 2, 3, 4, 5)) == 1
     assert "the gradients of 3 steps in a row, 2 to 4, were not finite" in (tmp_path / "run.log").read_text()

@@ -167,6 +167,7 @@ def troubled(folder: Path) -> tuple[list[torch.Tensor], dict[int, list[str]], st
     return trouble.weights, keys, str(stopped.value)
 
 
+@pytest.mark.slow
 def test_trouble_of_one_rank_is_that_of_all(on_ranks, tmp_path: Path) -> None:
     """A step that is not finite there is skipped on both, two in a row stop both; both save when one finds it late."""
     ranks = on_ranks(2, troubled, tmp_path)
@@ -186,6 +187,7 @@ def test_trouble_of_one_rank_is_that_of_all(on_ranks, tmp_path: Path) -> None:
     assert saved == {"step_4.ckpt", "step_5.ckpt"}
 
 
+@pytest.mark.slow
 def test_signals_to_one_rank_save_once_and_end_all_with_143(tmp_path: Path) -> None:
     """They come after step 2; all ranks know with step 3."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun opens one

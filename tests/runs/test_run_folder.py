@@ -106,6 +106,7 @@ def test_who_lost_the_folder_to_another_process_writes_nothing_more(
             pass
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_folder_ends_before_it_overwrites_a_checkpoint(tmp_path: Path, hold: Callable) -> None:
     folder = tmp_path / "run"
 

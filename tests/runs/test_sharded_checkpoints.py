@@ -124,6 +124,7 @@ def test_a_full_disk_of_one_rank_costs_one_checkpoint(written: Path) -> None:
     assert inspect(written / "step_1.ckpt")["of"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 3])
 def test_any_number_of_ranks_reads_what_two_have_written(on_ranks, written: Path, world: int) -> None:
     for found in on_ranks(world, read, written / "step_1.ckpt"):

@@ -26,6 +26,8 @@ from coca_lit.tools.search.index import ImageIndex
 from helpers.fuzzing import bounded, damaged, forged, fuzz
 from helpers.shards import write_shards
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

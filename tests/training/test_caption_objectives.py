@@ -97,6 +97,7 @@ def test_parallel_prediction_alone_trains_what_captioning_trains() -> None:
     assert {name for name, p in net.named_parameters() if p.grad is not None} == names
 
 
+@pytest.mark.slow
 def test_a_run_with_both(tmp_path: Path) -> None:
     run(
         tmp_path,

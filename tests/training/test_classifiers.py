@@ -285,6 +285,7 @@ def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> N
     assert load_classifier(path, net) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forged",
     [

@@ -138,6 +138,7 @@ def train(micro_batch_size: int | None) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
+@pytest.mark.slow
 def test_micro_batches_on_two_ranks_equal_the_whole_batch_on_one(on_ranks) -> None:
     expected = train(None)
     for result in on_ranks(2, train, 1):
@@ -168,6 +169,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, precision: str) -> None:

@@ -155,6 +155,7 @@ def test_a_run_that_answers(tmp_path: Path) -> None:
     assert load_model(tmp_path / "checkpoints" / "last.ckpt").tokenizer.decode([4]) != ""
 
 
+@pytest.mark.slow
 def test_a_run_on_the_files_of_vqa(tmp_path: Path) -> None:
     export_scenes("vqa", tmp_path / "vqa", count=8, size=32)
     tiny = ("model.net.name=coca_tiny", "+model.net.tokenizer=scenes_vqa", "image_size=32", "data.num_workers=0")

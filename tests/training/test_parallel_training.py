@@ -102,6 +102,7 @@ def gradients(bf16: bool, sharded: bool) -> dict[str, torch.Tensor]:
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
 
 
+@pytest.mark.slow
 def test_blocks_that_are_gathered_in_bf16(on_ranks) -> None:
     """Their gradients are as near to the unsharded ones in bf16 as these to those in fp32, and are stored in fp32. The
     temperature, which bf16 would round, is in no block.
@@ -231,6 +232,7 @@ def test_wrong_set_ups_are_refused(tmp_path: Path, overrides: tuple[str, ...], m
         run(tmp_path, *SHORT, *overrides)
 
 
+@pytest.mark.slow
 def test_jpegs_that_the_training_processes_decode(on_ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`data.decode=device`, from shards to weights: two processes end where one does."""
     decode = mock.Mock(wraps=encoded.decode_jpeg)

@@ -81,6 +81,7 @@ def share_of_rank() -> tuple[Tensor, Tensor]:
     return loss.detach(), vocabulary.grad
 
 
+@pytest.mark.slow
 def test_mean_over_ranks_is_the_loss_of_one_process(on_ranks) -> None:
     expected = share_of_rank()
     shares = on_ranks(2, share_of_rank)

@@ -104,6 +104,7 @@ def test_another_reward_takes_the_place_of_cider() -> None:
     assert seen[KEYS[0]][0] == [*REFERENCES[KEYS[0]][0].split(), END]
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one_process(on_ranks) -> None:
     expected, measures = scripted_gradient()
     results = on_ranks(2, scripted_gradient)

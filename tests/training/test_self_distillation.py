@@ -91,6 +91,7 @@ def mean_after_a_step() -> Tensor:
     return objective.mean
 
 
+@pytest.mark.slow
 def test_ranks_share_one_mean(on_ranks) -> None:
     expected = mean_after_a_step()
     assert expected.abs().max() > 0

@@ -220,6 +220,7 @@ def test_compiled_network_trains_alike(tmp_path: Path, monkeypatch: pytest.Monke
 SUMMARY = tuple(f"{name:8}" for name in ("model", "device", "data", "steps", "scores", "folder"))
 
 
+@pytest.mark.slow
 def test_plain_lines_in_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, *SHORT, "trainer.log_every_n_steps=2")
     number = r"\d+(\.\d+)?"

@@ -112,6 +112,7 @@ def test_a_model_by_name_is_that_of_its_file(
     assert not hub.asked_for("GET", "README")
 
 
+@pytest.mark.slow
 def test_openmammut_by_its_name(hub: Hub) -> None:
     """In the layout of the code that trained it; random weights of a small one."""
     model, state, config = released_files()
@@ -126,6 +127,7 @@ def test_openmammut_by_its_name(hub: Hub) -> None:
     assert torch.equal(found.encode_text(found.tokenizer(["a dog"])), model.encode_text(model.tokenizer(["a dog"])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -164,6 +166,7 @@ def trained(state: dict[str, torch.Tensor], epoch: int) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_layout_of_the_scaling_study(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder a run, a checkpoint an epoch, no config: what the tensors show and OpenCLIP's rules are enough."""
     image = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
@@ -235,6 +238,7 @@ def test_weights_of_the_real_shapes(hub: Hub, monkeypatch: pytest.MonkeyPatch, t
     torch.testing.assert_close(ours.encode_text(ours.tokenizer(captions)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_revisions_are_kept_apart(hub: Hub, files: dict[str, bytes], model: CoCa) -> None:
     hub.repositories["me/coca"] = repository = Repository(files)
     first = next(iter(repository.commits))
@@ -345,6 +349,7 @@ def test_refusals_are_one_sentence(
     assert_nothing_left(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("repo", "folder", "names"),
     [
@@ -454,6 +459,7 @@ def test_a_released_file_has_its_hash(hub: Hub, files: dict[str, bytes], model: 
 # Out
 
 
+@pytest.mark.slow
 def test_pushed_and_pulled(
     hub: Hub, model: CoCa, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,6 +479,7 @@ def test_pushed_and_pulled(
         save_pretrained(model, tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_an_export_is_pushed_with_its_card_and_pictures(
     hub: Hub, model: CoCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +578,7 @@ def test_the_package_has_the_name_and_a_folder_needs_a_separator(
 # Commands
 
 
+@pytest.mark.slow
 def test_a_photo_is_captioned_without_naming_a_model(
     hub: Hub, cache: Path, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,30 +18,12 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.weights.load import load_dual_encoder, load_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.start import copy_weights
+from helpers.beam_oracle import TEXT as DECODER
+from helpers.beam_oracle import VISION
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat", "word " * 90]
 HEADS = {"image_encoder_args": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 1}}
-VISION = {
-    "image_size": 32,
-    "patch_size": 8,
-    "width": 96,
-    "layers": 2,
-    "head_width": 96,
-    "attentional_pool": True,
-    "output_tokens": True,
-    "attn_pooler_heads": 8,
-    "attn_pooler_queries": 9,
-}
-TEXT = {
-    "context_length": 76,
-    "vocab_size": 49408,
-    "width": 64,
-    "heads": 4,
-    "layers": 2,
-    "embed_cls": True,
-    "output_tokens": True,
-}
-DECODER = {"context_length": 76, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
+TEXT = DECODER | {"embed_cls": True, "output_tokens": True}
 
 
 def make_pair(embed_dim: int = 64, width: int = 96, context: int = 76) -> tuple[OpenClipCoCa, CoCa]:

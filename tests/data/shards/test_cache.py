@@ -4,7 +4,6 @@ import multiprocessing
 import time
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from coca_lit.data.shards.datamodule import LAIONDataModule
@@ -12,23 +11,14 @@ from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.remote import cache as remote
 from coca_lit.data.shards.remote.cache import ShardCache
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.tools.prepare.command import data as coca_data
 from helpers.datamodules import TOKENIZER
-from helpers.shards import contents, write_shards
+from helpers.shards import contents, in_memory
 
 
 @pytest.fixture
 def store(tmp_path: Path):
-    """memory://set with four shards and their manifest, and the same on disk."""
-    local = tmp_path / "local"
-    local.mkdir()
-    write_shards(local, 4, 6)
-    coca_data(["check", str(local), "--workers", "1"])
-    filesystem = fsspec.filesystem("memory")
-    for path in local.iterdir():
-        filesystem.pipe_file(f"/set/{path.name}", path.read_bytes())
-    yield filesystem, local
-    filesystem.rm("/set", recursive=True)
+    with in_memory(tmp_path / "local", 4, 6) as filesystem:
+        yield filesystem, tmp_path / "local"
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from helpers.fuzzing import bounded, damaged, forged, fuzz
 from helpers.hostile import Evil, good
 from helpers.shards import jpeg, members, write_shards, write_tar
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = get_tokenizer("clip")
 
 

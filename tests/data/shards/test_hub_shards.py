@@ -89,6 +89,7 @@ class Keys(L.Callback):
         self.keys += batch.keys
 
 
+@pytest.mark.slow
 def test_a_run_stays_at_its_commit_and_records_it(
     hub: Hub, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,6 @@ from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -26,9 +25,8 @@ from coca_lit.data.shards.shard import Shard, Stamp
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.errors import DataError
 from coca_lit.seeding import stable_seed
-from coca_lit.tools.prepare.command import data as coca_data
 from helpers.datamodules import TOKENIZER
-from helpers.shards import contents, spoil, write_shards
+from helpers.shards import contents, in_memory, spoil, write_shards
 
 COUNTS = {"a": [7, 5, 0, 11, 8, 3, 9, 4, 6, 10], "b": [5, 9, 2]}  # samples of each shard
 SEED = 3
@@ -166,17 +164,9 @@ def test_machines_read_shards_of_their_own_in_every_pass():
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """memory://set with twelve shards, their manifest and indexes, and the same on disk."""
-    local = tmp_path / "local"
-    local.mkdir()
-    write_shards(local, 12, 4)
-    coca_data(["check", str(local), "--workers", "1"])
-    filesystem = fsspec.filesystem("memory")
-    for path in local.iterdir():
-        filesystem.pipe_file(f"/set/{path.name}", path.read_bytes())
     monkeypatch.setattr(remote_shards, "PAUSE", 0.02)
-    yield filesystem, local
-    filesystem.rm("/set", recursive=True)
+    with in_memory(tmp_path / "local", 12, 4) as filesystem:
+        yield filesystem, tmp_path / "local"
 
 
 def laion(tmp_path: Path, shards: str | dict[str, str] = "memory://set", **more) -> LAIONDataModule:

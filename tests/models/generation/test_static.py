@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from coca_lit.models import CoCa
 from coca_lit.models.generation.static import CompiledGenerator, static_step
 from helpers.generating import LENGTH, PROMPTS, make_images, make_model
+from helpers.slow import slow
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -26,8 +27,8 @@ def model() -> CoCa:
 
 @pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("count", [0, 5])
-@pytest.mark.parametrize("rules", [{}, {"min_length": 6, "no_repeat_ngram": 2}], ids=["free", "constrained"])
+@pytest.mark.parametrize("count", [*slow(0), 5])
+@pytest.mark.parametrize("rules", [*slow({}), {"min_length": 6, "no_repeat_ngram": 2}], ids=["free", "constrained"])
 def test_captions_are_those_of_the_ordinary_path(
     model: CoCa, options: dict[str, Any], prompt: str, count: int, rules: dict[str, Any]
 ) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from coca_lit.models import CoCa
 from helpers import naive
 from helpers.generating import LENGTH, PROMPTS, WORDS, make_images, make_model, starts
+from helpers.slow import slow
 
 
 def padded(rows: list[list[int]], pad: int, length: int = LENGTH) -> Tensor:
@@ -20,7 +21,7 @@ def model() -> CoCa:
     return make_model()
 
 
-@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("count", [*slow(0), 5])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("rules", [{}, {"least": 6, "penalty": 1.5, "ngram": 2}], ids=["free", "constrained"])
 def test_greedy_equals_the_uncached_loop(model: CoCa, count: int, prompt: str, rules: dict[str, float]) -> None:
@@ -33,8 +34,8 @@ def test_greedy_equals_the_uncached_loop(model: CoCa, count: int, prompt: str, r
     assert torch.equal(captions, padded(expected, model.tokenizer.pad_id))
 
 
-@pytest.mark.parametrize("width", [2, 3])  # one beam is greedy, see below
-@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("width", [*slow(2), 3])  # one beam is greedy, see below
+@pytest.mark.parametrize("count", [*slow(0), 5])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("rules", [{}, {"least": 6, "penalty": 1.5, "ngram": 2}], ids=["free", "constrained"])
 def test_beams_equal_the_uncached_search(
@@ -61,7 +62,7 @@ def test_beams_equal_the_uncached_search(
         torch.testing.assert_close(scores, torch.tensor([score for score, _ in expected]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("count", [*slow(0), 5])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("number", [None, 3])
 def test_samples_follow_prompts_and_end(model: CoCa, count: int, prompt: str, number: int | None) -> None:

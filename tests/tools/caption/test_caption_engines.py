@@ -33,6 +33,7 @@ def words(folder: Path) -> list[str]:
     return [f"checkpoint={folder}/tiny.safetensors", f"images=[{folder}/shards]", *sampled]
 
 
+@pytest.mark.slow
 def test_an_engine_writes_the_same_and_goes_on(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Where one shard fails, the others are written, and the same command tries it alone."""
     command = (*words(folder), f"output={tmp_path}/new", "engine=gpus", "engine.devices=[cpu]")

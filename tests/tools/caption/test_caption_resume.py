@@ -127,6 +127,7 @@ def test_what_was_added_is_captioned(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "c.jsonl").read_text().splitlines()[1] == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["lines.jsonl", "coco.json"])
 def test_two_commands_on_one_file(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def append(path: Path, rows: Any) -> None:  # the first command is at work

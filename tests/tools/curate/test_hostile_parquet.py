@@ -20,6 +20,8 @@ from coca_lit.tools.curate.choose import filter_scores
 from coca_lit.tools.curate.scores import read_about, write_scores
 from helpers.fuzzing import COUNT, bounded, damaged, fuzz
 
+pytestmark = pytest.mark.slow
+
 READERS = {"kept.parquet": read_selection, "x.scores.parquet": read_about}
 
 

@@ -46,6 +46,7 @@ def test_finds_the_best_finished_demo(tmp_path, tiny_model):
     assert builtin.find_demo_model(tmp_path) == tmp_path / "demo_seed1" / "checkpoints" / "last.ckpt"
 
 
+@pytest.mark.slow
 def test_trains_the_demo_if_there_is_none_and_says_so(shown, monkeypatch, tmp_path, capsys, tiny_model):
     trained = tmp_path / "trained.safetensors"
     save_model(tiny_model(), trained)

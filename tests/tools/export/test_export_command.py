@@ -192,6 +192,7 @@ def test_mistakes(checkpoint: Path, tmp_path: Path, arguments: list[str], messag
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["link", "fifo", "large"])
 def test_sample_pictures_are_files_of_the_run(checkpoint: Path, tmp_path: Path, kind: str) -> None:
     run = shutil.copytree(checkpoint.parent.parent, tmp_path / "run")
@@ -210,6 +211,7 @@ def test_sample_pictures_are_files_of_the_run(checkpoint: Path, tmp_path: Path, 
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("run", "secret")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
@@ -233,6 +235,7 @@ def test_a_strangers_run_folder_is_data(
     assert "\n| `thesis.tex` |" not in (tmp_path / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "onnx", "half a file"])
 def test_a_full_disk_is_one_sentence_whatever_the_library_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -81,6 +81,7 @@ def classifier_of(net: CoCa) -> StateClassifier:
     return classifier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [{"contrastive": 0.0, "caption": 0.0}, WEIGHTS], ids=["alone", "and pairs"])
 def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -> None:
     """Two images of each sample, against the counter in a real step."""
@@ -102,6 +103,7 @@ def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -
     assert measure(real, [beside]).weights == measure(real).weights + 4 * head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None) -> None:
     net = create_model("coca_tiny").train()
@@ -267,6 +269,7 @@ def test_the_plan_of_an_experiment_is_printed_and_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -300,6 +303,7 @@ def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_
     assert "coca_efficientnet" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frame_pooling", ["tokens", "mean"])
 def test_frames_of_clips(frame_pooling: str) -> None:
     real = create_model("coca_tiny", frame_pooling=frame_pooling).train()

@@ -14,6 +14,7 @@ NEEDS = re.compile(r"^# Needs:.*?(one|\d+) (?:GPU|A100|H100)s? with (\d+) GB", r
 ON_GPUS = {name: found for name, text in HEADERS.items() if (found := NEEDS.search(text))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(HEADERS.keys() - ON_GPUS.keys()))
 def test_the_others_need_no_gpu(name: str) -> None:
     needs = next(line for line in HEADERS[name].splitlines() if line.startswith("# Needs:"))

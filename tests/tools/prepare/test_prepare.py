@@ -94,6 +94,7 @@ def test_csv(photos, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_training_reads_what_was_prepared(photos, tmp_path):
     run(table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)]), tmp_path / "out")
     data = LAIONDataModule(
@@ -151,6 +152,7 @@ def test_texts_are_in_utf_8(photos, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["coco", "karpathy", "flickr8k"])
 def test_known_folders(tmp_path, format):
     export_scenes(format, tmp_path / "set", 24, 16)
@@ -211,6 +213,7 @@ def killed_in_the_middle(source: Path, output: Path) -> None:
     run(source, output, "--samples-per-shard", "2")
 
 
+@pytest.mark.slow
 def test_it_resumes_after_a_kill(photos, tmp_path, monkeypatch):
     source = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)])
     run(source, tmp_path / "whole", "--samples-per-shard", "2")

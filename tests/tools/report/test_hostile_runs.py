@@ -17,6 +17,8 @@ import pytest
 
 from coca_lit.tools.report.command import report
 
+pytestmark = pytest.mark.slow
+
 RUN = {"x/CIDEr": 0.5}
 SAMPLE = {"image": "data:image/png;base64,", "caption": "a", "exact": True, "references": ["a"]}
 
