@@ -21,8 +21,8 @@ WORDS = "+model.net.tokenizer=scenes_statements"
     ("name", "further"),
     [
         ("nlvr2", ()),
-        pytest.param("snli_ve", (), marks=pytest.mark.slow),
-        pytest.param("pairs", ("model.objectives.labels.images=2",), marks=pytest.mark.slow),
+        ("snli_ve", ()),
+        ("pairs", ("model.objectives.labels.images=2",)),
     ],
 )
 def test_reasoning_on_files(name: str, further: tuple[str, ...], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from coca_lit.runs.resume import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
 from helpers.running import NAFLEX, TINY, compose, results, run, train_py, without_java
+from helpers.slow import slow
 
 OVERLAP = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
 STATISTICS = {"exact_match", "mean_length", "vocabulary", "distinct_1", "distinct_2", "novel"}
@@ -139,7 +140,10 @@ def test_demo_predictions_are_coco_results_and_come_from_the_saved_model(demo: P
 @pytest.mark.usefixtures("no_java")
 @pytest.mark.parametrize(
     ("experiment", "extra", "scores"),
-    [("pretrain_b32", (), named("mscoco", CAPTION, RETRIEVAL)), ("clip_b32", CLIP, named("mscoco", RETRIEVAL))],
+    [
+        ("pretrain_b32", (), named("mscoco", CAPTION, RETRIEVAL)),
+        *slow(("clip_b32", CLIP, named("mscoco", RETRIEVAL))),
+    ],
 )
 def test_pretraining_on_shards(
     data_sets: Path, tmp_path: Path, experiment: str, extra: tuple[str, ...], scores: set[str]
@@ -151,7 +155,7 @@ def test_pretraining_on_shards(
 
 
 @pytest.mark.usefixtures("no_java")
-@pytest.mark.parametrize("layout", ["mscoco", "coco2017"])
+@pytest.mark.parametrize("layout", [*slow("mscoco"), "coco2017"])
 def test_fine_tuning_on_mscoco(
     data_sets: Path, tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,15 +209,10 @@ def test_nocaps_beside_mscoco(data_sets: Path, tmp_path: Path) -> None:
     ("experiment", "extra"),
     [
         ("scenes_vqa", ()),
-        *(
-            pytest.param(name, extra, marks=pytest.mark.slow)
-            for name, extra in {
-                "pretrain_mammut_b32": ("+model.net.pooler=mean", "+model.net.text_tower=two_pass"),
-                "pretrain_coca2_naflex_b32": NAFLEX,
-                **dict.fromkeys(("scst_mscoco", "finetune_vqa"), ()),
-                **dict.fromkeys(("flickr8k_frozen", "flickr8k_two_hours", "scst_flickr8k"), FEW_PHOTOS),
-            }.items()
-        ),
+        ("pretrain_mammut_b32", ("+model.net.pooler=mean", "+model.net.text_tower=two_pass")),
+        ("pretrain_coca2_naflex_b32", NAFLEX),
+        *((name, ()) for name in ("scst_mscoco", "finetune_vqa")),
+        *((name, FEW_PHOTOS) for name in ("flickr8k_frozen", "flickr8k_two_hours", "scst_flickr8k")),
     ],
 )
 def test_any_experiment_runs_on_scenes(

@@ -24,7 +24,7 @@ def test_volumes_are_those_of_a_real_step(on_ranks, engine: str, world: int) -> 
         assert found.engine == pytest.approx(expected.engine, abs=32)  # the buffers for normalising images
 
 
-@pytest.mark.parametrize("engine", ["FSDP2", pytest.param("gradient caching", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["FSDP2", "gradient caching"])
 @pytest.mark.slow
 def test_memory_is_what_a_rank_holds(on_ranks, engine: str) -> None:
     assert counted.planned(engine, 2) == pytest.approx(max(on_ranks(2, counted.peak, engine)), rel=0.15)

@@ -71,7 +71,7 @@ def coco_karpathy_test_generated():
 
 
 @pytest.mark.skipif(not CAPTIONS.is_dir(), reason="shared caption data not present")
-@pytest.mark.parametrize("read", [fakecap, pytest.param(coco_karpathy_test_generated, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("read", [fakecap, coco_karpathy_test_generated])
 @pytest.mark.slow
 def test_published_scores(read, capsys):
     references, predictions = read()

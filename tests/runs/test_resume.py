@@ -37,6 +37,7 @@ from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.forking import Program
 from helpers.resuming import MAP, TINY, Die, Signal, assert_same, rows, state, train
 from helpers.running import NAFLEX, ROOT, compose, run, watched
+from helpers.slow import slow
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,8 @@ OF_ANY_SHAPE = (*NAFLEX, "data.batch_size=2", *ACCUMULATION)  # batches of two a
 @pytest.mark.parametrize(
     ("data", "workers", "extra"),
     [
-        pytest.param("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS), marks=pytest.mark.slow),
         ("indexed", 2, EMA_AND_ACCUMULATION),
-        pytest.param("patches", 2, OF_ANY_SHAPE, marks=pytest.mark.slow),
+        *slow(("map", 0, (*BY_STEPS, *TEXTS_AND_REWARDS)), ("patches", 2, OF_ANY_SHAPE)),
     ],
 )
 def test_killed_twice_in_an_epoch(
@@ -127,6 +127,19 @@ def test_stopped_early_is_finished(tmp_path: Path) -> None:
         (tmp_path / "results.json").unlink()
 
 
+TRAINING_ALONE = (
+    *(*TINY, *MAP, *ACCUMULATION, "trainer.limit_val_batches=0", "scoring.every_n_epochs=null"),
+    "model.cooldown_steps=0",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, *TRAINING_ALONE)
+    return folder
+
+
 class StopEarly(L.Callback):
     """Ends training with the batch that makes `batches` in all."""
 
@@ -138,24 +151,21 @@ class StopEarly(L.Callback):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 6))])
-def test_a_run_that_had_ended_goes_on_where_it_was(tmp_path: Path, batches: int) -> None:
+@pytest.mark.parametrize("batches", [3, 4, 6])
+def test_a_run_that_had_ended_goes_on_where_it_was(tmp_path: Path, whole: Path, batches: int) -> None:
     """Within the accumulation of a step, which begins again, after the second step, or with the epoch."""
-    overrides = (*TINY, *MAP, *ACCUMULATION, "trainer.limit_val_batches=0")
-    overrides = (*overrides, "scoring.every_n_epochs=null", "model.cooldown_steps=0")
-    run(tmp_path / "whole", *overrides)
     with watched(StopEarly(batches)):
-        run(tmp_path / "longer", *overrides, "trainer.max_epochs=1")
-    assert state(tmp_path / "longer")["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == (batches == 6)
-    run(tmp_path / "longer", *overrides)
-    found, expected = state(tmp_path / "longer"), state(tmp_path / "whole")
+        run(tmp_path, *TRAINING_ALONE, "trainer.max_epochs=1")
+    assert state(tmp_path)["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == (batches == 6)
+    run(tmp_path, *TRAINING_ALONE)
+    found, expected = state(tmp_path), state(whole)
     for progress in ("epoch_progress", "epoch_loop.batch_progress"):
         assert found["loops"]["fit_loop"][progress] == expected["loops"]["fit_loop"][progress]
     if batches == 3:  # the batch norms of the image encoder have seen it twice, and so have the final scores
         del found["state_dict"], expected["state_dict"]
     for name in found.keys() & {"state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"}:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
-    assert rows(tmp_path / "longer")[:-1] == rows(tmp_path / "whole")[:-1]
+    assert rows(tmp_path)[:-1] == rows(whole)[:-1]
 
 
 class SignalInValidation(L.Callback):
@@ -189,8 +199,7 @@ def test_signal_in_a_validation_is_answered_there(tmp_path: Path) -> None:
     ("numbers", "code"),
     [
         ((signal.SIGTERM, signal.SIGTERM), 143),
-        ((signal.SIGINT,), 130),
-        pytest.param((signal.SIGUSR1,), 143, marks=pytest.mark.slow),
+        *slow(((signal.SIGINT,), 130), ((signal.SIGUSR1,), 143)),
     ],
 )
 def test_signal_saves_and_stops(

@@ -19,6 +19,7 @@ from coca_lit.training import gradient_caching
 from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
 from coca_lit.training.optim import AdamW
 from helpers.running import run
+from helpers.slow import slow
 from helpers.steps import ENCODER, Step, own_batch
 
 WEIGHTS = {"contrastive": 1.0, "caption": 2.0}
@@ -39,7 +40,7 @@ def gradients(net: CoCa) -> dict[str, Tensor]:
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("size", [2, *slow(6)])
 @pytest.mark.parametrize(
     ("model", "weights"),
     [
@@ -171,7 +172,7 @@ SHORT = (
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_run_in_micro_batches_ends_with_the_same_weights(tmp_path: Path, precision: str) -> None:
     saved = {}
     for size in ("null", "2"):

@@ -37,11 +37,9 @@ def train(folder: Path, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, and one that resumes from it for two more, in `on`."""
+    """A run of two steps."""
     folder = tmp_path_factory.mktemp("one")
     run(folder, *SHORT, "data.train_count=16")
-    last = f"ckpt_path={folder}/checkpoints/last.ckpt"
-    run(folder / "on", *SHORT, "data.train_count=16", "trainer.max_epochs=2", last)
     return folder
 
 
@@ -68,7 +66,7 @@ def sharded(on_ranks, tmp_path_factory: pytest.TempPathFactory, one_process: Pat
 
 
 @pytest.mark.slow
-def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None:
+def test_sharded_training_equals_one_process(sharded, one_process: Path, tmp_path: Path) -> None:
     """With clipping; and over a checkpoint, a file like any other, of a sharded run and of one process."""
     folder, _ = sharded
     expected, found = saved(one_process), saved(folder)
@@ -79,7 +77,9 @@ def test_sharded_training_equals_one_process(sharded, one_process: Path) -> None
     checkpointing = saved(folder / "checkpointing")
     torch.testing.assert_close(checkpointing["state_dict"], expected["state_dict"], atol=2e-6, rtol=0)
     load_model(folder / "checkpoints" / "last.ckpt")
-    longer = saved(one_process / "on")
+    last = f"ckpt_path={one_process}/checkpoints/last.ckpt"
+    run(tmp_path, *SHORT, "data.train_count=16", "trainer.max_epochs=2", last)
+    longer = saved(tmp_path)
     for name in ("on", "on_from_one"):
         torch.testing.assert_close(saved(folder / name)["state_dict"], longer["state_dict"], atol=4e-6, rtol=0)
 
@@ -206,6 +206,7 @@ def sharded_model() -> dict[str, Any]:
     return {"whole": whole, "parts": parts, "own": own, "again": again}
 
 
+@pytest.mark.slow
 def test_each_rank_holds_its_part_and_scores_with_all(sharded) -> None:
     count = sum(p.numel() for p in create_model("coca_tiny", **MODEL).parameters())
     _, results = sharded

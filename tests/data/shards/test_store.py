@@ -50,8 +50,7 @@ pytestmark = pytest.mark.slow  # real servers whose faults are waited for
 
 FAULTS = ("reset", "cut", "slow", "slow down", "internal", "away")
 DRAWN = int(os.environ.get("COCA_STORE_FAULTS", 4))
-OTHERS = [pytest.param(store, marks=pytest.mark.slow) for store in (FaultyGoogleStore, FaultyHub)]
-ON_ALL = pytest.mark.parametrize("server", [FaultyStore, *OTHERS], indirect=True)
+ON_ALL = pytest.mark.parametrize("server", [FaultyStore, FaultyGoogleStore, FaultyHub], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +118,7 @@ def expected(server: FaultyStore, tmp_path_factory: pytest.TempPathFactory) -> l
 
 @pytest.mark.parametrize(
     ("server", "workers"),
-    [
-        *((FaultyStore, count) for count in (0, 2)),
-        *(pytest.param(other, 2, marks=pytest.mark.slow) for other in (FaultyGoogleStore, FaultyHub)),
-    ],
+    [(FaultyStore, 0), *((store, 2) for store in (FaultyStore, FaultyGoogleStore, FaultyHub))],
     indirect=["server"],
 )
 def test_a_store_that_is_away_and_comes_back_changes_nothing(store, tmp_path, expected, workers):

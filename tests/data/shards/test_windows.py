@@ -27,6 +27,7 @@ from coca_lit.errors import DataError
 from coca_lit.seeding import stable_seed
 from helpers.datamodules import TOKENIZER
 from helpers.shards import contents, in_memory, spoil, write_shards
+from helpers.slow import slow
 
 COUNTS = {"a": [7, 5, 0, 11, 8, 3, 9, 4, 6, 10], "b": [5, 9, 2]}  # samples of each shard
 SEED = 3
@@ -200,7 +201,7 @@ def test_samples_to_look_at_are_of_the_shard_that_training_reads_first(store, tm
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, *slow(2)])
 def test_global_batches_are_equal_on_other_ranks_and_workers_and_after_a_resume(store, tmp_path, workers):
     data = laion(tmp_path, epoch_samples=48)
     whole = [contents(batch) for batch in read(data)]

@@ -17,6 +17,7 @@ from coca_lit.tools.caption import outputs, shards
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.applying import caption, new_model
 from helpers.forking import Program
+from helpers.slow import slow
 
 PHOTOS = 10  # in batches of 3
 
@@ -81,7 +82,7 @@ def half_a_line(path: Path, rows: Any) -> None:
         file.write('{"path": "photos/x.png", "capt')
 
 
-@pytest.mark.parametrize("output", ["lines.jsonl", pytest.param("coco.json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("output", ["lines.jsonl", *slow("coco.json")])
 def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, kills = tmp_path / output, 0
     for at in (1, 2, 1, 2):

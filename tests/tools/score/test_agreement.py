@@ -19,6 +19,7 @@ from coca_lit.tools.score.agreement import agreement, kendall, mixtures
 from coca_lit.tools.score.candidates import reference_scores
 from coca_lit.tools.score.judgments import Candidate, Grade, Judged, Preference, read_judgments
 from helpers.shared_data import SHARED
+from helpers.slow import slow
 
 JUDGMENTS = SHARED / "judgments"
 published = pytest.mark.skipif(not JUDGMENTS.is_dir(), reason="shared judgements not present")
@@ -155,9 +156,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Judged]:
 
 
 @published
-@pytest.mark.parametrize(
-    "name", ["ExpertAnnotations.txt", pytest.param("CrowdFlowerAnnotations.txt", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["ExpertAnnotations.txt", *slow("CrowdFlowerAnnotations.txt")])
 def test_equal_to_pycocoevalcap_by_hand(
     few: Callable[[str], Judged], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
