@@ -87,6 +87,7 @@ open('{group}/cgroup.procs', 'w').write(str(os.getpid()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("controller", "limits", "rest", "said"),
     [
@@ -223,6 +224,7 @@ assert len(results) == 1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CORES < 2 or not Path("/proc/stat").exists(), reason="needs two cores of a Linux machine")
 def test_threads_leave_a_core_that_another_program_uses() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}

@@ -11,6 +11,7 @@ from coca_lit.losses import caption_loss, contrastive_loss
 from coca_lit.models import CoCa, CoCaOutput, create_model
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.packing import Layout
+from helpers.slow import slow
 
 LENGTHS = {
     "ragged": [5, 24, 2, 9],
@@ -83,7 +84,7 @@ def step(
 
 
 @pytest.mark.parametrize("batch", LENGTHS, indirect=True)
-@pytest.mark.parametrize("cls_mask", ["correct", "legacy"])
+@pytest.mark.parametrize("cls_mask", ["correct", *slow("legacy")])
 @pytest.mark.parametrize(
     "parts", [{}, {"contrastive": False}, {"captioning": False}], ids=["both", "caption", "contrastive"]
 )

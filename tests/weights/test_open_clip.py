@@ -20,6 +20,7 @@ from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.start import copy_weights
 from helpers.beam_oracle import TEXT as DECODER
 from helpers.beam_oracle import VISION
+from helpers.slow import slow
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "hat", "word " * 90]
 HEADS = {"image_encoder_args": {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 1}}
@@ -44,7 +45,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(len(TEXTS), 3, 32, 32), open_clip.get_tokenizer("coca_ViT-B-32")(TEXTS)
 
 
-@pytest.mark.parametrize("context", [76, 77, 128, 256])
+@pytest.mark.parametrize("context", [76, *slow(77, 128, 256)])
 def test_features_and_logits_are_equal(batch: tuple[Tensor, Tensor], context: int) -> None:
     theirs, ours = make_pair(context=context)
     images, tokens = batch[0], open_clip.SimpleTokenizer(context_length=context)([*TEXTS[:3], "word " * 300])
@@ -60,6 +61,7 @@ def test_features_and_logits_are_equal(batch: tuple[Tensor, Tensor], context: in
     torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_captions_fill_a_context_of_256() -> None:
     """Greedy, with a cache; every token is the likeliest one of OpenCLIP's whole pass."""

@@ -24,6 +24,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.load import load_model
 from coca_lit.weights.open_clip import from_open_clip, keys
+from helpers.slow import slow
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
 SMALL = {
@@ -62,11 +63,13 @@ def small(**overrides: Any) -> CoCa:
     "overrides",
     [
         {},
-        {"cls_mask": "correct"},
-        {"decoder_layers": 0, "pooler_queries": 1},
-        {"contrastive": "siglip", "decoder_layers": 0, "pooler_queries": 1},
-        {"image_encoder_args": {**SMALL["image_encoder_args"], "pretrained_cfg_overlay": SHIFTED, "mlp_ratio": 3}},
-        {"interpolation": "bilinear", "resize_mode": "squash"},
+        *slow(
+            {"cls_mask": "correct"},
+            {"decoder_layers": 0, "pooler_queries": 1},
+            {"contrastive": "siglip", "decoder_layers": 0, "pooler_queries": 1},
+            {"image_encoder_args": {**SMALL["image_encoder_args"], "pretrained_cfg_overlay": SHIFTED, "mlp_ratio": 3}},
+            {"interpolation": "bilinear", "resize_mode": "squash"},
+        ),
         {"resize_mode": "longest"},
     ],
     ids=[

@@ -148,6 +148,7 @@ def test_operations_are_those_of_a_real_step() -> None:
     assert steps[1].operations == steps[2].operations
 
 
+@pytest.mark.slow
 def test_less_work_costs_less() -> None:
     arguments = WEIGHTS, TOKENS, None, 64
     saving = without_weights()
@@ -161,6 +162,7 @@ def test_less_work_costs_less() -> None:
     assert no_caption.total < plain.total
 
 
+@pytest.mark.slow
 def test_memory_of_a_device_by_hand() -> None:
     net = without_weights()
     model, n = measure(net), sum(p.numel() for p in net.parameters())
@@ -225,6 +227,7 @@ def test_a_small_batch_is_not_spread_over_eight_devices(batch: int, devices: int
     assert read_recipe(cfg, read_settings(cfg), WEIGHTS, half=True).devices == devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "name"),
     [
