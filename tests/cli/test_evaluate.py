@@ -58,7 +58,7 @@ def test_another_image_size(checkpoint, tmp_path):
     cfg = compose(tmp_path / "chosen", f"checkpoint={checkpoint}", "image_size=48", *chosen)
     assert run(cfg) == expected != run(compose(tmp_path / "own", f"checkpoint={checkpoint}", *chosen))
     assert OmegaConf.load(tmp_path / "chosen" / "config.yaml").image_size == 48
-    with pytest.raises(ConfigError, match="image_size must be a whole number of at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"image_size .*\b0"):
         run(compose(tmp_path / "none", f"checkpoint={checkpoint}", "image_size=0", *chosen))
 
 

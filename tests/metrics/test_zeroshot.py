@@ -107,7 +107,7 @@ def test_folders(digits, tmp_path):
     with pytest.raises(DataError, match="'a digit'"):
         image_folder(digits, tmp_path / "more.json")
     (tmp_path / "more.json").write_text(json.dumps({"classes": {"d0": "zero"}, "templates": []}))
-    with pytest.raises(DataError, match=r'"templates" must hold one or more texts .*, got none'):
+    with pytest.raises(DataError, match='"templates"'):
         image_folder(digits, tmp_path / "more.json")
     (tmp_path / "more.json").write_text("[]")
     with pytest.raises(DataError, match="classes"):

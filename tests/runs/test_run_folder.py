@@ -55,7 +55,7 @@ def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def test_second_process_is_refused_and_nothing_is_touched(tmp_path: Path, hold: Callable) -> None:
     process = hold(tmp_path / "run")
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
-    said = rf"run is in use by process {process.pid} on {socket.gethostname()} since 20\d\d-"
+    said = rf"{process.pid} .*{socket.gethostname()}.* 20\d\d-"
     begun = time.monotonic()
     with pytest.raises(ConfigError, match=said) as caught:
         train.run(compose(f"output_dir={tmp_path}/run", "name=x"))

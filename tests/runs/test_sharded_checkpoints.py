@@ -142,7 +142,7 @@ def test_damage_is_found(written: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"step_4.ckpt is not a whole checkpoint: {first.name} is not what"):
         inspect(folder)
     second.unlink()
-    with pytest.raises(CheckpointError, match=f"{second.name} is missing or was added"):
+    with pytest.raises(CheckpointError, match=second.name):
         inspect(folder)
     (folder / SHARDS).unlink()
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):

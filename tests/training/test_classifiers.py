@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_said(net: CoCa) -> None:
         randomised(StateClassifier(TRUTHS), net)(net, batch)
     with pytest.raises(DataError, match=r"label 'true'.*yes, no"):
         randomised(StateClassifier(["yes", "no"], images=2), net)(net, batch)
-    with pytest.raises(ValueError, match="two or more different classes"):
+    with pytest.raises(ValueError, match="two or more"):
         StateClassifier(["yes", "yes"])
     with pytest.raises(ValueError, match="decoder"):
         StateClassifier(TRUTHS).build(create_model("coca_tiny", decoder_layers=0))

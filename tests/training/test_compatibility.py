@@ -87,7 +87,7 @@ def test_fp16_and_micro_batches() -> None:
     """A CPU computes in bf16 instead."""
     trainer: Any = SimpleNamespace(strategy=None, precision="16-mixed", callbacks=[], accumulate_grad_batches=1)
     found = features(trainer, create_model("coca_tiny"), {}, 4, texts=False)
-    with pytest.raises(ConfigError, match=r"trainer.micro_batch_size does not work with trainer.precision=16-mixed"):
+    with pytest.raises(ConfigError, match=r"trainer.micro_batch_size .*trainer.precision=16-mixed"):
         check_together(found)
 
 

@@ -250,7 +250,7 @@ def test_cooldown_by_hand() -> None:
     expected = [1.0, 2.0, 2.0, 2.0, 2 * (1 - 0.5), 2 * (1 - math.sqrt(0.5)), 2 * (1 - math.sqrt(0.75)), 0.0]
     assert rates(7, 4) == pytest.approx(expected)
     assert rates(5, 0)[:5] == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0])
-    with pytest.raises(ConfigError, match="2 steps of warm-up and 4 of cooldown do not fit a run of 5 steps"):
+    with pytest.raises(ConfigError, match=r"2 .* 4 .* 5 "):
         rates(5, 4)
 
 

@@ -184,7 +184,7 @@ def test_forged_sizes(
     load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any], forged: dict[str, Any]
 ) -> None:
     torch.save(ours | {MODEL_KEY: ours[MODEL_KEY] | forged}, tmp_path / "x.ckpt")
-    assert "is damaged or from another version" in load(tmp_path / "x.ckpt")
+    assert "is damaged" in load(tmp_path / "x.ckpt")
 
 
 def test_an_empty_tensor_explains_no_size(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:

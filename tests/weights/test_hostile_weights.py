@@ -71,7 +71,7 @@ def test_a_checkpoint_that_claims_a_size_takes_no_memory(tmp_path, forged):
     state = {f"net.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": state, "coca_lit_model": model.config | forged}, tmp_path / "x.ckpt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"x\.ckpt' is damaged or from another version: .*size"):
+    with pytest.raises(ValueError, match=r"x\.ckpt' .*size"):
         coca_lit.load_model(tmp_path / "x.ckpt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 

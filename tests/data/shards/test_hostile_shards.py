@@ -82,7 +82,7 @@ def test_members_that_lead_out_of_the_shard(tmp_path, name):
     path = write_tar(tmp_path / "x.tar", good() | {name: jpeg()})
     keys, bad, _ = train_on(path, batches=5)
     assert all(key.startswith("good") for key in keys)
-    assert "leads out of the shard" in bad[0].detail
+    assert "leads out" in bad[0].detail
     assert sorted(tmp_path.glob("[!.]*")) == [*before, path]  # beside the index
 
 
@@ -149,7 +149,7 @@ def test_a_compressed_shard_does_not_grow_without_bound(tmp_path):
     path.write_bytes(gzip.compress(content, 1))
     bad = BadSamples(1.0)
     assert not list(read_shard(Shard(str(path)), ["txt"], bad))
-    assert bad.found[0].detail == "decompressed it has more than 67,108,864 bytes, 50 times its size"
+    assert "67,108,864" in bad.found[0].detail
     path.with_suffix(".xz").touch()
     list(read_shard(Shard(str(path.with_suffix(".xz"))), ["txt"], bad))
     assert "xz is not read" in bad.found[1].detail

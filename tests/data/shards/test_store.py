@@ -331,7 +331,7 @@ def test_a_lost_shard_is_counted_and_a_lost_bucket_stops_the_run(store, tmp_path
     other.shards = data.shards and {
         "": [replace(shard, cache=ShardCache(*other.cache)) for shard in data.shards[""]]
     }  # found before the bucket went
-    with pytest.raises(DataNotFoundError, match="there is no bucket s3://brief"):
+    with pytest.raises(DataNotFoundError, match="s3://brief"):
         batches(other)
 
 

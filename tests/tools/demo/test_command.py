@@ -61,7 +61,7 @@ def test_trains_the_demo_if_there_is_none_and_says_so(shown, monkeypatch, tmp_pa
     with pytest.raises(ConfigError, match="demo model"):
         cli.run(compose("checkpoint=builtin"))
     assert "experiment=demo" in commands[0]
-    assert "training the demo model, a few minutes" in capsys.readouterr().err
+    assert "training the demo" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ def test_it_resumes_after_a_kill(photos, tmp_path, monkeypatch):
 
 def test_mistakes_are_one_sentence(photos, tmp_path):
     source = table(tmp_path / "t.csv", [(f"photos/{i}.jpg", f"a dog {i}") for i in range(7)])
-    with pytest.raises(SystemExit, match="there is no file or folder"):
+    with pytest.raises(SystemExit, match="no file or folder"):
         run(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(SystemExit, match=r"photos is not empty"):
         run(source, photos)
