@@ -25,6 +25,8 @@ from coca_lit.weights.load import load_dual_encoder
 from coca_lit.weights.open_clip import to_open_clip
 from helpers.forking import FORKSERVER
 
+pytestmark = pytest.mark.slow  # a process whose memory has a limit
+
 
 def load_each(asked: Connection) -> None:
     """Answers the path of a file with the megabytes and seconds that it took to load, and what was said. The process

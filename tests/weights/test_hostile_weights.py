@@ -139,6 +139,7 @@ def damaged_ends(data: st.DataObject, content: bytes) -> bytes:
     return content[:-4096] + data.draw(damaged(content[-4096:]))
 
 
+@pytest.mark.slow
 @settings(fuzz, max_examples=COUNT or 8)  # a model is built for each that is whole
 @given(st.data())
 def test_forged_checkpoints(folder, saved, data):

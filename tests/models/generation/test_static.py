@@ -44,6 +44,7 @@ def test_captions_are_those_of_the_ordinary_path(
     torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_steps_and_batches_of_a_size() -> None:
     model, images = make_model(), make_images(8)
     expected = model.generate(images, max_length=12)

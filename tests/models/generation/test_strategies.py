@@ -131,6 +131,7 @@ def test_batches_do_not_change_captions(model: CoCa) -> None:
         assert torch.equal(model.generate(images, max_length=LENGTH, **options), alone)
 
 
+@pytest.mark.slow
 def test_random_models_prompts_and_rules() -> None:
     check_random_cases(range(10))
 

@@ -153,6 +153,7 @@ def test_words_of_a_real_command(model: CoCa, checkpoint: str, tmp_path: Path) -
     assert sorted(os.listdir(os.fsencode(tmp_path))) == sorted(names)  # no run folder, no log
 
 
+@pytest.mark.slow
 def test_coco_results(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
     names = {"COCO_val2014_000000000042.jpg": 42, "000000000139.jpg": 139, "1000268201_693b08cb0e.jpg": None}
     for i, name in enumerate(names):
@@ -171,6 +172,7 @@ def test_coco_results(model: CoCa, checkpoint: str, tmp_path: Path) -> None:
         caption(checkpoint, f"images=[{tmp_path}]", f"output={tmp_path}/q.json", "generate.num_captions=2")
 
 
+@pytest.mark.slow
 def test_shards_keep_everything_but_the_caption(
     model: CoCa, checkpoint: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

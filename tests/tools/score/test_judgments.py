@@ -208,6 +208,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.data())
 def test_forged_judgments(folder: Path, data: st.DataObject) -> None:
@@ -227,6 +228,7 @@ def test_forged_judgments(folder: Path, data: st.DataObject) -> None:
         read_judgments(folder / "ExpertAnnotations.txt")
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.data())
 def test_forged_matlab_files(folder: Path, data: st.DataObject) -> None:
