@@ -15,7 +15,6 @@ from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss, contrastive_term, loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.training import gradient_caching
 from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
 from coca_lit.training.optim import AdamW
 from helpers.running import run
@@ -146,16 +145,14 @@ def test_micro_batches_on_two_ranks_equal_the_whole_batch_on_one(on_ranks) -> No
         torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5)
 
 
-def test_only_a_micro_batch_goes_through_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_micro_batch_goes_through_the_network() -> None:
     calls = []
-    forward = gradient_caching._forward
 
-    def watched(net: CoCa, part: gradient_caching.MicroBatch, **asked: bool) -> Any:
-        calls.append((len(part.images), asked["captioning"], torch.is_grad_enabled()))
-        return forward(net, part, **asked)
+    def watched(net: CoCa, given: tuple[Any, ...], asked: dict[str, Any]) -> None:
+        calls.append((len(given[0]), asked["captioning"], torch.is_grad_enabled()))
 
-    monkeypatch.setattr(gradient_caching, "_forward", watched)
     net = build()
+    net.register_forward_pre_hook(watched, with_kwargs=True)
     cached_loss(net, *own_batch(net, 0)[:3], 2, WEIGHTS)
     assert calls == [(2, False, False)] * 3 + [(2, True, True)] * 3
 

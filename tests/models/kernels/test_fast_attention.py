@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from coca_lit.models import create_model
-from coca_lit.models.kernels import fast_attention
+from coca_lit.models.kernels import disabled, fast_attention
 from coca_lit.models.layers import CrossBlock, SelfBlock, normalize_once
 from coca_lit.models.packing import Layout
 from coca_lit.models.text import legacy_attention_mask
@@ -63,16 +63,14 @@ def test_self_attention_is_that_of_the_grid(lengths: list[int], legacy: bool) ->
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-def test_cross_attention_needs_no_keys_and_values(
-    lengths: list[int], dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cross_attention_needs_no_keys_and_values(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
     block = randomised(CrossBlock(64, 48, 4)).to(dtype)
     layout = Layout(torch.tensor(lengths), packed=True)
     image = torch.randn(len(lengths), 7, 48, dtype=dtype).requires_grad_()
     x, normed = rows(layout, 64, dtype), normalize_once(image)
     fast = block(x, normed, layout)
-    monkeypatch.setattr("coca_lit.models.kernels.process._on", False)
-    plain = block(x, normed, layout)
+    with disabled():
+        plain = block(x, normed, layout)
     assert relative([fast], [plain]) < tolerance
     assert relative(gradients(block, fast, x, image), gradients(block, plain, x, image)) < tolerance
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.kernels import cpu_linear, fast_attention, process, timm_layers
+from coca_lit.models.kernels import cpu_linear, disabled, fast_attention, timm_layers
 
 VIT = {
     "image_encoder": "vit_base_patch32_clip_224",
@@ -64,17 +64,17 @@ def distance(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_training_step_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_is_the_same(name: str) -> None:
     fast = train(name, bf16=False)
-    monkeypatch.setattr(process, "_on", False)
-    assert distance(fast, train(name, bf16=False)) < 1e-5
+    with disabled():
+        assert distance(fast, train(name, bf16=False)) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_training_step_in_bf16_is_as_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_in_bf16_is_as_exact(name: str) -> None:
     fast = train(name, bf16=True)
-    monkeypatch.setattr(process, "_on", False)
-    plain, exact = train(name, bf16=True), train(name, bf16=False, dtype=torch.float64)
+    with disabled():
+        plain, exact = train(name, bf16=True), train(name, bf16=False, dtype=torch.float64)
     assert distance(fast, exact) < 1.5 * distance(plain, exact)
 
 
@@ -82,12 +82,12 @@ def test_a_training_step_in_bf16_is_as_exact(name: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "options", [{}, {"strategy": "beam", "num_beams": 3, "num_captions": 2}], ids=["greedy", "beam"]
 )
-def test_captions_are_the_same(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_the_same(name: str, options: dict[str, Any]) -> None:
     model = build(name).eval()
     images, _, _ = batch(model)
     fast = model.generate(images, return_scores=True, max_length=12, **options)
-    monkeypatch.setattr(process, "_on", False)
-    plain = model.generate(images, return_scores=True, max_length=12, **options)
+    with disabled():
+        plain = model.generate(images, return_scores=True, max_length=12, **options)
     assert torch.equal(fast.ids, plain.ids)
     torch.testing.assert_close(fast.log_probs, plain.log_probs)
 
@@ -116,6 +116,6 @@ def test_off_means_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     use_everything()
     assert called == {f"{module.__name__}.{function}" for module, function in FAST}
     called.clear()
-    monkeypatch.setattr(process, "_on", False)
-    use_everything()
+    with disabled():
+        use_everything()
     assert not called
