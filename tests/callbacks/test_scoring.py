@@ -102,6 +102,7 @@ def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
     }
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     probe = Probe(scale)
     accumulated = ("trainer.accumulate_grad_batches=2", "model.caption_weight=0")
@@ -109,6 +110,7 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     assert probe.counts == [5, 5, 5, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["trainer.max_steps=4"])
 def test_end_of_training_is_scored_once(tmp_path: Path, stop: str) -> None:
     probe = Probe(scale)
@@ -132,6 +134,7 @@ class Scales(L.Callback):
         self.values.append(scale(pl_module.net))
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_scored(tmp_path: Path) -> None:
     probe, scales = Probe(scale), Scales()
     train(tmp_path, "ema=0.75", evals=[probe], watch=scales, every_n_epochs=None, every_n_steps=2)
@@ -226,6 +229,7 @@ def test_a_wrong_score_is_refused_before_training(
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["valu", *slow("CIDEr")])  # near a score that there is, and near none
 def test_a_wrong_score_of_an_own_metric_is_refused_when_it_is_known(tmp_path: Path, measure: str) -> None:
     with pytest.raises(ConfigError, match=rf"probe/{measure}.*probe/value"):
@@ -255,6 +259,7 @@ def test_a_score_of_the_end_is_checked_before_training(score: str, message: str 
         scoring.check_score("key", score, at_end=True)
 
 
+@pytest.mark.slow
 def test_the_scores_of_the_end_are_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_java(monkeypatch)
     evals = [CaptionScores("scenes", RECORDS, training_captions=lambda: ["one"]), RetrievalScores("scenes", RECORDS)]

@@ -132,6 +132,7 @@ def test_ptb_tokens():
     assert ptb_tokenize([]) == []
 
 
+@pytest.mark.slow
 def test_nothing_shifts_the_captions():
     texts = ["a\r\nb", "", "c\u2028d\u2029e", "f\x0bg\x0ch\x85i", "\x1c\x1d\x1e", "j ||| k", "<l\nm>", "\ud800n", "o\n"]
     expected = ["a b", "", "c d e", "f g h i", "", "j | | | k", "<l\xa0m>", "n", "o"]
@@ -145,6 +146,7 @@ def test_nothing_shifts_the_captions():
     assert caption_scores(references, predictions | {0: "o", 8: "a b"}, ["METEOR"])["METEOR"] < scores["METEOR"] - 0.1
 
 
+@pytest.mark.slow
 def test_odd_captions_are_those_of_the_official_tool(monkeypatch):
     """Tokens and scores of what users' files hold, by pycocoevalcap's own tokenizer and scorers."""
     monkeypatch.setenv("PATH", f"{java.java_executable().parent}{os.pathsep}{os.environ['PATH']}")

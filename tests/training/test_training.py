@@ -28,6 +28,7 @@ from coca_lit.training.optim import AdamW
 from coca_lit.training.trainer import prepare
 from coca_lit.weights.load import load_model
 from helpers.running import compose, run
+from helpers.slow import slow
 
 # Two epochs of four steps on the CPU and nothing else.
 SHORT = (
@@ -89,6 +90,7 @@ def tensors(net: CoCa) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
+@pytest.mark.slow
 def test_seed_decides(tmp_path: Path) -> None:
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / folder, *SHORT, f"seed={seed}", "trainer.max_epochs=1", "data.train_count=16")
@@ -140,7 +142,7 @@ def test_frozen_parts_are_named_and_stay(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = tensors(new_module(compose(*SHORT, weight)).net)
-    net = fit(tmp_path, weight).net
+    net = fit(tmp_path, weight, "trainer.max_epochs=1").net
     assert said in capsys.readouterr().out
     for name, tensor in tensors(net).items():
         assert torch.equal(tensor, before[name]) == name.startswith(frozen), name
@@ -184,7 +186,7 @@ def test_the_average_keeps_to_the_range_of_the_temperature(tmp_path: Path) -> No
     assert net.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", *slow("bf16-true")])
 def test_gradients_are_clipped(tmp_path: Path, precision: str) -> None:
     norms: list[float] = []
 

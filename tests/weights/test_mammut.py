@@ -14,13 +14,12 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.training.optim import AdamW
 from coca_lit.training.sharding import blocks
-from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import oracle
 from helpers.coca2 import SMALL, TEXTS, same
+from helpers.family import check_cached_generation, check_files, check_packed_training
 from helpers.mammut import NEW, RELEASED, WITHOUT_MLP, make, released_files
-from helpers.packing import check_packed_training
 
 HEADS = 2
 
@@ -104,12 +103,7 @@ HEADS_OF_IMAGE = {"image_encoder_args": SMALL["image_encoder_args"]}
 @KINDS
 def test_files_go_both_ways(tmp_path: Path, arguments: dict[str, Any]) -> None:
     model, _, _ = make(**arguments)
-    write_open_clip(model, tmp_path, version="mammut" if arguments is WITHOUT_MLP else "4")
-    assert load_model(tmp_path / "open_clip_model.safetensors").config == model.config
-    save_model(model, tmp_path / "ours.safetensors")
-    assert load_model(tmp_path / "ours.safetensors").config == model.config
-    with pytest.raises(ValueError, match=r"needs OpenCLIP 4|version=mammut"):
-        write_open_clip(model, tmp_path)
+    check_files(model, tmp_path, "mammut" if arguments is WITHOUT_MLP else "4")
     if arguments is NEW:
         with pytest.raises(ValueError, match="mean_all"):
             write_open_clip(model, tmp_path, version="mammut")
@@ -166,12 +160,7 @@ def test_cached_generation_equals_the_whole_pass(tower_args: dict[str, int] | No
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     pixels, _, _ = batch()
-    beams = model.generate(pixels, strategy="beam", num_beams=3, num_captions=3, prompt="a red", return_scores=True)
-    for i in range(len(pixels)):
-        lengths = (beams.ids[i] == model.tokenizer.eot_id).int().argmax(-1) + 1
-        prefix = model.log_likelihood(pixels[i : i + 1], beams.ids[i, :1, :3], torch.tensor([3]))
-        expected = model.log_likelihood(pixels[i : i + 1], beams.ids[i], lengths) - prefix
-        torch.testing.assert_close(beams.log_probs[i] * (lengths - 3), expected, atol=1e-4, rtol=1e-4)
+    check_cached_generation(model, pixels)
     reranked = model.generate(pixels, strategy="beam", rerank="contrastive", return_attention=True, max_length=8)
     torch.testing.assert_close(reranked.attention[:, 1].sum(-1), torch.ones(len(pixels)))
 

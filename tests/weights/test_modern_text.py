@@ -14,15 +14,14 @@ from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.generation.static import CompiledGenerator, static_step
 from coca_lit.models.variants.modern import rotary_table, rotate
-from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.training.optim import AdamW
-from coca_lit.weights.load import load_dual_encoder, load_model, save_model
+from coca_lit.weights.load import load_dual_encoder, load_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import oracle
 from helpers.coca2 import SMALL, TEXTS, make, same
+from helpers.family import check_cached_generation, check_files, check_packed_training
 from helpers.oracle import State
-from helpers.packing import check_packed_training
 
 STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
 MODERN: dict[str, Any] = {
@@ -148,12 +147,7 @@ def test_cached_generation_equals_the_whole_pass(name: str) -> None:
     for caption, whole in zip(captions.tolist(), ids.tolist(), strict=True):
         end = caption.index(model.tokenizer.eot_id)
         assert caption[: min(end, 12)] == whole[: min(end, 12)]
-    beams = model.generate(pixels, strategy="beam", num_beams=3, num_captions=3, prompt="a red", return_scores=True)
-    for i in range(3):
-        lengths = (beams.ids[i] == model.tokenizer.eot_id).int().argmax(-1) + 1
-        prefix = model.log_likelihood(pixels[i : i + 1], beams.ids[i, :1, :3], torch.tensor([3]))
-        expected = model.log_likelihood(pixels[i : i + 1], beams.ids[i], lengths) - prefix
-        torch.testing.assert_close(beams.log_probs[i] * (lengths - 3), expected, atol=1e-4, rtol=1e-4)
+    beams = check_cached_generation(model, pixels)
     generator = CompiledGenerator(model)
     generator.step = static_step
     static = generator.generate(
@@ -177,13 +171,7 @@ def test_the_caption_loss_alone_freezes_the_pool() -> None:
 
 def test_files_go_both_ways(tmp_path: Path) -> None:
     model, _, _ = modern(text_tower_args={"pool": "mean", **STYLE, "norm_eps": 1e-5, "rope_base": 500.0})
-    write_open_clip(model, tmp_path, version="4")
-    loaded = load_model(tmp_path / "open_clip_model.safetensors")
-    assert loaded.config == model.config
-    save_model(model, tmp_path / "ours.safetensors")
-    assert load_model(tmp_path / "ours.safetensors").config == model.config
-    with pytest.raises(ValueError, match="needs OpenCLIP 4"):
-        write_open_clip(model, tmp_path)
+    check_files(model, tmp_path)
 
 
 def test_a_file_without_a_decoder_is_no_clip(tmp_path: Path) -> None:

@@ -12,12 +12,11 @@ from torch import Tensor
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.models.patches import Patches, stack_images
-from coca_lit.tools.export.open_clip import write_open_clip
-from coca_lit.weights.load import load_model, save_model
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import oracle
 from helpers.coca2 import same
+from helpers.family import check_files
 from helpers.oracle import State
 
 NAME = "coca2-moderntext-naflex_ViT-B-32"
@@ -171,15 +170,8 @@ def test_captions_do_not_depend_on_the_other_images(images: list[Tensor], model:
 def test_files_go_both_ways(tmp_path: Path) -> None:
     encoder = SMALL["image_encoder_args"] | {"max_patches": 12}
     model, _, _ = make(image_encoder_args=encoder)
-    write_open_clip(model, tmp_path, version="4")
-    loaded = load_model(tmp_path / "open_clip_model.safetensors")
-    assert loaded.config == model.config
-    assert loaded.preprocessing == model.preprocessing
+    check_files(model, tmp_path)
     assert model.preprocessing["max_patches"] == 12
-    save_model(model, tmp_path / "ours.safetensors")
-    assert load_model(tmp_path / "ours.safetensors").config == model.config
-    with pytest.raises(ValueError, match="needs OpenCLIP 4"):
-        write_open_clip(model, tmp_path)
     with pytest.raises(ValueError, match="format=onnx"):
         pytest.importorskip("coca_lit.tools.export.onnx").write_onnx(model, tmp_path)
 
