@@ -22,6 +22,7 @@ from helpers import oracle
 from helpers.coca2 import SMALL, TEXTS, make, same
 from helpers.family import check_cached_generation, check_files, check_packed_training
 from helpers.oracle import State
+from helpers.slow import slow
 
 STYLE = {"gated": True, "qk_norm": True, "mlp_width": 44}
 MODERN: dict[str, Any] = {
@@ -45,10 +46,12 @@ def images() -> Tensor:
     ("overrides", "pool", "ratio", "base"),
     [
         (MODERN, "eos", 2, 10000.0),
-        (MODERN | {"text_tower_args": {"pool": "mean", **STYLE}}, "mean", 2, 10000.0),
-        (MODERN | {"text_tower_args": {"pool": "map", **STYLE}}, "map", 2, 10000.0),
-        (PLAIN, "eos", 1, 10000.0),
-        (MODERN | {"decoder_layers": 5, "decoder_args": {"cross_attention_every": 4, **STYLE}}, "eos", 4, 10000.0),
+        *slow(
+            (MODERN | {"text_tower_args": {"pool": "mean", **STYLE}}, "mean", 2, 10000.0),
+            (MODERN | {"text_tower_args": {"pool": "map", **STYLE}}, "map", 2, 10000.0),
+            (PLAIN, "eos", 1, 10000.0),
+            (MODERN | {"decoder_layers": 5, "decoder_args": {"cross_attention_every": 4, **STYLE}}, "eos", 4, 10000.0),
+        ),
         ({**PLAIN, "text_tower_args": {"rope_base": 50.0}, "decoder_args": {"rope_base": 50.0}}, "eos", 1, 50.0),
     ],
     ids=["eos", "mean", "map", "without gates and norms of heads", "few cross-attentions", "another base"],
@@ -120,7 +123,7 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*slow("coca_tiny"), "ratio"])
 def test_packed_training_equals_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a packed text keep their positions: features, losses and gradients are equal."""
     torch.manual_seed(0)
@@ -128,7 +131,7 @@ def test_packed_training_equals_padded(name: str, monkeypatch: pytest.MonkeyPatc
     check_packed_training(model, monkeypatch)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*slow("coca_tiny"), "ratio"])
 @torch.no_grad()
 def test_cached_generation_equals_the_whole_pass(name: str) -> None:
     """Greedy and beam captions and their log-probabilities, also with the shapes of a GPU's step."""
