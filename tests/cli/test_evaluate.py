@@ -215,10 +215,9 @@ def test_a_long_context_is_captioned_and_scored_to_its_end(folder, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1])
-def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path, workers):
+def test_a_corrupt_image_is_named(checkpoint, folder, tmp_path):
     (folder / "pictures" / "1.png").write_bytes(b"no picture")
-    evals = [*folder_evals(folder, "retrieval"), f"scoring.workers={workers}"]
+    evals = [*folder_evals(folder, "retrieval"), "scoring.workers=1"]
     with pytest.raises(DataError, match=r"pictures/1\.png is not a readable image"):
         run(compose(tmp_path / "run", f"checkpoint={checkpoint}", *evals))
 

@@ -111,11 +111,10 @@ def sugarcrepe(root: Path) -> tuple[list[Record], dict[str, list[torch.Tensor]]]
     return records, naive(records)
 
 
-@pytest.mark.parametrize("batch_size", [5])
-def test_embeddings_and_decoder_equal_loops(sugarcrepe: tuple, tmp_path: Path, batch_size: int) -> None:
+def test_embeddings_and_decoder_equal_loops(sugarcrepe: tuple, tmp_path: Path) -> None:
     records, looped = sugarcrepe
     evaluation = ChoiceScores("sugarcrepe", records)
-    scores = evaluation.evaluate(make_model(), Settings(tmp_path, batch_size=batch_size))
+    scores = evaluation.evaluate(make_model(), Settings(tmp_path, batch_size=5))
     expected = {}
     for way, found in looped.items():
         right = [bool(row[0] > row[1]) for row in found]

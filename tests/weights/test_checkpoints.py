@@ -107,16 +107,15 @@ class Attack:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("name", ["evil.ckpt"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, name: str, zipped: bool) -> None:
+def test_code_in_a_file_does_not_run(tiny_model: Build, tmp_path: Path, zipped: bool) -> None:
     content = training_checkpoint(tiny_model()) | {"callbacks": Attack(tmp_path / "ran")}
-    torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    torch.save(content, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=zipped)
     for load in (load_model, lambda path: load_image_weights(tiny_model(), path)):
-        with pytest.raises(ValueError, match=f"{name}'.*code"):
-            load(tmp_path / name)
+        with pytest.raises(ValueError, match=r"evil\.ckpt'.*code"):
+            load(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / name, weights_only=False)
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have
 
 

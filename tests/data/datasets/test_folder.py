@@ -45,19 +45,18 @@ def fill(root: Path, names: object = tuple(CAPTIONS)) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("place", ["images"])
-def test_layouts(tmp_path: Path, layout: str, place: str) -> None:
-    fill(tmp_path / place)
+def test_layouts(tmp_path: Path, layout: str) -> None:
+    fill(tmp_path / "images")
     if layout:
         (tmp_path / layout.split()[0]).write_text(LAYOUTS[layout], encoding="utf-8")
     else:
         for name, captions in CAPTIONS.items():
-            (tmp_path / place / name).with_suffix(".txt").write_text("\n\n".join(captions))
+            (tmp_path / "images" / name).with_suffix(".txt").write_text("\n\n".join(captions))
     records = {split: folder_records(tmp_path, split) for split in ("train", "val")}
     assert {split: len(found) for split, found in records.items()} == {"train": 9, "val": 1}
     found = {Path(str(r.id)).name: r for r in records["train"] + records["val"]}
     assert {name: record.captions for name, record in found.items()} == CAPTIONS
-    assert found["3.jpg"].image == ImageFile(tmp_path / place / "3.jpg")
+    assert found["3.jpg"].image == ImageFile(tmp_path / "images" / "3.jpg")
     assert len(folder_training_captions(tmp_path)) == 18
 
 
