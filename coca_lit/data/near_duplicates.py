@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from coca_lit.data.pixels import open_image
+from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.machine import processors
 from coca_lit.progress import ProgressBar
@@ -37,7 +37,9 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def hash_files(paths: Sequence[Path]) -> list[int | None]:
-    """The hash of each image file; None for one that cannot be decoded. Files are decoded once per process."""
+    """The hash of each image file, and of the frame in the middle of each clip; None for one that cannot be decoded.
+    Files are decoded once per process.
+    """
     with ProgressBar("comparing photos") as progress, ThreadPoolExecutor(min(8, processors())) as pool:
         hashes = []
         for found in pool.map(_hash_file, paths):
@@ -57,7 +59,7 @@ def _hash_file(path: Path) -> int | None:
 @lru_cache(maxsize=2**18)
 def _hash_of(path: Path, changed: int, size: int) -> int | None:
     try:
-        return perceptual_hash(open_image(path))
+        return perceptual_hash(image_file(path, frames=1)())
     except DataError:
         return None
 

@@ -19,13 +19,13 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from coca_lit.data.records import Record
+from coca_lit.data.records import Clip, Record
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import DataError, check_number
 from coca_lit.files import atomic_write
 from coca_lit.metrics.conditions import Conditions, digest
 from coca_lit.metrics.uncertainty import Draws
-from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Evaluation:
         self.not_run, self.draws = {}, {}
         scores, name = self.scores(model, records, settings), self.name_of(settings, limit)
         self.draws = {f"{name}/{score}": draws for score, draws in self.draws.items()}
-        known = self._conditions(scores, records, settings) if settings.full else {}
+        known = self._conditions(scores, model, records, settings) if settings.full else {}
         self.conditions = {f"{name}/{score}": conditions for score, conditions in known.items()}
         return {f"{name}/{score}": value for score, value in scores.items()}
 
@@ -171,9 +171,13 @@ class Evaluation:
         return [caption for record in records for caption in record.captions]
 
     def _conditions(
-        self, scores: Iterable[str], records: Sequence[Record], settings: Settings
+        self, scores: Iterable[str], model: DualEncoder, records: Sequence[Record], settings: Settings
     ) -> dict[str, Conditions]:
         """Of each score, those of a domain included, such as "in-domain/CIDEr"."""
+        of_clips: dict[str, Any] = {}
+        if frames := sorted({record.image.count for record in records if isinstance(record.image, Clip)}):
+            pooling = "mean" if isinstance(model, CLIP) else model.config["frame_pooling"]
+            of_clips = {"frames": "/".join(map(str, frames)), "frame_pooling": pooling}
         groups = {"": records}
         for domain in dict.fromkeys(record.domain for record in records if record.domain):
             groups[domain] = [record for record in records if record.domain == domain]
@@ -184,7 +188,9 @@ class Evaluation:
             known[domain] = Conditions(settings.split, len(own), ids, len(texts), digest(texts), {})
         of_all = known[""]
         return {
-            score: known.get(score.rpartition("/")[0], of_all)._replace(settings=self.depends_on(score, settings))
+            score: known.get(score.rpartition("/")[0], of_all)._replace(
+                settings=self.depends_on(score, settings) | of_clips
+            )
             for score in scores
         }
 

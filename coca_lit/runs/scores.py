@@ -66,6 +66,7 @@ DATA_SETS = {  # names of evaluations -> names for readers; others are shown as 
     "msrvtt": "MSR-VTT",
     "kinetics": "Kinetics",
     "my_clips": "your clips",
+    "clip_shards": "clips in shards",
     "snli_ve": "SNLI-VE",
     "nlvr2": "NLVR2",
     "pairs": "your texts about photos",

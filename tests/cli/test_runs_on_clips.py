@@ -16,6 +16,7 @@ from coca_lit.errors import DataError
 from coca_lit.runs.results import read_conditions
 from helpers.clips import write_clip
 from helpers.running import TINY, results, run
+from helpers.shards import write_tar
 
 pytestmark = pytest.mark.slow
 MOTION = ("experiment=scenes_motion", "data.train_count=64", "data.frames=2", "evals=[scenes_motion_choice]")
@@ -78,7 +79,23 @@ def test_files_of_msrvtt(tmp_path: Path) -> None:
         conditions = read_conditions(tmp_path / way)
         assert conditions["msrvtt/t2i_recall@1"].images == 3  # of the split 1k-A
         assert conditions["msrvtt/CIDEr"].images == 4
+        assert conditions["msrvtt/t2i_recall@1"].settings == {"frames": "16", "frame_pooling": way}
     assert scores["tokens"].keys() == scores["mean"].keys()
+
+
+def test_clips_in_shards(tmp_path: Path) -> None:
+    files = {}
+    for record in motion_records("test", frames=6, size=32, count=8):
+        clip = write_clip(tmp_path / "clip.mp4", [np.asarray(frame) for frame in record.image.frames()])
+        files |= {f"{record.id}.mp4": clip.read_bytes(), f"{record.id}.txt": record.captions[0].encode()}
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards" / "00000.tar", files)
+    data = ("data=laion", f"data.shards={tmp_path}/shards", "+data.frames=3", "data.epoch_samples=8")
+    sizes = ("data.batch_size=4", "data.num_workers=0", "+model.net.tokenizer=scenes_motion")
+    scored = ("evals=[clip_shards_captions,clip_shards_retrieval]", f"roots.clip_shards={tmp_path}/shards")
+    run(tmp_path / "run", *TINY, *data, *sizes, *scored)
+    assert {"clip_shards/CIDEr", "clip_shards/t2i_recall@1"} <= set(results(tmp_path / "run"))
+    assert read_conditions(tmp_path / "run")["clip_shards/CIDEr"].settings["frames"] == "3"
 
 
 def test_classes_of_clips(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from coca_lit.data.records import Record
+from coca_lit.data.scenes.motion import motion_records
 from coca_lit.evals import FunctionEvaluation, Settings
 from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.metrics.conditions import digest
+from coca_lit.metrics.conditions import digest, obstacle
 from coca_lit.models import create_model
 
 RECORDS = [Record(i, "none.jpg", [f"a{i}", f"b{i}"], domain="near" if i < 3 else "far") for i in range(10)]
@@ -29,6 +30,16 @@ def test_scores_are_recorded_with_what_they_depend_on(tmp_path: Path) -> None:
     assert evaluation.conditions["x/mine"].settings == {}  # a default that is written down is the default
     evaluation.evaluate(model, Settings(tmp_path, full=False), limit=4)
     assert evaluation.conditions == {}
+
+
+def test_scores_of_other_frames_cannot_be_compared(tmp_path: Path) -> None:
+    found = []
+    for frames, pooling in ((4, "tokens"), (4, "mean"), (8, "tokens"), (4, "tokens")):
+        evaluation = FunctionEvaluation("x", motion_records("val", frames, 32, 2), lambda *_: {"mine": 1.0})
+        evaluation.evaluate(create_model("coca_tiny", frame_pooling=pooling), Settings(tmp_path))
+        found.append(evaluation.conditions["x/mine"])
+    words = ["frame_pooling=tokens / frame_pooling=mean", "frames=4 / frames=8", ""]
+    assert [obstacle(found[0], other) for other in found[1:]] == words
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, sc
 from coca_lit.data.datasets.folder import folder_records
 from coca_lit.data.datasets.tables import open_table
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
-from coca_lit.data.video import image_file
+from coca_lit.data.video import SUFFIXES, image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import printable, read_json
 
@@ -33,8 +33,8 @@ def as_clips(records: Iterable[Record], frames: int) -> list[Record]:
 
 
 def clip_records(root: str | Path, split: str, frames: int) -> list[Record]:
-    """Your own clips in a folder, listed with their captions and splits as in `folder_records`."""
-    return as_clips(folder_records(root, split), frames)
+    """Your own clips in a folder, with captions and splits as in `folder_records`."""
+    return as_clips(folder_records(root, split, SUFFIXES), frames)
 
 
 def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool = False) -> list[Record]:

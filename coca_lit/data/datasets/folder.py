@@ -44,11 +44,14 @@ class _Photo(NamedTuple):
     split: str | None
 
 
-def folder_records(root: str | Path, split: str) -> list[Record]:
+def folder_records(root: str | Path, split: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Record]:
     """Records of "train" or "val", or of any split that the captions name; the id of each is the name of its file.
 
     Where no split is named, a tenth of the photos is held out by what they show, and photos that look alike stay
     together (`coca_lit.data.near_duplicates`).
+
+    Args:
+        suffixes: of the files beside which a .txt may be.
 
     Raises:
         DataError: the folder holds no captioned photos, a name leads out of it, more than `MAX_MISSING` of the files
@@ -59,7 +62,7 @@ def folder_records(root: str | Path, split: str) -> list[Record]:
         raise not_found("the folder of photos", [root], HOW)
     if not _captions_file(root) and [*root.glob("annotations/captions_*.json")]:
         return mscoco_records(root, split)
-    photos = _photos(root)
+    photos = _photos(root, suffixes)
     files = files_inside([photo.name for photo in photos], root)
     photos = [photo for photo in photos if photo.name in files]
     if not photos:
@@ -87,11 +90,11 @@ def _captions_file(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _photos(root: Path) -> list[_Photo]:
+def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
     """Every photo that has a caption, in an order that depends on the content alone."""
     path = _captions_file(root)
     listed: dict[str, tuple[list[str], set[str]]] = {}
-    for name, captions, split in _rows(path) if path is not None else _beside(root):
+    for name, captions, split in _rows(path) if path is not None else _beside(root, suffixes):
         texts, splits = listed.setdefault(name, ([], set()))
         texts += captions
         splits.update([split] if split is not None else [])
@@ -139,12 +142,12 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
     return SPLITS[split.strip().lower()]
 
 
-def _beside(root: Path) -> Iterator[tuple[str, Iterable[str], None]]:
+def _beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Iterable[str], None]]:
     """(file, captions, no split) of every photo, with the lines of the .txt of the same name."""
     for folder, folders, files in os.walk(root):  # follows no links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder, name) for name in sorted(files)):
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in suffixes:
                 text, content = path.with_suffix(".txt"), b""
                 if text.is_file():
                     _check_inside(text, root.resolve(), text)

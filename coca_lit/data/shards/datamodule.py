@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
 from coca_lit.data.records import Record, drawn
-from coca_lit.data.shards.indexed import IndexedBatches, IndexedShards, Preprocess, TarIndex
+from coca_lit.data.shards.indexed import (
+    CLIP_SUFFIXES,
+    IMAGE_SUFFIXES,
+    IndexedBatches,
+    IndexedShards,
+    Preprocess,
+    TarIndex,
+)
 from coca_lit.data.shards.indexing import tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.mixture import Source, check_weights
@@ -55,6 +62,7 @@ class LAIONDataModule(CaptionDataModule):
         decode: full: workers decode whole JPEGs. reduced: workers decode large ones at 1/2, 1/4 or 1/8 of their size,
             if the crop keeps four times the wanted pixels on each side. device: workers only read and check; the
             device of the training decodes, crops and resizes (nvJPEG on a GPU). Images of any shape need full.
+        frames: of each clip, KEY.mp4 and so on, which are then read in place of images; 0 for images.
         store_patience: seconds that an object store may be unreachable before the run stops, see
             `coca_lit.data.shards.remote.store`.
         teachers: folder of what teachers say of the samples, see `coca_lit.data.shards.reinforced`; images are then
@@ -76,6 +84,7 @@ class LAIONDataModule(CaptionDataModule):
         cache_dir: str = "~/.cache/coca_lit/shards",
         cache_gb: float = 100,
         decode: Decode = "full",
+        frames: int = 0,
         store_patience: float = 600.0,
         teachers: str | None = None,
         **shared: Unpack[LoaderArguments],
@@ -87,9 +96,12 @@ class LAIONDataModule(CaptionDataModule):
         if decode not in get_args(Decode):
             raise ValueError(f"decode must be one of {', '.join(get_args(Decode))}, not {decode!r}")
         check_number("store_patience", store_patience, at_least=0)
+        check_number("frames", frames, whole=True, at_least=0)
+        if frames and (decode != "full" or teachers is not None):
+            raise ValueError("clips need decode=full and no teachers: leave out frames, or these")
         if teachers is not None and decode != "full":
             raise ValueError(f"teachers need decode=full, not {decode!r}: crops are cut from whole images")
-        self.teachers = teachers
+        self.teachers, self.frames = teachers, frames
         BadSamples(max_bad_fraction)  # checks the number here rather than in a worker
         keys = {caption_keys: 1.0} if isinstance(caption_keys, str) else caption_keys
         self.caption_keys = check_weights("caption_keys", keys)
@@ -120,7 +132,8 @@ class LAIONDataModule(CaptionDataModule):
         records: list[Record] = []
         for shard in shards:
             with suppress(DataError):  # the training counts those
-                of_shard = read_shard(shard, self.caption_keys, BadSamples(1.0))
+                suffixes = CLIP_SUFFIXES if self.frames else IMAGE_SUFFIXES
+                of_shard = read_shard(shard, self.caption_keys, BadSamples(1.0), suffixes, self.frames)
                 records += islice(of_shard, math.ceil(count / len(shards)))
         return records
 
@@ -182,6 +195,9 @@ class LAIONDataModule(CaptionDataModule):
                 else:
                     bad.lose(fault.reason, fault.shard, shard.samples, len(index), fault.detail)
         bad.end_of_pass()
+        if not self.frames and not any(index.places[:, 0].any() for _, index in pairs):
+            if any(index.places[:, 3].any() for _, index in pairs):
+                raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
         return indexes
 
     @cached_property
@@ -249,7 +265,7 @@ class LAIONDataModule(CaptionDataModule):
             replay = Replay(Path(self.teachers), transform.size)
             for index in (index for indexes in self.indexes.values() for index in indexes):
                 check_reinforced(reinforced_path(index.shard.name, replay.folder), index.stamp.bytes)
-        preprocess = Preprocess(transform, self.tokenizer, self.caption_keys, self.seed, encoded, replay)
+        preprocess = Preprocess(transform, self.tokenizer, self.caption_keys, self.seed, encoded, replay, self.frames)
         return IndexedShards(self.sources, preprocess, self.max_bad_fraction, near=self.windows is not None)
 
     def indices_from(self, epoch: int, start: int) -> IndexedBatches:

@@ -1,7 +1,7 @@
 """Indexed shards as a map-style data set: shuffling over all samples at once, and access to any batch.
 
-A shard is a tar of KEY.jpg, KEY.txt and KEY.json, as img2dataset writes them; how indexes are made is told in
-`coca_lit.data.shards.indexing`.
+A shard is a tar of KEY.jpg, or a clip KEY.mp4, KEY.txt and KEY.json, as img2dataset writes them; how indexes are made
+is told in `coca_lit.data.shards.indexing`.
 
 The order depends on the seed alone, not on the number of ranks and workers. The samples are read in passes, each in
 its own order; epochs are cut from the passes one after the other, whatever their length.
@@ -29,7 +29,10 @@ from coca_lit.data.pixels import MAX_IMAGE, check_bytes, decode_pixels
 from coca_lit.data.records import clean_captions
 from coca_lit.data.shards.mixture import Source, counts_after, draw, weighted_round_robin
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp
-from coca_lit.data.transforms import TrainTransform, as_tensor
+from coca_lit.data.shards.tar import MAX_MEMBER
+from coca_lit.data.transforms import TrainTransform, as_tensor, augmented
+from coca_lit.data.video import SUFFIXES as CLIPS
+from coca_lit.data.video import EncodedClip
 from coca_lit.errors import DataError
 from coca_lit.models.patches import Images
 from coca_lit.reading import parse_json
@@ -42,12 +45,13 @@ if TYPE_CHECKING:
     from coca_lit.losses.distillation import Teacher
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CLIP_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in CLIPS)
 MAX_TEXT = 2**20  # bytes of a caption or of the JSON
-_WANTED = re.compile(rf".*\.({'|'.join(IMAGE_SUFFIXES)}|txt|json)", re.IGNORECASE | re.DOTALL)
-FILES = (IMAGE_SUFFIXES, ("txt",), ("json",))  # of a sample; the first of each that is there
+_WANTED = re.compile(rf".*\.({'|'.join((*IMAGE_SUFFIXES, *CLIP_SUFFIXES))}|txt|json)", re.IGNORECASE | re.DOTALL)
+FILES = (IMAGE_SUFFIXES, ("txt",), ("json",), CLIP_SUFFIXES)  # of a sample; the first of each that is there
 
 Pair = tuple[bytes, dict[str, tuple[str, ...]]]
-"""An encoded image, and its captions by caption key, "txt" or a field of the JSON; none is empty."""
+"""An encoded image or clip, and its captions by caption key, "txt" or a field of the JSON; none is empty."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +62,7 @@ class TarIndex:
     stamp: Stamp
     keys: NDArray[np.uint8]  # all of them in UTF-8, one after the other: one long key must not make every other long
     key_ends: NDArray[np.int64]  # (N) in `keys`
-    places: NDArray[np.int64]  # (N, 3, 2) offset and size of image, .txt and .json, 0 where there is none
+    places: NDArray[np.int64]  # (N, 4, 2) offset and size of image, .txt, .json and clip, 0 where there is none
     faults: Sequence[BadSample]  # found while reading the headers; without a key: of the shard as a whole
 
     def __len__(self) -> int:
@@ -72,14 +76,16 @@ class TarIndex:
     def key(self, i: int) -> str:
         return self.keys[self.key_ends[i - 1] if i else 0 : self.key_ends[i]].tobytes().decode()
 
-    def read(self, i: int) -> dict[str, Any]:
-        """The members of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or has changed."""
+    def read(self, i: int, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Any]:
+        """The texts and the image or clip of sample `i` as in `read_fields`; `LostShardError` if the shard is gone or
+        has changed.
+        """
         key = self.key(i)
         fields: dict[str, Any] = {"__key__": key}
         try:
             with self.shard.open(self.stamp) as file:
                 for names, (offset, size) in zip(FILES, self.places[i].tolist(), strict=True):
-                    if size:
+                    if size and names[0] in ("txt", "json", *suffixes):
                         file.seek(offset)
                         fields[names[0]] = file.read(min(size, read_limit(f".{names[0]}")))
         except ChangedError as error:
@@ -89,17 +95,20 @@ class TarIndex:
         return fields
 
 
-def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -> Pair:
-    """The image and captions among the members with one key.
+def pair_of(
+    fields: dict[str, Any], caption_keys: Collection[str], shard: str, suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> Pair:
+    """The image or clip, and the captions, among the members with one key.
 
     Args:
+        suffixes: see `kind_of`.
         caption_keys: where captions may be: "txt" for KEY.txt, else a field of KEY.json that holds a text or a list
             of texts. A sample needs at least one of them.
 
     Raises:
         BadSampleError: it is not complete.
     """
-    key, image = fields["__key__"], image_of(fields)
+    key, image = fields["__key__"], image_of(fields, suffixes)
     captions, content = {}, {}
     if any(key != "txt" for key in caption_keys) and len(text := fields.get("json", b"")) <= MAX_TEXT:
         with suppress(DataError):
@@ -111,27 +120,34 @@ def pair_of(fields: dict[str, Any], caption_keys: Collection[str], shard: str) -
         if fitting:
             captions[name] = fitting
     try:
-        check_bytes(len(image), f"{key} in {shard}")
+        if kind_of(fields, suffixes) in IMAGE_SUFFIXES:
+            check_bytes(len(image), f"{key} in {shard}")
     except DataError as error:
         raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
     if image and captions:
         return image, captions
     missing = f"no caption in the JSON under {', '.join(caption_keys)}"
     if not image or "txt" in caption_keys:
-        missing = "missing caption" if image else "missing image"
+        missing = "missing caption" if image else f"missing {'clip' if suffixes == CLIP_SUFFIXES else 'image'}"
     raise BadSampleError(BadSample(shard, key, missing))
 
 
-def image_of(fields: Mapping[str, Any]) -> Any:
-    """The image among the members of a sample, empty bytes if there is none."""
-    return next((fields[suffix] for suffix in IMAGE_SUFFIXES if suffix in fields), b"")
+def kind_of(fields: Mapping[str, Any], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> str:
+    """The suffix of the image or clip among the members of a sample: the first that is there, "" if none is."""
+    return next((suffix for suffix in suffixes if suffix in fields), "")
+
+
+def image_of(fields: Mapping[str, Any], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> Any:
+    """The image or clip among the members of a sample, empty bytes if there is none."""
+    return fields[kind] if (kind := kind_of(fields, suffixes)) else b""
 
 
 def read_limit(member: str) -> int:
     """How many bytes of a member are read, at most: one more than its kind may have."""
     if not (found := _WANTED.fullmatch(member)):
         return 0
-    return (MAX_TEXT if found[1].lower() in ("txt", "json") else MAX_IMAGE) + 1
+    suffix = found[1].lower()
+    return (MAX_TEXT if suffix in ("txt", "json") else MAX_MEMBER if suffix in CLIP_SUFFIXES else MAX_IMAGE) + 1
 
 
 class Preprocess(NamedTuple):
@@ -143,6 +159,11 @@ class Preprocess(NamedTuple):
     seed: int
     encoded: "CropOfEncoded | None" = None  # in place of `transform`, for images that are not decoded whole
     replay: "Replay | None" = None  # in place of `transform`, for crops that teachers have seen
+    frames: int = 0  # of clips, which are read in place of images
+
+    @property
+    def suffixes(self) -> Sequence[str]:
+        return CLIP_SUFFIXES if self.frames else IMAGE_SUFFIXES
 
     def __call__(self, pair: Pair, key: str, shard: str, index: Index, source: str) -> Example:
         """Crop and caption depend on seed, pass and key alone. Raises `BadSampleError` for an unreadable image."""
@@ -155,11 +176,14 @@ class Preprocess(NamedTuple):
             crop: Images | EncodedCrop
             if self.encoded:
                 crop = self.encoded(image, name, rng, shard)
+            elif self.frames:
+                crop = augmented(EncodedClip(image, name, self.frames), self.transform, rng, index.patches)
             else:
                 pixels = as_tensor(decode_pixels(image, name))
                 crop = pixels if self.replay else self.transform(pixels, rng, index.patches)
         except DataError as error:
-            raise BadSampleError(BadSample(shard, key, "unreadable image", str(error))) from error
+            reason = f"unreadable {'clip' if self.frames else 'image'}"
+            raise BadSampleError(BadSample(shard, key, reason, str(error))) from error
         if self.replay:
             crop, teachers = self.replay(pixels, shard, key, caption, rng)
         return Example(crop, self.tokenizer.encode(caption), f"{shard}/{key}", source=source, teachers=teachers)
@@ -193,12 +217,12 @@ class IndexedShards(TrainingExamples):
         if number in self._lost:
             raise LostShardError(self._lost[number].sample._replace(key=shard.key(row)))
         try:
-            fields = shard.read(row)
+            fields = shard.read(row, self.preprocess.suffixes)
         except LostShardError as error:
             if shard.shard.is_remote:
                 self._lost[number] = error
             raise
-        pair = pair_of(fields, self.preprocess.caption_keys, shard.shard.name)
+        pair = pair_of(fields, self.preprocess.caption_keys, shard.shard.name, self.preprocess.suffixes)
         source = self.names[bisect_right(self.source_ends, index.i)]
         return self.preprocess(pair, fields["__key__"], shard.shard.name, index, source)
 

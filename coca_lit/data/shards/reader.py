@@ -1,22 +1,23 @@
 """The samples of a whole shard in tar order: to index it, to check it, or to copy it.
 
-Shards may come from strangers: nothing is unpickled or unpacked, members other than images, texts and JSON are not
-read, and those that could hold code count as bad samples.
+Shards may come from strangers: nothing is unpickled or unpacked, members other than images, clips, texts and JSON are
+not read, and those that could hold code count as bad samples.
 """
 
 import itertools
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.records import EncodedImage, Record
-from coca_lit.data.shards.indexed import pair_of, read_limit
+from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
+from coca_lit.data.video import EncodedClip
 from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -24,18 +25,29 @@ log = logging.getLogger(__name__)
 _CODE = re.compile(r".*\.(pyd|pickle|pkl|pth|pt|py|so|sh|exe)", re.IGNORECASE | re.DOTALL)
 
 
-def read_shard(shard: Shard, caption_keys: Collection[str], bad: BadSamples) -> Iterator[Record]:
-    """The complete samples of a shard in tar order; broken ones are counted in `bad` and skipped. Arguments as of
+def read_shard(
+    shard: Shard,
+    caption_keys: Collection[str],
+    bad: BadSamples,
+    suffixes: Sequence[str] = IMAGE_SUFFIXES,
+    frames: int = 1,
+) -> Iterator[Record]:
+    """The complete samples of a shard in tar order; broken ones are counted in `bad` and skipped. Other arguments as of
     `pair_of`.
+
+    Args:
+        frames: of each clip that a model gets.
     """
     for fields in read_fields(shard, bad):
         key = fields["__key__"]
         try:
-            image, captions = pair_of(fields, caption_keys, shard.name)
+            image, captions = pair_of(fields, caption_keys, shard.name, suffixes)
         except BadSampleError as error:
             bad.catch(error)
         else:
-            yield Record(key, EncodedImage(image, "it"), itertools.chain(*captions.values()))
+            is_clip = kind_of(fields, suffixes) in CLIP_SUFFIXES
+            picture = EncodedClip(image, "it", frames) if is_clip else EncodedImage(image, "it")
+            yield Record(key, picture, itertools.chain(*captions.values()))
 
 
 def read_fields(

@@ -21,7 +21,7 @@ from coca_lit.reading import MAX_JSON, is_int64, open_regular, parse_json, print
 if TYPE_CHECKING:
     from coca_lit.data.shards.selection import Selection
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 MANIFEST = "manifest.json"
 REFUSED = (
     f"according to its {MANIFEST}: it was changed or damaged; copy it again, or accept it as it is with "

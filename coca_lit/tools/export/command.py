@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> None:
     """
     output = Path(str(cfg.output))
     with error_context("format"):
-        write = _writer(cfg.format, str(cfg.version), cfg.correct_cls_mask, cfg.max_int8_loss)
+        write = _writer(cfg.format, str(cfg.version), cfg.correct_cls_mask, cfg.max_int8_loss, cfg.frames)
     from coca_lit.tools.export.card import Mixture, write_card
     from coca_lit.tools.export.folder import check_output, new_folder
     from coca_lit.weights import hub
@@ -63,9 +63,11 @@ def run(cfg: DictConfig) -> None:
 
 
 def _writer(
-    name: str, version: str, correct_cls_mask: bool, max_int8_loss: float
+    name: str, version: str, correct_cls_mask: bool, max_int8_loss: float, frames: int
 ) -> "Callable[[CoCa, Path], Exported]":
     """The function that writes a format."""
+    if frames and name != "onnx":
+        raise ConfigError(f"frames belongs to format=onnx, but the format is {name}: leave it out")
     if name == "open_clip":
         from coca_lit.tools.export.open_clip import write_open_clip
 
@@ -83,7 +85,7 @@ def _writer(
             raise ValueError(f"onnx needs {', '.join(missing)}: pip install 'coca_lit[onnx]'")
         from coca_lit.tools.export.onnx import write_onnx
 
-        return lambda model, folder: write_onnx(model, folder, max_int8_loss)
+        return lambda model, folder: write_onnx(model, folder, max_int8_loss, frames)
     raise ValueError(f"there is no format '{name}'{suggest(name, FORMATS)} The formats: {', '.join(FORMATS)}")
 
 
@@ -95,6 +97,7 @@ def _command(cfg: DictConfig) -> str:
         words["version"] = cfg.version
     if cfg.format == "onnx":
         words["max_int8_loss"] = cfg.max_int8_loss
+        words |= {"frames": cfg.frames} if cfg.frames else {}
     if cfg.interpolate_with is not None:
         words |= {"interpolate_with": cfg.interpolate_with, "weight": cfg.weight}
     if cfg.push_to is not None:

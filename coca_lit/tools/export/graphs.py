@@ -2,7 +2,7 @@
 with its cache as input and output.
 
 Letters beyond the model files': L layers of the decoder, N layers with a cache (text tower and decoder), P
-positions in the cache, t new positions, C the context length.
+positions in the cache, t new positions, C the context length. With F frames, images are clips (B, F, 3, H, W).
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,20 @@ class Graph(NamedTuple):
     what: str  # for people
 
 
-def graphs_of(model: CoCa) -> dict[str, Graph]:
-    """All graphs of a model on the CPU, by name; a CLIP has no decoder."""
-    graphs = {"image_encoder": _image_graph(model), "text_encoder": _text_graph(model)}
-    return graphs | ({"decoder": _decoder_graph(model)} if model.decoder is not None else {})
+def graphs_of(model: CoCa, frames: int = 0) -> dict[str, Graph]:
+    """All graphs of a model on the CPU, by name, for clips of that many frames or for images; a CLIP has no decoder."""
+    images = _noise_images(model, frames)
+    graphs = {"image_encoder": _image_graph(model, images), "text_encoder": _text_graph(model)}
+    return graphs | ({"decoder": _decoder_graph(model, images)} if model.decoder is not None else {})
 
 
-def _image_graph(model: CoCa) -> Graph:
-    outputs, what = ["features"], "images (B, 3, H, W) uint8 → `features` (B, E), of unit length"
+def _image_graph(model: CoCa, images: Tensor) -> Graph:
+    shape = f"(B, {images.shape[1]}, 3, H, W)" if images.ndim == 5 else "(B, 3, H, W)"
+    outputs, what = ["features"], f"images {shape} uint8 → `features` (B, E), of unit length"
     if model.decoder is not None:
         outputs += ["image_keys", "image_values"]
         what += ", and `image_keys`, `image_values` (L, B, H, S, D/H) for the decoder"
-    inputs = {"images": _noise_images(model)}
-    return Graph(ImageGraph(model).eval(), inputs, outputs, {"images": {0: "batch"}}, what)
+    return Graph(ImageGraph(model).eval(), {"images": images}, outputs, {"images": {0: "batch"}}, what)
 
 
 def _text_graph(model: CoCa) -> Graph:
@@ -52,10 +53,10 @@ def _text_graph(model: CoCa) -> Graph:
 
 
 @torch.no_grad()
-def _decoder_graph(model: CoCa) -> Graph:
+def _decoder_graph(model: CoCa, images: Tensor) -> Graph:
     """The example adds two tokens to a cache of five; the cache is noise."""
     module = DecoderGraph(model).eval()
-    _, image_keys, image_values = ImageGraph(model)(_noise_images(model))
+    _, image_keys, image_values = ImageGraph(model)(images)
     _, batch, heads, _, width = image_keys.shape
     noise = torch.Generator().manual_seed(0)
     past = torch.randn(2, module.layers, batch, heads, 5, width, generator=noise)
@@ -75,9 +76,10 @@ def _decoder_graph(model: CoCa) -> Graph:
     )
 
 
-def _noise_images(model: CoCa) -> Tensor:
+def _noise_images(model: CoCa, frames: int) -> Tensor:
     size, noise = model.image_size, torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=noise)
+    shape = (3, *([frames] if frames else []), 3, size, size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
 
 
 def _tokens(model: CoCa) -> Tensor:
@@ -90,7 +92,7 @@ class ImageGraph(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (B, 3, H, W) uint8 -> features (B, E) of unit length and, if the model captions, the keys and the
+        """images (B, 3, H, W) uint8, or clips (B, F, 3, H, W), -> features (B, E) of unit length and, if the model captions, the keys and the
         values of the image for every layer of the decoder, each (L, B, H, S, D/H).
         """
         decoder = self.model.decoder

@@ -23,6 +23,8 @@ from torch.onnx import OnnxExporterError
 from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.video import MAX_FRAMES
+from coca_lit.errors import check_number
 from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.models import CoCa
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
@@ -67,10 +69,12 @@ print(image_features @ text_features.T)
 """
 
 
-def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0) -> Exported:
+def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0, frames: int = 0) -> Exported:
     """Writes and checks the graphs.
 
     Args:
+        frames: of the clips that the graphs take, in place of images; 0 for images. int8 is then compared with fp32 on
+            clips that stand still.
         max_int8_loss: what the int8 graphs may lose at most: of CIDEr on built-in scenes if these are what the model
             knows, else of the cosine between image features of fp32 and int8 on photos. 0 writes none.
 
@@ -80,14 +84,15 @@ def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0) -> Exporte
     """
     if model.image_encoder.takes_patches:
         raise ValueError("format=onnx has graphs for images of one shape: export format=safetensors or open_clip")
-    graphs = graphs_of(model)
+    check_number("frames", frames, whole=True, at_least=0, at_most=MAX_FRAMES)
+    graphs = graphs_of(model, frames)
     differences = {}
     for name, graph in graphs.items():
         _export(graph, folder / f"{name}.onnx")
         differences[name] = max(_differences(graph, folder / f"{name}.onnx"))
         if not differences[name] <= TOLERANCE:
             raise ValueError(f"{name}.onnx does not compute what the model does: it differs by {differences[name]:.1e}")
-    _write_config(model, folder)
+    _write_config(model, folder, frames)
     files = {f"{name}.onnx": graph.what for name, graph in graphs.items()}
     files |= {"config.json": "image size, lengths and special ids", "tokens.json": "the bytes of each id, as Latin-1"}
     if model.decoder is not None:
@@ -96,18 +101,30 @@ def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0) -> Exporte
     measured = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
     check = f"Largest difference from the model in ONNX Runtime, as a share of the largest value: {measured}."
     if max_int8_loss > 0:
-        check += f" {_write_int8(model, folder, list(graphs), max_int8_loss)}"
+        check += f" {_write_int8(model, folder, list(graphs), max_int8_loss, frames)}"
         files |= {f"{name}{INT8}.onnx": f"{name}.onnx in int8, for CPUs" for name in graphs}
+    usage = f"{CAPTION}\n{FEATURES}" if model.decoder is not None else FEATURES
     files |= {path.name: "weights of that graph" for path in sorted(folder.glob("*.onnx.data"))}
     return Exported(
         library="onnx",
         files=files,
         needs="`onnxruntime` and `pillow`",
-        usage=f"{CAPTION}\n{FEATURES}" if model.decoder is not None else FEATURES,
+        usage=_of_clips(usage, frames) if frames else usage,
         check=check,
         limits=["The text tower is in two graphs, text encoder and decoder, so its weights are there twice."]
         if model.decoder is not None
         else [],
+    )
+
+
+def _of_clips(usage: str, frames: int) -> str:
+    """The code for clips in place of images."""
+    reading = f'frames = [captioner.read_image(f"frame{{i}}.jpg") for i in range({frames})]  # uniform in time\n'
+    return (
+        usage.replace("import sys\n", "import sys\n\nimport numpy as np\n")
+        .replace("ids = ", f"{reading}ids = ")
+        .replace('captioner.read_image("photo.jpg")[None]', "np.stack(frames)[None]")
+        .replace("np.zeros((2, 3,", f"np.zeros((2, {frames}, 3,")
     )
 
 
@@ -132,7 +149,7 @@ def _export(graph: Graph, path: Path) -> None:
         raise ValueError(f"PyTorch cannot write {path.name} of this model: {str(error).splitlines()[0]}") from error
 
 
-def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float) -> str:
+def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float, frames: int) -> str:
     """Writes each graph in int8 and returns what was measured, in sentences.
 
     Raises:
@@ -151,6 +168,8 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float) -
     fp32, int8 = (sum(path.stat().st_size for path in of_kind) / 1e6 for of_kind in files)
     scenes = scene_records("test", model.image_size, SCENES) if knows_only_scenes(model) else None
     images = np.stack([_pixels(record.image()) for record in scenes]) if scenes else _photos(model)
+    if frames:
+        images = np.repeat(images[:, None], frames, axis=1)
     what = f"{len(images)} built-in scenes" if scenes else f"{len(images)} views of the package's photos"
     cosine = _lowest_cosine(folder, images)
     lost, measure = 1 - cosine, f"the cosine between image features ({cosine:.4f})"
@@ -250,10 +269,11 @@ def _smallest(axes: dict[int, str]) -> tuple[slice, ...]:
     return tuple(slice(least.get(axes[axis], 1)) if axis in axes else slice(None) for axis in range(max(axes) + 1))
 
 
-def _write_config(model: CoCa, folder: Path) -> None:
+def _write_config(model: CoCa, folder: Path, frames: int) -> None:
     tokenizer = model.tokenizer
     config = {
         "image_size": model.image_size,
+        "frames": frames,
         "interpolation": model.preprocessing["interpolation"],
         "resize_mode": model.preprocessing["resize_mode"],
         "context_length": tokenizer.context_length,

@@ -2,6 +2,7 @@
 
     python captioner.py photo.jpg
     python captioner.py --int8 photo.jpg
+    python captioner.py frame0.jpg frame1.jpg … (of one clip, if the graphs take clips: config.json has "frames" then)
 
 `image_encoder.onnx` is run once per batch of images. `decoder.onnx` is run once per token: it takes the new tokens,
 the image's keys and values, and the cache of what was read before, and returns logits and the longer cache.
@@ -39,7 +40,7 @@ class Captioner:
         self._cache_shape = next(x.shape for x in self._decoder.get_inputs() if x.name == "past_keys")
 
     def write(self, images: Array, max_length: int | None = None) -> Array:
-        """images (B, 3, H, W) uint8 -> ids (B, L), padded, each row ended by the end id."""
+        """images (B, 3, H, W) uint8, or clips (B, F, 3, H, W), -> ids (B, L), padded, each row ended by the end id."""
         batch, length = len(images), max_length or self.config["max_length"]
         if not 2 <= length <= self.config["context_length"]:
             raise ValueError(f"max_length must lie between 2 and {self.config['context_length']}, got {length}")
@@ -100,5 +101,7 @@ if __name__ == "__main__":
     names = [word for word in sys.argv[1:] if word != "--int8"]
     captioner = Captioner(Path(__file__).parent, int8="--int8" in sys.argv[1:])
     photos = np.stack([captioner.read_image(name) for name in names])
+    if captioner.config["frames"]:
+        names, photos = [" ".join(names)], photos[None]
     for name, row in zip(names, captioner.write(photos), strict=True):
         print(f"{name}\t{captioner.decode(row)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples, quiet
+from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import MANIFEST, ManifestEntry, Shard, entry_of, read_manifest, sha256_of
 from coca_lit.errors import DataError
@@ -33,11 +34,11 @@ class ShardReport(NamedTuple):
 
 
 def check_shard(path: Path, caption_key: str = "txt") -> ShardReport:
-    """Decodes every image and caption of a shard."""
+    """Decodes every image and caption of a shard, and of clips the frame in the middle."""
     bad = BadSamples(1.0)
     good = 0
     with quiet():
-        for record in read_shard(Shard(str(path)), [caption_key], bad):
+        for record in read_shard(Shard(str(path)), [caption_key], bad, (*IMAGE_SUFFIXES, *CLIP_SUFFIXES)):
             try:
                 record.image()
                 good += 1

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coca_lit.data.datasets.classification import class_labels, class_records, image_folder
@@ -98,6 +99,25 @@ def test_own_clips_and_images(tmp_path: Path) -> None:
     assert (first.image, second.image) == (ClipFile(tmp_path / "a.mp4", 7), ClipFile(tmp_path / "b.MOV", 7))
     (image,) = clip_records(tmp_path, "val", frames=7)
     assert image.image == ImageFile(tmp_path / "c.png")
+
+
+def test_own_clips_without_a_split(tmp_path: Path) -> None:
+    """A tenth is held out by what the clips show; a copy in another container stays with the first."""
+    pytest.importorskip("av")
+    from helpers.clips import write_clip
+
+    noise = np.random.default_rng(0)
+    for i in range(20):
+        coarse = noise.integers(0, 256, (8, 8, 3), np.uint8)
+        frames = [np.kron(coarse, np.ones((8, 8, 1), np.uint8))] * 4
+        for name in (f"{i}.mp4", f"{i}.mkv"):
+            write_clip(tmp_path / name, frames)
+            (tmp_path / name).with_suffix(".txt").write_text("a dog\na black dog")
+    (tmp_path / "photo.jpg").write_bytes(b"")  # without a caption
+    splits = {split: {str(record.id) for record in clip_records(tmp_path, split, 3)} for split in ("train", "val")}
+    assert len(splits["train"]) == 36 and len(splits["val"]) == 4
+    assert all(len({name.partition(".")[0] for name in names}) == len(names) / 2 for names in splits.values())
+    assert clip_records(tmp_path, "val", 3)[0].captions == ("a dog", "a black dog")
 
 
 def test_folders_of_classes(tmp_path: Path) -> None:

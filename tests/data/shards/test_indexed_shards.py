@@ -183,7 +183,7 @@ def test_what_happens_to_a_shard_during_the_training_is_counted(tmp_path, what):
 
 
 def test_an_index_says_what_tarfile_says(tmp_path):
-    others = {"b.PNG": b"p" * 700, "b.txt": b"t", "b.mp3": b"no", "c.json": b"{}"}
+    others = {"b.PNG": b"p" * 700, "b.txt": b"t", "b.mp3": b"no", "c.json": b"{}", "c.webm": b"c"}
     path = write_tar(tmp_path / "x.tar", members("a") | others)
     index = make_index(Shard(str(path)), tmp_path)
     assert [index.key(i) for i in range(len(index))] == ["a", "b", "c"]
@@ -191,9 +191,9 @@ def test_an_index_says_what_tarfile_says(tmp_path):
         found = {member.name: [member.offset_data, member.size] for member in tar}
     nothing = [0, 0]
     assert index.places.tolist() == [
-        [found["a.jpg"], found["a.txt"], found["a.json"]],
-        [found["b.PNG"], found["b.txt"], nothing],
-        [nothing, nothing, found["c.json"]],
+        [found["a.jpg"], found["a.txt"], found["a.json"], nothing],
+        [found["b.PNG"], found["b.txt"], nothing, nothing],
+        [nothing, nothing, found["c.json"], found["c.webm"]],
     ]
     assert index.read(1) == {"__key__": "b", "jpg": b"p" * 700, "txt": b"t"}
 

@@ -93,6 +93,32 @@ def test_graphs_of_other_text_sides(name: str, tmp_path: Path) -> None:
     assert Captioner(tmp_path).write(images.numpy()).tolist() == model.generate(images).tolist()
 
 
+CLIPS = {"tokens": {}, "mean": {"frame_pooling": "mean"}, "positions": {"frame_positions": 3}}
+
+
+@pytest.mark.parametrize("way", CLIPS)
+def test_clips(way: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("coca_tiny", **CONVOLUTIONAL, **CLIPS[way]).eval()
+    with torch.no_grad():
+        model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
+        if way == "positions":
+            model.pooling.frame_positions.normal_()
+    about = onnx.write_onnx(model, tmp_path, max_int8_loss=1, frames=3)
+    clips = images_of(15).unflatten(0, (5, 3))
+    found = session(tmp_path, "image_encoder").run(["features"], {"images": clips.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model.encode_image(clips).detach(), atol=1e-5, rtol=0)
+    assert Captioner(tmp_path).write(clips.numpy()).tolist() == model.generate(clips).tolist()
+    for i, frame in enumerate(clips[0]):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"frame{i}.png")
+    code = about.usage.replace("{folder}", str(tmp_path)).replace('frame{i}.jpg"', f'frame{{i}}.png"')
+    code = code.replace('f"frame', f'f"{tmp_path}/frame')
+    words = [[sys.executable, "-c", code], [sys.executable, tmp_path / "captioner.py", *sorted(tmp_path.glob("*.png"))]]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in words]
+    assert said[0].splitlines()[0] == said[1].rstrip("\n").split("\t")[1]
+    assert said[0].splitlines()[0] == model.tokenizer.decode(model.generate(clips[:1])[0])
+
+
 def test_a_tokenizer_file_goes_into_the_graphs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}

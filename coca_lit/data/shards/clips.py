@@ -1,0 +1,61 @@
+"""The clips of shards as records, for evaluations. They are read from their shards when they are needed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from PIL import Image
+
+from coca_lit.data.bad_samples import BadSampleError, BadSamples
+from coca_lit.data.records import Clip, Record
+from coca_lit.data.shards.indexed import CLIP_SUFFIXES, TarIndex, image_of, pair_of
+from coca_lit.data.shards.indexing import tar_indexes
+from coca_lit.data.shards.listing import find_shards
+from coca_lit.data.shards.shard import CacheSettings
+from coca_lit.data.video import EncodedClip
+from coca_lit.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class StoredClip(Clip):
+    """A clip in a shard."""
+
+    index: TarIndex
+    row: int
+    count: int
+
+    def frames(self, count: int | None = None) -> Iterator[Image.Image]:
+        name = f"{self.index.key(self.row)} in {self.index.shard.name}"
+        try:
+            content = image_of(self.index.read(self.row, CLIP_SUFFIXES), CLIP_SUFFIXES)
+        except BadSampleError as error:
+            raise DataError(f"{name} cannot be read: {error.sample.reason}") from error
+        return EncodedClip(content, name, self.count).frames(count)
+
+
+def clip_shard_records(
+    shards: str | Sequence[str], frames: int, caption_keys: Sequence[str] = ("txt",), max_bad_fraction: float = 0.05
+) -> list[Record]:
+    """The samples of uncompressed shards that have a clip and a caption; other arguments as of `LAIONDataModule`.
+
+    Args:
+        frames: of each clip that a model gets.
+
+    Raises:
+        DataError: too many samples lack one, or too much of the shards is damaged.
+    """
+    cache, bad, records = CacheSettings(), BadSamples(max_bad_fraction), list[Record]()
+    for index in tar_indexes(find_shards(shards, cache), cache.folder / "indexes"):
+        bad.seen += len(index)
+        for fault in index.faults:
+            bad.lose(fault.reason, fault.shard, index.shard.samples, len(index), fault.detail)
+        for row in range(len(index)):
+            try:
+                _, captions = pair_of(index.read(row, CLIP_SUFFIXES), caption_keys, index.shard.name, CLIP_SUFFIXES)
+            except BadSampleError as error:
+                bad.catch(error)
+            else:
+                id = f"{index.shard.file_name}/{index.key(row)}"
+                records.append(Record(id, StoredClip(index, row, frames), chain(*captions.values())))
+    bad.end_of_pass()
+    return records

@@ -1,0 +1,124 @@
+"""Clips as members of shards: trained on, evaluated and checked, with the bounds of files."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av")
+
+from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.records import Clip
+from coca_lit.data.shards.clips import clip_shard_records
+from coca_lit.data.shards.datamodule import LAIONDataModule
+from coca_lit.data.shards.indexed import CLIP_SUFFIXES
+from coca_lit.data.shards.reader import read_shard
+from coca_lit.data.shards.shard import Shard
+from coca_lit.data.video import ClipFile
+from coca_lit.errors import DataError
+from coca_lit.tools.prepare.check import check_shard
+from helpers.clips import greys, write_clip
+from helpers.shards import TOKENIZER, jpeg, write_tar
+
+GOOD = ("a.mp4", "b.webm", "c.mkv", "d.MP4")
+SHADES = {"a": 0, "b": 50, "c": 100, "d": 150}  # each clip goes from its shade to one 70 above it
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    found = {}
+    for name in GOOD:
+        shades = range(SHADES[name[0]], SHADES[name[0]] + 80, 10)
+        path = folder / name.lower()
+        found[name] = write_clip(path, greys(shades), "libvpx-vp9" if name.endswith("webm") else "libx264")
+    found["sound.mp4"] = write_clip(folder / "sound.mp4", [])
+    return found
+
+
+def shard(clips: dict[str, Path], folder: Path, *names: str) -> Path:
+    files = {}
+    for name in names:
+        key = name.partition(".")[0]
+        files |= {name: clips[name].read_bytes(), f"{key}.txt": b"a dog"}
+    return write_tar(folder / "00000.tar", files)
+
+
+def data(folder: Path, **more) -> LAIONDataModule:
+    made = LAIONDataModule(
+        str(folder), None, tokenizer=TOKENIZER, batch_size=4, image_size=16, cache_dir=str(folder / "cache"), **more
+    )
+    made.trainer = SimpleNamespace(global_rank=0, world_size=1)
+    return made
+
+
+def test_training_sees_the_frames(clips: dict[str, Path], tmp_path: Path) -> None:
+    shard(clips, tmp_path, *GOOD)
+    (batch,) = data(tmp_path, frames=2).train_dataloader().batches_from(0, 0)
+    assert batch.images.shape == (4, 2, 3, 16, 16)
+    found = {key[-1]: frames.float().mean(dim=(1, 2, 3)).tolist() for key, frames in zip(batch.keys, batch.images)}
+    expected = {key: [shade + 20, shade + 60] for key, shade in SHADES.items()}  # the third of eight, and the seventh
+    assert found.keys() == expected.keys()
+    for key, shades in expected.items():
+        np.testing.assert_allclose(found[key], shades, atol=4)
+
+
+def test_a_clip_goes_before_an_image_if_frames_are_wanted(clips: dict[str, Path], tmp_path: Path) -> None:
+    files = {f"{key}.{end}": content for key in "efgh" for end, content in (("jpg", jpeg()), ("txt", b"a dog"))}
+    files |= {f"{key}.mp4": clips["a.mp4"].read_bytes() for key in "efgh"}
+    write_tar(tmp_path / "00000.tar", dict(sorted(files.items())))
+    for frames, shape in ((0, (4, 3, 16, 16)), (3, (4, 3, 3, 16, 16))):
+        (batch,) = data(tmp_path, frames=frames).train_dataloader().batches_from(0, 0)
+        assert batch.images.shape == shape
+
+
+def test_damaged_clips_and_sound_count_as_bad(clips: dict[str, Path], tmp_path: Path) -> None:
+    """Each with one sentence, and other clips take their places."""
+    torn = tmp_path / "torn.mp4"
+    torn.write_bytes(clips["a.mp4"].read_bytes()[:-400])
+    path = shard(clips | {"torn.mp4": torn}, tmp_path, *GOOD, "sound.mp4", "torn.mp4")
+    loaded = data(tmp_path, frames=2, max_bad_fraction=0.9)
+    batches = list(loaded.train_dataloader().batches_from(0, 0))
+    batches += loaded.train_dataloader().batches_from(1, 0)
+    bad = {found.key: found for batch in batches for found in batch.bad}
+    assert {len(batch.images) for batch in batches} == {4}
+    assert bad.keys() <= {"sound", "torn"} and bad
+    assert {found.reason for found in bad.values()} == {"unreadable clip"}
+    assert all(f"{key} in {path} is not a readable clip" in found.detail for key, found in bad.items())
+    report = check_shard(path)
+    assert (report.entry.samples, report.bad_samples) == (4, 2)
+
+
+def test_shards_of_clips_ask_for_frames(clips: dict[str, Path], tmp_path: Path) -> None:
+    shard(clips, tmp_path, *GOOD)
+    with pytest.raises(DataError, match="set data.frames"):
+        data(tmp_path).prepare_data()
+    for more in ({"decode": "reduced"}, {"teachers": "x"}):
+        with pytest.raises(ValueError, match="clips need decode=full"):
+            data(tmp_path, frames=2, **more)
+
+
+def test_records_for_evaluation(clips: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shard(clips, tmp_path, *GOOD)
+    records = clip_shard_records(str(path), frames=3)
+    assert [record.id for record in records] == [f"00000.tar/{key}" for key in SHADES]
+    for record, name in zip(records, GOOD, strict=True):
+        assert isinstance(record.image, Clip) and record.captions == ("a dog",)
+        of_file = ClipFile(clips[name], 3)
+        np.testing.assert_array_equal([*record.image.frames()], [*of_file.frames()])
+        np.testing.assert_array_equal(record.image(), of_file())
+    read = [*read_shard(Shard(str(path)), ["txt"], BadSamples(0), CLIP_SUFFIXES, frames=3)]
+    assert [[*map(np.array, record.image.frames())][2].tolist() for record in read] == [
+        [*map(np.array, record.image.frames())][2].tolist() for record in records
+    ]
+    path.write_bytes(path.read_bytes() + bytes(1024))
+    with pytest.raises(DataError, match="a in .*changed after it was indexed"):
+        records[0].image()
+
+
+def test_samples_without_a_clip_are_counted(clips: dict[str, Path], tmp_path: Path) -> None:
+    path = shard(clips | {"e.jpg": clips["a.mp4"]}, tmp_path, *GOOD, "e.jpg")
+    with pytest.raises(DataError, match="1 of 5 samples .1 x missing clip"):
+        clip_shard_records(str(path), frames=3)
+    assert len(clip_shard_records(str(path), frames=3, max_bad_fraction=0.5)) == 4
