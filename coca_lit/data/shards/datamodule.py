@@ -195,9 +195,9 @@ class LAIONDataModule(CaptionDataModule):
                 else:
                     bad.lose(fault.reason, fault.shard, shard.samples, len(index), fault.detail)
         bad.end_of_pass()
-        if not self.frames and not any(index.places[:, 0].any() for _, index in pairs):
-            if any(index.places[:, 3].any() for _, index in pairs):
-                raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
+        images, clips = (any(index.places[:, kind].any() for _, index in pairs) for kind in (0, 3))
+        if clips and not images and not self.frames:
+            raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
         return indexes
 
     @cached_property

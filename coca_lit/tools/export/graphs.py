@@ -92,8 +92,8 @@ class ImageGraph(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (B, 3, H, W) uint8, or clips (B, F, 3, H, W), -> features (B, E) of unit length and, if the model captions, the keys and the
-        values of the image for every layer of the decoder, each (L, B, H, S, D/H).
+        """images (B, 3, H, W) uint8, or clips (B, F, 3, H, W), -> features (B, E) of unit length and, if the model
+        captions, the keys and the values of the image for every layer of the decoder, each (L, B, H, S, D/H).
         """
         decoder = self.model.decoder
         vector, tokens = self.model.pooling(self.model.image_encoder(images), captioning=decoder is not None)

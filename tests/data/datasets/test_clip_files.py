@@ -115,7 +115,7 @@ def test_own_clips_without_a_split(tmp_path: Path) -> None:
             (tmp_path / name).with_suffix(".txt").write_text("a dog\na black dog")
     (tmp_path / "photo.jpg").write_bytes(b"")  # without a caption
     splits = {split: {str(record.id) for record in clip_records(tmp_path, split, 3)} for split in ("train", "val")}
-    assert len(splits["train"]) == 36 and len(splits["val"]) == 4
+    assert [len(splits[split]) for split in ("train", "val")] == [36, 4]
     assert all(len({name.partition(".")[0] for name in names}) == len(names) / 2 for names in splits.values())
     assert clip_records(tmp_path, "val", 3)[0].captions == ("a dog", "a black dog")
 

@@ -57,7 +57,8 @@ def test_training_sees_the_frames(clips: dict[str, Path], tmp_path: Path) -> Non
     shard(clips, tmp_path, *GOOD)
     (batch,) = data(tmp_path, frames=2).train_dataloader().batches_from(0, 0)
     assert batch.images.shape == (4, 2, 3, 16, 16)
-    found = {key[-1]: frames.float().mean(dim=(1, 2, 3)).tolist() for key, frames in zip(batch.keys, batch.images)}
+    means = batch.images.float().mean(dim=(2, 3, 4)).tolist()
+    found = {key[-1]: shades for key, shades in zip(batch.keys, means, strict=True)}
     expected = {key: [shade + 20, shade + 60] for key, shade in SHADES.items()}  # the third of eight, and the seventh
     assert found.keys() == expected.keys()
     for key, shades in expected.items():
@@ -83,7 +84,7 @@ def test_damaged_clips_and_sound_count_as_bad(clips: dict[str, Path], tmp_path: 
     batches += loaded.train_dataloader().batches_from(1, 0)
     bad = {found.key: found for batch in batches for found in batch.bad}
     assert {len(batch.images) for batch in batches} == {4}
-    assert bad.keys() <= {"sound", "torn"} and bad
+    assert bad.keys() in ({"sound"}, {"torn"}, {"sound", "torn"})
     assert {found.reason for found in bad.values()} == {"unreadable clip"}
     assert all(f"{key} in {path} is not a readable clip" in found.detail for key, found in bad.items())
     report = check_shard(path)
@@ -92,7 +93,7 @@ def test_damaged_clips_and_sound_count_as_bad(clips: dict[str, Path], tmp_path: 
 
 def test_shards_of_clips_ask_for_frames(clips: dict[str, Path], tmp_path: Path) -> None:
     shard(clips, tmp_path, *GOOD)
-    with pytest.raises(DataError, match="set data.frames"):
+    with pytest.raises(DataError, match=r"set data\.frames"):
         data(tmp_path).prepare_data()
     for more in ({"decode": "reduced"}, {"teachers": "x"}):
         with pytest.raises(ValueError, match="clips need decode=full"):
@@ -104,7 +105,8 @@ def test_records_for_evaluation(clips: dict[str, Path], tmp_path: Path, monkeypa
     records = clip_shard_records(str(path), frames=3)
     assert [record.id for record in records] == [f"00000.tar/{key}" for key in SHADES]
     for record, name in zip(records, GOOD, strict=True):
-        assert isinstance(record.image, Clip) and record.captions == ("a dog",)
+        assert isinstance(record.image, Clip)
+        assert record.captions == ("a dog",)
         of_file = ClipFile(clips[name], 3)
         np.testing.assert_array_equal([*record.image.frames()], [*of_file.frames()])
         np.testing.assert_array_equal(record.image(), of_file())
@@ -113,12 +115,12 @@ def test_records_for_evaluation(clips: dict[str, Path], tmp_path: Path, monkeypa
         [*map(np.array, record.image.frames())][2].tolist() for record in records
     ]
     path.write_bytes(path.read_bytes() + bytes(1024))
-    with pytest.raises(DataError, match="a in .*changed after it was indexed"):
+    with pytest.raises(DataError, match=r"a in .*changed after it was indexed"):
         records[0].image()
 
 
 def test_samples_without_a_clip_are_counted(clips: dict[str, Path], tmp_path: Path) -> None:
     path = shard(clips | {"e.jpg": clips["a.mp4"]}, tmp_path, *GOOD, "e.jpg")
-    with pytest.raises(DataError, match="1 of 5 samples .1 x missing clip"):
+    with pytest.raises(DataError, match=r"1 of 5 samples \(1 x missing clip"):
         clip_shard_records(str(path), frames=3)
     assert len(clip_shard_records(str(path), frames=3, max_bad_fraction=0.5)) == 4

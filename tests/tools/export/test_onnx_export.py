@@ -111,7 +111,7 @@ def test_clips(way: str, tmp_path: Path) -> None:
     assert Captioner(tmp_path).write(clips.numpy()).tolist() == model.generate(clips).tolist()
     for i, frame in enumerate(clips[0]):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"frame{i}.png")
-    code = about.usage.replace("{folder}", str(tmp_path)).replace('frame{i}.jpg"', f'frame{{i}}.png"')
+    code = about.usage.replace("{folder}", str(tmp_path)).replace('frame{i}.jpg"', 'frame{i}.png"')
     code = code.replace('f"frame', f'f"{tmp_path}/frame')
     words = [[sys.executable, "-c", code], [sys.executable, tmp_path / "captioner.py", *sorted(tmp_path.glob("*.png"))]]
     said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in words]
