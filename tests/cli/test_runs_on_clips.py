@@ -90,7 +90,7 @@ def test_clips_in_shards(tmp_path: Path) -> None:
         files |= {f"{record.id}.mp4": clip.read_bytes(), f"{record.id}.txt": record.captions[0].encode()}
     (tmp_path / "shards").mkdir()
     write_tar(tmp_path / "shards" / "00000.tar", files)
-    data = ("data=laion", f"data.shards={tmp_path}/shards", "+data.frames=3", "data.epoch_samples=8")
+    data = ("data=laion", f"data.shards={tmp_path}/shards", "data.frames=3", "data.epoch_samples=8")
     sizes = ("data.batch_size=4", "data.num_workers=0", "+model.net.tokenizer=scenes_motion")
     scored = ("evals=[clip_shards_captions,clip_shards_retrieval]", f"roots.clip_shards={tmp_path}/shards")
     run(tmp_path / "run", *TINY, *data, *sizes, *scored)
