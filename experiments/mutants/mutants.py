@@ -867,14 +867,15 @@ def examined(chosen: Iterable[Mutant], tree: Path) -> Iterator[Result]:
     """
     passed: set[str] = set()
     for mutant in chosen:
-        if mutant.tests not in passed and (failed := first_failure(tree, shlex.split(mutant.tests), LIMIT_S)):
+        tests = ["-m", "slow or not slow", *shlex.split(mutant.tests)]
+        if mutant.tests not in passed and (failed := first_failure(tree, tests, LIMIT_S)):
             raise ValueError(f"{failed} fails without any mutation:\n{(tree / 'log').read_text()}")
         passed.add(mutant.tests)
         path, began = tree / mutant.file, time.monotonic()
         source = path.read_text()
         path.write_text(source.replace(mutant.text, mutant.replacement))
         try:
-            noticed_by = first_failure(tree, shlex.split(mutant.tests), LIMIT_S)
+            noticed_by = first_failure(tree, tests, LIMIT_S)
         finally:
             path.write_text(source)
         yield Result(mutant.id, mutant.file, mutation(mutant), noticed_by, f"{time.monotonic() - began:.1f}")

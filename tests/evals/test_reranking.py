@@ -11,6 +11,7 @@ from coca_lit.evals.inference import embed_pairs, log_likelihoods
 from coca_lit.evals.retrieval import BEHIND, RetrievalScores, decoder_rerank, reranked
 from coca_lit.metrics.retrieval import recall_at_k, retrieval_scores
 from helpers.evaluating import make_model, records
+from helpers.slow import slow
 
 WEIGHT = 0.4
 
@@ -73,7 +74,7 @@ def test_each_text_passes_the_tower_once_in_every_family(family: dict[str, Any],
         torch.testing.assert_close(found[i], model.eval().log_likelihood(pixels, model.tokenizer(own)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [*slow(1), 3, *slow(64)])
 def test_batches_do_not_matter(batch_size: int) -> None:
     torch.testing.assert_close(look(3, batch_size), look(3), atol=1e-4, rtol=1e-4)
 
