@@ -255,6 +255,7 @@ def test_compiled_blocks_give_the_same_and_stop_compiling() -> None:
     assert graphs[4:] == [graphs[4]] * 2
 
 
+@pytest.mark.slow
 def test_a_plan_counts_full_images() -> None:
     with torch.device("meta"):
         net = tiny()

@@ -132,6 +132,7 @@ def test_embeddings_and_decoder_equal_loops(sugarcrepe: tuple, tmp_path: Path) -
     assert quick == {name: value for name, value in scores.items() if name.count("/") == 1}
 
 
+@pytest.mark.slow
 def test_winoground_equals_a_loop(root: Path, tmp_path: Path) -> None:
     records = winoground_records(root)
     assert len(records) == 18

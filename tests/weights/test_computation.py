@@ -62,6 +62,7 @@ def features(folder: Path) -> tuple[Tensor, Tensor]:
     return model.eval().encode_image(images), model.encode_text(tokens)
 
 
+@pytest.mark.slow
 def test_openclip_finetuning_openclip(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The report's route, with frozen towers: the decoder learns, and retrieval is what it was."""
     start = f"init_from={folder / WEIGHTS}"
@@ -136,6 +137,7 @@ def test_our_own_weights_keep_their_mask_and_not_their_regularisation(tmp_path: 
     assert build_module(compose("data=scenes")).net.config["cls_mask"] == "correct"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_mask_of_its_checkpoint(tmp_path: Path, tiny_model: Any) -> None:
     """Also without `init_from`, and though the config does not name the mask."""
     save_model(tiny_model(cls_mask="legacy"), tmp_path / "m.safetensors")

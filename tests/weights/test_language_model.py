@@ -117,6 +117,7 @@ def test_what_cannot_start_a_decoder(state: dict[str, Tensor], overrides: dict[s
         start_decoder(build(**overrides), state)
 
 
+@pytest.mark.slow
 def test_as_a_key_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(gpt2(), tmp_path / "gpt2.bin")
     save_model(build(), tmp_path / "coca.safetensors")

@@ -116,6 +116,7 @@ def test_stretched_positions_by_hand() -> None:
     assert stretch(rows, 7)[:, 0].tolist() == [0, 1, 4, 9, 16, 25, 36]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", [{}, {"pooler": "mean", "text_tower": "two_pass", "embed_dim": 64}])
 def test_a_captioner_starts_with_another_context(tmp_path: Path, tower: dict[str, Any]) -> None:
     """CLS keeps its own row. Captions of the new length are written, and every text reads as before within the kept

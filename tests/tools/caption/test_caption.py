@@ -296,6 +296,7 @@ def test_a_model_without_decoder(tmp_path: Path, photos: Path) -> None:
         caption(f"checkpoint={tmp_path}/clip.safetensors", f"images=[{photos}]")
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_alone(checkpoint: str, photos: Path, tmp_path: Path) -> None:
     def sampled(name: str, seed: int) -> list[dict]:
         torch.manual_seed(len(name))

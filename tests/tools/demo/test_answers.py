@@ -70,6 +70,7 @@ def test_found_images_are_reranked_as_in_evaluations(model, tmp_path):
     assert rerank_images(model, hits, text, weight=0.0) == hits
 
 
+@pytest.mark.slow
 def test_greedy_writes_one_and_sampling_follows_its_seed(model):
     greedy = write_captions(model, PHOTO, "greedy", 5)
     assert [c.caption for c in greedy] == [model.tokenizer.decode(model.generate(pixels(model))[0])]

@@ -45,6 +45,7 @@ def test_folder_is_embedded_once(folder: Path, capsys: pytest.CaptureFixture) ->
     assert Path("photos/new.png") in {hit.path for hit in search("index=photos", "query=a red circle", "k=99")}
 
 
+@pytest.mark.slow
 def test_index_in_a_file(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert search("index=i.safetensors", "images=photos") == []
     assert capsys.readouterr().out == ""
