@@ -51,6 +51,7 @@ def test_patches_lie_where_they_belong(net: CoCa) -> None:
     assert drawn[3, 3] == 0
 
 
+@pytest.mark.slow
 def test_it_learns_to_draw_what_a_caption_says() -> None:
     """Four scenes are drawn nearer to the truth than by the mean of them, which knows no caption."""
     torch.manual_seed(0)

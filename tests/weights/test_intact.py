@@ -13,6 +13,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_model, save_model
 from coca_lit.weights.start import load_image_weights
+from helpers.slow import slow
 
 Build = Callable[..., CoCa]
 FLIPS = 60
@@ -38,7 +39,7 @@ def write(model: CoCa, path: Path) -> None:
         torch.save({"state_dict": state, MODEL_KEY: model.config}, path)
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+@pytest.mark.parametrize("name", [*slow("model.ckpt"), "model.safetensors"])
 def test_a_flipped_bit_is_found_or_changes_nothing(model: CoCa, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     write(model, path)

@@ -17,7 +17,6 @@ from coca_lit.tools.caption import outputs, shards
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.applying import caption, new_model
 from helpers.forking import Program
-from helpers.slow import slow
 
 PHOTOS = 10  # in batches of 3
 
@@ -82,7 +81,8 @@ def half_a_line(path: Path, rows: Any) -> None:
         file.write('{"path": "photos/x.png", "capt')
 
 
-@pytest.mark.parametrize("output", ["lines.jsonl", *slow("coco.json")])
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["lines.jsonl", "coco.json"])
 def test_lines(output: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, kills = tmp_path / output, 0
     for at in (1, 2, 1, 2):
