@@ -107,6 +107,15 @@ def test_samples_of_each_source_are_logged_and_counted_on(folders, tmp_path):
     assert resumed.total() == counts.total()
 
 
+def test_a_process_that_begins_with_texts_alone_logs_the_counts_so_far():
+    counts, logged = SourceCounts(), []
+    counts.load_state_dict({"a": 20, "b": 10})
+    trainer = Mock(global_step=1, log_every_n_steps=1)
+    trainer.fit_loop.epoch_loop._should_accumulate.return_value = False
+    counts.on_train_batch_end(trainer, Mock(log_dict=logged.append), None, SimpleNamespace(sources=()), 0)
+    assert logged == [{"samples/a": 20.0, "samples/b": 10.0}]
+
+
 def counted(folders: dict[str, str]) -> tuple[dict[str, int], list[dict[str, float]], dict[str, int]]:
     """Samples of this rank by source, what is logged after each step, and the state that is saved."""
     data = mixture(folders, weights={"a": 1, "b": 1})
