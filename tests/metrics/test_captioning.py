@@ -23,7 +23,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from coca_lit.metrics.captions import CaptionMetric, caption_scores, caption_table, tokenize_captions
 from coca_lit.metrics.java import runtime as java
-from coca_lit.metrics.java.meteor import Meteor, meteor_of_sums, shared_meteor, summable, warm_up
+from coca_lit.metrics.java.meteor import Meteor, meteor_of_sums, shared_meteor, summable
 from coca_lit.metrics.java.runtime import ptb_tokenize
 from helpers.shared_data import SHARED
 
@@ -37,7 +37,6 @@ def german_java():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in GERMAN.items():
             patch.setenv(name, value)
-        warm_up()
         yield
         shared_meteor().close()
 
@@ -176,6 +175,7 @@ def test_odd_captions_are_those_of_the_official_tool(monkeypatch):
     assert 0 < caption_scores(references, predictions, ["METEOR"])["METEOR"] < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", ["|||", "\r\n"])
 def test_meteor_takes_separators_for_blanks(separator):
     meteor = shared_meteor()
@@ -187,6 +187,7 @@ def test_meteor_takes_separators_for_blanks(separator):
     assert meteor.score(joined, ["a dog sits", f"a dog{separator}the cat"]).corpus == expected
 
 
+@pytest.mark.slow
 def test_meteor_of_empty_captions():
     assert shared_meteor().score([["a dog"], [""]], ["", ""]).corpus == 0
     half = shared_meteor().score([["a dog runs fast", ""], ["a dog"]], ["a dog runs fast", ""]).corpus
@@ -232,6 +233,7 @@ def test_killed_meteor_costs_meteor_alone():
     assert metric.compute()["METEOR"] == 1  # another process has been started
 
 
+@pytest.mark.slow
 def test_meteor_of_resampled_captions():
     draw, words = random.Random(1), ["a", "red", "dogs", "ran", "on", "in", "the", "tall", "grass", "lawn"]
     texts = [" ".join(draw.choices(words, k=7)) for _ in range(90)]

@@ -129,6 +129,7 @@ def test_layer_scale_of_the_image_tower(batch: tuple[Tensor, Tensor]) -> None:
     assert_equal_features(theirs, clip_from_open_clip(theirs.state_dict()).eval(), batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "vision", "text", "millions"),
     [

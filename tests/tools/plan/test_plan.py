@@ -262,6 +262,7 @@ def test_a_wrong_plan_is_refused(setting: str, message: str, monkeypatch: pytest
     assert str(exit.value.code).startswith(f"error: {message}")
 
 
+@pytest.mark.slow
 def test_the_plan_of_an_experiment_is_printed_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def expect_flops(name: str) -> None:
     assert total == pytest.approx(PROFILE[name].gflops, rel=0.003)
 
 
+@pytest.mark.slow
 def test_flops_of_the_study() -> None:
     expect_flops("mammut_ViT-S-32")
 
