@@ -1,6 +1,5 @@
 """What a user can say to `python train.py`, from experiments on every data format to the files of the run folder."""
 
-import csv
 import json
 import re
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from coca_lit.models import create_model
 from coca_lit.runs.resume import start_run_folder
 from coca_lit.tools.prepare.scenes import export_scenes
 from coca_lit.weights.load import load_model, save_model
-from helpers.running import NAFLEX, TINY, compose, results, run, train_py, without_java
+from helpers.running import NAFLEX, TINY, compose, logged, results, run, train_py, without_java
 from helpers.slow import slow
 
 OVERLAP = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
@@ -112,9 +111,7 @@ def test_demo_folder_holds_what_its_readme_says(demo: Path) -> None:
 
 
 def test_demo_metrics_have_raw_losses_and_final_scores(demo: Path) -> None:
-    with (demo / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+    columns = logged(demo)
     assert len(columns["train/caption_loss"]) == len(columns["train/contrastive_loss"]) == 2
     assert len(columns["val/caption_loss"]) == len(columns["val/contrastive_loss"]) == 1
     assert columns["scenes/CIDEr"] == [pytest.approx(results(demo)["scenes/CIDEr"])]

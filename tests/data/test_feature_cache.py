@@ -1,6 +1,5 @@
 """Cached image tokens against the encoder itself, file by file and in whole runs."""
 
-import csv
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from coca_lit.errors import DataError
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import create_model
 from coca_lit.tokenizer import WordTokenizer
-from helpers.running import compose, run
+from helpers.running import compose, logged, run
 
 SIZE, COUNT = 16, 5
 TOKENIZER = WordTokenizer(VOCABULARY)
@@ -162,12 +161,6 @@ SHORT = (
 )
 
 
-def metrics(folder: Path) -> dict[str, list[float]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if name.endswith("_loss")}
-
-
 @pytest.mark.parametrize("frozen", ["image_encoder", "image_encoder.trunk.*1,image_encoder.trunk.layer2"])
 @pytest.mark.slow
 def test_a_cached_run_trains_as_one_that_encodes(frozen: str, tmp_path: Path) -> None:
@@ -175,7 +168,7 @@ def test_a_cached_run_trains_as_one_that_encodes(frozen: str, tmp_path: Path) ->
     cache = (f"data.cache_dir={tmp_path}/views", f"model.freeze=[{frozen}]")
     for name, views in (("plain", 0), ("cached", 1)):
         run(tmp_path / name, *SHORT, f"data.cached_augmentations={views}", *cache)
-    plain, cached = metrics(tmp_path / "plain"), metrics(tmp_path / "cached")
+    plain, cached = logged(tmp_path / "plain", "_loss"), logged(tmp_path / "cached", "_loss")
     assert len(plain["train/caption_loss"]) == 6
     assert plain.keys() == cached.keys() >= {"val/contrastive_loss", "val/caption_loss"}
     for name, values in plain.items():

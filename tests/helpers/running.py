@@ -1,5 +1,6 @@
 """Runs for the tests: composed as the command line does it but inside the test process, or as a real command."""
 
+import csv
 import json
 import os
 import subprocess
@@ -100,6 +101,13 @@ def without_java(patch: pytest.MonkeyPatch) -> None:
 
 def _lower(texts: Sequence[str]) -> list[str]:
     return [text.lower() for text in texts]
+
+
+def logged(folder: Path, ending: str = "") -> dict[str, list[float]]:
+    """The columns of metrics.csv, without their gaps."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if name.endswith(ending)}
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Self-critical training: what is drawn, rewarded and differentiated, on one rank and on two, killed and resumed."""
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa, create_model
 from coca_lit.training.optim import AdamW
 from coca_lit.training.self_critical import SelfCritical
-from helpers.running import run
+from helpers.running import logged, run
 
 RECORDS = scene_records("train", count=8)
 REFERENCES = {str(record.id): record.captions for record in RECORDS}
@@ -182,9 +181,7 @@ def test_a_run_logs_its_rewards_and_goes_on_with_the_same_bits(tmp_path: Path) -
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "again")
     )
     torch.testing.assert_close(again["state_dict"], whole["state_dict"], rtol=0, atol=0)
-    with (tmp_path / "whole" / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    values = {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+    values = logged(tmp_path / "whole")
     for name in ("reward", "advantage", "policy_loss", "contrastive_loss"):
         assert len(values[f"train/{name}"]) == 4, name
     assert len(values["train/scoring_share"]) == 3

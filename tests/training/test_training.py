@@ -1,6 +1,5 @@
 """Training itself: it repeats, freezes, averages, clips, and says how it goes."""
 
-import csv
 import re
 from collections.abc import Callable
 from functools import partialmethod
@@ -27,7 +26,7 @@ from coca_lit.models.coca import MAX_LOGIT_SCALE
 from coca_lit.training.optim import AdamW
 from coca_lit.training.trainer import prepare
 from coca_lit.weights.load import load_model
-from helpers.running import compose, run
+from helpers.running import compose, logged, run
 from helpers.slow import slow
 
 # Two epochs of four steps on the CPU and nothing else.
@@ -35,13 +34,6 @@ SHORT = (
     *("trainer=cpu", "trainer.max_epochs=2", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=0"),
     *("data.train_count=32", "data.batch_size=8", "model.warmup_steps=2", "evals=[]"),
 )
-
-
-def losses(folder: Path) -> dict[str, list[float]]:
-    """Logged values of the losses, step by step."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0] if name.endswith("_loss")}
 
 
 def new_module(cfg: DictConfig) -> CoCaLit:
@@ -94,7 +86,7 @@ def tensors(net: CoCa) -> dict[str, Tensor]:
 def test_seed_decides(tmp_path: Path) -> None:
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / folder, *SHORT, f"seed={seed}", "trainer.max_epochs=1", "data.train_count=16")
-    a, b, c = (losses(tmp_path / folder) for folder in "abc")
+    a, b, c = (logged(tmp_path / folder, "_loss") for folder in "abc")
     assert a == b
     assert all(x != y for name in a for x, y in zip(a[name], c[name], strict=True))
 
@@ -146,7 +138,7 @@ def test_frozen_parts_are_named_and_stay(
     assert said in capsys.readouterr().out
     for name, tensor in tensors(net).items():
         assert torch.equal(tensor, before[name]) == name.startswith(frozen), name
-    assert loss is None or set(losses(tmp_path)) == {loss}
+    assert loss is None or set(logged(tmp_path, "_loss")) == {loss}
 
 
 @pytest.mark.parametrize("weights", [{"contrastive_weight": 0, "caption_weight": 0}, {"caption_weight": -1}])
@@ -196,9 +188,8 @@ def test_gradients_are_clipped(tmp_path: Path, precision: str) -> None:
     overrides = (f"trainer.precision={precision}", "trainer.gradient_clip_val=0.01", "trainer.max_epochs=1")
     fit(tmp_path, *overrides, watch=AfterStep(look))
     assert norms == pytest.approx([0.01] * 4, rel=0.02)
-    assert 2 < losses(tmp_path)["train/caption_loss"][-1] < 6
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        assert all(float(row["train/grad_norm"]) > 0.1 for row in csv.DictReader(file) if row["train/grad_norm"])
+    assert 2 < logged(tmp_path, "_loss")["train/caption_loss"][-1] < 6
+    assert min(logged(tmp_path)["train/grad_norm"]) > 0.1
 
 
 @pytest.mark.slow
@@ -211,8 +202,8 @@ def test_compiled_network_trains_alike(tmp_path: Path, monkeypatch: pytest.Monke
         assert counters["stats"]["unique_graphs"] == graphs
         fit(tmp_path / folder, f"model.compile={folder}", *small)
     assert counters["stats"]["unique_graphs"] > graphs
-    for name, values in losses(tmp_path / "true").items():
-        assert values == pytest.approx(losses(tmp_path / "false")[name], rel=1e-4)
+    for name, values in logged(tmp_path / "true", "_loss").items():
+        assert values == pytest.approx(logged(tmp_path / "false", "_loss")[name], rel=1e-4)
     load_model(tmp_path / "true" / "checkpoints" / "last.ckpt")  # with the names of a plain network
 
 
