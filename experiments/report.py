@@ -91,9 +91,9 @@ STUDIES: dict[str, Any] = {
             "positions": "tokens with frame positions",
         },
         {
-            **{f"scenes_motion_choice/{kind}_accuracy": f"{kind}, %" for kind in ("object", "mover", "side", "time")},
-            "scenes_motion/exact_match": "exact captions, %",
-            "scenes_motion/t2i_recall@1": "text to clip R@1, %",
+            **{f"scenes_motion_choice/{kind}_accuracy": kind for kind in ("object", "mover", "side", "time")},
+            "scenes_motion/exact_match": "exact captions",
+            "scenes_motion/t2i_recall@1": "text to clip R@1",
         },
     ),
     "negative": TableStudy(results("negative"), negative),
