@@ -31,6 +31,7 @@ from coca_lit.errors import ConfigError, UserError, error_context, suggest
 from coca_lit.machine import set_up_environment
 from coca_lit.models.generation.options import check_shared
 from coca_lit.models.presets import preset
+from coca_lit.runs.branches import branch_of, cooldown_of
 from coca_lit.runs.launch import (
     announce,
     import_from_current_folder,
@@ -49,7 +50,7 @@ NAMES = ("auto", "required", "builtin", "photos", "efficientnet_lite0", "efficie
 _KEY = re.compile(r"(?!hydra\.)[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 
 OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
-for resolver in (job_folder, launched_devices, launched_nodes):
+for resolver in (job_folder, launched_devices, launched_nodes, cooldown_of, branch_of):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

@@ -11,8 +11,8 @@ def lower_is_better(score: str) -> bool:
 
 
 def is_share(score: str) -> bool:
-    """Whether the score of this name is a share of images, texts or answers, in [0, 1]."""
-    ends = ("accuracy", "consistency", "top1", "top5", "exact_match", "novel", "CHAIRi", "CHAIRs", "text_score")
+    """Whether the score of this name is a share of images, pixels, texts or answers, in [0, 1]."""
+    ends = ("accuracy", "consistency", "miou", "top1", "top5", "exact_match", "novel", "CHAIRi", "CHAIRs", "text_score")
     return "recall@" in score or score.endswith(
         (*ends, "image_score", "group_score", "_precision", "_recall", "cut_captions")
     )

@@ -51,6 +51,7 @@ NAMES = {
     "top1": "top-1, %",
     "top5": "top-5, %",
     "mean_per_class_recall": "mean per-class recall, %",
+    "miou": "mean IoU of classes, %",
     "p": "p of the paired test",
 }
 DATA_SETS = {  # names of evaluations -> names for readers; others are shown as they are
@@ -96,6 +97,7 @@ WAYS = {  # second parts of the names of scores: how an answer was found -> for 
     "pmi": "by the gain in likelihood",
     "knn": "by nearest neighbours",
     "linear": "by a linear probe",
+    "segmentation": "pixels by a linear probe",
     "classifier": "by the classifier",
     "pooler": "by a probe with an attentional pooler",
     "mean": "by a linear probe of the mean token",

@@ -15,17 +15,27 @@ WAYS = {
 }
 SAMPLES = (6400, 12800, 25600)
 NAMES = {f"{way}_{samples}": f"{name}, {samples:,}" for way, name in WAYS.items() for samples in SAMPLES}
+PHOTO_NAMES = {
+    f"photos_{way}_{samples}": f"{name}, {samples:,}"
+    for way, name in {"plain": "pairs alone", "distilled": "a teacher"}.items()
+    for samples in (6000, 12000)
+}
 SCORES = {
     "scenes/CIDEr": "CIDEr",
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
     "samples/s": "samples/s",
 }
+PHOTO_SCORES = {score.replace("scenes", "flickr8k"): title for score, title in SCORES.items()}
 
 
 def tables() -> dict[str, str]:
     rows = read_rows(RESULTS)
-    return {"distillation": by_variant(renamed(rows, NAMES | {"teacher": "teacher"}), SCORES)} if rows else {}
+    found = {
+        "distillation": (renamed(rows, NAMES | {"teacher": "teacher"}), SCORES),
+        "distillation/photos": (renamed(rows, PHOTO_NAMES), PHOTO_SCORES),
+    }
+    return {name: by_variant(chosen, scores) for name, (chosen, scores) in found.items() if chosen}
 
 
 def draw() -> None:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# usage: run.sh; SEEDS="0 1 2", SAMPLES="6400 12800 25600". Finished steps are skipped; one core.
+# usage: run.sh [FLICKR8K_FOLDER], which holds dataset_flickr8k.json and images/; SEEDS="0 1 2", SAMPLES="6400 12800 25600", of photos
+# PHOTOS="6000 12000", and TEACHERS="photos" or runs of flickr8k_two_hours. Finished steps are skipped; one core.
 set -euo pipefail
+root=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/../.."
 runs=outputs/distillation data=outputs/distillation/data new=outputs/distillation/recaptioned
 export OMP_NUM_THREADS=1
@@ -20,7 +22,7 @@ teachers=("$runs/teacher_seed10" "$runs/teacher_seed11")
 coca-caption "$data/*.tar" checkpoint="${teachers[0]}" output=$new/ generate.strategy=sample generate.num_captions=3 precision=fp32 threads=1 num_workers=0
 coca-data teach $new --teachers "${teachers[@]}" --caption-keys original_caption generated_captions --views 4 --precision fp32 --num-workers 0
 
-distilled=(data.teachers=$new model.contrastive_weight=0.3
+distilled=(model.contrastive_weight=0.3
   +model.objectives.teachers._target_=coca_lit.training.distillation.Distillation +model.objectives.teachers.weight=0.7)
 old='data.caption_keys={original_caption: 1}' both='data.caption_keys={original_caption: 0.5, generated_captions: 0.5}'
 for seed in ${SEEDS:-0 1 2}; do
@@ -29,8 +31,30 @@ for seed in ${SEEDS:-0 1 2}; do
       'evals=[scenes_captions,scenes_retrieval]')
     train "plain_$samples" "$seed" "${words[@]}" "$old"
     train "captions_$samples" "$seed" "${words[@]}" "$both"
-    train "distilled_$samples" "$seed" "${words[@]}" "$old" "${distilled[@]}"
-    train "reinforced_$samples" "$seed" "${words[@]}" "$both" "${distilled[@]}"
+    train "distilled_$samples" "$seed" "${words[@]}" "$old" "${distilled[@]}" data.teachers=$new
+    train "reinforced_$samples" "$seed" "${words[@]}" "$both" "${distilled[@]}" data.teachers=$new
   done
 done
+
+if [ -n "$root" ]; then # Flickr8k's training split alone; a vocabulary of its words, as flickr8k_two_hours has
+  shards=$runs/photos/shards conf=$PWD/$runs/photos/conf
+  coca-data prepare "$root" $shards
+  coca-data teach $shards --teachers ${TEACHERS:-photos} --caption-keys captions --views 2 --precision fp32 --num-workers 0
+  mkdir -p "$conf/experiment"
+  python - "$root" > "$conf/experiment/flickr8k_words.yaml" <<'END'
+import json, sys
+from coca_lit.data.datasets.captions import flickr_training_captions
+from coca_lit.tokenizer import frequent_words
+words = frequent_words(flickr_training_captions(sys.argv[1]), 4)
+print("# @package _global_\ndefaults: [flickr8k]\nmodel: {net: {tokenizer: %s}}" % json.dumps(words))
+END
+  for seed in ${SEEDS:-0 1 2}; do
+    for samples in ${PHOTOS:-6000 12000}; do
+      words=(--config-dir "$conf" experiment=flickr8k_words image_size=128 data=laion data.shards=$shards data.caption_keys=captions
+        data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 evals=flickr8k roots.flickr8k="$root")
+      train "photos_plain_$samples" "$seed" "${words[@]}"
+      train "photos_distilled_$samples" "$seed" "${words[@]}" "${distilled[@]}" data.teachers=$shards
+    done
+  done
+fi
 python experiments/report.py distillation "$runs"/*_seed*

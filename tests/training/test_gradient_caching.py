@@ -73,6 +73,16 @@ def test_smoothing_and_unknown_words_count_as_in_the_whole_batch() -> None:
     torch.testing.assert_close(found, terms, atol=1e-10, rtol=0)
 
 
+def test_questions_before_answers_count_as_in_the_whole_batch() -> None:
+    net = build().double()
+    batch = own_batch(net, 0)
+    questions = torch.arange(len(batch.images)) % 3 + 1
+    terms = loss_terms(net(*batch[:3], prefix_lengths=questions))
+    _, found = cached_loss(net, *batch[:3], 2, WEIGHTS, prefix_lengths=questions)
+    torch.testing.assert_close(found, terms, atol=1e-10, rtol=0)
+    assert not torch.equal(found["caption"], loss_terms(net(*batch[:3]))["caption"])
+
+
 def one_graph(net: CoCa, batch: Batch) -> Tensor:
     """The loss of a batch by one graph through all micro-batches of 2, with the dropout that caching draws for each."""
     outs = []

@@ -189,6 +189,14 @@ def boxes(number: int, size: int = 32, objects: int = 2) -> list[tuple[int, int,
     return found
 
 
+def regions(number: int, size: int = 32, objects: int = 2) -> Image.Image:
+    """Which thing of a scene each pixel shows (mode L): 0 the background, 1 the first thing, and so on."""
+    image = Image.new("L", (size, size))
+    for place, (_, corner, mask) in enumerate(_layout(number, size, objects)[1], start=1):
+        image.paste(place, corner, mask.point(lambda opacity: 255 * (opacity >= 128)))
+    return image
+
+
 def _layout(
     number: int, size: int, objects: int
 ) -> tuple[tuple[int, ...], list[tuple[Thing, tuple[int, int], Image.Image]]]:

@@ -1,0 +1,136 @@
+"""What each cell of a frozen image encoder's feature map knows: a linear probe of pixels.
+
+Shapes: I images, S = h·w cells, C width of the encoder, K classes, masks of H x W pixels.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coca_lit.data.datasets.segmentation import Segmentation
+from coca_lit.data.records import Record
+from coca_lit.errors import DataError
+from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.inference import rows_of
+from coca_lit.metrics.classification import linear_classifier
+from coca_lit.metrics.conditions import digest
+from coca_lit.metrics.uncertainty import Resampled, bootstrap, exact
+from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.patches import Images
+
+
+class SegmentationScores(Evaluation):
+    """Mean intersection over union of classes, "segmentation/miou": logistic regression on the tokens of the grid,
+    standardised, and interpolated to the pixels of the mask (bilinear), as in DINOv2's linear evaluation (Oquab et al.
+    2023, arXiv 2304.07193, section 7.4). A class counts if it occurs in the masks.
+
+    Args:
+        images: the images that are segmented.
+        training: images with the same classes to learn from.
+        pixels: random ones of each training image that the regression sees.
+        c: inverse of its regularisation.
+
+    Raises:
+        DataError: the two sets have other classes.
+    """
+
+    score_names = ("segmentation/miou",)
+
+    def __init__(
+        self,
+        name: str,
+        images: Segmentation,
+        training: Segmentation,
+        pixels: int = 64,
+        c: float = 1.0,
+        every: int = 0,
+    ) -> None:
+        super().__init__(name, images.records, every)
+        if images.class_names != training.class_names:
+            raise DataError(
+                f"the training images of {name} must have the classes of the others: got {len(training.class_names)} "
+                f"and {len(images.class_names)}"
+            )
+        self.images, self.training, self.pixels, self.c = images, training, pixels, c
+
+    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
+        training = digest(record.id for record in self.training.records)
+        return {"pixels": self.pixels, "c": self.c, "training_images": training}
+
+    def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
+        """The names of the classes."""
+        return self.images.class_names
+
+    def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
+        if not isinstance(model, CoCa) or model.image_encoder.takes_patches:
+            self.not_run[f"{self.name} segmentation"] = "the probe takes a CoCa whose images have one shape"
+            return {}
+        known = grids(model, self.training.records, settings)  # (N, C, h, w)
+        deviation, mean = torch.std_mean(known, dim=(0, 2, 3), keepdim=True)
+        deviation = deviation.clamp_min(1e-6)
+        features, labels = self._sampled((known - mean) / deviation)
+        weights, biases = linear_classifier(features, labels, len(self.images.class_names), self.c)
+        logits = torch.einsum("kc,ichw->ikhw", weights.float(), (grids(model, records, settings) - mean) / deviation)
+        logits += biases.float()[:, None, None]
+        resampled = mean_iou(*self._overlaps(logits))
+        if settings.full:
+            self.draws = bootstrap([record.id for record in records], resampled)
+        return exact(len(records), resampled)
+
+    def _sampled(self, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N · pixels, C) of random pixels of the training images, and their classes."""
+        generator = torch.Generator().manual_seed(0)
+        features, labels = [], []
+        for grid, mask in _with_masks(known, self.training):
+            chosen = torch.randint(mask.numel(), (self.pixels,), generator=generator)
+            features.append(_at_pixels(grid, mask)[:, chosen].T)
+            labels.append(mask.flatten()[chosen])
+        return torch.cat(features), torch.cat(labels)
+
+    def _overlaps(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pixels (I, K) of each image that are of a class and found, that are of it or found, and that are of it."""
+        classes, counts = torch.arange(logits.shape[1])[:, None], []
+        for grid, mask in _with_masks(logits, self.images):
+            found, true = _at_pixels(grid, mask).argmax(dim=0) == classes, mask.flatten() == classes  # (K, H·W)
+            counts.append([(found & true).sum(1), (found | true).sum(1), true.sum(1)])
+        both, either, true = (torch.stack(kind).double().numpy() for kind in zip(*counts, strict=True))
+        return both, either, true
+
+
+def grids(model: CoCa, records: Sequence[Record], settings: Settings) -> Tensor:
+    """Tokens of the encoder on its square grid (I, C, h, w), on the CPU of every rank."""
+    encoder = model.image_encoder
+
+    def flat(_: Sequence[Record], images: Images) -> Tensor:
+        return encoder(images)[:, encoder.prefix_tokens :].flatten(1)
+
+    rows = rows_of(model, records, flat, settings.batch_size, settings.workers)  # (I, S · C)
+    tokens = rows.unflatten(1, (-1, encoder.width)).transpose(1, 2)  # (I, C, S)
+    return tokens.unflatten(2, (math.isqrt(tokens.shape[2]), -1))
+
+
+def mean_iou(both: np.ndarray, either: np.ndarray, true: np.ndarray) -> Resampled:
+    """The score of resampled images from pixel counts (I, K): intersection, union, and those of the class."""
+
+    def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
+        unions, occurs = counts @ either, counts @ true > 0  # (D, K)
+        ious = np.where(occurs, counts @ both / np.maximum(unions, 1), 0)
+        return {"segmentation/miou": ious.sum(axis=1) / occurs.sum(axis=1)}
+
+    return resampled
+
+
+def _with_masks(grids: Tensor, images: Segmentation) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each grid (1, C, h, w) with the mask (H, W) of its image."""
+    for grid, mask in zip(grids.split(1), images.masks, strict=False):
+        yield grid, torch.from_numpy(mask()).long()
+
+
+def _at_pixels(grid: Tensor, mask: Tensor) -> Tensor:
+    """(1, C, h, w) -> (C, H·W)"""
+    return F.interpolate(grid, mask.shape, mode="bilinear", align_corners=False)[0].flatten(1)

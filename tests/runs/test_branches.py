@@ -1,0 +1,41 @@
+"""Runs of several lengths from one trunk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coca_lit.runs.branches import branch_of, cooldown_of
+from helpers.running import run
+
+
+def test_where_a_run_starts(tmp_path: Path) -> None:
+    longest, other = (tmp_path / f"seed=1,trainer.max_steps={steps}" for steps in (1600, 200))
+    assert cooldown_of(200) == 40
+    assert branch_of(str(longest), 1600, 1600) == "auto"
+    assert branch_of(str(other), 200, 1600) == str(longest / "checkpoints" / "step_160.ckpt")
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "checkpoints" / "step_170.ckpt").touch()
+    assert branch_of(str(other), 200, 1600) == "auto"
+
+
+@pytest.mark.slow
+def test_a_branch_of_the_grid_is_a_run_of_its_own(tmp_path: Path) -> None:
+    """The longest run and a branch from it: the branch has the bits of a run that never saw the longest."""
+    options = (
+        *("scaling=small", "model.net.embed_dim=48", "model.warmup_steps=2", "callbacks.checkpoint.every_n_steps=4"),
+        *("trainer=cpu", "trainer.limit_val_batches=0", "data.batch_size=8", "data.train_count=24", "evals=[]"),
+    )
+    branching = "ckpt_path=${branch_of:${output_dir},${trainer.max_steps},20}"
+    for steps in (20, 10):
+        run(tmp_path / f"trainer.max_steps={steps}", *options, f"trainer.max_steps={steps}", branching)
+    run(tmp_path / "straight", *options, "trainer.max_steps=10", "ckpt_path=null")
+    found, expected = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("trainer.max_steps=10", "straight")
+    )
+    assert not (tmp_path / "trainer.max_steps=10" / "checkpoints" / "step_4.ckpt").exists()
+    assert (tmp_path / "straight" / "checkpoints" / "step_4.ckpt").exists()
+    assert found["global_step"] == expected["global_step"] == 10
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], tensor), name
