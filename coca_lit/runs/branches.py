@@ -1,5 +1,5 @@
-"""Runs of several lengths from one trunk, as a sweep over `trainer.max_steps`, the longest first: each cools down in its
-last fifth, and all but the longest start from the checkpoint of the longest where their cooldown begins.
+"""Runs of several lengths from one trunk, as a sweep over `trainer.max_steps`, the longest first. Each cools down in its
+last fifth; all but the longest start there, from a checkpoint of the longest.
 """
 
 from pathlib import Path

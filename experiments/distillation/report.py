@@ -13,7 +13,7 @@ WAYS = {
     "distilled": "two teachers",
     "reinforced": "teachers and synthetic captions",
 }
-SAMPLES = (6400, 12800, 25600)
+SAMPLES = (3840, 7680, 15360)
 NAMES = {f"{way}_{samples}": f"{name}, {samples:,}" for way, name in WAYS.items() for samples in SAMPLES}
 PHOTO_NAMES = {
     f"photos_{way}_{samples}": f"{name}, {samples:,}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: run.sh [FLICKR8K_FOLDER], which holds dataset_flickr8k.json and images/; SEEDS="0 1 2", SAMPLES="6400 12800 25600", of photos
+# usage: run.sh [FLICKR8K_FOLDER], which holds dataset_flickr8k.json and images/; SEEDS="0 1 2", SAMPLES="3840 7680 15360", of photos
 # PHOTOS="6000 12000", and TEACHERS="photos" or runs of flickr8k_two_hours. Finished steps are skipped; one core.
 set -euo pipefail
 root=${1:+$(realpath "$1")}
@@ -14,8 +14,8 @@ train() { # NAME SEED WORDS…
 }
 
 [ -d $data ] || python -m coca_lit.tools.prepare.scenes shards $data --count 12000 --size 32
-for teacher in 10 11; do # each has seen eight times the samples of the longest training of a student
-  train teacher $teacher data.train_count=12000 trainer.max_epochs=16 'evals=[scenes_captions,scenes_retrieval]'
+for teacher in 10 11; do # each sees five times the samples of the longest training of a student
+  train teacher $teacher data.train_count=12000 trainer.max_epochs=6 'evals=[scenes_captions,scenes_retrieval]'
 done
 teachers=("$runs/teacher_seed10" "$runs/teacher_seed11")
 # Three captions an image by the first teacher, beside the old one; then what both teachers say of all of them.
@@ -26,8 +26,8 @@ distilled=(model.contrastive_weight=0.3
   +model.objectives.teachers._target_=coca_lit.training.distillation.Distillation +model.objectives.teachers.weight=0.7)
 old='data.caption_keys={original_caption: 1}' both='data.caption_keys={original_caption: 0.5, generated_captions: 0.5}'
 for seed in ${SEEDS:-0 1 2}; do
-  for samples in ${SAMPLES:-6400 12800 25600}; do
-    words=(data=laion data.shards=$new data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1
+  for samples in ${SAMPLES:-3840 7680 15360}; do
+    words=(data=laion data.shards=$new data.epoch_samples="$samples" data.batch_size=64 data.num_workers=0 trainer.max_epochs=1 model.warmup_steps=30
       'evals=[scenes_captions,scenes_retrieval]')
     train "plain_$samples" "$seed" "${words[@]}" "$old"
     train "captions_$samples" "$seed" "${words[@]}" "$both"

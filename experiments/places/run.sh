@@ -8,7 +8,7 @@ train() { # NAME SEED WORDS…
   local name=$1_seed$2 seed=$2
   shift 2
   [ -s "$runs/$name/results.json" ] || python train.py name="places/$name" seed="$seed" experiment=scenes_places trainer=cpu threads=1 \
-    scoring.every_n_epochs=null data.train_count=8000 evals=scenes_places "$@"
+    scoring.every_n_epochs=null data.train_count=6000 evals=scenes_places "$@"
 }
 
 for seed in ${SEEDS:-0 1 2}; do # a scene has one record with captions, and nearly always two questions

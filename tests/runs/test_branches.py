@@ -1,12 +1,13 @@
 """Runs of several lengths from one trunk."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from coca_lit.runs.branches import branch_of, cooldown_of
-from helpers.running import run
+from helpers.running import run, train_py
 
 
 def test_where_a_run_starts(tmp_path: Path) -> None:
@@ -26,16 +27,16 @@ def test_a_branch_of_the_grid_is_a_run_of_its_own(tmp_path: Path) -> None:
         *("scaling=small", "model.net.embed_dim=48", "model.warmup_steps=2", "callbacks.checkpoint.every_n_steps=4"),
         *("trainer=cpu", "trainer.limit_val_batches=0", "data.batch_size=8", "data.train_count=24", "evals=[]"),
     )
-    branching = "ckpt_path=${branch_of:${output_dir},${trainer.max_steps},20}"
-    for steps in (20, 10):
-        run(tmp_path / f"trainer.max_steps={steps}", *options, f"trainer.max_steps={steps}", branching)
+    branching = "ckpt_path='${branch_of:${output_dir},${trainer.max_steps},20}'"
+    sweep = ("-m", *options, "trainer.max_steps=20,10", branching, f"hydra.sweep.dir={tmp_path}/sweep", "logger=[]")
+    assert train_py(*sweep, cwd=tmp_path).returncode == 0
     run(tmp_path / "straight", *options, "trainer.max_steps=10", "ckpt_path=null")
-    found, expected = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
-        for name in ("trainer.max_steps=10", "straight")
-    )
-    assert not (tmp_path / "trainer.max_steps=10" / "checkpoints" / "step_4.ckpt").exists()
-    assert (tmp_path / "straight" / "checkpoints" / "step_4.ckpt").exists()
+    branch, straight = (tmp_path / name / "checkpoints" for name in ("sweep/trainer.max_steps=10", "straight"))
+    found, expected = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (branch, straight))
+    assert not (branch / "step_4.ckpt").exists()
+    assert (straight / "step_4.ckpt").exists()
     assert found["global_step"] == expected["global_step"] == 10
     for name, tensor in expected["state_dict"].items():
         assert torch.equal(found["state_dict"][name], tensor), name
+    samples = [json.loads((folder.parent / "environment.json").read_text())["samples"] for folder in (branch, straight)]
+    assert samples == [80, 80]  # with those of the trunk, for the compute of a scaling law
