@@ -1,4 +1,4 @@
-"""Runs of several lengths from one trunk, as a sweep over `trainer.max_steps`, the longest first. Each cools down in its
+"""Runs of several lengths from one trunk: a sweep over `trainer.max_steps`, the longest first. Each cools down in its
 last fifth; all but the longest start there, from a checkpoint of the longest.
 """
 
