@@ -7,13 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.errors import ConfigError
 from coca_lit.models import CoCa, create_model
 from coca_lit.training.self_distillation import SelfDistillation, local_crops, random_cells, with_masked
 from helpers.running import run
 from helpers.steps import ENCODER, own_batch
-
-OWN = ("+model.objectives.own._target_=coca_lit.training.self_distillation.SelfDistillation",)
 
 
 def build(**options: float) -> tuple[CoCa, SelfDistillation]:
@@ -121,18 +118,12 @@ def test_crops_and_masks() -> None:
     assert masked[0, 0].nonzero().tolist() == [[2, 4], [2, 5], [3, 4], [3, 5]]
 
 
-def test_micro_batches_are_refused(tmp_path: Path) -> None:
-    words = ("trainer=smoke", "model.net.name=coca_tiny", "image_size=32", "model.freeze=[text]", *OWN)
-    with pytest.raises(ConfigError, match=r"trainer\.micro_batch_size does not work with model\.objectives\.own"):
-        run(tmp_path, *words, "evals=[]", "trainer.micro_batch_size=4")
-
-
 @pytest.mark.slow
 def test_a_few_steps(tmp_path: Path) -> None:
     words = (
         *("trainer=cpu", "data.train_count=32", "data.batch_size=8", "evals=[]", "model.warmup_steps=2"),
         *("trainer.limit_val_batches=0", "trainer.precision=32-true"),
-        *OWN,
+        "+model.objectives.own._target_=coca_lit.training.self_distillation.SelfDistillation",
     )
     run(tmp_path / "whole", *words, "trainer.max_steps=8", "trainer.max_epochs=2")
     saved = torch.load(tmp_path / "whole" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
