@@ -46,8 +46,8 @@ class SegmentationScores(Evaluation):
         name: str,
         images: Segmentation,
         training: Segmentation,
-        pixels: int = 64,
-        c: float = 1.0,
+        pixels: int = 16,
+        c: float = 0.1,
         every: int = 0,
     ) -> None:
         super().__init__(name, images.records, every)
@@ -94,12 +94,12 @@ class SegmentationScores(Evaluation):
 
     def _overlaps(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels (I, K) of each image that are of a class and found, that are of it or found, and that are of it."""
-        classes, counts = torch.arange(logits.shape[1])[:, None], []
+        classes, rows = torch.arange(logits.shape[1])[:, None], []
         for grid, mask in _with_masks(logits, self.images):
             found, true = _at_pixels(grid, mask).argmax(dim=0) == classes, mask.flatten() == classes  # (K, H·W)
-            counts.append([(found & true).sum(1), (found | true).sum(1), true.sum(1)])
-        both, either, true = (torch.stack(kind).double().numpy() for kind in zip(*counts, strict=True))
-        return both, either, true
+            rows.append(torch.stack([(found & true).sum(1), (found | true).sum(1), true.sum(1)]))
+        counts = torch.stack(rows, dim=1).double().numpy()  # (3, I, K)
+        return counts[0], counts[1], counts[2]
 
 
 def grids(model: CoCa, records: Sequence[Record], settings: Settings) -> Tensor:

@@ -1,0 +1,14 @@
+"""Prints `experiment=flickr8k` with the words of Flickr8k's training captions as vocabulary, which shards do not list.
+
+    python experiments/distillation/words.py FLICKR8K_FOLDER > flickr8k_words.yaml
+"""
+
+import json
+import sys
+
+from coca_lit.data.datasets.captions import flickr_training_captions
+from coca_lit.tokenizer import frequent_words
+
+if __name__ == "__main__":
+    words = frequent_words(flickr_training_captions(sys.argv[1]), 4)
+    print(f"# @package _global_\ndefaults: [flickr8k]\nmodel: {{net: {{tokenizer: {json.dumps(words)}}}}}")
