@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from coca_lit.cli import train
 from coca_lit.runs.branches import branch_of, cooldown_of
-from helpers.running import run, train_py
+from helpers.running import compose, run
 
 
 def test_where_a_run_starts(tmp_path: Path) -> None:
@@ -28,10 +29,11 @@ def test_a_branch_of_the_grid_is_a_run_of_its_own(tmp_path: Path) -> None:
         *("trainer=cpu", "trainer.limit_val_batches=0", "data.batch_size=8", "data.train_count=24", "evals=[]"),
     )
     branching = "ckpt_path='${branch_of:${output_dir},${trainer.max_steps},20}'"
-    sweep = ("-m", *options, "trainer.max_steps=20,10", branching, f"hydra.sweep.dir={tmp_path}/sweep", "logger=[]")
-    assert train_py(*sweep, cwd=tmp_path).returncode == 0
+    for steps in (20, 10):
+        folder = f"output_dir='{tmp_path}/trainer.max_steps={steps}'"
+        train.run(compose(folder, "name=test", *options, f"trainer.max_steps={steps}", branching))
     run(tmp_path / "straight", *options, "trainer.max_steps=10", "ckpt_path=null")
-    branch, straight = (tmp_path / name / "checkpoints" for name in ("sweep/trainer.max_steps=10", "straight"))
+    branch, straight = (tmp_path / name / "checkpoints" for name in ("trainer.max_steps=10", "straight"))
     found, expected = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (branch, straight))
     assert not (branch / "step_4.ckpt").exists()
     assert (straight / "step_4.ckpt").exists()
