@@ -41,7 +41,8 @@ if [ -n "$root" ]; then # Flickr8k's training split alone; a vocabulary of its w
   coca-data prepare "$root" $shards
   coca-data teach $shards --teachers ${TEACHERS:-photos} --caption-keys captions --views 2 --precision fp32 --num-workers 0
   mkdir -p "$conf/experiment"
-  python experiments/distillation/words.py "$root" > "$conf/experiment/flickr8k_words.yaml"
+  printf '# @package _global_\ndefaults: [flickr8k]\n' > "$conf/experiment/flickr8k_words.yaml"
+  python experiments/distillation/words.py "$root" >> "$conf/experiment/flickr8k_words.yaml"
   for seed in ${SEEDS:-0 1 2}; do
     for samples in ${PHOTOS:-6000 12000}; do
       words=(--config-dir "$conf" experiment=flickr8k_words image_size=128 data=laion data.shards=$shards data.caption_keys=captions

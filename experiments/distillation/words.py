@@ -1,6 +1,6 @@
-"""Prints `experiment=flickr8k` with the words of Flickr8k's training captions as vocabulary, which shards do not list.
+"""Prints a config whose vocabulary is the words of Flickr8k's training captions, which shards do not list.
 
-    python experiments/distillation/words.py FLICKR8K_FOLDER > flickr8k_words.yaml
+python experiments/distillation/words.py FLICKR8K_FOLDER
 """
 
 import json
@@ -11,4 +11,4 @@ from coca_lit.tokenizer import frequent_words
 
 if __name__ == "__main__":
     words = frequent_words(flickr_training_captions(sys.argv[1]), 4)
-    print(f"# @package _global_\ndefaults: [flickr8k]\nmodel: {{net: {{tokenizer: {json.dumps(words)}}}}}")
+    print(f"model: {{net: {{tokenizer: {json.dumps(words)}}}}}")
