@@ -28,8 +28,9 @@ from helpers.faulty_store import FaultyStore  # noqa: E402  found by the lines a
 
 soak.HANGS = 900  # seconds: a run waits for several outages
 SHARDS, SAMPLES = 16, 2  # of each
-CACHE = 6 * 10240  # bytes, for six shards: the others are fetched again in every pass
-LATEST = 20  # the request at which a fault may come; an undisturbed run has 34
+SIZE = 10240  # bytes of a shard
+CACHE = 10 * SIZE  # the least for windows of two shards; six of the sixteen are fetched again in every pass
+LATEST = 50  # the request at which a fault may come; an undisturbed run has 70
 BUCKET = "bucket"
 
 
@@ -79,8 +80,8 @@ class Store(FaultyStore):
 def overrides(workers: int, cache: Path) -> tuple[str, ...]:
     return (
         *(*TINY, "data=laion", f"data.shards=s3://{BUCKET}/set/*.tar", "data.epoch_samples=32"),
-        *("data.window=8", "data.readers=2", "data.max_bad_fraction=0", f"data.num_workers={workers}"),
-        *(f"data.cache_dir={cache}", f"data.cache_gb={CACHE / 1e9}"),
+        *("data.readers=2", f"data.window_gb={2 * SIZE / 1e9}", f"data.num_workers={workers}"),
+        *("data.max_bad_fraction=0", f"data.cache_dir={cache}", f"data.cache_gb={CACHE / 1e9}"),
     )
 
 
