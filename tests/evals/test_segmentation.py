@@ -39,6 +39,7 @@ def pixel_features(model: CoCa, images: Segmentation) -> tuple[np.ndarray, np.nd
     return cells, np.einsum("yh,xw,nhwc->nyxc", shares, shares, cells).reshape(len(pixels), 1024, -1)
 
 
+@pytest.mark.slow
 def test_miou_by_hand(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model("coca_tiny").eval()
