@@ -27,10 +27,10 @@ from experiments.faults.soak import TINY, Run, difference, write_csv  # noqa: E4
 from helpers.faulty_store import FaultyStore  # noqa: E402  found by the lines above
 
 soak.HANGS = 900  # seconds: a run waits for several outages
-SHARDS, SAMPLES = 16, 2  # of each
+SHARDS, SAMPLES = 32, 2  # of each
 SIZE = 10240  # bytes of a shard
-CACHE = 10 * SIZE  # the least for windows of two shards; six of the sixteen are fetched again in every pass
-LATEST = 50  # the request at which a fault may come; an undisturbed run has 70
+CACHE = 18 * SIZE  # the least for windows of two shards and two workers; the others are fetched again in every pass
+LATEST = 100  # the request at which a fault may come; an undisturbed run has 150
 BUCKET = "bucket"
 
 
@@ -79,7 +79,7 @@ class Store(FaultyStore):
 
 def overrides(workers: int, cache: Path) -> tuple[str, ...]:
     return (
-        *(*TINY, "data=laion", f"data.shards=s3://{BUCKET}/set/*.tar", "data.epoch_samples=32"),
+        *(*TINY, "data=laion", f"data.shards=s3://{BUCKET}/set/*.tar", "data.epoch_samples=64"),
         *("data.readers=2", f"data.window_gb={2 * SIZE / 1e9}", f"data.num_workers={workers}"),
         *("data.max_bad_fraction=0", f"data.cache_dir={cache}", f"data.cache_gb={CACHE / 1e9}"),
     )

@@ -169,11 +169,18 @@ class LAIONDataModule(CaptionDataModule):
         from coca_lit.data.shards.windows import Windows
 
         windows = Windows(self.window, self.window_bytes, self.readers)
-        needed = min(sum(remote), windows.cache_bytes(max(remote, default=0), len(self.shards)))
+        each = max((s.stamp().bytes / s.samples for s in shards if s.is_remote and s.samples), default=0.0)
+        needed = windows.cache_bytes(max(remote, default=0), len(self.shards)) + self._behind * self.batch_size * each
+        needed = min(sum(remote), needed)
         if needed > self.cache.max_bytes:
             sizes = f"{needed / 1e9:.3g} GB, not of {self.cache.max_bytes / 1e9:.3g} GB"
             raise DataError(f"these windows need a cache of {sizes}: raise data.cache_gb, or lower data.window_gb")
         return windows
+
+    @property
+    def _behind(self) -> int:
+        """Batches that workers may still have to read when a later one is asked for: each prepares two ahead."""
+        return 2 * self.num_workers
 
     @cached_property
     def indexes(self) -> dict[str, list[TarIndex]]:
@@ -275,5 +282,4 @@ class LAIONDataModule(CaptionDataModule):
             return IndexedBatches(self.sources, schedule, self.seed, *position)
         from coca_lit.data.shards.windows import WindowedBatches
 
-        behind = 2 * self.num_workers  # each worker prepares two batches ahead
-        return WindowedBatches(self.sources, schedule, self.seed, *position, windows=self.windows, behind=behind)
+        return WindowedBatches(self.sources, schedule, self.seed, *position, windows=self.windows, behind=self._behind)

@@ -320,6 +320,16 @@ def test_the_cache_has_room_for_three_windows():
     assert Windows(8, 100.0, 2).cache_bytes(largest=10, sources=1) == 3 * 100 + 2 * (10 + 10)
 
 
+def test_the_cache_has_room_for_what_workers_still_read(store, tmp_path):
+    """Two workers make four batches ahead, of one shard each."""
+    filesystem, _ = store
+    largest = max(row["size"] for row in filesystem.ls("/set", detail=True) if row["name"].endswith(".tar"))
+    room = {"window_gb": 1e-9, "cache_gb": 5 * largest / 1e9}  # for two readers: four shards and three tiny windows
+    laion(tmp_path, **room).prepare_data()
+    with pytest.raises(DataError, match=r"data\.cache_gb"):
+        laion(tmp_path, **room, num_workers=2).prepare_data()
+
+
 def test_a_changed_shard_is_refused(store, tmp_path):
     """With a manifest the run ends; without one its samples are bad ones, as on a local disk."""
     filesystem, local = store
