@@ -31,8 +31,12 @@ def tables() -> dict[str, str]:
 def _name(row: Row) -> str:
     name = NAMES.get(row["score"], row["score"])
     if row["model"] and (row["score"] in OF_MODEL or " + " in row["score"]):
-        name = f"{name}, {re.sub(r'_seed[0-9]+$', '', row['model'])}"
+        name = f"{name}{_variant(row)}"
     return name
+
+
+def _variant(row: Row) -> str:
+    return f", {re.sub(r'_seed[0-9]+$', '', row['model'])}"
 
 
 def _recorded(rows: Sequence[Row]) -> list[str]:
@@ -45,7 +49,10 @@ def _by_name(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     groups: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row["measure"] == USUAL[row["judgments"]]:
-            groups.setdefault(_name(row), {}).setdefault(row["judgments"], []).append(row)
+            name = _name(row)
+            own = groups.setdefault(name, {}).setdefault(row["judgments"], [])
+            if not own or name.endswith(_variant(row)):  # scores without a model stand beside those of every model
+                own.append(row)
     return groups
 
 

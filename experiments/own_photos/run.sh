@@ -5,12 +5,12 @@ set -euo pipefail
 flickr=$(realpath "${1:?usage: run.sh FLICKR8K_FOLDER}")
 cd "$(dirname "$0")/../.."
 runs=()
-for photos in 50 500 5000; do
+for run in photos_50_seed0 photos_500_seed0 photos_5000_seed{0,1,2}; do
+    photos=${run#photos_}; photos=${photos%_seed*}
     folder=outputs/own_photos/folders/photos_$photos
-    run=photos_${photos}_seed0
     [ -d "$folder" ] || python experiments/own_photos/subset.py "$flickr" "$folder" "$photos"
     [ -s "outputs/own_photos/$run/results.json" ] ||
-        python train.py experiment=my_photos data.root="$folder" seed=0 name="own_photos/$run" data_dir=outputs/own_photos threads=1
+        python train.py experiment=my_photos data.root="$folder" seed="${run: -1}" name="own_photos/$run" data_dir=outputs/own_photos threads=1
     runs+=("outputs/own_photos/$run")
 done
 python experiments/report.py own_photos "${runs[@]}"
