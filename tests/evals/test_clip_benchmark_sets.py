@@ -163,6 +163,8 @@ def test_all_data_sets_of_a_folder(root: Path) -> None:
     assert [evaluation.name for evaluation in clip_benchmark(root)] == ["captions", "flowers", "vtab-pets"]
     records = captioned_shards(root / "captions")
     assert [record.captions for record in records] == [texts(number) for number in range(COUNT)]
+    with pytest.raises(DataError, match="retrieval"):
+        captioned_shards(root / "flowers")
     images = classified_shards(root / "flowers")
     assert len(images.records) == COUNT == len(images.labels)
     assert [record.id for record in images.records[:2]] != ["0/s0000000", "0/s0000001"]  # a fair sample comes first

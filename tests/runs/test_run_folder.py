@@ -15,7 +15,7 @@ import pytest
 
 from coca_lit.cli import train
 from coca_lit.errors import ConfigError
-from coca_lit.runs.run_folder import PATIENCE, check_held, in_use
+from coca_lit.runs.run_folder import PATIENCE, add_facts, check_held, in_use
 from helpers.running import ROOT, TINY, compose, run, watched
 
 HOLD = """
@@ -131,6 +131,13 @@ def test_only_the_first_process_holds_it(tmp_path: Path, monkeypatch: pytest.Mon
             pass
         monkeypatch.delenv("RANK")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_facts_are_added_to_those_that_are_known(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text('{"commit": "abc", "samples": 1}')
+    expected = {"commit": "abc", "samples": 2, "seconds": 3}
+    assert add_facts(tmp_path, {"samples": 2, "seconds": 3}) == expected
+    assert json.loads((tmp_path / "environment.json").read_text()) == expected
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training on a selection is training on copies of the shards that hold the selected samples alone."""
 
 import tarfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from pyarrow import parquet
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.shards.datamodule import LAIONDataModule
-from coca_lit.data.shards.selection import read_selection
+from coca_lit.data.shards.selection import Selection, read_selection
+from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError
 from coca_lit.tools.prepare.command import data as coca_data
 from helpers.shards import TOKENIZER, write_shards, write_tar
@@ -108,6 +110,11 @@ def test_samples_are_counted_by_the_selection(folder, tmp_path):
     )  # fmt: skip
     assert data.epoch_samples == len(rows())
     assert [shard.file_name for shard in data.shards[""]] == ["00000.tar", "00002.tar", "00003.tar"]
+
+
+def test_shards_with_a_selection_are_keys_of_a_dict() -> None:
+    selection = Selection(Path("kept.parquet"), "digest", {"0.tar": 3}, {"0.tar": [0]})
+    assert {Shard("0.tar", selection=selection): 1}[Shard("0.tar", selection=replace(selection))] == 1
 
 
 def test_another_selection_is_not_resumed(folder, tmp_path):

@@ -18,7 +18,7 @@ from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.runs.results import write_conditions, write_draws
 from coca_lit.runs.scores import cell, score_name
 from coca_lit.tools.report.command import report
-from coca_lit.tools.report.figures import comparison_figure, swept_numbers, swept_value
+from coca_lit.tools.report.figures import comparison_figure, curves_of_runs, swept_numbers, swept_value
 from coca_lit.tools.report.page import unlike, write_comparison, write_report
 from coca_lit.tools.report.runs import differences, find_runs, read_run
 from coca_lit.tools.report.tables import (
@@ -220,6 +220,15 @@ def test_two_runs_are_compared_by_the_paired_test(tmp_path):
     page = write_comparison([a.folder, b.folder], tmp_path / "both").read_text()
     assert "paired bootstrap" in page
     assert json.loads((a.folder / "intervals.json").read_text())["intervals"].keys() == {"x/SPICE"}
+
+
+def test_curves_that_several_runs_have_are_drawn(tmp_path):
+    for name, title in (("a", "train/caption_loss"), ("b", "train/caption_loss"), ("c", "train/text_loss")):
+        folder = make_run(tmp_path / name, {"x/SPICE": 0.1})
+        (folder / "metrics.csv").write_text(f"step,epoch,{title}\n1,0,2.5\n2,0,1.5\n")
+    found = curves_of_runs([read_run(tmp_path / name) for name in "abc"])
+    assert found.keys() == {"caption loss, training"}
+    assert all(picture.startswith(PNG) for picture in found.values())
 
 
 def test_seeds_are_a_mean_with_a_deviation(tmp_path):
