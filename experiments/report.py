@@ -46,7 +46,9 @@ NEGATIVE = {
     "text_both": "few pairs: both",
 }
 
-OWN_PHOTOS = {f"photos_{count}": f"{count:,} photos" for count in (50, 500, 5000)}
+OWN_PHOTOS = {f"photos_{count}": f"{count:,} photos" for count in (50, 500, 5000)} | {
+    "photos_500_from_photos": "500 photos, init_from=photos"
+}
 OWN_SCORES = {
     "seconds": "seconds",
     "my_photos/Bleu_4": "BLEU-4",

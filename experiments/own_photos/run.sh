@@ -13,4 +13,8 @@ for run in photos_50_seed0 photos_500_seed0 photos_5000_seed{0,1,2}; do
         python train.py experiment=my_photos data.root="$folder" seed="${run: -1}" name="own_photos/$run" data_dir=outputs/own_photos threads=1
     runs+=("outputs/own_photos/$run")
 done
+run=photos_500_from_photos_seed0
+[ -s "outputs/own_photos/$run/results.json" ] ||
+    python train.py experiment=my_photos data.root=outputs/own_photos/folders/photos_500 seed=0 name="own_photos/$run" data_dir=outputs/own_photos threads=1 init_from=photos
+runs+=("outputs/own_photos/$run")
 python experiments/report.py own_photos "${runs[@]}"
