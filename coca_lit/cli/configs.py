@@ -47,7 +47,7 @@ def filled_help(template: str, config: str, words: Sequence[str]) -> str:
     groups = {*options_of(config, "", words)} - {"hydra", "experiment"}
     for place, listed in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
         lines = [f"{group}: {', '.join(options_of(config, group, words))}" for group in listed]
-        filled = [textwrap.fill(line, width=140, subsequent_indent="  ") for line in lines]
+        filled = [textwrap.fill(line, width=150, subsequent_indent="  ") for line in lines]
         template = template.replace(place, "\n".join(filled))
     return template.replace("$EXPERIMENTS", _experiments(config, words))
 

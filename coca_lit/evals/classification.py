@@ -82,6 +82,14 @@ class ZeroShotScores(Evaluation):
         return {way: values.unflatten(1, (len(self.class_names), -1)).mean(dim=2) for way, values in ways.items()}
 
 
+def check_same_classes(name: str, taught: Sequence[str], asked: Sequence[str]) -> None:
+    """Raises `DataError` unless the training images of a probe have the classes of the images that it is scored on."""
+    if taught != asked:
+        raise DataError(
+            f"the training images of {name} must have the classes of the others: got {len(taught)} and {len(asked)}"
+        )
+
+
 class ProbeScores(Evaluation):
     """Accuracy of classes that are learned from the features of training images: "knn/top1" by a vote of the nearest
     ones, "linear/top1" by logistic regression. The features are the ones that retrieval uses, of unit length. With a
@@ -113,11 +121,7 @@ class ProbeScores(Evaluation):
         every: int = 0,
     ) -> None:
         super().__init__(name, images.records, every)
-        if images.class_names != training.class_names:
-            raise DataError(
-                f"the training images of {name} must have the classes of the others: got {len(training.class_names)} "
-                f"and {len(images.class_names)}"
-            )
+        check_same_classes(name, training.class_names, images.class_names)
         self.images, self.training, self.k, self.c = images, training, k, c
         self.pooler = pooler if pooler is not None and pooler.epochs else None
 

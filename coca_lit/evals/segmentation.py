@@ -14,8 +14,8 @@ from torch import Tensor
 
 from coca_lit.data.datasets.segmentation import Segmentation
 from coca_lit.data.records import Record
-from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
+from coca_lit.evals.classification import check_same_classes
 from coca_lit.evals.inference import rows_of
 from coca_lit.metrics.classification import linear_classifier
 from coca_lit.metrics.conditions import digest
@@ -51,11 +51,7 @@ class SegmentationScores(Evaluation):
         every: int = 0,
     ) -> None:
         super().__init__(name, images.records, every)
-        if images.class_names != training.class_names:
-            raise DataError(
-                f"the training images of {name} must have the classes of the others: got {len(training.class_names)} "
-                f"and {len(images.class_names)}"
-            )
+        check_same_classes(name, training.class_names, images.class_names)
         self.images, self.training, self.pixels, self.c = images, training, pixels, c
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
@@ -115,7 +111,7 @@ def grids(model: CoCa, records: Sequence[Record], settings: Settings) -> Tensor:
 
 
 def mean_iou(both: np.ndarray, either: np.ndarray, true: np.ndarray) -> Resampled:
-    """The score of resampled images from pixel counts (I, K): intersection, union, and those of the class."""
+    """The score of resampled images from pixel counts (I, K): intersection, union, and ground truth."""
 
     def resampled(counts: np.ndarray) -> dict[str, np.ndarray]:
         unions, occurs = counts @ either, counts @ true > 0  # (D, K)

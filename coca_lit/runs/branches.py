@@ -8,12 +8,12 @@ from coca_lit.runs.run_folder import CHECKPOINTS
 
 
 def cooldown_of(steps: int) -> int:
-    """`model.cooldown_steps` of a run of so many steps."""
+    """`model.cooldown_steps` of a run of `steps` steps."""
     return steps // 5
 
 
 def branch_of(folder: str, steps: int, longest: int) -> str:
-    """`ckpt_path` of a run of so many steps, in a folder of a sweep.
+    """`ckpt_path` of a run of `steps` steps in a sweep.
 
     Args:
         folder: of the run; that of the longest differs in the value of `trainer.max_steps`.

@@ -51,7 +51,7 @@ def _by_name(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
         if row["measure"] == USUAL[row["judgments"]]:
             name = _name(row)
             own = groups.setdefault(name, {}).setdefault(row["judgments"], [])
-            if not own or name.endswith(_variant(row)):  # scores without a model stand beside those of every model
+            if not own or name.endswith(_variant(row)):  # scores without a model are repeated for every model
                 own.append(row)
     return groups
 

@@ -9,6 +9,7 @@ The kernels for CPUs are off. What is left differs from a GPU's step in the layo
 grid of attention where there is one.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import finalize
@@ -131,11 +132,13 @@ def trace(
     inputs = _inputs(step, caption_tokens, batch, frames)
     grads = [p.grad for p in step.parameters() if p.grad is not None]
     # In this order: the counter of FLOPs hands on the parts of an operation in its place.
+    gc.freeze()  # what is there already is no garbage: collecting is then fast
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with kernels.disabled(), counter, _Recorder([*inputs, *step.parameters(), *step.buffers()], grads) as recorder:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = step(*inputs, mark)
         loss.backward()
+    gc.unfreeze()
     vocabulary = totals["caption"] - totals["network"]
     found = {part: sum(modules.get(f"_Step.net.{name}", 0) for name in names) for part, names in PARTS.items()}
     forward = {part: flops for part, flops in found.items() if part != "decoder" or flops}
@@ -229,7 +232,9 @@ class _Recorder(TorchDispatchMode):
             return
         self._known.add(storage._cdata)
         self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            gc.collect()  # recomputation leaves cycles, which would count or not as Python collects them
+            self.peak = max(self.peak, self.now)
         finalize(storage, self._release, storage._cdata, storage.nbytes())
 
     def _release(self, address: int, size: int) -> None:

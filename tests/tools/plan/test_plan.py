@@ -109,9 +109,11 @@ def test_a_classifier_beside_the_network_is_counted(weights: dict[str, float]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None) -> None:
-    net = create_model("coca_tiny").train()
+@pytest.mark.parametrize(("precision", "recomputed"), [(None, False), (torch.bfloat16, False), (None, True)])
+def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None, recomputed: bool) -> None:
+    net, planned = create_model("coca_tiny").train(), without_weights()
+    for model in (net, planned) if recomputed else ():
+        model.set_grad_checkpointing("blocks")
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     activities = [ProfilerActivity.CPU]
@@ -124,7 +126,7 @@ def test_memory_is_what_a_real_step_takes(precision: torch.dtype | None) -> None
     for change in changes:
         now += change
         peak = max(peak, now)
-    assert trace(without_weights(), WEIGHTS, TOKENS, precision, BATCH).peak == pytest.approx(peak, rel=0.15)
+    assert trace(planned, WEIGHTS, TOKENS, precision, BATCH).peak == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.slow
@@ -154,7 +156,7 @@ def test_less_work_costs_less() -> None:
     saving = without_weights()
     saving.set_grad_checkpointing("blocks")
     plain, recomputed = trace(without_weights(), *arguments), trace(saving, *arguments)
-    assert recomputed.peak < 0.8 * plain.peak  # 0.72 to 0.78, as Python collects cycles of the recomputation or not
+    assert recomputed.peak < 0.75 * plain.peak
     assert recomputed.operations > plain.operations
     assert recomputed.total > plain.total
     no_caption = trace(without_weights(), {"contrastive": 1.0, "caption": 0.0}, TOKENS, None, 64)
