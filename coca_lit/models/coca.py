@@ -325,11 +325,16 @@ class CoCa(Trainable):
 
     def multimodal_state(self, images: Images, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
-        decoder = expect_decoder(self.decoder)
         lengths = self.lengths_of(tokens, lengths)
+        states, layout = self.multimodal_states(images, tokens, lengths)
+        return layout.gather_at(states, lengths - 1)
+
+    def multimodal_states(self, images: Images, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:
+        """The decoder's states at all tokens of each text (B, L), and their layout; `lengths` (B,) on the host."""
+        decoder = expect_decoder(self.decoder)
         image_tokens = self.encode_image_tokens(images)
         states, _, layout = self.text(tokens, lengths, contrastive=False)
-        return layout.gather_at(decoder(states, image_tokens, layout), lengths - 1)
+        return decoder(states, image_tokens, layout), layout
 
     generate = write_captions  # its options: coca_lit/models/generation/options.py
     log_likelihood = log_likelihood

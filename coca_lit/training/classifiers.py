@@ -3,7 +3,6 @@ of images, by an attentional pooler of their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,16 @@ from coca_lit.data.records import Record
 from coca_lit.errors import DataError, check_number
 from coca_lit.evals.inference import rows_of
 from coca_lit.evals.vqa import fitting
+from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
+from coca_lit.models.coca import IGNORED_LABEL
 from coca_lit.models.frames import joined
 from coca_lit.models.init import init_pooler
 from coca_lit.models.layers import AttentionalPooler
-from coca_lit.models.packing import to_device
+from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.patches import Images
+from coca_lit.models.text import expect_decoder
 from coca_lit.training.objectives import Objective
 from coca_lit.weights import CLASSIFIERS_KEY
 from coca_lit.weights.bounds import check_plain
@@ -106,20 +108,41 @@ class StateClassifier(Classifier):
 
     Args:
         images: of each record.
+        true_label: the class of texts that are true of their images. They have the caption loss too, in the same pass:
+            what its gradient says about every word, a label says about the whole text. None for labels alone.
+        true_weight: factor of that loss.
     """
 
+    true_label: str | None = None
+
     def __init__(
-        self, classes: Sequence[str], images: int = 1, label_smoothing: float = 0.0, weight: float = 1.0
+        self,
+        classes: Sequence[str],
+        images: int = 1,
+        label_smoothing: float = 0.0,
+        weight: float = 1.0,
+        true_label: str | None = None,
+        true_weight: float = 1.0,
     ) -> None:
         super().__init__(classes, label_smoothing, labels=weight)
         check_number("images", images, whole=True, at_least=1)
-        self.images = images
+        if true_label is not None:
+            if true_label not in self.classes:
+                raise ValueError(
+                    f"true_label must be one of the classes, such as {self.classes[0]!r:.80}, got {true_label!r:.80}"
+                )
+            check_number("true_weight", true_weight, at_least=0)
+            self.weights = self.weights | {"true_texts": true_weight}
+            self.averages_tokens = True
+        self.images, self.true_label = images, true_label
 
     def build(self, net: CoCa) -> None:
         if net.decoder is None:
             raise ValueError("texts are classified by a decoder, which a model with decoder_layers=0 lacks")
-        of_decoder = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
-        self.trains = of_decoder + [part for part in net.parameters_of_loss("caption") if part != "decoder"]
+        self.trains = net.parameters_of_loss("caption")
+        if self.true_label is None:
+            parts = [f"decoder.{name}" for name, _ in net.decoder.named_children() if name != "vocabulary"]
+            self.trains = parts + [part for part in self.trains if part != "decoder"]
         super().build(net)
 
     @property
@@ -129,26 +152,53 @@ class StateClassifier(Classifier):
     def width_of(self, net: CoCa) -> int:
         return self.images * net.config["text_width"]
 
+    def forward(self, net: CoCa, batch: Batch) -> dict[str, Tensor]:
+        if self.true_label is None or batch.prefix_lengths is None:
+            return super().forward(net, batch)
+        states, layout = self.states(net, batch.images, batch.tokens, batch.prefix_lengths)
+        ends = self.beside(batch.prefix_lengths) - 1  # (B · n,)
+        logits = self.head(self.joined(layout.gather_at(states, ends))).float()
+        true = self.beside(torch.tensor([people[0] == self.true_label for people in batch.answers]))  # (B · n,)
+        predicts = true[:, None] & (layout.positions < ends[:, None])  # (B · n, L)
+        following = self.beside(batch.tokens).roll(-1, dims=1)[:, : layout.max_length]
+        labels = layout.compact(layout.pack(following), predicts)
+        if net.tokenizer.unk_id is not None:
+            labels = labels.masked_fill(labels == net.tokenizer.unk_id, IGNORED_LABEL)
+        vocabulary = expect_decoder(net.decoder).vocabulary.weight
+        true_texts = caption_loss(layout.compact(states, predicts), vocabulary, labels)
+        return {self.term: self.loss_of(logits, batch), "true_texts": true_texts}
+
     def features(self, net: CoCa, batch: Batch) -> Tensor | None:
         if batch.prefix_lengths is None:
             return None
-        return self.states(net, batch.images, batch.tokens, batch.prefix_lengths)
+        return self.at_ends(net, batch.images, batch.tokens, batch.prefix_lengths)
 
     def features_of(self, net: CoCa, records: Sequence[Record], images: Images) -> Tensor:
         texts = [fitting(net.tokenizer, record.question) for record in records]
         rows = [ids[:-1] for ids in net.tokenizer.encode_batch(texts)]
         tokens, lengths = padded(rows, net.tokenizer.pad_id)
-        return self.states(net, images, tokens.to(net.device), lengths)
+        return self.at_ends(net, images, tokens.to(net.device), lengths)
 
-    def states(self, net: CoCa, images: Images, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def at_ends(self, net: CoCa, images: Images, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(B, n · D) for n images of each of B texts; raises `DataError` for another number of images."""
+        states, layout = self.states(net, images, tokens, lengths)
+        return self.joined(layout.gather_at(states, self.beside(lengths) - 1))
+
+    def states(self, net: CoCa, images: Images, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:
+        """The decoder's states of B · n texts, each beside one of its images, and their layout."""
         if len(images) != self.images * len(tokens):
             raise DataError(
                 f"the classifier takes {self.images} images with each text, got {len(images)} images and {len(tokens)} "
                 "texts: set model.objectives.NAME.images"
             )
-        beside = partial(torch.repeat_interleave, repeats=self.images, dim=0)
-        states = net.multimodal_state(images, beside(tokens), beside(lengths))  # (B · n, D)
+        return net.multimodal_states(images, self.beside(tokens), self.beside(lengths).cpu())
+
+    def beside(self, x: Tensor) -> Tensor:
+        """(B, …) -> (B · n, …), once for each image."""
+        return x.repeat_interleave(self.images, dim=0)
+
+    def joined(self, states: Tensor) -> Tensor:
+        """(B · n, D) -> (B, n · D)"""
         return states.unflatten(0, (-1, self.images)).flatten(1)
 
 

@@ -15,11 +15,8 @@ train() { # NAME SEED WORDS…
 digits=$runs/digits
 [ -d "$digits" ] || python experiments/tasks/digits.py "$digits"
 for seed in ${SEEDS:-0 1 2}; do
-  train captions "$seed" data.objects=3 model.net.tokenizer=scenes_statements 'evals=[]'
-  start=init_from=$runs/captions_seed$seed/checkpoints/last.ckpt
-  for task in entailment comparison; do
-    train "$task" "$seed" experiment=scenes_$task "$start"
-  done
+  train entailment "$seed" experiment=scenes_entailment
+  train comparison "$seed" experiment=scenes_comparison "init_from=$runs/entailment_seed$seed/checkpoints/last.ckpt"
   train pairs "$seed" data=scenes_and_classes 'evals=[scenes_zeroshot,scenes_retrieval]' 'data.records.weights={pairs: 1, classes: 0.001}' trainer.max_steps=1000
   train classes10 "$seed" data=scenes_and_classes 'evals=[scenes_zeroshot,scenes_retrieval]' 'data.records.weights={pairs: 0.9, classes: 0.1}' trainer.max_steps=1000
   train classes50 "$seed" data=scenes_and_classes 'evals=[scenes_zeroshot,scenes_retrieval]' 'data.records.weights={pairs: 0.5, classes: 0.5}' trainer.max_steps=1000

@@ -146,6 +146,34 @@ def test_the_loss_is_cross_entropy_of_the_label(
     assert evaluated["labels"].item() == pytest.approx(-right, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("task", "labels", "images", "true"), [("entailment", LABELS, 1, "entailment"), ("comparison", TRUTHS, 2, "true")]
+)
+def test_true_texts_have_the_caption_loss_beside_each_of_their_images(
+    task: str, labels: Any, images: int, true: str, net: CoCa
+) -> None:
+    """Without batch and padding, as captions that end where the answer would begin."""
+    classifier = randomised(StateClassifier(labels, images, true_label=true), net)
+    batch = statements(net, task)
+    losses: list[float] = []
+    with torch.no_grad():
+        terms = classifier(net, batch)
+        for i, (label,) in enumerate(batch.answers):
+            read = batch.tokens[i : i + 1, : int(batch.prefix_lengths[i])]
+            for pixels in batch.images[images * i : images * (i + 1)] if label == true else ():
+                out = net.captions_of(net.encode_image_tokens(pixels[None]), read)
+                log_p = out.logits.double().log_softmax(dim=1)
+                losses += [-log_p[j, token].item() for j, token in enumerate(read[0, 1:])]
+        plain = StateClassifier(labels, images)
+        plain.head = classifier.head
+        assert terms["labels"].item() == pytest.approx(plain.eval()(net, batch)["labels"].item(), rel=1e-5)
+        other = tuple((next(name for name in labels if name != true),) for _ in batch.answers)
+        assert classifier(net, batch._replace(answers=other))["true_texts"].item() == 0
+    assert losses
+    assert terms["true_texts"].item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert set(classifier(net, batch._replace(prefix_lengths=None))) == {"labels"}
+
+
 def test_a_training_batch_has_the_images_and_the_text_of_its_records(net: CoCa) -> None:
     """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
     batch = statements(net, "comparison")
@@ -160,11 +188,13 @@ def test_a_training_batch_has_the_images_and_the_text_of_its_records(net: CoCa) 
 
 
 def test_a_step_trains_image_encoder_text_and_head() -> None:
-    net = create_model("coca_tiny", tokenizer="scenes_statements")
-    module = CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"labels": StateClassifier(TRUTHS, images=2)})
-    module.training_step(statements(net, "comparison"), 0).backward()
-    assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
-    assert not net.decoder.vocabulary.weight.requires_grad
+    for true in (None, "true"):
+        net = create_model("coca_tiny", tokenizer="scenes_statements")
+        labels = StateClassifier(TRUTHS, images=2, true_label=true)
+        module = CoCaLit(net, OPTIMIZER, 0, 0.0, 0.0, objectives={"labels": labels})
+        module.training_step(statements(net, "comparison"), 0).backward()
+        assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+        assert net.decoder.vocabulary.weight.requires_grad == (true is not None)
 
 
 def test_what_does_not_fit_is_said(net: CoCa) -> None:
@@ -175,6 +205,8 @@ def test_what_does_not_fit_is_said(net: CoCa) -> None:
         randomised(StateClassifier(["yes", "no"], images=2), net)(net, batch)
     with pytest.raises(ValueError, match="two or more"):
         StateClassifier(["yes", "yes"])
+    with pytest.raises(ValueError, match="'false', got 'entailment'"):
+        StateClassifier(TRUTHS, true_label="entailment")
     with pytest.raises(ValueError, match="decoder"):
         StateClassifier(TRUTHS).build(create_model("coca_tiny", decoder_layers=0))
 
