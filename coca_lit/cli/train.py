@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.cli.assembly import build_data, build_evals, build_report, build_scoring, build_trainer, plain
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start, with_vocabulary
 from coca_lit.cli.runtime import configure_libraries
-from coca_lit.cli.signatures import argument_defaults
+from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
 from coca_lit.errors import error_context
 from coca_lit.runs.launch import is_first_process

@@ -1,5 +1,5 @@
-"""The LightningDataModules: what they share, one for records that a function returns, one for a function of a folder, as
-all readers of `coca_lit.data.datasets` are, and one per kind of built-in scenes.
+"""The LightningDataModules: what they share, one for records that a function returns, one for a function of a folder,
+as most readers of `coca_lit.data.datasets` are, and one per kind of built-in scenes.
 """
 
 import weakref

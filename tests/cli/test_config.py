@@ -16,10 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli import command
 from coca_lit.cli.assembly import build, build_trainer, resolve_target
-from coca_lit.cli.configs import CONF
+from coca_lit.cli.command import CONF
 from coca_lit.cli.module import build_module
-from coca_lit.cli.schema import check
-from coca_lit.cli.signatures import argument_defaults
+from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.cli.words import to_override
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit

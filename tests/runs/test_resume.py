@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Timer
 
 from coca_lit.callbacks import Checkpoints, NonFiniteGuard
 from coca_lit.cli.assembly import plain
-from coca_lit.cli.signatures import argument_defaults
+from coca_lit.cli.schema import argument_defaults
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import CheckpointError
 from coca_lit.runs import checkpoint_io

@@ -1,4 +1,4 @@
-"""Images with a class, for zero-shot classification: a folder per class, or the built-in scenes.
+"""Images with a class, or one for every pixel: a folder per class, or the built-in scenes.
 
 Class names and prompt templates are data: a JSON file {"classes": {folder: name}, "templates": ["a photo of a {}."]}.
 """
@@ -7,9 +7,12 @@ import functools
 import os
 import random
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import Record, not_found
@@ -22,6 +25,7 @@ from coca_lit.data.scenes.render import (
     Thing,
     captions,
     decode,
+    regions,
     render,
     scene_records,
     space_size,
@@ -169,3 +173,23 @@ def scene_classes(size: int = 32, trained: bool = False) -> Classification:
     pairs = [Scene(axis, (Thing(a, "C", "S"), Thing(b, "C", "S"))) for axis in AXES for a in SIZES for b in SIZES]
     templates = tuple(text.replace("C S", "{}") for pair in pairs for text in captions(pair))
     return Classification(records, {number: label[number] for number in numbers}, classes, templates)
+
+
+class Segmentation(NamedTuple):
+    """A data set of masks; each is made when it is asked for."""
+
+    records: Sequence[Record]
+    masks: Sequence[Callable[[], np.ndarray]]  # class numbers (H, W) of each record
+    class_names: tuple[str, ...]
+
+
+def scene_shapes(split: str, size: int = 32, count: int | None = None) -> Segmentation:
+    """Built-in scenes whose classes are the background and the shapes, with the arguments of `scene_records`."""
+    records = scene_records(split, size, count)
+    masks = [partial(_shape_mask, int(record.id), size) for record in records]
+    return Segmentation(records, masks, ("background", *SHAPES))
+
+
+def _shape_mask(number: int, size: int) -> np.ndarray:
+    classes = [0, *(1 + tuple(SHAPES).index(thing.shape) for thing in decode(number).things)]
+    return np.array(classes)[np.asarray(regions(number, size))]

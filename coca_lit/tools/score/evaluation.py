@@ -18,8 +18,7 @@ from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.packing import text_lengths
 from coca_lit.progress import ProgressBar
-from coca_lit.tools.score.agreement import TAUS, Agreement, agreement, mixtures
-from coca_lit.tools.score.candidates import Scores, reference_scores
+from coca_lit.tools.score.agreement import TAUS, Agreement, Scores, agreement, mixtures, reference_scores
 from coca_lit.tools.score.judgments import Judged, read_judgments
 
 OF_MODEL = ("CLIPScore", "RefCLIPScore", "likelihood", "likelihood_per_token", "pmi", "pmi_per_token")
