@@ -3,7 +3,6 @@ tie is a wrong answer.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ class ChoiceScores(Evaluation):
     """
 
     captioned = True
+    generates = False
 
     def __init__(
         self, name: str, records: Sequence[Record], paired: bool = False, right: int = 1, every: int = 1
@@ -69,9 +69,6 @@ class ChoiceScores(Evaluation):
             draws = bootstrap(units, resampled)
             self.draws |= {f"{way}{score}": of for score, of in draws.items()}
         return {score: draws.score for score, draws in self.draws.items()}
-
-    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        return {}
 
     def _resampled(self, records: Sequence[Record], found: Sequence[Tensor]) -> Resampled:
         if self.paired:

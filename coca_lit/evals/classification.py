@@ -32,6 +32,7 @@ class ZeroShotScores(Evaluation):
             that are short or frequent. It reads every prompt beside every image.
     """
 
+    generates = False
     score_names = ("top1", "top5", "mean_per_class_recall")
 
     def __init__(self, name: str, images: Classification, likelihood: bool = False, every: int = 1) -> None:
@@ -60,9 +61,6 @@ class ZeroShotScores(Evaluation):
             scores |= {f"{way}{score}": value for score, value in accuracy.compute().items()}
             self.draws |= {f"{way}{score}": draws for score, draws in accuracy.draws.items()}
         return scores
-
-    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        return {}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The prompts of all classes, of which one is chosen, then the classes of the images."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coca_lit.data.pixels import SUFFIXES
+from coca_lit.data.pixels import CLIPS, SUFFIXES
 from coca_lit.data.records import Record, not_found
 from coca_lit.data.scenes.render import (
     AXES,
@@ -30,7 +30,6 @@ from coca_lit.data.scenes.render import (
     scene_records,
     space_size,
 )
-from coca_lit.data.video import SUFFIXES as CLIPS
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import read_json

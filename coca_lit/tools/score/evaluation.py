@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ class JudgedScores(Evaluation):
     """
 
     final_score_names = None
+    generates = False
 
     def __init__(
         self,
@@ -78,9 +78,6 @@ class JudgedScores(Evaluation):
             if rank() == 0:
                 settings.write_json("judgments", f"{self.name}.json", {"shares": shares})
         return {score: draws.score for score, draws in self.draws.items()}
-
-    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        return {}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The judged captions and the references."""
