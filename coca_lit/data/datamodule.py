@@ -14,11 +14,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
 from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, per_rank, training_loader, validation_loader
 from coca_lit.data.records import Clip, Record, drawn, trainable
-from coca_lit.data.transforms import RandomCrop, TrainTransform, Transform, random_box, whole, whole_box
+from coca_lit.data.transforms import (
+    RandomCrop,
+    TrainTransform,
+    Transform,
+    build_transform,
+    random_box,
+    whole,
+    whole_box,
+)
 from coca_lit.errors import DataError, check_number
 from coca_lit.tokenizer import Tokenizer
 

@@ -22,8 +22,8 @@ from huggingface_hub import constants
 from open_clip.tokenizer import _tokenizer
 from PIL import Image
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.scenes.render import Scene, captions, decode, render
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
 from coca_lit.evals.clip_benchmark import captioned_shards, classified_shards, clip_benchmark

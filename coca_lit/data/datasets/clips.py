@@ -6,9 +6,8 @@ Folders of classes, as Kinetics has them, are read by `coca_lit.data.datasets.cl
 from collections.abc import Iterable
 from pathlib import Path
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, schema
+from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, open_table, schema
 from coca_lit.data.datasets.folder import folder_records
-from coca_lit.data.datasets.tables import open_table
 from coca_lit.data.pixels import CLIPS
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
 from coca_lit.data.video import image_file

@@ -16,14 +16,13 @@ import torch
 from braceexpand import braceexpand
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.shards.indexed import image_of
 from coca_lit.data.shards.listing import local_shards
 from coca_lit.data.shards.reader import holds_code
 from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writer
-from coca_lit.data.transforms import loaded
+from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.models.patches import Images, stack_images

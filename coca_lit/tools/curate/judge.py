@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.indexed import TarIndex, pair_of
 from coca_lit.data.shards.indexing import load_index, make_index
 from coca_lit.data.shards.shard import Shard, read_manifest
-from coca_lit.data.transforms import Transform
+from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.errors import DataError, error_context
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim

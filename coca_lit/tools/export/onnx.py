@@ -20,9 +20,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.onnx import OnnxExporterError
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.data.video import MAX_FRAMES
 from coca_lit.errors import check_number
 from coca_lit.metrics.cider import CiderD, fast_words

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from coca_lit.data.bad_samples import BadSamples
+from coca_lit.data.datasets.annotations import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
 from coca_lit.data.datasets.captions import FlickrName, flickr_records, mscoco_records
-from coca_lit.data.datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.indexed import MAX_TEXT, image_of

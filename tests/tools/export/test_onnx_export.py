@@ -19,8 +19,8 @@ import onnxruntime
 from onnx import load
 
 from coca_lit.cli.command import compose
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export import command as cli
 from coca_lit.tools.export import onnx
