@@ -16,20 +16,6 @@ import numpy as np
 
 from coca_lit.data.pixels import CLIPS, SUFFIXES
 from coca_lit.data.records import Record, not_found
-from coca_lit.data.scenes.render import (
-    AXES,
-    COLOURS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Thing,
-    captions,
-    decode,
-    regions,
-    render,
-    scene_records,
-    space_size,
-)
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import read_json
@@ -162,6 +148,20 @@ def scene_classes(size: int = 32, trained: bool = False) -> Classification:
     Args:
         trained: those of the training split, else all others.
     """
+    from coca_lit.data.scenes.render import (
+        AXES,
+        COLOURS,
+        SHAPES,
+        SIZES,
+        Scene,
+        Thing,
+        captions,
+        decode,
+        render,
+        scene_records,
+        space_size,
+    )
+
     known = {record.id for record in scene_records("train")}
     classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
     kinds = {number: {thing[1:] for thing in decode(number).things} for number in range(space_size(2))}
@@ -184,11 +184,15 @@ class Segmentation(NamedTuple):
 
 def scene_shapes(split: str, size: int = 32, count: int | None = None) -> Segmentation:
     """Built-in scenes whose classes are the background and the shapes, with the arguments of `scene_records`."""
+    from coca_lit.data.scenes.render import SHAPES, scene_records
+
     records = scene_records(split, size, count)
     masks = [partial(_shape_mask, int(record.id), size) for record in records]
     return Segmentation(records, masks, ("background", *SHAPES))
 
 
 def _shape_mask(number: int, size: int) -> np.ndarray:
+    from coca_lit.data.scenes.render import SHAPES, decode, regions
+
     classes = [0, *(1 + tuple(SHAPES).index(thing.shape) for thing in decode(number).things)]
     return np.array(classes)[np.asarray(regions(number, size))]
