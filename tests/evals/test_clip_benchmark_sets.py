@@ -149,6 +149,19 @@ def test_half_precision_is_off(words: list[str], more: list[str], monkeypatch: p
     assert sorted(sys.argv[1:]) == sorted([*words, *more])
 
 
+def test_a_missing_checkpoint_is_one_sentence(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = [
+        "--dataset",
+        "wds/flowers",
+        "--dataset_root",
+        f"{root}/flowers",
+        "--pretrained",
+        str(tmp_path / "gone.ckpt"),
+    ]
+    with pytest.raises(SystemExit, match=r"^error: .*gone\.ckpt"):
+        theirs(root, tmp_path / "theirs.json", monkeypatch, *place, "--task", "zeroshot_classification")
+
+
 def test_retrieval_scores(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (evaluation,) = clip_benchmark(root, ["captions"])
     found = evaluation.evaluate(model(), Settings(tmp_path))

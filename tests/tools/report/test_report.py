@@ -466,6 +466,14 @@ def test_folder_without_results(tmp_path):
         report([str(tmp_path)])
 
 
+def test_the_report_of_one_run_goes_nowhere_else(tmp_path, capsys):
+    make_run(tmp_path / "run", {"x/CIDEr": 0.1})
+    with pytest.raises(SystemExit):
+        report([str(tmp_path / "run"), "--output", str(tmp_path / "page")])
+    assert "--output" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
+
+
 def test_retrieval_samples_by_hand():
     records = scene_records("val", count=3)
     images = torch.eye(3)
