@@ -3,12 +3,12 @@
 Class names and prompt templates are data: a JSON file {"classes": {folder: name}, "templates": ["a photo of a {}."]}.
 """
 
-import functools
 import os
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,19 +156,22 @@ def scene_classes(size: int = 32, trained: bool = False) -> Classification:
         Scene,
         Thing,
         captions,
-        decode,
+        encode,
         render,
         scene_records,
-        space_size,
     )
 
     known = {record.id for record in scene_records("train")}
     classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-    kinds = {number: {thing[1:] for thing in decode(number).things} for number in range(space_size(2))}
-    label = {number: classes.index(" ".join(kind.pop())) for number, kind in kinds.items() if len(kind) == 1}
-    numbers = [number for number in label if (number in known) == trained]
+    sizes = list(product(AXES, SIZES, SIZES))
+    label = {
+        encode(Scene(axis, (Thing(first, *kind), Thing(second, *kind)))): i
+        for i, kind in enumerate(product(COLOURS, SHAPES))
+        for axis, first, second in sizes
+    }
+    numbers = [number for number in sorted(label) if (number in known) == trained]
     random.Random(0).shuffle(numbers)
-    records = [Record(number, functools.partial(render, number, size)) for number in numbers]
+    records = [Record(number, partial(render, number, size)) for number in numbers]
     pairs = [Scene(axis, (Thing(a, "C", "S"), Thing(b, "C", "S"))) for axis in AXES for a in SIZES for b in SIZES]
     templates = tuple(text.replace("C S", "{}") for pair in pairs for text in captions(pair))
     return Classification(records, {number: label[number] for number in numbers}, classes, templates)
