@@ -24,7 +24,6 @@ SCORES = {
     "scenes/CIDEr": "CIDEr",
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
-    "samples/s": "samples/s",
 }
 PHOTO_SCORES = {score.replace("scenes", "flickr8k"): title for score, title in SCORES.items()}
 

@@ -11,7 +11,6 @@ SCORES = {
     "scenes/CIDEr": "CIDEr",
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
-    "samples/s": "samples/s",
 }
 STUDY = VariantStudy(Path(__file__).with_name("results.csv"), NAMES, SCORES)
 tables, draw = STUDY.tables, STUDY.draw
