@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,68 +61,56 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[CoCa, Path]:
 
 
 OTHERS = {
-    "modern": {
-        "text_tower": "modern",
-        "text_tower_args": {"pool": "mean", "qk_norm": True},
-        "pooler": "openclip_cascade",
-        "pooler_queries": 5,
+    "modern, mean of frames": {
+        **{"text_tower": "modern", "text_tower_args": {"pool": "mean", "qk_norm": True}, "frame_pooling": "mean"},
+        **{"pooler": "openclip_cascade", "pooler_queries": 5},
     },
-    "two_pass": {"text_tower": "two_pass", "pooler": "mean"},
-    "without MLP": {
+    "two passes": {"text_tower": "two_pass", "pooler": "mean"},
+    "without MLP, positions of frames": {
         **{"text_tower": "two_pass_with_pads", "text_tower_args": {"attention_only_every": 2}, "pooler": "mean_all"},
-        **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3},
+        **{"decoder_args": {"cross_attention_every": 2}, "text_layers": 3, "decoder_layers": 3, "frame_positions": 3},
     },
 }
 
 
-def other(name: str, folder: Path) -> CoCa:
-    """The second one has a tokenizer of a file."""
-    torch.manual_seed(0)
-    file = {"tokenizer": {"file": str(trained_file("Metaspace", folder)), **SPECIAL}} if name == "two_pass" else {}
-    model = create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name], **file).eval()
-    with torch.no_grad():
-        model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
-    return model
-
-
 @pytest.mark.parametrize("name", OTHERS)
-def test_graphs_of_other_text_sides(name: str, tmp_path: Path) -> None:
-    """Features and greedy captions, of a batch that is larger than the exporter's example."""
-    model = other(name, tmp_path)
-    onnx.write_onnx(model, tmp_path, max_int8_loss=0)
-    images, tokens = images_of(8), model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
-    found = session(tmp_path, "text_encoder").run(None, {"tokens": tokens.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(found), model.encode_text(tokens).detach(), atol=1e-5, rtol=0)
-    captioner = Captioner(tmp_path)
-    ids = captioner.write(images.numpy())
-    assert ids.tolist() == model.generate(images).tolist()
-    assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in ids]
-
-
-CLIPS = {"mean": {"frame_pooling": "mean"}, "positions of tokens": {"frame_positions": 3}}
-
-
-@pytest.mark.parametrize("way", CLIPS)
-def test_clips(way: str, tmp_path: Path) -> None:
+def test_graphs_of_other_models(name: str, tmp_path: Path) -> None:
+    """Features and greedy captions, of a batch that is larger than the exporter's example. Two take clips of three
+    frames, one has a tokenizer of a file.
+    """
     torch.manual_seed(0)
-    model = create_model("coca_tiny", **CONVOLUTIONAL, **CLIPS[way]).eval()
+    frames = 3 if "frames" in name else 0
+    file = {"tokenizer": {"file": str(trained_file("Metaspace", tmp_path)), **SPECIAL}} if name == "two passes" else {}
+    model = create_model("coca_tiny", **CONVOLUTIONAL | OTHERS[name], **file).eval()
     with torch.no_grad():
         model.decoder.vocabulary.weight[model.tokenizer.eot_id] *= 2
         if model.pooling.frame_positions is not None:
             model.pooling.frame_positions.normal_()
-    about = onnx.write_onnx(model, tmp_path, max_int8_loss=1, frames=3)
-    clips = images_of(15).unflatten(0, (5, 3))
-    found = session(tmp_path, "image_encoder").run(["features"], {"images": clips.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(found), model.encode_image(clips).detach(), atol=1e-5, rtol=0)
-    assert Captioner(tmp_path).write(clips.numpy()).tolist() == model.generate(clips).tolist()
-    for i, frame in enumerate(clips[0]):
-        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(tmp_path / f"frame{i}.png")
-    code = about.usage.replace("{folder}", str(tmp_path)).replace('frame{i}.jpg"', 'frame{i}.png"')
-    code = code.replace('f"frame', f'f"{tmp_path}/frame')
-    words = [[sys.executable, "-c", code], [sys.executable, tmp_path / "captioner.py", *sorted(tmp_path.glob("*.png"))]]
-    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in words]
-    assert said[0].splitlines()[0] == said[1].rstrip("\n").split("\t")[1]
-    assert said[0].splitlines()[0] == model.tokenizer.decode(model.generate(clips[:1])[0])
+    about = onnx.write_onnx(model, tmp_path, max_int8_loss=1 if frames else 0, frames=frames)
+    images = images_of(15).unflatten(0, (5, 3)) if frames else images_of(8)
+    tokens = model.tokenizer(["a red circle", "two blue squares and a green ring", ""])
+    for graph, inputs, expected in (
+        ("image_encoder", {"images": images.numpy()}, model.encode_image(images)),
+        ("text_encoder", {"tokens": tokens.numpy()}, model.encode_text(tokens)),
+    ):
+        found = torch.from_numpy(session(tmp_path, graph).run(["features"], inputs)[0])
+        torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
+    captioner, captions = Captioner(tmp_path), model.generate(images)
+    ids = captioner.write(images.numpy())
+    assert ids.tolist() == captions.tolist()
+    assert [captioner.decode(row) for row in ids] == [model.tokenizer.decode(row) for row in captions]
+    if frames:
+        assert {*programs(tmp_path, images[0], about.usage)} == {model.tokenizer.decode(captions[0])}
+
+
+def programs(folder: Path, clip: torch.Tensor, usage: str) -> Iterator[str]:
+    """What the code of the card and the program write of a clip."""
+    for i, frame in enumerate(clip):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(folder / f"frame{i}.png")
+    code = usage.replace("{folder}", str(folder)).replace('f"frame{i}.jpg"', f'f"{folder}/frame{{i}}.png"')
+    for words in (["-c", code], [folder / "captioner.py", *sorted(folder.glob("frame*.png"))]):
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+        yield done.stdout.splitlines()[0].rpartition("\t")[2]
 
 
 def images_of(count: int) -> torch.Tensor:
