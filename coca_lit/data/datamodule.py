@@ -212,6 +212,8 @@ class RecordsDataModule(CaptionDataModule):
         shared: see `CaptionDataModule`.
     """
 
+    together = 1  # training records that follow each other, also in batches
+
     def __init__(
         self,
         records: Callable[[str], Sequence[Record]] | Mapping[str, Sequence[Record]],
@@ -288,7 +290,9 @@ class RecordsDataModule(CaptionDataModule):
         for number in count(epoch) if self.endless else [epoch]:
             first = start if number == epoch else 0
             ranks = self.rank_and_world()
-            yield from epoch_batches(len(self.train_records), schedule, self.seed, number, first, *ranks)
+            yield from epoch_batches(
+                len(self.train_records), schedule, self.seed, number, first, *ranks, together=self.together
+            )
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:
@@ -425,7 +429,8 @@ class ScenePlacesDataModule(ScenesDataModule):
 
 
 class SceneStatementsDataModule(ScenesDataModule):
-    """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`.
+    """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`. Those about the
+    same scenes stay in one batch, where they differ in text and label alone.
 
     Args:
         task: entailment: one scene and three labels; comparison: two scenes, true or false.
@@ -438,13 +443,14 @@ class SceneStatementsDataModule(ScenesDataModule):
         train_count: int | None = None,
         **shared: Unpack[SharedArguments],
     ) -> None:
-        from coca_lit.data.scenes.statements import comparison_records, entailment_records
+        from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 
         super().__init__(train_count, **shared)
-        tasks = {"entailment": entailment_records, "comparison": comparison_records}
+        tasks = {"entailment": (entailment_records, LABELS), "comparison": (comparison_records, TRUTHS)}
         if task not in tasks:
             raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
-        self._scenes = tasks[task]
+        self._scenes, labels = tasks[task]
+        self.together = len(labels)
 
 
 class MovingScenesDataModule(ScenesDataModule):
