@@ -430,7 +430,8 @@ class ScenePlacesDataModule(ScenesDataModule):
 
 class SceneStatementsDataModule(ScenesDataModule):
     """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`. Those about the
-    same scenes stay in one batch, where they differ in text and label alone.
+    same scene, and of comparisons each block of two pairs and two texts, stay in one batch: what differs there decides
+    about the label.
 
     Args:
         task: entailment: one scene and three labels; comparison: two scenes, true or false.
@@ -446,11 +447,10 @@ class SceneStatementsDataModule(ScenesDataModule):
         from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 
         super().__init__(train_count, **shared)
-        tasks = {"entailment": (entailment_records, LABELS), "comparison": (comparison_records, TRUTHS)}
+        tasks = {"entailment": (entailment_records, len(LABELS)), "comparison": (comparison_records, len(TRUTHS) ** 2)}
         if task not in tasks:
             raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
-        self._scenes, labels = tasks[task]
-        self.together = len(labels)
+        self._scenes, self.together = tasks[task]
 
 
 class MovingScenesDataModule(ScenesDataModule):
