@@ -13,7 +13,7 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] != dirname
     del sys.path[0]  # `python -m coca_lit.…` puts the current folder first, where a torch.py may lie among photos
 
 if TYPE_CHECKING:
-    from coca_lit.data.evaluation_transforms import build_transform
+    from coca_lit.data.transforms import build_transform
     from coca_lit.metrics.captions import caption_scores
     from coca_lit.metrics.retrieval import recall_at_k
     from coca_lit.models import CoCa, create_model
@@ -33,7 +33,7 @@ _HOMES = {
     "from_open_clip": "coca_lit.weights.open_clip",
     "to_open_clip": "coca_lit.weights.open_clip",
     "get_tokenizer": "coca_lit.tokenizer",
-    "build_transform": "coca_lit.data.evaluation_transforms",
+    "build_transform": "coca_lit.data.transforms",
     "caption_scores": "coca_lit.metrics.captions",
     "recall_at_k": "coca_lit.metrics.retrieval",
 }

@@ -14,9 +14,9 @@ from coca_lit.data.batch import Batch
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
-from coca_lit.training.freezing import freeze as freeze_parts
 from coca_lit.training.lightning_fixes import clip_gradients, forget_last_step, is_logged_step, is_sharded
 from coca_lit.training.objectives import Objective, OfFeatures, Pairs, Texts, named_objectives
+from coca_lit.training.optim import freeze as freeze_parts
 from coca_lit.training.optim import warmup_cosine, warmup_stable_decay
 from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
 

@@ -42,7 +42,7 @@ def _files_of_conf_are_read_once() -> Iterator[None]:
     """Tests compose hundreds of configs from the same files, and a third of the time would go into parsing them."""
     from omegaconf import OmegaConf
 
-    from coca_lit.cli.configs import CONF
+    from coca_lit.cli.command import CONF
 
     load, shipped = OmegaConf.load, dict[str, bytes]()
 

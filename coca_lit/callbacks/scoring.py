@@ -12,8 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
-from coca_lit.callbacks.averaging import scored_weights
-from coca_lit.callbacks.checkpoint import Checkpoints
+from coca_lit.callbacks.checkpoint import Checkpoints, scored_weights
 from coca_lit.callbacks.loggers import log_pictures
 from coca_lit.callbacks.progress import not_timed
 from coca_lit.distributed import print_rank_zero

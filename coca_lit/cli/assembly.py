@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.runtime import best_precision
-from coca_lit.cli.schema import AUTO, unresolved
-from coca_lit.cli.signatures import read_signature
+from coca_lit.cli.schema import AUTO, read_signature, unresolved
 from coca_lit.errors import ConfigError, DataError, DataNotFoundError, error_context
 from coca_lit.machine import best_device, processors
 from coca_lit.runs.redaction import mask

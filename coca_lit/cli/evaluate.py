@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_report, build_settings
-from coca_lit.cli.command import job_command
-from coca_lit.cli.configs import options_of
+from coca_lit.cli.command import job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, error_context

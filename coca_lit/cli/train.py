@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.assembly import build_data, build_evals, build_report, build_scoring, build_trainer, plain
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start, with_vocabulary
 from coca_lit.cli.runtime import configure_libraries
-from coca_lit.cli.signatures import argument_defaults
+from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
 from coca_lit.errors import error_context
 from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.run_folder import in_use
+
+OWN_PHOTOS = "coca_lit.data.datasets.folder.folder_records"  # what reads them
 
 if TYPE_CHECKING:
     from coca_lit.data.datamodule import CaptionDataModule
@@ -95,9 +97,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> str:
     """Two commands to use the model of a run: one for what its data show, and the scores."""
-    from coca_lit.data.datamodule import FolderDataModule, ScenesDataModule
+    from coca_lit.data.datamodule import ScenesDataModule
 
-    photos = shlex.quote(str(cfg.data.root)) if isinstance(data, FolderDataModule) else "photos/"
+    own = OmegaConf.select(cfg, "data.records._target_") == OWN_PHOTOS
+    photos = shlex.quote(str(cfg.data.root)) if own else "photos/"
     if isinstance(data, ScenesDataModule):
         use = "coca-demo"  # which shows scenes; photos say nothing to this model
     else:

@@ -10,12 +10,12 @@ from torch.utils.data import default_collate
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.errors import DataError
-from coca_lit.losses.distillation import Teacher
 from coca_lit.models.packing import to_device
 from coca_lit.models.patches import Images, Patches, stack_images
 
 if TYPE_CHECKING:
     from coca_lit.data.encoded import EncodedCrop, EncodedCrops
+    from coca_lit.losses.distillation import Teacher
 
 
 class Batch(NamedTuple):
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     prefix_lengths: Tensor | None = None  # (B,) int64, leading tokens that are not predicted: start and question
     answers: tuple[tuple[str, ...], ...] = ()  # (B) all captions of each record: the answers, or the label
     encoded: "EncodedCrops | None" = None  # images that `to` decodes on the device; `images` then holds only the others
-    teachers: tuple[Teacher, ...] = ()  # what each of them says of these crops and texts, fp16
+    teachers: "tuple[Teacher, ...]" = ()  # what each of them says of these crops and texts, fp16
 
     def to(self, device: torch.device) -> "Batch":
         """With images and tokens on the device. Lengths stay on the host, where the layout of the texts is computed:
@@ -68,7 +68,7 @@ class Example(NamedTuple):
     prefix_length: int = 1  # leading tokens that are not predicted: the start, and a question if there is one
     answers: tuple[str, ...] = ()  # all captions of the record
     further: "tuple[Images | EncodedCrop, ...]" = ()  # images after the first one
-    teachers: tuple[Teacher, ...] = ()  # what each says of this crop and text, (E,) each
+    teachers: "tuple[Teacher, ...]" = ()  # what each says of this crop and text, (E,) each
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -90,9 +90,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, encoded, teachers)
 
 
-def _stack_teacher(rows: Sequence[Teacher]) -> Teacher:
+def _stack_teacher(rows: "Sequence[Teacher]") -> "Teacher":
     images, texts = (torch.stack(vectors) for vectors in zip(*(row[:2] for row in rows), strict=True))  # (B, E)
-    return Teacher(images, texts, rows[0].logit_scale)
+    return rows[0]._replace(images=images, texts=texts)
 
 
 def _stack(images: "Sequence[Images | EncodedCrop]") -> "tuple[Images, EncodedCrops | None]":

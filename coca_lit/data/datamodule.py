@@ -1,6 +1,5 @@
-"""The LightningDataModules: what they share, one for records that a function returns, and one per built-in data set.
-
-The reader of a data set is imported by its DataModule alone.
+"""The LightningDataModules: what they share, one for records that a function returns, one for a function of a folder,
+as most readers of `coca_lit.data.datasets` are, and one per kind of built-in scenes.
 """
 
 import weakref
@@ -15,16 +14,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index, TrainingExamples
 from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, per_rank, training_loader, validation_loader
 from coca_lit.data.records import Clip, Record, drawn, trainable
-from coca_lit.data.transforms import RandomCrop, TrainTransform, Transform, random_box, whole, whole_box
+from coca_lit.data.transforms import (
+    RandomCrop,
+    TrainTransform,
+    Transform,
+    build_transform,
+    random_box,
+    whole,
+    whole_box,
+)
 from coca_lit.errors import DataError, check_number
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from coca_lit.data.datasets.captions import FlickrName
     from coca_lit.data.text_batches import TextBatches
 
 
@@ -313,58 +318,18 @@ def _split_of(records: Mapping[str, Sequence[Record]], split: str) -> Sequence[R
     return records[split]
 
 
-class FolderDataModule(RecordsDataModule):
-    """Your own photos in a folder, see `folder_records`.
+class RootDataModule(RecordsDataModule):
+    """Data in a folder that a function reads.
 
     Args:
         root: the folder.
+        records: (folder, split) -> records, see `coca_lit.data.datasets`.
     """
 
-    def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.folder import folder_records
-
-        super().__init__(partial(folder_records, root), **shared)
-
-
-class MSCOCODataModule(RecordsDataModule):
-    """MS-COCO captions, see `mscoco_records`.
-
-    Args:
-        root: folder of the annotations and images.
-        karpathy: `dataset_coco.json`; by default used if it is in `root` or its annotations/.
-    """
-
-    def __init__(self, root: str, karpathy: str | None = None, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.captions import mscoco_records
-
-        super().__init__(partial(mscoco_records, root, karpathy=karpathy), **shared)
-
-
-class FlickrDataModule(RecordsDataModule):
-    """Flickr8k or Flickr30k, see `flickr_records`."""
-
-    def __init__(self, root: str, name: "FlickrName" = "flickr8k", **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.captions import flickr_records
-
-        super().__init__(partial(flickr_records, root, name=name), **shared)
-
-
-class NoCapsDataModule(RecordsDataModule):
-    """nocaps, which is for evaluation only, see `nocaps_records`."""
-
-    def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.captions import nocaps_records
-
-        super().__init__(partial(nocaps_records, root), **shared)
-
-
-class VQADataModule(RecordsDataModule):
-    """VQA v2, see `vqa_records`: the model reads the question and learns to write the answer."""
-
-    def __init__(self, root: str, **shared: Unpack[SharedArguments]) -> None:
-        from coca_lit.data.datasets.vqa import vqa_records
-
-        super().__init__(partial(vqa_records, root), **shared)
+    def __init__(
+        self, root: str, records: Callable[[str, str], Sequence[Record]], **shared: Unpack[SharedArguments]
+    ) -> None:
+        super().__init__(partial(records, root), **shared)
 
 
 class ScenesDataModule(RecordsDataModule):
@@ -466,17 +431,3 @@ class MovingScenesDataModule(ScenesDataModule):
 
         super().__init__(train_count, **shared)
         self._scenes = partial(motion_records, frames=frames)
-
-
-class RootDataModule(RecordsDataModule):
-    """Data in a folder that a function reads.
-
-    Args:
-        root: the folder.
-        records: (folder, split) -> records, see `coca_lit.data.datasets`.
-    """
-
-    def __init__(
-        self, root: str, records: Callable[[str, str], Sequence[Record]], **shared: Unpack[SharedArguments]
-    ) -> None:
-        super().__init__(partial(records, root), **shared)

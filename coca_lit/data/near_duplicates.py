@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
@@ -68,28 +70,13 @@ def look_alikes(hashes: Sequence[int | None]) -> list[list[int]]:
     """Groups of indices of near-duplicates: chains of hashes, each at most `MAX_DISTANCE` bits from the next. An
     unknown hash is alone.
     """
-    copies: dict[int, list[int]] = {}
-    for i, found in enumerate(hashes):
-        if found is not None:
-            copies.setdefault(found, []).append(i)
-    head = list(range(len(hashes)))  # union-find: towards the first of each group
-    for equal in copies.values():
-        for i in equal:
-            head[i] = equal[0]
-
-    def first(i: int) -> int:
-        while head[i] != i:
-            head[i] = head[head[i]]
-            i = head[i]
-        return i
-
-    different = [*copies]
-    for i, j in _near_pairs(np.array(different, dtype=np.int64)):
-        one, other = first(copies[different[i]][0]), first(copies[different[j]][0])
-        head[max(one, other)] = min(one, other)
+    different = np.array([*{found for found in hashes if found is not None}], dtype=np.int64)
+    pairs = np.array([*_near_pairs(different)], dtype=np.int64).reshape(-1, 2)
+    near = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(different),) * 2)
+    chain = dict(zip(different.tolist(), connected_components(near, directed=False)[1].tolist(), strict=True))
     groups: dict[int, list[int]] = {}
-    for i in range(len(hashes)):
-        groups.setdefault(first(i), []).append(i)
+    for i, found in enumerate(hashes):
+        groups.setdefault(-1 - i if found is None else chain[found], []).append(i)
     return list(groups.values())
 
 

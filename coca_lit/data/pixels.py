@@ -28,6 +28,7 @@ MAX_SLOW_PIXELS = 16_000_000  # of any other image, whose pixels take up to four
 MAX_PROGRESSIVE = 12 * 2**20  # bytes of a progressive JPEG
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # pixels only: Pillow would run Ghostscript on an EPS named .jpg
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # of files in these formats
+CLIPS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")  # of files that `coca_lit.data.video` decodes
 MAX_RATIO = 100  # of the longer side to the shorter one: resizing the shorter one would enlarge the other beyond bounds
 MAX_SCANS = 500  # of a JPEG, as libjpeg-turbo advises; usual progressive ones have ten
 MAX_SCANNED = 200_000_000  # scans times pixels: one of 59 bytes takes 65 ms in an image of 16 million pixels

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from coca_lit.data.pixels import check_shape, upright
+from coca_lit.data.pixels import CLIPS, check_shape, upright
 from coca_lit.data.records import Clip, ImageFile
 from coca_lit.errors import DataError
 from coca_lit.reading import open_regular
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.container import InputContainer
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 MAX_BYTES = 2**30  # of a clip
 MAX_SECONDS = 4 * 3600  # of a clip
 MAX_PACKETS = 1_000_000  # of its video: four hours at 60 frames a second are 864,000
@@ -81,7 +80,7 @@ class EncodedClip(Clip):
 
 def image_file(path: Path, frames: int) -> ImageFile | ClipFile:
     """The image of a record: an image file, or by its suffix a clip of which a model sees `frames` frames."""
-    return ClipFile(path, frames) if path.suffix.lower() in SUFFIXES else ImageFile(path)
+    return ClipFile(path, frames) if path.suffix.lower() in CLIPS else ImageFile(path)
 
 
 def read_frames(file: IO[bytes], name: str | Path, count: int) -> Iterator[Image.Image]:

@@ -15,8 +15,8 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
+from coca_lit.data.transforms import build_transform
 from coca_lit.evals.inference import evaluating
 from coca_lit.evals.samples import spread, thumbnail
 from coca_lit.models import CoCa

@@ -115,6 +115,7 @@ class Evaluation:
     Attributes:
         captioned: whether every record needs a caption.
         classified: whether it asks `settings.classifier`.
+        generates: whether scores may be of captions that the model writes, as those of one's own may.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         final_score_names: names of the further scores with `settings.full`; None if they are not known beforehand.
         not_run: score -> why the last `evaluate` could not compute it; `scores` notes it.
@@ -125,6 +126,7 @@ class Evaluation:
 
     captioned = False
     classified = False
+    generates = True
     score_names: Sequence[str] = ()
     final_score_names: Sequence[str] | None = ()
 
@@ -161,9 +163,9 @@ class Evaluation:
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
         """The settings that a score depends on, by name; here the options of `CoCa.generate` that are not the defaults,
-        as a score of one's own may be of captions.
+        if the evaluation `generates`.
         """
-        options = complete(settings.generate or {}).values
+        options = complete(settings.generate or {}).values if self.generates else {}
         return {f"generate.{key}": value for key, value in options.items() if value != OPTIONS[key].default}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:

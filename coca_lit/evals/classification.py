@@ -3,7 +3,7 @@ encoder knows, by nearest neighbours, a linear probe and an attentional pooler.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from coca_lit.distributed import rank
 from coca_lit.errors import DataError
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
-from coca_lit.evals.pooler_probe import PoolerProbe
 from coca_lit.evals.samples import confusion_samples
 from coca_lit.metrics.classification import ZeroShotAccuracy, class_features, linear_classifier, neighbour_votes
 from coca_lit.metrics.conditions import digest
 from coca_lit.metrics.uncertainty import Draws, difference
 from coca_lit.models import CoCa, DualEncoder
+
+if TYPE_CHECKING:
+    from coca_lit.evals.pooler_probe import PoolerProbe
 
 
 class ZeroShotScores(Evaluation):
@@ -32,6 +34,7 @@ class ZeroShotScores(Evaluation):
             that are short or frequent. It reads every prompt beside every image.
     """
 
+    generates = False
     score_names = ("top1", "top5", "mean_per_class_recall")
 
     def __init__(self, name: str, images: Classification, likelihood: bool = False, every: int = 1) -> None:
@@ -60,9 +63,6 @@ class ZeroShotScores(Evaluation):
             scores |= {f"{way}{score}": value for score, value in accuracy.compute().items()}
             self.draws |= {f"{way}{score}": draws for score, draws in accuracy.draws.items()}
         return scores
-
-    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        return {}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The prompts of all classes, of which one is chosen, then the classes of the images."""
@@ -117,7 +117,7 @@ class ProbeScores(Evaluation):
         training: Classification,
         k: int = 20,
         c: float = 0.316,
-        pooler: PoolerProbe | None = None,
+        pooler: "PoolerProbe | None" = None,
         every: int = 0,
     ) -> None:
         super().__init__(name, images.records, every)
@@ -168,7 +168,7 @@ class ProbeScores(Evaluation):
         return scores
 
     def _pooled(
-        self, pooler: PoolerProbe, model: DualEncoder, records: Sequence[Record], taught: Tensor, settings: Settings
+        self, pooler: "PoolerProbe", model: DualEncoder, records: Sequence[Record], taught: Tensor, settings: Settings
     ) -> dict[str, Tensor]:
         """(I, C) of the pooler and of a linear classifier on the means of tokens, for a model with such tokens."""
         if not isinstance(model, CoCa) or model.image_encoder.takes_patches:

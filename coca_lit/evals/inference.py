@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import Transform, loaded
+from coca_lit.data.transforms import Transform, build_transform, loaded
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.likelihood import ReadTexts, image_keys_values

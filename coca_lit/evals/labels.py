@@ -1,7 +1,6 @@
 """Scores of a classifier that is trained beside the network: labels of images, or of texts beside images."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -34,6 +33,7 @@ class LabelScores(Evaluation):
 
     captioned = True
     classified = True
+    generates = False
     score_names = ("accuracy",)
     final_score_names = None
 
@@ -47,9 +47,6 @@ class LabelScores(Evaluation):
     ) -> None:
         super().__init__(name, records, every)
         self.training_records, self.together = training_records, together
-
-    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        return {}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The texts, then the labels."""

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.feature_cache import FeatureCache, read_features
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import Transform, loaded, whole
+from coca_lit.data.transforms import Transform, build_transform, loaded, whole
 from coca_lit.distributed import gather_objects
 from coca_lit.errors import check_number
 from coca_lit.models import CoCa

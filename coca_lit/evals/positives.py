@@ -27,6 +27,7 @@ class PositiveRetrieval(Evaluation):
     """
 
     captioned = True
+    generates = False
     score_names = tuple(
         f"{way}_{name}" for way in ("t2i", "i2t") for name in (*(f"recall@{k}" for k in KS), "r_precision", "map@r")
     )
@@ -76,6 +77,3 @@ class PositiveRetrieval(Evaluation):
             for name, values in scores.items():
                 parts[f"{way}_{name}"] = np.bincount(unit[rows], weights=values, minlength=len(records)), total
         return ratios(parts)
-
-    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        return {}

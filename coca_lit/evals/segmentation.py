@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coca_lit.data.datasets.segmentation import Segmentation
+from coca_lit.data.datasets.classification import Segmentation
 from coca_lit.data.records import Record
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.classification import check_same_classes

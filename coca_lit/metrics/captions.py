@@ -256,10 +256,19 @@ def caption_statistics(captions: Collection[str]) -> dict[str, float]:
     }
 
 
-def are_novel(captions: Iterable[str], training_captions: Collection[str]) -> list[bool]:
+def are_novel(captions: Iterable[str], training_captions: Iterable[str]) -> list[bool]:
     """Whether each caption differs from all training captions in a word."""
-    known = {tuple(WORD.findall(text.lower())) for text in training_captions}
-    return [tuple(WORD.findall(text.lower())) not in known for text in captions]
+    known = _different(tuple(training_captions))
+    return [_words(caption) not in known for caption in captions]
+
+
+def _words(caption: str) -> str:
+    return " ".join(WORD.findall(caption.lower()))
+
+
+@functools.lru_cache(maxsize=1)  # the same at each scoring of a training
+def _different(captions: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(map(_words, captions))
 
 
 def _distinct(ngrams: Sequence[object]) -> float:

@@ -9,7 +9,7 @@ ResizeMode = Literal["shortest", "longest", "squash"]
 
 
 class Preprocessing(TypedDict):
-    """The arguments of `coca_lit.data.evaluation_transforms.build_transform`."""
+    """The arguments of `coca_lit.data.transforms.build_transform`."""
 
     size: int
     interpolation: Interpolation

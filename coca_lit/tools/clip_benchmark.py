@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coca_lit.data.evaluation_transforms import build_transform
-from coca_lit.data.transforms import Transform
+from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.errors import UserError, error_context
 from coca_lit.models import DualEncoder
 from coca_lit.tokenizer import CLIPTokenizer, Tokenizer, get_tokenizer

@@ -1,28 +1,29 @@
 """Lightning's trainer as our runs need it: what it is built from, and what is checked and set before it fits."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.nn.utils.parametrize import is_parametrized
 
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number, error_context
 from coca_lit.machine import best_device
-from coca_lit.models import kernels
+from coca_lit.models import CoCa, kernels
 from coca_lit.models.kernels.process import Fp32Matmul
 from coca_lit.runs.checkpoint_io import save
 from coca_lit.runs.launch import launched_devices, launched_processes, under_srun
-from coca_lit.training.compatibility import check_together, features
-from coca_lit.training.lightning_fixes import set_ddp_options
+from coca_lit.training.lightning_fixes import callbacks_of, is_sharded, set_ddp_options
+from coca_lit.training.objectives import Objective
 from coca_lit.weights.sharded import REST, is_folder, nested, read_tensors
 
 if TYPE_CHECKING:
@@ -200,3 +201,70 @@ def choose_fp32_matmul(trainer: L.Trainer, module: L.LightningModule, library: F
         with error_context("kernels"):
             chosen = kernels.use_fp32_matmul(library, sum(p.numel() for p in module.parameters()))
         print_rank_zero(f"fp32_matmul: {chosen}")
+
+
+# What goes with what: the parts of a run state what they can do, and one table refuses.
+
+SHARDED, MICRO_BATCHES, FP16, AVERAGES, LORA = "sharded", "micro_batches", "fp16", "averages", "lora"
+NEEDS_WHOLE_WEIGHTS, NEEDS_WHOLE_BATCH = "needs_whole_weights", "needs_whole_batch"  # objectives
+TEXTS, NO_DECODER = "texts", "no_decoder"
+ACCUMULATION, TOKEN_MEANS = "accumulation", "token_means"
+
+
+class Row(NamedTuple):
+    """Two features that do not go together, and what to do instead."""
+
+    one: str
+    other: str
+    advice: str
+
+
+TABLE = (
+    Row(SHARDED, MICRO_BATCHES, "use trainer=ddp, or save memory with model.grad_checkpointing=blocks"),
+    Row(SHARDED, AVERAGES, "set ema=null, or use trainer=ddp"),
+    Row(SHARDED, LORA, "use trainer=ddp, where the gradients of LoRA need little memory"),
+    Row(SHARDED, NEEDS_WHOLE_WEIGHTS, "use trainer=ddp"),
+    Row(MICRO_BATCHES, FP16, "its loss scale comes after the gradients; use trainer.precision=bf16-mixed"),
+    Row(MICRO_BATCHES, NEEDS_WHOLE_BATCH, "take a smaller batch"),
+    Row(ACCUMULATION, TOKEN_MEANS, "use trainer.micro_batch_size, which averages over the tokens of the whole batch"),
+    Row(TEXTS, NO_DECODER, "texts train the decoder, so give the model one or set data.text=null"),
+)
+
+
+def features(
+    trainer: L.Trainer, net: CoCa, objectives: Mapping[str, Objective], micro_batch_size: int | None, texts: bool
+) -> dict[str, str]:
+    """The features of a run, each with the key by which it was chosen.
+
+    Args:
+        objectives: those that train, besides `Texts`, by key.
+        texts: some batches are texts alone.
+    """
+    found = {
+        SHARDED: ("trainer=fsdp", is_sharded(trainer)),
+        MICRO_BATCHES: ("trainer.micro_batch_size", micro_batch_size is not None),
+        FP16: ("trainer.precision=16-mixed", trainer.precision == "16-mixed"),
+        AVERAGES: ("ema", bool(callbacks_of(trainer, WeightAveraging))),
+        LORA: ("lora", any(map(is_parametrized, net.modules()))),
+        ACCUMULATION: ("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches > 1),
+        TEXTS: ("data.text", texts),
+        NO_DECODER: ("model.net.decoder_layers=0", net.decoder is None),
+    }
+    named = {feature: key for feature, (key, present) in found.items() if present}
+    for key, objective in objectives.items():
+        if not objective.works_sharded:
+            named.setdefault(NEEDS_WHOLE_WEIGHTS, key)
+        if not objective.works_with_micro_batches:
+            named.setdefault(NEEDS_WHOLE_BATCH, key)
+        if objective.averages_tokens:
+            named.setdefault(TOKEN_MEANS, key)
+    if texts:
+        named.setdefault(TOKEN_MEANS, "data.text")
+    return named
+
+
+def check_together(found: Mapping[str, str]) -> None:
+    """Raises `ConfigError` for the first row of the table of which a run has both features, see `features`."""
+    for one, other, advice in TABLE:
+        if one in found and other in found:
+            raise ConfigError(f"{found[one]} does not work with {found[other]}: {advice}")

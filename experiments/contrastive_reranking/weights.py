@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from coca_lit.data.datasets.captions import flickr_records
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.metrics.captions import caption_scores
 from coca_lit.models import CoCa
 from coca_lit.models.patches import stack_images

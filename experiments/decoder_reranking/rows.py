@@ -30,9 +30,9 @@ from coca_lit.data.scenes.facts import scene_choice_records
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import RandomCrop, load_pixels
 from coca_lit.evals import inference
+from coca_lit.evals.choice import choice_accuracy, is_right
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_pairs
 from coca_lit.evals.retrieval import candidate_pairs, log_likelihoods, reranked
-from coca_lit.metrics.choice import choice_accuracy, is_right
 from coca_lit.metrics.retrieval import recall_at_k
 from coca_lit.metrics.uncertainty import exact
 from coca_lit.models import CoCa

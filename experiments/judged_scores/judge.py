@@ -23,8 +23,7 @@ from coca_lit.files import write_json
 from coca_lit.metrics.uncertainty import Draws, bootstrap, difference, ratios
 from coca_lit.reading import read_json
 from coca_lit.runs.run_folder import environment
-from coca_lit.tools.score.agreement import Agreement, agreement, mixtures
-from coca_lit.tools.score.candidates import Scores, reference_scores
+from coca_lit.tools.score.agreement import Agreement, Scores, agreement, mixtures, reference_scores
 from coca_lit.tools.score.evaluation import MIXTURES, model_scores
 from coca_lit.tools.score.judgments import Grade, Judged, read_judgments
 from coca_lit.weights.load import load_dual_encoder

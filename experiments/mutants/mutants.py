@@ -392,28 +392,13 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "metrics/test_uncertainty.py -k often",
         ),
     ],
-    "metrics/choice.py": [
+    "evals/choice.py": [
         (
             "winoground_tie",
             "pairs[:, 0, 0] > pairs[:, 1, 1]",
             "pairs[:, 0, 0] >= pairs[:, 1, 1]",
             "evals/test_choice.py -k by_hand",
         ),
-    ],
-    "metrics/chair.py": [
-        (
-            "object_counted_twice",
-            "for word in words) for words, there",
-            "for word in set(words)) for words, there",
-            "evals/test_chair.py -k by_hand",
-        ),
-        (
-            "later_group",
-            "for group in synonyms for word",
-            "for group in reversed(synonyms) for word",
-            "evals/test_chair.py -k group",
-        ),
-        ("plural_of_f", '("ves", "f"), ', "", "evals/test_chair.py -k objects_in"),
     ],
     "training/optim.py": [
         ("warm_up", "return (step + 1) / warmup_steps", "return step / warmup_steps", "training/test_optim.py"),
@@ -762,6 +747,19 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
         ),
     ],
     "evals/chair.py": [
+        (
+            "object_counted_twice",
+            "for word in words) for words, there",
+            "for word in set(words)) for words, there",
+            "evals/test_chair.py -k by_hand",
+        ),
+        (
+            "later_group",
+            "for group in synonyms for word",
+            "for group in reversed(synonyms) for word",
+            "evals/test_chair.py -k group",
+        ),
+        ("plural_of_f", '("ves", "f"), ', "", "evals/test_chair.py -k objects_in"),
         (
             "all_references",
             "map(self.objects_in, record.captions)",

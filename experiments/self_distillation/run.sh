@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 runs=outputs/self_distillation
-own=(+model.objectives.own._target_=coca_lit.training.self_distillation.SelfDistillation)
+own=(+model.objectives.own._target_=experiments.self_distillation.objective.SelfDistillation +model.objectives.own.momentum=0.97)
 
 train() { # NAME SEED WORDS…
   local name=$1_seed$2 seed=$2

@@ -1,7 +1,9 @@
-"""Training that makes no progress: what is reported, and when."""
+"""Training that makes no progress, or whose folder disappears: what is reported, and when."""
 
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.callbacks import StallGuard
+from coca_lit.callbacks.guards import RunFolderGuard
 from coca_lit.data.batch import Batch
 
 
@@ -72,3 +75,17 @@ def test_a_wait_for_data_is_reported_once_with_its_place(
         assert "in __getitem__" in said
     else:
         assert "__getitem__" not in said
+
+
+def test_a_run_goes_on_where_its_folder_cannot_be_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0")
+    guard, trainer = RunFolderGuard(folder), L.Trainer(logger=False, enable_checkpointing=False)
+    guard.on_train_start(trainer, Module())
+    caplog.clear()
+    shutil.rmtree(folder)
+    folder.write_text("a file has its name now")
+    guard.on_fit_end(trainer, Module())
+    assert len(caplog.records) == 2, caplog.text  # that it was deleted, and why it cannot be made again
+    assert str(folder) in caplog.messages[1]

@@ -79,27 +79,28 @@ def logged(folder: Path, part: str) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.parametrize(
-    ("when", "every", "steps"),
+    ("when", "steps"),
     [
-        ({}, 1, [3]),
-        *slow(({}, 0, [])),
-        ({"every_n_epochs": None, "every_n_steps": 2}, 2, [3]),
-        *slow(({"every_n_steps": 3}, 1, [2, 3, 5]), ({"every_n_epochs": None}, 1, [])),
+        ({}, {0: [], 1: [3]}),
+        ({"every_n_epochs": None, "every_n_steps": 2}, {2: [3]}),
+        *slow(({"every_n_steps": 3}, {1: [2, 3, 5]}), ({"every_n_epochs": None}, {1: []})),
     ],
 )
 def test_scores_come_every_n_epochs_or_steps_and_at_the_end(
-    tmp_path: Path, when: dict[str, Any], every: int, steps: list[int]
+    tmp_path: Path, when: dict[str, Any], steps: dict[int, list[int]]
 ) -> None:
-    probe = Probe(scale, every=every)
-    trainer = train(tmp_path, evals=[probe], quick=5, **when)
-    assert probe.counts == [*[5] * len(steps), 12]
+    """`steps` of an evaluation by its `every`."""
+    probes = {every: Probe(scale, f"probe{every}", every=every) for every in steps}
+    trainer = train(tmp_path, evals=[*probes.values()], quick=5, **when)
     columns = logged(tmp_path, "probe")
-    assert [step for step, _ in columns.get("probe_5/value", [])] == steps
-    assert [value for _, value in columns.get("probe_5/value", [])] == pytest.approx(probe.values[:-1])
-    assert columns["probe/value"] == [(8, pytest.approx(probe.values[-1]))]
-    assert next(c for c in trainer.callbacks if isinstance(c, ScoreDuringTraining)).found.scores == {
-        "probe/value": probe.values[-1]
-    }
+    for every, probe in probes.items():
+        during = columns.get(f"probe{every}_5/value", [])
+        assert probe.counts == [*[5] * len(steps[every]), 12]
+        assert [step for step, _ in during] == steps[every]
+        assert [value for _, value in during] == pytest.approx(probe.values[:-1])
+        assert columns[f"probe{every}/value"] == [(8, pytest.approx(probe.values[-1]))]
+    found = next(c for c in trainer.callbacks if isinstance(c, ScoreDuringTraining)).found.scores
+    assert found == {f"probe{every}/value": probe.values[-1] for every, probe in probes.items()}
 
 
 @pytest.mark.slow

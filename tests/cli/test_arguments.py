@@ -10,8 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from coca_lit.cli import command
-from coca_lit.cli.command import compose
-from coca_lit.cli.configs import CONF
+from coca_lit.cli.command import CONF, compose
 from coca_lit.cli.words import parse, to_override
 from coca_lit.errors import ConfigError
 from coca_lit.tools.caption import command as caption_command  # noqa: F401  registers the options of generation

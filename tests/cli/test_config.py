@@ -16,10 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli import command
 from coca_lit.cli.assembly import build, build_trainer, resolve_target
-from coca_lit.cli.configs import CONF
+from coca_lit.cli.command import CONF
 from coca_lit.cli.module import build_module
-from coca_lit.cli.schema import check
-from coca_lit.cli.signatures import argument_defaults
+from coca_lit.cli.schema import argument_defaults, check
 from coca_lit.cli.words import to_override
 from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
@@ -280,24 +279,25 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("how", "content", "said"),
     [
-        ({"modle": {}}, "there is no key 'modle'; did you mean 'model'?"),
-        ({"seed": "abc"}, "seed must be a whole number, got abc"),
+        ("--config-dir", {"modle": {}}, "there is no key 'modle'; did you mean 'model'?"),
+        ("hydra.searchpath", {"seed": "abc"}, "seed must be a whole number, got abc"),
         (
+            "--config-dir",
             {"defaults": [{"override /dta": "laion"}]},
             "In 'experiment/mine': Could not override 'dta'. No match in the defaults list.",
         ),
         (
+            "hydra.searchpath",
             {"defaults": [{"override /data": "ours"}], "data": {"root": "x"}},
             "'data' has no option 'ours'; did you mean 'our'? The options: "
             + ", ".join(sorted({*OPTIONS["data"], "our"})),
         ),
     ],
 )
-@pytest.mark.parametrize("how", ["--config-dir", "hydra.searchpath"])
 def test_mistake_in_an_experiment_file(
-    refused: Callable[..., str], tmp_path: Path, content: dict[str, Any], said: str, how: str
+    refused: Callable[..., str], tmp_path: Path, how: str, content: dict[str, Any], said: str
 ) -> None:
     """In a user's folder, whose options are suggested too."""
     (tmp_path / "experiment").mkdir()

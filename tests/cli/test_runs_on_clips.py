@@ -15,11 +15,16 @@ from coca_lit.data.scenes.motion import motion_records
 from coca_lit.errors import DataError
 from coca_lit.runs.results import read_conditions
 from helpers.clips import write_clip
-from helpers.running import TINY, results, run
+from helpers.running import TINY, results, run, without_java
 from helpers.shards import write_tar
 
 pytestmark = pytest.mark.slow
 MOTION = ("experiment=scenes_motion", "data.train_count=64", "data.frames=2", "evals=[scenes_motion_choice]")
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_java(monkeypatch)
 
 
 def test_built_in_clips(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from coca_lit.cli import train_command as train
 from coca_lit.cli.assembly import build_data, build_evals
-from coca_lit.cli.configs import CONF
+from coca_lit.cli.command import CONF
 from coca_lit.cli.train import next_commands
 from coca_lit.data.scenes import render
 from coca_lit.data.scenes.render import scene_records

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from coca_lit.data.datamodule import CaptionDataModule, FlickrDataModule, MSCOCODataModule, ScenesDataModule
-from coca_lit.data.datasets.captions import flickr_records, nocaps_records
+from coca_lit.data.datamodule import CaptionDataModule, RootDataModule, ScenesDataModule
+from coca_lit.data.datasets.captions import flickr_records, mscoco_records, nocaps_records
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
 from coca_lit.tools.prepare.scenes import export_scenes
@@ -58,8 +58,8 @@ def test_exported_data_sets_are_read(tmp_path):
     for form in ("karpathy", "coco", "nocaps"):
         export_scenes(form, tmp_path / form, count=40, size=16)
     modules: list[CaptionDataModule] = [
-        MSCOCODataModule(str(tmp_path / "karpathy"), tokenizer=TOKENIZER, batch_size=8, image_size=16),
-        MSCOCODataModule(str(tmp_path / "coco"), tokenizer=TOKENIZER, batch_size=8, image_size=16),
+        RootDataModule(str(tmp_path / "karpathy"), mscoco_records, tokenizer=TOKENIZER, batch_size=8, image_size=16),
+        RootDataModule(str(tmp_path / "coco"), mscoco_records, tokenizer=TOKENIZER, batch_size=8, image_size=16),
     ]
     for data in modules:
         assert data.steps_per_epoch == len(data.train_records) // 8 == len(data.train_dataloader())
@@ -110,7 +110,6 @@ def test_shared_flickr8k():
     val = flickr_records(FLICKR8K, "val")
     assert len(val) == 1000
     assert {len(record.captions) for record in val} == {5}
-    batch = next(
-        iter(FlickrDataModule(str(FLICKR8K), tokenizer=TOKENIZER, batch_size=4, image_size=32).train_dataloader())
-    )
+    data = RootDataModule(str(FLICKR8K), flickr_records, tokenizer=TOKENIZER, batch_size=4, image_size=32)
+    batch = next(iter(data.train_dataloader()))
     assert batch.images.shape == (4, 3, 32, 32)

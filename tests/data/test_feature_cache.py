@@ -13,7 +13,6 @@ from coca_lit.callbacks import ScoreDuringTraining
 from coca_lit.cli import assembly
 from coca_lit.cli.assembly import build
 from coca_lit.cli.module import build_module
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import Index
 from coca_lit.data.feature_cache import (
     CachedCaptionDataset,
@@ -24,7 +23,7 @@ from coca_lit.data.feature_cache import (
 )
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import VOCABULARY
-from coca_lit.data.transforms import RandomCrop
+from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.distributed import rank
 from coca_lit.errors import DataError
 from coca_lit.evals import Evaluation, Settings

@@ -13,12 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from coca_lit.data.batch import Batch, Example, collate
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.loader import Schedule, TrainLoader, epoch_batches, training_loader, validation_loader
 from coca_lit.data.prefetch import worker_errors
 from coca_lit.data.records import Record
-from coca_lit.data.transforms import RandomCrop
+from coca_lit.data.transforms import RandomCrop, build_transform
 from coca_lit.errors import DataError
 from coca_lit.tokenizer import WordTokenizer
 from helpers.epochs import open_epoch

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from coca_lit.cli.configs import CONF
+from coca_lit.cli.command import CONF
 from coca_lit.data import ImageFile, Record
 from coca_lit.data.datamodule import CaptionDataModule, RecordsDataModule
 from coca_lit.data.shards.datamodule import LAIONDataModule

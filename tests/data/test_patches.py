@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 from coca_lit.data.any_shape import CropToPatches, PatchSchedule
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import RecordsDataModule
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.examples import CaptionDataset
 from coca_lit.data.loader import Schedule
 from coca_lit.data.records import Record
@@ -26,7 +25,7 @@ from coca_lit.data.shards.indexed import IndexedBatches
 from coca_lit.data.shards.mixture import Source
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.windows import WindowedBatches, Windows
-from coca_lit.data.transforms import random_box, whole_box
+from coca_lit.data.transforms import build_transform, random_box, whole_box
 from coca_lit.errors import DataError
 from coca_lit.evals.attention import attention_samples
 from coca_lit.evals.inference import caption_images, embed_images, image_batches, log_likelihoods

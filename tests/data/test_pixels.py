@@ -10,8 +10,8 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.pixels import MAX_SCANS, decode_pixels
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 
 

@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from coca_lit.data.evaluation_transforms import build_transform
-from coca_lit.data.transforms import Box, RandomCrop, random_box, resized
+from coca_lit.data.transforms import Box, RandomCrop, build_transform, random_box, resized
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)

@@ -73,5 +73,6 @@ def test_scenes_with_a_class_are_trained_on_or_scored() -> None:
     trained, scored = ({record.id for record in scene_classes(trained=which).records} for which in (True, False))
     assert trained
     assert not trained & scored
+    assert len(trained | scored) == 2 * 48 * 2 * 2  # rows and columns of each kind, either thing small or large
     assert {record.id for record in scene_class_records("train")} == trained
     assert not scene_class_records("val")

@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from coca_lit.cli.command import compose
-from coca_lit.cli.configs import CONF
-from coca_lit.cli.schema import written
-from coca_lit.cli.signatures import definition, read_signature
+from coca_lit.cli.command import CONF, compose
+from coca_lit.cli.schema import definition, read_signature, written
 from coca_lit.models.generation.options import OPTIONS, describe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,7 @@ from coca_lit.data.records import Record
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings
 from coca_lit.evals.captions import CaptionScores
-from coca_lit.evals.chair import Chair
-from coca_lit.metrics.chair import ObjectWords, chair
+from coca_lit.evals.chair import Chair, ObjectWords, chair
 from coca_lit.metrics.uncertainty import exact, ratios
 from helpers.evaluating import make_model, noise
 from helpers.running import without_java

@@ -17,12 +17,11 @@ from coca_lit.data.datasets.choice import (
     sugarcrepe_records,
     winoground_records,
 )
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
-from coca_lit.evals.choice import ChoiceScores
-from coca_lit.metrics.choice import choice_accuracy, is_right, pair_accuracy
+from coca_lit.evals.choice import ChoiceScores, choice_accuracy, is_right, pair_accuracy
 from coca_lit.metrics.uncertainty import exact, resamples
 from helpers.evaluating import WORDS, make_model, noise
 

@@ -22,8 +22,8 @@ from huggingface_hub import constants
 from open_clip.tokenizer import _tokenizer
 from PIL import Image
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.scenes.render import Scene, captions, decode, render
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
 from coca_lit.evals.clip_benchmark import captioned_shards, classified_shards, clip_benchmark
@@ -147,6 +147,19 @@ def test_half_precision_is_off(words: list[str], more: list[str], monkeypatch: p
     monkeypatch.setattr("clip_benchmark.cli.main", lambda: None)
     command.main()
     assert sorted(sys.argv[1:]) == sorted([*words, *more])
+
+
+def test_a_missing_checkpoint_is_one_sentence(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = [
+        "--dataset",
+        "wds/flowers",
+        "--dataset_root",
+        f"{root}/flowers",
+        "--pretrained",
+        str(tmp_path / "gone.ckpt"),
+    ]
+    with pytest.raises(SystemExit, match=r"^error: .*gone\.ckpt"):
+        theirs(root, tmp_path / "theirs.json", monkeypatch, *place, "--task", "zeroshot_classification")
 
 
 def test_retrieval_scores(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.evals.inference import embed_pairs, log_likelihoods
 from coca_lit.evals.retrieval import BEHIND, RetrievalScores, decoder_rerank, reranked

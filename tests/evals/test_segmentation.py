@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("sklearn")
 from sklearn.linear_model import LogisticRegression
 
-from coca_lit.data.datasets.segmentation import Segmentation, scene_shapes
+from coca_lit.data.datasets.classification import Segmentation, scene_shapes
 from coca_lit.data.scenes.render import COLOURS, SHAPES, decode, regions, render, scene_records
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings

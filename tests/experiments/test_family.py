@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from coca_lit.cli.command import compose
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.tools.plan.command import build_without_weights
 from experiments import study

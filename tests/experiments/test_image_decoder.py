@@ -87,7 +87,3 @@ def test_a_run_from_the_command_line_draws(tmp_path: Path) -> None:
 
 def _is_parameter(name: str) -> bool:
     return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-
-
-def _is_parameter(name: str) -> bool:
-    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))

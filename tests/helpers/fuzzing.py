@@ -28,7 +28,7 @@ SECONDS = 20  # for one file
 
 
 fuzz = settings(
-    max_examples=COUNT or 50, derandomize=not COUNT, deadline=None, database=None, suppress_health_check=[*HealthCheck]
+    max_examples=COUNT or 25, derandomize=not COUNT, deadline=None, database=None, suppress_health_check=[*HealthCheck]
 )
 
 

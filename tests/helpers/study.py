@@ -48,6 +48,8 @@ PROFILE = {
     "mammut_ViT-S-32": Profile(85.62, 22.64, 62.83, 13.91),
 }
 SMALL = ("coca_ViT-S-32", "mammut_ViT-S-32")
+# All widths, and of one all sizes of patches, which change the number of patches alone; texts of B/16 are wider.
+SIZES = [name for name in PROFILE if name.endswith("-32") or "-S-" in name or "-B-16" in name]
 
 
 def millions(model: CoCa) -> tuple[float, float, float]:

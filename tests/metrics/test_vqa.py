@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import scene_question_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.evals.vqa import VQAScores, fitting, generate_answers
 from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy, vqa_scores

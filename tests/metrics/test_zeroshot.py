@@ -12,8 +12,8 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from coca_lit.data.datasets.classification import Classification, image_folder, scene_classes
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.scenes.render import VOCABULARY, decode, scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
 from coca_lit.evals.classification import ZeroShotScores

@@ -6,7 +6,8 @@ import torch
 from coca_lit.data.scenes import facts, motion, places, render, statements
 from coca_lit.models import create_model
 from coca_lit.models.presets import VOCABULARIES
-from helpers.study import PROFILE, SMALL, millions
+from helpers.slow import slow
+from helpers.study import PROFILE, SIZES, SMALL, millions
 
 
 @pytest.mark.parametrize(
@@ -30,21 +31,11 @@ def test_an_unknown_vocabulary_suggests_one() -> None:
         create_model("coca_tiny", tokenizer="scenes_vka")
 
 
-def expect_parameters(name: str) -> None:
+@pytest.mark.parametrize("name", [*SMALL, *slow(*sorted(set(SIZES) - set(SMALL)))])
+def test_parameters_of_the_study(name: str) -> None:
     with torch.device("meta"):
         found = millions(create_model(name))
     assert found == pytest.approx(PROFILE[name][:3], abs=0.0051)  # published with two decimals
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_parameters_of_the_study(name: str) -> None:
-    expect_parameters(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(PROFILE.keys() - set(SMALL)))
-def test_parameters_of_the_study_in_all_sizes(name: str) -> None:
-    expect_parameters(name)
 
 
 def test_arguments_of_an_image_encoder_are_added_to_those_of_the_preset() -> None:

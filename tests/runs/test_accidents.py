@@ -99,7 +99,7 @@ class FillDisk(L.Callback):
         self.filler, self.full, self.room = disk / "filler", full, room
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        pl_module.log_dict({f"long/{i}": float(i) for i in range(1000)})
+        pl_module.log_dict({f"long/{i}": i + 1 / 3 for i in range(300)})
         if trainer.global_step == self.full:
             with self.filler.open("wb", buffering=0) as file:
                 try:
@@ -210,7 +210,7 @@ def test_trains_and_resumes_without_what_windows_lacks(tmp_path: Path) -> None:
     """No fcntl, no user signals, no symbolic links: the same bits after a kill."""
     (tmp_path / "hidden.py").write_text(HIDDEN)
     command = [sys.executable, str(tmp_path / "hidden.py"), str(ROOT / "train.py")]
-    words = (*SHORT, "callbacks.checkpoint.every_n_steps=1")
+    words = (*SHORT, "callbacks.checkpoint.every_n_steps=3", "trainer.limit_val_batches=0")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600

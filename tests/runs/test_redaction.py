@@ -76,7 +76,6 @@ def test_no_secret_of_a_sweep(tmp_path):
         *(
             (f"{name}=x1", f"{name}=<hidden>")
             for name in (
-                *("api_key", "api-key", "accessToken", "auth", "passphrase", "GITHUB_PAT", "a.b.password"),
                 *("api_key", "api-key", "accessToken", "auth", "passphrase", "GITHUB_PAT", "a.b.password", "db_pwd"),
                 *("PGPASSWORD", "credentials", "private_key", "signing-key", "encryption_key", "secret", "token"),
             )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from coca_lit.models import CoCa
-from coca_lit.training.freezing import freeze
+from coca_lit.training.optim import freeze
 
 
 def test_a_part_of_a_part_that_an_objective_trains_stays(tiny_model: Callable[..., CoCa]) -> None:

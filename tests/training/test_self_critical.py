@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from coca_lit.data.batch import Batch
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss

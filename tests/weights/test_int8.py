@@ -13,7 +13,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.transforms import build_transform
 from coca_lit.models import CoCa
 from coca_lit.weights.hub import PHOTOS_WEIGHTS
 from coca_lit.weights.intact import load_tensors

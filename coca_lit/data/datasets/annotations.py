@@ -1,14 +1,16 @@
-"""Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps) and COCO results."""
+"""Readers of annotation files: Karpathy's `dataset_*.json`, COCO captions (also nocaps), COCO results, and tables."""
 
+import csv
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from coca_lit.data.records import Listing, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import is_int64, parse_json, printable, read_bounded, read_json
+from coca_lit.reading import is_int64, open_parquet, parse_json, printable, read_bounded, read_json
 
 MAX_BYTES = 512 * 2**20  # of JSON; the largest known file, the training answers of VQA v2, has 366 MB
 
@@ -157,3 +159,58 @@ def schema(path: Path, name: str) -> Iterator[None]:
     except (TypeError, AttributeError, ValueError, OverflowError) as error:
         wrong = "a list stands where an object belongs" if "list indices" in str(error) else error
         raise DataError(f"{path} does not follow {name} schema: {wrong}") from error
+
+
+# Tables of image files and captions: .csv, .tsv and .parquet. Usual names of columns and fields, the likeliest first.
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "filename", "file_name", "path", "file")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description")
+
+
+def open_table(path: Path) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
+    """The names of the columns, and the rows; raises `DataError` for a file that is no such table."""
+    if path.suffix in (".csv", ".tsv"):
+        content = read_bounded(path, MAX_BYTES, "is not a readable table")
+        try:
+            text = content.decode("utf-8-sig")
+            head = text.partition("\n")[0]
+            # That of a .csv is a semicolon where the comma separates decimals.
+            delimiter = "\t" if path.suffix == ".tsv" else max(",;\t", key=head.count)
+            reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter)
+            return reader.fieldnames or [], list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} is not a readable table: {error}; save it in UTF-8, with quotes closed") from error
+    if path.suffix != ".parquet":
+        raise DataError(f"{path} is not a .csv, .tsv or .parquet file")
+    with open_parquet(path) as table:
+        names = table.schema_arrow.names
+    return names, _parquet_rows(path)
+
+
+def read_rows(path: Path) -> Iterable[Any]:
+    """The rows of a table, or the values of a .jsonl; raises `DataError` as `open_table`."""
+    return read_json_lines(path) if path.suffix == ".jsonl" else open_table(path)[1]
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open_parquet(path) as table:
+        for batch in table.iter_batches():
+            yield from batch.to_pylist()
+
+
+def column(path: Path, columns: Sequence[str], usual: Sequence[str], how: str, wanted: str | None = None) -> str:
+    """The name of a column: the one that is wanted, else the first of the usual names that the table has.
+
+    Args:
+        how: the user can name it, for the error.
+    """
+    known = [name for name in ([wanted] if wanted else usual) if name in columns]
+    if not known:
+        what = repr(wanted) if wanted else f"of the usual names ({', '.join(usual)})"
+        raise DataError(f"{path} has no column {what}, but {', '.join(map(str, columns)) or 'none'}: {how}")
+    return known[0]
+
+
+def clean(texts: Iterable[Any]) -> tuple[str, ...]:
+    """One line each, empty ones dropped."""
+    lines = (" ".join(text.split()) for text in texts if isinstance(text, str))
+    return tuple(line for line in lines if line)

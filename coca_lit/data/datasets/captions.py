@@ -57,7 +57,7 @@ def mscoco_caption_ids(root: str | Path, split: str) -> dict[int | str, tuple[in
 
 def _karpathy_file(root: Path, karpathy: str | Path | None) -> Path | None:
     if karpathy:
-        how = "pass your dataset_coco.json as data.karpathy"
+        how = "pass your dataset_coco.json as data.records.karpathy"
         return find_file("the Karpathy split of MS-COCO", [Path(karpathy)], how)
     usual = [root / "dataset_coco.json", root / "annotations/dataset_coco.json"]
     return next(filter(Path.is_file, usual), None)

@@ -1,32 +1,21 @@
-"""Images with a class, for zero-shot classification: a folder per class, or the built-in scenes.
+"""Images with a class, or one for every pixel: a folder per class, or the built-in scenes.
 
 Class names and prompt templates are data: a JSON file {"classes": {folder: name}, "templates": ["a photo of a {}."]}.
 """
 
-import functools
 import os
 import random
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from coca_lit.data.pixels import SUFFIXES
+import numpy as np
+
+from coca_lit.data.pixels import CLIPS, SUFFIXES
 from coca_lit.data.records import Record, not_found
-from coca_lit.data.scenes.render import (
-    AXES,
-    COLOURS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Thing,
-    captions,
-    decode,
-    render,
-    scene_records,
-    space_size,
-)
-from coca_lit.data.video import SUFFIXES as CLIPS
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import read_json
@@ -159,13 +148,54 @@ def scene_classes(size: int = 32, trained: bool = False) -> Classification:
     Args:
         trained: those of the training split, else all others.
     """
+    from coca_lit.data.scenes.render import (
+        AXES,
+        COLOURS,
+        SHAPES,
+        SIZES,
+        Scene,
+        Thing,
+        captions,
+        encode,
+        render,
+        scene_records,
+    )
+
     known = {record.id for record in scene_records("train")}
     classes = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-    kinds = {number: {thing[1:] for thing in decode(number).things} for number in range(space_size(2))}
-    label = {number: classes.index(" ".join(kind.pop())) for number, kind in kinds.items() if len(kind) == 1}
-    numbers = [number for number in label if (number in known) == trained]
+    sizes = list(product(AXES, SIZES, SIZES))
+    label = {
+        encode(Scene(axis, (Thing(first, *kind), Thing(second, *kind)))): i
+        for i, kind in enumerate(product(COLOURS, SHAPES))
+        for axis, first, second in sizes
+    }
+    numbers = [number for number in sorted(label) if (number in known) == trained]
     random.Random(0).shuffle(numbers)
-    records = [Record(number, functools.partial(render, number, size)) for number in numbers]
+    records = [Record(number, partial(render, number, size)) for number in numbers]
     pairs = [Scene(axis, (Thing(a, "C", "S"), Thing(b, "C", "S"))) for axis in AXES for a in SIZES for b in SIZES]
     templates = tuple(text.replace("C S", "{}") for pair in pairs for text in captions(pair))
     return Classification(records, {number: label[number] for number in numbers}, classes, templates)
+
+
+class Segmentation(NamedTuple):
+    """A data set of masks; each is made when it is asked for."""
+
+    records: Sequence[Record]
+    masks: Sequence[Callable[[], np.ndarray]]  # class numbers (H, W) of each record
+    class_names: tuple[str, ...]
+
+
+def scene_shapes(split: str, size: int = 32, count: int | None = None) -> Segmentation:
+    """Built-in scenes whose classes are the background and the shapes, with the arguments of `scene_records`."""
+    from coca_lit.data.scenes.render import SHAPES, scene_records
+
+    records = scene_records(split, size, count)
+    masks = [partial(_shape_mask, int(record.id), size) for record in records]
+    return Segmentation(records, masks, ("background", *SHAPES))
+
+
+def _shape_mask(number: int, size: int) -> np.ndarray:
+    from coca_lit.data.scenes.render import SHAPES, decode, regions
+
+    classes = [0, *(1 + tuple(SHAPES).index(thing.shape) for thing in decode(number).things)]
+    return np.array(classes)[np.asarray(regions(number, size))]

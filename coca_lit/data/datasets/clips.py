@@ -6,11 +6,11 @@ Folders of classes, as Kinetics has them, are read by `coca_lit.data.datasets.cl
 from collections.abc import Iterable
 from pathlib import Path
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, schema
+from coca_lit.data.datasets.annotations import MAX_BYTES, find_file, listing, open_table, schema
 from coca_lit.data.datasets.folder import folder_records
-from coca_lit.data.datasets.tables import open_table
+from coca_lit.data.pixels import CLIPS
 from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
-from coca_lit.data.video import SUFFIXES, image_file
+from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import printable, read_json
 
@@ -34,7 +34,7 @@ def as_clips(records: Iterable[Record], frames: int) -> list[Record]:
 
 def clip_records(root: str | Path, split: str, frames: int) -> list[Record]:
     """Your own clips in a folder, with captions and splits as in `folder_records`."""
-    return as_clips(folder_records(root, split, SUFFIXES), frames)
+    return as_clips(folder_records(root, split, CLIPS), frames)
 
 
 def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool = False) -> list[Record]:

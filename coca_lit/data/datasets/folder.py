@@ -15,9 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, coco_listings, schema
+from coca_lit.data.datasets.annotations import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    MAX_BYTES,
+    clean,
+    coco_listings,
+    column,
+    read_rows,
+    schema,
+)
 from coca_lit.data.datasets.captions import mscoco_records
-from coca_lit.data.datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, read_rows
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
 from coca_lit.data.records import MAX_MISSING, ImageFile, Record, clean_captions, not_found

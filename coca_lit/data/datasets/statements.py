@@ -9,9 +9,16 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from coca_lit.data.datasets.annotations import find_file, listing, read_json_lines, schema
+from coca_lit.data.datasets.annotations import (
+    IMAGE_COLUMNS,
+    column,
+    find_file,
+    listing,
+    read_json_lines,
+    read_rows,
+    schema,
+)
 from coca_lit.data.datasets.folder import HELD_OUT, files_inside, split_of
-from coca_lit.data.datasets.tables import IMAGE_COLUMNS, column, read_rows
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.records import ImageFile, Listing, Record, not_found, records_on_disk
 from coca_lit.errors import DataError

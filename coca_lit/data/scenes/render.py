@@ -233,6 +233,11 @@ def _pools(objects: int) -> dict[str, list[int]]:
     }
 
 
+@cache  # a run asks for those of the training split several times
+def _described(number: int, objects: int, style: str) -> tuple[str, ...]:
+    return captions(decode(number, objects), STYLES[style])
+
+
 def scene_records(
     split: str, size: int = 32, count: int | None = None, objects: int = 2, style: str = "standard"
 ) -> list[Record]:
@@ -256,7 +261,7 @@ def scene_records(
     if not 1 <= count <= len(pool):
         raise ValueError(f"split {split!r} of scenes has {len(pool)} scenes of {objects} objects, got count={count}")
     return [
-        Record(number, partial(render, number, size, objects), captions(decode(number, objects), STYLES[style]))
+        Record(number, partial(render, number, size, objects), _described(number, objects, style))
         for number in pool[:count]
     ]
 

@@ -25,14 +25,12 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
 from coca_lit.data.loader import Schedule, epoch_order, per_rank
-from coca_lit.data.pixels import MAX_IMAGE, check_bytes, decode_pixels
+from coca_lit.data.pixels import CLIPS, MAX_IMAGE, check_bytes, decode_pixels
 from coca_lit.data.records import clean_captions
 from coca_lit.data.shards.mixture import Source, counts_after, draw, weighted_round_robin
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.data.transforms import TrainTransform, as_tensor, augmented
-from coca_lit.data.video import SUFFIXES as CLIPS
-from coca_lit.data.video import EncodedClip
 from coca_lit.errors import DataError
 from coca_lit.models.patches import Images
 from coca_lit.reading import parse_json
@@ -177,6 +175,8 @@ class Preprocess(NamedTuple):
             if self.encoded:
                 crop = self.encoded(image, name, rng, shard)
             elif self.frames:
+                from coca_lit.data.video import EncodedClip
+
                 crop = augmented(EncodedClip(image, name, self.frames), self.transform, rng, index.patches)
             else:
                 pixels = as_tensor(decode_pixels(image, name))

@@ -7,17 +7,18 @@ not read, and those that could hold code count as bad samples.
 import itertools
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from PIL import Image
 
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.records import EncodedImage, Record
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
-from coca_lit.data.video import EncodedClip
 from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,11 @@ def read_shard(
         except BadSampleError as error:
             bad.catch(error)
         else:
-            is_clip = kind_of(fields, suffixes) in CLIP_SUFFIXES
-            picture = EncodedClip(image, "it", frames) if is_clip else EncodedImage(image, "it")
+            picture: Callable[[], Image.Image] = EncodedImage(image, "it")
+            if kind_of(fields, suffixes) in CLIP_SUFFIXES:
+                from coca_lit.data.video import EncodedClip
+
+                picture = EncodedClip(image, "it", frames)
             yield Record(key, picture, itertools.chain(*captions.values()))
 
 

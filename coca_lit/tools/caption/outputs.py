@@ -20,8 +20,7 @@ from coca_lit.distributed import broadcast_object, gather_objects, rank, world_s
 from coca_lit.errors import DataError
 from coca_lit.files import append_lines, atomic_write, claim, is_leftover, remove_leftovers, whole_lines
 from coca_lit.reading import parse_json, printable, read_json
-from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit
-from coca_lit.tools.caption.shards import write_shard
+from coca_lit.tools.caption.inputs import Files, OpenShard, Shard, Source, Unit, write_shard
 
 SETTINGS = "settings.json"
 Captions = Sequence[str]  # of one image, the best first
@@ -198,7 +197,7 @@ class CocoResults(JsonLines):
 
 class Recaptioned(Writer):
     """A folder of shards for training, each a copy of an input with the new captions, see
-    `coca_lit.tools.caption.shards`.
+    `write_shard`.
 
     A shard is written whole or not at all; an existing one is done. `open_writer` claims the folder, once for all
     processes of an engine.

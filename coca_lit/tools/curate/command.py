@@ -71,23 +71,9 @@ def _score(options: argparse.Namespace) -> None:
     from coca_lit.tools.curate.judge import Judgement, claim_outputs, judge_shard
 
     checkpoint = chosen_checkpoint(options.checkpoint, offline=False)  # the small model is no judge of data
-    _of_all_shards(
-        options,
-        "scoring",
-        "scores",
-        judge_shard,
-        claim_outputs,
-        lambda workers, bf16: Judgement(
-            checkpoint,
-            options.output,
-            options.caption_key,
-            options.embeddings,
-            options.language,
-            options.batch_size,
-            workers,
-            bf16,
-        ),
-    )
+    asked = options.output, options.caption_key, options.embeddings, options.language
+    judgement = Judgement(checkpoint, *asked, *_computation(options))
+    _of_all_shards(options, "scoring", "scores", judge_shard, claim_outputs, judgement)
 
 
 def add_teach(commands: "Commands", engine: str) -> None:
@@ -109,23 +95,9 @@ def _teach(options: argparse.Namespace) -> None:
     from coca_lit.tools.curate.teach import Teaching, claim_outputs, teach_shard
 
     teachers = tuple(chosen_checkpoint(name, offline=False) for name in options.teachers)
-    _of_all_shards(
-        options,
-        "teaching",
-        "embeddings",
-        teach_shard,
-        claim_outputs,
-        lambda workers, bf16: Teaching(
-            teachers,
-            options.output,
-            tuple(options.caption_keys),
-            options.views,
-            options.seed,
-            options.batch_size,
-            workers,
-            bf16,
-        ),
-    )
+    asked = options.output, tuple(options.caption_keys), options.views, options.seed
+    teaching = Teaching(teachers, *asked, *_computation(options))
+    _of_all_shards(options, "teaching", "embeddings", teach_shard, claim_outputs, teaching)
 
 
 def _of_all_shards(
@@ -134,25 +106,15 @@ def _of_all_shards(
     what: str,
     function: "Callable[[Path, Any], JudgedShard]",
     claim_outputs: Callable[[Sequence[Path], Any], None],
-    settings_of: Callable[[int, bool], Any],
+    settings: Any,
 ) -> None:
-    """Runs a function of a shard and settings on the chosen engine, and prints what became of the samples.
-
-    Args:
-        settings_of: (processes that decode, whether models compute in bf16) -> the settings.
-    """
-    import torch
-
-    from coca_lit.cli.runtime import chosen_dtype, configure_libraries
+    """Runs a function of a shard and settings on the chosen engine, and prints what became of the samples."""
     from coca_lit.data.shards.listing import local_shards
-    from coca_lit.tools.caption.command import decoders
     from coca_lit.tools.clusters.engines import Work, engine_from
     from coca_lit.tools.curate.scores import check_shards
 
     paths = local_shards(options.shards)
     check_shards(paths, options.output)
-    configure_libraries(None)
-    settings = settings_of(decoders(options.num_workers), chosen_dtype(options.precision) is torch.bfloat16)
     engine = engine_from(options.engine)
     claim_outputs(paths, settings)
     work = Work(engine, doing)
@@ -162,6 +124,17 @@ def _of_all_shards(
     good, bad = sum(shard.samples for shard in shards), sum(sum(shard.bad.values()) for shard in shards)
     print(f"{good:,} samples have {what}, {bad:,} bad ones are left out")
     work.close(len(paths), found=sum(shard.skipped for shard in shards))
+
+
+def _computation(options: argparse.Namespace) -> tuple[int, int, bool]:
+    """Batch size, processes that decode, and whether models compute in bf16."""
+    import torch
+
+    from coca_lit.cli.runtime import chosen_dtype, configure_libraries
+    from coca_lit.tools.caption.command import decoders
+
+    configure_libraries(None)
+    return options.batch_size, decoders(options.num_workers), chosen_dtype(options.precision) is torch.bfloat16
 
 
 def _add_computation(parser: argparse.ArgumentParser, batch_size: int) -> None:

@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, quiet
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.near_duplicates import perceptual_hash
 from coca_lit.data.pixels import decode_image
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.indexed import TarIndex, pair_of
 from coca_lit.data.shards.indexing import load_index, make_index
 from coca_lit.data.shards.shard import Shard, read_manifest
-from coca_lit.data.transforms import Transform
+from coca_lit.data.transforms import Transform, build_transform
 from coca_lit.errors import DataError, error_context
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim
@@ -111,11 +110,8 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
     model, _ = load_judge(judgement.checkpoint, judgement.bf16)
     model.to(best_device())
     bad = BadSamples(1.0)
-    listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))  # as in a training: one index for both
     with quiet(), worker_errors():
-        index = load_index(listed, path.parent) or make_index(listed, path.parent)
-        for fault in index.faults:
-            bad.add(fault.reason, fault.shard, fault.key, fault.detail)
+        index = index_of(shard, path.parent, bad)
         batches = list(_judged(model, index, judgement, bad))
     columns: dict[str, Any] = {
         name: np.concatenate([batch[name] for batch in batches]) for name in (batches[0] if batches else ())
@@ -123,6 +119,15 @@ def judge_shard(shard: Path, judgement: Judgement) -> JudgedShard:
     left_out: dict[str, Any] = {"bad": dict(bad.reasons), "examples": bad.examples()}
     write_scores(path, shard.name, columns, {**settings, "shard": stamp, **left_out})
     return JudgedShard(path, len(columns["key"]) if columns else 0, **left_out, skipped=False)
+
+
+def index_of(shard: Path, folder: Path, bad: BadSamples) -> TarIndex:
+    """The index of a shard, the one that a training uses; adds its faults to `bad`."""
+    listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))
+    index = load_index(listed, folder) or make_index(listed, folder)
+    for fault in index.faults:
+        bad.add(fault.reason, fault.shard, fault.key, fault.detail)
+    return index
 
 
 class _Pair(NamedTuple):

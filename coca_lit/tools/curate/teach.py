@@ -17,9 +17,7 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples, qui
 from coca_lit.data.pixels import decode_pixels
 from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.indexed import TarIndex, pair_of
-from coca_lit.data.shards.indexing import load_index, make_index
 from coca_lit.data.shards.reinforced import Reinforced, reinforced_path, write_reinforced
-from coca_lit.data.shards.shard import Shard, read_manifest
 from coca_lit.data.transforms import Box, as_tensor, random_box, resized
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import evaluating
@@ -27,7 +25,7 @@ from coca_lit.files import claim
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
 from coca_lit.seeding import stable_seed
-from coca_lit.tools.curate.judge import JudgedShard, load_judge
+from coca_lit.tools.curate.judge import JudgedShard, index_of, load_judge
 
 SETTINGS = "teachers.settings.json"  # beside the files of a folder: what made them all
 
@@ -87,11 +85,8 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
     bad, models = BadSamples(1.0), _teachers(teaching)
     for model in models:
         model.to(best_device())
-    listed = Shard(str(shard), read_manifest(shard.parent).get(shard.name))  # as in a training: one index for both
     with quiet(), worker_errors():
-        index = load_index(listed, path.parent) or make_index(listed, path.parent)
-        for fault in index.faults:
-            bad.add(fault.reason, fault.shard, fault.key, fault.detail)
+        index = index_of(shard, path.parent, bad)
         rows = [row for batch in _embedded(models, index, teaching, bad) for row in batch]
     if not rows:
         raise DataError(f"{shard} has no usable sample: {bad.summary()}")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.pixels import FORMATS, MAX_PIXELS, MAX_SLOW_PIXELS, open_image
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
 from coca_lit.evals.attention import maps_of_captions
 from coca_lit.evals.retrieval import reranked

@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> None:
     with error_context("checkpoint"):
         model = load_model(checkpoint).to(best_device())
 
-    from coca_lit.tools.builtin import knows_only_scenes, write_scenes
+    from coca_lit.tools.checkpoint import knows_only_scenes, write_scenes
     from coca_lit.tools.demo.page import build_page
     from coca_lit.tools.demo.serve import serve
 

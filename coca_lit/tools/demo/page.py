@@ -13,7 +13,7 @@ from coca_lit.errors import DataError
 from coca_lit.models import CoCa, part_sizes
 from coca_lit.models.generation.options import OPTIONS
 from coca_lit.tokenizer import WordTokenizer
-from coca_lit.tools.builtin import knows_only_scenes
+from coca_lit.tools.checkpoint import knows_only_scenes
 from coca_lit.tools.demo.answers import (
     Candidate,
     Strategy,

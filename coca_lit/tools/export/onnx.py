@@ -20,16 +20,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.onnx import OnnxExporterError
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import scene_records
+from coca_lit.data.transforms import build_transform
 from coca_lit.data.video import MAX_FRAMES
 from coca_lit.errors import check_number
 from coca_lit.metrics.cider import CiderD, fast_words
 from coca_lit.models import CoCa
 from coca_lit.models.generation.options import DEFAULT_MAX_LENGTH
 from coca_lit.runs.run_folder import machine
-from coca_lit.tools.builtin import PHOTOS, knows_only_scenes
+from coca_lit.tools.checkpoint import SAMPLE_PHOTOS, knows_only_scenes
 from coca_lit.tools.export import onnx_captioner
 from coca_lit.tools.export.folder import Exported
 from coca_lit.tools.export.graphs import Graph, graphs_of
@@ -195,7 +195,7 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float, f
 def _photos(model: CoCa) -> np.ndarray:
     """(I, 3, H, W): the whole, the corners and the mirror image of each photo of the package."""
     transform, views = build_transform(**model.preprocessing), []
-    for path in sorted(PHOTOS.glob("*.jpg")):
+    for path in sorted(SAMPLE_PHOTOS.glob("*.jpg")):
         with Image.open(path) as photo:
             width, height = (3 * side // 4 for side in photo.size)
             corners = [(x, y) for x in (0, photo.width - width) for y in (0, photo.height - height)]

@@ -153,7 +153,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from coca_lit.data.shards.listing import local_shards
     from coca_lit.data.shards.shard import write_manifest
     from coca_lit.tools.prepare import write as prepare
-    from coca_lit.tools.prepare.pairs import read_pairs
+    from coca_lit.tools.prepare.write import read_pairs
 
     if options.source.is_dir() and [*options.source.glob("*.tar")]:
         tasks = [prepare.Task(*numbered) for numbered in enumerate(local_shards(str(options.source)))]

@@ -56,6 +56,8 @@ def report(arguments: Sequence[str] | None = None) -> None:
         if len(options.folders) > 1:
             page = write_comparison(options.folders, options.output or Path("outputs/comparison"), options.objective)
         elif (first / "results.json").is_file():
+            if options.output is not None:
+                parser.error("--output is the folder of a comparison; the report of one run is written into its folder")
             page = write_report(first)
         else:
             page = write_comparison([first], options.output or first, options.objective)

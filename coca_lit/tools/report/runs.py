@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coca_lit.cli.signatures import argument_defaults
+from coca_lit.cli.schema import argument_defaults
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.metrics import conditions
 from coca_lit.metrics.conditions import Conditions, obstacle

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ from coca_lit.metrics.uncertainty import Draws
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.packing import text_lengths
 from coca_lit.progress import ProgressBar
-from coca_lit.tools.score.agreement import TAUS, Agreement, agreement, mixtures
-from coca_lit.tools.score.candidates import Scores, reference_scores
+from coca_lit.tools.score.agreement import TAUS, Agreement, Scores, agreement, mixtures, reference_scores
 from coca_lit.tools.score.judgments import Judged, read_judgments
 
 OF_MODEL = ("CLIPScore", "RefCLIPScore", "likelihood", "likelihood_per_token", "pmi", "pmi_per_token")
@@ -45,6 +43,7 @@ class JudgedScores(Evaluation):
     """
 
     final_score_names = None
+    generates = False
 
     def __init__(
         self,
@@ -79,9 +78,6 @@ class JudgedScores(Evaluation):
             if rank() == 0:
                 settings.write_json("judgments", f"{self.name}.json", {"shares": shares})
         return {score: draws.score for score, draws in self.draws.items()}
-
-    def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:
-        return {}
 
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The judged captions and the references."""

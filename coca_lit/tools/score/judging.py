@@ -7,8 +7,7 @@ from coca_lit.metrics.uncertainty import Draws, difference
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
 from coca_lit.runs.scores import score_name
-from coca_lit.tools.score.agreement import TAUS, Agreement, agreement
-from coca_lit.tools.score.candidates import reference_scores
+from coca_lit.tools.score.agreement import TAUS, Agreement, agreement, reference_scores
 from coca_lit.tools.score.judgments import Judged, read_judgments
 
 USUAL = "CIDEr"  # with which other scores are compared

@@ -14,8 +14,15 @@ from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from coca_lit.data.datasets.annotations import MAX_BYTES, read_references, schema
-from coca_lit.data.datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, column, open_table
+from coca_lit.data.datasets.annotations import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    MAX_BYTES,
+    column,
+    open_table,
+    read_references,
+    schema,
+)
 from coca_lit.data.records import Listing as ImageListing
 from coca_lit.data.records import Record, not_found, records_on_disk
 from coca_lit.errors import DataError

@@ -15,10 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coca_lit.data.evaluation_transforms import build_transform
-from coca_lit.data.pixels import SUFFIXES
-from coca_lit.data.transforms import loaded
-from coca_lit.data.video import SUFFIXES as CLIPS
+from coca_lit.data.pixels import CLIPS, SUFFIXES
+from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.errors import DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import replacing

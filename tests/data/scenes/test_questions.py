@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from coca_lit.data.datamodule import SceneQuestionsDataModule, VQADataModule
+from coca_lit.data.datamodule import RootDataModule, SceneQuestionsDataModule
 from coca_lit.data.datasets.vqa import frequent_answers, vqa_records
 from coca_lit.data.scenes.facts import KINDS, VOCABULARY, questions, scene_question_records
 from coca_lit.data.scenes.render import AXES, decode, scene_records
@@ -51,7 +51,7 @@ def test_official_files(tmp_path: Path) -> None:
     assert [record.domain for record in records[:2]] == ["number", "yes-no"]
     assert records[0].image().size == (40, 30)
     assert frequent_answers(tmp_path) == ["2"]
-    data = VQADataModule(str(tmp_path), tokenizer=TOKENIZER, batch_size=6, image_size=16, val_split=None)
+    data = RootDataModule(str(tmp_path), vqa_records, tokenizer=TOKENIZER, batch_size=6, image_size=16, val_split=None)
     assert next(iter(data.train_dataloader())).images.shape == (6, 3, 16, 16)
 
 

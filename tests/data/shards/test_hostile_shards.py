@@ -27,7 +27,7 @@ from coca_lit.data.shards.tar import MAX_HEADER, MAX_MEMBER
 from coca_lit.errors import DataError
 from coca_lit.evals.clip_benchmark import classified_shards
 from coca_lit.tokenizer import get_tokenizer
-from coca_lit.tools.caption.shards import scan_shard
+from coca_lit.tools.caption.inputs import scan_shard
 from helpers.fuzzing import bounded, damaged, forged, fuzz
 from helpers.hostile import Evil, good
 from helpers.shards import jpeg, members, write_shards, write_tar

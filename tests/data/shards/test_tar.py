@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coca_lit.data.shards.tar import group_members, tar_members, tar_writer
-from coca_lit.tools.caption.shards import scan_shard, write_shard
+from coca_lit.tools.caption.inputs import scan_shard, write_shard
 from helpers.shards import members, read, write_shards, write_tar
 
 

@@ -191,7 +191,11 @@ def test_words_that_the_vocabulary_lacks() -> None:
     compare(nets, batch._replace(tokens=batch.tokens % 7), plain_step)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# Made small, the larger ones are the same networks.
+SHAPES = [name for name in PRESETS if not name.endswith(("l14", "_large", "_2b"))]
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_every_preset_in_small(name: str) -> None:
     """With its pooler, mask, heads and kind of encoder, but one layer of each tower."""
     sizes: dict[str, Any] = {"text_layers": 1, "text_width": 64, "text_heads": 2, "embed_dim": 64, "image_size": 32}

@@ -111,6 +111,21 @@ def test_an_image_of_a_shard_that_vanished_is_named(tmp_path: Path) -> None:
     assert "the first" in batch.broken[0]
 
 
+def test_a_byte_more_than_the_limit_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coca_lit.data import pixels
+    from coca_lit.tools.caption import inputs
+
+    render(10, size=48).save(tmp_path / "photo.png")
+    size = (tmp_path / "photo.png").stat().st_size
+    for limit, accepted in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(pixels, "MAX_IMAGE", limit)
+        monkeypatch.setattr(inputs, "MAX_IMAGE", limit)
+        part = inputs.Source("photo", tmp_path / "photo.png", offset=0, size=size)
+        batch = next(inputs.load_images([[part]], preprocessing(32, "bicubic", "shortest")))
+        assert bool(batch.positions) == accepted
+    assert f"more than the {size - 1:,}" in batch.broken[0]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -13,7 +13,7 @@ from coca_lit import save_model
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import ConfigError
 from coca_lit.files import append_lines
-from coca_lit.tools.caption import outputs, shards
+from coca_lit.tools.caption import inputs, outputs
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.applying import caption, new_model
 from helpers.forking import Program
@@ -101,7 +101,7 @@ def test_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path, kills = tmp_path / "new", 0
     for at in (2, 5, 6):  # within a shard, and within a later one
         with monkeypatch.context() as patch:
-            patch.setattr(shards, "_recaptioned", dying(shards._recaptioned, at))
+            patch.setattr(inputs, "_recaptioned", dying(inputs._recaptioned, at))
             kills += killed(lambda: write(folder, path))
     assert kills == 3
     done = {file.name: file.stat().st_mtime_ns for file in path.glob("*.tar")}

@@ -89,7 +89,7 @@ def chosen(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("a.scores.parquet", "kept.parquet")}
 
 
-@settings(fuzz, max_examples=COUNT or 25)  # a database is opened for each
+@settings(fuzz, max_examples=COUNT or 15)  # a database is opened for each
 @given(st.data())
 def test_forged_scores_and_selections(folder, chosen, data):
     scores, kept = folder / "forged.scores.parquet", folder / "forged.parquet"

@@ -6,11 +6,11 @@ import zlib
 import pytest
 import torch
 
-from coca_lit.data.evaluation_transforms import build_transform
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.render import render
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import DataError
-from coca_lit.tools.builtin import write_scenes
+from coca_lit.tools.checkpoint import write_scenes
 from coca_lit.tools.demo.answers import Candidate, classify, rank, read_photo, rerank_images, why_second, write_captions
 from coca_lit.tools.search.index import ImageIndex
 

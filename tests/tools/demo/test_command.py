@@ -9,7 +9,7 @@ import pytest
 from coca_lit.cli import command
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import ConfigError
-from coca_lit.tools import builtin
+from coca_lit.tools import checkpoint as models
 from coca_lit.tools.checkpoint import OUTPUTS
 from coca_lit.tools.demo import command as cli
 from coca_lit.weights.load import save_model
@@ -38,12 +38,12 @@ def fake_run(folder, score, model):
 
 
 def test_finds_the_best_finished_demo(tmp_path, tiny_model):
-    assert builtin.find_demo_model(tmp_path) is None
+    assert models.find_demo_model(tmp_path) is None
     for name, score in (("demo/a", 0.91), ("demo_seed1", 0.95), ("smoke", 0.0), ("sweeps/x", 0.9)):
         fake_run(tmp_path / name, score, tiny_model())
     (tmp_path / "evaluate").mkdir()  # scores without a model
     (tmp_path / "evaluate" / "results.json").write_text('{"scenes/exact_match": 1.0}')
-    assert builtin.find_demo_model(tmp_path) == tmp_path / "demo_seed1" / "checkpoints" / "last.ckpt"
+    assert models.find_demo_model(tmp_path) == tmp_path / "demo_seed1" / "checkpoints" / "last.ckpt"
 
 
 @pytest.mark.slow
@@ -57,7 +57,7 @@ def test_trains_the_demo_if_there_is_none_and_says_so(shown, monkeypatch, tmp_pa
         (tmp_path / "outputs" / "demo_model" / "checkpoints").mkdir(parents=True)
         return subprocess.CompletedProcess(command, 1)
 
-    monkeypatch.setattr(builtin.subprocess, "run", run)
+    monkeypatch.setattr(models.subprocess, "run", run)
     with pytest.raises(ConfigError, match="demo model"):
         cli.run(compose("checkpoint=builtin"))
     assert "experiment=demo" in commands[0]
@@ -74,8 +74,8 @@ def test_the_training_command_is_that_of_a_run(tmp_path, monkeypatch):
         return shown[0]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(builtin.subprocess, "run", show)
-    checkpoint = builtin.train_demo_model(OUTPUTS)
+    monkeypatch.setattr(models.subprocess, "run", show)
+    checkpoint = models.train_demo_model(OUTPUTS)
     assert checkpoint == OUTPUTS / "demo_model" / "checkpoints" / "last.ckpt"
     assert {"name: demo_model", "max_epochs: 6"} <= {line.strip() for line in shown[0].stdout.splitlines()}
 
@@ -92,7 +92,7 @@ def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_mode
     save_model(tiny_model(text_layers=1), tmp_path / "other.safetensors")
     for name in ("tiny", "other"):  # with the index of before, which another model cannot use
         cli.run(compose(f"checkpoint={name}.safetensors", "images=photos"))
-    assert [len(index) for _, _, index, _ in shown] == [builtin.SCENES, 3, 3, 3]
+    assert [len(index) for _, _, index, _ in shown] == [models.SCENES, 3, 3, 3]
     assert shown[0][1] == "tiny.safetensors"
     assert shown[0][3] == {"builtin": False}
     assert (tmp_path / "photos.index.safetensors").is_file()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coca_lit.models import create_model
-from coca_lit.tools.builtin import write_scenes
+from coca_lit.tools.checkpoint import write_scenes
 from coca_lit.tools.search.index import ImageIndex
 
 pytestmark = pytest.mark.slow  # a real browser

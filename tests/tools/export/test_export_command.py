@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from coca_lit.cli.command import compose
-from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.transforms import build_transform
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import create_model
 from coca_lit.tools.export import command as cli

@@ -19,11 +19,11 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.transforms import build_transform
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.load import load_model
-from coca_lit.weights.open_clip import from_open_clip, keys
+from coca_lit.weights.open_clip import from_open_clip, keys, to_open_clip
 from helpers.slow import slow
 
 TEXTS = ["a dog", "two cats sit on a very long wooden bench!", "word " * 90]
@@ -108,6 +108,15 @@ def test_open_clip_computes_the_same(photo: Image.Image, tmp_path: Path, overrid
 
 def same(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_files_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(model: CoCa, version: str) -> dict[str, torch.Tensor]:
+        return {name: x.half().float() for name, x in to_open_clip(model, version).items()}
+
+    monkeypatch.setattr("coca_lit.tools.export.open_clip.to_open_clip", rounded)
+    with pytest.raises(ValueError, match="differs by"):
+        write_open_clip(small(), tmp_path)
 
 
 def test_a_model_of_open_clip_comes_back_bit_for_bit(tmp_path: Path) -> None:

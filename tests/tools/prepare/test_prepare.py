@@ -19,8 +19,8 @@ from coca_lit.errors import DataError
 from coca_lit.tools.prepare import write as prepare
 from coca_lit.tools.prepare.check import check_shard
 from coca_lit.tools.prepare.command import data as coca_data
-from coca_lit.tools.prepare.pairs import Pair, read_pairs
 from coca_lit.tools.prepare.scenes import export_scenes
+from coca_lit.tools.prepare.write import Pair, read_pairs
 from helpers.shards import TOKENIZER, members, read, write_tar
 
 

@@ -397,7 +397,7 @@ def test_failed_jobs_are_on_the_comparison_page(tmp_path):
 
 def test_the_page_names_things_as_users_know_them(tmp_path):
     config = "model: {net: {name: coca_vit_b32}}\nroots: {flickr8k: data/flickr8k}\n"
-    config += "data: {_target_: a.FlickrDataModule, root: '${roots.flickr8k}'}\n"
+    config += "data: {_target_: a.RootDataModule, root: '${roots.flickr8k}'}\n"
     folder = make_run(tmp_path / "mine", {"flickr8k/CIDEr": 0.5, "flickr8k/CLIPScore": 0.7}, config)
     facts = {"experiment": "flickr8k", "parameters": {"text encoder": 1_200_000}, "command": "coca-train name=mine"}
     (folder / "environment.json").write_text(json.dumps(facts))
@@ -464,6 +464,14 @@ def test_folder_without_results(tmp_path):
         report([str(tmp_path), str(tmp_path)])
     with pytest.raises(SystemExit, match=r"error: .*results\.json"):
         report([str(tmp_path)])
+
+
+def test_the_report_of_one_run_goes_nowhere_else(tmp_path, capsys):
+    make_run(tmp_path / "run", {"x/CIDEr": 0.1})
+    with pytest.raises(SystemExit):
+        report([str(tmp_path / "run"), "--output", str(tmp_path / "page")])
+    assert "--output" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
 
 
 def test_retrieval_samples_by_hand():

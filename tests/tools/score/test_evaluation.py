@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from coca_lit.cli.command import compose
-from coca_lit.data.evaluation_transforms import build_transform
+from coca_lit.data.transforms import build_transform
 from coca_lit.evals import Settings
 from coca_lit.tools.score.evaluation import JudgedScores, judged_captions, model_scores
 from helpers.evaluating import WORDS, make_model, noise

@@ -12,7 +12,7 @@ from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.models import create_model
-from coca_lit.training.compatibility import (
+from coca_lit.training.trainer import (
     ACCUMULATION,
     AVERAGES,
     FP16,

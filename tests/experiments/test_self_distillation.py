@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.self_distillation import SelfDistillation, local_crops, random_cells, with_masked
+from experiments.self_distillation.objective import SelfDistillation, local_crops, random_cells, with_masked
 from helpers.running import run
 from helpers.steps import ENCODER, own_batch
 
@@ -22,7 +22,7 @@ def build(**options: float) -> tuple[CoCa, SelfDistillation]:
 
 
 def test_the_terms_by_hand() -> None:
-    net, objective = build(momentum=0.9)
+    net, objective = build(momentum=0.75)
     batch, encoder = own_batch(net, 0), net.image_encoder
     objective.follow(net)
     torch.nn.init.normal_(objective.mean)
@@ -35,7 +35,7 @@ def test_the_terms_by_hand() -> None:
     branch = objective.head
 
     def logits(tokens: Tensor) -> Tensor:
-        return branch.prototypes(F.normalize(branch.head(tokens), dim=-1))
+        return F.cosine_similarity(branch.head(tokens)[..., None, :], branch.prototypes.weight, dim=-1)
 
     whole, cropped, masked = (encoder(images) for images in (batch.images, crops, with_masked(batch.images, cells)))
     local = []
@@ -123,7 +123,7 @@ def test_a_few_steps(tmp_path: Path) -> None:
     words = (
         *("trainer=cpu", "data.train_count=32", "data.batch_size=8", "evals=[]", "model.warmup_steps=2"),
         *("trainer.limit_val_batches=0", "trainer.precision=32-true"),
-        "+model.objectives.own._target_=coca_lit.training.self_distillation.SelfDistillation",
+        "+model.objectives.own._target_=experiments.self_distillation.objective.SelfDistillation",
     )
     run(tmp_path / "whole", *words, "trainer.max_steps=8", "trainer.max_epochs=2")
     saved = torch.load(tmp_path / "whole" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -1,9 +1,10 @@
 """Self-distillation of the image encoder, as SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786) adds it: a teacher, the
 exponential moving average of the encoder, sees the whole image; the encoder sees less of it and predicts the teacher.
 
-The targets follow DINO (Caron et al. 2021, arXiv 2104.14294): a softmax over prototypes, of the teacher's outputs
-minus their running mean and at a low temperature. Without the mean one prototype would win everywhere, without the low
-temperature all would be equal.
+The targets follow DINO (Caron et al. 2021, arXiv 2104.14294, section 3.1): a softmax over prototypes, of the teacher's
+outputs minus their running mean and at a low temperature. Without the mean one prototype would win everywhere, without
+the low temperature all would be equal. Outputs are cosines, and their mean is ten times as fast as a teacher's
+average: otherwise both grow faster than their mean follows, and one prototype wins all the same.
 """
 
 import copy
@@ -21,10 +22,11 @@ from coca_lit.training.objectives import Objective
 
 AREA = (0.2, 0.5)  # share of the image that a local crop shows
 GREY = 128  # of what is masked
+MEAN_MOMENTUM = 0.9  # of the mean of the teacher's outputs, as DINO's
 
 
 class Branch(nn.Module):
-    """An image encoder and its head: images -> logits of prototypes (B, 1 + S, K), of the mean token first."""
+    """An image encoder and its head: images -> cosines with prototypes (B, 1 + S, K), of the mean token first."""
 
     def __init__(self, encoder: nn.Module, width: int, prototypes: int) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class Branch(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.encoder(images)  # (B, S, C)
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
-        return self.prototypes(F.normalize(self.head(tokens), dim=-1))
+        return F.linear(F.normalize(self.head(tokens), dim=-1), F.normalize(self.prototypes.weight, dim=-1))
 
 
 class SelfDistillation(Objective):
@@ -48,7 +50,7 @@ class SelfDistillation(Objective):
         masked_weight: factor of the loss of masked cells; 0 for none.
         masked: share of the cells that are masked.
         prototypes: that a softmax is over.
-        momentum: of the teacher and of the mean of its outputs.
+        momentum: of the teacher; a short training needs less.
         temperature, sharp: of the softmax of the encoder and of the teacher.
     """
 
@@ -102,8 +104,8 @@ class SelfDistillation(Objective):
         return terms
 
     def student(self, net: CoCa, images: Tensor) -> Tensor:
-        """Logits (B, 1 + S, K) of what the encoder sees of crops and masked images, which leave no trace in the running
-        statistics of its batch norms: those are of whole images.
+        """Cosines (B, 1 + S, K) of crops and masked images, which leave no trace in the running statistics of the
+        encoder's batch norms: those are of whole images.
         """
         norms = [part for part in net.image_encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
         before = [norm.momentum for norm in norms]
@@ -136,7 +138,7 @@ class SelfDistillation(Objective):
         means = self.mean[[0] + [1] * (logits.shape[1] - 1)]  # (1 + S, K)
         if self.training:
             found = torch.stack([logits[:, 0].mean(dim=0), logits[:, 1:].mean(dim=(0, 1))])  # (2, K)
-            self.mean.lerp_(sum_over_ranks(found) / world_size(), 1 - self.momentum)
+            self.mean.lerp_(sum_over_ranks(found) / world_size(), 1 - MEAN_MOMENTUM)
         return ((logits - means) / self.sharp).softmax(-1)
 
 

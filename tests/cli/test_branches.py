@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coca_lit.cli import train
-from coca_lit.runs.branches import branch_of, cooldown_of
+from coca_lit.cli.sweep import branch_of, cooldown_of
 from helpers.running import compose, run
 
 
