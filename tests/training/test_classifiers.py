@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from coca_lit.data.batch import Batch, collate
-from coca_lit.data.datamodule import SceneQuestionsDataModule, SceneStatementsDataModule
+from coca_lit.data.datamodule import RecordsDataModule, SceneQuestionsDataModule, SceneStatementsDataModule
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.errors import DataError
@@ -226,8 +226,7 @@ def test_what_does_not_fit_is_said(net: CoCa) -> None:
 
 def test_samples_of_a_batch_have_equally_many_images(net: CoCa) -> None:
     batch = [*comparison_records("val", size=32, count=2)[:1], *entailment_records("val", size=32, count=1)[:1]]
-    data = SceneStatementsDataModule("comparison", train_count=2, tokenizer=net.tokenizer, batch_size=2, image_size=32)
-    data.records = lambda split: batch
+    data = RecordsDataModule({"train": batch}, val_split=None, tokenizer=net.tokenizer, batch_size=2, image_size=32)
     examples = data.training_examples()
     mixed = [examples.example(index) for index in next(iter(data.indices_from(0, 0)))]
     with pytest.raises(DataError, match="1 and 2 images"):
