@@ -217,6 +217,8 @@ class RecordsDataModule(CaptionDataModule):
         shared: see `CaptionDataModule`.
     """
 
+    together = 1  # training records that follow each other, also in batches
+
     def __init__(
         self,
         records: Callable[[str], Sequence[Record]] | Mapping[str, Sequence[Record]],
@@ -293,7 +295,9 @@ class RecordsDataModule(CaptionDataModule):
         for number in count(epoch) if self.endless else [epoch]:
             first = start if number == epoch else 0
             ranks = self.rank_and_world()
-            yield from epoch_batches(len(self.train_records), schedule, self.seed, number, first, *ranks)
+            yield from epoch_batches(
+                len(self.train_records), schedule, self.seed, number, first, *ranks, together=self.together
+            )
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val_split is None:
@@ -390,7 +394,9 @@ class ScenePlacesDataModule(ScenesDataModule):
 
 
 class SceneStatementsDataModule(ScenesDataModule):
-    """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`.
+    """Statements about the built-in scenes and their labels, see `coca_lit.data.scenes.statements`. Those about the
+    same scene, and of comparisons each block of two pairs and two texts, stay in one batch: what differs there decides
+    about the label.
 
     Args:
         task: entailment: one scene and three labels; comparison: two scenes, true or false.
@@ -403,13 +409,13 @@ class SceneStatementsDataModule(ScenesDataModule):
         train_count: int | None = None,
         **shared: Unpack[SharedArguments],
     ) -> None:
-        from coca_lit.data.scenes.statements import comparison_records, entailment_records
+        from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 
         super().__init__(train_count, **shared)
-        tasks = {"entailment": entailment_records, "comparison": comparison_records}
+        tasks = {"entailment": (entailment_records, len(LABELS)), "comparison": (comparison_records, len(TRUTHS) ** 2)}
         if task not in tasks:
             raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
-        self._scenes = tasks[task]
+        self._scenes, self.together = tasks[task]
 
 
 class MovingScenesDataModule(ScenesDataModule):

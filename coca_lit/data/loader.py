@@ -117,15 +117,24 @@ class Schedule:
 
 
 def epoch_batches(
-    samples: int, schedule: Schedule, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1
+    samples: int,
+    schedule: Schedule,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    together: int = 1,
 ) -> list[list[Index]]:
     """A rank's batches of indices below `samples` from batch `start` on.
 
     One seeded permutation is cut into global batches, each of which is split over the ranks, so global batch k holds
-    the same samples for every world size. An incomplete last batch is dropped.
+    the same samples for every world size. An incomplete last batch is dropped. As many samples as `together` says, by
+    which `samples` can be divided, keep following each other.
     """
     per_rank(schedule.batch_size, world)
-    order = epoch_order(samples, seed, epoch).tolist()
+    groups = epoch_order(samples // together, seed, epoch).tolist()
+    order = [together * group + i for group in groups for i in range(together)]
     batches = []
     for step in range(start, len(schedule)):
         first, size, patches = schedule.at(epoch * len(schedule) + step)

@@ -69,6 +69,17 @@ def test_an_epoch_holds_every_sample_once_in_a_new_order():
     )
 
 
+def test_samples_that_belong_together_follow_each_other():
+    batches = epoch_batches(24, Schedule(24, 6), seed=1, epoch=0, together=3)
+    assert sorted(index.i for batch in batches for index in batch) == list(range(24))
+    for batch in batches:
+        for first in (0, 3):
+            begin = batch[first].i
+            assert [index.i for index in batch[first : first + 3]] == [begin, begin + 1, begin + 2]
+            assert begin % 3 == 0
+    assert [batch[0].i for batch in batches] != sorted(batch[0].i for batch in batches)
+
+
 def test_global_batches_do_not_depend_on_the_number_of_ranks():
     alone = epoch_batches(50, Schedule(50, 8), seed=1, epoch=3)
     ranks = [epoch_batches(50, Schedule(50, 8), seed=1, epoch=3, rank=rank, world=4) for rank in range(4)]

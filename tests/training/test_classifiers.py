@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from coca_lit.data.batch import Batch, collate
-from coca_lit.data.datamodule import SceneQuestionsDataModule, SceneStatementsDataModule
+from coca_lit.data.datamodule import RecordsDataModule, SceneQuestionsDataModule, SceneStatementsDataModule
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.statements import LABELS, TRUTHS, comparison_records, entailment_records
 from coca_lit.errors import DataError
@@ -174,6 +174,19 @@ def test_true_texts_have_the_caption_loss_beside_each_of_their_images(
     assert set(classifier(net, batch._replace(prefix_lengths=None))) == {"labels"}
 
 
+def test_texts_about_the_same_images_share_a_batch_and_a_pass_through_the_encoder(net: CoCa) -> None:
+    classifier = randomised(StateClassifier(TRUTHS, images=2), net)
+    batch = statements(net, "comparison")
+    pairs = [key.rpartition("/")[0] for key in batch.keys]
+    assert pairs[::2] == pairs[1::2]
+    assert len(set(pairs)) == 4
+    encoded: list[int] = []
+    hook = net.image_encoder.trunk.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    classifier.features(net, batch)
+    hook.remove()
+    assert encoded == [8]
+
+
 def test_a_training_batch_has_the_images_and_the_text_of_its_records(net: CoCa) -> None:
     """In the order of the keys: first and second image of each, the text as prefix, the label as answer."""
     batch = statements(net, "comparison")
@@ -213,8 +226,7 @@ def test_what_does_not_fit_is_said(net: CoCa) -> None:
 
 def test_samples_of_a_batch_have_equally_many_images(net: CoCa) -> None:
     batch = [*comparison_records("val", size=32, count=2)[:1], *entailment_records("val", size=32, count=1)[:1]]
-    data = SceneStatementsDataModule("comparison", train_count=2, tokenizer=net.tokenizer, batch_size=2, image_size=32)
-    data.records = lambda split: batch
+    data = RecordsDataModule({"train": batch}, val_split=None, tokenizer=net.tokenizer, batch_size=2, image_size=32)
     examples = data.training_examples()
     mixed = [examples.example(index) for index in next(iter(data.indices_from(0, 0)))]
     with pytest.raises(DataError, match="1 and 2 images"):
