@@ -53,7 +53,7 @@ def disturbed(folder: Path, rng: random.Random, seconds: float) -> list[dict[str
             code = process.wait(HANGS)
             done = len([*folder.glob("*/results.json")])
             events.append({"fault": fault, "at": round(at, 1), "exit": code, "finished runs": done})
-    start(folder).wait(HANGS)
+    start(folder).wait(RUNS * HANGS)
     return events
 
 
