@@ -85,10 +85,9 @@ def logsumexp_over_ranks(x: Tensor) -> Tensor:
 
 
 def highest_over_ranks(x: Tensor) -> Tensor:
-    """Maximum of a tensor over ranks, element by element, without gradient."""
+    """Maximum of a tensor over several ranks, element by element, without gradient."""
     highest = x.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
     return highest
 
 
