@@ -107,7 +107,7 @@ def fit_scaling(points: Sequence[Point], hold_out: float = 4.0, top: float = np.
     held_out = []
     for point in later:
         drawn = np.array([float(draw(np.array(point.compute))) for draw in draws]) + rng.choice(residuals, DRAWS)
-        low, high = np.quantile(drawn, (0.025, 0.975))
+        low, high = np.quantile(np.minimum(drawn, top), (0.025, 0.975))  # residuals can lead beyond the best score
         held_out.append(Prediction(point, float(law(np.array(point.compute))), float(low), float(high)))
     return Scaling(points, fitted, law, draws, held_out)
 

@@ -52,6 +52,15 @@ def test_intervals_of_held_out_runs_hold_most_of_them() -> None:
     assert np.mean(inside) > 0.85
 
 
+def test_intervals_end_at_the_best_score() -> None:
+    """Runs that scatter widely close to it."""
+    shifts = np.tile([-0.04, 0.0, 0.04], len(COMPUTE))
+    scores = np.repeat(1 - 0.02 * (COMPUTE / 1e6 + 0.3) ** -1.0, 3) + shifts
+    points = [Point(str(i), float(c), float(s)) for i, (c, s) in enumerate(zip(COMPUTE.repeat(3), scores, strict=True))]
+    held_out = fit_scaling(points, top=1.0).held_out
+    assert {prediction.high for prediction in held_out} == {1.0}
+
+
 def test_a_run_off_the_law_is_outside_of_its_interval() -> None:
     points = grid(0.002, 0)
     broken = points[-1]._replace(score=0.97)
