@@ -5,3 +5,4 @@ cd "$(dirname "$0")/../.."
 python experiments/faults/soak.py --faults 100 --seed 2
 python experiments/report.py faults
 OMP_NUM_THREADS=1 python experiments/faults/stores.py --faults 30 --seed 1
+OMP_NUM_THREADS=1 python experiments/faults/sweeps.py --faults 20
