@@ -277,7 +277,9 @@ def collectives() -> str:
             dist.all_gather_into_tensor(out, x)
             dist.reduce_scatter_tensor(out, x)
             box: list[Any] = [None]
-            dist.all_gather_object(box, "sent", group=dist.new_group(backend="gloo"))
+            gloo = dist.new_group(backend="gloo")
+            assert isinstance(gloo, dist.ProcessGroup)  # of which this process is a member
+            dist.all_gather_object(box, "sent", group=gloo)
             if not torch.equal(out, x) or box != ["sent"]:
                 raise ValueError("other values came back than were sent")
         finally:
