@@ -4,7 +4,7 @@ of images, by an attentional pooler of their own.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,21 +185,12 @@ class StateClassifier(Classifier):
         return self.joined(layout.gather_at(states, self.beside(lengths) - 1))
 
     def states(self, net: CoCa, images: Images, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:
-        """The decoder's states of B · n texts, each beside one of its images, and their layout. Where texts about the
-        same images follow each other, these are encoded once.
-        """
+        """The decoder's states of B · n texts, each beside one of its images, and their layout."""
         if len(images) != self.images * len(tokens):
             raise DataError(
                 f"the classifier takes {self.images} images with each text, got {len(images)} images and {len(tokens)} "
                 "texts: set model.objectives.NAME.images"
             )
-        if (
-            isinstance(images, Tensor) and images.ndim == 4 and images.is_cpu
-        ):  # a GPU's host would wait for their number
-            rows = images.unflatten(0, (-1, self.images))
-            different, which = rows.unique_consecutive(dim=0, return_inverse=True)
-            encoded = cast(Tensor, net.image_encoder(different.flatten(0, 1))).unflatten(0, (-1, self.images))
-            images = encoded[which].flatten(0, 1)
         return net.multimodal_states(images, self.beside(tokens), self.beside(lengths).cpu())
 
     def beside(self, x: Tensor) -> Tensor:
