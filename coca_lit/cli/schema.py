@@ -79,7 +79,7 @@ def read_signature(target: Any) -> Signature | None:
         handed_on = {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
         return Signature(arguments | handed_on | arguments, further.takes_any)  # its own first
     if unpacked := re.fullmatch(r"'?Unpack\[(\w+)\]'?", others):
-        # Keys of a TypedDict, whose defaults are those of the constructor that takes them in the end.
+        # Keys of a TypedDict; the constructor that takes them in the end has the defaults.
         fields = {name: inherited.get(name, field) for name, field in _fields(f"{module}.{unpacked[1]}").items()}
         return Signature(arguments | fields, False)
     return Signature(arguments | inherited, True)  # perhaps for its base class

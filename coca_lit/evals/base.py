@@ -115,7 +115,7 @@ class Evaluation:
     Attributes:
         captioned: whether every record needs a caption.
         classified: whether it asks `settings.classifier`.
-        generates: whether scores may be of captions that the model writes, as those of one's own may.
+        generates: whether scores may depend on captions that the model writes; true unless a class says otherwise.
         score_names: names of the scores, if they are known beforehand: a misspelt name is then found before training.
         final_score_names: names of the further scores with `settings.full`; None if they are not known beforehand.
         not_run: score -> why the last `evaluate` could not compute it; `scores` notes it.

@@ -24,7 +24,7 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_branch_of_the_grid_is_a_run_of_its_own(tmp_path: Path) -> None:
     """The longest run and a branch from it: the branch has the bits of a run that never saw the longest. Each batch
-    ends an epoch and so makes a checkpoint, and those of the branches are still there.
+    ends an epoch and so makes a checkpoint; the ones that branches start from are still there.
     """
     options = (
         *("scaling=small", "model.net.embed_dim=48", "model.warmup_steps=2", "callbacks.checkpoint.every_n_steps=4"),
@@ -43,4 +43,4 @@ def test_a_branch_of_the_grid_is_a_run_of_its_own(tmp_path: Path) -> None:
     for name, tensor in expected["state_dict"].items():
         assert torch.equal(found["state_dict"][name], tensor), name
     samples = [json.loads((folder.parent / "environment.json").read_text())["samples"] for folder in (branch, straight)]
-    assert samples == [40, 40]  # with those of the trunk, for the compute of a scaling law
+    assert samples == [40, 40]  # with the samples of the trunk, for the compute of a scaling law

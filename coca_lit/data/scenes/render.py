@@ -233,7 +233,7 @@ def _pools(objects: int) -> dict[str, list[int]]:
     }
 
 
-@cache  # a run asks for those of the training split several times
+@cache  # a run asks for the training captions several times
 def _described(number: int, objects: int, style: str) -> tuple[str, ...]:
     return captions(decode(number, objects), STYLES[style])
 
