@@ -22,8 +22,8 @@ def listed(page: str) -> tuple[set[str], set[str], int, int]:
     """
     section = page.partition(HEADING)[2].partition("\n## ")[0]
     rows = "\n".join(line for line in section.splitlines() if line.startswith("|"))
-    stated = re.search(r"(\d+) modules, ([\d,]+) lines", section)
-    assert stated, "expected '14 modules, 2,800 lines'"
+    stated = re.search(r"(\d+) modules, about ([\d,]+) lines", section)
+    assert stated, "expected '14 modules, about 2,800 lines'"
     files = files_in(rows)
     return files, files_in(section) - files, int(stated[1]), int(stated[2].replace(",", ""))
 
@@ -81,7 +81,7 @@ def test_the_first_afternoon(tmp_path: Path) -> None:
     if HEADING not in page:
         pytest.skip("coca_lit/README.md has no such section")
     files, passed_by, modules, lines = listed(page)
-    assert (len(files), sum(map(lines_of, files))) == (modules, lines)
+    assert (len(files), round(sum(map(lines_of, files)), -2)) == (modules, lines)
     ran = called(executed, tmp_path)
     assert sorted(ran - files - passed_by) == [], "a training runs them: list them, or name them below the table"
     assert sorted(files - ran) == [], "no training runs them"
