@@ -1,19 +1,23 @@
-"""Further objectives of texts: CapPa's parallel prediction, from the image alone; and captions behind a prompt, which
-chooses the kind of caption.
+"""Further objectives of texts: CapPa's parallel prediction, from the image alone; captions behind a prompt, which
+chooses the kind of caption; and the contrastive loss of captions among questions.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from coca_lit.data.batch import Batch, padded
+from coca_lit.distributed import gather, rank, world_size
 from coca_lit.errors import check_number
 from coca_lit.losses import caption_loss, loss_terms
+from coca_lit.losses.gradients import wide
 from coca_lit.models import CoCa
+from coca_lit.models.kernels import exact_fp32
 from coca_lit.models.packing import to_device
 from coca_lit.models.text import expect_decoder
-from coca_lit.training.objectives import Objective
+from coca_lit.training.objectives import Objective, OfFeatures
 
 
 class ParallelPrediction(Objective):
@@ -111,6 +115,38 @@ class PrefixPrompts(Objective):
         new = torch.where((positions >= 1) & (positions <= added), from_prompt, from_text)
         new = new.scatter(1, ends - 1, net.tokenizer.eot_id).masked_fill(positions >= ends, net.tokenizer.pad_id)
         return batch._replace(tokens=new, lengths=lengths, prefix_lengths=prefix_lengths)
+
+
+class ContrastiveOfCaptions(OfFeatures):
+    """The softmax contrastive loss of the captions among texts of which others are questions with answers: these do not
+    describe the image, and it says nothing about them. It takes the place of CoCa's own, `contrastive_weight=0`.
+
+    Args:
+        weight: factor of the loss.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__(contrastive_of_captions=weight)
+
+    def build(self, net: CoCa) -> None:
+        super().build(net)
+        if net.logit_bias is not None:
+            raise ValueError("this loss is a softmax: set model.net.contrastive=softmax")
+
+    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        caption = torch.ones(len(texts), device=texts.device)  # (B,)
+        if batch.prefix_lengths is not None:
+            caption = to_device(batch.prefix_lengths == 1, texts.device).float()
+        captions = gather(caption)  # (W·B,)
+        own = torch.arange(len(texts), device=texts.device) + rank() * len(texts)  # pairs among those of all ranks
+        with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False):
+            sides, left_out = (wide(images), wide(texts)), (captions - 1) * 1e4  # exp(-1e4) = 0
+            losses = [
+                F.cross_entropy(logit_scale * one @ gather(other).T + left_out, own, reduction="none")  # (B,)
+                for one, other in (sides, sides[::-1])
+            ]
+        found = torch.where(caption > 0, sum(losses) / 2, 0.0).sum()
+        return {"contrastive_of_captions": found * world_size() / captions.sum().clamp(min=1)}
 
 
 def _caption_parts(net: CoCa) -> list[str]:

@@ -43,6 +43,15 @@ LAYOUTS: dict[str, Layout] = {
         {"time": "ratio", "target": "target"},
         {"what": ("our CoCa / OpenCLIP's CLIP", "our CoCa / our CLIP")},
     ),
+    "train_step/options": Layout(
+        {"case": "step", "what": "against"},
+        {"OpenCLIP, s": "theirs s", "coca_lit, s": "ours s", FASTER: "ratio"},
+        {"what": ("OpenCLIP, fused loss", "OpenCLIP, fused loss, compiled")},
+    ),
+    "limits": Layout(
+        {"case": "what", "limit": "bound by"},
+        {"reached": "reached", "peak": "peak of the machine", "share, %": "share"},
+    ),
     "native_aspect": Layout(
         {"case": "batch of"},
         {

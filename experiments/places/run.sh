@@ -12,7 +12,7 @@ train() { # NAME SEED WORDS…
 }
 
 for seed in ${SEEDS:-0 1 2}; do # a scene has one record with captions, and nearly always two questions
-  train captions "$seed" data=scenes trainer.max_epochs=6
+  train captions "$seed" data=scenes model.contrastive_weight=1 model.objectives.captions=null trainer.max_epochs=6
   train places_steps "$seed" trainer.max_epochs=2
   train places_captions "$seed" trainer.max_epochs=6
 done

@@ -1,18 +1,22 @@
-"""Objectives of captions: parallel prediction, prompts that are read and not predicted."""
+"""Objectives of captions: parallel prediction, prompts that are read and not predicted, captions among questions."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from coca_lit.data.batch import Batch, padded
+from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
-from coca_lit.losses import loss_terms
+from coca_lit.losses import contrastive_loss, loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.training.caption_objectives import ParallelPrediction, PrefixPrompts
+from coca_lit.training.caption_objectives import ContrastiveOfCaptions, ParallelPrediction, PrefixPrompts
 from coca_lit.training.optim import AdamW
 from helpers.running import run
+from helpers.steps import ENCODER, PAIRS, Step, own_batch
 
 CAPTIONS = ["a large red circle", "a small blue square below a green ring", "the pink star is left of the cyan cross"]
 
@@ -109,3 +113,62 @@ def test_a_run_with_both(tmp_path: Path) -> None:
     log = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert "train/parallel_loss" in log
     assert "train/prefixed_loss" in log
+
+
+ASKED = torch.tensor([1, 1, 1, 3, 1, 2])  # tokens before the answer; 1 for a caption
+
+
+def with_questions(net: CoCa, step: int) -> Batch:
+    """This rank's part of a batch of captions and questions; the first of two ranks has three of the four captions."""
+    share = PAIRS // world_size()
+    return own_batch(net, step)._replace(prefix_lengths=ASKED[rank() * share :][:share])
+
+
+def trained_on_captions(micro_batch_size: int | None, weight: float = 0.7) -> dict[str, Tensor]:
+    """Weights after two steps."""
+    torch.manual_seed(0)
+    net = create_model("coca_tiny", **ENCODER).train()
+    objectives = {"captions": ContrastiveOfCaptions(weight)}
+    module = CoCaLit(net, AdamW(lr=0.0), 0, 0.0, 2.0, micro_batch_size=micro_batch_size, objectives=objectives)
+    step: nn.Module = Step(module)
+    if world_size() > 1:
+        step = DistributedDataParallel(step)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for i in range(2):
+        optimizer.zero_grad()
+        step(with_questions(net, i)).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def test_the_contrastive_loss_of_captions_leaves_questions_out() -> None:
+    net = create_model("coca_tiny", **ENCODER)
+    drawn = torch.Generator().manual_seed(0)
+    sides = [F.normalize(torch.randn(PAIRS, 6, generator=drawn), dim=-1).requires_grad_() for _ in range(2)]
+    inputs = (*sides, torch.tensor([9.0], requires_grad=True))
+    found = ContrastiveOfCaptions().of_features(with_questions(net, 0), *inputs)["contrastive_of_captions"]
+    captions = ASKED == 1
+    expected = contrastive_loss(sides[0][captions], sides[1][captions], inputs[2])
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
+    only = with_questions(net, 0)._replace(prefix_lengths=torch.full((PAIRS,), 2))
+    nothing = ContrastiveOfCaptions().of_features(only, *inputs)["contrastive_of_captions"]
+    assert nothing.item() == 0
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(nothing, inputs))
+
+
+def test_captions_among_questions_on_two_ranks_and_in_micro_batches(on_ranks) -> None:
+    expected = trained_on_captions(None)
+    unlike = trained_on_captions(None, weight=0.1)
+    assert any((expected[name] - other).abs().max() > 1e-4 for name, other in unlike.items())
+    for found in [
+        trained_on_captions(2),
+        *on_ranks(2, trained_on_captions, None),
+        *on_ranks(2, trained_on_captions, 1),
+    ]:
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_network_with_a_bias_has_no_softmax() -> None:
+    with pytest.raises(ValueError, match="softmax"):
+        ContrastiveOfCaptions().build(create_model("coca_tiny", contrastive="siglip"))
