@@ -126,7 +126,7 @@ def narrow_l14(repetitions: int) -> list[dict]:
     agreement = agree(theirs, ours, steps)
     seconds = interleaved(steps, repetitions)
     return [
-        {"what": "OpenCLIP's / ours"} | result(seconds, "theirs", "ours", 1.15) | agreement,
+        {"what": "OpenCLIP's / ours"} | result(seconds, "theirs", "ours", 1.6) | agreement,
         {"what": "our CoCa / our CLIP"} | result(seconds, "ours", "our CLIP", 1.15, at_most=True),
     ]
 

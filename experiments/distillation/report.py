@@ -25,14 +25,15 @@ SCORES = {
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
 }
+SPEED = {"samples/s": "samples/s"}
 PHOTO_SCORES = {score.replace("scenes", "flickr8k"): title for score, title in SCORES.items()}
 
 
 def tables() -> dict[str, str]:
     rows = read_rows(RESULTS)
     found = {
-        "distillation": (renamed(rows, NAMES | {"teacher": "teacher"}), SCORES),
-        "distillation/photos": (renamed(rows, PHOTO_NAMES), PHOTO_SCORES),
+        "distillation": (renamed(rows, NAMES | {"teacher": "teacher"}), SCORES | SPEED),
+        "distillation/photos": (renamed(rows, PHOTO_NAMES), PHOTO_SCORES | SPEED),
     }
     return {name: by_variant(chosen, scores) for name, (chosen, scores) in found.items() if chosen}
 
