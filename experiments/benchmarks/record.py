@@ -58,7 +58,7 @@ def provenance() -> dict[str, str]:
 def _at_start() -> dict[str, Any]:
     """Once, and whatever rows were appended already: they would make the commit of the next rows a dirty one."""
     found = environment()
-    others = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)experiments/benchmarks/*.csv"]
+    others = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)experiments/*.csv"]
     if shutil.which("git") and not subprocess.run(others, cwd=Path(__file__).parent, check=False).returncode:
         found["commit"] = found["commit"].removesuffix("-dirty")
     return found
