@@ -32,6 +32,7 @@ score() { # NAME OVERRIDES…
     scoring.split=val evals.flickr8k_captions.records.root="$root" evals.flickr8k_retrieval.records.root="$root" evals=flickr8k "$@"
 }
 score shipped scoring.generate.strategy=beam scoring.rerank=8
+score beams4_lp12 evals=flickr8k_captions scoring.generate.strategy=beam scoring.generate.num_beams=4 scoring.generate.length_penalty=1.2
 python experiments/photos/speed.py "$root/images"
 python experiments/photos/picture.py
-python experiments/report.py photos $runs/seed0 $runs/longer $runs/rewards $runs/shipped
+python experiments/report.py photos $runs/seed0 $runs/longer $runs/rewards $runs/shipped $runs/beams4_lp12

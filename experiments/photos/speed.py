@@ -7,6 +7,7 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,11 @@ from coca_lit.tools.caption.outputs import open_writer
 from coca_lit.weights.load import load_model
 from experiments.benchmarks.record import record
 
-CASES = {"greedy": {}, "beam search, the default": {"strategy": "beam"}}
+CASES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam search, the default": {"strategy": "beam"},
+    "four beams": {"strategy": "beam", "num_beams": 4, "length_penalty": 1.2},
+}
 
 
 def main() -> None:
