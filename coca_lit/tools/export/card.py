@@ -22,6 +22,11 @@ from coca_lit.tools.report.tables import Table, markdown, plain
 
 TRAINING = ("seed", "image_size", "init_from", "init_parts", "lora", "ema", "model", "data", "trainer")
 MAX_PICTURE = 16 * 2**20  # bytes
+CLIP = "A CLIP: it embeds images and texts in a common space, for retrieval and zero-shot classification."
+COCA = (
+    "A Contrastive Captioner ([CoCa](https://arxiv.org/abs/2205.01917)): it embeds images and texts in a common"
+    " space, for retrieval and zero-shot classification, and writes captions."
+)
 
 
 class Mixture(NamedTuple):
@@ -54,10 +59,18 @@ def write_card(
     pictures = _copy_pictures(run, folder)
     files = exported.files | {picture: "captions of the run's evaluation" for picture in pictures}
     config = read_run_yaml(run, "config.yaml")
+    summary = COCA if model.decoder is not None else CLIP
+    if mixture is not None:
+        summary += (
+            f"\n\nIts weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times"
+            f" `{checkpoint}` plus {1 - mixture.weight:g} times `{mixture.other}`."
+        )
+    code = _placed(exported.usage, name, repo)
+    place = f" In the folder that holds `{name}`:" if code == _placed(exported.usage, name) else ""
     sections = [
         _front_matter(model, exported),
-        f"# {name}\n\n{_summary(model)}" + (f"\n\n{_mixed(checkpoint, mixture)}" if mixture else ""),
-        _use(exported, name, repo),
+        f"# {name}\n\n{summary}",
+        f"## Use\n\nNeeds {exported.needs}.{place}\n\n```python\n{code}```",
         *(["## Samples\n\n" + "\n\n".join(f"![{picture}]({picture})" for picture in pictures)] if pictures else []),
         _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in files.items())),
         _table("Architecture", ("", ""), _architecture(model).items()),
@@ -82,12 +95,6 @@ def _copy_pictures(run: Path, folder: Path) -> list[str]:
     return [f"samples_{name}" for name in names]
 
 
-def _use(exported: Exported, name: str, repo: str | None) -> str:
-    code = _placed(exported.usage, name, repo)
-    place = f" In the folder that holds `{name}`:" if code == _placed(exported.usage, name) else ""
-    return f"## Use\n\nNeeds {exported.needs}.{place}\n\n```python\n{code}```"
-
-
 def _placed(text: str, name: str, repo: str | None = None) -> str:
     """A text of `Exported` with the name of the folder. Libraries that read a folder or a file also take the name of a
     repository instead.
@@ -106,22 +113,6 @@ def _front_matter(model: CoCa, exported: Exported) -> str:
         "tags": list(tags),
     }
     return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
-
-
-def _summary(model: CoCa) -> str:
-    if model.decoder is None:
-        return "A CLIP: it embeds images and texts in a common space, for retrieval and zero-shot classification."
-    return (
-        "A Contrastive Captioner ([CoCa](https://arxiv.org/abs/2205.01917)): it embeds images and texts in a common"
-        " space, for retrieval and zero-shot classification, and writes captions."
-    )
-
-
-def _mixed(checkpoint: Path, mixture: Mixture) -> str:
-    return (
-        f"Its weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times"
-        f" `{checkpoint}` plus {1 - mixture.weight:g} times `{mixture.other}`."
-    )
 
 
 def _architecture(model: CoCa) -> dict[str, Any]:

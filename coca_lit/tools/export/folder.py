@@ -65,7 +65,11 @@ def check_output(output: Path, checkpoint: Path | None = None, overwrite: bool =
         return
     if not overwrite:
         raise ValueError(f"'{output}' is not empty; choose another folder, or set overwrite=true to replace an export")
-    if foreign := _foreign(output):
+    card = (output / CARD).read_text(errors="replace") if (output / CARD).is_file() else ""
+    known = {CARD, "__pycache__"} if f"\n- {TAG}\n" in card else set()
+    names = sorted(path.name for path in output.iterdir())
+    foreign = next((name for name in names if name not in known and not (known and f"\n| `{name}` |" in card)), None)
+    if foreign:
         raise ValueError(
             f"'{output}' has '{foreign}', which is not part of an export, so it is not replaced; choose another"
         )
@@ -106,14 +110,6 @@ def _disk_full(error: BaseException, folder: Path) -> bool:
     while cause is not None and "No space left" not in str(cause):
         cause = cause.__cause__ or cause.__context__
     return cause is not None
-
-
-def _foreign(folder: Path) -> str | None:
-    """The first file that an earlier export did not write, according to its card."""
-    card = (folder / CARD).read_text(errors="replace") if (folder / CARD).is_file() else ""
-    known = {CARD, "__pycache__"} if f"\n- {TAG}\n" in card else set()
-    names = sorted(path.name for path in folder.iterdir())
-    return next((name for name in names if name not in known and not (known and f"\n| `{name}` |" in card)), None)
 
 
 def _replace(output: Path, new: Path) -> None:

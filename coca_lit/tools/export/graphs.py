@@ -32,35 +32,34 @@ class Graph(NamedTuple):
 
 def graphs_of(model: CoCa, frames: int = 0) -> dict[str, Graph]:
     """All graphs of a model on the CPU, by name, for clips of that many frames or for images; a CLIP has no decoder."""
-    images = _noise_images(model, frames)
-    graphs = {"image_encoder": _image_graph(model, images), "text_encoder": _text_graph(model)}
-    return graphs | ({"decoder": _decoder_graph(model, images)} if model.decoder is not None else {})
-
-
-def _image_graph(model: CoCa, images: Tensor) -> Graph:
-    shape = f"(B, {images.shape[1]}, 3, H, W)" if images.ndim == 5 else "(B, 3, H, W)"
-    outputs, what = ["features"], f"images {shape} uint8 → `features` (B, E), of unit length"
+    size, noise = model.image_size, torch.Generator().manual_seed(0)
+    shape = (3, *([frames] if frames else []), 3, size, size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
+    tokens = model.tokenizer(["a photo of a dog", "two", "a red circle"])
+    axes = f"(B, {frames}, 3, H, W)" if frames else "(B, 3, H, W)"
+    outputs, what = ["features"], f"images {axes} uint8 → `features` (B, E), of unit length"
     if model.decoder is not None:
         outputs += ["image_keys", "image_values"]
         what += ", and `image_keys`, `image_values` (L, B, H, S, D/H) for the decoder"
-    return Graph(ImageGraph(model).eval(), {"images": images}, outputs, {"images": {0: "batch"}}, what)
-
-
-def _text_graph(model: CoCa) -> Graph:
-    inputs = {"tokens": _tokens(model)}
-    what = "tokens (B, C), padded → `features` (B, E), of unit length"
-    return Graph(TextGraph(model).eval(), inputs, ["features"], {"tokens": {0: "batch"}}, what)
+    read = "tokens (B, C), padded → `features` (B, E), of unit length"
+    graphs = {
+        "image_encoder": Graph(ImageGraph(model).eval(), {"images": images}, outputs, {"images": {0: "batch"}}, what),
+        "text_encoder": Graph(
+            TextGraph(model).eval(), {"tokens": tokens}, ["features"], {"tokens": {0: "batch"}}, read
+        ),
+    }
+    return graphs | ({"decoder": _decoder_graph(model, images, tokens)} if model.decoder is not None else {})
 
 
 @torch.no_grad()
-def _decoder_graph(model: CoCa, images: Tensor) -> Graph:
+def _decoder_graph(model: CoCa, images: Tensor, tokens: Tensor) -> Graph:
     """The example adds two tokens to a cache of five; the cache is noise."""
     module = DecoderGraph(model).eval()
     _, image_keys, image_values = ImageGraph(model)(images)
     _, batch, heads, _, width = image_keys.shape
     noise = torch.Generator().manual_seed(0)
     past = torch.randn(2, module.layers, batch, heads, 5, width, generator=noise)
-    inputs = {"tokens": _tokens(model)[:, :2], "image_keys": image_keys, "image_values": image_values}
+    inputs = {"tokens": tokens[:, :2], "image_keys": image_keys, "image_values": image_values}
     image_axes, past_axes = {1: "batch"}, {1: "batch", 3: "past"}
     dynamic = {"tokens": {0: "batch", 1: "new"}, "image_keys": image_axes, "image_values": image_axes}
     what = (
@@ -74,16 +73,6 @@ def _decoder_graph(model: CoCa, images: Tensor) -> Graph:
         {**dynamic, "past_keys": past_axes, "past_values": past_axes},
         what,
     )
-
-
-def _noise_images(model: CoCa, frames: int) -> Tensor:
-    size, noise = model.image_size, torch.Generator().manual_seed(0)
-    shape = (3, *([frames] if frames else []), 3, size, size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
-
-
-def _tokens(model: CoCa) -> Tensor:
-    return model.tokenizer(["a photo of a dog", "two", "a red circle"])
 
 
 class ImageGraph(nn.Module):

@@ -167,7 +167,9 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float, f
     files = ([path for name in graphs for path in folder.glob(f"{name}{ending}.onnx*")] for ending in ("", INT8))
     fp32, int8 = (sum(path.stat().st_size for path in of_kind) / 1e6 for of_kind in files)
     scenes = scene_records("test", model.image_size, SCENES) if knows_only_scenes(model) else None
-    images = np.stack([_pixels(record.image()) for record in scenes]) if scenes else _photos(model)
+    images = (
+        np.stack([np.asarray(record.image()).transpose(2, 0, 1) for record in scenes]) if scenes else _photos(model)
+    )
     if frames:
         images = np.repeat(images[:, None], frames, axis=1)
     what = f"{len(images)} built-in scenes" if scenes else f"{len(images)} views of the package's photos"
@@ -202,10 +204,6 @@ def _photos(model: CoCa) -> np.ndarray:
             crops = [photo.crop((x, y, x + width, y + height)) for x, y in corners]
             views += [np.asarray(transform(view)) for view in (photo, ImageOps.mirror(photo), *crops)]
     return np.stack(views)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 class _Captions(NamedTuple):
@@ -256,17 +254,15 @@ def _differences(graph: Graph, path: Path) -> Iterator[float]:
     smallest one.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    smallest = {name: tensor[_smallest(graph.dynamic[name])] for name, tensor in graph.inputs.items()}
+    smallest, least = {}, {"past": 0}  # a caption that begins
+    for name, tensor in graph.inputs.items():
+        axes = [graph.dynamic[name].get(axis) for axis in range(tensor.ndim)]
+        smallest[name] = tensor[tuple(slice(least.get(axis, 1) if axis else None) for axis in axes)]
     for inputs in (graph.inputs, smallest):
         expected: Any = graph.module(**inputs)
         found = session.run(None, {name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
         for ours, theirs in zip([expected] if isinstance(expected, Tensor) else expected, found, strict=True):
             yield float((ours - torch.from_numpy(theirs)).abs().max() / ours.abs().max())
-
-
-def _smallest(axes: dict[int, str]) -> tuple[slice, ...]:
-    least = {"past": 0}  # a caption that begins
-    return tuple(slice(least.get(axes[axis], 1)) if axis in axes else slice(None) for axis in range(max(axes) + 1))
 
 
 def _write_config(model: CoCa, folder: Path, frames: int) -> None:

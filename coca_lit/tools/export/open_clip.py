@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from coca_lit.models import CoCa
 from coca_lit.tools.export.folder import Exported
@@ -101,10 +100,8 @@ def _difference(model: CoCa, again: CoCa) -> float:
     size, noise = model.image_size, torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=noise)
     tokens = model.tokenizer(["a photo of a dog", "two"])
-    results = zip(_results(model, images, tokens), _results(again, images, tokens), strict=True)
-    return max(float((a - b).abs().max()) for a, b in results)
-
-
-def _results(model: CoCa, images: Tensor, tokens: Tensor) -> list[Tensor]:
-    out = model(images, tokens)
-    return [out.image_features, out.text_features, *([out.logits] if model.decoder is not None else [])]
+    results = (
+        [out.image_features, out.text_features, *([out.logits] if model.decoder is not None else [])]
+        for out in (model(images, tokens), again(images, tokens))
+    )
+    return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
