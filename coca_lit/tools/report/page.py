@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from html import escape
 from itertools import pairwise
@@ -226,23 +226,22 @@ def _tiles(contents: Iterable[tuple[str, str, str, str]]) -> str:
 
 def _tables(contents: Iterable[Table]) -> str:
     """Tables side by side, as many as fit."""
-    return '<div class="tables">' + "".join(_table(content) for content in contents if content.rows) + "</div>"
-
-
-def _table(content: Table) -> str:
-    head = "".join(f"<th>{_text(text)}</th>" for text in content.header)
-    rows = "\n".join(_row(row, [c for r, c in content.best if r == i]) for i, row in enumerate(content.rows))
-    note = f'<p class="note">{_text(content.note)}</p>' if content.note else ""
-    title = f"<h2>{_text(content.title)}</h2>"
-    own = ' class="own"' if THIS_RUN in content.header else ""
-    return f'<div>{title}<div class="wide" tabindex="0"><table{own}><tr>{head}</tr>\n{rows}</table></div>{note}</div>'
-
-
-def _row(cells: Sequence[str], best: Collection[int] = ()) -> str:
-    if len(cells) == 1:  # a heading
-        return f'<tr class="group"><td colspan="99">{_text(cells[0])}</td></tr>'
-    marks = [' class="best"' if column in best else "" for column in range(len(cells))]
-    return "<tr>" + "".join(f"<td{mark}>{_text(cell)}</td>" for mark, cell in zip(marks, cells, strict=True)) + "</tr>"
+    tables = []
+    for content in contents:
+        if not content.rows:
+            continue
+        head = "".join(f"<th>{_text(text)}</th>" for text in content.header)
+        rows = ""
+        for i, row in enumerate(content.rows):
+            marks = [' class="best"' if (i, column) in content.best else "" for column in range(len(row))]
+            cells = "".join(f"<td{mark}>{_text(cell)}</td>" for mark, cell in zip(marks, row, strict=True))
+            heading = f'<tr class="group"><td colspan="99">{_text(row[0])}</td></tr>'
+            rows += "\n" + (heading if len(row) == 1 else f"<tr>{cells}</tr>")
+        note = f'<p class="note">{_text(content.note)}</p>' if content.note else ""
+        own = ' class="own"' if THIS_RUN in content.header else ""
+        table = f'<div class="wide" tabindex="0"><table{own}><tr>{head}</tr>{rows}</table></div>'
+        tables.append(f"<div><h2>{_text(content.title)}</h2>{table}{note}</div>")
+    return f'<div class="tables">{"".join(tables)}</div>'
 
 
 def _figure(title: str, png: bytes | None, note: str = "") -> str:

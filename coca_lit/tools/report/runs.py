@@ -123,7 +123,11 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
         places += inside or [folder]
     runs: list[Run] = []
     failed: dict[str, str] = {}
-    for place, name in zip(places, _names(places), strict=True):
+    parts, depth = [place.absolute().parts for place in places], 1
+    while len({own[-depth:] for own in parts}) < len(set(parts)):
+        depth += 1
+    for place, own in zip(places, parts, strict=True):
+        name = "/".join(own[-depth:])
         job = _read(place, JOB, {"status?": str, "error?": str})
         if job.get("status", "ok") == "ok":
             runs.append(read_run(place)._replace(name=name))
@@ -133,15 +137,6 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
         name, reason = next(iter(failed.items()))
         raise DataError(f"no run is finished; {name}: {reason}")
     return runs, failed
-
-
-def _names(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = [place.absolute().parts for place in places]
-    depth = 1
-    while len({own[-depth:] for own in parts}) < len(set(parts)):
-        depth += 1
-    return ["/".join(own[-depth:]) for own in parts]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -222,10 +222,20 @@ def write_scaling(
     if published:
         families = published_points(published)
         panels["imagenet1k/top1"] = {name: fit_scaling(points, hold_out, 1.0) for name, points in families.items()}
-    atomic_write(output / "scaling.csv", _table(panels).encode())
+    text, said = io.StringIO(), []
+    writer = csv.writer(text)
+    writer.writerow(["score", "family", "run", "GFLOP", "value", "fitted", "expected", "low", "high"])
+    for name, laws in panels.items():
+        for family, found in laws.items():
+            said += _said(name, family, found)
+            held_out = {id(prediction.point): prediction[1:] for prediction in found.held_out}
+            fitted = set(map(id, found.fitted))
+            for point in found.points:
+                row = [name, family, *point, id(point) in fitted, *held_out.get(id(point), ("", "", ""))]
+                writer.writerow(row)
+    atomic_write(output / "scaling.csv", text.getvalue().encode())
     atomic_write(output / "scaling.png", _drawn(panels))
-    said = [_said(name, family, found) for name, laws in panels.items() for family, found in laws.items()]
-    return "\n".join(line for lines in said for line in lines)
+    return "\n".join(said)
 
 
 def _said(score: str, family: str, found: Scaling) -> list[str]:
@@ -251,20 +261,6 @@ def _said(score: str, family: str, found: Scaling) -> list[str]:
 def _shown(score: str, value: float) -> float:
     """In the units of papers, without a changed sign."""
     return in_print_units(score, abs(value))
-
-
-def _table(panels: dict[str, dict[str, Scaling]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["score", "family", "run", "GFLOP", "value", "fitted", "expected", "low", "high"])
-    for score, laws in panels.items():
-        for family, found in laws.items():
-            held_out = {id(prediction.point): prediction[1:] for prediction in found.held_out}
-            fitted = set(map(id, found.fitted))
-            for point in found.points:
-                row = [score, family, *point, id(point) in fitted, *held_out.get(id(point), ("", "", ""))]
-                writer.writerow(row)
-    return text.getvalue()
 
 
 def _drawn(panels: dict[str, dict[str, Scaling]]) -> bytes:

@@ -123,7 +123,12 @@ def score_tables(run: Run) -> list[Table]:
         scores = list(dict.fromkeys(score for column in own.values() for score in column))
         published, sources = _published(run, name, scores)
         columns = own | published
-        rows = {s: [_own_name([run], s), *_cells(run, name, s, own, published)] for s in scores}
+        whole_names = {column: name if column == THIS_RUN else f"{name}/{column}" for column in own}
+        rows: dict[str, list[str]] = {}
+        for s in scores:
+            cells = [cell(s, own[c].get(s), run.images(f"{data}/{s}")) for c, data in whole_names.items()]
+            # Published scores have their own decimals.
+            rows[s] = [_own_name([run], s), *cells, *(cell(s, column.get(s)) for column in published.values())]
         scales = [text for end, text in SCALES.items() if any(score.endswith(end) for score in scores)]
         header, notes = ["", *(WAYS.get(column, column) for column in columns)], [*scales, *sources]
         intervals = {s: run.draws[f"{name}/{s}"].interval() for s in scores if f"{name}/{s}" in run.draws}
@@ -139,25 +144,9 @@ def score_tables(run: Run) -> list[Table]:
     if sizes := run.environment.get("parameters"):
         published, sources = _published(run, "parameters", list(sizes))
         columns = {THIS_RUN: sizes} | published
-        cells = [[k, *(f"{c[k] / 1e6:,.2f} M" if k in c else "" for c in columns.values())] for k in sizes]
-        tables.append(Table("parameters", ["", *columns], cells, " ".join(sources)))
+        counts = [[k, *(f"{c[k] / 1e6:,.2f} M" if k in c else "" for c in columns.values())] for k in sizes]
+        tables.append(Table("parameters", ["", *columns], counts, " ".join(sources)))
     return tables
-
-
-def _cells(
-    run: Run,
-    data: str,
-    score: str,
-    own: Mapping[str, Mapping[str, float]],
-    published: Mapping[str, Mapping[str, float]],
-) -> list[str]:
-    """A row of `score_tables`: of the run's own columns, then of the published ones, which have their own decimals."""
-    names = [data if name == THIS_RUN else f"{data}/{name}" for name in own]
-    cells = [
-        cell(score, column.get(score), run.images(f"{name}/{score}"))
-        for name, column in zip(names, own.values(), strict=True)
-    ]
-    return [*cells, *(cell(score, column.get(score)) for column in published.values())]
 
 
 def with_images(runs: Sequence[Run], score: str) -> str:

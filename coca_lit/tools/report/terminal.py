@@ -20,7 +20,6 @@ from coca_lit.tools.report.runs import RESULTS, Run, read_run
 from coca_lit.tools.report.tables import (
     APART,
     HEADLINES_OF_A_SWEEP,
-    Table,
     best_run,
     compared,
     difference_cells,
@@ -50,7 +49,11 @@ def summary(runs: Sequence[Run], failed: Collection[str] = (), objective: str | 
     elif len(runs) == 2 and not failed:
         lines = [*_two(runs[0], runs[1], objective)]
     else:
-        lines = [*_table(runs_table(runs, failed, objective))]
+        table = runs_table(runs, failed, objective)
+        rows = [[*map(str, row)] for row in (table.header, *table.rows)]
+        # Of the columns that would not fit, those of the first score stay.
+        lines = _aligned(_fitting(rows, table.header.index("status") + 2, WIDTH))
+        lines += [table.note] if table.note else []
         lines += [f"{name}: {APART}: {reason}" for name, reason in not_comparable(runs).items()]
     return "\n".join(printable(line) for line in lines)
 
@@ -79,14 +82,6 @@ def _two(first: Run, second: Run, objective: str | None) -> Iterator[str]:
             reasons += [found.why_not] if found.why_not else []
         yield from _aligned(rows)
         yield from (f"  {APART}: {reason}" for reason in dict.fromkeys(reasons))
-
-
-def _table(table: Table) -> Iterator[str]:
-    """A table without the columns that would not fit, those of the first score excepted."""
-    rows = [[*map(str, row)] for row in (table.header, *table.rows)]
-    yield from _aligned(_fitting(rows, table.header.index("status") + 2, WIDTH))
-    if table.note:
-        yield table.note
 
 
 def _fitting(rows: Sequence[Sequence[str]], least: int, width: float) -> list[Sequence[str]]:
