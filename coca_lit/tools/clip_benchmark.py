@@ -34,18 +34,14 @@ def load_model(
     """
     quick_gelu = True if model_name.endswith("-quickgelu") else None  # None: what the file says
     with error_context("--pretrained"):
-        model = load_dual_encoder(pretrained, quick_gelu).to(device)
+        model: Any = load_dual_encoder(pretrained, quick_gelu).to(device)
         if model.image_encoder.takes_patches:
             raise ValueError("CLIP_benchmark stacks images of one shape: use coca-evaluate evals=clip_benchmark")
     if model.decoder is not None and not isinstance(model.tokenizer, CLIPTokenizer):
-        _write_byte_pairs(model)
+        # CLIP_benchmark decodes all captions with CLIP's vocabulary, so they are given in its ids.
+        own, clip = model.generate, get_tokenizer("clip", 77)
+        model.generate = lambda images: clip([model.tokenizer.decode(ids) for ids in own(images)])
     return model, build_transform(**model.preprocessing), model.tokenizer
-
-
-def _write_byte_pairs(model: Any) -> None:
-    """Lets a model with another vocabulary write CLIP's ids: CLIP_benchmark decodes all captions with these."""
-    own, clip = model.generate, get_tokenizer("clip", 77)
-    model.generate = lambda images: clip([model.tokenizer.decode(ids) for ids in own(images)])
 
 
 def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:

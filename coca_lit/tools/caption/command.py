@@ -65,22 +65,18 @@ def run(cfg: DictConfig) -> None:
     engine = build(cfg.engine, "engine")
     if not (isinstance(engine, Machine) and engine.devices is None):
         return _run_on(engine, cfg, units)
+    guard: AbstractContextManager[None] = nullcontext()
+    if cfg.output and cfg.output.endswith((".json", ".jsonl")):  # a second command would append to the same file
+        path = Path(cfg.output)
+        guard = in_use(path.with_name(f".{path.name}.in-use"), cfg.output)
     # Processes wait for each other only at the very end.
-    with _alone(cfg.output), process_group(timeout=timedelta(days=7)) as device:
+    with guard, process_group(timeout=timedelta(days=7)) as device:
         model, digest = _load(chosen_checkpoint(cfg.checkpoint), cfg.precision, device)
         options, workers = _options(cfg, model), decoders(cfg.num_workers)
         writer = open_writer(cfg.output, units, _settings(cfg, digest))
         totals = caption_units(model, units, writer, options, cfg.batch_size, workers, cfg.seed)
         if rank() == 0:
             print(totals, file=sys.stderr)
-
-
-def _alone(output: str | None) -> AbstractContextManager[None]:
-    """Refuses a second command that would append to the same file. A shard is written whole, by whoever is first."""
-    if not output or not output.endswith((".json", ".jsonl")):
-        return nullcontext()
-    path = Path(output)
-    return in_use(path.with_name(f".{path.name}.in-use"), output)
 
 
 def _run_on(engine: Engine, cfg: DictConfig, units: "Sequence[Unit]") -> None:

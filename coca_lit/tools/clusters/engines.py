@@ -52,7 +52,11 @@ class Machine:
     """
 
     def __init__(self, devices: str | Sequence[int | str] | None = None) -> None:
-        listed = isinstance(devices, Sequence) and not isinstance(devices, str) and all(map(_is_device, devices))
+        listed = (
+            isinstance(devices, Sequence)
+            and not isinstance(devices, str)
+            and all(d == "cpu" or (isinstance(d, int) and not isinstance(d, bool) and d >= 0) for d in devices)
+        )
         if not (devices is None or devices in ("auto", "cores") or listed):
             raise ConfigError(f"engine.devices must be auto, cores, or a list of GPU numbers and cpu, got {devices!r}")
         self.devices = devices
@@ -101,10 +105,6 @@ class Machine:
                 "engine=local, or processes on the CPU (engine.devices=[cpu,cpu])"
             )
         return found
-
-
-def _is_device(device: Any) -> bool:
-    return device == "cpu" or (isinstance(device, int) and not isinstance(device, bool) and device >= 0)
 
 
 def _process_on(device: int | str) -> ProcessPoolExecutor:

@@ -269,19 +269,16 @@ class SlurmLauncher(JobsLauncher):
             with executor.batch():
                 return [executor.submit(SubmittedJob(job)) for job in jobs]
         except submitit.core.utils.FailedJobError as error:
-            raise ConfigError(self._refusal(str(error))) from error
+            gpus, text = self.options.get("gpus_per_node"), str(error)
+            if gpus is not None and "generic resource" in text:
+                raise ConfigError(
+                    f"SLURM has no node with the GPUs that each job asks for (gpus_per_node={gpus}): set "
+                    f"{self.key}.gpus_per_node=null to do without, or {self.key}.partition to one that has GPUs"
+                ) from error
+            lines = [line for line in text.splitlines() if "error:" in line] or text.splitlines()[-1:]
+            raise ConfigError(f"SLURM refused the jobs: {' '.join(lines)}") from error
         except (RuntimeError, ValueError, NameError) as error:  # no srun, or an option that submitit lacks
             raise ConfigError(f"{self.choice}: {' '.join(str(error).split())}") from error
-
-    def _refusal(self, text: str) -> str:
-        gpus = self.options.get("gpus_per_node")
-        if gpus is not None and "generic resource" in text:
-            return (
-                f"SLURM has no node with the GPUs that each job asks for (gpus_per_node={gpus}): set "
-                f"{self.key}.gpus_per_node=null to do without, or {self.key}.partition to one that has GPUs"
-            )
-        lines = [line for line in text.splitlines() if "error:" in line] or text.splitlines()[-1:]
-        return f"SLURM refused the jobs: {' '.join(lines)}"
 
 
 class SubmittedJob:
@@ -323,19 +320,15 @@ def _submitit_result(task: "submitit.Job[Any]", seconds: float = 5.0) -> Any:
     while not task.paths.result_pickle.exists() and time.monotonic() < until:
         time.sleep(0.5)
     if not task.paths.result_pickle.exists():
-        return _slurm_death(task)
+        state, code = _slurm_state(task.job_id)
+        number = int(code.partition(":")[2] or 0) or int(code.partition(":")[0] or 0) - 128
+        name = f", killed by {signal.Signals(number).name}" if number in [*signal.Signals] else ""
+        return f"SLURM job {task.job_id} ended without a result: state {state}{name}, see {task.paths.stdout}"
     try:
         return task.result()
     except FailedJobError as error:  # which holds the traceback
         lines = [line for line in str(error).split("-" * 22)[1].splitlines() if line.strip()]
         return f"{lines[-1]}, see {task.paths.stdout}"
-
-
-def _slurm_death(task: "submitit.Job[Any]") -> str:
-    state, code = _slurm_state(task.job_id)
-    number = int(code.partition(":")[2] or 0) or int(code.partition(":")[0] or 0) - 128
-    name = f", killed by {signal.Signals(number).name}" if number in [*signal.Signals] else ""
-    return f"SLURM job {task.job_id} ended without a result: state {state}{name}, see {task.paths.stdout}"
 
 
 def _slurm_state(number: str) -> tuple[str, str]:

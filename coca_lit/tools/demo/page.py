@@ -149,7 +149,10 @@ def _caption_tab(model: CoCa, photo: gr.Image, changes: list[Trigger]) -> None:
 
 
 def _classification_tab(model: CoCa, photo: gr.Image, vocabulary: Sequence[str] | None) -> None:
-    words, prompt = _labels(model, vocabulary)
+    words, prompt = PHOTO_WORDS, "a photo of a {}"
+    if vocabulary is not None:  # closed: the words that it has
+        known = SCENE_WORDS if knows_only_scenes(model) else PHOTO_WORDS
+        words, prompt = ", ".join(word for word in known.split(", ") if word in vocabulary), "a {}"
     labels = gr.Textbox(words, label="labels", info="separated by commas", elem_id="labels")
     template = gr.Textbox(prompt, label="template", info="{} is replaced by the label", elem_id="template")
     button = gr.Button("Classify", variant="primary")
@@ -163,14 +166,6 @@ def _classification_tab(model: CoCa, photo: gr.Image, vocabulary: Sequence[str] 
     for event in (button.click, labels.submit, template.submit):
         _busy(event, button, "Comparing …", on_classify, None, inputs, answer, **given)
     photo.clear(lambda: None, outputs=answer, api_visibility="private")
-
-
-def _labels(model: CoCa, vocabulary: Sequence[str] | None) -> tuple[str, str]:
-    """Labels to begin with, and their template; of a closed vocabulary, those that it knows."""
-    if vocabulary is None:
-        return PHOTO_WORDS, "a photo of a {}"
-    words = SCENE_WORDS if knows_only_scenes(model) else PHOTO_WORDS
-    return ", ".join(word for word in words.split(", ") if word in vocabulary), "a {}"
 
 
 def _search_tab(model: CoCa, index: ImageIndex | None, photo: gr.Image) -> None:
@@ -285,14 +280,15 @@ def _caption_table(candidates: Iterable[Candidate], logit_scale: float) -> str:
     their scores in words, in the given order, what tells the second from the first, and what the scores mean.
     """
     candidates = list(candidates)
-    rows = [
-        f"<td>{escape(c.caption) or '(empty)'}</td>"
-        f"<td title='log-probability {c.log_prob:.3f}'>{_sure(c.sureness)}</td>"
-        f"<td title='cosine {c.similarity:.3f}'>{fit:.0%}</td>"
-        for c, fit in zip(candidates, fits(candidates, logit_scale), strict=True)
-    ]
+    body = ""
+    for c, fit in zip(candidates, fits(candidates, logit_scale), strict=True):
+        sure = next(word for least, word in SURE if c.sureness >= least)
+        body += (
+            f"<tr{'' if body else ' class=first'}><td>{escape(c.caption) or '(empty)'}</td>"
+            f"<td title='log-probability {c.log_prob:.3f}'>{sure}, {c.sureness:.0%}</td>"
+            f"<td title='cosine {c.similarity:.3f}'>{fit:.0%}</td></tr>"
+        )
     head = "".join(f"<th>{name}</th>" for name in ("caption", "sure of its words", "fits the photo"))
-    body = "".join(f"<tr{' class=first' if i == 0 else ''}>{row}</tr>" for i, row in enumerate(rows))
     best = escape(candidates[0].caption) or "(empty)"
     looked = "".join(
         f'<figure><img src="{picture}" alt=""><figcaption>{escape(word)}</figcaption></figure>'
@@ -305,7 +301,3 @@ def _caption_table(candidates: Iterable[Candidate], logit_scale: float) -> str:
         f'<div class="best">{best}</div>{maps}<table class="captions"><tr>{head}</tr>{body}</table>'
         f'{why}<div class="hint">{SCORES}</div>'
     )
-
-
-def _sure(share: float) -> str:
-    return f"{next(word for least, word in SURE if share >= least)}, {share:.0%}"

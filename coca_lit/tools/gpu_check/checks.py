@@ -59,9 +59,18 @@ def check_gpu(output: Path, quick: bool = False) -> int:
     lines = list(_checks(simulated))
     rows = list(_measurements(["coca_tiny"] if quick or simulated else ["coca_vit_b32", "coca_vit_l14"]))
     output.mkdir(parents=True, exist_ok=True)
-    found = {"device": environment(), "simulated": simulated, "checks": [line._asdict() for line in lines]}
+    found: dict[str, Any] = {
+        "device": environment(),
+        "simulated": simulated,
+        "checks": [line._asdict() for line in lines],
+    }
     (output / "gpu_check.json").write_text(json.dumps(found | {"measurements": rows}, indent=2) + "\n")
-    (output / "gpu_check.md").write_text(_page(lines, rows, simulated))
+    device = ", ".join(f"{key} {value}" for key, value in found["device"].items())
+    title = "On a simulated GPU: values are those of the CPU, times mean nothing" if simulated else "Measured"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    measured = [[str(row.get(key, "")) for key in columns] for row in rows]
+    tables = Table("checks", ["check", "outcome", "detail"], lines), Table("measurements", columns, measured)
+    (output / "gpu_check.md").write_text("\n\n".join([f"{title}. {device}", *map(markdown, tables)]) + "\n")
     failed = sum(line.outcome == "FAIL" for line in lines)
     print(f"{len(lines)} checks, {failed} failed; JSON and Markdown are in {output}")
     return failed
@@ -446,13 +455,3 @@ def _caption_speed(net: "CoCa", count: int = 16) -> dict[str, Any]:
             seconds = time.perf_counter() - began
         found[f"captions/s, {mode}"] = round(count / seconds, 1)
     return found
-
-
-def _page(lines: Sequence[Line], rows: Sequence[dict[str, Any]], simulated: bool) -> str:
-    """The checks and the measurements as tables."""
-    device = ", ".join(f"{key} {value}" for key, value in environment().items())
-    title = "On a simulated GPU: values are those of the CPU, times mean nothing" if simulated else "Measured"
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    measured = [[str(row.get(key, "")) for key in columns] for row in rows]
-    tables = Table("checks", ["check", "outcome", "detail"], lines), Table("measurements", columns, measured)
-    return "\n\n".join([f"{title}. {device}", *map(markdown, tables)]) + "\n"

@@ -41,23 +41,17 @@ def run(cfg: DictConfig) -> None:
     model, spent, recipe = estimate(cfg, settings)
     pixels = 3 * cfg.image_size**2 * max(frames_of(cfg), 1)
     print_plan(f"{cfg.model.net.name}, {cfg.trainer.precision}", model, spent, recipe, settings, pixels)
-    self_critical = cfg.model.get("self_critical") is not None
+
+    from coca_lit.training.classifiers import Classifier
+
+    objectives = [objective for objective in (cfg.model.get("objectives") or {}).values() if objective]
+    made = [resolve_target(objective["_target_"], "model.objectives") for objective in objectives]
     not_counted = {
-        "model.self_critical": self_critical,
-        "model.objectives": any(map(_is_not_counted, (cfg.model.get("objectives") or {}).values())),
+        "model.self_critical": cfg.model.get("self_critical") is not None,
+        "model.objectives": not all(isinstance(one, type) and issubclass(one, Classifier) for one in made),
     }
     if left_out := [key for key, given in not_counted.items() if given]:
         print(f"Not counted, so the run needs more: {' and '.join(left_out)}.")
-
-
-def _is_not_counted(objective: DictConfig | None) -> bool:
-    """Whether a plan leaves an objective out: all but classifiers."""
-    from coca_lit.training.classifiers import Classifier
-
-    if not objective:
-        return False
-    made = resolve_target(objective["_target_"], "model.objectives")
-    return not (isinstance(made, type) and issubclass(made, Classifier))
 
 
 def estimate(cfg: DictConfig, settings: "Settings") -> "tuple[Model, Cost, Recipe]":

@@ -224,46 +224,34 @@ class _Recorder(TorchDispatchMode):
         self.operations += not (func.is_view or "empty" in packet.__name__ or adds_gradients)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                if storage._cdata in self._known:
+                    continue
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                if self.now > self.peak:
+                    gc.collect()  # recomputation leaves cycles, which would count or not as Python collects them
+                    self.peak = max(self.peak, self.now)
+                finalize(storage, self._release, storage._cdata, storage.nbytes())
         return out
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.now += storage.nbytes()
-        if self.now > self.peak:
-            gc.collect()  # recomputation leaves cycles, which would count or not as Python collects them
-            self.peak = max(self.peak, self.now)
-        finalize(storage, self._release, storage._cdata, storage.nbytes())
 
     def _release(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.now -= size
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Four products. A fused kernel also recomputes the scores, which is not counted as work of the model."""
-    return 2 * sdpa_flop_count(query, key, value)
-
-
-def _convolution_backward(gradient: torch.Size, _: Any, weight: torch.Size, *others: Any, **__: Any) -> int:
-    """PyTorch's formula ignores groups. The last argument says which gradients are needed: input, weight, bias."""
-    return sum(others[-1][:2]) * 2 * gradient.numel() * weight[1:].numel()
-
-
-def _addmm(_: Any, left: torch.Size, right: torch.Size, **__: Any) -> int:
-    return 2 * left.numel() * right[1]
-
-
 # FLOPs, from shapes, of operators that PyTorch's counter lacks or gets wrong.
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    torch.ops.aten.convolution_backward: _convolution_backward,
-    torch.ops.aten.addmm_: _addmm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    # Four products. A fused kernel also recomputes the scores, which is not counted as work of the model.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda _, query, key, value, *__, **___: 2 * sdpa_flop_count(query, key, value)
+    ),
+    # PyTorch's formula ignores groups. The last argument says which gradients are needed: input, weight, bias.
+    torch.ops.aten.convolution_backward: (
+        lambda gradient, _, weight, *others, **__: sum(others[-1][:2]) * 2 * gradient.numel() * weight[1:].numel()
+    ),
+    torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left.numel() * right[1],
 }

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from coca_lit.data.bad_samples import BadSamples, quiet
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES
@@ -102,17 +102,12 @@ def _journals(folders: set[Path], caption_key: str) -> dict[str, ShardReport]:
         for line in whole_lines(path):
             try:
                 key, row = parse_json(line, str(path), list, keep_surrogates=True)
-                report = _report(row)
+                name, changed_at, entry, bad, examples, broken = row
+                if not (isinstance(name, str) and isinstance(broken, str) and is_int64(changed_at)):
+                    raise TypeError(f"expected path, time and reason, got {name!r}, {changed_at!r}, {broken!r}")
+                entry, bad, examples = entry_of(entry), counts_of(bad), texts_of(examples)
             except (DataError, ValueError, TypeError):
                 continue  # damaged by a crash of the machine
             if key == caption_key:
-                reports[report.path] = report
+                reports[name] = ShardReport(name, changed_at, entry, bad, examples, broken)
     return reports
-
-
-def _report(row: Any) -> ShardReport:
-    """A report from JSON; raises `ValueError` or `TypeError` if it cannot be one."""
-    path, changed_at, entry, bad, examples, broken = row
-    if not (isinstance(path, str) and isinstance(broken, str) and is_int64(changed_at)):
-        raise TypeError(f"expected path, time and reason, got {path!r}, {changed_at!r}, {broken!r}")
-    return ShardReport(path, changed_at, entry_of(entry), counts_of(bad), texts_of(examples), broken)

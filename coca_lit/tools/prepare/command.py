@@ -51,7 +51,9 @@ def data(arguments: Sequence[str] | None = None) -> None:
     add_filter(commands)
     add_dedup(commands)
     add_teach(commands, ENGINE)
-    _add_spice(commands)
+    spice = commands.add_parser("spice", help="fetch the two jars that SPICE needs", description=SPICE)
+    spice.add_argument("folder", type=Path, nargs="?", help="default: ~/.cache/coca_lit/spice, where SPICE looks first")
+    spice.set_defaults(run=_fetch_spice)
     words = sys.argv[1:] if arguments is None else arguments
     engine = [word for word in words if re.match(r"engine(\.[\w.]+)?=", word)]
     if not words:
@@ -172,14 +174,6 @@ def _prepare(options: argparse.Namespace) -> None:
     _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
     print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
-
-
-def _add_spice(commands: "Commands") -> None:
-    parser = commands.add_parser("spice", help="fetch the two jars that SPICE needs", description=SPICE)
-    parser.add_argument(
-        "folder", type=Path, nargs="?", help="default: ~/.cache/coca_lit/spice, where SPICE looks first"
-    )
-    parser.set_defaults(run=_fetch_spice)
 
 
 def _fetch_spice(options: argparse.Namespace) -> None:

@@ -195,21 +195,16 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
     done = {}
     for line in lines:
         try:
-            written = _written(parse_json(line, str(journal), list))
+            name, entry, bad, examples = parse_json(line, str(journal), list)
+            if not isinstance(name, str) or not re.fullmatch(r"\d+\.tar", name, re.ASCII):
+                raise ValueError(f"{name!r} is not the name of a shard")
+            written = Written(name, entry_of(entry), counts_of(bad), texts_of(examples))
         except (DataError, ValueError, TypeError):
             continue  # damaged by a crash of the machine
-        path = output / written.name
+        path = output / name
         if not written.entry.samples or (path.is_file() and path.stat().st_size == written.entry.bytes):
-            done[written.name] = written
+            done[name] = written
     return done
-
-
-def _written(row: Any) -> Written:
-    """A result from JSON; raises `ValueError` or `TypeError` if it cannot be one."""
-    name, entry, bad, examples = row
-    if not isinstance(name, str) or not re.fullmatch(r"\d+\.tar", name, re.ASCII):
-        raise ValueError(f"{name!r} is not the name of a shard")
-    return Written(name, entry_of(entry), counts_of(bad), texts_of(examples))
 
 
 # Sources: tables, COCO and Flickr folders, and folders of image and text files
@@ -237,7 +232,14 @@ def read_pairs(
         found = [(record.image, record.captions) for record in records(split)]
         pairs = [Pair(image.path, captions) for image, captions in found if isinstance(image, ImageFile)]  # all are
     else:
-        pairs = list(_read_folder(source))
+        pairs = []
+        for folder, folders, files in os.walk(source):
+            folders.sort()
+            for path in (Path(folder, name) for name in sorted(files)):
+                if path.suffix.lower() in SUFFIXES:
+                    text = path.with_suffix(".txt")
+                    texts = [text.read_text("utf-8-sig", "replace")] if text.is_file() else []
+                    pairs.append(Pair(path, clean(texts)))
     if not pairs:
         raise DataError(
             f"{source} holds no captioned images: expected a .csv, .tsv or .parquet file, a COCO or Flickr folder, a "
@@ -254,16 +256,6 @@ def _known_records(root: Path) -> Callable[[str], list[Record]] | None:
     if any(path.is_file() for path in coco) or [*root.glob("annotations/captions_*.json")]:
         return functools.partial(mscoco_records, root)
     return None
-
-
-def _read_folder(root: Path) -> Iterator[Pair]:
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            path = Path(folder, name)
-            if path.suffix.lower() in SUFFIXES:
-                text = path.with_suffix(".txt")
-                yield Pair(path, clean([text.read_text("utf-8-sig", "replace")] if text.is_file() else []))
 
 
 def _read_table(path: Path, image_column: str | None, caption_column: str | None) -> list[Pair]:

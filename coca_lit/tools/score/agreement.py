@@ -68,7 +68,9 @@ def agreement(judged: Judged, scores: Mapping[str, np.ndarray]) -> Agreement:
     by: dict[str, Measured] = {}
     people: Measured = {}
     if judged.grades:
-        unit, candidate, grade = _points(judged, place)
+        candidate = np.array([grade.candidate for grade in judged.grades])
+        unit = np.array([place[own.image] for own in judged.candidates])[candidate]
+        grade = np.array([grade.value for grade in judged.grades])
         found = bootstrap(units, kendall(unit, {name: values[candidate] for name, values in scores.items()}, grade))
         by |= {tau: {name: found[f"{tau} {name}"] for name in scores} for tau in TAUS}
         if (peers := _peers(judged, place)) is not None:
@@ -176,13 +178,6 @@ def _ties(values: csr_array, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray
     )
 
 
-def _points(judged: Judged, place: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each grade the unit of its image, its candidate and its value."""
-    candidate = np.array([grade.candidate for grade in judged.grades])
-    unit = np.array([place[own.image] for own in judged.candidates])
-    return unit[candidate], candidate, np.array([grade.value for grade in judged.grades])
-
-
 def _peers(judged: Judged, place: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Units, scores and grades with people in place of a score: for each grade the mean of the other judges' grades of
     that candidate; of a crowd, one half of its votes for the other half. None if no candidate has two judges.
@@ -270,14 +265,10 @@ def reference_scores(
     except (JavaError, FileNotFoundError) as error:
         not_run["METEOR"] = str(error)
     scores["CIDEr"] = np.array(Cider().compute_score(numbered, hypotheses)[1])
-    scores["CIDEr_plain"] = _plain_cider(references, captions)
+    plain = CiderD({n: [text.split() for text in own] for n, own in numbered.items()}, defended=False)
+    scores["CIDEr_plain"] = np.array([plain(number, [text.split()])[0] for number, text in enumerate(captions)])
     try:
         scores["SPICE"] = shared_spice().score(references, captions, progress)["SPICE"]
     except (RuntimeError, FileNotFoundError) as error:
         not_run["SPICE"] = str(error)
     return scores, not_run
-
-
-def _plain_cider(references: Sequence[Sequence[str]], captions: Sequence[str]) -> np.ndarray:
-    cider = CiderD({n: [text.split() for text in own] for n, own in enumerate(references)}, defended=False)
-    return np.array([cider(number, [caption.split()])[0] for number, caption in enumerate(captions)])

@@ -4,7 +4,7 @@ they agree with people: `coca-score --judgments FILES`.
 
 import argparse
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,8 +116,17 @@ def read_files(predictions: Path, references: Path, split: str = "test") -> tupl
 
     captions = read_results(predictions)
     listings = {item.id: item for item in read_references(references, split) if item.captions}
-    if problem := _difference(captions, listings):
-        raise DataError(f"{predictions} does not fit {references}: {problem}")
+    missing = [key for key in listings if key not in captions]
+    unknown = [key for key in captions if key not in listings]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(listings)} images have no caption, e.g. {missing[:3]}")
+    if unknown:
+        problems.append(f"{len(unknown)} captions are of images that it does not hold, e.g. {unknown[:3]}")
+    if set(map(str, missing)) & set(map(str, unknown)):
+        problems.append("the ids are numbers in one file and texts in the other")
+    if problems:
+        raise DataError(f"{predictions} does not fit {references}: {'; '.join(problems)}")
     return captions, listings
 
 
@@ -142,19 +151,6 @@ def score_captions(
         table.draws.update(bootstrap(list(texts), ratios(judge(list(listings.values()), dict(captions)))))
         table.scores.update({name: table.draws[name].score for name in ("CHAIRi", "CHAIRs")})
     return table
-
-
-def _difference(predicted: Collection[int | str], listings: Collection[int | str]) -> str:
-    missing = [key for key in listings if key not in predicted]
-    unknown = [key for key in predicted if key not in listings]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(listings)} images have no caption, e.g. {missing[:3]}")
-    if unknown:
-        problems.append(f"{len(unknown)} captions are of images that it does not hold, e.g. {unknown[:3]}")
-    if set(map(str, missing)) & set(map(str, unknown)):
-        problems.append("the ids are numbers in one file and texts in the other")
-    return "; ".join(problems)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
 from coca_lit.metrics.captions import CLIP_PROMPT, clip_scores
 from coca_lit.metrics.uncertainty import Draws
-from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models import DualEncoder
 from coca_lit.models.packing import text_lengths
 from coca_lit.progress import ProgressBar
 from coca_lit.tools.score.agreement import TAUS, Agreement, Scores, agreement, mixtures, reference_scores
@@ -124,7 +124,12 @@ def model_scores(model: DualEncoder, judged: Judged, records: Sequence[Record], 
     read = torch.empty(len(captions))
     read[image.argsort(stable=True)] = torch.cat(rows)
     gained = read - blind_log_likelihoods(model, texts, settings.batch_size)[text]
-    words = _counted_tokens(model, texts)[text]
+    tokens = model.tokenizer.tokens_of(texts)  # (T, L)
+    lengths = text_lengths(tokens, model.tokenizer.pad_id)
+    counted = torch.arange(1, tokens.shape[1]) < lengths[:, None]  # tokens that a likelihood is the sum over
+    if (unknown := model.tokenizer.unk_id) is not None:
+        counted &= tokens[:, 1:] != unknown
+    words = counted.sum(dim=1).clamp(min=1)[text]
     found = {"likelihood": read, "likelihood_per_token": read / words, "pmi": gained, "pmi_per_token": gained / words}
     return scores | {name: values.double().numpy() for name, values in found.items()}
 
@@ -145,13 +150,3 @@ def _of_features(
         owner = torch.arange(len(own)).repeat_interleave(torch.tensor([len(group) for group in own]))
         found.append(clip_scores(images[part_image], written[part_text], torch.cat(own), owner))
     return {name: torch.cat([part[name] for part in found]).double().numpy() for name in found[0]}
-
-
-def _counted_tokens(model: CoCa, texts: Sequence[str]) -> Tensor:
-    """How many tokens (T,) a likelihood is the sum over, at least 1."""
-    tokens = model.tokenizer.tokens_of(texts)  # (T, L)
-    lengths = text_lengths(tokens, model.tokenizer.pad_id)
-    counted = torch.arange(1, tokens.shape[1]) < lengths[:, None]
-    if (unknown := model.tokenizer.unk_id) is not None:
-        counted &= tokens[:, 1:] != unknown
-    return counted.sum(dim=1).clamp(min=1)

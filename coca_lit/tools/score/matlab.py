@@ -46,7 +46,10 @@ def read_mat(path: Path) -> dict[str, Any]:
         left, reader = MAX_BYTES, _Arrays()
         for kind, part in _elements(content[128:], padded=False):
             if kind == COMPRESSED:
-                unpacked = _decompressed(part, left)
+                stream = zlib.decompressobj()
+                unpacked = stream.decompress(part, left)
+                if stream.unconsumed_tail:
+                    raise UnsafeError(f"unpacked it has more than {left:,} bytes")
                 left -= len(unpacked)
                 ((kind, part),) = _elements(memoryview(unpacked))
             if kind == MATRIX:
@@ -55,14 +58,6 @@ def read_mat(path: Path) -> dict[str, Any]:
     except (UnsafeError, ValueError, OverflowError, struct.error, zlib.error) as error:
         raise DataError(f"{path} is not a readable MATLAB file: {error}") from error
     return found
-
-
-def _decompressed(part: memoryview, limit: int) -> bytes:
-    stream = zlib.decompressobj()
-    content = stream.decompress(part, limit)
-    if stream.unconsumed_tail:
-        raise UnsafeError(f"unpacked it has more than {limit:,} bytes")
-    return content
 
 
 def _elements(content: memoryview, padded: bool = True) -> Iterator[tuple[int, memoryview]]:

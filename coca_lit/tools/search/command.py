@@ -16,10 +16,6 @@ from coca_lit.tools.caption.command import decoders
 from coca_lit.tools.checkpoint import chosen_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from PIL.Image import Image
-
     from coca_lit.tools.search.index import Hit, ImageIndex
 
 
@@ -30,6 +26,8 @@ def search() -> None:
 
 def run(cfg: DictConfig) -> "list[Hit]":
     """Updates the index if it belongs to a folder, prints the hits and returns them."""
+    from coca_lit.data.video import image_file
+    from coca_lit.tools.caption.inputs import FILES
     from coca_lit.tools.caption.outputs import print_rows
     from coca_lit.tools.search.index import ImageIndex
     from coca_lit.weights.load import load_dual_encoder
@@ -48,9 +46,12 @@ def run(cfg: DictConfig) -> "list[Hit]":
         _update(index, file, cfg)
     if cfg.query is None:
         return []
-    query = str(cfg.query)
+    query, path = str(cfg.query), Path(str(cfg.query))
     with error_context("query"):
-        hits = index.query(_query(query, cfg.frames), cfg.k, without=Path(query) if Path(query).is_file() else None)
+        if not path.is_file() and query.lower().endswith(FILES):
+            raise ConfigError(f"query: there is no image '{query}'")
+        asked = image_file(path, cfg.frames) if path.is_file() else query
+        hits = index.query(asked, cfg.k, without=path if path.is_file() else None)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits
 
@@ -86,17 +87,6 @@ def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
         index.save(file)
         counts = f"{len(changes.added)} added, {len(changes.changed)} changed, {len(changes.removed)} removed"
         print(f"{file}: {len(index)} images ({counts})", file=sys.stderr)
-
-
-def _query(query: str, frames: int) -> "str | Callable[[], Image]":
-    from coca_lit.data.video import image_file
-    from coca_lit.tools.caption.inputs import FILES
-
-    if Path(query).is_file():
-        return image_file(Path(query), frames)
-    if query.lower().endswith(FILES):
-        raise ConfigError(f"query: there is no image '{query}'")
-    return query
 
 
 if __name__ == "__main__":
