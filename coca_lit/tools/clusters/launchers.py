@@ -247,10 +247,14 @@ class SlurmLauncher(JobsLauncher):
         submitted = self._submit(jobs)
         waiting, pause = [*range(len(jobs))], 1.0
         while waiting:
-            queued = _queued([submitted[i].job_id for i in waiting])  # before the results are looked for
+            own = ",".join(dict.fromkeys(submitted[i].job_id.split("_")[0] for i in waiting))
+            command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={own}"]
+            done = subprocess.run(command, capture_output=True, text=True)  # before the results are looked for
+            known = done.returncode == 0 or "Invalid job id" in done.stderr  # else SLURM does not answer
+            queued = set(done.stdout.split())  # the jobs that wait, run or end right now
             for i in [*waiting]:
                 task = submitted[i].task(0)
-                over = queued is not None and submitted[i].job_id not in queued
+                over = known and submitted[i].job_id not in queued
                 if over or task.paths.result_pickle.exists():
                     waiting.remove(i)
                     yield i, _submitit_result(task)
@@ -300,16 +304,6 @@ class SubmittedJob:
 
         self.requeued = True
         return DelayedSubmission(SubmittedJob(self.job))
-
-
-def _queued(numbers: Sequence[str]) -> set[str] | None:
-    """Those jobs that wait, run or end right now; None if SLURM does not answer."""
-    own = ",".join(dict.fromkeys(number.split("_")[0] for number in numbers))
-    command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={own}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "Invalid job id" not in done.stderr:
-        return None
-    return set(done.stdout.split())
 
 
 def _submitit_result(task: "submitit.Job[Any]", seconds: float = 5.0) -> Any:

@@ -60,6 +60,8 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        from optuna.trial import TrialState
+
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         overrides = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(words)}
         fixed = [f"{k}={o.get_value_element_as_str()}" for k, o in overrides.items() if not o.is_sweep_override()]
@@ -76,9 +78,15 @@ class OptunaSweeper(Sweeper):
                 ) from error
             jobs = [[*(f"{key}={value}" for key, value in trial.params.items()), *fixed] for trial in trials]
             self.validate_batch_is_legal(jobs)
-            results = self.launcher.launch(jobs, initial_job_idx=made)
-            scores = [result.return_value for result in results]
-            failed = sum(not _tell(study, *told) for told in zip(trials, scores, strict=True))
+            failed = 0
+            for trial, result in zip(trials, self.launcher.launch(jobs, initial_job_idx=made), strict=True):
+                score = result.return_value
+                if isinstance(score, int | float) and not math.isnan(score):
+                    study.tell(trial, float(score))
+                else:
+                    study.tell(trial, state=TrialState.FAIL)
+                    log.info("trial %d failed", trial.number)
+                    failed += 1
             made += len(trials)
             if failed / len(trials) > self.max_failure_rate:
                 raise TrainingError(
@@ -133,15 +141,3 @@ def distribution(override: Override) -> "BaseDistribution":
         kind = IntDistribution if all(isinstance(value, int) for value in values) else FloatDistribution
         return kind(min(values), max(values), step=abs(sweep.step))
     return CategoricalDistribution(values)
-
-
-def _tell(study: "optuna.Study", trial: "optuna.Trial", score: Any) -> bool:
-    """Whether the trial has a score; without one it is failed."""
-    from optuna.trial import TrialState
-
-    if isinstance(score, int | float) and not math.isnan(score):
-        study.tell(trial, float(score))
-        return True
-    study.tell(trial, state=TrialState.FAIL)
-    log.info("trial %d failed", trial.number)
-    return False

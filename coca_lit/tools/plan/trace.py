@@ -179,25 +179,24 @@ class _Step(nn.Module):
 
 
 def _inputs(step: _Step, caption_tokens: int, batch: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake images, as many as a sample has at most, real tokens and lengths for a step that is made fake, too."""
+    """Fake images, as many as a sample has at most, real tokens and lengths.
+
+    The parameters and buffers of the step are replaced by fake tensors on the CPU, which has all operators, with
+    gradients.
+    """
     size = step.net.image_size
     count = batch * max((getattr(made, "images", 1) for made in step.classifiers), default=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _to_fake(step.train())
+        for module in step.train().modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+                    fake.grad = torch.empty_like(fake) if p.requires_grad else None
+                    module._parameters[name] = fake
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
         images = torch.empty(count, *([frames] if frames else []), 3, size, size, dtype=torch.uint8)
     return images, torch.zeros(batch, caption_tokens, dtype=torch.long), torch.full((batch,), caption_tokens)
-
-
-def _to_fake(net: nn.Module) -> None:
-    """Replaces parameters and buffers by fake tensors on the CPU, which has all operators, and allocates gradients."""
-    for module in net.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-                fake.grad = torch.empty_like(fake) if p.requires_grad else None
-                module._parameters[name] = fake
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 class _Recorder(TorchDispatchMode):
