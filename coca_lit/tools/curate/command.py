@@ -63,17 +63,17 @@ def add_score(commands: "Commands", engine: str) -> None:
     parser.add_argument("--embeddings", action="store_true", help="keep the image embeddings, for dedup cosine=…")
     parser.add_argument("--language", action="store_true", help="identify the language of the captions")
     _add_computation(parser, 64)
-    parser.set_defaults(run=_score, engine=[])
 
+    def run(options: argparse.Namespace) -> None:
+        from coca_lit.tools.checkpoint import chosen_checkpoint
+        from coca_lit.tools.curate.judge import Judgement, claim_outputs, judge_shard
 
-def _score(options: argparse.Namespace) -> None:
-    from coca_lit.tools.checkpoint import chosen_checkpoint
-    from coca_lit.tools.curate.judge import Judgement, claim_outputs, judge_shard
+        checkpoint = chosen_checkpoint(options.checkpoint, offline=False)  # the small model is no judge of data
+        asked = options.output, options.caption_key, options.embeddings, options.language
+        judgement = Judgement(checkpoint, *asked, *_computation(options))
+        _of_all_shards(options, "scoring", "scores", judge_shard, claim_outputs, judgement)
 
-    checkpoint = chosen_checkpoint(options.checkpoint, offline=False)  # the small model is no judge of data
-    asked = options.output, options.caption_key, options.embeddings, options.language
-    judgement = Judgement(checkpoint, *asked, *_computation(options))
-    _of_all_shards(options, "scoring", "scores", judge_shard, claim_outputs, judgement)
+    parser.set_defaults(run=run, engine=[])
 
 
 def add_teach(commands: "Commands", engine: str) -> None:
@@ -87,17 +87,17 @@ def add_teach(commands: "Commands", engine: str) -> None:
     parser.add_argument("--views", type=positive, default=4, help="crops of each image (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: %(default)s)")
     _add_computation(parser, 32)
-    parser.set_defaults(run=_teach, engine=[])
 
+    def run(options: argparse.Namespace) -> None:
+        from coca_lit.tools.checkpoint import chosen_checkpoint
+        from coca_lit.tools.curate.teach import Teaching, claim_outputs, teach_shard
 
-def _teach(options: argparse.Namespace) -> None:
-    from coca_lit.tools.checkpoint import chosen_checkpoint
-    from coca_lit.tools.curate.teach import Teaching, claim_outputs, teach_shard
+        teachers = tuple(chosen_checkpoint(name, offline=False) for name in options.teachers)
+        asked = options.output, tuple(options.caption_keys), options.views, options.seed
+        teaching = Teaching(teachers, *asked, *_computation(options))
+        _of_all_shards(options, "teaching", "embeddings", teach_shard, claim_outputs, teaching)
 
-    teachers = tuple(chosen_checkpoint(name, offline=False) for name in options.teachers)
-    asked = options.output, tuple(options.caption_keys), options.views, options.seed
-    teaching = Teaching(teachers, *asked, *_computation(options))
-    _of_all_shards(options, "teaching", "embeddings", teach_shard, claim_outputs, teaching)
+    parser.set_defaults(run=run, engine=[])
 
 
 def _of_all_shards(

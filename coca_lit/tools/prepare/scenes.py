@@ -65,34 +65,21 @@ def write_shards(folder: Path, count: int, size: int, per_shard: int = 250) -> N
     """
     digits = math.ceil(math.log10(per_shard))
     records = scene_records("train", size, count)
-    for shard, start in enumerate(range(0, count, per_shard)):
-        rows = records[start : start + per_shard]
-        keys = [f"{shard * 10**digits + row:0{5 + digits}d}" for row in range(len(rows))]
-        _write_shard(folder / f"{shard:05d}", keys, rows, size)
-
-
-def _write_shard(stem: Path, keys: list[str], rows: list[Record], size: int) -> None:
-    started = time.time()
     sizes = {"width": size, "height": size, "original_width": size, "original_height": size}
-    with tar_writer(Path(f"{stem}.tar")) as tar:
-        for row, (key, record) in enumerate(zip(keys, rows, strict=True)):
-            image, caption = _jpeg(record.image), record.captions[row % len(record.captions)]
-            about: dict[str, Any] = {"url": f"scenes:{record.id}", "caption": caption, "key": key, "status": "success"}
-            about |= {"error_message": None, **sizes, "exif": "{}", "sha256": hashlib.sha256(image).hexdigest()}
-            meta = json.dumps(about, indent=4).encode()
-            tar.write({"__key__": key, "jpg": image, "txt": caption.encode(), "json": meta})
-    ended = time.time()
-    stats = {
-        "count": len(rows),
-        "successes": len(rows),
-        "failed_to_download": 0,
-        "failed_to_resize": 0,
-        "duration": ended - started,
-        "start_time": started,
-        "end_time": ended,
-        "status_dict": {"success": len(rows)},
-    }
-    _write_json(Path(f"{stem}_stats.json"), stats)
+    for shard, start in enumerate(range(0, count, per_shard)):
+        rows, started = records[start : start + per_shard], time.time()
+        with tar_writer(folder / f"{shard:05d}.tar") as tar:
+            for row, record in enumerate(rows):
+                key, caption = f"{shard * 10**digits + row:0{5 + digits}d}", record.captions[row % len(record.captions)]
+                image, url = _jpeg(record.image), f"scenes:{record.id}"
+                about: dict[str, Any] = {"url": url, "caption": caption, "key": key, "status": "success"}
+                about |= {"error_message": None, **sizes, "exif": "{}", "sha256": hashlib.sha256(image).hexdigest()}
+                meta = json.dumps(about, indent=4).encode()
+                tar.write({"__key__": key, "jpg": image, "txt": caption.encode(), "json": meta})
+        ended = time.time()
+        stats = {"count": len(rows), "successes": len(rows), "failed_to_download": 0, "failed_to_resize": 0}
+        times = {"duration": ended - started, "start_time": started, "end_time": ended}
+        _write_json(folder / f"{shard:05d}_stats.json", {**stats, **times, "status_dict": {"success": len(rows)}})
 
 
 def write_karpathy(folder: Path, count: int, size: int, name: str = "coco") -> None:

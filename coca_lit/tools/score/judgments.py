@@ -350,7 +350,12 @@ def _pascal(path: Path) -> Judged:
             name, *texts = (_text(value) for value in list(row.values())[:3])
             image = stem(name)
             first, second = (found.number(image, text) for text in texts)
-            seen = [_triplet(triplet) for triplet in triplets[number * each : (number + 1) * each]]
+            seen: list[tuple[str, int]] = []  # reference, and 1 if the first caption is more like it, else -1
+            for triplet in triplets[number * each : (number + 1) * each]:
+                reference, _, _, winner = triplet.values()
+                if winner.size != 1 or winner.item() not in (1, -1):
+                    raise ValueError(f"expected a winner, 1 or -1, got {winner!r:.80}")
+                seen.append((" ".join(_text(reference).split()), int(winner.item())))
             if image not in references:
                 own = list(dict.fromkeys(reference for reference, _ in seen))
                 drawn = random.Random(image)
@@ -373,11 +378,3 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a text, got {value!r:.80}")
     return value
-
-
-def _triplet(fields: Mapping[str, Any]) -> tuple[str, int]:
-    """The reference, and the winner of two captions: 1 for the first, -1 for the second."""
-    reference, _, _, winner = fields.values()
-    if winner.size != 1 or winner.item() not in (1, -1):
-        raise ValueError(f"expected a winner, 1 or -1, got {winner!r:.80}")
-    return " ".join(_text(reference).split()), int(winner.item())
