@@ -134,10 +134,8 @@ def dedup_scores(
             f" FROM (SELECT * FROM (SELECT shard, key, {phash}, {_number('best', best)} AS best FROM scores)"
             f" QUALIFY phash IS NULL OR row_number() OVER (PARTITION BY phash ORDER BY {order}) = 1)"
         )
-        if hash_distance is not None:
-            _drop(db, _similar_hashes(db, hash_distance))
-        if cosine is not None:
-            _drop(db, _similar_embeddings(db, cosine))
+        _drop(db, _similar_hashes(db, hash_distance) if hash_distance is not None else [])
+        _drop(db, _similar_embeddings(db, cosine) if cosine is not None else [])
         how = {"hash_distance": hash_distance, "cosine": cosine, "best": best, "against": [*map(str, against)]}
         how["selection"] = str(selection) if selection else None
         rows = _batches(db, "SELECT shard, key FROM left_over ORDER BY shard, key", GROUP)

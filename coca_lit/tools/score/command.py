@@ -24,9 +24,7 @@ two captions. `coca-evaluate evals=judgments` adds the scores of a model."""
 EXAMPLE = "for example: coca-score predictions.json captions_val2014.json"
 
 
-def score(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `coca-score`. Mistakes of the user are one sentence on standard error and exit code 1."""
-    isolate()
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("coca-score", description=DESCRIPTION, epilog=EXAMPLE)
     parser.add_argument("predictions", type=Path, nargs="?", help='[{"image_id": 42, "caption": "a dog"}, ...]')
     parser.add_argument(
@@ -53,6 +51,13 @@ def score(arguments: Sequence[str] | None = None) -> None:
         help="their references (default: Flickr8k.token.txt beside them): that, COCO captions or dataset_*.json",
     )
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
+    return parser
+
+
+def score(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `coca-score`. Mistakes of the user are one sentence on standard error and exit code 1."""
+    isolate()
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.judgments and options.predictions:
         parser.error("--judgments takes no predictions: name their references by --captions")
