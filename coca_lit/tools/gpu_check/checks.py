@@ -55,9 +55,21 @@ def check_gpu(output: Path, quick: bool = False) -> int:
         output: folder for JSON and Markdown.
         quick: measure the smallest model alone.
     """
+    from coca_lit.models import create_model
+
     simulated = torch.cuda.get_device_name() == SIMULATED
     lines = list(_checks(simulated))
-    rows = list(_measurements(["coca_tiny"] if quick or simulated else ["coca_vit_b32", "coca_vit_l14"]))
+    rows: list[dict[str, Any]] = []
+    for name in ["coca_tiny"] if quick or simulated else ["coca_vit_b32", "coca_vit_l14"]:
+        torch.manual_seed(0)
+        net = create_model(name).to("cuda").train()
+        for size in (64, 128, 256) if name != "coca_tiny" else (16,):
+            try:
+                speed = _step_speed(net, size) | _open_clip_speed(name, size)
+            except torch.cuda.OutOfMemoryError:
+                speed = {"samples/s": "out of memory"}
+            rows.append({"model": name, "batch": size} | speed)
+        rows.append({"model": name, "batch": 16} | _caption_speed(net.eval()))
     output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "device": environment(),
@@ -340,21 +352,6 @@ def resumes() -> str:
 
 
 # Measurements
-
-
-def _measurements(presets: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Samples/s, memory and share of the peak of training steps over batch sizes, and captions/s."""
-    from coca_lit.models import create_model
-
-    for name in presets:
-        torch.manual_seed(0)
-        net = create_model(name).to("cuda").train()
-        for size in (64, 128, 256) if name != "coca_tiny" else (16,):
-            try:
-                yield {"model": name, "batch": size} | _step_speed(net, size) | _open_clip_speed(name, size)
-            except torch.cuda.OutOfMemoryError:
-                yield {"model": name, "batch": size, "samples/s": "out of memory"}
-        yield {"model": name, "batch": 16} | _caption_speed(net.eval())
 
 
 def _lengths(size: int, longest: int) -> list[int]:

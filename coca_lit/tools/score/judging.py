@@ -8,7 +8,7 @@ from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
 from coca_lit.runs.scores import score_name
 from coca_lit.tools.score.agreement import TAUS, Agreement, agreement, reference_scores
-from coca_lit.tools.score.judgments import Judged, read_judgments
+from coca_lit.tools.score.judgments import read_judgments
 
 USUAL = "CIDEr"  # with which other scores are compared
 TITLES = {"tau_b": "Kendall's tau-b", "tau_c": "Kendall's tau-c"}
@@ -24,7 +24,17 @@ def judge_files(files: Sequence[Path], captions: Path | None = None) -> dict[str
     everything = [read_judgments(path, captions) for path in files]  # mistakes first: scoring takes minutes
     scores: dict[str, float] = {}
     for judged in everything:
-        print(printable(_heading(judged)), flush=True)
+        images = len({candidate.image for candidate in judged.candidates})
+        parts = [f"{judged.name}: {len(judged.candidates):,} captions of {images:,} images"]
+        if judged.grades:
+            judges = len({grade.judge for grade in judged.grades})
+            several = f" of {judges} judges, each a point of its own (mean grades give other numbers)"
+            parts.append(f"{len(judged.grades):,} grades" + (several if judges > 1 else ""))
+        if judged.preferences:
+            parts.append(f"{len(judged.preferences):,} pairs of which people prefer one")
+        if judged.left_out:
+            parts.append(f"{judged.left_out:,} left out: {judged.why_left_out}")
+        print(printable("; ".join(parts)), flush=True)
         with ProgressBar("SPICE", "captions") as bar:
             found, not_run = reference_scores(judged, progress=bar.reach)
         of = agreement(judged, found)
@@ -37,22 +47,6 @@ def judge_files(files: Sequence[Path], captions: Path | None = None) -> dict[str
             scores |= {f"{judged.name}/{measure}_{name}": draws.score for name, draws in by_score.items()}
         print(flush=True)
     return scores
-
-
-def _heading(judged: Judged) -> str:
-    images = len({candidate.image for candidate in judged.candidates})
-    parts = [f"{judged.name}: {len(judged.candidates):,} captions of {images:,} images"]
-    if judged.grades:
-        judges = len({grade.judge for grade in judged.grades})
-        parts.append(
-            f"{len(judged.grades):,} grades"
-            + (f" of {judges} judges, each a point of its own (mean grades give other numbers)" if judges > 1 else "")
-        )
-    if judged.preferences:
-        parts.append(f"{len(judged.preferences):,} pairs of which people prefer one")
-    if judged.left_out:
-        parts.append(f"{judged.left_out:,} left out: {judged.why_left_out}")
-    return "; ".join(parts)
 
 
 def _table(of: Agreement, measure: str) -> list[str]:

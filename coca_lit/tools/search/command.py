@@ -16,7 +16,7 @@ from coca_lit.tools.caption.command import decoders
 from coca_lit.tools.checkpoint import chosen_checkpoint
 
 if TYPE_CHECKING:
-    from coca_lit.tools.search.index import Hit, ImageIndex
+    from coca_lit.tools.search.index import Hit
 
 
 def search() -> None:
@@ -27,6 +27,7 @@ def search() -> None:
 def run(cfg: DictConfig) -> "list[Hit]":
     """Updates the index if it belongs to a folder, prints the hits and returns them."""
     from coca_lit.data.video import image_file
+    from coca_lit.progress import ProgressBar
     from coca_lit.tools.caption.inputs import FILES
     from coca_lit.tools.caption.outputs import print_rows
     from coca_lit.tools.search.index import ImageIndex
@@ -43,7 +44,14 @@ def run(cfg: DictConfig) -> "list[Hit]":
     if folder is not None:
         index.folder = folder
     if folder is not None or cfg.query is None:
-        _update(index, file, cfg)
+        with ProgressBar("embedding") as progress:
+            changes = index.update(cfg.batch_size, decoders(cfg.num_workers), progress.reach)
+        for reason in changes.unreadable.values():
+            print(printable(f"skipped: {reason}"), file=sys.stderr)
+        if not file.exists() or changes.added or changes.changed or changes.removed:
+            index.save(file)
+            counts = f"{len(changes.added)} added, {len(changes.changed)} changed, {len(changes.removed)} removed"
+            print(f"{file}: {len(index)} images ({counts})", file=sys.stderr)
     if cfg.query is None:
         return []
     query, path = str(cfg.query), Path(str(cfg.query))
@@ -74,19 +82,6 @@ def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
 
         return index_file(path), path
     return path, None
-
-
-def _update(index: "ImageIndex", file: Path, cfg: DictConfig) -> None:
-    from coca_lit.progress import ProgressBar
-
-    with ProgressBar("embedding") as progress:
-        changes = index.update(cfg.batch_size, decoders(cfg.num_workers), progress.reach)
-    for reason in changes.unreadable.values():
-        print(printable(f"skipped: {reason}"), file=sys.stderr)
-    if not file.exists() or changes.added or changes.changed or changes.removed:
-        index.save(file)
-        counts = f"{len(changes.added)} added, {len(changes.changed)} changed, {len(changes.removed)} removed"
-        print(f"{file}: {len(index)} images ({counts})", file=sys.stderr)
 
 
 if __name__ == "__main__":
