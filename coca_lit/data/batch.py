@@ -86,13 +86,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     prefix_lengths: Tensor | None = None
     if any(example.prefix_length > 1 for example in examples):
         prefix_lengths = torch.tensor([example.prefix_length for example in examples])  # (B,)
-    teachers = tuple(map(_stack_teacher, zip(*(example.teachers for example in examples), strict=True)))
-    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, encoded, teachers)
-
-
-def _stack_teacher(rows: "Sequence[Teacher]") -> "Teacher":
-    images, texts = (torch.stack(vectors) for vectors in zip(*(row[:2] for row in rows), strict=True))  # (B, E)
-    return rows[0]._replace(images=images, texts=texts)
+    teachers: list[Teacher] = []
+    for rows in zip(*(example.teachers for example in examples), strict=True):
+        vectors, texts = (torch.stack(found) for found in zip(*(row[:2] for row in rows), strict=True))  # (B, E)
+        teachers.append(rows[0]._replace(images=vectors, texts=texts))
+    return Batch(images, tokens, lengths, keys, bad, sources, prefix_lengths, answers, encoded, tuple(teachers))
 
 
 def _stack(images: "Sequence[Images | EncodedCrop]") -> "tuple[Images, EncodedCrops | None]":

@@ -30,7 +30,14 @@ def urban1k_records(root: str | Path) -> list[Record]:
     present = {
         path.stem: path.name for folder in folders for path in folder.glob("*") if path.suffix.lower() in SUFFIXES
     }
-    listings = [Listing(path.stem, present.get(path.stem, f"{path.stem}.jpg"), (_caption(path),)) for path in files]
+    listings = []
+    for path in files:
+        try:
+            with open_regular(path) as file:
+                caption = file.readline(MAX_CAPTION).decode(errors="replace").strip()  # the first line, as in Long-CLIP
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        listings.append(Listing(path.stem, present.get(path.stem, f"{path.stem}.jpg"), (caption,)))
     return records_on_disk(listings, folders, root / "caption", how)
 
 
@@ -99,12 +106,3 @@ def _first_entries(path: Path, count: int) -> list[Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a readable JSON file: {error}") from error
     return entries
-
-
-def _caption(path: Path) -> str:
-    """The first line, as in Long-CLIP."""
-    try:
-        with open_regular(path) as file:
-            return file.readline(MAX_CAPTION).decode(errors="replace").strip()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error

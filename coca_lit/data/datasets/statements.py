@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
 from coca_lit.data.datasets.annotations import (
     IMAGE_COLUMNS,
@@ -156,8 +155,17 @@ def _pairs(root: Path) -> tuple[Path, list[tuple[Listing, str | None]]]:
     with schema(path, "the pairs'"):
         for number, row in enumerate(read_rows(path), start=1):
             if not columns:
-                columns = _columns(path, row)
-            values = {key: _text(row, name, number) for key, name in columns.items()}
+                names = [*row.keys()]
+                usual = {"image": IMAGE_COLUMNS, "text": TEXT_COLUMNS, "label": LABEL_COLUMNS}
+                columns = {key: column(path, names, of, f"call it {of[0]}") for key, of in usual.items()}
+                second = [name for name in SECOND_COLUMNS if name in names]
+                columns |= {"second": second[0]} if second else {}
+            values = {}
+            for key, name in columns.items():
+                value = str(row[name]) if isinstance(row[name], int) else row[name]
+                if not isinstance(value, str) or not value.strip():
+                    raise TypeError(f"row {number} has {value!r:.80} as {name}, expected a text")
+                values[key] = value.strip()
             further = (values["second"],) if "second" in columns else ()
             kind = row.get("kind")
             made = listing(number, values["image"], (values["label"],), kind or None, values["text"], further)
@@ -165,22 +173,6 @@ def _pairs(root: Path) -> tuple[Path, list[tuple[Listing, str | None]]]:
     if not rows:
         raise DataError(f"{path} holds no rows: {_HOW}")
     return path, rows
-
-
-def _columns(path: Path, row: Any) -> dict[str, str]:
-    names = [*row.keys()]
-    usual = {"image": IMAGE_COLUMNS, "text": TEXT_COLUMNS, "label": LABEL_COLUMNS}
-    columns = {key: column(path, names, of, f"call it {of[0]}") for key, of in usual.items()}
-    second = [name for name in SECOND_COLUMNS if name in names]
-    return columns | ({"second": second[0]} if second else {})
-
-
-def _text(row: Any, name: str, number: int) -> str:
-    """A value that is not empty, a number as a text; raises `TypeError` for another."""
-    value = str(row[name]) if isinstance(row[name], int) else row[name]
-    if not isinstance(value, str) or not value.strip():
-        raise TypeError(f"row {number} has {value!r:.80} as {name}, expected a text")
-    return value.strip()
 
 
 def _named(split: str, names: dict[str, str], data: str) -> str:

@@ -3,7 +3,6 @@ the name of the thing in a box. The model reads and writes boxes as words, the e
 """
 
 import re
-from collections.abc import Iterator
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import VOCABULARY as QUESTION_VOCABULARY
@@ -31,31 +30,22 @@ def scene_place_records(split: str, size: int = 32, count: int | None = None) ->
     for scene in scene_records(split, size, count):
         number = int(scene.id)
         records.append(scene._replace(id=f"{number}/{KINDS[0]}", domain=KINDS[0]))
-        records += [
-            Record(f"{number}/{kind}", scene.image, answer, kind, question)
-            for kind, question, answer in _questions(number, size)
-        ]
+        things = decode(number).things
+        if len(set(things)) == len(things):  # the questions are about another thing each, drawn by the number
+            first = stable_seed("place", number) % len(things)
+            names = [f"a {' '.join(thing)}" for thing in things]
+            places = [box_text(box, size) for box in boxes(number, size)]
+            _, where, what = KINDS
+            records.append(Record(f"{number}/{where}", scene.image, places[first], where, f"where is {names[first]}"))
+            records.append(
+                Record(f"{number}/{what}", scene.image, names[1 - first], what, f"what is at {places[1 - first]}")
+            )
     return records
 
 
 def scene_place_questions(split: str, size: int = 32, count: int | None = None) -> list[Record]:
     """The questions among `scene_place_records`."""
     return [record for record in scene_place_records(split, size, count) if record.question]
-
-
-def _questions(number: int, size: int) -> Iterator[tuple[str, str, str]]:
-    """(kind, question, answer), about another thing of the scene each, drawn by its number."""
-    things = decode(number).things
-    if len(set(things)) < len(things):
-        return
-    first = stable_seed("place", number) % len(things)
-    texts = [
-        (f"a {' '.join(thing)}", box_text(box, size)) for thing, box in zip(things, boxes(number, size), strict=True)
-    ]
-    name, place = texts[first]
-    yield "where", f"where is {name}", place
-    name, place = texts[1 - first]
-    yield "what", f"what is at {place}", name
 
 
 def box_text(box: Edges, size: int) -> str:

@@ -76,7 +76,8 @@ def comparison_records(split: str, size: int = 48, count: int | None = None) -> 
 
     Arguments and errors as of `entailment_records`; the count is of pairs.
     """
-    return _records({"more": _more, "both": _both, "one": _one}, split, size, count)
+    both, one = (partial(_in_pictures, in_both=in_both) for in_both in (True, False))
+    return _records({"more": _more, "both": both, "one": one}, split, size, count)
 
 
 def show(number: int, covered: int | None, size: int = 48) -> Image.Image:
@@ -165,16 +166,13 @@ def _relation(rng: random.Random, draw: Draw) -> list[Case]:
     stays open is about the first of them and the third colour, in that order.
     """
     axis, (a, b, c) = rng.choice([*AXES]), rng.sample([*COLOURS], 3)
-    cases = []
+    before, cases = AXES[axis]["before"], []
     for first, last, third in ((a, b, c), (b, c, a), (c, a, b), (b, a, c), (a, c, b), (c, b, a)):
         shown = Shown(draw(axis, [_colours([first]), _colours([*COLOURS]), _colours([last])]), covered=1)
         pairs = {(first, last): "entailment", (last, first): "contradiction", (first, third): "neutral"}
-        cases.append(Case((shown,), tuple((_before(axis, *pair), label) for pair, label in pairs.items())))
+        texts = ((f"a {one} thing is {before} a {other} thing", label) for (one, other), label in pairs.items())
+        cases.append(Case((shown,), tuple(texts)))
     return cases
-
-
-def _before(axis: str, one: str, other: str) -> str:
-    return f"a {one} thing is {AXES[axis]['before']} a {other} thing"
 
 
 # Comparisons. Each function draws a block of two pairs, in which two texts are true and false, and false and true.
@@ -196,15 +194,7 @@ def _more(rng: random.Random, draw: Draw) -> list[Case]:
     return _opposites(rng, draw, [pair if side == 0 else pair[::-1] for pair in counts], texts)
 
 
-def _both(rng: random.Random, draw: Draw) -> list[Case]:
-    return _in_pictures(rng, draw, "both pictures show a {}", in_both=True)
-
-
-def _one(rng: random.Random, draw: Draw) -> list[Case]:
-    return _in_pictures(rng, draw, "only one picture shows a {}", in_both=False)
-
-
-def _in_pictures(rng: random.Random, draw: Draw, text: str, in_both: bool) -> list[Case]:
+def _in_pictures(rng: random.Random, draw: Draw, in_both: bool) -> list[Case]:
     """Two kinds of things, one of which is in both pictures and the other in one of them."""
     counts = []
     kinds = _two_kinds(rng)
@@ -212,7 +202,9 @@ def _in_pictures(rng: random.Random, draw: Draw, text: str, in_both: bool) -> li
         pair = [{common: rng.choice((1, 2)), rare: 1}, {common: rng.choice((1, 2, 3))}]
         rng.shuffle(pair)
         counts.append((pair[0], pair[1]))
-    return _opposites(rng, draw, counts, [text.format(_singular(kind)) for kind in kinds])
+    what = "both pictures show a" if in_both else "only one picture shows a"
+    texts = [f"{what} {kind}" if kind in SHAPES else f"{what} {kind} thing" for kind in kinds]
+    return _opposites(rng, draw, counts, texts)
 
 
 def _opposites(
@@ -258,7 +250,3 @@ def _others(names: Mapping[str, object], name: str) -> list[str]:
 
 def _plural(name: str) -> str:
     return PLURALS.get(name, f"{name} things")
-
-
-def _singular(name: str) -> str:
-    return name if name in SHAPES else f"{name} thing"

@@ -128,7 +128,12 @@ class LAIONDataModule(CaptionDataModule):
         """
         _ = self.windows  # which refuses what cannot be read
         shards = [shard for of_source in self.shards.values() for shard in of_source]
-        shards = [self._first_shard()] if any(shard.is_remote for shard in shards) else drawn(shards, 8)
+        if any(shard.is_remote for shard in shards):
+            indexes = [index for source in self.sources for index in source.shards]
+            first = self.indices_from(0, 0).part(0)[0].i
+            shards = [indexes[bisect_right([*accumulate(map(len, indexes))], first)].shard]
+        else:
+            shards = drawn(shards, 8)
         records: list[Record] = []
         for shard in shards:
             with suppress(DataError):  # the training counts those
@@ -136,11 +141,6 @@ class LAIONDataModule(CaptionDataModule):
                 of_shard = read_shard(shard, self.caption_keys, BadSamples(1.0), suffixes, self.frames)
                 records += islice(of_shard, math.ceil(count / len(shards)))
         return records
-
-    def _first_shard(self) -> Shard:
-        indexes = [index for source in self.sources for index in source.shards]
-        first = self.indices_from(0, 0).part(0)[0].i
-        return indexes[bisect_right([*accumulate(map(len, indexes))], first)].shard
 
     @cached_property
     def shards(self) -> dict[str, list[Shard]]:

@@ -269,15 +269,14 @@ class IndexedBatches(Sampler[list[Index]]):
         """This rank's samples in a global batch, computed without the batches before it."""
         first, size, patches = self.schedule.at(number)
         order = weighted_round_robin(self.weights, counts_after(first, self.weights))
-        return [Index(*self._sample(source, k), patches) for source, k in islice(order, self.rank, size, self.world)]
-
-    def _sample(self, source: int, k: int) -> tuple[int, int]:
-        """(pass, i) of the `k`-th sample of a source, from 0."""
-        count, batch_size = self.counts[source], self.schedule.batch_size
-        if len(self.sources) == 1 and count >= batch_size:
-            count -= count % batch_size  # only whole batches, as with records
-        turn, place = divmod(k, count)
-        if self._orders.get(source, (None,))[0] != turn:
-            name = [self.sources[source].name] if self.sources[source].name else []
-            self._orders[source] = turn, epoch_order(self.counts[source], self.seed, turn, *name)
-        return turn, self.starts[source] + int(self._orders[source][1][place])
+        samples: list[Index] = []
+        for source, k in islice(order, self.rank, size, self.world):
+            count = self.counts[source]
+            if len(self.sources) == 1 and count >= self.schedule.batch_size:
+                count -= count % self.schedule.batch_size  # only whole batches, as with records
+            turn, place = divmod(k, count)
+            if self._orders.get(source, (None,))[0] != turn:
+                name = [self.sources[source].name] if self.sources[source].name else []
+                self._orders[source] = turn, epoch_order(self.counts[source], self.seed, turn, *name)
+            samples.append(Index(turn, self.starts[source] + int(self._orders[source][1][place]), patches))
+        return samples

@@ -58,6 +58,9 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
     found = {shard: load_index(shard, fallback_dir) for shard in whole}
     made: dict[str, TarIndex] = {}
     if missing := [shard for shard, index in found.items() if index is None]:
+        from rich.console import Console
+        from rich.progress import track
+
         try:
             fallback_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -67,7 +70,12 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
         with FileLock(fallback_dir / ".lock"):
             found |= {shard: load_index(shard, fallback_dir) for shard in missing}
             todo = [shard for shard in missing if found[shard] is None]
-            made = {index.shard.name: index for index in _make_all(todo, fallback_dir)}
+            size = sum(shard.stamp().bytes for shard in todo)
+            new = _local_indexes([shard for shard in todo if not shard.is_remote], fallback_dir)
+            if remote := [cast("RemoteShard", shard) for shard in todo if shard.is_remote]:
+                new = chain(new, _remote_indexes(remote, fallback_dir))
+            shown = track(new, "indexing shards", len(todo), console=Console(stderr=True), disable=size < PER_PROCESS)
+            made = {index.shard.name: index for index in shown}
     indexes = [made[shard.name] if (index := found[shard]) is None else index for shard in whole]
     return [
         keep(index, shard.selection.keys(shard.file_name)) if shard.selection else index
@@ -116,18 +124,6 @@ def make_index(shard: Shard, fallback_dir: Path, file: BinaryIO | None = None) -
     index = TarIndex(shard, stamp, keys, key_ends, places, bad.found)
     write_index(index, index_path(shard, fallback_dir))
     return index
-
-
-def _make_all(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:
-    from rich.console import Console
-    from rich.progress import track
-
-    size = sum(shard.stamp().bytes for shard in shards)
-    made = _local_indexes([shard for shard in shards if not shard.is_remote], fallback_dir)
-    if remote := [cast("RemoteShard", shard) for shard in shards if shard.is_remote]:
-        made = chain(made, _remote_indexes(remote, fallback_dir))
-    console = Console(stderr=True)
-    yield from track(made, "indexing shards", len(shards), console=console, disable=size < PER_PROCESS)
 
 
 def _local_indexes(shards: Sequence[Shard], fallback_dir: Path) -> Iterator[TarIndex]:

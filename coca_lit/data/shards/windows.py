@@ -20,7 +20,6 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor
 
 from coca_lit.data.examples import Index
 from coca_lit.data.loader import epoch_order
@@ -87,7 +86,10 @@ class SourceOrder:
         """(pass, i) of the `k`-th sample of a reader, from 0."""
         turn, number, place = self._place(reader, k)
         if self._shuffled.get(reader, (None,))[0] != (turn, number):
-            self._shuffled[reader] = (turn, number), self._shuffle(reader, turn, number).tolist()
+            pieces = self._pass(reader, turn).windows[number]
+            samples = torch.cat([self.starts[at] + first + torch.arange(count) for at, first, count in pieces])
+            order = epoch_order(len(samples), self.seed, turn, self.source.name, str(reader), str(number))
+            self._shuffled[reader] = (turn, number), samples[order].tolist()
         return turn, self._shuffled[reader][1][place]
 
     def shards(self, reader: int, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -139,12 +141,6 @@ class SourceOrder:
                 first, left, samples, size = first + taken, left - taken, samples - taken, size - taken * each
         if window:
             yield window
-
-    def _shuffle(self, reader: int, turn: int, number: int) -> Tensor:
-        """The samples of a window."""
-        window = self._pass(reader, turn).windows[number]
-        samples = torch.cat([self.starts[piece.shard] + piece.first + torch.arange(piece.samples) for piece in window])
-        return samples[epoch_order(len(samples), self.seed, turn, self.source.name, str(reader), str(number))]
 
     def _between(self, shards: Sequence[int], ends: Sequence[int], start: int, end: int) -> list[Piece]:
         """The samples from `start` to `end` of the shards in this order."""

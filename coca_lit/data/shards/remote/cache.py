@@ -117,9 +117,13 @@ class ShardCache(CacheSettings):
     def _reserve(self, url: str, room: Path, size: int) -> None:
         """Reserves room by a file of that size, which other processes count; removes files until there is enough."""
         with self.accounts():
-            files = sorted(self._files(), key=lambda file: file[1].st_mtime)
+            files: list[tuple[Path, os.stat_result]] = []
+            for path in self.folder.iterdir():  # complete files, and the reservations of downloads
+                if path.suffix not in (LOCK, PARTIAL, READER) and path.name != FETCHED and not path.is_dir():
+                    with suppress(FileNotFoundError):
+                        files.append((path, path.stat()))
             used = sum(status.st_size for _, status in files)
-            for path, status in files:
+            for path, status in sorted(files, key=lambda file: file[1].st_mtime):
                 if used + size <= self.max_bytes:
                     break
                 if not _in_use(path):
@@ -132,13 +136,6 @@ class ShardCache(CacheSettings):
                 )
             with room.open("wb") as file:
                 file.truncate(size)  # takes no blocks on the disk
-
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """What takes room: complete files, and the reservations of downloads."""
-        for path in self.folder.iterdir():
-            if path.suffix not in (LOCK, PARTIAL, READER) and path.name != FETCHED and not path.is_dir():
-                with suppress(FileNotFoundError):
-                    yield path, path.stat()
 
 
 def _in_use(path: Path) -> bool:

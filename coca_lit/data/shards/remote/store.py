@@ -214,7 +214,9 @@ def _final(url: str, error: Exception, patience: float) -> Exception | None:
     """
     if isinstance(error, OSError) and (error.errno in _FULL or isinstance(error.filename, str)):
         return DataError(f"no local copy of {url} can be written: {error.strerror} ({error.filename})")
-    status = _status(error)
+    places = (error, getattr(error, "response", None))
+    codes = (getattr(place, name, None) for place in places for name in ("status", "status_code", "code"))
+    status = next((code for code in codes if isinstance(code, int)), 0)  # of HTTP
     if isinstance(error, FileNotFoundError) or status == 404:
         return _missing(url, patience)
     refused = 400 <= status < 500 and status not in PASSING
@@ -224,30 +226,23 @@ def _final(url: str, error: Exception, patience: float) -> Exception | None:
     return None if passes else error
 
 
-def _status(error: Exception) -> int:
-    """That of HTTP, 0 without one."""
-    places = (error, getattr(error, "response", None))
-    found = (getattr(place, name, None) for place in places for name in ("status", "status_code", "code"))
-    return next((status for status in found if isinstance(status, int)), 0)
-
-
 def _missing(url: str, patience: float) -> Exception:
     """Whether it is the file or the whole bucket that is gone: a bucket is not one of many shards."""
     bucket = "/".join(url.split("/")[:3])
+
+    def exists(store: Any) -> bool:
+        try:
+            store.ls(bucket, detail=True)  # `exists` would take any error for a no
+        except FileNotFoundError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
     _forget(url)
-    if url.startswith("hf://") or _is_web(url) or ask(bucket, patience, lambda store: _exists(store, bucket)):
+    if url.startswith("hf://") or _is_web(url) or ask(bucket, patience, exists):
         return FileNotFoundError(f"{url} does not exist")
     return DataNotFoundError(f"{url}: there is no bucket {bucket}, or it cannot be seen with these credentials")
-
-
-def _exists(store: Any, bucket: str) -> bool:
-    try:
-        store.ls(bucket, detail=True)  # `exists` would take any error for a no
-        return True
-    except FileNotFoundError:
-        return False
-    except PermissionError:
-        return True
 
 
 def _is_web(url: str) -> bool:
