@@ -36,7 +36,8 @@ def save(checkpoint: dict[str, Any], target: Path) -> None:
         target = target / REST
     try:
         with replacing(target) as temporary:
-            needed, free = _bytes(checkpoint), shutil.disk_usage(target.parent).free
+            storages = {(own := t.untyped_storage()).data_ptr(): own.nbytes() for t in _tensors(checkpoint)}
+            needed, free = sum(storages.values()), shutil.disk_usage(target.parent).free
             if free < needed + SPARE:
                 raise OSError(f"it needs {needed / 2**20:.0f} MB and {free / 2**20:.0f} MB are free")
             with temporary.open("wb") as file:
@@ -101,12 +102,6 @@ def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             f"none of the {len(files)} checkpoints in {folder} can be read; ckpt_path=null starts fresh and keeps them"
         )
     return None
-
-
-def _bytes(content: Any) -> int:
-    """Bytes of all tensors in nested containers, shared storage counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(content)}
-    return sum(storages.values())
 
 
 def _tensors(content: Any) -> Iterator[torch.Tensor]:

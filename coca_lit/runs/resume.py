@@ -263,25 +263,20 @@ def rewind_logs(folder: Path, logged_steps: int, step: int, validating: bool = F
     """
     metrics, bad_steps = folder / METRICS, folder / BAD_STEPS
     if metrics.exists():
-        rows = _rows_before(logged_steps, validating, [*csv.reader(whole_lines(metrics))])
+        rows = [*csv.reader(whole_lines(metrics))]
+        header, *others = rows or [[]]
+        column = header.index("step") if "step" in header else 0
+        whole = [row for row in others if len(row) == len(header) and row[column].isdigit()]
+        kept = [row for row in whole if int(row[column]) < logged_steps]
+        if validating:  # the rows of that validation go, too
+            measured = [i for i, name in enumerate(header) if name.startswith("val/")]
+            last = logged_steps - 1
+            kept = [*takewhile(lambda row: int(row[column]) < last or not any(row[i] for i in measured), kept)]
+        rows = [header, *kept] if rows else []
         atomic_write(metrics, "".join(f"{csv_line(row)}\n" for row in rows).encode())
     if bad_steps.exists():
         lines = (line for line in whole_lines(bad_steps) if parse_json(line, str(bad_steps), dict)["step"] < step)
         atomic_write(bad_steps, "".join(lines).encode())
-
-
-def _rows_before(logged_steps: int, validating: bool, rows: list[list[str]]) -> list[list[str]]:
-    """The header of metrics.csv and the rows that stay, see `rewind_logs`."""
-    if not rows:
-        return []
-    header = rows[0]
-    column = header.index("step") if "step" in header else 0
-    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
-    kept = [row for row in whole if int(row[column]) < logged_steps]
-    if validating:  # the rows of that validation go, too
-        measured = [i for i, name in enumerate(header) if name.startswith("val/")]
-        kept = [*takewhile(lambda row: int(row[column]) < logged_steps - 1 or not any(row[i] for i in measured), kept)]
-    return [header, *kept]
 
 
 def resume_command(name: str) -> str:

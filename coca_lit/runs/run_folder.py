@@ -65,14 +65,11 @@ def environment() -> dict[str, Any]:
 
 def command() -> str:
     """The command that started this process, without secrets, as typed in a shell."""
-    return redact(shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]))
-
-
-def _program(path: Path) -> list[str]:
-    """The words that start this program in a shell: coca-train, or python train.py."""
+    path = Path(sys.argv[0])
+    program = ["python", path.name] if path.suffix == ".py" else [path.name]  # or coca-train
     if path.parent.name == "cli":  # python -m coca_lit.cli.evaluate
-        return [f"coca-{path.stem}"]
-    return ["python", path.name] if path.suffix == ".py" else [path.name]
+        program = [f"coca-{path.stem}"]
+    return redact(shlex.join([*program, *sys.argv[1:]]))
 
 
 def commit() -> str:

@@ -188,7 +188,15 @@ def cell(score: str, value: float | None, images: int | None = None) -> str:
     """
     if value is None:
         return ""
-    return f"{in_print_units(score, value):z.{_decimals(score, images)}f}"  # z: no -0
+    if score.endswith("vocabulary"):
+        decimals = 0
+    elif score.endswith(COUNTS):
+        decimals = 1
+    elif images is None or not _times_100(score):
+        decimals = 2
+    else:
+        decimals = 0 if images < 100 else 1 if images < 5000 else 2
+    return f"{in_print_units(score, value):z.{decimals}f}"  # z: no -0
 
 
 def interval_cell(score: str, interval: tuple[float, float], images: int | None = None) -> str:
@@ -200,16 +208,6 @@ def interval_cell(score: str, interval: tuple[float, float], images: int | None 
 def spread_cell(score: str, mean: float, deviation: float, images: int | None = None) -> str:
     """A mean over several runs and its standard deviation."""
     return f"{cell(score, mean, images)} ± {cell(score, deviation, images)}"
-
-
-def _decimals(score: str, images: int | None) -> int:
-    if score.endswith("vocabulary"):
-        return 0
-    if score.endswith(COUNTS):
-        return 1
-    if images is None or not _times_100(score):
-        return 2
-    return 0 if images < 100 else 1 if images < 5000 else 2
 
 
 def print_scores(

@@ -90,19 +90,15 @@ def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     written = dict(metadata or {})
     with replacing(path) as temporary:
         save_file(dict(state), temporary, metadata={**written, DIGEST_KEY: _digest(state, written)})
-        _sort_metadata(temporary)
-
-
-def _sort_metadata(path: Path) -> None:
-    """The library writes metadata in random order: the length of the header (8 bytes), the header, then the data."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) == length:
-            file.seek(8)
-            file.write(text)
+        # The library writes metadata in random order: the length of the header (8 bytes), the header, then the data.
+        with temporary.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+            if len(text) == length:
+                file.seek(8)
+                file.write(text)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

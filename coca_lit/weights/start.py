@@ -148,7 +148,11 @@ def towers(source: CLIP | CoCa, model: CoCa) -> dict[str, Tensor]:
     """
     target = model.state_dict()
     if isinstance(source, CoCa):
-        return {name: _rows(t, target.get(name)) if name == _QUERY else t for name, t in source.state_dict().items()}
+        tensors = dict(source.state_dict())
+        query, wanted = tensors.get(_QUERY), target.get(_QUERY)
+        if query is not None and wanted is not None and query.shape[1:] == wanted.shape[1:]:
+            tensors[_QUERY] = torch.cat([query[: len(wanted)], wanted[len(query) :]])  # (queries, D), as many as wanted
+        return tensors
     _check_same_computation(source, model)
     found: dict[str, Tensor] = {}
     for name, tensor in source.state_dict().items():
@@ -169,13 +173,6 @@ def parts(names: Iterable[str], model: CoCa) -> list[str]:
 
     found = (next(filter(whole, accumulate(name.split("."), "{}.{}".format))) for name in chosen)
     return list(dict.fromkeys(found))
-
-
-def _rows(tensor: Tensor, target: Tensor | None) -> Tensor:
-    """(n, D) cut to the m rows of the target (m, D), or filled up with its last ones."""
-    if target is None or tensor.shape[1:] != target.shape[1:]:
-        return tensor
-    return torch.cat([tensor[: len(target)], target[len(tensor) :]])
 
 
 def _check_same_computation(clip: CLIP, model: CoCa) -> None:
