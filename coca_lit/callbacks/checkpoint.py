@@ -216,7 +216,7 @@ class Checkpoints(L.Callback):
 
     def _link(self) -> None:
         """Gives the last checkpoint its names once it exists: a sharded one is written in the background, and a
-        full disk costs it.
+        full disk costs it. Removes all but the newest checkpoints and the best one.
         """
         if rank() != 0 or self._unlinked is None or not self._path(self._unlinked[0]).exists():
             return
@@ -226,20 +226,20 @@ class Checkpoints(L.Callback):
         except DataError as error:  # a resumed run looks at the files, and links again
             log.warning("%s; training continues", error)
         if score is not None and self._is_best(score):
-            self._link_best(step, score)
-        self._remove_old()
+            try:
+                atomic_link(self.folder / BEST, self._path(step))
+                write_json(self.folder / BEST_SCORE, {"score": self.best, "value": score, "step": step})
+            except DataError as error:
+                log.warning("%s; training continues without this best checkpoint", error)
+        kept = self._best_so_far().get("step")
+        for path in step_files(self.folder)[self.keep_last :]:
+            if kept is None or path != self._path(kept):
+                remove(path)
 
     def _finish_saving(self, trainer: L.Trainer) -> None:
         if (saving := getattr(trainer.strategy, "saving", None)) is not None:  # of `FullySharded`
             saving.finish()
         self._link()
-
-    def _remove_old(self) -> None:
-        """Removes all but the newest checkpoints and the best one."""
-        kept = self._best_so_far().get("step")
-        for path in step_files(self.folder)[self.keep_last :]:
-            if kept is None or path != self._path(kept):
-                remove(path)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}.ckpt"
@@ -264,14 +264,6 @@ class Checkpoints(L.Callback):
         before = self._best_so_far().get("value", math.nan)
         better = value < before if lower_is_better(self.best) else value > before
         return not math.isnan(value) and (better or math.isnan(before))
-
-    def _link_best(self, step: int, score: float) -> None:
-        content = {"score": self.best, "value": score, "step": step}
-        try:
-            atomic_link(self.folder / BEST, self._path(step))
-            write_json(self.folder / BEST_SCORE, content)
-        except DataError as error:
-            log.warning("%s; training continues without this best checkpoint", error)
 
     def _best_so_far(self) -> dict[str, Any]:
         """{"score", "value", "step"} of the best checkpoint by this score; nothing if there is none."""

@@ -223,13 +223,8 @@ class BadSampleLog(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._waiting is not None:
             self._waiting.flush()
-        if rank() == 0 and (found := read_bad_samples(self.folder)):
-            self._count_by_shard(found)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
-
-    def _count_by_shard(self, found: set[BadSample]) -> None:
+        if rank() != 0 or not (found := read_bad_samples(self.folder)):
+            return
         counts = Counter((sample.shard, sample.reason) for sample in found)
         rows = [(shard, reason, count) for (shard, reason), count in sorted(counts.items())]
         lines = map(csv_line, [("shard", "reason", "samples"), *rows])
@@ -237,12 +232,11 @@ class BadSampleLog(L.Callback):
             atomic_write(self.folder / "shards.csv", "".join(f"{line}\n" for line in lines).encode())
         except DataError as error:
             log.warning("%s", error)
-        log.warning(
-            "left out %d bad samples of %d shards, listed in %s",
-            len(found),
-            len({sample.shard for sample in found}),
-            self.folder,
-        )
+        shards = len({sample.shard for sample in found})
+        log.warning("left out %d bad samples of %d shards, listed in %s", len(found), shards, self.folder)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
 
 def read_bad_samples(folder: Path) -> set[BadSample]:

@@ -60,14 +60,11 @@ class MetricsLog(Logger):
         if not self._columns or not self.path.exists():
             self._columns = next(csv.reader(whole_lines(self.path)), [])
         if new := {name for row in rows for name in row if name not in self._columns}:
-            self._widen(sorted([*self._columns, *new]))
+            columns = sorted([*self._columns, *new])
+            before = [[row.get(name, "") for name in columns] for row in csv.DictReader(whole_lines(self.path))]
+            atomic_write(self.path, "".join(f"{csv_line(row)}\n" for row in [columns, *before]).encode())
+            self._columns = columns
         append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns) for row in rows])
-
-    def _widen(self, columns: list[str]) -> None:
-        """Rewrites the rows under a new header, atomically."""
-        rows = [[row.get(name, "") for name in columns] for row in csv.DictReader(whole_lines(self.path))]
-        atomic_write(self.path, "".join(f"{csv_line(row)}\n" for row in [columns, *rows]).encode())
-        self._columns = columns
 
 
 class LogRunFacts(L.Callback):

@@ -53,8 +53,13 @@ def build(node: DictConfig, path: str, offered: Mapping[str, Any] | None = None,
     signature = read_signature(values["_target_"])
     taken = signature.arguments if signature is not None else {}
     objects |= {key: value for key, value in (offered or {}).items() if key not in values and key in taken}
+    node = _without(node)
+    for key in FUNCTIONS:  # Hydra would call these: `_partial_` keeps those that await arguments
+        for name, part in (node.get(key) or {}).items():
+            if isinstance(part, DictConfig) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
+                part["_partial_"] = True
     try:
-        return instantiate(_handing_over(node, path), _convert_="all", **objects)
+        return instantiate(node, _convert_="all", **objects)
     except InstantiationException as error:
         cause = error.__cause__
         if not isinstance(cause, TypeError | ValueError | ModuleNotFoundError):
@@ -71,16 +76,6 @@ def resolve_target(target: Any, path: str) -> Callable[..., Any]:
     if not callable(found) or "." not in target:
         raise ConfigError(f"{path}: '{target}' is a {type(found).__name__}, not a class or a function")
     return cast(Callable[..., Any], found)
-
-
-def _handing_over(node: DictConfig, path: str) -> DictConfig:
-    """The node with `_partial_` beside each function of `FUNCTIONS`, which Hydra would call."""
-    node = _without(node)
-    for key in FUNCTIONS:
-        for name, part in (node.get(key) or {}).items():
-            if isinstance(part, DictConfig) and "_target_" in part and _awaits_arguments(part, f"{path}.{key}.{name}"):
-                part["_partial_"] = True
-    return node
 
 
 def _awaits_arguments(node: DictConfig, path: str) -> bool:

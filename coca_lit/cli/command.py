@@ -195,11 +195,17 @@ def _check(cfg: DictConfig, known: dict[str, Any], groups: Sequence[str]) -> Non
 
 
 def _prepare(config: str, cfg: DictConfig) -> None:
-    """Says what is missing in a checked config, weights included unless the command reads none, before the seconds that
-    PyTorch takes to be imported; and imports what the config wants imported.
+    """Says what is missing or wrong in a checked config, weights included unless the command reads none, before the
+    seconds that PyTorch takes to be imported; and imports what the config wants imported.
     """
     check_complete(unresolved(cfg))
-    _check_values(cfg)
+    if generate := OmegaConf.select(cfg, "scoring.generate"):
+        with error_context("scoring"):
+            check_shared(generate)
+    net = OmegaConf.select(cfg, "model.net")
+    if isinstance(net, DictConfig) and net.get("_target_") == "coca_lit.models.create_model" and net.name != AUTO:
+        with error_context("model.net.name"):
+            preset(net.name)
     for key in FILES if config != "plan" else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
         if isinstance(file, str) and file not in NAMES and not Path(file).expanduser().exists():
@@ -214,17 +220,6 @@ def _prepare(config: str, cfg: DictConfig) -> None:
             import_modules(cfg.imports)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-
-def _check_values(cfg: DictConfig) -> None:
-    """Checks what constructors would refuse after the seconds that PyTorch takes to be imported."""
-    if generate := OmegaConf.select(cfg, "scoring.generate"):
-        with error_context("scoring"):
-            check_shared(generate)
-    net = OmegaConf.select(cfg, "model.net")
-    if isinstance(net, DictConfig) and net.get("_target_") == "coca_lit.models.create_model" and net.name != AUTO:
-        with error_context("model.net.name"):
-            preset(net.name)
 
 
 def _remove_empty(folder: Path) -> None:

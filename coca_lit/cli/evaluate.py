@@ -52,7 +52,8 @@ def with_evals(words: list[str]) -> list[str]:
         path = Path(checkpoint).expanduser()
         if not path.exists() and not checkpoint.startswith(PREFIX) and released(checkpoint) is None:
             return words  # a mistake, which is reported with the others
-        config = _config_of_run(path)
+        folder = next((place for place in (path, *path.parents[:2]) if (place / CONFIG).is_file()), None)
+        config = read_run_yaml(folder, CONFIG) if folder is not None else {}
         evals = config.get("evals")
         scored = [name for name in evals if name in known and evals[name]] if isinstance(evals, dict) else []
         if not scored:
@@ -66,12 +67,6 @@ def with_evals(words: list[str]) -> list[str]:
     if is_first_process():
         print(f"scoring what the run scored: {added[0]}", flush=True)
     return [*words, *added, *(f"{key}={quote(place)}" for key, place in places.items() if key not in given)]
-
-
-def _config_of_run(checkpoint: Path) -> dict[str, Any]:
-    """The config of the run that a checkpoint belongs to; empty if there is none."""
-    folder = next((place for place in (checkpoint, *checkpoint.parents[:2]) if (place / CONFIG).is_file()), None)
-    return read_run_yaml(folder, CONFIG) if folder is not None else {}
 
 
 def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,10 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         objective = OmegaConf.select(config, "scoring.objective")
-        _check_direction(config.hydra.sweeper.get("direction"), objective)
+        direction = config.hydra.sweeper.get("direction")
+        wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
+        if isinstance(direction, str) and direction != wanted:  # a sweeper that searches, such as Optuna's
+            raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
         parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*parameters, *config.hydra.overrides.task])
         fixed = [override for override in overrides if not override.is_sweep_override()]
@@ -170,13 +173,6 @@ def prepare_jobs(config: DictConfig, sweep: str, fixed: Sequence[Override], left
         ]
 
 
-def _check_direction(direction: Any, objective: str | None) -> None:
-    """Raises `ConfigError` if a sweeper that searches, such as Optuna's, would search for the worst runs."""
-    wanted = "minimize" if objective is not None and lower_is_better(objective) else "maximize"
-    if isinstance(direction, str) and direction != wanted:
-        raise ConfigError(f"scoring.objective={objective} needs hydra.sweeper.direction={wanted}, got {direction}")
-
-
 def sweep_score(results: Any, cfg: DictConfig) -> Any:
     """The number that a sweeper asks for: of the scores of a run the one called `scoring.objective`, or the first
     headline score.
@@ -244,15 +240,14 @@ def read_sweep(sweep: Sweep) -> list[dict[str, Any]]:
         overrides = record["overrides"]
         if overrides.keys() - sweep.left_out == sweep.keys - sweep.left_out and fixed.items() <= overrides.items():
             found.append((record, path.parent))
-    return [_row(sweep, *job) for job in sorted(found, key=lambda job: job[0]["begun"])]
-
-
-def _row(sweep: Sweep, record: dict[str, Any], job: Path) -> dict[str, Any]:
-    status, results = record["status"], job / "results.json"
-    scores = read_json(results, dict) if status == "ok" and results.exists() else {}
-    outcome = scores if status == "ok" else {"error": record.get("error", "")}
-    varied = {key: value for key, value in record["overrides"].items() if key not in sweep.left_out}
-    return {"job": job.name, **varied, "status": status, **outcome, "new": record["sweep"] == sweep.id}
+    rows = []
+    for record, job in sorted(found, key=lambda job: job[0]["begun"]):
+        status, results = record["status"], job / "results.json"
+        scores = read_json(results, dict) if status == "ok" and results.exists() else {}
+        outcome = scores if status == "ok" else {"error": record.get("error", "")}
+        varied = {key: value for key, value in record["overrides"].items() if key not in sweep.left_out}
+        rows.append({"job": job.name, **varied, "status": status, **outcome, "new": record["sweep"] == sweep.id})
+    return rows
 
 
 def _text(override: Override) -> str:
