@@ -71,17 +71,14 @@ class Chair:
         self.objects_in = ObjectWords(_synonyms(Path(synonyms)))
         self.annotated: dict[int | str, set[str]] = defaultdict(set)
         for path in files:
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        content = read_json(path, dict, MAX_BYTES)
-        with schema(path, "COCO's instances"):
-            names = {category["id"]: category["name"] for category in content["categories"]}
-            if unknown := [name for name in names.values() if name not in self.objects_in.object_of]:
-                raise DataError(f"the synonyms have no word for the object {unknown[0]!r:.80} of {path}")
-            objects = {id: self.objects_in.object_of[name] for id, name in names.items()}
-            for annotation in content["annotations"]:
-                self.annotated[check_id(annotation["image_id"])].add(objects[annotation["category_id"]])
+            content = read_json(path, dict, MAX_BYTES)
+            with schema(path, "COCO's instances"):
+                names = {category["id"]: category["name"] for category in content["categories"]}
+                if unknown := [name for name in names.values() if name not in self.objects_in.object_of]:
+                    raise DataError(f"the synonyms have no word for the object {unknown[0]!r:.80} of {path}")
+                objects = {id: self.objects_in.object_of[name] for id, name in names.items()}
+                for annotation in content["annotations"]:
+                    self.annotated[check_id(annotation["image_id"])].add(objects[annotation["category_id"]])
 
     def __call__(
         self, records: Sequence[Record | Listing], captions: Mapping[int | str, str]

@@ -13,7 +13,7 @@ from coca_lit.errors import DataError, check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_pairs, log_likelihoods
 from coca_lit.metrics.uncertainty import Resampled, bootstrap, exact
-from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models import DualEncoder
 
 
 class ChoiceScores(Evaluation):
@@ -51,18 +51,24 @@ class ChoiceScores(Evaluation):
         if self.paired:  # a last image whose other one has been cut off is left out
             records = records[: len(records) // 2 * 2]
         units = [record.id for record in records[:: 2 if self.paired else 1]]  # what an interval draws
-        cosines, among_texts = _cosines(model, records, settings)
-        ways = {"": cosines}
+        size, workers = settings.batch_size, settings.workers
+        images, texts, image_of_text = embed_pairs(model, records, size, workers)
+        counts = [len(record.captions) for record in records]
+        ways = {"": list((images[image_of_text] * texts).sum(dim=1).split(counts))}  # of each image (K,)
         if not settings.full:
             return exact(len(units), self._resampled(records, ways[""]))
         if model.decoder is None:
             self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the texts with"
         else:
-            read, blind = _log_likelihoods(model, records, settings)
+            captions = [caption for record in records for caption in record.captions]
+            numbers = torch.arange(len(captions)).split(counts)
+            read = log_likelihoods(model, records, captions, lambda i: numbers[i].tolist(), size, workers)
+            blind = blind_log_likelihoods(model, captions, size).split(counts)  # without the image
             ways["likelihood/"] = read
             ways["pmi/"] = [row - prior for row, prior in zip(read, blind, strict=True)]
         measured = {way: self._resampled(records, found) for way, found in ways.items()}
         if self.right == 2:
+            among_texts = [own @ own.T for own in texts.split(counts)]  # (K, K) of each image
             alike = is_right([torch.cat([row[0, 1:2], row[:2, 2:].flatten()]) for row in among_texts])
             measured["text_only/"] = choice_accuracy(alike, [record.domain for record in records])
         for way, resampled in measured.items():
@@ -74,26 +80,6 @@ class ChoiceScores(Evaluation):
         if self.paired:
             return pair_accuracy(found)
         return choice_accuracy(is_right(found, self.right), [record.domain for record in records])
-
-
-def _cosines(model: DualEncoder, records: Sequence[Record], settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each image (K,) with its texts, and (K, K) of its texts with each other."""
-    images, texts, image_of_text = embed_pairs(model, records, settings.batch_size, settings.workers)
-    cosines = (images[image_of_text] * texts).sum(dim=1)  # (T,)
-    counts = [len(record.captions) for record in records]
-    return list(cosines.split(counts)), [own @ own.T for own in texts.split(counts)]
-
-
-def _log_likelihoods(
-    model: CoCa, records: Sequence[Record], settings: Settings
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Of each image (K,) the log-likelihoods of its texts, with the image and without it."""
-    texts = [caption for record in records for caption in record.captions]
-    counts = [len(record.captions) for record in records]
-    numbers = torch.arange(len(texts)).split(counts)
-    size = settings.batch_size
-    read = log_likelihoods(model, records, texts, lambda i: numbers[i].tolist(), size, settings.workers)
-    return read, blind_log_likelihoods(model, texts, size).split(counts)
 
 
 def is_right(scores: Sequence[Tensor], right: int = 1) -> np.ndarray:

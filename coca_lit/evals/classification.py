@@ -44,15 +44,22 @@ class ZeroShotScores(Evaluation):
         self.class_names = images.class_names
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:
-        ways = {"": self._cosines(model, records, settings)}
+        size, workers, count = settings.batch_size, settings.workers, len(self.class_names)
+        prompts = embed_texts(model, self.prompts, size).unflatten(0, (count, -1))  # (C, P, E)
+        classes = class_features(prompts)  # (C, E)
+        ways = {"": embed_images(model, records, size, workers) @ classes.T}  # (I, C)
         if settings.full and self.likelihood:
             if model.decoder is None:
                 self.not_run[f"{self.name} likelihood"] = "the model has no decoder to read the prompts with"
             else:
-                ways |= self._log_likelihoods(model, records, settings)
+                numbers = range(len(self.prompts))
+                read = torch.stack(log_likelihoods(model, records, self.prompts, lambda _: numbers, size, workers))
+                blind = blind_log_likelihoods(model, self.prompts, size)
+                for way, values in {"likelihood/": read, "pmi/": read - blind}.items():  # (I, C · P)
+                    ways[way] = values.unflatten(1, (count, -1)).mean(dim=2)  # over the prompts of a class
         if settings.full and rank() == 0:
-            found = ways[""].argmax(dim=1).tolist()
-            classified = [(i, self.labels[records[i].id], found[i]) for i in range(len(records))]
+            chosen = ways[""].argmax(dim=1).tolist()
+            classified = [(i, self.labels[records[i].id], chosen[i]) for i in range(len(records))]
             confused = confusion_samples(records, self.class_names, classified)
             settings.write_json("samples", f"{self.name}_confusion.json", confused)
         scores: dict[str, float] = {}
@@ -67,19 +74,6 @@ class ZeroShotScores(Evaluation):
     def compared_texts(self, records: Sequence[Record]) -> Sequence[str]:
         """The prompts of all classes, of which one is chosen, then the classes of the images."""
         return [*self.prompts, *(self.class_names[self.labels[record.id]] for record in records)]
-
-    def _cosines(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> Tensor:
-        """(I, C) of images and classes."""
-        prompts = embed_texts(model, self.prompts, settings.batch_size)  # (C · P, E)
-        classes = class_features(prompts.unflatten(0, (len(self.class_names), -1)))  # (C, E)
-        return embed_images(model, records, settings.batch_size, settings.workers) @ classes.T
-
-    def _log_likelihoods(self, model: CoCa, records: Sequence[Record], settings: Settings) -> dict[str, Tensor]:
-        """(I, C) of images and classes, means over the prompts of a class; with and without p(prompt)."""
-        size, numbers = settings.batch_size, range(len(self.prompts))
-        read = torch.stack(log_likelihoods(model, records, self.prompts, lambda _: numbers, size, settings.workers))
-        ways = {"likelihood/": read, "pmi/": read - blind_log_likelihoods(model, self.prompts, size)}  # (I, C · P)
-        return {way: values.unflatten(1, (len(self.class_names), -1)).mean(dim=2) for way, values in ways.items()}
 
 
 def check_same_classes(name: str, taught: Sequence[str], asked: Sequence[str]) -> None:

@@ -61,7 +61,14 @@ class LabelScores(Evaluation):
         classes = list(settings.classifier.classes)
         logits = settings.classifier.logits(model, records, settings.batch_size, settings.workers)  # (I, N)
         chosen = {record.id: classes[i] for record, i in zip(records, logits.argmax(dim=1).tolist(), strict=True)}
-        found = _ranks(logits, records, classes)
+        numbers = {name: i for i, name in enumerate(classes)}
+        if unknown := [record for record in records if record.captions[0] not in numbers]:
+            raise DataError(
+                f"{len(unknown)} of {len(records)} records have a label that the classifier lacks, e.g. "
+                f"{unknown[0].captions[0]!r:.80}: it was trained on {', '.join(classes[:5])}"
+            )
+        labels = Tensor([numbers[record.captions[0]] for record in records]).long()
+        found = class_ranks(logits, labels).numpy()  # (I,)
         right = {"": found == 0}
         top5 = {"top5": found < 5} if len(classes) >= TOP5 else {}
         if settings.full:
@@ -119,14 +126,3 @@ class LabelScores(Evaluation):
             rights, asked = part(right[""], everything)
             parts["consistency"] = (rights == asked).astype(np.float64), None
         return ratios(parts), list(ids.values())
-
-
-def _ranks(logits: Tensor, records: Sequence[Record], classes: Sequence[str]) -> np.ndarray:
-    """(I,): how many wrong classes come no later than the label; 0 is best. Raises `DataError` for unknown labels."""
-    numbers = {name: i for i, name in enumerate(classes)}
-    if unknown := [record for record in records if record.captions[0] not in numbers]:
-        raise DataError(
-            f"{len(unknown)} of {len(records)} records have a label that the classifier lacks, e.g. "
-            f"{unknown[0].captions[0]!r:.80}: it was trained on {', '.join(classes[:5])}"
-        )
-    return class_ranks(logits, Tensor([numbers[record.captions[0]] for record in records]).long()).numpy()

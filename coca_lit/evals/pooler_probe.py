@@ -97,10 +97,15 @@ class PoolerProbe:
         """Learns the training images with their labels (N,), and classifies the others; the same on every rank."""
         with _frozen(model.image_encoder) as encoder, forked_rng(model.device):
             transform = build_transform(**model.preprocessing)
-            bounds = _shares(len(training), len(images), self._fitting(encoder, transform, training[0], model.device))
+            pixels = loaded(training[0].image, transform)
+            assert isinstance(pixels, Tensor)
+            with torch.no_grad():
+                values = joined(encoder(pixels[None].to(model.device))).numel()
+            fitting = int(self.max_gb * 1e9 // (BYTES * values))  # token maps
+            stored = min(len(training), fitting)  # the training images first, which are read in every epoch
             maps = [
-                TokenMaps(encoder, transform, records, self.cache_dir, stored, model.device, workers)
-                for records, stored in zip((training, images), bounds, strict=True)
+                TokenMaps(encoder, transform, records, self.cache_dir, count, model.device, workers)
+                for records, count in ((training, stored), (images, min(len(images), fitting - stored)))
             ]
             torch.manual_seed(self.seed)  # now: to store tokens takes random numbers too
             with torch.enable_grad():
@@ -123,13 +128,6 @@ class PoolerProbe:
                 optimizer.step()
                 schedule.step()
         return head.eval()
-
-    def _fitting(self, encoder: ImageEncoder, transform: Transform, record: Record, device: torch.device) -> int:
-        """How many token maps fit in `max_gb`."""
-        pixels = loaded(record.image, transform)
-        assert isinstance(pixels, Tensor)
-        with torch.no_grad():
-            return int(self.max_gb * 1e9 // (BYTES * joined(encoder(pixels[None].to(device))).numel()))
 
 
 class ClassPooler(nn.Module):
@@ -200,12 +198,6 @@ class _Items(Dataset[Tensor]):
         pixels = loaded(self.records[i].image, self.transform)
         assert isinstance(pixels, Tensor)
         return pixels
-
-
-def _shares(training: int, others: int, fitting: int) -> tuple[int, int]:
-    """How many of both sets are stored: the training images first, which are read in every epoch."""
-    stored = min(training, fitting)
-    return stored, min(others, fitting - stored)
 
 
 @contextmanager

@@ -237,24 +237,21 @@ def sample_sheet(records: Sequence[Record], captions: Mapping[int | str, str], c
     sheet = Image.new("RGB", (COLUMNS * (CARD + MARGIN) + MARGIN, rows * height + HEADING + MARGIN), "white")
     what = "Answers" if any(record.question for record in chosen) else "Captions"
     note = "Generated (green with a tick: equals a reference); below, in grey, references."
-    start = _head(ImageDraw.Draw(sheet), MARGIN, what, note)
+    draw = ImageDraw.Draw(sheet)
+    start = _head(draw, MARGIN, what, note)
     for i, record in enumerate(chosen):
         corner = (MARGIN + i % COLUMNS * (CARD + MARGIN), start + i // COLUMNS * height)
-        _draw_card(sheet, corner, record, captions[record.id])
+        _paste(sheet, picture(record), corner, CARD)
+        x, y = corner[0], corner[1] + CARD + 4
+        y = _write(draw, x, y, record.question, INK, lines=2)
+        caption = captions[record.id]
+        exact = is_reference(caption, record.captions)
+        if exact:
+            _tick(draw, x, y + 2)
+        y = _write(draw, x + 18 * exact, y, caption or "(empty)", GREEN if exact else INK, lines=3, width=38)
+        for reference in list(dict.fromkeys(record.captions))[:2]:
+            y = _write(draw, x, y, reference, GREY, lines=2)
     return sheet
-
-
-def _draw_card(sheet: Image.Image, corner: tuple[int, int], record: Record, caption: str) -> None:
-    _paste(sheet, picture(record), corner, CARD)
-    draw = ImageDraw.Draw(sheet)
-    x, y = corner[0], corner[1] + CARD + 4
-    y = _write(draw, x, y, record.question, INK, lines=2)
-    exact = is_reference(caption, record.captions)
-    if exact:
-        _tick(draw, x, y + 2)
-    y = _write(draw, x + 18 * exact, y, caption or "(empty)", GREEN if exact else INK, lines=3, width=38)
-    for reference in list(dict.fromkeys(record.captions))[:2]:
-        y = _write(draw, x, y, reference, GREY, lines=2)
 
 
 def _write(

@@ -374,7 +374,19 @@ def tokenize_captions(
     tokenize: Tokenize = ptb_tokenize,
 ) -> Tokens:
     """Tokens of all captions, in one run of the tokenizer. Raises ValueError as `caption_scores` does."""
-    _check_captions(references, predictions)
+    missing = [key for key in references if key not in predictions]
+    unexpected = [key for key in predictions if key not in references]
+    if missing or unexpected or not references:
+        raise ValueError(
+            "predictions and references must be of the same one or more images: "
+            f"{len(missing)} images have no prediction {missing[:5]}, "
+            f"{len(unexpected)} predictions have no references {unexpected[:5]}"
+        )
+    for key, captions in references.items():
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"image {key!r} needs a list of one or more references, got {captions!r}")
+        if not isinstance(predictions[key], str):
+            raise ValueError(f"image {key!r} needs exactly one string as its prediction, got {predictions[key]!r}")
     texts = [*chain.from_iterable(references.values()), *(predictions[key] for key in references)]
     tokens = tokenize(texts)
     if len(tokens) != len(texts):
@@ -399,22 +411,6 @@ def check_metrics(metrics: Sequence[str]) -> None:
         close = get_close_matches(unknown.lower(), folded, n=1)
         hint = f"; did you mean {folded[close[0]]!r}?" if close else ""
         raise ValueError(f"unknown caption metric {unknown!r}, known are {', '.join(SCORERS)}{hint}")
-
-
-def _check_captions(references: Mapping[Id, Sequence[str]], predictions: Mapping[Id, str]) -> None:
-    missing = [key for key in references if key not in predictions]
-    unexpected = [key for key in predictions if key not in references]
-    if missing or unexpected or not references:
-        raise ValueError(
-            "predictions and references must be of the same one or more images: "
-            f"{len(missing)} images have no prediction {missing[:5]}, "
-            f"{len(unexpected)} predictions have no references {unexpected[:5]}"
-        )
-    for key, captions in references.items():
-        if isinstance(captions, str) or not captions:
-            raise ValueError(f"image {key!r} needs a list of one or more references, got {captions!r}")
-        if not isinstance(predictions[key], str):
-            raise ValueError(f"image {key!r} needs exactly one string as its prediction, got {predictions[key]!r}")
 
 
 def clip_scores(images: Tensor, captions: Tensor, references: Tensor, image_of_reference: Tensor) -> dict[str, Tensor]:

@@ -55,18 +55,15 @@ class CiderD:
 
     def __call__(self, image: Hashable, captions: Sequence[Sequence[str]]) -> list[float]:
         """CIDEr-D in [0, 10] of several captions of an image, each given as its words."""
-        references = self._of(image)
-        return [
-            10 * sum(self._similarity(caption, other) for other in references) / (LONGEST * len(references))
-            for caption in map(self._vector, captions)
-        ]
-
-    def _of(self, image: Hashable) -> list[Vector]:
         if image not in self._vectors:
             self._vectors[image] = [self._vector(words) for words in self._references[image]]
             if len(self._vectors) > KEPT:
                 self._vectors.popitem(last=False)
-        return self._vectors[image]
+        references = self._vectors[image]
+        return [
+            10 * sum(self._similarity(caption, other) for other in references) / (LONGEST * len(references))
+            for caption in map(self._vector, captions)
+        ]
 
     def _vector(self, words: Sequence[str]) -> Vector:
         weights: tuple[dict[NGram, float], ...] = tuple({} for _ in range(LONGEST))

@@ -159,22 +159,19 @@ def ptb_tokenize(texts: Sequence[str]) -> list[str]:
         return []
     # One text is one line, so each separator that Java might take for a line end (\r, U+2028, ...) must go first.
     lines = [" ".join(text.split()) for text in texts]
-    tokenized = _run_tokenizer("\n".join(lines) + "\n").removesuffix("\n").split("\n")
-    if len(tokenized) != len(texts):
-        raise JavaError(f"the PTB tokenizer was given {len(texts)} captions and answered with {len(tokenized)} lines")
-    return [" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION) for line in tokenized]
-
-
-def _run_tokenizer(text: str) -> str:
     jar = pycocoevalcap_jar("tokenizer/stanford-corenlp-3.4.1.jar")
     program = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     command = [str(java_executable()), *JVM_FLAGS, *program]
+    # A lone surrogate, which no encoding can hold, becomes a question mark.
+    question = "".join(f"{line}\n" for line in lines).encode(errors="replace")
     try:
-        # A lone surrogate, which no encoding can hold, becomes a question mark.
-        done = subprocess.run(command, input=text.encode(errors="replace"), capture_output=True, timeout=TIME_LIMIT_S)
+        done = subprocess.run(command, input=question, capture_output=True, timeout=TIME_LIMIT_S)
     except subprocess.TimeoutExpired as error:
         raise JavaError(f"the PTB tokenizer did not finish within {TIME_LIMIT_S:.0f} s") from error
     if done.returncode != 0:
         message = done.stderr.decode(errors="replace")[-1000:]
         raise JavaError(f"the PTB tokenizer failed (exit status {done.returncode}): {message}")
-    return done.stdout.decode()
+    tokenized = done.stdout.decode().removesuffix("\n").split("\n")
+    if len(tokenized) != len(texts):
+        raise JavaError(f"the PTB tokenizer was given {len(texts)} captions and answered with {len(tokenized)} lines")
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION) for line in tokenized]

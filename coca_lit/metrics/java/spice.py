@@ -178,8 +178,11 @@ def _start(jars: Path) -> Conversation:
         warnings.warn(f"SPICE keeps no scene graphs: cannot make {cache}: {error.strerror}", stacklevel=4)
         cache = None
     folder = tempfile.TemporaryDirectory(prefix="coca_spice_")  # of native libraries that Java unpacks, and its log
+    library = {"win32": "bin/server/jvm.dll", "darwin": "lib/server/libjvm.dylib"}.get(
+        sys.platform, "lib/server/libjvm.so"
+    )
     settings: dict[str, Any] = {
-        "jvm": str(_jvm(java_executable())),
+        "jvm": str(java_executable().resolve().parents[1] / library),
         "flags": [
             *(*JVM_FLAGS, *OPEN_PACKAGES, "-XX:+IgnoreUnrecognizedVMOptions", *QUIET),
             *("-Xmx4G", f"-Djava.io.tmpdir={folder.name}"),
@@ -192,13 +195,6 @@ def _start(jars: Path) -> Conversation:
     with Path(folder.name, "log").open("wb") as log:  # CoreNLP reports every file that it loads
         command = [sys.executable, "-P", str(worker), json.dumps(settings)]
         return Conversation(command, Path(folder.name), stderr=log, clean_up=folder.cleanup)
-
-
-def _jvm(java: Path) -> Path:
-    """The library of the Java runtime that this ``java`` belongs to."""
-    home = java.resolve().parents[1]
-    names = {"win32": "bin/server/jvm.dll", "darwin": "lib/server/libjvm.dylib"}
-    return home / names.get(sys.platform, "lib/server/libjvm.so")
 
 
 @functools.cache
