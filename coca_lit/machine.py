@@ -46,7 +46,15 @@ def processors(root: Path = Path("/")) -> int:
         root: where /proc and /sys are.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *(int(quota) for quota in _quotas(root))]))
+    cores = [allowed]
+    for folder in _control_groups(root, "cpu"):
+        text = (
+            _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
+        )
+        quota, _, period = text.partition(" ")
+        if quota.strip().isdigit() and period.strip().isdigit():  # not "max", not -1
+            cores.append(int(int(quota) / int(period)))
+    return max(1, min(cores))
 
 
 def memory_bytes(root: Path = Path("/")) -> int:
@@ -55,17 +63,6 @@ def memory_bytes(root: Path = Path("/")) -> int:
     names = ("memory.max", "memory.limit_in_bytes")  # v2, v1
     limits = [_text(folder / name) for folder in _control_groups(root, "memory") for name in names]
     return min([whole, *(int(limit) for limit in limits if limit.isdigit())])  # not "max"
-
-
-def _quotas(root: Path) -> Iterator[float]:
-    """Cores that each control group around this process allows."""
-    for folder in _control_groups(root, "cpu"):
-        text = (
-            _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
-        )
-        quota, _, period = text.partition(" ")
-        if quota.strip().isdigit() and period.strip().isdigit():  # not "max", not -1
-            yield int(quota) / int(period)
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
@@ -120,7 +117,9 @@ class SharedCores(threading.Thread):
             if threads > 1 and missing > (FREE if self.crowded else CROWDED):
                 self._share(max(1, len(self.cores) - round(self.taken)), taken)
             elif self.crowded:
-                self._spread()
+                self.crowded = False
+                self._spread_again.set()
+                self._pin(self.cores)
 
     def _share(self, count: int, taken: Mapping[int, float]) -> None:
         if self.crowded and count == len(self._used) and self._random.random() < 0.5:
@@ -132,11 +131,6 @@ class SharedCores(threading.Thread):
         if not was_crowded:  # last, since a new thread takes over the cores of this one
             self._spread_again.clear()
             threading.Thread(target=self._sleep_at_once, daemon=True).start()
-
-    def _spread(self) -> None:
-        self.crowded = False
-        self._spread_again.set()
-        self._pin(self.cores)
 
     def _sleep_at_once(self) -> None:
         """While libgomp manages more threads than there are cores, a thread looks a hundred times before it sleeps

@@ -47,16 +47,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             scale = (variance + self.eps).rsqrt()
             scale = scale * self.weight if self.affine else scale
             shift = self.bias - mean * scale if self.affine else -mean * scale
-            self._update_running(mean.detach(), variance.detach() * count / max(count - 1, 1))
+            if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+                weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                unbiased = variance.detach() * count / max(count - 1, 1)
+                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), weight)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), weight)
             return (wide * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
-
-    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked += 1
-        weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), weight)
 
 
 def use_global_batch_norms(module: nn.Module) -> None:

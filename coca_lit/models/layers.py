@@ -267,25 +267,22 @@ class Pooling(nn.Module, ABC):
         """
         if not isinstance(tokens, EncodedFrames):
             return self.pool(tokens, contrastive, captioning)
-        clips = self._placed(tokens)
+        if self.frame_positions is not None:
+            frames, known = tokens.rows.shape[1], len(self.frame_positions)
+            if frames != known:
+                raise DataError(
+                    f"the model has positions for {known} frames, got clips of {frames}: set frames={known}"
+                )
+            tokens = EncodedFrames(tokens.rows + self.frame_positions)
         if self.frame_pooling == "tokens":
-            return self.pool(self.joined(clips), contrastive, captioning)
-        pooled = self.pool(clips.rows.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
-        vector, rows = (None if x is None else x.unflatten(0, clips.rows.shape[:2]).mean(dim=1) for x in pooled)
+            return self.pool(self.joined(tokens), contrastive, captioning)
+        pooled = self.pool(tokens.rows.flatten(0, 1), contrastive, captioning)  # (B · F, E) and (B · F, Q, E)
+        vector, rows = (None if x is None else x.unflatten(0, tokens.rows.shape[:2]).mean(dim=1) for x in pooled)
         return vector, rows
 
     def joined(self, clips: EncodedFrames) -> Tensor:
         """The tokens of all frames as `pool` takes those of an image."""
         return joined(clips)
-
-    def _placed(self, clips: EncodedFrames) -> EncodedFrames:
-        """With learned positions added, if the model has them."""
-        if self.frame_positions is None:
-            return clips
-        frames, known = clips.rows.shape[1], len(self.frame_positions)
-        if frames != known:
-            raise DataError(f"the model has positions for {known} frames, got clips of {frames}: set frames={known}")
-        return EncodedFrames(clips.rows + self.frame_positions)
 
     @abstractmethod
     def pool(self, tokens: Any, contrastive: bool, captioning: bool) -> tuple[Tensor | None, Tensor | None]:

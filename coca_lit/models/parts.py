@@ -138,18 +138,14 @@ def run(function: Callable[..., Tensor], *arguments: Any, recompute: bool) -> Te
     """`function(*arguments)`, whose activations are kept for the backward pass or computed again there."""
     if not recompute:
         return function(*arguments)
-    return checkpoint(_without_cached_casts(function), *arguments, use_reentrant=False)
-
-
-def _without_cached_casts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Autocast keeps its casts of all weights until the forward pass ends; here they are freed with the activations."""
 
     def call(*arguments: Any) -> Tensor:
+        # Autocast would keep its casts of all weights until the forward pass ends: here they go with the activations.
         device = next(x.device.type for x in arguments if isinstance(x, Tensor))
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             return function(*arguments)
 
-    return call
+    return checkpoint(call, *arguments, use_reentrant=False)
 
 
 def _is_part(name: str, pattern: str) -> bool:

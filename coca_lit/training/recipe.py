@@ -101,12 +101,18 @@ def choose(facts: Facts) -> list[Choice]:
     views = min(6, max(2, epochs // 3))
     if facts.weights is not None or 2 * views * photos * VIEW_BYTES > facts.free_bytes:
         views = 0
+    if views:
+        why = f"views of each photo, encoded once: {views * photos * VIEW_BYTES / 1e6:,.0f} MB"
+    elif facts.weights:
+        why = "the encoder runs in every step"
+    else:
+        why = "no room for stored views, so the encoder runs in every step"
     workers = min(facts.cores - 1, 8) if photos >= 1000 else 0
     averaged = min(max(steps / 10, 10), 200)  # steps
     return [
         Choice("data.batch_size", batch, "a quarter of the photos, at most 256 on a GPU and 128 on a CPU"),
         Choice("trainer.max_epochs", epochs, f"{steps:,} steps; the more photos, the less often each is seen"),
-        Choice("data.cached_augmentations", views, _why_views(views, facts)),
+        Choice("data.cached_augmentations", views, why),
         Choice("data.num_workers", workers, "the cores but one; none below 1,000 photos"),
         Choice("model.warmup_steps", min(steps // 10, 200), "a tenth of the steps, at most 200"),
         Choice("ema", round(1 - 1 / averaged, 3), "averages the weights of the last tenth of the steps"),
@@ -167,17 +173,6 @@ def vocabulary(counts: Counter[str]) -> tuple[int | None, str]:
                 f"{len(known):,} words, each in the captions at least {least}x; {unknown:.1%} of the text is unknown",
             )
     return None, f"byte pairs, since there are {len(counts):,} different words"
-
-
-def _why_views(views: int, facts: Facts) -> str:
-    if views:
-        size = views * facts.photos * VIEW_BYTES / 1e6
-        return f"views of each photo, encoded once: {size:,.0f} MB"
-    return (
-        "the encoder runs in every step"
-        if facts.weights
-        else "no room for stored views, so the encoder runs in every step"
-    )
 
 
 def _free_bytes(folder: str | None) -> int:

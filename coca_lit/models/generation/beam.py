@@ -49,7 +49,9 @@ class BeamSearch:
         """Captions (B, K, L), best first; scores are -inf where there are fewer than K possible ones."""
         start, (count, length) = prompts.shortest, prompts.ids.shape
         result = self._nothing(prompts, count)
-        opened, closed = self._first(prompts), self._nothing(prompts, count)
+        opened, closed = self._nothing(prompts, count), self._nothing(prompts, count)
+        opened.ids[:, :, :start] = prompts.ids[:, None, :start]  # the only open caption of each image
+        opened.scores[:, 0] = opened.log_probs[:, 0] = 0
         active = torch.arange(count, device=prompts.ids.device)  # images in the batch
         done = torch.zeros_like(active, dtype=torch.bool)  # which of them are done
         logits = decoding.begin(prompts.ids[:, :start], self.num_beams)
@@ -89,13 +91,6 @@ class BeamSearch:
         nothing = torch.full((count, self.num_beams), NEVER, device=ids.device)
         return Hypotheses(ids, nothing, nothing.clone())
 
-    def _first(self, prompts: Prompts) -> Hypotheses:
-        """The prompt as the only open caption of each image."""
-        opened = self._nothing(prompts, len(prompts.ids))
-        opened.ids[:, :, : prompts.shortest] = prompts.ids[:, None, : prompts.shortest]
-        opened.scores[:, 0] = opened.log_probs[:, 0] = 0
-        return opened
-
     def _candidates(self, opened: Hypotheses, logits: Tensor, prompts: Prompts, position: int) -> Candidates:
         log_probs = logits.log_softmax(dim=-1)  # (B · K, V)
         legacy = self.scoring == "openclip_legacy"
@@ -110,19 +105,14 @@ class BeamSearch:
         sums = (opened.scores.view(-1, 1) + best).view(of_image)
         likelihoods = (opened.log_probs.view(-1, 1) + chosen).view(of_image)
         sums, which = sums.topk(2 * self.num_beams)  # (B, 2K)
-        candidates = Candidates(which // choices, tokens.gather(1, which), sums, likelihoods.gather(1, which))
-        return self._obey_prompts(candidates, opened, prompts.ids[:, position, None])
-
-    def _obey_prompts(self, candidates: Candidates, opened: Hypotheses, forced: Tensor) -> Candidates:
-        """Where a prompt forces a token (B, 1), all open captions take it, in order and at no cost."""
-        free = forced == UNFORCED
-        order = torch.arange(2 * self.num_beams, device=forced.device) % self.num_beams
-        source, tokens, scores, log_probs = candidates
+        # Where a prompt forces a token, all open captions take it, in order and at no cost.
+        forced = prompts.ids[:, position, None]  # (B, 1)
+        free, order = forced == UNFORCED, torch.arange(2 * self.num_beams, device=forced.device) % self.num_beams
         return Candidates(
-            source.where(free, order),
-            tokens.where(free, forced),
-            scores.where(free, opened.scores[:, order]),
-            log_probs.where(free, opened.log_probs[:, order]),
+            (which // choices).where(free, order),
+            tokens.gather(1, which).where(free, forced),
+            sums.where(free, opened.scores[:, order]),
+            likelihoods.gather(1, which).where(free, opened.log_probs[:, order]),
         )
 
     def _close(

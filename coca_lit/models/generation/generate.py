@@ -14,7 +14,6 @@ from coca_lit.models.generation.state import Decoding, Hypotheses, Prompts, enco
 from coca_lit.models.patches import Images, Patches
 from coca_lit.models.preprocessing import expect_pixels
 from coca_lit.models.text import expect_decoder
-from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from coca_lit.models.coca import CoCa
@@ -156,7 +155,11 @@ def _order(
     lengths = caption_lengths(ids, model.tokenizer.eot_id)
     log_probs = sums / (lengths - prompts.lengths[:, None])  # (B, N)
     if options.cut_at:
-        ids = _cut(ids, options.cut_at.encode(), model.tokenizer)
+        text, tokenizer = options.cut_at.encode(), model.tokenizer
+        stops = torch.tensor([i for i, token in enumerate(tokenizer.token_bytes) if text in token], device=ids.device)
+        stop = torch.isin(ids, stops)
+        after = stop.cumsum(dim=-1)
+        ids = ids.where(after == 0, tokenizer.pad_id).where(~stop | (after > 1), tokenizer.eot_id)
         lengths = caption_lengths(ids, model.tokenizer.eot_id)
     captions = Captions(ids, scores, log_probs)
     if vector is not None:
@@ -170,14 +173,6 @@ def _order(
         ids = ids.gather(1, order[:, :, None].expand_as(ids))
         captions = Captions(ids, *(part.gather(1, order) for part in (mixed, log_probs, cosines)))
     return captions.map(lambda part: part[:, : options.captions])
-
-
-def _cut(ids: Tensor, text: bytes, tokenizer: Tokenizer) -> Tensor:
-    """Captions (B, N, L) that end before the first token that contains a text."""
-    stops = torch.tensor([i for i, token in enumerate(tokenizer.token_bytes) if text in token], device=ids.device)
-    stop = torch.isin(ids, stops)
-    after = stop.cumsum(dim=-1)
-    return ids.where(after == 0, tokenizer.pad_id).where(~stop | (after > 1), tokenizer.eot_id)
 
 
 def _attention(model: "CoCa", ids: Tensor, image_tokens: Tensor) -> Tensor:

@@ -186,7 +186,14 @@ def complete(options: Mapping[str, Any]) -> Options:
             )
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
-        _check_value(name, value)
+        option, hint = OPTIONS[name], get_args(GenerateOptions.__annotations__[name])[0]
+        choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
+        if choices and value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        kind = value_type(name)
+        if kind is not str:
+            bounds = {"at_least": option.at_least, "above": option.above, "at_most": option.at_most}
+            check_number(name, value, whole=kind is int, **bounds)
     given = PRESETS.get(given.get("preset", ""), {}) | given
     found = Options({name: given.get(name, option.default) for name, option in OPTIONS.items()})
     _check_combination(found, given)
@@ -208,17 +215,6 @@ def check_shared(options: Mapping[str, Any]) -> None:
         complete(options)
     except ValueError as error:
         raise ValueError(f"generate: {error}") from error
-
-
-def _check_value(name: str, value: Any) -> None:
-    option, hint = OPTIONS[name], get_args(GenerateOptions.__annotations__[name])[0]
-    choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
-    if choices and value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-    kind = value_type(name)
-    if kind is not str:
-        bounds = {"at_least": option.at_least, "above": option.above, "at_most": option.at_most}
-        check_number(name, value, whole=kind is int, **bounds)
 
 
 def _check_combination(options: Options, given: Mapping[str, Any]) -> None:
