@@ -130,8 +130,16 @@ class NonFiniteGuard(L.Callback):
             return False
         (step, keys, numbers), self._measured = self._measured, None
         bad, loss = numbers.read()
-        if self.spike:
-            self._judge_loss(step, keys, loss)
+        if self.spike and math.isfinite(loss):
+            if len(self._losses) >= WARM_UP:
+                median = statistics.median(self._losses)
+                sigma = MAD_TO_SIGMA * statistics.median(abs(x - median) for x in self._losses)
+                if loss > median + self.spike * max(sigma, 0.01 * abs(median)):  # a constant loss has no spread
+                    self.spikes += 1
+                    self._write(step, "loss spike", {"loss": loss, "median": median}, keys)
+                    said = f"{loss:.4g}, median {median:.4g} (samples in {self.path})"
+                    print_rank_zero(f"loss spike at step {step}: {said}")
+            self._losses.append(loss)
         if not bad:
             self.in_a_row = 0
             return False
@@ -149,19 +157,6 @@ class NonFiniteGuard(L.Callback):
     ) -> None:
         if self.spikes and is_logged_step(trainer):  # in every row, since few spikes fall on a logged step
             pl_module.log("loss_spikes", float(self.spikes))
-
-    def _judge_loss(self, step: int, keys: list[str], loss: float) -> None:
-        """Notes the loss of a step, and a spike if it was one."""
-        if not math.isfinite(loss):
-            return
-        if len(self._losses) >= WARM_UP:
-            median = statistics.median(self._losses)
-            sigma = MAD_TO_SIGMA * statistics.median(abs(x - median) for x in self._losses)
-            if loss > median + self.spike * max(sigma, 0.01 * abs(median)):  # a constant loss has no spread
-                self.spikes += 1
-                self._write(step, "loss spike", {"loss": loss, "median": median}, keys)
-                print_rank_zero(f"loss spike at step {step}: {loss:.4g}, median {median:.4g} (samples in {self.path})")
-        self._losses.append(loss)
 
     def _write(self, step: int, reason: str, numbers: dict[str, float], keys: list[str]) -> None:
         everything = [key for part in gather_objects(keys) for key in part]

@@ -282,15 +282,11 @@ def _options(config: str, group: str, search: tuple[str, ...]) -> tuple[str, ...
 def filled_help(template: str, config: str, words: Sequence[str]) -> str:
     """The template in `conf/hydra/help` with the options of all config groups."""
     groups = {*options_of(config, "", words)} - {"hydra", "experiment"}
-    for place, listed in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
-        lines = [f"{group}: {', '.join(options_of(config, group, words))}" for group in listed]
+    for place, named in (("$APP_CONFIG_GROUPS", sorted(groups)), ("$EVALUATIONS", ["evals"])):
+        lines = [f"{group}: {', '.join(options_of(config, group, words))}" for group in named]
         filled = [textwrap.fill(line, width=150, subsequent_indent="  ") for line in lines]
         template = template.replace(place, "\n".join(filled))
-    return template.replace("$EXPERIMENTS", _experiments(config, words))
-
-
-def _experiments(config: str, words: Sequence[str]) -> str:
-    """All experiments by task, a line each: the task and the first sentence are comments at the top of the file."""
+    # Experiments by task, a line each: the task and the first sentence are comments at the top of the file.
     folders = [CONF, *map(Path, re.findall(r"file://([^\"',\]]+)", " ".join(words)))]
     tasks: dict[str, list[str]] = {}
     for name in options_of(config, "experiment", words):
@@ -299,7 +295,8 @@ def _experiments(config: str, words: Sequence[str]) -> str:
         text = " ".join(itertools.takewhile(lambda line: not re.match(r"[A-Z]\w+:\s", line), lines))
         task = next((line.removeprefix("Task:").strip() for line in lines if line.startswith("Task:")), "others")
         tasks.setdefault(task, []).append(f"    {name:26}{re.split(r'[.:;](?: |$)', text, maxsplit=1)[0]}")
-    return "\n".join("\n".join([f"  {task}", *experiments]) for task, experiments in tasks.items())
+    listed = "\n".join("\n".join([f"  {task}", *experiments]) for task, experiments in tasks.items())
+    return template.replace("$EXPERIMENTS", listed)
 
 
 def first_example(template: str, config: str) -> str:

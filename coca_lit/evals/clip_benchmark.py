@@ -56,7 +56,10 @@ def clip_benchmark(
         DataNotFoundError, DataError: as `classified_shards`.
     """
     remote = "://" in str(root)
-    names = datasets if datasets is not None else ON_HUB if remote else _in_folder(Path(root))
+    names = datasets if datasets is not None else ON_HUB
+    if datasets is None and not remote:  # with class names or a type; also within folders, such as vtab/caltech101
+        marks = [f"{depth}/{name}" for depth in ("*", "*/*") for name in (CLASS_NAMES, TYPE)]
+        names = sorted({path.parent.relative_to(root).as_posix() for mark in marks for path in Path(root).glob(mark)})
     if not names:
         raise not_found("data sets", [root], HOW)
     evaluations: list[Evaluation] = []
@@ -68,12 +71,6 @@ def clip_benchmark(
         else:
             evaluations.append(ZeroShotScores(flat, classified_shards(folder, split), every=every))
     return evaluations
-
-
-def _in_folder(root: Path) -> list[str]:
-    """Folders with class names or a type, and those within folders, such as vtab/caltech101."""
-    marks = [f"{depth}/{name}" for depth in ("*", "*/*") for name in (CLASS_NAMES, TYPE)]
-    return sorted({path.parent.relative_to(root).as_posix() for mark in marks for path in root.glob(mark)})
 
 
 @dataclass(frozen=True)

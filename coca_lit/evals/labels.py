@@ -72,7 +72,15 @@ class LabelScores(Evaluation):
         right = {"": found == 0}
         top5 = {"top5": found < 5} if len(classes) >= TOP5 else {}
         if settings.full:
-            right |= self._blind(records)
+            if self.training_records is not None:
+                try:
+                    training = [record for record in self.training_records() if record.captions]
+                except DataError as error:  # the training split need not lie beside the one that is scored
+                    self.not_run[f"{self.name} blind"] = str(error)
+                else:
+                    pairs = [(record.question, record.captions[0]) for record in training]
+                    guesses = blind_answers({record.id: record.question for record in records}, pairs)
+                    right["blind/"] = np.array([guesses[record.id] == record.captions[0] for record in records])
             if rank() == 0:
                 rows = [{"id": id, "label": label} for id, label in chosen.items()]
                 settings.write_json("predictions", f"{self.name}.json", rows)
@@ -83,18 +91,6 @@ class LabelScores(Evaluation):
             return exact(len(units), resampled)
         self.draws = bootstrap(units, resampled)
         return {score: draws.score for score, draws in self.draws.items()}
-
-    def _blind(self, records: Sequence[Record]) -> dict[str, np.ndarray]:
-        """Whether the blind guess of each record is right (I,), if there are training records."""
-        if self.training_records is None:
-            return {}
-        try:
-            pairs = [(record.question, record.captions[0]) for record in self.training_records() if record.captions]
-        except DataError as error:  # the training split need not lie beside the one that is scored
-            self.not_run[f"{self.name} blind"] = str(error)
-            return {}
-        guesses = blind_answers({record.id: record.question for record in records}, pairs)
-        return {"blind/": np.array([guesses[record.id] == record.captions[0] for record in records])}
 
     def _resampled(
         self, records: Sequence[Record], right: dict[str, np.ndarray], top5: dict[str, np.ndarray]

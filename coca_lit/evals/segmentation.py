@@ -69,33 +69,24 @@ class SegmentationScores(Evaluation):
         known = grids(model, self.training.records, settings)  # (N, C, h, w)
         deviation, mean = torch.std_mean(known, dim=(0, 2, 3), keepdim=True)
         deviation = deviation.clamp_min(1e-6)
-        features, labels = self._sampled((known - mean) / deviation)
-        weights, biases = linear_classifier(features, labels, len(self.images.class_names), self.c)
-        logits = torch.einsum("kc,ichw->ikhw", weights.float(), (grids(model, records, settings) - mean) / deviation)
-        logits += biases.float()[:, None, None]
-        resampled = mean_iou(*self._overlaps(logits))
-        if settings.full:
-            self.draws = bootstrap([record.id for record in records], resampled)
-        return exact(len(records), resampled)
-
-    def _sampled(self, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (N · pixels, C) of random pixels of the training images, and their classes."""
         generator = torch.Generator().manual_seed(0)
-        features, labels = [], []
-        for grid, mask in _with_masks(known, self.training):
+        features, labels = [], []  # (pixels, C) and (pixels,) of each training image, at random
+        for grid, mask in _with_masks((known - mean) / deviation, self.training):
             chosen = torch.randint(mask.numel(), (self.pixels,), generator=generator)
             features.append(_at_pixels(grid, mask)[:, chosen].T)
             labels.append(mask.flatten()[chosen])
-        return torch.cat(features), torch.cat(labels)
-
-    def _overlaps(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels (I, K) of each image that are of a class and found, that are of it or found, and that are of it."""
-        classes, rows = torch.arange(logits.shape[1])[:, None], []
+        classes = len(self.images.class_names)
+        weights, biases = linear_classifier(torch.cat(features), torch.cat(labels), classes, self.c)
+        logits = torch.einsum("kc,ichw->ikhw", weights.float(), (grids(model, records, settings) - mean) / deviation)
+        logits += biases.float()[:, None, None]
+        numbers, rows = torch.arange(classes)[:, None], []
         for grid, mask in _with_masks(logits, self.images):
-            found, true = _at_pixels(grid, mask).argmax(dim=0) == classes, mask.flatten() == classes  # (K, H·W)
-            rows.append(torch.stack([(found & true).sum(1), (found | true).sum(1), true.sum(1)]))
-        counts = torch.stack(rows, dim=1).double().numpy()  # (3, I, K)
-        return counts[0], counts[1], counts[2]
+            found, true = _at_pixels(grid, mask).argmax(dim=0) == numbers, mask.flatten() == numbers  # (K, H·W)
+            rows.append(torch.stack([(found & true).sum(1), (found | true).sum(1), true.sum(1)]))  # (3, K)
+        resampled = mean_iou(*torch.stack(rows, dim=1).double().numpy())  # (I, K) each
+        if settings.full:
+            self.draws = bootstrap([record.id for record in records], resampled)
+        return exact(len(records), resampled)
 
 
 def grids(model: CoCa, records: Sequence[Record], settings: Settings) -> Tensor:

@@ -5,7 +5,7 @@ models compute alike, and a run that starts from weights takes these facts from 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,8 +59,16 @@ def facts(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, _REGULARISERS) or "Drop" in kind:
             continue
         found[path or "model"] = kind
-        for name, value in _constants(module):
-            found[f"{path}.{name}" if path else name] = value
+        prefix = f"{path}." if path else ""
+        for name, value in vars(module).items():
+            if name.startswith("_") or name in _TRAINING or name in _SIZES or "drop" in name:
+                continue
+            if isinstance(value, bool | int | float | str):
+                found[prefix + name] = value
+            elif isinstance(value, tuple) and all(isinstance(part, bool | int | float | str) for part in value):
+                found[prefix + name] = list(value)
+            elif isinstance(value, dict) and name == "preprocessing":
+                found |= {prefix + key: part for key, part in value.items() if key not in _SIZES}
     stored = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name not in stored and buffer.numel() <= _CONSTANT:
@@ -74,18 +82,6 @@ def fingerprint(model: nn.Module) -> str:
     """
     about = getattr(model, "config", None) or facts(model)  # a CLIP has no `config`
     return digest(json.dumps(about, sort_keys=True), model.state_dict().items())
-
-
-def _constants(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        if name.startswith("_") or name in _TRAINING or name in _SIZES or "drop" in name:
-            continue
-        if isinstance(value, bool | int | float | str):
-            yield name, value
-        elif isinstance(value, tuple) and all(isinstance(part, bool | int | float | str) for part in value):
-            yield name, list(value)
-        elif isinstance(value, dict) and name == "preprocessing":
-            yield from ((key, part) for key, part in value.items() if key not in _SIZES)
 
 
 def difference(ours: nn.Module, theirs: nn.Module, parts: tuple[str, ...] = ("",)) -> str | None:

@@ -86,12 +86,9 @@ class NaFlexEncoder(ImageEncoder):
         trunk: Any = self.trunk
         # Padding is no key. As a query it may see the image: what becomes of it is never read.
         mask = images.key_mask(trunk.num_prefix_tokens)
-        found = trunk.forward_features(self._normalised(images.rows), images.coords, attn_mask=mask)
-        return EncodedPatches(found["patches"][:, trunk.num_prefix_tokens :], images.grids)
-
-    def _normalised(self, rows: Tensor) -> Tensor:
-        """rows (B, N, P·P·3), the channel fastest, -> the same shape"""
         mean, std = self.normalise.mean.flatten(), self.normalise.std.flatten()
-        if not is_raw(rows):
-            return rows.to(mean.dtype)
-        return ((rows.unflatten(-1, (-1, 3)).to(mean.dtype) / 255 - mean) / std).flatten(-2)
+        rows = images.rows.to(mean.dtype)  # (B, N, P·P·3), the channel fastest
+        if is_raw(images.rows):
+            rows = ((rows.unflatten(-1, (-1, 3)) / 255 - mean) / std).flatten(-2)
+        found = trunk.forward_features(rows, images.coords, attn_mask=mask)
+        return EncodedPatches(found["patches"][:, trunk.num_prefix_tokens :], images.grids)

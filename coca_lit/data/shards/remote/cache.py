@@ -54,7 +54,12 @@ class ShardCache(CacheSettings):
         path = self.path(url, expected)
         reader = FileLock(_beside(path, f".{uuid.uuid4().hex}{READER}"), thread_local=False)
         try:
-            while not self._hold(path, reader):
+            while True:
+                with self.accounts():
+                    if path.exists():
+                        reader.acquire()  # keeps it in the cache
+                        os.utime(path)
+                        break
                 with FileLock(_beside(path, LOCK)):  # one process downloads, the others wait
                     if not path.exists():
                         self._download(url, path, expected, check)
@@ -77,15 +82,6 @@ class ShardCache(CacheSettings):
     def accounts(self) -> AbstractContextManager[Any]:
         """Held by the one process of a machine that adds up or changes what takes room."""
         return FileLock(self.folder / ".accounts.lock")
-
-    def _hold(self, path: Path, reader: FileLock) -> bool:
-        """Keeps a file in the cache while `reader` is locked; False if it is not there."""
-        with self.accounts():
-            if not path.exists():
-                return False
-            reader.acquire()
-            os.utime(path)
-            return True
 
     def _download(self, url: str, path: Path, expected: Stored | None, check: Callable[[Path], None] | None) -> None:
         """By the process that holds the download lock of `path`."""
