@@ -42,23 +42,22 @@ def read_texts(files: TextFiles) -> list[str]:
         if not paths:
             raise not_found("texts", [pattern], "data.text takes .txt, .jsonl and caption files, or patterns of them")
         for path in map(Path, paths):
-            texts += _read(path)
+            if path.suffix == ".json" or path.name.endswith(".json.gz"):
+                for item in read_references(path, "train"):
+                    texts += clean_captions(item.captions)
+                continue
+            if path.suffix not in (".txt", ".jsonl"):
+                raise DataError(f"{path} is neither a .txt, a .jsonl nor a caption file (.json, .json.gz)")
+            try:
+                with open_regular(path) as file:
+                    lines = [line for line in (line.decode(errors="replace").strip() for line in file) if line]
+            except OSError as error:
+                raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+            rows = lines if path.suffix == ".txt" else (_text(path, *row) for row in enumerate(lines, start=1))
+            texts += clean_captions(rows)
     if not texts:
         raise DataError(f"{', '.join(patterns)} hold no text")
     return texts
-
-
-def _read(path: Path) -> Sequence[str]:
-    if path.suffix == ".json" or path.name.endswith(".json.gz"):
-        return [caption for item in read_references(path, "train") for caption in clean_captions(item.captions)]
-    if path.suffix not in (".txt", ".jsonl"):
-        raise DataError(f"{path} is neither a .txt, a .jsonl nor a caption file (.json, .json.gz)")
-    try:
-        with open_regular(path) as file:
-            lines = [line for line in (line.decode(errors="replace").strip() for line in file) if line]
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return clean_captions(lines if path.suffix == ".txt" else (_text(path, *row) for row in enumerate(lines, start=1)))
 
 
 def _text(path: Path, number: int, line: str) -> str:

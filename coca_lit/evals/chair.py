@@ -66,9 +66,18 @@ class Chair:
     def __init__(self, synonyms: str | Path, instances: str | Path | Sequence[str | Path]) -> None:
         files = [Path(file) for file in ([instances] if isinstance(instances, str | Path) else instances)]
         how = "CHAIR needs synonyms.txt of github.com/LisaAnne/Hallucination and COCO's instances_val2014.json"
-        for path in (Path(synonyms), *files):
+        words = Path(synonyms)
+        for path in (words, *files):
             find_file("a file of CHAIR", [path], how)
-        self.objects_in = ObjectWords(_synonyms(Path(synonyms)))
+        try:
+            with open_regular(words) as file:
+                text = file.read(MAX_SYNONYMS + 1).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{words} cannot be read: {error}") from error
+        groups = [[word.strip() for word in line.split(",") if word.strip()] for line in text.splitlines()]
+        if len(text) > MAX_SYNONYMS or not any(groups):
+            raise DataError(f"{words} must hold a line for each object, its name and other words for it")
+        self.objects_in = ObjectWords([group for group in groups if group])
         self.annotated: dict[int | str, set[str]] = defaultdict(set)
         for path in files:
             content = read_json(path, dict, MAX_BYTES)
@@ -91,18 +100,6 @@ class Chair:
             self.annotated.get(record.id, set()).union(*map(self.objects_in, record.captions)) for record in records
         ]
         return chair(named, shown)
-
-
-def _synonyms(path: Path) -> list[list[str]]:
-    try:
-        with open_regular(path) as file:
-            text = file.read(MAX_SYNONYMS + 1).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    groups = [[word.strip() for word in line.split(",") if word.strip()] for line in text.splitlines()]
-    if len(text) > MAX_SYNONYMS or not any(groups):
-        raise DataError(f"{path} must hold a line for each object, its name and other words for it")
-    return [group for group in groups if group]
 
 
 class ObjectWords:

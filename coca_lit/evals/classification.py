@@ -147,7 +147,12 @@ class ProbeScores(Evaluation):
         votes = votes - torch.arange(classes, device=votes.device) / (classes + 1)
         ways = {"knn": votes, "linear": seen.double() @ weights.T + biases}
         if self.pooler is not None and settings.full:
-            ways |= self._pooled(self.pooler, model, records, taught, settings)
+            if not isinstance(model, CoCa) or model.image_encoder.takes_patches:
+                self.not_run[f"{self.name} pooler"] = "the probe takes a CoCa whose images have one shape"
+            else:
+                probed = self.pooler.probe(model, self.training.records, taught, records, classes, settings.workers)
+                weights, biases = linear_classifier(probed.train_means, taught.cpu(), classes, self.c)
+                ways |= {"pooler": probed.logits, "mean": probed.means.double() @ weights.T + biases}  # of tokens
         scores: dict[str, float] = {}
         for way, found in ways.items():
             accuracy = ZeroShotAccuracy(resample=settings.full)
@@ -160,15 +165,3 @@ class ProbeScores(Evaluation):
             self.draws["pooler_gain/top1"] = Draws(values, gain.value, self.draws["pooler/top1"].units)
             scores |= {"pooler_gain/top1": gain.value, "pooler_gain/p": gain.p}
         return scores
-
-    def _pooled(
-        self, pooler: "PoolerProbe", model: DualEncoder, records: Sequence[Record], taught: Tensor, settings: Settings
-    ) -> dict[str, Tensor]:
-        """(I, C) of the pooler and of a linear classifier on the means of tokens, for a model with such tokens."""
-        if not isinstance(model, CoCa) or model.image_encoder.takes_patches:
-            self.not_run[f"{self.name} pooler"] = "the probe takes a CoCa whose images have one shape"
-            return {}
-        classes = len(self.images.class_names)
-        found = pooler.probe(model, self.training.records, taught, records, classes, settings.workers)
-        weights, biases = linear_classifier(found.train_means, taught.cpu(), classes, self.c)
-        return {"pooler": found.logits, "mean": found.means.double() @ weights.T + biases}

@@ -67,7 +67,10 @@ def distillation_loss(
 
     differentiate = any(map(wants_gradient, inputs))
     with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False), torch.no_grad():
-        sides = [_of_all_ranks(teacher, images) for teacher in teachers]
+        sides = [  # own images (B, E), the texts of all ranks (W·B, E) and the scale (1,), as wide as the student's
+            (its.images.to(images.dtype), gather(its.texts).to(images.dtype), images.new_tensor([its.logit_scale]))
+            for its in teachers
+        ]
         over_texts, over_images, _ = log_sums(*inputs, own, rows)
         teacher_sums = [log_sums(*side, own, rows) for side in sides]
         if differentiate:
@@ -77,9 +80,3 @@ def distillation_loss(
                 errors(tile_rows)
     loss = total / (2 * len(images))
     return with_gradients(loss, gradients, inputs) if differentiate else loss
-
-
-def _of_all_ranks(teacher: Teacher, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Own images (B, E), the texts of all ranks (W·B, E) and the scale (1,), as wide as the student's."""
-    scale = like.new_tensor([teacher.logit_scale])
-    return teacher.images.to(like.dtype), gather(teacher.texts).to(like.dtype), scale

@@ -93,7 +93,14 @@ class Signals:
         if number == slurm_signal() and trainer.is_global_zero:
             requeue()
         trainer.strategy.barrier("stop")
-        _wait_for_first_process(trainer)
+        from lightning.pytorch.plugins.environments import LightningEnvironment
+
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and trainer.local_rank != 0:
+            # The first process kills those that Lightning started for it as soon as it sees one of them gone.
+            parent, until = os.getppid(), time.monotonic() + 20
+            while os.getppid() == parent and time.monotonic() < until:
+                time.sleep(0.05)
         raise SystemExit(_exit_code(number))
 
     def _note(self, number: int, frame: FrameType | None) -> Any:
@@ -109,15 +116,3 @@ class Signals:
 
 def _exit_code(number: int) -> int:
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-
-def _wait_for_first_process(trainer: "L.Trainer", seconds: float = 20.0) -> None:
-    """The first process kills those that Lightning started for it as soon as it sees one of them gone."""
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    if not isinstance(environment, LightningEnvironment) or trainer.local_rank == 0:
-        return
-    parent, until = os.getppid(), time.monotonic() + seconds
-    while os.getppid() == parent and time.monotonic() < until:
-        time.sleep(0.05)

@@ -107,16 +107,16 @@ def check_held_out(training: Sequence[Record], sets: Mapping[str, Sequence[Recor
         if not shared and by_size:
             some = [path for path in drawn(paths, COMPARED) if path.is_file()]
             looked_at = len(some)
-            shared = [path for path in some if any(_same(path, p) for p in by_size.get(path.stat().st_size, ()))]
+            shared = [
+                path
+                for path in some
+                if any(filecmp.cmp(path, p, shallow=False) for p in by_size.get(path.stat().st_size, ()))
+            ]
         if shared:
             _warn(
                 f"{len(shared)} of {looked_at} photos of {name} are trained on too, e.g. {shared[0].name}: "
                 "scores on them say little; leave them out of one"
             )
-
-
-def _same(one: Path, other: Path) -> bool:
-    return filecmp.cmp(one, other, shallow=False)
 
 
 def _warn(sentence: str) -> None:

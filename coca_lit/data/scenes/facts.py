@@ -97,28 +97,24 @@ def scene_facts(
     Objects and attributes count as often as they are stated. A relation is true if some pair of neighbours, in that
     direction, is as both objects are described.
     """
-    rows = [_counts(statement(written[record.id]), statement(record.captions[0])) for record in records]
-    counts = np.array(rows, dtype=np.float64).reshape(-1, 3, 3)  # (images, kind of fact, true and stated or all)
+    rows = []
+    for record in records:
+        stated, true = statement(written[record.id]), statement(record.captions[0])
+        left, found = list(true.relations), 0
+        for first, second in stated.relations if stated.axis == true.axis else []:
+            fitting = [pair for pair in left if first.fits(pair[0]) and second.fits(pair[1])]
+            if fitting:
+                left.remove(fitting[0])
+                found += 1
+        kinds = ((stated.objects, true.objects), (stated.attributes, true.attributes))
+        counts = [((one & other).total(), one.total(), other.total()) for one, other in kinds]
+        rows.append([*counts, (found, len(stated.relations), len(true.relations))])
+    table = np.array(rows, dtype=np.float64).reshape(-1, 3, 3)  # (images, kind of fact, true and stated or all)
     parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for i, fact in enumerate(("object", "attribute", "relation")):
-        both, stated, true = counts[:, i].T
-        parts |= {f"{fact}_precision": (both, stated), f"{fact}_recall": (both, true)}
+        both, said, there = table[:, i].T
+        parts |= {f"{fact}_precision": (both, said), f"{fact}_recall": (both, there)}
     return parts
-
-
-def _counts(stated: Statement, true: Statement) -> list[tuple[int, int, int]]:
-    """Of each kind of fact: how many are stated and true, stated, true."""
-    left, found = list(true.relations), 0
-    for first, second in stated.relations if stated.axis == true.axis else []:
-        fitting = [pair for pair in left if first.fits(pair[0]) and second.fits(pair[1])]
-        if fitting:
-            left.remove(fitting[0])
-            found += 1
-    return [
-        ((stated.objects & true.objects).total(), stated.objects.total(), true.objects.total()),
-        ((stated.attributes & true.attributes).total(), stated.attributes.total(), true.attributes.total()),
-        (found, len(stated.relations), len(true.relations)),
-    ]
 
 
 def scene_choice_records(split: str, size: int = 32, count: int | None = None) -> list[Record]:

@@ -120,7 +120,10 @@ class Spice:
         rows: list[dict[str, float | None]] = []
         with self._lock:
             try:
-                process = self._running(jars)
+                if self._process is None or not self._process.alive() or jars != self._jars:
+                    self.close()
+                    self._process, self._jars = _start(jars), jars
+                process = self._process
                 with process.deadline(SILENCE_LIMIT_S):
                     process.send(question)
                 while len(rows) < len(hypotheses):
@@ -150,12 +153,6 @@ class Spice:
         if self._process is not None:
             self._process.kill()
 
-    def _running(self, jars: Path) -> Conversation:
-        if self._process is None or not self._process.alive() or jars != self._jars:
-            self.close()
-            self._process, self._jars = _start(jars), jars
-        return self._process
-
 
 def corpus_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over images: of the whole over all of them, as the official scorer has it; of a category over the images
@@ -175,14 +172,12 @@ def _start(jars: Path) -> Conversation:
         assert cache is not None
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        warnings.warn(f"SPICE keeps no scene graphs: cannot make {cache}: {error.strerror}", stacklevel=4)
+        warnings.warn(f"SPICE keeps no scene graphs: cannot make {cache}: {error.strerror}", stacklevel=3)
         cache = None
     folder = tempfile.TemporaryDirectory(prefix="coca_spice_")  # of native libraries that Java unpacks, and its log
-    library = {"win32": "bin/server/jvm.dll", "darwin": "lib/server/libjvm.dylib"}.get(
-        sys.platform, "lib/server/libjvm.so"
-    )
+    libraries = {"win32": "bin/server/jvm.dll", "darwin": "lib/server/libjvm.dylib"}
     settings: dict[str, Any] = {
-        "jvm": str(java_executable().resolve().parents[1] / library),
+        "jvm": str(java_executable().resolve().parents[1] / libraries.get(sys.platform, "lib/server/libjvm.so")),
         "flags": [
             *(*JVM_FLAGS, *OPEN_PACKAGES, "-XX:+IgnoreUnrecognizedVMOptions", *QUIET),
             *("-Xmx4G", f"-Djava.io.tmpdir={folder.name}"),

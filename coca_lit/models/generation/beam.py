@@ -50,7 +50,7 @@ class BeamSearch:
         start, (count, length) = prompts.shortest, prompts.ids.shape
         result = self._nothing(prompts, count)
         opened, closed = self._nothing(prompts, count), self._nothing(prompts, count)
-        opened.ids[:, :, :start] = prompts.ids[:, None, :start]  # the only open caption of each image
+        opened.ids[:, :, :start] = prompts.ids[:, None, :start]  # the prompt is the only open caption
         opened.scores[:, 0] = opened.log_probs[:, 0] = 0
         active = torch.arange(count, device=prompts.ids.device)  # images in the batch
         done = torch.zeros_like(active, dtype=torch.bool)  # which of them are done

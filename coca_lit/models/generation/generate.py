@@ -154,7 +154,7 @@ def _order(
     ids, scores, sums = hypotheses
     lengths = caption_lengths(ids, model.tokenizer.eot_id)
     log_probs = sums / (lengths - prompts.lengths[:, None])  # (B, N)
-    if options.cut_at:
+    if options.cut_at:  # captions end before the first token that contains it
         text, tokenizer = options.cut_at.encode(), model.tokenizer
         stops = torch.tensor([i for i, token in enumerate(tokenizer.token_bytes) if text in token], device=ids.device)
         stop = torch.isin(ids, stops)
