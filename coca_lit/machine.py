@@ -5,7 +5,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -115,22 +115,21 @@ class SharedCores(threading.Thread):
             threads = torch.get_num_threads()
             missing = threads + self.taken - len(self.cores)
             if threads > 1 and missing > (FREE if self.crowded else CROWDED):
-                self._share(max(1, len(self.cores) - round(self.taken)), taken)
+                count = max(1, len(self.cores) - round(self.taken))
+                if self.crowded and count == len(self._used) and self._random.random() < 0.5:
+                    continue  # two processes must not move together for ever
+                # Only for a better place, as a move costs caches.
+                load = {core: taken[core] - 0.3 * (core in self._used) for core in self.cores}
+                order = sorted(self.cores, key=lambda core: (load[core], self._random.random()))
+                was_crowded, self.crowded = self.crowded, True
+                self._pin(order[:count])
+                if not was_crowded:  # last, since a new thread takes over the cores of this one
+                    self._spread_again.clear()
+                    threading.Thread(target=self._sleep_at_once, daemon=True).start()
             elif self.crowded:
                 self.crowded = False
                 self._spread_again.set()
                 self._pin(self.cores)
-
-    def _share(self, count: int, taken: Mapping[int, float]) -> None:
-        if self.crowded and count == len(self._used) and self._random.random() < 0.5:
-            return  # two processes must not move together for ever
-        # Only for a better place, as a move costs caches.
-        order = sorted(self.cores, key=lambda core: (taken[core] - 0.3 * (core in self._used), self._random.random()))
-        was_crowded, self.crowded = self.crowded, True
-        self._pin(order[:count])
-        if not was_crowded:  # last, since a new thread takes over the cores of this one
-            self._spread_again.clear()
-            threading.Thread(target=self._sleep_at_once, daemon=True).start()
 
     def _sleep_at_once(self) -> None:
         """While libgomp manages more threads than there are cores, a thread looks a hundred times before it sleeps
