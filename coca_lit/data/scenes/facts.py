@@ -106,9 +106,11 @@ def scene_facts(
             if fitting:
                 left.remove(fitting[0])
                 found += 1
-        kinds = ((stated.objects, true.objects), (stated.attributes, true.attributes))
-        counts = [((one & other).total(), one.total(), other.total()) for one, other in kinds]
-        rows.append([*counts, (found, len(stated.relations), len(true.relations))])
+        rows += [
+            ((stated.objects & true.objects).total(), stated.objects.total(), true.objects.total()),
+            ((stated.attributes & true.attributes).total(), stated.attributes.total(), true.attributes.total()),
+            (found, len(stated.relations), len(true.relations)),
+        ]
     table = np.array(rows, dtype=np.float64).reshape(-1, 3, 3)  # (images, kind of fact, true and stated or all)
     parts: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for i, fact in enumerate(("object", "attribute", "relation")):
