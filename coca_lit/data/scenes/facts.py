@@ -97,7 +97,7 @@ def scene_facts(
     Objects and attributes count as often as they are stated. A relation is true if some pair of neighbours, in that
     direction, is as both objects are described.
     """
-    rows = []
+    rows: list[tuple[int, int, int]] = []
     for record in records:
         stated, true = statement(written[record.id]), statement(record.captions[0])
         left, found = list(true.relations), 0
