@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def main() -> None:
     use_fp32_matmul("auto")
     products = {name: fastest_product(dtype, repetitions) for name, dtype in PRECISIONS.items()}
     reading = fastest_reading(repetitions)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, dtype in PRECISIONS.items():
         flops, seconds = training_step(dtype, repetitions)
         reached = {"reached": flops / seconds / 1e9, "peak": products[name] / 1e9}
@@ -50,7 +51,7 @@ def main() -> None:
             rows.append({"case": case, "limit": "memory, GB/s", **reached})
     record(
         Path(__file__).with_suffix(".csv"),
-        [row | {"share": float(row["reached"]) / float(row["peak"]), "repetitions": repetitions} for row in rows],
+        [row | {"share": row["reached"] / row["peak"], "repetitions": repetitions} for row in rows],
     )
 
 

@@ -186,7 +186,7 @@ def their_step(model: nn.Module, images: Tensor, texts: Tensor, bf16: bool) -> S
     return step
 
 
-def fused_step(model: nn.Module, called: nn.Module, images: Tensor, texts: Tensor, bf16: bool) -> Step:
+def fused_step(model: Any, called: Callable[..., Any], images: Tensor, texts: Tensor, bf16: bool) -> Step:
     """OpenCLIP's step without logits of padding: its decoder leaves out the last product, and the loss has it.
 
     Args:
