@@ -42,7 +42,7 @@ def _scores(rows: dict[str, Row], runs: Sequence[str], scores: Sequence[str]) ->
         values = [cell(score, float(value)) if (value := rows[run].get(score)) else "" for run in shown]
         interval = interval_cell(score, intervals[score]) if score in intervals else ""
         lines.append([score_name(score), *values, interval])
-    header = ["score", *(titles[run] for run in shown), "95 % interval as shipped"]
+    header = ["score", *(titles[run] for run in shown), "95 % interval"]
     return with_about(header, lines, [rows[run] for run in shown if run != TRAINED])
 
 
