@@ -50,7 +50,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "limits": Layout(
         {"case": "what", "limit": "bound by"},
-        {"reached": "reached", "peak": "peak of the machine", "share, %": "share"},
+        {"reached": "reached", "peak of the machine": "peak", "share of the peak, %": "share"},
     ),
     "native_aspect": Layout(
         {"case": "batch of"},
