@@ -31,8 +31,8 @@ def main() -> None:
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for record, logits in zip(records, classifier.logits(model, records), strict=True):
         names = "colours" if any(word in COLOURS for word in record.question.split()) else "shapes"
-        right[record.domain, names].append(classifier.classes[int(logits.argmax())] == record.captions[0])
-    lines = [[*key, len(found), f"{100 * sum(found) / len(found):.1f}"] for key, found in sorted(right.items())]
+        right[record.domain or "", names].append(classifier.classes[int(logits.argmax())] == record.captions[0])
+    lines = [[*key, str(len(found)), f"{100 * sum(found) / len(found):.1f}"] for key, found in sorted(right.items())]
     print(markdown(Table("", ["kind", "names", "statements", "right, %"], lines)))
 
 
