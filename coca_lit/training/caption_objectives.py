@@ -138,7 +138,7 @@ class ContrastiveOfCaptions(OfFeatures):
         if batch.prefix_lengths is not None:
             caption = to_device(batch.prefix_lengths == 1, texts.device).float()
         captions = gather(caption)  # (W·B,)
-        own = torch.arange(len(texts), device=texts.device) + rank() * len(texts)  # pairs among those of all ranks
+        own = torch.arange(len(texts), device=texts.device) + rank() * len(texts)  # of all ranks' pairs
         with exact_fp32(images.device), torch.autocast(images.device.type, enabled=False):
             sides, left_out = (wide(images), wide(texts)), (captions - 1) * 1e4  # exp(-1e4) = 0
             losses = [

@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/limits.py
 
-A step is bound by matrix products: its FLOPs, as `coca-plan` counts them, over those of the fastest large product. A
-token is bound by memory: the bytes of weights and of cached keys and values that it reads, over the fastest reading.
+A step is bound by matrix products: its FLOP/s, with FLOPs as `coca-plan` counts them, over the FLOP/s of the fastest
+large product. A token is bound by memory: the bytes of weights and of cached keys and values that it reads, per second,
+over the fastest reading.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.models.kernels import packed_weights
 from coca_lit.models.kernels.process import use_fp32_matmul
 from coca_lit.tools.plan.trace import cost
-from experiments.benchmarks.harness import caption_batch
+from experiments.benchmarks.harness import caption_batch, interleaved
 from experiments.benchmarks.record import record
 from experiments.benchmarks.train_step import our_step
 
@@ -57,13 +57,7 @@ def main() -> None:
 
 def fastest(work: Callable[[], object], repetitions: int) -> float:
     """CPU seconds of the fastest of some turns after the first."""
-    work()
-    seconds = []
-    for _ in range(repetitions):
-        began = time.process_time()
-        work()
-        seconds.append(time.process_time() - began)
-    return min(seconds)
+    return min(interleaved({"": work}, repetitions)[""])
 
 
 def fastest_product(dtype: torch.dtype, repetitions: int) -> float:

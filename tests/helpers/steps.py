@@ -1,11 +1,17 @@
 """Training steps of a rank, with its part of a batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from coca_lit.data.batch import Batch
 from coca_lit.distributed import rank, world_size
 from coca_lit.lit_module import CoCaLit
+from coca_lit.models import create_model
+from coca_lit.training.objectives import Objective
+from coca_lit.training.optim import AdamW
 
 PAIRS = 6
 ENCODER = {
@@ -35,3 +41,25 @@ def own_batch(model: nn.Module, step: int) -> Batch:
     share = PAIRS // world_size()
     own = slice(rank() * share, (rank() + 1) * share)
     return Batch(images[own], tokens[own, : lengths[own].max()], lengths[own], [""] * share)
+
+
+def trained_with(
+    objective: Objective,
+    batch: Callable[[nn.Module, int], Batch],
+    contrastive_weight: float,
+    micro_batch_size: int | None,
+) -> dict[str, Tensor]:
+    """Weights after two steps with a further objective, on this rank's part of each batch."""
+    torch.manual_seed(0)
+    net = create_model("coca_tiny", **ENCODER).train()
+    weights, objectives = (contrastive_weight, 2.0), {"further": objective}
+    module = CoCaLit(net, AdamW(lr=0.0), 0, *weights, micro_batch_size=micro_batch_size, objectives=objectives)
+    step: nn.Module = Step(module)
+    if world_size() > 1:
+        step = DistributedDataParallel(step)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for i in range(2):
+        optimizer.zero_grad()
+        step(batch(net, i)).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters()}

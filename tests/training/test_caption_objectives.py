@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from coca_lit.data.batch import Batch, padded
 from coca_lit.distributed import rank, world_size
@@ -16,7 +15,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.training.caption_objectives import ContrastiveOfCaptions, ParallelPrediction, PrefixPrompts
 from coca_lit.training.optim import AdamW
 from helpers.running import run
-from helpers.steps import ENCODER, PAIRS, Step, own_batch
+from helpers.steps import ENCODER, PAIRS, own_batch, trained_with
 
 CAPTIONS = ["a large red circle", "a small blue square below a green ring", "the pink star is left of the cyan cross"]
 
@@ -118,27 +117,14 @@ def test_a_run_with_both(tmp_path: Path) -> None:
 ASKED = torch.tensor([1, 1, 1, 3, 1, 2])  # tokens before the answer; 1 for a caption
 
 
-def with_questions(net: CoCa, step: int) -> Batch:
+def with_questions(net: nn.Module, step: int) -> Batch:
     """This rank's part of a batch of captions and questions; the first of two ranks has three of the four captions."""
     share = PAIRS // world_size()
     return own_batch(net, step)._replace(prefix_lengths=ASKED[rank() * share :][:share])
 
 
 def trained_on_captions(micro_batch_size: int | None, weight: float = 0.7) -> dict[str, Tensor]:
-    """Weights after two steps."""
-    torch.manual_seed(0)
-    net = create_model("coca_tiny", **ENCODER).train()
-    objectives = {"captions": ContrastiveOfCaptions(weight)}
-    module = CoCaLit(net, AdamW(lr=0.0), 0, 0.0, 2.0, micro_batch_size=micro_batch_size, objectives=objectives)
-    step: nn.Module = Step(module)
-    if world_size() > 1:
-        step = DistributedDataParallel(step)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for i in range(2):
-        optimizer.zero_grad()
-        step(with_questions(net, i)).backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in net.named_parameters()}
+    return trained_with(ContrastiveOfCaptions(weight), with_questions, 0.0, micro_batch_size)
 
 
 def test_the_contrastive_loss_of_captions_leaves_questions_out() -> None:
@@ -167,6 +153,12 @@ def test_captions_among_questions_on_two_ranks_and_in_micro_batches(on_ranks) ->
         *on_ranks(2, trained_on_captions, 1),
     ]:
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_it_trains_what_the_contrastive_loss_trains() -> None:
+    net = create_model("coca_tiny", **ENCODER)
+    CoCaLit(net, AdamW(lr=0.0), 0, 0.0, 2.0, objectives={"captions": ContrastiveOfCaptions()})
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == []
 
 
 def test_a_network_with_a_bias_has_no_softmax() -> None:

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from coca_lit.data.batch import Batch, Example, collate
 from coca_lit.distributed import rank, world_size
@@ -17,7 +16,7 @@ from coca_lit.losses import Teacher, contrastive_loss, distillation_loss, loss_t
 from coca_lit.models import create_model
 from coca_lit.training.distillation import Distillation
 from coca_lit.training.optim import AdamW
-from helpers.steps import ENCODER, PAIRS, Step, own_batch
+from helpers.steps import ENCODER, PAIRS, own_batch, trained_with
 
 WIDTHS, SCALES = (5, 3), (20.0, 7.0)
 
@@ -89,21 +88,11 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_a_certain_teacher_teaches
 
 def trained(micro_batch_size: int | None, weight: float = 0.7) -> dict[str, Tensor]:
     """Weights after two steps on this rank's part of each batch."""
-    torch.manual_seed(0)
-    net = create_model("coca_tiny", **ENCODER).train()
-    objectives = {"distillation": Distillation(weight)}
-    module = CoCaLit(net, AdamW(lr=0.0), 0, 0.3, 2.0, micro_batch_size=micro_batch_size, objectives=objectives)
-    step: nn.Module = Step(module)
-    if world_size() > 1:
-        step = DistributedDataParallel(step)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     share = PAIRS // world_size()
-    own = slice(rank() * share, (rank() + 1) * share)
-    for i in range(2):
-        optimizer.zero_grad()
-        step(own_batch(net, i)._replace(teachers=teachers(own))).backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in net.named_parameters()}
+    taught = teachers(slice(rank() * share, (rank() + 1) * share))
+    return trained_with(
+        Distillation(weight), lambda net, i: own_batch(net, i)._replace(teachers=taught), 0.3, micro_batch_size
+    )
 
 
 def test_two_ranks_and_micro_batches_train_as_one_process_with_the_whole_batch(on_ranks) -> None:
