@@ -29,6 +29,7 @@ from coca_lit.runs.resume import (
     find_checkpoint,
     finished_results,
     identity_of,
+    rewind_logs,
     rewind_run,
     start_fresh,
     start_run_folder,
@@ -492,3 +493,12 @@ def test_going_back_to_an_older_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "earlier_1" / "checkpoints" / "step_2.ckpt").exists()
     assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "0,1.0"]
     assert (tmp_path / "bad_steps.jsonl").read_text() == '{"step": 0}\n'
+
+
+@pytest.mark.parametrize(
+    ("validating", "kept"), [(False, ["0,1.0,", "1,0.9,", "1,,0.8"]), (True, ["0,1.0,", "1,0.9,"])]
+)
+def test_a_validation_that_is_repeated_leaves_the_log(validating: bool, kept: list[str], tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,loss,val/loss\n0,1.0,\n1,0.9,\n1,,0.8\n2,0.7,\n")
+    rewind_logs(tmp_path, logged_steps=2, step=2, validating=validating)
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss,val/loss", *kept]
