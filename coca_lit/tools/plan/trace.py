@@ -137,6 +137,7 @@ def trace(
     with kernels.disabled(), counter, _Recorder([*inputs, *step.parameters(), *step.buffers()], grads) as recorder:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = step(*inputs, mark)
+        recorder.collects = True
         loss.backward()
     gc.unfreeze()
     vocabulary = totals["caption"] - totals["network"]
@@ -209,6 +210,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, given: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
         super().__init__()
         self.operations = self.now = self.peak = 0
+        self.collects = False  # in the backward pass: recomputation leaves cycles, which Python collects at some time
         self._grads = {id(grad): grad for grad in grads}
         # Kept alive: their addresses must not be reused.
         self._given = [t.untyped_storage() for t in (*given, *self._grads.values())]
@@ -229,7 +231,8 @@ class _Recorder(TorchDispatchMode):
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
                 if self.now > self.peak:
-                    gc.collect()  # recomputation leaves cycles, which would count or not as Python collects them
+                    if self.collects:
+                        gc.collect()
                     self.peak = max(self.peak, self.now)
                 finalize(storage, self._release, storage._cdata, storage.nbytes())
         return out
