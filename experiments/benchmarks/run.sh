@@ -7,10 +7,10 @@ failed=
 run() { python "$@" || failed="$failed $1"; }
 export OMP_NUM_THREADS=1
 run experiments/benchmarks/train_step.py --repetitions 2
-for name in limits memory contrastive gradient_caching native_aspect gpu_operations; do
+run experiments/benchmarks/convolutional.py --repetitions 2
+for name in memory gradient_caching native_aspect gpu_operations limits contrastive; do
     run experiments/benchmarks/$name.py
 done
-run experiments/benchmarks/convolutional.py --repetitions 2
 run experiments/benchmarks/generation.py --repetitions 2
 run experiments/benchmarks/input_pipeline.py --repetitions 3
 run experiments/benchmarks/input_pipeline.py --photos "$1"
