@@ -8,6 +8,10 @@ RESULTS = Path(__file__).with_name("results.csv")
 PROBES = {"probe_scenes": "scenes", "probe_digits": "digits"}
 CLASSES = {"pairs": "pairs alone", "classes10": "10 % classes as texts", "classes50": "50 % classes as texts"}
 KINDS = {"entailment": ("colour", "count", "relation"), "comparison": ("more", "both", "one")}
+RUNS = {
+    "entailment": {"entailment": "from random weights", "entailment_from_captions": "from captions, encoder frozen"},
+    "comparison": {"comparison_at_32": "from entailment, 32 pixels", "comparison": "from entailment from captions"},
+}
 
 
 def tables() -> dict[str, str]:
@@ -17,11 +21,14 @@ def tables() -> dict[str, str]:
     for task, kinds in KINDS.items():
         scores = {f"scenes_{task}/{kind}/accuracy": kind for kind in kinds}
         scores = {f"scenes_{task}/accuracy": "all", **scores, f"scenes_{task}/blind/accuracy": "text alone"}
-        if of := renamed(rows, {task: task}):
+        if of := renamed(rows, RUNS[task]):
             reasoned.append(by_variant(of, scores))
     if reasoned:
         found["tasks/reasoning"] = "\n\n".join(reasoned)
-    probes = [{key.replace("folder/", "scenes/"): value for key, value in row.items()} for row in renamed(rows, PROBES)]
+    probes = [
+        {key.replace("folder/", "scenes/"): value for key, value in row.items() if value}
+        for row in renamed(rows, PROBES)
+    ]
     ways = {f"scenes/{way}/top1": way for way in ("knn", "linear", "mean", "pooler")}
     if probes:
         scores = ways | {

@@ -16,7 +16,12 @@ digits=$runs/digits
 [ -d "$digits" ] || python experiments/tasks/digits.py "$digits"
 for seed in ${SEEDS:-0 1 2}; do
   train entailment "$seed" experiment=scenes_entailment
-  train comparison "$seed" experiment=scenes_comparison "init_from=$runs/entailment_seed$seed/checkpoints/last.ckpt"
+  train captions "$seed" model.net.tokenizer=scenes_statements 'evals=[scenes_captions,scenes_retrieval]' scoring.every_n_epochs=null
+  train captions_of_three "$seed" model.net.tokenizer=scenes_statements data.objects=3 image_size=48 trainer.max_epochs=4 'evals=[]' \
+    "init_from=$runs/captions_seed$seed/checkpoints/last.ckpt"
+  train entailment_from_captions "$seed" experiment=scenes_entailment image_size=48 'model.freeze=[image_encoder]' \
+    "init_from=$runs/captions_of_three_seed$seed/checkpoints/last.ckpt"
+  train comparison "$seed" experiment=scenes_comparison "init_from=$runs/entailment_from_captions_seed$seed/checkpoints/last.ckpt"
   train pairs "$seed" data=scenes_and_classes 'evals=[scenes_zeroshot,scenes_retrieval]' 'data.records.weights={pairs: 1, classes: 0.001}' trainer.max_steps=1000
   train classes10 "$seed" data=scenes_and_classes 'evals=[scenes_zeroshot,scenes_retrieval]' 'data.records.weights={pairs: 0.9, classes: 0.1}' trainer.max_steps=1000
   train classes50 "$seed" data=scenes_and_classes 'evals=[scenes_zeroshot,scenes_retrieval]' 'data.records.weights={pairs: 0.5, classes: 0.5}' trainer.max_steps=1000

@@ -50,7 +50,7 @@ def test_reasoning_on_files(name: str, further: tuple[str, ...], tmp_path: Path)
 @pytest.mark.parametrize("task", KINDS)
 def test_reasoning_about_scenes(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(statements.COUNTS, "train", 24)  # for the blind guesses
-    run(tmp_path, *TINY, f"experiment=scenes_{task}", "data.train_count=16", "scoring.images=null")
+    run(tmp_path, *TINY, f"experiment=scenes_{task}", "init_from=null", "data.train_count=16", "scoring.images=null")
     kinds = {f"scenes_{task}/{kind}/accuracy" for kind in KINDS[task]}
     assert set(results(tmp_path)) == {f"scenes_{task}/accuracy", f"scenes_{task}/blind/accuracy"} | kinds
     assert "statements about" in (tmp_path / "report.html").read_text()
