@@ -1,8 +1,9 @@
 """Linear layers at inference on a CPU: writing captions is reading their weights once per token, for a few rows.
 
-fp32: PyTorch gives MKL the weights as the right factor. Up to 4 rows MKL is faster with the weights as the left factor,
-unless their rows are long. Otherwise oneDNN is faster (error 8e-7 of the largest value), up to 16 rows with the weights
-on the left: every call reorders the right factor for the registers, so that should be the smaller one.
+fp32: PyTorch gives MKL the weights as the right factor. On an Intel processor nothing is faster up to 3 rows. On others
+MKL is faster with the weights as the left factor, up to 4 rows, unless the weights' rows are long. Otherwise oneDNN is
+faster (error 8e-7 of the largest value), up to 16 rows with the weights on the left: every call reorders the right
+factor for the registers, so that should be the smaller one.
 
 bf16: PyTorch takes oneDNN. A copy of the weights in oneDNN's order (`packed_weights`) halves the time and takes half of
 the memory of fp32 weights. A copy in fp32 would take more memory than it is worth.
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coca_lit.models.kernels.process import enabled
+from coca_lit.models.kernels.process import enabled, on_intel
 
 # Measured thresholds; the table is in experiments/benchmarks/README.md.
-MKL_ROWS, MKL_WIDTH = 4, 1024  # up to here MKL is faster than oneDNN, with the weights on the left
+INTEL_ROWS = 3 if on_intel() else 0  # up to here MKL is faster than oneDNN on an Intel processor
+MKL_ROWS, MKL_WIDTH = 4, 1024  # and on others, with the weights on the left
 LEFT_ROWS = 16  # up to here oneDNN is faster with the weights on the left
 
 
@@ -39,8 +41,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     width = x.shape[-1]
     rows = x.numel() // width
-    if x.dtype == torch.float32 and rows <= LEFT_ROWS and (rows > MKL_ROWS or width <= MKL_WIDTH):
-        return _weights_left(x.reshape(rows, width), weight, bias).view(*x.shape[:-1], -1)
+    if x.dtype == torch.float32 and rows <= LEFT_ROWS:
+        if rows <= INTEL_ROWS:
+            return F.linear(x, weight, bias)
+        by_mkl = rows <= MKL_ROWS and not INTEL_ROWS
+        if not by_mkl or width <= MKL_WIDTH:
+            return _weights_left(x.reshape(rows, width), weight, bias, by_mkl).view(*x.shape[:-1], -1)
     return _onednn(x, weight, bias)
 
 
@@ -73,12 +79,12 @@ def is_inference(x: Tensor) -> bool:
     )
 
 
-def _weights_left(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _weights_left(x: Tensor, weight: Tensor, bias: Tensor | None, by_mkl: bool) -> Tensor:
     """x (R, in) -> (R, out)"""
     rows = len(x)
-    if rows == 1:  # MKL reads the weights faster for two rows than for one
+    if by_mkl and rows == 1:  # MKL reads the weights faster for two rows than for one
         x = F.pad(x, (0, 0, 0, 1))
-    out = torch.mm(weight, x.T) if rows <= MKL_ROWS else _onednn(weight, x, None)  # (out, R)
+    out = torch.mm(weight, x.T) if by_mkl else _onednn(weight, x, None)  # (out, R)
     out = out.T[:rows]
     if bias is None:
         return out.contiguous()

@@ -128,11 +128,19 @@ def _obstacle() -> str | None:
 def _reason_for_mkl(parameters: int | None) -> str | None:
     if parameters is not None and parameters < SMALLEST_NETWORK:
         return "the network is small"
-    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.12
-    name = str(processor.get("cpu_name", "")) if processor.get("architecture") == "x86_64" else ""
-    if not torch.backends.mkl.is_available() or not name:
+    if not torch.backends.mkl.is_available() or not _x86_name():
         return "the processor is unknown"
-    return "MKL is fast on this processor" if "Intel" in name else None
+    return "MKL is fast on this processor" if on_intel() else None
+
+
+def on_intel() -> bool:
+    """Whether the processor is Intel's, for which MKL is written; False if it is unknown."""
+    return "Intel" in _x86_name()
+
+
+def _x86_name() -> str:
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.12
+    return str(processor.get("cpu_name", "")) if processor.get("architecture") == "x86_64" else ""
 
 
 def _is_exact() -> bool:

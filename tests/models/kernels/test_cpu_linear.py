@@ -21,22 +21,34 @@ def exact(layer: Linear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "left", "onednn"),
+    ("intel", "rows", "width", "left", "onednn"),
     [
-        ((0, 5), 64, False, False),
-        ((1,), 64, True, False),
-        ((2, 2), 64, True, False),
-        ((1,), 2048, False, True),
-        ((4,), 2048, False, True),
-        ((5,), 64, True, True),
-        ((2, 8), 2048, True, True),
-        ((17,), 64, False, True),
+        (False, (0, 5), 64, False, False),
+        (False, (1,), 64, True, False),
+        (False, (2, 2), 64, True, False),
+        (False, (1,), 2048, False, True),
+        (False, (4,), 2048, False, True),
+        (False, (5,), 64, True, True),
+        (False, (2, 8), 2048, True, True),
+        (False, (17,), 64, False, True),
+        (True, (1,), 64, False, False),
+        (True, (3,), 2048, False, False),
+        (True, (4,), 64, True, True),
+        (True, (4,), 2048, True, True),
+        (True, (17,), 64, False, True),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_in_fp32_rows_and_width_choose_the_way(
-    rows: tuple[int, ...], width: int, left: bool, onednn: bool, bias: bool
+def test_in_fp32_processor_rows_and_width_choose_the_way(
+    monkeypatch: pytest.MonkeyPatch,
+    intel: bool,
+    rows: tuple[int, ...],
+    width: int,
+    left: bool,
+    onednn: bool,
+    bias: bool,
 ) -> None:
+    monkeypatch.setattr(cpu_linear, "INTEL_ROWS", 3 if intel else 0)
     torch.manual_seed(0)
     layer, x = Linear(width, 96, bias=bias), torch.randn(*rows, width)
     with (
