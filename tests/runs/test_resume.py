@@ -29,6 +29,7 @@ from coca_lit.runs.resume import (
     find_checkpoint,
     finished_results,
     identity_of,
+    resume_command,
     rewind_logs,
     rewind_run,
     start_fresh,
@@ -216,6 +217,7 @@ def test_signal_saves_and_stops(
     assert state(tmp_path / "run")["global_step"] == 2
     assert state(tmp_path / "run")[RUN_KEY]["samples"] == 8
     assert not (tmp_path / "run" / "results.json").exists()
+    assert "resume with: " in (tmp_path / "run.log").read_text()
     if signal.SIGUSR1 in numbers:
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
         assert "stopping after step 2 on signal 10: saved" in (tmp_path / "run.log").read_text()
@@ -502,3 +504,11 @@ def test_a_validation_that_is_repeated_leaves_the_log(validating: bool, kept: li
     (tmp_path / "metrics.csv").write_text("step,loss,val/loss\n0,1.0,\n1,0.9,\n1,,0.8\n2,0.7,\n")
     rewind_logs(tmp_path, logged_steps=2, step=2, validating=validating)
     assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss,val/loss", *kept]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["seed=1"], "seed=1 name=demo/slurm_7"), (["name=mine", "seed=1"], "name=mine seed=1")]
+)
+def test_the_command_that_resumes_names_the_run(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    assert resume_command("demo/slurm_7") == f"python train.py {said}"
