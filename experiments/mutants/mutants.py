@@ -583,12 +583,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "data/shards/test_hostile_shards.py -k out_of_the_shard",
         ),
     ],
-    "data/shards/mixture.py": [
+    "data/mixture.py": [
         (
             "mixture_shares",
             "due[i] = (counts[i] + 0.5) / weights[i]",
             "due[i] += 1 / sum(weights)",
-            "data/shards/test_mixture.py -k shares",
+            "data/test_mixture.py -k shares",
         ),
     ],
     "data/shards/indexed.py": [
@@ -596,7 +596,7 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "replacement_source",
             "self.source_ends[source - 1] if source else 0, self.source_ends[source]",
             "0, self.source_ends[-1]",
-            "data/shards/test_mixture.py -k broken_sample",
+            "data/test_mixture.py -k broken_sample",
         ),
     ],
     "data/shards/indexing.py": [

@@ -19,10 +19,10 @@ from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import RecordsDataModule
 from coca_lit.data.examples import CaptionDataset
 from coca_lit.data.loader import Schedule
+from coca_lit.data.mixture import Source
 from coca_lit.data.records import Record
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import IndexedBatches
-from coca_lit.data.shards.mixture import Source
 from coca_lit.data.shards.shard import Shard
 from coca_lit.data.shards.windows import WindowedBatches, Windows
 from coca_lit.data.transforms import build_transform, random_box, whole_box

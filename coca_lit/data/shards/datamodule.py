@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datamodule import CaptionDataModule, LoaderArguments
+from coca_lit.data.mixture import Source, check_weights
 from coca_lit.data.records import Record, drawn
 from coca_lit.data.shards.indexed import (
     CLIP_SUFFIXES,
@@ -23,7 +24,6 @@ from coca_lit.data.shards.indexed import (
 )
 from coca_lit.data.shards.indexing import tar_indexes
 from coca_lit.data.shards.listing import find_shards
-from coca_lit.data.shards.mixture import Source, check_weights
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import CacheSettings, Shard
 from coca_lit.data.transforms import RandomCrop

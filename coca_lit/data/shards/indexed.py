@@ -25,9 +25,9 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError, LostShardError
 from coca_lit.data.batch import Example
 from coca_lit.data.examples import Index, TrainingExamples
 from coca_lit.data.loader import Schedule, epoch_order, per_rank
+from coca_lit.data.mixture import Source, counts_after, draw, weighted_round_robin
 from coca_lit.data.pixels import CLIPS, MAX_IMAGE, check_bytes, decode_pixels
 from coca_lit.data.records import clean_captions
-from coca_lit.data.shards.mixture import Source, counts_after, draw, weighted_round_robin
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.data.transforms import TrainTransform, as_tensor, augmented

@@ -16,10 +16,10 @@ import torch
 
 from coca_lit.data.examples import Index
 from coca_lit.data.loader import Schedule
+from coca_lit.data.mixture import Source, weighted_round_robin
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.indexed import IndexedBatches, TarIndex
 from coca_lit.data.shards.indexing import make_index
-from coca_lit.data.shards.mixture import Source, weighted_round_robin
 from coca_lit.data.shards.remote import shards as remote_shards
 from coca_lit.data.shards.shard import Shard, Stamp
 from coca_lit.data.shards.windows import WindowedBatches, Windows
