@@ -19,8 +19,7 @@ from coca_lit.data.datasets.choice import (
     winoground_records,
 )
 from coca_lit.data.datasets.classification import _read_classes
-from coca_lit.data.datasets.long_captions import docci_records, sharegpt4v_records, urban1k_records
-from coca_lit.data.datasets.positives import eccv_positives
+from coca_lit.data.datasets.retrieval import docci_records, eccv_positives, sharegpt4v_records, urban1k_records
 from coca_lit.data.datasets.statements import nlvr2_records, pair_labels, pairs_records, snli_ve_records
 from coca_lit.data.datasets.vqa import vqa_records
 from coca_lit.data.records import Record

@@ -1,4 +1,9 @@
-"""Nearest neighbours and linear probes equal scikit-learn's."""
+"""Nearest neighbours and linear probes equal scikit-learn's, and scores of labels loops and scikit-learn's."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,14 +14,19 @@ from torch.nn.functional import normalize
 pytest.importorskip("sklearn")
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
 
 from coca_lit.data.datasets.classification import image_folder
+from coca_lit.data.records import Record
+from coca_lit.data.scenes.statements import LABELS, comparison_records, entailment_records
 from coca_lit.errors import DataError
 from coca_lit.evals import Settings
-from coca_lit.evals.classification import ProbeScores
+from coca_lit.evals.classification import LabelScores, ProbeScores
 from coca_lit.evals.inference import embed_images
 from coca_lit.metrics.classification import linear_classifier, neighbour_votes
+from coca_lit.metrics.vqa import blind_answers
 from coca_lit.models import create_model
 
 
@@ -74,3 +84,105 @@ def test_scores_of_folders(tmp_path):
     assert {"digits/linear/top1", "digits/knn/mean_per_class_recall"} <= evaluation.draws.keys()
     with pytest.raises(DataError, match=r"\b3\b.*2"):
         ProbeScores("digits", images._replace(class_names=images.class_names[:2]), train)
+
+
+# --- labels
+
+
+class Guess:
+    """Logits that are right in two thirds of the cases."""
+
+    def __init__(self, classes: Any) -> None:
+        self.classes = list(classes)
+
+    def logits(self, net: Any, records: Any, batch_size: int = 64, num_workers: int = 0) -> Tensor:
+        torch.manual_seed(1)
+        right = torch.tensor(
+            [
+                (self.classes * 2 + [record.captions[0]]).index(record.captions[0]) % len(self.classes)
+                for record in records
+            ]
+        )
+        return torch.randn(len(records), len(self.classes)) + torch.eye(len(self.classes))[right]
+
+
+def settings(folder: Path, classes: Any, **options: Any) -> Settings:
+    return Settings(folder, classifier=Guess(classes), **options)
+
+
+def test_scores_are_shares_of_right_labels(tmp_path: Path) -> None:
+    records = entailment_records("val", size=32, count=40)
+    training = entailment_records("train", size=32, count=200)
+    evaluation = LabelScores("mine", records, lambda: training)
+    found = evaluation.evaluate(None, settings(tmp_path, LABELS))  # type: ignore[arg-type]
+    chosen = [LABELS[i] for i in Guess(LABELS).logits(None, records).argmax(dim=1).tolist()]
+    truth = [record.captions[0] for record in records]
+    expected = {"mine/accuracy": accuracy_score(truth, chosen)}
+    for kind in ("colour", "count", "relation"):
+        rows = [i for i, record in enumerate(records) if record.domain == kind]
+        expected[f"mine/{kind}/accuracy"] = accuracy_score([truth[i] for i in rows], [chosen[i] for i in rows])
+    blind = blind_answers({r.id: r.question for r in records}, [(r.question, r.captions[0]) for r in training])
+    expected["mine/blind/accuracy"] = accuracy_score(truth, [*blind.values()])
+    assert found == pytest.approx(expected)
+    assert 0.4 < found["mine/accuracy"] < 0.9
+    assert evaluation.draws.keys() == found.keys()
+    low, high = evaluation.draws["mine/accuracy"].interval()
+    assert low < found["mine/accuracy"] < high
+    rows = json.loads((tmp_path / "predictions" / "mine.json").read_text())
+    assert [row["label"] for row in rows] == chosen
+    quick = evaluation.evaluate(None, settings(tmp_path, LABELS, full=False), 60)  # type: ignore[arg-type]
+    assert quick["mine_60/accuracy"] == accuracy_score(truth[:60], chosen_of(records[:60]))
+
+
+def chosen_of(records: Any) -> list[str]:
+    return [LABELS[i] for i in Guess(LABELS).logits(None, records).argmax(dim=1).tolist()]
+
+
+def test_the_bootstrap_draws_images_with_all_their_texts(tmp_path: Path) -> None:
+    """The draws of a score are those of a loop that repeats the rows of an image."""
+    records = entailment_records("val", size=32, count=20)
+    evaluation = LabelScores("mine", records)
+    evaluation.evaluate(None, settings(tmp_path, LABELS))  # type: ignore[arg-type]
+    by_image = defaultdict(list)
+    for record, label in zip(records, chosen_of(records), strict=True):
+        by_image[record.image].append(label == record.captions[0])
+    units = [*by_image.values()]
+    random = np.random.default_rng([0, len(units)])
+    drawn = random.integers(len(units), size=(1000, len(units)))[:5]
+    expected = [np.mean([right for unit in row for right in units[unit]]) for row in drawn]
+    np.testing.assert_allclose(evaluation.draws["mine/accuracy"].values[:5], expected)
+
+
+def test_consistency_is_the_share_of_texts_that_are_right_beside_all_images(tmp_path: Path) -> None:
+    records = comparison_records("val", size=32, count=40)
+    evaluation = LabelScores("mine", records, together=lambda record: record.question)
+    found = evaluation.evaluate(None, settings(tmp_path, ("false", "true")))  # type: ignore[arg-type]
+    logits = Guess(("false", "true")).logits(None, records)
+    right = defaultdict(list)
+    for record, row in zip(records, logits, strict=True):
+        right[record.question].append(bool(row[1] > row[0]) == (record.captions[0] == "true"))
+    assert found["mine/consistency"] == pytest.approx(np.mean([all(rows) for rows in right.values()]))
+    assert 0 < found["mine/consistency"] < found["mine/accuracy"]
+    low, high = evaluation.draws["mine/consistency"].interval()
+    assert 0 < low < high < 1
+
+
+def test_top5_of_many_classes(tmp_path: Path) -> None:
+    classes = [f"class {i}" for i in range(12)]
+    records = [Record(i, lambda: None, classes[i % 12]) for i in range(60)]  # type: ignore[arg-type, return-value]
+    found = LabelScores("mine", records).evaluate(None, settings(tmp_path, classes, full=False))  # type: ignore[arg-type]
+    logits = Guess(classes).logits(None, records).numpy()
+    numbers = [i % 12 for i in range(60)]
+    assert found["mine/top5"] == pytest.approx(top_k_accuracy_score(numbers, logits, k=5))
+    assert found["mine/accuracy"] == pytest.approx(top_k_accuracy_score(numbers, logits, k=1))
+
+
+def test_without_a_classifier_and_with_unknown_labels(tmp_path: Path) -> None:
+    records = entailment_records("val", size=32, count=3)
+    evaluation = LabelScores("mine", records)
+    assert evaluation.evaluate(None, Settings(tmp_path)) == {}  # type: ignore[arg-type]
+    assert "no classifier" in evaluation.not_run["mine labels"]
+    with pytest.raises(DataError, match=r"6 of 9 records have a label.*'neutral'|6 of 9"):
+        evaluation.evaluate(None, settings(tmp_path, ("entailment", "other")))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no caption"):
+        LabelScores("mine", [records[0]._replace(captions=())])

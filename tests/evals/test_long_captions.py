@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coca_lit.data.datasets.long_captions import docci_records, sharegpt4v_records, urban1k_records
+from coca_lit.data.datasets.retrieval import docci_records, sharegpt4v_records, urban1k_records
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
 from coca_lit.evals.retrieval import RetrievalScores

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from coca_lit.data.datasets.captions import mscoco_records
-from coca_lit.data.datasets.positives import Positives, cxc_positives, eccv_positives
+from coca_lit.data.datasets.retrieval import Positives, cxc_positives, eccv_positives
 from coca_lit.data.records import Record
 from coca_lit.errors import DataError, DataNotFoundError
 from coca_lit.evals import Settings
-from coca_lit.evals.positives import PositiveRetrieval
-from coca_lit.evals.retrieval import RetrievalScores
+from coca_lit.evals.retrieval import PositiveRetrieval, RetrievalScores
 from coca_lit.metrics.retrieval import positive_scores
 from coca_lit.metrics.uncertainty import exact
 from helpers.evaluating import make_model, noise, records
