@@ -1,18 +1,32 @@
-"""Logs of a run besides the trackers of `coca_lit.callbacks.tracking`: `metrics.csv`, and what each logger is told."""
+"""Logs of a run: `metrics.csv`; TensorBoard, W&B and MLflow; and what each logger is told.
+
+Each tracker gets the config, the model's size, the state of the code, scores and samples, and goes on in the same run
+after a kill, with every step once. A run that resumes repeats the steps since its last checkpoint, with the same
+values, bit by bit. TensorBoard's readers drop what came before; to W&B and MLflow, which keep whatever they got, a step
+that they have is not sent again.
+"""
 
 import csv
+import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from uuid import uuid4
 
 import lightning.pytorch as L
-from lightning.pytorch.loggers import Logger
+import numpy as np
+import yaml
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 from torch import Tensor
 
 from coca_lit.files import Waiting, append_lines, atomic_write, csv_line, whole_lines
 from coca_lit.models import part_sizes
+from coca_lit.runs.redaction import redact
 from coca_lit.runs.run_folder import METRICS, environment
 
 
@@ -65,6 +79,166 @@ class MetricsLog(Logger):
             atomic_write(self.path, "".join(f"{csv_line(row)}\n" for row in [columns, *before]).encode())
             self._columns = columns
         append_lines(self.path, [csv_line(row.get(name, "") for name in self._columns) for row in rows])
+
+
+class TensorBoardLog(TensorBoardLogger):
+    """Lightning's, whose readers drop everything that an earlier process wrote from the resumed step on.
+
+    Args:
+        output_dir: the run folder.
+        logged_steps: the steps that stay, of a run that resumes.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, name: str = "tensorboard", version: str = "", logged_steps: int = 0
+    ) -> None:
+        super().__init__(output_dir, name, version, default_hp_metric=False, purge_step=logged_steps)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        super().log_hyperparams(params, *args, **kwargs)
+        lines = yaml.safe_dump(params, sort_keys=False).splitlines() if isinstance(params, dict) else []
+        self.experiment.add_text("config", "\n".join(f"    {line}" for line in lines))  # as code in Markdown
+
+    @rank_zero_only
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        self.experiment.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
+
+
+class KeptName:
+    """The name that a tracker gave to a run, in a file of the run folder.
+
+    Args:
+        same_run: whether the run resumes; otherwise the tracker gets a new one.
+    """
+
+    def __init__(self, path: Path, same_run: bool) -> None:
+        self.path = path
+        self.before = path.read_text().strip() if same_run and path.exists() else None
+
+    def keep(self, name: str) -> None:
+        """Not before training starts: what an earlier run left is archived by then."""
+        atomic_write(self.path, f"{name}\n".encode())
+
+
+class WandbLog(WandbLogger):
+    """Lightning's, in the same W&B run after a kill, whose steps are W&B's own.
+
+    W&B takes rows in another process, which may lose the last ones when this one is killed. So a process that resumes
+    sends the rows of `metrics.csv` that W&B lacks. Offline, W&B does not know what earlier processes logged: the
+    newest of the run's folders holds all of it.
+
+    Args:
+        output_dir: the run folder.
+        settings: of `wandb.init`, too: `tags`, `entity`, `group` (by default what precedes the last slash of `name`).
+    """
+
+    def __init__(self, output_dir: str | Path, same_run: bool = False, **settings: Any) -> None:
+        self.folder = Path(output_dir)
+        self.kept = KeptName(self.folder / "wandb_run", same_run)
+        self.first_step = 0  # that W&B lacks
+        group = str(settings.get("name") or "").rpartition("/")[0] or None
+        own = {"id": self.kept.before or uuid4().hex[:8], "resume": "allow", "group": group}
+        super().__init__(save_dir=output_dir, **{**own, **settings})
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run. It is begun with masked arguments, of which W&B keeps a record."""
+        if self._experiment is not None:
+            return super().experiment
+        given = sys.argv
+        try:
+            sys.argv = [given[0], *map(redact, given[1:])]
+            return super().experiment
+        finally:
+            sys.argv = given
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        self.kept.keep(self.experiment.id)
+        super().log_hyperparams(params)
+        if self.kept.before is not None:
+            self.first_step = self.experiment.step
+            for row in csv.DictReader(whole_lines(self.folder / METRICS)):
+                if row["step"].isdigit():
+                    values = {name: float(value) for name, value in row.items() if value and name != "step"}
+                    self.log_metrics(values, int(row["step"]))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        if step is None:
+            super().log_metrics(metrics)
+        elif step >= self.first_step:
+            self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+
+    @rank_zero_only
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        if step > self.first_step:  # in the current row: the one of this step may not be complete yet
+            image: Any = import_module("wandb").Image(str(path))
+            self.experiment.log({name: image}, commit=False)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Ends the W&B run: the next job of a sweep in this process is another one."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(status != "success"))
+            self._experiment = None
+
+
+class MLflowLog(MLFlowLogger):
+    """Lightning's, in the same MLflow run after a kill.
+
+    Args:
+        output_dir: the run folder.
+        tracking_uri: a store, such as `sqlite:///mlflow.db`, or the address of a server.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        tracking_uri: str,
+        experiment_name: str,
+        run_name: str | None = None,
+        tags: dict[str, str] | None = None,
+        artifact_location: str | None = None,
+        same_run: bool = False,
+    ) -> None:
+        self.kept = KeptName(Path(output_dir) / "mlflow_run", same_run)
+        self.logged: set[tuple[int, str]] = set()  # (step, name of a metric) that earlier processes logged
+        super().__init__(
+            experiment_name=experiment_name,
+            run_name=run_name,
+            tracking_uri=tracking_uri,
+            tags=tags,
+            artifact_location=artifact_location,
+            run_id=self.kept.before,
+        )
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """MLflow refuses another value for a parameter that it has, such as the number of workers of a resumed run."""
+        assert self.run_id is not None
+        self.kept.keep(self.run_id)
+        if self.kept.before is None:
+            super().log_hyperparams(params)
+            return
+        self.experiment.update_run(self.run_id, status="RUNNING")
+        for name in self.experiment.get_run(self.run_id).data.metrics:
+            self.logged |= {(point.step, name) for point in self.experiment.get_metric_history(self.run_id, name)}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        # MLflow takes no "@" in names: Lightning would drop it with a warning at every recall@1.
+        named = {name.replace("@", "_at_"): value for name, value in metrics.items()}
+        if new := {name: value for name, value in named.items() if (step, name) not in self.logged}:
+            super().log_metrics(new, step)
+
+    @rank_zero_only
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        assert self.run_id is not None  # a repeated step replaces the picture
+        self.experiment.log_artifact(self.run_id, str(path), f"{Path(name).parent}/step_{step}")
 
 
 class LogRunFacts(L.Callback):

@@ -17,7 +17,7 @@ from helpers.resuming import MAP, Die, train
 from helpers.running import compose, run, without_java
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-PART = "coca_lit.callbacks.tracking"
+PART = "coca_lit.callbacks.loggers"
 QUICK = {"WANDB_SILENT": "true", "WANDB__DISABLE_STATS": "true", "WANDB__DISABLE_META": "true"}  # not on trial here
 
 
@@ -126,7 +126,7 @@ def test_every_step_once_in_one_run_after_a_kill(killed: tuple[Path, list[str]],
 def test_mlflow_gets_what_the_csv_has_and_it_lacks_once(tmp_path: Path) -> None:
     """The CSV is written first, so a kill can come between the two."""
     pytest.importorskip("mlflow")
-    from coca_lit.callbacks.tracking import MLflowLog
+    from coca_lit.callbacks.loggers import MLflowLog
 
     def started() -> MLflowLog:
         store = {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db", "artifact_location": f"file://{tmp_path}/runs"}
@@ -223,7 +223,7 @@ def test_wandb_records_masked_arguments(tmp_path: Path) -> None:
     """In a process of its own, as W&B keeps what it first saw."""
     pytest.importorskip("wandb")
     code = (
-        "import sys\nfrom coca_lit.callbacks.tracking import WandbLog\n"
+        "import sys\nfrom coca_lit.callbacks.loggers import WandbLog\n"
         "logger = WandbLog(sys.argv[1], project='tests', offline=True)\n"
         "logger.log_hyperparams({'seed': 1})\nlogger.finalize('success')\n"
     )
