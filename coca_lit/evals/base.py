@@ -23,8 +23,7 @@ from coca_lit.data.records import Clip, Record
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import DataError, check_number
 from coca_lit.files import atomic_write
-from coca_lit.metrics.conditions import Conditions, digest
-from coca_lit.metrics.uncertainty import Draws
+from coca_lit.metrics.uncertainty import Conditions, Draws, digest
 from coca_lit.models import CLIP, CoCa, DualEncoder
 from coca_lit.models.generation.options import OPTIONS, check_shared, complete
 

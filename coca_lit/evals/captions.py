@@ -14,10 +14,9 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import caption_images, embed_pairs, embed_texts
 from coca_lit.evals.samples import caption_samples, sample_sheet, worst_captions
 from coca_lit.metrics.captions import CLIP_PROMPT, CaptionMetric, are_novel, clip_scores
-from coca_lit.metrics.conditions import JUDGE
 from coca_lit.metrics.java.meteor import warm_up
 from coca_lit.metrics.java.runtime import JavaError
-from coca_lit.metrics.uncertainty import bootstrap, ratios
+from coca_lit.metrics.uncertainty import JUDGE, bootstrap, ratios
 from coca_lit.models import DualEncoder
 from coca_lit.progress import ProgressBar
 

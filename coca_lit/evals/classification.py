@@ -24,8 +24,7 @@ from coca_lit.metrics.classification import (
     linear_classifier,
     neighbour_votes,
 )
-from coca_lit.metrics.conditions import digest
-from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, difference, exact, ratios
+from coca_lit.metrics.uncertainty import Draws, Resampled, bootstrap, difference, digest, exact, ratios
 from coca_lit.metrics.vqa import blind_answers, questions_by_score
 from coca_lit.models import CLIP, CoCa, DualEncoder
 

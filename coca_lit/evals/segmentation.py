@@ -18,8 +18,7 @@ from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.classification import check_same_classes
 from coca_lit.evals.inference import rows_of
 from coca_lit.metrics.classification import linear_classifier
-from coca_lit.metrics.conditions import digest
-from coca_lit.metrics.uncertainty import Resampled, bootstrap, exact
+from coca_lit.metrics.uncertainty import Resampled, bootstrap, digest, exact
 from coca_lit.models import CoCa, DualEncoder
 from coca_lit.models.patches import Images
 

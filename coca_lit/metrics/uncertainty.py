@@ -1,4 +1,5 @@
-"""How much a score would vary on other images of the same kind: the bootstrap (Efron and Tibshirani 1993).
+"""How much a score would vary on other images of the same kind: the bootstrap (Efron and Tibshirani 1993);
+and what it depends on besides the model: scores of two models can be compared only where that is the same.
 
 A resample draws as many images as there are, with replacement; the score of many resamples scatters as the score itself
 would. A score states how to compute it from images drawn any number of times, see `Resampled`: as sums of statistics of
@@ -9,21 +10,23 @@ resamples, and the draw-by-draw differences of their scores form the paired boot
 Shapes: D draws, U units (images), S scores.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from coca_lit.metrics import is_share
-from coca_lit.metrics.conditions import digest
 
 DRAWS = 1000
 SEED = 0
 LEVEL = 0.95
 AT_ONCE = 1_000_000  # counts in memory
 EQUAL = 1e-9  # draws within this are the same, but for rounding
+JUDGE = "judge"  # the setting that names the checkpoint behind CLIPScore; None: each model judges itself
 
 # How often (D, U) each unit was drawn -> the values (D,) of each score.
 Resampled = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -159,3 +162,59 @@ def difference(first: Draws, second: Draws) -> Difference:
         _, rest = Draws(np.zeros(1), 0.0, first.units, trials).interval()
         low, high = max(value - rest, -1.0), min(value + rest, 1.0)
     return Difference(value, low, high, p=float("nan") if nan else p)
+
+
+class Conditions(NamedTuple):
+    """How a score came about.
+
+    Attributes:
+        split: as configured; for readers, since digests tell whether the images are the same.
+        images: number of images.
+        image_digest: of their ids, in order, see `digest`.
+        texts: number of references, candidates of retrieval or prompts of classes.
+        text_digest: of these, in order.
+        settings: of the evaluation, if the score depends on them: `{"generate.num_beams": 4}`, `{"rerank": 16}`.
+    """
+
+    split: str
+    images: int
+    image_digest: str
+    texts: int
+    text_digest: str
+    settings: Mapping[str, Any]
+
+
+def digest(items: Iterable[Any]) -> str:
+    """16 hexadecimal digits of SHA-256 over the items as JSON."""
+    return hashlib.sha256(json.dumps(list(items), default=str).encode()).hexdigest()[:16]
+
+
+def obstacle(first: Conditions | None, second: Conditions | None) -> str:
+    """Why scores under these conditions cannot be compared, in words; empty if they can."""
+    if first is None or second is None:
+        return "a run does not record what it scored"
+    if data := other_data(first, second):
+        return data
+    keys = [key for key in {**first.settings, **second.settings} if first.settings.get(key) != second.settings.get(key)]
+    if keys:
+        sides = [", ".join(f"{key}={own.settings.get(key, 'default')}" for key in keys) for own in (first, second)]
+        return f"{sides[0]} / {sides[1]}"
+    return "each model judges itself" if first.settings.get(JUDGE, "") is None else ""
+
+
+def other_data(first: Conditions, second: Conditions) -> str:
+    """How the images or texts of two scores differ, in words; empty if they are the same."""
+    if first.image_digest != second.image_digest:
+        sides = [f"{own.images:,} images of {own.split}" for own in (first, second)]
+        return " / ".join(sides) if sides[0] != sides[1] else f"{sides[0]}, but not the same ones"
+    if first.text_digest != second.text_digest:
+        counts = f"{first.texts:,} / {second.texts:,} texts"
+        return counts if first.texts != second.texts else f"{first.texts:,} texts, but not the same ones"
+    return ""
+
+
+def same_data(conditions: Iterable[Conditions | None]) -> bool:
+    """Whether scores are known to be of the same images and texts; also if there is one score alone, or none."""
+    known = list(conditions)
+    first = known[0] if known else None
+    return all(first is not None and of is not None and not other_data(first, of) for of in known[1:])

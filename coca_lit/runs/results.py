@@ -15,8 +15,7 @@ import numpy as np
 
 from coca_lit.errors import DataError
 from coca_lit.files import atomic_write, write_json, write_waiting
-from coca_lit.metrics.conditions import Conditions
-from coca_lit.metrics.uncertainty import LEVEL, Draws
+from coca_lit.metrics.uncertainty import LEVEL, Conditions, Draws
 from coca_lit.reading import printable, read_run_json, read_run_npz
 from coca_lit.runs.run_folder import RESULTS, add_facts
 from coca_lit.runs.scores import print_scores

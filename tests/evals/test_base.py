@@ -9,7 +9,7 @@ from coca_lit.data.scenes.motion import motion_records
 from coca_lit.evals import FunctionEvaluation, Settings
 from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.retrieval import RetrievalScores
-from coca_lit.metrics.conditions import digest, obstacle
+from coca_lit.metrics.uncertainty import digest, obstacle
 from coca_lit.models import create_model
 
 RECORDS = [Record(i, "none.jpg", [f"a{i}", f"b{i}"], domain="near" if i < 3 else "far") for i in range(10)]

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.command import job_command
 from coca_lit.errors import ConfigError
-from coca_lit.metrics.conditions import Conditions
+from coca_lit.metrics.uncertainty import Conditions
 from coca_lit.runs.results import write_conditions
 
 

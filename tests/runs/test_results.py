@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coca_lit.errors import DataError
-from coca_lit.metrics.conditions import Conditions
+from coca_lit.metrics.uncertainty import Conditions
 from coca_lit.runs.results import CONDITIONS, read_conditions, write_conditions
 
 ROW = {"split": "test", "images": 64, "image_digest": "a", "texts": 320, "text_digest": "b", "settings": {"rerank": 4}}

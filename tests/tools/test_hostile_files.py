@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from coca_lit.callbacks.guards import read_bad_samples
-from coca_lit.metrics.conditions import Conditions
-from coca_lit.metrics.uncertainty import Draws
+from coca_lit.metrics.uncertainty import Conditions, Draws
 from coca_lit.models import CoCa, create_model
 from coca_lit.runs.results import write_draws
 from coca_lit.tools.caption.inputs import Files, Source

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.errors import DataError, DataNotFoundError
-from coca_lit.metrics import conditions
-from coca_lit.metrics.conditions import Conditions, obstacle
-from coca_lit.metrics.uncertainty import Draws
+from coca_lit.metrics import uncertainty
+from coca_lit.metrics.uncertainty import Conditions, Draws, obstacle
 from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
 from coca_lit.runs.results import read_conditions, read_draws
 
@@ -165,7 +164,7 @@ def obstacles(runs: Sequence[Run], score: str) -> list[str]:
 
 def same_data(runs: Sequence[Run], score: str) -> bool:
     """Whether all runs that have the score are known to have it on the same images and texts."""
-    return conditions.same_data(run.conditions.get(score) for run in runs if score in run.results)
+    return uncertainty.same_data(run.conditions.get(score) for run in runs if score in run.results)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from coca_lit.metrics.conditions import same_data
+from coca_lit.metrics.uncertainty import same_data
 from coca_lit.reading import printable
 from coca_lit.runs.results import read_conditions
 from coca_lit.runs.scores import RERANKED, cell, headline, headlines, score_name

@@ -13,8 +13,7 @@ from coca_lit.cli.command import compose
 from coca_lit.data.scenes.render import scene_records
 from coca_lit.errors import DataError
 from coca_lit.evals.samples import caption_samples, confusion_samples, retrieval_samples, thumbnail, worst_captions
-from coca_lit.metrics.conditions import Conditions
-from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
+from coca_lit.metrics.uncertainty import Conditions, Draws, bootstrap, ratios
 from coca_lit.runs.results import write_conditions, write_draws
 from coca_lit.runs.scores import cell, score_name
 from coca_lit.tools.report.command import report

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from coca_lit.metrics.conditions import Conditions
+from coca_lit.metrics.uncertainty import Conditions
 from coca_lit.runs.results import write_conditions
 from coca_lit.tools.report.tables import best_run
 from coca_lit.tools.report.terminal import print_jobs, report_sweep
