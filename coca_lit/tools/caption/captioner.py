@@ -14,7 +14,7 @@ from torch import nn
 
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, kernels
-from coca_lit.models.patches import Images
+from coca_lit.models.inputs import Images
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
 from coca_lit.seeding import stable_seed
