@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from coca_lit.data.records import Record
 from coca_lit.data.shards.mixture import check_weights
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.seeding import stable_seed
 
 
 def weighted_records(

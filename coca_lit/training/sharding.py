@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from coca_lit.distributed import forked_rng
 from coca_lit.models import CoCa
-from coca_lit.seeding import forked_rng
 from coca_lit.weights.sharded import OPTIMIZERS, is_folder
 
 

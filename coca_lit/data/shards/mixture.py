@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from coca_lit.seeding import stable_seed
+from coca_lit.distributed import stable_seed
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.indexed import TarIndex
