@@ -26,8 +26,8 @@ from coca_lit.models.packing import Layout, to_device
 from coca_lit.models.text import expect_decoder
 from coca_lit.training.objectives import Objective
 from coca_lit.weights import CLASSIFIERS_KEY
-from coca_lit.weights.bounds import check_plain
 from coca_lit.weights.hub import locate
+from coca_lit.weights.intact import check_plain
 from coca_lit.weights.load import read_torch
 
 
