@@ -1,4 +1,5 @@
-"""Every collective operation of the project. Without a process group all of them act as on a single process.
+"""Every collective operation of the project, and seeds, so that a result does not depend on the number of processes.
+Without a process group all collectives act as on a single process.
 
 Gradients: DDP averages gradients over ranks, `gather` and `sum_over_ranks` sum them in the backward pass. For losses
 whose mean over ranks is the loss of the global batch the two factors cancel, and the result is the gradient of one
@@ -8,6 +9,7 @@ process with the whole batch:
     rank 1:  x1 ─┴─ gather ─┴─ [x0 x1] ─ loss    for x0, rank 1 that for x1; DDP then divides by 2
 """
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -190,6 +192,27 @@ def host_group(purpose: str) -> Any:
     if purpose not in _patient:
         _patient[purpose] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _patient[purpose]
+
+
+def stable_seed(*parts: int | str) -> int:
+    """A 63-bit seed from its purpose, any parts, so that randomness depends neither on workers nor on where a run was
+    resumed. It is equal in every process (Python's `hash` of a string is not).
+    """
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@contextmanager
+def forked_rng(device: torch.device) -> Iterator[None]:
+    """Random numbers of the CPU and of `device`, the current one of its kind, go on after the block as before it."""
+    kind = torch.get_device_module(device) if device.type not in ("cpu", "meta") else None
+    before = kind.get_rng_state() if kind is not None else None
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        if kind is not None:
+            kind.set_rng_state(before)
 
 
 def print_rank_zero(message: str) -> None:

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from coca_lit.callbacks.progress import samples_seen
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, step_exchange, world_size
+from coca_lit.distributed import max_over_ranks, print_rank_zero, rank, stable_seed, step_exchange, world_size
 from coca_lit.errors import DataError, check_number
 from coca_lit.files import atomic_link, remove, try_waiting, write_json
 from coca_lit.metrics import lower_is_better
@@ -31,7 +31,6 @@ from coca_lit.runs.checkpoint_io import step_files
 from coca_lit.runs.resume import LAST, RUN_KEY
 from coca_lit.runs.run_folder import CHECKPOINTS, check_held
 from coca_lit.runs.signals import Signals
-from coca_lit.seeding import stable_seed
 from coca_lit.training import lightning_fixes
 from coca_lit.training.lightning_fixes import callbacks_of
 

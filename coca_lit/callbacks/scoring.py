@@ -15,12 +15,11 @@ from torch.nn.utils import parametrize
 from coca_lit.callbacks.checkpoint import Checkpoints, scored_weights
 from coca_lit.callbacks.loggers import log_pictures
 from coca_lit.callbacks.progress import not_timed
-from coca_lit.distributed import print_rank_zero
+from coca_lit.distributed import forked_rng, print_rank_zero
 from coca_lit.errors import ConfigError, check_number, suggest
 from coca_lit.evals import Evaluation, Settings
 from coca_lit.models import CoCa, kernels
 from coca_lit.runs.results import Found
-from coca_lit.seeding import forked_rng
 from coca_lit.training.lightning_fixes import accumulates, callbacks_of
 
 

@@ -74,7 +74,7 @@ def read_signature(target: Any) -> Signature | None:
     if made.args.kwarg is None:
         return Signature(arguments, False)
     others = ast.unparse(made.args.kwarg.annotation or ast.Constant(""))
-    if handed := re.fullmatch(r"Annotated\[Any, (\w+)\]", others):  # to this class, where they get other defaults
+    if handed := re.fullmatch(r"'?Annotated\[Any, (\w+)\]'?", others):  # to this class, where they get other defaults
         further = read_signature(f"{module}.{handed[1]}") or Signature({}, True)
         handed_on = {name: Argument(argument.annotation) for name, argument in further.arguments.items()}
         return Signature(arguments | handed_on | arguments, further.takes_any)  # its own first

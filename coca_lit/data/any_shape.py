@@ -10,9 +10,9 @@ from torch import Tensor
 
 from coca_lit.data.loader import Planned, Schedule
 from coca_lit.data.transforms import Box, random_box, resized
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.models.patches import Patches, patch_grid
-from coca_lit.seeding import stable_seed
+from coca_lit.models.inputs import Patches, patch_grid
 
 
 class CropToPatches:

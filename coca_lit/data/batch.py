@@ -10,8 +10,8 @@ from torch.utils.data import default_collate
 
 from coca_lit.data.bad_samples import BadSample
 from coca_lit.errors import DataError
+from coca_lit.models.inputs import Images, Patches, stack_images
 from coca_lit.models.packing import to_device
-from coca_lit.models.patches import Images, Patches, stack_images
 
 if TYPE_CHECKING:
     from coca_lit.data.encoded import EncodedCrop, EncodedCrops

@@ -22,8 +22,8 @@ from coca_lit.data.transforms import (
     resized,
 )
 from coca_lit.errors import DataError
+from coca_lit.models.inputs import Images
 from coca_lit.models.packing import to_device
-from coca_lit.models.patches import Images
 
 if TYPE_CHECKING:
     from coca_lit.data.batch import Batch

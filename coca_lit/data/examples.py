@@ -10,9 +10,9 @@ from coca_lit.data.bad_samples import BadSample, BadSampleError, BadSamples
 from coca_lit.data.batch import Example
 from coca_lit.data.records import MAX_MISSING, Record
 from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.models.patches import Images
-from coca_lit.seeding import stable_seed
+from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
 

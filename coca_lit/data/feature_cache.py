@@ -26,12 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
 from coca_lit.data.records import Clip, Record
 from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded, whole
-from coca_lit.distributed import gather_objects, print_rank_zero, rank, world_size
+from coca_lit.distributed import gather_objects, print_rank_zero, rank, stable_seed, world_size
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
-from coca_lit.models.frames import joined
+from coca_lit.models.inputs import joined
 from coca_lit.progress import ProgressBar
-from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 from coca_lit.weights.intact import digest
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from coca_lit.data.batch import Batch, collate
 from coca_lit.data.examples import FirstCaptionDataset, Index, TrainingExamples
 from coca_lit.data.prefetch import ahead_of, worker_options
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.seeding import stable_seed
 
 
 class TrainLoader:

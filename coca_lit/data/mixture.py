@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from coca_lit.data.records import Record
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.seeding import stable_seed
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.indexed import TarIndex

@@ -18,10 +18,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from coca_lit.data.video import image_file
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.machine import processors
 from coca_lit.progress import ProgressBar
-from coca_lit.seeding import stable_seed
 
 MAX_DISTANCE = 4  # bits of 64 in which near-duplicates differ; unrelated photos differ in about 32
 _SIDE = 32  # pixels

@@ -14,7 +14,7 @@ import torch
 
 from coca_lit.data.batch import Batch
 from coca_lit.errors import DataError
-from coca_lit.models.patches import Patches
+from coca_lit.models.inputs import Patches
 
 
 def ahead_of(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -25,8 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize
 from coca_lit.data.pixels import decode_pixels, orientation_of, read_image, upright
 from coca_lit.data.records import Clip, ImageFile
 from coca_lit.errors import DataError
-from coca_lit.models.patches import Images, Patches, patch_grid
-from coca_lit.models.preprocessing import Interpolation, ResizeMode, preprocessing
+from coca_lit.models.inputs import Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
 
 Transform = Callable[[Image.Image], Images]  # for evaluation: any PIL image -> (3, size, size) uint8, or patches
 

@@ -20,7 +20,7 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.evals.inference import evaluating
 from coca_lit.evals.samples import spread, thumbnail
 from coca_lit.models import CoCa
-from coca_lit.models.patches import Images, Patches
+from coca_lit.models.inputs import Images, Patches
 from coca_lit.tokenizer import Tokenizer
 
 OVERLAY = 120  # pixels of an image with its attention map

@@ -20,8 +20,8 @@ from coca_lit.data.records import Record
 from coca_lit.data.transforms import Transform, build_transform, loaded
 from coca_lit.distributed import gather_objects, rank, world_size
 from coca_lit.models import CoCa, DualEncoder
+from coca_lit.models.inputs import Images, stack_images
 from coca_lit.models.likelihood import ReadTexts, image_keys_values
-from coca_lit.models.patches import Images, stack_images
 
 MEAN_COLOUR = (123, 117, 104)  # of the pixels that OpenAI trained CLIP with
 

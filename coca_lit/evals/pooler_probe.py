@@ -18,14 +18,13 @@ from coca_lit.data.feature_cache import FeatureCache, read_features
 from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Record
 from coca_lit.data.transforms import Transform, build_transform, loaded, whole
-from coca_lit.distributed import gather_objects
+from coca_lit.distributed import forked_rng, gather_objects
 from coca_lit.errors import check_number
 from coca_lit.models import CoCa
-from coca_lit.models.frames import joined
 from coca_lit.models.image import ImageEncoder
 from coca_lit.models.init import init_pooler
+from coca_lit.models.inputs import joined
 from coca_lit.models.layers import AttentionalPooler
-from coca_lit.seeding import forked_rng
 
 BYTES = 2  # of a number in fp16
 

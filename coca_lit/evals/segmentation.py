@@ -20,7 +20,7 @@ from coca_lit.evals.inference import rows_of
 from coca_lit.metrics.classification import linear_classifier
 from coca_lit.metrics.uncertainty import Resampled, bootstrap, digest, exact
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.models.patches import Images
+from coca_lit.models.inputs import Images
 
 
 class SegmentationScores(Evaluation):

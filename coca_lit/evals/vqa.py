@@ -19,7 +19,7 @@ from coca_lit.evals.samples import caption_samples, sample_sheet
 from coca_lit.metrics.uncertainty import Draws, bootstrap, ratios
 from coca_lit.metrics.vqa import blind_answers, questions_by_score, vqa_accuracy, vqa_scores
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.models.patches import Images
+from coca_lit.models.inputs import Images
 from coca_lit.tokenizer import Tokenizer
 
 MAX_ANSWER = 10  # tokens, the end included

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coca_lit.models.clip import CLIP, DualEncoder
     from coca_lit.models.coca import CoCa, CoCaOutput
-    from coca_lit.models.create import create_model
     from coca_lit.models.generation.generate import Captions
     from coca_lit.models.packing import text_lengths
     from coca_lit.models.parts import part_sizes
-    from coca_lit.models.presets import PRESETS
+    from coca_lit.models.presets import PRESETS, create_model
     from coca_lit.models.registry import register_image_encoder, register_text_tower
 
 _MODULES = {
@@ -26,7 +25,7 @@ _MODULES = {
     "text_lengths": "packing",
     "Captions": "generation.generate",
     "PRESETS": "presets",
-    "create_model": "create",
+    "create_model": "presets",
     "register_image_encoder": "registry",
     "register_text_tower": "registry",
 }

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models.coca import CoCa
-from coca_lit.models.frames import EncodedFrames
 from coca_lit.models.image import ImageEncoder
+from coca_lit.models.inputs import EncodedFrames, Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.layers import SelfBlock
 from coca_lit.models.packing import expect_to_fit, expect_tokens
-from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.tokenizer import get_tokenizer
 
 

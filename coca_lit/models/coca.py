@@ -16,16 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.errors import check_number
-from coca_lit.models.frames import FramePooling
 from coca_lit.models.generation.generate import write_captions
 from coca_lit.models.image import ImageEncoder, ImagePooling, build_image_encoder
 from coca_lit.models.init import init_projection
+from coca_lit.models.inputs import FramePooling, Images, Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.layers import Pooling
 from coca_lit.models.likelihood import log_likelihood
 from coca_lit.models.packing import Layout, expect_to_fit, expect_tokens, text_lengths
 from coca_lit.models.parts import Trainable
-from coca_lit.models.patches import Images
-from coca_lit.models.preprocessing import Interpolation, Preprocessing, ResizeMode, preprocessing
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS
 from coca_lit.models.text import ClsMask, Decoder, TextSizes, build_text_tower, expect_decoder
 from coca_lit.tokenizer import CONTEXT_LENGTH, get_tokenizer

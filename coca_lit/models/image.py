@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from coca_lit.errors import check_number
 from coca_lit.models import convolutional, kernels
 from coca_lit.models.convolutional import as_tokens, use_global_batch_norms
-from coca_lit.models.frames import EncodedFrames
 from coca_lit.models.init import init_pooler
+from coca_lit.models.inputs import EncodedFrames, expect_batch, expect_pixels
 from coca_lit.models.layers import AttentionalPooler, Pooling
-from coca_lit.models.preprocessing import expect_batch, expect_pixels
 from coca_lit.models.registry import IMAGE_ENCODERS
 
 CLIP_NORMALISATION = {

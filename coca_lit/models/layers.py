@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from coca_lit.errors import DataError
 from coca_lit.models import kernels
-from coca_lit.models.cache import Cache
-from coca_lit.models.frames import EncodedFrames, FramePooling, joined
-from coca_lit.models.packing import Layout
+from coca_lit.models.inputs import EncodedFrames, FramePooling, joined
+from coca_lit.models.packing import Cache, Layout
 
 KeysValues = tuple[Tensor, Tensor]  # each (B, H, S, D/H)
 

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from coca_lit.models.cache import KVCache
+from coca_lit.models.inputs import Images
 from coca_lit.models.layers import KeysValues
-from coca_lit.models.packing import text_lengths, to_device
-from coca_lit.models.patches import Images
+from coca_lit.models.packing import KVCache, text_lengths, to_device
 from coca_lit.models.text import expect_decoder
 
 if TYPE_CHECKING:

@@ -19,16 +19,15 @@ from coca_lit.losses import caption_loss
 from coca_lit.metrics.vqa import normalize_answer, vqa_accuracy
 from coca_lit.models import CoCa
 from coca_lit.models.coca import IGNORED_LABEL
-from coca_lit.models.frames import joined
 from coca_lit.models.init import init_pooler
+from coca_lit.models.inputs import Images, joined
 from coca_lit.models.layers import AttentionalPooler
 from coca_lit.models.packing import Layout, to_device
-from coca_lit.models.patches import Images
 from coca_lit.models.text import expect_decoder
 from coca_lit.training.objectives import Objective
 from coca_lit.weights import CLASSIFIERS_KEY
-from coca_lit.weights.bounds import check_plain
 from coca_lit.weights.hub import locate
+from coca_lit.weights.intact import check_plain
 from coca_lit.weights.load import read_torch
 
 

@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.data.batch import Batch
-from coca_lit.distributed import sum_over_ranks
+from coca_lit.distributed import forked_rng, sum_over_ranks
 from coca_lit.errors import check_number
 from coca_lit.losses import caption_loss, contrastive_term
 from coca_lit.losses.gradients import with_gradients
 from coca_lit.models import CoCa, CoCaOutput
+from coca_lit.models.inputs import Images
 from coca_lit.models.packing import to_device
-from coca_lit.models.patches import Images
-from coca_lit.seeding import forked_rng
 from coca_lit.training.objectives import Pairs
 
 FeatureTerms = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]

@@ -1,12 +1,21 @@
-"""Fully sharded data parallelism (FSDP2).
+"""Fully sharded data parallelism (FSDP2), and sharded checkpoints.
 
 Sharded, every rank keeps a part of each weight, its gradient and optimizer state. The weights of a block are gathered
 when it runs and dropped afterwards. What belongs to no block, such as the embeddings and the vocabulary projection, is
 gathered once per step and stays until its gradients are known: the caption loss uses it outside the network.
+
+A sharded checkpoint is written in the background: every rank copies its part to the host, and a thread writes it. The
+folder gets its name when all ranks have written their files and have read them again, so a kill or a full disk costs
+this checkpoint alone. `coca_lit.weights.sharded` describes the folder.
 """
 
-from collections.abc import Iterator
+import io
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,14 +23,20 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, async_save, load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from coca_lit.distributed import broadcast_object, forked_rng, host_group, rank
+from coca_lit.errors import CheckpointError, DataError
+from coca_lit.files import TEMPORARY, atomic_write, durable_rename, remove, temporary_folder
 from coca_lit.models import CoCa
-from coca_lit.seeding import forked_rng
-from coca_lit.weights.sharded import OPTIMIZERS, is_folder
+from coca_lit.weights.sharded import OPTIMIZERS, REST, SHARDS, STATE, facts, flat, is_folder, manifest, nested, sizes
+
+log = logging.getLogger(__name__)
 
 
 class FullySharded(ModelParallelStrategy):
@@ -37,8 +52,6 @@ class FullySharded(ModelParallelStrategy):
     """
 
     def __init__(self, sharded_checkpoints: bool = False) -> None:
-        from coca_lit.training.sharded_checkpoint import Saving  # imports what no other training needs
-
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
         self.sharded_checkpoints = sharded_checkpoints
         self.saving = Saving()
@@ -73,8 +86,6 @@ class FullySharded(ModelParallelStrategy):
         assert self.model is not None
         path = Path(self.broadcast(checkpoint_path))
         if is_folder(path):
-            from coca_lit.training.sharded_checkpoint import restore
-
             checkpoint = restore(path, self.model, self.optimizers)
             self.saving.intact = path.resolve()
             for optimizer, state in zip(self.optimizers, checkpoint[OPTIMIZERS], strict=False):
@@ -157,3 +168,114 @@ def blocks(net: CoCa) -> Iterator[list[nn.Module]]:
     yield from ([block] for block in net.text.blocks)
     if net.decoder is not None:
         yield from net.decoder.layers()
+
+
+class Saving:
+    """The checkpoint that is being written, at most one at a time.
+
+    Attributes:
+        intact: the last checkpoint that is known to be whole.
+    """
+
+    def __init__(self) -> None:
+        self.intact: Path | None = None
+        self._target = Path()
+        self._written: Future[Any] | None = None
+
+    def start(self, checkpoint: dict[str, Any], target: Path) -> None:
+        """Copies the tensors of this rank to the host and returns; all ranks call it together. The tensors of a step
+        stay what they are: a second checkpoint of the same step changes what is beside them.
+        """
+        self.finish()
+        target = Path(broadcast_object(str(target)))
+        tensors, rest = flat(checkpoint), io.BytesIO()
+        torch.save(checkpoint, rest)
+        if self.intact == target.resolve() and broadcast_object(is_folder(target)):
+            if rank() == 0:
+                _try_to_write(target, lambda: atomic_write(target / REST, rest.getvalue()))
+            return
+        writer = _Writer(target, rest.getvalue())
+        self._target = target
+        written = async_save(tensors, storage_writer=writer, process_group=host_group("checkpoints"))
+        assert isinstance(written, Future)  # it returns something else for custom stagers only
+        self._written = written
+
+    def finish(self) -> None:
+        """Waits until it is written. A rank that cannot write costs this checkpoint, as in
+        `coca_lit.runs.checkpoint_io.save`.
+        """
+        written, self._written = self._written, None
+        if written is not None and _try_to_write(self._target, written.result):
+            self.intact = self._target.resolve()
+
+
+def _try_to_write(target: Path, write: Callable[[], Any]) -> bool:
+    """Calls `write` and returns whether it succeeded. A disk that fails costs this checkpoint, not the run: rank 0
+    warns and removes what was begun.
+    """
+    try:
+        write()
+        return True
+    except (DataError, CheckpointException) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        if not all(isinstance(cause, OSError | DataError) for cause in causes):
+            raise
+        if rank() == 0:
+            shutil.rmtree(temporary_folder(target), ignore_errors=True)
+            reason = str(causes[0].__cause__ or causes[0]).splitlines()[0]
+            log.warning("could not save %s: %s; training continues, and older checkpoints stay", target.name, reason)
+        return False
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes tensors beside `target`, and makes them a checkpoint when all ranks are done."""
+
+    def __init__(self, target: Path, rest: bytes) -> None:
+        super().__init__(str(temporary_folder(target)), save_distributed=True)
+        self._target, self._rest = target, rest
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Reads again what was written, which the coordinator gets to know."""
+        (Path(self.path) / TEMPORARY).touch()
+        written = super().write_data(plan, planner).wait()
+        known: dict[str, dict[str, int]] = {}
+        for i, part in enumerate(written):
+            name = part.storage_data.relative_path
+            if name not in known:
+                known[name] = facts(Path(self.path) / name)
+            written[i] = replace(part, storage_data=(name, known[name]))
+        future: torch.futures.Future[Any] = torch.futures.Future()
+        future.set_result(written)
+        return future
+
+    def finish(self, metadata: Any, results: list[list[Any]]) -> None:
+        """On the coordinator, after all ranks."""
+        folder = Path(self.path)
+        files = dict(part.storage_data for parts in results for part in parts)
+        atomic_write(folder / SHARDS, manifest(files))
+        atomic_write(folder / REST, self._rest)
+        remove(self._target)  # of the same step: a damaged one, or a file from before the run was told to write folders
+        (folder / TEMPORARY).unlink()
+        durable_rename(folder, self._target)
+
+
+def restore(folder: Path, model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
+    """Reads the parts of this rank, of however many ranks wrote them, and returns the content with them.
+
+    Raises:
+        CheckpointError: it is not whole, or belongs to another model.
+    """
+    content: dict[str, Any] = torch.load(folder / REST, map_location="cpu", weights_only=True)
+    tensors: dict[str, Tensor] = {f"{STATE}.{name}": tensor for name, tensor in model.state_dict().items()}
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
+    stored = sizes(folder)
+    for name, about in stored.items():
+        if name.startswith(f"{OPTIMIZERS}."):
+            _, number, which, _ = name.split(".")
+            like, dtype = parameters[int(number)][int(which)], about.properties.dtype
+            whole = about.size == like.shape and like.ndim
+            tensors[name] = torch.zeros_like(like, dtype=dtype) if whole else torch.zeros(about.size, dtype=dtype)
+    if differing := sorted(tensors.keys() ^ stored.keys()):
+        raise CheckpointError(f"{folder} is the checkpoint of another model: only one of them has {differing[0]}")
+    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=host_group("checkpoints"))
+    return nested(content, tensors)

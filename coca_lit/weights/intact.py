@@ -1,33 +1,47 @@
-"""Weights that are what was written: damage and forgery are found wherever they are read.
+"""Weights that are what was written, and no larger than what is stored: damage and forgery are found wherever they are
+read, and a file takes no more memory and time than its size justifies, whatever it claims.
 
 PyTorch's files are zip archives whose checksums PyTorch never reads. Safetensors have none, so ours carry a digest in
 their metadata. PyTorch's files from before 1.6 and safetensors of others have nothing to compare with.
+
+Tensors are as large as what is stored of them, and a model is first built without memory: it must not have more
+parameters than its file has tensors, nor more numbers than they hold.
 """
 
 import hashlib
 import json
 import pickletools
 import re
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from coca_lit.files import replacing
 from coca_lit.reading import open_regular
+
+Module = TypeVar("Module", bound=nn.Module)
 
 ZIP = b"PK\x03\x04"  # the first bytes of one
 DIGEST_KEY = "coca_lit_digest"
 MAX_PICKLE = 8 * 2**20  # bytes that describe the tensors of a file of PyTorch's; each can become a list of 64
 # What PyTorch lets a pickle call takes no memory that the file does not hold, but for this one.
 _TAKES_MEMORY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
+SHARED = 2  # how often what is stored may be used, as by tied weights
+SPARE = 2**25  # numbers of tables that are built and not stored: masks, angles of rotary positions
+MAX_PATCHES = 2**16  # of an image of any shape: 4,096 pixels squared in patches of 16
+MAX_CONTEXT = 2**16  # tokens of a text
+MAX_VALUES = 10**6  # in the description of a model; the words of a tokenizer are the most
 
 
 def check_archive(path: Path, checksums: bool = True) -> bool:
@@ -130,3 +144,63 @@ def digest(about: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest(json.dumps(metadata, sort_keys=True), sorted(state.items()))
+
+
+def check_stored(tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` unless the tensors are ordinary ones whose numbers are stored."""
+    storages: dict[int, int] = {}
+    claimed = 0
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.numel():
+            raise ValueError(f"'{name}' is empty or no ordinary tensor")
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        claimed += tensor.nbytes
+    if claimed > SHARED * sum(storages.values()):
+        raise ValueError(f"its tensors claim {claimed:,} bytes, and {sum(storages.values()):,} are stored")
+
+
+def check_plain(config: Any) -> None:
+    """Raises `ValueError` unless a description of a model is plain values, not too many and not nested deeply: a pickle
+    of a few bytes can hold a list that holds another one twice, and so on.
+    """
+    level, count = [config], 0
+    for _ in range(8):
+        count += len(level)
+        if count > MAX_VALUES:
+            raise ValueError(f"its description of a model has more than {MAX_VALUES:,} values")
+        if other := [node for node in level if not isinstance(node, dict | list | tuple | str | int | float | None)]:
+            raise ValueError(f"its description of a model holds a {type(other[0]).__name__}")
+        dicts = [node for node in level if isinstance(node, dict)]
+        lists = [node for node in level if isinstance(node, list | tuple)]
+        level = [child for node in (*lists, *dicts, *(node.values() for node in dicts)) for child in node]
+        if not level:
+            return
+    raise ValueError("its description of a model is nested too deeply")
+
+
+def without_memory(make: Callable[[], Module], tensors: Mapping[str, Tensor]) -> Module:
+    """What `make` builds for the tensors of a file, on the device "meta".
+
+    Raises:
+        RuntimeError: it is larger than they are.
+    """
+    most, found = 2 * len(tensors) + 2048, 0  # some parts are built and replaced; as many take no time
+
+    def count(*_: object) -> None:
+        nonlocal found
+        found += 1
+        if found > most:
+            raise RuntimeError(f"the model has more than {most} tensors, and the file {len(tensors)}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            model = make()
+    finally:
+        hook.remove()
+    needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if needed > held + SPARE:
+        raise RuntimeError(f"the model has {needed:,} numbers, and the file {held:,}")
+    return model

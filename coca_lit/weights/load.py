@@ -1,7 +1,7 @@
 """Weights on disk: reading a model from any supported file, and writing a file that is complete by itself.
 
 Files are data, never code: `torch.load` always runs with `weights_only=True`, a model is rebuilt from the plain values
-stored beside its weights, and modules named there are not imported. `bounds` limits what a file may take.
+stored beside its weights, and modules named there are not imported. `intact` limits what a file may take.
 """
 
 import json
@@ -19,10 +19,18 @@ from coca_lit.models.image import CLIP_NORMALISATION
 from coca_lit.models.registry import IMAGE_ENCODERS, TEXT_TOWERS, import_modules
 from coca_lit.reading import parse_json, read_json
 from coca_lit.weights import MODEL_KEY
-from coca_lit.weights.bounds import MAX_CONTEXT, MAX_PATCHES, check_plain, check_stored, without_memory
 from coca_lit.weights.computation import misfit
 from coca_lit.weights.hub import CONFIGS, MAX_CONFIG, OPEN_CLIP_CONFIG, locate, released
-from coca_lit.weights.intact import check_archive, load_tensors, save_tensors
+from coca_lit.weights.intact import (
+    MAX_CONTEXT,
+    MAX_PATCHES,
+    check_archive,
+    check_plain,
+    check_stored,
+    load_tensors,
+    save_tensors,
+    without_memory,
+)
 from coca_lit.weights.lora import merged
 from coca_lit.weights.open_clip import clip_from_open_clip, from_open_clip, is_clip
 from coca_lit.weights.sharded import REST, check_shards, is_checkpoint, is_folder, nested, read_tensors

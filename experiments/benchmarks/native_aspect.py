@@ -15,7 +15,7 @@ import torch
 from coca_lit.data.any_shape import CropToPatches
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.patches import Images, Patches, stack_images
+from coca_lit.models.inputs import Images, Patches, stack_images
 from experiments.benchmarks.harness import interleaved, ratio
 from experiments.benchmarks.record import record
 

@@ -23,7 +23,7 @@ from coca_lit.data.scenes.render import scene_records
 from coca_lit.data.transforms import build_transform
 from coca_lit.metrics.captions import caption_scores
 from coca_lit.models import CoCa
-from coca_lit.models.patches import stack_images
+from coca_lit.models.inputs import stack_images
 from coca_lit.runs.run_folder import environment
 from coca_lit.weights.load import load_model
 from experiments.study import replace_rows

@@ -16,7 +16,7 @@ from coca_lit.metrics.captions import caption_scores, exact_match
 from coca_lit.metrics.java.runtime import ptb_tokenize
 from coca_lit.metrics.retrieval import feature_ranks, similarity_ranks
 from coca_lit.models import CoCa, DualEncoder
-from coca_lit.models.patches import Images
+from coca_lit.models.inputs import Images
 
 
 class CaptionsAndCosines(Evaluation):

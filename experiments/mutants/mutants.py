@@ -197,6 +197,12 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "to_device(self._starts + positions - 1, rows.device)",
             "models/test_packing.py -k padded",
         ),
+        (
+            "cache_rows",
+            "written = self._keys_values[:, rows, :, : self.used]",
+            "written = self._keys_values[:, : len(rows), :, : self.used].clone()",
+            "models/generation/test_strategies.py -k beams",
+        ),
     ],
     "models/coca.py": [
         (
@@ -212,14 +218,6 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
             "counted &= labels != unknown",
             "counted &= labels >= 0",
             "evals/test_reranking.py -k once",
-        ),
-    ],
-    "models/cache.py": [
-        (
-            "cache_rows",
-            "written = self._keys_values[:, rows, :, : self.used]",
-            "written = self._keys_values[:, : len(rows), :, : self.used].clone()",
-            "models/generation/test_strategies.py -k beams",
         ),
     ],
     "models/generation/beam.py": [

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from coca_lit.data.transforms import build_transform
-from coca_lit.models.patches import Images
+from coca_lit.models.inputs import Images
 from coca_lit.tools.checkpoint import SAMPLE_PHOTOS
 from coca_lit.weights.load import load_model
 

@@ -13,6 +13,7 @@ import torch
 
 from coca_lit.models import create_model
 from coca_lit.tools.plan.estimate import (
+    GPUS,
     Cost,
     Model,
     Recipe,
@@ -23,7 +24,6 @@ from coca_lit.tools.plan.estimate import (
     memory,
     samples_per_second,
 )
-from coca_lit.tools.plan.settings import GPUS
 from coca_lit.tools.plan.trace import cost
 from experiments.scale.report import record
 

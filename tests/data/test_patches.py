@@ -32,7 +32,7 @@ from coca_lit.evals.inference import caption_images, embed_images, image_batches
 from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.patches import Patches, patch_grid, stack_images
+from coca_lit.models.inputs import Patches, patch_grid, stack_images
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.plan.trace import trace
 from coca_lit.training.optim import AdamW

@@ -21,7 +21,7 @@ from coca_lit.errors import CheckpointError
 from coca_lit.files import TEMPORARY, temporary_folder
 from coca_lit.runs.checkpoint_io import inspect, newest_valid
 from coca_lit.runs.resume import RUN_KEY
-from coca_lit.training import sharded_checkpoint
+from coca_lit.training import sharding
 from coca_lit.weights.load import load_model
 from coca_lit.weights.sharded import REST, SHARDS, nested, read_tensors
 from helpers.forking import FORKSERVER
@@ -70,7 +70,7 @@ def damage(shard: Path) -> None:
     shard.write_bytes(whole)
 
 
-def full_disk(self: Any, plan: Any, planner: Any, write: Any = sharded_checkpoint._Writer.write_data) -> Any:
+def full_disk(self: Any, plan: Any, planner: Any, write: Any = sharding._Writer.write_data) -> Any:
     """Of the second rank."""
     if rank() == 1:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -87,15 +87,15 @@ def weights() -> torch.Tensor:
 
 def write(folder: Path) -> None:
     """A checkpoint, and one for which the second rank has no room."""
-    saving = sharded_checkpoint.Saving()
-    for step, disk in ((1, sharded_checkpoint._Writer.write_data), (2, full_disk)):
+    saving = sharding.Saving()
+    for step, disk in ((1, sharding._Writer.write_data), (2, full_disk)):
         state = {0: {"exp_avg": 2 * weights(), "step": torch.tensor(3.0)}}
         content = {
             "state_dict": {"w": weights()},
             "optimizer_states": [{"state": state, "param_groups": []}],
             "of": step,
         }
-        with mock.patch.object(sharded_checkpoint._Writer, "write_data", disk):
+        with mock.patch.object(sharding._Writer, "write_data", disk):
             saving.start(content, folder / f"step_{step}.ckpt")
             saving.finish()
 
@@ -103,7 +103,7 @@ def write(folder: Path) -> None:
 def read(folder: Path) -> dict[str, Any]:
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros_like(weights()))
-    found = sharded_checkpoint.restore(folder, model, [torch.optim.AdamW(model.parameters())])
+    found = sharding.restore(folder, model, [torch.optim.AdamW(model.parameters())])
     assert torch.equal(model.w.full_tensor(), WEIGHT)
     state = {
         name: x.full_tensor() if isinstance(x, DTensor) else x
@@ -230,7 +230,7 @@ def train_alone(folder: Path) -> None:
 
 
 def die(folder: Path) -> None:
-    with mock.patch.object(sharded_checkpoint, "durable_rename", kill_at_step_3):
+    with mock.patch.object(sharding, "durable_rename", kill_at_step_3):
         train_alone(folder)
 
 

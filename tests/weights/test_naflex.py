@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa, create_model
-from coca_lit.models.patches import Patches, stack_images
+from coca_lit.models.inputs import Patches, stack_images
 from coca_lit.weights.open_clip import from_open_clip, to_open_clip
 from coca_lit.weights.open_clip.config import open_clip_config
 from helpers import oracle

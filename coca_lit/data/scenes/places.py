@@ -7,7 +7,7 @@ import re
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import VOCABULARY as QUESTION_VOCABULARY
 from coca_lit.data.scenes.render import boxes, decode, scene_records
-from coca_lit.seeding import stable_seed
+from coca_lit.distributed import stable_seed
 
 BINS = 32
 KINDS = ("caption", "where", "what")

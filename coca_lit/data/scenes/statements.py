@@ -17,7 +17,7 @@ from coca_lit.data.records import Record
 from coca_lit.data.scenes.facts import PLURALS
 from coca_lit.data.scenes.facts import VOCABULARY as QUESTION_VOCABULARY
 from coca_lit.data.scenes.render import AXES, COLOURS, SHAPES, SIZES, Scene, Thing, decode, encode, render
-from coca_lit.seeding import stable_seed
+from coca_lit.distributed import stable_seed
 
 LABELS = ("contradiction", "entailment", "neutral")
 TRUTHS = ("false", "true")

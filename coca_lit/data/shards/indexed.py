@@ -31,10 +31,10 @@ from coca_lit.data.records import clean_captions
 from coca_lit.data.shards.shard import ChangedError, Shard, Stamp
 from coca_lit.data.shards.tar import MAX_MEMBER
 from coca_lit.data.transforms import TrainTransform, as_tensor, augmented
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.models.patches import Images
+from coca_lit.models.inputs import Images
 from coca_lit.reading import parse_json
-from coca_lit.seeding import stable_seed
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coca_lit.data.transforms import Box, resized
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
 from coca_lit.files import replacing
 from coca_lit.losses.distillation import Teacher
 from coca_lit.reading import parse_json
-from coca_lit.seeding import stable_seed
 
 SUFFIX = ".teachers.safetensors"
 ABOUT = "coca_lit"  # key of the metadata

@@ -11,8 +11,7 @@ from coca_lit.models import kernels
 from coca_lit.models.generation.options import OPTIONS, GenerateOptions, Options, complete, describe
 from coca_lit.models.generation.sampling import Constraints, Sampling, caption_lengths, decode, greedy
 from coca_lit.models.generation.state import Decoding, Hypotheses, Prompts, encode_prompts
-from coca_lit.models.patches import Images, Patches
-from coca_lit.models.preprocessing import expect_pixels
+from coca_lit.models.inputs import Images, Patches, expect_pixels
 from coca_lit.models.text import expect_decoder
 
 if TYPE_CHECKING:

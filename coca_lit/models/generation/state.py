@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from coca_lit.models.cache import KVCache
-from coca_lit.models.packing import to_device
+from coca_lit.models.packing import KVCache, to_device
 from coca_lit.models.text import expect_decoder
 
 if TYPE_CHECKING:

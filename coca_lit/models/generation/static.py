@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor
 
-from coca_lit.models.cache import StaticKVCache
 from coca_lit.models.generation.generate import Captions, write
 from coca_lit.models.generation.options import GenerateOptions
 from coca_lit.models.generation.state import Decoding
+from coca_lit.models.inputs import Images
 from coca_lit.models.layers import KeysValues
-from coca_lit.models.patches import Images
+from coca_lit.models.packing import StaticKVCache
 from coca_lit.models.text import Decoder, Tower
 
 if TYPE_CHECKING:

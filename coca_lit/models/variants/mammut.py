@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
-from coca_lit.models.cache import Cache
 from coca_lit.models.init import init_blocks, init_normal, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock
-from coca_lit.models.packing import Layout, to_device
+from coca_lit.models.packing import Cache, Layout, to_device
 from coca_lit.models.parts import run
 from coca_lit.models.text import CrossDecoder, TextSizes, Tower
 

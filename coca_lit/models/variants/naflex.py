@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from coca_lit.models.image import CLIP_NORMALISATION, ImageEncoder, is_raw
-from coca_lit.models.patches import EncodedPatches, Patches
-from coca_lit.models.preprocessing import expect_batch, expect_pixels
+from coca_lit.models.inputs import EncodedPatches, Patches, expect_batch, expect_pixels
 
 TIMM_NAME = "naflexvit_base_patch16_gap"
 DEFAULTS: dict[str, Any] = {

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from coca_lit.models.frames import EncodedFrames
 from coca_lit.models.init import init_normal, init_projection
+from coca_lit.models.inputs import EncodedFrames, EncodedPatches
 from coca_lit.models.layers import Pooling, QueryPooler
-from coca_lit.models.patches import EncodedPatches
 
 
 class OpenClipCascade(Pooling):

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from coca_lit.distributed import gather_objects, rank, world_size
+from coca_lit.distributed import gather_objects, rank, stable_seed, world_size
 from coca_lit.models import CoCa, kernels
-from coca_lit.models.patches import Images
+from coca_lit.models.inputs import Images
 from coca_lit.progress import ProgressBar
 from coca_lit.reading import printable
-from coca_lit.seeding import stable_seed
 from coca_lit.tools.caption.inputs import OpenShard, Shard, Source, Unit, load_images
 from coca_lit.tools.caption.outputs import Captions, Writer
 

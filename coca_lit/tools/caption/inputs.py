@@ -25,8 +25,7 @@ from coca_lit.data.shards.tar import TWICE, group_members, tar_members, tar_writ
 from coca_lit.data.transforms import build_transform, loaded
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
-from coca_lit.models.patches import Images, stack_images
-from coca_lit.models.preprocessing import Preprocessing
+from coca_lit.models.inputs import Images, Preprocessing, stack_images
 from coca_lit.reading import open_regular, parse_json
 
 SHARD = ".tar"

@@ -27,8 +27,8 @@ from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder, text_lengths
+from coca_lit.models.inputs import Images, stack_images
 from coca_lit.models.likelihood import log_likelihoods
-from coca_lit.models.patches import Images, stack_images
 from coca_lit.tools.curate.scores import SETTINGS, read_about, scores_path, write_scores
 from coca_lit.weights.computation import fingerprint
 from coca_lit.weights.load import load_dual_encoder

@@ -19,12 +19,12 @@ from coca_lit.data.prefetch import worker_errors, worker_options
 from coca_lit.data.shards.indexed import TarIndex, pair_of
 from coca_lit.data.shards.reinforced import Reinforced, reinforced_path, write_reinforced
 from coca_lit.data.transforms import Box, as_tensor, random_box, resized
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.evals.inference import evaluating
 from coca_lit.files import claim
 from coca_lit.machine import best_device
 from coca_lit.models import DualEncoder
-from coca_lit.seeding import stable_seed
 from coca_lit.tools.curate.judge import JudgedShard, index_of, load_judge
 
 SETTINGS = "teachers.settings.json"  # beside the files of a folder: what made them all

@@ -17,7 +17,7 @@ from coca_lit.evals.attention import maps_of_captions
 from coca_lit.evals.retrieval import reranked
 from coca_lit.evals.samples import thumbnail
 from coca_lit.models import Captions, CoCa
-from coca_lit.models.patches import Images, stack_images
+from coca_lit.models.inputs import Images, stack_images
 from coca_lit.tokenizer import WordTokenizer
 from coca_lit.tools.search.index import Hit, check_query
 

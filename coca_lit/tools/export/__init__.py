@@ -16,8 +16,7 @@ def save_pretrained(model: "CoCa", folder: str | Path) -> None:
     Raises:
         ValueError: the folder holds something else.
     """
-    from coca_lit.tools.export.card import write_card
-    from coca_lit.tools.export.folder import check_output, new_folder, write_safetensors
+    from coca_lit.tools.export.folder import check_output, new_folder, write_card, write_safetensors
 
     folder = Path(folder)
     check_output(folder, overwrite=True)
@@ -36,8 +35,7 @@ def push_to_hub(model: "CoCa", repo: str, private: bool = False) -> str:
     """
     from tempfile import TemporaryDirectory
 
-    from coca_lit.tools.export.card import write_card
-    from coca_lit.tools.export.folder import write_safetensors
+    from coca_lit.tools.export.folder import write_card, write_safetensors
     from coca_lit.weights import hub
 
     hub.check_push(repo)

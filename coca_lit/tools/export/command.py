@@ -32,8 +32,7 @@ def run(cfg: DictConfig) -> None:
     output = Path(str(cfg.output))
     with error_context("format"):
         write = _writer(cfg.format, str(cfg.version), cfg.correct_cls_mask, cfg.max_int8_loss, cfg.frames)
-    from coca_lit.tools.export.card import Mixture, write_card
-    from coca_lit.tools.export.folder import check_output, new_folder
+    from coca_lit.tools.export.folder import Mixture, check_output, new_folder, write_card
     from coca_lit.weights import hub
     from coca_lit.weights.computation import interpolate
     from coca_lit.weights.load import load_model

@@ -1,14 +1,27 @@
-"""The folder of an export: it appears whole or not at all, and replaces only an earlier export."""
+"""The folder of an export, which appears whole or not at all and replaces only an earlier export, and the model card in
+it: what the model is, where it comes from, its scores, how to load it. The front matter of the card is for the Hugging
+Face Hub.
+"""
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from coca_lit.errors import DataError, UserError
-from coca_lit.models import CoCa
+from coca_lit.models import CoCa, part_sizes
+from coca_lit.models.text import TextTower
+from coca_lit.models.variants.poolers import MeanPooling
+from coca_lit.reading import printable, read_run_file, read_run_json, read_run_yaml
+from coca_lit.runs.results import read_conditions
+from coca_lit.runs.run_folder import commit
+from coca_lit.runs.scores import cell, score_name
+from coca_lit.tools.report.tables import Table, markdown, plain
 from coca_lit.weights.load import save_model
 
 CARD = "README.md"
@@ -25,6 +38,13 @@ similarity = model.encode_image(images) @ model.encode_text(model.tokenizer(["a 
 print(similarity)
 """
 CAPTION = "print(model.tokenizer.decode(model.generate(images)[0]))\n"
+TRAINING = ("seed", "image_size", "init_from", "init_parts", "lora", "ema", "model", "data", "trainer")
+MAX_PICTURE = 16 * 2**20  # bytes
+CLIP = "A CLIP: it embeds images and texts in a common space, for retrieval and zero-shot classification."
+COCA = (
+    "A Contrastive Captioner ([CoCa](https://arxiv.org/abs/2205.01917)): it embeds images and texts in a common"
+    " space, for retrieval and zero-shot classification, and writes captions."
+)
 
 
 class Exported(NamedTuple):
@@ -122,3 +142,169 @@ def _replace(output: Path, new: Path) -> None:
         old.rename(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+class Mixture(NamedTuple):
+    """The weights are weight · checkpoint + (1 - weight) · other."""
+
+    other: str
+    weight: float
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    model: CoCa,
+    exported: Exported,
+    checkpoint: Path | None = None,
+    command: str | None = None,
+    mixture: Mixture | None = None,
+    repo: str | None = None,
+) -> None:
+    """Writes `README.md`. Scores, training and sample pictures come from the run folder in which the checkpoint lies.
+
+    Args:
+        checkpoint: None for a model that was in memory alone.
+        command: that made the export.
+        mixture: what the weights of the checkpoint were interpolated with.
+        repo: where the folder is pushed to.
+    """
+    checkpoint = checkpoint or folder / "model"
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    pictures = _copy_pictures(run, folder)
+    files = exported.files | {picture: "captions of the run's evaluation" for picture in pictures}
+    config = read_run_yaml(run, "config.yaml")
+    summary = COCA if model.decoder is not None else CLIP
+    if mixture is not None:
+        summary += (
+            f"\n\nIts weights are interpolated ([WiSE-FT](https://arxiv.org/abs/2109.01903)): {mixture.weight:g} times"
+            f" `{checkpoint}` plus {1 - mixture.weight:g} times `{mixture.other}`."
+        )
+    code = _placed(exported.usage, name, repo)
+    place = f" In the folder that holds `{name}`:" if code == _placed(exported.usage, name) else ""
+    sections = [
+        _front_matter(model, exported),
+        f"# {name}\n\n{summary}",
+        f"## Use\n\nNeeds {exported.needs}.{place}\n\n```python\n{code}```",
+        *(["## Samples\n\n" + "\n\n".join(f"![{picture}]({picture})" for picture in pictures)] if pictures else []),
+        _table("Files", ("file", "what it is"), ((f"`{file}`", what) for file, what in files.items())),
+        _table("Architecture", ("", ""), _architecture(model).items()),
+        _scores(run, config, checkpoint.name, mixture),
+        _training(config, read_run_json(run, "environment.json")),
+        "## Export\n\n"
+        + (f"```bash\n{command}\n```\n\n" if command is not None else "")
+        + (f"At commit {commit()}. " if commit() else "")
+        + exported.check,
+        _limits(exported, name, repo),
+    ]
+    (folder / CARD).write_text("\n\n".join(sections) + "\n")
+
+
+def _copy_pictures(run: Path, folder: Path) -> list[str]:
+    """The sheets of sample captions that the evaluations of a run drew, under their names in the export."""
+    if not (run / "results.json").is_file():  # some other folder
+        return []
+    names = sorted(sheet.name for sheet in (run / "samples").glob("*.png") if re.fullmatch(r"[\w.-]+", sheet.name))
+    for name in names:
+        (folder / f"samples_{name}").write_bytes(read_run_file(run, f"samples/{name}", MAX_PICTURE))
+    return [f"samples_{name}" for name in names]
+
+
+def _placed(text: str, name: str, repo: str | None = None) -> str:
+    """A text of `Exported` with the name of the folder. Libraries that read a folder or a file also take the name of a
+    repository instead.
+    """
+    if repo is not None:
+        text = re.sub(r'"(local-dir:\{folder\}|\{folder\}/[\w.]+)"', f'"hf-hub:{repo}"', text)
+    return text.replace("{folder}", name)
+
+
+def _front_matter(model: CoCa, exported: Exported) -> str:
+    tasks = ["image-to-text"] if model.decoder is not None else []
+    tags = dict.fromkeys([TAG, "coca" if tasks else "clip", *tasks, "zero-shot-image-classification", exported.library])
+    content = {
+        "library_name": exported.library,
+        "pipeline_tag": "image-to-text" if tasks else "zero-shot-image-classification",
+        "tags": list(tags),
+    }
+    return f"---\n{yaml.safe_dump(content, sort_keys=False)}---"
+
+
+def _architecture(model: CoCa) -> dict[str, Any]:
+    config = model.config
+    other = "words" if isinstance(config["tokenizer"], list) else "tokens of a tokenizer.json"
+    words = {"clip": "CLIP's byte pairs", "r50k": "byte pairs of GPT-2"}.get(str(config["tokenizer"]), other)
+    decoder = f"{config['decoder_layers']} layers of width {config['text_width']}, {config['text_heads']} heads"
+    poolers = f"{config['pooler']}, {config['pooler_queries']} queries, {config['pooler_heads']} heads"
+    arguments = ", ".join(f"{key}={value}" for key, value in config["image_encoder_args"].items())
+    return {
+        "image encoder": f"`{config['image_encoder']}` of timm" + (f" with {arguments}" if arguments else ""),
+        "image size": f"{config['image_size']} pixels",
+        "pooler": config["pooler"] if isinstance(model.pooling, MeanPooling) else poolers,
+        "common space": f"{config['embed_dim']} dimensions",
+        "text tower": f"{config['text_layers']} layers of width {config['text_width']}, {config['text_heads']} heads",
+        "decoder": decoder if model.decoder is not None else "none",
+        "tokenizer": f"{model.tokenizer.vocab_size:,} {words}, {config['context_length']} tokens of context",
+        **({"CLS mask": config["cls_mask"]} if isinstance(model.text, TextTower) else {}),
+        **{f"parameters, {part}": f"{size:,}" for part, size in part_sizes(model).items()},
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+    }
+
+
+def _scores(run: Path, config: Mapping[str, Any], checkpoint: str, mixture: Mixture | None) -> str:
+    results = read_run_json(run, "results.json")
+    if not results:
+        return "## Scores\n\nUnknown: there was no `results.json` of a run next to the checkpoint."
+    if wrong := [name for name, value in results.items() if type(value) not in (int, float)]:
+        raise DataError(f"{run}/results.json holds no number as the score {printable(wrong[0])}")
+    data = list(dict.fromkeys(key.rpartition("/")[0] for key in results))
+    scores = dict.fromkeys(key.rpartition("/")[2] for key in results)
+    images = {score: of.images for score, of in read_conditions(run).items()}
+    keys = {s: [f"{name}/{s}" for name in data] for s in scores}
+    rows = [[plain(score_name(s)), *(cell(s, results.get(key), images.get(key)) for key in keys[s])] for s in scores]
+    note = [f"At the end of the run; `{checkpoint}` may be from another step."] if checkpoint != "last.ckpt" else []
+    if mixture is not None:
+        note.append(f"They are scores of `{checkpoint}` before interpolation; this model was not scored.")
+    if split := _section(config, "scoring").get("split"):
+        note.append(f"On the split `{printable(str(split))}` of data with several splits.")
+    return _table("Scores", ("", *map(plain, data)), rows, " ".join(note))
+
+
+def _training(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    if not config:
+        return "## Training\n\nUnknown: there was no `config.yaml` of a run next to the checkpoint."
+    data = _section(config, "data")
+    source = printable(str(data.get("_target_", "unknown"))).rpartition(".")[2]
+    where = next((printable(str(data[key])) for key in ("shards", "root", "name") if key in data), None)
+    settings = yaml.safe_dump({key: config[key] for key in TRAINING if key in config}, sort_keys=False)
+    facts = {key: environment[key] for key in ("commit", "machine", "seconds", "torch") if environment.get(key)}
+    lines = [f"Data: `{source}`" + (f", `{where}`." if where else ".")]
+    if environment.get("command"):
+        lines += ["", f"```bash\n{printable(str(environment['command']))}\n```"]
+    lines += ["", ", ".join(f"{key}: {printable(str(value))}" for key, value in facts.items())] if facts else []
+    lines += ["", f"<details><summary>Configuration</summary>\n\n```yaml\n{settings}```\n\n</details>"]
+    return "## Training\n\n" + "\n".join(lines)
+
+
+def _limits(exported: Exported, name: str, repo: str | None) -> str:
+    limits = [
+        *([exported.warning] if exported.warning else []),
+        "The licence of the weights is not stated: it depends on the training data, and on the initial weights."
+        " Add `license:` to the front matter once it is known.",
+        "The model reproduces errors and biases of its training data; the scores above are all that is known of its"
+        " quality.",
+        *(_placed(limit, name, repo) for limit in exported.limits),
+    ]
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Iterable[Any]], note: str = "") -> str:
+    """The cells are Markdown; `check_output` finds the files of an earlier export by their backticks."""
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    return "\n\n".join([f"## {title}", markdown(Table(title, header, cells)), *([note] if note else [])])
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of a run's configuration, empty if it is something else."""
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coca_lit.models import CoCa, text_lengths
-from coca_lit.models.cache import KVCache
 from coca_lit.models.layers import CrossBlock
+from coca_lit.models.packing import KVCache
 from coca_lit.models.text import ClassicDecoder
 from coca_lit.models.variants.mammut import TwoPassDecoder
 from coca_lit.models.variants.modern import ModernDecoder

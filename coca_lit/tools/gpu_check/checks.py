@@ -408,8 +408,7 @@ def _open_clip_speed(name: str, size: int) -> dict[str, Any]:
 
 
 def _step_speed(net: "CoCa", size: int) -> dict[str, Any]:
-    from coca_lit.tools.plan.estimate import Recipe, measure, memory, per_sample
-    from coca_lit.tools.plan.settings import GPUS
+    from coca_lit.tools.plan.estimate import GPUS, Recipe, measure, memory, per_sample
     from coca_lit.tools.plan.trace import cost, on_gpu
 
     lengths = _lengths(size, net.config["context_length"])

@@ -13,8 +13,7 @@ from coca_lit.errors import ConfigError, check_number, error_context
 
 if TYPE_CHECKING:
     from coca_lit.lit_module import CoCaLit
-    from coca_lit.tools.plan.estimate import Model, Recipe
-    from coca_lit.tools.plan.settings import Settings
+    from coca_lit.tools.plan.estimate import Model, Recipe, Settings
     from coca_lit.tools.plan.trace import Cost
 
 AUTOCAST = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
@@ -111,7 +110,7 @@ def read_settings(cfg: DictConfig) -> "Settings":
     Raises:
         ConfigError: a setting that cannot be used.
     """
-    from coca_lit.tools.plan.settings import Settings
+    from coca_lit.tools.plan.estimate import Settings
 
     try:
         return Settings(**{key: OmegaConf.select(cfg, key) for key in inspect.signature(Settings).parameters})

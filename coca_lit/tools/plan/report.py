@@ -7,8 +7,11 @@ from rich.table import Table
 
 from coca_lit.machine import memory_bytes
 from coca_lit.tools.plan.estimate import (
+    GPUS,
+    LAUNCH,
     Model,
     Recipe,
+    Settings,
     flops,
     largest_batch,
     largest_micro_batch,
@@ -17,7 +20,6 @@ from coca_lit.tools.plan.estimate import (
     seconds_per_step,
     total_parameters,
 )
-from coca_lit.tools.plan.settings import GPUS, LAUNCH, Settings
 from coca_lit.tools.plan.trace import Cost
 
 

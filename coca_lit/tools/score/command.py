@@ -4,7 +4,8 @@ they agree with people: `coca-score --judgments FILES`.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ the 95 % intervals come from a bootstrap over the images. --output keeps the num
 With --judgments it scores the scores: Kendall's tau with the grades of people, and how often they prefer the same of
 two captions. `coca-evaluate evals=judgments` adds the scores of a model."""
 EXAMPLE = "for example: coca-score predictions.json captions_val2014.json"
+FEW_IMAGES = 1000  # below, document frequencies are too coarse
+DIFFERENT = 0.5  # share of captions that differ, at least; 65 to 80 % in published models' captions of COCO
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,8 +92,6 @@ def score(arguments: Sequence[str] | None = None) -> None:
 
             scores = judge_files(options.judgments, options.captions)
         else:
-            from coca_lit.tools.score.advice import examples, warnings
-
             captions, listings = read_files(options.predictions, options.references, options.split)
             texts = {key: item.captions for key, item in listings.items()}
             table = score_captions(captions, listings, options.synonyms, options.instances)
@@ -107,6 +108,7 @@ def score(arguments: Sequence[str] | None = None) -> None:
 
 
 Captions = Mapping[int | str, str]
+References = Mapping[int | str, Sequence[str]]
 Listings = Mapping[int | str, "Listing"]
 
 
@@ -156,6 +158,49 @@ def score_captions(
         table.draws.update(bootstrap(list(texts), ratios(judge(list(listings.values()), dict(captions)))))
         table.scores.update({name: table.draws[name].score for name in ("CHAIRi", "CHAIRs")})
     return table
+
+
+def warnings(references: References, captions: Captions) -> Iterator[str]:
+    """A sentence for each reason why the scores may mislead, to know before quoting them."""
+    if lone := sum(len(texts) < 2 for texts in references.values()):
+        yield (
+            f"warning: {lone:,} of {len(references):,} images have one reference: scores with one reference are not "
+            "comparable with those of several"
+        )
+    if len(captions) < FEW_IMAGES:
+        yield (
+            f"warning: CIDEr weighs words by these {len(captions):,} images: compare it on the same images only (the "
+            "same captions of COCO have CIDEr 94.8 on 1,000 images and 91.9 on 5,000, see experiments/caption_noise)"
+        )
+    counts = Counter(captions.values())
+    if len(counts) < DIFFERENT * len(captions):
+        caption, count = counts.most_common(1)[0]
+        yield (
+            f"warning: {len(counts):,} of {len(captions):,} captions are different, and {count:,} are {caption!r}: "
+            "scores reward a safe caption for many images"
+        )
+
+
+def examples(references: References, captions: Captions, count: int) -> Iterator[str]:
+    """The `count` captions with the highest and the lowest CIDEr, as they are compared: tokenised, with references."""
+    if not count:
+        return
+
+    import numpy as np
+    from pycocoevalcap.cider.cider import Cider
+
+    from coca_lit.metrics.captions import tokenize_captions
+
+    tokens = tokenize_captions(references, captions)
+    _, of_images = Cider().compute_score(tokens.references, tokens.hypotheses)
+    order = np.argsort(of_images, kind="stable")
+    images = list(tokens.references)
+    for heading, chosen in (("best", order[::-1][:count]), ("worst", order[:count])):
+        yield f"\n{heading} captions by CIDEr, tokenised"
+        for place in chosen.tolist():
+            image = images[place]
+            yield f"  {100 * of_images[place]:6.1f}  {tokens.hypotheses[image][0] or '(empty)'}  (image {image})"
+            yield from (f"          {text}" for text in dict.fromkeys(tokens.references[image]))
 
 
 if __name__ == "__main__":

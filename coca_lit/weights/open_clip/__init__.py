@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coca_lit.models.clip import CLIP
 from coca_lit.models.coca import CoCa
-from coca_lit.weights.bounds import without_memory
+from coca_lit.weights.intact import without_memory
 from coca_lit.weights.open_clip.config import clip_arguments, coca_arguments, obstacle_to_open_clip
 from coca_lit.weights.open_clip.counterparts import SELF_BLOCK, Names, names_of
 from coca_lit.weights.open_clip.sizes import at_the_root, clip_sizes, coca_sizes, has_modern_towers

@@ -17,7 +17,7 @@ from coca_lit.models.variants.modern import Style
 from coca_lit.models.variants.naflex import DEFAULTS
 from coca_lit.models.variants.poolers import MeanPooling
 from coca_lit.tokenizer import get_tokenizer
-from coca_lit.weights.bounds import MAX_CONTEXT, MAX_PATCHES
+from coca_lit.weights.intact import MAX_CONTEXT, MAX_PATCHES
 from coca_lit.weights.open_clip.counterparts import keys_of, needs_version_4
 from coca_lit.weights.open_clip.keys import (
     CLIP_KEYS,

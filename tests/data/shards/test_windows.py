@@ -23,8 +23,8 @@ from coca_lit.data.shards.indexing import make_index
 from coca_lit.data.shards.remote import shards as remote_shards
 from coca_lit.data.shards.shard import Shard, Stamp
 from coca_lit.data.shards.windows import WindowedBatches, Windows
+from coca_lit.distributed import stable_seed
 from coca_lit.errors import DataError
-from coca_lit.seeding import stable_seed
 from helpers.datamodules import TOKENIZER
 from helpers.shards import contents, in_memory, spoil, write_shards
 from helpers.slow import slow

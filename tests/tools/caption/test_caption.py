@@ -21,7 +21,7 @@ from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import Shard as ShardFile
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa
-from coca_lit.models.preprocessing import preprocessing
+from coca_lit.models.inputs import preprocessing
 from coca_lit.tools.prepare.scenes import write_shards
 from helpers.applying import caption, naive_captions, new_model
 

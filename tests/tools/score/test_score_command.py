@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from coca_lit.metrics.captions import caption_table, tokenize_captions
-from coca_lit.tools.score.advice import examples, warnings
-from coca_lit.tools.score.command import read_files, score, score_captions
+from coca_lit.tools.score.command import examples, read_files, score, score_captions, warnings
 
 SHARED = Path(os.environ.get("COCA_SHARED_DATA", Path(__file__).resolve().parents[4] / "shared" / "data")) / "captions"
 ROOT = Path(__file__).resolve().parents[3]
@@ -177,8 +176,11 @@ def test_scores_that_mislead_are_named(tmp_path, monkeypatch, capsys):
     """One reference, few images, one caption for all; and the best and worst captions as they are compared."""
     without_java = functools.partial(caption_table, metrics=("Bleu",), tokenize=list)
     monkeypatch.setattr("coca_lit.metrics.captions.caption_table", without_java)
-    tokenized = functools.partial(tokenize_captions, tokenize=lambda texts: [text.lower() for text in texts])
-    monkeypatch.setattr("coca_lit.tools.score.advice.tokenize_captions", tokenized)
+
+    def tokenized(references, captions, tokenize=lambda texts: [text.lower() for text in texts]):
+        return tokenize_captions(references, captions, tokenize)
+
+    monkeypatch.setattr("coca_lit.metrics.captions.tokenize_captions", tokenized)
     files = [
         str(results(tmp_path / "p.json", [(i, "A red dog") for i in REFERENCES])),
         str(coco(tmp_path / "coco.json")),

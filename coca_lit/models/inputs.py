@@ -1,8 +1,11 @@
-"""Images of any shape: rows of patches, padded to the longest where several make a batch."""
+"""What a model takes for an image: its pixels, the patches of one of any shape, or the frames of a clip.
+
+How an image becomes the pixels that a model was trained on, `Preprocessing`, travels with the weights.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, NotRequired, Self, TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +14,48 @@ from torch import Tensor
 
 from coca_lit.models.packing import to_device
 
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "longest", "squash"]
+FramePooling = Literal["tokens", "mean"]
+
+
+class Preprocessing(TypedDict):
+    """The arguments of `coca_lit.data.transforms.build_transform`."""
+
+    size: int
+    interpolation: Interpolation
+    resize_mode: ResizeMode
+    patch_size: NotRequired[int]  # of a model for images of any shape
+    max_patches: NotRequired[int]
+
+
+def expect_pixels(images: Tensor) -> None:
+    """Raises `TypeError` for a picture, or a list of them, in place of its pixels."""
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor, got {type(images).__name__}: use"
+            " coca_lit.build_transform(**model.preprocessing)(picture)[None]"
+        )
+
+
+def expect_batch(images: Tensor) -> None:
+    """Raises `ValueError` for pixels of another shape than (B, 3, H, W)."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have the shape (batch, 3, height, width), got {tuple(images.shape)}")
+
+
+def preprocessing(size: int, interpolation: Interpolation, resize_mode: ResizeMode) -> Preprocessing:
+    """Raises `ValueError` for a name that does not exist."""
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(f"interpolation must be one of {', '.join(get_args(Interpolation))}, got {interpolation!r}")
+    if resize_mode not in get_args(ResizeMode):
+        raise ValueError(f"resize_mode must be one of {', '.join(get_args(ResizeMode))}, got {resize_mode!r}")
+    return {"size": size, "interpolation": interpolation, "resize_mode": resize_mode}
+
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """An image, or with a dimension B in front of all tensors a batch of them, cut into square patches.
+    """An image of any shape, or with a dimension B in front of all tensors a batch of them, cut into square patches.
 
     Attributes:
         rows: (B, N, P·P·3) uint8, or normalised floats: the patches row by row, padded at the end. Within a patch the
@@ -124,3 +165,31 @@ def patch_grid(height: int, width: int, patch_size: int, max_patches: int) -> tu
     """
     _, size = get_image_size_for_seq((height, width), patch_size, max_patches)
     return size
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedFrames:
+    """A batch of clips, F frames in the place of an image, after an image encoder, which sees each frame by itself.
+
+    Attributes:
+        rows: tokens (B, F, S, C).
+    """
+
+    rows: Tensor
+
+    # What a batch of pixels, a tensor, does too.
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.rows.to(device))
+
+
+def joined(encoded: Tensor | EncodedFrames) -> Tensor:
+    """The tokens of all frames of a clip, one frame after the other (B, F · S, C); those of an image as they are."""
+    return encoded.rows.flatten(1, 2) if isinstance(encoded, EncodedFrames) else encoded
