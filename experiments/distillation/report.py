@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from statistics import fmean
 
-from experiments.study import by_variant, draw_lines, numbers, read_rows, renamed, unit, variants
+from experiments.study import as_they_are, by_variant, draw_lines, numbers, read_rows, renamed, unit, variants
 
 RESULTS = Path(__file__).with_name("results.csv")
 WAYS = {
@@ -25,17 +25,19 @@ SCORES = {
     "scenes/t2i_recall@1": "text to image R@1",
     "scenes/i2t_recall@1": "image to text R@1",
 }
-SPEED = {"samples/s": "samples/s"}
 PHOTO_SCORES = {score.replace("scenes", "flickr8k"): title for score, title in SCORES.items()}
 
 
 def tables() -> dict[str, str]:
     rows = read_rows(RESULTS)
     found = {
-        "distillation": (renamed(rows, NAMES | {"teacher": "teacher"}), SCORES | SPEED),
-        "distillation/photos": (renamed(rows, PHOTO_NAMES), PHOTO_SCORES | SPEED),
+        "distillation": (renamed(rows, NAMES | {"teacher": "teacher"}), SCORES),
+        "distillation/photos": (renamed(rows, PHOTO_NAMES), PHOTO_SCORES),
     }
-    return {name: by_variant(chosen, scores) for name, (chosen, scores) in found.items() if chosen}
+    made = {name: by_variant(chosen, scores) for name, (chosen, scores) in found.items() if chosen}
+    if measured := read_rows(RESULTS.with_name("cost.csv")):
+        made["distillation/cost"] = as_they_are(measured)
+    return made
 
 
 def draw() -> None:
