@@ -139,12 +139,17 @@ def add_adapters(cfg: DictConfig, net: "CoCa") -> None:
 def with_vocabulary(cfg: DictConfig) -> DictConfig:
     """The config with the words of the training captions as the network's tokenizer, if `vocabulary` is set.
     Checkpoints hold the list.
+
+    Raises:
+        ConfigError: the network has a tokenizer of its own.
     """
     from coca_lit.distributed import print_rank_zero
     from coca_lit.tokenizer import frequent_words
 
     if cfg.vocabulary is None:
         return cfg
+    if cfg.model.net.get("tokenizer") is not None:
+        raise ConfigError("vocabulary takes the place of model.net.tokenizer: for the latter set vocabulary=null")
     with data_place(cfg):
         groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
     with error_context("vocabulary"):

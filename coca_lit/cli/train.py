@@ -100,7 +100,7 @@ def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> st
     from coca_lit.data.datamodule import ScenesDataModule
 
     own = OmegaConf.select(cfg, "data.records._target_") == OWN_PHOTOS
-    photos = shlex.quote(str(cfg.data.root)) if own else "photos/"
+    photos = shlex.quote(str(cfg.data.root)) if own else "FOLDER"
     if isinstance(data, ScenesDataModule):
         use = "coca-demo"  # which shows scenes; photos say nothing to this model
     else:

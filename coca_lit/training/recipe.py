@@ -36,8 +36,10 @@ class Facts(NamedTuple):
     gpu: bool
     free_bytes: int  # where views are stored
     weights: str | None  # `init_from`
-    batch: int | None = None  # a batch size and epochs that were given
+    batch: int | None = None  # what was given: batch size, epochs, steps, and whether there is a tokenizer
     epochs: int | None = None
+    steps: int | None = None
+    tokenizer: bool = False
 
 
 class Choice(NamedTuple):
@@ -84,6 +86,8 @@ def small_data(
         weights=given.get("init_from"),
         batch=given.get("data.batch_size"),
         epochs=given.get("trainer.max_epochs"),
+        steps=given.get("trainer.max_steps"),
+        tokenizer=any(key.startswith("model.net.tokenizer") for key in given),
     )
     others = {"xpu": "an Intel GPU", "mps": "an Apple GPU", "cpu": "no GPU"}
     device = torch.cuda.get_device_name() if kind == "cuda" else others[kind]
@@ -98,6 +102,8 @@ def choose(facts: Facts) -> list[Choice]:
     # 700 √n photos in all on a CPU: 5,000 are seen 10 times, 500 31 times, 50,000 3 times
     epochs = facts.epochs or min(max(round((2800 if gpu else 700) / math.sqrt(photos)), 3), 60)
     steps = max(photos // batch, 1) * epochs
+    if facts.steps is not None and facts.steps >= 0:  # -1: no limit
+        steps = min(steps, facts.steps)
     views = min(6, max(2, epochs // 3))
     if facts.weights is not None or 2 * views * photos * VIEW_BYTES > facts.free_bytes:
         views = 0
@@ -122,7 +128,7 @@ def choose(facts: Facts) -> list[Choice]:
 def _new(facts: Facts) -> list[Choice]:
     """A new model around the ImageNet encoder."""
     trunk = "image_encoder.trunk"
-    count, why = vocabulary(facts.counts)
+    count, why = (None, "the tokenizer is given") if facts.tokenizer else vocabulary(facts.counts)
     trains_more = facts.gpu and facts.photos >= 2000
     frozen = f"{trunk}.blocks.[0-4]" if trains_more else f"{trunk}.blocks"
     return [

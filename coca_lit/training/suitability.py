@@ -49,7 +49,7 @@ def check_captions(captions: Sequence[str], tokenizer: Tokenizer) -> None:
         sentence = (
             f"{len(unknown) / count:.0%} of the words of the training captions are unknown to the vocabulary of "
             f"{tokenizer.vocab_size:,} tokens, e.g. {examples}: take experiment=my_photos, set vocabulary=2, or for "
-            "shards model.net.tokenizer=clip"
+            "shards model.net.tokenizer=clip, in each case without init_from, whose model keeps its vocabulary"
         )
         if len(unknown) > MOST * count:
             raise DataError(sentence)

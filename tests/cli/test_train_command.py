@@ -83,7 +83,7 @@ def test_demo_says_what_runs_and_what_comes_next(demo: Path) -> None:
     assert "run_training_batch" in printed  # the profiler's table
 
 
-@pytest.mark.parametrize(("decoder", "use"), [(True, "coca-caption photos/"), (False, "coca-search photos/ TEXT")])
+@pytest.mark.parametrize(("decoder", "use"), [(True, "coca-caption FOLDER"), (False, "coca-search FOLDER TEXT")])
 def test_the_next_command_is_one_for_photos_and_imports_what_the_run_did(decoder: bool, use: str) -> None:
     net = create_model("coca_tiny", decoder_layers=1 if decoder else 0)
     cfg = compose("output_dir=a b", "imports=[json,csv]")

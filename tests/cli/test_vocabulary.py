@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.tokenizer import frequent_words
 from coca_lit.tools.export.open_clip import write_open_clip
@@ -33,6 +34,11 @@ def test_a_run_learns_its_words_and_its_checkpoint_knows_them(tmp_path: Path, ca
     assert set(model.tokenizer.decode(ids).split()) <= set(words)
     with pytest.raises(ValueError, match="it has a tokenizer"):
         write_open_clip(model, tmp_path)
+
+
+def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocabulary=null"):
+        run(tmp_path, *TINY, "vocabulary=3", "+model.net.tokenizer=scenes")
 
 
 def test_unknown_words_are_read_but_not_predicted() -> None:

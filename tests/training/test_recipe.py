@@ -44,12 +44,26 @@ def test_machines() -> None:
     assert [values(photos)["data.num_workers"] for photos in (999, 1000)] == [0, 3]
 
 
+def test_fewer_steps_than_the_epochs_have() -> None:
+    chosen = values(450, steps=30)
+    assert chosen["model.warmup_steps"] == 3
+    assert chosen["ema"] == 0.9  # of the last ten steps
+    assert values(450, steps=-1) == values(450) == values(450, steps=10**6)
+
+
 def test_vocabularies() -> None:
     assert vocabulary(Counter({"a": 900, "dog": 70, "cat": 30}))[0] == 5
     assert vocabulary(Counter({"a": 900, "dog": 50, **{f"b{i}": 3 for i in range(20)}}))[0] == 3
     assert vocabulary(Counter({"a": 90, "dog": 1, "cat": 1, "cow": 1, "pig": 1}))[0] == 1
     assert vocabulary(Counter({f"长句{i}": 1 for i in range(50)}))[0] is None
     assert vocabulary(Counter({f"b{i}": 9 for i in range(30_000)}))[0] is None
+
+
+def test_a_tokenizer_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: "installed")
+    for given, kept in (({}, False), ({"model.net.tokenizer.file": "tokenizer.json"}, True)):
+        chosen = {choice.key: choice.value for choice in small_data(data_of(8), given, None)[1]}
+        assert (chosen["vocabulary"] is None) == kept
 
 
 def data_of(count: int) -> RecordsDataModule:

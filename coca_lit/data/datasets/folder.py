@@ -12,6 +12,7 @@ bounds, and nothing outside of it.
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -113,8 +114,13 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
         if captions := clean_captions(texts):
             photos.append(_Photo(name, captions, next(iter(splits), None)))
     if len(photos) < len(listed):
-        log.warning("left out %d of %d photos without a caption", len(listed) - len(photos), len(listed))
+        _tell_left_out(root, len(listed) - len(photos), len(listed))
     return photos
+
+
+@cache  # each split reads the folder
+def _tell_left_out(root: Path, count: int, photos: int) -> None:
+    log.warning("left out %d of %d photos without a caption in %s", count, photos, root)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Iterable[str], str | None]]:
