@@ -5,25 +5,33 @@ the same.
 """
 
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_report, build_settings
 from coca_lit.cli.command import job_command, options_of
 from coca_lit.cli.runtime import chosen_dtype, configure_libraries
+from coca_lit.cli.schema import written
 from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, error_context
-from coca_lit.reading import read_run_yaml
+from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.run_folder import CONFIG, in_use
 
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
 
+MAX_WORDS, MAX_WORD = 30, 300  # words and their characters in a message that says how to build evaluations
+_WORDS = ("null", "true", "false", "nan", "inf")  # what is no text in Hydra's grammar
+_OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
 # How the names of evaluations end.
 KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers", "judgments", "labels")
 
@@ -34,11 +42,12 @@ def evaluate() -> None:
 
 
 def with_evals(words: list[str]) -> list[str]:
-    """The overrides with the evaluations of the checkpoint's run, and where their data were, unless `evals` is given.
-    Of the run's config only names of our evaluations and existing folders count: it may be a stranger's.
+    """The overrides with the evaluations of the checkpoint's run, how it wrote captions, and where their data were,
+    unless `evals` is given. Of the run's config only names of our evaluations, existing folders and plain options of
+    `scoring.generate` count: it may be a stranger's.
 
     Raises:
-        ConfigError: no evaluations are known: the checkpoint belongs to no run.
+        ConfigError: no evaluations are known: the checkpoint belongs to no run, or to one with only own evaluations.
     """
     given = {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in words)}
     if "evals" in given or "checkpoint" not in given:
@@ -46,27 +55,104 @@ def with_evals(words: list[str]) -> list[str]:
     from coca_lit.weights.hub import PREFIX, released
 
     known = options_of("evaluate", "evals", words)
+    # Evaluations that the user builds: +evals.mine._target_=my_parts.my_score, or +evals.mine={_target_: …}.
+    built = {key.split(".")[1] for key, value in given.items() if _OWN.fullmatch(f"{key}={value}")}
+    # The user's options count alone: those of the run may belong to another strategy.
+    decoding_given = any(key == "scoring" or f"{key}.".startswith("scoring.generate.") for key in given)
     names: list[str] = []
     places: dict[str, str] = {}
+    generates: set[str | None] = set()
+    notes: list[str] = []
     for checkpoint in (name.strip("\"' ") for name in given["checkpoint"].split(",")):
         path = Path(checkpoint).expanduser()
         if not path.exists() and not checkpoint.startswith(PREFIX) and released(checkpoint) is None:
             return words  # a mistake, which is reported with the others
         folder = next((place for place in (path, *path.parents[:2]) if (place / CONFIG).is_file()), None)
         config = read_run_yaml(folder, CONFIG) if folder is not None else {}
-        evals = config.get("evals")
-        scored = [name for name in evals if name in known and evals[name]] if isinstance(evals, dict) else []
-        if not scored:
+        evals = _node(config, "evals")
+        scored = [name for name in evals if name in known and evals[name]]
+        own = [name for name in evals if name not in known and name not in built and evals[name]]
+        if own:
+            named = printable(", ".join(map(str, own))[:MAX_WORD])
+            notes.append(
+                f"the run's own evaluations ({named}) are not repeated by themselves, as a config may run code: "
+                f"add {_words_of(config, own)}"
+            )
+        if not scored and not built:
             raise ConfigError(
-                f"{checkpoint} belongs to no run that was scored: name what to score, evals=[NAME,NAME] or evals=all, "
-                f"of {_grouped(known)}"
+                notes[-1]
+                if own
+                else f"{checkpoint} belongs to no run that was scored: name what to score, evals=[NAME,NAME] or "
+                f"evals=all, of {_grouped(known)}"
             )
         names += scored
         places |= dict(_places(config, scored))
+        generates.add(generate := _generate(config))
+        if not decoding_given and generate is None and _node(config, "scoring").get("generate"):
+            notes.append(f"{checkpoint}: scoring.generate holds more than plain options and is not taken over")
     added = [f"evals=[{','.join(dict.fromkeys(names))}]"]
-    if is_first_process():
-        print(f"scoring what the run scored: {added[0]}", flush=True)
+    if len(generates) > 1 and not decoding_given:
+        notes.append("the runs differ in scoring.generate: captions are greedy unless it is given")
+    elif (generate := generates.pop()) is not None and not decoding_given:
+        added.append(f"scoring.generate={generate}")
+    if names:
+        notes.insert(0, f"scoring what the run scored: {' '.join(added)}")
+    if notes and is_first_process():
+        print(*dict.fromkeys(notes), sep="\n", flush=True)
     return [*words, *added, *(f"{key}={quote(place)}" for key, place in places.items() if key not in given)]
+
+
+def _generate(config: Mapping[str, Any]) -> str | None:
+    """How a run wrote captions, in Hydra's grammar; None for the default, and where a value is no plain option."""
+    options = _node(config, "scoring").get("generate")
+    if not isinstance(options, dict) or not options:
+        return None
+    for name, value in options.items():  # `_target_` begins with no letter
+        named = re.fullmatch(r"[A-Za-z]\w*", str(name), re.ASCII)
+        if named is None or isinstance(value, dict | list) or "${" in str(value):
+            return None
+    return _literal(options)
+
+
+def _words_of(config: Mapping[str, Any], evals: Sequence[str]) -> str:
+    """The words, for a shell, that build evaluations of a run. A hostile config does not make them long or run
+    anything: they are quoted, and cut after `MAX_WORDS`.
+    """
+    found = (pair for name in evals for pair in _leaves(config, f"evals.{name}", _node(config, "evals")[name]))
+    pairs = list(islice(found, MAX_WORDS + 1))
+    words = [f"+{key}={_literal(value)}" for key, value in pairs]
+    short = [shlex.quote(word) if len(word) <= MAX_WORD else "…" for word in words[:MAX_WORDS]]
+    return printable(" ".join([*short, *(["…"] if len(words) > MAX_WORDS else [])]))
+
+
+def _leaves(config: Mapping[str, Any], key: str, value: Any, follow: int = 4) -> Iterator[tuple[str, Any]]:
+    """(key, value) of all values in a node of a run's config. References such as "${data.root}" are followed, up to
+    `follow` in a row: the config of coca-evaluate has not all of their keys.
+    """
+    if isinstance(value, str) and follow and (reference := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+        target: Any = config
+        for part in reference[1].split("."):
+            target = target.get(part) if isinstance(target, dict) else None
+        if target is not None:
+            yield from _leaves(config, key, target, follow - 1)
+            return
+    if isinstance(value, dict) and value:
+        for name, child in value.items():
+            yield from _leaves(config, f"{key}.{name}", child, follow)
+    else:
+        yield key, value
+
+
+def _literal(value: Any) -> str:
+    """A plain value in Hydra's grammar; a text that is a reference stays one."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_literal(child)}' for key, child in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_literal, value))}]"
+    if not isinstance(value, str):
+        return written(value)
+    bare = re.fullmatch(r"[A-Za-z_][\w./-]*", value, re.ASCII) and value.lower() not in _WORDS
+    return value if bare else QuotedString(value, Quote.double).with_quotes()
 
 
 def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[str, str]]:

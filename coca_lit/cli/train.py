@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from coca_lit.cli.assembly import build_data, build_evals, build_report, build_scoring, build_trainer, plain
+from coca_lit.cli.command import CONF
 from coca_lit.cli.module import build_module, load_source, with_recipe, with_start, with_vocabulary
 from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
@@ -96,7 +97,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 
 def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> str:
-    """Two commands to use the model of a run: one for what its data show, and the scores."""
+    """Commands to use the model of a run: one for what its data show, and the scores if coca-evaluate repeats any."""
     from coca_lit.data.datamodule import ScenesDataModule
 
     own = OmegaConf.select(cfg, "data.records._target_") == OWN_PHOTOS
@@ -106,7 +107,11 @@ def next_commands(cfg: DictConfig, net: "CoCa", data: "CaptionDataModule") -> st
     else:
         use = f"coca-caption {photos}" if net.decoder is not None else f"coca-search {photos} TEXT"
     words = [f"checkpoint={cfg.output_dir}"] + ([f"imports=[{','.join(cfg.imports)}]"] if cfg.imports else [])
-    return f"{use} {shlex.join(words)}   or   coca-evaluate {shlex.join(words)}"
+    commands = [use]
+    # Own evaluations are not repeated: the config of a run folder may be a stranger's.
+    if any(node and (CONF / "evals" / f"{name}.yaml").is_file() for name, node in cfg.evals.items()):
+        commands.append("coca-evaluate")
+    return "   or   ".join(f"{command} {shlex.join(words)}" for command in commands)
 
 
 def chosen_experiment() -> dict[str, str]:

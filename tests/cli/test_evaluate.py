@@ -1,6 +1,7 @@
 """`coca-evaluate` from its configuration to its files, on one process and on three."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -154,6 +155,84 @@ def test_own_photos_are_scored_on_the_split_of_the_run(tmp_path, evals, split):
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     words = with_evals([f"checkpoint={tmp_path}"])
     assert [word.partition("=")[2].strip('"') for word in words if word.startswith("scoring.split=")] == split
+
+
+def run_folder(place, config):
+    place.mkdir(exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config), place / "config.yaml")
+    return f"checkpoint={place}"
+
+
+BEAM = {"strategy": "beam", "num_beams": 4, "length_penalty": 0.7, "prompt": "it's a: {photo}, true"}
+
+
+def test_captions_are_written_as_the_run_wrote_them_unless_the_user_says_how(tmp_path, capsys):
+    config = {"evals": {"scenes_captions": {"_target_": ""}}, "scoring": {"generate": BEAM}}
+    word = run_folder(tmp_path, config)
+    assert compose_config("evaluate", with_evals([word])).scoring.generate == BEAM
+    assert "scored: evals=[scenes_captions] scoring.generate={strategy: beam, num_beams: 4," in capsys.readouterr().out
+    for given in ("scoring.generate.num_captions=1", "++scoring.generate={strategy: greedy}", "scoring.generate=null"):
+        assert with_evals([word, given]) == [word, given, "evals=[scenes_captions]"]
+    assert "scoring.generate" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "generate",
+    [
+        {"_target_": "os.system", "command": "true"},
+        {"strategy": "beam", "num_beams": {"_target_": "os.cpu_count"}},
+        {"strategy": "beam", "prompt": "${oc.env:HOME}"},
+        {"strategy": "beam", "prompt": ["a", "b"]},
+        {"strategy": "beam", "x}, a: {b": 1},
+        "${data}",
+    ],
+)
+def test_a_strangers_options_of_captions_are_plain_or_not_taken_over(tmp_path, capsys, generate):
+    config = {"evals": {"scenes_captions": {"_target_": ""}}, "scoring": {"generate": generate}}
+    word = run_folder(tmp_path, config)
+    assert with_evals([word]) == [word, "evals=[scenes_captions]"]
+    assert "scoring.generate holds more than plain options and is not taken over" in capsys.readouterr().out
+
+
+def test_runs_that_wrote_captions_differently_are_scored_alike(tmp_path, capsys):
+    for name, scoring in (("a", {"generate": BEAM}), ("b", {})):
+        run_folder(tmp_path / name, {"evals": {"scenes_captions": {"_target_": ""}}, "scoring": scoring})
+    word = f"checkpoint={tmp_path / 'a'},{tmp_path / 'b'}"
+    assert with_evals([word]) == [word, "evals=[scenes_captions]"]
+    assert "the runs differ in scoring.generate" in capsys.readouterr().out
+
+
+MINE = {"_target_": "my_parts.my_score", "records": "${data.records}", "texts": ["a b", 1], "rate": 0.5}
+RECORDS = {"_target_": "my_parts.my_records", "split": "val; true"}
+
+
+def test_own_evaluations_are_named_with_the_words_that_score_them(tmp_path, capsys):
+    """And those words score them, whatever else the run scored."""
+    config = {"evals": {"mine": MINE, "off": None}, "data": {"records": RECORDS}}
+    word = run_folder(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"own evaluations \(mine\) are not repeated by themselves.*: add ") as error:
+        with_evals([word])
+    words = shlex.split(str(error.value).partition(": add ")[2])
+    assert words[:2] == ["+evals.mine._target_=my_parts.my_score", "+evals.mine.records._target_=my_parts.my_records"]
+    (tmp_path / "my_parts.py").write_text("def my_score(**options): pass\ndef my_records(split): pass\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        cfg = compose_config("evaluate", with_evals([word, *words]))
+    assert cfg.evals == {"mine": MINE | {"records": RECORDS}}
+    assert capsys.readouterr().out == ""
+    run_folder(tmp_path, config | {"evals": {"mine": MINE, "scenes_captions": {"_target_": ""}}})
+    assert with_evals([word]) == [word, "evals=[scenes_captions]"]
+    assert "(mine) are not repeated by themselves" in capsys.readouterr().out
+
+
+def test_a_hostile_evaluation_makes_no_long_message(tmp_path):
+    """References that double sixteen times, a long list and control characters."""
+    config = {f"d{i}": {"a": f"${{d{i + 1}}}", "b": f"${{d{i + 1}}}"} for i in range(16)}
+    config |= {"evals": {"mine": {"x": list(range(10_000)), "y\x1b": "\x1b[2J", "z": "${d0}", "me": "${evals.mine}"}}}
+    with pytest.raises(ConfigError, match="add … ") as error:
+        with_evals([run_folder(tmp_path, config)])
+    assert len(str(error.value)) < 2000
+    assert "\x1b" not in str(error.value)
 
 
 @pytest.fixture
