@@ -438,6 +438,16 @@ def test_a_sweep_has_a_line_per_job(tmp_path):
     assert table.best == [(1, 4)]
 
 
+def test_scores_of_ones_own_stand_where_headline_scores_would(tmp_path):
+    for name, right in (("a", 0.25), ("b", 0.75), ("c", 0.5)):
+        make_run(tmp_path / name, {"mine/right": right, "mine/left": 1 - right})
+    runs = find_runs([tmp_path])[0]
+    assert runs_table(runs, [], None).header == ["", "status", "mine right", "mine left"]
+    assert runs_table(runs, [], "mine/left").header == ["", "status", "mine left", "mine right"]
+    assert [line.split()[:2] for line in summary(runs[:1]).splitlines()] == [["right", "0.25"], ["left", "0.75"]]
+    assert "right  0.25  0.75" in summary(runs[:2])
+
+
 def test_mistakes_are_samples_too():
     records = scene_records("val", count=3)
     captions = {record.id: record.captions[0] for record in records} | {records[1].id: "a dog"}
