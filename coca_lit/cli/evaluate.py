@@ -76,7 +76,7 @@ def with_evals(words: list[str]) -> list[str]:
             named = printable(", ".join(map(str, own))[:MAX_WORD])
             notes.append(
                 f"the run's own evaluations ({named}) are not repeated by themselves, as a config may run code: "
-                f"add {_words_of(config, own)}"
+                f"add what its {CONFIG} has below evals.NAME, such as +evals.NAME._target_=…"
             )
         if not scored and not built:
             raise ConfigError(
@@ -112,35 +112,6 @@ def _generate(config: Mapping[str, Any]) -> str | None:
         if named is None or isinstance(value, dict | list) or "${" in str(value):
             return None
     return _literal(options)
-
-
-def _words_of(config: Mapping[str, Any], evals: Sequence[str]) -> str:
-    """The words, for a shell, that build evaluations of a run. A hostile config does not make them long or run
-    anything: they are quoted, and cut after `MAX_WORDS`.
-    """
-    found = (pair for name in evals for pair in _leaves(config, f"evals.{name}", _node(config, "evals")[name]))
-    pairs = list(islice(found, MAX_WORDS + 1))
-    words = [f"+{key}={_literal(value)}" for key, value in pairs]
-    short = [shlex.quote(word) if len(word) <= MAX_WORD else "…" for word in words[:MAX_WORDS]]
-    return printable(" ".join([*short, *(["…"] if len(words) > MAX_WORDS else [])]))
-
-
-def _leaves(config: Mapping[str, Any], key: str, value: Any, follow: int = 4) -> Iterator[tuple[str, Any]]:
-    """(key, value) of all values in a node of a run's config. References such as "${data.root}" are followed, up to
-    `follow` in a row: the config of coca-evaluate has not all of their keys.
-    """
-    if isinstance(value, str) and follow and (reference := re.fullmatch(r"\$\{([\w.]+)\}", value)):
-        target: Any = config
-        for part in reference[1].split("."):
-            target = target.get(part) if isinstance(target, dict) else None
-        if target is not None:
-            yield from _leaves(config, key, target, follow - 1)
-            return
-    if isinstance(value, dict) and value:
-        for name, child in value.items():
-            yield from _leaves(config, f"{key}.{name}", child, follow)
-    else:
-        yield key, value
 
 
 def _literal(value: Any) -> str:

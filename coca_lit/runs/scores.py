@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # else every command would wait for NumPy
     from coca_lit.metrics.uncertainty import Draws
 
 HEADLINES = ("/CIDEr", "_recall@1", "/exact_match", "/top1", "/accuracy")  # in this order
+OWN_SCORES = 6  # shown where there is no headline score
 FACTS = ("object", "attribute", "relation")  # in captions of the built-in scenes
 NAMES = {
     "Bleu_1": "BLEU-1",
@@ -125,6 +126,11 @@ def headlines(scores: Collection[str]) -> list[str]:
 def headline(scores: Collection[str]) -> str | None:
     """The score that ranks runs if none was named: the first headline score."""
     return next(iter(headlines(scores)), None)
+
+
+def own_scores(scores: Collection[str]) -> list[str]:
+    """What stands in for headline scores where there are none, as with an evaluation of one's own: the first scores."""
+    return [] if headlines(scores) else list(scores)[:OWN_SCORES]
 
 
 def headlines_of(scores: Collection[str], count: int) -> list[str]:

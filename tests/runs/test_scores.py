@@ -3,7 +3,7 @@
 import numpy as np
 
 from coca_lit.metrics.uncertainty import Draws
-from coca_lit.runs.scores import headline, headlines_of, print_scores
+from coca_lit.runs.scores import headline, headlines_of, own_scores, print_scores
 
 
 def test_scores_are_printed_for_one_data_set_after_the_other(capsys):
@@ -35,3 +35,9 @@ def test_tiles_are_one_of_each_kind_and_none_is_reranked():
         *("mscoco/CIDEr", "nocaps/CIDEr", "mscoco/t2i_recall@1", "mscoco/i2t_recall@1", "imagenet/top1")
     ]
     assert headlines_of([f"set{i}/top1" for i in range(9)], 5) == [f"set{i}/top1" for i in range(5)]
+
+
+def test_scores_of_ones_own_are_shown_where_there_is_no_headline():
+    assert own_scores(["mine/right", "mine/left"]) == ["mine/right", "mine/left"]
+    assert own_scores([f"mine/{i}" for i in range(9)]) == [f"mine/{i}" for i in range(6)]
+    assert own_scores(["mine/right", "x/CIDEr"]) == []

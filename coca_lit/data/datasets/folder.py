@@ -53,7 +53,9 @@ class _Photo(NamedTuple):
     split: str | None
 
 
-def folder_records(root: str | Path, split: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Record]:
+def folder_records(
+    root: str | Path, split: str, suffixes: tuple[str, ...] = SUFFIXES, hold_out: bool = True
+) -> list[Record]:
     """Records of "train" or "val", or of any split that the captions name; the id of each is the name of its file.
 
     Where no split is named, a tenth of the photos is held out by what they show, and photos that look alike stay
@@ -61,6 +63,7 @@ def folder_records(root: str | Path, split: str, suffixes: tuple[str, ...] = SUF
 
     Args:
         suffixes: of the files beside which a .txt may be.
+        hold_out: where no split is named; if not, all photos are "train".
 
     Raises:
         DataError: the folder holds no captioned photos, a name leads out of it, more than `MAX_MISSING` of the files
@@ -69,7 +72,7 @@ def folder_records(root: str | Path, split: str, suffixes: tuple[str, ...] = SUF
     root = Path(root)
     if not root.is_dir():
         raise not_found("the folder of photos", [root], HOW)
-    if not _captions_file(root) and [*root.glob("annotations/captions_*.json")]:
+    if not captions_file(root) and [*root.glob("annotations/captions_*.json")]:
         return mscoco_records(root, split)
     photos = _photos(root, suffixes)
     files = files_inside([photo.name for photo in photos], root)
@@ -77,13 +80,14 @@ def folder_records(root: str | Path, split: str, suffixes: tuple[str, ...] = SUF
     if not photos:
         raise not_found("captioned photos", [root], HOW)
     splits = [photo.split for photo in photos]
-    if not any(splits):
+    if hold_out and not any(splits):
         chosen = held_out(hash_files([files[photo.name] for photo in photos]), [p.name for p in photos], HELD_OUT)
         splits = ["val" if i in chosen else "train" for i in range(len(photos))]
     found = [photo for photo, its in zip(photos, splits, strict=True) if (its or "train") == split]
     if not found:
         known = ", ".join(sorted({its or "train" for its in splits}))
-        raise DataError(f"{root} has no split {split!r}, but {known}: set scoring.split=val or data.val_split=null")
+        way_on = ": set scoring.split=val or data.val_split=null" if hold_out else ""  # keys of runs
+        raise DataError(f"{root} has no split {split!r}, but {known}{way_on}")
     return [Record(photo.name, ImageFile(files[photo.name]), photo.captions) for photo in found]
 
 
@@ -92,7 +96,8 @@ def folder_training_captions(root: str | Path) -> list[str]:
     return [caption for record in folder_records(root, "train") for caption in record.captions]
 
 
-def _captions_file(root: Path) -> Path | None:
+def captions_file(root: Path) -> Path | None:
+    """The table or JSON of captions in the folder; raises `DataError` for several."""
     found = [root / name for name in CAPTIONS if (root / name).is_file()]
     if len(found) > 1:
         raise DataError(f"{root} has both {found[0].name} and {found[1].name}: leave one of them")
@@ -101,7 +106,7 @@ def _captions_file(root: Path) -> Path | None:
 
 def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
     """Every photo that has a caption, in an order that depends on the content alone."""
-    path = _captions_file(root)
+    path = captions_file(root)
     listed: dict[str, tuple[list[str], set[str]]] = {}
     for name, captions, split in _rows(path) if path is not None else _beside(root, suffixes):
         texts, splits = listed.setdefault(name, ([], set()))

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 ENGINE = "engine=local|gpus|slurm|ray and engine.KEY=VALUE: where the work is done (default: cores of this machine)"
 EXAMPLE = "for example: coca-data prepare captions.csv shards/"
 PREPARE = """\
-Writes a .csv, .tsv or .parquet file of local images and captions, a COCO or Flickr folder, a folder of NAME.jpg and
-NAME.txt, or the .tar files of img2dataset as shards with a manifest and indexes. Images are decoded once and copied as
-they are; broken ones are left out. An interrupted command resumes where it stopped."""
+Writes a .csv, .tsv or .parquet file of local images and captions, a folder with captions.csv, .tsv, .jsonl or .json, a
+COCO or Flickr folder, a folder of NAME.jpg and NAME.txt, or the .tar files of img2dataset as shards with a manifest and
+indexes. Images are decoded once and copied as they are; broken ones are left out. An interrupted command resumes where
+it stopped."""
 CHECK = """\
 Decodes every image and caption of a set of shards, names what is broken, and writes manifest.json beside the shards:
 samples, bytes and sha256 of each, and an index of each. Training then refuses a shard that has changed, and begins at
@@ -138,12 +139,14 @@ def _write_indexes(entries: "Mapping[Path, ManifestEntry]", options: argparse.Na
 def _add_prepare(commands: "Commands") -> None:
     parser = commands.add_parser("prepare", help="write captioned images as shards", description=PREPARE, epilog=ENGINE)
     parser.add_argument(
-        "source", type=Path, help="table, COCO or Flickr folder, folder of images and texts, or of tars"
+        "source",
+        type=Path,
+        help="table, folder with one, COCO or Flickr folder, folder of images and texts, or of tars",
     )
     parser.add_argument("output", type=Path, help="folder for the shards")
     parser.add_argument("--image-column", help="of a table (default: image, image_path, filename, ...)")
     parser.add_argument("--caption-column", help="of a table (default: caption, text, title, ...)")
-    parser.add_argument("--split", default="train", help="of a COCO or Flickr folder (default: %(default)s)")
+    parser.add_argument("--split", default="train", help="of a folder whose files name splits (default: %(default)s)")
     parser.add_argument(
         "--samples-per-shard", type=positive, help="default: 10,000, or fewer so that there are 16 shards"
     )

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, get_args
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
 from coca_lit.data.datasets.captions import FlickrName, flickr_records, mscoco_records
+from coca_lit.data.datasets.folder import captions_file, folder_records
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.indexed import MAX_TEXT, image_of
@@ -207,7 +208,7 @@ def _open_journal(output: Path, digest: str) -> dict[str, Written]:
     return done
 
 
-# Sources: tables, COCO and Flickr folders, and folders of image and text files
+# Sources: tables, folders with a table, COCO and Flickr folders, and folders of image and text files
 
 
 def read_pairs(
@@ -217,18 +218,24 @@ def read_pairs(
 
     Args:
         source: a .csv, .tsv or .parquet file with a column of paths (relative to the file) and one of captions; or a
-            folder in the layout of COCO, Flickr8k or Flickr30k; or a folder, however deep, of NAME.jpg and NAME.txt.
-        image_column, caption_column: of a table; by default the first of the usual names that it has.
-        split: of COCO and Flickr.
+            folder of photos with captions.csv, .tsv, .jsonl or .json as `folder_records` reads it; or one in the layout
+            of COCO, Flickr8k or Flickr30k; or a folder, however deep, of NAME.jpg and NAME.txt.
+        image_column, caption_column: of a table that is the source; by default the first of the usual names it has.
+        split: of COCO and Flickr, and of a folder whose captions name splits.
 
     Raises:
-        DataError: the source is none of these, or holds no pair.
+        DataError: the source is none of these, or holds no pair; or columns are named of a table within a folder.
     """
     if source.is_file():
         pairs = _read_table(source, image_column, caption_column)
     elif not source.is_dir():
         raise DataNotFoundError(f"there is no file or folder {source}")
     elif records := _known_records(source):
+        if (image_column or caption_column) and (path := captions_file(source)):
+            # Whoever names a column must not get the captions of another one.
+            raise DataError(
+                f"{path} is read by its usual columns: call them file and caption, or give the table as source"
+            )
         found = [(record.image, record.captions) for record in records(split)]
         pairs = [Pair(image.path, captions) for image, captions in found if isinstance(image, ImageFile)]  # all are
     else:
@@ -242,13 +249,15 @@ def read_pairs(
                     pairs.append(Pair(path, clean(texts)))
     if not pairs:
         raise DataError(
-            f"{source} holds no captioned images: expected a .csv, .tsv or .parquet file, a COCO or Flickr folder, a "
-            "folder of NAME.jpg and NAME.txt, or one of img2dataset's .tar files"
+            f"{source} holds no captioned images: expected a .csv, .tsv or .parquet file, a folder with captions.csv, "
+            "a COCO or Flickr folder, a folder of NAME.jpg and NAME.txt, or one of img2dataset's .tar files"
         )
     return pairs
 
 
 def _known_records(root: Path) -> Callable[[str], list[Record]] | None:
+    if captions_file(root):  # first, as in a training on the same folder
+        return functools.partial(folder_records, root, hold_out=False)
     for name in get_args(FlickrName):
         if (root / f"dataset_{name}.json").is_file():
             return functools.partial(flickr_records, root, name=name)

@@ -4,7 +4,7 @@ writes it is named in one sentence.
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ KNOWN = re.compile(r"(coca_lit|lightning)(\.\w+)+")  # constructors whose defaul
 RESULTS, JOB = "results.json", "job.json"  # of a finished run; of a job of a sweep, see `coca_lit.cli.sweep`
 MAX_CURVES, MAX_SHEET = 2**28, 2**25  # bytes of metrics.csv and of a sheet of samples
 MAX_STEP, MAX_SECONDS = 2**53, 1e10
+REFERENCE = re.compile(r"(?<!\\)\$\{([\w.]+)\}")  # to another key, and no call: "${data.root}", not "${oc.env:HOME}"
+MAX_RESOLVED, MAX_CHAIN = 1024, 16  # characters of a value; references that lead to another one
 Number = int | float
 _CAPTIONS = [{"image": str, "question?": str, "caption": str, "exact": bool, "references": [str]}]
 _IMAGES = [{"text": str, "answers": [{"image": str, "hit": bool}]}]
@@ -140,15 +142,40 @@ def find_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Config keys in which the runs differ, with the value of each run, or else the default of the constructor. A key
-    that refers to another one in all runs, as `data.seed` does with "${seed}", is no difference of its own; nor is a
-    key that only trainings have, beside an evaluation.
+    that refers to another one in all runs, as `data.seed` does with "${seed}", is no difference of its own; nor is
+    one that refers to what another one writes out, nor one that only trainings have, beside an evaluation.
     """
     keys = dict.fromkeys(key for run in runs for key in run.config)
     own = [key for key in keys if not key.startswith(BOOKKEEPING) and not key.endswith("_")]  # _target_, _partial_
     if len({EVALUATED in run.config for run in runs}) > 1:
         own = [key for key in own if all(key in run.config for run in runs)]
     values = {key: [run.config.get(key, run.defaults.get(key)) for run in runs] for key in own}
-    return {key: row for key, row in values.items() if len(set(map(repr, row))) > 1}
+    unlike = {key: row for key, row in values.items() if len(set(map(repr, row))) > 1}
+    meant = {key: [_resolved(v, run.config) for v, run in zip(row, runs, strict=True)] for key, row in unlike.items()}
+    return {key: row for key, row in meant.items() if len(set(map(repr, row))) > 1}
+
+
+def _resolved(value: Any, config: Mapping[str, Any]) -> Any:
+    """A value with what its references to other keys stand for; what is no such reference, or leads nowhere, stays.
+
+    OmegaConf would also call resolvers, which read the environment, and follow references that grow without end.
+    """
+
+    def text_of(reference: re.Match[str]) -> str:
+        target = config.get(reference[1])
+        text = str(target) if isinstance(target, str | int | float) else reference[0]
+        return text if len(text) <= MAX_RESOLVED else reference[0]
+
+    found = value
+    for _ in range(MAX_CHAIN):
+        if not isinstance(found, str) or len(found) > MAX_RESOLVED:
+            break
+        whole = REFERENCE.fullmatch(found)  # whose type is kept
+        further = config.get(whole[1], found) if whole else REFERENCE.sub(text_of, found)
+        if further == found:
+            return found
+        found = further
+    return value if isinstance(found, str) else found
 
 
 def obstacles(runs: Sequence[Run], score: str) -> list[str]:

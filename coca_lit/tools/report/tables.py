@@ -25,6 +25,7 @@ from coca_lit.runs.scores import (
     data_name,
     headlines_of,
     interval_cell,
+    own_scores,
     score_name,
     spread_cell,
 )
@@ -205,12 +206,13 @@ def headline_cells(run: Run) -> list[tuple[str, str, str, str]]:
             score_name(s),
             with_images([run], s),
         )
-        for s in headlines_of(run.results, TILES)
+        for s in headlines_of(run.results, TILES) or own_scores(run.results)
     ]
 
 
 def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | None) -> Table:
-    """A line for each run: the settings in which they differ, status, objective and four headline scores.
+    """A line for each run: the settings in which they differ, status, objective and four headline scores, or else
+    the first scores.
 
     Args:
         failed: names of jobs without results.
@@ -218,7 +220,7 @@ def runs_table(runs: Sequence[Run], failed: Collection[str], objective: str | No
     varied = differences(runs)
     results = dict.fromkeys(score for run in runs for score in run.results)
     first = [objective] if objective in results else []
-    scores = list(dict.fromkeys([*first, *headlines_of(results, HEADLINES_OF_A_SWEEP)]))
+    scores = list(dict.fromkeys([*first, *(headlines_of(results, HEADLINES_OF_A_SWEEP) or own_scores(results))]))
     header = ["", *short_names(list(varied)), "status"]
     marked = {score: obstacles(runs, score) for score in scores}
     names = _short_runs([*(run.name for run in runs), *failed])

@@ -14,7 +14,7 @@ from typing import Any
 from coca_lit.metrics.uncertainty import same_data
 from coca_lit.reading import printable
 from coca_lit.runs.results import read_conditions
-from coca_lit.runs.scores import RERANKED, cell, headline, headlines, score_name
+from coca_lit.runs.scores import RERANKED, cell, headline, headlines, own_scores, score_name
 from coca_lit.tools.report.page import write_comparison
 from coca_lit.tools.report.runs import RESULTS, Run, read_run
 from coca_lit.tools.report.tables import (
@@ -64,6 +64,7 @@ def _two(first: Run, second: Run, objective: str | None) -> Iterator[str]:
     yield f"second: {names[1]}"
     shared = [score for score in first.results if score in second.results]
     chosen = [score for score in headlines(shared) if f"/{RERANKED}" not in score and score.count("/") == 1]
+    chosen = chosen or own_scores(shared)
     by_data: dict[str, list[str]] = {}
     for score in dict.fromkeys([*([objective] if objective in shared else []), *chosen]):
         by_data.setdefault(with_images([first, second], score), []).append(score)
@@ -121,7 +122,10 @@ def report_sweep(folder: Path, rows: Sequence[Mapping[str, Any]], objective: str
         for job, value in zip(scored, published_scores(runs, name)[0], strict=True):
             known[job] |= {} if math.isnan(value) else {f"{name}{PUBLISHED}": value}
     print_jobs([{**row, **known.get(row["job"], {})} for row in rows], str(folder), score, images)
-    if not same_data(read_conditions(folder / job).get(str(score)) for job in scored if score in scores[job]):
+    if score is None and any(scores.values()):
+        first = next(name for job in scores.values() for name in job)
+        print(printable(f"no score is a headline score: scoring.objective={first} names the best run by that one"))
+    elif not same_data(read_conditions(folder / job).get(str(score)) for job in scored if score in scores[job]):
         print(f"the jobs were scored on different data, so none is the best by {score}")
     elif score is not None and (best := best_run(scores, score)) is not None:
         print(f"best {score}: {cell(score, scores[best][score], images.get(score))} in {folder / best}")
@@ -136,8 +140,8 @@ def print_jobs(
     objective: str | None,
     images: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Prints the jobs of a sweep: varied settings, status, objective and four headline scores, as many as fit the
-    terminal; below, a line for each failed job. Outside a terminal nothing is cut.
+    """Prints the jobs of a sweep: varied settings, status, objective and four headline scores, or else the first
+    scores, as many as fit the terminal; below, a line for each failed job. Outside a terminal nothing is cut.
 
     Args:
         rows: of each job: "job", its overrides (str), "status", its scores (float), and "error" if it failed.
@@ -148,7 +152,8 @@ def print_jobs(
     varied = [key for key in keys if len({row.get(key) for row in rows}) > 1] or ["job"]
     found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, float))
     first = [objective] if objective in found else []
-    scores = list(dict.fromkeys([*first, *headlines(found)[:HEADLINES_OF_A_SWEEP]]))
+    others = own_scores([name for name in found if not name.endswith(PUBLISHED)])
+    scores = list(dict.fromkeys([*first, *(headlines(found)[:HEADLINES_OF_A_SWEEP] or others)]))
     columns = [name for s in scores for name in (s, f"{s}{PUBLISHED}") if name == s or name in found]
     lines = [[*short_names(varied), "status", *columns]]
     for row in rows:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from coca_lit.data.datasets.folder import folder_records
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.data.shards.shard import MANIFEST, read_manifest
 from coca_lit.errors import DataError
@@ -132,6 +133,36 @@ def test_folder_of_images_and_texts(photos, tmp_path):
     assert [sample["txt"].decode() for sample in found.values()] == [f"it is {i}" for i in (*"12345", *"xxxx", 0)]
     suffixes = [next(iter(sample.keys() - {"txt", "json"})) for sample in found.values()]
     assert suffixes == [*["jpg"] * 5, "jpg", "jpg", "png", "webp", "jpg"]
+
+
+ROWS = [{"file": f"{i}.jpg", "caption": f"{what} {i}"} for i in range(7) for what in ("a dog,", "number")]
+TABLES = {
+    "captions.jsonl": "\n".join(map(json.dumps, ROWS)),
+    "captions.json": json.dumps(ROWS),
+    "captions.csv": "\n".join(["file,caption", *(f'{row["file"]},"{row["caption"]}"' for row in ROWS)]),
+    "captions.tsv": "\n".join(["file\tcaption", *(f"{row['file']}\t{row['caption']}" for row in ROWS)]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_folder_with_a_table_is_read_as_a_training_on_it_reads_it(photos, tmp_path, name):
+    (photos / name).write_text(TABLES[name])
+    run(photos, tmp_path / "out")
+    found = [json.loads(sample["json"]) for sample in samples(tmp_path / "out").values()]
+    records = folder_records(photos, "train") + folder_records(photos, "val")
+    assert {meta["source"]: tuple(meta["captions"]) for meta in found} == {r.id: r.captions for r in records}
+    assert len(found) == 7
+
+
+def test_a_folder_whose_table_names_splits(photos, tmp_path):
+    rows = [(f"{i}.jpg", f"a dog {i}", "val" if i > 4 else "train") for i in range(7)]
+    table(photos / "captions.csv", rows, head=("file", "caption", "split"))
+    assert read_pairs(photos) == [Pair(photos / f"{i}.jpg", (f"a dog {i}",)) for i in range(5)]
+    assert [pair.image.name for pair in read_pairs(photos, split="val")] == ["5.jpg", "6.jpg"]
+    with pytest.raises(DataError, match=r"no split 'test', but train, val$"):
+        read_pairs(photos, split="test")
+    with pytest.raises(DataError, match=r"captions\.csv is read by its usual columns"):
+        read_pairs(photos, caption_column="split")
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

@@ -424,6 +424,28 @@ def test_settings_are_readable_and_no_secret_is_looked_up(tmp_path, monkeypatch)
     assert settings.rows == [["image_size", "224", "288"], ["model.key", "x", "MY_TOKEN"]]
 
 
+def test_a_setting_that_refers_to_another_is_what_that_one_says(tmp_path):
+    own = "data_dir: /d\ndata: {root: '${data_dir}/a'}\nroots: {mine: '${data.root}', other: '${data.root}/x'}\n"
+    own += "size: '${width}'\nwidth: 224\nround: '${about}'\nabout: '${round}'\nlost: '${nowhere}'\n"
+    written = "data_dir: /d\ndata: {root: /d/a}\nroots: {mine: /d/a, other: /d/y}\n"
+    written += "size: 224\nwidth: 224\nround: 1\nabout: '${round}'\nlost: 1\n"
+    make_run(tmp_path / "a", {"x/CIDEr": 0.5}, own)
+    make_run(tmp_path / "b", {"x/CIDEr": 0.6}, written)
+    runs, _ = find_runs([tmp_path])
+    assert differences(runs) == {
+        "roots.other": ["/d/a/x", "/d/y"],
+        "round": ["${about}", 1],
+        "lost": ["${nowhere}", 1],
+    }
+
+
+def test_references_that_grow_without_end_are_no_values_of_settings(tmp_path):
+    grown = "".join(f'b{i}: "${{b{i + 1}}}${{b{i + 1}}}"\n' for i in range(40))
+    make_run(tmp_path / "a", {"x/CIDEr": 0.5}, f"{grown}b40: x\n")
+    make_run(tmp_path / "b", {"x/CIDEr": 0.6}, "b0: x\n")
+    assert differences(find_runs([tmp_path])[0])["b0"] == ["${b1}${b1}", "x"]
+
+
 def test_a_sweep_has_a_line_per_job(tmp_path):
     for rate, cider in (("1e-3", 0.5), ("2e-3", 0.6)):
         folder = tmp_path / f"model.optimizer.lr={rate}"
@@ -436,6 +458,16 @@ def test_a_sweep_has_a_line_per_job(tmp_path):
         ["lr=9", "", "failed", "", ""],
     ]
     assert table.best == [(1, 4)]
+
+
+def test_scores_of_ones_own_stand_where_headline_scores_would(tmp_path):
+    for name, right in (("a", 0.25), ("b", 0.75), ("c", 0.5)):
+        make_run(tmp_path / name, {"mine/right": right, "mine/left": 1 - right})
+    runs = find_runs([tmp_path])[0]
+    assert runs_table(runs, [], None).header == ["", "status", "mine right", "mine left"]
+    assert runs_table(runs, [], "mine/left").header == ["", "status", "mine left", "mine right"]
+    assert [line.split()[:2] for line in summary(runs[:1]).splitlines()] == [["right", "0.25"], ["left", "0.75"]]
+    assert "right  0.25  0.75" in summary(runs[:2])
 
 
 def test_mistakes_are_samples_too():

@@ -55,6 +55,25 @@ def test_no_job_is_the_best_on_other_images(tmp_path, capsys):
         assert ["val", "ok", "50"] in map(str.split, said.splitlines())  # of 64 images: no decimals
 
 
+@pytest.mark.parametrize("objective", [None, "mine/right"])
+def test_a_sweep_over_an_evaluation_of_ones_own(objective, tmp_path, capsys):
+    jobs = [
+        {"job": f"lr={lr}", "model.optimizer.lr": lr, "status": "ok", "mine/right": right, "mine/left": 1 - right}
+        for lr, right in (("1e-4", 0.25), ("1e-3", 0.75))
+    ]
+    for job in jobs:
+        (tmp_path / job["job"]).mkdir()
+        scores = {name: job[name] for name in ("mine/right", "mine/left")}
+        (tmp_path / job["job"] / "results.json").write_text(json.dumps(scores))
+        write_conditions(tmp_path / job["job"], dict.fromkeys(scores, Conditions("val", 64, "i", 320, "t", {})))
+    report_sweep(tmp_path, jobs, objective)
+    said = capsys.readouterr().out
+    assert ["lr", "status", "mine/right", "mine/left"] in map(str.split, said.splitlines())
+    assert ["1e-3", "ok", "0.75", "0.25"] in map(str.split, said.splitlines())
+    assert (f"best mine/right: 0.75 in {tmp_path / 'lr=1e-3'}" in said) is (objective is not None)
+    assert ("scoring.objective=mine/right names the best run" in said) is (objective is None)
+
+
 def test_best_run() -> None:
     results = {"a": {"x/CIDEr": 0.5, "x/i2t_median_rank": 9.0}, "b": {"x/CIDEr": float("nan")}, "c": {"x/CIDEr": 0.4}}
     assert best_run(results, "x/CIDEr") == "a"
