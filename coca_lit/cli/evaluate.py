@@ -6,14 +6,11 @@ the same.
 
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_report, build_settings
@@ -29,8 +26,7 @@ from coca_lit.runs.run_folder import CONFIG, in_use
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
 
-MAX_WORDS, MAX_WORD = 30, 300  # words and their characters in a message that says how to build evaluations
-_WORDS = ("null", "true", "false", "nan", "inf")  # what is no text in Hydra's grammar
+MAX_NAMES = 300  # characters of names that a message repeats
 _OWN = re.compile(r"evals\.[\w-]+(\._target_=.*|=\{.*)", re.DOTALL)
 # How the names of evaluations end.
 KINDS = ("captions", "retrieval", "zeroshot", "choice", "probe", "answers", "judgments", "labels")
@@ -73,7 +69,7 @@ def with_evals(words: list[str]) -> list[str]:
         scored = [name for name in evals if name in known and evals[name]]
         own = [name for name in evals if name not in known and name not in built and evals[name]]
         if own:
-            named = printable(", ".join(map(str, own))[:MAX_WORD])
+            named = printable(", ".join(map(str, own))[:MAX_NAMES])
             notes.append(
                 f"the run's own evaluations ({named}) are not repeated by themselves, as a config may run code: "
                 f"add what its {CONFIG} has below evals.NAME, such as +evals.NAME._target_=…"
@@ -111,19 +107,8 @@ def _generate(config: Mapping[str, Any]) -> str | None:
         named = re.fullmatch(r"[A-Za-z]\w*", str(name), re.ASCII)
         if named is None or isinstance(value, dict | list) or "${" in str(value):
             return None
-    return _literal(options)
-
-
-def _literal(value: Any) -> str:
-    """A plain value in Hydra's grammar; a text that is a reference stays one."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_literal(child)}' for key, child in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{','.join(map(_literal, value))}]"
-    if not isinstance(value, str):
-        return written(value)
-    bare = re.fullmatch(r"[A-Za-z_][\w./-]*", value, re.ASCII) and value.lower() not in _WORDS
-    return value if bare else QuotedString(value, Quote.double).with_quotes()
+    texts = {name: quote(value) if isinstance(value, str) else written(value) for name, value in options.items()}
+    return f"{{{', '.join(f'{name}: {text}' for name, text in texts.items())}}}"
 
 
 def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[str, str]]:

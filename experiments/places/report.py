@@ -5,9 +5,11 @@ from pathlib import Path
 from experiments.study import VariantStudy
 
 NAMES = {
-    "captions": "captions alone",
-    "places_steps": "with places, equal steps",
-    "places_captions": "with places, equal captions",
+    "captions": "captions alone, 6 passes",
+    "captions12": "captions alone, 12 passes",
+    "places_captions": "with places, batches of 64, 6 passes",
+    "places_wide6": "with places, batches of 192, 6 passes",
+    "places_wide12": "with places, batches of 192, 12 passes",
 }
 SCORES = {
     "scenes_places/box_accuracy": "boxes right at IoU 0.5",

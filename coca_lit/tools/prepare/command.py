@@ -176,7 +176,7 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"wrote {write_manifest(options.output, entries)}")
     _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
-    print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null")
+    print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null 'evals=[]'")
 
 
 def _fetch_spice(options: argparse.Namespace) -> None:
