@@ -94,7 +94,7 @@ def test_the_next_command_is_one_for_photos_and_imports_what_the_run_did(decoder
 @pytest.mark.parametrize("evals", [("evals=[]",), ("evals=[]", "+evals.mine._target_=json.dumps")])
 def test_the_next_command_scores_nothing_that_coca_evaluate_would_not_repeat(evals: tuple[str, ...]) -> None:
     net, cfg = create_model("coca_tiny"), compose("output_dir=run", *evals)
-    assert next_commands(cfg, net, None) == "coca-caption photos/ checkpoint=run"  # type: ignore[arg-type]
+    assert next_commands(cfg, net, None) == "coca-caption FOLDER checkpoint=run"  # type: ignore[arg-type]
     with_ours = compose("output_dir=run", "evals=[scenes_captions]", *evals[1:])
     assert next_commands(with_ours, net, None).endswith("   or   coca-evaluate checkpoint=run")  # type: ignore[arg-type]
 
