@@ -8,7 +8,7 @@ train() { # NAME SEED WORDS…
   local name=$1_seed$2 seed=$2
   shift 2
   [ -s "$runs/$name/results.json" ] || python train.py name="places/$name" seed="$seed" experiment=scenes_places trainer=cpu threads=1 \
-    scoring.every_n_epochs=null evals=scenes_places "$@"
+    data.train_count=6000 scoring.every_n_epochs=null evals=scenes_places "$@"
 }
 
 alone=(data=scenes data.batch_size=64 model.contrastive_weight=1 model.objectives.captions=null)
