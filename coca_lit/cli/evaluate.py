@@ -83,13 +83,14 @@ def with_evals(words: list[str]) -> list[str]:
             )
         names += scored
         places |= dict(_places(config, scored))
-        generates.add(generate := _generate(config))
-        if not decoding_given and generate is None and _node(config, "scoring").get("generate"):
-            notes.append(f"{checkpoint}: scoring.generate holds more than plain options and is not taken over")
+        if not decoding_given:
+            generates.add(generate := _generate(config))
+            if generate is None and _node(config, "scoring").get("generate"):
+                notes.append(f"{checkpoint}: scoring.generate holds more than plain options and is not taken over")
     added = [f"evals=[{','.join(dict.fromkeys(names))}]"]
-    if len(generates) > 1 and not decoding_given:
+    if len(generates) > 1:
         notes.append("the runs differ in scoring.generate: captions are greedy unless it is given")
-    elif (generate := generates.pop()) is not None and not decoding_given:
+    elif generate := next(iter(generates), None):
         added.append(f"scoring.generate={generate}")
     if names:
         notes.insert(0, f"scoring what the run scored: {' '.join(added)}")

@@ -1,8 +1,8 @@
 """What stored teachers cost a training step.
 
-    OMP_NUM_THREADS=1 python experiments/distillation/cost.py SHARDS     # those that run.sh has taught
+    OMP_NUM_THREADS=1 python experiments/distillation/cost.py SHARDS     # with teachers, as run.sh makes them
 
-CPU seconds of a long training minus those of a short one, in turns, so that neither start nor other load counts.
+The CPU time of a long training minus that of a short one, in turns, so that neither start nor other load counts.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
         {
             "way": way,
             "CPU seconds a step": f"{statistics.median(found):.3f}",
-            "times those of pairs alone": str(ratio(found, seconds["pairs alone"])),
+            "relative to pairs alone": str(ratio(found, seconds["pairs alone"])),
         }
         for way, found in seconds.items()
     ]

@@ -103,6 +103,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: str, said: s
         folder_records(tmp_path, "train")
 
 
+def test_photos_without_a_caption_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*ROWS[:-2], ("9.jpg", "")]
+    (fill(tmp_path) / "captions.csv").write_text("file,caption\n" + "\n".join(f'{f},"{text}"' for f, text in rows))
+    assert sum(len(folder_records(tmp_path, split)) for split in ("train", "val")) == 9
+    assert caplog.text.count("left out 1 of 10 photos") == 1
+
+
 def test_links_out_are_not_followed(tmp_path: Path) -> None:
     fill(tmp_path / "other", ["secret.jpg"])
     (tmp_path / "other" / "secret.txt").write_text("a secret")
