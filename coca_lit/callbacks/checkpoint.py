@@ -299,6 +299,7 @@ class Checkpoints(L.Callback):
         now = {limit: getattr(trainer, limit) for limit in LIMITS} | {"max_time": lightning_fixes.max_time(trainer)}
         if self._loaded.get("finished") and all(self._loaded.get(limit) == now[limit] for limit in now):
             trainer.should_stop = True  # nothing is left to train, also where the run was stopped early
+            print_rank_zero("the training is finished: only its scores are left")
         before = self._loaded.get("fp32_matmul")
         if before and before != kernels.fp32_matmul():  # the two libraries round differently
             try:

@@ -5,6 +5,7 @@ and run code before anybody has looked at the config.
 """
 
 import ast
+import builtins
 import functools
 import importlib.util
 import re
@@ -67,7 +68,7 @@ def read_signature(target: Any) -> Signature | None:
     positional = [*made.args.posonlyargs, *made.args.args]
     values = [*[None] * (len(positional) - len(made.args.defaults)), *made.args.defaults, *made.args.kw_defaults]
     arguments = {
-        a.arg: Argument(ast.unparse(a.annotation) if a.annotation else "", literal(value, module))
+        a.arg: Argument(_annotation(a.annotation, module), literal(value, module))
         for a, value in zip([*positional, *made.args.kwonlyargs], values, strict=True)
         if a.arg != "self"
     }
@@ -95,7 +96,7 @@ def _fields(name: str) -> dict[str, Argument]:
         fields |= _fields(f"{module}.{ast.unparse(base)}")
     lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
     return fields | {
-        ast.unparse(f.target): Argument(ast.unparse(f.annotation), literal(f.value, module)) for f in lines
+        ast.unparse(f.target): Argument(_annotation(f.annotation, module), literal(f.value, module)) for f in lines
     }
 
 
@@ -117,16 +118,34 @@ def literal(node: ast.expr | None, module: str) -> Any:
     """A default as a plain value, also that of a constant of the module or of one that it imports from; `...` for none,
     or one that is more than a literal.
     """
-    if isinstance(node, ast.Name):
-        for line in _source(module).body:
-            if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == node.id:
-                return literal(line.value, module)
-            if isinstance(line, ast.ImportFrom) and line.module and node.id in [alias.name for alias in line.names]:
-                return literal(node, line.module)
+    if isinstance(node, ast.Name) and (found := _constant(node.id, module)):
+        return literal(*found)
     try:
         return ast.literal_eval(node) if node is not None else ...
     except ValueError:
         return ...
+
+
+def _annotation(node: ast.expr | None, module: str) -> str:
+    """An annotation as it is written, with the choices in place of the name of a `Literal`."""
+    if node is None:
+        return ""
+    text = ast.unparse(node)
+    for name in [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and part.id not in vars(builtins)]:
+        if (found := _constant(name, module)) and (choices := ast.unparse(found[0])).startswith("Literal["):
+            text = re.sub(rf"\b{name}\b", choices, text)
+    return text
+
+
+def _constant(name: str, module: str) -> tuple[ast.expr, str] | None:
+    """What is assigned to a name in a module of the same package or ours, and that module; None if nothing is."""
+    for line in _source(module).body:
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
+            return line.value, module
+        if isinstance(line, ast.ImportFrom) and line.module and name in [alias.name for alias in line.names]:
+            near = line.module.split(".")[0] in (module.split(".")[0], __name__.split(".")[0])
+            return _constant(name, line.module) if near else None
+    return None
 
 
 @functools.cache
@@ -225,6 +244,9 @@ def _mistake(value: Any, argument: Argument) -> str | None:
     kinds = {*re.findall(r"[\w.]+", argument.annotation)} - {"Optional", "Union", "None", "NoneType"}
     if value in (None, "???", AUTO) or (isinstance(value, str) and "${" in value) or not kinds:
         return None
+    if choices := re.fullmatch(r"Literal\[((?:'\w+'(?:, )?)+)\](?: \| None)?", argument.annotation):
+        *others, last = re.findall(r"\w+", choices[1])
+        return None if value in (*others, last) else " or ".join([*[", ".join(others)] * bool(others), last])
     if kinds == {"list"}:
         return "a list" if not isinstance(value, list) else None
     if not kinds <= NUMBERS or (isinstance(value, bool) and "bool" in kinds):

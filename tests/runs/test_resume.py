@@ -468,13 +468,16 @@ def write_report(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "ends"), [(60, True), (90, False), (None, False)])
-def test_a_run_that_its_clock_ended_trains_on_with_more_time(tmp_path: Path, seconds: int | None, ends: bool) -> None:
+def test_a_run_that_its_clock_ended_trains_on_with_more_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: int | None, ends: bool
+) -> None:
     clock = [Timer({"seconds": seconds})] if seconds is not None else []
     trainer: Any = SimpleNamespace(max_epochs=4, max_steps=-1, callbacks=clock, should_stop=False)
     run = {"finished": True, "max_epochs": 4, "max_steps": -1, "max_time": 60.0}
     nothing: Any = None
     Checkpoints(tmp_path).on_load_checkpoint(trainer, nothing, {RUN_KEY: run})
     assert trainer.should_stop == ends
+    assert ("only its scores are left" in capsys.readouterr().out) == ends
 
 
 def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coca_lit.data.batch import Batch
 from coca_lit.data.datamodule import SceneQuestionsDataModule
+from coca_lit.errors import ConfigError
 from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.prepare.scenes import export_scenes
@@ -121,6 +122,13 @@ def test_a_forward_or_a_function_is_enough(questions: Batch, objective: Any) -> 
     module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives={"mine": objective})
     loss = module.training_step(questions, 0)
     assert loss.item() == pytest.approx(len(questions.images), rel=1e-5)  # features of unit length
+
+
+def test_an_objective_that_returns_no_terms_is_named(questions: Batch) -> None:
+    objectives = {"good": squares, "mine": lambda net, batch: net.encode_image(batch.images).sum()}
+    module = CoCaLit(create_model("coca_tiny"), OPTIMIZER, 0, 0.0, 0.0, objectives=objectives)
+    with pytest.raises(ConfigError, match=r"^model\.objectives\.mine .*Tensor"):
+        module.training_step(questions, 0)
 
 
 @pytest.mark.parametrize(

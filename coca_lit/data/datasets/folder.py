@@ -108,7 +108,7 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
     """Every photo that has a caption, in an order that depends on the content alone."""
     path = captions_file(root)
     listed: dict[str, tuple[list[str], set[str]]] = {}
-    for name, captions, split in _rows(path) if path is not None else _beside(root, suffixes):
+    for name, captions, split in _rows(path) if path is not None else captions_beside(root, suffixes):
         texts, splits = listed.setdefault(name, ([], set()))
         texts += captions
         splits.update([split] if split is not None else [])
@@ -161,7 +161,7 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
     return SPLITS[split.strip().lower()]
 
 
-def _beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Iterable[str], None]]:
+def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
     """(file, captions, no split) of every photo, with the lines of the .txt of the same name."""
     for folder, folders, files in os.walk(root):  # follows no links
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple, get_args
 from coca_lit.data.bad_samples import BadSamples
 from coca_lit.data.datasets.annotations import CAPTION_COLUMNS, IMAGE_COLUMNS, clean, column, open_table
 from coca_lit.data.datasets.captions import FlickrName, flickr_records, mscoco_records
-from coca_lit.data.datasets.folder import captions_file, folder_records
+from coca_lit.data.datasets.folder import captions_beside, captions_file, folder_records
 from coca_lit.data.pixels import MAX_IMAGE, SUFFIXES, decode_image
 from coca_lit.data.records import ImageFile, Record
 from coca_lit.data.shards.indexed import MAX_TEXT, image_of
@@ -219,7 +218,7 @@ def read_pairs(
     Args:
         source: a .csv, .tsv or .parquet file with a column of paths (relative to the file) and one of captions; or a
             folder of photos with captions.csv, .tsv, .jsonl or .json as `folder_records` reads it; or one in the layout
-            of COCO, Flickr8k or Flickr30k; or a folder, however deep, of NAME.jpg and NAME.txt.
+            of COCO, Flickr8k or Flickr30k; or a folder, however deep, of NAME.jpg and NAME.txt, a caption per line.
         image_column, caption_column: of a table that is the source; by default the first of the usual names it has.
         split: of COCO and Flickr, and of a folder whose captions name splits.
 
@@ -239,14 +238,7 @@ def read_pairs(
         found = [(record.image, record.captions) for record in records(split)]
         pairs = [Pair(image.path, captions) for image, captions in found if isinstance(image, ImageFile)]  # all are
     else:
-        pairs = []
-        for folder, folders, files in os.walk(source):
-            folders.sort()
-            for path in (Path(folder, name) for name in sorted(files)):
-                if path.suffix.lower() in SUFFIXES:
-                    text = path.with_suffix(".txt")
-                    texts = [text.read_text("utf-8-sig", "replace")] if text.is_file() else []
-                    pairs.append(Pair(path, clean(texts)))
+        pairs = [Pair(source / name, captions) for name, captions, _ in captions_beside(source, SUFFIXES)]
     if not pairs:
         raise DataError(
             f"{source} holds no captioned images: expected a .csv, .tsv or .parquet file, a folder with captions.csv, "
