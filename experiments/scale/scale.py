@@ -1,5 +1,5 @@
 """Training on 8 to 384 GPUs, on paper: communication, memory, throughput, input, failures. Writes throughput.csv,
-input.csv, shards.csv, failures.csv, the tables of the README and failures.png.
+input.csv, failures.csv, the tables of the README and failures.png.
 
 python experiments/scale/scale.py
 """
@@ -31,7 +31,7 @@ MODELS = {"B/32": ("coca_vit_b32", 224), "L/14": ("coca_vit_l14", 224), "2.1B": 
 NETWORK = {"A100": 25e9, "H100": 50e9}  # bytes/s of a GPU to other machines: 200 and 400 Gbit/s
 PER_DEVICE, TOKENS = 240, 20
 GPU_FAILURES = 0.17  # of a GPU in a year, all causes: an assumption, about what reports of 16,000-GPU runs come to
-SHARDS, RECIPE = 41_455, 29_000  # of LAION-2B, and samples/s of OpenCLIP's CoCa L/14 on 384 A100
+RECIPE = 29_000  # samples/s of OpenCLIP's CoCa L/14 on 384 A100
 IMAGE = 28_000  # bytes of a stored image: photos of Flickr8k with 256 pixels on the shorter side, JPEG of quality 95
 DECODED = 820  # samples/s of a core, shards to batches, on an AMD EPYC: benchmarks/input_pipeline.csv
 
@@ -136,23 +136,6 @@ def input_rows(throughputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def shard_rows() -> list[dict[str, Any]]:
-    """A worker repeats its own shards, so the samples of a worker with few shards come round more often."""
-    rows = []
-    for gpus, workers in ((8, 8), (64, 8), (384, 2), (384, 4), (384, 8), (384, 16)):
-        readers = gpus * workers
-        few, many = SHARDS // readers, -(-SHARDS // readers)
-        rows.append(
-            {
-                "GPUs": gpus,
-                "workers per GPU": workers,
-                "shards per worker": f"{few:,} or {many:,}",
-                "excess repetition of the smaller share, %": 100 * (many / few - 1),
-            }
-        )
-    return rows
-
-
 def failure_rows(save: float = 30, restart: float = 300) -> list[dict[str, Any]]:
     rows = []
     for gpus in (8, 64, 384):
@@ -194,7 +177,6 @@ def main() -> None:
     throughputs = throughput_rows()
     record("throughput", throughputs)
     record("input", input_rows(throughputs))
-    record("shards", shard_rows())
     record("failures", failure_rows())
     draw()
 

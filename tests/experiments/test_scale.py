@@ -36,15 +36,6 @@ def test_volumes_by_hand() -> None:
     assert scale.feature_bytes(10, 8, 2) == 800
 
 
-# Input
-
-
-def test_shards_by_hand() -> None:
-    (row,) = (row for row in scale.shard_rows() if (row["GPUs"], row["workers per GPU"]) == (384, 8))
-    assert row["shards per worker"] == "13 or 14"
-    assert list(row.values())[-1] == pytest.approx(100 / 13)
-
-
 # Failures
 
 

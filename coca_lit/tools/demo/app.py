@@ -1,5 +1,5 @@
-"""The page for everybody, as a Space of the Hugging Face Hub: copy this file there as app.py, beside a requirements.txt
-with the line `coca_lit[demo]`. The Space's variable MODEL names the model, as `checkpoint=` does.
+"""The page for everybody, as a Space of the Hugging Face Hub: copy this file there as app.py, beside the wheel and a
+requirements.txt with the line `./WHEEL[demo]`. The Space's variable MODEL names the model, as `checkpoint=` does.
 """
 
 import os
