@@ -188,10 +188,10 @@ class CoCaLit(L.LightningModule):
             shard(self.net, mesh, half=bf16 and mesh.device_type == "cuda")
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(self.net)
-        if any(p.requires_grad for p in self.objectives.parameters()):
-            for group in self.make_optimizer(self.objectives).param_groups:
-                optimizer.add_param_group(group)
+        trained = [m for m in (self.net, self.objectives) if any(p.requires_grad for p in m.parameters())]
+        optimizer, *further = map(self.make_optimizer, trained or [self.net])  # which refuses one without any
+        for group in (group for other in further for group in other.param_groups):
+            optimizer.add_param_group(group)
         # Before any callback sees the weights, such as `Averaging`.
         optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
         steps = (self.warmup_steps, int(self.trainer.estimated_stepping_batches))

@@ -57,8 +57,8 @@ def build_module(cfg: DictConfig, start: "Start | None" = None, source: "DualEnc
         from coca_lit.training.trainer import SafeCheckpointIO
 
         module.load_state_dict(SafeCheckpointIO().load_checkpoint(start.path)["state_dict"])
-    if not any(p.requires_grad for p in module.net.parameters()):
-        raise ConfigError("model.freeze: nothing is left to train, all parameters of the network are frozen")
+    if not any(p.requires_grad for p in module.parameters()):  # of the network and of the objectives
+        raise ConfigError("model.freeze: nothing is left to train, all parameters are frozen")
     return module
 
 
