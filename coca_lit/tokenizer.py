@@ -11,6 +11,7 @@ import html
 import json
 import logging
 import re
+import unicodedata
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -34,7 +35,9 @@ CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
 MAX_JSON = 64 * 2**20  # bytes of a tokenizer.json
 _DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
-WORD = r"[^\W_]+(?:['’-][^\W_]+)*"  # of `WordTokenizer`, in lower case
+# Of `WordTokenizer`: letters and digits with their combining marks, and joiners within, as many scripts of India have.
+_RUN = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{M}\p{N}])*"
+_WORDS = pre_tokenizers.Split(Regex(f"{_RUN}(?:['’-]{_RUN})*"), behavior="removed", invert=True)
 # CLIP splits text into English contractions, runs of letters, single digits and runs of anything else.
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -186,8 +189,8 @@ class R50kTokenizer(Tokenizer):
 class WordTokenizer(Tokenizer):
     """One id per word of a given vocabulary, for short captions in a closed vocabulary, such as the built-in scenes.
 
-    Words are runs of letters, digits and inner apostrophes or hyphens, lower-cased; any other word becomes the unknown
-    id, which decodes to nothing. A call warns of such words, of each once.
+    Words are runs of letters and digits, their marks, and inner apostrophes or hyphens, lower-cased; any other
+    word becomes the unknown id, which decodes to nothing. A call warns of such words, of each once.
 
     Raises:
         ValueError: a word is listed twice, or is not one that is read.
@@ -361,7 +364,8 @@ def clean_whitespace(text: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    return re.findall(WORD, text.lower())
+    text = unicodedata.normalize("NFC", text.lower()).encode(errors="replace").decode()  # without lone surrogates
+    return [word for word, _ in _WORDS.pre_tokenize_str(text)]
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ from coca_lit.tokenizer import (
     frequent_words,
     get_tokenizer,
     pack,
+    split_words,
 )
 from coca_lit.weights.load import load_model, save_model
 from helpers.shared_data import SHARED
@@ -164,6 +165,22 @@ def test_words_become_ids_and_words_again(words: WordTokenizer) -> None:
     assert words("runs").tolist() == [[1, 5, 2, 0, 0, 0]]
     assert words.decode([1, 4, 3, 7, 2, 5]) == "dog t-shirt"
     assert words.decode(words("dog runs")[0, :3]) == "dog runs"
+
+
+def test_words_have_their_marks() -> None:
+    for text in ("हिन्दी में", "বাংলা ভাষা", "தமிழ் சொல்", "ශ්\u200dරී ලංකා", "می\u200cکنم", "été n'est"):
+        assert split_words(text) == text.split()
+    assert split_words("Cafe\u0301 déjà") == ["café", "déjà"]
+    assert split_words("\u0301a \udcff \u200d") == ["a"]
+
+
+def test_words_without_marks_are_runs_of_letters_and_digits() -> None:
+    """Latin, Greek, Chinese, digits, underscores and punctuation, against Python's own letters and digits."""
+    generator = random.Random(0)
+    letters = "aZéßµΔ9²½_''’--. \t日本長"
+    for _ in range(2000):
+        text = "".join(generator.choices(letters, k=generator.randrange(30)))
+        assert split_words(text) == re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower()), text
 
 
 @pytest.fixture(scope="module")
