@@ -189,6 +189,9 @@ class EncodedFrames:
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.rows.to(device))
 
+    def detach(self) -> Self:
+        return type(self)(self.rows.detach())
+
 
 def joined(encoded: Tensor | EncodedFrames) -> Tensor:
     """The tokens of all frames of a clip, one frame after the other (B, F · S, C); those of an image as they are."""

@@ -112,7 +112,10 @@ def test_two_ranks_give_the_gradient_of_one_process(on_ranks) -> None:
     assert sum(own["reward"] for _, own in results) / 2 == pytest.approx(measures["reward"], rel=1e-5)
 
 
-def test_captions_are_drawn_from_the_model_and_images_encoded_once() -> None:
+@pytest.mark.parametrize(
+    "images", [pixels(), torch.stack([pixels(), pixels().flip(0)], dim=1)], ids=["photos", "clips"]
+)
+def test_captions_are_drawn_from_the_model_and_images_encoded_once(images: Tensor) -> None:
     net = network()
     calls = []
     net.image_encoder.trunk.register_forward_hook(lambda *_: calls.append(1))
@@ -120,14 +123,14 @@ def test_captions_are_drawn_from_the_model_and_images_encoded_once() -> None:
     module.log_dict = lambda *_, **__: None
     module.log = lambda *_, **__: None
     tokens = net.tokenizer([REFERENCES[key][0] for key in KEYS])
-    batch = Batch(pixels(), tokens, (tokens > 0).sum(1), KEYS)
+    batch = Batch(images, tokens, (tokens > 0).sum(1), KEYS)
     torch.manual_seed(5)
     loss = module.training_step(batch, 0)
     torch.manual_seed(5)
-    again = net.generate(pixels(), strategy="sample", num_captions=3, max_length=16)
+    again = net.generate(images, strategy="sample", num_captions=3, max_length=16)
     calls.clear()
     torch.manual_seed(5)
-    assert torch.equal(module.self_critical._draw(net, net.image_encoder(pixels())), again)
+    assert torch.equal(module.self_critical._draw(net, net.image_encoder(images)), again)
     assert calls == [1]
     loss.backward()
     assert net.image_encoder.trunk.conv1[0].weight.grad is not None  # trained, if it is not frozen

@@ -11,7 +11,7 @@ from coca_lit.models import kernels
 from coca_lit.models.generation.options import OPTIONS, GenerateOptions, Options, complete, describe
 from coca_lit.models.generation.sampling import Constraints, Sampling, caption_lengths, decode, greedy
 from coca_lit.models.generation.state import Decoding, Hypotheses, Prompts, encode_prompts
-from coca_lit.models.inputs import Images, Patches, expect_pixels
+from coca_lit.models.inputs import EncodedFrames, Images, Patches, expect_pixels
 from coca_lit.models.text import expect_decoder
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def write(
     given: Mapping[str, Any],
 ) -> Tensor | Captions:
     """`write_captions` with a `Decoding` of a certain kind."""
-    if not isinstance(images, Patches):
+    if not isinstance(images, Patches | EncodedFrames):
         expect_pixels(images)
     options = complete(given)
     expect_decoder(model.decoder)
