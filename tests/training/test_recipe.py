@@ -51,6 +51,13 @@ def test_fewer_steps_than_the_epochs_have() -> None:
     assert values(450, steps=-1) == values(450) == values(450, steps=10**6)
 
 
+def test_steps_alone_end_the_run() -> None:
+    """450 photos in batches of 64 are 7 steps an epoch."""
+    assert values(450, epochs=-1, steps=35) == values(450, epochs=5)
+    assert values(450, epochs=-1, steps=36) == values(450, epochs=6, steps=36)
+    assert values(450, epochs=-1, steps=1000)["model.warmup_steps"] == 100
+
+
 def test_vocabularies() -> None:
     assert vocabulary(Counter({"a": 900, "dog": 70, "cat": 30}))[0] == 5
     assert vocabulary(Counter({"a": 900, "dog": 50, **{f"b{i}": 3 for i in range(20)}}))[0] == 3
