@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from coca_lit.data.batch import Batch
+from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import ConfigError, check_number
 from coca_lit.models import CoCa
 from coca_lit.models.parts import GradCheckpointing
@@ -22,6 +23,8 @@ from coca_lit.weights import CLASSIFIERS_KEY, MODEL_KEY
 
 if TYPE_CHECKING:
     from coca_lit.training.self_critical import SelfCritical
+
+SETUP_CHECK = 2  # steps of a run that but checks a set-up, as with trainer=smoke
 
 
 class CoCaLit(L.LightningModule):
@@ -67,6 +70,7 @@ class CoCaLit(L.LightningModule):
         texts: bool = False,
     ) -> None:
         super().__init__()
+        check_number("warmup_steps", warmup_steps, whole=True, at_least=0)
         if cooldown_steps is not None:
             check_number("cooldown_steps", cooldown_steps, whole=True, at_least=0)
         self.net = net
@@ -194,8 +198,13 @@ class CoCaLit(L.LightningModule):
             optimizer.add_param_group(group)
         # Before any callback sees the weights, such as `Averaging`.
         optimizer.register_step_post_hook(lambda *_: self.net.clamp_logit_scale())
-        steps = (self.warmup_steps, int(self.trainer.estimated_stepping_batches))
+        steps = warmup, total = self.warmup_steps, int(self.trainer.estimated_stepping_batches)
         if self.cooldown_steps is None:
+            if SETUP_CHECK < total < warmup:
+                print_rank_zero(
+                    f"warning: model.warmup_steps={warmup} is more than the {total:,} steps of the run, whose learning "
+                    f"rate ends at {total / warmup:.0%} of its value: set it to fewer, such as {max(total // 10, 1)}"
+                )
             scheduler = warmup_cosine(optimizer, *steps)
         else:
             scheduler = warmup_stable_decay(optimizer, *steps, self.cooldown_steps)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from coca_lit.errors import ConfigError
+from coca_lit.lit_module import CoCaLit
 from coca_lit.models import CoCa
 from coca_lit.training.optim import AdamW, Timm, warmup_cosine, warmup_stable_decay
 from helpers.running import run
@@ -165,6 +167,22 @@ def test_warmup_then_cosine_by_hand() -> None:
     root = math.sqrt(0.5)  # cos of an eighth of a turn
     expected = [0.5, 1.0, 1.5, 2.0, 2.0, 1 + root, 1.0, 1 - root, 0.0, 0.0]
     assert learning_rates(warmup_steps=4, total_steps=8, steps=10) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("total", "warns"), [(8, False), (7, True), (3, True), (2, False)])
+def test_a_warmup_longer_than_the_run(
+    total: int, warns: bool, tiny_model: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = CoCaLit(tiny_model(), AdamW(lr=1e-3), warmup_steps=8)
+    module.trainer = SimpleNamespace(estimated_stepping_batches=total)  # type: ignore[assignment]
+    module.configure_optimizers()
+    assert ("model.warmup_steps" in capsys.readouterr().out) == warns
+
+
+@pytest.mark.parametrize("steps", [-5, 2.5])
+def test_a_warmup_is_a_number_of_steps(steps: Any, tiny_model: Build) -> None:
+    with pytest.raises(ValueError, match=f"warmup_steps must be a whole number of at least 0, got {steps}"):
+        CoCaLit(tiny_model(), AdamW(lr=1e-3), warmup_steps=steps)
 
 
 # timm's optimizers
