@@ -152,7 +152,7 @@ class CoCaLit(L.LightningModule):
             yield self.self_critical
             yield from further
             return
-        if any(self.pairs.weights.values()):
+        if any(self.pairs.weights.values()) or self.pairs.joined:
             yield self.pairs
         yield from (made for made in further if made not in self.pairs.joined)
 

@@ -171,7 +171,7 @@ def _of_features(
     if joined is not None:
         terms |= joined(images, texts, scale)
     _weighted(terms, weights).backward()
-    grad_features = [f.grad for f in features if f.grad is not None]
+    grad_features = [torch.zeros_like(f) if f.grad is None else f.grad for f in features]
     split = [gradient.split(len(parts[0].images)) for gradient in grad_features]
     return {name: term.detach() for name, term in terms.items()}, split
 

@@ -16,6 +16,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss, contrastive_term, loss_terms
 from coca_lit.models import CoCa, create_model
 from coca_lit.training.gradient_caching import cached_loss, micro_batches, seeded
+from coca_lit.training.objectives import OfFeatures
 from coca_lit.training.optim import AdamW
 from helpers.running import run
 from helpers.slow import slow
@@ -165,6 +166,38 @@ def test_only_a_micro_batch_goes_through_the_network() -> None:
     net.register_forward_pre_hook(watched, with_kwargs=True)
     cached_loss(net, *own_batch(net, 0)[:3], 2, WEIGHTS)
     assert calls == [(2, False, False)] * 3 + [(2, True, True)] * 3
+
+
+class OfOneSide(OfFeatures):
+    """A term of images or of texts alone, of which it declares no weight."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def of_features(self, batch: Batch, images: Tensor, texts: Tensor, logit_scale: Tensor) -> dict[str, Tensor]:
+        return {"spread": spread((images, texts)[self.side])}
+
+
+def spread(features: Tensor) -> Tensor:
+    return (features @ features.T).square().mean()
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("side", [0, 1], ids=["images", "texts"])
+def test_a_term_of_one_side_is_the_only_loss(side: int, size: int | None) -> None:
+    net = build().double()
+    batch = own_batch(net, 0)
+    out = net(*batch[:3])
+    spread((out.image_features, out.text_features)[side]).backward()
+    expected = gradients(net)
+    net.zero_grad()
+    module = CoCaLit(net, AdamW(lr=0.1), 0, 0.0, 0.0, micro_batch_size=size, objectives={"one": OfOneSide(side)})
+    module.training_step(batch, 0).backward()
+    found = gradients(net)
+    for name, parameter in net.named_parameters():
+        zero = torch.zeros_like(parameter)
+        torch.testing.assert_close(found.get(name, zero), expected.get(name, zero), atol=1e-10, rtol=0)
 
 
 VIT = (
