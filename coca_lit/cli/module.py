@@ -151,7 +151,10 @@ def with_vocabulary(cfg: DictConfig) -> DictConfig:
     if cfg.model.net.get("tokenizer") is not None:
         raise ConfigError("vocabulary takes the place of model.net.tokenizer: for the latter set vocabulary=null")
     with data_place(cfg):
-        groups = build(cfg.data, "data", offered={"tokenizer": None}).training_captions().values()
+        data = build(cfg.data, "data", offered={"tokenizer": None})
+        if not hasattr(data, "training_captions"):
+            raise ConfigError(f"vocabulary: {type(data).__name__} has no training_captions(): set vocabulary=null")
+        groups = data.training_captions().values()
     with error_context("vocabulary"):
         words = frequent_words((caption for captions in groups for caption in captions), cfg.vocabulary)
     print_rank_zero(

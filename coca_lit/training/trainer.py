@@ -145,6 +145,10 @@ def prepare(trainer: L.Trainer, module: "CoCaLit", data: Any) -> None:
     texts = getattr(data, "texts", None) is not None  # a user's DataModule may know nothing of texts
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         raise ConfigError("trainer.gradient_clip_algorithm must be norm or null: the global norm is clipped")
+    if module.self_critical is not None and not hasattr(data, "training_captions"):
+        raise ConfigError(
+            f"model.self_critical needs all captions: give {type(data).__name__} a method training_captions()"
+        )
     with error_context("trainer"):
         check_number("accumulate_grad_batches", trainer.accumulate_grad_batches, whole=True, at_least=1)
         if trainer.gradient_clip_val is not None:  # a negative norm would turn the gradients around

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from coca_lit.cli.module import with_vocabulary
 from coca_lit.errors import ConfigError
 from coca_lit.models import create_model
 from coca_lit.tokenizer import frequent_words
@@ -13,7 +14,7 @@ from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.training.gradient_caching import predicted_tokens
 from coca_lit.training.optim import AdamW
 from coca_lit.weights.load import load_model, save_model
-from helpers.running import TINY, run
+from helpers.running import TINY, compose, run
 
 
 def test_words_by_frequency_then_alphabet() -> None:
@@ -39,6 +40,13 @@ def test_a_run_learns_its_words_and_its_checkpoint_knows_them(tmp_path: Path, ca
 def test_a_vocabulary_does_not_replace_a_tokenizer_that_is_given(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocabulary=null"):
         run(tmp_path, *TINY, "vocabulary=3", "+model.net.tokenizer=scenes")
+
+
+def test_data_that_list_no_captions_have_no_vocabulary() -> None:
+    cfg = compose("vocabulary=3")
+    cfg.data = {"_target_": "lightning.pytorch.LightningDataModule"}
+    with pytest.raises(ConfigError, match=r"LightningDataModule .*vocabulary=null"):
+        with_vocabulary(cfg)
 
 
 def test_unknown_words_are_read_but_not_predicted() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 
 from coca_lit.callbacks import ScoreDuringTraining
@@ -27,6 +28,7 @@ from coca_lit.training.trainer import (
     TOKEN_MEANS,
     check_together,
     features,
+    prepare,
 )
 from helpers.running import compose, run
 
@@ -97,5 +99,7 @@ def test_self_critical_training_needs_whole_weights(tmp_path: Path) -> None:
     module, trainer = build_module(cfg), build_trainer(cfg, ScoreDuringTraining([], Settings(tmp_path)))
     found = features(trainer, module.net, module.further_objectives(), None, texts=False)
     assert found[NEEDS_WHOLE_WEIGHTS] == "model.self_critical"
+    with pytest.raises(ConfigError, match=r"model\.self_critical .*LightningDataModule .*training_captions"):
+        prepare(trainer, module, L.LightningDataModule())
     with pytest.raises(ConfigError, match=r"trainer=fsdp .*model\.self_critical"):
         check_together(found | {SHARDED: "trainer=fsdp"})
