@@ -337,7 +337,8 @@ def get_tokenizer(
     """
     if isinstance(spec, Mapping):
         if spec.keys() != {"packed", "start", "end", "pad"} or not all(isinstance(v, str) for v in spec.values()):
-            raise ValueError(f"a tokenizer needs packed, start, end and pad, got {', '.join(map(str, spec))}")
+            given = ", ".join(f"{key}: {value!r:.40}" for key, value in spec.items())
+            raise ValueError(f"a tokenizer.json needs packed, start, end and pad, each a text; got {given}")
         return JsonTokenizer(**spec, context_length=context_length)
     if not isinstance(spec, str):
         return WordTokenizer(spec, context_length)

@@ -315,6 +315,7 @@ def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
         ({"pad": "<s>"}, "three tokens"),
         ({"packed": "abc"}, "not a tokenizer"),
         ({"file": "/etc/passwd"}, "packed, start"),
+        ({"pad": 0}, "pad, each a text; got .*, pad: 0$"),
     ):
         with pytest.raises(ValueError, match=message):
             get_tokenizer({"packed": packed, **SPECIAL, **change})

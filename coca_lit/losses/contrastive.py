@@ -90,7 +90,8 @@ def sum_of_softmaxes(logits: Tensor, over_texts: Tensor, over_images: Tensor) ->
 def gradients_of_logits(
     images: Tensor, texts: Tensor, scale: Tensor, rows: list[slice], errors: Callable[[slice], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the mean over all ranks' losses with respect to images (B, E), texts (W·B, E) and scale (1,).
+    """Gradients of the sum of all ranks' losses, as far as it passes through the logits of own images, with respect to
+    images (B, E), texts (W·B, E) and scale (1,).
 
     Args:
         errors: tile -> the gradient of 2 B times the loss with respect to its logits (tile, W·B): the sum of both

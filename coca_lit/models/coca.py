@@ -89,8 +89,9 @@ class CoCa(Trainable):
             it defines vocabulary and special ids.
         context_length: tokens of a text at most, start and end included.
         cls_mask: correct | legacy, see `TextTower`.
-        text_width, text_heads: width and attention heads of the text tower and of the decoder.
+        text_width: width of the text tower and of the decoder.
         text_layers: blocks of the text tower.
+        text_heads: attention heads of the text tower and of the decoder.
         decoder_layers: pairs of self- and cross-attention blocks; 0 leaves it out: features alone.
         dropout: rate in the text tower and the decoder.
         contrastive: softmax (CLIP), or siglip, which adds a learned bias to the temperature.

@@ -163,7 +163,8 @@ def _study(family: str, size: str, patch: int) -> dict[str, Any]:
     return sizes | _MAMMUT | {"pooler": "mean_all", "text_tower": "two_pass_with_pads"} | every | without_mlp
 
 
-# The 15 sizes of CoCa and of MaMMUT in that study: coca_ViT-S-32, mammut_ViT-H-14, …
+# The 15 sizes of CoCa and of MaMMUT in that study: coca_ViT-S-32, mammut_ViT-H-14, …; coca_vit_b32 and coca_vit_l14
+# are in `PRESETS`
 STUDY: dict[str, dict[str, Any]] = {
     name: _study(family, size, patch)
     for family in ("coca", "mammut")

@@ -50,7 +50,7 @@ class SelfCritical(Objective):
             raise ValueError(f"max_length must be at least 3 (start, one token, end), got {max_length}")
         self.samples, self.max_length, self._build_reward = samples, max_length, reward
         self._reward: Reward | None = None
-        self._step_began: float | None = None
+        self._previous: tuple[float, float] | None = None  # when the previous call began, and seconds of its scoring
 
     def check(self, net: CoCa, pairs: Pairs) -> None:
         """Raises ValueError if the network cannot be trained this way in the place of `pairs`."""
@@ -75,7 +75,7 @@ class SelfCritical(Objective):
 
     def policy(self, net: CoCa, images: Tensor, keys: Sequence[str]) -> tuple[Tensor, dict[str, float]]:
         """Policy loss of sampled captions, and measures: the mean reward, the mean distance of rewards from their
-        baselines, and the share of scoring in the time since the previous call.
+        baselines, and the share of the previous call's scoring in the time from that call to this one.
 
         Args:
             images: (B, S, C) tokens of the image encoder, with gradient if that is trained.
@@ -100,9 +100,10 @@ class SelfCritical(Objective):
             out.hidden, out.vocabulary, out.labels, (lengths - 1).to(images.device), advantages.flatten()
         )
         measures = {"reward": float(rewards.mean()), "advantage": float(advantages.abs().mean())}
-        if self._step_began is not None:
-            measures["scoring_share"] = seconds / (began - self._step_began)
-        self._step_began = began
+        if self._previous is not None:
+            before, scored = self._previous
+            measures["scoring_share"] = scored / (began - before)
+        self._previous = (began, seconds)
         return loss, measures
 
     def _draw(self, net: CoCa, images: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Self-critical training: what is drawn, rewarded and differentiated, on one rank and on two, killed and resumed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from coca_lit.lit_module import CoCaLit
 from coca_lit.losses import caption_loss
 from coca_lit.metrics.cider import END, CiderD
 from coca_lit.models import CoCa, create_model
+from coca_lit.training import self_critical
 from coca_lit.training.optim import AdamW
 from coca_lit.training.self_critical import SelfCritical
 from helpers.running import logged, run
@@ -101,6 +103,15 @@ def test_another_reward_takes_the_place_of_cider() -> None:
     cut_off = 2 * 14  # start and forced end are no words
     assert measures["reward"] == (sum(len(caption.split()) + 1 for caption in captions) + cut_off) / 8
     assert seen[KEYS[0]][0] == [*REFERENCES[KEYS[0]][0].split(), END]
+
+
+def test_the_share_of_scoring_is_that_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call reads the clock when it begins and around its scoring: 2 of 10 seconds, then 80 of 100."""
+    times = iter([0.0, 1.0, 3.0, 10.0, 11.0, 91.0, 110.0, 111.0, 112.0])
+    monkeypatch.setattr(self_critical, "time", SimpleNamespace(perf_counter=times.__next__))
+    net, made = network(), ready(Scripted)
+    images = net.image_encoder(pixels())
+    assert [made.policy(net, images, KEYS)[1].get("scoring_share") for _ in range(3)] == [None, 0.2, 0.8]
 
 
 @pytest.mark.slow

@@ -78,8 +78,8 @@ class DepthwiseSame(Depthwise, Conv2dSame):
 
 
 def replace_timm_layers(trunk: nn.Module) -> None:
-    """Replaces the layers inside `trunk` that have a faster form. The channels of a place lie side by side in the
-    memory of the other convolutions.
+    """Replaces the layers inside `trunk` that have a faster form. The weights of all other convolutions become
+    channels-last.
     """
     for parent in list(trunk.modules()):
         for name, layer in parent.named_children():
