@@ -322,12 +322,6 @@ class CoCa(Trainable):
         _, tokens = self.pooling(self.image_encoder(images), contrastive=False)
         return tokens
 
-    def multimodal_state(self, images: Images, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The decoder's state (B, D) at the last token of each text (B, L): it has seen the image and all the text."""
-        lengths = self.lengths_of(tokens, lengths)
-        states, layout = self.multimodal_states(images, tokens, lengths)
-        return layout.gather_at(states, lengths - 1)
-
     def multimodal_states(self, images: Images, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Layout]:
         """The decoder's states at all tokens of each text (B, L), and their layout; `lengths` (B,) on the host."""
         decoder = expect_decoder(self.decoder)

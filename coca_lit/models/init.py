@@ -7,7 +7,7 @@ projections width^-0.5, outputs of residual branches scaled down by depth.
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from coca_lit.models.layers import (
     AttentionalPooler,
@@ -18,17 +18,13 @@ from coca_lit.models.layers import (
 )
 
 
-def init_normal(tensor: Tensor, std: float) -> None:
-    nn.init.normal_(tensor, std=std)
-
-
 def init_projection(linear: nn.Linear) -> None:
     """Keeps the scale of its input."""
-    init_normal(linear.weight, linear.in_features**-0.5)
+    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
 
 def init_pooler(pooler: AttentionalPooler) -> None:
-    init_normal(pooler.query, 1.0)
+    nn.init.normal_(pooler.query, std=1.0)
     _init_attention(pooler.attention, out_std=pooler.attention.out.in_features**-0.5)
     for norm in (pooler.norm_query, pooler.norm_context, pooler.norm_out):
         norm.reset_parameters()
@@ -58,5 +54,5 @@ def _init_attention(attention: SelfAttention | CrossAttention, out_std: float) -
 
 def _init_linear(linear: nn.Module, std: float) -> None:
     assert isinstance(linear, nn.Linear)
-    init_normal(linear.weight, std)
+    nn.init.normal_(linear.weight, std=std)
     nn.init.zeros_(linear.bias)

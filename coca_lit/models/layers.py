@@ -223,7 +223,7 @@ def by_image(states: Tensor, images: int) -> Tensor:
     rows, length, width = states.shape
     if rows == images:  # also where a graph is recorded for any number of them
         return states
-    return states.reshape(images, rows // max(images, 1) * length, width)
+    return states.reshape(images, rows // images * length, width)
 
 
 class Pooling(nn.Module, ABC):

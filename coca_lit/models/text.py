@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
-from coca_lit.models.init import init_blocks, init_normal, init_projection
+from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock, by_image, normalize_once
 from coca_lit.models.packing import Cache, Layout, to_device
 from coca_lit.models.parts import GradCheckpointing, run
@@ -141,9 +141,9 @@ class TextTower(Tower):
         self.projection = nn.Linear(width, sizes.embed_dim, bias=False)
 
     def init_parameters(self) -> None:
-        init_normal(self.token_embedding.weight, 0.02)
-        init_normal(self.position_embedding, 0.01)
-        init_normal(self.cls_embedding, 0.01)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.01)
+        nn.init.normal_(self.cls_embedding, std=0.01)
         self.norm.reset_parameters()
         init_projection(self.projection)
         init_blocks(self.blocks, depth=len(self.blocks))

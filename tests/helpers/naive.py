@@ -15,6 +15,12 @@ def image_tokens(model: CoCa, image: Tensor) -> Tensor:
     return model.pooling(model.image_encoder(image[None]), contrastive=False)[1]
 
 
+def state_at_end(model: CoCa, images: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """(B, D), the decoder's state at the last token of each text (B, L)."""
+    states, layout = model.multimodal_states(images, tokens, lengths)
+    return layout.gather_at(states, lengths - 1)
+
+
 @torch.no_grad()
 def next_scores(model: CoCa, seen: Tensor, ids: Sequence[int]) -> Tensor:
     """Log-probabilities (V,) after a beginning, from one pass over all of it; `seen` are image tokens (1, S, E)."""

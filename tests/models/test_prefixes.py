@@ -8,6 +8,7 @@ from torch import Tensor
 
 from coca_lit.losses import loss_terms
 from coca_lit.models import CoCa
+from helpers.naive import state_at_end
 
 Build = Callable[..., CoCa]
 LENGTHS, PREFIXES = torch.tensor([9, 4, 6]), torch.tensor([5, 1, 4])
@@ -43,7 +44,7 @@ def test_a_start_that_is_given_changes_nothing(tiny_model: Build) -> None:
 def test_reading_sees_the_image_and_the_text_up_to_its_end(tiny_model: Build, cls_mask: str) -> None:
     model = tiny_model(cls_mask=cls_mask)
     images, tokens = inputs(model)
-    states = model.multimodal_state(images, tokens, PREFIXES + 1)
+    states = state_at_end(model, images, tokens, PREFIXES + 1)
     assert states.shape == (3, 96)
     # The state that predicts the first token that is not given.
     out = model(images, tokens, LENGTHS + 3, contrastive=False)
@@ -51,8 +52,8 @@ def test_reading_sees_the_image_and_the_text_up_to_its_end(tiny_model: Build, cl
     torch.testing.assert_close(states, out.hidden[starts + PREFIXES], atol=1e-5, rtol=1e-5)
     later = tokens.clone()
     later[torch.arange(12) > PREFIXES[:, None]] = 5
-    torch.testing.assert_close(model.multimodal_state(images, later, PREFIXES + 1), states, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(model.multimodal_state(255 - images, tokens, PREFIXES + 1), states, atol=1e-3)
+    torch.testing.assert_close(state_at_end(model, images, later, PREFIXES + 1), states, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(state_at_end(model, 255 - images, tokens, PREFIXES + 1), states, atol=1e-3)
 
 
 def test_texts_alone_are_read_by_the_self_blocks(tiny_model: Build) -> None:

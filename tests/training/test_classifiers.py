@@ -21,6 +21,7 @@ from coca_lit.models import CoCa, create_model
 from coca_lit.training.classifiers import AnswerClassifier, PoolerClassifier, StateClassifier, load_classifier
 from coca_lit.training.optim import AdamW
 from coca_lit.weights import CLASSIFIERS_KEY
+from helpers.naive import state_at_end
 
 OPTIMIZER = AdamW(lr=1e-3)
 ANSWERS = ["red", "2", "left"]
@@ -71,7 +72,7 @@ def test_the_loss_is_that_of_yes_or_no_questions(net: CoCa, questions: Batch) ->
     torch.nn.init.normal_(classifier.head.weight)
     with torch.no_grad():
         p = (
-            classifier.head(net.multimodal_state(questions.images, questions.tokens, questions.prefix_lengths))
+            classifier.head(state_at_end(net, questions.images, questions.tokens, questions.prefix_lengths))
             .double()
             .sigmoid()
         )
@@ -104,8 +105,9 @@ def naive_states(net: CoCa, records: Sequence[Record]) -> Tensor:
     rows = []
     for record in records:
         ids = torch.tensor([net.tokenizer.encode(record.question)[:-1]])
+        length = torch.tensor([ids.shape[1]])
         with torch.no_grad():
-            rows.append(torch.cat([net.multimodal_state(_pixels(image()), ids)[0] for image in record.images]))
+            rows.append(torch.cat([state_at_end(net, _pixels(image()), ids, length)[0] for image in record.images]))
     return torch.stack(rows)
 
 

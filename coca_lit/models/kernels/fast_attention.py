@@ -237,10 +237,10 @@ def _softmax_gradient(grad_p: Tensor, p: Tensor) -> Tensor:
 # On a GPU
 
 
-def goes_without_grid(x: Tensor, layout: Layout | None) -> bool:
+def goes_without_grid(x: Tensor, layout: Layout) -> bool:
     """Whether the kernel takes these rows: packed, in half precision, on a GPU from Ampere on."""
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return layout is not None and layout.packed and half and x.is_cuda and enabled() and _is_available(x.device.index)
+    return layout.packed and half and x.is_cuda and enabled() and _is_available(x.device.index)
 
 
 @cache

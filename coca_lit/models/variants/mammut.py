@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
-from coca_lit.models.init import init_blocks, init_normal, init_projection
+from coca_lit.models.init import init_blocks, init_projection
 from coca_lit.models.layers import CrossBlock, KeysValues, SelfBlock
 from coca_lit.models.packing import Cache, Layout, to_device
 from coca_lit.models.parts import run
@@ -59,8 +59,8 @@ class TwoPassTower(Tower):
         return TwoPassDecoder(self, sizes, image_width, **arguments)
 
     def init_parameters(self) -> None:
-        init_normal(self.token_embedding.weight, 0.02)
-        init_normal(self.position_embedding, 0.01)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.01)
         self.norm.reset_parameters()
         init_blocks(self.blocks, depth=len(self.blocks))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from coca_lit.errors import check_names, check_number
 from coca_lit.models import kernels
-from coca_lit.models.init import init_normal, init_projection
+from coca_lit.models.init import init_projection
 from coca_lit.models.layers import KeysValues, attend_cached, by_image, merge_heads, split_heads
 from coca_lit.models.packing import Cache, Layout, to_device
 from coca_lit.models.parts import run
@@ -186,11 +186,11 @@ class ModernBlock(nn.Module):
         branch_std = width**-0.5 * (2 * depth) ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "w3.weight")):
-                init_normal(parameter, branch_std)
+                nn.init.normal_(parameter, std=branch_std)
             elif name.endswith("w12.weight"):
-                init_normal(parameter, 1.22 * (2 * width) ** -0.5)
+                nn.init.normal_(parameter, std=1.22 * (2 * width) ** -0.5)
             elif parameter.ndim > 1:
-                init_normal(parameter, width**-0.5)
+                nn.init.normal_(parameter, std=width**-0.5)
 
 
 class MapPool(nn.Module):
@@ -206,7 +206,7 @@ class MapPool(nn.Module):
 
     def init_parameters(self) -> None:
         for parameter in (self.query, self.q.weight, self.kv.weight):
-            init_normal(parameter, parameter.shape[-1] ** -0.5)
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         for norm in (self.q_norm, self.k_norm):
             if isinstance(norm, nn.RMSNorm):
                 norm.reset_parameters()
@@ -249,7 +249,7 @@ class ModernTextTower(Tower):
         return ModernDecoder(sizes, image_width, layers, **arguments)
 
     def init_parameters(self) -> None:
-        init_normal(self.token_embedding.weight, 0.02)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
         for block in cast("list[ModernBlock]", self.blocks):
             block.init_parameters(len(self.blocks))
         self.norm.reset_parameters()
@@ -287,9 +287,9 @@ class ModernTextTower(Tower):
         if self.pooled == "eos":  # a text ends in its end id, or else its last token stands for it
             return layout.gather_at(states, lengths - 1)
         grid = layout.unpack(states)  # (B, T, D)
-        if self.pooled == "map":
-            return self.pool(grid, to_device(layout.mask, grid.device))
         mask = to_device(layout.mask, grid.device)
+        if self.pooled == "map":
+            return self.pool(grid, mask)
         return (grid * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from coca_lit.models.init import init_normal, init_projection
+from coca_lit.models.init import init_projection
 from coca_lit.models.inputs import EncodedFrames, EncodedPatches
 from coca_lit.models.layers import Pooling, QueryPooler
 
@@ -75,7 +75,7 @@ class MaskedCascade(OpenClipCascade):
     def init_parameters(self) -> None:
         super().init_parameters()
         for pooler in (self.generative, self.contrastive):
-            init_normal(pooler.query, pooler.query.shape[1] ** -0.5)
+            nn.init.normal_(pooler.query, std=pooler.query.shape[1] ** -0.5)
 
 
 class MaskedParallel(MaskedCascade, OpenClipParallel):
@@ -137,7 +137,7 @@ def _init(pooler: QueryPooler) -> None:
     That layer keeps q, k and v in one matrix where they have the same input width, and Xavier's bound follows from the
     shape of what is kept.
     """
-    init_normal(pooler.query, 1.0)
+    nn.init.normal_(pooler.query, std=1.0)
     attention = pooler.attention
     width, context_width = attention.q.in_features, attention.kv.in_features
     rows = 3 * width if width == context_width else width
