@@ -1,6 +1,7 @@
 """Shards on an object store (fsspec's memory://), through a cache that is bounded, shared and never torn."""
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -102,6 +103,21 @@ def test_the_longest_unused_make_room_but_none_that_is_open(store, tmp_path):
         assert copies(cache) == ["00001.tar", "00003.tar"]
 
 
+def test_files_of_others_in_the_folder_stay(store, tmp_path):
+    _, local = store
+    cache = ShardCache(tmp_path / "cache", size_of(local) + 100)
+    own = [cache.folder / name for name in ("thesis.docx", "00000.tar", "0123456789abcdef.tar", "notes.partial")]
+    cache.folder.mkdir()
+    for path in own:
+        path.write_bytes(bytes(cache.max_bytes))
+        os.utime(path, (0, 0))
+    for name in ("00001.tar", "00002.tar"):
+        with cache.open(f"memory://set/{name}") as path:
+            assert path.read_bytes() == (local / name).read_bytes()
+    assert [path.stat().st_size for path in own] == [cache.max_bytes] * 4
+    assert [*cache.folder.glob("*-*.tar")] == [cache.path("memory://set/00002.tar")]
+
+
 def test_downloads_are_whole_tried_again_and_given_up(store, cache, monkeypatch):
     filesystem, local = store
     cache.folder.mkdir()
@@ -134,7 +150,10 @@ def test_a_killed_download_is_begun_again(store, cache):
     path.rename(partial)
     room.write_bytes(bytes(cache.max_bytes // 2))
     small = cache._replace(max_bytes=room.stat().st_size)  # the dead reservation must go
-    with small.open("memory://set/00001.tar"), small.open("memory://set/00000.tar") as path:
+    with small.open("memory://set/00001.tar"):
+        assert not partial.exists()
+        assert not room.exists()
+    with small.open("memory://set/00000.tar") as path:
         assert path.read_bytes() == (local / "00000.tar").read_bytes()
     assert not partial.exists()
     assert not room.exists()

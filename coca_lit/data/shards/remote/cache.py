@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from coca_lit.files import append_lines, csv_line
 LOCK, READER = ".lock", ".reader"  # of the process that downloads a file, and of each that reads it
 ROOM, PARTIAL = ".room", ".partial"  # reserved for a download, and fetched so far
 FETCHED = "fetched.csv"  # time, url, bytes and seconds of everything that was fetched
+_OURS = re.compile(r"[0-9a-f]{16}-")  # how copies begin: other files in the folder are the user's
 
 
 class CacheFullError(DataError):
@@ -115,7 +117,7 @@ class ShardCache(CacheSettings):
         with self.accounts():
             files: list[tuple[Path, os.stat_result]] = []
             for path in self.folder.iterdir():  # complete files, and the reservations of downloads
-                if path.suffix not in (LOCK, PARTIAL, READER) and path.name != FETCHED and not path.is_dir():
+                if _OURS.match(path.name) and path.suffix not in (LOCK, PARTIAL, READER) and not path.is_dir():
                     with suppress(FileNotFoundError):
                         files.append((path, path.stat()))
             used = sum(status.st_size for _, status in files)
@@ -124,6 +126,8 @@ class ShardCache(CacheSettings):
                     break
                 if not _in_use(path):
                     path.unlink(missing_ok=True)
+                    if path.suffix == ROOM:
+                        path.with_suffix(PARTIAL).unlink(missing_ok=True)
                     used -= status.st_size
             if used + size > self.max_bytes:
                 limit, wanted = (f"{number / 1e9:.3g} GB" for number in (self.max_bytes, size))
