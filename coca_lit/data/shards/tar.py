@@ -12,7 +12,6 @@ from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from coca_lit.files import replacing
@@ -80,17 +79,18 @@ def tar_members(path: Path | BinaryIO, limit: Callable[[str], int] = lambda name
 
 
 def group_members(members: Iterable[Member], content: bool = True) -> Iterator[dict[str, Any]]:
-    """{"__key__": key, suffix in lower case: content} of each run of members KEY.SUFFIX. If two members of a sample
-    have the same name, `TWICE` gives it.
+    """{"__key__": key, suffix in lower case: content} of each run of members KEY.SUFFIX, split as webdataset does, but
+    in linear time and without hidden files. If two members of a sample have the same name, `TWICE` gives it.
 
     Args:
         content: False gives (offset, size) in bytes in place of the content.
     """
     sample: dict[str, Any] = {}
     for member in members:
-        key, suffix = base_plus_ext(member.name)
-        if key is None:
+        stem, dot, suffix = member.name.rpartition("/")[2].partition(".")
+        if not stem or not dot:
             continue
+        key = member.name.removesuffix(f".{suffix}")
         if sample.get("__key__") != key:
             if sample:
                 yield sample

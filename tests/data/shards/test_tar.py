@@ -1,11 +1,14 @@
 """Tars: what one reader refuses for training and recaptioning alike, and what the writer writes."""
 
+import random
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
+from webdataset.tariterators import base_plus_ext
 
-from coca_lit.data.shards.tar import group_members, tar_members, tar_writer
+from coca_lit.data.shards.tar import Member, group_members, tar_members, tar_writer
 from coca_lit.tools.caption.inputs import scan_shard, write_shard
 from helpers.shards import members, read, write_shards, write_tar
 
@@ -97,3 +100,23 @@ def test_a_tar_that_is_not_finished_does_not_appear(tmp_path):
     with pytest.raises(ValueError, match="doesn't map to a bytes"), tar_writer(tmp_path / "a.tar") as tar:
         tar.write({"__key__": "x", "txt": 7})
     assert not [*tmp_path.iterdir()]
+
+
+def grouped(*names: str) -> list[dict]:
+    return [*group_members(Member(name, 0, 0, name.encode()) for name in names)]
+
+
+def test_keys_are_those_of_webdataset():
+    rng = random.Random(0)
+    parts = ["".join(rng.choices("ab1 _-é", k=rng.randint(1, 3))) for _ in range(200)]
+    dotted = [".".join(rng.sample(parts, rng.randint(1, 3))) for _ in range(200)]
+    drawn = ["/".join([*rng.sample(dotted, rng.randint(0, 2)), rng.choice(dotted)]) for _ in range(2000)]
+    for name in ("a.jpg", "./a.jpg", "a/b.c/d.seg.png", "a.", "a..jpg", "a", "a.b/c", ".a", "../.a", "", *drawn):
+        key, suffix = base_plus_ext(name)
+        assert grouped(name) == ([] if key is None else [{"__key__": key, suffix.lower(): name.encode()}])
+
+
+def test_names_take_linear_time_and_hidden_files_are_no_samples():
+    began = time.process_time()
+    assert grouped("a/" * 100_000 + "a./.jpg", "a/._b.jpg") == []
+    assert time.process_time() - began < 1  # webdataset takes a minute
