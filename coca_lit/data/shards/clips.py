@@ -9,7 +9,7 @@ from PIL import Image
 from coca_lit.data.bad_samples import BadSampleError, BadSamples
 from coca_lit.data.records import Clip, Record
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, TarIndex, image_of, pair_of
-from coca_lit.data.shards.indexing import tar_indexes
+from coca_lit.data.shards.indexing import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.shard import CacheSettings
 from coca_lit.data.video import EncodedClip
@@ -45,10 +45,10 @@ def clip_shard_records(
         DataError: too many samples lack one, or too much of the shards is damaged.
     """
     cache, bad, records = CacheSettings(), BadSamples(max_bad_fraction), list[Record]()
-    for index in tar_indexes(find_shards(shards, cache), cache.folder / "indexes"):
-        bad.seen += len(index)
-        for fault in index.faults:
-            bad.lose(fault.reason, fault.shard, index.shard.samples, len(index), fault.detail)
+    found = find_shards(shards, cache)
+    indexes = tar_indexes(found, cache.folder / "indexes")
+    count_faults(found, indexes, bad)
+    for index in indexes:
         for row in range(len(index)):
             try:
                 _, captions = pair_of(index.read(row, CLIP_SUFFIXES), caption_keys, index.shard.name, CLIP_SUFFIXES)

@@ -22,7 +22,7 @@ from coca_lit.data.shards.indexed import (
     Preprocess,
     TarIndex,
 )
-from coca_lit.data.shards.indexing import tar_indexes
+from coca_lit.data.shards.indexing import count_faults, tar_indexes
 from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import CacheSettings, Shard
@@ -127,7 +127,7 @@ class LAIONDataModule(CaptionDataModule):
         then is in the cache.
         """
         _ = self.windows  # which refuses what cannot be read
-        shards = [shard for of_source in self.shards.values() for shard in of_source]
+        shards = self._all_shards
         if any(shard.is_remote for shard in shards):
             indexes = [index for source in self.sources for index in source.shards]
             first = self.indices_from(0, 0).part(0)[0].i
@@ -148,6 +148,10 @@ class LAIONDataModule(CaptionDataModule):
         found = {name: find_shards(patterns, self.cache, self.commits) for name, patterns in self.patterns.items()}
         return found | {name: chosen.of(found[name]) for name, chosen in self.chosen.items()}
 
+    @property
+    def _all_shards(self) -> list[Shard]:
+        return [shard for of_source in self.shards.values() for shard in of_source]
+
     @cached_property
     def chosen(self) -> "dict[str, Selection]":
         """The selections, by the name of their source."""
@@ -160,7 +164,7 @@ class LAIONDataModule(CaptionDataModule):
     @cached_property
     def windows(self) -> "Windows | None":
         """In which samples are shuffled; None for all at once."""
-        shards = [shard for of_source in self.shards.values() for shard in of_source]
+        shards = self._all_shards
         if packed := next((shard.name for shard in shards if not shard.name.endswith(".tar")), None):
             raise DataError(f"{packed} is not an uncompressed .tar: unpack it (gunzip)")
         remote = [shard.stamp().bytes for shard in shards if shard.is_remote]
@@ -186,23 +190,13 @@ class LAIONDataModule(CaptionDataModule):
     def indexes(self) -> dict[str, list[TarIndex]]:
         """By the name of their source; raises `DataError` when too much is missing in the shards."""
         _ = self.windows  # first, as it refuses what cannot be read
-        all_shards = [shard for shards in self.shards.values() for shard in shards]
-        found = iter(tar_indexes(all_shards, self.cache.folder / "indexes"))
-        indexes = {name: [*islice(found, len(shards))] for name, shards in self.shards.items()}
+        found = tar_indexes(self._all_shards, self.cache.folder / "indexes")
+        rest = iter(found)
+        indexes = {name: [*islice(rest, len(shards))] for name, shards in self.shards.items()}
         bad = BadSamples(self.max_bad_fraction)
-        pairs = [pair for name in indexes for pair in zip(self.shards[name], indexes[name], strict=True)]
-        bad.seen = sum(len(index) for _, index in pairs)
-        for shard, index in sorted(pairs, key=lambda pair: pair[1].is_torn):  # whole ones tell how many samples one has
-            if not index.is_torn:
-                bad.end_of_shard(len(index))
-            for fault in index.faults:
-                if fault.key:
-                    bad.seen += 1
-                    bad.add(fault.reason, fault.shard, fault.key, fault.detail)
-                else:
-                    bad.lose(fault.reason, fault.shard, shard.samples, len(index), fault.detail)
+        count_faults(self._all_shards, found, bad)
         bad.end_of_pass()
-        images, clips = (any(index.places[:, kind].any() for _, index in pairs) for kind in (0, 3))
+        images, clips = (any(index.places[:, kind].any() for index in found) for kind in (0, 3))
         if clips and not images and not self.frames:
             raise DataError("the shards hold clips and no images: set data.frames, the number of frames of each")
         return indexes

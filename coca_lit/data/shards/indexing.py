@@ -83,6 +83,21 @@ def tar_indexes(shards: Sequence[Shard], fallback_dir: Path) -> list[TarIndex]:
     ]
 
 
+def count_faults(shards: Sequence[Shard], indexes: Sequence[TarIndex], bad: BadSamples) -> None:
+    """Counts the samples of the shards, and the faults that were found when they were indexed."""
+    pairs = list(zip(shards, indexes, strict=True))
+    bad.seen += sum(map(len, indexes))
+    for shard, index in sorted(pairs, key=lambda pair: pair[1].is_torn):  # whole ones tell how many samples one has
+        if not index.is_torn:
+            bad.end_of_shard(len(index))
+        for fault in index.faults:
+            if fault.key:
+                bad.seen += 1
+                bad.add(fault.reason, fault.shard, fault.key, fault.detail)
+            else:
+                bad.lose(fault.reason, fault.shard, shard.samples, len(index), fault.detail)
+
+
 def keep(index: TarIndex, keys: Collection[str]) -> TarIndex:
     """The samples with these keys alone; raises `DataError` if the shard is whole and lacks some of them."""
     names = [index.key(i) for i in range(len(index))]

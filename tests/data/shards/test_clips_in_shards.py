@@ -124,3 +124,14 @@ def test_samples_without_a_clip_are_counted(clips: dict[str, Path], tmp_path: Pa
     with pytest.raises(DataError, match=r"1 of 5 samples \(1 x missing clip"):
         clip_shard_records(str(path), frames=3)
     assert len(clip_shard_records(str(path), frames=3, max_bad_fraction=0.5)) == 4
+
+
+def test_one_faulty_shard_of_many_does_not_end_an_evaluation(tmp_path: Path) -> None:
+    good = {f"{key}.{end}": b"a dog" for key in "ab" for end in ("mp4", "txt")}
+    for i in range(25):
+        write_tar(tmp_path / f"{i:05d}.tar", good | ({"b.MP4": b"twice"} if i == 7 else {}))
+    torn = tmp_path / "00009.tar"
+    torn.write_bytes(torn.read_bytes()[:2600])  # within its second sample
+    records = clip_shard_records(str(tmp_path), frames=3)
+    wanted = {f"{i:05d}.tar/{key}" for i in range(25) for key in "ab"} - {"00007.tar/b", "00009.tar/b"}
+    assert {record.id for record in records} == wanted
