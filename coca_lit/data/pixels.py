@@ -181,6 +181,13 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
+def in_rgb(image: Image.Image) -> Image.Image:
+    """With 8 bits a colour; of 16 bits of grey the upper ones, where Pillow's conversion would clip at 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as older versions open them
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def _scans(content: bytes, at: int) -> int:
     """Scans of a JPEG whose first one has its data at `at`; `MAX_MARKERS` if there are as many markers."""
     scans = 1
@@ -214,7 +221,7 @@ def _with_pillow(content: bytes, name: str | Path) -> tuple[np.ndarray, int]:
             check_shape(
                 *image.size, name, MAX_PIXELS if image.format == "JPEG" else MAX_SLOW_PIXELS
             )  # from the header: nothing is decoded yet
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(in_rgb(image))
             return pixels, orientation_of(image.info.get("exif", b""))  # which may follow the pixels
     except DataError:
         raise

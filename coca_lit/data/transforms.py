@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from coca_lit.data.pixels import decode_pixels, orientation_of, read_image, upright
+from coca_lit.data.pixels import decode_pixels, in_rgb, orientation_of, read_image, upright
 from coca_lit.data.records import Clip, ImageFile
 from coca_lit.errors import DataError
 from coca_lit.models.inputs import Images, Interpolation, Patches, ResizeMode, patch_grid, preprocessing
@@ -211,6 +211,6 @@ class Letterbox:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Upright as all images are, see `coca_lit.data.pixels`; one that was decoded there has no EXIF data."""
-    rgb = image.convert("RGB")
+    rgb = in_rgb(image)
     orientation = orientation_of(image.info.get("exif", b""))
     return rgb if orientation == 1 else Image.fromarray(upright(np.asarray(rgb), orientation))
