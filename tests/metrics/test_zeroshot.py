@@ -25,12 +25,15 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The 1,797 handwritten digits of scikit-learn as a folder of images per class."""
+    """The 1,797 handwritten digits of scikit-learn as a folder of images per class, and hidden files that are none."""
     root = tmp_path_factory.mktemp("digits")
     data = pytest.importorskip("sklearn.datasets").load_digits()
     for i, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
         (root / f"d{label}").mkdir(exist_ok=True)
         Image.fromarray((pixels * 15).astype(np.uint8)).save(root / f"d{label}" / f"{i}.png")
+    (root / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/0.png", "d0/._0.png"):
+        (root / name).write_bytes(b"no image")
     (root / "classes.json").write_text(json.dumps({"classes": {f"d{i}": name for i, name in enumerate(DIGITS)}}))
     return root
 

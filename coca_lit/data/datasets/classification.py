@@ -53,7 +53,7 @@ def image_folder(
         DataError: the JSON file cannot be used, or does not name a folder.
     """
     root = Path(root)
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    folders = sorted(name for name in _names(root) if (root / name).is_dir()) if root.is_dir() else []
     how = "one folder of images per class is expected there"
     if not folders:
         raise not_found("classified images", [root], how)
@@ -67,7 +67,7 @@ def image_folder(
         )
     if subset:
         names = {folder: name for folder, name in names.items() if folder in set(folders)}
-    files = [(name, f"{name}/{file}") for name in folders for file in sorted(os.listdir(root / name))]
+    files = [(name, f"{name}/{file}") for name in folders for file in sorted(_names(root / name))]
     images = [(folder, file) for folder, file in files if file.lower().endswith(CLIPS if frames else SUFFIXES)]
     if not images:
         raise not_found("classified images", [root / folders[0]], how)
@@ -75,6 +75,11 @@ def image_folder(
     number = {folder: i for i, folder in enumerate(names)}
     records = [Record(file, image_file(root / file, frames)) for _, file in images]
     return Classification(records, {file: number[folder] for folder, file in images}, tuple(names.values()), templates)
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder, but for hidden files and folders, such as `.ipynb_checkpoints`."""
+    return [name for name in os.listdir(folder) if not name.startswith(".")]
 
 
 def class_records(

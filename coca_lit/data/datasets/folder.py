@@ -63,7 +63,7 @@ def folder_records(
 
     Args:
         suffixes: of the files beside which a .txt may be.
-        hold_out: where no split is named; if not, all photos are "train".
+        hold_out: hold a tenth out where no split is named; if not, all photos are "train".
 
     Raises:
         DataError: the folder holds no captioned photos, a name leads out of it, more than `MAX_MISSING` of the files
@@ -162,10 +162,10 @@ def split_of(row: Mapping[str, Any], path: Path) -> str | None:
 
 
 def captions_beside(root: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...], None]]:
-    """(file, captions, no split) of every photo, with the lines of the .txt of the same name."""
+    """(file, captions, no split) of every photo that is not hidden, with the lines of the .txt of the same name."""
     for folder, folders, files in os.walk(root):  # follows no links
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(folder, name) for name in sorted(files)):
+        for path in (Path(folder, name) for name in sorted(files) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
                 text, content = path.with_suffix(".txt"), b""
                 if text.is_file():
@@ -186,7 +186,7 @@ def files_inside(names: Iterable[str], root: Path) -> dict[str, Path]:
         name = PurePosixPath(text)
         if name.is_absolute() or ".." in name.parts or "\0" in text:
             raise DataError(f"{root} names {printable(text)!r}, which is not in the folder")
-        path = next((path for path in (root / name, root / "images" / name) if path.is_file()), None)
+        path = next((path for path in (root / name, root / "images" / name) if os.path.isfile(path)), None)
         if path is None:
             missing.append(text)
         else:

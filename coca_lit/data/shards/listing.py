@@ -156,7 +156,9 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _matches(name: str, folders: Callable[[str], "Folder"]) -> list[str]:
-    """A pattern also covers the files that the manifest lists: a glob alone never notices that a shard is gone."""
+    """A pattern also covers the files that the manifest lists: a glob alone never notices that a shard is gone. Hidden
+    files match only a pattern that begins with a dot, as in a shell.
+    """
     if not is_remote(name) and os.path.isdir(name):
         name = f"{name}/*.tar"
     elif is_remote(name) and not name.endswith((".tar", "]", "*")):
@@ -173,4 +175,5 @@ def _matches(name: str, folders: Callable[[str], "Folder"]) -> list[str]:
         return [match for parent in sorted(glob.glob(folder)) for match in _matches(f"{parent}/{last}", folders)]
     found = folders(folder)
     listed = [entry for entry in found.manifest if fnmatch(entry, last)]
-    return [f"{folder}/{match}" for match in sorted({*found.names(last), *listed})]
+    matches = sorted({*found.names(last), *listed})
+    return [f"{folder}/{match}" for match in matches if last.startswith(".") or not match.startswith(".")]

@@ -52,6 +52,9 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
     else:
         for name, captions in CAPTIONS.items():
             (tmp_path / "images" / name).with_suffix(".txt").write_text("\n\n".join(captions))
+        (tmp_path / "__MACOSX").mkdir()
+        for name in ("._0.jpg", "._0.txt"):  # as an unpacked .zip of macOS has them
+            (tmp_path / "__MACOSX" / name).write_text("no photo")
     records = {split: folder_records(tmp_path, split) for split in ("train", "val")}
     assert {split: len(found) for split, found in records.items()} == {"train": 9, "val": 1}
     found = {Path(str(r.id)).name: r for r in records["train"] + records["val"]}
@@ -87,8 +90,11 @@ def test_photos_that_look_alike_are_on_one_side(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("captions.csv", "a,b\n1.jpg,x\n", "image.*but a, b"),
+        ("captions.csv", "file,caption\n1.jpg,x,\n1.jpg,a dog, running\n", "line 3 .* 2 columns: put .*',' in quotes"),
+        ("captions.csv", "file;caption\n1.jpg;a dog; a cat\n", "line 2 .*';' in quotes"),
         ("captions.csv", "file,caption\n../1.jpg,x\n", "not in the folder"),
         ("captions.csv", "file,caption\nnone.jpg,x\n", "1 of 1"),
+        ("captions.csv", f"file,caption\n{'x' * 300}.jpg,x\n", "1 of 1"),
         ("captions.csv", "file,caption,split\n1.jpg,x,later\n", "'later'"),
         ("captions.csv", 'file,caption\n"1.jpg', "1.jpg|captioned"),
         ("captions.json", "[1]", "schema"),

@@ -30,6 +30,10 @@ def test_find_shards(tmp_path):
     assert find_shards(f"{tmp_path}/{{00000..00002}}.tar") == local(paths)
     assert find_shards(f"{tmp_path}/*.tar") == local(paths)
     assert find_shards(f"file://{tmp_path}/0000[12].tar") == local(paths[1:])
+    hidden = tmp_path / "._00000.tar"  # as macOS leaves beside files on some disks
+    hidden.write_bytes(b"junk")
+    assert find_shards(str(tmp_path)) == find_shards(f"{tmp_path}/*.tar") == local(paths)
+    assert find_shards(f"{tmp_path}/.*.tar") == find_shards(str(hidden)) == local([hidden])
     assert find_shards([str(paths[2]), f"{tmp_path}/*.tar"]) == local([paths[2], *paths[:2]])
 
 
