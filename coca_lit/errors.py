@@ -76,6 +76,13 @@ def check_number(
         raise ValueError(f"{name} must be a {what}, got {value!r}")
 
 
+def whole_number(name: str, value: Any, *, at_least: float | None = None) -> int:
+    """The value, a whole number, as an `int`; configs read 1e6 as a float. Raises `ValueError` as `check_number`."""
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    check_number(name, number, whole=True, at_least=at_least)
+    return int(number)
+
+
 def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raises `ValueError` for an argument that `owner` does not know; the message suggests the right one."""
     known = list(known)

@@ -2,6 +2,7 @@
 as most readers of `coca_lit.data.datasets` are, and one per kind of built-in scenes.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -26,11 +27,13 @@ from coca_lit.data.transforms import (
     whole,
     whole_box,
 )
-from coca_lit.errors import DataError, check_number
+from coca_lit.errors import DataError, whole_number
 from coca_lit.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from coca_lit.data.text_batches import TextBatches
+
+log = logging.getLogger(__name__)
 
 
 class LoaderArguments(TypedDict, total=False):
@@ -87,11 +90,12 @@ class CaptionDataModule(LightningDataModule):
         patches: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.batch_size = batch_size = whole_number("batch_size", batch_size)
         per_rank(batch_size, world=1)
-        check_number("num_workers", num_workers, whole=True, at_least=0)
-        check_number("text_every", text_every, whole=True, at_least=1)
-        self.tokenizer, self.batch_size, self.image_size = tokenizer, batch_size, image_size
-        self.num_workers, self.seed, self.text_every = num_workers, seed, text_every
+        self.image_size = image_size = whole_number("image_size", image_size, at_least=1)
+        self.num_workers = whole_number("num_workers", num_workers, at_least=0)
+        self.text_every = whole_number("text_every", text_every, at_least=1)
+        self.tokenizer, self.seed = tokenizer, seed
         self.patches = tuple(patches)
         self._loader: weakref.ref[TrainLoader] | None = None
         if text is not None:
@@ -229,7 +233,7 @@ class RecordsDataModule(CaptionDataModule):
         **shared: Unpack[LoaderArguments],
     ) -> None:
         super().__init__(**shared)
-        check_number("cached_augmentations", cached_augmentations, whole=True, at_least=0)
+        cached_augmentations = whole_number("cached_augmentations", cached_augmentations, at_least=0)
         if cached_augmentations and cache_dir is None:
             raise ValueError("cached_augmentations needs a folder to store features in: set cache_dir")
         self.records = records if callable(records) else partial(_split_of, records)
@@ -353,8 +357,10 @@ class ScenesDataModule(RecordsDataModule):
         from coca_lit.data.scenes.render import scene_records
 
         super().__init__(self._render, **shared)
-        self.train_count = train_count
-        self._scenes: Callable[..., list[Record]] = partial(scene_records, objects=objects, style=style)
+        self.train_count = None if train_count is None else whole_number("train_count", train_count)
+        self._scenes: Callable[..., list[Record]] = partial(
+            scene_records, objects=whole_number("objects", objects), style=style
+        )
 
     def _render(self, split: str) -> list[Record]:
         count = self.train_count if split == self.train_split else None
@@ -390,6 +396,8 @@ class ScenePlacesDataModule(ScenesDataModule):
         from coca_lit.data.scenes.places import scene_place_records
 
         super().__init__(train_count, **shared)
+        if self.cached_augmentations > 1:
+            raise ValueError("cached_augmentations must be 0 or 1 for places: mirror images would keep their boxes")
         self._scenes = scene_place_records
 
 
@@ -416,6 +424,11 @@ class SceneStatementsDataModule(ScenesDataModule):
         if task not in tasks:
             raise ValueError(f"task must be {' or '.join(tasks)}, got {task!r}")
         self._scenes, self.together = tasks[task]
+        if self.batch_size % self.together:
+            log.warning(
+                "data.batch_size=%d splits statements that belong together over batches: choose a multiple of %d",
+                *(self.batch_size, self.together),
+            )
 
 
 class MovingScenesDataModule(ScenesDataModule):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.data.examples import CaptionDataset, FirstCaptionDataset, Index
+from coca_lit.data.prefetch import worker_options
 from coca_lit.data.records import Clip, Record
 from coca_lit.data.transforms import TrainTransform, Transform, augmented, loaded, whole
 from coca_lit.distributed import gather_objects, print_rank_zero, rank, stable_seed, world_size
@@ -76,9 +77,11 @@ class FeatureCache:
         names.
 
         Raises:
-            DataError: nothing can be written, or the disk has no room; on all processes. Or a record has several
-                images.
+            DataError: nothing can be written, or the disk has no room; on all processes. Or there are no records, or
+                one has several images.
         """
+        if not records:
+            raise DataError("there are no images whose features can be cached: the split is empty, set another one")
         if several := [record.id for record in records if record.further]:
             raise DataError(
                 f"features are cached of one image a record, and {several[0]!r} has more: set cached_augmentations=0"
@@ -125,7 +128,7 @@ class FeatureCache:
         blank, first = cast(Tensor, self.plain(Image.new("RGB", (32, 32)))), records[0].image
         if isinstance(first, Clip):
             blank = blank.expand(first.count, -1, -1, -1)
-        for batch in DataLoader(pixels, BATCH, num_workers=num_workers, collate_fn=list):
+        for batch in DataLoader(pixels, BATCH, collate_fn=list, **worker_options(num_workers)):
             broken = [i for i, image in enumerate(batch) if image is None]
             images = torch.stack([blank if image is None else image for image in batch])  # (b, 3, H, W)
             layout = torch.channels_last if images.ndim == 4 else torch.preserve_format

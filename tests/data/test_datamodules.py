@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from coca_lit.data.datamodule import CaptionDataModule, RootDataModule, ScenesDataModule
+from coca_lit.data.datamodule import (
+    CaptionDataModule,
+    RootDataModule,
+    ScenePlacesDataModule,
+    ScenesDataModule,
+    SceneStatementsDataModule,
+)
 from coca_lit.data.datasets.captions import flickr_records, mscoco_records, nocaps_records
 from coca_lit.data.shards.datamodule import LAIONDataModule
 from coca_lit.errors import DataError
@@ -102,6 +108,39 @@ def test_numbers_that_cannot_work_are_refused():
         ScenesDataModule(tokenizer=TOKENIZER, batch_size=0)
     with pytest.raises(ValueError, match=r"num_workers.*-1"):
         ScenesDataModule(tokenizer=TOKENIZER, batch_size=4, num_workers=-1)
+
+
+def test_floats_without_a_fraction_are_whole_numbers(tmp_path):
+    """As YAML and Hydra read 1e6."""
+    numbers = {"batch_size": 4.0, "image_size": 16.0, "num_workers": 0.0}
+    data = ScenesDataModule(train_count=1e1, tokenizer=TOKENIZER, **numbers)
+    assert len(data.train_records) == 10
+    assert [len(batch.keys) for batch in data.train_dataloader()] == [4, 4]
+    export_scenes("shards", tmp_path, count=20, size=16)
+    shards = LAIONDataModule(str(tmp_path), 1e1, tokenizer=TOKENIZER, window=1e5, readers=2.0, **numbers)
+    assert [len(batch.keys) for batch in shards.train_dataloader()] == [4, 4]
+    for name, wrong in (("epoch_samples", 0.5), ("epoch_samples", 0), ("window", 2.5), ("readers", 1.5)):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            LAIONDataModule(str(tmp_path), **{"epoch_samples": 9, "tokenizer": TOKENIZER, **numbers, name: wrong})
+    for name in ("batch_size", "train_count", "image_size"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            ScenesDataModule(**{"tokenizer": TOKENIZER, **numbers, name: 1.5})
+
+
+def test_boxes_are_not_mirrored(tmp_path):
+    shared = {"tokenizer": TOKENIZER, "batch_size": 4, "cache_dir": str(tmp_path)}
+    ScenePlacesDataModule(cached_augmentations=1, **shared)
+    with pytest.raises(ValueError, match="cached_augmentations must be 0 or 1 for places"):
+        ScenePlacesDataModule(cached_augmentations=2, **shared)
+
+
+@pytest.mark.parametrize(("task", "splits", "keeps"), [("entailment", 64, 66), ("comparison", 66, 64)])
+def test_statements_that_a_batch_splits_are_told(task, splits, keeps, caplog):
+    SceneStatementsDataModule(task, tokenizer=TOKENIZER, batch_size=keeps)
+    assert not caplog.text
+    data = SceneStatementsDataModule(task, tokenizer=TOKENIZER, batch_size=splits, train_count=48, val_split=None)
+    assert f"data.batch_size={splits} splits statements" in caplog.text
+    assert f"a multiple of {data.together}" in caplog.text
 
 
 @pytest.mark.skipif(not FLICKR8K.is_dir(), reason="the shared Flickr8k is absent")

@@ -1,5 +1,6 @@
 """Cached image tokens against the encoder itself, file by file and in whole runs."""
 
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -108,6 +109,22 @@ def test_an_image_that_cannot_be_decoded_is_replaced(tmp_path: Path) -> None:
     assert [bad.reason for bad in example.bad] == ["unreadable image"]
     with pytest.raises(DataError, match=r"image 200"):
         CachedFirstCaptionDataset(images, paths[0], TOKENIZER)[200]
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="split is empty"):
+        views(tmp_path, Encoder()).encode([], 1, 0, CPU)
+
+
+def ignores_signals() -> Image.Image:
+    kept = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    return Image.new("RGB", (SIZE, SIZE), "white" if kept else "black")
+
+
+def test_workers_outlive_the_signals_of_a_scheduler(tmp_path: Path) -> None:
+    (path,) = views(tmp_path, Encoder()).encode([Record(0, ignores_signals, "a")], 1, 1, CPU)
+    white = build_transform(size=SIZE)(Image.new("RGB", (SIZE, SIZE), "white"))
+    torch.testing.assert_close(read_features(path, 0).float(), Encoder()(white[None])[0], atol=2e-3, rtol=0)
 
 
 def test_mirror_images_have_mirrored_captions(tmp_path: Path) -> None:

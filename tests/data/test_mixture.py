@@ -84,6 +84,14 @@ def test_a_broken_sample_is_replaced_by_one_of_its_own_source(folders, tmp_path)
         assert all(key.startswith(sources[source]) for key, source in zip(batch.keys, batch.sources, strict=True))
 
 
+@pytest.mark.parametrize("weights", [None, {"a": 0.7, "b": 0.3}])
+def test_an_empty_set_is_named(folders, tmp_path, weights):
+    write_tar(tmp_path / "0.tar", {})
+    data = mixture(folders | {"b": str(tmp_path)}, weights=weights, max_bad_fraction=0.5)
+    with pytest.raises(DataError, match="shards of 'b' hold no samples"):
+        next(iter(data.train_dataloader()))
+
+
 def test_without_weights_every_sample_comes_as_often(folders):
     data = LAIONDataModule(folders, None, tokenizer=TOKENIZER, batch_size=12, image_size=16)
     (source_a, source_b) = data.sources

@@ -27,7 +27,7 @@ from coca_lit.data.shards.listing import find_shards
 from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import CacheSettings, Shard
 from coca_lit.data.transforms import RandomCrop
-from coca_lit.errors import DataError, check_number
+from coca_lit.errors import DataError, check_number, whole_number
 
 if TYPE_CHECKING:
     from coca_lit.data.shards.selection import Selection
@@ -90,13 +90,16 @@ class LAIONDataModule(CaptionDataModule):
         **shared: Unpack[LoaderArguments],
     ) -> None:
         super().__init__(**shared)
+        window, readers = whole_number("window", window), whole_number("readers", readers)
         if min(window, window_gb, readers, cache_gb) <= 0:
             numbers = f"{window}, {window_gb}, {readers}, {cache_gb}"
             raise ValueError(f"window, window_gb, readers and cache_gb must be above 0, not {numbers}")
         if decode not in get_args(Decode):
             raise ValueError(f"decode must be one of {', '.join(get_args(Decode))}, not {decode!r}")
         check_number("store_patience", store_patience, at_least=0)
-        check_number("frames", frames, whole=True, at_least=0)
+        frames = whole_number("frames", frames, at_least=0)
+        if epoch_samples is not None:
+            epoch_samples = whole_number("epoch_samples", epoch_samples, at_least=1)
         if frames and (decode != "full" or teachers is not None):
             raise ValueError("clips need decode=full and no teachers: leave out frames, or these")
         if teachers is not None and decode != "full":
@@ -205,6 +208,8 @@ class LAIONDataModule(CaptionDataModule):
     def sources(self) -> list[Source]:
         """Weighted by their numbers of samples, if nothing else is said."""
         found = [Source(name, shards) for name, shards in self.indexes.items()]
+        if empty := [source.name for source in found if not source.samples]:
+            raise DataError(f"the shards of {empty[0]!r} hold no samples: check them, or leave them out of the mixture")
         one = len(found) == 1
         weights = self.weights or {source.name: 1.0 if one else source.samples for source in found}
         return [source._replace(weight=weights[source.name]) for source in found]
