@@ -4,12 +4,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from coca_lit.errors import DataError
 from coca_lit.reading import printable
 
 log = logging.getLogger(__name__)
+_quiet = ContextVar("quiet", default=False)
 
 MIN_SEEN = 200  # samples before their fraction is judged
 MIN_SHARDS = 20  # the same of shards
@@ -121,9 +123,19 @@ class BadSamples:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences warnings of single samples within the block, for commands that report them all afterwards."""
-    logging.disable(logging.WARNING)
+    """Silences warnings of broken samples and shards within the block, in this thread, for commands that report them
+    all afterwards. Others, such as those of a store that does not answer, are told.
+    """
+    token = _quiet.set(True)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        _quiet.reset(token)
+
+
+def is_told(record: logging.LogRecord) -> bool:
+    """A filter for the loggers that `quiet` silences."""
+    return not _quiet.get()
+
+
+log.addFilter(is_told)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from coca_lit.data.bad_samples import BadSampleError, BadSamples
+from coca_lit.data.bad_samples import BadSampleError, BadSamples, is_told
 from coca_lit.data.records import EncodedImage, Record
 from coca_lit.data.shards.indexed import CLIP_SUFFIXES, IMAGE_SUFFIXES, kind_of, pair_of, read_limit
 from coca_lit.data.shards.shard import Shard
@@ -22,6 +22,7 @@ from coca_lit.data.shards.tar import TWICE, Member, group_members, tar_members
 from coca_lit.errors import DataError
 
 log = logging.getLogger(__name__)
+log.addFilter(is_told)
 
 _CODE = re.compile(r".*\.(pyd|pickle|pkl|pth|pt|py|so|sh|exe)", re.IGNORECASE | re.DOTALL)
 
