@@ -88,6 +88,12 @@ def test_a_silent_server_is_left_when_the_patience_is_over(caplog):
         assert 0.9 < time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize(("patience", "silence"), [(600, 10), (5, 5), (0.1, 1), (0, 10)])
+def test_one_attempt_waits_no_longer_than_the_patience(patience, silence):
+    """Without patience, as shards are fetched ahead, there is one attempt, which may take the usual time."""
+    assert store.ask("https://host/x", patience, lambda web: web.timeout) == silence
+
+
 def test_silence_is_said(monkeypatch, caplog):
     monkeypatch.setattr(store, "SILENCE", 0.2)
     monkeypatch.setattr(store, "FIRST_WAIT", 0.1)

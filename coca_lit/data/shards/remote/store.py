@@ -166,7 +166,7 @@ def at_commit(url: str, commits: dict[str, str], patience: float = PATIENCE) -> 
 
 
 def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
-    """`request(file system)`, repeated with growing waits while the store does not answer.
+    """`request(file system)`, repeated with growing waits while the store does not answer; not if `patience` is 0.
 
     Raises:
         StoreError: for `patience` seconds there was no answer, or the store refuses.
@@ -175,7 +175,7 @@ def ask(url: str, patience: float, request: Callable[[Any], T]) -> T:
     """
     failing_since, wait, silence = None, FIRST_WAIT, SILENCE
     while True:
-        began, silence = time.monotonic(), min(silence, max(patience, 1))
+        began, silence = time.monotonic(), min(silence, max(patience, 1) if patience else SILENCE)
         try:
             answer = request(_filesystem(url, silence))
         except (DataError, ChangedError):
