@@ -43,21 +43,21 @@ class TrainingExamples(Dataset[Example]):
         """Raises `BadSampleError` if the sample cannot be used."""
         raise NotImplementedError
 
-    def replacement(self, i: int, rng: random.Random, error: BadSampleError) -> int:
-        """The index of a sample to use instead of `i`, which raised the error."""
+    def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
+        """The index of a sample to use instead of `i`, which raised the error and was the last of so many tries."""
         return rng.randrange(len(self))
 
     def __getitem__(self, index: Index) -> Example:
         rng: random.Random | None = None
         wanted = index
-        for _ in range(self.max_tries):
+        for tries in range(1, self.max_tries + 1):
             self.bad.seen += 1
             try:
                 return self.example(index)._replace(bad=self.bad.take())
             except BadSampleError as error:
                 self.bad.catch(error)
                 rng = rng or random.Random(stable_seed("stand-in", self.seed, wanted.turn, wanted.i))
-                index = index._replace(i=self.replacement(index.i, rng, error))
+                index = index._replace(i=self.replacement(index.i, rng, error, tries))
         raise DataError(f"no usable image in {self.max_tries} tries: {self.bad.summary()}")
 
 
@@ -112,7 +112,7 @@ class FirstCaptionDataset(Dataset[Example]):
 
 
 def _example(images: Sequence[Images], caption: str, record: Record, tokenizer: Tokenizer) -> Example:
-    """With the caption as text; for a question with the question and this answer."""
+    """The text is the caption; for a question, the question followed by the caption as its answer."""
     if record.question:
         tokens, prefix_length = tokenizer.encode_answer(record.question, caption)
     else:

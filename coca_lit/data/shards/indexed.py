@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CLIP_SUFFIXES = tuple(suffix.removeprefix(".") for suffix in CLIPS)
 MAX_TEXT = 2**20  # bytes of a caption or of the JSON
+NEAR_TRIES = 10  # of samples of a shard in place of a bad one
 _WANTED = re.compile(rf".*\.({'|'.join((*IMAGE_SUFFIXES, *CLIP_SUFFIXES))}|txt|json)", re.IGNORECASE | re.DOTALL)
 FILES = (IMAGE_SUFFIXES, ("txt",), ("json",), CLIP_SUFFIXES)  # of a sample; the first of each that is there
 
@@ -197,7 +198,9 @@ class IndexedShards(TrainingExamples):
     def __init__(
         self, sources: Sequence[Source], preprocess: Preprocess, max_bad_fraction: float, near: bool = False
     ) -> None:
-        """With `near` a sample is replaced by one of its shard, or of the next one if that is lost."""
+        """With `near` a sample is replaced by one of its shard, or of the next one if that is lost or has given
+        `NEAR_TRIES` bad ones.
+        """
         super().__init__(preprocess.seed, max_bad_fraction)
         self.preprocess, self.near = preprocess, near
         self.indexes = [index for source in sources for index in source.shards]
@@ -226,13 +229,13 @@ class IndexedShards(TrainingExamples):
         source = self.names[bisect_right(self.source_ends, index.i)]
         return self.preprocess(pair, fields["__key__"], shard.shard.name, index, source)
 
-    def replacement(self, i: int, rng: random.Random, error: BadSampleError) -> int:
+    def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
         """A sample of the same source."""
         source = bisect_right(self.source_ends, i)
         start, end = self.source_ends[source - 1] if source else 0, self.source_ends[source]
         if self.near:
             shard = bisect_right(self.shard_ends, i)
-            if isinstance(error, LostShardError):
+            if isinstance(error, LostShardError) or tries % NEAR_TRIES == 0:
                 after = self.shard_ends[shard]
                 shard = bisect_right(self.shard_ends, after if after < end else start)
             start, end = self.shard_ends[shard] - len(self.indexes[shard]), self.shard_ends[shard]

@@ -378,6 +378,18 @@ def test_a_bad_sample_is_replaced_by_one_of_its_shard(store, tmp_path):
     assert sum(count for key, count in keys.items() if key[0] == "2") == 48
 
 
+def test_a_shard_of_bad_samples_is_replaced_by_the_next(store, tmp_path):
+    filesystem, local = store
+    spoil(local / "00011.tar", {f"11{i:04d}.jpg": b"junk" for i in range(4)})
+    for name in ("00000.tar", "00011.tar"):
+        filesystem.pipe_file(f"/sad/{name}", (local / name).read_bytes())
+    found = read(laion(tmp_path, "memory://sad", max_bad_fraction=1.0))
+    filesystem.rm("/sad", recursive=True)
+    assert [len(batch.keys) for batch in found] == [4] * 24
+    assert all("00000.tar" in key for batch in found for key in batch.keys)
+    assert sum(len(batch.bad) for batch in found) == 48 * 10  # half of the samples
+
+
 def test_a_mixture_of_near_and_far_keeps_its_shares(store, tmp_path):
     _, local = store
     shards = {"far": "memory://set", "near": str(local)}
