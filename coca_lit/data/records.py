@@ -154,7 +154,7 @@ def records_on_disk(listings: Iterable[Listing], folders: Sequence[Path], source
         where = [folder for folder in folders if folder.is_dir()] or folders[:1]
         raise not_found(f"{len(missing)} of {listed} images that {source} lists{example}", where, how)
     if missing:
-        log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), listed, missing[0])
+        log.warning("skipped %d of %d images without a file, e.g. %s", len(missing), listed, printable(missing[0]))
     records = [
         Record(item.id, paths[0], map(str.strip, item.captions), item.domain, item.question, paths[1:])
         for item, paths in found

@@ -4,6 +4,7 @@ A batch is a function of its number alone, so that a resumed run needs only the 
 """
 
 import glob
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
@@ -18,7 +19,7 @@ from coca_lit.data.examples import Index
 from coca_lit.data.loader import Schedule, epoch_batches
 from coca_lit.data.records import clean_captions, not_found
 from coca_lit.errors import DataError
-from coca_lit.reading import open_regular, parse_json
+from coca_lit.reading import open_regular, parse_json, printable
 from coca_lit.tokenizer import Tokenizer
 
 TextFiles = str | Sequence[str]
@@ -38,7 +39,7 @@ def read_texts(files: TextFiles) -> list[str]:
     patterns = [files] if isinstance(files, str) else list(files)
     texts: list[str] = []
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True))
+        paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise not_found("texts", [pattern], "data.text takes .txt, .jsonl and caption files, or patterns of them")
         for path in map(Path, paths):
@@ -50,7 +51,8 @@ def read_texts(files: TextFiles) -> list[str]:
                 raise DataError(f"{path} is neither a .txt, a .jsonl nor a caption file (.json, .json.gz)")
             try:
                 with open_regular(path) as file:
-                    lines = [line for line in (line.decode(errors="replace").strip() for line in file) if line]
+                    texts_of_file = (line.decode(errors="replace").lstrip("\ufeff").strip() for line in file)
+                    lines = [line for line in texts_of_file if line]
             except OSError as error:
                 raise DataError(f"cannot read {path}: {error.strerror or error}") from error
             rows = lines if path.suffix == ".txt" else (_text(path, *row) for row in enumerate(lines, start=1))
@@ -68,7 +70,7 @@ def _text(path: Path, number: int, line: str) -> str:
     text = content.get("text", content.get("caption")) if isinstance(content, dict) else content
     if not isinstance(text, str):
         raise DataError(
-            f'{path}, text {number}: expected a text, or an object with "text" or "caption", got {line[:80]}'
+            f'{path}, text {number}: expected a text, or an object with "text" or "caption", got {printable(line[:80])}'
         )
     return text
 

@@ -38,12 +38,26 @@ def test_files_of_every_kind(tmp_path: Path, file: Path) -> None:
     assert len(read_texts(f"{tmp_path}/coco/annotations/captions_train2017.json")) == 8 * 5
 
 
+@pytest.mark.parametrize(("name", "content"), [("x.txt", "a star\na ring\n"), ("x.jsonl", '"a star"\n"a ring"\n')])
+def test_the_mark_that_windows_puts_first_is_no_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_texts(str(tmp_path / name)) == ["a star", "a ring"]
+
+
+def test_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "x[1].txt").write_text("a star")
+    (tmp_path / "x1.txt").write_text("a ring")
+    assert read_texts(f"{tmp_path}/x[1].txt") == ["a star"]
+    assert read_texts(f"{tmp_path}/x[12].txt") == ["a ring"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.txt", "\n", "hold no text"),
         ("a.jsonl", "{", r"a\.jsonl, text 1 is not JSON"),
         ("a.jsonl", '"x"\n{"words": 1}', r'a\.jsonl, text 2: expected a text, or an object with "text" or "caption"'),
+        ("a.jsonl", '{"words": "\u202e"}', r'got \{"words": "\\u202e"\}'),
         ("a.csv", "x", "neither a .txt, a .jsonl nor a caption file"),
         ("a.json", "[]", "does not follow"),
     ],

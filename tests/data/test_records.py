@@ -82,6 +82,13 @@ def test_a_known_absent_image_is_skipped_but_many_are_an_error(flickr, caplog):
         flickr_records(flickr, "train")
 
 
+def test_a_name_in_a_warning_is_printable(flickr, caplog):
+    path = flickr / "dataset_flickr8k.json"
+    path.write_text(path.read_text().replace('"3.jpg"', '"3\\u202e.jpg"'))
+    assert len(flickr_records(flickr, "train")) == 149
+    assert r"e.g. 3\u202e.jpg" in caplog.text
+
+
 def test_missing_data_say_what_where_and_how(tmp_path):
     with pytest.raises(DataNotFoundError) as error:
         flickr_records(tmp_path, "train", "flickr30k")

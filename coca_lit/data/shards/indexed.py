@@ -109,14 +109,14 @@ def pair_of(
     """
     key, image = fields["__key__"], image_of(fields, suffixes)
     captions, content = {}, {}
-    if any(key != "txt" for key in caption_keys) and len(text := fields.get("json", b"")) <= MAX_TEXT:
+    whole = {name: text for name in ("txt", "json") if len(text := fields.get(name, b"")) <= MAX_TEXT}
+    if any(key != "txt" for key in caption_keys):
         with suppress(DataError):
-            content = parse_json(text, "the JSON", dict)
+            content = parse_json(whole.get("json", b""), "the JSON", dict)
     for name in caption_keys:
-        text = fields.get("txt", b"").decode(errors="replace") if name == "txt" else content.get(name)
+        text = whole.get("txt", b"").decode(errors="replace") if name == "txt" else content.get(name)
         texts = text if isinstance(text, list) else [text]
-        fitting = clean_captions(text for text in texts if isinstance(text, str) and len(text) <= MAX_TEXT)
-        if fitting:
+        if fitting := clean_captions(text for text in texts if isinstance(text, str)):
             captions[name] = fitting
     try:
         if kind_of(fields, suffixes) in IMAGE_SUFFIXES:

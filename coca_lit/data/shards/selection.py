@@ -45,7 +45,7 @@ class Selection:
                     names = batch.column(SHARD)
                     if shard in (known := names.dictionary.to_pylist()):
                         rows = batch.column(KEY).filter(compute.equal(names.indices, known.index(shard)))
-                        found.update(rows.unique().to_pylist())
+                        found.update(rows.drop_null().unique().to_pylist())
         return frozenset(found)
 
     def of(self, shards: Sequence[Shard]) -> list[Shard]:

@@ -143,6 +143,11 @@ def test_selections_of_any_program(tmp_path, more):
         assert found.keys(shard) == {key for name, key in chosen if name == shard}
 
 
+def test_a_row_without_a_key_selects_nothing(folder, tmp_path):
+    chosen = select(tmp_path / "k.parquet", [*rows(), ("00000.tar", None)])
+    assert_equal(batches(tmp_path, folder, selection=chosen), batches(tmp_path, copy(folder, tmp_path / "c", rows())))
+
+
 def test_what_does_not_fit_is_one_sentence(folder, tmp_path):
     path = tmp_path / "k.parquet"
     with pytest.raises(DataError, match=r"00000\.tar lacks 1 .* new"):

@@ -17,7 +17,7 @@ from coca_lit.data.shards.reader import read_shard
 from coca_lit.data.shards.shard import Shard
 from coca_lit.errors import DataError, DataNotFoundError
 from helpers.running import ROOT
-from helpers.shards import TOKENIZER, jpeg, read, spoil, write_shards
+from helpers.shards import TOKENIZER, jpeg, read, spoil, write_shards, write_tar
 
 
 def local(paths: list[Path]) -> list[Shard]:
@@ -178,3 +178,11 @@ print(len(list(data.train_dataloader())), *sys.modules)
     variants = {"any_shape", "encoded", "feature_cache", "text_batches", "shards.windows"}
     assert not {f"coca_lit.data.{name}" for name in variants} & {*modules}
     assert not [name for name in modules if name.startswith(("coca_lit.data.shards.remote", "s3fs", "pyarrow"))]
+
+
+def test_a_caption_of_more_bytes_than_are_read_is_none(tmp_path):
+    texts = {"a": "é" * 2**19, "b": "é" * 2**19 + "x", "c": "x" * 2**20, "d": "x" * 2**20 + "x"}
+    files = {
+        f"{key}.{end}": data for key, text in texts.items() for end, data in (("jpg", jpeg()), ("txt", text.encode()))
+    }
+    assert read(write_tar(tmp_path / "x.tar", files)) == (["a", "c"], {"missing caption": 2})
