@@ -36,8 +36,8 @@ class CropToPatches:
 
 class PatchSchedule(Schedule):
     """Batches that are filled by patches: a budget is drawn for each, which has `batch_size` images at the largest one,
-    and k times as many where k times the budget is no larger. All batches so hold about as many patches, and can be
-    split over as many processes.
+    and k times as many where k times the budget is no larger. So all batches hold about equally many patches, and any
+    number of processes that divides `batch_size` divides each of them.
 
     The budgets are drawn once, and each epoch has the same ones in another order; so all epochs are equally long.
 

@@ -29,7 +29,7 @@ from coca_lit.data.datasets.annotations import (
 from coca_lit.data.datasets.captions import mscoco_records
 from coca_lit.data.near_duplicates import hash_files, held_out
 from coca_lit.data.pixels import SUFFIXES
-from coca_lit.data.records import MAX_MISSING, ImageFile, Record, clean_captions, not_found
+from coca_lit.data.records import MAX_MISSING, ImageFile, Record, not_found
 from coca_lit.errors import DataError
 from coca_lit.reading import printable, read_bounded, read_json
 
@@ -116,8 +116,8 @@ def _photos(root: Path, suffixes: tuple[str, ...]) -> list[_Photo]:
     for name, (texts, splits) in sorted(listed.items()):
         if len(splits) > 1:
             raise DataError(f"{path} puts {printable(name)} into {' and '.join(sorted(splits))}: a photo has one split")
-        if captions := clean_captions(texts):
-            photos.append(_Photo(name, captions, next(iter(splits), None)))
+        if texts:
+            photos.append(_Photo(name, tuple(texts), next(iter(splits), None)))
     if len(photos) < len(listed):
         _tell_left_out(root, len(listed) - len(photos), len(listed))
     return photos

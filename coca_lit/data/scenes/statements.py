@@ -131,7 +131,11 @@ def _colour(rng: random.Random, draw: Draw) -> list[Case]:
     cases = []
     for i in range(OBJECTS):
         labels = {i: "neutral", (i - 1) % OBJECTS: "entailment", (i + 1) % OBJECTS: "contradiction"}
-        fitting = {"entailment": lambda name: [name], "contradiction": _other_colours, "neutral": lambda _: [*COLOURS]}
+        fitting = {
+            "entailment": lambda name: [name],
+            "contradiction": partial(_others, COLOURS),
+            "neutral": lambda _: [*COLOURS],
+        }
         choices = [_colours(fitting[labels[place]](named[place])) for place in range(OBJECTS)]
         shown = Shown(draw(axis, choices), covered=i)
         cases.append(Case((shown,), tuple((texts[place], labels[place]) for place in range(OBJECTS))))
@@ -238,10 +242,6 @@ def _two_kinds(rng: random.Random) -> list[str]:
 
 def _colours(colours: Sequence[str]) -> Choice:
     return colours, [*SHAPES]
-
-
-def _other_colours(name: str) -> list[str]:
-    return _others(COLOURS, name)
 
 
 def _others(names: Mapping[str, object], name: str) -> list[str]:
