@@ -133,7 +133,7 @@ def _colour(rng: random.Random, draw: Draw) -> list[Case]:
         labels = {i: "neutral", (i - 1) % OBJECTS: "entailment", (i + 1) % OBJECTS: "contradiction"}
         fitting = {
             "entailment": lambda name: [name],
-            "contradiction": partial(_others, COLOURS),
+            "contradiction": lambda name: _others(COLOURS, name),
             "neutral": lambda _: [*COLOURS],
         }
         choices = [_colours(fitting[labels[place]](named[place])) for place in range(OBJECTS)]
