@@ -70,7 +70,7 @@ class JudgedScores(Evaluation):
             scores = found | scores
             self.not_run |= {f"{self.name} {score}": reason for score, reason in missing.items()}
         self.draws = named(agreement(judged, scores))
-        if settings.full:
+        if settings.full and len({candidate.image for candidate in judged.candidates}) > 1:
             known = [pair for pair in self.mixed if scores.keys() >= set(pair)]
             half, mixed, shares = mixtures(judged, scores, known)
             of_half = agreement(half, mixed)

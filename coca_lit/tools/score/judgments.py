@@ -184,11 +184,14 @@ def _references(path: Path) -> _Known:
     of_image: dict[str, list[str]] = defaultdict(list)
     files: dict[str, str] = {}
     if path.suffix != ".txt":
+        of_id: dict[str, list[str]] = {}  # an id may be the name of another image's file, which goes first
+        file_of_id: dict[str, str] = {}
         for item in read_references(path, None):
-            for name in {stem(item.filename), str(item.id)}:
-                of_image[name] += [" ".join(text.split()) for text in item.captions]
-                files[name] = item.filename
-        return _Known(of_image, files, {})
+            texts = [" ".join(text.split()) for text in item.captions]
+            of_image[stem(item.filename)] += texts
+            of_id[str(item.id)] = texts
+            files[stem(item.filename)] = file_of_id[str(item.id)] = item.filename
+        return _Known(of_id | of_image, file_of_id | files, {})
     by_id: dict[str, str] = {}
     text = read_bounded(path, MAX_BYTES, "cannot be read").decode("utf-8-sig", errors="replace")
     with schema(path, "the Flickr8k captions"):
@@ -317,9 +320,10 @@ def _table(path: Path, known: _Known) -> Judged:
             value = float(row[grade])
             name = str(row[image])
             name = name if name in known.of_image else stem(name)
-            number = found.grade(name, row[caption], value, str(row.get("judge") or ""))
-            if row.get("pair"):
-                pairs[str(row["pair"])].append((number, value))
+            judge, pair = ("" if row.get(key) is None else str(row[key]) for key in ("judge", "pair"))
+            number = found.grade(name, row[caption], value, judge)
+            if pair:
+                pairs[pair].append((number, value))
     return _judged(path, found, known, "candidate", preferences=_preferences(path, pairs.items()))
 
 

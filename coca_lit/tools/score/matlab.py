@@ -47,8 +47,8 @@ def read_mat(path: Path) -> dict[str, Any]:
         for kind, part in _elements(content[128:], padded=False):
             if kind == COMPRESSED:
                 stream = zlib.decompressobj()
-                unpacked = stream.decompress(part, left)
-                if stream.unconsumed_tail:
+                unpacked = stream.decompress(part, left + 1)  # 0 would stand for no limit
+                if len(unpacked) > left:
                     raise UnsafeError(f"unpacked it has more than {left:,} bytes")
                 left -= len(unpacked)
                 ((kind, part),) = _elements(memoryview(unpacked))

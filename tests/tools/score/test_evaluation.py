@@ -82,6 +82,9 @@ def test_all_scores_of_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     few = evaluation.evaluate(make_model(), Settings(root, images=3, full=False))
     assert "experts/tau_b_CLIPScore" in few
     assert "experts/tau_b_CIDEr" not in few
+    one = evaluation.evaluate(make_model(), Settings(root, images=1))  # no half has images to learn from
+    assert "experts/tau_b_CIDEr" in one
+    assert not [name for name in one if "half/" in name]
     with pytest.raises(ValueError, match="did you mean 'CIDEr'"):
         JudgedScores("experts", judged, root, mixed=[["cider", "pmi"]])
 

@@ -6,6 +6,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 from hypothesis import given
@@ -65,6 +67,28 @@ def test_any_table(tmp_path: Path) -> None:
     assert read_judgments(tmp_path / "mine.csv", tmp_path / "coco.json").references["2_b"] == ["a ball"]
     by_id = write(tmp_path, "ids.csv", "image,caption,rating\n7,a hat,2\n")
     assert read_judgments(by_id, tmp_path / "coco.json").images == {"7": "1_a.jpg"}
+
+
+def test_ids_that_are_names_of_other_files(tmp_path: Path) -> None:
+    """The ids 0, 1, 2 of the files 1.jpg, 2.jpg, 3.jpg: a name is that of a file first."""
+    coco = {
+        "images": [{"id": i, "file_name": f"{i + 1}.jpg"} for i in range(3)],
+        "annotations": [{"image_id": i, "caption": f"of file {i + 1}"} for i in range(3)],
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    table = write(tmp_path, "mine.csv", "image,caption,grade\n" + "".join(f"{i},a hat,{i}\n" for i in range(4)))
+    judged = read_judgments(table, tmp_path / "coco.json")
+    assert judged.references == {"0": ["of file 1"], **{str(i): [f"of file {i}"] for i in (1, 2, 3)}}
+    assert judged.images == {"0": "1.jpg", "1": "1.jpg", "2": "2.jpg", "3": "3.jpg"}
+
+
+def test_pairs_and_judges_count_from_zero(tmp_path: Path) -> None:
+    path = write(tmp_path, "mine.parquet", b"")
+    columns = {"image": ["1_a"] * 5, "caption": list("abcde"), "grade": [1, 2, 4, 3, 5]}
+    pq.write_table(pa.table({**columns, "pair": [0, 0, 1, 1, None], "judge": [0, 1, 0, 1, None]}), path)
+    judged = read_judgments(path)
+    assert judged.preferences == [Preference(1, 0), Preference(2, 3)]
+    assert [grade.judge for grade in judged.grades] == ["0", "1", "0", "1", ""]
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -200,6 +224,18 @@ def nested(depth: int) -> bytes:
 def test_matlab_files_of_strangers(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "x.mat").write_bytes(content)
     with bounded(), pytest.raises(DataError, match=said):
+        read_mat(tmp_path / "x.mat")
+
+
+def test_matlab_parts_share_one_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part takes all of it, exactly."""
+    monkeypatch.setattr("coca_lit.tools.score.matlab.MAX_BYTES", 2**16)
+    parts = [zlib.compress(element(1, bytes(size - 8))) for size in (2**16, 2**20)]
+    headed = [struct.pack("<II", 15, len(part)) + part for part in parts]
+    (tmp_path / "x.mat").write_bytes(nested(0)[:128] + headed[0])
+    assert read_mat(tmp_path / "x.mat") == {}
+    (tmp_path / "x.mat").write_bytes(nested(0)[:128] + b"".join(headed))
+    with pytest.raises(DataError, match="unpacked it has more than 0 bytes"):
         read_mat(tmp_path / "x.mat")
 
 
