@@ -89,7 +89,7 @@ def write_onnx(model: CoCa, folder: Path, max_int8_loss: float = 0.0, frames: in
     differences = {}
     for name, graph in graphs.items():
         _export(graph, folder / f"{name}.onnx")
-        differences[name] = max(_differences(graph, folder / f"{name}.onnx"))
+        differences[name] = float(np.max([*_differences(graph, folder / f"{name}.onnx")]))  # NaN if one is
         if not differences[name] <= TOLERANCE:
             raise ValueError(f"{name}.onnx does not compute what the model does: it differs by {differences[name]:.1e}")
     _write_config(model, folder, frames)
@@ -186,7 +186,7 @@ def _write_int8(model: CoCa, folder: Path, graphs: list[str], max_loss: float, f
         same = sum(a == b for a, b in zip(before.texts, after.texts, strict=True)) / len(images)
         speed = f"{before.per_second:.3g} → {after.per_second:.3g} captions per second in batches of {BATCH}"
         found += f", {same:.1%} of the captions are the same, {speed} ({machine()})"
-    if lost > max_loss:
+    if not lost <= max_loss:
         raise ValueError(
             f"on {what} the int8 graphs lose {lost:.1%} of {measure}, more than max_int8_loss={max_loss:g}: raise it,"
             " or leave them out with max_int8_loss=0"
@@ -232,7 +232,7 @@ def _lowest_cosine(folder: Path, images: np.ndarray) -> float:
     sessions = [onnxruntime.InferenceSession(folder / f"image_encoder{end}.onnx") for end in ("", INT8)]
     batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH))
     pairs = ([session.run(["features"], {"images": batch})[0] for session in sessions] for batch in batches)
-    return min(float((a * b).sum(axis=-1).min()) for a, b in pairs)
+    return float(np.min([(a * b).sum(axis=-1).min() for a, b in pairs]))  # NaN if one is
 
 
 @contextmanager

@@ -104,4 +104,4 @@ def _difference(model: CoCa, again: CoCa) -> float:
         [out.image_features, out.text_features, *([out.logits] if model.decoder is not None else [])]
         for out in (model(images, tokens), again(images, tokens))
     )
-    return max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+    return torch.stack([(a - b).abs().max() for a, b in zip(*results, strict=True)]).max().item()  # NaN if one is

@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -52,7 +52,7 @@ def check_gpu(output: Path, quick: bool = False) -> int:
     """Makes all checks and measurements, writes both files, and returns how many checks failed.
 
     Args:
-        output: folder for JSON and Markdown.
+        output: folder for JSON and Markdown, which exists.
         quick: measure the smallest model alone.
     """
     from coca_lit.models import create_model
@@ -70,7 +70,6 @@ def check_gpu(output: Path, quick: bool = False) -> int:
                 speed = {"samples/s": "out of memory"}
             rows.append({"model": name, "batch": size} | speed)
         rows.append({"model": name, "batch": 16} | _caption_speed(net.eval()))
-    output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "device": environment(),
         "simulated": simulated,
@@ -131,7 +130,8 @@ def _checks(simulated: bool) -> Iterator[Line]:
         except SkippedError as reason:
             line = Line(name, "SKIP", str(reason))
         except Exception as error:  # any error of a device: the other checks continue
-            line = Line(name, "FAIL", f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}")
+            said = str(error).strip().splitlines() or ["no message"]
+            line = Line(name, "FAIL", f"{type(error).__name__}: {said[-1][:300]}")
         print(f"{line.outcome}  {line.name}: {line.detail}", flush=True)
         yield line
 
@@ -186,6 +186,11 @@ def _difference(found: "Tensor", expected: "Tensor", largest: float | None = Non
     return (found.detach().cpu().float() - expected).abs().max().item() / scale
 
 
+def _largest(differences: Iterable[float]) -> float:
+    """NaN if one is, which `max` drops."""
+    return torch.tensor([*differences], dtype=torch.float64).max().item()
+
+
 def _within(allowed: float, **apart: float) -> str:
     """What was found; raises `ValueError` if a difference is larger than what is allowed, or no number."""
     said = ", ".join(f"{name} within {value:.1e}" for name, value in apart.items())
@@ -207,9 +212,12 @@ def equals_cpu(kind: str, **overrides: Any) -> str:
         found.backward()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    grads = [(p.grad, q.grad) for p, q in zip(gpu.parameters(), cpu.parameters(), strict=True) if q.grad is not None]
-    largest = max(q.abs().max().item() for _, q in grads)
-    apart = max(_difference(p, q, largest) for p, q in grads if p is not None)
+    expected_grads = {name: q.grad for name, q in cpu.named_parameters() if q.grad is not None}
+    largest = _largest(grad.abs().max().item() for grad in expected_grads.values())
+    grads = {name: p.grad for name, p in gpu.named_parameters() if p.grad is not None}
+    if missing := expected_grads.keys() - grads.keys():
+        raise ValueError(f"{len(missing)} gradients are missing, e.g. of {min(missing)}")
+    apart = _largest(_difference(grads[name], grad, largest) for name, grad in expected_grads.items())
     return _within(TOLERANCE[kind], loss=_difference(found, expected), gradients=apart)
 
 
@@ -263,7 +271,7 @@ def fused_loss() -> str:
     logits = torch.nn.functional.linear(hidden, vocabulary)
     plain = torch.nn.functional.cross_entropy(logits, labels, ignore_index=caption.IGNORED)
     expected = torch.autograd.grad(plain, inputs)
-    return _within(TOLERANCE["TF32"], gradients=max(map(_difference, found, expected)))
+    return _within(TOLERANCE["TF32"], gradients=_largest(map(_difference, found, expected)))
 
 
 # Waiting, collectives
@@ -347,7 +355,7 @@ def resumes() -> str:
         with contextlib.suppress(KeyError):
             _run(broken, precision, "+callbacks.stop={_target_: coca_lit.tools.gpu_check.checks.StopAt, step: 2}")
         found = _run(broken, precision)
-    apart = max(_difference(x, expected["state_dict"][name], 1.0) for name, x in found["state_dict"].items())
+    apart = _largest(_difference(x, expected["state_dict"][name], 1.0) for name, x in found["state_dict"].items())
     return _within(1e-5, weights=apart)
 
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from coca_lit.runs.launch import isolate
 
@@ -25,6 +26,12 @@ def gpu_check(arguments: Sequence[str] | None = None) -> None:
 
     if not torch.cuda.is_available():
         sys.exit("error: coca-gpu-check needs a GPU, and PyTorch finds none: torch.cuda.is_available() is False")
+
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)  # now, as the checks take minutes
+        TemporaryFile(dir=options.output).close()
+    except OSError as error:
+        sys.exit(f"error: --output: cannot write {options.output}: {error.strerror or error}")
 
     from coca_lit.tools.gpu_check.checks import check_gpu
 

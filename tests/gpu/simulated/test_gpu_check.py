@@ -1,11 +1,19 @@
 """`coca-gpu-check` runs to its end on the simulated GPU, and says that it is one."""
 
+import copy
 import json
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from simulated_gpu import SimulatedGpu
 
+from coca_lit.models import CoCa
 from coca_lit.tools.gpu_check import checks
 from coca_lit.tools.gpu_check.command import gpu_check
 
@@ -32,14 +40,47 @@ def test_after_a_failed_check_the_others_continue(tmp_path: Path, monkeypatch: p
     def fails() -> str:
         raise RuntimeError("CUDA error:\nan illegal memory access")
 
-    for name in ("equals_cpu", "same_captions", "attention_kernels", "trains", "resumes"):
+    def fails_without_a_word() -> str:
+        raise AssertionError
+
+    for name in ("equals_cpu", "same_captions", "trains", "resumes"):
         monkeypatch.setattr(checks, name, lambda *_, **__: "done")
+    monkeypatch.setattr(checks, "attention_kernels", fails_without_a_word)
     monkeypatch.setattr(checks, "fused_loss", fails)
     with SimulatedGpu(), pytest.raises(SystemExit) as ended:
         gpu_check(["--output", str(tmp_path)])
     assert ended.value.code == 1
     lines = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
     assert [(line["name"], line["detail"]) for line in lines if line["outcome"] == "FAIL"] == [
-        ("fused caption loss equals the chunks", "RuntimeError: an illegal memory access")
+        ("fused caption loss equals the chunks", "RuntimeError: an illegal memory access"),
+        ("attention in bf16", "AssertionError: no message"),
     ]
     assert lines[-1]["outcome"] == "PASS"
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_checks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with SimulatedGpu(), pytest.raises(SystemExit, match="--output: cannot write"):
+        gpu_check(["--output", str(tmp_path / "file" / "found")])
+
+
+@pytest.mark.parametrize("check", [partial(checks.equals_cpu, "fp32"), checks.resumes])
+def test_a_difference_that_is_no_number_fails(check: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first one is."""
+    differences = chain([0.0, math.nan], repeat(0.0))
+    monkeypatch.setattr(checks, "_difference", lambda *_: next(differences))
+    weights = {"state_dict": dict.fromkeys("abc", torch.ones(1))}
+    monkeypatch.setattr(checks, "_run", lambda *_: weights)
+    with SimulatedGpu(), pytest.raises(ValueError, match="within nan"):
+        check()
+
+
+def test_a_missing_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def frozen(net: CoCa) -> CoCa:
+        other = copy.deepcopy(net)
+        other.logit_scale.requires_grad_(False)
+        return other
+
+    monkeypatch.setattr(checks, "copy", SimpleNamespace(deepcopy=frozen))
+    with SimulatedGpu(), pytest.raises(ValueError, match=r"1 gradients are missing, e\.g\. of logit_scale"):
+        checks.equals_cpu("fp32")

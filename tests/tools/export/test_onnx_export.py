@@ -1,12 +1,14 @@
 """Graphs in ONNX Runtime compute what the model does, and write its captions token for token without PyTorch."""
 
 import copy
+import math
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -212,6 +214,9 @@ def test_a_graph_that_computes_something_else_is_refused(
     other.decoder.norm.bias.data[0] += 1
     with pytest.raises(ValueError, match=r"decoder\.onnx.*differs"):
         onnx.write_onnx(other, tmp_path)
+    monkeypatch.setattr(onnx, "_differences", lambda graph, path: iter((0.0, math.nan)))
+    with pytest.raises(ValueError, match="differs by nan"):
+        onnx.write_onnx(model, tmp_path)
 
 
 def test_int8_graphs_are_small_and_nearly_the_same(exported: tuple[CoCa, Path]) -> None:
@@ -285,3 +290,17 @@ def test_int8_is_refused_above_the_stated_loss(
     monkeypatch.setattr(onnx, "_lowest_cosine", lambda folder, images: 0.8)
     with pytest.raises(ValueError, match=r"photos.*20.0%.*0.8000.*max_int8_loss=0.15"):
         onnx.write_onnx(exported[0], graphs, 0.15)
+    monkeypatch.setattr(onnx, "_lowest_cosine", lambda folder, images: math.nan)
+    with pytest.raises(ValueError, match=r"photos.*nan.*max_int8_loss=0.15"):
+        onnx.write_onnx(exported[0], graphs, 0.15)
+
+
+def test_the_lowest_cosine_is_no_number_where_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def session(path: Path) -> SimpleNamespace:  # each image has itself as features
+        return SimpleNamespace(run=lambda outputs, inputs: [inputs["images"]])
+
+    monkeypatch.setattr(onnx.onnxruntime, "InferenceSession", session)
+    images = np.ones((onnx.BATCH + 1, 1), np.float32)
+    assert onnx._lowest_cosine(tmp_path, images) == 1
+    images[-1] = math.nan  # in the second batch
+    assert math.isnan(onnx._lowest_cosine(tmp_path, images))

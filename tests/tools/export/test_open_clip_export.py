@@ -3,6 +3,7 @@ bit.
 """
 
 import json
+import math
 import re
 from copy import deepcopy
 from dataclasses import fields
@@ -114,6 +115,15 @@ def test_files_that_compute_something_else_are_refused(tmp_path: Path, monkeypat
     def rounded(model: CoCa, version: str) -> dict[str, torch.Tensor]:
         return {name: x.half().float() for name, x in to_open_clip(model, version).items()}
 
+    def without_text(model: CoCa, version: str) -> dict[str, torch.Tensor]:  # images stay as they are
+        return {
+            name: x * math.nan if name == "text.ln_final.weight" else x
+            for name, x in to_open_clip(model, version).items()
+        }
+
+    monkeypatch.setattr("coca_lit.tools.export.open_clip.to_open_clip", without_text)
+    with pytest.raises(ValueError, match="differs by nan"):
+        write_open_clip(small(), tmp_path)
     monkeypatch.setattr("coca_lit.tools.export.open_clip.to_open_clip", rounded)
     with pytest.raises(ValueError, match="differs by"):
         write_open_clip(small(), tmp_path)
