@@ -58,8 +58,7 @@ def main() -> None:
     from clip_benchmark.metrics import zeroshot_classification
 
     clip_benchmark.models.TYPE2FUNC[MODEL_TYPE] = load_model
-    if MODEL_TYPE not in clip_benchmark.models.MODEL_TYPES:
-        clip_benchmark.models.MODEL_TYPES.append(MODEL_TYPE)
+    clip_benchmark.models.MODEL_TYPES.append(MODEL_TYPE)
     zeroshot_classification.accuracy = accuracy
     if sys.argv[1:2] == ["eval"] and "--no_amp" not in sys.argv:
         sys.argv.insert(2, "--no_amp")

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from coca_lit.distributed import gather_objects, rank, stable_seed, world_size
 from coca_lit.models import CoCa, kernels
@@ -60,7 +59,6 @@ def caption_units(
         seed: for sampling.
     """
     captioned, unreadable, inside, start = 0, 0, 0.0, time.perf_counter()
-    assert isinstance(model, nn.Module)
     with ProgressBar("captioning") as progress, kernels.packed_weights(model):  # once, not in every batch
         planned: deque[_Batch] = deque()
         plan = _plan(units, writer, batch_size, progress, planned)

@@ -61,6 +61,8 @@ def run(cfg: DictConfig) -> None:
     from coca_lit.tools.caption.outputs import open_writer
 
     configure_libraries(cfg.threads)
+    if cfg.output is not None:
+        cfg.output = str(cfg.output)  # a name like 2024 comes as a number
     units = find_inputs([str(word) for word in cfg.images], cfg.batch_size, cfg.frames)
     engine = build(cfg.engine, "engine")
     if not (isinstance(engine, Machine) and engine.devices is None):
@@ -142,6 +144,8 @@ def _options(cfg: DictConfig, model: "CoCa") -> dict[str, Any]:
 
     options = _given(cfg)
     with error_context("generate"):
+        if not isinstance(options.get("prompt", ""), str):
+            raise ValueError(f"prompt must be one text, with which every caption begins, got {options['prompt']}")
         found = complete(options)
         _, most = found.lengths(model.tokenizer.context_length)
         encode_prompts(model, found.prompt, 1, most)

@@ -148,15 +148,17 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path
 
 def _paths(word: str) -> Iterator[Path]:
     path = Path(word)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, it also takes names that no file can have
         found = find_images(path, FILES) or find_images(path, (SHARD,))
         if not found:
             raise DataError(f"no image and no shard in '{word}'")
         yield from found
-    elif path.is_file():
+    elif os.path.isfile(path):
         if path.suffix.lower() not in (*FILES, SHARD):
             raise DataError(f"'{word}' has the unknown suffix '{path.suffix}': {EXPECTED}")
         yield path
+    elif os.path.lexists(path):
+        raise DataError(f"'{word}' is neither a file nor a folder nor a link to one: {EXPECTED}")
     elif word.endswith(SHARD):
         yield from local_shards(word)
     else:
@@ -227,7 +229,7 @@ def _collate(items: list[Images | str]) -> ImageBatch:
 
 def scan_shard(path: Path) -> tuple[list[Sample], str]:
     """The complete samples of a tar that have an image, in order, and what is wrong with the rest of it, or ""."""
-    samples: list[Sample] = []
+    samples: dict[str, Sample] = {}
     problem = ""
     members = (member for member in tar_members(path) if not holds_code(member.name))
     try:
@@ -236,10 +238,14 @@ def scan_shard(path: Path) -> tuple[list[Sample], str]:
                 problem = f"two members have the name {fields[TWICE]!r}"
                 continue
             places = {name: place for name, place in fields.items() if name and not name.startswith("_")}
-            samples.append(Sample(fields["__key__"], places))
+            sample = Sample(fields["__key__"], places)
+            if sample.image and sample.key in samples:  # captions are kept by key
+                problem = f"two samples have the key {sample.key!r}"
+            elif sample.image:
+                samples[sample.key] = sample
     except Exception as error:  # Python's reader raises many types on damaged files
         problem = str(error) or type(error).__name__  # the sample in which it occurs is not among the samples
-    return [sample for sample in samples if sample.image], problem
+    return [*samples.values()], problem
 
 
 def write_shard(source: Path, target: Path, samples: Sequence[Sample], captions: Mapping[str, Sequence[str]]) -> None:

@@ -66,7 +66,7 @@ def open_writer(output: str | None, units: Sequence[Unit], settings: dict[str, A
         if settings.get("generate.num_captions", 1) > 1:
             raise DataError("a COCO results file holds one caption for each image: write .jsonl for several")
         return CocoResults(path, units, settings)
-    if path.suffix and not path.is_dir() and not output.endswith("/"):
+    if path.is_file() or (path.suffix and not path.is_dir() and not output.endswith("/")):
         raise DataError(f"unknown suffix '{path.suffix}' of output={output}: expected .jsonl, .json, or a folder/")
     writer = Recaptioned(path, units)
     _claim(path / SETTINGS, path.exists() and not all(map(is_leftover, path.iterdir())), settings, "*")
@@ -190,9 +190,6 @@ class CocoResults(JsonLines):
         stem = Path(source.name).stem
         number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem, re.ASCII)
         return int(number[1]) if number else stem
-
-    def _texts(self, captions: Captions) -> dict[str, Any]:
-        return {"caption": captions[0]}
 
 
 class Recaptioned(Writer):

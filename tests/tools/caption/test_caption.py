@@ -264,6 +264,27 @@ def test_odd_samples(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{tmp_path}/cut.tar" in capsys.readouterr().err
 
 
+def test_a_key_that_comes_twice(
+    model: CoCa, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two tars that were joined: the first image with that key has its own caption. The output may be a number."""
+    monkeypatch.chdir(tmp_path)
+    for i in (1, 5):
+        render(i).save(f"{i}.png")
+    with tarfile.open("two.tar", "w") as tar:
+        for i, name in ((1, "one.png"), (5, "other.png"), (5, "one.png"), (5, "one.txt")):
+            tar.add(f"{i}.png", name)
+    caption(checkpoint, "images=[two.tar]", "output=2024")
+    after = members(Path("2024", "two.tar"))
+    assert {name: after[name] for name in ("one.png", "other.png")} == {
+        "one.png": Path("1.png").read_bytes(),
+        "other.png": Path("5.png").read_bytes(),
+    }
+    for i, name in ((1, "one.txt"), (5, "other.txt")):
+        assert after[name].decode() == naive_captions(model, Path(f"{i}.png"))[0]
+    assert "two samples have the key 'one'" in capsys.readouterr().err
+
+
 def test_output_is_continued_with_the_same_model_and_options_only(
     checkpoint: str, photos: Path, tmp_path: Path
 ) -> None:
@@ -283,19 +304,29 @@ def test_output_is_continued_with_the_same_model_and_options_only(
         ("images=['{0..3.tar']", r"'\{0\.\.3\.tar'"),
         ("images=['{0..3}.tar']", "4 of 4"),
         ("images=[notes.txt]", r"notes\.txt.*'\.txt'"),
+        ("images=[gone.png]", r"gone\.png.*nor a link"),
+        ("images=['[gp]*.png']", r"gone\.png.*nor a link"),
+        ("images=[pipe.png]", r"pipe\.png.*nor a link"),
+        (f"images=['{{{'x' * 200},{'y' * 200}}}.png']", "there is no"),
         ("images=[a.png] output=c.csv", r"'\.csv'.*output=c\.csv"),
+        ("images=[a.tar] output=notes", r"output=notes: .*a folder/"),
+        ("images=[a.tar] output=notes/", r"output=notes/: .*a folder/"),
         ("images=[a.tar] output=.", r"a\.tar"),
         ("images=[a.tar,b/a.tar] output=new", r"a\.tar.*b/a\.tar.*new/a\.tar"),
         ("images=[a.png] output=notes.txt/c.jsonl", r"notes\.txt/c\.jsonl"),
         ("images=[a.png] batch_size=0", "batch_size.*0"),
         ("images=[a.png] generate.top_k=3", "^generate: top_k.*sample"),
+        ("images=[a.png] generate.prompt=[a]", r"^generate: prompt must be one text.*\['a'\]"),
     ],
 )
 def test_mistakes_are_one_sentence(
     words: str, said: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("notes.txt").write_text("text")
+    for name in ("notes.txt", "notes"):
+        Path(name).write_text("text")
+    os.mkfifo("pipe.png")
+    Path("gone.png").symlink_to("nowhere.png")
     render(0).save("a.png")
     Path("b").mkdir()
     for path in ("a.tar", "b/a.tar"):
