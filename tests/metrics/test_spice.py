@@ -199,6 +199,23 @@ def test_where_jars_are_found(empty):
         assert spice_jars() == empty / place
 
 
+def test_a_damaged_archive_is_fetched_anew(empty):
+    path, folder = empty / "corenlp.zip", empty / "jars"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in JARS:
+            archive.writestr(f"corenlp/{name}", b"words " * 1000)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[whole.index(JARS[0].encode()) + len(JARS[0])] = 0xFF  # a kind of block that zlib does not have
+    path.write_bytes(damaged)
+    with pytest.raises(SpiceError, match=r"not an archive that holds .*repeat the command"):
+        fetch.fetch_jars(folder, lambda done, total: None, path.as_uri())
+    assert not (folder / "corenlp.zip.part").exists()
+    path.write_bytes(whole)
+    assert fetch.fetch_jars(folder, lambda done, total: None, path.as_uri()) == [*JARS]  # none is Maven's
+    assert (folder / JARS[1]).read_bytes() == b"words " * 1000
+
+
 class Archive(BaseHTTPRequestHandler):
     """Stanford's server, which knows ranges; the first answer ends in the middle."""
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from coca_lit.cli.command import command
 from coca_lit.cli.runtime import configure_libraries
-from coca_lit.errors import ConfigError, DataError, error_context
+from coca_lit.errors import ConfigError, DataError, check_number, error_context
 from coca_lit.machine import best_device
 from coca_lit.reading import printable
 from coca_lit.tools.checkpoint import BUILTIN, chosen_checkpoint
@@ -33,6 +33,9 @@ def run(cfg: DictConfig) -> None:
     """
     if find_spec("gradio") is None:
         raise ConfigError("the web page needs gradio: pip install 'coca_lit[demo]'")
+    if cfg.port is not None:
+        with error_context("port"):
+            check_number("it", cfg.port, whole=True, at_least=1, at_most=65535)
     from coca_lit.weights.load import load_model
 
     configure_libraries(cfg.threads)
@@ -55,23 +58,29 @@ def run(cfg: DictConfig) -> None:
 
 def _index(model: "CoCa", folder: Path) -> "ImageIndex":
     """The features of the images in the folder, up to date, in the index file that `coca-search` uses."""
+    from coca_lit.data.pixels import CLIPS
     from coca_lit.progress import ProgressBar
     from coca_lit.tools.search.index import ImageIndex, index_file
 
-    file = index_file(folder)
-    try:
-        index = ImageIndex.load(file, model)
-        index.folder = folder  # as the user wrote it
-    except DataError:  # there is none, or it belongs to another model
-        index = ImageIndex(model, folder)
+    file, problem = index_file(folder), None
+    index = ImageIndex(model, folder)
+    if file.exists():
+        try:
+            index = ImageIndex.load(file, model)
+            index.folder = folder  # as the user wrote it
+        except DataError as error:  # another model's is not replaced
+            problem = error
     with ProgressBar("embedding") as bar:
         changes = index.update(progress=bar.reach)
     for reason in changes.unreadable.values():
         print(printable(f"not searched: {reason}"))
     try:
-        index.save(file)
+        if not problem and not any(path.suffix.lower() in CLIPS for path in changes.removed):  # the page has no clips
+            index.save(file)
     except DataError as error:
-        print(printable(f"the index is not saved, and is built again next time: {error}"))
+        problem = error
+    if problem:
+        print(printable(f"the index is not saved, and is built again next time: {problem}"))
     return index
 
 

@@ -77,7 +77,7 @@ def serve(page: gr.Blocks, port: int | None, open_browser: bool = False, wait: b
         The address of the page.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or none is free.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # logs each of our own requests
     try:
@@ -97,7 +97,9 @@ def serve(page: gr.Blocks, port: int | None, open_browser: bool = False, wait: b
             },
         )
     except OSError as error:
-        raise ConfigError(f"port {port} is taken; choose another one, e.g. port={(port or 0) + 1}") from error
+        if port is None:
+            raise ConfigError(f"no port is free ({error}): choose one, e.g. port=9000") from error
+        raise ConfigError(f"port {port} is taken; choose another one, e.g. port={port + 1}") from error
     print(f"the page is at {address} (Ctrl+C ends it)", flush=True)
     if wait:
         page.block_thread()

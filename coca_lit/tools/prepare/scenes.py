@@ -185,11 +185,10 @@ def write_nlvr2(folder: Path, count: int, size: int) -> None:
     """NLVR2: data/{train,dev,test1}.json, a JSON object a line, and images/train/NUMBER/, dev/ and test1/."""
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
         rows: list[dict[str, Any]] = []
-        pairs: dict[Any, str] = {}
+        pairs: dict[Any, tuple[str, int]] = {}  # by its images, a pair and its directory
         for record in comparison_records(split, size, _split_count(split, count)):
             number = len(pairs)
-            pair = pairs.setdefault(record.images, f"{name}-{number // 2}-{number % 2}")
-            directory = number % 3
+            pair, directory = pairs.setdefault(record.images, (f"{name}-{number // 2}-{number % 2}", number % 3))
             place = folder / (f"images/train/{directory}" if split == "train" else name)
             if len(pairs) > number:
                 for i, image in enumerate(record.images):

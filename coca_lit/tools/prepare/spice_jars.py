@@ -4,6 +4,7 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def fetch_jars(folder: Path, progress: Callable[[int, int], None], url: str = AR
                 with content.open(members[jar]) as source, part.open("wb") as target:  # checks the CRC at its end
                     shutil.copyfileobj(source, target, PIECE)
                 part.replace(folder / jar)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         archive.unlink(missing_ok=True)
         raise SpiceError(
             f"{url} is not an archive that holds {' and '.join(JARS)}: {error}; repeat the command"

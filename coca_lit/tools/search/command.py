@@ -1,5 +1,6 @@
 """Search from the command line: `coca-search FOLDER "a dog on a beach"`."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -55,11 +56,12 @@ def run(cfg: DictConfig) -> "list[Hit]":
     if cfg.query is None:
         return []
     query, path = str(cfg.query), Path(str(cfg.query))
+    is_file = os.path.isfile(path)  # unlike Path's, False also for a text that is too long for a name
     with error_context("query"):
-        if not path.is_file() and query.lower().endswith(FILES):
+        if not is_file and query.lower().endswith(FILES):
             raise ConfigError(f"query: there is no image '{query}'")
-        asked = image_file(path, cfg.frames) if path.is_file() else query
-        hits = index.query(asked, cfg.k, without=path if path.is_file() else None)
+        asked = image_file(path, cfg.frames) if is_file else query
+        hits = index.query(asked, cfg.k, without=path if is_file else None)
     print_rows([(f"{hit.score:.4f}", str(hit.path)) for hit in hits])
     return hits
 
@@ -68,16 +70,17 @@ def _places(cfg: DictConfig) -> tuple[Path, Path | None]:
     """The file of the index, and the folder of images that it is updated from, if any."""
     path = Path(str(cfg.index))
     query = str(cfg.query)
-    swapped = Path(query).is_dir() or query.endswith(".safetensors")
-    if not path.is_dir() and (swapped or (cfg.images is None and not path.exists())):
+    swapped = os.path.isdir(query) or query.endswith(".safetensors")
+    is_folder = os.path.isdir(path)
+    if not is_folder and (swapped or (cfg.images is None and not os.path.exists(path))):
         words = [shlex.quote(word) for word in ([query, str(path)] if swapped else ["photos/", "a dog on a beach"])]
         example = f"{'did you mean' if swapped else 'for example'}: coca-search {' '.join(words)}"
         raise ConfigError(f"expected a folder of images or an index file first, found '{path}'; {example}")
     if cfg.images is not None:
-        if path.is_dir():
+        if is_folder:
             raise ConfigError(f"index: '{path}' is a folder; with images=FOLDER it is the file of the index")
         return path, Path(str(cfg.images))
-    if path.is_dir():
+    if is_folder:
         from coca_lit.tools.search.index import index_file
 
         return index_file(path), path

@@ -45,13 +45,14 @@ class Changes(NamedTuple):
 
     added: list[Path]
     changed: list[Path]
-    removed: list[Path]
+    removed: list[Path]  # from the index: also those that can no longer be read
     unreadable: dict[Path, str]  # with the reason; not in the index, tried again next time
 
 
 def index_file(folder: Path) -> Path:
     """Where the index of a folder of images is kept: beside the folder."""
-    return folder.absolute().with_name(f"{folder.absolute().name}.index.safetensors")
+    whole = Path(os.path.abspath(folder))  # also of ".."
+    return whole.with_name(f"{whole.name}.index.safetensors")
 
 
 class ImageIndex:
@@ -143,12 +144,12 @@ class ImageIndex:
         rows = dict(zip(self._stamps, self.features, strict=True))
         added = [name for name in paths if name not in rows]
         changed = [name for name, stamp in self._stamps.items() if name in stamps and stamps[name] != stamp]
-        removed = [self.folder / name for name in rows if name not in paths]
 
         todo = [*added, *changed]
         new, unreadable = self._embed([paths[name] for name in todo], batch_size, num_workers, progress)
         rows |= {name: new[paths[name]] for name in todo if paths[name] in new}
         failed = {name: unreadable[paths[name]] for name in todo if paths[name] in unreadable}
+        removed = [self.folder / name for name in self._stamps if name not in paths or name in failed]
         names = [name for name in paths if name not in failed]
         if not names:
             found = f"no readable image in '{self.folder}', e.g. {next(iter(failed.values()))}" if failed else ""

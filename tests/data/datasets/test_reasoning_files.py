@@ -35,6 +35,10 @@ def test_snli_ve(files: Path) -> None:
 
 def test_nlvr2(files: Path) -> None:
     compare(lambda split: nlvr2_records(files / "nlvr2", split), comparison_records, str.capitalize)
+    for line in (files / "nlvr2" / "data" / "train.json").read_text().splitlines():
+        row = json.loads(line)
+        image = f"{row['identifier'].rpartition('-')[0]}-img0.png"
+        assert (files / "nlvr2" / "images" / "train" / str(row["directory"]) / image).is_file()
 
 
 def test_pairs(files: Path) -> None:

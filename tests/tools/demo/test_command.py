@@ -3,6 +3,7 @@
 import http.client
 import json
 import subprocess
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,7 +13,9 @@ from coca_lit.errors import ConfigError
 from coca_lit.tools import checkpoint as models
 from coca_lit.tools.checkpoint import OUTPUTS
 from coca_lit.tools.demo import command as cli
+from coca_lit.tools.search.index import ImageIndex
 from coca_lit.weights.load import save_model
+from helpers.clips import greys, write_clip
 
 
 def compose(*overrides):
@@ -80,7 +83,7 @@ def test_the_training_command_is_that_of_a_run(tmp_path, monkeypatch):
     assert {"name: demo_model", "max_epochs: 6"} <= {line.strip() for line in shown[0].stdout.splitlines()}
 
 
-def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_model):
+def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_model, capsys):
     save_model(tiny_model(), tmp_path / "tiny.safetensors")
     cli.run(compose("checkpoint=tiny.safetensors"))
     photos = tmp_path / "photos"
@@ -91,11 +94,48 @@ def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_mode
     cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
     save_model(tiny_model(text_layers=1), tmp_path / "other.safetensors")
     for name in ("tiny", "other"):  # with the index of before, which another model cannot use
+        before = (tmp_path / "photos.index.safetensors").read_bytes()
         cli.run(compose(f"checkpoint={name}.safetensors", "images=photos"))
+    assert (tmp_path / "photos.index.safetensors").read_bytes() == before  # nor replace
+    assert "made with another model" in capsys.readouterr().out
     assert [len(index) for _, _, index, _ in shown] == [models.SCENES, 3, 3, 3]
     assert shown[0][1] == "tiny.safetensors"
     assert shown[0][3] == {"builtin": False}
-    assert (tmp_path / "photos.index.safetensors").is_file()
+
+
+def test_clips_stay_in_the_index(shown, tmp_path, tiny_model):
+    """The page shows none, a search finds them."""
+    model = tiny_model()
+    save_model(model, tmp_path / "tiny.safetensors")
+    (tmp_path / "photos").mkdir()
+    for record in scene_records("val", count=3):
+        record.image().save(tmp_path / "photos" / f"{record.id}.png")
+    write_clip(tmp_path / "photos" / "a.mp4", greys(range(0, 200, 20)))
+    file = tmp_path / "photos.index.safetensors"
+    index = ImageIndex(model, tmp_path / "photos", frames=2)
+    index.update()
+    index.save(file)
+    cli.run(compose("checkpoint=tiny.safetensors", "images=photos"))
+    assert [len(shown[0][2]), len(ImageIndex.load(file, model))] == [3, 4]
+
+
+@pytest.mark.parametrize("port", ["70000", "0", "-1"])
+def test_a_port_is_a_number_of_a_port(shown, port):
+    with pytest.raises(ConfigError, match=rf"^port: .* number of at least 1 and at most 65535, got {port}$"):
+        cli.run(compose(f"port={port}", "checkpoint=absent"))
+
+
+def test_no_port_is_free(monkeypatch):
+    gr = pytest.importorskip("gradio")
+    from coca_lit.tools.demo.serve import serve
+
+    with gr.Blocks() as page:
+        pass
+    monkeypatch.setattr(page, "launch", Mock(side_effect=OSError("Cannot find empty port in range: 7860-7959.")))
+    with pytest.raises(ConfigError, match=r"no port is free .*7860-7959"):
+        serve(page, None, wait=False)
+    with pytest.raises(ConfigError, match="port 80 is taken"):
+        serve(page, 80, wait=False)
 
 
 def test_the_page_answers_to_its_own_name_alone():

@@ -13,7 +13,7 @@ from coca_lit import build_transform
 from coca_lit.data.scenes.render import render
 from coca_lit.errors import DataError
 from coca_lit.models import CLIP, CoCa, create_model
-from coca_lit.tools.search.index import Hit, ImageIndex
+from coca_lit.tools.search.index import Hit, ImageIndex, index_file
 
 NAMES = ["a.png", "b b,=.JPG", "deep/er/c\nc.webp", "deep/\udcff.png"]  # the last one is no Unicode
 
@@ -86,8 +86,18 @@ def test_update_computes_only_what_changed(folder: Path, monkeypatch: pytest.Mon
     assert index.paths == indexed(folder).paths
     torch.testing.assert_close(index.features, indexed(folder).features)
     (folder / "a.png").write_bytes(b"broken now")
-    assert folder / "a.png" in index.update().unreadable
+    again = index.update()
+    assert folder / "a.png" in again.unreadable
+    assert again.removed == [folder / "a.png"]  # so that the index is saved without it
     assert folder / "a.png" not in index.paths
+    assert index.update().removed == []
+
+
+def test_an_index_is_beside_the_folder_however_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos" / "deep")
+    for name in ("..", "../deep/..", str(tmp_path / "photos"), f"{tmp_path}/photos/"):
+        assert index_file(Path(name)) == tmp_path / "photos.index.safetensors"
 
 
 def test_file_keeps_everything_and_moves_with_its_folder(folder: Path, tmp_path: Path) -> None:
