@@ -63,7 +63,7 @@ class Machine:
 
     def run(self, jobs: Sequence[Runnable]) -> Iterator[tuple[int, Any]]:
         devices = self._found()[: len(jobs)]
-        if devices in ([], ["cpu"]):
+        if not devices or (devices == ["cpu"] and not self._must_hide_gpus()):
             yield from ((i, job()) for i, job in enumerate(jobs))
             return
         waiting, attempts = deque(range(len(jobs))), [0] * len(jobs)
@@ -73,7 +73,11 @@ class Machine:
             while waiting or running:
                 while waiting and idle:
                     i, (device, process) = waiting.popleft(), idle.popleft()
-                    running[process.submit(jobs[i])] = (i, device, process)
+                    try:
+                        running[process.submit(jobs[i])] = (i, device, process)
+                    except BrokenProcessPool:  # it was killed while it was idle
+                        waiting.appendleft(i)
+                        idle.append((device, _process_on(device)))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     i, device, process = running.pop(future)
                     if not isinstance(future.exception(), BrokenProcessPool):
@@ -89,6 +93,12 @@ class Machine:
         finally:
             for process in [*(process for _, process in idle), *(process for *_, process in running.values())]:
                 process.shutdown(cancel_futures=True)
+
+    def _must_hide_gpus(self) -> bool:
+        """Whether the calling process sees GPUs that "cpu" among the devices excludes."""
+        import torch
+
+        return self.devices != "cores" and torch.cuda.device_count() > 0
 
     def _found(self) -> list[int | str]:
         if self.devices is None:

@@ -334,7 +334,7 @@ def _index(db: "DuckDBPyConnection", samples: str) -> Any:
     own, others, width = _row(db, f"SELECT count(*), (SELECT count(*) FROM others), max(len(embedding)) FROM {samples}")
     if own + others <= FLAT:
         return faiss.IndexFlatIP(width)
-    cells = int(4 * (own + others) ** 0.5)
+    cells = min(int(4 * (own + others) ** 0.5), own)  # each is placed by own samples
     index: Any = faiss.index_factory(width, f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
     some = f"SELECT embedding FROM {samples} WHERE priority % {max(1, own // (64 * cells))} = 0 ORDER BY priority"
     index.train(np.concatenate([_vectors(batch.column(0)) for batch in _batches(db, some, BATCH)]))

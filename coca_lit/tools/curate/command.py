@@ -81,9 +81,11 @@ def add_teach(commands: "Commands", engine: str) -> None:
         "teach", help="embed crops and captions for distillation", description=TEACH, epilog=engine
     )
     parser.add_argument("shards", nargs="+", help="folders, 'FOLDER/{00000..00099}.tar', 'FOLDER/*.tar'")
-    parser.add_argument("--teachers", nargs="+", required=True, help="checkpoints as of score, CLIPs too")
+    parser.add_argument(
+        "--teachers", nargs="+", action="extend", required=True, help="checkpoints as of score, CLIPs too"
+    )
     parser.add_argument("--output", type=Path, help="folder for the embeddings (default: beside each shard)")
-    parser.add_argument("--caption-keys", nargs="+", default=["txt"], help="fields with captions (default: the .txt)")
+    parser.add_argument("--caption-keys", nargs="+", action="extend", help="fields with captions (default: the .txt)")
     parser.add_argument("--views", type=positive, default=4, help="crops of each image (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: %(default)s)")
     _add_computation(parser, 32)
@@ -93,7 +95,7 @@ def add_teach(commands: "Commands", engine: str) -> None:
         from coca_lit.tools.curate.teach import Teaching, claim_outputs, teach_shard
 
         teachers = tuple(chosen_checkpoint(name, offline=False) for name in options.teachers)
-        asked = options.output, tuple(options.caption_keys), options.views, options.seed
+        asked = options.output, tuple(options.caption_keys or ["txt"]), options.views, options.seed
         teaching = Teaching(teachers, *asked, *_computation(options))
         _of_all_shards(options, "teaching", "embeddings", teach_shard, claim_outputs, teaching)
 
@@ -161,7 +163,7 @@ def add_filter(commands: "Commands") -> None:
 def add_dedup(commands: "Commands") -> None:
     parser = commands.add_parser("dedup", help="select samples without near-duplicates", description=DEDUP)
     _add_choice(parser)
-    parser.add_argument("--against", nargs="+", default=[], help=f"of other sets: {_SCORES}")
+    parser.add_argument("--against", nargs="+", action="extend", default=[], help=f"of other sets: {_SCORES}")
     parser.add_argument("--hash-distance", type=_bits, default=0, help="bits of 64, or none (default: %(default)s)")
     parser.add_argument("--cosine", type=float, help="of image embeddings, from which on images are near-duplicates")
     parser.add_argument("--best", default="similarity", help="a column or a formula (default: %(default)s)")

@@ -74,13 +74,14 @@ def teach_shard(shard: Path, teaching: Teaching) -> JudgedShard:
     Raises:
         DataError: the file cannot be written or is made otherwise; or the shard is not what its manifest records.
     """
-    path, size = reinforced_path(str(shard), teaching.output or shard.parent), shard.stat().st_size
-    about = {**_settings(teaching), "bytes": size}
+    path, status = reinforced_path(str(shard), teaching.output or shard.parent), shard.stat()
+    stamp = {"bytes": status.st_size, "modified": status.st_mtime_ns}
+    about = {**_settings(teaching), **stamp}
     if path.exists():
         known = Reinforced(path).about
         if not _settings(teaching).items() <= known.items():
             raise DataError(f"{path} was made with other settings: choose another output, or remove it")
-        if known["bytes"] == size:
+        if stamp.items() <= known.items():
             return JudgedShard(path, known["samples"], known["bad"], known["examples"], skipped=True)
     bad, models = BadSamples(1.0), _teachers(teaching)
     for model in models:

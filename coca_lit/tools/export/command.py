@@ -41,7 +41,8 @@ def run(cfg: DictConfig) -> None:
     if cfg.push_to is not None:
         hub.check_push(cfg.push_to)
     with error_context("output"):
-        check_output(output, Path(str(cfg.checkpoint)), cfg.overwrite)
+        sources = [Path(str(name)) for name in (cfg.checkpoint, cfg.interpolate_with) if name is not None]
+        check_output(output, sources, cfg.overwrite)
     with error_context("checkpoint"):
         checkpoint = hub.locate(str(cfg.checkpoint))
         model = load_model(checkpoint)

@@ -3,6 +3,7 @@ it: what the model is, where it comes from, its scores, how to load it. The fron
 Face Hub.
 """
 
+import glob
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from coca_lit.errors import DataError, UserError
+from coca_lit.files import TEMPORARY, remove_leftovers
 from coca_lit.models import CoCa, part_sizes
 from coca_lit.models.text import TextTower
 from coca_lit.models.variants.poolers import MeanPooling
@@ -72,11 +74,11 @@ def write_safetensors(model: CoCa, folder: Path) -> Exported:
     )
 
 
-def check_output(output: Path, checkpoint: Path | None = None, overwrite: bool = False) -> None:
+def check_output(output: Path, checkpoints: Iterable[Path] = (), overwrite: bool = False) -> None:
     """Raises `ValueError` if the folder must not be written.
 
     Args:
-        checkpoint: what is exported, if it is a file.
+        checkpoints: what is exported, those that are files.
         overwrite: replace an earlier export; nothing else is ever replaced.
     """
     if output.exists() and not output.is_dir():
@@ -85,7 +87,7 @@ def check_output(output: Path, checkpoint: Path | None = None, overwrite: bool =
         return
     if not overwrite:
         raise ValueError(f"'{output}' is not empty; choose another folder, or set overwrite=true to replace an export")
-    card = (output / CARD).read_text(errors="replace") if (output / CARD).is_file() else ""
+    card = (output / CARD).read_text(encoding="utf-8", errors="replace") if (output / CARD).is_file() else ""
     known = {CARD, "__pycache__"} if f"\n- {TAG}\n" in card else set()
     names = sorted(path.name for path in output.iterdir())
     foreign = next((name for name in names if name not in known and not (known and f"\n| `{name}` |" in card)), None)
@@ -93,22 +95,27 @@ def check_output(output: Path, checkpoint: Path | None = None, overwrite: bool =
         raise ValueError(
             f"'{output}' has '{foreign}', which is not part of an export, so it is not replaced; choose another"
         )
-    if checkpoint is not None and checkpoint.resolve().is_relative_to(output.resolve()):
+    if any(checkpoint.resolve().is_relative_to(output.resolve()) for checkpoint in checkpoints):
         raise ValueError(f"'{output}' has the checkpoint itself, so it is not replaced; choose another folder")
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `output` at the end of the block and is removed on an error.
+    """A folder to write into, which takes the place of `output` at the end of the block and is removed on an error; if
+    the process is killed, by the next export to `output`.
 
     Raises:
         DataError: nothing can be written there.
     """
     output = output.resolve()
-    unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
+    prefix = f"{output.name}.unfinished"
+    unfinished = output.with_name(f".{prefix}.{os.getpid()}{TEMPORARY}")
     try:
+        remove_leftovers(output.parent, glob.escape(prefix))
         unfinished.mkdir(parents=True)
+        (unfinished / TEMPORARY).touch()
         yield unfinished
+        (unfinished / TEMPORARY).unlink()
         for path in unfinished.iterdir():  # safetensors creates files that only their owner can read
             path.chmod(unfinished.stat().st_mode & 0o666)
         _replace(output, unfinished)
@@ -124,7 +131,8 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def _disk_full(error: BaseException, folder: Path) -> bool:
     """Libraries say so by errors of their own types, onnx only by failing to parse the half file that it wrote."""
-    if not isinstance(error, UserError) and shutil.disk_usage(folder).free < NEARLY_FULL:
+    known = os.path.isdir(folder)  # it may be what cannot be made
+    if known and not isinstance(error, UserError) and shutil.disk_usage(folder).free < NEARLY_FULL:
         return True
     cause: BaseException | None = error
     while cause is not None and "No space left" not in str(cause):
@@ -197,7 +205,7 @@ def write_card(
         + exported.check,
         _limits(exported, name, repo),
     ]
-    (folder / CARD).write_text("\n\n".join(sections) + "\n")
+    (folder / CARD).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
 def _copy_pictures(run: Path, folder: Path) -> list[str]:

@@ -99,6 +99,8 @@ class Captioner:
 
 if __name__ == "__main__":
     names = [word for word in sys.argv[1:] if word != "--int8"]
+    if not names:
+        sys.exit(__doc__)
     captioner = Captioner(Path(__file__).parent, int8="--int8" in sys.argv[1:])
     photos = np.stack([captioner.read_image(name) for name in names])
     if captioner.config["frames"]:

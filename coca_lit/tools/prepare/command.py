@@ -8,6 +8,7 @@ Where shards are worked on is a key as of other commands, engine=slurm engine.pa
 
 import argparse
 import re
+import shlex
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ def data(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "coca-data", description="Prepares, checks and chooses data, fetches what scores of captions need."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Words)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", parser_class=Words)
     _add_prepare(commands)
     _add_check(commands)
     add_score(commands, ENGINE)
@@ -75,7 +76,8 @@ def data(arguments: Sequence[str] | None = None) -> None:
     except (UserError, FileNotFoundError, PermissionError) as error:
         sys.exit(printable(f"error: {error}"))
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command resumes from here")
+        how = "begins again" if options.command in ("filter", "dedup") else "resumes from here"
+        sys.exit(f"interrupted: the same command {how}")
 
 
 def _add_check(commands: "Commands") -> None:
@@ -176,7 +178,8 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f"wrote {write_manifest(options.output, entries)}")
     _write_indexes({options.output / name: entry for name, entry in entries.items()}, options)
     _print_total(list(entries.values()), bad)
-    print(f"python train.py experiment=pretrain_b32 data.shards={options.output} data.epoch_samples=null 'evals=[]'")
+    folder = shlex.quote(str(options.output))
+    print(f"coca-train experiment=pretrain_b32 data.shards={folder} data.epoch_samples=null 'evals=[]'")
 
 
 def _fetch_spice(options: argparse.Namespace) -> None:

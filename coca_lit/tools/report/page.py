@@ -118,7 +118,6 @@ def write_comparison(folders: Sequence[Path], output: Path, objective: str | Non
     drawn = {"comparison": comparison_figure(runs, score), "zero-shot gaps": gap_figure(runs)}
     figures = {title: figure for title, figure in drawn.items() if figure is not None}
     pictures = {title: f"{title.replace(' ', '_')}.png" for title in figures}
-    output.mkdir(parents=True, exist_ok=True)
     for title, figure in figures.items():
         atomic_write(output / pictures[title], figure)
     facts = _best(runs, score)

@@ -40,7 +40,10 @@ SAMPLES: dict[str, Any] = {  # NAME_KIND.json of `coca_lit.evals.samples`: kind 
     "attention": [{"image": str, "words": [{"map": str, "word": str}]}],
     "confusion": [{"image": str, "class": str, "taken_for": str, "images": Number, "of": Number}],
 }
-ENVIRONMENT = {"command?": str, "experiment?": str, "seconds?": Number, "parameters?": {str: Number}, "gflops?": Number}
+ENVIRONMENT = {
+    **{"command?": str, "experiment?": str, "seconds?": Number},
+    **{"parameters?": {str: Number}, "gflops?": Number, "samples?": Number},
+}
 
 
 class Run(NamedTuple):

@@ -171,7 +171,7 @@ def points_of(runs: Sequence[Run], score: str) -> list[Point]:
     points = []
     known: dict[str, float] = {}  # GFLOP by the description of the network
     for run in runs:
-        if score in run.results and (samples := run.environment.get("samples")):
+        if score in run.results and (samples := run.environment.get("samples", 0)) > 0:
             shape = repr([(key, run.config[key]) for key in sorted(run.config) if key.startswith(NETWORK)])
             if shape not in known:
                 known[shape] = forward_flops(load_dual_encoder(run.folder)) / 1e9

@@ -36,7 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", help="split of a Karpathy file (default: test)")
     parser.add_argument("--synonyms", type=Path, help="CHAIR's synonyms.txt: adds CHAIRi and CHAIRs; with --instances")
     parser.add_argument(
-        "--instances", type=Path, nargs="+", help="COCO's instances_val2014.json, or several such files"
+        "--instances",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="COCO's instances_val2014.json, or several such files",
     )
     parser.add_argument("--examples", type=int, default=0, metavar="N", help="print the N best and worst captions")
     parser.add_argument(

@@ -3,6 +3,8 @@ in test_slurm.py and test_ray.py.
 """
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,29 @@ def test_a_process_per_device_of_which_some_are_killed(tmp_path: Path, monkeypat
 def test_in_this_process(tmp_path: Path) -> None:
     for engine in (Machine(), Machine(["cpu"])):
         assert [process for _, process, _ in Work(engine, "working")(work_on, "ab", tmp_path)] == [os.getpid()] * 2
+
+
+@pytest.mark.slow
+def test_one_process_on_the_cpu_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    for devices in (["cpu"], ["cpu", "cpu"]):
+        ((_, process, seen),) = Work(Machine(devices), "working")(work_on, "a", tmp_path)
+        assert process != os.getpid()
+        assert seen == ""
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    assert [*Machine("cores").run([os.getpid])] == [(0, os.getpid())]  # data need no GPU
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_waits_for_a_job_is_replaced() -> None:
+    run = Machine(["cpu", "cpu"]).run([os.getpid] * 3)
+    number, process = next(run)
+    os.kill(process, signal.SIGKILL)
+    time.sleep(2)  # until its pool knows
+    found = dict(run)
+    assert found.keys() == {0, 1, 2} - {number}
+    assert found[2] != process
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,45 @@ def test_cells_find_planted_duplicates(tmp_path, monkeypatch):
     assert len(kept) <= 1503  # recall 0.99
 
 
+def test_few_embeddings_against_many(tmp_path, monkeypatch):
+    """Fewer than the cells of so many."""
+    monkeypatch.setattr(choose, "FLAT", 500)
+    rng = np.random.default_rng(0)
+    others = rng.normal(size=(1000, 32))
+    own = np.concatenate([others[:5] + 0.02 * rng.normal(size=(5, 32)), rng.normal(size=(15, 32))])
+    write(tmp_path / "a", 20, 20, embedding=own.astype(np.float16))
+    write(tmp_path / "b", 1000, 500, embedding=others.astype(np.float16))
+    against = find_scores([tmp_path / "b"])
+    dedup_scores(find_scores([tmp_path / "a"]), tmp_path / "k.parquet", against, None, 0.98)
+    assert {int(key) for _, key in chosen(tmp_path / "k.parquet")} == {*range(5, 20)}
+
+
+def test_a_word_that_comes_twice_names_both(rows, tmp_path):
+    words = ["dedup", str(tmp_path / "a"), f"output={tmp_path / 'k.parquet'}"]
+    for row, name in zip(rows, "bc", strict=False):
+        columns = {"key": ["1"], "similarity": [0.5], "phash": [row["phash"]]}
+        write_scores(tmp_path / f"{name}.scores.parquet", f"{name}.tar", columns, ABOUT)
+        words.append(f"against={tmp_path / name}.scores.parquet")
+    coca_data(words)
+    seen = {row["phash"] for row in rows[:2]}
+    kept = chosen(tmp_path / "k.parquet")
+    assert kept
+    assert not {(row["shard"], row["key"]) for row in rows if row["phash"] in seen} & {*kept}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [("filter a output=k.parquet", "begins again"), ("spice", "resumes from here")]
+)
+def test_what_an_interrupted_command_does_next(monkeypatch, words, said):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coca_lit.tools.curate.scores.find_scores", interrupted)
+    monkeypatch.setattr("coca_lit.tools.prepare.spice_jars.fetch_jars", interrupted)
+    with pytest.raises(SystemExit, match=f"^interrupted: the same command {said}$"):
+        coca_data(words.split())
+
+
 def test_unknown_hashes_are_no_duplicates_and_no_number_is_not_the_best(tmp_path):
     columns = {
         "shard": ["a.tar"] * 6,

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,6 +155,9 @@ def test_other_folders_are_never_replaced(checkpoint: Path, tmp_path: Path) -> N
     again = [f"checkpoint={tmp_path}/model/model.safetensors", f"output={tmp_path}/model", "overwrite=true"]
     with pytest.raises(ConfigError, match="checkpoint itself"):
         export(*again, "format=open_clip", "correct_cls_mask=true")
+    mixed = [f"checkpoint={checkpoint}", f"interpolate_with={tmp_path}/model/model.safetensors", "weight=0.5"]
+    with pytest.raises(ConfigError, match="checkpoint itself"):
+        export(*mixed, *again[1:], "format=safetensors")
     assert (tmp_path / "README.md").read_text() == "my notes"
 
 
@@ -167,6 +172,27 @@ def test_a_failed_export_leaves_nothing(checkpoint: Path, tmp_path: Path, monkey
     with pytest.raises(ConfigError):
         export(*choice, "format=open_clip", "correct_cls_mask=true", "overwrite=true")
     assert tree(tmp_path) == before
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    script = "import os, sys; from pathlib import Path; from coca_lit.tools.export.folder import new_folder\n"
+    script += "with new_folder(Path(sys.argv[1])) as folder: (folder / 'half').touch(); os.kill(os.getpid(), 9)"
+    for name in ("[m]odel", "[m]odel.2"):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], timeout=300)
+    (tmp_path / ".[m]odel.unfinished.mine").mkdir()
+    left = [path for path in tmp_path.iterdir() if (path / "half").exists()]
+    assert len(left) == 2
+    with new_folder(tmp_path / "[m]odel") as folder:
+        (folder / "whole").touch()
+    assert {path.name for path in (tmp_path / "[m]odel").iterdir()} == {"whole"}
+    assert [path.name[:14] for path in left if path.exists()] == [".[m]odel.2.unf"]
+    assert (tmp_path / ".[m]odel.unfinished.mine").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*file/x/y: Not a directory"), new_folder(tmp_path / "file/x/y"):
+        pass
 
 
 def test_a_missing_package_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,12 @@ def test_the_captioner_is_a_program(exported: tuple[CoCa, Path], tmp_path: Path)
     assert done.stdout == f"photo.png\t{model.tokenizer.decode(model.generate(images_of(1))[0])}\n", done.stderr
 
 
+def test_the_captioner_without_photos_says_how(exported: tuple[CoCa, Path]) -> None:
+    done = subprocess.run([sys.executable, exported[1] / "captioner.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Captions from exported graphs")
+
+
 def test_the_card_lists_the_files_and_its_code_runs_without_pytorch(exported: tuple[CoCa, Path]) -> None:
     model, folder = exported
     card = (folder / "README.md").read_text()

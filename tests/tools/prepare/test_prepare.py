@@ -90,6 +90,7 @@ def test_csv(photos, tmp_path, capsys):
     assert "1 x missing image" in said
     assert "none.jpg missing image" in said
     assert "3 shards, 7 samples" in said
+    assert f"\ncoca-train experiment=pretrain_b32 data.shards={tmp_path}/out data.epoch_samples=null " in said
     assert all(
         check_shard(path).entry == read_manifest(path.parent)[path.name] for path in (tmp_path / "out").glob("*.tar")
     )

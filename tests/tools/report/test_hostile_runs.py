@@ -45,6 +45,12 @@ def refused(folder: Path, name: str) -> str:
     return message
 
 
+def test_an_output_that_cannot_be_made(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(SystemExit, match=r"^error: cannot write .*file/report\.md: "):
+        report([str(folder), str(folder), "--output", str(folder / "file")])
+
+
 CONFIGS: dict[str, bytes] = {
     "aliases that grow without end": b"".join(
         [b"b0: &b0 [x, x]\n", *(f"b{i + 1}: &b{i + 1} [*b{i}, *b{i}]\n".encode() for i in range(40))]

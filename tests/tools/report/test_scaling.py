@@ -110,6 +110,9 @@ def test_the_command_predicts_and_draws(tmp_path: Path, monkeypatch: pytest.Monk
     assert "held out" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="scenes/top1"):
         report([str(folder), "--scaling", "--objective", "scenes/top1"])
+    (folder / "0_seed0" / "environment.json").write_text('{"samples": "many"}')
+    with pytest.raises(SystemExit, match=r"environment\.json does not hold what a run writes there"):
+        report([str(folder), "--scaling", "--objective", "scenes/t2i_recall@1"])
 
 
 def test_published_results_by_family(tmp_path: Path) -> None:
