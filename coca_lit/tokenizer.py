@@ -260,6 +260,8 @@ class JsonTokenizer(Tokenizer):
         model = described["model"]
         self.unk_id = model.get("unk_id", ids.get(model.get("unk_token")))
         self.vocab_size = max(ids.values()) + 1
+        if self.vocab_size > 2 * len(ids) + 1024:
+            raise ValueError(f"the tokenizer has {len(ids):,} tokens with ids up to {self.vocab_size - 1:,}")
         special = {token.content for token in self.bpe.get_added_tokens_decoder().values() if token.special}
         read = _reader(described.get("decoder") or {})
         self.token_bytes = [b""] * self.vocab_size

@@ -319,6 +319,11 @@ def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             get_tokenizer({"packed": packed, **SPECIAL, **change})
+    described = json.loads(file.read_text())
+    described["model"]["vocab"]["far"] = 5_000_000
+    (tmp_path / "far.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"has 601 tokens with ids up to 5,000,000"):
+        get_tokenizer({"packed": pack(tmp_path / "far.json"), **SPECIAL})
     source = HFTokenizer.from_file(str(file))
     source.decoder = decoders.CTC()
     source.save(str(file))

@@ -102,7 +102,8 @@ def list_models(pattern: str = "*") -> list[str]:
             found = _listed(f"{org}/{repo}", folder, None)
         start = "/".join(filter(None, (f"{PREFIX}{org}/{repo}", folder)))
         names = (f"{start}/{name}" for name, size in found.items() if size is None or name.endswith(FILE_SUFFIXES))
-    return sorted(name for name in names if fnmatchcase(_key(name), _key(pattern)))
+    key = re.sub(r"(\[[^]]*\])|-", lambda found: found[1] or "_", pattern.lower())  # in [0-9] it is no part of a name
+    return sorted(name for name in names if fnmatchcase(_key(name), key))
 
 
 def released(name: str | Path) -> Released | None:
@@ -130,22 +131,21 @@ def locate(name: str | Path) -> Path:
     path, text = Path(name), str(name)
     if text == PHOTOS:
         return PHOTOS_WEIGHTS
-    for file in (path, Path(f"{path}.pt")):
-        if is_checkpoint(file):
-            return file
+    if is_checkpoint(path):
+        return path
     if path.is_dir():
         names = (*(f"checkpoints/{name}" for name in CHECKPOINTS), *CHECKPOINTS, *WEIGHTS)
-        found = next((path / name for name in names if is_checkpoint(path / name)), None)
-        weights = [file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES and is_checkpoint(file)]
-        if found is None and weights:
+        if found := next((path / name for name in names if is_checkpoint(path / name)), None):
+            return found
+        if weights := [file.name for file in path.iterdir() if file.suffix in FILE_SUFFIXES and is_checkpoint(file)]:
             return path / choose(weights, "", str(path))
-        if found is None:
-            expected = ", ".join((*CHECKPOINTS, *WEIGHTS))
-            raise FileNotFoundError(f"there is no checkpoint in the folder '{path}': expected {expected}")
-        return found
+        expected = ", ".join((*CHECKPOINTS, *WEIGHTS))
+        raise FileNotFoundError(f"there is no checkpoint in the folder '{path}': expected {expected}")
+    if is_checkpoint(file := Path(f"{path}.pt")):
+        return file
     if text.startswith(PREFIX):
         place, _, revision = text.removeprefix(PREFIX).partition("@")
-        parts = place.split("/")
+        parts = place.rstrip("/").split("/")
         repo = "/".join(parts[:2])
         _tell(next((model for model in released_models().values() if model.repo == repo), None))
         return download(repo, revision or None, "/".join(parts[2:]))

@@ -35,8 +35,12 @@ Module = TypeVar("Module", bound=nn.Module)
 ZIP = b"PK\x03\x04"  # the first bytes of one
 DIGEST_KEY = "coca_lit_digest"
 MAX_PICKLE = 8 * 2**20  # bytes that describe the tensors of a file of PyTorch's; each can become a list of 64
-# What PyTorch lets a pickle call takes no memory that the file does not hold, but for this one.
-_TAKES_MEMORY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")
+# Of what PyTorch lets a pickle call, these make more than they are given: zeros, "hex" of "hex" of a text, a tensor of a
+# list that holds another one many times, a copy of a tensor that repeats a number.
+_TAKES_MEMORY = re.compile(
+    rb"c(?:__builtin__|builtins)\nbytearray\n|c_codecs\nencode\n"
+    rb"|ctorch[.\w]*\n[.\w]*(?:Tensor|TypedStorage|_rebuild_device_tensor_from_cpu_tensor)\n"
+)
 SHARED = 2  # how often what is stored may be used, as by tied weights
 SPARE = 2**25  # numbers of tables that are built and not stored: masks, angles of rotary positions
 MAX_PATCHES = 2**16  # of an image of any shape: 4,096 pixels squared in patches of 16
@@ -66,7 +70,7 @@ def check_archive(path: Path, checksums: bool = True) -> bool:
                     raise ValueError("its parts overlap")
                 damaged = archive.testzip() if checksums else None
                 for member in members:
-                    if member.filename.endswith(".pkl"):
+                    if member.filename.lower().endswith(".pkl"):  # PyTorch finds DATA.PKL, too
                         _check_pickle(member.file_size, archive.read(member))
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error) or type(error).__name__) from error
@@ -77,7 +81,7 @@ def check_archive(path: Path, checksums: bool = True) -> bool:
 
 def _check_pickles(file: BufferedReader) -> None:
     """Those at the beginning of a file of the old format, before the numbers of the tensors."""
-    with suppress(ValueError, IndexError):  # no pickle: PyTorch says so
+    with suppress(ValueError, IndexError, MemoryError):  # no pickle, or one text of terabytes: PyTorch says so
         for _ in range(5):  # mark, version, machine, content, keys of the tensors
             for _ in pickletools.genops(file):
                 if file.tell() > MAX_PICKLE:
@@ -90,8 +94,8 @@ def _check_pickles(file: BufferedReader) -> None:
 def _check_pickle(size: int, content: bytes) -> None:
     if size > MAX_PICKLE:
         raise ValueError(f"it describes its tensors in more than {MAX_PICKLE:,} bytes")
-    if _TAKES_MEMORY.search(content):
-        raise ValueError("it holds code (bytearray)")
+    if found := _TAKES_MEMORY.search(content):
+        raise ValueError(f"it holds code ({found[0].split()[-1].decode()})")
 
 
 def save_tensors(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -146,8 +150,10 @@ def _digest(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest(json.dumps(metadata, sort_keys=True), sorted(state.items()))
 
 
-def check_stored(tensors: Mapping[str, Tensor]) -> None:
-    """Raises `ValueError` unless the tensors are ordinary ones whose numbers are stored."""
+def check_stored(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises `ValueError` unless the tensors are ordinary ones whose numbers are stored in the file, or in the files of
+    the folder.
+    """
     storages: dict[int, int] = {}
     claimed = 0
     for name, tensor in tensors.items():
@@ -156,23 +162,25 @@ def check_stored(tensors: Mapping[str, Tensor]) -> None:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
         claimed += tensor.nbytes
-    if claimed > SHARED * sum(storages.values()):
-        raise ValueError(f"its tensors claim {claimed:,} bytes, and {sum(storages.values()):,} are stored")
+    held = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
+    stored = min(sum(storages.values()), held)  # a pickle can make storages that the file lacks
+    if sum(storages.values()) > held or claimed > SHARED * stored:
+        raise ValueError(f"its tensors claim {claimed:,} bytes, and {stored:,} are stored")
 
 
 def check_plain(config: Any) -> None:
     """Raises `ValueError` unless a description of a model is plain values, not too many and not nested deeply: a pickle
     of a few bytes can hold a list that holds another one twice, and so on.
     """
-    level, count = [config], 0
+    level, count = [config], 1
     for _ in range(8):
-        count += len(level)
-        if count > MAX_VALUES:
-            raise ValueError(f"its description of a model has more than {MAX_VALUES:,} values")
         if other := [node for node in level if not isinstance(node, dict | list | tuple | str | int | float | None)]:
             raise ValueError(f"its description of a model holds a {type(other[0]).__name__}")
         dicts = [node for node in level if isinstance(node, dict)]
         lists = [node for node in level if isinstance(node, list | tuple)]
+        count += sum(map(len, lists)) + 2 * sum(map(len, dicts))
+        if count > MAX_VALUES:
+            raise ValueError(f"its description of a model has more than {MAX_VALUES:,} values")
         level = [child for node in (*lists, *dicts, *(node.values() for node in dicts)) for child in node]
         if not level:
             return

@@ -96,15 +96,18 @@ def load_dual_encoder(path: str | Path, quick_gelu: bool | None = None, imports:
     if own is not None:
         return _own_model(path, state, own)
     config = _config_beside(path)
-    if not is_clip(state):
-        return from_open_clip(state, config).eval()
-    if quick_gelu is None and config is None:
-        log.warning(
-            "assuming GELU in the CLIP %s; OpenAI's and -quickgelu models need quick_gelu=true of coca-evaluate",
-            path,
-        )
-    given = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
-    return clip_from_open_clip(state, config, **given).eval()
+    try:
+        if not is_clip(state):
+            return from_open_clip(state, config).eval()
+        if quick_gelu is None and config is None:
+            log.warning(
+                "assuming GELU in the CLIP %s; OpenAI's and -quickgelu models need quick_gelu=true of coca-evaluate",
+                path,
+            )
+        given = {} if quick_gelu is None else {"quick_gelu": quick_gelu}
+        return clip_from_open_clip(state, config, **given).eval()
+    except (AssertionError, ArithmeticError, LookupError, RuntimeError, TypeError) as error:  # odd shapes
+        raise ValueError(f"'{path}' is damaged, or no model that coca_lit can build: {error}") from error
 
 
 def read_state(path: Path) -> tuple[Mapping[str, Tensor], Any]:
@@ -128,7 +131,7 @@ def read_state(path: Path) -> tuple[Mapping[str, Tensor], Any]:
         if config is not None:  # the network of a training module
             state = {name.removeprefix("net."): t for name, t in state.items() if str(name).startswith("net.")}
     try:
-        check_stored(tensors := {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)})
+        check_stored(tensors := {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, path)
         if config is not None and len(tensors) == len(state):
             state = dequantised(tensors, isinstance(config, dict) and config.get("tied_embeddings") is True)
     except ValueError as error:
@@ -269,10 +272,11 @@ def dequantised(state: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
         tied: whether the vocabulary projection is the token embedding.
 
     Raises:
-        ValueError: scales do not belong to a tensor, or are not finite numbers, one for each of its rows.
+        ValueError: a tensor of int8 has no scales, or they are not finite numbers, one for each of its rows.
     """
-    scales = {name.removesuffix(SCALES): tensor for name, tensor in state.items() if name.endswith(SCALES)}
-    found = {name: tensor for name, tensor in state.items() if not name.endswith(SCALES)}
+    names = {name for name in state if name.endswith(SCALES) and name.removesuffix(SCALES) in state}
+    scales = {name.removesuffix(SCALES): state[name] for name in names}
+    found = {name: tensor for name, tensor in state.items() if name not in names}
     if not scales:
         return found
     for name in scales.keys() | {name for name, tensor in found.items() if tensor.dtype == torch.int8}:

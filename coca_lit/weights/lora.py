@@ -88,7 +88,8 @@ def merged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, inside, last = name.partition(_INSIDE)
         if inside and last == "original":
             a, b, scale = (state[f"{module}{_INSIDE}0.{part}"] for part in ("a", "b", "scale"))
-            if len(b) * a[:1].numel() != state[name].numel():
+            matrices = (a.ndim, b.ndim, scale.ndim) == (2, 2, 0)
+            if not matrices or len(b) * a.shape[1] != state[name].numel():
                 raise ValueError(f"the low-rank update of '{module}' has another size")
             found[f"{module}.weight"] = _sum(state[name], a, b, scale)
     return found

@@ -1,5 +1,6 @@
 """A small file takes little memory and time, whatever it claims: in a process of its own with a gigabyte to spare."""
 
+import io
 import json
 import os
 import pickle
@@ -128,11 +129,90 @@ def test_a_long_pickle(load: Callable[[Path], str], tmp_path: Path, zipped: bool
     assert "bytes" in load(path)
 
 
+def with_pickle(path: Path, content: bytes) -> Path:
+    """A file of PyTorch's with this pickle in the place of its own."""
+    torch.save({"w": torch.zeros(4)}, path)
+    packed(path, lambda name, was: content if name.endswith("data.pkl") else was, zipfile.ZIP_STORED)
+    return path
+
+
 def test_a_pickle_that_asks_for_zeros(load: Callable[[Path], str], tmp_path: Path) -> None:
-    torch.save({"w": torch.zeros(4)}, tmp_path / "x.pt")
     zeros = b"\x80\x02c__builtin__\nbytearray\nJ" + struct.pack("<i", 2**31 - 1) + b"\x85R."
-    packed(tmp_path / "x.pt", lambda name, content: zeros if name.endswith("data.pkl") else content, zipfile.ZIP_STORED)
-    assert "bytearray" in load(tmp_path / "x.pt")
+    assert "bytearray" in load(with_pickle(tmp_path / "x.pt", zeros))
+
+
+def text(word: bytes) -> bytes:
+    return b"X" + struct.pack("<I", len(word)) + word
+
+
+def hex_of_hex(levels: int = 26) -> bytes:
+    content = text(b"x" * 16)
+    for codec in (b"latin1", *[b"hex"] * levels):
+        content = b"c_codecs\nencode\n" + content + text(codec) + b"\x86R"
+    return b"\x80\x02" + content + b"."
+
+
+def tensor_of_lists(name: bytes) -> bytes:
+    """A list of 50 numbers, 50 times in another one, and so on: 300 million numbers."""
+    lists = b"](" + b"K\x01" * 50 + b"eq\0"
+    for level in range(1, 5):
+        lists += b"](" + (b"h" + bytes([level - 1])) * 50 + b"eq" + bytes([level])
+    return b"\x80\x02(" + lists + b"c" + name + b"\nh\x04\x85Rt."
+
+
+def copy_of_one_number() -> bytes:
+    tensor = io.BytesIO()
+    torch.save(torch.zeros(4)[:1].expand(2**28), tensor)
+    with zipfile.ZipFile(tensor) as archive:
+        content = next(archive.read(name) for name in archive.namelist() if name.endswith(".pkl"))
+    call = b"ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n("
+    return b"\x80\x02" + call + content[2:-1] + b"ctorch\nfloat64\n" + text(b"cpu") + b"\x89tR."
+
+
+@pytest.mark.parametrize(
+    ("content", "called"),
+    [
+        (hex_of_hex(), "encode"),
+        (tensor_of_lists(b"torch\nTensor"), "Tensor"),
+        (tensor_of_lists(b"torch.cuda\nHalfTensor"), "HalfTensor"),
+        (tensor_of_lists(b"torch\nstorage.TypedStorage"), "storage.TypedStorage"),
+        (copy_of_one_number(), "_rebuild_device_tensor_from_cpu_tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_pickle_whose_calls_make_more_than_it_holds(
+    load: Callable[[Path], str], tmp_path: Path, content: bytes, called: str
+) -> None:
+    assert f"it holds code ({called})" in load(with_pickle(tmp_path / "x.pt", content))
+
+
+def test_a_pickle_under_a_name_in_capitals(load: Callable[[Path], str], tmp_path: Path) -> None:
+    """PyTorch finds it all the same."""
+    path = with_pickle(tmp_path / "x.pt", tensor_of_lists(b"torch\nTensor"))
+    path.write_bytes(path.read_bytes().replace(b"data.pkl", b"DATA.PKL"))
+    assert "it holds code (Tensor)" in load(path)
+
+
+def test_a_text_of_terabytes(load: Callable[[Path], str], tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 2**45))
+    assert "it is not a file that torch.save writes" in load(tmp_path / "x.pt")
+
+
+def test_tensors_that_the_file_does_not_hold(
+    load: Callable[[Path], str], tmp_path: Path, open_clip: dict[str, Tensor]
+) -> None:
+    """A pickle may make a storage and set it into a parameter."""
+
+    def numbers(*values: int) -> bytes:
+        return b"(" + b"".join(b"J" + struct.pack("<i", value) for value in values) + b"t"
+
+    content = b"\x80\x02}"
+    for name, tensor in open_clip.items():
+        storage = b"ctorch.storage\nUntypedStorage\n" + numbers(tensor.nbytes) + b"R"
+        sizes = numbers(*tensor.shape) + numbers(*tensor.stride())
+        made = b"ctorch.nn.parameter\nParameter\nN\x89\x86R"
+        content += text(name.encode()) + made + b"(" + storage + b"K\0" + sizes + b"tbs"
+    assert "are stored" in load(with_pickle(tmp_path / "x.pt", content + b"."))
 
 
 def test_parts_that_overlap(load: Callable[[Path], str], tmp_path: Path) -> None:
@@ -204,6 +284,13 @@ def test_a_description_that_holds_itself_again_and_again(
         node = (node, node)
     torch.save(ours | {MODEL_KEY: ours[MODEL_KEY] | {"text_layers": node}}, tmp_path / "x.ckpt")
     assert "nested" in load(tmp_path / "x.ckpt")
+
+
+def test_a_description_that_repeats_a_long_list(
+    load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]
+) -> None:
+    torch.save(ours | {MODEL_KEY: {"text_layers": [[0] * 10**5] * 3000}}, tmp_path / "x.ckpt")
+    assert "more than 1,000,000 values" in load(tmp_path / "x.ckpt")
 
 
 def test_a_long_description(load: Callable[[Path], str], tmp_path: Path, ours: dict[str, Any]) -> None:

@@ -202,6 +202,7 @@ def test_a_repository_is_listed(hub: Hub) -> None:
     start = f"hf-hub:{STUDY}"
     assert list_models(f"{start}/*") == sorted(f"{start}/{name}" for name in (*runs, "clip.safetensors"))
     assert list_models(f"{start}/vit_s_32*") == [f"{start}/{runs[1]}"]
+    assert list_models(f"{start}/vit_[A-S]-[0-9]2-*") == [f"{start}/{runs[1]}"]
     assert list_models(f"{start}/{RUN}/*") == [f"{start}/{RUN}/epoch_{n}.pt" for n in (1, 2)]
     for wrong, message in ((f"{start}/absent/*", "has no folder 'absent'"), ("hf-hub:a*", "expected ORG/REPO")):
         with pytest.raises(CheckpointError, match=message):
@@ -212,6 +213,18 @@ def test_a_config_of_another_library_is_left_alone(tmp_path: Path, files: dict[s
     (tmp_path / SAFE).write_bytes(files[SAFE])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {}}))
     assert load_model(tmp_path).config["text_heads"] == 1  # by OpenCLIP's rule of 64 a head
+
+
+def test_a_slash_at_the_end_of_a_folder_changes_nothing(hub: Hub, files: dict[str, bytes]) -> None:
+    hub.repositories[STUDY] = Repository({f"{RUN}/{SAFE}": files[SAFE]})
+    assert locate(f"hf-hub:{STUDY}/{RUN}/").read_bytes() == files[SAFE]
+
+
+def test_a_run_folder_comes_before_a_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("run.pt", "run/last.ckpt"):
+        (tmp_path / name).touch()
+    assert locate(tmp_path / "run") == tmp_path / "run" / "last.ckpt"
 
 
 @pytest.mark.slow

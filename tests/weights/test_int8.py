@@ -17,7 +17,7 @@ from coca_lit.data.transforms import build_transform
 from coca_lit.models import CoCa
 from coca_lit.weights.hub import PHOTOS_WEIGHTS
 from coca_lit.weights.intact import load_tensors
-from coca_lit.weights.load import MODEL_KEY, load_model
+from coca_lit.weights.load import MODEL_KEY, dequantised, load_model
 from experiments.photos.quantise import quantised, save_quantised
 
 Build = Callable[..., CoCa]
@@ -136,3 +136,8 @@ def test_the_vocabulary_is_left_out_only_where_it_is_tied(tiny_model: Build, tmp
         del tensors[name]
     save_file(tensors, path, metadata={MODEL_KEY: metadata[MODEL_KEY]})
     assert_refused(path, "decoder.vocabulary")
+
+
+def test_a_parameter_of_an_encoder_may_be_called_scales() -> None:
+    tensors = {"trunk.scales": torch.ones(3), "trunk.layer.scales": torch.ones(3), "w": torch.ones(2)}
+    assert dequantised(tensors, tied=False) == tensors

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
-from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_model, save_model
+from coca_lit.weights.intact import check_archive
+from coca_lit.weights.load import MODEL_KEY, load_dual_encoder, load_model, read_torch, save_model
 from coca_lit.weights.start import load_image_weights
 from helpers.slow import slow
 
@@ -112,3 +113,24 @@ def test_files_without_a_digest_are_read(model: CoCa, tmp_path: Path) -> None:
     content = {"state_dict": state, MODEL_KEY: model.config}
     torch.save(content, tmp_path / "legacy.ckpt", _use_new_zipfile_serialization=False)
     assert load_model(tmp_path / "legacy.ckpt").config == model.config
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_that_a_training_stores_is_taken_for_code(model: CoCa, tmp_path: Path, zipped: bool) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    types = [torch.bfloat16, torch.bool, torch.complex64, torch.int8]
+    types += [torch.uint16, torch.float8_e4m3fn] if zipped else []  # which the old format lacks
+    content = {
+        "state_dict": model.state_dict(),
+        "parameters": dict(model.named_parameters()),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "tensors": [torch.zeros(2).to(kind) for kind in types],
+        "sizes": [torch.Size([2, 3]), torch.device("cpu"), torch.float16],
+    }
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+    assert check_archive(tmp_path / "x.ckpt") is zipped
+    torch.testing.assert_close(read_torch(tmp_path / "x.ckpt")["state_dict"], content["state_dict"], atol=0, rtol=0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from coca_lit.models import CoCa
 from coca_lit.weights import MODEL_KEY
 from coca_lit.weights.load import load_model, save_model
-from coca_lit.weights.lora import PARTS, LowRank, add_lora
+from coca_lit.weights.lora import PARTS, LowRank, add_lora, merged
 
 Build = Callable[..., CoCa]
 TEXTS = ["a small red circle above a large blue ring", "a large green star"]
@@ -128,3 +128,16 @@ def test_whoever_reads_the_file_gets_the_sum(tiny_model: Build, tmp_path: Path, 
 def test_wrong_arguments(tiny_model: Build, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_lora(tiny_model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [{"scale": (1000, 1, 1)}, {"b": (4, 1, 2)}, {"a": (2, 4, 1)}, {"a": (8,)}, {"b": (16, 2)}, {"a": (2, 16)}],
+    ids=str,
+)
+def test_an_update_of_another_size_is_refused(forged: dict[str, tuple[int, ...]]) -> None:
+    """It could be added all the same, and make of a small matrix a large one."""
+    sizes = {"original": (4, 4), "0.a": (2, 4), "0.b": (4, 2), "0.scale": ()}
+    sizes |= {f"0.{part}": size for part, size in forged.items()}
+    with pytest.raises(ValueError, match="low-rank update of 'out' has another size"):
+        merged({f"out.parametrizations.weight.{part}": torch.ones(size) for part, size in sizes.items()})

@@ -194,6 +194,27 @@ def test_other_checkpoints_are_refused() -> None:
     theirs, _ = make_pair()
     with pytest.raises(ValueError, match="'extra'"):
         from_open_clip(theirs.state_dict() | {"extra": torch.zeros(1)}, text_heads=4)
+    turned = theirs.state_dict()["text_decoder.text_projection"].T
+    with pytest.raises(ValueError, match=r"'text_decoder\.text_projection' has the shape \(64, 49408\)"):
+        from_open_clip(theirs.state_dict() | {"text_decoder.text_projection": turned}, text_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config"),
+    [
+        ({}, {"vision_cfg": {"head_width": 20}}),
+        ({"visual.proj": torch.tensor(1.0)}, {}),
+        ({"text.positional_embedding": torch.tensor(1.0)}, {}),
+    ],
+)
+def test_files_that_no_model_fits_are_one_sentence(
+    tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> None:
+    theirs, _ = make_pair(width=64)
+    torch.save(theirs.state_dict() | tensors, tmp_path / "x.pt")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(ValueError, match=r"x\.pt' is damaged, or no model that coca_lit can build: \w"):
+        load_model(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize(

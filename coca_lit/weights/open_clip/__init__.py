@@ -177,7 +177,7 @@ def _load(model: CoCa | CLIP, theirs: Mapping[str, Tensor], names: Names) -> Non
         else:
             there = _rename(name, names)
             tensor = theirs[there].T if there in _TRANSPOSED else theirs[there]
-        if tensor.numel() != target.numel():
+        if [size for size in tensor.shape if size != 1] != [size for size in target.shape if size != 1]:
             shapes = f"{tuple(tensor.shape)} in the checkpoint, and '{name}' needs {tuple(target.shape)}"
             raise ValueError(f"'{there}' has the shape {shapes}")
         ours[name] = tensor.reshape(target.shape).to(target.dtype)
