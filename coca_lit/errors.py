@@ -53,7 +53,7 @@ def why_unreadable(error: Exception) -> str:
         return f"it holds code ({found[1]})"
     if "weights_only" in text or not isinstance(error, OSError | RuntimeError):
         return "it is not a file that torch.save writes"
-    return text.splitlines()[0]
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def check_number(

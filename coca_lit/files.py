@@ -113,7 +113,7 @@ def claim(file: Path, settings: Mapping[str, Any], taken: bool = False) -> None:
 
 
 def _created(path: Path, content: bytes) -> bool:
-    """Writes a new file, complete or not at all; False if there is one."""
+    """Writes a new file, complete or not at all where the system has hard links; False if there is one."""
     temporary = _beside(path)
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

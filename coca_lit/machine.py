@@ -143,13 +143,14 @@ class SharedCores(threading.Thread):
     def _pin(self, cores: Collection[int]) -> None:
         self._used = sorted(cores)
         for thread in os.listdir("/proc/self/task"):
-            with suppress(ProcessLookupError):  # it has ended
+            with suppress(OSError):  # it has ended, or a container has fewer cores than before
                 os.sched_setaffinity(int(thread), cores)
 
     def _in_child(self) -> None:
         """A data worker may use every core."""
         if self.crowded:
-            os.sched_setaffinity(0, self.cores)
+            with suppress(OSError):
+                os.sched_setaffinity(0, self.cores)
 
 
 @cache

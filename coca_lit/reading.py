@@ -34,6 +34,7 @@ MAX_EXPANSION = 50  # times its size that a compressed file may grow to; shards 
 ALWAYS = 64 * 2**20  # bytes that it may grow to in any case
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open}
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_BASE_60 = re.compile(r"[-+\s\d_.]*(?::[-+\s\d_.]*){64,}")  # YAML reads 1:30 as 90, in time that grows with the square
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
 
@@ -207,8 +208,8 @@ def read_run_yaml(folder: Path, name: str) -> dict[str, Any]:
     "${seed}" as they stand.
 
     Raises:
-        DataError: as `read_run_file`, or it is no such YAML, has aliases, which could expand without end, or is nested
-            deeper than `MAX_DEPTH`.
+        DataError: as `read_run_file`, or it is no such YAML, has aliases, which could expand without end, a number in
+            base 60 of many digits, or is nested deeper than `MAX_DEPTH`.
     """
     import yaml
 
@@ -223,6 +224,8 @@ def read_run_yaml(folder: Path, name: str) -> dict[str, Any]:
         for event in yaml.parse(content, Loader=loader):
             if isinstance(event, yaml.AliasEvent):
                 raise DataError(f"{shown} has an alias (*{printable(str(event.anchor))}), which is not followed")
+            if isinstance(event, yaml.ScalarEvent) and _BASE_60.fullmatch(event.value):
+                raise DataError(f"{shown} has a number in base 60 of more than 64 digits")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise DataError(f"{shown} is nested deeper than {MAX_DEPTH} levels")
@@ -256,10 +259,14 @@ def read_run_npz(folder: Path, name: str) -> "dict[str, np.ndarray]":
             if sum(member.file_size for member in archive.infolist()) > MAX_NPZ:  # no member yields more than it claims
                 raise DataError(f"{shown} unpacks to more than {MAX_NPZ:,} bytes")
             for member in archive.infolist():
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the two of NumPy
+                    raise ValueError(f"{member.filename} is compressed in another way")
                 content = BytesIO(archive.read(member))
                 if np.lib.format.read_magic(content) != (1, 0):
                     raise ValueError(f"{member.filename} is an array of another format")
                 shape, by_columns, dtype = np.lib.format.read_array_header_1_0(content)
+                if dtype.kind not in "biufUS":
+                    raise ValueError(f"{member.filename} holds {dtype}, neither numbers nor texts")
                 values = np.frombuffer(content.getbuffer()[content.tell() :], dtype)  # never an object
                 arrays[member.filename.removesuffix(".npy")] = values.reshape(shape, order="F" if by_columns else "C")
     except (ValueError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -27,13 +27,13 @@ from tokenizers import Tokenizer as HFTokenizer
 from torch import Tensor
 
 from coca_lit.errors import check_number
+from coca_lit.reading import MAX_JSON, read_bounded
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 CLIP_MERGES, GPT2_MERGES = ASSETS / "clip_merges.txt.gz", ASSETS / "gpt2_merges.txt.gz"
 CONTEXT_LENGTH = 76  # tokens of a text; OpenCLIP's CoCa has 77 positions, the last of which is its CLS token's
-MAX_JSON = 64 * 2**20  # bytes of a tokenizer.json
 _DECODERS = ("ByteLevel", "Metaspace", "ByteFallback", "WordPiece", "BPEDecoder")
 # Of `WordTokenizer`: letters and digits with their combining marks, and joiners within, as many scripts of India have.
 _RUN = r"[\p{L}\p{N}](?:[\u200c\u200d]?[\p{L}\p{M}\p{N}])*"
@@ -278,10 +278,8 @@ class JsonTokenizer(Tokenizer):
 
 
 def pack(file: Path) -> str:
-    """A `tokenizer.json` as a checkpoint stores it: compressed, in base64."""
-    content = file.read_bytes()
-    if len(content) > MAX_JSON:
-        raise ValueError(f"'{file}' is larger than {MAX_JSON:,} bytes")
+    """A `tokenizer.json` as a checkpoint stores it: compressed, in base64; raises `DataError` if it cannot be read."""
+    content = read_bounded(file, MAX_JSON, "is not a readable tokenizer.json")
     return base64.b64encode(zlib.compress(content, 9)).decode()
 
 

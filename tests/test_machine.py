@@ -1,5 +1,6 @@
 """Shares of a machine: control groups as files that look like theirs, a busy core as a real one."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -260,3 +261,16 @@ def test_a_shared_machine_is_said_once(
     for step in range(2 * SHARED_AFTER):
         callback.on_train_batch_end(cast("Any", trainer), cast("Any", module), anything, anything, step)
     assert capsys.readouterr().out.count("0.9 of 2") == (taken == 0.9)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such cores")
+def test_cores_that_a_container_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: int, cores: Any) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
+    watch = machine.SharedCores()
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    watch._pin([0])
+    watch.crowded = True
+    watch._in_child()

@@ -2,9 +2,12 @@
 
 import os
 import re
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coca_lit.data.datasets.captions import coco_folder_records
@@ -15,6 +18,7 @@ from coca_lit.data.shards.shard import MANIFEST
 from coca_lit.data.text_batches import read_texts
 from coca_lit.data.transforms import load_pixels
 from coca_lit.errors import DataError
+from coca_lit.reading import read_run_npz, read_run_yaml
 from coca_lit.tools.caption.outputs import open_writer
 from coca_lit.tools.prepare.check import JOURNAL as CHECK_JOURNAL
 from coca_lit.tools.prepare.check import check_shards
@@ -78,3 +82,36 @@ def test_odd_json_is_one_sentence(tmp_path, name, text):
     with pytest.raises(DataError, match=r"^[^\n]+$") as error:
         READERS[name](tmp_path)
     assert name in str(error.value) or "a=" in str(error.value)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_arrays_compressed_in_another_way_than_numpy_does(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
+        archive.writestr("a.npy", bytes(1000))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[40:60] = bytes(20)  # damaged as well, for which those two have errors of their own
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.npz is not a readable \.npz file: a\.npy is compressed in another way"):
+        read_run_npz(tmp_path, "x.npz")
+
+
+@pytest.mark.parametrize("kind", ["float32", "int16", "bool", "U3", "S3", "complex64", "datetime64[s]", "V3"])
+def test_arrays_of_numbers_and_texts_alone(tmp_path, kind):
+    array = np.zeros(3, kind)
+    np.savez(tmp_path / "x.npz", a=array)
+    if kind in ("complex64", "datetime64[s]", "V3"):
+        with pytest.raises(DataError, match=r"a\.npy holds .*neither numbers nor texts"):
+            read_run_npz(tmp_path, "x.npz")
+    else:
+        np.testing.assert_array_equal(read_run_npz(tmp_path, "x.npz")["a"], array)
+
+
+def test_numbers_in_base_60(tmp_path):
+    (tmp_path / "x.yaml").write_text("time: 1:30\nnote: 'a:b:c'\n")
+    assert read_run_yaml(tmp_path, "x.yaml") == {"time": 90, "note": "a:b:c"}
+    for long in ("1" + ":59" * 200_000, "!!int '1" + " :5" * 200_000 + "'"):
+        (tmp_path / "x.yaml").write_text(f"time: {long}\n")
+        begun = time.process_time()
+        with pytest.raises(DataError, match=r"x\.yaml has a number in base 60 of more than 64 digits"):
+            read_run_yaml(tmp_path, "x.yaml")
+        assert time.process_time() - begun < 5

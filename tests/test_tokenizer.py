@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders
 
+from coca_lit.errors import DataError
 from coca_lit.losses import caption_loss
 from coca_lit.models import create_model
 from coca_lit.tokenizer import (
@@ -327,5 +328,7 @@ def test_a_tokenizer_file_that_cannot_be_used(tmp_path: Path) -> None:
     source = HFTokenizer.from_file(str(file))
     source.decoder = decoders.CTC()
     source.save(str(file))
+    with pytest.raises(DataError, match=r"absent\.json is not a readable tokenizer\.json: .*No such file"):
+        create_model("coca_tiny", tokenizer={"file": str(tmp_path / "absent.json"), **SPECIAL})
     with pytest.raises(ValueError, match="decoder is CTC"):
         get_tokenizer({"packed": pack(file), **SPECIAL})

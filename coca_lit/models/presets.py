@@ -186,6 +186,7 @@ def create_model(name: str, *, imports: Sequence[str] = (), **overrides: "Annota
 
     Raises:
         ValueError: unknown preset or unknown argument; the message suggests the nearest one.
+        DataError: the file of a tokenizer cannot be read.
     """
     from coca_lit.models.coca import CoCa
     from coca_lit.models.registry import import_modules

@@ -35,8 +35,8 @@ Module = TypeVar("Module", bound=nn.Module)
 ZIP = b"PK\x03\x04"  # the first bytes of one
 DIGEST_KEY = "coca_lit_digest"
 MAX_PICKLE = 8 * 2**20  # bytes that describe the tensors of a file of PyTorch's; each can become a list of 64
-# Of what PyTorch lets a pickle call, these make more than they are given: zeros, "hex" of "hex" of a text, a tensor of a
-# list that holds another one many times, a copy of a tensor that repeats a number.
+# Of what PyTorch lets a pickle call, these make more than they are given: zeros, "hex" of "hex" of a text, a tensor of
+# a list that holds another one many times, a copy of a tensor that repeats a number.
 _TAKES_MEMORY = re.compile(
     rb"c(?:__builtin__|builtins)\nbytearray\n|c_codecs\nencode\n"
     rb"|ctorch[.\w]*\n[.\w]*(?:Tensor|TypedStorage|_rebuild_device_tensor_from_cpu_tensor)\n"

@@ -232,7 +232,7 @@ def start_decoder(model: CoCa, state: Mapping[str, Tensor], given: Collection[st
         The names of the tensors that were taken, and of the decoder's and token embedding's that were not.
 
     Raises:
-        ValueError: this is not a GPT-2, the model has no decoder or has it already, or nothing fits.
+        ValueError: this is not a GPT-2, or the model has no decoder or has it already.
     """
     if model.decoder is None:
         raise ValueError("the model has no decoder (decoder_layers=0)")

@@ -325,6 +325,15 @@ def test_a_checkpoint_keeps_its_classifier(classifier: Any, tmp_path: Path) -> N
     assert load_classifier(path, net) is None
 
 
+def test_a_classifier_whose_numbers_are_not_stored_is_refused(tmp_path: Path, net: CoCa) -> None:
+    head = torch.zeros(2, 1).expand(2, net.config["text_width"])
+    state = {"objectives.mine.head.weight": head, "objectives.mine.head.bias": torch.zeros(2)}
+    config = {"kind": "AnswerClassifier", "classes": ["a", "b"]}
+    torch.save({"state_dict": state, CLASSIFIERS_KEY: {"mine": config}}, path := tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="are stored"):
+        load_classifier(path, net)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "forged",

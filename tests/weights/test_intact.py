@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from coca_lit.errors import why_unreadable
 from coca_lit.models import CoCa, create_model
 from coca_lit.tools.export.open_clip import write_open_clip
 from coca_lit.weights.intact import check_archive
@@ -134,3 +135,7 @@ def test_nothing_that_a_training_stores_is_taken_for_code(model: CoCa, tmp_path:
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
     assert check_archive(tmp_path / "x.ckpt") is zipped
     torch.testing.assert_close(read_torch(tmp_path / "x.ckpt")["state_dict"], content["state_dict"], atol=0, rtol=0)
+
+
+def test_an_error_without_a_text_has_a_name() -> None:
+    assert why_unreadable(RuntimeError()) == "RuntimeError"

@@ -1,5 +1,6 @@
 """A plan as tables in the terminal."""
 
+import os
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -47,6 +48,8 @@ def print_plan(
         f"{cost.operations:,} operations per step, each of which takes the host {LAUNCH * 1e6:g} µs or more; input and "
         "network keep up. Settings: gpus, utilisation, caption_tokens, devices, samples."
     )
+    if not hasattr(os, "sysconf"):  # Windows does not say how much memory there is
+        return
     gigabytes = memory_bytes() / 1e9
     fits = largest_batch(gigabytes, model, cost, recipe._replace(devices=1, sharded=False), pixels)
     console.print(

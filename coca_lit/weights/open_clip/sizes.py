@@ -236,7 +236,7 @@ def _two_pass_sizes(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
         "context_length": len(theirs["text.positional_embedding"]),
         "text_layers": layers,
         "decoder_layers": layers,
-        "decoder_args": {"cross_attention_every": max(every, 1)},
+        "decoder_args": {"cross_attention_every": every},
     }
 
 

@@ -1,5 +1,6 @@
 """The planner against steps of real networks: PyTorch's FLOP counter, and bytes that the allocator handed out."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,16 @@ def test_a_plan_says_what_it_does_not_count(
     monkeypatch.setattr("coca_lit.tools.plan.report.print_plan", lambda *_: None)
     cli.run(compose("plan", overrides))
     assert capsys.readouterr().out == (f"Not counted, so the run needs more: {said}.\n" if said else "")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_plan_where_the_system_tells_no_memory(
+    told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not told:  # as on Windows
+        monkeypatch.delattr(os, "sysconf")
+    cli.run(compose("plan", ["gpus=[A100]"]))
+    assert ("This process may use" in capsys.readouterr().out) is told
 
 
 def test_a_recipe_chooses_by_the_photos(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
