@@ -69,11 +69,16 @@ def check_archive(path: Path, checksums: bool = True) -> bool:
                 if sum(member.file_size for member in members) > size:
                     raise ValueError("its parts overlap")
                 damaged = archive.testzip() if checksums else None
-                for member in members:
-                    if member.filename.lower().endswith(".pkl"):  # PyTorch finds DATA.PKL, too
-                        _check_pickle(member.file_size, archive.read(member))
+            # PyTorch may find other parts than zipfile: under names in capitals, in a second directory.
+            file.seek(0)
+            reader = torch._C.PyTorchFileReader(file)
+            names = reader.get_all_records()
+            if sum(map(reader.get_record_size, names)) > size:
+                raise ValueError("its parts overlap")
+            if any(name.lower() == "data.pkl" for name in names):
+                _check_pickle(reader.get_record_size("data.pkl"), reader.get_record("data.pkl"))
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
     if damaged is not None:
         raise ValueError(f"its part '{damaged}' is not what was written")
     return True

@@ -193,6 +193,25 @@ def test_a_pickle_under_a_name_in_capitals(load: Callable[[Path], str], tmp_path
     assert "it holds code (Tensor)" in load(path)
 
 
+def test_a_second_directory(load: Callable[[Path], str], tmp_path: Path) -> None:
+    """PyTorch reads the one where the end of the file says; zipfile the one before that end, and moves its parts."""
+    first = with_pickle(tmp_path / "x.pt", tensor_of_lists(b"torch\nTensor") + bytes(1000)).read_bytes()
+    second = with_pickle(tmp_path / "x.pt", b"\x80\x02}.").read_bytes()
+    size, start = struct.unpack("<II", first[-10:-2])
+    others = bytearray(second[struct.unpack("<I", second[-6:-2])[0] : -22])
+    parts = second[: -22 - len(others)]
+    assert len(others) == size
+    at = 0
+    while at < size:  # an entry: 46 bytes, then name and more, whose lengths it holds, with its place
+        place = struct.unpack("<I", others[at + 42 : at + 46])[0] + start - len(parts)
+        others[at + 42 : at + 46] = struct.pack("<I", place)
+        at += 46 + sum(struct.unpack("<HHH", others[at + 28 : at + 34]))
+    (tmp_path / "x.pt").write_bytes(first[:-22] + parts + others + first[-22:])
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert archive.read("x/data.pkl") == b"\x80\x02}."
+    assert "it holds code (Tensor)" in load(tmp_path / "x.pt")
+
+
 def test_a_text_of_terabytes(load: Callable[[Path], str], tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 2**45))
     assert "it is not a file that torch.save writes" in load(tmp_path / "x.pt")
