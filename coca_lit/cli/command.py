@@ -8,6 +8,7 @@ that chooses no config group, so that Hydra takes any key, and `coca_lit.cli.sch
 import argparse
 import functools
 import itertools
+import os
 import re
 import sys
 import textwrap
@@ -208,7 +209,7 @@ def _prepare(config: str, cfg: DictConfig) -> None:
             preset(net.name)
     for key in FILES if config != "plan" else ():
         file = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        if isinstance(file, str) and file not in NAMES and not Path(file).expanduser().exists():
+        if isinstance(file, str) and file not in NAMES and not os.path.exists(os.path.expanduser(file)):
             from coca_lit.weights.hub import PREFIX, hint, released
 
             if not file.startswith(PREFIX) and released(file) is None:

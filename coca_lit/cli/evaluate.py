@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from coca_lit.cli.assembly import build_evals, build_report, build_settings
@@ -21,7 +24,7 @@ from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, error_context
 from coca_lit.reading import printable, read_run_yaml
 from coca_lit.runs.launch import is_first_process
-from coca_lit.runs.run_folder import CONFIG, in_use
+from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use
 
 if TYPE_CHECKING:
     from coca_lit.models import DualEncoder
@@ -59,11 +62,14 @@ def with_evals(words: list[str]) -> list[str]:
     places: dict[str, str] = {}
     generates: set[str | None] = set()
     notes: list[str] = []
-    for checkpoint in (name.strip("\"' ") for name in given["checkpoint"].split(",")):
-        path = Path(checkpoint).expanduser()
-        if not path.exists() and not checkpoint.startswith(PREFIX) and released(checkpoint) is None:
+    checkpoints = _values(f"checkpoint={given['checkpoint']}")
+    if not checkpoints:
+        return words
+    for checkpoint in checkpoints:
+        path = Path(os.path.expanduser(checkpoint))
+        if not os.path.exists(path) and not checkpoint.startswith(PREFIX) and released(checkpoint) is None:
             return words  # a mistake, which is reported with the others
-        folder = next((place for place in (path, *path.parents[:2]) if (place / CONFIG).is_file()), None)
+        folder = next((place for place in (path, *path.parents[:2]) if os.path.isfile(place / CONFIG)), None)
         config = read_run_yaml(folder, CONFIG) if folder is not None else {}
         evals = _node(config, "evals")
         scored = [name for name in evals if name in known and evals[name]]
@@ -78,8 +84,8 @@ def with_evals(words: list[str]) -> list[str]:
             raise ConfigError(
                 notes[-1]
                 if own
-                else f"{checkpoint} belongs to no run that was scored: name what to score, evals=[NAME,NAME] or "
-                f"evals=all, of {_grouped(known)}"
+                else f"{checkpoint} belongs to no scored run: name what to score, evals=all or evals=[NAME,NAME] of "
+                f"coca-evaluate --help, such as {_grouped(known)}"
             )
         names += scored
         places |= dict(_places(config, scored))
@@ -97,6 +103,18 @@ def with_evals(words: list[str]) -> list[str]:
     if notes and is_first_process():
         print(*dict.fromkeys(notes), sep="\n", flush=True)
     return [*words, *added, *(f"{key}={quote(place)}" for key, place in places.items() if key not in given)]
+
+
+def _values(override: str) -> list[str]:
+    """The values of an override, of which a sweep has several and a quoted one may hold commas; none if Hydra cannot
+    read it.
+    """
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return []
+    texts = value.list if isinstance(value, ChoiceSweep) else [value]
+    return [text.text if isinstance(text, QuotedString) else str(text) for text in texts]
 
 
 def _generate(config: Mapping[str, Any]) -> str | None:
@@ -122,7 +140,7 @@ def _places(config: Mapping[str, Any], evals: Sequence[str]) -> Iterator[tuple[s
     found |= {f"roots.{name}": roots[name] for name in roots if any(own.startswith(f"{name}_") for own in evals)}
     for key, place in found.items():
         place = data.get("root") if place == "${data.root}" else place
-        if isinstance(place, str) and Path(place).is_dir():
+        if isinstance(place, str) and os.path.isdir(place):
             yield key, place
 
 
@@ -156,20 +174,23 @@ def run(cfg: DictConfig) -> dict[str, float]:
     configure_libraries(cfg.threads)
     if cfg.spice_jars is not None:
         os.environ[JARS_VARIABLE] = cfg.spice_jars
-    with in_use(Path(cfg.output_dir)), worker_errors(), process_group() as device:
+    folder = Path(cfg.output_dir)
+    with in_use(folder), worker_errors(), process_group() as device:
+        if (folder / CHECKPOINTS).exists():
+            raise ConfigError(f"{folder} holds the checkpoints of a training run: choose another name")
         model = _load(cfg).to(device, chosen_dtype(cfg.precision))
-        start_run_folder(cfg)
         settings = build_settings(cfg)
         evals, not_run = build_evals(cfg)
         if isinstance(model, CoCa) and any(evaluation.classified for evaluation in evals):
             with error_context("checkpoint"):
                 settings = replace(settings, classifier=load_classifier(cfg.checkpoint, model))
+        start_run_folder(cfg)  # not before: a scoring that cannot start leaves nothing behind
         found = Found(not_run=not_run)
         for evaluation in evals:
             found.add(evaluation, evaluation.evaluate(model, settings))
         if rank() == 0:
             facts = {"parameters": part_sizes(model), "gflops": forward_flops(model) / 1e9}
-            finish_run(Path(cfg.output_dir), found, facts, build_report(cfg))
+            finish_run(folder, found, facts, build_report(cfg))
     return found.scores
 
 

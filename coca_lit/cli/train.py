@@ -52,7 +52,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
         with error_context("seed"):
             L.seed_everything(cfg.seed, workers=True, verbose=False)
         start = find_checkpoint(folder, cfg.ckpt_path, is_first_process())
-        resumed = start is not None and start.path.parent.parent == folder
+        resumed = start is not None and start.lies_in(folder)
         source = None if resumed else load_source(cfg)
         cfg = with_recipe(cfg, source, resumed)
         check_start(cfg, start)

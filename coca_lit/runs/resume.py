@@ -68,6 +68,10 @@ class Start(NamedTuple):
         found: dict[str, Any] = self.content.get(RUN_KEY, {})
         return found
 
+    def lies_in(self, folder: Path) -> bool:
+        """Whether the checkpoint is one of this run folder."""
+        return self.path.resolve().parent == (folder / CHECKPOINTS).resolve()
+
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
     """The part of an unresolved config that may not change within a run."""
@@ -92,10 +96,11 @@ def find_checkpoint(folder: Path, ckpt_path: str | None, first_process: bool) ->
     if ckpt_path is None:
         return None
     if ckpt_path != AUTO:
-        if not is_checkpoint(Path(ckpt_path)):
-            why = ": it is a folder; name the checkpoint in it" if Path(ckpt_path).is_dir() else ""
+        path = Path(os.path.expanduser(ckpt_path))
+        if not is_checkpoint(path):
+            why = ": it is a folder; name the checkpoint in it" if path.is_dir() else ""
             raise CheckpointError(f"ckpt_path: there is no checkpoint '{ckpt_path}'{why}")
-        return Start(Path(ckpt_path), inspect(Path(ckpt_path), checksums=first_process))
+        return Start(path, inspect(path, checksums=first_process))
     last = folder / CHECKPOINTS / LAST
     if not step_files(last.parent):
         return None
@@ -204,7 +209,7 @@ def rewind_run(folder: Path, start: Start, roll_back: bool) -> None:
     Args:
         roll_back: the checkpoint was named, so newer ones in the folder are abandoned.
     """
-    if start.path.resolve().parent != (folder / CHECKPOINTS).resolve():
+    if not start.lies_in(folder):
         start_fresh(folder)
         return
     step = start.run.get("step", 0)

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from coca_lit.cli.command import compose as compose_config
 from coca_lit.cli.evaluate import evaluate, run, with_evals
+from coca_lit.cli.words import to_override
 from coca_lit.data.scenes.render import scene_records, scene_training_captions
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.models import CoCa, create_model
@@ -110,6 +111,19 @@ def test_checkpoint_of_another_architecture(tmp_path, name, message):
         run(compose(tmp_path, f"checkpoint={tmp_path / 'other.pt'}", "evals=[scenes_retrieval]"))
 
 
+def test_a_scoring_that_cannot_start_moves_nothing(checkpoint, tmp_path):
+    before = tmp_path / "results.json"
+    before.write_text("{}")
+    with pytest.raises(DataError, match="Karpathy"):
+        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[mscoco_captions]"))
+    assert [*tmp_path.rglob("*")] == [before]
+    (saved := tmp_path / "checkpoints" / "step_1.ckpt").parent.mkdir()
+    saved.touch()
+    with pytest.raises(ConfigError, match="holds the checkpoints of a training run: choose another name"):
+        run(compose(tmp_path, f"checkpoint={checkpoint}", "evals=[scenes_retrieval]"))
+    assert {*tmp_path.rglob("*")} == {before, saved.parent, saved}
+
+
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setattr("sys.argv", ["coca-evaluate", "checkpoint=absent.ckpt", f"hydra.run.dir={folder}"])
@@ -143,9 +157,27 @@ def test_the_evaluations_are_those_of_the_run(tmp_path, monkeypatch, capsys):
     (other / "model.safetensors").touch()
     monkeypatch.setattr("sys.argv", ["coca-evaluate", f"checkpoint={other / 'model.safetensors'}"])
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(SystemExit, match=r"evals=.*[{,]scenes[,}].*_captions") as error:
+    with pytest.raises(SystemExit, match=r"evals=.*--help.*[{,]scenes[,}].*_captions") as error:
         evaluate()
     assert len(str(error.value)) < 800
+
+
+def test_a_path_with_a_comma_is_one_checkpoint(tmp_path):
+    """As each job of a sweep over two keys has; a sweep names several."""
+    for name, evaluation in (("lr=1,seed=0", "scenes_captions"), ("a,b", "scenes_retrieval"), ("c", "scenes_choice")):
+        run_folder(tmp_path / name, {"evals": {evaluation: {"_target_": ""}}})
+    word = to_override(f"checkpoint={tmp_path}/lr=1,seed=0")
+    assert with_evals([word]) == [word, "evals=[scenes_captions]"]
+    assert compose_config("evaluate", [word]).checkpoint == f"{tmp_path}/lr=1,seed=0"
+    word = to_override(f"checkpoint='{tmp_path}/a,b',{tmp_path}/c")
+    assert with_evals([word]) == [word, "evals=[scenes_retrieval,scenes_choice]"]
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody_here/x", "a\0b"])
+def test_a_path_that_no_system_takes_is_one_that_is_not_there(path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["coca-evaluate", f"checkpoint={path}"])
+    with pytest.raises(SystemExit, match=r"error: checkpoint: there is no checkpoint"):
+        evaluate()
 
 
 @pytest.mark.parametrize(("evals", "split"), [(["my_photos_captions"], ["val"]), (["scenes_captions"], [])])

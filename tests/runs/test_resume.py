@@ -405,6 +405,22 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "written", ["checkpoints/step_1.ckpt", "~/checkpoints/step_1.ckpt", "{}/checkpoints/last.ckpt"]
+)
+def test_a_checkpoint_belongs_to_its_run_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    (tmp_path / "checkpoints" / "last.ckpt").symlink_to(save(tmp_path, 1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    start = find_checkpoint(tmp_path, written.format(tmp_path), first_process=True)
+    assert start is not None
+    assert start.content["global_step"] == 1
+    assert start.lies_in(tmp_path)
+    assert not start.lies_in(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
     ("override", "key"),
     [
         ("seed=7", "seed"),
