@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from coca_lit.machine import best_device
+from coca_lit.machine import best_device, is_first_process
 
 T = TypeVar("T")
 # How long ranks wait for objects of another one, which may be scoring or encoding alone. A rank that has died is
@@ -217,8 +217,7 @@ def forked_rng(device: torch.device) -> Iterator[None]:
 
 def print_rank_zero(message: str) -> None:
     """Prints a line on rank 0. Before there is a process group, the environment tells which process that will be."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    if rank() == 0 if _active() else all(os.environ.get(name, "0") == "0" for name in names):
+    if rank() == 0 if _active() else is_first_process():
         print(message, flush=True)
 
 

@@ -1,4 +1,6 @@
-"""What this process may use of a machine: it may be less than all, and other programs may run there."""
+"""What this process may use of a machine: it may be less than all, and other programs may run there. And whether it
+is the first process of its run.
+"""
 
 import os
 import random
@@ -25,6 +27,14 @@ def set_up_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     if sys.platform == "darwin":
         os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, according to the environment: there may be no process group yet. Under `srun torchrun`
+    RANK alone tells: torchrun numbers machines by their names, and not as SLURM does.
+    """
+    names = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def best_device() -> str:

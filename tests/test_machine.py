@@ -17,7 +17,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from coca_lit import machine
 from coca_lit.callbacks import SharedMachine
 from coca_lit.callbacks.progress import SHARED_AFTER
-from coca_lit.machine import best_device, memory_bytes, processors, set_up_environment
+from coca_lit.distributed import print_rank_zero
+from coca_lit.machine import best_device, is_first_process, memory_bytes, processors, set_up_environment
 from coca_lit.training.trainer import trainer_parts
 from helpers.running import ROOT
 
@@ -274,3 +275,32 @@ def test_cores_that_a_container_has_lost(monkeypatch: pytest.MonkeyPatch) -> Non
     watch._pin([0])
     watch.crowded = True
     watch._in_child()
+
+
+# Who is the first
+
+
+SRUN = {"SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("told", "first"),
+    [
+        ({}, True),
+        (SRUN, False),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", **SRUN}, True),  # srun torchrun, which orders machines by their names
+        ({"RANK": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False),
+    ],
+)
+def test_one_process_is_the_first(
+    told: dict[str, str], first: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == first
+    print_rank_zero("once")
+    assert capsys.readouterr().out == "once\n" * first

@@ -31,13 +31,12 @@ from coca_lit.cli.schema import AUTO, MissingValueError, check, check_complete, 
 from coca_lit.cli.sweep import branch_of, cooldown_of, end_sweep, job_record, sweep_score
 from coca_lit.cli.words import Positional, parse
 from coca_lit.errors import ConfigError, UserError, error_context, suggest
-from coca_lit.machine import set_up_environment
+from coca_lit.machine import is_first_process, set_up_environment
 from coca_lit.models.generation.options import check_shared
 from coca_lit.models.presets import preset
 from coca_lit.runs.launch import (
     announce,
     import_from_current_folder,
-    is_first_process,
     isolate,
     job_folder,
     launched_devices,

@@ -22,8 +22,8 @@ from coca_lit.cli.runtime import chosen_dtype, configure_libraries
 from coca_lit.cli.schema import written
 from coca_lit.cli.words import quote
 from coca_lit.errors import ConfigError, error_context
+from coca_lit.machine import is_first_process
 from coca_lit.reading import printable, read_run_yaml
-from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.run_folder import CHECKPOINTS, CONFIG, in_use
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from coca_lit.errors import ConfigError, suggest
 from coca_lit.files import write_json
+from coca_lit.machine import is_first_process
 from coca_lit.metrics import lower_is_better
 from coca_lit.reading import read_json
-from coca_lit.runs.launch import is_first_process, job_folder
+from coca_lit.runs.launch import job_folder
 from coca_lit.runs.redaction import masked_yaml, redact
 from coca_lit.runs.run_folder import CHECKPOINTS
 from coca_lit.runs.scores import headline

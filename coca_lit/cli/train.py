@@ -18,7 +18,7 @@ from coca_lit.cli.runtime import configure_libraries
 from coca_lit.cli.schema import argument_defaults
 from coca_lit.cli.sweep import SWEEP_VARIABLE, check_processes
 from coca_lit.errors import error_context
-from coca_lit.runs.launch import is_first_process
+from coca_lit.machine import is_first_process
 from coca_lit.runs.run_folder import in_use
 
 OWN_PHOTOS = "coca_lit.data.datasets.folder.folder_records"  # what reads them

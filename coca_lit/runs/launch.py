@@ -1,5 +1,5 @@
 """What the environment tells a process that torchrun or srun launched: a name for the run that all processes agree on,
-which of them is the first, and how many there are. And where a process, and those that it starts, import modules from.
+and how many there are. And where a process, and those that it starts, import modules from.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from coca_lit.errors import ConfigError
+from coca_lit.machine import is_first_process
 from coca_lit.runs.redaction import redact
 
 LONGEST = 150  # bytes; file systems take 255, with the parts that are added
@@ -74,11 +75,6 @@ def under_srun() -> bool:
     interactive job by the same names.
     """
     return "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-
-
-def is_first_process() -> bool:
-    """Whether this is rank 0, according to the environment: there may be no process group yet."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def announce(command: str) -> None:

@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from coca_lit.distributed import print_rank_zero
 from coca_lit.errors import CheckpointError
 from coca_lit.files import atomic_link, atomic_write, csv_line, remove_leftovers, whole_lines
+from coca_lit.machine import is_first_process
 from coca_lit.reading import parse_json, read_json
 from coca_lit.runs.checkpoint_io import inspect, newest_valid, step_files
-from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.redaction import masked_yaml
 from coca_lit.runs.results import CONDITIONS, DRAWS, INTERVALS
 from coca_lit.runs.run_folder import BAD_STEPS, CHECKPOINTS, CONFIG, METRICS, RESULTS, command, describe_run

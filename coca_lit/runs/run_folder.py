@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from coca_lit.errors import ConfigError, DataError
 from coca_lit.files import atomic_write, write_json
+from coca_lit.machine import is_first_process
 from coca_lit.reading import read_json
-from coca_lit.runs.launch import is_first_process
 from coca_lit.runs.redaction import redact
 
 CONFIG, ENVIRONMENT, RESULTS = "config.yaml", "environment.json", "results.json"
