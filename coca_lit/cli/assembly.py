@@ -216,6 +216,11 @@ def build_trainer(cfg: DictConfig, scoring: "ScoreDuringTraining", start: "Start
         trainer: L.Trainer = build(node, "trainer", {"default_root_dir": cfg.output_dir, **DEFAULTS}, **parts)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from error
+    if trainer.max_steps == -1 and trainer.max_epochs in (None, -1):
+        raise ConfigError(
+            "trainer.max_epochs or trainer.max_steps must be set: the learning rate needs a length; trainer.max_time "
+            "may end it earlier"
+        )
     return trainer
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from coca_lit.cli.assembly import build_evals
+from coca_lit.cli.assembly import build_evals, build_scoring, build_trainer
 from coca_lit.cli.module import build_module
+from coca_lit.errors import ConfigError
 from coca_lit.evals import Settings
 from coca_lit.training.objectives import Objective
 from helpers.running import compose
@@ -94,3 +95,14 @@ def test_a_class_needs_no_name_and_a_measure_is_handed_over(guest: None) -> None
     (made,) = evaluations(*captions, "records.split=val", "measures.ones._target_=guest_parts.ones")
     assert made.name == "mine"
     assert callable(made.measures["ones"])
+
+
+@pytest.mark.parametrize("epochs", ["-1", "null"])
+def test_a_training_needs_a_length_besides_its_time(tmp_path: Path, epochs: str) -> None:
+    cfg = compose(
+        f"output_dir={tmp_path}", "trainer=cpu", "+trainer.max_time=00:00:01:00", f"trainer.max_epochs={epochs}"
+    )
+    with pytest.raises(ConfigError, match=r"^trainer.max_epochs or trainer.max_steps must be set: "):
+        build_trainer(cfg, build_scoring(cfg, []))
+    cfg.trainer.max_steps = 3
+    assert build_trainer(cfg, build_scoring(cfg, [])).max_steps == 3
