@@ -19,22 +19,30 @@ _SECRET = (
     r"|credentials?|auth|authorization|signature)|(?<=[_.-])(?i:pat)"
 )
 # The name may be the last word of a longer one: callbacks.wandb.api_key, http-auth, accessToken, PGPASSWORD.
-_NAME = rf"(?:[\w.@/-]*(?:[_.@/-]|(?<=[a-z0-9])(?=[A-Z])|(?=(?i:passw))))?(?:{_SECRET})"
+_BEFORE = r"(?:[_.@/-]|(?<=[a-z0-9])(?=[A-Z])|(?=(?i:passw)))"
+_NAME = rf"(?:[\w.@/-]*{_BEFORE})?(?:{_SECRET})"
 _KEY = re.compile(_NAME)
+# Looked for at the start of a path alone, and a part of a flag or URL is bounded: else a long path takes forever.
+_START = r"(?<![\w.@/-])"
 _WORD = r"""[^\s,;}\]&"']+"""
 _ASSIGNMENT = re.compile(
-    rf"""(?P<name>(?<![\w-]){_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{|(?i:null|none)\b|["']?{HIDDEN})"""
+    rf"""(?P<name>{_START}{_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{|(?i:null|none)\b|["']?{HIDDEN})"""
     rf"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?:(?i:bearer|basic)\s+)?{_WORD})"""
 )
 # A password may have several words: up to the next `name=`, option or end of the line.
 _PHRASE = re.compile(
-    rf"""(?P<name>(?<![\w-])[\w.@/-]*(?i:passw(?:or)?d|passphrase|pwd)\s*[=:]\s*)(?!\$\{{|{HIDDEN})"""
+    rf"""(?P<name>{_START}[\w.@/-]*(?i:passw(?:or)?d|passphrase|pwd)\s*[=:]\s*)(?!\$\{{|{HIDDEN})"""
     rf"""(?P<value>{_WORD}(?:[ \t]+(?![+~-]|[\w.@/-]*[=:]){_WORD})+)"""
 )
-_FLAG = re.compile(rf"""(?P<name>(?<![\w-])--?{_NAME}(?:["'],)?\s+["']?)(?!["'-]|\$\{{|{HIDDEN})(?P<value>{_WORD})""")
+_FLAG = re.compile(
+    rf"""(?P<name>(?<![\w-])--?(?:[\w.@/-]{{0,100}}{_BEFORE})?(?:{_SECRET})(?:["'],)?\s+["']?)"""
+    rf"""(?!["'-]|\$\{{|{HIDDEN})(?P<value>{_WORD})"""
+)
 _QUERY = re.compile(rf"(?P<name>[?&](?i:sig|key|code)=)(?!{HIDDEN})(?P<value>{_WORD})")  # of Azure and Google
 # Digits and a slash behind the colon are a port. The last at-sign counts, unless another URL precedes it.
-_URL_PASSWORD = re.compile(r"""(?P<start>\b[a-zA-Z][\w+.-]*://[^\s/:]*:)(?!\$\{|\d{1,5}/)(?:(?!://)[^\s"'])+(?=@)""")
+_URL_PASSWORD = re.compile(
+    r"""(?P<start>\b[a-zA-Z][\w+.-]{0,40}://[^\s/:]*:)(?!\$\{|\d{1,5}/)(?:(?!://)[^\s"'])+(?=@)"""
+)
 _SHORTEST = 6  # characters; anything shorter also occurs in harmless words
 _FOLDERS = ("PWD", "OLDPWD")  # where the shell is, no passwords
 

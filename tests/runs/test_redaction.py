@@ -1,11 +1,14 @@
 """No secret stands in what a run prints and writes."""
 
 import json
+import random
 import re
+import time
 
 import pytest
 import yaml
 
+from coca_lit.runs import redaction
 from coca_lit.runs.redaction import mask, redact
 from coca_lit.runs.resume import start_run_folder
 from helpers.running import compose, train_py
@@ -131,3 +134,35 @@ def test_everything_under_a_secret_name_is_one():
     config = {"auth": {"user": "me", "pin": 12, "key": "${oc.env:KEY}"}, "urls": ["s3://me:pw@host"], "token": None}
     masked = {"user": "<hidden>", "pin": "<hidden>", "key": "${oc.env:KEY}"}
     assert mask(config) == {"auth": masked, "urls": ["s3://me:<hidden>@host"], "token": None}
+
+
+# Simpler and quadratic in the length of a path.
+SECRET = (
+    r"(?i:(?:api|access|private|secret|signing|encryption)[_-]?key|token|secret|password|passwd|passphrase|pwd"
+    r"|credentials?|auth|authorization|signature)|(?<=[_.-])(?i:pat)"
+)
+NAME = rf"(?:[\w.@/-]*(?:[_.@/-]|(?<=[a-z0-9])(?=[A-Z])|(?=(?i:passw))))?(?:{SECRET})"
+WORD = r"""[^\s,;}\]&"']+"""
+PLAIN = {
+    "_ASSIGNMENT": rf"""(?P<name>(?<![\w-]){NAME}["']?\s*[=:]\s*)(?!["']?\$\{{|(?i:null|none)\b|["']?<hidden>)"""
+    rf"""(?P<value>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?:(?i:bearer|basic)\s+)?{WORD})""",
+    "_PHRASE": r"""(?P<name>(?<![\w-])[\w.@/-]*(?i:passw(?:or)?d|passphrase|pwd)\s*[=:]\s*)(?!\$\{|<hidden>)"""
+    rf"""(?P<value>{WORD}(?:[ \t]+(?![+~-]|[\w.@/-]*[=:]){WORD})+)""",
+    "_FLAG": rf"""(?P<name>(?<![\w-])--?{NAME}(?:["'],)?\s+["']?)(?!["'-]|\$\{{|<hidden>)(?P<value>{WORD})""",
+    "_URL_PASSWORD": r"""(?P<start>\b[a-zA-Z][\w+.-]*://[^\s/:]*:)(?!\$\{|\d{1,5}/)(?:(?!://)[^\s"'])+(?=@)""",
+}
+PIECES = [*"aB1/.@_-:= ,'", "--", "://", "token", "Password", "pat", "key", "api_", "${x}", "null"]
+
+
+def test_a_long_path_takes_no_longer_and_the_same_is_hidden(monkeypatch):
+    pick = random.Random(0)
+    texts = ["".join(pick.choices(PIECES, k=pick.randrange(3, 16))) for _ in range(4000)]
+    found = [redact(text) for text in texts]
+    began = time.process_time()
+    for part in ("a/", "a.", "/-", "a+", "a@b/"):
+        redact(part * 8000)
+    assert time.process_time() - began < 3
+    for name, pattern in PLAIN.items():
+        monkeypatch.setattr(redaction, name, re.compile(pattern))
+    assert found == [redact(text) for text in texts]
+    assert sum("<hidden>" in text for text in found) > 300
