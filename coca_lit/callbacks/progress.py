@@ -153,7 +153,7 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._samples += len(batch.images) * world_size()
+        self._samples += _samples(batch) * world_size()
         if pl_module.device.type == "cuda":
             self._computed = torch.cuda.Event()
             self._computed.record()
@@ -233,7 +233,7 @@ class SamplesSeen(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._samples += len(batch.images)
+        self._samples += _samples(batch)
         self._tokens += int(batch.lengths.sum())
 
     def total(self) -> dict[str, int]:
@@ -275,6 +275,11 @@ class SourceCounts(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._before = Counter(state_dict)
+
+
+def _samples(batch: Batch) -> int:
+    """Number of its samples, each with one or several images; texts alone are none."""
+    return len(batch.keys) if len(batch.images) else 0
 
 
 def _is_logged(trainer: L.Trainer) -> bool:

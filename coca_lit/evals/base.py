@@ -10,6 +10,7 @@ An evaluation with your own metric is a class with one method, or a function wit
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -49,7 +50,7 @@ class Settings:
         output_dir: the run folder.
         split: the split that is scored, of data sets that have several. For the readers of the records.
         images: score at most this many images per evaluation; None for all.
-        batch_size: of all passes through the model.
+        batch_size: images or texts at a time in every pass through the model.
         workers: processes that load images.
         clip_score_model: checkpoint that judges CLIPScore; None for the scored model, which is then its own judge.
         generate: options of `CoCa.generate`, e.g. {"strategy": "beam", "num_beams": 4}; None for greedy captions.
@@ -109,7 +110,8 @@ class Evaluation:
         every: during training it takes part in every N-th scoring; 0 for the end only.
 
     Raises:
-        DataError: there are no records, or one lacks the captions that a `captioned` evaluation needs.
+        DataError: there are no records, two have the same id, or one lacks the captions that a `captioned` evaluation
+            needs.
 
     Attributes:
         captioned: whether every record needs a caption.
@@ -133,6 +135,8 @@ class Evaluation:
         check_number("every", every, whole=True, at_least=0)
         if not len(records):
             raise DataError(f"the evaluation '{name}' got no records: check what returns them")
+        if shared := [id for id, count in Counter(record.id for record in records).items() if count > 1]:
+            raise DataError(f"two records of '{name}' have the id {shared[0]!r}: give each its own")
         if self.captioned and (bare := [record.id for record in records if not record.captions]):
             raise DataError(
                 f"{len(bare)} of {len(records)} records of '{name}' have no caption, e.g. {bare[0]!r}: leave them out"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coca_lit.callbacks import Throughput
-from coca_lit.callbacks.progress import PlainProgress, not_timed
+from coca_lit.callbacks.progress import PlainProgress, SamplesSeen, not_timed
 from coca_lit.data.batch import Batch
 from coca_lit.data.loader import TrainLoader
 
@@ -222,3 +222,16 @@ def test_a_wait_behind_which_a_gpu_computes_is_none() -> None:
         throughput._computed = SimpleNamespace(query=lambda is_done=is_done: is_done)  # type: ignore[assignment]
         throughput.on_train_batch_start(trainer, None, None, 0)  # type: ignore[arg-type]
     assert throughput._waited == 5.0
+
+
+@pytest.mark.parametrize(("images", "samples"), [(4, 4), (8, 4), (0, 0)])
+def test_a_sample_counts_once_however_many_images_it_has(images: int, samples: int) -> None:
+    batch = Batch(torch.zeros(images, 3, 2, 2), torch.zeros(4, 2), torch.full((4,), 2), list("abcd"))
+    nothing: Any = None
+    seen, speed = SamplesSeen(), Throughput()
+    trainer: Any = SimpleNamespace(log_every_n_steps=0, global_step=1)
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    for callback in (seen, speed):
+        callback.on_train_batch_end(trainer, module, nothing, batch, 0)
+    assert seen.total() == {"samples": samples, "tokens": 8}
+    assert speed._samples == samples

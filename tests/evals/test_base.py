@@ -6,6 +6,7 @@ import pytest
 
 from coca_lit.data.records import Record
 from coca_lit.data.scenes.motion import motion_records
+from coca_lit.errors import DataError
 from coca_lit.evals import FunctionEvaluation, Settings
 from coca_lit.evals.captions import CaptionScores
 from coca_lit.evals.retrieval import RetrievalScores
@@ -30,6 +31,11 @@ def test_scores_are_recorded_with_what_they_depend_on(tmp_path: Path) -> None:
     assert evaluation.conditions["x/mine"].settings == {}  # a default that is written down is the default
     evaluation.evaluate(model, Settings(tmp_path, full=False), limit=4)
     assert evaluation.conditions == {}
+
+
+def test_two_records_of_one_id_are_refused_before_anything_is_scored() -> None:
+    with pytest.raises(DataError, match="two records of 'x' have the id 4: give each its own"):
+        FunctionEvaluation("x", [*RECORDS, RECORDS[4]], lambda *_: {})
 
 
 def test_scores_of_other_frames_cannot_be_compared(tmp_path: Path) -> None:
