@@ -138,7 +138,9 @@ def _annotation(node: ast.expr | None, module: str) -> str:
 
 
 def _constant(name: str, module: str) -> tuple[ast.expr, str] | None:
-    """What is assigned to a name in a module of the same package or ours, and that module; None if nothing is."""
+    """What a top-level name stands for, and the module that assigns it, followed through imports within its package or
+    coca_lit; None if nothing is found.
+    """
     for line in _source(module).body:
         if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == name:
             return line.value, module
@@ -150,7 +152,9 @@ def _constant(name: str, module: str) -> tuple[ast.expr, str] | None:
 
 @functools.cache
 def _source(module: str) -> ast.Module:
-    """The source of a module, found without importing its packages; empty if there is none."""
+    """The source of a module, found without importing its packages; empty if there is none. Raises `ConfigError` if it
+    is no Python.
+    """
     top, *inner = module.split(".")
     try:
         spec = importlib.util.find_spec(top) if top else None
@@ -161,7 +165,10 @@ def _source(module: str) -> ast.Module:
         place = Path(folder, *inner)
         files.append(place / "__init__.py" if place.is_dir() else place.with_suffix(".py"))
     found = next((file for file in files if file.suffix == ".py" and file.is_file()), None)
-    return ast.parse(found.read_text() if found else "")
+    try:
+        return ast.parse(found.read_bytes() if found else b"", str(found))  # bytes: the file says how it is encoded
+    except SyntaxError as error:
+        raise ConfigError(f"{found}, line {error.lineno}: {error.msg}") from error
 
 
 # Checks

@@ -412,6 +412,31 @@ def test_signatures_are_read_without_running_anything(tmp_path: Path, monkeypatc
     assert not Path("ran").exists()
 
 
+MADE = "def made(name='\u00e9'): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("bom", b"\xef\xbb\xbf" + MADE.encode()),
+        ("latin", b"# coding: latin-1\n" + MADE.encode("latin-1")),
+        ("torn", b"x = 1\ndef made(:\n"),
+    ],
+)
+def test_a_users_module_is_read_as_python_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: bytes
+) -> None:
+    file = tmp_path / f"module_{name}.py"
+    file.write_bytes(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    made = {"_target_": f"module_{name}.made"}
+    if name == "torn":
+        with pytest.raises(ConfigError, match=rf"^{file}, line 2: invalid syntax$"):
+            argument_defaults(made)
+    else:
+        assert argument_defaults(made) == {"name": "\u00e9"}
+
+
 @pytest.mark.parametrize("target", ["pathlib.Path", "torch.optim.SGD", "lightning.pytorch.loggers.CSVLogger"])
 def test_any_class_can_be_named(target: str) -> None:
     assert resolve_target(target, "x").__name__ == target.rpartition(".")[2]
