@@ -282,9 +282,7 @@ class Checkpoints(L.Callback):
             "config": self.identity(),
             "step": trainer.global_step,
             "logged_steps": lightning_fixes.logged_steps(trainer) + validating,
-            "max_epochs": trainer.max_epochs,
-            "max_steps": trainer.max_steps,
-            "max_time": lightning_fixes.max_time(trainer),
+            **_limits(trainer),
             "processes": world_size(),
             "workers": _workers(trainer),
             "fp32_matmul": kernels.fp32_matmul(),
@@ -296,10 +294,9 @@ class Checkpoints(L.Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get(RUN_KEY, {})
-        now = {limit: getattr(trainer, limit) for limit in LIMITS} | {"max_time": lightning_fixes.max_time(trainer)}
-        if self._loaded.get("finished") and all(self._loaded.get(limit) == now[limit] for limit in now):
+        if self._loaded.get("finished") and all(self._loaded.get(k) == limit for k, limit in _limits(trainer).items()):
             trainer.should_stop = True  # nothing is left to train, also where the run was stopped early
-            print_rank_zero("the training is finished: only its scores are left")
+            print_rank_zero("the training is already finished: only scores and report are made again")
         before = self._loaded.get("fp32_matmul")
         if before and before != kernels.fp32_matmul():  # the two libraries round differently
             try:
@@ -325,6 +322,11 @@ def announce(trainer: L.Trainer, before: dict[str, Any]) -> None:
     changed = [f"{before[key]} {key} became {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if changed:
         print_rank_zero(f"note: {' and '.join(changed)}: every batch holds the same samples as before")
+
+
+def _limits(trainer: L.Trainer) -> dict[str, Any]:
+    """What ends a training."""
+    return {limit: getattr(trainer, limit) for limit in LIMITS} | {"max_time": lightning_fixes.max_time(trainer)}
 
 
 def _workers(trainer: L.Trainer) -> int:

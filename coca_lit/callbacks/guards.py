@@ -51,19 +51,21 @@ class NonFiniteGuard(L.Callback):
     sample keys of all ranks.
 
     On a GPU the host knows of both one step later: to know at once it would have to wait for the device, which would
-    have nothing to do meanwhile. A fused optimizer skips the step by itself.
+    have nothing to do meanwhile. A fused optimizer skips the step by itself. With 16-mixed the
+    scaler skips such steps, and none is counted or noted; spikes are.
 
     Args:
         output_dir: the run folder.
         max_in_a_row: the run ends after this many skipped steps in a row.
         spike: a loss is a spike if it is this many robust standard deviations above the median of the last ones; 0 for
             no detection.
-        window: how many of the last losses count.
+        window: how many of the last losses count, at least 20.
     """
 
     def __init__(self, output_dir: str | Path, max_in_a_row: int = 10, spike: float = 10.0, window: int = 100) -> None:
         check_number("max_in_a_row", max_in_a_row, whole=True, at_least=1)
         check_number("window", window, whole=True, at_least=WARM_UP)
+        check_number("spike", spike, at_least=0)
         self.path = Path(output_dir) / BAD_STEPS
         self._waiting: Waiting[str] = Waiting(self.path, partial(append_lines, self.path))
         self.max_in_a_row, self.spike = max_in_a_row, spike
@@ -320,6 +322,9 @@ class StallGuard(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._over.set()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._over.set()  # then there is no teardown
 
     def _now(self, doing: str, keys: list[str]) -> None:
         self._began, self._doing, self._keys, self._said = time.monotonic(), doing, keys, False

@@ -38,10 +38,7 @@ class ScoreDuringTraining(L.Callback):
         quick: how many images of each evaluation are scored during training.
 
     Attributes:
-        results: the final scores, of all images.
-        not_run: score -> why it could not be computed.
-        draws: final score -> its values for resampled images.
-        conditions: final score -> what it depends on besides the model.
+        found: the final scores of all images, and what belongs to them, see `Found`.
     """
 
     def __init__(

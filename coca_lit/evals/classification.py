@@ -13,7 +13,7 @@ from torch import Tensor
 from coca_lit.data.datasets.classification import Classification
 from coca_lit.data.records import Record
 from coca_lit.distributed import rank
-from coca_lit.errors import DataError
+from coca_lit.errors import DataError, check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.inference import blind_log_likelihoods, embed_images, embed_texts, log_likelihoods
 from coca_lit.evals.samples import caption_samples, confusion_samples, sample_sheet
@@ -110,6 +110,7 @@ class ProbeScores(Evaluation):
 
     Raises:
         DataError: the two sets have other classes.
+        ValueError: k is no whole number of at least 1, or c is not above 0.
     """
 
     score_names = ("knn/top1", "linear/top1")
@@ -126,6 +127,8 @@ class ProbeScores(Evaluation):
     ) -> None:
         super().__init__(name, images.records, every)
         check_same_classes(name, training.class_names, images.class_names)
+        check_number("k", k, whole=True, at_least=1)
+        check_number("c", c, above=0)
         self.images, self.training, self.k, self.c = images, training, k, c
         self.pooler = pooler if pooler is not None and pooler.epochs else None
 
@@ -234,11 +237,11 @@ class LabelScores(Evaluation):
             if self.training_records is not None:
                 try:
                     training = [record for record in self.training_records() if record.captions]
-                except DataError as error:  # the training split need not lie beside the one that is scored
-                    self.not_run[f"{self.name} blind"] = str(error)
-                else:
                     pairs = [(record.question, record.captions[0]) for record in training]
                     guesses = blind_answers({record.id: record.question for record in records}, pairs)
+                except (DataError, ValueError) as error:  # the training split need not lie there, or have labels
+                    self.not_run[f"{self.name} blind"] = str(error)
+                else:
                     right["blind/"] = np.array([guesses[record.id] == record.captions[0] for record in records])
             if rank() == 0:
                 rows = [{"id": id, "label": label} for id, label in chosen.items()]

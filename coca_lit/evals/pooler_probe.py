@@ -201,7 +201,7 @@ class _Items(Dataset[Tensor]):
 
 @contextmanager
 def _frozen(encoder: ImageEncoder) -> Iterator[ImageEncoder]:
-    """The encoder in evaluation mode, without gradients, as it was afterwards."""
+    """In evaluation mode and without gradients within the block, afterwards as before."""
     training, trained = encoder.training, [p for p in encoder.parameters() if p.requires_grad]
     encoder.eval()
     try:

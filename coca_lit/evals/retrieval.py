@@ -215,7 +215,8 @@ class PositiveRetrieval(Evaluation):
         for record in cut:
             if len(record.captions) > len(positives.captions.get(record.id, ())):
                 raise DataError(
-                    f"the captions of image {record.id!r} have no ids in dataset_coco.json: take its images"
+                    f"the captions of image {record.id!r} have no ids in dataset_coco.json: use the images that it "
+                    "lists"
                 )
 
     def scores(self, model: DualEncoder, records: Sequence[Record], settings: Settings) -> dict[str, float]:

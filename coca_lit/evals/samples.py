@@ -16,7 +16,7 @@ from pycocoevalcap.cider.cider import Cider
 from torch import Tensor
 
 from coca_lit.data.records import Record
-from coca_lit.metrics.captions import WORD, is_reference
+from coca_lit.metrics.captions import is_reference, words_of
 
 THUMBNAIL = 240  # pixels of the longer side
 TOP = 5
@@ -51,8 +51,8 @@ def worst_captions(
 
     CIDEr judges: it weighs what is special about an image. Words are taken as they stand, without Java's tokenizer.
     """
-    words = {i: [" ".join(WORD.findall(text.lower())) for text in r.captions] for i, r in enumerate(records)}
-    written = {i: [" ".join(WORD.findall(captions[r.id].lower()))] for i, r in enumerate(records)}
+    words = {i: [words_of(text) for text in r.captions] for i, r in enumerate(records)}
+    written = {i: [words_of(captions[r.id])] for i, r in enumerate(records)}
     _, of_images = Cider().compute_score(words, written)
     worst = [records[i] for i in np.argsort(of_images, kind="stable")[:count]]
     return [sample for sample in caption_samples(worst, captions, count) if not sample["exact"]]

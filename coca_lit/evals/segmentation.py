@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coca_lit.data.datasets.classification import Segmentation
 from coca_lit.data.records import Record
+from coca_lit.errors import check_number
 from coca_lit.evals.base import Evaluation, Settings
 from coca_lit.evals.classification import check_same_classes
 from coca_lit.evals.inference import rows_of
@@ -36,6 +37,7 @@ class SegmentationScores(Evaluation):
 
     Raises:
         DataError: the two sets have other classes.
+        ValueError: pixels is no whole number of at least 1, or c is not above 0.
     """
 
     score_names = ("segmentation/miou",)
@@ -51,6 +53,8 @@ class SegmentationScores(Evaluation):
     ) -> None:
         super().__init__(name, images.records, every)
         check_same_classes(name, training.class_names, images.class_names)
+        check_number("pixels", pixels, whole=True, at_least=1)
+        check_number("c", c, above=0)
         self.images, self.training, self.pixels, self.c = images, training, pixels, c
 
     def depends_on(self, score: str, settings: Settings) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class VQAScores(Evaluation):
                 training = self.training_records()
                 pairs = [(record.question, record.captions[0]) for record in training if record.captions]
                 answers["blind"] = blind_answers({record.id: record.question for record in records}, pairs)
-            except DataError as error:  # the training split need not lie beside the one that is scored
+            except (DataError, ValueError) as error:  # the training split need not lie beside the one that is scored
                 self.not_run[f"{self.name} blind"] = str(error)
         self.draws = _draws(records, answers)
         return _accuracies(records, answers)
@@ -144,12 +144,15 @@ def generate_answers(
 
 
 def fitting(tokenizer: Tokenizer, question: str) -> str:
-    """The question without the last words that would leave no room for an answer."""
+    """The question without its end that would leave no room for an answer: whole words, and of one word characters."""
     most = max(tokenizer.context_length - MAX_ANSWER, 3)
     words = question.split()
-    while len(words) > 1 and len(tokenizer.encode_batch([" ".join(words)])[0]) - 1 > most:
+    while len(words) > 1 and len(tokenizer.encode(" ".join(words))) - 1 > most:
         words.pop()
-    return " ".join(words)
+    text = " ".join(words)
+    while len(tokenizer.encode(text)) - 1 > most:  # a word alone, such as a sentence in Chinese
+        text = text[:-1]
+    return text
 
 
 class PlaceScores(Evaluation):
@@ -168,7 +171,10 @@ class PlaceScores(Evaluation):
             self.not_run[f"{self.name} places"] = "the model has no decoder, so it writes no answers"
             return {}
         answers = generate_answers(model, records, settings.batch_size, settings.workers, settings.generate or {})
-        places = {image: i for i, image in enumerate(dict.fromkeys(record.image for record in records))}
+        first: dict[Any, int | str] = {}  # what is drawn, by the id of the first record
+        for record in records:
+            first.setdefault(record.image, record.id)
+        places = {image: i for i, image in enumerate(first)}
         right, asked = np.zeros((2, 2, len(places)))  # (kind, images)
         for record in records:
             kind = int(read_box(record.captions[0]) is None)
@@ -177,7 +183,7 @@ class PlaceScores(Evaluation):
         given = [kind for kind in (0, 1) if asked[kind].any()]
         if settings.full:
             parts = {self.score_names[kind]: (right[kind], asked[kind]) for kind in given}
-            self.draws = bootstrap([*places.values()], ratios(parts))
+            self.draws = bootstrap([*first.values()], ratios(parts))
         return {self.score_names[kind]: float(right[kind].sum() / asked[kind].sum()) for kind in given}
 
 

@@ -259,16 +259,17 @@ def caption_statistics(captions: Collection[str]) -> dict[str, float]:
 def are_novel(captions: Iterable[str], training_captions: Iterable[str]) -> list[bool]:
     """Whether each caption differs from all training captions in a word."""
     known = _different(tuple(training_captions))
-    return [_words(caption) not in known for caption in captions]
+    return [words_of(caption) not in known for caption in captions]
 
 
-def _words(caption: str) -> str:
+def words_of(caption: str) -> str:
+    """Its words in small letters, without Java's tokenizer."""
     return " ".join(WORD.findall(caption.lower()))
 
 
 @functools.lru_cache(maxsize=1)  # the same at each scoring of a training
 def _different(captions: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(map(_words, captions))
+    return frozenset(map(words_of, captions))
 
 
 def _distinct(ngrams: Sequence[object]) -> float:

@@ -166,7 +166,7 @@ class ResampledCider:
 
 
 def fast_words(text: str) -> list[str]:
-    """Words without Java; equal to `ptb.ptb_tokenize` on 99.9 % of Flickr8k's captions and 99.8 % of COCO's."""
+    """Words without Java: `java.runtime.ptb_tokenize`'s for 99.9 % of Flickr8k's captions and 99.8 % of COCO's."""
     return WORDS.findall(text.lower().replace("’", "'"))
 
 

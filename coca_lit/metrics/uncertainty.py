@@ -63,8 +63,7 @@ class Draws(NamedTuple):
             return float("nan"), float("nan")
         if self.trials:
             share, z = self.score, NormalDist().inv_cdf((1 + LEVEL) / 2)
-            variance = known.var()
-            units = share * (1 - share) / variance if variance > 0 else self.trials
+            units = share * (1 - share) / known.var() if np.ptp(known) >= EQUAL else self.trials
             middle = (share + z**2 / (2 * units)) / (1 + z**2 / units)
             half = z / (1 + z**2 / units) * math.sqrt(share * (1 - share) / units + z**2 / (4 * units**2))
             return max(middle - half, 0.0), min(middle + half, 1.0)

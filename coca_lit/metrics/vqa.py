@@ -100,9 +100,14 @@ def blind_answers(questions: Mapping[Id, str], training: Iterable[tuple[str, str
 
     Args:
         training: (question, answer) pairs.
+
+    Raises:
+        ValueError: there are none.
     """
     usual: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer in training:
         usual[question][answer] += 1
         usual[""][answer] += 1
+    if not usual:
+        raise ValueError("the training has no answers to guess from")
     return {id: usual[question if question in usual else ""].most_common(1)[0][0] for id, question in questions.items()}

@@ -73,14 +73,14 @@ def finish_run(
             print(f"{error}; trying again in {PAUSE} seconds", flush=True)
             time.sleep(PAUSE)
     hint = "; open report.html there" if (folder / "report.html").exists() else ""
-    print(f"{seconds} seconds; everything is in {folder}{hint}", flush=True)
+    print(f"{seconds} seconds since its last start; everything is in {folder}{hint}", flush=True)
 
 
 def write_results(
     folder: Path, results: dict[str, float], not_run: dict[str, str], facts: dict[str, Any] | None = None
 ) -> int:
-    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds that the run took. It is
-    finished once the report is written, too.
+    """Writes `results.json` and `not_run.json` (why a score is missing); returns the seconds since the last start
+    of the run. It is finished once the report is written, too.
 
     Args:
         facts: for `environment.json`: parameters of the model, samples and tokens that it was trained on.

@@ -4,6 +4,7 @@ lock, which lets one process at a time in.
 
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -73,11 +74,13 @@ def command() -> str:
 
 
 def commit() -> str:
-    """Commit of the checkout, marked if files differ from it; empty outside a checkout.
+    """Commit of the checkout, marked if files differ from it; empty outside a checkout, also where the package is
+    installed within somebody's repository.
 
     Nothing here locks the repository, as `git describe --dirty` does: the timeout would leave it locked.
     """
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
         return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -92,11 +95,7 @@ def _git(*arguments: str) -> str:
 def machine() -> str:
     """Its processor and number of cores."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
+    names = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 

@@ -1,6 +1,7 @@
 """Training that makes no progress, or whose folder disappears: what is reported, and when."""
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from coca_lit.callbacks import StallGuard
-from coca_lit.callbacks.guards import RunFolderGuard
+from coca_lit.callbacks.guards import NonFiniteGuard, RunFolderGuard
 from coca_lit.data.batch import Batch
 
 
@@ -89,3 +90,23 @@ def test_a_run_goes_on_where_its_folder_cannot_be_made_again(tmp_path: Path, cap
     guard.on_fit_end(trainer, Module())
     assert len(caplog.records) == 2, caplog.text  # that it was deleted, and why it cannot be made again
     assert str(folder) in caplog.messages[1]
+
+
+def test_the_watch_ends_with_a_training_that_fails() -> None:
+    def load(i: int) -> None:
+        raise OSError("the disk is gone")
+
+    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    before = threading.active_count()
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[StallGuard(minutes=0.5 / 60)], **options)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.fit(Module(), DataLoader(Slow(load), batch_size=None))
+    until = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert "stalls" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_negative_spike_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^spike must be a number of at least 0, got -1$"):
+        NonFiniteGuard(tmp_path, spike=-1)

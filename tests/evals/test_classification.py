@@ -84,6 +84,9 @@ def test_scores_of_folders(tmp_path):
     assert {"digits/linear/top1", "digits/knn/mean_per_class_recall"} <= evaluation.draws.keys()
     with pytest.raises(DataError, match=r"\b3\b.*2"):
         ProbeScores("digits", images._replace(class_names=images.class_names[:2]), train)
+    for wrong in ({"k": 0}, {"k": 2.5}, {"c": 0}):
+        with pytest.raises(ValueError, match=rf"^{next(iter(wrong))} must be a "):
+            ProbeScores("digits", images, train, **wrong)
 
 
 # --- labels
@@ -132,6 +135,13 @@ def test_scores_are_shares_of_right_labels(tmp_path: Path) -> None:
     assert [row["label"] for row in rows] == chosen
     quick = evaluation.evaluate(None, settings(tmp_path, LABELS, full=False), 60)  # type: ignore[arg-type]
     assert quick["mine_60/accuracy"] == accuracy_score(truth[:60], chosen_of(records[:60]))
+
+
+def test_a_training_without_answers_gives_no_blind_guess(tmp_path: Path) -> None:
+    records = entailment_records("val", size=32, count=4)
+    evaluation = LabelScores("mine", records, lambda: [record._replace(captions=()) for record in records])
+    assert "mine/accuracy" in evaluation.evaluate(None, settings(tmp_path, LABELS))  # type: ignore[arg-type]
+    assert evaluation.not_run == {"mine blind": "the training has no answers to guess from"}
 
 
 def chosen_of(records: Any) -> list[str]:

@@ -151,6 +151,20 @@ def test_the_interval_of_a_share_is_wilsons(found: int, count: int) -> None:
     assert 0 <= low < high <= 1
 
 
+@pytest.mark.parametrize(("right", "asked"), [([2], [3]), ([0.9] * 7, [1] * 7), ([2 / 3] * 6, [1] * 6)])
+def test_equal_shares_of_all_images_are_no_certainty(right: list[float], asked: list[float]) -> None:
+    """Draws of equal shares scatter by rounding alone."""
+    parts = {"top1": (np.array(right, dtype=float), np.array(asked, dtype=float))}
+    low, high = bootstrap(range(len(right)), ratios(parts))["top1"].interval()
+    assert (low, high) == pytest.approx(wilson(sum(right) / sum(asked), len(right)))
+
+
+def wilson(share: float, count: int) -> list[float]:
+    """The limits (Wilson 1927): where the deviation from the share is 1.96 standard errors of the limit itself."""
+    z = 1.959963984540054
+    return sorted(np.roots([count + z**2, -(2 * count * share + z**2), count * share**2]))
+
+
 def test_images_with_several_texts_give_a_wider_interval_than_as_many_images() -> None:
     """All four texts of an image are found, or none: 50 images say no more than 50 texts of different images."""
     found = np.arange(50) % 2 * 4.0

@@ -12,6 +12,7 @@ from coca_lit.evals import Settings
 from coca_lit.evals.vqa import VQAScores, fitting, generate_answers
 from coca_lit.metrics.vqa import CONTRACTIONS, blind_answers, normalize_answer, vqa_accuracy, vqa_scores
 from coca_lit.models import create_model
+from coca_lit.tokenizer import get_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,8 @@ def test_blind_guesses_are_the_usual_answers() -> None:
     training = [("what colour", colour) for colour in ("red", "red", "blue")] + [("how many", "2")] * 5
     asked = {1: "what colour", 2: "how many", 3: "where"}
     assert blind_answers(asked, training) == {1: "red", 2: "2", 3: "2"}
+    with pytest.raises(ValueError, match="no answers to guess from"):
+        blind_answers(asked, [])
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,13 @@ def test_a_question_that_is_too_long_loses_its_last_words(model) -> None:
     assert generate_answers(model, [scene_question_records("val", count=1)[0]._replace(question=long)])
 
 
+def test_a_question_without_blanks_loses_its_last_characters() -> None:
+    tokenizer, long = get_tokenizer("clip"), "图片里的东西是什么颜色的" * 20
+    kept = fitting(tokenizer, long)
+    longest = max(n for n in range(len(long)) if tokenizer.lengths([long[:n]])[0] - 1 <= tokenizer.context_length - 10)
+    assert kept == long[:longest] != ""
+
+
 def test_predictions_are_in_the_official_format_and_hidden_answers_are_no_error(model, tmp_path) -> None:
     records = scene_question_records("val", count=3)
     results = VQAScores("vqa", records, training_records=lambda: records).evaluate(model, Settings(tmp_path))
@@ -135,6 +145,9 @@ def test_predictions_are_in_the_official_format_and_hidden_answers_are_no_error(
     assert {"vqa/accuracy", "vqa/colour/accuracy", "vqa/place/accuracy"} <= results.keys()
     text = (tmp_path / "predictions" / "vqa.json").read_text()
     assert text.count('"question_id"') == text.count('"answer"') == len(records)
+    without = VQAScores("vqa", records, training_records=lambda: [r._replace(captions=()) for r in records])
+    assert without.evaluate(model, Settings(tmp_path)).keys() == results.keys() - {"vqa/blind/accuracy"}
+    assert without.not_run == {"vqa blind": "the training has no answers to guess from"}
     hidden = VQAScores("hidden", [record._replace(captions=()) for record in records])
     assert hidden.evaluate(model, Settings(tmp_path)) == {}
     assert hidden.not_run == {"hidden accuracy": "the answers to these questions are not public"}

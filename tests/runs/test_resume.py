@@ -493,7 +493,7 @@ def test_a_run_that_its_clock_ended_trains_on_with_more_time(
     nothing: Any = None
     Checkpoints(tmp_path).on_load_checkpoint(trainer, nothing, {RUN_KEY: run})
     assert trainer.should_stop == ends
-    assert ("only its scores are left" in capsys.readouterr().out) == ends
+    assert ("only scores and report are made again" in capsys.readouterr().out) == ends
 
 
 def test_new_start_moves_the_old_run_aside(tmp_path: Path) -> None:

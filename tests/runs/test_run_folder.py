@@ -15,6 +15,7 @@ import pytest
 
 from coca_lit.cli import train
 from coca_lit.errors import ConfigError
+from coca_lit.runs import run_folder
 from coca_lit.runs.run_folder import PATIENCE, add_facts, check_held, in_use
 from helpers.running import ROOT, TINY, compose, run, watched
 
@@ -138,6 +139,24 @@ def test_facts_are_added_to_those_that_are_known(tmp_path: Path) -> None:
     expected = {"commit": "abc", "samples": 2, "seconds": 3}
     assert add_facts(tmp_path, {"samples": 2, "seconds": 3}) == expected
     assert json.loads((tmp_path / "environment.json").read_text()) == expected
+
+
+def test_the_commit_is_that_of_the_package_and_not_of_a_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@y", "-C", str(tmp_path))
+        return subprocess.run(["git", *who, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    (file := tmp_path / ".venv" / "run_folder.py").parent.mkdir()
+    file.touch()
+    git("init")
+    git("commit", "--allow-empty", "--message=theirs")
+    monkeypatch.setattr(run_folder, "__file__", str(file))
+    assert run_folder.commit() == ""
+    git("add", ".")
+    git("commit", "--message=ours")
+    assert run_folder.commit() == git("rev-parse", "--short", "HEAD")
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from coca_lit.data.scenes.render import boxes, captions, decode, render, scene_r
 from coca_lit.evals import vqa as evaluated
 from coca_lit.evals.base import Settings
 from coca_lit.evals.vqa import PlaceScores, is_right
+from coca_lit.metrics.uncertainty import digest
 from coca_lit.models import create_model
 from helpers.running import run
 
@@ -67,6 +68,8 @@ def test_scores_are_shares_of_questions(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = evaluation.evaluate(create_model("coca_tiny"), Settings(tmp_path))
     assert found == {"places/box_accuracy": pytest.approx(1 - 10 / len(where)), "places/name_accuracy": 1.0}
     assert set(evaluation.draws) == set(found)
+    scenes = [next(r.id for r in questions if r.image == image) for image in dict.fromkeys(r.image for r in questions)]
+    assert {draws.units for draws in evaluation.draws.values()} == {digest(scenes)}
     without = create_model("coca_tiny", decoder_layers=0)
     assert evaluation.evaluate(without, Settings(tmp_path)) == {}
     assert "no decoder" in evaluation.not_run["places places"]
