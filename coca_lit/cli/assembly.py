@@ -112,15 +112,18 @@ def data_place(cfg: DictConfig) -> AbstractContextManager[None]:
 def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
     """The keys that say where the data of an evaluation are; None if they need no files."""
     evaluation = unresolved(cfg.evals)[name] or {}
-    keys = []
-    for part in ("records", "images", "positives"):
-        node = evaluation.get(part)
-        if isinstance(node, dict) and node.get("root") is not None:
-            found = re.fullmatch(r"\$\{roots\.(\w+)\}", str(node["root"]))
-            if found is None:
-                keys.append(f"evals.{name}.{part}.root")
-            else:
-                keys.append("data.root" if unresolved(cfg.roots)[found[1]] == "${data.root}" else f"roots.{found[1]}")
+    parts = {part: evaluation.get(part) for part in ("records", "images", "training", "positives")}
+    keys: dict[str, None] = {}
+    for path, node in {name: evaluation, **{f"{name}.{part}": node for part, node in parts.items()}}.items():
+        for key in ("root", "shards", "images") if isinstance(node, dict) else ():
+            place = node.get(key)
+            if place is None or isinstance(place, dict):
+                continue
+            if found := re.search(r"\$\{roots\.(\w+)\}", str(place)):
+                follows = unresolved(cfg.roots)[found[1]] == "${data.root}"
+                keys["data.root" if follows else f"roots.{found[1]}"] = None
+            elif key != "images":  # which may be named relative to the root
+                keys[f"evals.{path}.{key}"] = None
     return " or ".join(keys) or None
 
 

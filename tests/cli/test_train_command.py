@@ -279,12 +279,26 @@ def test_missing_data_are_one_sentence(error_of: Callable[..., str], tmp_path: P
     assert "data.shards=PLACE" in said
 
 
-def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["evals=[mscoco_retrieval]"], "roots.mscoco"),
+        (["evals=[mscoco_retrieval]", "data=mscoco"], "data.root"),
+        (["evals=[imagenet_probe]"], "roots.imagenet or roots.imagenet_train"),
+        (["evals=[folder_probe]"], "roots.folder"),
+        (["evals=[sugarcrepe_choice]"], "roots.sugarcrepe or roots.mscoco"),
+        (["evals=[clip_shards_captions]"], "roots.clip_shards"),
+        (["evals=[clip_benchmark]"], "evals.clip_benchmark.root"),
+        (
+            ["evals=[folder_captions]", "evals.folder_captions.records.root=/nowhere"],
+            "evals.folder_captions.records.root",
+        ),
+    ],
+)
+def test_missing_data_of_an_evaluation_name_their_key(tmp_path: Path, words: list[str], key: str) -> None:
     (tmp_path / "mscoco").mkdir()
-    for overrides, key in (((), "roots.mscoco"), (("data=mscoco",), "data.root")):
-        said = rf"{key}=PLACE .*scoring.skip_missing"
-        with pytest.raises(DataError, match=said):
-            build_evals(compose(*overrides, "evals=[mscoco_retrieval]", f"data_dir={tmp_path}"))
+    with pytest.raises(DataError, match=rf"; set {key}=PLACE .*scoring.skip_missing"):
+        build_evals(compose(*words, f"data_dir={tmp_path}"))
 
 
 # Real processes
