@@ -422,6 +422,7 @@ MADE = "def made(name='\u00e9'): pass\n"
         ("latin", b"# coding: latin-1\n" + MADE.encode("latin-1")),
         ("torn", b"x = 1\ndef made(:\n"),
     ],
+    ids=["bom", "latin", "torn"],
 )
 def test_a_users_module_is_read_as_python_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: bytes
