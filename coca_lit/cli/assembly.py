@@ -112,11 +112,11 @@ def data_place(cfg: DictConfig) -> AbstractContextManager[None]:
 def _place_of_evaluation(cfg: DictConfig, name: str) -> str | None:
     """The keys that say where the data of an evaluation are; None if they need no files."""
     evaluation = unresolved(cfg.evals)[name] or {}
-    parts = {part: evaluation.get(part) for part in ("records", "images", "training", "positives")}
+    parts = {f"{name}.{part}": evaluation.get(part) for part in ("records", "images", "training", "positives")}
     keys: dict[str, None] = {}
-    for path, node in {name: evaluation, **{f"{name}.{part}": node for part, node in parts.items()}}.items():
-        for key in ("root", "shards", "images") if isinstance(node, dict) else ():
-            place = node.get(key)
+    for path, node in {name: evaluation, **parts}.items():
+        places = {key: node.get(key) for key in ("root", "shards", "images")} if isinstance(node, dict) else {}
+        for key, place in places.items():
             if place is None or isinstance(place, dict):
                 continue
             if found := re.search(r"\$\{roots\.(\w+)\}", str(place)):
