@@ -20,6 +20,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from coca_lit.machine import is_first_process
+
 if TYPE_CHECKING:  # the commands import this file first
     import lightning.pytorch as L
 
@@ -40,7 +42,7 @@ def requeue_while_starting() -> None:
 def requeue_once(number: int, frame: FrameType | None) -> None:
     """The handler of that time."""
     signal.signal(number, signal.SIG_IGN)
-    if os.environ.get("SLURM_PROCID", "0") == "0":
+    if is_first_process():
         requeue()
 
 

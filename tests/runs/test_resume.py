@@ -35,6 +35,7 @@ from coca_lit.runs.resume import (
     start_fresh,
     start_run_folder,
 )
+from coca_lit.runs.signals import requeue_once
 from coca_lit.tools.prepare.scenes import export_scenes
 from helpers.forking import Program
 from helpers.resuming import MAP, TINY, Die, Signal, assert_same, rows, state, train
@@ -221,6 +222,27 @@ def test_signal_saves_and_stops(
     if signal.SIGUSR1 in numbers:
         assert (tmp_path / "requeued").read_text() == "requeue 77\n"
         assert "stopping after step 2 on signal 10: saved" in (tmp_path / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "asks"),
+    [({"SLURM_PROCID": "0"}, True), ({"SLURM_PROCID": "1"}, False), ({"SLURM_PROCID": "0", "RANK": "3"}, False)],
+)
+def test_one_process_of_a_job_requeues_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, names: dict[str, str], asks: bool
+) -> None:
+    """Also under `srun torchrun`, where every process of the first machine has the number 0 of SLURM."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/requeued\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {"SLURM_JOB_ID": "77", **names}.items():
+        monkeypatch.setenv(name, value)
+    handler = signal.getsignal(signal.SIGUSR1)
+    try:
+        requeue_once(signal.SIGUSR1, None)
+    finally:
+        signal.signal(signal.SIGUSR1, handler)
+    assert (tmp_path / "requeued").exists() == asks
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ FACTS = {  # key of the config or the environment -> name for readers
     "seed": "seed",
     "scoring.split": "evaluation split",
     "scoring.images": "evaluated images, at most",
-    "seconds": "time in total",
+    "seconds": "time since its last start",
     "commit": "commit",
     "machine": "machine",
     "torch": "torch",
