@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,7 +129,8 @@ def locate(name: str | Path) -> Path:
         FileNotFoundError: there is no such file, folder or released model; the message suggests a name.
         CheckpointError: the download failed, or there are several files to choose from.
     """
-    path, text = Path(name), str(name)
+    text = os.path.expanduser(name)  # a shell leaves the ~ of checkpoint=~/run
+    path = Path(text)
     if text == PHOTOS:
         return PHOTOS_WEIGHTS
     if is_checkpoint(path):

@@ -220,11 +220,13 @@ def test_a_slash_at_the_end_of_a_folder_changes_nothing(hub: Hub, files: dict[st
     assert locate(f"hf-hub:{STUDY}/{RUN}/").read_bytes() == files[SAFE]
 
 
-def test_a_run_folder_comes_before_a_file_beside_it(tmp_path: Path) -> None:
+def test_a_run_folder_comes_before_a_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     for name in ("run.pt", "run/last.ckpt"):
         (tmp_path / name).touch()
     assert locate(tmp_path / "run") == tmp_path / "run" / "last.ckpt"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/run") == tmp_path / "run" / "last.ckpt"
 
 
 @pytest.mark.slow
