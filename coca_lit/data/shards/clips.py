@@ -48,6 +48,7 @@ def clip_shard_records(
     found = find_shards(shards, cache)
     indexes = tar_indexes(found, cache.folder / "indexes")
     count_faults(found, indexes, bad)
+    alike = len({shard.file_name for shard in found}) < len(found)  # shards of two folders
     for index in indexes:
         for row in range(len(index)):
             try:
@@ -55,7 +56,9 @@ def clip_shard_records(
             except BadSampleError as error:
                 bad.catch(error)
             else:
-                id = f"{index.shard.file_name}/{index.key(row)}"
-                records.append(Record(id, StoredClip(index, row, frames), chain(*captions.values())))
+                shard = index.shard.name if alike else index.shard.file_name
+                records.append(
+                    Record(f"{shard}/{index.key(row)}", StoredClip(index, row, frames), chain(*captions.values()))
+                )
     bad.end_of_pass()
     return records

@@ -135,3 +135,11 @@ def test_one_faulty_shard_of_many_does_not_end_an_evaluation(tmp_path: Path) -> 
     records = clip_shard_records(str(tmp_path), frames=3)
     wanted = {f"{i:05d}.tar/{key}" for i in range(25) for key in "ab"} - {"00007.tar/b", "00009.tar/b"}
     assert {record.id for record in records} == wanted
+
+
+def test_clips_of_two_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "00000.tar", {"a.mp4": b"a clip", "a.txt": b"a dog"})
+    records = clip_shard_records(str(tmp_path / "{one,two}"), frames=3)
+    assert [record.id for record in records] == [f"{tmp_path}/{folder}/00000.tar/a" for folder in ("one", "two")]
