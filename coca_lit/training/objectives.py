@@ -34,7 +34,7 @@ class Objective(nn.Module):
         works_sharded: whether the weights of the network may be sharded; its `forward` then calls the network as a
             whole, or a method that `shard` registers.
         reads_captions: whether it reads captions, and not just labels and the questions in front of them.
-        key: where it stands in the configuration.
+        config_key: where it stands in the configuration.
         averages_tokens: whether a term is a mean over tokens. Batches differ in their number, so the mean of two
             batches is not that of the tokens of both.
     """
@@ -44,7 +44,7 @@ class Objective(nn.Module):
     works_sharded = False
     averages_tokens = False
     reads_captions = True
-    key = "an objective"
+    config_key = "an objective"
 
     def __init__(self, **weights: float) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Objective(nn.Module):
         """
         terms = self(net, batch)
         if not isinstance(terms, Mapping):
-            raise ConfigError(f"{self.key} must return {{name: term}}, got a {type(terms).__name__}")
+            raise ConfigError(f"{self.config_key} must return {{name: term}}, got a {type(terms).__name__}")
         return torch.stack([self.weights.get(name, 1.0) * term for name, term in terms.items()]).sum(), dict(terms)
 
 
@@ -209,7 +209,7 @@ def named_objectives(objectives: Mapping[str, Callable[..., Any] | None]) -> dic
         if not callable(function):
             raise ValueError(f"objectives.{name}: expected an Objective or a function (net, batch), got {function!r}")
         made = further[name] = function if isinstance(function, Objective) else Function(function)
-        made.key = f"model.objectives.{name}"
+        made.config_key = f"model.objectives.{name}"
         for term, weight in made.weights.items():
             if weight == 0:
                 raise ValueError(f"objectives.{name}: a {term}_weight of 0 trains nothing; set objectives.{name}=null")
