@@ -140,6 +140,9 @@ LAYOUTS: dict[str, Layout] = {
         {"images": "images", "images/s": "images/s", "time inside the model, %": "inside the model"},
     ),
     "startup": Layout({"case": "command"}, {"s": "wall s", "target, s": "target"}),
+    "from_nothing": Layout(
+        {"case": "step", "other programs": "other programs"}, {"s": "seconds", "target, s": "target"}
+    ),
     "busy": Layout(
         {"case": "task", "other programs": "other programs"},
         {f"{way}, samples/s": ("samples/s", way) for way in ("long waits", "as shipped", "one thread")},

@@ -1,5 +1,5 @@
 #!/bin/sh
-# All benchmarks, in about 70 minutes on two cores that do nothing else; then the tables and what has moved.
+# All benchmarks, in about 80 minutes on two cores that do nothing else; then the tables and what has moved.
 #     experiments/benchmarks/run.sh PHOTOS      # a folder of photos, for the input pipeline and the captions
 # Needs open_clip_torch==3.3.0 with transformers==4.56.2, and clip_benchmark.
 cd "$(dirname "$0")/../.."
@@ -19,6 +19,7 @@ run experiments/benchmarks/scoring.py
 run experiments/benchmarks/retrieval.py
 unset OMP_NUM_THREADS
 run experiments/benchmarks/startup.py
+run experiments/benchmarks/from_nothing.py
 run experiments/benchmarks/caption_folder.py "$1" --count 200 --workers 2
 run experiments/benchmarks/caption_folder.py "$1" --count 32 --workers 2 --model coca_vit_l14
 run experiments/benchmarks/busy.py --task "training, demo" --repetitions 1
