@@ -15,7 +15,6 @@ from coca_lit.tools.checkpoint import OUTPUTS
 from coca_lit.tools.demo import command as cli
 from coca_lit.tools.search.index import ImageIndex
 from coca_lit.weights.load import save_model
-from helpers.clips import greys, write_clip
 
 
 def compose(*overrides):
@@ -105,6 +104,9 @@ def test_scenes_are_searched_unless_a_folder_is_given(shown, tmp_path, tiny_mode
 
 def test_clips_stay_in_the_index(shown, tmp_path, tiny_model):
     """The page shows none, a search finds them."""
+    pytest.importorskip("av")
+    from helpers.clips import greys, write_clip
+
     model = tiny_model()
     save_model(model, tmp_path / "tiny.safetensors")
     (tmp_path / "photos").mkdir()

@@ -6,8 +6,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import scipy.io
 from hypothesis import given
@@ -83,6 +81,7 @@ def test_ids_that_are_names_of_other_files(tmp_path: Path) -> None:
 
 
 def test_pairs_and_judges_count_from_zero(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = write(tmp_path, "mine.parquet", b"")
     columns = {"image": ["1_a"] * 5, "caption": list("abcde"), "grade": [1, 2, 4, 3, 5]}
     pq.write_table(pa.table({**columns, "pair": [0, 0, 1, 1, None], "judge": [0, 1, 0, 1, None]}), path)
