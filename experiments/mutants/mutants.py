@@ -490,8 +490,8 @@ TABLE: dict[str, list[tuple[str, str, str, str]]] = {
     "callbacks/progress.py": [
         (
             "samples_of_all_ranks",
-            "len(batch.images) * world_size()",
-            "len(batch.images)",
+            "_samples(batch) * world_size()",
+            "_samples(batch)",
             "callbacks/test_progress.py -k ranks",
         ),
         (

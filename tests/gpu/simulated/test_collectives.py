@@ -72,7 +72,10 @@ def test_samples_are_counted_before_the_first_batch_and_after_it() -> None:
     seen = SamplesSeen()
     assert seen.total() == {"samples": 0, "tokens": 0}
     batch = Batch(
-        torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 4, dtype=torch.long), torch.tensor([3, 4]), []
+        torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(2, 4, dtype=torch.long),
+        torch.tensor([3, 4]),
+        ["a", "b"],
     )
     seen.on_train_batch_end(None, None, None, batch.to(GPU), 0)
     assert seen.total() == {"samples": 4, "tokens": 14}
