@@ -220,9 +220,11 @@ def test_killed_meteor_costs_meteor_alone():
     shared.score([["a dog"]], ["a dog"])  # it is loaded and waits
     pid = shared._process._java.pid
     os.kill(pid, signal.SIGSTOP)
-    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()  # it has been asked by then, and cannot answer
+    end = threading.Timer(3, os.kill, (pid, signal.SIGKILL))  # it has been asked by then, and cannot answer
+    end.start()
     references, predictions = {0: ["a red dog"], 1: ["a cat"]}, {0: "a red dog", 1: "a dog"}
     scores, not_run, draws = caption_table(references, predictions, metrics=("Bleu", "METEOR", "CIDEr"), tokenize=list)
+    end.join()
     assert not_run.keys() == {"METEOR", "SPICE"}
     assert not_run["METEOR"].startswith("METEOR")
     assert "ended" in not_run["METEOR"]
