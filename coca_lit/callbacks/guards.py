@@ -51,8 +51,8 @@ class NonFiniteGuard(L.Callback):
     sample keys of all ranks.
 
     On a GPU the host knows of both one step later: to know at once it would have to wait for the device, which would
-    have nothing to do meanwhile. A fused optimizer skips the step by itself. With 16-mixed the
-    scaler skips such steps, and none is counted or noted; spikes are.
+    have nothing to do meanwhile. A fused optimizer skips the step by itself. With 16-mixed the scaler
+    skips such steps, and none is counted or noted; spikes are.
 
     Args:
         output_dir: the run folder.

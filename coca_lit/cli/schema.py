@@ -253,7 +253,7 @@ def _mistake(value: Any, argument: Argument) -> str | None:
         return None
     if choices := re.fullmatch(r"Literal\[((?:'\w+'(?:, )?)+)\](?: \| None)?", argument.annotation):
         *others, last = re.findall(r"\w+", choices[1])
-        return None if value in (*others, last) else " or ".join([*[", ".join(others)] * bool(others), last])
+        return None if value in (*others, last) else " or ".join(filter(None, (", ".join(others), last)))
     if kinds == {"list"}:
         return "a list" if not isinstance(value, list) else None
     if not kinds <= NUMBERS or (isinstance(value, bool) and "bool" in kinds):

@@ -124,7 +124,7 @@ class BadSamples:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences warnings of broken samples and shards within the block, in this thread, for commands that report them
-    all afterwards. Others, such as those of a store that does not answer, are told.
+    all afterwards. Others are told, such as that a store does not answer.
     """
     token = _quiet.set(True)
     try:

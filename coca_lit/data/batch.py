@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class Batch(NamedTuple):
     """B captioned images, or questions with an answer, or texts alone. With n images per sample, `images` has n * B
-    rows, those of a sample next to each other.
+    rows, with the images of a sample next to each other.
     """
 
     images: Images  # (B, 3, H, W) uint8, channels last in memory as decoders return them, normalised on the device;

@@ -44,7 +44,7 @@ class TrainingExamples(Dataset[Example]):
         raise NotImplementedError
 
     def replacement(self, i: int, rng: random.Random, error: BadSampleError, tries: int) -> int:
-        """The index of a sample to use instead of `i`, which raised the error and was the last of so many tries."""
+        """The index of a sample to use instead of `i`, which raised the error at the given try."""
         return rng.randrange(len(self))
 
     def __getitem__(self, index: Index) -> Example:

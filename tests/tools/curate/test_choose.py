@@ -185,7 +185,7 @@ def test_cells_find_planted_duplicates(tmp_path, monkeypatch):
 
 
 def test_few_embeddings_against_many(tmp_path, monkeypatch):
-    """Fewer than the cells of so many."""
+    """Fewer than the cells that an index of all would have."""
     monkeypatch.setattr(choose, "FLAT", 500)
     rng = np.random.default_rng(0)
     others = rng.normal(size=(1000, 32))
