@@ -1,10 +1,12 @@
 """Parts of a run that a user has written, as small as they can be."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coca_lit.cli import command
 from coca_lit.cli.assembly import build_evals, build_scoring, build_trainer
 from coca_lit.cli.module import build_module
 from coca_lit.errors import ConfigError
@@ -95,6 +97,28 @@ def test_a_class_needs_no_name_and_a_measure_is_handed_over(guest: None) -> None
     (made,) = evaluations(*captions, "records.split=val", "measures.ones._target_=guest_parts.ones")
     assert made.name == "mine"
     assert callable(made.measures["ones"])
+
+
+def test_evaluations_read_the_split_that_the_training_reads(tmp_path: Path) -> None:
+    """Karpathy's file beside photos that hold none, where COCO's own validation set would be scored."""
+    (tmp_path / "coco" / "val2017").mkdir(parents=True)
+    for i in range(4):
+        (tmp_path / "coco" / "val2017" / f"{i:012d}.jpg").touch()
+    row = {"sentences": [{"raw": "a dog"}]}
+    splits = ["train", "restval", "val", "val"]
+    images = [
+        row | {"filename": f"COCO_val2014_{i:012d}.jpg", "split": split, "imgid": i, "cocoid": i}
+        for i, split in enumerate(splits)
+    ]
+    (tmp_path / "split.json").write_text(json.dumps({"images": images}))
+    words = (f"data.root={tmp_path}/coco", f"data.records.karpathy={tmp_path}/split.json", "init_from=null")
+    cfg = compose("experiment=finetune_mscoco", *words)
+    built, _ = build_evals(cfg)
+    assert {made.name: [record.id for record in made.records] for made in built} == {"mscoco": [2, 3]}
+    assert len(built) == 2
+    assert built[0].training_captions() == ["a dog", "a dog"]  # type: ignore[attr-defined]
+    known = command.compose("evaluate", ["checkpoint=x", "evals=mscoco"]).evals.values()
+    assert [node.records.karpathy for node in known] == [None, None]
 
 
 @pytest.mark.parametrize("epochs", ["-1", "null"])
