@@ -3,6 +3,7 @@
 Folders of classes, as Kinetics has them, are read by `coca_lit.data.datasets.classification`.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from coca_lit.data.records import ImageFile, Listing, Record, records_on_disk
 from coca_lit.data.video import image_file
 from coca_lit.errors import DataError
 from coca_lit.reading import printable, read_json
+
+log = logging.getLogger(__name__)
 
 _FILES = ("MSRVTT_data.json", "train_val_videodatainfo.json", "test_videodatainfo.json")
 _SPLITS = {"train": "train", "val": "validate", "test": "test"}
@@ -43,7 +46,8 @@ def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool
     Args:
         root: folder of MSRVTT_data.json, or of the two files of the challenge, and of the clips.
         one_thousand: the split 1k-A of Yu et al. (2018), as in papers on retrieval: "test" is the table
-            MSRVTT_JSFUSION_test.csv, 1,000 clips with one sentence each, and "train" all of MSRVTT_train.9k.csv.
+            MSRVTT_JSFUSION_test.csv, 1,000 clips with one sentence each, and "train" all of MSRVTT_train.9k.csv. It has
+            no "val": the official one, which is in its "train", stands in with a warning.
 
     Raises:
         DataError: a file is missing or malformed, or there is no such split.
@@ -62,6 +66,10 @@ def msrvtt_records(root: str | Path, split: str, frames: int, one_thousand: bool
             source, found = _listings(root)
             listings = [item for item, _ in found if item.id in rows]
     else:
+        if one_thousand:
+            log.warning(
+                "the validation clips of MSR-VTT are among the training clips of 1k-A: score such models on test"
+            )
         source, found = _listings(root)
         listings = [item for item, its in found if its == _SPLITS[split]]
     if not listings:

@@ -50,12 +50,14 @@ def found(root: Path, split: str, **more: Any) -> dict[int | str, tuple[str, ...
     return {record.id: record.captions for record in records}
 
 
-def test_msrvtt(root: Path) -> None:
+def test_msrvtt(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     for split, name in (("train", "train"), ("val", "validate"), ("test", "test")):
         assert found(root, split) == {key: tuple(texts) for key, (its, texts) in VIDEOS.items() if its == name}
     assert found(root, "test", one_thousand=True) == {"video3": ("a car drives",)}
     assert found(root, "train", one_thousand=True).keys() == {"video0", "video1", "video2"}
+    assert not caplog.messages
     assert found(root, "val", one_thousand=True).keys() == {"video2"}
+    assert "are among the training clips of 1k-A" in caplog.text
     with pytest.raises(DataError, match=r"train, val, test.*'dev'"):
         found(root, "dev")
 
